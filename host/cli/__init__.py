@@ -1,0 +1,1 @@
+"""The command line: its root, and the commands that talk to the daemon."""

@@ -1,0 +1,1 @@
+"""The durable delivery queue: interface and the embedded SQLite one."""

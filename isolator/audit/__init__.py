@@ -1,0 +1,1 @@
+"""The audit trail: records, the hash chain, its one writer, and its readers."""

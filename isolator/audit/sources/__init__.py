@@ -1,0 +1,1 @@
+"""Where audit records come from besides the daemon's own processes."""

@@ -1,0 +1,1 @@
+"""The broker: DNS and outbound TCP for every cage."""

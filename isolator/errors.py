@@ -1,0 +1,84 @@
+"""Errors a person can act on: what failed, why, and what to do.
+
+Raised where the cause is known, turned into one line at the edge (the command line prints
+``isolator: WHAT: WHY; REMEDY``). The exit codes are the contract of the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class IsolatorError(Exception):
+    """A failure with a cause; ``what`` names the object, ``why`` the reason, ``remedy`` the next step."""
+
+    code = "failed"
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
+        self.what, self.why, self.remedy = what, why, remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        line = f"{self.what}: {self.why}" if self.why else self.what
+        return f"{line}; {self.remedy}" if self.remedy else line
+
+    def to_json(self) -> dict[str, Any]:
+        """The error as it crosses a process border; ``from_json`` restores the same class."""
+        return {"code": self.code, "what": self.what, "why": self.why, "remedy": self.remedy}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> IsolatorError:
+        """Rebuild an error that another process raised; an unknown code becomes a plain failure."""
+        cls = _BY_CODE.get(str(data.get("code")), IsolatorError)
+        return cls(str(data.get("what", "failed")), str(data.get("why", "")), str(data.get("remedy", "")))
+
+
+class UsageError(IsolatorError):
+    """The request itself is wrong: a bad value, an unknown key, an impossible combination."""
+
+    code, exit_code = "usage", 2
+
+
+class NotFoundError(IsolatorError):
+    """The named plugin, event or file does not exist."""
+
+    code, exit_code = "not_found", 3
+
+
+class DeniedError(IsolatorError):
+    """Policy, role or ceiling forbids it."""
+
+    code, exit_code = "denied", 4
+
+
+class NeedsApprovalError(IsolatorError):
+    """An operator has to agree first."""
+
+    code, exit_code = "needs_approval", 5
+
+
+class ConfinementError(IsolatorError):
+    """A cage could not be built or confirmed; nothing ran."""
+
+    code, exit_code = "confinement", 125
+
+
+class UnavailableError(IsolatorError):
+    """Another process of the daemon is away for the moment; trying again is right."""
+
+    code, exit_code = "unavailable", 1
+
+
+_BY_CODE: dict[str, type[IsolatorError]] = {
+    c.code: c
+    for c in (
+        IsolatorError,
+        UsageError,
+        NotFoundError,
+        DeniedError,
+        NeedsApprovalError,
+        ConfinementError,
+        UnavailableError,
+    )
+}

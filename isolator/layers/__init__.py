@@ -1,0 +1,1 @@
+"""One file per kernel mechanism; each keeps one promise (see isolator.layers.base)."""

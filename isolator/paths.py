@@ -1,0 +1,105 @@
+"""Where everything lives. ``--root DIR`` (or ``ISOLATOR_ROOT``) puts every path below DIR.
+
+Several daemons live side by side: names that are global to the machine (users, cgroups) carry an
+instance id derived from the root, empty for the default root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every path and machine-wide name of one daemon."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, root: str | os.PathLike[str] | None = None) -> Paths:
+        """Paths below ``root``, else below ``$ISOLATOR_ROOT``, else below ``/``."""
+        return cls(Path(os.path.realpath(root or os.environ.get("ISOLATOR_ROOT") or "/")))
+
+    @property
+    def instance(self) -> str:
+        """Six hex digits that tell this daemon's users and cgroups from another's; empty for ``/``."""
+        return "" if self.root == Path("/") else hashlib.sha256(os.fsencode(self.root)).hexdigest()[:6]
+
+    def named(self, base: str) -> str:
+        """``base`` for the default root, ``base-INSTANCE`` for any other."""
+        return f"{base}-{self.instance}" if self.instance else base
+
+    @property
+    def etc(self) -> Path:
+        return self.root / "etc/isolator"
+
+    @property
+    def host_toml(self) -> Path:
+        return self.etc / "host.toml"
+
+    @property
+    def policies(self) -> Path:
+        """One TOML file per plugin, root-owned."""
+        return self.etc / "policies"
+
+    @property
+    def lib(self) -> Path:
+        return self.root / "var/lib/isolator"
+
+    @property
+    def plugins(self) -> Path:
+        """The root-owned store: ``NAME/DIGEST/`` and ``NAME/plugin.state``."""
+        return self.lib / "plugins"
+
+    @property
+    def state(self) -> Path:
+        """One size-capped image per plugin, and where each is mounted."""
+        return self.lib / "state"
+
+    @property
+    def cache(self) -> Path:
+        return self.lib / "cache"
+
+    @property
+    def host_lib(self) -> Path:
+        """Owned by the host's user: its database and its key."""
+        return self.lib / "host"
+
+    @property
+    def audit_lib(self) -> Path:
+        """Owned by the audit user: the signing key, readable by it alone."""
+        return self.lib / "audit"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run/isolator"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.run / "control.sock"
+
+    @property
+    def journal(self) -> Path:
+        """What was made outside a process; gone after a reboot, as are the things it names."""
+        return self.run / "journal"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "var/log/isolator"
+
+    @property
+    def audit_log(self) -> Path:
+        """Directory of the trail, owned by the audit user; the live file is ``audit.jsonl``."""
+        return self.log / "audit"
+
+    @property
+    def audit_file(self) -> Path:
+        return self.audit_log / "audit.jsonl"
+
+    @property
+    def plugin_log(self) -> Path:
+        """Directory of the sidecars' output, owned by the host's user."""
+        return self.log / "plugins"

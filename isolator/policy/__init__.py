@@ -1,0 +1,1 @@
+"""Requests, grants, and how the two meet in an effective policy."""

@@ -1,0 +1,1 @@
+"""The self-attack: each probe tries one escape from inside a cage."""
