@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from host.wire import dumps
 from isolator.errors import NotFoundError, UsageError
+from isolator.policy.names import OLDER_HOOKS
 
 MAX_PAYLOAD = 64 * 1024
 NAME = re.compile(r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*){1,4}$")
@@ -157,8 +158,6 @@ class EventType:
     """Payload field whose value orders deliveries; None means no order is kept."""
     filled: str | None = None
     """Time field set by the host when the platform leaves it out."""
-    older: tuple[str, ...] = ()
-    """Older spellings that a hook may be subscribed by."""
     version: int = 1
     down: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     """``down[n]`` turns a payload of major n into one of major n - 1."""
@@ -193,18 +192,12 @@ class Validated:
 
 
 BUILT_IN = (
-    EventType("deploy.started", DeployStarted, "project_id", "started_at", ("on_deploy_start", "on_deploy_started")),
-    EventType(
-        "deploy.completed",
-        DeployCompleted,
-        "project_id",
-        "finished_at",
-        ("on_deploy_complete", "on_deploy_completed"),
-    ),
-    EventType("deploy.failed", DeployFailed, "project_id", "finished_at", ("on_deploy_fail", "on_deploy_failed")),
-    EventType("project.created", ProjectCreated, "project_id", "created_at", ("on_project_created",)),
-    EventType("error.detected", ErrorDetected, "fingerprint", None, ("on_error_detected",)),
-    EventType("domain.added", DomainAdded, "domain", "added_at", ("on_domain_added",)),
+    EventType("deploy.started", DeployStarted, "project_id", "started_at"),
+    EventType("deploy.completed", DeployCompleted, "project_id", "finished_at"),
+    EventType("deploy.failed", DeployFailed, "project_id", "finished_at"),
+    EventType("project.created", ProjectCreated, "project_id", "created_at"),
+    EventType("error.detected", ErrorDetected, "fingerprint"),
+    EventType("domain.added", DomainAdded, "domain", "added_at"),
 )
 
 
@@ -213,11 +206,10 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._types: dict[str, EventType] = {}
-        self._older: dict[str, str] = {}
         for event_type in BUILT_IN:
             self.register(event_type)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[EventType]:
         return iter(self._types.values())
 
     def register(self, event_type: EventType) -> None:
@@ -230,8 +222,6 @@ class Catalogue:
         if event_type.order_by is not None and event_type.order_by not in event_type.model.model_fields:
             raise UsageError(f"event {event_type.name}", f"order_by names no field: {event_type.order_by}")
         self._types[event_type.name] = event_type
-        for spelling in event_type.older:
-            self._older[spelling] = event_type.name
 
     def get(self, name: str) -> EventType | None:
         """The event of that canonical name."""
@@ -239,11 +229,11 @@ class Catalogue:
 
     def canonical(self, hook: str) -> str:
         """The event that a hook means, whichever way it is spelled."""
-        return self._older.get(hook, hook)
+        return OLDER_HOOKS.get(hook, hook)
 
     def validate(self, name: str, payload: Mapping[str, Any]) -> Validated:
         """Check a payload and fill in what the host knows; raises NotFoundError or UsageError."""
-        event_type = self._types.get(name) or self._types.get(self._older.get(name, ""))
+        event_type = self._types.get(self.canonical(name))
         if event_type is None:
             close = difflib.get_close_matches(name, self._types, 1)
             hint = f"did you mean {close[0]}?" if close else "see 'isolator event types'"

@@ -100,8 +100,9 @@ class Result:
 class Consumer(Protocol):
     """One plugin's deliveries."""
 
-    depth: int
-    """Deliveries not yet final, those in flight included."""
+    @property
+    def depth(self) -> int:
+        """Deliveries not yet final, those in flight included."""
 
     async def take(self) -> Delivery:
         """The next delivery that may be sent now, with its event loaded."""

@@ -16,7 +16,6 @@ as dead with the reason ``queue_full``, where it can be seen and replayed.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import sqlite3
@@ -27,12 +26,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from host.events import format_time
-from host.queue import FINAL, Accepted, Delivery, DeliveryRow, Event, EventRow, NewEvent, Result, Subscriber
+from host.queue import FINAL, Accepted, Delivery, DeliveryRow, Event, EventRow, NewEvent, Result, Subscriber, rows
 from host.queue.lane import Lane
 from host.store import Store
 from isolator.errors import NotFoundError
 
-_PENDING = "('queued', 'retry', 'in_flight')"
+PENDING = "('queued', 'retry', 'in_flight')"
 _PREFETCH = 64
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
@@ -40,7 +39,7 @@ _PRUNE_EVERY = 1000
 
 
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
-_EVENT_COLUMNS = "SELECT seq, id, name, time, accepted, expires, payload, subject, trace FROM events"
+FINISHED = "('ok', 'skipped', 'dead', 'expired', 'quarantined')"
 
 
 @dataclass
@@ -242,17 +241,15 @@ class SqliteQueue:
         for entry in batch:
             asked, event = entry.asked, entry.event
             if asked.dedupe_key is not None:
-                entry.earlier = seen.get(asked.dedupe_key) or _event_where(db, "dedupe_key=?", asked.dedupe_key)
+                entry.earlier = seen.get(asked.dedupe_key) or rows.event(db, "dedupe_key=?", asked.dedupe_key)
                 if entry.earlier is not None:
                     continue
                 seen[asked.dedupe_key] = event
-            e = event
-            events.append(
-                (e.seq, e.id, e.name, e.time, e.accepted, e.expires, e.subject, e.payload)
-                + (asked.dedupe_key, e.trace, asked.by)
-            )
-            deliveries += [(e.seq, s.plugin, "queued", s.key, None, e.accepted) for s in entry.taken]
-            deliveries += [(e.seq, s.plugin, "dead", s.key, "queue_full", e.accepted) for s in entry.overflowed]
+            seq, at = event.seq, event.accepted
+            row = (seq, event.id, event.name, event.time, at, event.expires, event.subject, event.payload)
+            events.append((*row, asked.dedupe_key, event.trace, asked.by))
+            deliveries += [(seq, s.plugin, "queued", s.key, None, at) for s in entry.taken]
+            deliveries += [(seq, s.plugin, "dead", s.key, "queue_full", at) for s in entry.overflowed]
         db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?)", events)
         db.executemany(
             "INSERT INTO deliveries (seq, plugin, state, key, detail, updated) VALUES (?,?,?,?,?,?)", deliveries
@@ -287,7 +284,9 @@ class SqliteQueue:
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
-            self.store.submit(self._prune)
+            events, seconds, dead = self._keep
+            oldest = self._seq - events
+            self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead))
 
     # Delivering
 
@@ -334,10 +333,10 @@ class SqliteQueue:
         """Read the payloads of a delivery and of those that follow it soon."""
         wanted = [delivery, *(d for d in upcoming if d.event is None and d is not delivery)]
         marks = ",".join("?" * len(wanted))
-        rows = self.store.read(
-            lambda db: db.execute(f"{_EVENT_COLUMNS} WHERE seq IN ({marks})", [d.seq for d in wanted]).fetchall()
+        found = self.store.read(
+            lambda db: db.execute(f"{rows.EVENT} WHERE seq IN ({marks})", [d.seq for d in wanted]).fetchall()
         )
-        events = {row[0]: Event(*row) for row in rows}
+        events = {row[0]: Event(*row) for row in found}
         for item in wanted:
             item.event = events.get(item.seq)
 
@@ -350,7 +349,7 @@ class SqliteQueue:
     # Listing and mending
 
     async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
-        event = _event_where_now(self.store, event_id)
+        event = self._event(event_id)
         now = time.time()
 
         def requeue(db: sqlite3.Connection) -> list[tuple[str, str | None]]:
@@ -359,24 +358,24 @@ class SqliteQueue:
                 if plugin is None
                 else "('dead','expired','quarantined','ok','skipped')"
             )
-            rows = db.execute(
+            found = db.execute(
                 f"SELECT plugin, key FROM deliveries WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
                 (event.seq, plugin, plugin),
             ).fetchall()
             db.executemany(
                 "UPDATE deliveries SET state='queued', attempts=0, crashes=0, due=0, detail='replayed', updated=?"
                 " WHERE seq=? AND plugin=?",
-                [(now, event.seq, name) for name, _ in rows],
+                [(now, event.seq, name) for name, _ in found],
             )
             db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + 86400.0, event.seq))
-            return [(name, key) for name, key in rows]
+            return [(name, key) for name, key in found]
 
-        rows = await self.store.run(requeue)
+        again = await self.store.run(requeue)
         loop_now = self._loop.time()
-        for name, key in rows:
+        for name, key in again:
             expires = loop_now + max(event.expires - now, 86400.0)
             self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, event=event, ready_at=loop_now))
-        return [name for name, _ in rows]
+        return [name for name, _ in again]
 
     async def purge(self, plugin: str) -> int:
         consumer = self._consumers.pop(plugin, None)
@@ -389,18 +388,11 @@ class SqliteQueue:
     ) -> list[EventRow]:
         """The newest events first, with their deliveries."""
 
-        def query(db: sqlite3.Connection) -> list[EventRow]:
-            rows = db.execute(
-                "SELECT seq FROM events WHERE (? IS NULL OR name=?) AND (? IS NULL OR seq<?) ORDER BY seq DESC LIMIT ?",
-                (name, name, before, before, limit),
-            ).fetchall()
-            return [row for (seq,) in rows if (row := _row(db, "seq=?", seq)) is not None]
-
-        return await self.store.scan(query)
+        return await self.store.scan(lambda db: rows.events(db, limit, name, before))
 
     def show(self, event_id: str) -> EventRow:
         """One event with its deliveries; raises NotFoundError."""
-        row = self.store.read(lambda db: _row(db, "id=?", event_id))
+        row = self.store.read(lambda db: rows.event_row(db, "id=?", event_id))
         if row is None:
             raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
         return row
@@ -408,15 +400,7 @@ class SqliteQueue:
     async def list_dead(self, *, plugin: str | None = None, limit: int = 1000) -> list[DeliveryRow]:
         """Deliveries that were given up, newest first."""
 
-        def query(db: sqlite3.Connection) -> list[DeliveryRow]:
-            rows = db.execute(
-                f"{_DELIVERY_COLUMNS} WHERE d.state IN ('dead', 'expired', 'quarantined')"
-                " AND (? IS NULL OR d.plugin=?) ORDER BY d.seq DESC LIMIT ?",
-                (plugin, plugin, limit),
-            ).fetchall()
-            return [_delivery_row(row) for row in rows]
-
-        return await self.store.scan(query)
+        return await self.store.scan(lambda db: rows.dead(db, plugin, limit))
 
     async def wait(self, event_id: str, *, timeout: float) -> EventRow:
         """The event once all its deliveries are final, or as it stands after ``timeout`` seconds."""
@@ -442,8 +426,14 @@ class SqliteQueue:
 
     async def _written(self) -> None:
         future: asyncio.Future[None] = self._loop.create_future()
-        self.store.submit(lambda _: None, lambda _, __: future.done() or future.set_result(None))
+        self.store.submit(lambda _: None, lambda _, __: None if future.done() else future.set_result(None))
         await future
+
+    def _event(self, event_id: str) -> Event:
+        event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
+        if event is None:
+            raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
+        return event
 
     def depths(self) -> dict[str, int]:
         """Pending deliveries by plugin."""
@@ -451,13 +441,14 @@ class SqliteQueue:
 
     def _recover(self) -> None:
         now, loop_now = time.time(), self._loop.time()
-        rows = self.store.read(
+        pending = self.store.read(
             lambda db: db.execute(
                 "SELECT d.seq, d.plugin, d.key, d.attempts, d.crashes, d.due, e.expires, d.state FROM deliveries d"
-                f" JOIN events e ON e.seq=d.seq WHERE d.state IN {_PENDING} ORDER BY d.seq"
+                f" JOIN events e ON e.seq=d.seq WHERE d.state IN {PENDING} ORDER BY d.seq"
             ).fetchall()
         )
-        for seq, plugin, key, attempts, crashes, due, expires, state in rows:
+        for seq, plugin, key, attempts, crashes, due_at, expires, state in pending:
+            due = due_at
             delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
             if state == "in_flight":
                 due = now + backoff(attempts)
@@ -466,60 +457,6 @@ class SqliteQueue:
                 # The clock may have been set back meanwhile: nothing waits longer than the longest back-off.
                 delivery.due = loop_now + min(max(0.0, due - now), 720.0)
             self._consumer(plugin).add(delivery)
-
-    def _prune(self, db: sqlite3.Connection) -> None:
-        events, seconds, dead = self._keep
-        oldest = self._seq - events
-        db.execute(
-            "DELETE FROM deliveries WHERE state IN ('ok', 'skipped') AND seq IN (SELECT seq FROM events"
-            " WHERE seq < ? OR accepted < ? ORDER BY seq LIMIT 4000)",
-            (oldest, time.time() - seconds),
-        )
-        for (plugin,) in db.execute("SELECT DISTINCT plugin FROM deliveries WHERE state='dead'").fetchall():
-            db.execute(
-                "DELETE FROM deliveries WHERE plugin=? AND state IN ('dead', 'expired', 'quarantined') AND seq <= coalesce("
-                "(SELECT seq FROM deliveries WHERE plugin=? AND state IN ('dead', 'expired', 'quarantined')"
-                " ORDER BY seq DESC LIMIT 1 OFFSET ?), 0)",
-                (plugin, plugin, dead),
-            )
-        db.execute(
-            "DELETE FROM events WHERE seq IN (SELECT seq FROM events e WHERE (seq < ? OR accepted < ?) AND NOT EXISTS"
-            " (SELECT 1 FROM deliveries d WHERE d.seq=e.seq) ORDER BY seq LIMIT 4000)",
-            (oldest, time.time() - seconds),
-        )
-
-
-_DELIVERY_COLUMNS = (
-    "SELECT e.id, e.name, d.plugin, d.state, d.attempts, d.status, d.detail, d.reply, d.latency_us, d.updated, d.due"
-    " FROM deliveries d JOIN events e ON e.seq=d.seq"
-)
-
-
-def _delivery_row(row: tuple[Any, ...]) -> DeliveryRow:
-    *fields, due = row
-    return DeliveryRow(*fields, next_attempt=due if fields[3] == "retry" and due else None)
-
-
-def _row(db: sqlite3.Connection, where: str, value: object) -> EventRow | None:
-    row = db.execute(f"SELECT id, name, time, accepted, subject, payload, by, seq FROM events WHERE {where}", (value,))
-    found = row.fetchone()
-    if found is None:
-        return None
-    *fields, payload, by, seq = found
-    deliveries = db.execute(f"{_DELIVERY_COLUMNS} WHERE d.seq=? ORDER BY d.plugin", (seq,)).fetchall()
-    return EventRow(*fields, payload=json.loads(payload), by=by, deliveries=tuple(map(_delivery_row, deliveries)))
-
-
-def _event_where(db: sqlite3.Connection, where: str, value: object) -> Event | None:
-    row = db.execute(f"{_EVENT_COLUMNS} WHERE {where}", (value,)).fetchone()
-    return Event(*row) if row is not None else None
-
-
-def _event_where_now(store: Store, event_id: str) -> Event:
-    event = store.read(lambda db: _event_where(db, "id=?", event_id))
-    if event is None:
-        raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
-    return event
 
 
 def new_event_id(now: float) -> str:
