@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from isolator.policy import names
 from isolator.policy.addresses import as_network, subnet
-from isolator.policy.hostconfig import CEILING, Limits
+from isolator.policy.hostconfig import CEILING, Ceiling, Limits
 from isolator.policy.model import EgressRule
 
 PUBLIC_PORTS = (80, 443)
@@ -98,6 +98,13 @@ def normal_egress(egress: Egress) -> Egress:
         if left:
             kept.append(EgressRule(host=host, ports=names.sorted_ports(left)))
     return Egress(everything=egress.everything, public=egress.public, rules=tuple(kept))
+
+
+def ceiling_egress(ceiling: Ceiling) -> Egress:
+    """Destinations that the ceiling leaves open; the always-blocked list is applied on top of the result."""
+    if ceiling.egress is None:
+        return Egress(everything=True)
+    return normal_egress(Egress(public=ceiling.egress_public, rules=ceiling.egress))
 
 
 def egress_within(inner: Egress, outer: Egress) -> bool:

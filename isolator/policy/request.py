@@ -327,4 +327,4 @@ def _read(filesystem: Table) -> tuple[str, ...] | None:
                 paths.append(names.parse_read_path(printable(entry, 1024)))
             except ValueError as error:
                 filesystem.fail(("read", index), str(error))
-    return tuple(dict.fromkeys(paths))
+    return tuple(paths)
