@@ -130,7 +130,9 @@ def parse_host(text: str) -> str:
 def _parse_address(host: str, text: str) -> str:
     try:
         if "/" in host:
-            return str(ipaddress.ip_network(host, strict=True))
+            network = ipaddress.ip_network(host, strict=True)
+            # A network of one address is that address: two spellings would count as two rules.
+            return str(network.network_address) if network.num_addresses == 1 else str(network)
         address = ipaddress.ip_address(host)
     except ValueError:
         why = "is not an address or a network"

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from isolator.policy import names
+from isolator.policy.fields import BY_NAME
 from isolator.policy.model import Frozen
 from isolator.policy.strict import Path, Table, load_json_with_lines, load_strict_json, printable, prose
-from isolator.policy.units import parse_cpu, parse_duration, parse_size
 
 __all__ = [
     "MANIFEST_NAME",
@@ -67,7 +67,7 @@ class NetworkRequest(Frozen):
     """``egress`` None: nothing said, so public addresses; empty: no network; a list: that and nothing else."""
 
     egress: tuple[EgressRequest, ...] | None = None
-    listen: tuple[ListenRequest, ...] = ()
+    listen: tuple[ListenRequest, ...] | None = None
     allow_no_sni: bool = False
 
 
@@ -165,8 +165,8 @@ def parse_manifest(
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
         sandbox=_sandbox(top.table("sandbox")),
-        delivery_timeout=delivery.parsed("timeout", _positive_duration, None),
-        delivery_attempts=delivery.integer("attempts", None, low=1, high=1000),
+        delivery_timeout=_number(delivery, "delivery_timeout", "timeout"),
+        delivery_attempts=_number(delivery, "delivery_attempts", "attempts"),
         transport=dict(top.table("transport").data),
         delivery=dict(delivery.data),
         activation=dict(top.table("activation").data),
@@ -222,11 +222,9 @@ def _arguments(top: Table) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _positive_duration(value: Any) -> float:
-    seconds = parse_duration(value)
-    if seconds <= 0:
-        raise ValueError("must be more than nothing")
-    return seconds
+def _number(table: Table, name: str, key: str | None = None) -> Any:
+    """A limit by its name in ``Limits``; None when the manifest is silent."""
+    return table.parsed(key or name, BY_NAME[name].check, None)
 
 
 def _sandbox(top: Table) -> SandboxRequest:
@@ -243,15 +241,15 @@ def _sandbox(top: Table) -> SandboxRequest:
     request = SandboxRequest(
         network=network,
         filesystem=FilesystemRequest(
-            state=filesystem.parsed("state", parse_size, None),
-            tmp=filesystem.parsed("tmp", parse_size, None),
+            state=_number(filesystem, "state"),
+            tmp=_number(filesystem, "tmp"),
             read=_read(filesystem),
         ),
         resources=ResourceRequest(
-            memory=resources.parsed("memory", parse_size, None),
-            cpu=resources.parsed("cpu", parse_cpu, None),
-            tasks=resources.integer("tasks", None, low=1),
-            nofile=resources.integer("nofile", None, low=1),
+            memory=_number(resources, "memory"),
+            cpu=_number(resources, "cpu"),
+            tasks=_number(resources, "tasks"),
+            nofile=_number(resources, "nofile"),
         ),
         syscalls=syscalls,
     )
@@ -268,8 +266,9 @@ def _network(top: Table) -> NetworkRequest:
         entries = top.tables("egress")
         if entries is not None:
             egress = tuple(_egress(top, entry, index) for index, entry in enumerate(entries))
-    listen = []
-    for index, entry in enumerate(top.tables("listen", limit=16) or ()):
+    listen: list[ListenRequest] = []
+    wanted = top.tables("listen", limit=16)
+    for index, entry in enumerate(wanted or ()):
         if isinstance(entry, Table):
             if "port" not in entry:
                 entry.text("port")
@@ -284,7 +283,7 @@ def _network(top: Table) -> NetworkRequest:
                 top.fail(("listen", index), str(error))
     allow_no_sni = top.boolean("allow_no_sni", False)
     top.finish()
-    return NetworkRequest(egress=egress, listen=tuple(listen), allow_no_sni=allow_no_sni)
+    return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen), allow_no_sni=allow_no_sni)
 
 
 def _egress(top: Table, entry: Table | Any, index: int) -> EgressRequest:
@@ -328,4 +327,4 @@ def _read(filesystem: Table) -> tuple[str, ...] | None:
                 paths.append(names.parse_read_path(printable(entry, 1024)))
             except ValueError as error:
                 filesystem.fail(("read", index), str(error))
-    return tuple(dict.fromkeys(paths))
+    return tuple(paths)

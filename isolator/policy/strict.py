@@ -212,7 +212,7 @@ class Table:
         return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins bool and T to object
 
     def items(self, key: str, parser: Callable[[Any], T], *, limit: int = 64) -> tuple[T, ...] | None:
-        """A list, each element parsed, repetitions dropped; None when the key is absent."""
+        """A list, each element parsed; None when the key is absent."""
         value = self.take(key)
         if key not in self.data:
             return None
@@ -220,7 +220,7 @@ class Table:
             self.fail(key, "must be a list", f"write {shown(key)} = [...]" if self.name.endswith(".toml") else "")
         if len(value) > limit:
             self.fail(key, f"{len(value)} entries; at most {limit}")
-        return tuple(dict.fromkeys(self._parse(parser, item, key, index) for index, item in enumerate(value)))
+        return tuple(self._parse(parser, item, key, index) for index, item in enumerate(value))
 
     def strings(self, key: str, parser: Callable[[str], T], *, limit: int = 64) -> tuple[T, ...] | None:
         """A list of strings, each parsed; None when the key is absent."""
