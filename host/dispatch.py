@@ -61,11 +61,15 @@ class Shared:
     catalogue: Catalogue
     audit: AuditClient
     redactor: Callable[[str], Redactor]
+    halt_without_audit: bool = True
+
+    def _halted(self) -> bool:
+        return self.halt_without_audit and self.audit.blocked is not None
 
     async def may_dispatch(self) -> None:
         """Return once the trail and the database can be written; nothing is sent before."""
-        while self.audit.blocked is not None or self.queue.store.blocked is not None:
-            if self.audit.blocked is not None:
+        while self._halted() or self.queue.store.blocked is not None:
+            if self._halted():
                 await self.audit.writable()
             else:
                 await self.queue.store.unblocked.wait()
@@ -328,6 +332,11 @@ class Dispatcher:
         if plugin.run is not None:
             worker.run_started(plugin.run)
         worker.news()
+
+    def plugin_news(self, name: str) -> None:
+        """Something changed that may let a held worker go on."""
+        if name in self._workers:
+            self._workers[name].news()
 
     async def plugin_removed(self, name: str) -> None:
         """Stop its worker."""

@@ -127,7 +127,9 @@ class PluginLog:
 class _Pipe:
     """One read end; owns its descriptor."""
 
-    def __init__(self, log: PluginLog, run: str, stream: str, fd: int, null: int, gone: Callable[[_Pipe], None]) -> None:
+    def __init__(
+        self, log: PluginLog, run: str, stream: str, fd: int, null: int, gone: Callable[[_Pipe], None]
+    ) -> None:
         self._log, self._run, self._stream, self._fd, self._null, self._gone = log, run, stream, fd, null, gone
         self._loop = asyncio.get_running_loop()
         self._partial = bytearray()

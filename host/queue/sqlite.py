@@ -54,6 +54,13 @@ class _Accept:
     earlier: Event | None = None
     """The event that already has this ``dedupe_key``."""
 
+    def accepted(self) -> Accepted:
+        """What the caller hears."""
+        if self.earlier is not None:
+            return Accepted(self.earlier, (), duplicate=True)
+        overflowed = tuple(s.plugin for s in self.overflowed)
+        return Accepted(self.event, (*(s.plugin for s in self.taken), *overflowed), overflowed)
+
 
 def backoff(attempts: int, *, spread: float = 0.2) -> float:
     """Seconds before the next attempt after ``attempts`` failed ones: 1·2ⁿ, at most ten minutes, ±20 %."""
@@ -186,6 +193,8 @@ class SqliteQueue:
     ) -> None:
         self.store = store
         self.limit = limit
+        self.on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None
+        """Called once per accepted event when it is safe, before anything of it can be dispatched."""
         self.on_expired: Callable[[Delivery], None] = lambda _: None
         self._keep = (keep_events, keep_seconds, keep_dead)
         self._loop = asyncio.get_running_loop()
@@ -229,7 +238,7 @@ class SqliteQueue:
             )
         else:
             self._accepting.append(entry)
-        return await asyncio.shield(entry.future)
+        return await entry.future
 
     def _insert(self, db: sqlite3.Connection, batch: list[_Accept]) -> None:
         # May run again when the transaction fails: it must depend on the batch alone.
@@ -261,32 +270,32 @@ class SqliteQueue:
         now = self._loop.time()
         for entry in batch:
             for subscriber in entry.taken:
-                consumer = self._consumer(subscriber.plugin)
-                consumer.reserved -= 1
-                if error is not None or entry.earlier is not None:
-                    continue
-                delivery = Delivery(
-                    entry.event.seq, subscriber.plugin, subscriber.key, expires=now + entry.asked.ttl, ready_at=now
-                )
-                if consumer.depth < _CACHED:
-                    delivery.event = entry.event
-                consumer.add(delivery)
-            if entry.future.done():
-                continue
-            if error is not None:
-                entry.future.set_exception(error)
-            elif entry.earlier is not None:
-                entry.future.set_result(Accepted(entry.earlier, (), duplicate=True))
-            else:
-                plugins = tuple(s.plugin for s in (*entry.taken, *entry.overflowed))
-                overflowed = tuple(s.plugin for s in entry.overflowed)
-                entry.future.set_result(Accepted(entry.event, plugins, overflowed))
+                self._consumer(subscriber.plugin).reserved -= 1
+            accepted = entry.accepted()
+            if error is None and not accepted.duplicate:
+                self.on_accepted(entry.asked, accepted)
+                self._enter_lanes(entry, now)
+            if not entry.future.done():
+                if error is None:
+                    entry.future.set_result(accepted)
+                else:
+                    entry.future.set_exception(error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
             events, seconds, dead = self._keep
             oldest = self._seq - events
             self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead))
+
+    def _enter_lanes(self, entry: _Accept, now: float) -> None:
+        for subscriber in entry.taken:
+            consumer = self._consumer(subscriber.plugin)
+            delivery = Delivery(
+                entry.event.seq, subscriber.plugin, subscriber.key, expires=now + entry.asked.ttl, ready_at=now
+            )
+            if consumer.depth < _CACHED:
+                delivery.event = entry.event
+            consumer.add(delivery)
 
     # Delivering
 
