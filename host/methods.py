@@ -16,13 +16,14 @@ from host.registry import Plugin
 from isolator import __version__
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import Message
+from isolator.policy.request import MAX_BYTES
 
 if TYPE_CHECKING:
     from host.service import Host
 
 MAX_WAIT = 3600.0
 SUPERVISOR_TIMEOUT = 120.0
-_MANIFEST_LIMIT = manifests.MAX_BYTES
+_MANIFEST_LIMIT = MAX_BYTES
 N = TypeVar("N", int, float)
 
 
@@ -253,10 +254,8 @@ class Methods:
             raise UsageError("event", "dedupe_key must be text of at most 256 characters")
         if trace is not None and not (isinstance(trace, str) and len(trace) <= 128):
             raise UsageError("event", "trace must be text of at most 128 characters")
-        if ttl is not None and (
-            isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= 31 * 86400
-        ):
-            raise UsageError("event", "ttl must be seconds, more than 0 and at most 31 days")
+        if ttl is not None:
+            ttl = _number(params, "ttl", 0.0, 31 * 86400.0)
         accepted = await self._host.emit(
             _text(params, "name"), payload, by=caller.by, dedupe_key=dedupe_key, ttl=ttl, trace=trace
         )
