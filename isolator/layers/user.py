@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 LOCKS = Path("/run/lock/isolator")
 """One lock file a uid in use without a passwd entry; the same for every instance on the machine."""
 
+_USERADD = (
+    "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
+    "--shell", "/usr/sbin/nologin",
+)  # fmt: skip
 _LOCKED_EXIT = 1  # useradd's "can't update password file", which includes a lock held by another tool
 
 
@@ -82,12 +86,19 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
         if uid in taken or (LOCKS / str(uid)).exists():
             continue
         _account_tool(
-            ["useradd", "--system", "--no-create-home", "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin",
-             "--uid", str(uid), "--user-group", "--comment", comment, name],
-            name,
-        )  # fmt: skip
+            [*_USERADD, "--uid", str(uid), "--comment", comment, name], name)
         return uid
     raise _range_full(uid_range)
+
+
+def add_service_user(name: str, *, comment: str) -> tuple[int, int]:
+    """Make (or find) the system user of one of the daemon's own processes; returns (uid, gid)."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        _account_tool([*_USERADD, "--comment", comment, name], name)
+        entry = pwd.getpwnam(name)
+    return entry.pw_uid, entry.pw_gid
 
 
 def remove_user(name: str) -> None:
