@@ -26,11 +26,11 @@ class Broker:
         self.audit = audit
         self._host = HostAddresses()
         self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
-        self._host.watch()
         self._ticker = asyncio.create_task(self._tick())
 
     async def hello(self, message: Message) -> dict[str, object]:
-        """The supervisor's first call: everything is ready when this runs."""
+        """The supervisor's first call; answered when the host's addresses are known."""
+        await self._host.watch()
         return {}
 
     async def attach(self, message: Message) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The host's own addresses and gateways, kept current: no cage may reach them, whatever is granted.
 
 Read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is subscribed to changes of addresses
-and routes says when to read again.
+and routes says when to read again. The reading happens in a thread: pyroute2 runs an event loop of its own.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _DEBOUNCE = 0.05
 
 
 class HostAddresses:
-    """Answers ``owner``; ``watch`` keeps it current on the running loop."""
+    """Answers ``owner``, of nothing until ``watch`` or ``refresh``; ``watch`` keeps it current on the running loop."""
 
     def __init__(self) -> None:
         self._own: frozenset[Address] = frozenset()
         self._gateways: frozenset[Address] = frozenset()
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self.refresh()
+        self._task: asyncio.Task[None] | None = None
 
     def owner(self, address: Address) -> str | None:
         """The rule that refuses ``address`` (``host-address``, ``gateway``), or None; any spelling counts."""
@@ -54,13 +54,14 @@ class HostAddresses:
                 gateways.update(_hops(dict(message["attrs"])))
         self._own, self._gateways = frozenset(own), frozenset(gateways)
 
-    def watch(self) -> None:
-        """Refresh after each change, on the running event loop."""
+    async def watch(self) -> None:
+        """Read now, and again after each change, on the running event loop; raises OSError."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._socket.setblocking(False)
         self._socket.bind((0, _GROUPS))
+        # Subscribed before the first reading: no change falls between the two.
         asyncio.get_running_loop().add_reader(self._socket, self._changed)
-        self.refresh()
+        await asyncio.to_thread(self.refresh)
 
     def close(self) -> None:
         """Stop watching."""
@@ -81,7 +82,7 @@ class HostAddresses:
 
     def _due(self) -> None:
         self._timer = None
-        self.refresh()
+        self._task = asyncio.get_running_loop().create_task(asyncio.to_thread(self.refresh))
 
 
 def _parsed(attributes: dict[str, Any], *names: str) -> Iterator[Address]:

@@ -40,14 +40,14 @@ def render(rules: Rules, prefix: str) -> str:
     admit = [
         f"limit rate over {policy.connects_per_second}/second burst {policy.connect_burst} packets goto over_rate",
         f"ct count over {policy.connects_open} goto over_open",
-        f"redirect to :{PORT}",
+        f"meta l4proto 6 redirect to :{PORT}",
     ]
-    own = f"tcp sport != {PORT} tcp dport != {PORT} notrack"
+    # Two rules, not one: nft 1.0.6 merges ``sport != P dport != P`` into one comparison of both, which means "or".
     untracked = [
-        f"ip daddr 127.0.0.0/8 {own}",
-        f"ip6 daddr ::1 {own}",
-        "ip daddr 127.0.0.0/8 meta l4proto != 6 notrack",
-        "ip6 daddr ::1 meta l4proto != 6 notrack",
+        f"tcp sport {PORT} accept",
+        f"tcp dport {PORT} accept",
+        "ip daddr 127.0.0.0/8 notrack",
+        "ip6 daddr ::1 notrack",
     ]
     final = [
         "ct state untracked accept",

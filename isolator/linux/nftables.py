@@ -53,7 +53,7 @@ class Nftables:
         self._library = _library()
         self._context = self._library.nft_ctx_new(0)
         if not self._context:
-            raise NftablesError(0, "libnftables gave no context")
+            raise NftablesError("libnftables gave no context")
         self._library.nft_ctx_buffer_output(self._context)
         self._library.nft_ctx_buffer_error(self._context)
         self._library.nft_ctx_output_set_flags(self._context, _OUTPUT_STATELESS | _OUTPUT_NUMERIC)
@@ -70,7 +70,7 @@ class Nftables:
         complaint = (self._library.nft_ctx_get_error_buffer(self._context) or b"").decode(errors="replace")
         output = (self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace")
         if failed:
-            raise NftablesError(0, complaint.strip().partition("\n")[0] or "nftables refused the commands")
+            raise NftablesError(complaint.strip().partition("\n")[0] or "nftables refused the commands")
         return output
 
     def close(self) -> None:
