@@ -149,7 +149,9 @@ class Plugin:
         async with self._changed:
             await self._changed.wait_for(lambda: self.state not in ("starting", "backoff", "stopping"))
         if self.state != "running" or self.run is None:
-            raise UnavailableError(f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'")
+            raise UnavailableError(
+                f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'"
+            )
         return self.run
 
     async def stop(self, reason: str) -> None:
@@ -191,7 +193,9 @@ class Plugin:
                 self._around.audit.record(
                     "fs.denied", plugin=self.name, run=run.id, path=SOCKET, why="not a socket of the plugin's own"
                 )
-                raise DeniedError(f"plugin {self.name}", "its socket was replaced by something else", "nothing was sent")
+                raise DeniedError(
+                    f"plugin {self.name}", "its socket was replaced by something else", "nothing was sent"
+                )
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             try:
@@ -245,7 +249,8 @@ class Plugin:
             return None
         self.error = why
         self._set("backoff")
-        return min(limits.backoff_max, limits.backoff_min * 2 ** (count - 1)) * random.uniform(0.8, 1.2)
+        pause: float = min(limits.backoff_max, limits.backoff_min * 2 ** (count - 1))
+        return pause * random.uniform(0.8, 1.2)
 
     async def _one_run(self, reason: str) -> tuple[str, End | None, str]:
         """Build one cage, watch it to its end, take everything down: (run id, its end, what kept it from starting)."""
@@ -323,7 +328,9 @@ class Plugin:
                 )  # fmt: skip
         for path in effective.filesystem.read:
             bind(path, open_read_path(path))
-        bind("/run/isolator/host", os.open(host_api_folder(paths, self.name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        bind(
+            "/run/isolator/host", os.open(host_api_folder(paths, self.name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        )
         if effective.filesystem.state:
             state = State(paths.state, self.name, self._around.tools.journal)
             fs = effective.filesystem
@@ -376,7 +383,9 @@ class Plugin:
         if run.sandbox.listener >= 0:
             self._around.denials.watch(
                 run.sandbox.listener,
-                lambda call, count: audit.record("syscall.denied", plugin=self.name, run=run.id, call=call, count=count),
+                lambda call, count: audit.record(
+                    "syscall.denied", plugin=self.name, run=run.id, call=call, count=count
+                ),
             )
             run.sandbox.listener = -1
         self._set("running")

@@ -32,7 +32,7 @@ def check_program(folder: Path, relative: str, *, shown: str) -> None:
                 40: "it is (or lies behind) a symbolic link",
                 18: "it is outside the plugin's folder",
             }.get(error.errno or 0, error.strerror or "cannot be opened")
-            raise UsageError(f"binary {shown}", why, "correct \"binary\" in plugin.json") from None
+            raise UsageError(f"binary {shown}", why, 'correct "binary" in plugin.json') from None
     finally:
         os.close(directory)
     try:
@@ -45,7 +45,7 @@ def check_descriptor(fd: int, *, shown: str) -> None:
     """The same for a file that is already open."""
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
-        raise UsageError(f"binary {shown}", "not a regular file", "correct \"binary\" in plugin.json")
+        raise UsageError(f"binary {shown}", "not a regular file", 'correct "binary" in plugin.json')
     if not info.st_mode & 0o111:
         raise UsageError(f"binary {shown}", "not executable", f"chmod +x {shown}")
     head = os.pread(fd, 4096, 0)

@@ -94,12 +94,7 @@ class Service:
         self._leaf = leaf
         mine, theirs = pair()
         inherited = {"channel": theirs.fileno(), **self._inherit()}
-        arguments = [word for name, fd in inherited.items() for word in (f"--{name}-fd", str(fd))]
-        command = [
-            "setpriv", f"--reuid={spec.uid}", f"--regid={spec.gid}", "--clear-groups", "--inh-caps=-all",
-            "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs", "--",
-            sys.executable, "-I", "-m", spec.module, *arguments,
-        ]  # fmt: skip
+        command = service_command(spec.module, spec.uid, spec.gid, inherited)
         try:
             self._process = subprocess.Popen(
                 command, pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
@@ -152,6 +147,15 @@ class Service:
             self._leaf.remove()
             self._journal.gone(f"service.{self.spec.name}")
             self._leaf = None
+
+
+def service_command(module: str, uid: int, gid: int, descriptors: Mapping[str, int]) -> list[str]:
+    """The command line that runs a module without any privilege, telling it the descriptors that it inherits."""
+    arguments = [word for name, fd in descriptors.items() for word in (f"--{name}-fd", str(fd))]
+    return [
+        "setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--inh-caps=-all", "--ambient-caps=-all",
+        "--bounding-set=-all", "--no-new-privs", "--", sys.executable, "-I", "-m", module, *arguments,
+    ]  # fmt: skip
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""A plugin's persistent state: one ext4 image per plugin, so that its size and inode count are capped on any file system.
+"""A plugin's persistent state: one ext4 image per plugin, its size and inode count capped on any file system.
 
 The image is mounted once on the host side (attaching one image twice would corrupt it) and bound into the cage.
 The mount is journalled; the loop device frees itself when it is unmounted. The mount point lies in a root-owned 0700
@@ -89,8 +89,8 @@ class State:
             os.close(fd)
         options = f"root_owner={uid}:{gid},lazy_itable_init=1,nodiscard"
         command = [
-            "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", str(max(inodes, 64)), "-O", "^has_journal,^resize_inode",
-            "-E", options, str(temporary),
+            "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", str(max(inodes, 64)),
+            "-O", "^has_journal,^resize_inode", "-E", options, str(temporary),
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": _PATH})
         if result.returncode != 0:

@@ -184,7 +184,9 @@ class Store:
                 )  # fmt: skip
             wanted = (binary.parent / str(body.get("binary", ""))).resolve()
             if wanted != binary:
-                raise UsageError(f"--binary {binary}", f"{binary.parent / MANIFEST} names {wanted}", "register that one")
+                raise UsageError(
+                    f"--binary {binary}", f"{binary.parent / MANIFEST} names {wanted}", "register that one"
+                )
             unknown = [hook for hook in hooks if hook not in body.get("hooks", [])]
             if unknown:
                 raise UsageError(
@@ -238,7 +240,7 @@ class _Copy:
         """Copy everything below ``source``; returns the digest so far (the whole one at depth 0)."""
         if depth > MAX_DEPTH:
             raise UsageError(f"{self.what}/{prefix}", f"deeper than {MAX_DEPTH} folders", "flatten it")
-        for name in sorted(os.listdir(source)):  # noqa: PTH208  # by descriptor
+        for name in sorted(os.listdir(source)):  # by descriptor
             self.files += 1
             if self.files > MAX_FILES:
                 raise UsageError(self.what, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
@@ -305,7 +307,11 @@ def open_binary(path: Path) -> int:
         if folder == path and not stat.S_ISREG(info.st_mode):
             raise UsageError(str(folder), f"not a {wanted}", "name the binary itself")
         sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX and not info.st_uid
-        if info.st_uid != 0 or (info.st_mode & 0o022 and not sticky) or (sticky and folder != path and info.st_mode & 2):
+        if (
+            info.st_uid != 0
+            or (info.st_mode & 0o022 and not sticky)
+            or (sticky and folder != path and info.st_mode & 2)
+        ):
             raise UsageError(
                 str(folder), "others than root can change it, and so what would run",
                 f"chown root, chmod go-w, or register the folder instead: isolator plugin add {path.parent}",

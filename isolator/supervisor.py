@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import platform
 import socket
@@ -25,7 +26,7 @@ from isolator import recovery
 from isolator.audit.client import AuditClient
 from isolator.denials import Denials
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
-from isolator.ipc import Message, pair
+from isolator.ipc import Handler, Message, pair
 from isolator.journal import Entry, Journal
 from isolator.launch.client import Launcher
 from isolator.layers import network as network_layer
@@ -82,7 +83,16 @@ class Supervisor:
 
     async def _start(self) -> None:
         paths, stack = self.paths, self._stack
-        for folder in (paths.etc, paths.policies, paths.lib, paths.plugins, paths.state, paths.cache, paths.run, paths.log):
+        for folder in (
+            paths.etc,
+            paths.policies,
+            paths.lib,
+            paths.plugins,
+            paths.state,
+            paths.cache,
+            paths.run,
+            paths.log,
+        ):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o755)
         paths.state.chmod(0o700)
@@ -95,7 +105,8 @@ class Supervisor:
         stack.callback(launcher.close)
         subtree = open_subtree(paths.named("isolator"))
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
-        stack.callback(lambda: (subtree.remove(), journal.gone("subtree")))
+        stack.callback(journal.gone, "subtree")
+        stack.callback(subtree.remove)
         self.tools = Tools(launcher, journal, subtree)
         stack.callback(self._watch_launcher(launcher).cancel)
         self.denials = Denials()
@@ -157,7 +168,9 @@ class Supervisor:
     def _plugin(self, name: str) -> Plugin:
         loaded = self.registrar.load(name)
         effective = loaded.proposal.effective if loaded.proposal else None
-        plugin = Plugin(self, loaded.registration, effective, loaded.argv, loaded.registration.version, error=loaded.error)
+        plugin = Plugin(
+            self, loaded.registration, effective, loaded.argv, loaded.registration.version, error=loaded.error
+        )
         plugin.manifest = loaded.manifest
         if plugin.error:
             self._log(f"plugin {name} is rejected: {plugin.error}")
@@ -178,7 +191,7 @@ class Supervisor:
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(mode)
             os.chown(folder, *users[name])
-        handlers = {
+        handlers: dict[str, Handler] = {
             "run.ensure": self._on_ensure,
             "run.connect": self._on_connect,
             "run.stop": self._on_stop,
@@ -203,7 +216,7 @@ class Supervisor:
             spec = ServiceSpec(name, module, *users[name], ops)
             service = Service(
                 spec, self.tools.subtree, self.tools.journal, on_up=up, log=self._log,
-                inherit=(dict if name == "audit" else lambda name=name: {"audit": self._audit_end(name)}),
+                inherit=(dict if name == "audit" else functools.partial(self._inherit_audit, name)),
             )  # fmt: skip
             self._services[name] = service
             await service.start()
@@ -213,8 +226,11 @@ class Supervisor:
     def _hello(self) -> dict[str, Any]:
         return {"root": str(self.paths.root), "config": self.config.model_dump(mode="json")}
 
+    def _inherit_audit(self, source: str) -> dict[str, int]:
+        return {"audit": self._audit_end(source)}
+
     def _audit_end(self, source: str) -> int:
-        """The sending end of a new source socket; the other end goes to the audit process (again when that restarts)."""
+        """The sending end of a new source socket; the other end goes to the audit process."""
         mine, theirs = pair()
         old = self._audit_ends.pop(source, None)
         if old is not None:
@@ -246,7 +262,12 @@ class Supervisor:
             sockets = await asyncio.to_thread(network_layer.reopen, network, policy)
             try:
                 await service.channel.call(
-                    "cage.attach", fds=sockets, run=run, plugin=plugin, policy=policy.model_dump(mode="json"), timeout=10
+                    "cage.attach",
+                    fds=sockets,
+                    run=run,
+                    plugin=plugin,
+                    policy=policy.model_dump(mode="json"),
+                    timeout=10,
                 )
             finally:
                 for fd in sockets:
@@ -267,7 +288,7 @@ class Supervisor:
                 self._announce(service, plugin, plugin.run.pipes)
 
     def _control_listener(self) -> socket.socket:
-        """A fresh listener on the control socket; who may do what is decided by the caller's uid, so all may connect."""
+        """A fresh listener on the control socket; all may connect, the caller's uid decides what it may do."""
         path = self.paths.control_socket
         path.unlink(missing_ok=True)
         return _listen(path, mode=0o666, owner=0, backlog=128)
@@ -447,7 +468,9 @@ class Supervisor:
         (folder / "host.sock").unlink(missing_ok=True)
         folder.rmdir()
         del self._plugins[plugin.name]
-        self.audit.record("plugin.removed", plugin=plugin.name, old=plugin.registration.digest, who=message.fields.get("by"))
+        self.audit.record(
+            "plugin.removed", plugin=plugin.name, old=plugin.registration.digest, who=message.fields.get("by")
+        )
         return {}
 
     async def _on_enable(self, message: Message) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def render(controls: tuple[Control, ...]) -> list[str]:
         lines += textwrap.wrap(control.reason, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
         if control.state != "enforced" and control.remedy:
             indent = " " * len(head)
-            lines += textwrap.wrap(f"-> {control.remedy}", width, initial_indent=indent, subsequent_indent=f"{indent}   ")
+            lines += textwrap.wrap(
+                f"-> {control.remedy}", width, initial_indent=indent, subsequent_indent=f"{indent}   "
+            )
     return lines
 
 

@@ -30,9 +30,7 @@ def install(root: str | None, start: bool) -> None:
         paths.host_toml.chmod(0o644)
         click.echo(f"wrote {paths.host_toml}")
     if not Path("/run/systemd/system").exists():
-        raise IsolatorError(
-            "systemd", "it does not run this host", f"start the daemon yourself: {sys.argv[0]} serve"
-        )
+        raise IsolatorError("systemd", "it does not run this host", f"start the daemon yourself: {sys.argv[0]} serve")
     program = Path(sys.argv[0]).resolve()
     UNIT.write_text(_UNIT.format(program=program, root=f" --root {paths.root}" if paths.instance else ""))
     click.echo(f"wrote {UNIT}")

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    epilog="\b\nExamples:\n  isolator run -- cat /etc/shadow\n  isolator run --memory 64M --tasks 8 -- python3 -c 'print(1)'\n"
+    epilog="\b\nExamples:\n  isolator run -- cat /etc/shadow\n"
+    "  isolator run --memory 64M --tasks 8 -- python3 -c 'print(1)'\n"
     "  isolator run --egress pypi.org:443 -- curl -sI https://pypi.org\n"
     "  isolator run --read /srv/data -- ls /srv/data",
 )
-@click.option("--policy", "policy_file", metavar="FILE", type=click.Path(path_type=Path), help="Take the grants of FILE.")
+@click.option(
+    "--policy", "policy_file", metavar="FILE", type=click.Path(path_type=Path), help="Take the grants of FILE."
+)
 @click.option("--memory", metavar="SIZE", help="Memory cap, e.g. 64M (default 256M).")
 @click.option("--cpu", metavar="SHARE", help="Share of one core, e.g. 25% (the default) or 200%.")
 @click.option("--tasks", metavar="N", type=int, help="Processes and threads at once (default 64).")
@@ -125,14 +128,17 @@ async def _run(paths: Paths, host: HostConfig, policy: EffectivePolicy, command:
         denials = Denials()
         stack.callback(denials.close)
         spec = _spec(paths, policy, command, run_id, lease.uid)
-        stack.callback(lambda: [os.close(bind.fd) for bind in spec.binds])
+        for bind in spec.binds:
+            stack.callback(os.close, bind.fd)
         sandbox = Sandbox(spec, Tools(launcher, journal, subtree), Stdio(0, 1, 2), Network(network))
         await stack.enter_async_context(sandbox)
         await sandbox.start()
         records.record("plugin.started", pid=sandbox.pid, uid=lease.uid, policy_sha256=policy.digest(),
                        milliseconds=sandbox.steps)  # fmt: skip
         if sandbox.listener >= 0:
-            denials.watch(sandbox.listener, lambda call, count: records.record("syscall.denied", call=call, count=count))
+            denials.watch(
+                sandbox.listener, lambda call, count: records.record("syscall.denied", call=call, count=count)
+            )
             sandbox.listener = -1
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCONT):
@@ -156,7 +162,8 @@ def _spec(paths: Paths, policy: EffectivePolicy, command: list[str], run_id: str
         paths=paths,
         argv=command,
         env={
-            "PATH": f"{PATH}:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
+            "PATH": f"{PATH}:/usr/sbin:/sbin",
+            "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
             **({"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}),
         },
         cwd="/",

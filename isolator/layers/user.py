@@ -85,8 +85,7 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or (LOCKS / str(uid)).exists():
             continue
-        _account_tool(
-            [*_USERADD, "--uid", str(uid), "--comment", comment, name], name)
+        _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name)
         return uid
     raise _range_full(uid_range)
 
@@ -143,7 +142,7 @@ class UidLease:
             return self._lock(uid)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # noqa: PTH116  # beside fstat, on one line
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
                 self._fd = fd
                 return True
         except (BlockingIOError, FileNotFoundError):
