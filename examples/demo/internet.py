@@ -200,7 +200,9 @@ class Internet:
             others = [link.get_attr("IFLA_IFNAME") for link in routes.get_links()]
             others = [name for name in others if name != "lo" and not name.startswith(("tunl", "sit", "ip6", "gre"))]
         if others:
-            raise RuntimeError(f"not an empty network namespace: it has {', '.join(others)}; run under 'unshare -n'")
+            raise RuntimeError(
+                f"not an empty network namespace: it has {', '.join(sorted(others))}; run under 'unshare -n'"
+            )
         issue(self.directory, "hooks.slack.com")
         command = ["unshare", "-n", sys.executable, __file__, "serve", str(self.directory)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
