@@ -27,12 +27,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import internet
-import leftovers
-import report
-import steps
-from daemon import Daemon, DemoError, Trail
-from report import Promise
+# Python runs isolated (-I: nothing of the caller's environment), so the script's own folder is not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.dont_write_bytecode = True
+
+import internet  # noqa: E402
+import leftovers  # noqa: E402
+import report  # noqa: E402
+import steps  # noqa: E402
+from daemon import Daemon, DemoError, Trail  # noqa: E402
+from report import Promise  # noqa: E402
 
 INSIDE = "ISOLATOR_DEMO_INSIDE"
 
@@ -43,7 +47,7 @@ def main() -> int:
         return 1
     if INSIDE not in os.environ:
         os.environ[INSIDE] = "1"
-        os.execvp("unshare", ["unshare", "-n", sys.executable, str(Path(__file__).resolve())])
+        os.execvp("unshare", ["unshare", "-n", sys.executable, "-I", str(Path(__file__).resolve())])
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
     began = time.monotonic()
@@ -64,7 +68,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         failure = remove(root) or failure
-    left = leftovers.find(root, pids)
+    left = leftovers.find(root, pids, own_network=True)
     found.append(
         Promise(
             "Nothing is left behind",

@@ -16,15 +16,19 @@ from pathlib import Path
 from isolator.paths import Paths
 
 
-def find(root: Path, pids: set[int]) -> list[str]:
-    """One line per thing of the daemon below ``root`` that is still there; ``pids`` are those it started."""
+def find(root: Path, pids: set[int], *, own_network: bool = False) -> list[str]:
+    """One line per thing of the daemon below ``root`` that is still there.
+
+    ``pids`` are processes it started. ``own_network``: the caller sits in a network namespace made for it alone, so
+    that any other process in there is one that was left.
+    """
     instance = Paths.of(root).instance
     found = [f"user {entry.pw_name}" for entry in pwd.getpwall() if instance in entry.pw_name]
     found += [f"group {entry.gr_name}" for entry in grp.getgrall() if instance in entry.gr_name]
     found += [f"cgroup {path}" for path in cgroups(instance)]
     found += [f"mount {place}" for place in mounts(root)]
     found += [f"loop device {name}" for name in loops(root)]
-    found += [f"process {text}" for text in processes(root, pids)]
+    found += [f"process {text}" for text in processes(root, pids, own_network=own_network)]
     if root.exists():
         found.append(f"file {root}")
     return found
@@ -52,17 +56,16 @@ def loops(root: Path) -> Iterator[str]:
                 yield path.parts[3]
 
 
-def processes(root: Path, pids: set[int]) -> Iterator[str]:
-    """Processes that name the root, share a network namespace made for us, or are of ``pids`` and still run."""
+def processes(root: Path, pids: set[int], *, own_network: bool = False) -> Iterator[str]:
+    """Processes that name the root, are of ``pids``, or share our network namespace."""
     namespace = network_namespace("self")
-    ours = namespace != network_namespace("1")
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            here = ours and network_namespace(entry.name) == namespace
+            here = own_network and network_namespace(entry.name) == namespace
             if state != "Z" and (str(root) in words or here or int(entry.name) in pids):
                 yield f"{entry.name} ({words[:60]})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import contained
@@ -12,8 +13,6 @@ import pytest
 import report
 
 from isolator.paths import Paths
-
-ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 def own_cgroup() -> Path:
@@ -30,7 +29,6 @@ def own_cgroup() -> Path:
     pytest.skip("no writable cgroup hierarchy")
 
 
-@ROOT
 class TestLeftovers:
     def test_a_clean_host_has_none(self, tmp_path: Path) -> None:
         assert leftovers.find(tmp_path / "gone", set()) == []
@@ -78,6 +76,18 @@ class TestLeftovers:
                 process.kill()
                 process.wait()
 
+    def test_finds_a_process_in_its_network_namespace(self, tmp_path: Path) -> None:
+        code = f"import sys; sys.path.insert(0, {leftovers.__file__.rpartition('/')[0]!r})\n"
+        code += "import leftovers, pathlib, subprocess\n"
+        code += "other = subprocess.Popen(['cat'], stdin=subprocess.PIPE)\n"
+        code += f"print(other.pid, list(leftovers.processes(pathlib.Path({str(tmp_path)!r}), set(), own_network=True)))"
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        run = subprocess.run(
+            ["unshare", "-n", sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        )
+        pid, _, found = run.stdout.strip().partition(" ")
+        assert found == f"['{pid} (cat)']"
+
 
 class TestReport:
     def test_nothing_is_wider_than_a_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +133,6 @@ class TestContained:
             payload = contained.payload(attempt, target)
             assert len(payload.get("url", "")) <= 2048, "the event catalogue refuses longer ones"
 
-    @ROOT
     def test_reads_a_counter_of_a_process(self) -> None:
         # Tasks that were refused: none here, but the file is found whichever version carries the controller.
         count = contained.cgroup_counter(os.getpid(), "pids", "pids.events", "max")
