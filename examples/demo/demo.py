@@ -67,7 +67,7 @@ def main() -> int:
         # From here on a second Ctrl-C would only leave things behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        failure = remove(root) or failure
+        failure = "; ".join(filter(None, [failure, remove(root)]))
     left = leftovers.find(root, pids, own_network=True)
     found.append(
         Promise(
@@ -76,6 +76,8 @@ def main() -> int:
             "; ".join(left) or "user, group, cgroup, mount, loop device, process, file: none",
         )
     )
+    if failure:
+        found.append(Promise("The demo comes to its end", False, failure[:200]))
     report.heading(6, "What was promised, and what held")
     held = report.promises(found)
     report.say(f"The whole took {time.monotonic() - began:.0f} s.")
