@@ -148,7 +148,7 @@ class Trail:
     def __init__(self, daemon: Daemon) -> None:
         self.records: list[Record] = []
         self._news = threading.Condition()
-        self._process = daemon.start("audit", "tail", "-f", "--json")
+        self._process = daemon.start("audit", "tail", "-f", "-n", "1000", "--json")
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Trail:

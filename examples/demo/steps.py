@@ -68,7 +68,7 @@ class Demo:
         took = done["data"]["latency_us"] / 1000
         self.deliveries.setdefault(when, []).append(took)
         if show:
-            queued = asked["data"]["queued_us"] / 1000
+            queued = (asked["data"]["queued_us"] or 0) / 1000
             report.output(f"{event_id}  {done['data']['outcome']}: queued {queued:.1f} ms, answered in {took:.1f} ms")
         return event_id
 
