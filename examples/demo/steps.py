@@ -241,7 +241,7 @@ def attack(demo: Demo, number: int, attempt: contained.Attempt, target: containe
         recorded.append(f"log: {demo.flood_kept[0] >> 10} KiB kept, the rest counted and dropped")
     layers = contained.layers_said(attempt, said["detail"])
     if killed:
-        layers = [f"cgroup: memory.max ({killed})"] if killed == "oom" else [f"unexplained {killed}"]
+        layers = [f"cgroup: memory.max ({killed})"] if killed in {"oom", "out of memory"} else [f"unexplained {killed}"]
     verdict = "SUCCEEDED" if said["succeeded"] and attempt.layers else "stopped" if attempt.layers else "contained"
     report.blank()
     report.say(f"{number:2}. {attempt.tries}: {verdict}, {said['how_far']}")
