@@ -68,7 +68,7 @@ class Stdio:
 
 @dataclass(frozen=True)
 class End:
-    """How a cage ended. ``cause`` is one of: exit, signal, out of memory, task limit, forbidden ABI, stopped, killed."""
+    """How a cage ended. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
 
     exit_code: int | None
     signal: int | None
@@ -214,7 +214,7 @@ class Sandbox:
                 packet, fds = receive_packet(report)
             except BlockingIOError:
                 ready = loop.create_future()
-                loop.add_reader(report, lambda f=ready: f.done() or f.set_result(None))
+                loop.add_reader(report, _resolve, ready)
                 try:
                     await ready
                 finally:
@@ -337,11 +337,16 @@ async def _empty(leaf: Leaf) -> None:
 async def _readable(fd: int) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(fd, _resolve, ready)
     try:
         await ready
     finally:
         loop.remove_reader(fd)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _Stopwatch:

@@ -163,7 +163,8 @@ def _take_scope() -> Path:
     command = [
         "busctl", "call", "--quiet", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
         "org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail",
-        "3", "PIDs", "au", "1", str(os.getpid()), "Delegate", "b", "true", "CollectMode", "s", "inactive-or-failed", "0",
+        "3", "PIDs", "au", "1", str(os.getpid()), "Delegate", "b", "true",
+        "CollectMode", "s", "inactive-or-failed", "0",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if result.returncode != 0:

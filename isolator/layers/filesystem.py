@@ -72,12 +72,12 @@ class Filesystem(Layer):
         links: dict[str, str] = {}
         for name in _MERGED:
             path = f"/{name}"
-            if os.path.islink(path):  # noqa: PTH114
+            if os.path.islink(path):
                 links[name] = os.readlink(path)
-            elif os.path.isdir(path):  # noqa: PTH112
+            elif os.path.isdir(path):
                 binds.append({"source": path, "target": name, "attributes": _READ_ONLY})
         for name in _ETC_OF_HOST:
-            if os.path.exists(f"/etc/{name}"):  # noqa: PTH110
+            if os.path.exists(f"/etc/{name}"):
                 binds.append({"source": f"/etc/{name}", "target": f"etc/{name}", "attributes": _READ_ONLY})
         for number, bind in enumerate(spec.binds):
             plan.fds[f"bind{number}"] = bind.fd
@@ -174,10 +174,7 @@ def _mounts(pid: int) -> dict[str, _Mounted]:
 
 def _take(bind: dict[str, Any], fds: dict[str, int]) -> tuple[bool, int]:
     """The detached, restricted tree of one bind, and whether it is a folder."""
-    if "fd" in bind:
-        fd = mount.clone_tree("", directory=fds[bind["fd"]])
-    else:
-        fd = mount.clone_tree(bind["source"])
+    fd = mount.clone_tree("", directory=fds[bind["fd"]]) if "fd" in bind else mount.clone_tree(bind["source"])
     mount.set_attributes(fd, bind["attributes"])
     return stat.S_ISDIR(os.fstat(fd).st_mode), fd
 
@@ -190,10 +187,10 @@ def _take_device(name: str) -> tuple[bool, int]:
 
 def _place(target: str, *, is_folder: bool) -> None:
     """Make the mount point ``target`` below the current directory, with the folders above it."""
-    parent = target if is_folder else os.path.dirname(target)  # noqa: PTH120
+    parent = target if is_folder else os.path.dirname(target)
     if parent:
         with contextlib.suppress(FileExistsError):
-            os.makedirs(parent, 0o755, exist_ok=True)  # noqa: PTH103
+            os.makedirs(parent, 0o755, exist_ok=True)
     if not is_folder:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
@@ -201,7 +198,7 @@ def _place(target: str, *, is_folder: bool) -> None:
 
 def _write(name: str, text: str, mode: int) -> None:
     _place(name, is_folder=False)
-    os.chmod(name, 0o600)  # noqa: PTH101
+    os.chmod(name, 0o600)
     fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.write(fd, text.encode())
@@ -213,8 +210,9 @@ def _write(name: str, text: str, mode: int) -> None:
 def _etc(spec: CageSpec) -> dict[str, str]:
     user = spec.user
     home = "/state" if spec.policy.filesystem.state else "/tmp"
+    root = "root:x:0:0:root:/nonexistent:/usr/sbin/nologin"
     return {
-        "etc/passwd": f"root:x:0:0:root:/nonexistent:/usr/sbin/nologin\n{user}:x:{spec.uid}:{spec.gid}::{home}:/bin/sh\n",
+        "etc/passwd": f"{root}\n{user}:x:{spec.uid}:{spec.gid}::{home}:/bin/sh\n",
         "etc/group": f"root:x:0:\n{user}:x:{spec.gid}:\n",
         "etc/hosts": f"127.0.0.1 localhost {spec.hostname}\n::1 localhost\n",
         "etc/resolv.conf": "nameserver 127.0.0.53\noptions timeout:5 attempts:1\n",

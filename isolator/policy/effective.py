@@ -12,7 +12,7 @@ nobody wrote it, so there the operator's policy alone decides.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -97,7 +97,23 @@ def meet(core: ManifestCore, grant: PluginPolicy | None, host: HostConfig) -> Pr
     )
     if grant is not None:
         return proposal
-    return Proposal(proposal.effective, proposal.lines, True, None, render_policy(core, proposal))
+    return replace(proposal, policy_text=render_policy(core, proposal))
+
+
+def policy_alone(grant: PluginPolicy, host: HostConfig, name: str) -> Proposal:
+    """What a policy file allows at most, whatever a manifest may ask for; for ``policy explain`` and ``prove``."""
+    from isolator.policy.request import UNWRITTEN, ManifestCore
+
+    core = ManifestCore(
+        name=name,
+        version=UNWRITTEN,
+        api_version="1",
+        binary="./any",
+        hooks=("*",) if grant.hooks is None else grant.hooks,
+        permissions=grant.permissions or (),
+    )
+    proposal = meet(core, grant, host)
+    return replace(proposal, lines=tuple(replace(line, requested=None) for line in proposal.lines))
 
 
 def effective_policy(core: ManifestCore, grant: PluginPolicy, host: HostConfig) -> EffectivePolicy:
