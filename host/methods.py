@@ -46,7 +46,6 @@ class Methods:
             "plugin.enable": self.plugin_enable,
             "plugin.disable": self.plugin_disable,
             "plugin.remove": self.plugin_remove,
-            "plugin.update": self.plugin_update,
             "plugin.rollback": self.plugin_rollback,
             "plugin.approve": self.plugin_approve,
             "config.set": self.config_set,
@@ -189,17 +188,13 @@ class Methods:
         await self._host.removed(plugin.name)
         return answer.fields
 
-    async def plugin_update(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Take over a newer version; one that asks for more waits for approval."""
-        return await self._change("plugin.update", params, path=params.get("path"), by=caller.by)
-
     async def plugin_rollback(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Go back to the version before."""
         return await self._change("plugin.rollback", params, by=caller.by)
 
     async def plugin_approve(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Agree to what is pending; without ``confirm`` only show it."""
-        return await self._change("plugin.approve", params, confirm=bool(params.get("confirm", True)), by=caller.by)
+        """Agree to what is pending."""
+        return await self._change("plugin.approve", params, by=caller.by)
 
     async def plugin_logs(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """The last lines a sidecar wrote; with ``follow`` further ones come as ``log`` notifications."""

@@ -180,7 +180,9 @@ class Daemon:
 
     # Plugins
 
-    def add(self, name: str, script: str, *, hooks: list[str] | None = None, uid: int = PLUGIN_UID, **more: Any) -> Sidecar:
+    def add(
+        self, name: str, script: str, *, hooks: list[str] | None = None, uid: int = PLUGIN_UID, **more: Any
+    ) -> Sidecar:
         """Register a Python script as a plugin, without asking anybody; the host is told."""
         manifest = {
             "name": name,
@@ -511,6 +513,12 @@ class Daemon:
         """Wait until something the double sees makes ``condition()`` true."""
         async with asyncio.timeout(timeout), self._news:
             await self._news.wait_for(condition)
+
+    async def poll(self, condition: Any, timeout: float = 15.0) -> None:
+        """Wait for something that nothing here can see coming, such as a file that a sidecar writes."""
+        async with asyncio.timeout(timeout):
+            while not condition():  # noqa: ASYNC110 # no event tells
+                await asyncio.sleep(0.01)
 
     async def ask(self, method: str, **params: Any) -> dict[str, Any]:
         """One control call on a connection of its own; raises what the host raised."""
