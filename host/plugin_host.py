@@ -121,7 +121,7 @@ class PluginHost:
         """Every plugin with its live figures."""
         return list((await self.call("plugin.list"))["plugins"])
 
-    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+    async def call(self, method: str, /, **params: Any) -> dict[str, Any]:
         """Any verb of the control socket; raises the error that the daemon raised."""
         if self._writer is None:
             raise UnavailableError("the daemon", "is not connected at the moment", "try again")

@@ -141,7 +141,13 @@ async def test_log_lines_of_a_plugin_carry_their_level(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(
     "breach",
-    ["b'nonsense\\n'", "b'[]\\n'", "b'\\xff\\n'", 'b\'{"jsonrpc":"2.0","result":{},"id":1}\\n\'', "b'x' * 600_000"],
+    [
+        "b'nonsense\\n'",
+        "b'[]\\n'",
+        "b'\\xff\\n'",
+        'b\'{"jsonrpc":"2.0","result":{},"id":1}\\n\'',
+        "b'x' * 600_000",
+    ],
 )
 async def test_a_breach_gets_an_error_a_record_and_a_closed_connection(daemon: Daemon, breach: str) -> None:
     body = f"""
