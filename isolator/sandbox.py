@@ -48,9 +48,9 @@ LAYERS: tuple[type[Layer], ...] = (
 _SET_UP_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tools:
-    """What every cage of one daemon shares."""
+    """What every cage of one daemon shares; the launcher is replaced when it dies."""
 
     launcher: Launcher
     journal: Journal
@@ -116,6 +116,11 @@ class Sandbox:
         self._stopping = False
         self._oom = -1
         self._oom_seen = False
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a process."""
+        return self._clone is not None
 
     @property
     def pid(self) -> int:
