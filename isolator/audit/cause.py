@@ -7,6 +7,7 @@ thing happened*, not when its record arrived. The writer reads the host's socket
 record; therefore every window that can matter is known by then. A finished window stays known for a while, as the
 record of a connection may arrive after that of the reply which the plugin sent right behind it.
 
+A record that sums up several things (``count``) tells when the first happened and gets every event in between.
 ``net.closed`` belongs to whatever ``net.connect`` of the same ``data.flow`` belonged to.
 """
 
@@ -72,7 +73,9 @@ class Causes:
         if record.type == "net.closed" and flow is not None and key in self._flows:
             causes = self._flows.pop(key)
         else:
-            causes = self._open_at(record.plugin, record.run, now if record.happened is None else record.happened)
+            at = now if record.happened is None else record.happened
+            began = at if record.began is None else min(record.began, at)
+            causes = self._open_between(record.plugin, record.run, began, at)
             if record.type == "net.connect" and flow is not None:
                 self._flows[key] = causes
                 if len(self._flows) > _MAX_FLOWS:
@@ -87,11 +90,11 @@ class Causes:
                 "delivery_ids": [delivery for _, delivery in causes],
             }
 
-    def _open_at(self, plugin: str, run: str | None, at: int) -> list[tuple[str, str | None]]:
+    def _open_between(self, plugin: str, run: str | None, began: int, at: int) -> list[tuple[str, str | None]]:
         return [
             (window.event_id, window.delivery_id)
             for window in self._windows.get(plugin, ())
-            if window.start <= at <= window.end and (run is None or window.run is None or run == window.run)
+            if window.start <= at and began <= window.end and (run is None or window.run is None or run == window.run)
         ]
 
     @staticmethod

@@ -68,11 +68,13 @@ class AuditClient:
         delivery_id: str | None = None,
         urgent: bool = False,
         happened_ns: int | None = None,
+        since_ns: int | None = None,
         **data: Any,
     ) -> None:
         """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``handed_over``).
 
-        ``happened_ns`` is the CLOCK_MONOTONIC of what it tells of, when that was noticeably before this call.
+        ``happened_ns`` is the CLOCK_MONOTONIC of what it tells of, when that was noticeably before this call;
+        ``since_ns`` that of the first of several things which one record sums up.
         """
         if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1
@@ -80,7 +82,7 @@ class AuditClient:
         if self.lost:
             lost, self.lost = self.lost, 0
             self.record("audit.gap", count=lost, why="the sender's buffer was full")
-        line = self._line(type, plugin, run, event_id, delivery_id, data, happened_ns)
+        line = self._line(type, plugin, run, event_id, delivery_id, data, happened_ns, since_ns)
         self._pending.append(line)
         if urgent:
             self._flush()
@@ -136,9 +138,10 @@ class AuditClient:
         delivery_id: str | None,
         data: dict[str, Any],
         happened: int | None,
+        since: int | None,
     ) -> bytes:
         self._number += 1
-        record = {
+        record: dict[str, Any] = {
             "time": utc_now(),
             "type": type,
             "plugin": plugin,
@@ -149,6 +152,8 @@ class AuditClient:
             "n": f"{self._session}:{self._number}",
             "mono": time.monotonic_ns() if happened is None else happened,
         }
+        if since is not None:
+            record["since"] = since
         try:
             line = _encode(record).encode()
             if len(line) < MAX_PACKET:

@@ -33,13 +33,13 @@ _CHECK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """When to seal and rotate, and what to keep; sizes in bytes, times in seconds, 0 keeps everything."""
+    """When to seal and rotate, and how many full files to keep (0: all); sizes in bytes, times in seconds."""
 
     seal_records: int = 1000
-    seal_seconds: float = 60.0
-    rotate: int = 64 << 20
-    keep_bytes: int = 4 << 30
-    keep_seconds: float = 0.0
+    seal_interval: float = 60.0
+    rotate_size: int = 64 << 20
+    rotate_age: float = 86400.0
+    keep_files: int = 90
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Chain:
         """Bytes of the lines not taken yet."""
         self.seals = 0
         self._signer, self._limits = signer, limits
-        self._file_bytes = 0 if state.size >= limits.rotate else state.size
+        self._file_bytes = 0 if state.size >= limits.rotate_size else state.size
+        self._begun = state.begun if self._file_bytes else time.time()
         self._batches: list[Batch] = []
         self._open = Batch()
 
@@ -74,7 +75,7 @@ class Chain:
     def append(self, record: Incoming) -> None:
         """Add a record; raises RejectedError, and leaves no trace, when it cannot be spelled."""
         self._add(record)
-        if self.seq - self.sealed >= self._limits.seal_records or self._file_bytes >= self._limits.rotate:
+        if self.seq - self.sealed >= self._limits.seal_records or self._is_full():
             self.seal(record.time)
 
     def seal(self, now: str) -> None:
@@ -84,11 +85,14 @@ class Chain:
         self.sealed = self.seq
         self._add(Incoming(now, "audit.seal", data=data))
         self.seals += 1
-        if self._file_bytes >= self._limits.rotate:
+        if self._is_full():
             self._open.last = True
             self._batches.append(self._open)
             self._open = Batch()
-            self._file_bytes = 0
+            self._file_bytes, self._begun = 0, time.time()
+
+    def _is_full(self) -> bool:
+        return self._file_bytes >= self._limits.rotate_size or time.time() - self._begun >= self._limits.rotate_age
 
     def take(self) -> list[Batch]:
         """Everything gathered so far, for a commit."""
@@ -139,7 +143,7 @@ class Trail:
         sync_directory(self._log)
         self.seq, self._hash = state.seq, state.hash
         self._size, self._first = state.size, state.first
-        self._full = state.size >= self._limits.rotate
+        self._full = state.size >= self._limits.rotate_size
         self._retire()
         return state, signer
 
@@ -296,16 +300,7 @@ class Trail:
         """Find the full files that are over the limit; deleting waits until a record accounts for them."""
         pending = {path for _, paths in self._retired for path in paths}
         full = [path for path in files.rotated(self._log) if path not in pending]
-        status = {path: path.stat() for path in full}
-        total = sum(s.st_size for s in status.values())
-        gone: list[Path] = []
-        for path in full[:-1]:
-            too_much = self._limits.keep_bytes and total > self._limits.keep_bytes
-            too_old = self._limits.keep_seconds and status[path].st_mtime < time.time() - self._limits.keep_seconds
-            if not too_much and not too_old:
-                break
-            total -= status[path].st_size
-            gone.append(path)
+        gone = full[: -self._limits.keep_files] if self._limits.keep_files else []
         if not gone:
             return
         follower = files.first_line(full[len(gone)])

@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ class Service:
             self._chain.seal(utc_now())
             self._wake.set()
         elif self._chain is not None and self._chain.unsealed:
-            self._seal_timer = self._loop.call_later(self._limits.seal_seconds, self._seal)
+            self._seal_timer = self._loop.call_later(self._limits.seal_interval, self._seal)
 
     async def _run(self, attempted: asyncio.Event) -> None:
         while self._chain is None:
@@ -283,7 +284,7 @@ class Service:
                     return
                 self._wake.set()
             elif self._seal_timer is None and self._chain.unsealed:
-                self._seal_timer = self._loop.call_later(self._limits.seal_seconds, self._seal)
+                self._seal_timer = self._loop.call_later(self._limits.seal_interval, self._seal)
 
     async def _commit(self) -> bool:
         """Bring everything that has gathered to the disk; False when it is time to stop without it."""
@@ -364,11 +365,14 @@ def _reason(error: BaseException) -> str:
 
 
 def limits_of(config: Mapping[str, Any]) -> Limits:
-    """The ``audit`` section of the host's configuration: ``rotate``, ``keep_bytes`` (bytes), ``keep_seconds``."""
-    section = config.get("audit")
-    given = section if isinstance(section, Mapping) else {}
-    names = {"rotate": int, "keep_bytes": int, "keep_seconds": float}
-    return Limits(**{name: kind(given[name]) for name, kind in names.items() if given.get(name) is not None})
+    """The limits in the ``audit`` section of the host's configuration (``AuditSettings``)."""
+    section = config.get("audit") or {}
+    return Limits(**{field.name: section[field.name] for field in fields(Limits) if field.name in section})
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """The address family of a literal address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 async def serve(channel: socket.socket) -> None:
@@ -388,6 +392,14 @@ async def serve(channel: socket.socket) -> None:
         config = message.fields.get("config") or {}
         service = Service(Paths.of(message.fields["root"]), limits_of(config))
         await service.open()
+        port = (config.get("metrics") or {}).get("port")
+        if port is not None:
+            address = str(config["metrics"].get("address", "127.0.0.1"))
+            try:
+                listener = socket.create_server((address, int(port)), family=family_of(address))
+                listeners.append(await serve_metrics(service.metrics, listener))
+            except OSError as error:  # the trail is worth more than its figures
+                print(f"isolator audit: no metrics on {address}:{port}: {error.strerror}", file=sys.stderr, flush=True)
         return {"blocked": service.blocked}
 
     async def source(message: ipc.Message) -> None:

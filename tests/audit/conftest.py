@@ -47,7 +47,7 @@ class Daemon:
         ours, theirs = ipc.pair()
         with theirs:
             command = [sys.executable, "-I", "-c", _RUN, str(self._code), "--channel-fd", str(theirs.fileno())]
-            self.process = subprocess.Popen(  # noqa: ASYNC220 -- a test may wait for a fork
+            self.process = subprocess.Popen(
                 ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--no-new-privs",
                  "--bounding-set=-all", "--inh-caps=-all", "--", *command],
                 pass_fds=[theirs.fileno()],
