@@ -426,7 +426,7 @@ class Plugin:
             waiting.cancel()
 
     def _ruleset_changed(self, run: Run, drift: socket.socket) -> None:
-        """Somebody touched the cage's ruleset; what leads nowhere but loopback stays shut, but the promise is broken."""
+        """Somebody touched the cage's ruleset: it still leads nowhere but loopback, but the promise is broken."""
         with contextlib.suppress(BlockingIOError):
             while drift.recv(65536):
                 pass

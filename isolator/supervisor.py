@@ -105,7 +105,7 @@ class Supervisor:
         stack.callback(journal.gone, "subtree")
         stack.callback(subtree.remove)
         self.tools = Tools(Launcher(), journal, subtree)
-        stack.callback(lambda: self.tools.launcher.close())
+        stack.callback(self._close_launcher)
         stack.callback(asyncio.create_task(self._keep_launcher(), name="launcher").cancel)
         self.denials = Denials()
         stack.callback(self.denials.close)
@@ -154,6 +154,9 @@ class Supervisor:
                 child.parent.rmdir()
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+    def _close_launcher(self) -> None:
+        self.tools.launcher.close()  # whichever it is by then
 
     async def _keep_launcher(self) -> None:
         while True:
