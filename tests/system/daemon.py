@@ -140,7 +140,13 @@ def daemon(*, host_toml: str = "", start: bool = True) -> Iterator[Daemon]:
 def write_plugin(folder: Path, script: str = ECHO, **manifest: Any) -> Path:
     """A plugin folder with one Python script."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = {"name": folder.name, "version": "1.0.0", "api_version": "1", "binary": "./main", "hooks": ["deploy.completed"]}
+    body = {
+        "name": folder.name,
+        "version": "1.0.0",
+        "api_version": "1",
+        "binary": "./main",
+        "hooks": ["deploy.completed"],
+    }
     (folder / "plugin.json").write_text(json.dumps(body | manifest))
     (folder / "main").write_text(textwrap.dedent(script))
     (folder / "main").chmod(0o755)

@@ -14,7 +14,7 @@ from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Daemon]:
-    with daemon(host_toml="[restart]\ncrashes = 2\nbackoff_min = \"0.1s\"\n") as d:
+    with daemon(host_toml='[restart]\ncrashes = 2\nbackoff_min = "0.1s"\n') as d:
         yield d
 
 
@@ -35,7 +35,7 @@ def _outside(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "json": (lambda f: (f / "plugin.json").write_text("{\"name\": "), "plugin.json"),
+    "json": (lambda f: (f / "plugin.json").write_text('{"name": '), "plugin.json"),
     "hook": (lambda f: _manifest(f, hooks=["deploy.finished"]), "deploy.finished"),
     "typo": (lambda f: _manifest(f, sandbox={"network": {"egres": []}}), "egress"),
     "missing": (lambda f: (f / "main").unlink(), "no such file"),
