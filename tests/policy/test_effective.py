@@ -91,6 +91,15 @@ def test_without_an_author_the_operators_number_counts() -> None:
     assert meet(synthesised(), policy("[grant]\negress = ['a.com:8443']"), DEFAULT).effective.network.mode == "listed"
 
 
+def test_who_decides_how_long_a_delivery_may_take() -> None:
+    said = policy('[delivery]\ntimeout = "2m"')
+    assert meet(manifest(delivery={"timeout": "5m"}), None, DEFAULT).effective.delivery_timeout == 300
+    assert meet(manifest(delivery={"timeout": "5m"}), said, DEFAULT).effective.delivery_timeout == 120
+    assert meet(manifest(delivery={"timeout": "1h"}), None, DEFAULT).effective.delivery_timeout == 900
+    assert meet(synthesised(), said, DEFAULT).effective.delivery_timeout == 120
+    assert meet(synthesised(), None, DEFAULT).effective.delivery_timeout == 10
+
+
 NONE, PUBLIC = "none", "public"
 
 
