@@ -375,6 +375,7 @@ def test_the_effective_policy_is_within_the_ceiling_the_grant_and_the_request(
     assert effective.resources.memory <= ceiling.memory
     assert effective.resources.tasks <= ceiling.tasks
     assert effective.filesystem.state <= ceiling.state
+    assert all(host.inbound.allows(rule.address, rule.port) for rule in effective.network.listen)
     asked = core.sandbox
     for value, requested in (
         (effective.resources.memory, asked.resources.memory),
