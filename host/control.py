@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,11 +70,9 @@ class ControlServer:
         """Accept on ``listener`` from now on."""
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
-        self._server = (
-            await loop.create_unix_server(lambda: _Connection(self), sock=listener, cleanup_socket=False)
-            if (_HAS_CLEANUP_SOCKET)
-            else await loop.create_unix_server(lambda: _Connection(self), sock=listener)
-        )
+        # From 3.13 asyncio unlinks a listener's path when the server closes; this path is the supervisor's.
+        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener, **options)
 
     def opened(self, connection: _Connection) -> bool:
         """Count a connection; False when there are too many."""
@@ -92,10 +91,6 @@ class ControlServer:
             self._server.close()
         for connection in list(self._connections):
             connection.close()
-
-
-# From 3.13 asyncio unlinks a listener's path when the server closes; the path is the supervisor's.
-_HAS_CLEANUP_SOCKET = "cleanup_socket" in (asyncio.AbstractEventLoop.create_unix_server.__kwdefaults__ or {})
 
 
 class _Connection(LineProtocol):
@@ -177,9 +172,8 @@ class _Connection(LineProtocol):
             self._answer(number, error=error)
         except Exception as error:  # the caller must get an answer whatever happened; the loop logs the rest
             verdict = "failed"
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": f"control: {name} failed", "exception": error}
-            )
+            context = {"message": f"control: {name} failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
             self._answer(number, error=IsolatorError(str(name), f"{type(error).__name__}: {error}", "please report it"))
         if verdict == "denied" or (method is not None and method.recorded):
             target = message.get("params", {}).get("name") if isinstance(message.get("params"), dict) else None

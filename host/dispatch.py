@@ -3,8 +3,8 @@
 A worker takes a delivery, makes sure the sidecar runs (``run.ensure``; the first event starts it), asks the supervisor
 for a connected socket (``run.connect``), checks who is at the other end, hands the ``event.dispatched`` record to the
 audit *before* the request is written (so that whatever the plugin then does can be given its cause), sends, waits for
-the reply, records the outcome. Workers share nothing but the event loop: a plugin that hangs, floods or crashes costs its
-own queue time and nobody else's.
+the reply, records the outcome. Workers share nothing but the event loop: a plugin that hangs, floods or crashes costs
+its own queue time and nobody else's.
 
 Until the request is written nothing counts as an attempt: a sidecar that is not running, still starting or refusing
 connections holds its worker, with growing pauses, and any news of the plugin ends the pause. Once it is written,
@@ -260,8 +260,9 @@ class Worker:
             response_sha256=outcome.sha256,
             response=reply,
         )
-        if outcome.kind == "ok" or outcome.kind == "skipped":
-            self._consumer.done(delivery, Result(outcome.kind, outcome.status, detail, reply, latency))
+        if outcome.kind in ("ok", "skipped"):
+            state: State = "ok" if outcome.kind == "ok" else "skipped"
+            self._consumer.done(delivery, Result(state, outcome.status, detail, reply, latency))
             return
         if outcome.kind == "rejected":
             self._give_up(delivery, "dead", detail or "rejected by the plugin", outcome.status, reply, latency)

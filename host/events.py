@@ -254,7 +254,9 @@ class Catalogue:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with a document, in one line, with a suggestion for a misspelt key."""
     parts: list[str] = []
-    for item in error.errors()[:3]:
+    # A misspelt field first: it explains the missing one.
+    problems = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    for item in problems[:3]:
         where = ".".join(str(part) for part in item["loc"]) or "the document"
         if item["type"] == "missing":
             parts.append(f"{where} is required")
@@ -263,7 +265,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             parts.append(f"unknown field {where}" + (f" (did you mean {close[0]}?)" if close else ""))
         else:
             parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
-    more = len(error.errors()) - 3
+    more = len(problems) - 3
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 

@@ -16,13 +16,14 @@ from host.registry import Plugin
 from isolator import __version__
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import Message
+from isolator.policy.request import MAX_BYTES
 
 if TYPE_CHECKING:
     from host.service import Host
 
 MAX_WAIT = 3600.0
 SUPERVISOR_TIMEOUT = 120.0
-_MANIFEST_LIMIT = manifests.MAX_BYTES
+_MANIFEST_LIMIT = MAX_BYTES
 N = TypeVar("N", int, float)
 
 
@@ -45,7 +46,6 @@ class Methods:
             "plugin.enable": self.plugin_enable,
             "plugin.disable": self.plugin_disable,
             "plugin.remove": self.plugin_remove,
-            "plugin.update": self.plugin_update,
             "plugin.rollback": self.plugin_rollback,
             "plugin.approve": self.plugin_approve,
             "config.set": self.config_set,
@@ -188,17 +188,13 @@ class Methods:
         await self._host.removed(plugin.name)
         return answer.fields
 
-    async def plugin_update(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Take over a newer version; one that asks for more waits for approval."""
-        return await self._change("plugin.update", params, path=params.get("path"), by=caller.by)
-
     async def plugin_rollback(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Go back to the version before."""
         return await self._change("plugin.rollback", params, by=caller.by)
 
     async def plugin_approve(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Agree to what is pending; without ``confirm`` only show it."""
-        return await self._change("plugin.approve", params, confirm=bool(params.get("confirm", True)), by=caller.by)
+        """Agree to what is pending."""
+        return await self._change("plugin.approve", params, by=caller.by)
 
     async def plugin_logs(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """The last lines a sidecar wrote; with ``follow`` further ones come as ``log`` notifications."""
@@ -253,10 +249,8 @@ class Methods:
             raise UsageError("event", "dedupe_key must be text of at most 256 characters")
         if trace is not None and not (isinstance(trace, str) and len(trace) <= 128):
             raise UsageError("event", "trace must be text of at most 128 characters")
-        if ttl is not None and (
-            isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= 31 * 86400
-        ):
-            raise UsageError("event", "ttl must be seconds, more than 0 and at most 31 days")
+        if ttl is not None:
+            ttl = _number(params, "ttl", 0.0, 31 * 86400.0)
         accepted = await self._host.emit(
             _text(params, "name"), payload, by=caller.by, dedupe_key=dedupe_key, ttl=ttl, trace=trace
         )

@@ -35,7 +35,7 @@ from host.store import Store
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy.strict import did_you_mean
 
-FILES_AT = "/run/isolator/secrets"
+FILES_AT = "/run/isolator/config"
 """Where the cage shows values of type ``file``, one 0400 file each, named by its key."""
 REDACTED = "[redacted]"
 _SHORTEST = 4

@@ -22,7 +22,7 @@ import socket
 import stat
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,6 +78,8 @@ class Surroundings(Protocol):
 
     def changed(self, plugin: Plugin) -> None: ...
 
+    def record_resources(self, plugin: Plugin) -> None: ...
+
 
 @dataclass
 class Run:
@@ -95,6 +97,14 @@ class Run:
     """Descriptors that only the start needs."""
     socket_there: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: str = ""
+    verdict: str = ""
+    """Why the supervisor ended it, when it did; told in place of what the process itself reports."""
+
+    def end(self, why: str) -> None:
+        """Kill the whole cage at once, for a reason."""
+        self.verdict = self.verdict or why
+        if self.sandbox.started:
+            self.sandbox.leaf.kill()
 
 
 class Plugin:
@@ -396,6 +406,8 @@ class Plugin:
         loop = asyncio.get_running_loop()
         loop.add_reader(run.watch.fileno(), self._look_for_socket, run)
         self._look_for_socket(run)
+        drift = network_layer.watch(run.network.network)
+        loop.add_reader(drift, self._ruleset_changed, run, drift)
         waiting = asyncio.create_task(run.sandbox.wait())
         try:
             there = asyncio.create_task(run.socket_there.wait())
@@ -404,12 +416,26 @@ class Plugin:
             if not run.socket_there.is_set() and not waiting.done():
                 assert self.effective is not None
                 await run.sandbox.stop(self.effective.restart.stop_grace)
-                end = await waiting
-                return End(end.exit_code, end.signal, f"no socket in {SOCKET_SECONDS:g} s", end.uptime, end.events)
-            return await waiting
+                run.verdict = run.verdict or f"no socket in {SOCKET_SECONDS:g} s"
+            end = await waiting
+            return replace(end, cause=run.verdict) if run.verdict else end
         finally:
             loop.remove_reader(run.watch.fileno())
+            loop.remove_reader(drift)
+            drift.close()
             waiting.cancel()
+
+    def _ruleset_changed(self, run: Run, drift: socket.socket) -> None:
+        """Somebody touched the cage's ruleset: it still leads nowhere but loopback, but the promise is broken."""
+        with contextlib.suppress(BlockingIOError):
+            while drift.recv(65536):
+                pass
+        try:
+            assert self.effective is not None
+            network_layer.confirm(run.network.network, self.effective.network)
+        except ConfinementError as error:
+            self._around.audit.record("net.denied", plugin=self.name, run=run.id, rule="ruleset-changed", why=error.why)
+            run.end("its network rules were changed")
 
     def _look_for_socket(self, run: Run) -> None:
         run.watch.read()
@@ -418,6 +444,7 @@ class Plugin:
             run.socket_there.set()
 
     def _record_end(self, run: Run, end: End) -> None:
+        self._around.record_resources(self)
         self._around.audit.record(
             "plugin.crashed" if self._wanted else "plugin.stopped",
             plugin=self.name,

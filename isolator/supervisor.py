@@ -3,7 +3,7 @@
 Starts in this order and stops in the reverse: the lock on the root (a second daemon is refused), what an earlier one
 left is cleared, the launcher, the users, audit, broker, host, then the registered plugins are known (they start when
 an event wants them). Anything that dies is started again; running sidecars stay, except when the launcher dies: it is
-the only one that can end cages if this process is killed, so their runs are ended with it.
+what ends cages if this process is killed, so the runs it cloned are ended and come back under a new one.
 
 What it says to the services and they to it is in docs/internals.md.
 """
@@ -63,7 +63,6 @@ class Supervisor:
         self._stack = contextlib.AsyncExitStack()
         self._audit_ends: dict[str, socket.socket] = {}
         self._snapshots: asyncio.Task[None] | None = None
-        self.failed = asyncio.Event()
 
     # --- start and stop --------------------------------------------------------------------------------------
 
@@ -101,14 +100,13 @@ class Supervisor:
         cleared = recovery.clear(paths, journal)
         for left in cleared:
             self._log(f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}".rstrip())
-        launcher = Launcher()
-        stack.callback(launcher.close)
         subtree = open_subtree(paths.named("isolator"))
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         stack.callback(journal.gone, "subtree")
         stack.callback(subtree.remove)
-        self.tools = Tools(launcher, journal, subtree)
-        stack.callback(self._watch_launcher(launcher).cancel)
+        self.tools = Tools(Launcher(), journal, subtree)
+        stack.callback(self._close_launcher)
+        stack.callback(asyncio.create_task(self._keep_launcher(), name="launcher").cancel)
         self.denials = Denials()
         stack.callback(self.denials.close)
         self.audit = AuditClient(None)
@@ -125,6 +123,10 @@ class Supervisor:
             config=self.config.source,
             cleared=[f"{left.kind} {left.name}" for left in cleared],
         )
+        for left in cleared:
+            if left.kind == "cage":
+                plugin, _, run = left.name.rpartition(".")
+                self.audit.record("plugin.stopped", plugin=plugin, run=run, cause="found dead: the daemon was killed")
         self._snapshots = asyncio.create_task(self._take_snapshots(), name="snapshots")
 
     async def stop(self) -> None:
@@ -153,13 +155,18 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def _watch_launcher(self, launcher: Launcher) -> asyncio.Task[None]:
-        async def watch() -> None:
-            await launcher.closed.wait()
-            self._log("the launcher has died; its cages have ended with it")
-            self.failed.set()
+    def _close_launcher(self) -> None:
+        self.tools.launcher.close()  # whichever it is by then
 
-        return asyncio.create_task(watch(), name="launcher")
+    async def _keep_launcher(self) -> None:
+        while True:
+            await self.tools.launcher.closed.wait()
+            self._log("the launcher has died; starting it and its cages again")
+            self.tools.launcher.close()
+            for plugin in self._plugins.values():
+                if plugin.run is not None:
+                    plugin.run.end("the launcher died")
+            self.tools.launcher = Launcher()
 
     def _load_plugins(self) -> None:
         for name in self.registrar.names():
@@ -527,13 +534,13 @@ class Supervisor:
                     self.record_resources(plugin)
 
     def record_resources(self, plugin: Plugin) -> None:
-        """One ``resources`` record of a running plugin."""
+        """One ``resources`` record of a plugin's run."""
         from isolator.audit.sources.snapshots import snapshot
 
-        assert plugin.run is not None
-        leaf = plugin.run.sandbox.leaf
-        figures = snapshot(leaf.folders(), leaf.processes())
-        self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **figures)
+        if plugin.run is not None and plugin.run.sandbox.started:
+            leaf = plugin.run.sandbox.leaf
+            figures = snapshot(leaf.folders(), leaf.processes())
+            self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **figures)
 
 
 def _listen(path: Any, *, mode: int, owner: int, backlog: int) -> socket.socket:

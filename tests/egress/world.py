@@ -112,6 +112,7 @@ class Dns:
             for item in found() if callable(found) else found:
                 kind = "AAAA" if ":" in item else "A" if item[0].isdigit() else "CNAME"
                 if kind == "CNAME" or kind == dns.rdatatype.to_text(question.rdtype):
+                    item = f"{item}." if kind == "CNAME" else item
                     reply.answer.append(dns.rrset.from_text(question.name, self.ttl, "IN", kind, item))
         return reply.to_wire()
 
@@ -261,9 +262,7 @@ def _certificate(directory: Path) -> ssl.SSLContext:
     )
     (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     (directory / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     (directory / "key.pem").chmod(0o600)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
