@@ -14,7 +14,6 @@ When the peer goes away every pending call fails with ``UnavailableError`` and `
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import json
@@ -26,9 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
-
-MAX_PACKET = 160 * 1024
-MAX_FDS = 64
+from isolator.ipc_packet import MAX_FDS, MAX_PACKET, receive_packet, send_packet
 
 
 @dataclass
@@ -55,24 +52,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return a, b
 
 
-def send_packet(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
-    """Send one packet with descriptors; raises BlockingIOError when a non-blocking peer is full."""
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([payload], ancillary, socket.MSG_NOSIGNAL)
-
-
-def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive one packet and its descriptors (close-on-exec); ``b""`` means the peer is gone."""
-    payload, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        for fd in fds:
-            os.close(fd)
-        raise IsolatorError("internal message", "truncated", "this is a bug; please report it")
-    return payload, list(fds)
+__all__ = ["MAX_FDS", "MAX_PACKET", "Channel", "Handler", "Message", "pair", "receive_packet", "send_packet"]
 
 
 class Channel:

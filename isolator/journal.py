@@ -1,0 +1,98 @@
+"""What was made outside a process, written down before it is made.
+
+One JSON line an entry, in the run directory: after a reboot it is gone, and so are the groups and mounts it names.
+``make`` comes before the thing exists, ``gone`` after it was removed; what has the first without the second is
+left over from a daemon that was killed. Entries are recognised by boot id and full path, never by a pid.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from isolator.errors import IsolatorError
+
+_COMPACT_LINES = 4000
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something outside the daemon: the groups of one leaf (a cage or a service), or a mount with its loop device."""
+
+    name: str
+    kind: str
+    """``leaf``, ``mount`` or ``subtree``."""
+    folders: tuple[str, ...] = ()
+    """The cgroup folders, v2 first; for a mount its mount point."""
+    boot: str = field(default_factory=boot_id)
+
+
+class Journal:
+    """The open entries of one daemon. Holds the lock that keeps a second daemon off the same root."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise IsolatorError(
+                f"daemon on {path.parent}", "another one is running there",
+                "stop it first, or use another --root",
+            ) from None  # fmt: skip
+        self.open: dict[str, Entry] = {}
+        self._lines = 0
+        self._read()
+
+    def _read(self) -> None:
+        here = boot_id()
+        for line in self._path.read_bytes().split(b"\n"):
+            self._lines += 1
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the torn last line of a killed daemon: its "make" had no effect yet
+            if "gone" in record:
+                self.open.pop(record["gone"], None)
+            elif record.get("boot") == here:
+                record["folders"] = tuple(record["folders"])
+                self.open[record["name"]] = Entry(**record)
+
+    def make(self, entry: Entry) -> None:
+        """Write down what is about to be made."""
+        self.open[entry.name] = entry
+        self._append(asdict(entry))
+
+    def gone(self, name: str) -> None:
+        """Write down that it was removed."""
+        if self.open.pop(name, None) is not None:
+            self._append({"gone": name})
+            if self._lines > _COMPACT_LINES and len(self.open) * 4 < self._lines:
+                self._compact()
+
+    def close(self) -> None:
+        """Release the lock; the file goes too when nothing is open."""
+        if not self.open:
+            self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _append(self, record: dict[str, object]) -> None:
+        # Written in one call and not synced: it must survive the daemon's death, not the machine's.
+        os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self._lines += 1
+
+    def _compact(self) -> None:
+        lines = [json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n" for entry in self.open.values()]
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, b"".join(lines))
+        self._lines = len(lines)

@@ -1,0 +1,145 @@
+"""The supervisor's side of the launcher: start it, hand it plans, receive pids."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import isolator
+from isolator.errors import ConfinementError, UnavailableError
+from isolator.ipc import pair, receive_packet, send_packet
+from isolator.launch.plan import Plan
+
+_BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launch.launcher import main; main()"
+
+
+@dataclass(frozen=True)
+class Clone:
+    """The child that a plan became, held by its pidfd."""
+
+    pid: int
+    pidfd: int
+
+
+class Launcher:
+    """One launcher process. Answers come in the order of the plans."""
+
+    def __init__(self) -> None:
+        mine, theirs = pair()
+        self._sock = mine
+        self._waiting: deque[asyncio.Future[Clone]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self.closed = asyncio.Event()
+        self._process = subprocess.Popen(
+            # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by explicit paths.
+            [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), *_import_paths()],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            cwd="/",
+            close_fds=True,
+        )
+        theirs.close()
+        mine.setblocking(False)
+        self._loop.add_reader(mine, self._readable)
+
+    @property
+    def pid(self) -> int:
+        """The launcher's pid (to be put into its group)."""
+        return self._process.pid
+
+    async def clone(self, plan: Plan) -> Clone:
+        """Have the plan cloned. The descriptors in it stay the caller's."""
+        if self.closed.is_set():
+            raise UnavailableError("launcher", "not running at the moment", "try again")
+        future: asyncio.Future[Clone] = self._loop.create_future()
+        packet, fds = plan.pack()
+        await self._send(packet, fds)
+        self._waiting.append(future)
+        return await future
+
+    def forget(self, cage: str) -> None:
+        """The cage is gone: its group need not be killed any more."""
+        if not self.closed.is_set():
+            task = self._loop.create_task(self._send(json.dumps({"forget": cage}).encode(), []))
+            task.add_done_callback(lambda done: done.exception())
+
+    def close(self) -> None:
+        """End the launcher; it kills what it still knows of."""
+        self._lost()
+        self._process.wait()
+
+    async def _send(self, packet: bytes, fds: list[int]) -> None:
+        while True:
+            try:
+                send_packet(self._sock, packet, fds)
+                return
+            except BlockingIOError:
+                ready = self._loop.create_future()
+                self._loop.add_writer(self._sock, _resolve, ready)
+                await ready
+                self._loop.remove_writer(self._sock)
+            except OSError:
+                self._lost()
+                raise UnavailableError("launcher", "it has died", "the supervisor starts it again") from None
+
+    def _readable(self) -> None:
+        try:
+            packet, fds = receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet, fds = b"", []
+        if not packet:
+            self._lost()
+            return
+        answer = json.loads(packet)
+        future = self._waiting.popleft()
+        if future.done():  # its start was cancelled; what was cloned sees the end of its go pipe and ends
+            for fd in fds:
+                os.close(fd)
+        elif "pid" in answer:
+            future.set_result(Clone(answer["pid"], fds[0]))
+        else:
+            future.set_exception(ConfinementError("clone of the cage", answer["detail"], clone_remedy(answer["errno"])))
+
+    def _lost(self) -> None:
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(UnavailableError("launcher", "it has died", "the supervisor starts it again"))
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def clone_remedy(number: int) -> str:
+    """What to try for an errno of clone3."""
+    import errno
+
+    return {
+        errno.EPERM: "run as root, outside a container that forbids namespaces",
+        errno.ENOSYS: "use kernel 5.7 or newer",
+        errno.EAGAIN: "the host is out of process ids",
+        errno.EBUSY: "the cgroup leaf distributes controllers; run 'isolator gc'",
+    }.get(number, "see 'isolator check'")
+
+
+def _import_paths() -> list[str]:
+    import prctl
+
+    # prctl last: its folder is site-packages, and nothing else of it shall win over the standard library.
+    return list(dict.fromkeys([str(Path(isolator.__file__).parents[1]), str(Path(prctl.__file__).parent)]))

@@ -1,0 +1,57 @@
+"""Capabilities: none, in any of the five sets, for every number up to the kernel's last one.
+
+Two steps in the child: the bounding set is emptied and the securebits are locked while the process still has
+CAP_SETPCAP; the other sets are emptied after the uid has changed. The locked bits (NOROOT, NO_SETUID_FIXUP,
+KEEP_CAPS off, NO_CAP_AMBIENT_RAISE) mean that even uid 0 inside would gain nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+from isolator.linux import capability
+
+if TYPE_CHECKING:
+    from isolator.launch.plan import Plan
+    from isolator.policy.model import EffectivePolicy
+
+SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+# NOROOT, NO_SETUID_FIXUP, KEEP_CAPS and NO_CAP_AMBIENT_RAISE each have a value bit and a lock bit (capabilities(7)).
+_NOROOT, _NO_SETUID_FIXUP, _NO_CAP_AMBIENT_RAISE = 1 << 0, 1 << 2, 1 << 6
+_LOCKS = (1 << 1) | (1 << 3) | (1 << 5) | (1 << 7)
+_SECUREBITS = _NOROOT | _NO_CAP_AMBIENT_RAISE | _LOCKS | _NO_SETUID_FIXUP
+
+
+def enter_bounding_set(section: dict[str, Any], fds: dict[str, int]) -> None:
+    """Lock the securebits and empty the bounding set; needs CAP_SETPCAP."""
+    capability.drop_bounding_set(section["last"])
+    capability.set_securebits(_SECUREBITS)
+
+
+class Capabilities(Layer):
+    """No capability, and no way to gain one."""
+
+    name = "capabilities"
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        return [Control("no capabilities", cls.name, "enforced", f"0 to {capability.last_capability()}")]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        return "It has no capability of any kind and cannot gain one."
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        plan.sections[self.name] = {"last": capability.last_capability()}
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        capability.clear_sets()
+
+    def confirm(self, pid: int) -> None:
+        status = process_status(pid)
+        for name in SETS:
+            if int(status[name], 16):
+                raise mismatch(self.name, name, 0, status[name])

@@ -1,0 +1,447 @@
+"""Control groups: memory, cpu and task caps, membership, and the kill that nothing survives.
+
+cgroup v2 keeps membership, ``cgroup.kill`` and, where it has the controllers, the limits. On hybrid hosts
+(controllers bound to v1 hierarchies) each controller is found where it is mounted and enforced there; nothing above
+this module knows. One leaf per run, ``BASE/NAME.RUN``: a v2 leaf that has once seen ``cgroup.kill`` kills
+every later CLONE_INTO_CGROUP child at once.
+
+Everything is made below the daemon's own groups. On a systemd host they must be delegated (the unit has
+``Delegate=yes``; from a shell a transient scope is taken), and the daemon moves itself into a leaf first, since v2
+allows no processes in a group that distributes controllers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import select
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isolator.errors import ConfinementError
+from isolator.layers.base import CageSpec, Control, Layer, mismatch
+
+if TYPE_CHECKING:
+    from isolator.launch.plan import Plan
+    from isolator.policy.model import EffectivePolicy, ResourcePolicy
+
+LIMITING = ("memory", "cpu", "pids")
+"""The controllers without which nothing starts."""
+
+PERIOD_US = 10_000
+"""A short period: under the usual 100 ms a throttled plugin freezes for up to 75 ms at a time."""
+
+_MIN_QUOTA_US = 1_000  # the kernel refuses less
+
+
+@dataclass(frozen=True)
+class Hierarchies:
+    """Where this process is in each hierarchy, as absolute folders."""
+
+    unified: Path | None
+    v2: frozenset[str]
+    """Limiting controllers that the unified hierarchy offers to us."""
+    v1: dict[str, Path]
+    """Our own group in the v1 hierarchy of each controller that has one."""
+
+
+def find_hierarchies() -> Hierarchies:
+    """Read /proc/self/cgroup and /proc/self/mountinfo; a group that is not mounted is not offered."""
+    own: dict[str, str] = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            own[controller] = path
+    unified: Path | None = None
+    v1: dict[str, Path] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _source, options = after.split(" ", 2)
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        root, place = before.split()[3:5]
+        if kind == "cgroup2":
+            if unified is None and "" in own:
+                unified = _below(place, root, own[""])
+        else:
+            for controller in set(options.split(",")) & own.keys():
+                v1.setdefault(controller, _below(place, root, own[controller]))
+    offered: set[str] = set()
+    if unified is not None:
+        with contextlib.suppress(OSError):
+            offered = set((unified / "cgroup.controllers").read_text().split())
+    return Hierarchies(unified, frozenset(offered), v1)
+
+
+def _below(place: str, root: str, path: str) -> Path:
+    # A bind-mounted subtree (containers): the path is shown from the hierarchy's root, the mount from its own.
+    relative = path[len(root) :] if root != "/" and path.startswith(root) else path
+    return Path(place) / relative.lstrip("/")
+
+
+@dataclass
+class Subtree:
+    """Our own groups: the one that holds the leaves of cages and services, in every hierarchy."""
+
+    unified: Path
+    v1: dict[str, Path]
+    on_v2: frozenset[str]
+
+    def folders(self) -> list[Path]:
+        """Every folder of the subtree's top, one a hierarchy."""
+        return [self.unified, *dict.fromkeys(self.v1.values())]
+
+    def remove(self) -> None:
+        """Remove the subtree's tops; leaves must be gone."""
+        for folder in self.folders():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def open_subtree(name: str) -> Subtree:
+    """Make (or find) the subtree ``name`` below our own groups, with the limiting controllers enabled."""
+    found = find_hierarchies()
+    if found.unified is None:
+        raise ConfinementError(
+            "control groups", "no cgroup v2 hierarchy is mounted",
+            "mount one: 'mount -t cgroup2 none /sys/fs/cgroup/unified', or boot with systemd",
+        )  # fmt: skip
+    missing = [c for c in LIMITING if c not in found.v2 and c not in found.v1]
+    if missing:
+        raise ConfinementError(
+            "control groups", f"no {', '.join(missing)} controller in cgroup v2 or v1",
+            "enable it on the kernel command line (cgroup_enable=memory) or ask the container's operator for it",
+        )  # fmt: skip
+    on_v2 = frozenset(c for c in LIMITING if c in found.v2)
+    base = found.unified
+    if on_v2:
+        base = _delegated(base)
+    unified = base / name
+    unified.mkdir(exist_ok=True)
+    if on_v2:
+        _enable(unified, on_v2)
+    v1: dict[str, Path] = {}
+    for controller in (*(c for c in LIMITING if c not in on_v2), "cpuacct"):
+        if controller in found.v1 and controller not in found.v2:
+            v1[controller] = found.v1[controller] / name
+            v1[controller].mkdir(exist_ok=True)
+    return Subtree(unified, v1, on_v2)
+
+
+def _delegated(own: Path) -> Path:
+    """The group below which we may make groups: our own, vacated, or a scope that systemd gives us for it."""
+    is_root = not (own / "cgroup.type").exists()
+    if own.name == "supervisor" and _is_delegated(own.parent):
+        return own.parent
+    if not is_root and Path("/run/systemd/system").exists() and not _is_delegated(own):
+        own = _take_scope()
+    if not is_root:
+        # No processes may be in a group that distributes controllers (EBUSY).
+        leaf = own / "supervisor"
+        leaf.mkdir(exist_ok=True)
+        (leaf / "cgroup.procs").write_text(str(os.getpid()))
+    _enable(own, frozenset(LIMITING))
+    return own
+
+
+def _is_delegated(group: Path) -> bool:
+    for attribute in ("trusted.delegate", "user.delegate"):
+        with contextlib.suppress(OSError):
+            return os.getxattr(group, attribute) == b"1"
+    return False
+
+
+def _take_scope() -> Path:
+    """Ask systemd for a transient scope with Delegate=yes around this process."""
+    name = f"isolator-{os.getpid()}.scope"
+    before = Path("/proc/self/cgroup").read_text()
+    command = [
+        "busctl", "call", "--quiet", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
+        "org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail",
+        "3", "PIDs", "au", "1", str(os.getpid()), "Delegate", "b", "true",
+        "CollectMode", "s", "inactive-or-failed", "0",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if result.returncode != 0:
+        raise ConfinementError(
+            "control groups", f"systemd gave no delegated scope ({result.stderr.strip()})",
+            "run it as a unit with Delegate=yes, or through 'systemd-run --scope -p Delegate=yes'",
+        )  # fmt: skip
+    # The job runs after the reply. A move into another group wakes nobody, so this looks again until it happened.
+    deadline = time.monotonic() + 10
+    while Path("/proc/self/cgroup").read_text() == before:
+        if time.monotonic() > deadline:
+            raise ConfinementError(
+                "control groups", "systemd did not move us into our scope in 10 s", "see its journal"
+            )
+        time.sleep(0.005)
+    unified = find_hierarchies().unified
+    assert unified is not None
+    return unified
+
+
+def _enable(group: Path, controllers: frozenset[str]) -> None:
+    control = group / "cgroup.subtree_control"
+    enabled = set(control.read_text().split())
+    for controller in sorted(controllers | {"io"}):
+        if controller in enabled:
+            continue
+        try:
+            control.write_text(f"+{controller}")
+        except OSError as error:
+            if controller == "io":
+                continue  # wanted, not needed
+            why = "other processes are in it" if error.errno == errno.EBUSY else error.strerror
+            raise ConfinementError(
+                f"control group {group}", f"cannot enable {controller}: {why}",
+                "start the daemon as its systemd unit (isolator install), or from a group of its own",
+            ) from None  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Events:
+    """The kernel's own counters of one leaf."""
+
+    oom_kills: int = 0
+    task_denials: int = 0
+
+
+@dataclass
+class Leaf:
+    """The groups of one run: the v2 one, and on hybrid hosts one for each v1 controller."""
+
+    unified: Path
+    v1: dict[str, Path] = field(default_factory=dict)
+    on_v2: frozenset[str] = frozenset()
+
+    @classmethod
+    def under(cls, subtree: Subtree, name: str) -> Leaf:
+        """The leaf ``name`` of a subtree (not made yet)."""
+        return cls(subtree.unified / name, {c: path / name for c, path in subtree.v1.items()}, subtree.on_v2)
+
+    def folders(self) -> list[Path]:
+        """Every folder that ``create`` makes."""
+        return [self.unified, *dict.fromkeys(self.v1.values())]
+
+    def create(self, limits: ResourcePolicy | None) -> None:
+        """Make the groups and write the limits, before anything is in them."""
+        for folder in self.folders():
+            folder.mkdir(exist_ok=True)
+        if limits is None:
+            return
+        for path, value in self.values(limits).items():
+            try:
+                path.write_text(value)
+            except OSError as error:
+                if path.name in _OPTIONAL:
+                    continue
+                raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
+
+    def values(self, limits: ResourcePolicy) -> dict[Path, str]:
+        """Each file and what is written to it, in order."""
+        quota, period = cpu_quota(limits.cpu)
+        tasks = str(limits.tasks + 1)  # pid 1 of the cage is ours
+        values: dict[Path, str] = {}
+        if "memory" in self.on_v2:
+            values[self.unified / "memory.max"] = str(limits.memory)
+            values[self.unified / "memory.high"] = str(limits.memory_high)
+            values[self.unified / "memory.swap.max"] = str(limits.swap)
+            values[self.unified / "memory.zswap.max"] = "0"
+            values[self.unified / "memory.oom.group"] = "1"
+        else:
+            memory = self.v1["memory"]
+            values[memory / "memory.limit_in_bytes"] = str(limits.memory)
+            values[memory / "memory.memsw.limit_in_bytes"] = str(limits.memory + limits.swap)
+            values[memory / "memory.swappiness"] = "0" if limits.swap == 0 else "60"
+            # Socket buffers are counted apart in v1: without this, as much again slips past the cap.
+            values[memory / "memory.kmem.tcp.limit_in_bytes"] = str(limits.memory // 8)
+        if "cpu" in self.on_v2:
+            values[self.unified / "cpu.max"] = f"{quota} {period}"
+        else:
+            values[self.v1["cpu"] / "cpu.cfs_period_us"] = str(period)
+            values[self.v1["cpu"] / "cpu.cfs_quota_us"] = str(quota)
+        values[(self.unified if "pids" in self.on_v2 else self.v1["pids"]) / "pids.max"] = tasks
+        return values
+
+    def attach(self, pid: int) -> None:
+        """Put ``pid`` into the v1 groups (v2 membership comes with the clone) and read the membership back."""
+        folders = list(dict.fromkeys(self.v1.values()))
+        for folder in folders:
+            (folder / "cgroup.procs").write_text(str(pid))
+        for folder in folders:
+            if str(pid) not in (folder / "cgroup.procs").read_text().split():
+                raise mismatch("cgroup", str(folder), f"the group of {pid}", "not")
+
+    def enter(self, pid: int) -> None:
+        """Put a running process into every group of the leaf."""
+        (self.unified / "cgroup.procs").write_text(str(pid))
+        self.attach(pid)
+
+    def processes(self) -> list[int]:
+        """The pids in the leaf, as seen from our pid namespace."""
+        try:
+            return [int(pid) for pid in (self.unified / "cgroup.procs").read_text().split()]
+        except FileNotFoundError:
+            return []
+
+    def kill(self) -> None:
+        """Kill every process of the leaf at once; no error when it is empty or gone (or a v1 group, which cannot)."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.unified / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, b"1")
+            finally:
+                os.close(fd)
+
+    def populated(self) -> bool:
+        """Whether any process, a zombie included, is left in the leaf."""
+        try:
+            return "populated 1" in (self.unified / "cgroup.events").read_text()
+        except FileNotFoundError:
+            return False
+
+    def wait_empty(self, timeout: float) -> bool:
+        """Block until the leaf is empty (cgroup.events wakes poll); False when it is not in ``timeout`` seconds."""
+        try:
+            fd = os.open(self.unified / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLPRI)
+            deadline = time.monotonic() + timeout
+            while b"populated 1" in os.pread(fd, 4096, 0):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                poll.poll(left * 1000)
+            return True
+        except OSError:
+            return True  # removed meanwhile
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the groups; they must be empty. A v1 group may stay busy for a moment after its last process."""
+        for folder in self.folders():
+            for _ in range(50):
+                try:
+                    folder.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                    time.sleep(0.002)  # no event tells when a v1 group has become idle
+
+    def events(self) -> Events:
+        """Deaths by memory and forks refused so far, from the kernel's counters."""
+        memory = self.unified / "memory.events" if "memory" in self.on_v2 else None
+        oom = _counter(memory or self.v1["memory"] / "memory.oom_control", "oom_kill")
+        pids = self.unified if "pids" in self.on_v2 else self.v1["pids"]
+        return Events(oom, _counter(pids / "pids.events", "max"))
+
+    def open_folder(self) -> int:
+        """A descriptor of the v2 leaf, for CLONE_INTO_CGROUP."""
+        return os.open(self.unified, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+_OPTIONAL = frozenset(
+    {"memory.memsw.limit_in_bytes", "memory.kmem.tcp.limit_in_bytes", "memory.swappiness",
+     "memory.swap.max", "memory.zswap.max"}
+)  # fmt: skip
+"""Absent on kernels without swap accounting, without swap, or without that controller file; reported by ``check``."""
+
+
+def cpu_quota(permille: int) -> tuple[int, int]:
+    """(quota, period) in µs for thousandths of a core; a tiny share gets a longer period, not a refusal."""
+    period = PERIOD_US
+    while permille * period // 1000 < _MIN_QUOTA_US and period < 1_000_000:
+        period *= 2
+    return max(permille * period // 1000, _MIN_QUOTA_US), min(period, 1_000_000)
+
+
+def _counter(path: Path, key: str) -> int:
+    try:
+        text = path.read_text()
+    except OSError:
+        return 0
+    found = re.search(rf"^{key} (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+class Cgroup(Layer):
+    """Caps on memory, cpu and tasks."""
+
+    name = "cgroup"
+
+    def __init__(self, subtree: Subtree) -> None:
+        self._subtree = subtree
+        self.leaf: Leaf | None = None
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        found = find_hierarchies()
+        if found.unified is None:
+            remedy = "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd"
+            return [Control("control groups", cls.name, "unavailable", "no cgroup v2 hierarchy is mounted", remedy)]
+        controls = []
+        if not (found.unified / "cgroup.kill").exists() and (found.unified / "cgroup.type").exists():
+            controls.append(Control("kill of a whole cage", cls.name, "unavailable", "no cgroup.kill", "kernel 5.14"))
+        names = {"memory": "memory cap", "cpu": "cpu cap", "pids": "task cap"}
+        for controller, label in names.items():
+            if controller in found.v2:
+                controls.append(Control(label, cls.name, "enforced", "cgroup v2"))
+            elif controller in found.v1:
+                controls.append(Control(label, cls.name, "enforced", "cgroup v1 (hybrid host)"))
+            else:
+                remedy = "boot with cgroup_enable=memory, or ask the container's operator for it"
+                controls.append(Control(label, cls.name, "unavailable", f"no {controller} controller", remedy))
+        return controls
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        r = policy.resources
+        return f"It can use {r.memory >> 20} MiB of memory, {r.cpu / 10:g} % of one core and {r.tasks} tasks at once."
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        self._limits = spec.policy.resources
+        self.leaf = Leaf.under(self._subtree, spec.leaf)
+        self.leaf.create(self._limits)
+        plan.give("cgroup", self.leaf.open_folder())
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        """Nothing: the child is cloned into its v2 group and put into the v1 ones while it waits."""
+
+    def confirm(self, pid: int) -> None:
+        assert self.leaf is not None
+        if pid not in self.leaf.processes():
+            raise mismatch(self.name, str(self.leaf.unified), f"the group of {pid}", "not")
+        for path, wanted in self.leaf.values(self._limits).items():
+            try:
+                found = path.read_text().strip()
+            except FileNotFoundError:
+                if path.name in _OPTIONAL:
+                    continue
+                raise mismatch(self.name, str(path), wanted, "missing") from None
+            if found != wanted and not _same_pages(found, wanted) and path.name not in _OPTIONAL:
+                raise mismatch(self.name, str(path), wanted, found)
+
+    def release(self) -> None:
+        if self.leaf is not None:
+            self.leaf.kill()
+            self.leaf.wait_empty(5.0)
+            self.leaf.remove()
+            self.leaf = None
+
+
+def _same_pages(found: str, wanted: str) -> bool:
+    """The kernel rounds sizes down to whole pages."""
+    return found.isdigit() and wanted.isdigit() and 0 <= int(wanted) - int(found) < os.sysconf("SC_PAGE_SIZE")

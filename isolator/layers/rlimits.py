@@ -1,0 +1,74 @@
+"""Resource limits of the process itself (setrlimit(2)): open files, core dumps, locked memory, queues."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING, Any
+
+from isolator.layers.base import CageSpec, Control, Layer, mismatch
+
+if TYPE_CHECKING:
+    from isolator.launch.plan import Plan
+    from isolator.policy.model import EffectivePolicy
+
+_FIXED = {
+    "CORE": 0,
+    "MEMLOCK": 64 * 1024,
+    "MSGQUEUE": 0,
+    "NICE": 0,
+    "RTPRIO": 0,
+    "SIGPENDING": 1024,
+    "STACK": 8 * 1024 * 1024,
+}
+"""Limits that no policy changes. No core dumps: they would carry secrets to the host's core handler."""
+
+_LABELS = {
+    "Max core file size": "CORE",
+    "Max locked memory": "MEMLOCK",
+    "Max msgqueue size": "MSGQUEUE",
+    "Max nice priority": "NICE",
+    "Max realtime priority": "RTPRIO",
+    "Max pending signals": "SIGPENDING",
+    "Max stack size": "STACK",
+    "Max open files": "NOFILE",
+}
+"""As /proc/PID/limits calls them."""
+
+
+class Rlimits(Layer):
+    """Hard limits that the process cannot raise again (it has no CAP_SYS_RESOURCE)."""
+
+    name = "rlimits"
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        return [Control("open files, core dumps, locked memory", cls.name, "enforced", "setrlimit", mandatory=False)]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        return f"It can have {policy.resources.nofile} files open and lock 64 KiB of memory; it leaves no core dumps."
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        self._wanted = {**_FIXED, "NOFILE": spec.policy.resources.nofile}
+        plan.sections[self.name] = {"limits": self._wanted}
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        for name, wanted in section["limits"].items():
+            number = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(number)[1]
+            value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(number, (value, value))
+
+    def confirm(self, pid: int) -> None:
+        # Not prlimit(2): asking for another user's limits needs CAP_SYS_RESOURCE, which containers often lack.
+        found = {}
+        with open(f"/proc/{pid}/limits") as lines:  # noqa: PTH123  # the child avoids importing pathlib
+            for line in lines:
+                label, values = line[:26].strip(), line[26:].split()
+                if label in _LABELS:
+                    found[_LABELS[label]] = values[1]
+        for name, wanted in self._wanted.items():
+            hard = found.get(name, "missing")
+            if not hard.isdigit() or int(hard) > wanted:
+                raise mismatch(self.name, name, wanted, hard)

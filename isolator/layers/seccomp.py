@@ -1,0 +1,150 @@
+"""System calls: an allowlist compiled once with libseccomp and loaded as plain BPF.
+
+allowed        what ordinary services need (isolator/layers/syscalls.py)
+denied         calls that are asked for only by an attack or by mistake: handed to a user-notify listener, which
+               answers EPERM and writes an audit record with the call's name. Notify only ever denies: a decision
+               to allow on the strength of a pointer could be changed under the supervisor's eyes
+unknown        ENOSYS, so that a newer C library falls back to what it used before
+other ABIs     the process is killed (i386, x32): their numbers mean other calls
+
+The filter does not depend on the plugin, only on the profile, so it is compiled once and kept by the hash of its
+source. Compiling takes 4 to 14 ms, loading 0.3.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+from isolator.linux import seccomp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from isolator.launch.plan import Plan
+    from isolator.policy.model import EffectivePolicy
+
+
+class Seccomp(Layer):
+    """Only the calls of the profile; refusals are recorded by name."""
+
+    name = "seccomp"
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        try:
+            available = seccomp.action_available(seccomp.RET_USER_NOTIF)
+        except OSError as error:
+            return [
+                Control("system call filter", cls.name, "unavailable", str(error.strerror), "enable CONFIG_SECCOMP")
+            ]
+        try:
+            import pyseccomp  # noqa: F401
+        except (ImportError, RuntimeError) as error:
+            remedy = "apt-get install libseccomp2"
+            return [Control("system call filter", cls.name, "unavailable", str(error), remedy)]
+        if not available:
+            return [
+                Control(
+                    "system call filter", cls.name, "unavailable", "no user notification", "use kernel 5.0 or newer"
+                )
+            ]
+        return [Control("system call filter", cls.name, "enforced", "allowlist, denied calls recorded by name")]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        extra = "; after its start it can exec nothing new and no memory is both writable and executable"
+        return (
+            "It can make only the system calls that ordinary services need"
+            f"{extra if policy.syscalls == 'strict' else ''}; others are refused and recorded."
+        )
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        program = compiled(spec.policy.syscalls, spec.cache)
+        plan.sections[self.name] = {"program": base64.b64encode(program).decode()}
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        load(section)
+
+    def confirm(self, pid: int) -> None:
+        found = process_status(pid).get("Seccomp")
+        if found != "2":
+            raise mismatch(self.name, "Seccomp", "2 (filter)", found)
+
+
+def load(section: dict[str, Any]) -> int:
+    """Load the section's program into the calling process; returns the listener of its denied calls."""
+    return seccomp.load_filter(base64.b64decode(section["program"]), listener=True)
+
+
+_compiled: dict[str, bytes] = {}
+
+
+def compiled(profile: str, cache: Path) -> bytes:
+    """The BPF program of a profile, from memory, from the root-owned cache, or compiled now."""
+    import hashlib
+
+    from isolator.layers import syscalls
+
+    digest = hashlib.sha256(f"{syscalls.fingerprint()}:{profile}".encode()).hexdigest()[:32]
+    if digest not in _compiled:
+        path = cache / f"seccomp-{profile}-{digest}.bpf"
+        try:
+            program = path.read_bytes()
+        except OSError:
+            program = compile_profile(profile)
+            _store(path, program)
+        _compiled[digest] = program
+    return _compiled[digest]
+
+
+def _store(path: Path, program: bytes) -> None:
+    import tempfile
+
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(fd, "wb") as out:
+            out.write(program)
+        os.replace(temporary, path)  # both names are in the same root-owned folder
+
+
+def compile_profile(profile: str) -> bytes:
+    """Compile a profile with libseccomp (needs its shared library)."""
+    import errno
+    import tempfile
+
+    import pyseccomp as lib
+
+    from isolator.layers import syscalls
+
+    program = lib.SyscallFilter(lib.ERRNO(errno.ENOSYS))
+    program.set_attr(lib.Attr.ACT_BADARCH, lib.KILL_PROCESS)
+    program.set_attr(lib.Attr.CTL_OPTIMIZE, 2)
+    program.set_attr(lib.Attr.CTL_NNP, 0)
+    for name, action, condition in syscalls.rules(profile):
+        try:
+            number = lib.resolve_syscall(lib.Arch.NATIVE, name)
+        except (ValueError, RuntimeError):
+            continue  # this architecture or this libseccomp does not know the name: it stays unknown, ENOSYS
+        if number < 0:
+            continue
+        verdict = {
+            syscalls.ALLOW: lib.ALLOW,
+            syscalls.DENY: lib.NOTIFY,
+            syscalls.NOSYS: None,
+            syscalls.NO_FAMILY: lib.ERRNO(errno.EAFNOSUPPORT),
+            syscalls.REFUSE: lib.ERRNO(errno.EPERM),
+        }[action]
+        if verdict is None:
+            continue
+        arguments = [lib.Arg(condition.index, lib.MASKED_EQ, condition.mask, condition.value)] if condition else []
+        program.add_rule(verdict, number, *arguments)
+    with tempfile.TemporaryFile() as out:
+        program.export_bpf(out)
+        out.seek(0)
+        return out.read()

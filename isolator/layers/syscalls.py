@@ -1,0 +1,194 @@
+"""The system-call profiles, as data: what is allowed, what is denied and recorded, and on which arguments.
+
+Arguments are compared under a 32-bit mask where the kernel uses only 32 bits: a 64-bit comparison lets
+``TIOCSTI + 2**32`` through (CVE-2019-10063). libseccomp has no "any value but these", so the complement of a
+set of values is written as the fewest (mask, value) pairs that cover it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+ALLOW, DENY, NOSYS, NO_FAMILY, REFUSE = "allow", "deny", "nosys", "no_family", "refuse"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Argument ``index`` under ``mask`` equals ``value``."""
+
+    index: int
+    mask: int
+    value: int
+
+
+Rule = tuple[str, str, Condition | None]
+
+WORD = 0xFFFFFFFF
+
+_ALLOWED_NAMES = """
+    accept accept4 access alarm arch_prctl bind brk cachestat capget chdir chmod chown clock_getres
+    clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup dup2 dup3 epoll_create
+    epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2
+    execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
+    fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate
+    futex futex_waitv futex_wait futex_wake futex_requeue futimesat get_robust_list get_thread_area getcpu getcwd
+    getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid
+    getpriority getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday
+    getuid getxattr inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents
+    io_pgetevents io_setup io_submit ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+    landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr lseek lsetxattr
+    lstat madvise map_shadow_stack membarrier memfd_create mincore mkdir mkdirat mlock mlock2 mlockall mmap mprotect
+    mremap mseal msync munlock munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_open
+    pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll pread64 preadv preadv2 prlimit64
+    pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg
+    remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending
+    rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
+    sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
+    sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler
+    sched_yield select sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address setgid
+    setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt
+    setuid setfsuid setfsgid setxattr shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink
+    symlinkat sync sync_file_range sysinfo tee tgkill time timer_create timer_delete timer_getoverrun
+    timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname
+    unlink unlinkat utime utimensat utimes vfork vmsplice wait4 waitid write writev
+    riscv_flush_icache riscv_hwprobe
+"""
+_ALLOWED = tuple(_ALLOWED_NAMES.split())
+"""Allowed whatever the arguments. The set*id family is harmless here (no capability, one uid) and programs ask."""
+
+_DENIED_NAMES = """
+    _sysctl acct add_key adjtimex afs_syscall bpf capset chroot clock_adjtime clock_settime create_module
+    delete_module fanotify_init fanotify_mark finit_module fsconfig fsmount fsopen fspick get_kernel_syms
+    get_mempolicy getpmsg init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load
+    kexec_load keyctl listmount listns lookup_dcookie lsm_get_self_attr lsm_list_modules lsm_set_self_attr mbind
+    migrate_pages modify_ldt mount mount_setattr move_mount move_pages mq_getsetattr mq_notify mq_open
+    mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd name_to_handle_at nfsservctl
+    open_by_handle_at open_tree open_tree_attr perf_event_open pidfd_getfd pivot_root process_madvise process_mrelease
+    process_vm_readv process_vm_writev ptrace putpmsg query_module quotactl quotactl_fd reboot request_key seccomp
+    security semctl semget semop semtimedop set_mempolicy set_mempolicy_home_node setdomainname sethostname setns
+    settimeofday shmat shmctl shmdt shmget statmount swapoff swapon sysfs syslog tuxcall umount umount2 unshare
+    uselib userfaultfd ustat vhangup vserver
+"""
+_DENIED = tuple(_DENIED_NAMES.split())
+"""Answered EPERM and recorded by name."""
+
+_CLONE_NEW = (0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+"""Every namespace flag that clone(2) takes."""
+
+_TERMINAL_IOCTLS = (0x5412, 0x541C, 0x541D, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCCONS, TIOCSETD
+_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
+_AF_NETLINK = 16  # asked for all the time (getaddrinfo, if_nameindex), so refused without a record
+_PRCTL = (
+    1, 2,  # PDEATHSIG
+    3, 4,  # DUMPABLE
+    7, 8,  # KEEPCAPS (no effect without capabilities)
+    15, 16,  # NAME
+    21,  # GET_SECCOMP
+    23,  # CAPBSET_READ
+    25, 26,  # TSC
+    27,  # GET_SECUREBITS
+    29, 30,  # TIMERSLACK
+    36, 37,  # CHILD_SUBREAPER
+    38, 39,  # NO_NEW_PRIVS
+    40,  # GET_TID_ADDRESS
+    41, 42,  # THP_DISABLE
+    47,  # CAP_AMBIENT
+    52, 53,  # SPECULATION_CTRL
+    55, 56,  # TAGGED_ADDR_CTRL (arm64)
+    65, 66,  # MDWE
+    0x53564D41,  # SET_VMA (names of mappings)
+    0x59616D61,  # SET_PTRACER (crash reporters ask; there is nobody to trace)
+)  # fmt: skip
+_PERSONALITIES = (0x0, 0xFFFFFFFF, 0x0040000, 0x0008)  # default, query, ADDR_NO_RANDOMIZE, LINUX32 as asked by setarch
+_MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
+_S_IFMT = 0o170000
+
+
+def rules(profile: str) -> Iterator[Rule]:
+    """Every rule of a profile; what no rule names is answered ENOSYS."""
+    strict = profile == "strict"
+    for name in _ALLOWED:
+        if strict and name in _STRICT_ARGUMENTS:
+            continue
+        yield name, ALLOW, None
+    for name in _DENIED:
+        yield name, DENY, None
+    yield from _clone()
+    yield from _only("ioctl", 1, _TERMINAL_IOCTLS, inside=DENY, outside=ALLOW)
+    yield from _only("prctl", 0, _PRCTL, inside=ALLOW, outside=DENY)
+    yield from _only("personality", 0, _PERSONALITIES, inside=ALLOW, outside=DENY)
+    for call in ("socket", "socketpair"):
+        for family in _FAMILIES:
+            yield call, ALLOW, Condition(0, WORD, family)
+        yield call, NO_FAMILY, Condition(0, WORD, _AF_NETLINK)
+        for mask, value in complement((*_FAMILIES, _AF_NETLINK)):
+            yield call, DENY, Condition(0, mask, value)
+    for call, index in (("mknod", 1), ("mknodat", 2)):
+        for kind in range(0, _S_IFMT + 1, 0o010000):
+            action = DENY if kind in _MKNOD_DEVICES else ALLOW
+            yield call, action, Condition(index, _S_IFMT, kind)
+    if strict:
+        yield from _strict()
+
+
+_STRICT_ARGUMENTS = ("mmap", "mprotect", "pkey_mprotect", "memfd_create", "execveat", "fork", "vfork")
+_PROT_WRITE, _PROT_EXEC = 2, 4
+
+
+def _strict() -> Iterator[Rule]:
+    """No memory that is writable and executable at once, nothing newly executable, no new processes.
+
+    ``execve`` stays: pid 1 has to exec the sidecar under this same filter; without fork it can only replace itself.
+    """
+    for call in ("mmap", "mprotect", "pkey_mprotect"):
+        both = _PROT_WRITE | _PROT_EXEC
+        yield call, DENY, Condition(2, both, both)
+        for value in (0, _PROT_WRITE, _PROT_EXEC):
+            yield call, ALLOW, Condition(2, both, value)
+    for call in ("memfd_create", "execveat"):
+        yield call, DENY, None
+
+
+def _clone() -> Iterator[Rule]:
+    """Threads and processes, but no namespaces. clone3 hides its flags behind a pointer: ENOSYS, libc falls back."""
+    flags = _CLONE_NEW
+    yield "clone", ALLOW, Condition(0, sum(flags), 0)
+    for flag in flags:
+        yield "clone", DENY, Condition(0, flag, flag)
+
+
+def _only(call: str, index: int, values: Iterable[int], *, inside: str, outside: str) -> Iterator[Rule]:
+    values = tuple(values)
+    for value in values:
+        yield call, inside, Condition(index, WORD, value)
+    for mask, value in complement(values):
+        yield call, outside, Condition(index, mask, value)
+
+
+def complement(values: Iterable[int], bits: int = 32) -> list[tuple[int, int]]:
+    """Disjoint (mask, value) pairs that together match every ``bits``-wide word that is not in ``values``."""
+    wanted = {value & ((1 << bits) - 1) for value in values}
+    pairs: list[tuple[int, int]] = []
+
+    def walk(prefix: int, depth: int, inside: set[int]) -> None:
+        if not inside:
+            pairs.append((((1 << depth) - 1) << (bits - depth), prefix))
+            return
+        if depth == bits:
+            return
+        bit = 1 << (bits - depth - 1)
+        walk(prefix, depth + 1, {v for v in inside if not v & bit})
+        walk(prefix | bit, depth + 1, {v for v in inside if v & bit})
+
+    walk(0, 0, wanted)
+    return pairs
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Changes when any rule of any profile changes; part of the cache key of compiled programs."""
+    text = repr([sorted(map(repr, rules(profile))) for profile in ("default", "strict")])
+    return hashlib.sha256(text.encode()).hexdigest()

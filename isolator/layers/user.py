@@ -1,0 +1,167 @@
+"""A system user of its own for each plugin, and no supplementary groups.
+
+Users are made at registration with the distribution's own tool, from the reserved range in ``host.toml``
+(the system range holds only some 900). ``isolator run`` and probes use a free uid of the same range
+without a passwd entry: a lock file on the machine keeps two of them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pwd
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isolator.errors import ConfinementError, IsolatorError
+from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+
+if TYPE_CHECKING:
+    from isolator.launch.plan import Plan
+    from isolator.policy.model import EffectivePolicy
+
+LOCKS = Path("/run/lock/isolator")
+"""One lock file a uid in use without a passwd entry; the same for every instance on the machine."""
+
+_USERADD = (
+    "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
+    "--shell", "/usr/sbin/nologin",
+)  # fmt: skip
+_LOCKED_EXIT = 1  # useradd's "can't update password file", which includes a lock held by another tool
+
+
+class User(Layer):
+    """Real, effective, saved and file-system ids are the plugin's own; no other group."""
+
+    name = "user"
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        if os.geteuid() != 0:
+            return [Control("own user", cls.name, "unavailable", "not running as root", "run it with sudo")]
+        return [Control("own user", cls.name, "enforced", "one system user per plugin")]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        return "It runs as a system user of its own, in no other group, and owns nothing on this host."
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        self._uid, self._gid = spec.uid, spec.gid
+        plan.sections[self.name] = {"uid": spec.uid, "gid": spec.gid}
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        uid, gid = section["uid"], section["gid"]
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+
+    def confirm(self, pid: int) -> None:
+        status = process_status(pid)
+        for key, wanted in (("Uid", self._uid), ("Gid", self._gid)):
+            if set(status[key].split()) != {str(wanted)}:
+                raise mismatch(self.name, key, wanted, status[key])
+        if status["Groups"].split():
+            raise mismatch(self.name, "Groups", "none", status["Groups"])
+
+
+def user_name(plugin: str, instance: str) -> str:
+    """``plugin-NAME``, with the instance for a root other than ``/``; shortened with a hash beyond 32 characters."""
+    name = f"plugin-{plugin}-{instance}" if instance else f"plugin-{plugin}"
+    if len(name) <= 32:
+        return name
+    import hashlib
+
+    return f"{name[:25]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: frozenset[int] = frozenset()) -> int:
+    """Make a system user (or find it) with a free uid of the range; returns the uid."""
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(name).pw_uid
+    taken = {entry.pw_uid for entry in pwd.getpwall()} | avoid
+    for uid in range(uid_range[0], uid_range[1] + 1):
+        if uid in taken or (LOCKS / str(uid)).exists():
+            continue
+        _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name)
+        return uid
+    raise _range_full(uid_range)
+
+
+def add_service_user(name: str, *, comment: str) -> tuple[int, int]:
+    """Make (or find) the system user of one of the daemon's own processes; returns (uid, gid)."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        _account_tool([*_USERADD, "--comment", comment, name], name)
+        entry = pwd.getpwnam(name)
+    return entry.pw_uid, entry.pw_gid
+
+
+def remove_user(name: str) -> None:
+    """Remove a system user and its group; no error when it is gone already."""
+    with contextlib.suppress(KeyError):
+        pwd.getpwnam(name)
+        _account_tool(["userdel", name], name)
+
+
+def _account_tool(command: list[str], user: str) -> None:
+    import subprocess
+
+    # Another tool may hold the lock of /etc/passwd for a moment; there is no event to wait for.
+    for wait in (0.1, 0.2, 0.4, 0.8, 1.6, 0.0):
+        result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if result.returncode == 0:
+            return
+        if result.returncode != _LOCKED_EXIT or not wait:
+            break
+        time.sleep(wait)
+    raise IsolatorError(f"system user {user}", result.stderr.strip() or f"{command[0]} failed", "see /etc/passwd")
+
+
+class UidLease:
+    """A free uid without a passwd entry, held until ``release``."""
+
+    def __init__(self, uid_range: tuple[int, int]) -> None:
+        LOCKS.mkdir(parents=True, exist_ok=True)
+        taken = {entry.pw_uid for entry in pwd.getpwall()}
+        for uid in range(uid_range[1], uid_range[0] - 1, -1):  # from the top: plugins' users come from the bottom
+            if uid not in taken and self._lock(uid):
+                self.uid = uid
+                return
+        raise _range_full(uid_range)
+
+    def _lock(self, uid: int) -> bool:
+        path = LOCKS / str(uid)
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            LOCKS.mkdir(parents=True, exist_ok=True)  # another release removed the empty folder
+            return self._lock(uid)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
+                self._fd = fd
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(fd)
+        return False
+
+    def release(self) -> None:
+        """Give the uid back."""
+        if self._fd >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                (LOCKS / str(self.uid)).unlink()
+            os.close(self._fd)
+            self._fd = -1
+            with contextlib.suppress(OSError):
+                LOCKS.rmdir()
+
+
+def _range_full(uid_range: tuple[int, int]) -> ConfinementError:
+    return ConfinementError(
+        "own user", f"no free uid in {uid_range[0]}-{uid_range[1]}", "widen uid_range in host.toml or remove plugins"
+    )

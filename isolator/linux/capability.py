@@ -1,0 +1,52 @@
+"""Capability sets of the calling thread by number (capabilities(7)).
+
+python-prctl names capabilities at compile time; sets are handled here by number up to the running kernel's
+``cap_last_cap``, so a capability that is newer than the build is dropped too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from isolator.linux._libc import call, libc, syscall
+
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
+_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL = 47, 4
+_PR_SET_SECUREBITS = 28
+_VERSION_3 = 0x20080522
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+def last_capability() -> int:
+    """The highest capability number of the running kernel."""
+    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+
+
+def drop_bounding_set(last: int) -> None:
+    """Empty the bounding set, every number up to ``last``."""
+    for number in range(last + 1):
+        _prctl(_PR_CAPBSET_DROP, number)
+
+
+def clear_sets() -> None:
+    """Empty the effective, permitted, inheritable and ambient sets."""
+    _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
+    syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref((_Data * 2)()))
+
+
+def set_securebits(bits: int) -> None:
+    """Set the securebits; python-prctl refuses the ambient ones, which are newer than it."""
+    _prctl(_PR_SET_SECUREBITS, bits)
+
+
+def _prctl(option: int, argument: int) -> None:
+    zero = ctypes.c_ulong(0)
+    call(libc.prctl, f"prctl({option}, {argument})", ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero)

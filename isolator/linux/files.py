@@ -1,0 +1,63 @@
+"""Opening files without following what an attacker may have planted, and closing what was inherited."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from isolator.linux._libc import libc, syscall
+
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+
+_CLOSE_RANGE_CLOEXEC = 4
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(
+    directory: int,
+    path: str,
+    flags: int = os.O_RDONLY,
+    *,
+    mode: int = 0,
+    resolve: int = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS,
+) -> int:
+    """Open ``path`` below the ``directory`` descriptor; by default no symlink is followed and ``..`` cannot escape."""
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=mode, resolve=resolve)
+    try:
+        return syscall("openat2", directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def open_nofollow(path: str, flags: int = os.O_PATH) -> int:
+    """Open an absolute path in which no component is a symlink (ELOOP otherwise)."""
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, resolve=RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
+    try:
+        return syscall("openat2", -100, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor that is not in ``keep`` (close_range(2))."""
+    low = 0
+    for fd in sorted(keep):
+        if fd > low:
+            syscall("close_range", low, fd - 1, 0)
+        low = fd + 1
+    syscall("close_range", low, 0xFFFFFFFF, 0)
+
+
+def eventfd() -> int:
+    """A non-blocking, close-on-exec event counter."""
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+def sync_filesystem(fd: int) -> None:
+    """Flush the file system behind ``fd`` (syncfs(2))."""
+    libc.syncfs(ctypes.c_int(fd))

@@ -1,0 +1,86 @@
+"""Loading a compiled seccomp filter, and answering its notifications (seccomp(2), seccomp_unotify(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import struct
+from dataclasses import dataclass
+
+from isolator.linux._libc import syscall
+
+_SET_MODE_FILTER = 1
+_GET_ACTION_AVAIL = 2
+_NEW_LISTENER = 1 << 3
+_WAIT_KILLABLE_RECV = 1 << 5  # from 5.19; without it a signal can make a denied call look interrupted
+
+RET_KILL_PROCESS, RET_USER_NOTIF, RET_ERRNO, RET_ALLOW = 0x80000000, 0x7FC00000, 0x00050000, 0x7FFF0000
+
+_RECV, _SEND, _ID_VALID = 0xC0502100, 0xC0182101, 0x40082102
+_NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # id, pid, flags, then seccomp_data: nr, arch, ip, args
+_RESPONSE = struct.Struct("=QqiI")
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class Notification:
+    """One call that the filter handed over; ``pid`` is in the reader's pid namespace."""
+
+    id: int
+    pid: int
+    number: int
+    arch: int
+    args: tuple[int, ...]
+
+
+def load_filter(program: bytes, *, listener: bool) -> int:
+    """Install a BPF program (8 bytes an instruction) on the calling thread; returns the listener or -1.
+
+    Needs no_new_privs or CAP_SYS_ADMIN.
+    """
+    buffer = ctypes.create_string_buffer(program, len(program))
+    prog = _Program(len(program) // 8, ctypes.addressof(buffer))
+    if not listener:
+        syscall("seccomp", _SET_MODE_FILTER, 0, ctypes.byref(prog))
+        return -1
+    try:
+        return syscall("seccomp", _SET_MODE_FILTER, _NEW_LISTENER | _WAIT_KILLABLE_RECV, ctypes.byref(prog))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return syscall("seccomp", _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(prog))
+
+
+def action_available(action: int) -> bool:
+    """Whether the running kernel knows a filter action."""
+    try:
+        syscall("seccomp", _GET_ACTION_AVAIL, 0, ctypes.byref(ctypes.c_uint32(action)))
+    except OSError:
+        return False
+    return True
+
+
+def receive(listener: int) -> Notification | None:
+    """Take one waiting notification; None when the caller has gone meanwhile."""
+    buffer = bytearray(_NOTIFICATION.size)
+    try:
+        fcntl.ioctl(listener, _RECV, buffer)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+            return None
+        raise
+    number, pid, _flags, call, arch, _ip, *args = _NOTIFICATION.unpack(buffer)
+    return Notification(number, pid, call, arch & 0xFFFFFFFF, tuple(args))
+
+
+def deny(listener: int, notification: Notification, error: int = errno.EPERM) -> None:
+    """Make the call fail with ``error``. Never used to allow: what its pointers mean could change meanwhile."""
+    try:
+        fcntl.ioctl(listener, _SEND, bytearray(_RESPONSE.pack(notification.id, 0, -error, 0)))
+    except OSError as failure:
+        if failure.errno != errno.ENOENT:  # the caller was killed
+            raise

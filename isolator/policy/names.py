@@ -1,0 +1,219 @@
+"""Names that requests and grants speak of: events, permissions, destinations, ports, paths.
+
+One spelling per thing: what passes here is lower case, bounded and printable, so that it can be compared,
+shown on a terminal and put into a DNS answer or a TOML file as it is. Parsers raise ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from isolator.policy.model import EgressRule, ListenRule
+from isolator.policy.units import shown
+
+PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]{1,62}")
+_HOOK = re.compile(r"[a-z][a-z0-9_]{0,63}(?:\.[a-z][a-z0-9_]{0,63}){0,7}")
+_PERMISSION = re.compile(r"[a-z][a-z0-9_.-]{0,63}(?::[a-z0-9][a-z0-9_.-]{0,63}){0,3}")
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+
+OLDER_HOOKS: dict[str, str] = {
+    "on_deploy_start": "deploy.started",
+    "on_deploy_started": "deploy.started",
+    "on_deploy_complete": "deploy.completed",
+    "on_deploy_completed": "deploy.completed",
+    "on_deploy_fail": "deploy.failed",
+    "on_deploy_failed": "deploy.failed",
+    "on_project_create": "project.created",
+    "on_project_created": "project.created",
+    "on_error_detect": "error.detected",
+    "on_error_detected": "error.detected",
+    "on_domain_add": "domain.added",
+    "on_domain_added": "domain.added",
+}
+"""Older spellings of events. A plugin that subscribes to one receives that one; a grant covers both."""
+
+NEVER_READ = ("/proc", "/sys", "/dev", "/run", "/var/run", "/state", "/plugin")
+"""Host folders that are never bound into a cage: kernel interfaces, sockets of other services, the cage's own names."""
+
+
+def parse_hook(text: str) -> str:
+    """An event name as a manifest lists it; no wildcards, because the list is what will be dispatched."""
+    if "*" in text:
+        raise ValueError(f'"{shown(text)}": a manifest names each event; wildcards are for grants')
+    if not _HOOK.fullmatch(text):
+        raise ValueError(f'"{shown(text)}" is not an event name like "deploy.completed"')
+    return text
+
+
+def parse_permission(text: str) -> str:
+    """A permission as a manifest lists it, like ``read:deployments``."""
+    if "*" in text:
+        raise ValueError(f'"{shown(text)}": a manifest names each permission; wildcards are for grants')
+    if not _PERMISSION.fullmatch(text):
+        raise ValueError(f'"{shown(text)}" is not a permission like "read:deployments"')
+    return text
+
+
+def parse_hook_grant(text: str) -> str:
+    """An event name, ``deploy.*`` or ``*``."""
+    if text != "*":
+        parse_hook(text.removesuffix(".*"))
+    return text
+
+
+def parse_permission_grant(text: str) -> str:
+    """A permission, ``read:*`` or ``*``."""
+    if text != "*":
+        parse_permission(text.removesuffix(":*"))
+    return text
+
+
+def covers_hook(grant: str, hook: str) -> bool:
+    """Does one granted pattern cover one event, whichever spelling either of them uses?"""
+    return _covers(OLDER_HOOKS.get(grant, grant), OLDER_HOOKS.get(hook, hook), ".")
+
+
+def covers_permission(grant: str, permission: str) -> bool:
+    """Does one granted pattern cover one permission?"""
+    return _covers(grant, permission, ":")
+
+
+def _covers(grant: str, name: str, separator: str) -> bool:
+    if grant in ("*", name):
+        return True
+    return grant.endswith(separator + "*") and name.startswith(grant[:-1])
+
+
+def parse_port(value: object) -> int:
+    """A TCP port, 1 to 65535."""
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65535:
+        return value
+    raise ValueError(f"{shown(str(value))} is not a port from 1 to 65535")
+
+
+def _port_text(text: str) -> int:
+    # isascii: int() also reads digits of other scripts, which would give one port two spellings.
+    if not (text.isascii() and text.isdigit() and len(text) <= 5):
+        raise ValueError(f'"{shown(text)}" is not a port from 1 to 65535')
+    return parse_port(int(text))
+
+
+def parse_host(text: str) -> str:
+    """A DNS name, ``*.`` plus a name, an address, or a CIDR, in its one canonical spelling.
+
+    Names of other scripts must be given in their ``xn--`` form: what an operator approves on a terminal has to be
+    what is resolved, and two scripts can look alike.
+    """
+    if "://" in text:
+        raise ValueError(f'"{shown(text)}" is a URL; write the host name alone')
+    host = text.strip().lower().removesuffix(".")
+    if not host or len(host) > 253:
+        raise ValueError(f'"{shown(text)}" is not a host name')
+    if ":" in host or "/" in host or host.replace(".", "").isdigit():
+        return _parse_address(host, text)
+    if not host.isascii():
+        raise ValueError(f'"{shown(text)}": write names of other scripts in their xn-- form')
+    wildcard, name = (True, host[2:]) if host.startswith("*.") else (False, host)
+    labels = name.split(".")
+    if not all(_LABEL.fullmatch(label) for label in labels):
+        hint = '; a wildcard is a whole first label, like "*.example.com"' if "*" in host else ""
+        raise ValueError(f'"{shown(text)}" is not a host name{hint}')
+    # "0x7f.1" and "127.1" are addresses to inet_aton and names to us: nothing may be both.
+    if labels[-1].isdigit() or labels[-1].startswith("0x"):
+        raise ValueError(f'"{shown(text)}" is neither a host name nor an address')
+    if wildcard and len(labels) < 2:
+        raise ValueError(f'"{shown(text)}" would cover a whole top-level domain')
+    return host
+
+
+def _parse_address(host: str, text: str) -> str:
+    try:
+        if "/" in host:
+            network = ipaddress.ip_network(host, strict=True)
+            # A network of one address is that address: two spellings would count as two rules.
+            return str(network.network_address) if network.num_addresses == 1 else str(network)
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        why = "is not an address or a network"
+        if "/" in host:
+            why += " (its host bits must be zero)"
+        raise ValueError(f'"{shown(text)}" {why}') from None
+    if isinstance(address, ipaddress.IPv6Address) and (address.scope_id or address.ipv4_mapped):
+        raise ValueError(f'"{shown(text)}": write the plain address')
+    return str(address)
+
+
+def parse_egress(text: str) -> EgressRule:
+    """``hooks.slack.com:443``, ``*.example.com:443,8443``, ``203.0.113.7:5432``, ``[2001:db8::/32]:443``."""
+    if "://" in text:
+        raise ValueError(f'"{shown(text)}" is a URL; write HOST:PORT, like "hooks.slack.com:443"')
+    host, separator, ports = text.rpartition(":")
+    if not separator or host.endswith(":") or (":" in host and not (host.startswith("[") and host.endswith("]"))):
+        raise ValueError(f'"{shown(text)}" has no port; write HOST:PORT, like "hooks.slack.com:443"')
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if ":" not in host:
+            raise ValueError(f'"{shown(text)}": brackets are for IPv6 addresses')
+    return EgressRule(host=parse_host(host), ports=sorted_ports(_port_text(p.strip()) for p in ports.split(",")))
+
+
+def sorted_ports(ports: object) -> tuple[int, ...]:
+    """Ports ascending and without repetition: one spelling for one set."""
+    return tuple(sorted(set(ports)))  # type: ignore[call-overload]  # every caller passes an iterable of int
+
+
+def format_egress(rule: EgressRule) -> str:
+    """The spelling that ``parse_egress`` reads back."""
+    host = f"[{rule.host}]" if ":" in rule.host else rule.host
+    return f"{host}:{','.join(map(str, rule.ports))}"
+
+
+def parse_listen(text: str) -> ListenRule:
+    """``8080``, ``8080:3000`` or ``ADDRESS:8080:3000``: host port, then the port on the cage's loopback."""
+    address, ports = "127.0.0.1", text.strip()
+    if ports.startswith("["):
+        address, _, ports = ports[1:].partition("]:")
+    elif ports.count(":") == 2 or (ports.count(":") == 1 and "." in ports.partition(":")[0]):
+        address, _, ports = ports.partition(":")
+    port, separator, cage_port = ports.partition(":")
+    try:
+        canonical = str(ipaddress.ip_address(address))
+    except ValueError:
+        raise ValueError(f'"{shown(text)}": "{shown(address)}" is not an address of this host') from None
+    host_port = _port_text(port)
+    return ListenRule(address=canonical, port=host_port, cage_port=_port_text(cage_port) if separator else host_port)
+
+
+def format_listen(rule: ListenRule) -> str:
+    """The spelling that ``parse_listen`` reads back."""
+    address = f"[{rule.address}]" if ":" in rule.address else rule.address
+    return f"{address}:{rule.port}:{rule.cage_port}"
+
+
+def parse_read_path(text: str) -> str:
+    """An absolute host path to bind read-only at the same place, in canonical form.
+
+    Refused: anything below the kernel's own folders and ``/run``, because a read-only bind does not keep a process
+    from connecting to a socket or from writing to a device; and the places where the cage has something of its own.
+    """
+    if not text.startswith("/"):
+        raise ValueError(f'"{shown(text)}" is not an absolute path')
+    if not text.isprintable() or len(text) > 1024:
+        raise ValueError(f'"{shown(text)}" has unprintable characters or is longer than 1024')
+    parts = [p for p in text.split("/") if p not in ("", ".")]
+    if ".." in parts:
+        raise ValueError(f'"{shown(text)}" contains ".."')
+    path = "/" + "/".join(parts)
+    if path in ("/", "/tmp", "/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin"):
+        why = {"/": "is the whole host", "/tmp": "is the cage's own"}.get(path, "is provided by the cage itself")
+        raise ValueError(f'"{path}" {why}; name what lies below it')
+    for never in NEVER_READ:
+        if path_covers(never, path):
+            raise ValueError(f'"{shown(path)}" is below {never}, which is never made visible in a cage')
+    return path
+
+
+def path_covers(outer: str, inner: str) -> bool:
+    """Is ``inner`` the same path as ``outer`` or below it? Both canonical."""
+    return outer in (inner, "/") or inner.startswith(outer + "/")

@@ -1,0 +1,303 @@
+"""Strict reading of what others wrote: JSON without surprises, and tables without unknown keys.
+
+``load_strict_json`` refuses everything on which two JSON readers may disagree (duplicate keys, NaN, huge numbers,
+lone surrogates, bad UTF-8), because the author's linter and this daemon must see the same request. One pass over the
+tokens, before the real parser, bounds the depth and remembers the line of every key. ``Table`` then hands out the
+values of one object, each checked for its type; ``finish`` refuses whatever nobody asked for, with "did you mean".
+Every error is a ``UsageError`` that names file, line and the path of the key (``sandbox.network.egres``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from isolator.errors import UsageError
+from isolator.policy.units import shown
+
+T = TypeVar("T")
+Path = tuple[str | int, ...]
+Lines = Mapping[Path, int]
+
+_TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"|[{}\[\]:,]|\n|[^\s{}\[\]:,"]+|"')
+
+
+def load_strict_json(
+    text: bytes, *, max_bytes: int = 256 * 1024, max_depth: int = 16, name: str = "plugin.json"
+) -> dict[str, Any]:
+    """Parse one JSON object; ``name`` is what errors call the file. Raises UsageError that names the line."""
+    return load_json_with_lines(text, max_bytes=max_bytes, max_depth=max_depth, name=name)[0]
+
+
+def load_json_with_lines(
+    text: bytes, *, max_bytes: int, max_depth: int, name: str
+) -> tuple[dict[str, Any], dict[Path, int]]:
+    """As ``load_strict_json``, and the line of every key and array element by its path."""
+    if len(text) > max_bytes:
+        raise UsageError(name, f"{len(text)} bytes; at most {max_bytes} are read", "make it smaller")
+    try:
+        source = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{name}:{line}", "not UTF-8", "save the file as UTF-8") from None
+    lines = _scan(source, max_depth, name)
+
+    def refuse_constant(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{shown(number)} is out of range")
+        return value
+
+    try:
+        value = json.loads(source, parse_constant=refuse_constant, parse_float=finite)
+        # A lone surrogate can be written as an escape but not as UTF-8; it would fail later, far from its cause.
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{name}:{error.lineno}", f"not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeEncodeError:
+        raise UsageError(name, "a string holds half of a surrogate pair") from None
+    except ValueError as error:
+        why = "a number is too long" if "digits" in str(error) else str(error)
+        raise UsageError(f"{name}:{_line_of_number(source)}", why) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{name}:1", "not a JSON object", "it must start with {")
+    return value, lines
+
+
+def _line_of_number(source: str) -> int:
+    """The line of the first number that JSON cannot hold; only called when there is one."""
+    line = 1
+    for token in _TOKEN.findall(source):
+        if token == "\n":
+            line += 1
+        elif re.fullmatch(r"-?Infinity|NaN", token) or len(token) > 4000:
+            return line
+        elif token[0] in "-0123456789":
+            try:
+                if not math.isfinite(float(token)):
+                    return line
+            except ValueError:
+                return line
+    return 1
+
+
+def _scan(source: str, max_depth: int, name: str) -> dict[Path, int]:
+    """Walk the tokens once: bound the depth, refuse duplicate keys, note lines; syntax is the parser's business."""
+    lines: dict[Path, int] = {}
+    # One entry per open bracket: its path, the keys seen (None for an array), and the index or key being read.
+    stack: list[tuple[Path, set[str] | None, list[str | int]]] = []
+    line, previous, previous_line = 1, "", 1
+
+    def here() -> Path:
+        return (*stack[-1][0], *stack[-1][2]) if stack else ()
+
+    for token in _TOKEN.findall(source):
+        if token == "\n":
+            line += 1
+            continue
+        if stack and stack[-1][1] is None and token not in "]},:":
+            lines.setdefault(here(), line)
+        if token in "{[":
+            if len(stack) >= max_depth:
+                raise UsageError(f"{name}:{line}", f"nested deeper than {max_depth} levels", "flatten it")
+            stack.append((here(), set(), []) if token == "{" else (here(), None, [0]))
+        elif token in "}]" and stack:
+            stack.pop()
+        elif token == "," and stack:
+            _, keys, position = stack[-1]
+            if keys is None:
+                position[0] = int(position[0]) + 1
+            else:
+                position.clear()
+        elif token == ":" and stack and previous.startswith('"'):
+            path, keys, position = stack[-1]
+            if keys is not None and not position:
+                try:
+                    key = json.loads(previous, strict=False)
+                except ValueError:
+                    key = previous
+                if key in keys:
+                    raise UsageError(f"{name}:{previous_line}", f'"{shown(key)}" is there twice', "remove one of them")
+                keys.add(key)
+                position.append(key)
+                lines[(*path, key)] = previous_line
+        previous, previous_line = token, line
+    return lines
+
+
+class Table:
+    """One JSON object or TOML table, read key by key. ``fail`` makes every error, with the file and line of its key."""
+
+    def __init__(self, data: Mapping[str, Any], *, name: str, lines: Lines, path: Path = ()) -> None:
+        self.data, self.name, self.lines, self.path = data, name, lines, path
+        self._taken: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        """Is it there? Asking makes the key a known one."""
+        self._taken.add(key)
+        return key in self.data
+
+    def where(self, *key: str | int) -> str:
+        """``FILE:LINE`` of a key of this table, or of the nearest thing around it that has a line."""
+        path: Path = (*self.path, *key)
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name}:{self.lines[path]}" if path in self.lines else self.name
+
+    def dotted(self, *key: str | int) -> str:
+        """The path of a key as people write it: ``sandbox.network.egress[0].host``."""
+        text = ""
+        for part in (*self.path, *key):
+            text += f"[{part}]" if isinstance(part, int) else f".{shown(part)}" if text else shown(part)
+        return text
+
+    def fail(self, key: Path | str, why: str, remedy: str = "") -> NoReturn:
+        """Refuse the value of ``key``."""
+        path = (key,) if isinstance(key, str) else key
+        raise UsageError(self.where(*path), f"{self.dotted(*path)}: {why}", remedy)
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The raw value; the key counts as known from now on."""
+        self._taken.add(key)
+        return self.data.get(key, default)
+
+    def parsed(self, key: str, parser: Callable[[Any], T], default: T) -> T:
+        """The value after ``parser``, whose ValueError becomes an error of this key; ``default`` when absent."""
+        value = self.take(key)
+        if key not in self.data:
+            return default
+        return self._parse(parser, value, key)
+
+    def _parse(self, parser: Callable[[Any], T], value: Any, *key: str | int) -> T:
+        try:
+            return parser(value)
+        except ValueError as error:
+            self.fail(key, str(error))
+
+    def text(self, key: str, default: str | None = None, *, limit: int = 256) -> str:
+        """A printable string; required when there is no default."""
+        if key not in self.data:
+            self._taken.add(key)
+            if default is None:
+                where = self.where(*self.path) if self.path else self.name
+                raise UsageError(where, f"{self.dotted(key)} is missing", "add it")
+            return default
+        return self.parsed(key, lambda value: printable(value, limit), "")
+
+    def integer(self, key: str, default: T, *, low: int = 0, high: int = 2**31 - 1) -> int | T:
+        """A whole number within bounds."""
+
+        def check(value: Any) -> int:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError("must be a whole number")
+            if not low <= value <= high:
+                raise ValueError(f"{shown(str(value))} is negative" if value < 0 <= low else f"must be {low} to {high}")
+            return value
+
+        return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins int and T to object
+
+    def boolean(self, key: str, default: T) -> bool | T:
+        """True or false, nothing that merely looks like it."""
+
+        def check(value: Any) -> bool:
+            if not isinstance(value, bool):
+                raise ValueError("must be true or false")
+            return value
+
+        return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins bool and T to object
+
+    def items(self, key: str, parser: Callable[[Any], T], *, limit: int = 64) -> tuple[T, ...] | None:
+        """A list, each element parsed; None when the key is absent."""
+        value = self.take(key)
+        if key not in self.data:
+            return None
+        if not isinstance(value, list):
+            self.fail(key, "must be a list", f"write {shown(key)} = [...]" if self.name.endswith(".toml") else "")
+        if len(value) > limit:
+            self.fail(key, f"{len(value)} entries; at most {limit}")
+        return tuple(self._parse(parser, item, key, index) for index, item in enumerate(value))
+
+    def strings(self, key: str, parser: Callable[[str], T], *, limit: int = 64) -> tuple[T, ...] | None:
+        """A list of strings, each parsed; None when the key is absent."""
+        return self.items(key, lambda value: parser(printable(value, 1024)), limit=limit)
+
+    def choice(self, key: str, choices: tuple[str, ...], default: T) -> str | T:
+        """One of a few words."""
+
+        def check(value: Any) -> str:
+            if value not in choices:
+                raise ValueError("must be " + " or ".join(f'"{c}"' for c in choices))
+            return str(value)
+
+        return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins str and T to object
+
+    def table(self, key: str) -> Table:
+        """A nested table; empty when absent."""
+        value = self.take(key)
+        if key not in self.data:
+            value = {}
+        elif not isinstance(value, dict):
+            self.fail(key, "must be a table" if self.name.endswith(".toml") else "must be an object")
+        return Table(value, name=self.name, lines=self.lines, path=(*self.path, key))
+
+    def tables(self, key: str, *, limit: int = 64) -> tuple[Table | Any, ...] | None:
+        """A list whose objects come back as tables and whose other elements as they are; None when absent."""
+        value = self.take(key)
+        if key not in self.data:
+            return None
+        if not isinstance(value, list):
+            self.fail(key, "must be a list")
+        if len(value) > limit:
+            self.fail(key, f"{len(value)} entries; at most {limit}")
+        return tuple(
+            Table(item, name=self.name, lines=self.lines, path=(*self.path, key, index))
+            if isinstance(item, dict)
+            else item
+            for index, item in enumerate(value)
+        )
+
+    def finish(self) -> None:
+        """Refuse every key that nobody took: a typo in a security setting must not pass in silence."""
+        for key in self.data:
+            if key not in self._taken:
+                self.fail(key, "unknown key", did_you_mean(key, self._taken))
+
+    def unknown(self) -> tuple[str, ...]:
+        """The keys that nobody took, where they are worth no more than a warning."""
+        return tuple(key for key in self.data if key not in self._taken)
+
+
+def did_you_mean(word: str, known: set[str] | frozenset[str] | tuple[str, ...]) -> str:
+    """``did you mean "egress"?``, or the known words when none is near."""
+    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+    if near:
+        return f'did you mean "{near[0]}"?'
+    return "known here: " + ", ".join(sorted(known)) if known else "nothing is expected here"
+
+
+def printable(value: object, limit: int) -> str:
+    """Text that is safe on an operator's terminal: no control or direction-changing characters, bounded."""
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if len(value) > limit:
+        raise ValueError(f"{len(value)} characters; at most {limit}")
+    if not value.isprintable():
+        raise ValueError("holds control or invisible characters")
+    return value
+
+
+def prose(value: object) -> str:
+    """A sentence meant for people: what is not printable becomes a space, and the length is cut at 400.
+
+    A line break in a description is no reason to refuse a plugin, but an escape sequence must not reach a terminal.
+    """
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())[:400]

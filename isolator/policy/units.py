@@ -1,0 +1,105 @@
+"""Sizes, shares of a core and durations: how people write them, and how they are written back.
+
+Sizes are bytes with binary multiples (``64M`` = 64 MiB), cpu is thousandths of one core (``25%`` = 250),
+durations are seconds. Every formatter's output parses back to the very same value, because what
+``plugin add`` shows and stores must mean what was shown. Parsers raise ``ValueError`` with a sentence
+that says what is wrong; the caller knows the file and the line.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SIZE = re.compile(r"(\d{1,16}(?:\.\d{1,6})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
+_PERCENT = re.compile(r"(\d{1,6}(?:\.\d)?)\s*%", re.ASCII)
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h|d)", re.ASCII)
+_MULTIPLE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+MAX_SIZE = 1 << 50
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``64M``, ``1.5G``, ``4096`` or an integer; K, M, G and T are powers of 1024."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str):
+        if value.strip().startswith("-"):
+            raise ValueError(f'"{value}" is negative')
+        match = _SIZE.fullmatch(value.strip())
+        if not match:
+            raise ValueError(f'"{_short(value)}" is not a size; write it like "64M" or "1G"')
+        exact = float(match[1]) * _MULTIPLE[(match[2] or "").upper()]
+        number = int(exact)
+        if number != exact:
+            raise ValueError(f'"{value}" is not a whole number of bytes')
+    else:
+        raise ValueError('a size is text like "64M" or "1G"')
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    if number > MAX_SIZE:
+        raise ValueError(f'"{_short(str(value))}" is larger than 1 PiB')
+    return number
+
+
+def format_size(number: int) -> str:
+    """The shortest exact spelling: ``64M`` for 67108864, ``1000`` for a thousand bytes."""
+    for unit in ("T", "G", "M", "K"):
+        if number and number % _MULTIPLE[unit] == 0:
+            return f"{number // _MULTIPLE[unit]}{unit}"
+    return str(number)
+
+
+def parse_cpu(value: object) -> int:
+    """Thousandths of one core of ``25%``, ``12.5%`` or ``150%``; always a percentage of one core."""
+    if isinstance(value, str):
+        if value.strip().startswith("-"):
+            raise ValueError(f'"{value}" is negative')
+        if match := _PERCENT.fullmatch(value.strip()):
+            number = round(float(match[1]) * 10)
+            if number < 1:
+                raise ValueError(f'"{value}" is no cpu time at all; the least is "0.1%"')
+            return number
+    shown = f'"{_short(value)}"' if isinstance(value, str) else str(value)
+    raise ValueError(f'{shown} is not a share of cpu; write a percentage of one core, like "25%" or "150%"')
+
+
+def format_cpu(number: int) -> str:
+    """``25%`` for 250, ``12.5%`` for 125."""
+    return f"{number // 10}%" if number % 10 == 0 else f"{number // 10}.{number % 10}%"
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of ``500ms``, ``10s``, ``15m``, ``1h``, ``30d`` or a plain number of seconds."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+        # NaN compares false with everything, so the range check below refuses it together with infinities.
+        if not 0 <= number <= 1e9:
+            raise ValueError(f"{value} is not a duration of 0 to 1e9 seconds")
+        return number
+    if isinstance(value, str):
+        if value.strip().startswith("-"):
+            raise ValueError(f'"{value}" is negative')
+        if match := _DURATION.fullmatch(value.strip()):
+            return round(float(match[1]) * _SECONDS[match[2]], 6)
+        raise ValueError(f'"{_short(value)}" is not a duration; write it like "500ms", "10s" or "15m"')
+    raise ValueError('a duration is text like "10s" or "15m"')
+
+
+def format_duration(number: float) -> str:
+    """``10s``, ``15m``, ``500ms``, ``2.5s``: the largest unit that keeps the value whole."""
+    for unit in ("d", "h", "m"):
+        if number and number % _SECONDS[unit] == 0:
+            return f"{int(number // _SECONDS[unit])}{unit}"
+    if number == int(number):
+        return f"{int(number)}s"
+    millis = round(number * 1000, 3)
+    return f"{int(millis)}ms" if millis == int(millis) and number < 1 else f"{round(number, 6):.6f}".rstrip("0") + "s"
+
+
+def _short(text: str) -> str:
+    """What a stranger wrote, fit for one line on a terminal: no control characters, at most 40 of the rest."""
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= 40 else clean[:39] + "…"
+
+
+shown = _short

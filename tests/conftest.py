@@ -1,0 +1,112 @@
+"""What every test gets: root, a directory that unprivileged children can read, and a check that nothing is left.
+
+``--leaks=test`` looks after each test instead of once at the end, to find the one that leaks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
+
+_PATIENCE = 15.0  # seconds that the kernel and stopping daemons get at the end of the run
+
+_run = pytest.StashKey["_Run"]()
+
+
+class _Run:
+    """One test run: its marker, its directories, the host's state before it, and what it left."""
+
+    def __init__(self) -> None:
+        self.marker = uuid.uuid4().hex
+        os.environ[MARKER] = self.marker
+        self.folders: list[str] = []
+        self.lock = RunLock()
+        self.before = HostState.read(self.marker)
+        self.leaks: list[str] = []
+        self.doubtful: list[str] = []
+
+    def check(self) -> None:
+        alone = self.lock.alone()
+        for kind, names in wait_until_clean(self.before, self.marker, _PATIENCE).items():
+            for name in names:
+                certain = alone or is_own(kind, name, self.folders)
+                (self.leaks if certain else self.doubtful).append(f"{kind}: {name}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--leaks", choices=("run", "test"), default="run", help="look for leaks after the run, or after each test"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() != 0:
+        # Skipping would look like passing: nearly every test makes users, cgroups or namespaces.
+        pytest.exit("the tests make users, cgroups and namespaces: run 'sudo ./dev test'", returncode=1)
+    os.umask(0o022)
+    config.stash[_run] = _Run()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    run = session.config.stash[_run]
+    run.check()
+    if run.leaks and session.exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    run = config.stash[_run]
+    if run.leaks:
+        terminalreporter.section("LEAKS: the run failed because it left these behind", red=True)
+        for line in run.leaks:
+            terminalreporter.line(line)
+    if run.doubtful:
+        terminalreporter.section("new on this host, perhaps made by another test run at the same time", yellow=True)
+        for line in run.doubtful:
+            terminalreporter.line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _run in config.stash:
+        config.stash[_run].lock.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--leaks=test``: fail the test that leaves something behind."""
+    if request.config.getoption("--leaks") != "test":
+        yield
+        return
+    marker = request.config.stash[_run].marker
+    before = HostState.read(marker)
+    yield
+    left = wait_until_clean(before, marker, _PATIENCE)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture
+def shared_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A fresh root-owned 0755 directory; unlike ``tmp_path`` other users can reach it. A place for ``--root``.
+
+    What is still mounted below it at the end is a leak: it is unmounted, so that nothing is deleted through it,
+    and the test fails.
+    """
+    path = Path(tempfile.mkdtemp(prefix="isolator-test-", dir="/tmp"))
+    path.chmod(0o755)
+    request.config.stash[_run].folders.append(str(path))
+    yield path
+    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {path}/" in line]
+    for target in reversed(mounted):
+        subprocess.run(["umount", "-l", target], check=True)
+    shutil.rmtree(path)
+    assert not mounted, f"still mounted at the end of the test: {mounted}"

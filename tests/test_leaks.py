@@ -1,0 +1,109 @@
+"""The leak check itself: each kind of leftover is seen, and a clean run is called clean."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.leaks import MARKER, HostState, RunLock, wait_until_clean
+
+pytest_plugins = ["pytester"]
+
+_CONFTEST = Path(__file__).with_name("conftest.py")
+
+
+def _left(before: HostState) -> dict[str, list[str]]:
+    return HostState.read(os.environ[MARKER]).since(before)
+
+
+def test_mount_is_seen(shared_dir: Path) -> None:
+    before = HostState.read(os.environ[MARKER])
+    target = shared_dir / "mounted"
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(target)], check=True)
+    try:
+        assert any(str(target) in name for name in _left(before)["mounts"])
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+    assert "mounts" not in _left(before)
+
+
+def test_loop_device_is_seen(shared_dir: Path) -> None:
+    before = HostState.read(os.environ[MARKER])
+    image = shared_dir / "image"
+    image.write_bytes(bytes(1 << 20))
+    device = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        assert any(str(image) in name for name in _left(before)["loops"])
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert "loops" not in wait_until_clean(before, os.environ[MARKER], 5)
+
+
+def test_process_is_seen_even_when_its_parent_is_gone() -> None:
+    before = HostState.read(os.environ[MARKER])
+    shell = subprocess.run(
+        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], check=True, capture_output=True, text=True
+    )
+    pid = int(shell.stdout)
+    pidfd = os.pidfd_open(pid)
+    try:
+        assert any(name.startswith(f"{pid} ") for name in _left(before)["processes"])
+        assert any("pidfd" in name for name in _left(before)["descriptors"])
+    finally:
+        os.kill(pid, 9)
+        os.close(pidfd)
+    assert not wait_until_clean(before, os.environ[MARKER], 5).get("processes")
+
+
+def test_run_that_leaks_fails(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A passing test that leaves a process behind makes the whole run fail, by name."""
+    # The inner run gets a lock of its own: it must not count as a run that overlaps with this one.
+    conftest = (
+        _CONFTEST.read_text().replace("_PATIENCE = 15.0", "_PATIENCE = 0.5").replace("RunLock()", "RunLock('lock')")
+    )
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(
+        textwrap.dedent(
+            """
+            import subprocess
+            from pathlib import Path
+
+            def test_leaks():
+                process = subprocess.Popen(["sleep", "60"])
+                process.returncode = 0  # nobody will wait for it
+                Path("pid").write_text(str(process.pid))
+            """
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    result = pytester.run(
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", str(pytester.path)
+    )
+    try:
+        assert result.ret == 1
+        result.stdout.fnmatch_lines(["*1 passed*"])
+        result.stdout.fnmatch_lines(["*LEAKS*", "processes: * sleep 60"])
+    finally:
+        os.kill(int((pytester.path / "pid").read_text()), 9)
+
+
+def test_a_run_knows_whether_it_was_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    first = RunLock(path)
+    assert first.alone()
+    second = RunLock(path)
+    assert not first.alone()
+    assert not second.alone()
+    first.close()
+    second.close()
+    third = RunLock(path)
+    assert third.alone()
+    third.close()

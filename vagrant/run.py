@@ -1,0 +1,81 @@
+"""``./dev vm``: builds the box, then runs the tests in a machine inside namespaces of its own.
+
+This process stays outside: only it may reach the distribution's mirror, to build the box. Everything else happens in
+``vagrant.inside``, which it starts in new namespaces and which cannot reach out nor leave anything behind:
+
+- network: only a loopback, and the bridge that libvirt makes in it;
+- PID: when the first process ends, however it ends, the kernel kills every other (libvirtd, dnsmasq, QEMU);
+- mount: ``/run``, ``/etc/libvirt`` and ``/var/lib/libvirt`` become fresh tmpfs, so that a libvirt which the host uses
+  is neither seen nor changed, and sockets, PID files and definitions vanish with the namespace.
+
+Exit codes: the tests' own (0 passed, 1 failed); 70 if the machine could not be had, twice in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from vagrant.box import CACHE, BuildError, ready_box
+
+EXIT_INFRASTRUCTURE = 70
+RESULTS = CACHE / "vm"  # junit.xml and console.log of the last run
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./dev vm", description="Run the tests in a virtual machine with pure cgroup v2 and systemd."
+    )
+    parser.add_argument("--all", action="store_true", help="every test, not only those marked vm")
+    parser.add_argument("--direct", action="store_true", help="start QEMU without Vagrant and libvirt")
+    parser.add_argument("--command", metavar="SHELL", help="run this in the copied tree instead of the tests")
+    parser.add_argument("--memory", type=int, default=2048, metavar="MB", help="of the machine (2048)")
+    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="of the machine (2)")
+    parser.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENT", help="passed on to pytest")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    parse(sys.argv[1:])  # a mistake in the arguments shows before minutes are spent
+    generation = Path(sys.prefix)
+    try:
+        box = ready_box((generation / "deps").resolve())
+    except BuildError as error:
+        print(f"isolator dev: the VM's disk could not be built: {error}", file=sys.stderr)
+        return EXIT_INFRASTRUCTURE
+    RESULTS.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="isolator-vm-"))
+    unshare = ["unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child=SIGKILL"]
+    inside = [sys.executable, "-I", "-m", "vagrant.inside", str(box.folder), str(folder), *sys.argv[1:]]
+    child = subprocess.Popen(
+        [*unshare, "--mount-proc", "--propagation", "private", "--", *inside], stdin=subprocess.DEVNULL
+    )
+
+    def stop(number: int, _frame: object) -> None:
+        # unshare blocks SIGTERM; killed outright, it takes the first process inside along, and that one all others.
+        child.kill()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        code = child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        for name in ("junit.xml", "console.log"):
+            if (folder / name).exists():
+                shutil.copy(folder / name, RESULTS / name)
+        shutil.rmtree(folder)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    sys.exit(main())
