@@ -75,7 +75,10 @@ class Store:
         self._base = base
         base.mkdir(parents=True, exist_ok=True)
         base.chmod(0o755)
-        for leftover in base.glob(".staging-*"):
+
+    def clear_staged(self) -> None:
+        """Remove every staged folder: for a daemon that starts, as others use the same store at the same time."""
+        for leftover in self._base.glob(".staging-*"):
             shutil.rmtree(leftover)
 
     def names(self) -> list[str]:

@@ -34,8 +34,9 @@ from isolator.layers import network as network_layer
 from isolator.layers.cgroup import open_subtree
 from isolator.layers.user import add_service_user
 from isolator.ledger import ledger, missing
-from isolator.lifecycle import Environment, Plugin, host_api_folder
+from isolator.lifecycle import Plugin
 from isolator.paths import Paths
+from isolator.plugin_cage import Environment, host_api_folder
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.model import NetworkPolicy
 from isolator.registrar import Registrar
@@ -115,6 +116,7 @@ class Supervisor:
         self.audit = AuditClient(None)
         stack.callback(self.audit.close)
         self.registrar = Registrar(paths, self.config)
+        self.registrar.forget_staged()
         self._load_plugins()
         await self._start_services()
         self.audit.record(
