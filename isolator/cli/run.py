@@ -137,7 +137,8 @@ async def _run(paths: Paths, host: HostConfig, policy: EffectivePolicy, command:
                        milliseconds=sandbox.steps)  # fmt: skip
         if sandbox.listener >= 0:
             denials.watch(
-                sandbox.listener, lambda call, count: records.record("syscall.denied", call=call, count=count)
+                sandbox.listener,
+                lambda denied: records.record("syscall.denied", call=denied.call, count=denied.count),
             )
             sandbox.listener = -1
         loop = asyncio.get_running_loop()
