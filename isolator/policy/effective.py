@@ -251,7 +251,8 @@ def _compose(
         filesystem=FilesystemPolicy(
             read=bounds.read,
             state=limits.state,
-            state_inodes=limits.state_inodes,
+            # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
+            state_inodes=min(limits.state_inodes, max(64, limits.state // 4096)),
             tmp=limits.tmp,
             tmp_inodes=limits.tmp_inodes,
             shm=limits.shm,

@@ -91,6 +91,12 @@ def test_without_an_author_the_operators_number_counts() -> None:
     assert meet(synthesised(), policy("[grant]\negress = ['a.com:8443']"), DEFAULT).effective.network.mode == "listed"
 
 
+@pytest.mark.parametrize(("state", "inodes"), [("64M", 16384), ("4M", 1024), ("1M", 256), ("1G", 16384)])
+def test_a_small_state_folder_has_room_for_more_than_its_own_inodes(state: str, inodes: int) -> None:
+    core = asking(filesystem={"state": state})
+    assert meet(core, policy('[filesystem]\nstate = "1G"'), DEFAULT).effective.filesystem.state_inodes == inodes
+
+
 def test_who_decides_how_long_a_delivery_may_take() -> None:
     said = policy('[delivery]\ntimeout = "2m"')
     assert meet(manifest(delivery={"timeout": "5m"}), None, DEFAULT).effective.delivery_timeout == 300
