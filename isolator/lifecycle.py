@@ -15,25 +15,22 @@ import asyncio
 import contextlib
 import errno
 import os
-import pwd
 import random
 import secrets
 import socket
 import stat
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isolator import store as plugin_store
 from isolator.errors import ConfinementError, DeniedError, IsolatorError, UnavailableError
 from isolator.layers import network as network_layer
-from isolator.layers.base import Bind, CageSpec
 from isolator.layers.netns import Network
-from isolator.linux import mount
 from isolator.linux.files import openat2
 from isolator.linux.inotify import IN_CREATE, IN_MOVED_TO, Inotify
+from isolator.plugin_cage import SOCKET, Environment, plugin_spec
 from isolator.sandbox import End, Sandbox, Stdio, Tools
 from isolator.state import State
 
@@ -43,19 +40,8 @@ if TYPE_CHECKING:
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
 
-SOCKET = "plugin.sock"
 SOCKET_SECONDS = 10.0
 """A sidecar whose socket is not there this long after its start has failed to start."""
-
-PATH = "/usr/local/bin:/usr/bin:/bin"
-
-
-@dataclass
-class Environment:
-    """What the host says a run gets: its config as variables and secret files."""
-
-    env: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
 
 
 class Surroundings(Protocol):
@@ -78,6 +64,8 @@ class Surroundings(Protocol):
 
     def changed(self, plugin: Plugin) -> None: ...
 
+    def record_resources(self, plugin: Plugin) -> None: ...
+
 
 @dataclass
 class Run:
@@ -95,6 +83,14 @@ class Run:
     """Descriptors that only the start needs."""
     socket_there: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: str = ""
+    verdict: str = ""
+    """Why the supervisor ended it, when it did; told in place of what the process itself reports."""
+
+    def end(self, why: str) -> None:
+        """Kill the whole cage at once, for a reason."""
+        self.verdict = self.verdict or why
+        if self.sandbox.started:
+            self.sandbox.leaf.kill()
 
 
 class Plugin:
@@ -281,7 +277,8 @@ class Plugin:
         network: Network | None = None
         try:
             environment = await around.environment(self.name)
-            spec = self._spec(run_id, environment, owned)
+            state = State(around.paths.state, self.name, around.tools.journal)
+            spec = plugin_spec(self.registration, effective, self.argv, around.paths, run_id, environment, state, owned)
             network = Network(await prepared)
             await around.attach_network(run_id, self.name, network.network, effective.network)
             pipes, writers = _log_pipes()
@@ -303,58 +300,6 @@ class Plugin:
             raise
         finally:
             _close(owned)
-
-    def _spec(self, run_id: str, environment: Environment, owned: list[int]) -> CageSpec:
-        registration, effective, paths = self.registration, self.effective, self._around.paths
-        assert effective is not None
-        uid, gid = registration.uid, pwd.getpwuid(registration.uid).pw_gid
-        store = plugin_store.Store(paths.plugins)
-        binds: list[Bind] = []
-
-        def bind(target: str, fd: int, *, writable: bool = False) -> None:
-            owned.append(fd)
-            binds.append(Bind(target, fd, writable=writable, executable=not writable))
-
-        bind("/plugin", os.open(store.folder(registration), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        argv = list(self.argv)
-        if registration.kind == "binary":
-            fd = plugin_store.open_binary(Path(registration.binary_path))
-            found = plugin_store.hash_descriptor(fd)
-            bind(f"/run/isolator/bin/{Path(registration.binary_path).name}", fd)
-            if found != registration.binary_sha256:
-                raise DeniedError(
-                    registration.binary_path, "has changed since it was approved",
-                    f"isolator plugin approve {self.name}, if you trust the new one",
-                )  # fmt: skip
-        for path in effective.filesystem.read:
-            bind(path, open_read_path(path))
-        bind(
-            "/run/isolator/host", os.open(host_api_folder(paths, self.name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        )
-        if effective.filesystem.state:
-            state = State(paths.state, self.name, self._around.tools.journal)
-            fs = effective.filesystem
-            bind("/state", state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=gid), writable=True)
-        options = {"size": "64k", "nr_inodes": "16", "mode": "0700", "uid": str(uid), "gid": str(gid)}
-        attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
-        directory = mount.new_filesystem("tmpfs", options, attributes=attributes)
-        owned.append(directory)
-        return CageSpec(
-            name=self.name,
-            run=run_id,
-            uid=uid,
-            gid=gid,
-            user=registration.user,
-            policy=effective,
-            paths=paths,
-            argv=argv,
-            env=sidecar_environment(self.name, effective, environment),
-            cwd="/plugin",
-            hostname=self.name[:63],
-            binds=binds,
-            mounts={"/run/isolator/plugin": directory},
-            files=environment.files,
-        )
 
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
@@ -383,8 +328,14 @@ class Plugin:
         if run.sandbox.listener >= 0:
             self._around.denials.watch(
                 run.sandbox.listener,
-                lambda call, count: audit.record(
-                    "syscall.denied", plugin=self.name, run=run.id, call=call, count=count
+                lambda denied: audit.record(
+                    "syscall.denied",
+                    plugin=self.name,
+                    run=run.id,
+                    happened_ns=denied.last_ns,
+                    since_ns=denied.first_ns,
+                    call=denied.call,
+                    count=denied.count,
                 ),
             )
             run.sandbox.listener = -1
@@ -396,6 +347,8 @@ class Plugin:
         loop = asyncio.get_running_loop()
         loop.add_reader(run.watch.fileno(), self._look_for_socket, run)
         self._look_for_socket(run)
+        drift = network_layer.watch(run.network.network)
+        loop.add_reader(drift, self._ruleset_changed, run, drift)
         waiting = asyncio.create_task(run.sandbox.wait())
         try:
             there = asyncio.create_task(run.socket_there.wait())
@@ -404,12 +357,26 @@ class Plugin:
             if not run.socket_there.is_set() and not waiting.done():
                 assert self.effective is not None
                 await run.sandbox.stop(self.effective.restart.stop_grace)
-                end = await waiting
-                return End(end.exit_code, end.signal, f"no socket in {SOCKET_SECONDS:g} s", end.uptime, end.events)
-            return await waiting
+                run.verdict = run.verdict or f"no socket in {SOCKET_SECONDS:g} s"
+            end = await waiting
+            return replace(end, cause=run.verdict) if run.verdict else end
         finally:
             loop.remove_reader(run.watch.fileno())
+            loop.remove_reader(drift)
+            drift.close()
             waiting.cancel()
+
+    def _ruleset_changed(self, run: Run, drift: socket.socket) -> None:
+        """Somebody touched the cage's ruleset: it still leads nowhere but loopback, but the promise is broken."""
+        with contextlib.suppress(BlockingIOError):
+            while drift.recv(65536):
+                pass
+        try:
+            assert self.effective is not None
+            network_layer.confirm(run.network.network, self.effective.network)
+        except ConfinementError as error:
+            self._around.audit.record("net.denied", plugin=self.name, run=run.id, rule="ruleset-changed", why=error.why)
+            run.end("its network rules were changed")
 
     def _look_for_socket(self, run: Run) -> None:
         run.watch.read()
@@ -418,6 +385,7 @@ class Plugin:
             run.socket_there.set()
 
     def _record_end(self, run: Run, end: End) -> None:
+        self._around.record_resources(self)
         self._around.audit.record(
             "plugin.crashed" if self._wanted else "plugin.stopped",
             plugin=self.name,
@@ -483,42 +451,6 @@ def _log_pipes() -> tuple[list[int], list[int]]:
         os.set_blocking(read, False)
         readers.append(read)
     return readers, writers
-
-
-def open_read_path(path: str) -> int:
-    """An O_PATH descriptor of a path that a policy lets a plugin read; no component may be a link."""
-    from isolator.linux.files import open_nofollow
-
-    try:
-        return open_nofollow(path)
-    except OSError as error:
-        why = "a component is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise ConfinementError(f"read path {path}", why or "", "name the real path in the policy") from None
-
-
-def host_api_folder(paths: Paths, name: str) -> Path:
-    """The folder on the host side that holds a plugin's host-API socket; bound whole, so it survives the host."""
-    folder = paths.run / "hostapi" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)
-    return folder
-
-
-def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environment) -> dict[str, str]:
-    """Everything a sidecar finds in its environment (protocol.md): nothing is inherited."""
-    state = "/state" if policy.filesystem.state else ""
-    return {
-        **environment.env,
-        "PATH": PATH,
-        "HOME": state or "/tmp",
-        "LANG": "C.UTF-8",
-        "TZ": os.environ.get("TZ", "UTC"),
-        "TMPDIR": "/tmp",
-        "PLUGIN_NAME": name,
-        "PLUGIN_SOCKET": f"/run/isolator/plugin/{SOCKET}",
-        "PLUGIN_HOST_SOCKET": "/run/isolator/host/host.sock",
-        **({"PLUGIN_STATE_DIR": state} if state else {}),
-    }
 
 
 def _close(fds: list[int]) -> None:

@@ -3,7 +3,7 @@
 Starts in this order and stops in the reverse: the lock on the root (a second daemon is refused), what an earlier one
 left is cleared, the launcher, the users, audit, broker, host, then the registered plugins are known (they start when
 an event wants them). Anything that dies is started again; running sidecars stay, except when the launcher dies: it is
-the only one that can end cages if this process is killed, so their runs are ended with it.
+what ends cages if this process is killed, so the runs it cloned are ended and come back under a new one.
 
 What it says to the services and they to it is in docs/internals.md.
 """
@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import platform
+import shutil
 import socket
 import sys
 import time
@@ -33,8 +34,9 @@ from isolator.layers import network as network_layer
 from isolator.layers.cgroup import open_subtree
 from isolator.layers.user import add_service_user
 from isolator.ledger import ledger, missing
-from isolator.lifecycle import Environment, Plugin, host_api_folder
+from isolator.lifecycle import Plugin
 from isolator.paths import Paths
+from isolator.plugin_cage import Environment, host_api_folder
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.model import NetworkPolicy
 from isolator.registrar import Registrar
@@ -63,7 +65,6 @@ class Supervisor:
         self._stack = contextlib.AsyncExitStack()
         self._audit_ends: dict[str, socket.socket] = {}
         self._snapshots: asyncio.Task[None] | None = None
-        self.failed = asyncio.Event()
 
     # --- start and stop --------------------------------------------------------------------------------------
 
@@ -75,6 +76,7 @@ class Supervisor:
         if lacking:
             first = lacking[0]
             raise IsolatorError(f"this host cannot enforce {first.name}", first.reason, first.remedy)
+        _check_reachable(self.paths)
         try:
             await self._start()
         except BaseException:
@@ -97,23 +99,24 @@ class Supervisor:
             folder.chmod(0o755)
         paths.state.chmod(0o700)
         journal = Journal(paths.journal)
+        stack.callback(self._remove_run_folder)
         stack.callback(journal.close)
         cleared = recovery.clear(paths, journal)
         for left in cleared:
             self._log(f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}".rstrip())
-        launcher = Launcher()
-        stack.callback(launcher.close)
         subtree = open_subtree(paths.named("isolator"))
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         stack.callback(journal.gone, "subtree")
         stack.callback(subtree.remove)
-        self.tools = Tools(launcher, journal, subtree)
-        stack.callback(self._watch_launcher(launcher).cancel)
+        self.tools = Tools(Launcher(), journal, subtree)
+        stack.callback(self._close_launcher)
+        stack.callback(asyncio.create_task(self._keep_launcher(), name="launcher").cancel)
         self.denials = Denials()
         stack.callback(self.denials.close)
         self.audit = AuditClient(None)
         stack.callback(self.audit.close)
         self.registrar = Registrar(paths, self.config)
+        self.registrar.forget_staged()
         self._load_plugins()
         await self._start_services()
         self.audit.record(
@@ -125,6 +128,10 @@ class Supervisor:
             config=self.config.source,
             cleared=[f"{left.kind} {left.name}" for left in cleared],
         )
+        for left in cleared:
+            if left.kind == "cage":
+                plugin, _, run = left.name.rpartition(".")
+                self.audit.record("plugin.stopped", plugin=plugin, run=run, cause="found dead: the daemon was killed")
         self._snapshots = asyncio.create_task(self._take_snapshots(), name="snapshots")
 
     async def stop(self) -> None:
@@ -145,21 +152,25 @@ class Supervisor:
                     await self.audit.settled()
             await self._services["audit"].stop()
         await self._stack.aclose()
+
+    def _remove_run_folder(self) -> None:
         self.paths.control_socket.unlink(missing_ok=True)
-        for folder in (self.paths.run / "hostapi", self.paths.run):
-            for child in folder.glob("*/host.sock") if folder.exists() else ():
-                child.unlink()
-                child.parent.rmdir()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(self.paths.run / "hostapi", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.paths.run.rmdir()
 
-    def _watch_launcher(self, launcher: Launcher) -> asyncio.Task[None]:
-        async def watch() -> None:
-            await launcher.closed.wait()
-            self._log("the launcher has died; its cages have ended with it")
-            self.failed.set()
+    def _close_launcher(self) -> None:
+        self.tools.launcher.close()  # whichever it is by then
 
-        return asyncio.create_task(watch(), name="launcher")
+    async def _keep_launcher(self) -> None:
+        while True:
+            await self.tools.launcher.closed.wait()
+            self._log("the launcher has died; starting it and its cages again")
+            self.tools.launcher.close()
+            for plugin in self._plugins.values():
+                if plugin.run is not None:
+                    plugin.run.end("the launcher died")
+            self.tools.launcher = Launcher()
 
     def _load_plugins(self) -> None:
         for name in self.registrar.names():
@@ -527,13 +538,23 @@ class Supervisor:
                     self.record_resources(plugin)
 
     def record_resources(self, plugin: Plugin) -> None:
-        """One ``resources`` record of a running plugin."""
+        """One ``resources`` record of a plugin's run."""
         from isolator.audit.sources.snapshots import snapshot
 
-        assert plugin.run is not None
-        leaf = plugin.run.sandbox.leaf
-        figures = snapshot(leaf.folders(), leaf.processes())
-        self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **figures)
+        if plugin.run is not None and plugin.run.sandbox.started:
+            leaf = plugin.run.sandbox.leaf
+            figures = snapshot(leaf.folders(), leaf.processes())
+            self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **figures)
+
+
+def _check_reachable(paths: Paths) -> None:
+    """The unprivileged processes must be able to walk to their folders."""
+    for folder in (*reversed(paths.root.parents), paths.root):
+        if folder.exists() and not folder.stat().st_mode & 0o001:
+            raise IsolatorError(
+                f"root {paths.root}", f"the daemon's unprivileged processes cannot enter {folder}",
+                f"chmod o+x {folder}, or choose a --root elsewhere",
+            )  # fmt: skip
 
 
 def _listen(path: Any, *, mode: int, owner: int, backlog: int) -> socket.socket:

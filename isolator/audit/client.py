@@ -28,6 +28,9 @@ MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
 _RETRY = 0.01
 
+AWAY = "the audit process is not there"
+"""Why nothing can be written between two writers."""
+
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).encode
 
 
@@ -40,7 +43,7 @@ class AuditClient:
     """Sends records to the audit process. ``record`` never blocks and never fails."""
 
     def __init__(self, sock: socket.socket | None) -> None:
-        self.blocked: str | None = None
+        self.blocked: str | None = AWAY
         """Why the writer cannot write at the moment, else None."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
@@ -68,11 +71,13 @@ class AuditClient:
         delivery_id: str | None = None,
         urgent: bool = False,
         happened_ns: int | None = None,
+        since_ns: int | None = None,
         **data: Any,
     ) -> None:
         """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``handed_over``).
 
-        ``happened_ns`` is the CLOCK_MONOTONIC of what it tells of, when that was noticeably before this call.
+        ``happened_ns`` is the CLOCK_MONOTONIC of what it tells of, when that was noticeably before this call;
+        ``since_ns`` that of the first of several things which one record sums up.
         """
         if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1
@@ -80,7 +85,7 @@ class AuditClient:
         if self.lost:
             lost, self.lost = self.lost, 0
             self.record("audit.gap", count=lost, why="the sender's buffer was full")
-        line = self._line(type, plugin, run, event_id, delivery_id, data, happened_ns)
+        line = self._line(type, plugin, run, event_id, delivery_id, data, happened_ns, since_ns)
         self._pending.append(line)
         if urgent:
             self._flush()
@@ -126,6 +131,7 @@ class AuditClient:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
+            self.blocked = AWAY
 
     def _line(
         self,
@@ -136,9 +142,10 @@ class AuditClient:
         delivery_id: str | None,
         data: dict[str, Any],
         happened: int | None,
+        since: int | None,
     ) -> bytes:
         self._number += 1
-        record = {
+        record: dict[str, Any] = {
             "time": utc_now(),
             "type": type,
             "plugin": plugin,
@@ -149,6 +156,8 @@ class AuditClient:
             "n": f"{self._session}:{self._number}",
             "mono": time.monotonic_ns() if happened is None else happened,
         }
+        if since is not None:
+            record["since"] = since
         try:
             line = _encode(record).encode()
             if len(line) < MAX_PACKET:
@@ -204,7 +213,7 @@ class AuditClient:
                 break
             message = json.loads(packet)
             total = max(total, int(message.get("acked", 0)))
-            if "blocked" in message:
+            if "blocked" in message and message["blocked"] != self.blocked:
                 self.blocked = message["blocked"]
                 changed = True
         fresh = min(total - self._answered, len(self._unacked))

@@ -23,7 +23,7 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 # Fields of a ``resources`` record and what they are called; anything else there is not a metric.
 _RESOURCES = {
     "memory": "memory_bytes",
-    "peak": "memory_peak_bytes",
+    "memory_peak": "memory_peak_bytes",
     "cpu_us": "cpu_microseconds",
     "throttled_us": "throttled_microseconds",
     "tasks": "tasks",
@@ -76,11 +76,11 @@ class Metrics:
             if what == "denied":
                 self._of(self._denials, plugin, "network").inc()
             elif what == "closed":
-                self._of(self._traffic, plugin, "out").inc(_number(data.get("bytes_out")))
-                self._of(self._traffic, plugin, "in").inc(_number(data.get("bytes_in")))
+                self._of(self._traffic, plugin, "out").inc(_number(data.get("sent")))
+                self._of(self._traffic, plugin, "in").inc(_number(data.get("received")))
         elif kind in ("syscall.denied", "fs.denied"):
             self._of(self._denials, plugin, area).inc(_number(data.get("count"), 1))
-        elif area == "resources":
+        elif kind == "resources":
             for field, gauge in self._resources.items():
                 if field in data:
                     self._of(gauge, plugin).set(_number(data[field]))

@@ -39,7 +39,7 @@ PREV_TAIL = HASH_TAIL + 74
 """Length of ``,"prev":"HEX64","hash":"HEX64"}``."""
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
-_TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){1,3}")
+_TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
 _NUMBER = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})")
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -94,6 +94,8 @@ class Incoming:
     """Session and number of this record in its source; empty and 0 when the source does not number them."""
     happened: int | None = None
     """CLOCK_MONOTONIC in ns when it happened, comparable between the processes of one host; never on disk."""
+    began: int | None = None
+    """For a record that stands for several things: when the first happened."""
     cut: dict[str, dict[str, Any]] | None = None
 
 
@@ -130,9 +132,11 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
     if isinstance(number, str) and (match := _NUMBER.fullmatch(number)):
         incoming.session, incoming.number = match[1], int(match[2])
         incoming.origin = f"{source}:{number}"
-    happened = value.get("mono")
+    happened, began = value.get("mono"), value.get("since")
     if isinstance(happened, int):
         incoming.happened = happened
+    if isinstance(began, int):
+        incoming.began = began
     # A string over the cap or a deep nest only fits into a long or a bracketed line: most lines need no walk.
     if len(line) > MAX_TEXT or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
         incoming.data, incoming.cut = cap(data)

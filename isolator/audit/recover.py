@@ -16,10 +16,11 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from isolator.audit.files import first_line, hash_of, last_line, prev_of, rotated, seq_of
+from isolator.audit.files import LIVE, first_line, hash_of, last_line, prev_of, rotated, seq_of
 from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
 
 HEAD_NAME = "head.json"
@@ -51,6 +52,8 @@ class State:
     """By source, session and number of its last record in the trail."""
     deliveries: list[Incoming] = field(default_factory=list)
     """The last dispatches and responses, in order."""
+    begun: float = 0.0
+    """Unix time of the live file's first record."""
     newline_missing: bool = False
 
 
@@ -94,8 +97,12 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[dict[str, A
         known[seq] = state.hash
         good += len(line) + 1
     if size:
-        live_first = seq_of(first_line(directory / "audit.jsonl"))
-        state.first = live_first if live_first is not None else state.first
+        line = first_line(directory / LIVE)
+        state.first = seq_of(line) or state.first
+        record = parse(line)
+        # A time that cannot be read counts as old: then a new file is begun, which harms nothing.
+        with contextlib.suppress(ValueError):
+            state.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
     _collect_deliveries(state, data[: good - start])
     state.size = size
     rest = data[good - start :]

@@ -1,8 +1,9 @@
 """Does the trail fit together? Needs the files and the public key, nothing else.
 
 Each line must carry the hash of its own bytes, the number after and the hash of the line before it; each seal must be
-signed over the hash of the record right before it; no more than ``SEAL_EVERY`` records may go without a seal. A trail
-that does not begin with record 1 must hold a *sealed* retention record that accounts for what is missing.
+signed over the hash of the record right before it; no more than ``SEAL_EVERY`` records may follow the last seal (or
+as many as a seal of this trail ever covered, if the daemon is set up to seal less often). A trail that does not begin
+with record 1 must hold a *sealed* retention record that accounts for what is missing.
 What was cut off the end *and* was sealed cannot be seen from what is left: for that there are anchors (``SEQ:HASH``
 pairs noted elsewhere), and, on the host itself for root, the writer's own note of its last record.
 """
@@ -87,7 +88,7 @@ class Verifier:
         self._retired: list[tuple[int, int, str]] = []
         """Retention records that no seal covers yet: their seq, the last retired seq and its hash."""
         self._accounted: set[tuple[int, str]] = set()
-        self._overdue = False
+        self._span = SEAL_EVERY
         self._place = ("", 0)
 
     def run(self, paths: list[Path]) -> Report:
@@ -98,6 +99,11 @@ class Verifier:
             self._file(path, last=index == len(paths) - 1)
         report.last, report.last_hash = self._seq, self._prev
         self._check_start()
+        if self._seq - self._sealed > self._span:
+            self._misfit(
+                self._sealed + self._span + 1,
+                f"a seal is missing: never more than {self._span} records go without one",
+            )
         for seq, digest in self._anchors.items():
             if seq in self._seen or (seq < report.first and not self._whole):
                 continue
@@ -133,7 +139,7 @@ class Verifier:
                 if not self.report.first:
                     self._begin(seq, line)
                 special = line.startswith(b'"type":"audit.', len(head) + _TIME_LENGTH)
-                if special or seq in self._anchors or seq - self._sealed > SEAL_EVERY:
+                if special or seq in self._anchors:
                     self._seq, self._prev, self._place = seq, prev, (name, number)
                     self._special(seq, line, digest)
                 if number % 4096 == 1:
@@ -181,9 +187,6 @@ class Verifier:
             self._seal(record)
         elif record is not None and record.type == "audit.gap":
             self._gap(record)
-        if seq - self._sealed > SEAL_EVERY and not self._overdue:
-            self._overdue = True
-            self._misfit(seq, f"more than {SEAL_EVERY} records without a seal: seals were taken out, or never made")
 
     def _seal(self, record: Record) -> None:
         data = record.data
@@ -205,11 +208,12 @@ class Verifier:
                 self._good_seal(record, name)
             else:
                 self._misfit(record.seq, f"the signature does not fit: records {first} to {last} were replaced")
-        self._sealed, self._overdue = record.seq - 1, False
+        self._sealed = record.seq - 1
 
     def _good_seal(self, record: Record, name: str) -> None:
         report = self.report
         report.seals += 1
+        self._span = max(self._span, record.seq - self._sealed)
         report.seal, report.seal_hash, report.seal_time = record.seq, record.hash, record.time
         if name not in report.keys:
             report.keys.append(name)

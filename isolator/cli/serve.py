@@ -29,7 +29,7 @@ def serve(root: str | None, config: str | None) -> None:
     paths = Paths.of(root)
     host_config = load_host_config(Path(config) if config else paths.host_toml)
 
-    async def main() -> int:
+    async def main() -> None:
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -40,19 +40,14 @@ def serve(root: str | None, config: str | None) -> None:
             click.echo("isolator: ready")
             _notify("READY=1")
             watchdog = asyncio.create_task(_watchdog())
-            waits = [asyncio.create_task(stopping.wait()), asyncio.create_task(supervisor.failed.wait())]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in (watchdog, *waits):
-                task.cancel()
+            await stopping.wait()
+            watchdog.cancel()
         finally:
             _notify("STOPPING=1")
             await supervisor.stop()
-        return 1 if supervisor.failed.is_set() else 0
 
     os.umask(0o022)
-    code = asyncio.run(main())
-    if code:
-        raise SystemExit(code)
+    asyncio.run(main())
 
 
 def _notify(state: str) -> None:

@@ -79,16 +79,20 @@ class Filesystem(Layer):
         for name in _ETC_OF_HOST:
             if os.path.exists(f"/etc/{name}"):
                 binds.append({"source": f"/etc/{name}", "target": f"etc/{name}", "attributes": _READ_ONLY})
+        moves = []
         for number, bind in enumerate(spec.binds):
-            plan.fds[f"bind{number}"] = bind.fd
+            # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
+            tree = mount.clone_tree("", directory=bind.fd)
+            plan.give(f"bind{number}", tree)
             attributes = mount.NOSUID | mount.NODEV
             attributes |= 0 if bind.writable else mount.RDONLY
             attributes |= 0 if bind.executable else mount.NOEXEC
-            binds.append({"fd": f"bind{number}", "target": bind.target.lstrip("/"), "attributes": attributes})
-        moves = []
+            mount.set_attributes(tree, attributes)
+            is_folder = stat.S_ISDIR(os.fstat(tree).st_mode)
+            moves.append({"fd": f"bind{number}", "target": bind.target.lstrip("/"), "folder": is_folder})
         for number, (target, fd) in enumerate(spec.mounts.items()):
             plan.fds[f"mount{number}"] = fd
-            moves.append({"fd": f"mount{number}", "target": target.lstrip("/")})
+            moves.append({"fd": f"mount{number}", "target": target.lstrip("/"), "folder": True})
         tmpfs = [
             {"target": "tmp", "size": fs.tmp, "inodes": fs.tmp_inodes, "mode": "1777"},
             {"target": "dev/shm", "size": fs.shm, "inodes": 1024, "mode": "1777"},
@@ -110,7 +114,7 @@ class Filesystem(Layer):
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         mount.set_propagation("/", mount.MS_PRIVATE)
-        pending = [(bind["target"], *_take(bind, fds)) for bind in section["binds"]]
+        pending = [(bind["target"], *_take(bind)) for bind in section["binds"]]
         pending += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
         root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": "1024", "mode": "0755"})
         mount.attach(root, _PARKING)
@@ -131,7 +135,7 @@ class Filesystem(Layer):
             mount.attach(fd, entry["target"])
             os.close(fd)
         for entry in section["moves"]:
-            _place(entry["target"], is_folder=True)
+            _place(entry["target"], is_folder=entry["folder"])
             mount.attach(fds[entry["fd"]], entry["target"])
         for name, text in section["secret_files"].items():
             _write(name, text, 0o400)
@@ -172,9 +176,9 @@ def _mounts(pid: int) -> dict[str, _Mounted]:
     return found
 
 
-def _take(bind: dict[str, Any], fds: dict[str, int]) -> tuple[bool, int]:
+def _take(bind: dict[str, Any]) -> tuple[bool, int]:
     """The detached, restricted tree of one bind, and whether it is a folder."""
-    fd = mount.clone_tree("", directory=fds[bind["fd"]]) if "fd" in bind else mount.clone_tree(bind["source"])
+    fd = mount.clone_tree(bind["source"])
     mount.set_attributes(fd, bind["attributes"])
     return stat.S_ISDIR(os.fstat(fd).st_mode), fd
 

@@ -36,7 +36,7 @@ async def filled(daemon: Daemon, count: int, **limits: int) -> None:
 
 
 async def test_tail_shows_the_last_ones_over_several_files(daemon: Daemon) -> None:
-    await filled(daemon, 400, rotate=20_000)
+    await filled(daemon, 400, rotate_size=20_000)
     await daemon.stop()
     assert len(files.rotated(daemon.paths.audit_log)) > 3
     total = len(daemon.records())
@@ -47,7 +47,7 @@ async def test_tail_shows_the_last_ones_over_several_files(daemon: Daemon) -> No
 
 
 async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(daemon: Daemon) -> None:
-    await filled(daemon, 10, rotate=20_000)
+    await filled(daemon, 10, rotate_size=20_000)
     code = "import sys; from host.cli.main import main; main()"
     command = [sys.executable, "-c", code, "--root", str(daemon.paths.root), "audit", "tail", "-f", "-n", "5", "--json"]
     follower = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=REPOSITORY)
@@ -62,7 +62,7 @@ async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(dae
             await settled(client)
             if part == 1:
                 await daemon.kill()
-                await daemon.start(rotate=20_000)
+                await daemon.start(rotate_size=20_000)
                 await daemon.source("host", client)
         await daemon.stop()
         last = daemon.records()[-1]["seq"]
@@ -79,7 +79,7 @@ async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(dae
 
 
 async def test_a_follower_that_stands_still_holds_nobody_up(daemon: Daemon) -> None:
-    await filled(daemon, 1, rotate=100_000)
+    await filled(daemon, 1, rotate_size=100_000)
     follower = reader.Follower(daemon.paths.audit_log, 0)
     host = await daemon.source("host")
     for number in range(5000):
@@ -94,7 +94,7 @@ async def test_a_follower_that_stands_still_holds_nobody_up(daemon: Daemon) -> N
 
 
 async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> None:
-    await daemon.start(rotate=20_000)
+    await daemon.start(rotate_size=20_000)
     host = await daemon.source("host")
     broker = await daemon.source("broker")
     for number in range(100):
@@ -123,7 +123,7 @@ async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> Non
 
 
 async def test_verify_on_the_command_line(daemon: Daemon) -> None:
-    await filled(daemon, 400, rotate=20_000)
+    await filled(daemon, 400, rotate_size=20_000)
     await daemon.stop()
     good = run(daemon, "verify")
     assert good.exit_code == 0

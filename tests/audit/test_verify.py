@@ -96,7 +96,7 @@ def test_a_trail_rewritten_without_its_seals_fails(written: Written) -> None:
     lines = [line for line in written.lines() if b'"type":"audit.seal"' not in line]
     assert not written.verify_lines(rechain(lines)).seals
     many = rechain([lines[i % len(lines)] for i in range(1100)])
-    assert "without a seal" in written.verify_lines(many).misfits[0].why
+    assert "a seal is missing" in written.verify_lines(many).misfits[0].why
 
 
 def test_a_cut_back_to_a_seal_needs_an_anchor_and_one_is_enough(written: Written) -> None:

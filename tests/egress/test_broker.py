@@ -11,7 +11,7 @@ from tests.egress.world import WEB, BrokerProcess, World
 
 async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("hooks.example.com:443"))
-    assert "host=hooks.example.com from=45.0.0.2" == await cage.client("print(get('https://hooks.example.com/'))")
+    assert await cage.client("print(get('https://hooks.example.com/'))") == "host=hooks.example.com from=45.0.0.2"
     assert (await broker.wait_for("net.query", name="hooks.example.com", type="A"))["verdict"] == "allowed"
     connect = await broker.wait_for("net.connect")
     assert connect == {

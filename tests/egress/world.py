@@ -112,7 +112,8 @@ class Dns:
             for item in found() if callable(found) else found:
                 kind = "AAAA" if ":" in item else "A" if item[0].isdigit() else "CNAME"
                 if kind == "CNAME" or kind == dns.rdatatype.to_text(question.rdtype):
-                    reply.answer.append(dns.rrset.from_text(question.name, self.ttl, "IN", kind, item))
+                    text = f"{item}." if kind == "CNAME" else item
+                    reply.answer.append(dns.rrset.from_text(question.name, self.ttl, "IN", kind, text))
         return reply.to_wire()
 
 
@@ -261,9 +262,7 @@ def _certificate(directory: Path) -> ssl.SSLContext:
     )
     (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     (directory / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     (directory / "key.pem").chmod(0o600)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -360,7 +359,7 @@ class BrokerProcess:
         return broker
 
     def _record(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
                 if self.acknowledge:
@@ -430,7 +429,8 @@ class CageNet:
             "        e = getattr(e, 'reason', e)\n        return e.args[0] if isinstance(e, str) else name_of(e)\n"
             "def get(url, **k):\n"
             "    context = ssl.create_default_context(cafile=CA)\n"
-            "    return urllib.request.urlopen(urllib.request.Request(url, **k), timeout=10, context=context).read().decode()\n"
+            "    request = urllib.request.Request(url, **k)\n"
+            "    return urllib.request.urlopen(request, timeout=10, context=context).read().decode()\n"
             "def tcp(host, port, timeout=5):\n    return socket.create_connection((host, port), timeout)\n"
         )
         process = await asyncio.create_subprocess_exec(
