@@ -98,7 +98,12 @@ class Worker:
         self.stream: tuple[str, StreamConnection, Greeting] | None = None
         self._shared = shared
         self._consumer = shared.queue.consumer(name)
-        self._outcomes = Outcomes(name, self._consumer, shared.audit, shared.redactor)
+        self._outcomes = Outcomes(
+            name, self._consumer, shared.audit, shared.redactor, wait_for_trail=shared.halt_without_audit
+        )
+        self._consumer.on_soon = self._prepare
+        self._prepared: asyncio.Task[tuple[socket.socket, str]] | None = None
+        self._reachable: str | None = None
         self._news = asyncio.Event()
         self._run: str | None = None
         self._pause = HOLD_FIRST
@@ -130,6 +135,7 @@ class Worker:
         """The sidecar is gone; when nobody wanted that, the event it was working on may be to blame."""
         if self._run == run:
             self._run = None
+            self._drop_prepared()
         if not expected:
             self._outcomes.run_died(run)
         self.news()
@@ -140,6 +146,7 @@ class Worker:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        self._drop_prepared()
         if self.stream is not None:
             self.stream[1].close()
 
@@ -194,13 +201,13 @@ class Worker:
         if request is None:
             self._outcomes.given_up(delivery, "payload_too_large")
             return
-        sock, run = await self.connect(plugin)
+        sock, run = await self.connection(plugin)
         with sock:
             foreign = self._foreign(sock, plugin, run)
             if foreign is not None:
                 self._outcomes.refused(plugin, delivery, foreign)
                 return
-            self._outcomes.dispatched(delivery, run, request)
+            await self._outcomes.dispatched(delivery, run, request)
             self.status = "in_flight"
             began = time.perf_counter_ns()
             broken = False
@@ -211,8 +218,36 @@ class Worker:
             latency = (time.perf_counter_ns() - began) // 1000
         self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
 
-    async def connect(self, plugin: Plugin) -> tuple[socket.socket, str]:
-        """A connection to the sidecar, which is started if need be, and its run."""
+    async def connection(self, plugin: Plugin) -> tuple[socket.socket, str]:
+        """A connection to speak on, and the run it leads to: the prepared one, else a new one."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            with contextlib.suppress(IsolatorError, NotSentError):
+                sock, run = await prepared
+                if run == self._run:
+                    return sock, run
+                sock.close()
+        return await self._connect(plugin)
+
+    def _prepare(self) -> None:
+        """An event for this idle plugin is being synced: connect meanwhile.
+
+        Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
+        not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
+        one goes over it.
+        """
+        plugin = self._shared.registry.get(self.name)
+        idle = self._prepared is None and not self.turn.locked() and self._run is not None
+        if idle and plugin is not None and plugin.mode == "oneshot" and self._run == self._reachable:
+            self._prepared = asyncio.get_running_loop().create_task(self._connect(plugin))
+
+    def _drop_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and not prepared.cancel() and prepared.exception() is None:
+            prepared.result()[0].close()
+
+    async def _connect(self, plugin: Plugin) -> tuple[socket.socket, str]:
+        """A new connection to the sidecar, which is started if need be, and its run."""
         self.status = "starting" if self._run is None else "connecting"
         if self._run is None:
             answer = await self._shared.supervisor.call("run.ensure", name=self.name, reason="event")
@@ -232,6 +267,7 @@ class Worker:
             raise NotSentError("the supervisor sent no connection")
         sock = socket.socket(fileno=answer.fds.pop())
         sock.setblocking(False)
+        self._reachable = run
         return sock, run
 
     def _foreign(self, sock: socket.socket, plugin: Plugin, run: str) -> str | None:
@@ -266,7 +302,7 @@ class Worker:
         await self._free_slot(plugin, delivery)
         if connection.closed.is_set():
             raise NotSentError(connection.why)
-        self._outcomes.dispatched(delivery, run, request)
+        await self._outcomes.dispatched(delivery, run, request)
         self.status = "in_flight"
         task = asyncio.get_running_loop().create_task(
             self._exchange_stream(plugin, delivery, connection, run, number, request)
@@ -307,7 +343,7 @@ class Worker:
                 return connection, run, greeting
             connection.close()
             self.stream = None
-        sock, run = await self.connect(plugin)
+        sock, run = await self._connect(plugin)
         foreign = self._foreign(sock, plugin, run)
         if foreign is not None:
             sock.close()

@@ -38,6 +38,7 @@ _CACHED = 256
 _PRUNE_EVERY = 1000
 
 
+Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 FINISHED = "('ok', 'skipped', 'dead', 'expired', 'quarantined')"
 
@@ -50,7 +51,7 @@ class _Accept:
     event: Event
     taken: list[Subscriber]
     overflowed: list[Subscriber]
-    future: asyncio.Future[Accepted]
+    done: Answer
     earlier: Event | None = None
     """The event that already has this ``dedupe_key``."""
 
@@ -79,10 +80,17 @@ class SqliteConsumer:
         self._timer: asyncio.TimerHandle | None = None
         self.reserved = 0
         """Deliveries written but not yet synced: they count against the limit."""
+        self.on_soon: Callable[[], None] | None = None
+        """Called when a delivery for an idle plugin is being written and will be there shortly."""
 
     @property
     def depth(self) -> int:
         return self._lane.depth
+
+    @property
+    def idle(self) -> bool:
+        """Whether the taker waits and the first delivery is on its way."""
+        return self._waiter is not None and self._lane.depth == 0 and self.reserved == 1
 
     def add(self, delivery: Delivery) -> None:
         """A delivery that is safe enters the lane."""
@@ -209,6 +217,21 @@ class SqliteQueue:
     # Accepting
 
     async def accept(self, event: NewEvent, subscribers: Sequence[Subscriber]) -> Accepted:
+        future: asyncio.Future[Accepted] = self._loop.create_future()
+
+        def done(accepted: Accepted | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if accepted is not None:
+                future.set_result(accepted)
+            elif error is not None:
+                future.set_exception(error)
+
+        self.submit(event, subscribers, done)
+        return await future
+
+    def submit(self, event: NewEvent, subscribers: Sequence[Subscriber], done: Answer) -> None:
+        """As ``accept`` without a task: ``done(accepted, error)`` is called on the loop."""
         now = time.time()
         self._seq += 1
         stored = Event(
@@ -228,9 +251,13 @@ class SqliteQueue:
             if consumer.depth + consumer.reserved < self.limit:
                 consumer.reserved += 1
                 taken.append(subscriber)
+                # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
+                # to be a duplicate: a connection that is made has to be used.
+                if consumer.idle and event.dedupe_key is None and consumer.on_soon is not None:
+                    consumer.on_soon()
             else:
                 overflowed.append(subscriber)
-        entry = _Accept(event, stored, taken, overflowed, self._loop.create_future())
+        entry = _Accept(event, stored, taken, overflowed, done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -238,7 +265,6 @@ class SqliteQueue:
             )
         else:
             self._accepting.append(entry)
-        return await entry.future
 
     def _insert(self, db: sqlite3.Connection, batch: list[_Accept]) -> None:
         # May run again when the transaction fails: it must depend on the batch alone.
@@ -275,11 +301,8 @@ class SqliteQueue:
             if error is None and not accepted.duplicate:
                 self.on_accepted(entry.asked, accepted)
                 self._enter_lanes(entry, now)
-            if not entry.future.done():
-                if error is None:
-                    entry.future.set_result(accepted)
-                else:
-                    entry.future.set_exception(error)
+            # Later in this turn: first the workers that wait for it.
+            self._loop.call_soon(entry.done, accepted if error is None else None, error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
@@ -314,7 +337,7 @@ class SqliteQueue:
         if batch is None:
             batch = self._outcomes = {}
             outcomes = batch
-            self.store.submit(lambda db: self._write_outcomes(db, outcomes))
+            self.store.submit(lambda db: self._write_outcomes(db, outcomes), lazy=True)
         batch[delivery.seq, delivery.plugin] = (
             result.state,
             delivery.attempts,
@@ -420,12 +443,12 @@ class SqliteQueue:
             async with asyncio.timeout(timeout):
                 while True:
                     changed.clear()
+                    # Outcomes are written a moment after they happen; what is read must include them.
+                    await self._written()
                     row = self.show(event_id)
                     if all(delivery.state in FINAL for delivery in row.deliveries):
                         return row
                     await changed.wait()
-                    # The outcome is written in the loop's next turn; what is read must include it.
-                    await self._written()
         except TimeoutError:
             return self.show(event_id)
         finally:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +216,18 @@ async def test_a_stream_plugin_that_stops_answering_pings_is_restarted(daemon: D
     assert misses[:2] == [1, 2]
 
 
-async def test_nobody_is_declared_dead_because_the_daemon_slept(daemon: Daemon) -> None:
-    sidecar = _add(daemon, "fine", OK, health={"interval": "100ms", "timeout": "100ms", "misses": 1})
+async def test_nobody_is_declared_dead_because_everything_slept(daemon: Daemon) -> None:
+    """As when a virtual machine is paused: nobody could answer in time, and that is nobody's fault."""
+    sidecar = _add(daemon, "fine", OK, health={"interval": "20ms", "timeout": "1s", "misses": 1})
     await _only(daemon)
     assert daemon.host is not None
-    os.kill(daemon.host.pid, signal.SIGSTOP)
-    began = time.monotonic()
-    await asyncio.sleep(1.0)
-    os.kill(daemon.host.pid, signal.SIGCONT)
+    assert sidecar.process is not None
+    for pid in (sidecar.process.pid, daemon.host.pid):
+        os.kill(pid, signal.SIGSTOP)
+    await asyncio.sleep(3.0)
+    for pid in (daemon.host.pid, sidecar.process.pid):
+        os.kill(pid, signal.SIGCONT)
     assert (await _only(daemon))["state"] == "ok"
-    assert time.monotonic() - began >= 1.0
     assert sidecar.starts == 1
     assert not daemon.of_type("plugin.health")
 
