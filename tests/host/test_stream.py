@@ -222,11 +222,13 @@ async def test_nobody_is_declared_dead_because_everything_slept(daemon: Daemon) 
     await _only(daemon)
     assert daemon.host is not None
     assert sidecar.process is not None
-    for pid in (sidecar.process.pid, daemon.host.pid):
-        os.kill(pid, signal.SIGSTOP)
+    os.kill(sidecar.process.pid, signal.SIGSTOP)
+    await asyncio.sleep(0.3)  # by now a ping is out, and nobody answers it
+    os.kill(daemon.host.pid, signal.SIGSTOP)
     await asyncio.sleep(3.0)
-    for pid in (daemon.host.pid, sidecar.process.pid):
-        os.kill(pid, signal.SIGCONT)
+    os.kill(daemon.host.pid, signal.SIGCONT)
+    assert (await daemon.ask("status"))["plugins"] == 1
+    os.kill(sidecar.process.pid, signal.SIGCONT)
     assert (await _only(daemon))["state"] == "ok"
     assert sidecar.starts == 1
     assert not daemon.of_type("plugin.health")
