@@ -48,9 +48,9 @@ LAYERS: tuple[type[Layer], ...] = (
 _SET_UP_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tools:
-    """What every cage of one daemon shares."""
+    """What every cage of one daemon shares; the launcher is replaced when it dies."""
 
     launcher: Launcher
     journal: Journal
@@ -68,7 +68,7 @@ class Stdio:
 
 @dataclass(frozen=True)
 class End:
-    """How a cage ended. ``cause`` is one of: exit, signal, out of memory, task limit, forbidden ABI, stopped, killed."""
+    """How a cage ended. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
 
     exit_code: int | None
     signal: int | None
@@ -110,11 +110,17 @@ class Sandbox:
             every.insert(2, network)
         self._layers = [layer for layer in every if layer.name not in without]
         self._clone: Clone | None = None
+        self._exited = asyncio.Event()
         self._status = -1
         self._started = 0.0
         self._stopping = False
         self._oom = -1
         self._oom_seen = False
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a process."""
+        return self._clone is not None
 
     @property
     def pid(self) -> int:
@@ -168,11 +174,14 @@ class Sandbox:
                 layer.prepare(spec, plan)
                 mark(f"prepare {layer.name}")
             self._clone = await self._tools.launcher.clone(plan)
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._clone.pidfd, self._gone)
             mark("clone")
         finally:
             report.close()
-            for fd in (go_read, status_write, *([plan.fds["cgroup"]] if "cgroup" in plan.fds else [])):
-                os.close(fd)
+            plan.close_given()
+            os.close(go_read)
+            os.close(status_write)
         mine.setblocking(False)
         try:
             async with asyncio.timeout(_SET_UP_SECONDS):
@@ -214,7 +223,7 @@ class Sandbox:
                 packet, fds = receive_packet(report)
             except BlockingIOError:
                 ready = loop.create_future()
-                loop.add_reader(report, lambda f=ready: f.done() or f.set_result(None))
+                loop.add_reader(report, _resolve, ready)
                 try:
                     await ready
                 finally:
@@ -252,6 +261,10 @@ class Sandbox:
             self._oom_seen = True
             self.leaf.kill()
 
+    def _gone(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.pidfd)
+        self._exited.set()
+
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
         with contextlib.suppress(ProcessLookupError):
@@ -259,7 +272,7 @@ class Sandbox:
 
     async def wait(self) -> End:
         """Wait until pid 1 of the cage has ended, and say how and why."""
-        await _readable(self.pidfd)
+        await self._exited.wait()
         info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         if self._cgroup in self._layers:
             events = self.leaf.events()
@@ -294,7 +307,7 @@ class Sandbox:
         self.signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                await _readable(self.pidfd)
+                await self._exited.wait()
                 return
         self.leaf.kill()
 
@@ -309,7 +322,7 @@ class Sandbox:
                 self.leaf.kill()
             else:
                 self.signal(signal.SIGKILL)
-            await _readable(self.pidfd)
+            await self._exited.wait()
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
             os.close(self.pidfd)
@@ -334,14 +347,9 @@ async def _empty(leaf: Leaf) -> None:
         await asyncio.to_thread(leaf.wait_empty, 5.0)
 
 
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _Stopwatch:

@@ -1,1 +1,1 @@
-"""The command line: its root, and the commands that talk to the daemon."""
+"""Commands that talk to the daemon, one file per group; ``main`` is the root of the whole command line."""

@@ -3,13 +3,22 @@
 Records are batched into packets (see docs/internals.md, "S → A") on a SOCK_SEQPACKET socket whose other end the
 audit process reads. The writer acknowledges by group commit. A sender that is far ahead of the writer is
 expected to wait (``settled``); what cannot be handed over at all is counted and reported later as a gap.
+
+Each record carries a number of this client's, so a writer that is restarted in the middle of a commit recognises
+what it had written already and nothing stands twice in the trail; and the CLOCK_MONOTONIC of the moment, by which
+the writer finds the event that was in flight (see cause.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
+import secrets
 import socket
+import time
+from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +26,12 @@ from isolator.ipc import MAX_PACKET
 
 MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
+_RETRY = 0.01
+
+AWAY = "the audit process is not there"
+"""Why nothing can be written between two writers."""
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).encode
 
 
 def utc_now() -> str:
@@ -28,12 +43,16 @@ class AuditClient:
     """Sends records to the audit process. ``record`` never blocks and never fails."""
 
     def __init__(self, sock: socket.socket | None) -> None:
-        self.blocked: str | None = None
+        self.blocked: str | None = AWAY
         """Why the writer cannot write at the moment, else None."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
-        self._pending: list[bytes] = []
-        self._unacked: list[bytes] = []
+        self._session = secrets.token_hex(4)
+        self._number = 0
+        self._pending: deque[bytes] = deque()
+        self._unacked: deque[bytes] = deque()
+        self._answered = 0
+        """What the present writer has acknowledged on the present socket."""
         self._scheduled = False
         self._progress = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -51,29 +70,23 @@ class AuditClient:
         event_id: str | None = None,
         delivery_id: str | None = None,
         urgent: bool = False,
+        happened_ns: int | None = None,
+        since_ns: int | None = None,
         **data: Any,
     ) -> None:
-        """Queue one record; ``urgent`` hands it to the kernel before returning (needed where order is a cause)."""
+        """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``handed_over``).
+
+        ``happened_ns`` is the CLOCK_MONOTONIC of what it tells of, when that was noticeably before this call;
+        ``since_ns`` that of the first of several things which one record sums up.
+        """
         if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1
             return
         if self.lost:
             lost, self.lost = self.lost, 0
             self.record("audit.gap", count=lost, why="the sender's buffer was full")
-        self._pending.append(
-            json.dumps(
-                {
-                    "time": utc_now(),
-                    "type": type,
-                    "plugin": plugin,
-                    "run": run,
-                    "event_id": event_id,
-                    "delivery_id": delivery_id,
-                    "data": data,
-                },
-                separators=(",", ":"),
-            ).encode()
-        )
+        line = self._line(type, plugin, run, event_id, delivery_id, data, happened_ns, since_ns)
+        self._pending.append(line)
         if urgent:
             self._flush()
         elif not self._scheduled:
@@ -85,18 +98,29 @@ class AuditClient:
         async with self._progress:
             await self._progress.wait_for(lambda: len(self._pending) + len(self._unacked) <= within)
 
+    async def handed_over(self) -> None:
+        """Wait until the kernel holds every record so far: whatever is caused now is recorded after them."""
+        self._flush()
+        if self._pending:
+            async with self._progress:
+                await self._progress.wait_for(lambda: not self._pending)
+
     async def writable(self) -> None:
         """Wait while the trail cannot be written (nothing may start or be dispatched meanwhile)."""
         async with self._progress:
             await self._progress.wait_for(lambda: self.blocked is None)
 
     def replace(self, sock: socket.socket) -> None:
-        """Go on with a new writer: what the old one did not acknowledge is sent again, marked as such by its time."""
+        """Go on with a new writer: what the old one did not acknowledge is sent again, under the same numbers."""
         self.close()
         sock.setblocking(False)
         self._sock = sock
-        self._pending = self._unacked + self._pending
-        self._unacked = []
+        self._answered = 0
+        if self.blocked is not None:
+            self.blocked = None  # the new writer says so if it cannot write either
+            self._wake()
+        self._unacked.extend(self._pending)
+        self._pending, self._unacked = self._unacked, deque()
         self._loop.add_reader(sock, self._readable)
         self._flush()
 
@@ -107,32 +131,76 @@ class AuditClient:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
+            self.blocked = AWAY
+
+    def _line(
+        self,
+        type: str,
+        plugin: str | None,
+        run: str | None,
+        event_id: str | None,
+        delivery_id: str | None,
+        data: dict[str, Any],
+        happened: int | None,
+        since: int | None,
+    ) -> bytes:
+        self._number += 1
+        record: dict[str, Any] = {
+            "time": utc_now(),
+            "type": type,
+            "plugin": plugin,
+            "run": run,
+            "event_id": event_id,
+            "delivery_id": delivery_id,
+            "data": data,
+            "n": f"{self._session}:{self._number}",
+            "mono": time.monotonic_ns() if happened is None else happened,
+        }
+        if since is not None:
+            record["since"] = since
+        try:
+            line = _encode(record).encode()
+            if len(line) < MAX_PACKET:
+                return line
+            why = f"{type}: {len(line)} bytes are too long for a record"
+        except (TypeError, ValueError, RecursionError) as error:
+            why = f"{type}: cannot be written as JSON ({error})"
+        return _encode(record | {"type": "audit.gap", "data": {"count": 1, "why": why[:512]}}).encode()
 
     def _flush(self) -> None:
         self._scheduled = False
+        had = bool(self._pending)
         while self._pending and self._sock is not None:
-            size, count = 0, 0
+            size, count = -1, 0
             for line in self._pending:
                 size += len(line) + 1
                 if count and size > MAX_PACKET:
                     break
                 count += 1
+            packet = [self._pending.popleft() for _ in range(count)]
             try:
-                self._sock.send(b"\n".join(self._pending[:count]), socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                self._loop.add_writer(self._sock, self._flush)
-                return
-            except OSError:
-                self.close()
+                self._sock.send(b"\n".join(packet), socket.MSG_NOSIGNAL)
+            except OSError as error:
+                self._pending.extendleft(reversed(packet))
+                self._undelivered(error)
                 return
             self.sent += count
-            self._unacked += self._pending[:count]
-            del self._pending[:count]
+            self._unacked.extend(packet)
         if self._sock is not None:
             self._loop.remove_writer(self._sock)
+        if had and not self._pending:
+            self._wake()
+
+    def _undelivered(self, error: OSError) -> None:
+        if self._sock is not None and isinstance(error, BlockingIOError):
+            self._loop.add_writer(self._sock, self._flush)
+        elif error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR):
+            self._loop.call_later(_RETRY, self._flush)
+        else:
+            self.close()
 
     def _readable(self) -> None:
-        acked = 0
+        total, changed = self._answered, False
         while self._sock is not None:
             try:
                 packet = self._sock.recv(4096)
@@ -144,18 +212,22 @@ class AuditClient:
                 self.close()
                 break
             message = json.loads(packet)
-            acked = max(acked, int(message.get("acked", 0)))
-            if "blocked" in message:
+            total = max(total, int(message.get("acked", 0)))
+            if "blocked" in message and message["blocked"] != self.blocked:
                 self.blocked = message["blocked"]
-        self._acknowledge(acked)
+                changed = True
+        fresh = min(total - self._answered, len(self._unacked))
+        for _ in range(fresh):
+            self._unacked.popleft()
+        self._answered, self.acked = total, self.acked + fresh
+        if changed or fresh:
+            self._wake()
 
-    def _acknowledge(self, total: int) -> None:
-        if total > self.acked:
-            del self._unacked[: total - self.acked]
-            self.acked = total
-        task = self._loop.create_task(self._notify())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closing: nobody waits any more
+            task = self._loop.create_task(self._notify())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _notify(self) -> None:
         async with self._progress:

@@ -82,7 +82,7 @@ class Launcher:
                 return
             except BlockingIOError:
                 ready = self._loop.create_future()
-                self._loop.add_writer(self._sock, lambda f=ready: f.done() or f.set_result(None))
+                self._loop.add_writer(self._sock, _resolve, ready)
                 await ready
                 self._loop.remove_writer(self._sock)
             except OSError:
@@ -119,6 +119,11 @@ class Launcher:
         for future in self._waiting:
             if not future.done():
                 future.set_exception(UnavailableError("launcher", "it has died", "the supervisor starts it again"))
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def clone_remedy(number: int) -> str:

@@ -1,9 +1,9 @@
 """The launcher: a small, single-threaded root process that clones the cages.
 
 The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
-threads' locks held in the child. This process is started before any of that, imports only the standard library and
-``isolator.linux`` (python-prctl where a layer needs it), and does one thing: receive a plan with its descriptors, clone3 with CLONE_PARENT (so that
-the child is the *supervisor's* child and the supervisor waits for it by pidfd), answer with the pid and the pidfd.
+threads' locks held in the child. This process is started before any of that, imports only the standard library,
+``isolator.linux`` and python-prctl, and does one thing: receive a plan with its descriptors, clone3 with CLONE_PARENT
+(so that the child is the *supervisor's* child, which waits for it by pidfd), answer with the pid and the pidfd.
 
 It keeps the cgroup descriptor of every cage that it started until it is told ``forget``. When the supervisor's
 end of the socket closes, however that came about, it kills those cgroups and ends.

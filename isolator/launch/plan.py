@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,11 +30,23 @@ class Plan:
     clone_flags: int = 0
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
+    _owned: list[int] = field(default_factory=list)
+
+    def give(self, name: str, fd: int) -> None:
+        """Add a descriptor that this plan owns: the sender closes it once the plan was sent."""
+        self.fds[name] = fd
+        self._owned.append(fd)
+
+    def close_given(self) -> None:
+        """Close what ``give`` added."""
+        while self._owned:
+            os.close(self._owned.pop())
 
     def pack(self) -> tuple[bytes, list[int]]:
         """The packet and the descriptors that go with it."""
         names = list(self.fds)
         body = {**asdict(self), "fds": {name: i for i, name in enumerate(names)}}
+        del body["_owned"]
         return json.dumps(body, separators=(",", ":")).encode(), [self.fds[name] for name in names]
 
     @classmethod

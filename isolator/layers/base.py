@@ -110,7 +110,7 @@ class Layer(ABC):
     def confirm(self, pid: int) -> None:
         """Raise ConfinementError unless the kernel says that the layer is in force for ``pid``."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027  # on purpose: most layers have nothing to undo
         """Undo ``prepare``. Most layers end with their process and have nothing to undo."""
 
 

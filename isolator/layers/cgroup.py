@@ -163,7 +163,8 @@ def _take_scope() -> Path:
     command = [
         "busctl", "call", "--quiet", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
         "org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail",
-        "3", "PIDs", "au", "1", str(os.getpid()), "Delegate", "b", "true", "CollectMode", "s", "inactive-or-failed", "0",
+        "3", "PIDs", "au", "1", str(os.getpid()), "Delegate", "b", "true",
+        "CollectMode", "s", "inactive-or-failed", "0",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
@@ -289,9 +290,13 @@ class Leaf:
             return []
 
     def kill(self) -> None:
-        """Kill every process of the leaf at once; no error when it is empty or gone."""
+        """Kill every process of the leaf at once; no error when it is empty or gone (or a v1 group, which cannot)."""
         with contextlib.suppress(FileNotFoundError):
-            (self.unified / "cgroup.kill").write_text("1")
+            fd = os.open(self.unified / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, b"1")
+            finally:
+                os.close(fd)
 
     def populated(self) -> bool:
         """Whether any process, a zombie included, is left in the leaf."""
@@ -409,7 +414,7 @@ class Cgroup(Layer):
         self._limits = spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf)
         self.leaf.create(self._limits)
-        plan.fds["cgroup"] = self.leaf.open_folder()
+        plan.give("cgroup", self.leaf.open_folder())
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:

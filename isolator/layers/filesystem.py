@@ -72,23 +72,27 @@ class Filesystem(Layer):
         links: dict[str, str] = {}
         for name in _MERGED:
             path = f"/{name}"
-            if os.path.islink(path):  # noqa: PTH114
+            if os.path.islink(path):
                 links[name] = os.readlink(path)
-            elif os.path.isdir(path):  # noqa: PTH112
+            elif os.path.isdir(path):
                 binds.append({"source": path, "target": name, "attributes": _READ_ONLY})
         for name in _ETC_OF_HOST:
-            if os.path.exists(f"/etc/{name}"):  # noqa: PTH110
+            if os.path.exists(f"/etc/{name}"):
                 binds.append({"source": f"/etc/{name}", "target": f"etc/{name}", "attributes": _READ_ONLY})
+        moves = []
         for number, bind in enumerate(spec.binds):
-            plan.fds[f"bind{number}"] = bind.fd
+            # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
+            tree = mount.clone_tree("", directory=bind.fd)
+            plan.give(f"bind{number}", tree)
             attributes = mount.NOSUID | mount.NODEV
             attributes |= 0 if bind.writable else mount.RDONLY
             attributes |= 0 if bind.executable else mount.NOEXEC
-            binds.append({"fd": f"bind{number}", "target": bind.target.lstrip("/"), "attributes": attributes})
-        moves = []
+            mount.set_attributes(tree, attributes)
+            is_folder = stat.S_ISDIR(os.fstat(tree).st_mode)
+            moves.append({"fd": f"bind{number}", "target": bind.target.lstrip("/"), "folder": is_folder})
         for number, (target, fd) in enumerate(spec.mounts.items()):
             plan.fds[f"mount{number}"] = fd
-            moves.append({"fd": f"mount{number}", "target": target.lstrip("/")})
+            moves.append({"fd": f"mount{number}", "target": target.lstrip("/"), "folder": True})
         tmpfs = [
             {"target": "tmp", "size": fs.tmp, "inodes": fs.tmp_inodes, "mode": "1777"},
             {"target": "dev/shm", "size": fs.shm, "inodes": 1024, "mode": "1777"},
@@ -110,7 +114,7 @@ class Filesystem(Layer):
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         mount.set_propagation("/", mount.MS_PRIVATE)
-        pending = [(bind["target"], *_take(bind, fds)) for bind in section["binds"]]
+        pending = [(bind["target"], *_take(bind)) for bind in section["binds"]]
         pending += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
         root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": "1024", "mode": "0755"})
         mount.attach(root, _PARKING)
@@ -131,7 +135,7 @@ class Filesystem(Layer):
             mount.attach(fd, entry["target"])
             os.close(fd)
         for entry in section["moves"]:
-            _place(entry["target"], is_folder=True)
+            _place(entry["target"], is_folder=entry["folder"])
             mount.attach(fds[entry["fd"]], entry["target"])
         for name, text in section["secret_files"].items():
             _write(name, text, 0o400)
@@ -172,12 +176,9 @@ def _mounts(pid: int) -> dict[str, _Mounted]:
     return found
 
 
-def _take(bind: dict[str, Any], fds: dict[str, int]) -> tuple[bool, int]:
+def _take(bind: dict[str, Any]) -> tuple[bool, int]:
     """The detached, restricted tree of one bind, and whether it is a folder."""
-    if "fd" in bind:
-        fd = mount.clone_tree("", directory=fds[bind["fd"]])
-    else:
-        fd = mount.clone_tree(bind["source"])
+    fd = mount.clone_tree(bind["source"])
     mount.set_attributes(fd, bind["attributes"])
     return stat.S_ISDIR(os.fstat(fd).st_mode), fd
 
@@ -190,10 +191,10 @@ def _take_device(name: str) -> tuple[bool, int]:
 
 def _place(target: str, *, is_folder: bool) -> None:
     """Make the mount point ``target`` below the current directory, with the folders above it."""
-    parent = target if is_folder else os.path.dirname(target)  # noqa: PTH120
+    parent = target if is_folder else os.path.dirname(target)
     if parent:
         with contextlib.suppress(FileExistsError):
-            os.makedirs(parent, 0o755, exist_ok=True)  # noqa: PTH103
+            os.makedirs(parent, 0o755, exist_ok=True)
     if not is_folder:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
@@ -201,7 +202,7 @@ def _place(target: str, *, is_folder: bool) -> None:
 
 def _write(name: str, text: str, mode: int) -> None:
     _place(name, is_folder=False)
-    os.chmod(name, 0o600)  # noqa: PTH101
+    os.chmod(name, 0o600)
     fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.write(fd, text.encode())
@@ -213,8 +214,9 @@ def _write(name: str, text: str, mode: int) -> None:
 def _etc(spec: CageSpec) -> dict[str, str]:
     user = spec.user
     home = "/state" if spec.policy.filesystem.state else "/tmp"
+    root = "root:x:0:0:root:/nonexistent:/usr/sbin/nologin"
     return {
-        "etc/passwd": f"root:x:0:0:root:/nonexistent:/usr/sbin/nologin\n{user}:x:{spec.uid}:{spec.gid}::{home}:/bin/sh\n",
+        "etc/passwd": f"{root}\n{user}:x:{spec.uid}:{spec.gid}::{home}:/bin/sh\n",
         "etc/group": f"root:x:0:\n{user}:x:{spec.gid}:\n",
         "etc/hosts": f"127.0.0.1 localhost {spec.hostname}\n::1 localhost\n",
         "etc/resolv.conf": "nameserver 127.0.0.53\noptions timeout:5 attempts:1\n",

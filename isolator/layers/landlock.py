@@ -52,11 +52,11 @@ class Landlock(Layer):
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         rules = [("/", landlock.READ)]
         for path in WRITABLE:
-            if os.path.isdir(path):  # noqa: PTH112  # the child avoids importing pathlib
+            if os.path.isdir(path):  # the child avoids importing pathlib
                 rules.append((path, landlock.READ | landlock.WRITE))
         device = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
         for name in ("null", "zero", "full", "random", "urandom"):
-            if os.path.exists(f"/dev/{name}"):  # noqa: PTH110
+            if os.path.exists(f"/dev/{name}"):
                 rules.append((f"/dev/{name}", device))
         scoped = landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL
         landlock.restrict(section["abi"], rules, scoped=scoped)

@@ -27,7 +27,7 @@ class Namespaces(Layer):
 
     @classmethod
     def check(cls) -> list[Control]:
-        missing = [kind for kind in ns.NAMESPACE_FILES if not os.path.exists(f"/proc/self/ns/{kind}")]  # noqa: PTH110
+        missing = [kind for kind in ns.NAMESPACE_FILES if not os.path.exists(f"/proc/self/ns/{kind}")]
         if missing:
             return [
                 Control(

@@ -29,7 +29,10 @@ class Network(Layer):
     def check(cls) -> list[Control]:
         from isolator.layers import network
 
-        return network.check()
+        return [
+            Control(name, cls.name, state, reason, remedy)  # type: ignore[arg-type]  # the states are the ledger's
+            for name, state, reason, remedy in network.check()
+        ]
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
@@ -53,7 +56,7 @@ class Network(Layer):
         from isolator.layers.base import mismatch
 
         inode = os.fstat(self.network.netns_fd).st_ino
-        found = os.stat(f"/proc/{pid}/ns/net").st_ino  # noqa: PTH116  # beside fstat
+        found = os.stat(f"/proc/{pid}/ns/net").st_ino  # beside fstat
         if found != inode:
             raise mismatch(self.name, "network namespace", inode, found)
         network.confirm(self.network, self._policy)

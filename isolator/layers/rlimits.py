@@ -46,7 +46,7 @@ class Rlimits(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return f"It can have {policy.resources.nofile} files open at once, lock 64 KiB of memory, and leaves no core dumps."
+        return f"It can have {policy.resources.nofile} files open and lock 64 KiB of memory; it leaves no core dumps."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._wanted = {**_FIXED, "NOFILE": spec.policy.resources.nofile}

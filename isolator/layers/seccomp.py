@@ -86,8 +86,9 @@ _compiled: dict[str, bytes] = {}
 
 def compiled(profile: str, cache: Path) -> bytes:
     """The BPF program of a profile, from memory, from the root-owned cache, or compiled now."""
-    from isolator.layers import syscalls
     import hashlib
+
+    from isolator.layers import syscalls
 
     digest = hashlib.sha256(f"{syscalls.fingerprint()}:{profile}".encode()).hexdigest()[:32]
     if digest not in _compiled:
@@ -109,7 +110,7 @@ def _store(path: Path, program: bytes) -> None:
         fd, temporary = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(fd, "wb") as out:
             out.write(program)
-        os.replace(temporary, path)  # noqa: PTH105  # both names are in the same root-owned folder
+        os.replace(temporary, path)  # both names are in the same root-owned folder
 
 
 def compile_profile(profile: str) -> bytes:

@@ -28,7 +28,7 @@ Rule = tuple[str, str, Condition | None]
 
 WORD = 0xFFFFFFFF
 
-_ALLOWED = """
+_ALLOWED_NAMES = """
     accept accept4 access alarm arch_prctl bind brk cachestat capget chdir chmod chown clock_getres
     clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup dup2 dup3 epoll_create
     epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2
@@ -55,10 +55,11 @@ _ALLOWED = """
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname
     unlink unlinkat utime utimensat utimes vfork vmsplice wait4 waitid write writev
     riscv_flush_icache riscv_hwprobe
-""".split()
+"""
+_ALLOWED = tuple(_ALLOWED_NAMES.split())
 """Allowed whatever the arguments. The set*id family is harmless here (no capability, one uid) and programs ask."""
 
-_DENIED = """
+_DENIED_NAMES = """
     _sysctl acct add_key adjtimex afs_syscall bpf capset chroot clock_adjtime clock_settime create_module
     delete_module fanotify_init fanotify_mark finit_module fsconfig fsmount fsopen fspick get_kernel_syms
     get_mempolicy getpmsg init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load
@@ -70,7 +71,8 @@ _DENIED = """
     security semctl semget semop semtimedop set_mempolicy set_mempolicy_home_node setdomainname sethostname setns
     settimeofday shmat shmctl shmdt shmget statmount swapoff swapon sysfs syslog tuxcall umount umount2 unshare
     uselib userfaultfd ustat vhangup vserver
-""".split()
+"""
+_DENIED = tuple(_DENIED_NAMES.split())
 """Answered EPERM and recorded by name."""
 
 _CLONE_NEW = (0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 LOCKS = Path("/run/lock/isolator")
 """One lock file a uid in use without a passwd entry; the same for every instance on the machine."""
 
+_USERADD = (
+    "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
+    "--shell", "/usr/sbin/nologin",
+)  # fmt: skip
 _LOCKED_EXIT = 1  # useradd's "can't update password file", which includes a lock held by another tool
 
 
@@ -81,13 +85,19 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or (LOCKS / str(uid)).exists():
             continue
-        _account_tool(
-            ["useradd", "--system", "--no-create-home", "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin",
-             "--uid", str(uid), "--user-group", "--comment", comment, name],
-            name,
-        )  # fmt: skip
+        _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name)
         return uid
     raise _range_full(uid_range)
+
+
+def add_service_user(name: str, *, comment: str) -> tuple[int, int]:
+    """Make (or find) the system user of one of the daemon's own processes; returns (uid, gid)."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        _account_tool([*_USERADD, "--comment", comment, name], name)
+        entry = pwd.getpwnam(name)
+    return entry.pw_uid, entry.pw_gid
 
 
 def remove_user(name: str) -> None:
@@ -132,7 +142,7 @@ class UidLease:
             return self._lock(uid)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # noqa: PTH116  # beside fstat, on one line
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
                 self._fd = fd
                 return True
         except (BlockingIOError, FileNotFoundError):

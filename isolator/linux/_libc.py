@@ -41,7 +41,7 @@ def failed(what: str) -> OSError:
     return OSError(number, os.strerror(number), what)
 
 
-def syscall(name: str, *args: int | bytes | None | ctypes._Pointer[ctypes.Structure] | object) -> int:
+def syscall(name: str, *args: int | bytes | ctypes._Pointer[ctypes.Structure] | object | None) -> int:
     """Make one system call by name; integers are passed as full 64-bit words."""
     result: int = _syscall(ctypes.c_long(NUMBERS[name]), *(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
     if result < 0:

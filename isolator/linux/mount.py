@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 
 from isolator.linux._libc import call, libc, syscall
 
@@ -38,7 +39,7 @@ class _MountAttr(ctypes.Structure):
     _fields_ = tuple((n, ctypes.c_uint64) for n in ("attr_set", "attr_clr", "propagation", "userns_fd"))
 
 
-def new_filesystem(kind: str, options: dict[str, str | None] | None = None, *, attributes: int = 0) -> int:
+def new_filesystem(kind: str, options: Mapping[str, str | None] | None = None, *, attributes: int = 0) -> int:
     """Make a detached mount of a new file system; an option whose value is None is a flag."""
     context = syscall("fsopen", kind.encode(), _FSOPEN_CLOEXEC)
     try:

@@ -12,7 +12,7 @@ nobody wrote it, so there the operator's policy alone decides.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -97,13 +97,30 @@ def meet(core: ManifestCore, grant: PluginPolicy | None, host: HostConfig) -> Pr
     )
     if grant is not None:
         return proposal
-    return Proposal(proposal.effective, proposal.lines, True, None, render_policy(core, proposal))
+    return replace(proposal, policy_text=render_policy(core, proposal))
+
+
+def policy_alone(grant: PluginPolicy, host: HostConfig, name: str) -> Proposal:
+    """What a policy file allows at most, whatever a manifest may ask for; for ``policy explain`` and ``prove``."""
+    from isolator.policy.request import UNWRITTEN, ManifestCore
+
+    core = ManifestCore(
+        name=name,
+        version=UNWRITTEN,
+        api_version="1",
+        binary="./any",
+        hooks=("*",) if grant.hooks is None else grant.hooks,
+        permissions=grant.permissions or (),
+    )
+    proposal = meet(core, grant, host)
+    return replace(proposal, lines=tuple(replace(line, requested=None) for line in proposal.lines))
 
 
 def effective_policy(core: ManifestCore, grant: PluginPolicy, host: HostConfig) -> EffectivePolicy:
     """The meet alone, without the explanation."""
+    granted = grant_bounds(grant, host, unwritten=core.synthesised)
     request = request_bounds(core, host, unwritten=core.synthesised)
-    bounds = meet_bounds(meet_bounds(ceiling_bounds(host), grant_bounds(grant, host)), request)
+    bounds = meet_bounds(meet_bounds(ceiling_bounds(host), granted), request)
     return _compose(core.name, bounds, grant, host, _listen(core, grant, host))
 
 
@@ -121,12 +138,13 @@ def ceiling_bounds(host: HostConfig) -> Bounds:
     )
 
 
-def grant_bounds(grant: PluginPolicy, host: HostConfig) -> Bounds:
+def grant_bounds(grant: PluginPolicy, host: HostConfig, *, unwritten: bool) -> Bounds:
     """What the operator allows this plugin; the default posture where the policy file does not say."""
-    # How long one delivery may take confines nobody: unless the operator says otherwise, the author chooses.
-    usual = host.defaults.model_copy(
-        update={name: getattr(host.ceiling.limits, name) for name in ("delivery_timeout", "delivery_attempts")}
-    )
+    usual = host.defaults
+    if not unwritten:
+        # How long one delivery may take confines nobody: unless the operator says otherwise, the author chooses.
+        free = ("delivery_timeout", "delivery_attempts")
+        usual = usual.model_copy(update={name: getattr(host.ceiling.limits, name) for name in free})
     said = {name: value for name, value in grant.limits if value is not None}
     silent = grant.egress is None
     return Bounds(
@@ -148,8 +166,6 @@ def request_bounds(core: ManifestCore, host: HostConfig, *, unwritten: bool) -> 
     for number in NUMBERS:
         value = asked(core, number)
         base = silent if number.asked else UNBOUNDED
-        if number.section == "delivery":
-            base = host.defaults
         numbers[number.name] = getattr(base, number.name) if value is None else value
     return Bounds(
         limits=Limits.model_validate(numbers),
@@ -235,7 +251,8 @@ def _compose(
         filesystem=FilesystemPolicy(
             read=bounds.read,
             state=limits.state,
-            state_inodes=limits.state_inodes,
+            # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
+            state_inodes=min(limits.state_inodes, max(64, limits.state // 4096)),
             tmp=limits.tmp,
             tmp_inodes=limits.tmp_inodes,
             shm=limits.shm,
@@ -296,7 +313,7 @@ def policy_for_run(
             "read": (*(grant.read or ()), *paths),
         }
     )
-    bounds = meet_bounds(ceiling_bounds(host), grant_bounds(grant, host))
+    bounds = meet_bounds(ceiling_bounds(host), grant_bounds(grant, host, unwritten=True))
     if grant.limits.state is None:
         bounds = Bounds(**(vars(bounds) | {"limits": bounds.limits.model_copy(update={"state": 0})}))
     return _compose("run", bounds, grant, host, grant.listen or ())

@@ -29,7 +29,7 @@ LAYERS = (
 
 def sentences(policy: EffectivePolicy) -> dict[str, str]:
     """One plain sentence for each layer, in the order of ``LAYERS``."""
-    resources, files, restart = policy.resources, policy.filesystem, policy.restart
+    resources, files = policy.resources, policy.filesystem
     state = f"/state up to {format_size(files.state)}" if files.state else "no persistent folder"
     more = f", and read-only {_and(files.read)}" if files.read else ""
     no_fork = "; no new process after the first exec, no writable-executable memory"
@@ -38,8 +38,7 @@ def sentences(policy: EffectivePolicy) -> dict[str, str]:
         "cgroup": (
             f"May use {format_size(resources.memory)} of memory (slowed down above "
             f"{format_size(resources.memory_high)}), {_swap(resources.swap)}, {format_cpu(resources.cpu)} of one core "
-            f"and {_count(resources.tasks, 'task')}; over the memory limit the whole plugin is ended, and nothing of it "
-            "survives its end."
+            f"and {_count(resources.tasks, 'task')}; beyond its memory the whole plugin is ended and leaves nothing."
         ),
         "namespaces": "Sees only its own processes, mounts, host name, IPC objects and network interfaces.",
         "filesystem": (
@@ -48,18 +47,13 @@ def sentences(policy: EffectivePolicy) -> dict[str, str]:
         ),
         "network": _network(policy.network),
         "capabilities": "Holds no capability and can never gain one, by no file and no program it runs.",
-        "landlock": "A second wall behind the file view: what is not listed there cannot be opened even if it were seen.",
+        "landlock": "A second wall behind the file view: what is not listed cannot be opened even if it were seen.",
         "seccomp": (
             f'System calls of the profile "{policy.syscalls}": those of ordinary programs only'
             f"{no_fork if policy.syscalls == 'strict' else ''}; every other call fails and is recorded."
         ),
         "rlimits": f"May have {_count(resources.nofile, 'open file')}; no core dumps, 64K of locked memory.",
-        "events": (
-            f"Receives {_and(policy.hooks) if policy.hooks else 'no events'}; may ask the host for "
-            f"{_and(policy.permissions) if policy.permissions else 'nothing'}; answers within "
-            f"{format_duration(policy.delivery_timeout)}, {_count(policy.delivery_attempts, 'attempt')}; after "
-            f"{_count(restart.crashes, 'crash', 'crashes')} in {format_duration(restart.window)} it is not started again."
-        ),
+        "events": _events(policy),
     }
 
 
@@ -76,6 +70,17 @@ def proposal_json(proposal: Proposal, *, policy_file: str | None = None) -> dict
     }
 
 
+def _events(policy: EffectivePolicy) -> str:
+    hooks = _and(policy.hooks) if policy.hooks else "no events"
+    permissions = _and(policy.permissions) if policy.permissions else "nothing"
+    crashes = _count(policy.restart.crashes, "crash", "crashes")
+    return (
+        f"Receives {hooks}; may ask the host for {permissions}; answers within "
+        f"{format_duration(policy.delivery_timeout)}, {_count(policy.delivery_attempts, 'attempt')}; after {crashes} "
+        f"in {format_duration(policy.restart.window)} it is not started again."
+    )
+
+
 def _network(network: NetworkPolicy) -> str:
     inbound = ""
     if network.listen:
@@ -84,7 +89,9 @@ def _network(network: NetworkPolicy) -> str:
     if network.mode == "none":
         return "Has no network at all." + inbound
     listed = [f"{rule.host} (TCP {_and(map(str, rule.ports))})" for rule in network.egress]
-    never = f"never private, local or metadata addresses{', but for the exceptions of host.toml' if network.exceptions else ''}"
+    never = "never private, local or metadata addresses"
+    if network.exceptions:
+        never += ", but for the exceptions of host.toml"
     sni = " TLS without a server name is let through." if network.allow_no_sni else ""
     if network.mode == "public":
         besides = f", besides {_and(listed)}" if listed else ""

@@ -38,9 +38,9 @@ def render_policy(core: ManifestCore, proposal: Proposal) -> str:
         if line.verdict == "pending" and line.section in sections:
             why = f" ({line.reason})" if line.reason else ""
             sections[line.section] += [
-                f"# asked for, not granted: {line.field} {line.requested}{why}; to grant it, write instead:"
+                f"# asked for, not granted: {line.field} {line.requested}{why}; to grant it, write instead:",
+                f"# {line.add}",
             ]
-            sections[line.section] += [f"# {line.add}"]
         elif line.verdict == "refused":
             sections["grant"].append(f"# refused: {line.field} {line.requested}: {line.reason or 'over the ceiling'}")
     text = [

@@ -44,6 +44,8 @@ _VERSION = re.compile(
     r"(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?",
     re.ASCII,
 )
+UNWRITTEN = "0.0.0+sha256.000000000000"
+"""The version of no plugin in particular; counts as synthesised."""
 _SYNTHESISED = re.compile(r"0\.0\.0\+sha256\.[0-9a-f]{12}")
 _API = re.compile(r"[1-9][0-9]{0,3}(?:\.[0-9]{1,4})?")
 

@@ -140,6 +140,8 @@ class Table:
         self._taken: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
+        """Is it there? Asking makes the key a known one."""
+        self._taken.add(key)
         return key in self.data
 
     def where(self, *key: str | int) -> str:

@@ -1,0 +1,153 @@
+"""The main job on real cages, in under a minute: what `sudo ./dev demo` runs.
+
+Theory of operation. This process re-executes itself in an empty network namespace (`unshare -n`, which keeps the
+host's /sys and with it the cgroups). There it starts, in this order, and stops in the reverse:
+
+    a database-like service on loopback      what the hostile plugin must not reach
+    the pretend internet                     a second namespace, joined by a veth pair (internet.py)
+    isolator serve                           with a temporary root
+    isolator audit tail -f --json            a follower, from which all evidence is read
+
+and then does what an operator would do, through the command line only (steps.py). It ends with a table of
+promises; the exit code is 0 only if every one of them held. Everything is removed again, whatever happened, and
+that nothing is left is the last promise of the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+# Python runs isolated (-I: nothing of the caller's environment), so the script's own folder is not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.dont_write_bytecode = True
+
+import internet  # noqa: E402
+import leftovers  # noqa: E402
+import report  # noqa: E402
+import steps  # noqa: E402
+from daemon import Daemon, DemoError, Trail  # noqa: E402
+from report import Promise  # noqa: E402
+
+INSIDE = "ISOLATOR_DEMO_INSIDE"
+
+
+def main() -> int:
+    if os.geteuid() != 0:
+        report.fail("cages need root; try: sudo ./dev demo")
+        return 1
+    if INSIDE not in os.environ:
+        os.environ[INSIDE] = "1"
+        os.execvp("unshare", ["unshare", "-n", sys.executable, "-I", str(Path(__file__).resolve())])
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+    began = time.monotonic()
+    # A root-owned folder below root-owned folders: nothing that others can rename is executed.
+    root = Path(tempfile.mkdtemp(prefix="isolator-demo-", dir="/var/lib"))
+    root.chmod(0o755)
+    found: list[Promise] = []
+    pids: set[int] = set()
+    failure = ""
+    try:
+        found = run(root, pids)
+    except (DemoError, OSError, TimeoutError, RuntimeError) as error:
+        failure = str(error)
+    except KeyboardInterrupt:
+        failure = "interrupted"
+    finally:
+        # From here on a second Ctrl-C would only leave things behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        failure = "; ".join(filter(None, [failure, remove(root)]))
+    left = leftovers.find(root, pids, own_network=True)
+    found.append(
+        Promise(
+            "Nothing is left behind",
+            not left,
+            "; ".join(left) or "user, group, cgroup, mount, loop device, process, file: none",
+        )
+    )
+    if failure:
+        found.append(Promise("The demo comes to its end", False, failure[:200]))
+    report.heading(6, "What was promised, and what held")
+    held = report.promises(found)
+    report.say(f"The whole took {time.monotonic() - began:.0f} s.")
+    if failure:
+        report.fail(failure)
+    return 0 if held and not failure else 1
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does: by the way that cleans up."""
+    raise KeyboardInterrupt
+
+
+def run(root: Path, pids: set[int]) -> list[Promise]:
+    """Set up, do the steps, stop the daemon; the promises so far. ``pids`` collects the processes of the cages."""
+    report.say(
+        "Isolator runs other people's plugins, each in a cage of its own. This demo starts the daemon in an empty"
+        " network namespace beside a pretend internet (its own resolver, a webhook called hooks.slack.com, a"
+        " metadata service, an outside resolver at 8.8.8.8) and treats it as an operator and as an attacker would."
+    )
+    work = root / "demo"
+    work.mkdir(mode=0o700)
+    settings = root / "etc/isolator/host.toml"
+    (settings.parent / "policies").mkdir(parents=True)
+    settings.write_text(f'[network]\nresolvers = ["{internet.RESOLVER}"]\n')
+    settings.chmod(0o644)
+    with contextlib.ExitStack() as stack:
+        net = stack.enter_context(internet.Internet(work))
+        contacts: list[str] = []
+        stack.enter_context(serving(contacts))
+        daemon = stack.enter_context(Daemon(root, work / "daemon.log"))
+        trail = stack.enter_context(Trail(daemon))
+        demo = steps.Demo(root, work, daemon, net, trail, contacts)
+        try:
+            for step in steps.STEPS:
+                step(demo)
+        finally:
+            pids.update(int(record["data"]["pid"]) for record in trail.kinds("plugin.started"))
+    demo.promise(
+        "The daemon stops when told, and all plugins with it",
+        daemon.exit_code == 0,
+        f"SIGTERM: exit code {daemon.exit_code}",
+    )
+    return demo.promises
+
+
+@contextlib.contextmanager
+def serving(contacts: list[str]) -> Iterator[None]:
+    """A database-like service on every address of the host, loopback first of all."""
+    server = internet.banner_server("0.0.0.0", steps.DATABASE_PORT, contacts.append)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def remove(root: Path) -> str:
+    """Have the daemon's own command remove what it made, then the folder; what went wrong, or nothing."""
+    daemon = Daemon(root, root / "uninstall.log")
+    try:
+        code, text = daemon.run("uninstall", "--purge", "--yes")
+    except (DemoError, OSError) as error:
+        code, text = 1, str(error)
+    shutil.rmtree(root, ignore_errors=True)
+    return "" if code == 0 else f"'isolator uninstall --purge --yes' ended with {code}: {text.strip()[-300:]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

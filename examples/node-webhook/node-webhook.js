@@ -1,0 +1,44 @@
+#!/usr/bin/node
+// Forwards every event to WEBHOOK_URL. Node's own modules only, one event per connection.
+"use strict";
+const fs = require("fs");
+const https = require("https");
+const net = require("net");
+
+const path = process.env.PLUGIN_SOCKET;
+const ca = process.env.CA_FILE ? fs.readFileSync(process.env.CA_FILE) : undefined;
+
+function post(request) {
+  return new Promise((resolve) => {
+    const { _meta, ...fields } = request.params;
+    const body = JSON.stringify({ event: request.method, ...fields });
+    const headers = { "Content-Type": "application/json", "Content-Length": Buffer.byteLength(body) };
+    // The id of the event stays the same when it is delivered again: the other side can drop the second copy.
+    if (_meta && _meta.id) headers["Idempotency-Key"] = String(_meta.id);
+    const outgoing = https.request(process.env.WEBHOOK_URL, { method: "POST", headers, ca, timeout: 8000 }, (answer) => {
+      answer.resume();
+      const status = answer.statusCode < 300 ? "ok" : answer.statusCode < 500 ? "rejected" : "retry";
+      answer.on("end", () => resolve({ status, detail: `webhook answered ${answer.statusCode}` }));
+    });
+    outgoing.on("timeout", () => outgoing.destroy(new Error("no answer in 8 s")));
+    outgoing.on("error", (error) => resolve({ status: "retry", detail: error.message }));
+    outgoing.end(body);
+  });
+}
+
+const server = net.createServer((connection) => {
+  let line = "";
+  let taken = false;
+  connection.setEncoding("utf8");
+  connection.on("error", () => {});
+  connection.on("data", async (chunk) => {
+    line += chunk;
+    if (taken || !line.includes("\n")) return;
+    taken = true;
+    const request = JSON.parse(line);
+    const result = await post(request);
+    connection.end(JSON.stringify({ jsonrpc: "2.0", id: request.id, result }) + "\n");
+  });
+});
+fs.rmSync(path, { force: true });
+server.listen(path);

@@ -1,0 +1,174 @@
+"""``isolator event``: emit events and follow their deliveries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from host.cli import given
+from host.cli.output import AS_JSON, SETTINGS, ago, latency, print_json, safe, table
+from host.client import Client
+from isolator.errors import UsageError
+
+_FINE = ("ok", "skipped")
+
+
+@click.group(
+    context_settings=SETTINGS,
+    epilog="\b\nExamples:\n  isolator event types\n"
+    '  isolator event emit deploy.completed \'{"project_id": "p1", "deployment_id": "d1",\n'
+    '    "url": "https://shop.example", "duration_ms": 5100}\' --wait\n  isolator event dead',
+)
+def event() -> None:
+    """Emit events and follow their deliveries."""
+
+
+@event.command()
+@click.argument("name")
+@click.argument("payload", metavar="[JSON | @FILE | -]", required=False)
+@click.option("--wait", is_flag=True, help="Wait for the outcome at every plugin; exit 1 unless all are ok.")
+@click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds to wait.")
+@click.option("--dedupe-key", metavar="KEY", help="Emit once: the same key again returns the first event.")
+@AS_JSON
+@click.pass_obj
+def emit(
+    root: str | None, name: str, payload: str | None, wait: bool, timeout: float, dedupe_key: str | None, as_json: bool
+) -> int:
+    """Emit an event; it is safe on disk when this returns."""
+    fields = given.json_object(payload)
+    with Client(root, timeout=timeout + 150) as client:
+        accepted = client.call("event.emit", name=name, payload=fields, dedupe_key=dedupe_key)
+        if not wait:
+            if as_json:
+                print_json(accepted)
+            else:
+                to = f"to {', '.join(accepted['plugins'])}" if accepted["plugins"] else "no plugin receives it"
+                click.echo(f"{accepted['id']}  {'already emitted' if accepted['duplicate'] else to}")
+            return 0
+        row = client.call("event.wait", id=accepted["id"], timeout=timeout)
+    if as_json:
+        print_json(row)
+    else:
+        _show(row)
+    return 0 if all(delivery["state"] in _FINE for delivery in row["deliveries"]) else 1
+
+
+@event.command("list")
+@click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--name", metavar="EVENT", help="Only events of this name.")
+@AS_JSON
+@click.pass_obj
+def list_events(root: str | None, limit: int, name: str | None, as_json: bool) -> None:
+    """List the newest events."""
+    with Client(root) as client:
+        events = client.call("event.list", limit=limit, event=name)["events"]
+    if as_json:
+        print_json(events)
+        return
+    rows = []
+    for row in events:
+        states = [f"{d['plugin']} {d['state']}" for d in row["deliveries"]]
+        rows.append([row["id"], row["name"], row["subject"], ago(row["accepted"]), ", ".join(states) or "nobody"])
+    table(["id", "event", "subject", "ago", "deliveries"], rows)
+
+
+@event.command()
+@click.argument("event_id", metavar="ID")
+@AS_JSON
+@click.pass_obj
+def show(root: str | None, event_id: str, as_json: bool) -> None:
+    """Show one event and where each delivery stands."""
+    with Client(root) as client:
+        row = client.call("event.show", id=event_id)
+    if as_json:
+        print_json(row)
+        return
+    _show(row)
+    for key, value in row["payload"].items():
+        click.echo(f"  {key}: {safe(value)}")
+
+
+@event.command()
+@click.argument("event_id", metavar="ID")
+@click.option("--plugin", metavar="NAME", help="Only there; also repeats a delivery that succeeded.")
+@AS_JSON
+@click.pass_obj
+def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -> None:
+    """Deliver again what was given up."""
+    with Client(root) as client:
+        answer = client.call("event.replay", id=event_id, plugin=plugin)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"queued {event_id} again for {', '.join(answer['plugins'])}")
+
+
+@event.command()
+@click.option("--plugin", metavar="NAME", help="Only of this plugin.")
+@click.option("-n", "--limit", default=1000, show_default=True, type=click.IntRange(1, 100_000))
+@AS_JSON
+@click.pass_obj
+def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> None:
+    """List deliveries that were given up, with the reason."""
+    with Client(root) as client:
+        deliveries = client.call("event.dead", plugin=plugin, limit=limit)["deliveries"]
+    if as_json:
+        print_json(deliveries)
+        return
+    rows = [
+        [d["event_id"], d["event"], d["plugin"], d["state"], d["attempts"], ago(d["updated"]), d["detail"]]
+        for d in deliveries
+    ]
+    if rows:
+        table(["id", "event", "plugin", "state", "attempts", "ago", "reason"], rows)
+    else:
+        click.echo("no dead letters", err=True)
+
+
+@event.command()
+@click.argument("name", required=False)
+@AS_JSON
+@click.pass_obj
+def types(root: str | None, name: str | None, as_json: bool) -> None:
+    """List the events there are; with NAME: the fields of one."""
+    with Client(root) as client:
+        found = client.call("event.types")["types"]
+    if name is not None:
+        found = [entry for entry in found if entry["name"] == name]
+        if not found:
+            raise UsageError(f"event {name}", "no such event", "see 'isolator event types'")
+    if as_json:
+        print_json(found)
+        return
+    rows = []
+    for entry in found:
+        required = set(entry["schema"].get("required", ()))
+        fields = entry["schema"]["properties"]
+        if name is not None:
+            rows += [[key, "required" if key in required else "optional", _kind(rule)] for key, rule in fields.items()]
+        else:
+            rows.append([entry["name"], entry["order_by"], ", ".join(key for key in fields if key in required)])
+    table(["field", "", "type"] if name is not None else ["event", "ordered by", "required"], rows)
+
+
+def _kind(rule: dict[str, Any]) -> str:
+    options = [rule, *rule.get("anyOf", ())]
+    for option in options:
+        if "enum" in option:
+            return " | ".join(map(str, option["enum"]))
+        if option.get("type") not in (None, "null"):
+            return str(option["type"])
+    return "any"
+
+
+def _show(row: dict[str, Any]) -> None:
+    click.echo(f"{row['id']}  {row['name']}  {row['time']}  {safe(row['subject'])}")
+    rows = [
+        [d["plugin"], d["state"], d["status"], d["attempts"], latency(d["latency_us"]), d["detail"], d["reply"]]
+        for d in row["deliveries"]
+    ]
+    if rows:
+        table(["plugin", "outcome", "status", "attempts", "latency", "detail", "reply"], rows)
+    else:
+        click.echo("no plugin receives it")

@@ -1,0 +1,108 @@
+"""The control socket from the other side, blocking and light: what the command line uses.
+
+Imports nothing heavy, so that a command that only asks the daemon something answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from isolator.errors import DeniedError, IsolatorError, UnavailableError
+from isolator.paths import Paths
+
+
+class Client:
+    """One connection to the daemon; a context manager."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, *, timeout: float | None = 150.0) -> None:
+        self.path = Paths.of(root).control_socket
+        self._next = 0
+        self._buffer = b""
+        self._early: list[dict[str, Any]] = []
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock.settimeout(timeout)
+        try:
+            _connect(self._sock, str(self.path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            self._sock.close()
+            raise UnavailableError(
+                "the daemon is not running", f"no {self.path}", "start it with 'isolator serve'"
+            ) from None
+        except PermissionError:
+            self._sock.close()
+            raise DeniedError(str(self.path), "you may not connect to the daemon", "use sudo") from None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Ask and wait; raises the error the daemon raised."""
+        self._next += 1
+        number = self._next
+        request = {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
+        self._sock.sendall(json.dumps(request, separators=(",", ":")).encode() + b"\n")
+        while True:
+            message = self._receive()
+            if message is None:
+                raise UnavailableError("the daemon", "closed the connection", "see its log, then try again")
+            if "method" in message:
+                self._early.append(message)
+                continue
+            if message.get("id") not in (number, None):
+                continue
+            if "error" in message:
+                error = message["error"]
+                data = error.get("data")
+                raise IsolatorError.from_json(data) if data else IsolatorError(method, str(error.get("message")))
+            result = message.get("result")
+            return result if isinstance(result, dict) else {}
+
+    def notifications(self) -> Iterator[dict[str, Any]]:
+        """Parameters of the notifications that arrive, until the daemon closes; waits for as long as it takes."""
+        self._sock.settimeout(None)
+        while True:
+            message = self._early.pop(0) if self._early else self._receive()
+            if message is None:
+                return
+            if "method" in message:
+                yield message.get("params", {})
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+    def _receive(self) -> dict[str, Any] | None:
+        while b"\n" not in self._buffer:
+            try:
+                chunk = self._sock.recv(1 << 16)
+            except TimeoutError:
+                raise UnavailableError("the daemon", "does not answer", "see its log") from None
+            except ConnectionResetError:
+                chunk = b""
+            if not chunk:
+                return None
+            self._buffer += chunk
+        data, _, self._buffer = self._buffer.partition(b"\n")
+        message = json.loads(data)
+        assert isinstance(message, dict)
+        return message
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    """Connect by a name of any length: sun_path holds 107 bytes, a --root may be longer."""
+    if len(os.fsencode(path)) <= 107:
+        sock.connect(path)
+        return
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    finally:
+        os.close(folder)

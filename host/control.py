@@ -1,0 +1,196 @@
+"""The control socket: newline JSON-RPC for the platform and the command line.
+
+The caller is who the kernel says it is: its uid gives it a role, ``host.toml`` says which. ``viewer`` reads,
+``emitter`` also emits and follows events, ``operator`` does everything; a role includes those before it. A caller
+without a role gets one line that says so.
+
+Requests of one connection run concurrently and may be answered in any order; at most ``IN_FLIGHT`` of them, then the
+connection is not read until one is answered. What operators do is in the trail, and so is every refusal; emitting is
+recorded by the event itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from host.wire import LineProtocol, WireError, line, parse_object, peer_of
+from isolator.errors import DeniedError, IsolatorError, UsageError
+
+ROLES = ("viewer", "emitter", "operator")
+IN_FLIGHT = 256
+CONNECTIONS = 512
+
+
+@dataclass(eq=False)
+class Caller:
+    """Who is asking; ``notify`` sends a notification on the same connection."""
+
+    uid: int
+    pid: int
+    role: str | None
+    notify: Callable[[str, Mapping[str, Any]], None]
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def by(self) -> str:
+        """How the trail names the caller."""
+        return f"uid:{self.uid}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One verb; ``recorded`` verbs appear in the trail each time they are called."""
+
+    role: str
+    handler: Callable[[Mapping[str, Any], Caller], Awaitable[Any]]
+    recorded: bool = False
+
+
+class ControlServer:
+    """Serves the listener that the supervisor made."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        role_of: Callable[[int], str | None],
+        record: Callable[..., None],
+    ) -> None:
+        self.methods = methods
+        self.role_of = role_of
+        self.record = record
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+
+    async def start(self, listener: socket.socket) -> None:
+        """Accept on ``listener`` from now on."""
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        # From 3.13 asyncio unlinks a listener's path when the server closes; this path is the supervisor's.
+        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener, **options)
+
+    def opened(self, connection: _Connection) -> bool:
+        """Count a connection; False when there are too many."""
+        if len(self._connections) >= CONNECTIONS:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def closed(self, connection: _Connection) -> None:
+        """The connection is gone."""
+        self._connections.discard(connection)
+
+    async def close(self) -> None:
+        """Stop accepting and close every connection."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.close()
+
+
+class _Connection(LineProtocol):
+    def __init__(self, server: ControlServer) -> None:
+        super().__init__()
+        self._server = server
+        self._caller: Caller | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._no_more = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        pid, uid, _ = peer_of(transport.get_extra_info("socket"))
+        self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify)
+        if not self._server.opened(self):
+            self._answer(None, error=IsolatorError("control socket", "too many connections", "close some"))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._server.closed(self)
+        for task in self._tasks:
+            task.cancel()
+        if self._caller is not None:
+            for callback in self._caller.on_close:
+                callback()
+
+    def line_received(self, data: bytes) -> None:
+        try:
+            message = parse_object(data)
+        except WireError as error:
+            self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": error.code, "message": str(error)}}))
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        if len(self._tasks) >= IN_FLIGHT and self.transport is not None:
+            self.transport.pause_reading()
+
+    def too_long(self) -> None:
+        self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
+
+    def eof_received(self) -> bool:
+        # Half-closed (``printf … | nc -N``): what was asked is still answered.
+        self._no_more = True
+        return bool(self._tasks)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._no_more and not self._tasks:
+            self.close()
+        if len(self._tasks) == IN_FLIGHT - 1 and self.transport is not None:
+            self.transport.resume_reading()
+
+    def _notify(self, method: str, params: Mapping[str, Any]) -> None:
+        self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
+
+    def _answer(self, number: Any, *, result: Any = None, error: IsolatorError | None = None) -> None:
+        if error is not None:
+            body = {"code": -32000, "message": str(error), "data": error.to_json()}
+            self.send(line({"jsonrpc": "2.0", "id": number, "error": body}))
+        else:
+            self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
+
+    async def _serve(self, message: dict[str, Any]) -> None:
+        caller, number, name = self._caller, message.get("id"), message.get("method")
+        assert caller is not None
+        verdict = "ok"
+        method = self._server.methods.get(name) if isinstance(name, str) else None
+        try:
+            params = message.get("params", {})
+            if method is None:
+                raise UsageError(
+                    f"method {str(name)[:80]}", "does not exist", "is the command line of another version?"
+                )
+            if not isinstance(params, dict):
+                raise UsageError(f"method {name}", "params must be an object")
+            if caller.role is None or ROLES.index(caller.role) < ROLES.index(method.role):
+                raise DeniedError(
+                    f"method {name}",
+                    f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {method.role}",
+                    f"add it to [roles] {method.role} in host.toml, or use sudo",
+                )
+            self._answer(number, result=await method.handler(params, caller))
+        except IsolatorError as error:
+            verdict = error.code
+            self._answer(number, error=error)
+        except Exception as error:  # the caller must get an answer whatever happened; the loop logs the rest
+            verdict = "failed"
+            context = {"message": f"control: {name} failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            self._answer(number, error=IsolatorError(str(name), f"{type(error).__name__}: {error}", "please report it"))
+        if verdict == "denied" or (method is not None and method.recorded):
+            target = message.get("params", {}).get("name") if isinstance(message.get("params"), dict) else None
+            self._server.record(
+                "control.called",
+                plugin=target if isinstance(target, str) else None,
+                verb=str(name)[:80],
+                uid=caller.uid,
+                pid=caller.pid,
+                role=caller.role,
+                verdict=verdict,
+            )

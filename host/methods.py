@@ -1,0 +1,433 @@
+"""What the control socket can do, verb by verb. Parameters are checked here; the work is done by those who own it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from host import manifest as manifests
+from host.control import Caller, Method
+from host.events import from_schema
+from host.manifest import Manifest
+from host.registry import Plugin
+from isolator import __version__
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc import Message
+from isolator.policy.request import MAX_BYTES
+
+if TYPE_CHECKING:
+    from host.service import Host
+
+MAX_WAIT = 3600.0
+SUPERVISOR_TIMEOUT = 120.0
+_MANIFEST_LIMIT = MAX_BYTES
+N = TypeVar("N", int, float)
+
+
+class Methods:
+    """The verbs of one host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._staged: dict[str, Manifest] = {}
+
+    def table(self) -> dict[str, Method]:
+        """Every verb with the role it needs."""
+        operator = {
+            "plugin.stage": self.plugin_stage,
+            "plugin.commit": self.plugin_commit,
+            "plugin.discard": self.plugin_discard,
+            "plugin.start": self.plugin_start,
+            "plugin.stop": self.plugin_stop,
+            "plugin.restart": self.plugin_restart,
+            "plugin.enable": self.plugin_enable,
+            "plugin.disable": self.plugin_disable,
+            "plugin.remove": self.plugin_remove,
+            "plugin.rollback": self.plugin_rollback,
+            "plugin.approve": self.plugin_approve,
+            "config.set": self.config_set,
+            "config.unset": self.config_unset,
+            "config.rotate_key": self.config_rotate_key,
+            "event.replay": self.event_replay,
+            "event.register": self.event_register,
+        }
+        emitter = {"event.emit": self.event_emit, "event.wait": self.event_wait}
+        viewer = {
+            "status": self.status,
+            "ledger": self.ledger,
+            "plugin.list": self.plugin_list,
+            "plugin.show": self.plugin_show,
+            "plugin.explain": self.plugin_explain,
+            "plugin.logs": self.plugin_logs,
+            "config.list": self.config_list,
+            "event.list": self.event_list,
+            "event.show": self.event_show,
+            "event.dead": self.event_dead,
+            "event.types": self.event_types,
+        }
+        return {
+            **{name: Method("operator", handler, recorded=True) for name, handler in operator.items()},
+            **{name: Method("emitter", handler) for name, handler in emitter.items()},
+            **{name: Method("viewer", handler) for name, handler in viewer.items()},
+        }
+
+    # Plugins
+
+    async def plugin_stage(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Show what a plugin asks for and what it would be granted; nothing is registered yet."""
+        wanted = ("path", "name", "binary", "hooks", "files")
+        fields = {key: params[key] for key in wanted if params.get(key) is not None}
+        answer = await self._ask("plugin.stage", **fields)
+        token = str(answer.fields["token"])
+        try:
+            manifest = manifests.parse(_read_all(answer))
+            checked = self._host.config.check(manifest, _values(params))
+        except IsolatorError:
+            self._host.supervisor.notify("plugin.discard", token=token)
+            raise
+        finally:
+            answer.close()
+        self._check_hooks(manifest.core.hooks, token)
+        self._staged[token] = manifest
+        caller.on_close.append(lambda: self._abandon(token))
+        missing = [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in checked]
+        return {
+            **answer.fields,
+            "version": manifest.core.version,
+            "description": manifest.core.description,
+            "warnings": list(manifest.warnings),
+            "config": [f.model_dump() for f in manifest.config or ()],
+            "missing": missing,
+            "secrets_given": sorted(spec.key for spec, _ in checked.values() if spec.secret),
+            "mode": manifest.transport.mode,
+        }
+
+    def _check_hooks(self, hooks: Sequence[str], token: str) -> None:
+        """A hook that no event has would never be called: a typing mistake, or a platform that is not there yet."""
+        known = sorted({event.name for event in self._host.catalogue})
+        for hook in hooks:
+            if self._host.catalogue.get(self._host.catalogue.canonical(hook)) is None:
+                self._host.supervisor.notify("plugin.discard", token=token)
+                near = difflib.get_close_matches(hook, known, 1)
+                raise UsageError(
+                    f"hook {hook!r}",
+                    f"no such event; did you mean {near[0]!r}?" if near else "no such event",
+                    f"known: {', '.join(known)}",
+                )
+
+    async def plugin_commit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Register what was staged, with its config."""
+        token = _text(params, "token")
+        manifest = self._staged.get(token)
+        if manifest is None:
+            raise UsageError("plugin add", "nothing is staged under that token", "add it again")
+        name = manifest.core.name
+        values = _values(params)
+        is_new = self._host.registry.get(name) is None
+        if is_new and name in self._host.registry.known():
+            # It was removed while this process was not running: nothing of it may reach its namesake.
+            await self._host.removed(name)
+        await self._host.config.set(name, manifest, values, replace=is_new)
+        try:
+            answer = await self._ask("plugin.commit", token=token, by=caller.by)
+        except IsolatorError:
+            if is_new:
+                await self._host.config.forget(name)
+            raise
+        self._staged.pop(token, None)
+        if values:
+            self._host.audit.record("config.changed", plugin=name, names=sorted(values), by=caller.by)
+        plugin = self._host.put(answer.fields["plugin"])
+        if manifest.activation.start == "eager" and not self._host.config.missing(name, manifest):
+            await self._ask("run.ensure", name=name, reason="eager")
+        return {"plugin": _shown(plugin), "missing": self._host.config.missing(name, manifest)}
+
+    async def plugin_discard(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Forget what was staged."""
+        self._abandon(_text(params, "token"))
+        return {}
+
+    async def plugin_list(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
+        """Every plugin with its live figures."""
+        entries = await self._entries()
+        return {"plugins": [self._with_queue(entry) for entry in entries]}
+
+    async def plugin_show(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Everything about one plugin."""
+        plugin = self._need(params)
+        entry = next((e for e in await self._entries() if e.get("name") == plugin.name), plugin.raw)
+        manifest = plugin.manifest
+        return {
+            **self._with_queue(entry),
+            "mode": plugin.mode,
+            "hooks": sorted(plugin.hooks.values()),
+            "config": [dataclasses.asdict(i) for i in self._host.config.listing(plugin.name, manifest)],
+            "missing": self._host.config.missing(plugin.name, manifest) if manifest is not None else [],
+            "stderr": list(self._host.logs.of(plugin.name).last)[-5:],
+            "log_bytes_dropped": self._host.logs.of(plugin.name).dropped,
+        }
+
+    async def plugin_explain(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Request, grant and effect, line by line, with where each comes from."""
+        plugin = self._need(params)
+        return (await self._ask("policy.explain", name=plugin.name)).fields
+
+    async def plugin_start(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Start the sidecar and wait until it runs."""
+        return (await self._ask("run.ensure", name=self._need(params).name, reason="operator")).fields
+
+    async def plugin_stop(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Stop the sidecar; the next event starts it again."""
+        return (await self._ask("run.stop", name=self._need(params).name, reason="operator")).fields
+
+    async def plugin_restart(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Stop and start the sidecar."""
+        return (await self._ask("run.restart", name=self._need(params).name, reason="operator")).fields
+
+    async def plugin_enable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Let it run again; also clears ``failed``."""
+        return await self._change("plugin.enable", params)
+
+    async def plugin_disable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Stop it and keep it stopped; its events wait."""
+        return await self._change("plugin.disable", params)
+
+    async def plugin_remove(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Stop it and forget it, its config and its queue."""
+        plugin = self._need(params)
+        answer = await self._ask("plugin.remove", name=plugin.name, by=caller.by)
+        await self._host.removed(plugin.name)
+        return answer.fields
+
+    async def plugin_rollback(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Go back to the version before."""
+        return await self._change("plugin.rollback", params, by=caller.by)
+
+    async def plugin_approve(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Agree to what is pending."""
+        return await self._change("plugin.approve", params, by=caller.by)
+
+    async def plugin_logs(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """The last lines a sidecar wrote; with ``follow`` further ones come as ``log`` notifications."""
+        plugin = self._need(params)
+        log = self._host.logs.of(plugin.name)
+        lines = log.read(_number(params, "lines", 100, 10_000))
+        if params.get("follow"):
+            caller.on_close.append(log.follow(lambda entry: caller.notify("log", entry)))
+        return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
+
+    # Config
+
+    async def config_list(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Keys, types and values; never the value of a secret."""
+        plugin = self._need(params)
+        items = self._host.config.listing(plugin.name, plugin.manifest)
+        return {"items": [dataclasses.asdict(item) for item in items]}
+
+    async def config_set(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Set values and restart the sidecar if it runs."""
+        plugin = self._need(params)
+        if plugin.manifest is None:
+            raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
+        values = _values(params)
+        await self._host.config.set(plugin.name, plugin.manifest, values)
+        self._host.audit.record("config.changed", plugin=plugin.name, names=sorted(values), by=caller.by)
+        return await self._restart_for_config(plugin)
+
+    async def config_unset(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Forget a value and restart the sidecar if it runs."""
+        plugin = self._need(params)
+        key = _text(params, "key")
+        await self._host.config.unset(plugin.name, key)
+        self._host.audit.record("config.changed", plugin=plugin.name, names=[key], by=caller.by)
+        return await self._restart_for_config(plugin)
+
+    async def config_rotate_key(self, _: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Encrypt every value with a new key."""
+        count = await self._host.config.rotate()
+        self._host.audit.record("config.changed", names=[], rotated=count, by=caller.by)
+        return {"values": count}
+
+    # Events
+
+    async def event_emit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Accept one event."""
+        payload = params.get("payload", {})
+        if not isinstance(payload, dict):
+            raise UsageError("event", "the payload must be an object")
+        dedupe_key, trace, ttl = params.get("dedupe_key"), params.get("trace"), params.get("ttl")
+        if dedupe_key is not None and not (isinstance(dedupe_key, str) and 0 < len(dedupe_key) <= 256):
+            raise UsageError("event", "dedupe_key must be text of at most 256 characters")
+        if trace is not None and not (isinstance(trace, str) and len(trace) <= 128):
+            raise UsageError("event", "trace must be text of at most 128 characters")
+        if ttl is not None:
+            ttl = _number(params, "ttl", 0.0, 31 * 86400.0)
+        accepted = await self._host.emit(
+            _text(params, "name"), payload, by=caller.by, dedupe_key=dedupe_key, ttl=ttl, trace=trace
+        )
+        return {
+            "id": accepted.event.id,
+            "plugins": list(accepted.plugins),
+            "overflowed": list(accepted.overflowed),
+            "duplicate": accepted.duplicate,
+        }
+
+    async def event_wait(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Wait until every delivery of an event is final, at most ``timeout`` seconds."""
+        timeout = _number(params, "timeout", 30.0, MAX_WAIT)
+        return dataclasses.asdict(await self._host.queue.wait(_text(params, "id"), timeout=timeout))
+
+    async def event_list(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """The newest events."""
+        rows = await self._host.queue.list_events(limit=_number(params, "limit", 50, 10_000), name=params.get("event"))
+        return {"events": [dataclasses.asdict(row) for row in rows]}
+
+    async def event_show(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """One event with its deliveries."""
+        return dataclasses.asdict(self._host.queue.show(_text(params, "id")))
+
+    async def event_dead(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
+        """Deliveries that were given up."""
+        rows = await self._host.queue.list_dead(
+            plugin=params.get("plugin"), limit=_number(params, "limit", 1000, 100_000)
+        )
+        return {"deliveries": [dataclasses.asdict(row) for row in rows]}
+
+    async def event_replay(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Queue what was given up again; with ``plugin`` also what succeeded there."""
+        event_id, plugin = _text(params, "id"), params.get("plugin")
+        if plugin is not None:
+            self._host.registry.need(str(plugin))
+        plugins = await self._host.queue.replay(event_id, plugin)
+        if not plugins:
+            raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
+        for name in plugins:
+            self._host.audit.record(
+                "event.replayed", plugin=name, event_id=event_id, delivery_id=f"{event_id}.{name}", by=caller.by
+            )
+        return {"id": event_id, "plugins": plugins}
+
+    async def event_types(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
+        """The catalogue with the JSON Schema of every payload."""
+        types = [
+            {"name": t.name, "version": t.version, "order_by": t.order_by, "schema": t.schema()}
+            for t in self._host.catalogue
+        ]
+        return {"types": types}
+
+    async def event_register(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Register or replace an event of the platform's own."""
+        name, schema, order_by = _text(params, "name"), params.get("schema"), params.get("order_by")
+        version = _number(params, "version", 1, 10_000)
+        if not isinstance(schema, dict):
+            raise UsageError(f"event {name}", "schema must be a JSON Schema object")
+        self._host.catalogue.register(from_schema(name, schema, order_by, version))
+        row = (name, json.dumps(schema), order_by, version, caller.by)
+        await self._host.store.run(lambda db: db.execute("INSERT OR REPLACE INTO event_types VALUES (?,?,?,?,?)", row))
+        return {"name": name, "version": version}
+
+    # The daemon
+
+    async def status(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
+        """Is everything well?"""
+        host = self._host
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "plugins": sum(1 for _ in host.registry),
+            "queue": host.queue.depths(),
+            "audit_blocked": host.audit.blocked,
+            "database_blocked": host.store.blocked,
+            "records_pending": host.audit.sent - host.audit.acked,
+        }
+
+    async def ledger(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
+        """This host's controls, as the supervisor sees them."""
+        return (await self._ask("ledger")).fields
+
+    # Helpers
+
+    async def _ask(self, op: str, **fields: Any) -> Message:
+        return await self._host.supervisor.call(op, timeout=SUPERVISOR_TIMEOUT, **fields)
+
+    async def _change(self, op: str, params: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+        plugin = self._need(params)
+        given = {key: value for key, value in fields.items() if value is not None}
+        answer = await self._ask(op, name=plugin.name, **given)
+        if isinstance(answer.fields.get("plugin"), dict):
+            self._host.put(answer.fields["plugin"])
+        return answer.fields
+
+    async def _entries(self) -> list[dict[str, Any]]:
+        try:
+            answer = await self._host.supervisor.call("plugin.status", timeout=5.0)
+        except IsolatorError:
+            return [plugin.raw for plugin in self._host.registry]
+        return list(answer.fields.get("plugins", ()))
+
+    async def _restart_for_config(self, plugin: Plugin) -> dict[str, Any]:
+        current = self._host.registry.need(plugin.name)
+        self._host.dispatcher.plugin_news(plugin.name)
+        if current.run is None:
+            return {"restarted": False}
+        await self._ask("run.restart", name=plugin.name, reason="config")
+        return {"restarted": True}
+
+    def _with_queue(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        name = str(entry.get("name"))
+        plugin = self._host.registry.get(name)
+        shown = {key: value for key, value in entry.items() if key not in ("manifest", "effective")}
+        return {
+            **shown,
+            "error": entry.get("error") or (plugin.error if plugin is not None else None),
+            "queue": self._host.queue.consumer(name).depth if plugin is not None else 0,
+            **self._host.dispatcher.status(name),
+        }
+
+    def _need(self, params: Mapping[str, Any]) -> Plugin:
+        return self._host.registry.need(_text(params, "name"))
+
+    def _abandon(self, token: str) -> None:
+        if self._staged.pop(token, None) is not None:
+            self._host.supervisor.notify("plugin.discard", token=token)
+
+
+def _shown(plugin: Plugin) -> dict[str, Any]:
+    return {key: value for key, value in plugin.raw.items() if key not in ("manifest", "effective")}
+
+
+def _text(params: Mapping[str, Any], key: str) -> str:
+    value = params.get(key)
+    if not isinstance(value, str) or not value or len(value) > 4096:
+        raise UsageError(key, "is missing or not text")
+    return value
+
+
+def _number(params: Mapping[str, Any], key: str, default: N, most: N) -> N:
+    value = params.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise UsageError(key, f"must be a number from 0 to {most}")
+    return type(default)(value)
+
+
+def _values(params: Mapping[str, Any]) -> dict[str, str]:
+    values = params.get("config") or {}
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()) or len(values) > 64:
+        raise UsageError("config", "must be an object of texts, at most 64")
+    return values
+
+
+def _read_all(answer: Message) -> bytes:
+    if not answer.fds:
+        raise IsolatorError("plugin add", "the supervisor sent no manifest", "this is a bug; please report it")
+    data = b""
+    while len(data) <= _MANIFEST_LIMIT:
+        chunk = os.pread(answer.fds[0], _MANIFEST_LIMIT + 1 - len(data), len(data))
+        if not chunk:
+            break
+        data += chunk
+    return data

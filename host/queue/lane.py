@@ -1,0 +1,115 @@
+"""One plugin's pending deliveries in memory: which one may go next.
+
+Per key the deliveries stand in order of acceptance and only the first may move; a first one that waits for its
+retry, or is in flight, holds back the rest of its key and nothing else. Among the keys whose first may go, the
+oldest delivery goes first. All times here are those of a monotonic clock, so that setting the clock of the host
+neither fires every retry at once nor stops them for a day.
+
+Every method is O(log n); a delivery that waits costs some two hundred bytes because its payload stays on disk.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+
+from host.queue import Delivery
+
+
+class Lane:
+    """The scheduling state of one plugin; knows nothing of storage."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._keys: dict[object, deque[Delivery]] = {}
+        # The running number settles ties: a cancelled delivery may still stand beside its replay.
+        self._ready: list[tuple[int, int, Delivery]] = []
+        self._waiting: list[tuple[float, int, int, Delivery]] = []
+        self._number = itertools.count()
+
+    def add(self, delivery: Delivery) -> None:
+        """Append a delivery; within its key it comes after all that were added before."""
+        self.depth += 1
+        line = self._keys.get(self._key(delivery))
+        if line is not None:
+            line.append(delivery)
+            return
+        self._keys[self._key(delivery)] = deque((delivery,))
+        self._offer(delivery)
+
+    def pop(self, now: float) -> Delivery | None:
+        """Take the oldest delivery that may go at ``now``; None if there is none."""
+        while self._waiting and self._waiting[0][0] <= now:
+            _, seq, number, delivery = heapq.heappop(self._waiting)
+            heapq.heappush(self._ready, (seq, number, delivery))
+        while self._ready:
+            delivery = heapq.heappop(self._ready)[2]
+            if not delivery.cancelled:
+                delivery.taken = True
+                return delivery
+        return None
+
+    def next_due(self) -> float | None:
+        """When the earliest waiting delivery becomes ready; None if none waits."""
+        while self._waiting and self._waiting[0][3].cancelled:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][0] if self._waiting else None
+
+    def done(self, delivery: Delivery) -> None:
+        """A taken delivery is final: the next of its key may go."""
+        self.depth -= 1
+        self._advance(delivery)
+
+    def put_back(self, delivery: Delivery, due: float) -> None:
+        """A taken delivery waits until ``due``; its key waits with it."""
+        delivery.taken = False
+        delivery.due = due
+        self._offer(delivery)
+
+    def cancel(self, delivery: Delivery) -> None:
+        """A delivery that is not taken becomes final without being sent."""
+        if delivery.taken or delivery.cancelled:
+            raise ValueError("only a waiting delivery can be cancelled")
+        delivery.cancelled = True
+        self.depth -= 1
+        line = self._keys[self._key(delivery)]
+        if line[0] is delivery:
+            self._advance(delivery)
+        else:
+            line.remove(delivery)
+
+    def find(self, seq: int) -> Delivery | None:
+        """The delivery of that event, if it is pending here."""
+        for line in self._keys.values():
+            for delivery in line:
+                if delivery.seq == seq:
+                    return delivery
+        return None
+
+    def upcoming(self, count: int) -> list[Delivery]:
+        """Some deliveries that will be taken soon and whose payload is worth loading now."""
+        return [entry[2] for entry in self._ready[:count] if not entry[2].cancelled]
+
+    def pending(self) -> list[Delivery]:
+        """Every delivery that is not final."""
+        return [delivery for line in self._keys.values() for delivery in line]
+
+    def _advance(self, delivery: Delivery) -> None:
+        key = self._key(delivery)
+        line = self._keys[key]
+        line.popleft()
+        if line:
+            self._offer(line[0])
+        else:
+            del self._keys[key]
+
+    def _offer(self, delivery: Delivery) -> None:
+        if delivery.due > 0.0:
+            heapq.heappush(self._waiting, (delivery.due, delivery.seq, next(self._number), delivery))
+        else:
+            heapq.heappush(self._ready, (delivery.seq, next(self._number), delivery))
+
+    @staticmethod
+    def _key(delivery: Delivery) -> object:
+        return delivery.key if delivery.key is not None else delivery.seq

@@ -1,0 +1,94 @@
+"""What the queue's tables look like to those who list, show and prune them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from typing import Any
+
+from host.queue import DeliveryRow, Event, EventRow
+
+EVENT = "SELECT seq, id, name, time, accepted, expires, payload, subject, trace FROM events"
+DELIVERY = (
+    "SELECT e.id, e.name, d.plugin, d.state, d.attempts, d.status, d.detail, d.reply, d.latency_us, d.updated, d.due"
+    " FROM deliveries d JOIN events e ON e.seq=d.seq"
+)
+GIVEN_UP = "('dead', 'expired', 'quarantined')"
+
+
+def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
+    """One event as dispatch needs it."""
+    row = db.execute(f"{EVENT} WHERE {where}", (value,)).fetchone()
+    return Event(*row) if row is not None else None
+
+
+def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | None:
+    """One event with its deliveries, as listings show it."""
+    columns = "seq, id, name, time, accepted, subject, payload, by"
+    found = db.execute(f"SELECT {columns} FROM events WHERE {where}", (value,)).fetchone()
+    if found is None:
+        return None
+    seq, event_id, name, time, accepted, subject, payload, by = found
+    deliveries = db.execute(f"{DELIVERY} WHERE d.seq=? ORDER BY d.plugin", (seq,)).fetchall()
+    return EventRow(
+        event_id, name, time, accepted, subject, json.loads(payload), by, tuple(_delivery(row) for row in deliveries)
+    )
+
+
+def events(db: sqlite3.Connection, limit: int, name: str | None, before: int | None) -> list[EventRow]:
+    """The newest events first."""
+    found = db.execute(
+        "SELECT seq FROM events WHERE (? IS NULL OR name=?) AND (? IS NULL OR seq<?) ORDER BY seq DESC LIMIT ?",
+        (name, name, before, before, limit),
+    ).fetchall()
+    return [row for (seq,) in found if (row := event_row(db, "seq=?", seq)) is not None]
+
+
+def dead(db: sqlite3.Connection, plugin: str | None, limit: int) -> list[DeliveryRow]:
+    """Deliveries that were given up, newest first."""
+    found = db.execute(
+        f"{DELIVERY} WHERE d.state IN {GIVEN_UP} AND (? IS NULL OR d.plugin=?) ORDER BY d.seq DESC LIMIT ?",
+        (plugin, plugin, limit),
+    ).fetchall()
+    return [_delivery(row) for row in found]
+
+
+def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int) -> None:
+    """Drop what is finished and older than event number ``oldest`` or the time ``before``; bound the dead letters.
+
+    At most 4000 events a call, so that a call stays short.
+    """
+    db.execute(
+        "DELETE FROM deliveries WHERE state IN ('ok', 'skipped') AND seq IN"
+        " (SELECT seq FROM events WHERE seq < ? OR accepted < ? ORDER BY seq LIMIT 4000)",
+        (oldest, before),
+    )
+    for (plugin,) in db.execute("SELECT DISTINCT plugin FROM deliveries WHERE state='dead'").fetchall():
+        last = db.execute(
+            f"SELECT seq FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} ORDER BY seq DESC LIMIT 1 OFFSET ?",
+            (plugin, keep_dead),
+        ).fetchone()
+        if last is not None:
+            db.execute(f"DELETE FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} AND seq<=?", (plugin, last[0]))
+    db.execute(
+        "DELETE FROM events WHERE seq IN (SELECT seq FROM events e WHERE (seq < ? OR accepted < ?)"
+        " AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=e.seq) ORDER BY seq LIMIT 4000)",
+        (oldest, before),
+    )
+
+
+def _delivery(row: tuple[Any, ...]) -> DeliveryRow:
+    event_id, name, plugin, state, attempts, status, detail, reply, latency, updated, due = row
+    return DeliveryRow(
+        event_id,
+        name,
+        plugin,
+        state,
+        attempts,
+        status,
+        detail,
+        reply,
+        latency,
+        updated,
+        due if state == "retry" and due else None,
+    )

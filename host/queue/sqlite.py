@@ -1,0 +1,473 @@
+"""The embedded queue: events and deliveries in the host's database, lanes in memory.
+
+``accept`` writes the event and one delivery per subscriber in one transaction and returns once that is synced; only
+then do the deliveries enter their lanes, so nothing is ever dispatched that a power cut could still take back.
+Outcomes are written in the same order in which they happen and ride along with the next sync: after a crash the
+log holds a prefix of what happened, so what is delivered twice is delivered twice *in order*.
+
+At start every delivery that is not final goes back into its lane. One that was in flight counts as an attempt whose
+outcome is unknown and waits for its back-off.
+
+The database stays bounded: finished deliveries are dropped after ``keep_seconds`` or beyond ``keep_events`` events,
+dead ones beyond ``keep_dead`` per plugin. A plugin's queue holds at most ``limit`` deliveries; one more is recorded
+as dead with the reason ``queue_full``, where it can be seen and replayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from host.events import format_time
+from host.queue import FINAL, Accepted, Delivery, DeliveryRow, Event, EventRow, NewEvent, Result, Subscriber, rows
+from host.queue.lane import Lane
+from host.store import Store
+from isolator.errors import NotFoundError
+
+PENDING = "('queued', 'retry', 'in_flight')"
+_PREFETCH = 64
+_CACHED = 256
+"""Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
+_PRUNE_EVERY = 1000
+
+
+_Outcomes = dict[tuple[int, str], tuple[Any, ...]]
+FINISHED = "('ok', 'skipped', 'dead', 'expired', 'quarantined')"
+
+
+@dataclass
+class _Accept:
+    """One event between ``accept`` and its sync."""
+
+    asked: NewEvent
+    event: Event
+    taken: list[Subscriber]
+    overflowed: list[Subscriber]
+    future: asyncio.Future[Accepted]
+    earlier: Event | None = None
+    """The event that already has this ``dedupe_key``."""
+
+    def accepted(self) -> Accepted:
+        """What the caller hears."""
+        if self.earlier is not None:
+            return Accepted(self.earlier, (), duplicate=True)
+        overflowed = tuple(s.plugin for s in self.overflowed)
+        return Accepted(self.event, (*(s.plugin for s in self.taken), *overflowed), overflowed)
+
+
+def backoff(attempts: int, *, spread: float = 0.2) -> float:
+    """Seconds before the next attempt after ``attempts`` failed ones: 1·2ⁿ, at most ten minutes, ±20 %."""
+    base = min(2.0 ** min(attempts - 1, 20), 600.0)
+    return base * random.uniform(1 - spread, 1 + spread)
+
+
+class SqliteConsumer:
+    """One plugin's deliveries; see ``host.queue.Consumer``."""
+
+    def __init__(self, queue: SqliteQueue, plugin: str) -> None:
+        self._queue = queue
+        self._plugin = plugin
+        self._lane = Lane()
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.reserved = 0
+        """Deliveries written but not yet synced: they count against the limit."""
+
+    @property
+    def depth(self) -> int:
+        return self._lane.depth
+
+    def add(self, delivery: Delivery) -> None:
+        """A delivery that is safe enters the lane."""
+        self._lane.add(delivery)
+        if self._waiter is not None:
+            self._wake()
+
+    async def take(self) -> Delivery:
+        loop = asyncio.get_running_loop()
+        while True:
+            delivery = self._lane.pop(loop.time())
+            if delivery is None:
+                await self._wait(loop)
+                continue
+            if delivery.expires <= loop.time():
+                self.done(delivery, Result("expired", detail="not delivered in time"))
+                self._queue.on_expired(delivery)
+                continue
+            if delivery.event is None:
+                self._queue.load(delivery, self._lane.upcoming(_PREFETCH))
+            if delivery.event is None:  # its event is gone: nothing can be sent any more
+                self.done(delivery, Result("dead", detail="the event is no longer stored"))
+                continue
+            return delivery
+
+    def sent(self, delivery: Delivery) -> None:
+        delivery.attempts += 1
+        self._queue.write(delivery, Result("in_flight"), 0.0)
+
+    def done(self, delivery: Delivery, result: Result) -> None:
+        if delivery.cancelled:
+            return
+        self._lane.done(delivery)
+        self._queue.write(delivery, result, 0.0)
+        self._queue.progressed(delivery)
+        self._wake()
+
+    def again(self, delivery: Delivery, result: Result, *, delay: float) -> None:
+        if delivery.cancelled:
+            return
+        self._lane.put_back(delivery, asyncio.get_running_loop().time() + delay)
+        self._queue.write(delivery, result, time.time() + delay)
+        self._queue.progressed(delivery)
+        self._wake()
+
+    def release(self, delivery: Delivery) -> None:
+        if delivery.cancelled:
+            return
+        self._lane.put_back(delivery, delivery.due)
+        self._wake()
+
+    def cancel(self, seq: int, result: Result) -> Delivery | None:
+        """End a delivery that waits for its retry, without sending it; None if it is not waiting here."""
+        delivery = self._lane.find(seq)
+        if delivery is None or delivery.taken:
+            return None
+        self._lane.cancel(delivery)
+        self._queue.write(delivery, result, 0.0)
+        self._queue.progressed(delivery)
+        self._wake()
+        return delivery
+
+    def note_crash(self, delivery: Delivery) -> None:
+        """Count a crash of the plugin while this delivery was in flight."""
+        delivery.crashes += 1
+        values = (delivery.crashes, delivery.seq, delivery.plugin)
+        self._queue.store.submit(
+            lambda db: db.execute("UPDATE deliveries SET crashes=? WHERE seq=? AND plugin=?", values)
+        )
+
+    def drop_all(self) -> int:
+        """Forget everything that waits here (the plugin is removed)."""
+        pending = self._lane.pending()
+        for delivery in pending:
+            delivery.cancelled = True
+        self._lane = Lane()
+        self._wake()
+        return len(pending)
+
+    async def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._waiter = loop.create_future()
+        due = self._lane.next_due()
+        self._timer = loop.call_at(due, self._wake) if due is not None else None
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class SqliteQueue:
+    """See ``host.queue.Queue``."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        limit: int = 10_000,
+        keep_events: int = 50_000,
+        keep_seconds: float = 14 * 86400.0,
+        keep_dead: int = 10_000,
+    ) -> None:
+        self.store = store
+        self.limit = limit
+        self.on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None
+        """Called once per accepted event when it is safe, before anything of it can be dispatched."""
+        self.on_expired: Callable[[Delivery], None] = lambda _: None
+        self._keep = (keep_events, keep_seconds, keep_dead)
+        self._loop = asyncio.get_running_loop()
+        self._consumers: dict[str, SqliteConsumer] = {}
+        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._outcomes: _Outcomes | None = None
+        self._accepting: list[_Accept] | None = None
+        self._seq = store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+        self._since_prune = 0
+        self._recover()
+
+    # Accepting
+
+    async def accept(self, event: NewEvent, subscribers: Sequence[Subscriber]) -> Accepted:
+        now = time.time()
+        self._seq += 1
+        stored = Event(
+            seq=self._seq,
+            id=new_event_id(now),
+            name=event.name,
+            time=format_time(datetime.fromtimestamp(now, UTC)),
+            accepted=now,
+            expires=now + event.ttl,
+            payload=event.payload,
+            subject=event.subject,
+            trace=event.trace,
+        )
+        taken, overflowed = [], []
+        for subscriber in subscribers:
+            consumer = self._consumer(subscriber.plugin)
+            if consumer.depth + consumer.reserved < self.limit:
+                consumer.reserved += 1
+                taken.append(subscriber)
+            else:
+                overflowed.append(subscriber)
+        entry = _Accept(event, stored, taken, overflowed, self._loop.create_future())
+        if self._accepting is None:
+            batch = self._accepting = [entry]
+            self.store.submit(
+                lambda db: self._insert(db, batch), lambda _, error: self._inserted(batch, error), durable=True
+            )
+        else:
+            self._accepting.append(entry)
+        return await entry.future
+
+    def _insert(self, db: sqlite3.Connection, batch: list[_Accept]) -> None:
+        # May run again when the transaction fails: it must depend on the batch alone.
+        if self._accepting is batch:
+            self._accepting = None
+        events: list[tuple[Any, ...]] = []
+        deliveries: list[tuple[Any, ...]] = []
+        seen: dict[str, Event] = {}
+        for entry in batch:
+            asked, event = entry.asked, entry.event
+            if asked.dedupe_key is not None:
+                entry.earlier = seen.get(asked.dedupe_key) or rows.event(db, "dedupe_key=?", asked.dedupe_key)
+                if entry.earlier is not None:
+                    continue
+                seen[asked.dedupe_key] = event
+            seq, at = event.seq, event.accepted
+            row = (seq, event.id, event.name, event.time, at, event.expires, event.subject, event.payload)
+            events.append((*row, asked.dedupe_key, event.trace, asked.by))
+            deliveries += [(seq, s.plugin, "queued", s.key, None, at) for s in entry.taken]
+            deliveries += [(seq, s.plugin, "dead", s.key, "queue_full", at) for s in entry.overflowed]
+        db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?)", events)
+        db.executemany(
+            "INSERT INTO deliveries (seq, plugin, state, key, detail, updated) VALUES (?,?,?,?,?,?)", deliveries
+        )
+
+    def _inserted(self, batch: list[_Accept], error: Exception | None) -> None:
+        if self._accepting is batch:
+            self._accepting = None
+        now = self._loop.time()
+        for entry in batch:
+            for subscriber in entry.taken:
+                self._consumer(subscriber.plugin).reserved -= 1
+            accepted = entry.accepted()
+            if error is None and not accepted.duplicate:
+                self.on_accepted(entry.asked, accepted)
+                self._enter_lanes(entry, now)
+            if not entry.future.done():
+                if error is None:
+                    entry.future.set_result(accepted)
+                else:
+                    entry.future.set_exception(error)
+        self._since_prune += len(batch)
+        if self._since_prune >= _PRUNE_EVERY:
+            self._since_prune = 0
+            events, seconds, dead = self._keep
+            oldest = self._seq - events
+            self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead))
+
+    def _enter_lanes(self, entry: _Accept, now: float) -> None:
+        for subscriber in entry.taken:
+            consumer = self._consumer(subscriber.plugin)
+            delivery = Delivery(
+                entry.event.seq, subscriber.plugin, subscriber.key, expires=now + entry.asked.ttl, ready_at=now
+            )
+            if consumer.depth < _CACHED:
+                delivery.event = entry.event
+            consumer.add(delivery)
+
+    # Delivering
+
+    def consumer(self, plugin: str) -> SqliteConsumer:
+        return self._consumer(plugin)
+
+    def _consumer(self, plugin: str) -> SqliteConsumer:
+        consumer = self._consumers.get(plugin)
+        if consumer is None:
+            consumer = self._consumers[plugin] = SqliteConsumer(self, plugin)
+        return consumer
+
+    def write(self, delivery: Delivery, result: Result, due: float) -> None:
+        """Record where a delivery stands; within one transaction only its last state is written."""
+        batch = self._outcomes
+        if batch is None:
+            batch = self._outcomes = {}
+            outcomes = batch
+            self.store.submit(lambda db: self._write_outcomes(db, outcomes))
+        batch[delivery.seq, delivery.plugin] = (
+            result.state,
+            delivery.attempts,
+            delivery.crashes,
+            due,
+            result.status,
+            result.detail,
+            result.reply,
+            result.latency_us,
+            time.time(),
+            delivery.seq,
+            delivery.plugin,
+        )
+
+    def _write_outcomes(self, db: sqlite3.Connection, batch: _Outcomes) -> None:
+        if self._outcomes is batch:
+            self._outcomes = None
+        db.executemany(
+            "UPDATE deliveries SET state=?, attempts=?, crashes=?, due=?, status=?, detail=?,"
+            " reply=coalesce(?, reply), latency_us=coalesce(?, latency_us), updated=? WHERE seq=? AND plugin=?",
+            batch.values(),
+        )
+
+    def load(self, delivery: Delivery, upcoming: Sequence[Delivery]) -> None:
+        """Read the payloads of a delivery and of those that follow it soon."""
+        wanted = [delivery, *(d for d in upcoming if d.event is None and d is not delivery)]
+        marks = ",".join("?" * len(wanted))
+        found = self.store.read(
+            lambda db: db.execute(f"{rows.EVENT} WHERE seq IN ({marks})", [d.seq for d in wanted]).fetchall()
+        )
+        events = {row[0]: Event(*row) for row in found}
+        for item in wanted:
+            item.event = events.get(item.seq)
+
+    def progressed(self, delivery: Delivery) -> None:
+        """Tell those who wait for this event that something happened."""
+        if self._watchers and delivery.event is not None:
+            for watcher in self._watchers.get(delivery.event.id, ()):
+                watcher.set()
+
+    # Listing and mending
+
+    async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
+        event = self._event(event_id)
+        now = time.time()
+
+        def requeue(db: sqlite3.Connection) -> list[tuple[str, str | None]]:
+            states = (
+                "('dead', 'expired', 'quarantined')"
+                if plugin is None
+                else "('dead','expired','quarantined','ok','skipped')"
+            )
+            found = db.execute(
+                f"SELECT plugin, key FROM deliveries WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
+                (event.seq, plugin, plugin),
+            ).fetchall()
+            db.executemany(
+                "UPDATE deliveries SET state='queued', attempts=0, crashes=0, due=0, detail='replayed', updated=?"
+                " WHERE seq=? AND plugin=?",
+                [(now, event.seq, name) for name, _ in found],
+            )
+            db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + 86400.0, event.seq))
+            return [(name, key) for name, key in found]
+
+        again = await self.store.run(requeue)
+        loop_now = self._loop.time()
+        for name, key in again:
+            expires = loop_now + max(event.expires - now, 86400.0)
+            self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, event=event, ready_at=loop_now))
+        return [name for name, _ in again]
+
+    async def purge(self, plugin: str) -> int:
+        consumer = self._consumers.pop(plugin, None)
+        waiting = consumer.drop_all() if consumer is not None else 0
+        await self.store.run(lambda db: db.execute("DELETE FROM deliveries WHERE plugin=?", (plugin,)).rowcount)
+        return waiting
+
+    async def list_events(
+        self, *, limit: int = 50, name: str | None = None, before: int | None = None
+    ) -> list[EventRow]:
+        """The newest events first, with their deliveries."""
+
+        return await self.store.scan(lambda db: rows.events(db, limit, name, before))
+
+    def show(self, event_id: str) -> EventRow:
+        """One event with its deliveries; raises NotFoundError."""
+        row = self.store.read(lambda db: rows.event_row(db, "id=?", event_id))
+        if row is None:
+            raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
+        return row
+
+    async def list_dead(self, *, plugin: str | None = None, limit: int = 1000) -> list[DeliveryRow]:
+        """Deliveries that were given up, newest first."""
+
+        return await self.store.scan(lambda db: rows.dead(db, plugin, limit))
+
+    async def wait(self, event_id: str, *, timeout: float) -> EventRow:
+        """The event once all its deliveries are final, or as it stands after ``timeout`` seconds."""
+        changed = asyncio.Event()
+        watchers = self._watchers.setdefault(event_id, set())
+        watchers.add(changed)
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    changed.clear()
+                    row = self.show(event_id)
+                    if all(delivery.state in FINAL for delivery in row.deliveries):
+                        return row
+                    await changed.wait()
+                    # The outcome is written in the loop's next turn; what is read must include it.
+                    await self._written()
+        except TimeoutError:
+            return self.show(event_id)
+        finally:
+            watchers.discard(changed)
+            if not watchers:
+                self._watchers.pop(event_id, None)
+
+    async def _written(self) -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self.store.submit(lambda _: None, lambda _, __: None if future.done() else future.set_result(None))
+        await future
+
+    def _event(self, event_id: str) -> Event:
+        event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
+        if event is None:
+            raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
+        return event
+
+    def depths(self) -> dict[str, int]:
+        """Pending deliveries by plugin."""
+        return {plugin: consumer.depth for plugin, consumer in self._consumers.items()}
+
+    def _recover(self) -> None:
+        now, loop_now = time.time(), self._loop.time()
+        pending = self.store.read(
+            lambda db: db.execute(
+                "SELECT d.seq, d.plugin, d.key, d.attempts, d.crashes, d.due, e.expires, d.state FROM deliveries d"
+                f" JOIN events e ON e.seq=d.seq WHERE d.state IN {PENDING} ORDER BY d.seq"
+            ).fetchall()
+        )
+        for seq, plugin, key, attempts, crashes, due_at, expires, state in pending:
+            due = due_at
+            delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
+            if state == "in_flight":
+                due = now + backoff(attempts)
+                self.write(delivery, Result("retry", detail="the host stopped while this was in flight"), due)
+            if due > 0.0:
+                # The clock may have been set back meanwhile: nothing waits longer than the longest back-off.
+                delivery.due = loop_now + min(max(0.0, due - now), 720.0)
+            self._consumer(plugin).add(delivery)
+
+
+def new_event_id(now: float) -> str:
+    """``ev_`` + 12 hex digits of milliseconds + 16 random ones: sorts by time, unguessable."""
+    return f"ev_{int(now * 1000):012x}{os.urandom(8).hex()}"

@@ -1,0 +1,212 @@
+"""The host: everything that serves the platform, composed, and its half of the conversation with the supervisor.
+
+Order at start: database (recovered before anything else), registry, secrets, queue, dispatch, control socket; the
+answer to ``hello`` means that commands and events are accepted. The host owns no privilege and no process: when it
+dies its supervisor starts another, the sidecars go on running, and what was accepted is still in the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from host.control import ControlServer
+from host.dispatch import Dispatcher, Shared
+from host.events import Catalogue, from_schema
+from host.logs import Logs
+from host.methods import Methods
+from host.queue import Accepted, Delivery, NewEvent
+from host.queue.sqlite import SqliteQueue
+from host.registry import Plugin, Registry, load_event_types
+from host.secrets import ConfigStore
+from host.store import Store
+from isolator.audit.client import AuditClient
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc import Channel, Message
+from isolator.paths import Paths
+from isolator.policy.hostconfig import HostConfig
+
+AUDIT_AHEAD = 8000
+"""Records not yet written beyond which accepting waits for the trail."""
+
+
+class Host:
+    """One running host process."""
+
+    def __init__(self, channel: Channel, audit: AuditClient) -> None:
+        self.supervisor = channel
+        self.audit = audit
+        self.catalogue = Catalogue()
+        self.started = asyncio.Event()
+        for op, handler in {
+            "hello": self._hello,
+            "plugin.changed": self._plugin_changed,
+            "run.environment": self._run_environment,
+            "run.started": self._run_started,
+            "run.ended": self._run_ended,
+            "audit.source": self._audit_source,
+        }.items():
+            channel.handle(op, handler)
+
+    async def emit(
+        self,
+        name: str,
+        payload: Mapping[str, Any],
+        *,
+        by: str | None = None,
+        dedupe_key: str | None = None,
+        ttl: float | None = None,
+        trace: str | None = None,
+    ) -> Accepted:
+        """Validate and accept one event; returns when it and its deliveries are safe."""
+        checked = self.catalogue.validate(name, payload)
+        subscribers = self.registry.subscribers(checked.type, checked.fields)
+        subject = str(checked.fields.get(checked.type.order_by or "project_id", ""))
+        if self.audit.sent - self.audit.acked > AUDIT_AHEAD:
+            await self.audit.settled(within=AUDIT_AHEAD // 2)
+        event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, trace=trace, by=by)
+        if ttl is not None:
+            event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, ttl, trace, by)
+        return await self.queue.accept(event, subscribers)
+
+    async def removed(self, name: str) -> None:
+        """Forget a removed plugin wholly; safe to repeat."""
+        await self.dispatcher.plugin_removed(name)
+        waiting = await self.queue.purge(name)
+        await self.config.forget(name)
+        await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
+        self.logs.remove(name)
+        self.registry.remove(name)
+        if waiting:
+            self.audit.record("event.dead", plugin=name, reason="the plugin was removed", count=waiting)
+
+    def put(self, entry: Mapping[str, Any]) -> Plugin:
+        """Take over one plugin entry of the supervisor."""
+        plugin = self.registry.put(entry)
+        self.dispatcher.plugin_changed(plugin)
+        return plugin
+
+    async def close(self) -> None:
+        """Stop serving; what is accepted stays in the queue."""
+        if not self.started.is_set():
+            return
+        await self.control.close()
+        await self.dispatcher.close()
+        self.logs.close()
+        await self.store.close()
+
+    # What the supervisor says
+
+    async def _hello(self, message: Message) -> dict[str, Any]:
+        if self.started.is_set():
+            raise UsageError("hello", "was already said")
+        self.paths = Paths.of(message.fields["root"])
+        self.settings = HostConfig.model_validate(_as_object(message.fields.get("config")))
+        for folder in (self.paths.host_lib, self.paths.plugin_log):
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
+        self.store = Store(self.paths.host_lib / "host.db")
+        self.config = ConfigStore(self.store, self.paths.host_lib / "key")
+        for name, schema, order_by, version in load_event_types(self.store):
+            self.catalogue.register(from_schema(name, schema, order_by, version))
+        self.registry = Registry(self.catalogue, self.store)
+        self.queue = SqliteQueue(self.store)
+        self.queue.on_accepted = self._record_accepted
+        self.queue.on_expired = self._record_expired
+        self.logs = Logs(self.paths.plugin_log, self.config.redactor)
+        may_continue = self.settings.audit.disk_full == "continue"
+        self.dispatcher = Dispatcher(
+            Shared(
+                supervisor=self.supervisor,
+                queue=self.queue,
+                registry=self.registry,
+                catalogue=self.catalogue,
+                audit=self.audit,
+                redactor=self.config.redactor,
+                halt_without_audit=not may_continue,
+            )
+        )
+        for entry in message.fields.get("plugins", ()):
+            self.put(entry)
+        self.methods = Methods(self)
+        self.control = ControlServer(self.methods.table(), self.settings.role_of, self.audit.record)
+        if message.fds:
+            await self.control.start(socket.socket(fileno=message.fds.pop(0)))
+        self.started.set()
+        return {}
+
+    async def _plugin_changed(self, message: Message) -> None:
+        removed = message.fields.get("removed")
+        if removed is not None:
+            await self.removed(str(removed))
+        else:
+            self.put(message.fields["plugin"])
+
+    async def _run_environment(self, message: Message) -> dict[str, Any]:
+        name = str(message.fields["name"])
+        plugin = self.registry.get(name)
+        environment = self.config.environment(name, plugin.manifest if plugin is not None else None)
+        if environment.secrets:
+            self.audit.record("secret.injected", plugin=name, names=list(environment.secrets))
+        return {"env": environment.env, "files": environment.files, "secrets": list(environment.secrets)}
+
+    async def _run_started(self, message: Message) -> None:
+        name, run = str(message.fields["name"]), str(message.fields["run"])
+        if len(message.fds) >= 2:
+            stdout, stderr = message.fds.pop(0), message.fds.pop(0)
+            self.logs.attach(name, run, stdout, stderr)
+        self.registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
+        self.dispatcher.run_started(name, run)
+
+    async def _run_ended(self, message: Message) -> None:
+        fields = message.fields
+        name, run = str(fields["name"]), str(fields["run"])
+        plugin = self.registry.get(name)
+        if plugin is not None and plugin.run in (run, None):
+            self.registry.note_run(name, run=None, pid=None, state=str(fields.get("state", "stopped")))
+        self.dispatcher.run_ended(name, run, expected=bool(fields.get("expected")))
+
+    async def _audit_source(self, message: Message) -> None:
+        if message.fds:
+            self.audit.replace(socket.socket(fileno=message.fds.pop(0)))
+
+    # What the trail is told of the queue
+
+    def _record_accepted(self, asked: NewEvent, accepted: Accepted) -> None:
+        event = accepted.event
+        data = event.payload.encode()
+        self.audit.record(
+            "event.accepted",
+            event_id=event.id,
+            event=event.name,
+            subject=event.subject,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            plugins=list(accepted.plugins),
+            by=asked.by,
+        )
+        for name in accepted.overflowed:
+            self.audit.record(
+                "event.dead",
+                plugin=name,
+                event_id=event.id,
+                delivery_id=f"{event.id}.{name}",
+                reason="queue_full",
+                attempts=0,
+            )
+
+    def _record_expired(self, delivery: Delivery) -> None:
+        event_id = delivery.event.id if delivery.event is not None else None
+        self.audit.record(
+            "event.dead", plugin=delivery.plugin, event_id=event_id, reason="expired", attempts=delivery.attempts
+        )
+
+
+def _as_object(config: Any) -> dict[str, Any]:
+    if isinstance(config, str):
+        config = HostConfig.model_validate_json(config).model_dump()
+    return dict(config or {})

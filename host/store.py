@@ -1,0 +1,348 @@
+"""The host's one database: transactions on the event loop, durability in a thread.
+
+SQLite in WAL mode. Everything that arrives within one turn of the event loop is written in one transaction, which
+costs some twenty microseconds because nothing is synced there; one helper thread then calls ``fdatasync`` on the
+write-ahead log and tells the loop up to which transaction the log is on disk. While a sync runs the next
+transactions gather behind it, so many of them share the next sync: group commit. What must be safe before its
+caller hears of it (an accepted event, a config value) waits for that mark; what may be repeated (the outcome of
+a delivery: at-least-once) only rides along.
+
+This is what ``synchronous=FULL`` does, except that SQLite would sync inside COMMIT and hold up the loop, and that
+a writer thread that holds the connection would fight the loop for the interpreter lock once per row.
+``synchronous=NORMAL`` stays on, for the order of writes when the log is restarted and when it is checkpointed.
+
+After a failed sync the kernel may have dropped the pages it could not write, so nothing written since can be
+called safe: the process says so and exits; its supervisor starts a new one, which recovers, moves the log into
+the database with a full checkpoint, and goes on. Checkpoints are made by the helper thread on a connection of its
+own, so that they never hold up the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from isolator.errors import IsolatorError, UnavailableError
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+CHECKPOINT_COMMITS = 250
+CHECKPOINT_ROWS = 4000
+WAL_HIGH = 32 << 20
+"""Bytes of log beyond which commits wait for one checkpoint: a log that is appended to all the time never restarts."""
+RETRY = 0.1
+"""Seconds between attempts while the database cannot be written (disk full, locked by somebody)."""
+GIVE_UP = 5.0
+"""Seconds after which a caller hears that its write failed; writes that nobody waits for are kept and retried."""
+
+_SCHEMA = """
+CREATE TABLE events (
+  seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, time TEXT NOT NULL, accepted REAL NOT NULL,
+  expires REAL NOT NULL, subject TEXT NOT NULL, payload TEXT NOT NULL, dedupe_key TEXT, trace TEXT, by TEXT
+);
+CREATE UNIQUE INDEX events_dedupe ON events(dedupe_key) WHERE dedupe_key IS NOT NULL;
+CREATE TABLE deliveries (
+  seq INTEGER NOT NULL, plugin TEXT NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+  crashes INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL DEFAULT 0, key TEXT, status TEXT, detail TEXT, reply TEXT,
+  latency_us INTEGER, updated REAL NOT NULL, PRIMARY KEY (seq, plugin)
+) WITHOUT ROWID;
+CREATE TABLE plugins (name TEXT PRIMARY KEY, digest TEXT NOT NULL, version TEXT NOT NULL, added REAL NOT NULL);
+CREATE TABLE config (
+  plugin TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL, value BLOB NOT NULL,
+  updated REAL NOT NULL, PRIMARY KEY (plugin, key)
+) WITHOUT ROWID;
+CREATE TABLE kv (
+  plugin TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, expires REAL, PRIMARY KEY (plugin, key)
+) WITHOUT ROWID;
+CREATE TABLE event_types (
+  name TEXT PRIMARY KEY, schema TEXT NOT NULL, order_by TEXT, version INTEGER NOT NULL, by TEXT
+);
+"""
+
+
+@dataclass
+class _Op:
+    apply: Callable[[sqlite3.Connection], Any]
+    done: Callable[[Any, Exception | None], None] | None
+    durable: bool
+    deadline: float
+    result: Any = None
+
+
+@dataclass
+class _Sync:
+    """One job for the thread: sync the log, report these operations, and perhaps make a checkpoint."""
+
+    ops: list[_Op]
+    checkpoint: bool = False
+    hold: bool = False
+    """Commits wait for the checkpoint, which can then cover the whole log."""
+
+
+class Store:
+    """The database of one host process; all methods belong to the event loop's thread."""
+
+    def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None) -> None:
+        self.path = path
+        self.blocked: str | None = None
+        """Why the database cannot be written at the moment, else None."""
+        self.unblocked = asyncio.Event()
+        self.unblocked.set()
+        self.commits = self.syncs = 0
+        self._loop = asyncio.get_running_loop()
+        self._fatal = fatal or _exit_after_failed_sync
+        self._ops: list[_Op] = []
+        self._scheduled = False
+        self._gathering: list[_Op] = []
+        self._syncing = False
+        self._held = False
+        self._checkpointed = (0, 0)
+        self._closed = False
+        self._connection = self._open()
+        self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._work: queue.SimpleQueue[_Sync | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._sync_loop, name="store-sync", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path.is_symlink():
+            raise IsolatorError(str(self.path), "is a symbolic link", "remove it; the database must be a plain file")
+        try:
+            connection = _connect(self.path)
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise IsolatorError(
+                    str(self.path),
+                    f"was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})",
+                    "install that version again; nothing was changed",
+                )
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":
+                raise IsolatorError(str(self.path), f"journal mode {mode} instead of wal", "use a local file system")
+            if version == 0:
+                connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            # What an earlier process wrote but never synced is made safe before anything is added behind it.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            # One harmless write, so that the log file exists for the thread to open.
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise IsolatorError(
+                str(self.path), f"cannot be used as the host's database: {error}", "restore or move it away"
+            ) from None
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        return connection
+
+    def submit(
+        self,
+        apply: Callable[[sqlite3.Connection], Any],
+        done: Callable[[Any, Exception | None], None] | None = None,
+        *,
+        durable: bool = False,
+    ) -> None:
+        """Run ``apply`` in the next transaction.
+
+        ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk.
+        An operation without ``done`` is never given up: it is retried until the database can be written.
+        """
+        self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._commit)
+
+    async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``apply`` in a transaction and wait until it is on disk."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def done(result: Any, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self.submit(apply, done, durable=True)
+        return await future
+
+    def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """A short look-up on the loop's own connection (sees what is committed, synced or not)."""
+        return query(self._connection)
+
+    async def scan(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """A listing of any length, in another thread on a connection of its own, so that the loop goes on."""
+
+        def work() -> T:
+            with contextlib.closing(_connect(self.path)) as connection:
+                connection.execute("PRAGMA query_only=1")
+                return query(connection)
+
+        return await asyncio.to_thread(work)
+
+    def _commit(self) -> None:
+        self._scheduled = False
+        if not self._ops or self._closed or self._held:
+            return None
+        ops, self._ops = self._ops, []
+        # When one operation fails by itself the others must not suffer: then each gets its own savepoint.
+        for careful in (False, True):
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                failed = self._apply(ops, careful)
+                self._connection.execute("COMMIT")
+                break
+            except sqlite3.OperationalError as error:
+                self._rollback()
+                return self._postpone(ops, str(error))
+            except Exception:  # whatever an operation raised is reported to its caller on the careful round
+                self._rollback()
+                if careful:
+                    raise
+        self.commits += 1
+        if self.blocked is not None:
+            self.blocked = None
+            self.unblocked.set()
+        waiting = []
+        for op in ops:
+            if op in failed:
+                continue
+            if op.durable:
+                waiting.append(op)
+            elif op.done is not None:
+                op.done(op.result, None)
+        for op in failed:
+            if op.done is not None:
+                op.done(None, op.result)
+        if waiting:
+            self._gathering += waiting
+            self._start_sync()
+        return None
+
+    def _apply(self, ops: list[_Op], careful: bool) -> list[_Op]:
+        failed = []
+        for op in ops:
+            if not careful:
+                op.result = op.apply(self._connection)
+                continue
+            self._connection.execute("SAVEPOINT one")
+            try:
+                op.result = op.apply(self._connection)
+            except sqlite3.OperationalError:
+                raise
+            except Exception as error:  # the caller's own error, handed back to it by done()
+                self._connection.execute("ROLLBACK TO one")
+                op.result = error
+                failed.append(op)
+            self._connection.execute("RELEASE one")
+        return failed
+
+    def _rollback(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("ROLLBACK")
+
+    def _postpone(self, ops: list[_Op], why: str) -> None:
+        if self.blocked is None:
+            self.blocked = why
+            self.unblocked.clear()
+        now = self._loop.time()
+        keep = []
+        for op in ops:
+            if op.done is not None and now > op.deadline:
+                op.done(
+                    None, UnavailableError(str(self.path), f"cannot be written: {why}", "free the disk or the lock")
+                )
+            else:
+                keep.append(op)
+        self._ops = keep + self._ops
+        if self._ops and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_later(RETRY, self._commit)
+
+    def _start_sync(self) -> None:
+        if self._syncing or not self._gathering:
+            return
+        self._syncing = True
+        job, self._gathering = _Sync(self._gathering), []
+        commits, rows = self._checkpointed
+        changes = self._connection.total_changes
+        if self.commits - commits >= CHECKPOINT_COMMITS or changes - rows >= CHECKPOINT_ROWS:
+            self._checkpointed = (self.commits, changes)
+            job.checkpoint = True
+            self._held = job.hold = os.fstat(self._wal).st_size > WAL_HIGH
+        self._work.put(job)
+
+    def _sync_loop(self) -> None:
+        connection = _connect(self.path)
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        while (job := self._work.get()) is not None:
+            error: OSError | None = None
+            try:
+                os.fdatasync(self._wal)
+            except OSError as problem:
+                error = problem
+            self._tell(self._synced, job.ops, error)
+            if job.checkpoint and error is None:
+                with contextlib.suppress(sqlite3.Error):  # busy or full: the next round tries again
+                    connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if job.hold else 'PASSIVE'})").fetchone()
+            if job.hold:
+                self._tell(self._release)
+        connection.close()
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _release(self) -> None:
+        self._held = False
+        self._commit()
+
+    def _synced(self, ops: list[_Op], error: OSError | None) -> None:
+        self._syncing = False
+        self.syncs += 1
+        if error is not None:
+            for op in ops:
+                if op.done is not None:
+                    op.done(
+                        None, UnavailableError(str(self.path), f"cannot be synced: {error.strerror}", "see the disk")
+                    )
+            self._fatal(f"{self.path}: sync failed: {error.strerror}")
+            return
+        self._start_sync()
+        for op in ops:
+            if op.done is not None:
+                op.done(op.result, None)
+
+    async def close(self) -> None:
+        """Write what is waiting, sync it, close; the log is moved into the database."""
+        if self._closed:
+            return
+        self._held = False
+        self._commit()
+        self._closed = True
+        self._work.put(_Sync([]))
+        self._work.put(None)
+        await asyncio.to_thread(self._thread.join, 10)
+        os.close(self._wal)
+        self._connection.close()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0, cached_statements=256)
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA busy_timeout=0")
+    return connection
+
+
+def _exit_after_failed_sync(why: str) -> None:
+    os.write(2, f"isolator: {why}; stopping, because nothing written since can be called safe\n".encode())
+    os._exit(1)

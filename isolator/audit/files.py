@@ -1,0 +1,73 @@
+"""The files of one trail: ``audit.jsonl`` is written, ``audit.FIRSTSEQ.jsonl`` are full.
+
+Every full file ends with a seal, and the first record of the next file continues its chain. The name says the
+``seq`` of the first record, twelve digits, so names sort in the order of the chain and a missing file shows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from isolator.audit.record import own_hash_fits
+
+LIVE = "audit.jsonl"
+_ROTATED = re.compile(r"audit\.(\d{12})\.jsonl")
+_SEQ = re.compile(rb'\{"seq":([1-9][0-9]{0,17}),')
+_PREV = re.compile(rb',"prev":"([0-9a-f]{64})","hash":"[0-9a-f]{64}"\}$')
+
+
+def rotated_name(first: int) -> str:
+    """The name of a full file whose first record is ``first``."""
+    return f"audit.{first:012d}.jsonl"
+
+
+def first_of(path: Path) -> int | None:
+    """The ``seq`` in a full file's name; None for any other name."""
+    match = _ROTATED.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def rotated(directory: Path) -> list[Path]:
+    """The full files, oldest first; raises OSError."""
+    return sorted(directory / entry.name for entry in os.scandir(directory) if _ROTATED.fullmatch(entry.name))
+
+
+def trail(directory: Path) -> list[Path]:
+    """Every file of the trail, oldest first, the live one last; raises OSError."""
+    files = rotated(directory)
+    live = directory / LIVE
+    return [*files, live] if live.exists() else files
+
+
+def seq_of(line: bytes) -> int | None:
+    """The ``seq`` at the start of a line, or None."""
+    match = _SEQ.match(line)
+    return int(match[1]) if match else None
+
+
+def prev_of(line: bytes) -> str | None:
+    """The ``prev`` at the end of a line without its newline, or None."""
+    match = _PREV.search(line[-160:])
+    return match[1].decode() if match else None
+
+
+def hash_of(line: bytes) -> str:
+    """The ``hash`` at the end of a line whose own hash fits."""
+    return line[-66:-2].decode()
+
+
+def first_line(path: Path) -> bytes:
+    """The first line of a file without its newline; empty when there is none."""
+    with path.open("rb") as file:
+        return file.readline(1 << 20).rstrip(b"\n")
+
+
+def last_line(path: Path) -> bytes | None:
+    """The last line of a file that carries its own hash, without its newline."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (4 << 20)))
+        lines = file.read().split(b"\n")
+    return next((line for line in reversed(lines) if own_hash_fits(line)), None)

@@ -1,0 +1,364 @@
+"""The trail being written: the chain in memory, and the file it is committed to.
+
+``Chain`` gives each record its place, hash and seals; it lives on the event loop and touches no file. ``Trail``
+does the file work and is called from one worker thread, a commit at a time, so that the loop never waits for a disk.
+
+A commit writes what has gathered since the last one, calls fdatasync once, and notes the new head. If any step fails
+nothing of the batch counts as written, whatever the kernel may have kept: after a failed fsync the page cache says
+"clean" for pages that never reached the disk. The next attempt checks that the file still holds the last record known
+to be safe, cuts off what comes after it and writes the whole batch again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isolator.audit import files
+from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
+from isolator.audit.recover import HEAD_NAME, State, read_head, recover
+from isolator.audit.seal import Signer, load_signer, sync_directory
+
+_HEAD_SIZE = 256
+_CHECK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to seal and rotate, and how many full files to keep (0: all); sizes in bytes, times in seconds."""
+
+    seal_records: int = 1000
+    seal_interval: float = 60.0
+    rotate_size: int = 64 << 20
+    rotate_age: float = 86400.0
+    keep_files: int = 90
+
+
+@dataclass
+class Batch:
+    """Lines that are committed together. ``last``: the file is full after this one."""
+
+    lines: list[bytes] = field(default_factory=list)
+    seq: int = 0
+    hash: str = ""
+    last: bool = False
+
+
+class Chain:
+    """Gives records their seq, prev and hash, seals them, and gathers their lines in batches."""
+
+    def __init__(self, state: State, signer: Signer, limits: Limits) -> None:
+        self.seq, self.hash, self.sealed = state.seq, state.hash, state.sealed
+        self.origins = state.origins
+        self.bytes = 0
+        """Bytes of the lines not taken yet."""
+        self.seals = 0
+        self._signer, self._limits = signer, limits
+        self._file_bytes = 0 if state.size >= limits.rotate_size else state.size
+        self._begun = state.begun if self._file_bytes else time.time()
+        self._batches: list[Batch] = []
+        self._open = Batch()
+
+    @property
+    def unsealed(self) -> int:
+        """Records after the last seal, which counts as sealed itself."""
+        return max(0, self.seq - self.sealed - (1 if self.sealed else 0))
+
+    def append(self, record: Incoming) -> None:
+        """Add a record; raises RejectedError, and leaves no trace, when it cannot be spelled."""
+        self._add(record)
+        if self.seq - self.sealed >= self._limits.seal_records or self._is_full():
+            self.seal(record.time)
+
+    def seal(self, now: str) -> None:
+        """Sign what is not signed yet; begins a new file when this one is full."""
+        data = self._signer.seal(self.sealed + 1, self.seq, self.hash)
+        data["origins"] = dict(self.origins)
+        self.sealed = self.seq
+        self._add(Incoming(now, "audit.seal", data=data))
+        self.seals += 1
+        if self._is_full():
+            self._open.last = True
+            self._batches.append(self._open)
+            self._open = Batch()
+            self._file_bytes, self._begun = 0, time.time()
+
+    def _is_full(self) -> bool:
+        return self._file_bytes >= self._limits.rotate_size or time.time() - self._begun >= self._limits.rotate_age
+
+    def take(self) -> list[Batch]:
+        """Everything gathered so far, for a commit."""
+        batches = [*self._batches, self._open] if self._open.lines else self._batches
+        self._batches, self._open, self.bytes = [], Batch(), 0
+        return batches
+
+    def _add(self, record: Incoming) -> None:
+        line, digest = spell(self.seq + 1, record, self.hash)
+        self.seq, self.hash = self.seq + 1, digest
+        self._open.lines.append(line)
+        self._open.seq, self._open.hash = self.seq, digest
+        self.bytes += len(line)
+        self._file_bytes += len(line)
+        if record.number:
+            self.origins[record.origin.partition(":")[0]] = f"{record.session}:{record.number}"
+
+
+class Trail:
+    """The files of the trail, as their one writer sees them. Not thread-safe: one call at a time."""
+
+    def __init__(self, log: Path, lib: Path, limits: Limits) -> None:
+        self.notes: list[dict[str, Any]] = []
+        """``data`` of ``audit.gap`` records about the files themselves, for the chain to take up."""
+        self.seq = 0
+        """The last record that is durable."""
+        self.commits = 0
+        self._log, self._lib, self._limits = log, lib, limits
+        self._live = log / files.LIVE
+        self._fd = self._head = -1
+        self._size, self._hash, self._first, self._inode = 0, "", 1, 0
+        self._todo: deque[Batch] = deque()
+        self._full = self._suspect = False
+        self._retired: list[tuple[int, list[Path]]] = []
+
+    def open(self) -> tuple[State, Signer]:
+        """Take up the trail where it ends; raises OSError and may be called again then."""
+        self.close()
+        signer = load_signer(self._lib, self._log)
+        self.notes += [{"count": 0, "why": why} for why in signer.notes]
+        head = read_head(self._lib / HEAD_NAME)
+        self._open_head()
+        self._fd = self._open_live()
+        state = recover(self._fd, self._log, head, self.notes)
+        if state.newline_missing:
+            os.write(self._fd, b"\n")
+            state.size += 1
+        sync_directory(self._log)
+        self.seq, self._hash = state.seq, state.hash
+        self._size, self._first = state.size, state.first
+        self._inode = os.fstat(self._fd).st_ino
+        self._full = state.size >= self._limits.rotate_size
+        self._retire()
+        return state, signer
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for fd in (self._fd, self._head):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._head = -1
+
+    def commit(self, batches: Iterable[Batch]) -> None:
+        """Write batches and wait until they are on disk.
+
+        Raises OSError; what was not written yet is kept and written first by the next call.
+        """
+        self._todo.extend(batches)
+        try:
+            while self._todo:
+                self._check()
+                batch = self._todo[0]
+                self._write(b"".join(batch.lines))
+                os.fdatasync(self._fd)
+                self._size += sum(map(len, batch.lines))
+                self.seq, self._hash = batch.seq, batch.hash
+                self._full = batch.last
+                self._todo.popleft()
+                self.commits += 1
+            self._note_head()
+        except OSError as error:
+            self._suspect = True
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self.close()  # nothing of ours keeps a failing disk from being unmounted and repaired
+            raise
+        self._delete_retired()
+
+    def retired(self, seq: int, names: list[str]) -> None:
+        """Delete full files once the record ``seq``, which accounts for them, is durable."""
+        self._retired.append((seq, [self._log / name for name in names]))
+
+    def _check(self) -> None:
+        """Have the live file open, of the length we left it at, under its own name, with room for more."""
+        if self._fd < 0:
+            self._take_up()
+        elif self._suspect:
+            self._check_tail()
+        self._suspect = False
+        status, named = os.fstat(self._fd), self._named()
+        if named is None or (named.st_ino, named.st_dev) != (status.st_ino, status.st_dev):
+            self._restore_name(named is not None)
+            status = os.fstat(self._fd)
+        self._inode = status.st_ino
+        if status.st_size != self._size:
+            self._foreign_length(status.st_size)
+        if self._full:
+            self._rotate()
+
+    def _named(self) -> os.stat_result | None:
+        try:
+            return os.stat(self._live, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def _open_live(self) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        named = self._named()
+        if named is not None and not stat.S_ISREG(named.st_mode):
+            kept = self._set_aside(self._live)
+            self.notes.append({"count": 0, "why": f"{files.LIVE} was not a regular file", "kept": kept})
+        fd = os.open(self._live, flags, 0o640)
+        if os.fstat(fd).st_uid == os.geteuid():
+            os.fchmod(fd, 0o640)
+        return fd
+
+    def _open_head(self) -> None:
+        head = os.open(self._lib / HEAD_NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        if self._head >= 0:
+            os.close(self._head)
+        self._head = head
+
+    def _set_aside(self, path: Path) -> str:
+        aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")
+        os.rename(path, aside)
+        return aside.name
+
+    def _check_tail(self) -> None:
+        """After a failure: cut back to what is known to be safe, and read its last record from the disk."""
+        length = os.fstat(self._fd).st_size
+        if length < self._size:
+            return  # told apart and recorded by _check
+        os.ftruncate(self._fd, self._size)
+        if not self._size:
+            return
+        os.posix_fadvise(self._fd, max(0, self._size - _CHECK_BYTES), 0, os.POSIX_FADV_DONTNEED)
+        if not self._ends_as_written(self._fd):
+            self.notes.append({"count": 1, "why": "after an I/O error the last record reads back changed"})
+
+    def _ends_as_written(self, fd: int) -> bool:
+        """Whether the last record that is known to be safe stands where we left it."""
+        start = max(0, self._size - _CHECK_BYTES)
+        line = os.pread(fd, self._size - start, start).rstrip(b"\n").rpartition(b"\n")[2]
+        return own_hash_fits(line) and files.hash_of(line) == self._hash
+
+    def _take_up(self) -> None:
+        """Open the live file again after a failure. It has to be the one that was left, perhaps on a disk that was
+        repaired and mounted again: a trail is not begun anew because its disk is away."""
+        if self._size:
+            fd = os.open(self._live, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.fstat(fd).st_ino != self._inode and not self._ends_as_written(fd):
+                    raise OSError(errno.ESTALE, f"another file has its name; put it back, or restart: {self._live}")
+            finally:
+                os.close(fd)
+        self._fd = self._open_live()
+        self._check_tail()
+        with contextlib.suppress(OSError):
+            self._open_head()
+
+    def _restore_name(self, other: bool) -> None:
+        """Somebody removed or replaced the live file; ours is still open, so all of it can be put back."""
+        note: dict[str, Any] = {"count": 0, "why": f"{files.LIVE} was removed or replaced while in use, and restored"}
+        if other:
+            note["kept"] = self._set_aside(self._live)
+        temporary = self._log / f"{files.LIVE}.new"
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        new = os.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            offset = 0
+            while part := os.pread(self._fd, 1 << 20, offset):
+                offset += len(part)
+                while part:
+                    part = part[os.write(new, part) :]
+            os.fsync(new)
+            os.rename(temporary, self._live)
+            sync_directory(self._log)
+        except OSError:
+            os.close(new)
+            raise
+        os.close(self._fd)
+        self._fd = new
+        self.notes.append(note)
+
+    def _foreign_length(self, length: int) -> None:
+        if length > self._size:
+            extra = os.pread(self._fd, min(length - self._size, 1024), self._size)
+            os.ftruncate(self._fd, self._size)
+            self.notes.append(
+                {
+                    "count": 0,
+                    "why": "somebody else wrote to the file; cut off",
+                    "bytes": length - self._size,
+                    "text": extra.decode("ascii", "replace"),
+                }
+            )
+            return
+        line = files.last_line(self._live)
+        last = files.seq_of(line) if line else None
+        if length and os.pread(self._fd, 1, length - 1) != b"\n":
+            os.write(self._fd, b"\n")
+            length += 1
+        lost = self.seq - (self._first - 1 if last is None else last)
+        self.notes.append({"count": lost, "why": "somebody cut the file while it was in use"})
+        self._size = length
+
+    def _rotate(self) -> None:
+        full = self._log / files.rotated_name(self._first)
+        if full.exists():
+            self.notes.append({"count": 0, "why": f"{full.name} stood in the way", "kept": self._set_aside(full)})
+        os.rename(self._live, full)
+        # The old descriptor is of no more use, and should making the new file fail, it is made by the next attempt.
+        os.close(self._fd)
+        self._fd = -1
+        self._first, self._size, self._full = self.seq + 1, 0, False
+        self._fd = self._open_live()
+        sync_directory(self._log)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Find the full files that are over the limit; deleting waits until a record accounts for them."""
+        pending = {path for _, paths in self._retired for path in paths}
+        full = [path for path in files.rotated(self._log) if path not in pending]
+        gone = full[: -self._limits.keep_files] if self._limits.keep_files else []
+        if not gone:
+            return
+        follower = files.first_line(full[len(gone)])
+        first, after = files.first_of(gone[0]) or 1, files.seq_of(follower) or 1
+        self.notes.append(
+            {
+                "count": after - first,
+                "why": "retention",
+                "from": first,
+                "to": after - 1,
+                "hash": files.prev_of(follower),
+                "files": [path.name for path in gone],
+            }
+        )
+
+    def _delete_retired(self) -> None:
+        while self._retired and self._retired[0][0] <= self.seq:
+            for path in self._retired.pop(0)[1]:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def _note_head(self) -> None:
+        text = json.dumps({"seq": self.seq, "hash": self._hash}).ljust(_HEAD_SIZE - 1) + "\n"
+        # Only a second witness: a stale note is as good as an older one, so its disk's trouble is not the trail's.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._head, text.encode(), 0)
+
+
+__all__ = ["Batch", "Chain", "Limits", "RejectedError", "Trail"]

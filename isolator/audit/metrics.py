@@ -1,0 +1,154 @@
+"""Figures for Prometheus, taken from the stream of records as it passes the writer.
+
+Nothing is measured twice: a counter here is a count of records in the trail, by the type, plugin and outcome that
+they state. Labels come from closed sets (types that were accepted, plugin names that exist, outcomes); a set that
+grows beyond ``MAX_LABELS`` is counted under ``other``, so nothing a plugin does can grow the memory.
+Served as text over HTTP on listening sockets that the supervisor made (a Unix socket, and TCP when asked for).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from isolator.audit.record import Incoming
+
+MAX_LABELS = 4096
+_REQUEST_TIME = 5.0
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+# Fields of a ``resources`` record and what they are called; anything else there is not a metric.
+_RESOURCES = {
+    "memory": "memory_bytes",
+    "memory_peak": "memory_peak_bytes",
+    "cpu_us": "cpu_microseconds",
+    "throttled_us": "throttled_microseconds",
+    "tasks": "tasks",
+    "open_files": "open_files",
+}
+
+
+class Metrics:
+    """Counters and gauges of one daemon, fed by ``observe``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        to = self.registry
+        self._records = Counter("isolator_audit_records", "Records in the trail by type", ["type"], registry=to)
+        self._seq = Gauge("isolator_audit_seq", "Number of the last durable record", registry=to)
+        self._lost = Counter("isolator_audit_lost_records", "Records known to be lost (audit.gap)", registry=to)
+        self._commit = Histogram("isolator_audit_commit_seconds", "Write and fdatasync", buckets=_SECONDS, registry=to)
+        self._blocked = Gauge("isolator_audit_blocked", "1 while the trail cannot be written", registry=to)
+        self._accepted = Counter("isolator_events_accepted", "Events accepted", ["event"], registry=to)
+        self._outcomes = Counter("isolator_deliveries", "Attempts by outcome", ["plugin", "outcome"], registry=to)
+        self._latency = Histogram(
+            "isolator_delivery_seconds", "Request written to reply read", ["plugin"], buckets=_SECONDS, registry=to
+        )
+        self._queued = Histogram(
+            "isolator_queued_seconds", "Accepted to request written", ["plugin"], buckets=_SECONDS, registry=to
+        )
+        self._dead = Counter("isolator_dead_letters", "Deliveries given up", ["plugin"], registry=to)
+        self._lifecycle = Counter("isolator_plugin", "Starts, stops, crashes", ["plugin", "what"], registry=to)
+        self._running = Gauge("isolator_plugin_running", "1 while the plugin runs", ["plugin"], registry=to)
+        self._network = Counter("isolator_network", "DNS queries and connections", ["plugin", "what"], registry=to)
+        self._traffic = Counter("isolator_network_bytes", "Bytes carried", ["plugin", "direction"], registry=to)
+        self._denials = Counter("isolator_denied", "Denied calls, paths, connections", ["plugin", "what"], registry=to)
+        self._resources = {
+            field: Gauge(f"isolator_plugin_{name}", f"Last {field} of the plugin's cgroup", ["plugin"], registry=to)
+            for field, name in _RESOURCES.items()
+        }
+        self._children: dict[tuple[Any, ...], Any] = {}
+
+    def observe(self, record: Incoming) -> None:
+        """Count one record; ``data`` is taken with a grain of salt, never a reason to fail."""
+        kind, data, plugin = record.type, record.data, record.plugin or ""
+        self._of(self._records, kind).inc()
+        area, _, what = kind.partition(".")
+        if area == "event":
+            self._event(what, data, plugin)
+        elif area == "plugin":
+            self._plugin(what, plugin)
+        elif area == "net":
+            self._of(self._network, plugin, what).inc()
+            if what == "denied":
+                self._of(self._denials, plugin, "network").inc()
+            elif what == "closed":
+                self._of(self._traffic, plugin, "out").inc(_number(data.get("sent")))
+                self._of(self._traffic, plugin, "in").inc(_number(data.get("received")))
+        elif kind in ("syscall.denied", "fs.denied"):
+            self._of(self._denials, plugin, area).inc(_number(data.get("count"), 1))
+        elif kind == "resources":
+            for field, gauge in self._resources.items():
+                if field in data:
+                    self._of(gauge, plugin).set(_number(data[field]))
+        elif kind == "audit.gap" and data.get("why") != "retention":
+            self._lost.inc(_number(data.get("count")))
+
+    def committed(self, seconds: float, seq: int) -> None:
+        """One commit took so long and made records up to ``seq`` durable."""
+        self._commit.observe(seconds)
+        self._seq.set(seq)
+
+    def set_blocked(self, blocked: bool) -> None:
+        """Whether the trail cannot be written at the moment."""
+        self._blocked.set(int(blocked))
+
+    def _event(self, what: str, data: dict[str, Any], plugin: str) -> None:
+        if what == "accepted":
+            self._of(self._accepted, str(data.get("event") or data.get("type") or "")[:64]).inc()
+        elif what == "dispatched":
+            self._of(self._queued, plugin).observe(_number(data.get("queued_us")) / 1e6)
+        elif what == "response":
+            self._of(self._outcomes, plugin, str(data.get("outcome", ""))[:32]).inc()
+            self._of(self._latency, plugin).observe(_number(data.get("latency_us")) / 1e6)
+        elif what == "dead":
+            self._of(self._dead, plugin).inc()
+
+    def _plugin(self, what: str, plugin: str) -> None:
+        if what in ("started", "stopped", "crashed", "failed", "quarantined"):
+            self._of(self._lifecycle, plugin, what).inc()
+            self._of(self._running, plugin).set(int(what == "started"))
+
+    def _of(self, metric: Any, *labels: str) -> Any:
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            if len(self._children) >= MAX_LABELS:
+                labels = ("other",) * len(labels)
+            child = self._children[(metric, *labels)] = metric.labels(*labels)
+        return child
+
+
+def _number(value: Any, otherwise: float = 0) -> float:
+    return value if isinstance(value, (int, float)) and value >= 0 else otherwise
+
+
+async def serve_metrics(metrics: Metrics, listener: socket.socket) -> asyncio.Server:
+    """Answer HTTP requests on a listening socket (Unix or TCP) with the current figures."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_REQUEST_TIME):
+                head = await reader.readuntil(b"\r\n\r\n")
+                found = head.split(b" ", 2)[:2] in ([b"GET", b"/metrics"], [b"GET", b"/"])
+                body = generate_latest(metrics.registry) if found else b"only GET /metrics\n"
+                kind = CONTENT_TYPE_LATEST if found else "text/plain"
+                status = "200 OK" if found else "404 Not Found"
+                writer.write(
+                    f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+                    "Connection: close\r\n\r\n".encode()
+                    + body
+                )
+                await writer.drain()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # a scraper that went away or never asked; the next one is served
+        finally:
+            writer.close()
+
+    listener.setblocking(False)
+    if listener.family == socket.AF_UNIX:
+        return await asyncio.start_unix_server(answer, sock=listener, limit=8192)
+    return await asyncio.start_server(answer, sock=listener, limit=8192)

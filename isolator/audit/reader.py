@@ -1,0 +1,220 @@
+"""Reading the trail: its last records, its next ones, and those that match.
+
+Readers open the files themselves, so nothing they do, and nothing they fail to do, is felt by the writer. They
+follow a rotation by the numbers of the records: after record N comes the file whose first record is N + 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from isolator.audit import files
+from isolator.audit.record import Record, parse
+from isolator.errors import NotFoundError
+from isolator.linux import inotify
+
+_BLOCK = 1 << 16
+_SLACK = timedelta(hours=1)
+"""Records of different processes are in the order of arrival, not of their times; never by this much."""
+
+
+def trail_files(directory: Path) -> list[Path]:
+    """The files of the trail, oldest first; raises NotFoundError when there is none."""
+    try:
+        found = files.trail(directory)
+    except FileNotFoundError:
+        found = []
+    if not found:
+        raise NotFoundError("audit trail", f"there is none in {directory}", "start the daemon, or check --root")
+    return found
+
+
+def tail(directory: Path, count: int) -> list[bytes]:
+    """The last ``count`` whole lines of the trail, oldest first."""
+    lines: deque[bytes] = deque()
+    for path in reversed(trail_files(directory)):
+        for line in _reversed_lines(path):
+            if len(lines) >= count:
+                return list(lines)
+            lines.appendleft(line)
+    return list(lines)
+
+
+def _reversed_lines(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file, last first, without their newlines."""
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        rest, first = b"", True
+        while position:
+            step = min(_BLOCK, position)
+            position -= step
+            file.seek(position)
+            parts = (file.read(step) + rest).split(b"\n")
+            rest = parts[0]
+            whole = parts[1:]
+            if first and whole:
+                whole, first = whole[:-1], False  # what follows the last newline is no whole line
+            yield from reversed(whole)
+        if rest and not first:
+            yield rest
+
+
+class Follower:
+    """Yields every record after ``after`` as it is written. Blocks in poll(2), never in the writer's way."""
+
+    def __init__(self, directory: Path, after: int) -> None:
+        self._directory, self._seq = directory, after
+        self._file: int = -1
+        self._rest = b""
+        self._watch = inotify.Inotify()
+        changes = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_MOVED_TO | inotify.IN_MOVED_FROM
+        self._watch.watch(str(directory), changes)
+
+    def fileno(self) -> int:
+        """Readable when there may be more."""
+        return self._watch.fileno()
+
+    def close(self) -> None:
+        """Release the file and the watch."""
+        self._watch.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def available(self) -> list[bytes]:
+        """The lines that can be read now, without waiting; call again while it returns some."""
+        self._watch.read()
+        lines: list[bytes] = []
+        while len(lines) < 4096:
+            if self._file < 0 and not self._open_next():
+                break
+            if os.fstat(self._file).st_size < os.lseek(self._file, 0, os.SEEK_CUR):
+                self._start_over()
+                continue
+            block = os.read(self._file, 1 << 18)
+            if not block:
+                if self._is_current():
+                    break
+                block = os.read(self._file, 1 << 18)  # what was written between our last read and the rotation
+                if not block:
+                    os.close(self._file)
+                    self._file, self._rest = -1, b""
+                    continue
+            *whole, self._rest = (self._rest + block).split(b"\n")
+            for line in whole:
+                seq = files.seq_of(line)
+                if seq is not None and seq > self._seq:
+                    self._seq = seq
+                    lines.append(line)
+        return lines
+
+    def wait(self, timeout: float | None = None, *also: int) -> list[int]:
+        """Wait for a change or for one of the descriptors ``also`` (in error); returns those descriptors."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        for fd in also:
+            poll.register(fd, select.POLLERR | select.POLLHUP)
+        return [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000) if fd != self.fileno()]
+
+    def _is_current(self) -> bool:
+        try:
+            live = (self._directory / files.LIVE).stat()
+        except FileNotFoundError:
+            return True  # between two files
+        ours = os.fstat(self._file)
+        return (live.st_ino, live.st_dev) == (ours.st_ino, ours.st_dev)
+
+    def _open_next(self) -> bool:
+        paths = files.trail(self._directory)
+        chosen = self._directory / files.LIVE
+        for path, following in zip(paths, [*paths[1:], None], strict=True):
+            after = files.first_of(following) if following else None
+            if (after is None or after > self._seq + 1) and (files.first_of(path) is None or not self._is_done(path)):
+                chosen = path
+                break
+        try:
+            self._file = os.open(chosen, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        self._rest = b""
+        return True
+
+    def _is_done(self, path: Path) -> bool:
+        line = files.last_line(path)
+        last = files.seq_of(line) if line else None
+        return last is not None and last <= self._seq
+
+    def _start_over(self) -> None:
+        """The file became shorter (a torn end was cut off): read it again, past what was seen."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        self._rest = b""
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which records to find; all given conditions must hold. ``types`` may end in ``.*``; times are as in the trail."""
+
+    plugin: str | None = None
+    types: tuple[str, ...] = ()
+    event: str | None = None
+    since: str | None = None
+    until: str | None = None
+
+    def matches(self, record: Record) -> bool:
+        """Whether a record is wanted."""
+        return (
+            (self.plugin is None or record.plugin == self.plugin)
+            and (not self.types or any(_type_fits(record.type, wanted) for wanted in self.types))
+            and (self.event is None or self.event in record.events)
+            and (self.since is None or record.time >= self.since)
+            and (self.until is None or record.time <= self.until)
+        )
+
+
+def _type_fits(type: str, wanted: str) -> bool:
+    return type.startswith(wanted[:-1]) if wanted.endswith(".*") else type == wanted
+
+
+def query(directory: Path, wanted: Query) -> Iterator[tuple[bytes, Record]]:
+    """Every matching line and its record, oldest first. Lines are parsed only when their bytes can match."""
+    paths = trail_files(directory)
+    needles = [json.dumps(text).encode() for text in (wanted.plugin, wanted.event) if text is not None]
+    types = tuple(f'"type":"{t[:-1] if t.endswith(".*") else t + chr(34)}'.encode() for t in wanted.types)
+    for path in _within(paths, wanted):
+        with path.open("rb", buffering=1 << 20) as file:
+            for line in file:
+                if any(needle not in line for needle in needles) or (types and not any(t in line for t in types)):
+                    continue
+                record = parse(line)
+                if record is not None and wanted.matches(record):
+                    yield line.rstrip(b"\n"), record
+
+
+def _within(paths: list[Path], wanted: Query) -> list[Path]:
+    """The files that can hold records of the wanted time, by the time of each file's first record."""
+    begins = [(record.time if (record := parse(files.first_line(path))) else None) for path in paths]
+    since = _shifted(wanted.since, -_SLACK)
+    until = _shifted(wanted.until, _SLACK)
+    kept = []
+    for index, path in enumerate(paths):
+        begin = begins[index]
+        after = begins[index + 1] if index + 1 < len(paths) else None
+        if until is not None and begin is not None and begin > until:
+            continue
+        if since is not None and after is not None and after < since:
+            continue
+        kept.append(path)
+    return kept
+
+
+def _shifted(time: str | None, by: timedelta) -> str | None:
+    if time is None:
+        return None
+    return (datetime.fromisoformat(time) + by).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -1,0 +1,305 @@
+"""One record of the trail: what a source may say, how it is spelled on disk, and what its hash covers.
+
+The canonical form of a record is the line itself. A line is ASCII and looks like this (one line, no spaces):
+
+    {"seq":7,"time":"2026-01-02T03:04:05.000006Z","type":"net.denied","origin":"broker:5f2a9c10:42","plugin":…,
+     "run":…,"event_id":…,"delivery_id":…,"data":{…},"prev":"HEX64","hash":"HEX64"}
+
+``hash`` is the SHA-256 of every byte of the line before ``,"hash":`` and ``prev``, which those bytes include, is the
+``hash`` of the line before (64 zeros for the first). ``hash`` is always the last key, so the hashed part is the line
+without its last 75 characters and the newline: a verifier needs neither a JSON serialiser nor this program.
+
+What a source sends is parsed, checked against the types that are that source's own, and spelled anew: every string
+is escaped to ASCII (no control character, terminal escape, bidirectional or invisible character survives as itself),
+a string over ``MAX_TEXT`` is cut, and ``cut`` then holds its full length and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import pydantic_core
+
+T = TypeVar("T")
+
+GENESIS = "0" * 64
+"""``prev`` of the very first record."""
+MAX_TEXT = 4096
+"""Longest string kept whole, in UTF-8 bytes."""
+MAX_DEPTH = 32
+MAX_ID = 256
+HASH_TAIL = 75
+"""Length of ``,"hash":"HEX64"}``: the part of a line that its hash does not cover."""
+PREV_TAIL = HASH_TAIL + 74
+"""Length of ``,"prev":"HEX64","hash":"HEX64"}``."""
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+_TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
+_NUMBER = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})")
+_PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+
+# What each source may say. The supervisor speaks of everything but the chain itself; the others, which parse
+# what plugins wrote, only of what they see. A name that ends in a dot stands for all types that begin with it.
+_OWN: dict[str, tuple[str, ...]] = {
+    "broker": ("net.", "audit.gap"),
+    "host": (
+        "event.",
+        "api.",
+        "config.",
+        "secret.",
+        "control.",
+        "channel.",
+        "plugin.health",
+        "plugin.log",
+        "plugin.protocol",
+        "audit.gap",
+    ),
+}
+SOURCES = ("host", "supervisor", "broker")
+
+
+@lru_cache(maxsize=4096)
+def permitted(source: str, type: str) -> bool:
+    """Whether ``source`` may send records of ``type``; seals are the writer's alone."""
+    if source == "supervisor":
+        return not type.startswith("audit.") or type == "audit.gap"
+    return any(type.startswith(own) if own.endswith(".") else type == own for own in _OWN.get(source, ()))
+
+
+class RejectedError(ValueError):
+    """A line that is not a record, or not one that this source may send; the text says why."""
+
+
+@dataclass
+class Incoming:
+    """A record as a source sent it, checked, before it has a place in the chain."""
+
+    time: str
+    type: str
+    plugin: str | None = None
+    run: str | None = None
+    event_id: str | None = None
+    delivery_id: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    origin: str = "audit"
+    session: str = ""
+    number: int = 0
+    """Session and number of this record in its source; empty and 0 when the source does not number them."""
+    happened: int | None = None
+    """CLOCK_MONOTONIC in ns when it happened, comparable between the processes of one host; never on disk."""
+    began: int | None = None
+    """For a record that stands for several things: when the first happened."""
+    cut: dict[str, dict[str, Any]] | None = None
+
+
+def parse_incoming(source: str, line: bytes) -> Incoming:
+    """Check one line of a source; raises RejectedError with a reason fit for the trail."""
+    try:
+        value = pydantic_core.from_json(line)
+    except ValueError:
+        value = _parse_leniently(line)
+    if not isinstance(value, dict):
+        raise RejectedError("not a JSON object")
+    type_, time, data = value.get("type"), value.get("time"), value.get("data")
+    if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
+        raise RejectedError("no valid type")
+    if not permitted(source, type_):
+        raise RejectedError(f"the {source} may not send {type_}")
+    if not isinstance(time, str) or not _TIME.fullmatch(time):
+        raise RejectedError("no valid time")
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise RejectedError("data is not an object")
+    incoming = Incoming(
+        time,
+        type_,
+        _identifier(value, "plugin"),
+        _identifier(value, "run"),
+        _identifier(value, "event_id"),
+        _identifier(value, "delivery_id"),
+        data,
+        source,
+    )
+    number = value.get("n")
+    if isinstance(number, str) and (match := _NUMBER.fullmatch(number)):
+        incoming.session, incoming.number = match[1], int(match[2])
+        incoming.origin = f"{source}:{number}"
+    happened, began = value.get("mono"), value.get("since")
+    if isinstance(happened, int):
+        incoming.happened = happened
+    if isinstance(began, int):
+        incoming.began = began
+    # A string over the cap or a deep nest only fits into a long or a bracketed line: most lines need no walk.
+    if len(line) > MAX_TEXT or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
+        incoming.data, incoming.cut = cap(data)
+    return incoming
+
+
+def _parse_leniently(line: bytes) -> Any:
+    """The standard library's parser takes lone surrogates, which plugins' text may hold; they become U+FFFD."""
+    try:
+        return _mended(json.loads(line))
+    except (ValueError, RecursionError):
+        raise RejectedError("not JSON") from None
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    return value
+
+
+def _identifier(value: dict[str, Any], key: str) -> str | None:
+    text = value.get(key)
+    if text is None:
+        return None
+    if not isinstance(text, str) or len(text) > MAX_ID:
+        raise RejectedError(f"{key} is not a string of at most {MAX_ID} characters")
+    return text
+
+
+def cap(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]] | None]:
+    """Cut every string over ``MAX_TEXT``; returns the data and, by path, length and SHA-256 of what was cut.
+
+    Raises RejectedError for a nest deeper than ``MAX_DEPTH``: recursion here and in every reader stays bounded.
+    """
+    cuts: dict[str, dict[str, Any]] = {}
+    kept = _capped(data, "data", 0, cuts)
+    assert isinstance(kept, dict)
+    return kept, cuts or None
+
+
+def _capped(value: Any, path: str, depth: int, cuts: dict[str, dict[str, Any]]) -> Any:
+    if depth > MAX_DEPTH:
+        raise RejectedError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return _short(value, path, cuts)
+    if isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            name = _short(key, f"{path}.(key)", cuts)
+            kept[name] = _capped(item, f"{path}.{name[:64]}", depth + 1, cuts)
+        return kept
+    if isinstance(value, list):
+        return [_capped(item, f"{path}.{i}", depth + 1, cuts) for i, item in enumerate(value)]
+    return value
+
+
+def _short(text: str, path: str, cuts: dict[str, dict[str, Any]]) -> str:
+    if len(text) <= MAX_TEXT // 4:
+        return text
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= MAX_TEXT:
+        return text
+    cuts[path] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    return raw[:MAX_TEXT].decode("utf-8", "ignore")
+
+
+@lru_cache(maxsize=8192)
+def _quoted(text: str | None) -> str:
+    if text is None:
+        return "null"
+    return f'"{text}"' if _PLAIN.fullmatch(text) else _ascii(text)
+
+
+def _ascii(value: Any) -> str:
+    # DEL is the one control character that JSON encoders leave alone.
+    return _encode(value).replace("\x7f", "\\u007f")
+
+
+def spell(seq: int, record: Incoming, prev: str) -> tuple[bytes, str]:
+    """The line of a record, newline included, and its hash; raises RejectedError for NaN and the like."""
+    try:
+        data = _ascii(record.data)
+    except (ValueError, TypeError, RecursionError):
+        raise RejectedError("data has a value that JSON cannot hold") from None
+    cut = f',"cut":{_ascii(record.cut)}' if record.cut else ""
+    body = (
+        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{_quoted(record.origin)}'
+        f',"plugin":{_quoted(record.plugin)},"run":{_quoted(record.run)},"event_id":{_quoted(record.event_id)}'
+        f',"delivery_id":{_quoted(record.delivery_id)},"data":{data}{cut},"prev":"{prev}"'
+    ).encode("ascii")
+    digest = hashlib.sha256(body).hexdigest()
+    return b'%b,"hash":"%b"}\n' % (body, digest.encode()), digest
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record as readers see it."""
+
+    seq: int
+    time: str
+    type: str
+    origin: str
+    plugin: str | None
+    run: str | None
+    event_id: str | None
+    delivery_id: str | None
+    data: dict[str, Any]
+    prev: str
+    hash: str
+    cut: dict[str, Any]
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Every event this record belongs to: its own, or those that were in flight."""
+        several = self.data.get("event_ids")
+        ids = tuple(i for i in several if isinstance(i, str)) if isinstance(several, list) else ()
+        return (self.event_id, *ids) if self.event_id else ids
+
+
+def parse(line: bytes) -> Record | None:
+    """A line of the trail as a Record, or None when it is not one; says nothing about the chain."""
+    try:
+        value = pydantic_core.from_json(line)
+        data, cut = value["data"], value.get("cut") or {}
+        if not isinstance(data, dict) or not isinstance(cut, dict):
+            return None
+        return Record(
+            _typed(value["seq"], int),
+            _typed(value["time"], str),
+            _typed(value["type"], str),
+            str(value.get("origin", "")),
+            _optional(value["plugin"]),
+            _optional(value["run"]),
+            _optional(value["event_id"]),
+            _optional(value["delivery_id"]),
+            data,
+            _typed(value["prev"], str),
+            _typed(value["hash"], str),
+            cut,
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(kind)
+    return value
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def own_hash_fits(line: bytes) -> bool:
+    """Whether ``line`` (without its newline) ends in the hash of what comes before; the chain is another question."""
+    return (
+        len(line) > PREV_TAIL
+        and line[-HASH_TAIL:-66] == b',"hash":"'
+        and line.endswith(b'"}')
+        and line[-66:-2] == hashlib.sha256(line[:-HASH_TAIL]).hexdigest().encode()
+    )

@@ -1,0 +1,224 @@
+"""Where the chain goes on after a restart, and what the file's end says about how the last writer ended.
+
+Two witnesses are compared: the live file from its last seal on, and ``head.json``, in which the writer noted its last
+record after each commit (in the key's directory, out of everybody's reach). The note is never ahead of the disk:
+
+- The file ends in bytes that are no whole record, and the note does not know more: a writer was killed or lost
+  power in the middle of a write. None of it had been acknowledged. The bytes are cut off, and a record says so.
+- The note knows records that the file lacks or has otherwise: somebody changed the trail. Nothing is touched; the
+  chain goes on from the *note*, so verification names the place for ever, and a record says so at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from isolator.audit.files import LIVE, first_line, hash_of, last_line, prev_of, rotated, seq_of
+from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
+
+HEAD_NAME = "head.json"
+SEAL_MARK = b'"type":"audit.seal","origin":"audit"'
+_WINDOW = 4 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last record that is durably on disk."""
+
+    seq: int
+    hash: str
+
+
+@dataclass
+class State:
+    """Where the chain goes on."""
+
+    seq: int = 0
+    hash: str = GENESIS
+    sealed: int = 0
+    """The last ``seq`` that a seal covers."""
+    first: int = 1
+    """The first ``seq`` of the live file."""
+    size: int = 0
+    """Bytes of the live file that are kept."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """By source, session and number of its last record in the trail."""
+    deliveries: list[Incoming] = field(default_factory=list)
+    """The last dispatches and responses, in order."""
+    begun: float = 0.0
+    """Unix time of the live file's first record."""
+    newline_missing: bool = False
+
+
+def read_head(path: Path) -> Head | None:
+    """The writer's note of its last record; None when it is missing or unreadable as such."""
+    try:
+        value = json.loads(path.read_bytes())
+        seq, digest = value["seq"], value["hash"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
+
+
+def recover(fd: int, directory: Path, head: Head | None, notes: list[dict[str, Any]]) -> State:
+    """Read the end of the trail; cuts a torn end off the live file ``fd`` (open for reading and writing).
+
+    What was found wrong is added to ``notes``, as the ``data`` of ``audit.gap`` records. Raises OSError.
+    What is cut off and is more than one torn line is kept beside the trail as ``audit.cut.SEQ``.
+    """
+    state = State()
+    files = rotated(directory)
+    before = last_line(files[-1]) if files else None
+    if before is not None:
+        _take(state, before)
+    size = os.fstat(fd).st_size
+    state.first = state.seq + 1
+    # What a killed predecessor wrote may be in the page cache only; it counts as written from here on.
+    os.fdatasync(fd)
+    known: dict[int, str] = {}
+    start, data, scan_from = _tail(fd, size)
+    good = start + scan_from
+    for line in _lines(data, scan_from):
+        seq = seq_of(line)
+        if seq is None or not own_hash_fits(line) or parse(line) is None:
+            break
+        if known and (seq != state.seq + 1 or prev_of(line) != state.hash):
+            break
+        if not known and start + scan_from == 0 and before is not None and prev_of(line) != state.hash:
+            notes.append({"count": 0, "why": "the live file does not continue the file before it"})
+        _take(state, line)
+        known[seq] = state.hash
+        good += len(line) + 1
+    if size:
+        line = first_line(directory / LIVE)
+        state.first = seq_of(line) or state.first
+        record = parse(line)
+        # A time that cannot be read counts as old: then a new file is begun, which harms nothing.
+        with contextlib.suppress(ValueError):
+            state.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
+    _collect_deliveries(state, data[: good - start])
+    state.size = size
+    rest = data[good - start :]
+    if head is not None and (head.seq > state.seq or known.get(head.seq, head.hash) != head.hash):
+        _contradicted(state, head, notes)
+        state.newline_missing = bool(rest) and not rest.endswith(b"\n")
+        return state
+    if rest:
+        _cut(state, fd, good, rest, directory, notes)
+    if head is None and state.seq:
+        notes.append(
+            {"count": 0, "why": "the writer's note of its last record was missing: only seals vouch for what is before"}
+        )
+    return state
+
+
+def _tail(fd: int, size: int) -> tuple[int, bytes, int]:
+    """The last part of the file that holds a seal: its offset, its bytes, and where in it the last seal begins."""
+    window = _WINDOW
+    while True:
+        start = max(0, size - window)
+        data = _read(fd, start, size - start)
+        if start:
+            skip = data.find(b"\n") + 1
+            start, data = start + skip, data[skip:]
+        at = data.rfind(SEAL_MARK)
+        if at >= 0:
+            return start, data, data.rfind(b"\n", 0, at) + 1
+        if size - window <= 0:
+            return start, data, 0
+        window *= 4
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    parts = []
+    while length > 0 and (part := os.pread(fd, length, offset)):
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
+
+
+def _lines(data: bytes, start: int) -> list[bytes]:
+    return data[start:].split(b"\n")[:-1]
+
+
+def _take(state: State, line: bytes) -> None:
+    record = parse(line)
+    if record is None:
+        return
+    state.seq, state.hash = record.seq, hash_of(line)
+    if record.type == "audit.seal":
+        state.sealed = record.seq - 1
+        origins = record.data.get("origins")
+        if isinstance(origins, dict):
+            state.origins = {str(name): str(last) for name, last in origins.items()}
+    elif ":" in record.origin:
+        source, _, number = record.origin.partition(":")
+        state.origins[source] = number
+
+
+def _collect_deliveries(state: State, data: bytes) -> None:
+    for line in data.split(b"\n"):
+        if b'"type":"event.dispatched"' in line or b'"type":"event.response"' in line:
+            record = parse(line)
+            if record is not None:
+                state.deliveries.append(_replayed(record))
+
+
+def _replayed(record: Record) -> Incoming:
+    # The monotonic times are gone: what was dispatched has always been in flight, what was answered ends now.
+    return Incoming(
+        record.time,
+        record.type,
+        record.plugin,
+        record.run,
+        record.event_id,
+        record.delivery_id,
+        happened=0 if record.type == "event.dispatched" else None,
+    )
+
+
+def _contradicted(state: State, head: Head, notes: list[dict[str, Any]]) -> None:
+    missing = max(0, head.seq - state.seq)
+    notes.append(
+        {
+            "count": missing,
+            "why": "the trail was cut or changed while nobody wrote it"
+            if missing
+            else "the end of the trail was rewritten while nobody wrote it",
+            "found": {"seq": state.seq, "hash": state.hash},
+            "written": {"seq": head.seq, "hash": head.hash},
+        }
+    )
+    state.seq, state.hash = head.seq, head.hash
+    state.sealed = min(state.sealed, head.seq)
+
+
+def _cut(state: State, fd: int, good: int, rest: bytes, directory: Path, notes: list[dict[str, Any]]) -> None:
+    note: dict[str, Any] = {
+        "count": 1,
+        "why": "torn last record: its writer died in the middle of writing it",
+        "bytes": len(rest),
+        "sha256": hashlib.sha256(rest).hexdigest(),
+        "text": rest[:1024].decode("ascii", "replace"),
+    }
+    if b"\n" in rest:
+        kept = directory / f"audit.cut.{state.seq + 1:012d}"
+        with contextlib.suppress(FileExistsError), kept.open("xb") as file:
+            file.write(rest)
+            os.fsync(file.fileno())
+        note |= {
+            "count": rest.count(b"\n") + 1,
+            "why": "the end of the file was no chain of records",
+            "kept": kept.name,
+        }
+    os.ftruncate(fd, good)
+    os.fdatasync(fd)
+    state.size = good
+    notes.append(note)

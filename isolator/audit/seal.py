@@ -1,0 +1,177 @@
+"""The signing key of the trail, its seals, and how both are checked.
+
+A seal signs the hash of the record right before it, which stands for all records up to there. The signed message
+is ASCII: ``isolator audit seal\\n``, then ``FROM TO HASH\\n`` where FROM and TO are the first and last ``seq``
+that this seal covers and HASH is the ``hash`` of record TO. The signature is Ed25519, in hex.
+
+The key is made at first start and readable by the audit user alone. A key that somebody else could read, or that
+is gone or broken, is not used again: a new one takes over, a record says so, and ``public.pem`` holds both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+KEY_NAME = "seal.key"
+PUBLIC_NAME = "public.pem"
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----\n.*?-----END PUBLIC KEY-----\n", re.S)
+
+
+def message(first: int, last: int, last_hash: str) -> bytes:
+    """The bytes that a seal signs."""
+    return f"isolator audit seal\n{first} {last} {last_hash}\n".encode()
+
+
+def fingerprint(key: Ed25519PublicKey) -> str:
+    """The first 16 hex digits of the SHA-256 of the raw public key."""
+    return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Signer:
+    """The private key and what had to be done to have one (``notes`` go into the trail)."""
+
+    key: Ed25519PrivateKey
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return fingerprint(self.key.public_key())
+
+    def seal(self, first: int, last: int, last_hash: str) -> dict[str, Any]:
+        """The ``data`` of a seal over ``first`` … ``last``."""
+        return {
+            "from": first,
+            "to": last,
+            "hash": last_hash,
+            "key": self.name,
+            "signature": self.key.sign(message(first, last, last_hash)).hex(),
+        }
+
+
+def load_signer(lib: Path, log: Path) -> Signer:
+    """Read the key in ``lib``, or make one; put every public key ever used into ``log``. Raises OSError."""
+    notes: list[str] = []
+    known = _read(lib / PUBLIC_NAME) or b""
+    try:
+        key: Ed25519PrivateKey | None = _read_key(lib / KEY_NAME)
+        if key is None and known:
+            notes.append("the signing key was missing")
+    except ValueError as error:
+        key = None
+        notes.append(f"the signing key {error}")
+        os.rename(lib / KEY_NAME, lib / f"{KEY_NAME}.distrusted")
+    if key is None:
+        key = Ed25519PrivateKey.generate()
+        _replace(lib / KEY_NAME, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+        if notes:
+            notes[-1] += f"; from here on the key {fingerprint(key.public_key())} signs"
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    if public not in known:
+        known += public
+        _replace(lib / PUBLIC_NAME, known, 0o600)
+    shown = _read(log / PUBLIC_NAME)
+    if shown != known:
+        if shown is not None and shown not in known:
+            notes.append(f"{PUBLIC_NAME} was not the writer's and has been replaced")
+        _replace(log / PUBLIC_NAME, known, 0o644)
+    return Signer(key, tuple(notes))
+
+
+def load_public(path: Path) -> dict[str, Ed25519PublicKey]:
+    """The public keys in a file by fingerprint, oldest first; raises OSError, ValueError when there is none."""
+    keys = {}
+    for pem in _PEM.findall(path.read_bytes()):
+        key = load_pem_public_key(pem)
+        if isinstance(key, Ed25519PublicKey):
+            keys[fingerprint(key)] = key
+    if not keys:
+        raise ValueError(f"{path} holds no Ed25519 public key")
+    return keys
+
+
+def signature_fits(key: Ed25519PublicKey, first: int, last: int, last_hash: str, signature: str) -> bool:
+    """Whether ``signature`` (hex) is the key's over that range."""
+    try:
+        key.verify(bytes.fromhex(signature), message(first, last, last_hash))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        return file.read(1 << 20)
+
+
+def _read_key(path: Path) -> Ed25519PrivateKey | None:
+    """The key, None when there is no file; raises ValueError with the reason when it must not be used."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError("was a symbolic link") from error
+        raise
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("was not a regular file")
+        if status.st_uid != os.geteuid():
+            raise ValueError(f"belonged to uid {status.st_uid}")
+        if status.st_mode & 0o077:
+            raise ValueError(f"was open to others (mode {stat.S_IMODE(status.st_mode):04o})")
+        try:
+            key = load_pem_private_key(file.read(65536), None)
+        except (ValueError, TypeError) as error:
+            raise ValueError("could not be read as a key") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError("was not an Ed25519 key")
+    return key
+
+
+def _replace(path: Path, content: bytes, mode: int) -> None:
+    """Write a file so that a crash leaves the old or the new one, and the new one is on disk when this returns."""
+    temporary = path.with_name(f"{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    with os.fdopen(fd, "wb") as file:
+        os.fchmod(fd, mode)
+        file.write(content)
+        file.flush()
+        os.fsync(fd)
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,108 @@
+"""The audit process, ``python -I -m isolator.audit.service --channel-fd N``, under its own unprivileged user.
+
+It is the only process that can write the trail or read the signing key. The supervisor speaks to it on the channel:
+``hello``, ``source``, ``flush``, ``metrics`` (see docs/internals.md); each source sends its records on a socket of
+its own to the writer (`writer.py`).
+
+It ignores SIGINT and SIGTERM (a terminal and systemd send them to the whole group, and the last words of the others
+still have to be written) and exits when its channel closes, after a last seal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from isolator import ipc
+from isolator.audit.log import Limits
+from isolator.audit.metrics import serve_metrics
+from isolator.audit.record import SOURCES
+from isolator.audit.writer import Writer
+from isolator.errors import IsolatorError, UsageError
+from isolator.paths import Paths
+
+
+def limits_of(config: Mapping[str, Any]) -> Limits:
+    """The limits in the ``audit`` section of the host's configuration (``AuditSettings``)."""
+    section = config.get("audit") or {}
+    return Limits(**{field.name: section[field.name] for field in fields(Limits) if field.name in section})
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """The address family of a literal address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+async def serve(channel: socket.socket) -> None:
+    """Serve until the channel closes."""
+    writer: Writer | None = None
+    listeners: list[asyncio.Server] = []
+
+    def ready() -> Writer:
+        if writer is None:
+            raise IsolatorError("audit", "hello has to come first")
+        return writer
+
+    async def hello(message: ipc.Message) -> dict[str, Any]:
+        nonlocal writer
+        if writer is not None:
+            raise IsolatorError("audit", "hello came twice")
+        config = message.fields.get("config") or {}
+        writer = Writer(Paths.of(message.fields["root"]), limits_of(config))
+        await writer.open()
+        port = (config.get("metrics") or {}).get("port")
+        if port is not None:
+            address = str(config["metrics"].get("address", "127.0.0.1"))
+            try:
+                listener = socket.create_server((address, int(port)), family=family_of(address))
+                listeners.append(await serve_metrics(writer.metrics, listener))
+            except OSError as error:  # the trail is worth more than its figures
+                print(f"isolator audit: no metrics on {address}:{port}: {error.strerror}", file=sys.stderr, flush=True)
+        return {"blocked": writer.blocked}
+
+    async def source(message: ipc.Message) -> None:
+        name = message.fields.get("name")
+        if name not in SOURCES or len(message.fds) != 1:
+            raise UsageError("audit source", f"{name!r} with {len(message.fds)} descriptors")
+        running = ready()
+        running.attach(name, socket.socket(fileno=message.fds.pop()))
+
+    async def flush(message: ipc.Message) -> None:
+        await ready().flush()
+
+    async def metrics(message: ipc.Message) -> None:
+        running = ready()
+        while message.fds:
+            listener = socket.socket(fileno=message.fds.pop())
+            listeners.append(await serve_metrics(running.metrics, listener))
+
+    handlers: dict[str, ipc.Handler] = {"hello": hello, "source": source, "flush": flush, "metrics": metrics}
+    peer = ipc.Channel(channel, handlers, name="audit")
+    await peer.closed.wait()
+    for listener in listeners:
+        listener.close()
+    if writer is not None:
+        await writer.stop()
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="isolator.audit.service")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.umask(0o027)
+    asyncio.run(serve(socket.socket(fileno=arguments.channel_fd)))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

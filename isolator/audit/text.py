@@ -1,0 +1,71 @@
+"""Records as text for a terminal.
+
+What a plugin wrote reaches the operator's terminal only through ``printable``: control characters and escape
+sequences, bidirectional and invisible characters, and scripts that run right to left (they would reorder the rest of
+the line) are shown as escapes. Values that could be taken for other fields are quoted. A line is always one record.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Any
+
+from isolator.audit.record import Record
+
+_RIGHT_TO_LEFT = {"R", "AL", "AN", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI", "PDF", "PDI", "BN"}
+# Letters and symbols that are printed as nothing: Hangul fillers, Mongolian separators, Braille blank.
+_INVISIBLE = {"\u115f", "\u1160", "\u3164", "\uffa0", "\u17b4", "\u17b5", "\u2800", "\u034f"}
+_MAX_VALUE = 300
+
+
+def printable(text: str) -> str:
+    """``text`` with every character that is not plainly visible replaced by its escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if _visible(c) else _escape(c) for c in text)
+
+
+def _visible(c: str) -> bool:
+    if c.isascii():
+        return c.isprintable()
+    return (
+        c.isprintable()
+        and c not in _INVISIBLE
+        and not unicodedata.category(c).startswith("M")
+        and unicodedata.bidirectional(c) not in _RIGHT_TO_LEFT
+    )
+
+
+def _escape(c: str) -> str:
+    code = ord(c)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def value_text(value: Any, limit: int = _MAX_VALUE) -> str:
+    """One value, printable, on one line; quoted where its extent would be in doubt."""
+    if isinstance(value, str):
+        text = value
+        if not text or any(c in text for c in ' "=\\') or not text.isprintable():
+            text = json.dumps(text, ensure_ascii=False)
+    elif isinstance(value, list) and all(isinstance(i, (str, int)) for i in value):
+        text = ",".join(value_text(i, limit) for i in value) or "-"
+    else:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    shown = printable(text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def record_text(record: Record) -> str:
+    """A record on one line: time, number, type, plugin, event, and what the type has to say."""
+    who = printable(record.plugin or "-")
+    parts = [f"{record.time[:10]} {record.time[11:23]}", f"{record.seq:>6}", f"{printable(record.type):<18}", who]
+    if record.event_id:
+        parts.append(f"event={value_text(record.event_id)}")
+    # Of a seal, what it covers; the signature is for verifiers.
+    names = ("from", "to", "key") if record.type == "audit.seal" else record.data
+    shown = ((name, record.data.get(name)) for name in names)
+    parts += [f"{printable(str(name))}={value_text(value)}" for name, value in shown if value is not None]
+    if record.cut:
+        parts.append("(cut)")
+    return " ".join(parts)

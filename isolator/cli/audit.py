@@ -1,0 +1,255 @@
+"""``isolator audit``: read the trail and check it. Needs read access to the files, not the daemon."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.paths import Paths
+
+if TYPE_CHECKING:
+    from isolator.audit.verify import Report
+
+_AGO = re.compile(r"(\d+)\s*([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", ".gap")
+_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+def audit() -> None:
+    """Read and verify the audit trail."""
+
+
+@audit.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with new records as they are written.")
+@click.option("-n", "--lines", default=20, show_default=True, type=click.IntRange(0), help="How many to begin with.")
+@_JSON
+@click.pass_obj
+def tail(root: str | None, follow: bool, lines: int, as_json: bool) -> None:
+    """Show the last records."""
+    from isolator.audit import reader
+    from isolator.audit.files import seq_of
+
+    directory = Paths.of(root).audit_log
+    shown = _readable(lambda: reader.tail(directory, max(lines, 1)))
+    last = (seq_of(shown[-1]) or 0) if shown else 0
+    _print(shown if lines else [], as_json)
+    if not follow:
+        return
+    follower = reader.Follower(directory, last)
+    try:
+        while True:
+            while fresh := follower.available():
+                _print(fresh, as_json)
+            # A reader of ours that went away (``| head``) ends us even when nothing is written any more.
+            if follower.wait(None, sys.stdout.fileno()):
+                return
+    except KeyboardInterrupt:
+        return
+    finally:
+        follower.close()
+
+
+@audit.command(
+    epilog="\b\nExamples:\n  isolator audit query --plugin slack --type net.* --since 2h\n"
+    "  isolator audit query --type net.denied --json"
+)
+@click.option("--plugin", metavar="NAME", help="Only this plugin's.")
+@click.option("--type", "types", metavar="TYPE", multiple=True, help="This type, or a family like net.*; repeatable.")
+@click.option("--event", metavar="ID", help="Only what belongs to this event.")
+@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31, 2026-01-31T12:00 (UTC).")
+@click.option("--until", metavar="TIME", help="Up to this time.")
+@click.option("--limit", type=click.IntRange(1), help="Only the last N that match.")
+@_JSON
+@click.pass_obj
+def query(
+    root: str | None,
+    plugin: str | None,
+    types: tuple[str, ...],
+    event: str | None,
+    since: str | None,
+    until: str | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Find records by plugin, type, event and time."""
+    from collections import deque
+    from itertools import islice
+
+    from isolator.audit import reader
+
+    wanted = reader.Query(plugin, types, event, _time(since), _time(until))
+    found = (line for line, _ in reader.query(Paths.of(root).audit_log, wanted))
+    lines = iter(deque(found, limit) if limit else found)
+    while batch := list(islice(lines, 1000)):
+        _print(batch, as_json)
+
+
+@audit.command()
+@click.argument("event_id")
+@_JSON
+@click.pass_obj
+def story(root: str | None, event_id: str, as_json: bool) -> None:
+    """Tell everything that one event caused, in order."""
+    from isolator.audit.story import collect, tell
+
+    found = collect(Paths.of(root).audit_log, event_id)
+    if not found:
+        raise NotFoundError(f"event {event_id}", "the trail has no record of it", "see 'isolator event list'")
+    if as_json:
+        records = [json.loads(line) for line, _ in found]
+        click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
+        return
+    for text in tell(event_id, [record for _, record in found]):
+        click.echo(text)
+
+
+@audit.command(
+    epilog="\b\nExamples:\n  isolator audit verify\n  isolator audit verify --anchor 12001:9f86d081884c7d65\n"
+    "  isolator audit verify copy/audit.jsonl --key public.pem"
+)
+@click.argument("file", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Default: public.pem beside it."
+)
+@click.option("--anchor", "anchors", metavar="SEQ:HASH", multiple=True, help="A hash noted elsewhere; repeatable.")
+@_JSON
+@click.pass_obj
+def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple[str, ...], as_json: bool) -> None:
+    """Check that nothing was changed, removed, inserted or moved.
+
+    FILE is one file of a trail or a folder with all of them; without it, this
+    host's trail.
+    """
+    from isolator.audit import reader
+    from isolator.audit.files import LIVE
+    from isolator.audit.recover import HEAD_NAME, read_head
+    from isolator.audit.seal import PUBLIC_NAME, load_public
+    from isolator.audit.verify import anchors_of, verify
+
+    paths = Paths.of(root)
+    place = file or paths.audit_log
+    directory = place if place.is_dir() else place.parent
+    try:
+        known = anchors_of(list(anchors))
+    except ValueError as error:
+        raise UsageError("--anchor", str(error)) from None
+    if directory.resolve() == paths.audit_log and (place.is_dir() or place.name == LIVE):
+        try:
+            head = read_head(paths.audit_lib / HEAD_NAME)
+        except PermissionError:
+            head = None  # only root and the writer see it
+        if head is not None and head.seq:
+            known.setdefault(head.seq, head.hash)
+    found = _readable(lambda: reader.trail_files(place)) if place.is_dir() else [place]
+    try:
+        keys = load_public(key or directory / PUBLIC_NAME)
+    except FileNotFoundError:
+        raise NotFoundError("public key", f"there is no {directory / PUBLIC_NAME}", "name it with --key") from None
+    except ValueError as error:
+        raise UsageError("public key", str(error)) from None
+    report = _readable(lambda: verify(found, keys, known, whole=place.is_dir()))
+    if as_json:
+        click.echo(json.dumps(_as_json(report), indent=2))
+    elif not report.misfits:
+        click.echo(_good(report))
+    if report.misfits:
+        if as_json:
+            sys.exit(1)
+        more = f" (and {report.misfit_count - 1} more places; --json lists them)" if report.misfit_count > 1 else ""
+        raise IsolatorError("audit trail", f"does not fit together at {report.misfits[0]}{more}")
+
+
+def _good(report: Report) -> str:
+    """The verdict on a good trail, in one paragraph."""
+    files = _plural(report.files, "file")
+    if not report.records:
+        return f"The trail is empty ({files})."
+    text = (
+        f"The trail fits together: {_plural(report.records, 'record')} in {files}, from {report.first} "
+        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {_plural(report.seals, 'seal')}."
+    )
+    if report.retired:
+        text += f" Records 1 to {report.retired} were retired by retention, under seal."
+    if report.lost or report.gaps:
+        text += f" It tells of {_plural(len(report.gaps), 'gap')} itself; {_plural(report.lost, 'record')} lost."
+    if not report.seal:
+        text += " Nothing is sealed yet, so whoever can write the file could have rewritten all of it."
+    else:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(report.seal_time)).total_seconds()
+        text += f" Newest seal: record {report.seal}, {_ago(seconds)} ago"
+        text += f"; the {report.unsealed} after it are not sealed yet." if report.unsealed else "; nothing is after it."
+    if report.torn:
+        text += (
+            f" The last line is unfinished ({report.torn} bytes): it is being written, or its writer was killed;"
+            " then the next start records it."
+        )
+    if report.seal:
+        text += f"\nTo hold it against this host's own root, note elsewhere: {report.seal}:{report.seal_hash}"
+    return text
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"ok": not report.misfits, **asdict(report), "unsealed": report.unsealed}
+
+
+def _ago(seconds: float) -> str:
+    for limit, unit in ((120, "s"), (7200, "min"), (172800, "h")):
+        if seconds < limit:
+            return f"{max(0, seconds) / {'s': 1, 'min': 60, 'h': 3600}[unit]:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+def _print(lines: list[bytes], as_json: bool) -> None:
+    from isolator.audit.record import parse
+    from isolator.audit.text import printable, record_text
+
+    texts = []
+    for line in lines:
+        if as_json:
+            # What the writer wrote is printable ASCII; anything else was put there by somebody.
+            texts.append(printable(line.decode("ascii", "backslashreplace")))
+        elif (record := parse(line)) is not None:
+            colour = "red" if record.type.endswith(_BAD) else None
+            texts.append(click.style(record_text(record), fg=colour) if colour else record_text(record))
+        else:
+            texts.append(f"(no record) {printable(line.decode('utf-8', 'replace'))}")
+    if texts:
+        click.echo("\n".join(texts))
+
+
+def _readable(read: Any) -> Any:
+    try:
+        return read()
+    except PermissionError as error:
+        raise IsolatorError("audit trail", f"{error.filename} may not be read", "run as root") from None
+
+
+def _time(text: str | None) -> str | None:
+    """A time as the trail spells it, from ``2h`` (ago) or an ISO time, UTC unless it says otherwise."""
+    if text is None:
+        return None
+    if match := _AGO.fullmatch(text):
+        moment = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+    else:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise UsageError("time", f"{text!r} is neither like 2h nor like 2026-01-31T12:00") from None
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

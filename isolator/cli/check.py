@@ -1,0 +1,59 @@
+"""``isolator check``: the ledger of this host."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import textwrap
+
+import click
+
+from isolator.layers.base import Control
+
+_WIDTH = 80
+
+
+@click.command(epilog="\b\nExamples:\n  sudo isolator check\n  sudo isolator check --json | jq '.controls[]'")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(as_json: bool) -> None:
+    """Show which controls this host can enforce, and how to mend each gap.
+
+    Exits 1 when a mandatory control is unavailable: no plugin would start here.
+    """
+    from isolator.ledger import ledger, missing
+
+    controls = ledger()
+    lacking = missing()
+    if as_json:
+        body = {"kernel": platform.release(), "ready": not lacking, "controls": [c.to_json() for c in controls]}
+        click.echo(json.dumps(body, indent=2))
+    else:
+        click.echo(f"Linux {platform.release()} on {platform.machine()}\n")
+        click.echo("\n".join(render(controls)))
+        click.echo()
+        click.echo(_verdict(lacking))
+    if lacking:
+        raise SystemExit(1)
+
+
+def render(controls: tuple[Control, ...]) -> list[str]:
+    """The ledger as lines of at most 80 columns: state, control, the kernel's reason, and the remedy of a gap."""
+    width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, 100)
+    label = max(len(control.name) for control in controls)
+    lines = []
+    for control in controls:
+        head = f"{control.state:<11}  {control.name:<{label}}  "
+        lines += textwrap.wrap(control.reason, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+        if control.state != "enforced" and control.remedy:
+            indent = " " * len(head)
+            lines += textwrap.wrap(
+                f"-> {control.remedy}", width, initial_indent=indent, subsequent_indent=f"{indent}   "
+            )
+    return lines
+
+
+def _verdict(lacking: list[Control]) -> str:
+    if lacking:
+        return f"Not ready: {len(lacking)} mandatory control(s) unavailable; no plugin starts on this host."
+    return "Ready: every mandatory control can be enforced on this host."

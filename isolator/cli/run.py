@@ -1,0 +1,131 @@
+"""``isolator run``: one command in one cage, without a daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from isolator.errors import ConfinementError, IsolatorError
+from isolator.paths import Paths
+
+if TYPE_CHECKING:
+    from isolator.policy.hostconfig import HostConfig
+    from isolator.policy.model import EffectivePolicy
+    from isolator.sandbox import End
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="\b\nExamples:\n  isolator run -- cat /etc/shadow\n"
+    "  isolator run --memory 64M --tasks 8 -- python3 -c 'print(1)'\n"
+    "  isolator run --egress pypi.org:443 -- curl -sI https://pypi.org\n"
+    "  isolator run --read /srv/data -- ls /srv/data",
+)
+@click.option(
+    "--policy", "policy_file", metavar="FILE", type=click.Path(path_type=Path), help="Take the grants of FILE."
+)
+@click.option("--memory", metavar="SIZE", help="Memory cap, e.g. 64M (default 256M).")
+@click.option("--cpu", metavar="SHARE", help="Share of one core, e.g. 25% (the default) or 200%.")
+@click.option("--tasks", metavar="N", type=int, help="Processes and threads at once (default 64).")
+@click.option("--egress", metavar="HOST:PORT", multiple=True, help="Let it reach HOST:PORT; may be repeated.")
+@click.option("--read", metavar="PATH", multiple=True, help="Show PATH read-only at the same place; may be repeated.")
+@click.option("--audit", metavar="FILE", type=click.Path(path_type=Path), help="Append its records to FILE.")
+@click.option("--json", "as_json", is_flag=True, help="Print how it ended as JSON on stderr.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def run(
+    root: str | None,
+    policy_file: Path | None,
+    memory: str | None,
+    cpu: str | None,
+    tasks: int | None,
+    egress: tuple[str, ...],
+    read: tuple[str, ...],
+    audit: Path | None,
+    as_json: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run one COMMAND in a cage, with this terminal's input and output.
+
+    It gets a free uid, no network unless --egress, /usr read-only and 32 MiB of /tmp; the current folder is not
+    visible unless named with --read. Exits with the command's code (128 + signal if killed), or 125 if the cage
+    could not be built.
+    """
+    if not command:
+        raise click.UsageError("no command; write it after '--', e.g. isolator run -- id")
+    try:
+        if os.geteuid() != 0:
+            raise ConfinementError("isolator run", "building a cage needs root", "run it with sudo")
+        paths = Paths.of(root)
+
+        def load() -> tuple[HostConfig, EffectivePolicy]:
+            from isolator.policy.effective import policy_for_run
+            from isolator.policy.load import load_host_config
+
+            host = load_host_config(paths.host_toml)
+            return host, policy_for_run(
+                host, policy_file, memory=memory, cpu=cpu, tasks=tasks, egress=egress,
+                read=[os.path.abspath(path) for path in read],
+            )  # fmt: skip
+
+        end = asyncio.run(_run(paths, load, list(command), audit))
+    except IsolatorError as error:
+        click.echo(f"isolator: {error}", err=True)
+        raise SystemExit(2 if error.exit_code == 2 else 125) from None
+    if as_json:
+        click.echo(json.dumps(_summary(end)), err=True)
+    elif end.cause not in ("exit", "signal"):
+        click.echo(f"isolator: {command[0]} was ended: {end.cause}", err=True)
+    raise SystemExit(end.returncode)
+
+
+def _summary(end: End) -> dict[str, Any]:
+    return {
+        "exit_code": end.exit_code,
+        "signal": end.signal,
+        "cause": end.cause,
+        "seconds": round(end.uptime, 4),
+        "oom_kills": end.events.oom_kills,
+        "task_denials": end.events.task_denials,
+    }
+
+
+async def _run(
+    paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], command: list[str], audit: Path | None
+) -> End:
+    from isolator.oneoff import Workshop, close_all, run_spec
+
+    # The launcher starts on the other core while the policy's modules load here.
+    async with Workshop(paths) as shop:
+        host, policy = load()
+        from isolator.oneoff_services import Records
+        from isolator.sandbox import Stdio
+
+        run_id = secrets.token_hex(5)
+        with contextlib.ExitStack() as stack:
+            records = Records(audit, run_id)
+            stack.callback(records.close)
+            lease = shop.lease(host)
+            owned: list[int] = []
+            stack.callback(close_all, owned)
+            spec = run_spec(paths, policy, command, run_id, lease.uid, owned)
+            async with shop.cage(spec, host, Stdio(0, 1, 2), records) as sandbox:
+                loop = asyncio.get_running_loop()
+                for number in _FORWARDED:
+                    loop.add_signal_handler(number, sandbox.signal, number)
+                end = await sandbox.wait()
+                records.record("plugin.stopped", **_summary(end))
+                return end
+
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCONT)
+"""The cage has a session of its own, so a terminal's signals do not reach it by themselves."""

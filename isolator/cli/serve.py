@@ -1,0 +1,68 @@
+"""``isolator serve``: the daemon in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+import click
+
+from isolator.paths import Paths
+
+
+@click.command(epilog="\b\nExamples:\n  isolator serve\n  isolator --root /tmp/try serve")
+@click.option("--config", metavar="FILE", help="Read FILE instead of ETC/host.toml.")
+@click.pass_obj
+def serve(root: str | None, config: str | None) -> None:
+    """Run the daemon in the foreground.
+
+    Prints 'isolator: ready' on stdout when it accepts commands (and tells systemd). SIGTERM or ^C stops it and
+    every plugin cleanly.
+    """
+    from isolator.policy.load import load_host_config
+    from isolator.supervisor import Supervisor, log_line
+
+    paths = Paths.of(root)
+    host_config = load_host_config(Path(config) if config else paths.host_toml)
+
+    async def main() -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        supervisor = Supervisor(paths, host_config, log=log_line)
+        await supervisor.start()
+        try:
+            click.echo("isolator: ready")
+            _notify("READY=1")
+            watchdog = asyncio.create_task(_watchdog())
+            await stopping.wait()
+            watchdog.cancel()
+        finally:
+            _notify("STOPPING=1")
+            await supervisor.stop()
+
+    os.umask(0o022)
+    asyncio.run(main())
+
+
+def _notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing when it did not start us."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.send(state.encode())
+
+
+async def _watchdog() -> None:
+    """Feed systemd's watchdog from the event loop: a loop that hangs is a daemon that hangs."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while interval:
+        _notify("WATCHDOG=1")
+        await asyncio.sleep(interval)

@@ -1,0 +1,65 @@
+"""The broker's process: ``python -I -m isolator.egress.service --channel-fd N [--audit-fd M]``.
+
+Started by the supervisor as an unprivileged user without capabilities, in the host's network namespace. It makes no
+sockets inside cages and cannot: it is handed them. It ends when its channel closes, and then every cage's listeners
+are gone with it, so their connects are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import resource
+import socket
+
+import prctl
+
+from isolator.audit.client import AuditClient
+from isolator.egress.broker import Broker
+from isolator.ipc import Channel
+
+
+def harden() -> None:
+    """Give up what the broker never needs: core dumps, being traced by its own uid, gaining privileges."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Two descriptors for each flow of each cage.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    prctl.set_no_new_privs(True)
+    prctl.set_dumpable(False)
+
+
+async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
+    """Serve the supervisor's calls until it goes away."""
+    audit = AuditClient(audit_socket)
+    broker = Broker(audit)
+    channel = Channel(
+        channel_socket,
+        {
+            "hello": broker.hello,
+            "cage.attach": broker.attach,
+            "cage.detach": broker.detach,
+            "audit.source": broker.audit_source,
+        },
+        name="broker",
+    )
+    try:
+        await channel.closed.wait()
+    finally:
+        await broker.close()
+        audit.close()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="isolator.egress.service")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--audit-fd", type=int)
+    arguments = parser.parse_args()
+    harden()
+    audit = socket.socket(fileno=arguments.audit_fd) if arguments.audit_fd is not None else None
+    asyncio.run(serve(socket.socket(fileno=arguments.channel_fd), audit))
+
+
+if __name__ == "__main__":
+    main()

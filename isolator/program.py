@@ -1,0 +1,84 @@
+"""Can this file be executed in a cage? Told at registration, with what to do, rather than at the first event."""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+import struct
+from pathlib import Path
+
+from isolator.errors import UsageError
+from isolator.linux.files import openat2
+
+_MACHINES = {
+    3: "i386", 8: "mips", 20: "powerpc", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64",
+    243: "riscv64", 258: "loongarch64",
+}  # fmt: skip
+
+
+def check_program(folder: Path, relative: str, *, shown: str) -> None:
+    """Raise UsageError unless ``relative`` below ``folder`` is a program this host can execute.
+
+    No component may be a link, so what was approved cannot point elsewhere. ``shown`` is how the operator knows it.
+    """
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fd = openat2(directory, relative.removeprefix("./"), os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            why = {
+                2: "no such file",
+                40: "it is (or lies behind) a symbolic link",
+                18: "it is outside the plugin's folder",
+            }.get(error.errno or 0, error.strerror or "cannot be opened")
+            raise UsageError(f"binary {shown}", why, 'correct "binary" in plugin.json') from None
+    finally:
+        os.close(directory)
+    try:
+        check_descriptor(fd, shown=shown)
+    finally:
+        os.close(fd)
+
+
+def check_descriptor(fd: int, *, shown: str) -> None:
+    """The same for a file that is already open."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise UsageError(f"binary {shown}", "not a regular file", 'correct "binary" in plugin.json')
+    if not info.st_mode & 0o111:
+        raise UsageError(f"binary {shown}", "not executable", f"chmod +x {shown}")
+    head = os.pread(fd, 4096, 0)
+    if head.startswith(b"#!"):
+        _check_interpreter(head, shown)
+    elif head.startswith(b"\x7fELF"):
+        _check_elf(head, shown)
+    else:
+        raise UsageError(
+            f"binary {shown}", "neither an ELF program nor a script",
+            "begin a script with a line such as #!/usr/bin/env python3",
+        )  # fmt: skip
+
+
+def _check_interpreter(head: bytes, shown: str) -> None:
+    words = os.fsdecode(head[2:].split(b"\n", 1)[0]).split()
+    if not words:
+        raise UsageError(f"binary {shown}", "its first line names no interpreter", "write #!/usr/bin/env python3")
+    if words[0].endswith("\r") or words[-1].endswith("\r"):
+        raise UsageError(f"binary {shown}", "its first line ends in CR LF", "save it with Unix line ends")
+    interpreter = words[0]
+    if interpreter == "/usr/bin/env":
+        name = next((word for word in words[1:] if not word.startswith("-") and "=" not in word), "")
+        if not any(Path(folder, name).exists() for folder in ("/usr/local/bin", "/usr/bin", "/bin")):
+            raise UsageError(f"binary {shown}", f"no interpreter {name!r} on this host", f"install {name}")
+    elif not Path(interpreter).exists():
+        raise UsageError(f"binary {shown}", f"no interpreter {interpreter} on this host", f"install {interpreter}")
+
+
+def _check_elf(head: bytes, shown: str) -> None:
+    order = "<" if head[5] == 1 else ">"
+    machine = struct.unpack_from(f"{order}H", head, 18)[0]
+    built_for = _MACHINES.get(machine, f"machine {machine}")
+    here = platform.machine()
+    if built_for != here:
+        raise UsageError(f"binary {shown}", f"built for {built_for}, this host is {here}", f"build it for {here}")

@@ -1,0 +1,178 @@
+"""tail, query, follow and the command line, on trails that the real writer made."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from host.cli.main import cli
+from isolator.audit import files, reader
+from isolator.audit.text import printable
+from isolator.errors import IsolatorError, NotFoundError
+from tests.audit.conftest import Daemon
+from tests.audit.test_service import check, settled
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another user")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(daemon: Daemon, *arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["--root", str(daemon.paths.root), "audit", *arguments])
+
+
+async def filled(daemon: Daemon, count: int, **limits: int) -> None:
+    await daemon.start(**limits)
+    host = await daemon.source("host")
+    for number in range(count):
+        host.record("event.accepted", plugin=f"p{number % 3}", event_id=f"e{number}", number=number, filler="x" * 100)
+    await settled(host)
+
+
+async def test_tail_shows_the_last_ones_over_several_files(daemon: Daemon) -> None:
+    await filled(daemon, 400, rotate_size=20_000)
+    await daemon.stop()
+    assert len(files.rotated(daemon.paths.audit_log)) > 3
+    total = len(daemon.records())
+    found = [json.loads(line)["seq"] for line in run(daemon, "tail", "-n", "250", "--json").output.splitlines()]
+    assert found == list(range(total - 249, total + 1))
+    assert len(run(daemon, "tail", "-n", "9999").output.splitlines()) == total
+    assert run(daemon, "tail", "-n", "0").output == ""
+
+
+async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(daemon: Daemon) -> None:
+    await filled(daemon, 10, rotate_size=20_000)
+    code = "import sys; from host.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "--root", str(daemon.paths.root), "audit", "tail", "-f", "-n", "5", "--json"]
+    follower = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    assert follower.stdout is not None
+    try:
+        seen = [json.loads(await follower.stdout.readline())["seq"] for _ in range(5)]
+        assert daemon.process is not None
+        client = await daemon.source("host")
+        for part in range(4):
+            for number in range(200):
+                client.record("event.accepted", number=number, filler="x" * 100)
+            await settled(client)
+            if part == 1:
+                await daemon.kill()
+                await daemon.start(rotate_size=20_000)
+                await daemon.source("host", client)
+        await daemon.stop()
+        last = daemon.records()[-1]["seq"]
+        while seen[-1] < last:
+            seen.append(json.loads(await asyncio.wait_for(follower.stdout.readline(), 20))["seq"])
+        assert seen == list(range(6, last + 1))
+        # A reader that goes away ends it although nothing is written any more.
+        follower._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+        await asyncio.wait_for(follower.wait(), 20)
+    finally:
+        if follower.returncode is None:
+            follower.kill()
+            await follower.wait()
+
+
+async def test_a_follower_that_stands_still_holds_nobody_up(daemon: Daemon) -> None:
+    await filled(daemon, 1, rotate_size=100_000)
+    follower = reader.Follower(daemon.paths.audit_log, 0)
+    host = await daemon.source("host")
+    for number in range(5000):
+        host.record("event.accepted", number=number, filler="x" * 100)
+    await settled(host)
+    await daemon.stop()
+    seen = []
+    while lines := follower.available():
+        seen += [files.seq_of(line) for line in lines]
+    follower.close()
+    assert seen == list(range(1, daemon.records()[-1]["seq"] + 1))
+
+
+async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> None:
+    await daemon.start(rotate_size=20_000)
+    host = await daemon.source("host")
+    broker = await daemon.source("broker")
+    for number in range(100):
+        host.record("event.accepted", plugin=f"p{number % 2}", event_id=f"e{number}", filler="x" * 200)
+    await settled(host)
+    middle = daemon.records()[-1]["time"]
+    broker.record("net.denied", plugin="p0", run="r", name="net.connect", event_id="e7")
+    broker.record("net.connect", plugin="p1", run="r", event_ids=["e7", "e8"])
+    await settled(broker)
+    await daemon.stop()
+
+    def found(*arguments: str) -> list[dict[str, object]]:
+        result = run(daemon, "query", "--json", *arguments)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in result.output.splitlines()]
+
+    assert len(found("--plugin", "p0")) == 51
+    assert [r["type"] for r in found("--type", "net.*")] == ["net.denied", "net.connect"]
+    assert [r["type"] for r in found("--type", "net.connect")] == ["net.connect"]
+    assert [r["type"] for r in found("--event", "e7")] == ["event.accepted", "net.denied", "net.connect"]
+    assert [r["event_id"] for r in found("--type", "event.accepted", "--limit", "2")] == ["e98", "e99"]
+    assert len(found("--until", middle, "--type", "event.*")) == 100
+    assert {r["type"] for r in found("--since", middle)} >= {"net.denied", "net.connect", "audit.seal"}
+    assert len(found("--since", "1h", "--plugin", "p1")) == 51
+    assert found("--until", "2020-01-01") == []
+
+
+async def test_verify_on_the_command_line(daemon: Daemon) -> None:
+    await filled(daemon, 400, rotate_size=20_000)
+    await daemon.stop()
+    good = run(daemon, "verify")
+    assert good.exit_code == 0
+    assert "The trail fits together" in good.output
+    assert "nothing is after it" in good.output
+    report = json.loads(run(daemon, "verify", "--json").output)
+    assert report["ok"] and report["records"] == len(daemon.records())
+    one = files.rotated(daemon.paths.audit_log)[1]
+    assert run(daemon, "verify", str(one)).exit_code == 0
+    assert run(daemon, "verify", "--anchor", f"{report['seal']}:{report['seal_hash']}").exit_code == 0
+    wrong = run(daemon, "verify", "--anchor", "5:" + "0" * 64)
+    assert isinstance(wrong.exception, IsolatorError)
+    assert "record 5" in str(wrong.exception)
+    # A file in the middle is taken away.
+    one.rename(daemon.paths.root / "gone")
+    missing = run(daemon, "verify")
+    assert isinstance(missing.exception, IsolatorError) and missing.exception.exit_code == 1
+    assert "missing before it" in str(missing.exception)
+    assert run(daemon, "verify", "--json").exit_code == 1
+
+
+async def test_verify_notices_an_older_copy_put_in_place(daemon: Daemon) -> None:
+    await filled(daemon, 10)
+    await daemon.stop()
+    old = daemon.paths.audit_file.read_bytes()
+    await filled(daemon, 10)
+    await daemon.stop()
+    assert run(daemon, "verify").exit_code == 0
+    daemon.paths.audit_file.write_bytes(old)
+    assert "older copy" in str(run(daemon, "verify").exception)
+    assert not check(daemon).misfits  # which the file alone could not tell
+
+
+async def test_no_trail_is_not_found(daemon: Daemon) -> None:
+    for command in ("tail", "verify", "query"):
+        assert isinstance(run(daemon, command).exception, NotFoundError)
+
+
+async def test_a_terminal_gets_nothing_but_visible_characters(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    nasty = "\x1b]0;x\x07\x1b[31m\u202etxt.exe\u2066\u200b\u3164\x9b2J\r\nforged seq=1 type=\u05d0\x7f"
+    host.record("plugin.log", plugin=nasty, event_id=nasty, text=nasty, **{nasty: [nasty, {"a": nasty}]})
+    await settled(host)
+    await daemon.stop()
+    for command in (["tail"], ["query"], ["story", nasty]):
+        result = run(daemon, *command)
+        assert result.exit_code == 0
+        assert all(printable(line) == line for line in result.output.splitlines())
+        assert all(c.isascii() for c in result.output)
+    assert len(run(daemon, "tail").output.splitlines()) == 2
+    assert printable("déjà vu 日本語 ok") == "déjà vu 日本語 ok"

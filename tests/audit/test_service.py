@@ -1,0 +1,339 @@
+"""The writer process, from outside: what is acknowledged is on disk, in order, tagged, and nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from isolator.audit import files
+from isolator.audit.client import AuditClient, utc_now
+from isolator.audit.recover import HEAD_NAME
+from isolator.audit.seal import load_public
+from isolator.audit.verify import Report, verify
+from tests.audit.conftest import UID, Daemon
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another user")
+
+
+def check(daemon: Daemon) -> Report:
+    return verify(files.trail(daemon.paths.audit_log), load_public(daemon.paths.audit_log / "public.pem"))
+
+
+async def settled(client: AuditClient) -> None:
+    async with asyncio.timeout(20):
+        await client.settled()
+
+
+async def test_what_is_acknowledged_is_on_disk_and_fits(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    for number in range(2500):
+        host.record("event.accepted", event_id=f"e{number}", bytes=number)
+    await settled(host)
+    # Acknowledged means written: before any stop or flush.
+    assert [r["data"]["bytes"] for r in daemon.of_type("event.accepted")] == list(range(2500))
+    assert await daemon.stop() == 0
+    report = check(daemon)
+    assert not report.misfits
+    assert report.seals == 3  # two for the thousands, one at the stop
+    assert report.unsealed == 0
+    assert [r["seq"] for r in daemon.records()] == list(range(1, 2504))
+
+
+async def test_the_files_belong_to_the_writer_and_the_key_to_it_alone(daemon: Daemon) -> None:
+    await daemon.start()
+    await daemon.stop()
+    key = (daemon.paths.audit_lib / "seal.key").stat()
+    assert (key.st_uid, key.st_mode & 0o777) == (UID, 0o600)
+    assert daemon.paths.audit_file.stat().st_mode & 0o777 == 0o640
+    assert (daemon.paths.audit_log / "public.pem").stat().st_mode & 0o777 == 0o644
+
+
+async def test_a_source_speaks_only_for_itself(daemon: Daemon) -> None:
+    await daemon.start()
+    broker = await daemon.source("broker")
+    broker.record("net.query", plugin="a", name="example.com")
+    broker.record("plugin.started", plugin="a", pid=1)
+    broker.record("audit.seal", signature="00")
+    broker.record("event.response", plugin="a", outcome="ok")
+    await settled(broker)
+    await daemon.stop()
+    assert [r["type"] for r in daemon.records()] == ["net.query", "audit.gap", "audit.gap", "audit.gap", "audit.seal"]
+    assert [g["data"]["why"] for g in daemon.of_type("audit.gap")] == [
+        f"refused: the broker may not send {t}" for t in ("plugin.started", "audit.seal", "event.response")
+    ]
+    assert not check(daemon).misfits
+
+
+async def test_lines_that_are_no_records_are_counted_and_the_source_goes_on(daemon: Daemon) -> None:
+    await daemon.start()
+    assert daemon.channel is not None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            await daemon.channel.call("source", name="host", fds=[theirs.fileno()], timeout=5)
+        good = json.dumps({"time": utc_now(), "type": "api.called", "data": {"ok": True}}).encode()
+        bad = [
+            b"",
+            b"\xff\xfe",
+            b"[]",
+            b"{}",
+            b'{"type":"api.called"}',
+            good.replace(b"true", b"NaN"),
+            good.replace(b"true", b"[" * 5000 + b"]" * 5000),
+            good.replace(b"true", b"[" * 40 + b"]" * 40),
+            good.replace(b"true", b"1" * 5000),
+            good.replace(b"api.called", b"api.called\\n"),
+            good.replace(b'"type"', b'"run": 7, "type"'),
+        ]
+        ours.send(b"\n".join([good, *bad, good]))
+        await daemon.flush()
+    await daemon.stop()
+    assert len(daemon.of_type("api.called")) == 2
+    assert sum(g["data"]["count"] for g in daemon.of_type("audit.gap")) == len(bad)
+    assert not check(daemon).misfits
+
+
+async def test_text_of_plugins_is_capped_escaped_and_one_string(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    nasty = '\x1b[2J\x7f\u202e\u200b\ud800"\n{"seq":99,"hash":"0"}\r\u2028é'
+    host.record("plugin.log", plugin="p", text=nasty, long="ü" * 5000, inner=["x" * 5000])
+    await settled(host)
+    await daemon.stop()
+    raw = daemon.paths.audit_file.read_bytes()
+    assert all(32 <= byte < 127 or byte == 10 for byte in raw)
+    assert raw.count(b"\n") == 2
+    record = daemon.of_type("plugin.log")[0]
+    assert record["data"]["text"] == nasty.replace("\ud800", "\ufffd")
+    assert len(record["data"]["long"].encode()) <= 4096
+    assert record["cut"]["data.long"]["bytes"] == 10000
+    assert record["cut"]["data.inner.0"]["bytes"] == 5000
+    assert not check(daemon).misfits
+
+
+async def test_the_event_in_flight_is_found_in_whatever_order_the_sockets_are_read(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    broker = await daemon.source("broker")
+    assert daemon.process is not None
+    # The writer is stopped, so that all of this waits in its sockets and only its own order decides.
+    daemon.process.send_signal(signal.SIGSTOP)
+    broker.record("net.query", plugin="p", run="r", urgent=True, name="before")
+    host.record("event.dispatched", plugin="p", run="r", event_id="e1", delivery_id="d1", urgent=True)
+    broker.record("net.connect", plugin="p", run="r", urgent=True, name="first", flow="f1")
+    broker.record("net.connect", plugin="q", run="r2", urgent=True, name="other plugin")
+    host.record("event.dispatched", plugin="p", run="r", event_id="e2", delivery_id="d2", urgent=True)
+    broker.record("net.denied", plugin="p", run="r", urgent=True, name="both")
+    host.record("event.response", plugin="p", run="r", event_id="e1", delivery_id="d1", outcome="ok", urgent=True)
+    broker.record("net.denied", plugin="p", run="r", urgent=True, name="second")
+    host.record("event.response", plugin="p", run="r", event_id="e2", delivery_id="d2", outcome="ok", urgent=True)
+    broker.record("net.closed", plugin="p", run="r", urgent=True, name="first", flow="f1")
+    broker.record("net.denied", plugin="p", run="r", urgent=True, name="after")
+    daemon.process.send_signal(signal.SIGCONT)
+    await settled(host)
+    await settled(broker)
+    found = {
+        (r["type"], r["data"]["name"]): (r["event_id"], r["delivery_id"], r["data"].get("event_ids"))
+        for r in daemon.records()
+        if r["type"].startswith("net.")
+    }
+    assert found == {
+        ("net.query", "before"): (None, None, None),
+        ("net.connect", "first"): ("e1", "d1", None),
+        ("net.connect", "other plugin"): (None, None, None),
+        ("net.denied", "both"): (None, None, ["e1", "e2"]),
+        ("net.denied", "second"): ("e2", "d2", None),
+        ("net.closed", "first"): ("e1", "d1", None),
+        ("net.denied", "after"): (None, None, None),
+    }
+
+
+async def test_a_new_writer_goes_on_with_the_chain_and_the_deliveries_in_flight(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    host.record("event.dispatched", plugin="p", run="r", event_id="e1", delivery_id="d1")
+    await settled(host)
+    await daemon.kill()
+    host.record("event.accepted", event_id="e2")
+    await daemon.start()
+    broker = await daemon.source("broker")
+    broker.record("net.connect", plugin="p", run="r", name="x")
+    await daemon.source("host", host)
+    await settled(host)
+    await settled(broker)
+    await daemon.stop()
+    assert daemon.of_type("net.connect")[0]["event_id"] == "e1"
+    assert len(daemon.of_type("event.accepted")) == 1
+    assert not check(daemon).misfits
+    assert not daemon.of_type("audit.gap")
+
+
+async def test_killed_at_random_nothing_acknowledged_is_lost_and_nothing_stands_twice(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    sent = 0
+    for round in range(8):
+        end = time.monotonic() + 0.05 + 0.02 * round
+        while time.monotonic() < end:
+            for _ in range(50):
+                host.record("event.accepted", event_id=f"e{sent}", number=sent, filler="x" * 300)
+                sent += 1
+            await asyncio.sleep(0)
+            if sent - host.acked > 5000:
+                await host.settled(within=2500)
+        await daemon.kill()
+        await daemon.start()
+        await daemon.source("host", host)
+    await settled(host)
+    await daemon.stop()
+    assert [r["data"]["number"] for r in daemon.of_type("event.accepted")] == list(range(sent))
+    report = check(daemon)
+    assert not report.misfits
+    assert all("torn" in g["why"] for g in report.gaps)
+
+
+@pytest.mark.parametrize("keep", [1, 40, 200, -2])
+async def test_a_torn_last_line_is_cut_off_and_recorded(daemon: Daemon, keep: int) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    host.record("event.accepted", event_id="e1")
+    await settled(host)
+    await daemon.kill()
+    line = daemon.paths.audit_file.read_bytes().splitlines()[0]
+    with daemon.paths.audit_file.open("ab") as file:
+        file.write(line.replace(b'"seq":1', b'"seq":2')[:keep])  # a write that did not get to its end
+    await daemon.start()
+    await daemon.stop()
+    gap = daemon.of_type("audit.gap")
+    assert [g["data"]["why"] for g in gap] == ["torn last record: its writer died in the middle of writing it"]
+    assert not check(daemon).misfits
+
+
+async def test_what_was_removed_behind_its_back_is_named_for_ever(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    for number in range(10):
+        host.record("event.accepted", event_id=f"e{number}")
+    await settled(host)
+    await daemon.kill()
+    lines = daemon.paths.audit_file.read_bytes().splitlines(keepends=True)
+    daemon.paths.audit_file.write_bytes(b"".join(lines[:6]))
+    await daemon.start()
+    await daemon.source("host", host)
+    host.record("event.accepted", event_id="later")
+    await settled(host)
+    await daemon.stop()
+    gap = daemon.of_type("audit.gap")[0]
+    assert (gap["seq"], gap["data"]["count"]) == (11, 4)
+    report = check(daemon)
+    assert report.misfits[0].seq == 11
+    assert "records 7 to 10 are missing" in report.misfits[0].why
+
+
+async def test_a_forged_end_is_not_built_upon(daemon: Daemon) -> None:
+    """Somebody without the key rewrites the last, not yet sealed records, hashes and all, while the writer is down."""
+    await daemon.start()
+    host = await daemon.source("host")
+    for number in range(5):
+        host.record("event.accepted", event_id=f"e{number}")
+    await settled(host)
+    await daemon.kill()
+    from tests.audit.tamper import rechain
+
+    lines = daemon.paths.audit_file.read_bytes().splitlines()
+    lines[2] = lines[2].replace(b'"e2"', b'"xx"')
+    daemon.paths.audit_file.write_bytes(b"".join(line + b"\n" for line in rechain(lines)))
+    await daemon.start()
+    await daemon.stop()
+    assert "rewritten" in daemon.of_type("audit.gap")[0]["data"]["why"]
+    assert check(daemon).misfits[0].seq == 6
+
+
+async def test_head_is_readable_only_for_the_writer(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    host.record("event.accepted", event_id="e")
+    await settled(host)
+    head = json.loads((daemon.paths.audit_lib / HEAD_NAME).read_text())
+    assert head["hash"] == daemon.records()[0]["hash"]
+    assert (daemon.paths.audit_lib / HEAD_NAME).stat().st_mode & 0o077 == 0
+
+
+async def test_signals_to_the_whole_group_do_not_end_it_before_the_others(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.process.send_signal(signal.SIGINT)
+    host.record("event.accepted", event_id="last words")
+    await settled(host)
+    assert await daemon.stop() == 0
+    assert len(daemon.of_type("event.accepted")) == 1
+
+
+async def test_what_waits_in_the_sockets_is_written_before_the_end(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    assert daemon.process is not None and daemon.channel is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    for number in range(100):
+        host.record("event.accepted", urgent=True, number=number)
+    daemon.channel.close()
+    daemon.process.send_signal(signal.SIGCONT)
+    assert await daemon.wait() == 0
+    assert len(daemon.of_type("event.accepted")) == 100
+
+
+@pytest.mark.parametrize("fault", ["mode", "garbage", "missing", "symlink"])
+async def test_a_key_that_cannot_be_trusted_is_replaced_and_both_verify(daemon: Daemon, fault: str) -> None:
+    await daemon.start()
+    await daemon.stop()
+    await daemon.start()
+    host = await daemon.source("host")
+    host.record("event.accepted", event_id="1")
+    await settled(host)
+    await daemon.stop()
+    key = daemon.paths.audit_lib / "seal.key"
+    if fault == "mode":
+        key.chmod(0o644)
+    elif fault == "garbage":
+        key.write_bytes(b"no key")
+    elif fault == "missing":
+        key.unlink()
+    else:
+        key.rename(key.with_name("elsewhere"))
+        key.symlink_to("elsewhere")
+    await daemon.start()
+    await daemon.stop()
+    assert "the signing key" in daemon.of_type("audit.gap")[0]["data"]["why"]
+    report = check(daemon)
+    assert not report.misfits
+    assert len(report.keys) == 2
+
+
+async def test_a_source_that_does_not_read_its_answers_gets_the_last_one(daemon: Daemon) -> None:
+    await daemon.start()
+    assert daemon.channel is not None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            await daemon.channel.call("source", name="host", fds=[theirs.fileno()], timeout=5)
+        line = json.dumps({"time": utc_now(), "type": "api.called"}).encode()
+        for _ in range(3000):  # far more answers than the socket holds
+            ours.send(line)
+            await daemon.flush()
+        ours.setblocking(False)
+        last = 0
+        async with asyncio.timeout(10):
+            while last < 3000:
+                try:
+                    last = max(last, json.loads(ours.recv(4096)).get("acked", 0))
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)

@@ -1,0 +1,214 @@
+"""Verification against everything that somebody without the key can do to the files."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from isolator.audit import files
+from isolator.audit.log import Chain, Limits, Trail
+from isolator.audit.record import Incoming, parse, parse_incoming, spell
+from isolator.audit.seal import load_public
+from isolator.audit.verify import Report, verify
+from tests.audit.tamper import rechain
+
+TIME = "2026-01-02T03:04:05.000006Z"
+SEAL = 10
+
+
+class Written:
+    """A trail of ``count`` records with a seal after each ten, written by the real writer's own classes."""
+
+    def __init__(self, place: Path, count: int, limits: Limits) -> None:
+        self.log, self.lib = place / "log", place / "lib"
+        self.log.mkdir()
+        self.lib.mkdir(mode=0o700)
+        trail = Trail(self.log, self.lib, limits)
+        state, signer = trail.open()
+        chain = Chain(state, signer, limits)
+        for number in range(count):
+            chain.append(Incoming(TIME, "event.accepted", event_id=f"e{number}", data={"number": number}))
+            if number % 7 == 0:
+                trail.commit(chain.take())
+        trail.commit(chain.take())
+        trail.close()
+        self.head = (trail.seq, chain.hash)
+
+    @property
+    def live(self) -> Path:
+        return self.log / files.LIVE
+
+    def lines(self) -> list[bytes]:
+        return self.live.read_bytes().splitlines()
+
+    def verify(self, anchors: dict[int, str] | None = None) -> Report:
+        return verify(files.trail(self.log), load_public(self.log / "public.pem"), anchors)
+
+    def verify_lines(self, lines: list[bytes], anchors: dict[int, str] | None = None) -> Report:
+        copy = self.log / "copy"
+        copy.write_bytes(b"".join(line + b"\n" for line in lines))
+        return verify([copy], load_public(self.log / "public.pem"), anchors)
+
+
+@pytest.fixture(scope="module")
+def written() -> Iterator[Written]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Written(Path(name), 59, Limits(seal_records=SEAL))
+
+
+def test_an_untouched_trail_fits(written: Written) -> None:
+    report = written.verify()
+    assert (report.misfits, report.first, report.seals) == ([], 1, 6)
+    assert report.last == report.records == len(written.lines())
+    assert report.unsealed == report.last - report.seal
+
+
+def test_an_edit_is_named(written: Written) -> None:
+    lines = written.lines()
+    lines[6] = lines[6].replace(b'"number":6', b'"number":7')
+    misfit = written.verify_lines(lines).misfits[0]
+    assert (misfit.seq, misfit.line) == (7, 7)
+    assert "changed after it was written" in misfit.why
+
+
+def test_an_edit_with_its_hash_mended_shows_at_the_next_record(written: Written) -> None:
+    lines = written.lines()
+    lines[6] = rechain([lines[6].replace(b'"number":6', b'"number":7')], parse(lines[5]).hash, 7)[0]  # type: ignore[union-attr]
+    misfit = written.verify_lines(lines).misfits[0]
+    assert misfit.seq == 8
+    assert "the one before was replaced" in misfit.why
+
+
+def test_a_trail_rewritten_from_one_record_on_fails_at_its_first_seal(written: Written) -> None:
+    lines = written.lines()
+    lines[6] = lines[6].replace(b'"number":6', b'"number":7')
+    report = written.verify_lines(rechain(lines))
+    assert report.misfits[0].seq == 11
+
+
+def test_a_trail_rewritten_without_its_seals_fails(written: Written) -> None:
+    lines = [line for line in written.lines() if b'"type":"audit.seal"' not in line]
+    assert not written.verify_lines(rechain(lines)).seals
+    many = rechain([lines[i % len(lines)] for i in range(1100)])
+    assert "a seal is missing" in written.verify_lines(many).misfits[0].why
+
+
+def test_a_cut_back_to_a_seal_needs_an_anchor_and_one_is_enough(written: Written) -> None:
+    lines = written.lines()[:22]
+    assert not written.verify_lines(lines).misfits  # nothing in the file can tell
+    report = written.verify_lines(lines, dict([written.head]))
+    assert "it was cut or is an older copy" in report.misfits[0].why
+    seal = written.verify()
+    assert written.verify_lines(lines, {seal.seal: seal.seal_hash[:16]}).misfits
+    assert not written.verify({seal.seal: seal.seal_hash[:16]}).misfits
+
+
+def test_seals_of_another_key_do_not_count(written: Written, tmp_path: Path) -> None:
+    other = Written(tmp_path, 59, Limits(seal_records=SEAL))
+    misfit = written.verify_lines(other.lines()).misfits[0]
+    assert misfit.seq == 11
+    assert "not among the known" in misfit.why
+
+
+def test_a_record_that_looks_like_a_seal_is_none(written: Written) -> None:
+    data = {"type": "audit.seal", "origin": "audit", "x": '","type":"audit.seal","origin":"audit"'}
+    line, _ = spell(1, Incoming(TIME, "net.query", data=data), "0" * 64)
+    report = written.verify_lines([line[:-1]])
+    assert (report.seals, report.misfits) == (0, [])
+
+
+def test_an_unfinished_last_line_is_told_apart(written: Written) -> None:
+    copy = written.log / "torn"
+    copy.write_bytes(written.live.read_bytes()[:-30])
+    report = verify([copy], load_public(written.log / "public.pem"))
+    assert report.torn > 0
+    assert not report.misfits
+
+
+OPERATIONS = st.sampled_from(["delete", "swap", "repeat", "flip", "insert", "older", "renumber"])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_change_of_what_is_sealed_goes_unseen(written: Written, data: st.DataObject) -> None:
+    """Any edit, deletion, insertion, exchange or repetition before the last seal is found, and not before its place."""
+    original = written.lines()
+    lines = list(original)
+    last = len(lines) - 2
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(lines) - 2))
+        match data.draw(OPERATIONS):
+            case "delete":
+                del lines[at]
+            case "swap":
+                other = data.draw(st.integers(0, last - 1))
+                if other < len(lines):
+                    lines[at], lines[other] = lines[other], lines[at]
+            case "repeat":
+                lines.insert(at, lines[data.draw(st.integers(0, len(lines) - 1))])
+            case "flip":
+                byte = data.draw(st.integers(0, len(lines[at]) - 1))
+                bit = 1 << data.draw(st.integers(0, 6))
+                changed = bytearray(lines[at])
+                changed[byte] ^= bit
+                lines[at] = bytes(changed).replace(b"\n", b"?")
+            case "insert":
+                lines.insert(at, spell(at + 1, Incoming(TIME, "net.denied"), "0" * 64)[0][:-1])
+            case "older":
+                lines[at:at] = original[: data.draw(st.integers(1, 5))]
+            case "renumber":
+                before = parse(lines[at - 1]) if at else None
+                lines[at:] = rechain(lines[at:], before.hash if before else "0" * 64, at + 1)
+    report = written.verify_lines(lines)
+    if lines == original:
+        assert not report.misfits
+        return
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, original, strict=False)))
+    if same >= written.verify().seal:
+        return  # only what no seal covers was taken away or rewritten
+    first = same
+    assert report.misfits
+    # Never before the change; an edit that was chained again shows at the next seal at the latest.
+    where = report.misfits[0].line - 1
+    assert first <= where <= first + SEAL + 1
+
+
+TEXT = st.text(st.characters(codec=None, categories=None), max_size=40)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(TEXT, JSON, max_size=5), TEXT)
+def test_whatever_a_source_sends_becomes_one_ascii_line_that_says_the_same(
+    data: dict[str, object], plugin: str
+) -> None:
+    import json
+
+    sent = json.dumps({"time": TIME, "type": "api.called", "plugin": plugin, "data": data}).encode()
+    line, digest = spell(1, parse_incoming("host", sent), "0" * 64)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert all(32 <= byte < 127 for byte in line[:-1])
+    record = parse(line)
+    assert record is not None
+    assert record.hash == digest
+    assert json.dumps(record.data) == json.dumps(_mended(data))
+
+
+def _mended(value: object) -> object:
+    if isinstance(value, str):
+        return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in value)
+    if isinstance(value, dict):
+        return {_mended(k): _mended(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_mended(v) for v in value]
+    return value

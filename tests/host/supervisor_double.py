@@ -1,0 +1,550 @@
+"""A double of the supervisor's *process border* for tests of the host, and nothing more of it.
+
+It speaks the supervisor's half of docs/internals.md over real SOCK_SEQPACKET pairs, runs the real host as a real
+unprivileged process that can be killed, and runs sidecars as plain processes of a user of their own with real Unix
+sockets and real pipes. There are no cages here: those are the supervisor's, and have tests of their own.
+
+It also plays the audit process: every record is kept in ``records`` and acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import IsolatorError, NotFoundError, UnavailableError
+from isolator.ipc import Channel, Message, pair
+from isolator.paths import Paths
+from isolator.policy.effective import meet
+from isolator.policy.explain import proposal_json
+from isolator.policy.hostconfig import HostConfig
+from isolator.policy.request import parse_manifest_core
+
+HOST_UID = 64001
+PLUGIN_UID = 64002
+BACKOFF = 0.05
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Sidecar:
+    """One registered plugin of the double and its present process."""
+
+    name: str
+    folder: Path
+    manifest: dict[str, Any]
+    uid: int = PLUGIN_UID
+    state: str = "stopped"
+    run: str | None = None
+    process: asyncio.subprocess.Process | None = None
+    starts: int = 0
+    stopping: bool = False
+    pipes: list[int] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    give_up_after: int = 1000
+
+    @property
+    def socket_folder(self) -> Path:
+        return self.folder / "run"
+
+
+class Daemon:
+    """The double: start it, register scripts, talk to the host through its control socket."""
+
+    def __init__(self, root: Path, *, config: dict[str, Any] | None = None) -> None:
+        self.root = root
+        self.paths = Paths.of(root)
+        self.config = HostConfig.model_validate(config or {})
+        self.records: list[dict[str, Any]] = []
+        self.audit_acks = True
+        self.host: asyncio.subprocess.Process | None = None
+        self.channel: Channel | None = None
+        self.sidecars: dict[str, Sidecar] = {}
+        self.foreign_listener: str | None = None
+        self._code = root / "code"
+        self._audit: socket.socket | None = None
+        self._audit_received = 0
+        self._news = asyncio.Condition()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._staged: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self._runs = 0
+        self.hello_plugins: list[str] | None = None
+
+    # Life
+
+    async def start(self) -> None:
+        """Lay out the root and start the host."""
+        for package in ("isolator", "host"):
+            shutil.copytree(REPO / package, self._code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for folder in (self.paths.host_lib, self.paths.plugin_log):
+            folder.mkdir(parents=True)
+            os.chown(folder, HOST_UID, HOST_UID)
+            folder.chmod(0o700)
+        self.paths.run.mkdir(parents=True)
+        await self.start_host()
+
+    async def start_host(self) -> None:
+        """Start the host process and say hello, with the runs that are there."""
+        ours, theirs = pair()
+        audit_ours, audit_theirs = pair()
+        main = "import sys; sys.path.insert(0, sys.argv.pop(1)); from host.serve import main; main()"
+        self.host = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-c", main, str(self._code)),
+            *("--channel-fd", str(theirs.fileno()), "--audit-fd", str(audit_theirs.fileno())),
+            pass_fds=(theirs.fileno(), audit_theirs.fileno()),
+            user=HOST_UID,
+            group=HOST_UID,
+            extra_groups=[],
+            cwd="/",
+            env={"PATH": os.environ["PATH"]},
+        )
+        theirs.close()
+        audit_theirs.close()
+        self._listen_to_audit(audit_ours)
+        handlers = {
+            "run.ensure": self._ensure,
+            "run.connect": self._connect,
+            "run.stop": self._stop,
+            "run.restart": self._restart,
+            "plugin.stage": self._stage,
+            "plugin.commit": self._commit,
+            "plugin.discard": self._discard,
+            "plugin.remove": self._remove,
+            "plugin.enable": self._enable,
+            "plugin.disable": self._disable,
+            "plugin.status": self._status,
+            "policy.explain": self._explain,
+        }
+        self.channel = Channel(ours, handlers, name="host")
+        self.paths.control_socket.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.paths.control_socket))
+        self.paths.control_socket.chmod(0o666)
+        listener.listen(128)
+        await self.channel.call(
+            "hello",
+            timeout=20,
+            fds=[listener.fileno()],
+            root=str(self.root),
+            config=self.config.model_dump(mode="json"),
+            plugins=[self.entry(s) for s in self.sidecars.values()],
+        )
+        listener.close()
+        for sidecar in self.sidecars.values():
+            if sidecar.state == "running":
+                self._announce(sidecar)
+
+    async def kill_host(self) -> None:
+        """kill -9, and wait until it is gone."""
+        assert self.host is not None
+        self.host.kill()
+        await self.host.wait()
+        assert self.channel is not None
+        self.channel.close()
+
+    async def stop(self) -> None:
+        """End everything."""
+        for sidecar in self.sidecars.values():
+            sidecar.stopping = True
+            if sidecar.process is not None and sidecar.process.returncode is None:
+                sidecar.process.kill()
+                await sidecar.process.wait()
+            for fd in sidecar.pipes:
+                os.close(fd)
+        if self.channel is not None:
+            self.channel.close()
+        if self.host is not None and self.host.returncode is None:
+            try:
+                async with asyncio.timeout(10):
+                    await self.host.wait()
+            except TimeoutError:
+                self.host.kill()
+                await self.host.wait()
+                raise AssertionError("the host did not end when its channel closed") from None
+        for task in list(self._tasks):
+            task.cancel()
+        self._close_audit()
+
+    # Plugins
+
+    def add(
+        self, name: str, script: str, *, hooks: list[str] | None = None, uid: int = PLUGIN_UID, **more: Any
+    ) -> Sidecar:
+        """Register a Python script as a plugin, without asking anybody; the host is told."""
+        manifest = {
+            "name": name,
+            "version": "1.0.0",
+            "api_version": "1",
+            "binary": "./main.py",
+            "hooks": hooks or ["deploy.completed"],
+            **more,
+        }
+        sidecar = self._make(manifest, uid)
+        (sidecar.folder / "main.py").write_text(script)
+        self.changed(sidecar)
+        return sidecar
+
+    def _make(self, manifest: dict[str, Any], uid: int) -> Sidecar:
+        folder = self.root / "plugins" / manifest["name"]
+        sidecar = Sidecar(manifest["name"], folder, manifest, uid)
+        sidecar.socket_folder.mkdir(parents=True)
+        os.chown(sidecar.socket_folder, uid, uid)
+        sidecar.socket_folder.chmod(0o700)
+        self.sidecars[sidecar.name] = sidecar
+        return sidecar
+
+    def entry(self, sidecar: Sidecar) -> dict[str, Any]:
+        """The plugin entry of docs/internals.md."""
+        core = parse_manifest_core(json.dumps(sidecar.manifest).encode())
+        effective = meet(core, None, self.config).effective
+        return {
+            "name": sidecar.name,
+            "version": core.version,
+            "digest": "0" * 64,
+            "state": sidecar.state,
+            "error": None,
+            "run": sidecar.run,
+            "pid": sidecar.process.pid if sidecar.process is not None and sidecar.run else None,
+            "uid": sidecar.uid,
+            "started_at": time.time(),
+            "restarts": max(0, sidecar.starts - 1),
+            "effective": effective.model_dump(mode="json"),
+            "effective_digest": effective.digest(),
+            "manifest": sidecar.manifest,
+        }
+
+    def changed(self, sidecar: Sidecar) -> None:
+        """Tell the host."""
+        if self.channel is not None:
+            self.channel.notify("plugin.changed", plugin=self.entry(sidecar))
+
+    async def _spawn(self, sidecar: Sidecar) -> None:
+        assert self.channel is not None
+        answer = (await self.channel.call("run.environment", name=sidecar.name, timeout=10)).fields
+        sidecar.env = dict(answer["env"])
+        self._runs += 1
+        sidecar.starts += 1
+        sidecar.run, sidecar.stopping = f"run{self._runs}", False
+        out, err = os.pipe(), os.pipe()
+        interpreter = sidecar.manifest.get("x-interpreter", sys.executable)
+        sidecar.process = await asyncio.create_subprocess_exec(
+            *([interpreter] if interpreter else []),
+            str(sidecar.folder / sidecar.manifest["binary"]),
+            stdin=subprocess.DEVNULL,
+            stdout=out[1],
+            stderr=err[1],
+            user=sidecar.uid,
+            group=sidecar.uid,
+            extra_groups=[],
+            cwd=sidecar.folder,
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONUNBUFFERED": "1",
+                "PLUGIN_NAME": sidecar.name,
+                "PLUGIN_SOCKET": str(sidecar.socket_folder / "plugin.sock"),
+                "PLUGIN_HOST_SOCKET": str(self._host_socket(sidecar)),
+                **sidecar.env,
+            },
+        )
+        for fd in sidecar.pipes:
+            os.close(fd)
+        os.close(out[1])
+        os.close(err[1])
+        sidecar.pipes = [out[0], err[0]]
+        sidecar.state = "running"
+        self._announce(sidecar)
+        self._keep(self._watch(sidecar, sidecar.process, sidecar.run))
+
+    def _host_socket(self, sidecar: Sidecar) -> Path:
+        return sidecar.folder / "host.sock"
+
+    def _announce(self, sidecar: Sidecar) -> None:
+        assert self.channel is not None and sidecar.process is not None
+        path = self._host_socket(sidecar)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        os.chown(path, sidecar.uid, sidecar.uid)
+        listener.listen(16)
+        self.channel.notify(
+            "run.started",
+            fds=[*sidecar.pipes, listener.fileno()],
+            name=sidecar.name,
+            run=sidecar.run,
+            pid=sidecar.process.pid,
+        )
+        listener.close()
+        self._wake()
+
+    async def _watch(self, sidecar: Sidecar, process: asyncio.subprocess.Process, run: str) -> None:
+        code = await process.wait()
+        expected = sidecar.stopping
+        sidecar.run = None
+        again = not expected and sidecar.starts < sidecar.give_up_after
+        sidecar.state = "stopped" if expected else "backoff" if again else "failed"
+        assert self.channel is not None
+        self.channel.notify(
+            "run.ended",
+            name=sidecar.name,
+            run=run,
+            exit_code=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            cause="exit",
+            expected=expected,
+            uptime=1.0,
+            state=sidecar.state,
+            retry_in=BACKOFF if again else None,
+        )
+        self._wake()
+        if again:
+            await asyncio.sleep(BACKOFF)
+            async with sidecar.lock:
+                if sidecar.run is None and not sidecar.stopping:
+                    with contextlib.suppress(IsolatorError):
+                        await self._spawn(sidecar)
+
+    async def stop_sidecar(self, sidecar: Sidecar) -> None:
+        """SIGTERM, wait."""
+        sidecar.stopping = True
+        process = sidecar.process
+        if process is not None and process.returncode is None:
+            process.terminate()
+            await process.wait()
+            await self.until(lambda: sidecar.run is None)
+
+    # What the host asks
+
+    def _find(self, message: Message) -> Sidecar:
+        name = str(message.fields.get("name"))
+        if name not in self.sidecars:
+            raise NotFoundError(f"plugin {name}", "no such plugin")
+        return self.sidecars[name]
+
+    async def _ensure(self, message: Message) -> dict[str, Any]:
+        sidecar = self._find(message)
+        if sidecar.state == "disabled":
+            raise IsolatorError(f"plugin {sidecar.name}", "is disabled")
+        if sidecar.state == "failed" and message.fields.get("reason") != "operator":
+            raise IsolatorError(f"plugin {sidecar.name}", "has failed")
+        async with sidecar.lock:
+            if sidecar.run is None:
+                await self._spawn(sidecar)
+        assert sidecar.process is not None
+        return {"run": sidecar.run, "pid": sidecar.process.pid}
+
+    async def _connect(self, message: Message) -> Message:
+        sidecar = self._find(message)
+        end = time.monotonic() + float(message.fields["deadline"])
+        while True:
+            if sidecar.run != message.fields["run"]:
+                raise UnavailableError(f"plugin {sidecar.name}", "that run has ended")
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                path = sidecar.socket_folder / "plugin.sock"
+                if not stat.S_ISSOCK(path.lstat().st_mode):
+                    raise IsolatorError("its socket was replaced")
+                sock.connect(self.foreign_listener or str(path))
+                return Message({}, [sock.detach()])
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+                sock.close()
+                if time.monotonic() > end:
+                    raise UnavailableError(f"plugin {sidecar.name}", "does not accept connections") from None
+                await asyncio.sleep(0.002)
+            except BaseException:
+                sock.close()
+                raise
+
+    async def _stop(self, message: Message) -> dict[str, Any]:
+        await self.stop_sidecar(self._find(message))
+        return {}
+
+    async def _restart(self, message: Message) -> dict[str, Any]:
+        sidecar = self._find(message)
+        await self.stop_sidecar(sidecar)
+        async with sidecar.lock:
+            await self._spawn(sidecar)
+        return {"run": sidecar.run}
+
+    async def _stage(self, message: Message) -> Message:
+        fields = message.fields
+        if fields.get("path"):
+            text = (Path(fields["path"]) / "plugin.json").read_bytes()
+        else:
+            text = json.dumps(
+                {
+                    "name": fields["name"],
+                    "version": "0.0.0+sha256.0123456789ab",
+                    "api_version": "1",
+                    "binary": "./" + Path(fields["binary"]).name,
+                    "hooks": fields["hooks"],
+                }
+            ).encode()
+        core = parse_manifest_core(text)
+        token = f"token{len(self._staged)}"
+        self._staged[token] = (fields, text)
+        file = os.memfd_create("plugin.json", os.MFD_CLOEXEC)
+        os.write(file, text)
+        proposal = proposal_json(meet(core, None, self.config), policy_file=f"/etc/{core.name}.toml")
+        answer = {
+            "token": token,
+            "name": core.name,
+            "digest": "1" * 64,
+            "synthesised": core.synthesised,
+            "proposal": proposal,
+            "registered": core.name in self.sidecars,
+        }
+        return Message(answer, [file])
+
+    async def _commit(self, message: Message) -> dict[str, Any]:
+        fields, text = self._staged.pop(message.fields["token"])
+        manifest = json.loads(text)
+        sidecar = self.sidecars.get(manifest["name"]) or self._make(manifest, PLUGIN_UID)
+        sidecar.manifest = manifest
+        source = Path(fields["path"]) / manifest["binary"] if fields.get("path") else Path(fields["binary"])
+        target = sidecar.folder / manifest["binary"]
+        shutil.copy(source, target)
+        target.chmod(0o755)
+        return {"plugin": self.entry(sidecar)}
+
+    async def _discard(self, message: Message) -> dict[str, Any]:
+        self._staged.pop(message.fields["token"], None)
+        self._wake()
+        return {}
+
+    async def _remove(self, message: Message) -> dict[str, Any]:
+        sidecar = self._find(message)
+        await self.stop_sidecar(sidecar)
+        del self.sidecars[sidecar.name]
+        shutil.rmtree(sidecar.folder)
+        return {}
+
+    async def _enable(self, message: Message) -> dict[str, Any]:
+        return await self._set_state(message, "stopped")
+
+    async def _disable(self, message: Message) -> dict[str, Any]:
+        return await self._set_state(message, "disabled")
+
+    async def _set_state(self, message: Message, state: str) -> dict[str, Any]:
+        sidecar = self._find(message)
+        await self.stop_sidecar(sidecar)
+        sidecar.state = state
+        self.changed(sidecar)
+        return {"plugin": self.entry(sidecar)}
+
+    async def _status(self, _: Message) -> dict[str, Any]:
+        return {"plugins": [self.entry(s) for s in self.sidecars.values()]}
+
+    async def _explain(self, message: Message) -> dict[str, Any]:
+        core = parse_manifest_core(json.dumps(self._find(message).manifest).encode())
+        return {"proposal": proposal_json(meet(core, None, self.config), policy_file="x.toml")}
+
+    # Audit
+
+    def _listen_to_audit(self, sock: socket.socket) -> None:
+        self._close_audit()
+        sock.setblocking(False)
+        self._audit, self._audit_received = sock, 0
+        asyncio.get_running_loop().add_reader(sock, self._audit_readable)
+
+    def _audit_readable(self) -> None:
+        assert self._audit is not None
+        while True:
+            try:
+                packet = self._audit.recv(1 << 18)
+            except BlockingIOError:
+                break
+            except OSError:
+                packet = b""
+            if not packet:
+                asyncio.get_running_loop().remove_reader(self._audit)
+                break
+            lines = packet.split(b"\n")
+            self._audit_received += len(lines)
+            self.records += [json.loads(line) for line in lines]
+        if self.audit_acks:
+            self.tell_audit({"acked": self._audit_received})
+        self._wake()
+
+    def tell_audit(self, message: dict[str, Any]) -> None:
+        """Say something to the host as the audit process would."""
+        assert self._audit is not None
+        with contextlib.suppress(OSError):
+            self._audit.send(json.dumps(message).encode())
+
+    def _close_audit(self) -> None:
+        if self._audit is not None:
+            asyncio.get_running_loop().remove_reader(self._audit)
+            self._audit.close()
+            self._audit = None
+
+    def of_type(self, kind: str) -> list[dict[str, Any]]:
+        """The records of one type so far."""
+        return [r for r in self.records if r["type"] == kind]
+
+    # Waiting and asking
+
+    def _wake(self) -> None:
+        self._keep(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._news:
+            self._news.notify_all()
+
+    def _keep(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def until(self, condition: Any, timeout: float = 15.0) -> None:
+        """Wait until something the double sees makes ``condition()`` true."""
+        async with asyncio.timeout(timeout), self._news:
+            await self._news.wait_for(condition)
+
+    async def poll(self, condition: Any, timeout: float = 15.0) -> None:
+        """Wait for something that nothing here can see coming, such as a file that a sidecar writes."""
+        async with asyncio.timeout(timeout):
+            while not condition():  # noqa: ASYNC110 # no event tells
+                await asyncio.sleep(0.01)
+
+    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        """One control call on a connection of its own; raises what the host raised."""
+        reader, writer = await asyncio.open_unix_connection(str(self.paths.control_socket), limit=1 << 24)
+        try:
+            writer.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
+            answer = json.loads(await reader.readline())
+        finally:
+            writer.close()
+        if "error" in answer:
+            raise IsolatorError.from_json(answer["error"]["data"])
+        result = answer["result"]
+        assert isinstance(result, dict)
+        return result
+
+    async def emit(self, name: str = "deploy.completed", **fields: Any) -> dict[str, Any]:
+        """Emit an event with required fields filled in."""
+        payload = {"project_id": "p1", "deployment_id": "d1", "url": "https://a.example", "duration_ms": 5, **fields}
+        return await self.ask("event.emit", name=name, payload=payload)
+
+    async def outcome(self, emitted: dict[str, Any], timeout: float = 15.0) -> dict[str, Any]:
+        """The event once every delivery is final (or the time is up)."""
+        return await self.ask("event.wait", id=emitted["id"], timeout=timeout)
+
+
+def end_process(pid: int) -> None:
+    """SIGKILL a process of the test's own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

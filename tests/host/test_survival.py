@@ -1,0 +1,153 @@
+"""No accepted event is lost: kill -9 of the host, restarts of sidecars, removal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.host import scripts
+from tests.host.supervisor_double import Daemon
+
+
+def _recorder(daemon: Daemon, sleep: float = 0.0) -> tuple[str, Path]:
+    log = daemon.root / "seen"
+    log.touch()
+    log.chmod(0o666)
+    body = f"""
+with open({str(log)!r}, "a") as file:
+    file.write(params["deployment_id"] + " " + params["_meta"]["id"] + "\\n")
+time.sleep({sleep})
+return {{}}
+"""
+    return scripts.oneshot(body), log
+
+
+async def test_the_queue_survives_kill_9_of_the_host(daemon: Daemon) -> None:
+    script, log = _recorder(daemon, 0.02)
+    daemon.add("recorder", script)
+    emitted = [await daemon.emit(deployment_id=str(n)) for n in range(50)]
+    await daemon.kill_host()
+    await daemon.start_host()
+    for event in emitted:
+        (delivery,) = (await daemon.outcome(event))["deliveries"]
+        assert delivery["state"] == "ok"
+    order = [int(line.split()[0]) for line in log.read_text().splitlines()]
+    assert sorted(set(order)) == list(range(50))
+    # At least once, in order: what comes again after the crash starts at most one event back.
+    assert order == sorted(order)
+    assert len(order) <= 51
+
+
+async def test_sidecars_go_on_running_while_the_host_is_replaced(daemon: Daemon) -> None:
+    sidecar = daemon.add("steady", scripts.OK)
+    await daemon.outcome(await daemon.emit())
+    for _ in range(3):
+        await daemon.kill_host()
+        await daemon.start_host()
+        (delivery,) = (await daemon.outcome(await daemon.emit()))["deliveries"]
+        assert delivery["state"] == "ok"
+    assert sidecar.starts == 1
+
+
+async def test_what_was_in_flight_at_the_crash_is_an_attempt_and_comes_again_with_the_same_id(daemon: Daemon) -> None:
+    script, log = _recorder(daemon, 0.7)
+    daemon.add("slow", script)
+    emitted = await daemon.emit(deployment_id="x")
+    await daemon.until(lambda: len(daemon.of_type("event.dispatched")) == 1)
+    await daemon.poll(log.read_text)
+    await daemon.kill_host()
+    await daemon.start_host()
+    row = await daemon.ask("event.show", id=emitted["id"])
+    assert row["deliveries"][0]["state"] == "retry"
+    assert row["deliveries"][0]["attempts"] == 1
+    (delivery,) = (await daemon.outcome(emitted))["deliveries"]
+    assert (delivery["state"], delivery["attempts"]) == ("ok", 2)
+    assert log.read_text().split() == ["x", emitted["id"]] * 2
+
+
+async def test_logs_go_on_after_the_host_was_killed(daemon: Daemon) -> None:
+    daemon.add("talker", scripts.LOGGED)
+    await daemon.outcome(await daemon.emit())
+    await daemon.kill_host()
+    await daemon.start_host()
+    await daemon.outcome(await daemon.emit())
+    await daemon.poll(lambda: len((daemon.paths.plugin_log / "talker.log").read_text().splitlines()) == 2)
+
+
+async def test_a_restarted_sidecar_gets_what_is_next(daemon: Daemon) -> None:
+    script, log = _recorder(daemon)
+    sidecar = daemon.add("recorder", script)
+    for number in range(5):
+        emitted = await daemon.emit(deployment_id=str(number))
+        (delivery,) = (await daemon.outcome(emitted))["deliveries"]
+        assert delivery["state"] == "ok"
+        os.kill(sidecar.process.pid, signal.SIGKILL)
+        await daemon.until(lambda n=number: sidecar.starts == n + 2 and sidecar.run is not None)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == list("01234")
+
+
+async def test_a_disabled_plugin_keeps_its_events(daemon: Daemon) -> None:
+    daemon.add("rests", scripts.OK)
+    await daemon.ask("plugin.disable", name="rests")
+    emitted = await daemon.emit()
+    row = await daemon.outcome(emitted, timeout=0.5)
+    assert row["deliveries"][0]["state"] == "queued"
+    await daemon.ask("plugin.enable", name="rests")
+    row = await daemon.outcome(emitted)
+    assert row["deliveries"][0]["state"] == "ok"
+
+
+async def test_a_removed_plugin_leaves_no_config_and_no_queue_for_its_namesake(daemon: Daemon) -> None:
+    daemon.add("again", scripts.OK)
+    await daemon.ask("plugin.disable", name="again")
+    await daemon.emit()
+    await daemon.ask("config.set", name="again", config={"token": "old-secret"})
+    await daemon.ask("plugin.remove", name="again")
+    sidecar = daemon.add("again", scripts.OK)
+    assert (await daemon.ask("config.list", name="again"))["items"] == []
+    (delivery,) = (await daemon.outcome(await daemon.emit()))["deliveries"]
+    assert delivery["state"] == "ok"
+    assert "token" not in sidecar.env
+
+
+@pytest.mark.slow
+async def test_kill_9_a_hundred_times_under_load_loses_nothing(daemon: Daemon) -> None:
+    script, log = _recorder(daemon)
+    daemon.add("recorder", script)
+    accepted: list[str] = []
+    number = 0
+    stop = False
+
+    async def load() -> None:
+        nonlocal number
+        while not stop:
+            number += 1
+            try:
+                answer = await daemon.emit(deployment_id=str(number))
+            except (OSError, ValueError):
+                # The host died before it answered: that event was not accepted, as far as we know.
+                await asyncio.sleep(0.01)
+                continue
+            accepted.append(answer["id"])
+            await asyncio.sleep(0.002)
+
+    task = asyncio.create_task(load())
+    for _ in range(100):
+        await asyncio.sleep(random.uniform(0.0, 0.2))
+        await daemon.kill_host()
+        await daemon.start_host()
+    stop = True
+    await task
+    for event_id in accepted:
+        row = await daemon.ask("event.wait", id=event_id, timeout=30)
+        assert [d["state"] for d in row["deliveries"]] == ["ok"], row
+    seen = [line.split()[1] for line in log.read_text().splitlines()]
+    assert set(accepted) <= set(seen)
+    first = {event: index for index, event in reversed(list(enumerate(seen)))}
+    order = [first[event] for event in accepted]
+    assert order == sorted(order), "first deliveries of one key are in the order of acceptance"

@@ -1,0 +1,357 @@
+"""The network layer: what the ruleset stops by itself, that a changed ruleset is noticed, that nothing leaks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from isolator.egress import nflog
+from isolator.errors import ConfinementError, UsageError
+from isolator.layers import network
+from isolator.linux import netlink, netns
+from isolator.policy.model import EgressRule, NetworkPolicy
+from tests.egress.conftest import listed
+
+PUBLIC = NetworkPolicy(mode="public")
+LISTED = listed("hooks.example.com:443", "9.9.9.0/24:8080", "2620:fe::/48:8080")
+
+Make = Callable[[NetworkPolicy], network.CageNetwork]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[network.CageNetwork] = []
+
+    def prepare(policy: NetworkPolicy) -> network.CageNetwork:
+        made.append(network.prepare(policy, prefix="iso:test"))
+        return made[-1]
+
+    yield prepare
+    for item in made:
+        network.release(item)
+
+
+def connect(cage: network.CageNetwork, address: str, port: int) -> str:
+    """Try to connect inside the cage: ``ok`` or the error's name."""
+
+    def attempt() -> str:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            sock.settimeout(2)
+            try:
+                sock.connect((address, port))
+            except OSError as error:
+                return errno.errorcode.get(error.errno or 0, type(error).__name__)
+            return "ok"
+
+    return netns.in_network(cage.netns_fd, attempt)
+
+
+def denials(cage: network.CageNetwork) -> list[nflog.Refused]:
+    """What the ruleset logged so far."""
+    found = []
+    with socket.socket(fileno=os.dup(cage.sockets[4])) as log:
+        log.setblocking(False)
+        try:
+            while True:
+                found += [nflog.read(prefix, data) for prefix, data in netlink.parse_nflog(log.recv(65536))]
+        except BlockingIOError:
+            return found
+
+
+def test_listed_mode_lets_through_virtual_addresses_and_granted_networks_only(make: Make) -> None:
+    cage = make(LISTED)
+    assert connect(cage, "198.18.0.5", 443) == "ok"
+    assert connect(cage, "9.9.9.9", 8080) == "ok"
+    assert connect(cage, "2620:fe::9", 8080) == "ok"
+    for address, port in (
+        ("198.18.0.5", 80),
+        ("198.19.255.1", 443),
+        ("9.9.9.9", 443),
+        ("9.9.8.9", 8080),
+        ("2620:fe::9", 443),
+        ("2001:4860:4860::8888", 443),
+        ("169.254.169.254", 80),
+        ("127.0.0.1", 9),
+        ("127.0.0.1", 65053),
+        ("::1", 65053),
+    ):
+        assert connect(cage, address, port) == "ECONNREFUSED", (address, port)
+
+
+def test_every_refusal_is_logged_with_destination(make: Make) -> None:
+    cage = make(LISTED)
+    connect(cage, "10.1.2.3", 443)
+    connect(cage, "2001:4860:4860::8888", 53)
+
+    def udp() -> int | None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(b"x", ("8.8.8.8", 53))
+            except OSError as error:
+                return error.errno
+        return None
+
+    assert netns.in_network(cage.netns_fd, udp) == errno.EPERM
+    found = [(item.kind, item.protocol, str(item.address), item.port, item.count) for item in denials(cage)]
+    assert found == [
+        ("refused", "tcp", "10.1.2.3", 443, 1),
+        ("refused", "tcp", "2001:4860:4860::8888", 53, 1),
+        ("refused", "udp", "8.8.8.8", 53, 1),
+    ]
+
+
+@pytest.mark.parametrize("target", ["8.8.8.8", "224.0.0.251", "255.255.255.255", "198.18.0.5", "10.0.0.1"])
+def test_udp_is_refused_at_once(make: Make, target: str) -> None:
+    cage = make(PUBLIC)
+
+    def attempt() -> int | None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            try:
+                sock.sendto(b"x", (target, 5353))
+            except OSError as error:
+                return error.errno
+        return None
+
+    assert netns.in_network(cage.netns_fd, attempt) in {errno.EPERM, errno.ENETUNREACH}
+
+
+def test_ping_and_raw_packets_are_refused(make: Make) -> None:
+    cage = make(PUBLIC)
+
+    def ping() -> int | None:
+        # As root: a plugin may not even make these sockets.
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+            try:
+                sock.sendto(b"\x08\0\xf7\xff\0\0\0\0", ("8.8.8.8", 0))
+            except OSError as error:
+                return error.errno
+        return None
+
+    assert netns.in_network(cage.netns_fd, ping) == errno.EPERM
+    assert [(item.kind, item.protocol) for item in denials(cage)] == [("refused", "icmp")]
+
+
+def test_the_cages_own_loopback_works_and_is_not_tracked(make: Make) -> None:
+    cage = make(NetworkPolicy(mode="none"))
+
+    def talk() -> list[bytes]:
+        got = []
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.create_server((address, 80), family=family) as server:
+                client = socket.create_connection((address, 80), 2)
+                peer, _ = server.accept()
+                client.sendall(b"tcp")
+                got.append(peer.recv(10))
+                client.close()
+                peer.close()
+            with socket.socket(family, socket.SOCK_DGRAM) as one, socket.socket(family, socket.SOCK_DGRAM) as two:
+                one.bind((address, 5000))
+                two.sendto(b"udp", (address, 5000))
+                got.append(one.recv(10))
+        return got
+
+    assert netns.in_network(cage.netns_fd, talk) == [b"tcp", b"udp", b"tcp", b"udp"]
+    count = netns.in_network(
+        cage.netns_fd,
+        lambda: open("/proc/thread-self/net/nf_conntrack").read(),  # noqa: SIM115, PTH123
+    )
+    assert count == ""
+    assert denials(cage) == []
+
+
+def test_new_connections_are_limited_in_rate_and_the_refusals_are_counted(make: Make) -> None:
+    cage = make(PUBLIC)
+
+    def storm() -> list[str]:
+        results = []
+        for _ in range(120):
+            with socket.socket() as sock:
+                try:
+                    sock.connect(("1.1.1.1", 443))
+                    results.append("ok")
+                except ConnectionRefusedError:
+                    results.append("refused")
+        return results
+
+    results = netns.in_network(cage.netns_fd, storm)
+    # The burst passes; a slow machine may earn a few more while it tries.
+    assert 40 <= results.count("ok") <= 63
+    rate = [item for item in denials(cage) if item.kind == "over_rate"]
+    assert rate and {(str(item.address), item.port) for item in rate} == {("1.1.1.1", 443)}
+
+
+def test_open_connections_are_limited(make: Make) -> None:
+    cage = make(NetworkPolicy(mode="public", connects_per_second=1000, connect_burst=1000, connects_open=8))
+
+    def storm() -> tuple[int, str]:
+        opened = []
+        try:
+            for _ in range(20):
+                opened.append(socket.create_connection(("1.1.1.1", 443), 2))
+        except ConnectionRefusedError:
+            pass
+        count = len(opened)
+        opened.pop().close()
+        # The place is free when both ends have closed; nobody serves here, so an RST from our side does it.
+        for sock in opened:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.close()
+        # The kernel sweeps its list at most once a jiffy.
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("1.1.1.1", 443), 2).close()
+            except ConnectionRefusedError:
+                continue
+            return count, "ok"
+        return count, "refused"
+
+    assert netns.in_network(cage.netns_fd, storm) == (8, "ok")
+    assert {item.kind for item in denials(cage)} == {"over_open"}
+
+
+def test_a_flood_is_sampled_and_still_counted(make: Make) -> None:
+    cage = make(NetworkPolicy(mode="none"))
+
+    def flood() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for _ in range(5000):
+                try:
+                    sock.sendto(b"x", ("8.8.8.8", 1))
+                except PermissionError:
+                    continue
+
+    netns.in_network(cage.netns_fd, flood)
+    found = denials(cage)
+    assert len(found) < 400
+    assert 4000 < sum(item.count for item in found) <= 5300
+
+
+def test_confirm_notices_a_flushed_and_a_changed_ruleset(make: Make) -> None:
+    cage = make(LISTED)
+    network.confirm(cage, LISTED)
+
+    def nft(command: str) -> None:
+        netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", *command.split()], check=True))
+
+    nft("insert rule inet isolator final accept")
+    with pytest.raises(ConfinementError, match="changed"):
+        network.confirm(cage, LISTED)
+    nft("flush ruleset")
+    with pytest.raises(ConfinementError, match="empty"):
+        network.confirm(cage, LISTED)
+
+
+def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
+    cage = make(LISTED)
+    nft = ["nft", "add table inet other; delete table inet other"]
+    netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
+    network.confirm(cage, LISTED)
+
+
+def test_a_watch_tells_of_a_change(make: Make) -> None:
+    cage = make(LISTED)
+    with network.watch(cage) as watch:
+        with pytest.raises(BlockingIOError):
+            watch.recv(65536)
+        netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "flush", "ruleset"], check=True))
+        watch.settimeout(2)
+        assert watch.recv(65536)
+
+
+def test_reopen_after_the_broker_is_gone(make: Make) -> None:
+    cage = make(LISTED)
+    network.close_sockets(cage)
+    assert connect(cage, "198.18.0.5", 443) == "ECONNREFUSED"
+    cage.sockets = network.reopen(cage, LISTED)
+    assert len(cage.sockets) == 5
+    assert connect(cage, "198.18.0.5", 443) == "ok"
+    with pytest.raises(ConfinementError, match="old broker"):
+        network.reopen(cage, LISTED)
+
+
+def test_a_port_below_1024_needs_no_privilege_inside(make: Make) -> None:
+    cage = make(LISTED)
+    read = netns.in_network(
+        cage.netns_fd,
+        lambda: open("/proc/sys/net/ipv4/ip_unprivileged_port_start").read(),  # noqa: SIM115, PTH123
+    )
+    assert read.strip() == "0"
+
+
+def test_the_callers_namespace_is_untouched_and_nothing_leaks() -> None:
+    before = os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        cage = network.prepare(PUBLIC, prefix="x")
+        network.confirm(cage, PUBLIC)
+        network.release(cage)
+        network.release(cage)
+    assert (os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_a_failed_prepare_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(network, "RESOLVER", "999.1.1.1")
+    with pytest.raises(ConfinementError):
+        network.prepare(PUBLIC, prefix="x")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_prefix_cannot_end_the_rule_it_stands_in() -> None:
+    cage = network.prepare(NetworkPolicy(mode="none"), prefix='x" accept; #' + "y" * 300)
+    try:
+        assert connect(cage, "1.1.1.1", 443) == "ECONNREFUSED"
+        assert [item.kind for item in denials(cage)] == ["refused"]
+    finally:
+        network.release(cage)
+
+
+def test_a_rule_that_makes_no_sense_stops_the_start() -> None:
+    with pytest.raises(UsageError):
+        network.prepare(NetworkPolicy(mode="listed", egress=(EgressRule(host="a b", ports=(1,)),)), prefix="x")
+
+
+def test_many_different_rules_still_load(make: Make) -> None:
+    rules = [f"n{i}.example.com:{443 + i},{1000 + i}" for i in range(60)] + [
+        f"11.{i}.0.0/16:{i + 1}" for i in range(60)
+    ]
+    cage = make(listed(*rules, connects_per_second=1000, connect_burst=1000))
+    assert connect(cage, "11.7.1.1", 8) == "ok"
+    assert connect(cage, "11.7.1.1", 9) == "ECONNREFUSED"
+    network.confirm(cage, LISTED)
+
+
+def test_check_reports_the_layer_as_enforced() -> None:
+    assert network.check()[0][:2] == ("network", "enforced")
+
+
+def test_check_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isolator.linux.nftables.LIBRARY", "libnftables-missing.so.1")
+    from isolator.linux import nftables
+
+    nftables._library.cache_clear()
+    try:
+        (entry,) = network.check()
+        assert entry[1] == "unavailable" and entry[3] == "apt-get install libnftables1"
+    finally:
+        nftables._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (NetworkPolicy(mode="none"), "no network at all"),
+        (listed(), "no network at all"),
+        (LISTED, "hooks.example.com:443"),
+        (PUBLIC, "any public address"),
+    ],
+)
+def test_the_promise_in_one_sentence(policy: NetworkPolicy, words: str) -> None:
+    assert words in network.describe(policy)

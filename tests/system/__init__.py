@@ -1,0 +1,1 @@
+"""The whole daemon, driven through the command line, on real cages."""

@@ -1,0 +1,99 @@
+"""From a folder to a delivered event and back to nothing, as an operator does it."""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+
+import pytest
+
+from isolator.paths import Paths
+from tests.system.daemon import ECHO, alive, daemon, event, kill_9, wait_for, write_plugin
+
+SERVICES = ("isolator.audit.service", "isolator.egress.service", "host.serve", "isolator.launch.launcher")
+
+
+def test_whole_life(tmp_path: Path) -> None:
+    folder = write_plugin(tmp_path / "echo")
+    with daemon() as d:
+        shown = d.cli("plugin", "add", str(folder), "--yes")
+        assert "deploy.completed" in shown.stdout
+        assert (d.root / "etc/isolator/policies/echo.toml").exists()
+        entry = d.json("plugin", "show", "echo")
+        assert entry["state"] == "stopped"
+
+        done = d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+        assert "echo" in done.stdout and "ok" in done.stdout
+        assert d.json("plugin", "show", "echo")["state"] == "running"
+        emitted = d.json("event", "emit", "deploy.completed", event(2), "--wait")
+
+        (started,) = [r for r in d.records() if r["type"] == "plugin.started"]
+        uid = pwd.getpwnam(f"plugin-echo-{Paths.of(d.root).instance}").pw_uid
+        status = Path(f"/proc/{started['data']['pid']}/status").read_text()
+        assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
+        assert "CapBnd:\t0000000000000000" in status and "NoNewPrivs:\t1" in status and "Seccomp:\t2" in status
+
+        story = d.cli("audit", "story", emitted.get("event_id") or emitted["id"])
+        assert "echo" in story.stdout
+        d.cli("audit", "verify")
+        d.cli("plugin", "stop", "echo")
+        assert d.json("plugin", "show", "echo")["state"] == "stopped"
+        d.cli("plugin", "remove", "echo")
+        d.cli("plugin", "show", "echo", code=3)
+        with pytest.raises(KeyError):
+            pwd.getpwnam(f"plugin-echo-{Paths.of(d.root).instance}")
+        assert d.stop() == 0
+        assert d.cli("audit", "verify").returncode == 0
+        types = [r["type"] for r in d.records()]
+        assert types[0] == "host.started" and "host.stopped" in types and "plugin.removed" in types
+
+
+def test_killed_supervisor_leaves_no_orphan_and_loses_no_event(tmp_path: Path) -> None:
+    folder = write_plugin(
+        tmp_path / "echo", ECHO.replace("params = ", "time.sleep(0.5); params = ").replace("json,", "json, time,")
+    )
+    with daemon() as d:
+        d.cli("plugin", "add", str(folder), "--yes")
+        d.cli("event", "emit", "deploy.completed", event("before"), "--wait")
+        pid = d.json("plugin", "show", "echo")["pid"]
+        services = [d.service_pid(module) for module in SERVICES]
+        for number in range(5):
+            d.cli("event", "emit", "deploy.completed", event(number))
+        d.kill()
+        for process in (pid, *services):
+            wait_for(lambda process=process: not alive(process), what=f"{process} outlived its supervisor")
+        d.start()
+        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
+        wanted = {"dbefore", *(f"d{number}" for number in range(5))}
+        wait_for(lambda: seen.exists() and set(seen.read_text().split()) >= wanted, what="an accepted event was lost")
+        assert "earlier daemon left" in d.log.read_text()
+        d.cli("audit", "verify")
+        runs = {r["run"] for r in d.records() if r["type"] == "plugin.started"}
+        ended = {r["run"] for r in d.records() if r["type"] in ("plugin.stopped", "plugin.crashed")}
+        assert len(runs - ended) == 1, "the run that was found dead has no record of its end"
+
+
+@pytest.mark.parametrize("module", SERVICES)
+def test_killed_service_comes_back_and_events_flow(tmp_path: Path, module: str) -> None:
+    folder = write_plugin(tmp_path / "echo")
+    with daemon() as d:
+        d.cli("plugin", "add", str(folder), "--yes")
+        d.cli("event", "emit", "deploy.completed", event("before"), "--wait")
+        run = d.json("plugin", "show", "echo")["run"]
+        old = d.service_pid(module)
+        kill_9(old)
+        wait_for(lambda: not alive(old))
+        wait_for(lambda: d.service_pid(module, missing_ok=True) not in (old, 0))
+        wait_for(lambda: d.cli("event", "emit", "deploy.completed", event("after"), code=None).returncode == 0)
+        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
+        wait_for(lambda: "dafter" in seen.read_text(), what=d.log.read_text())
+        if module != "isolator.launch.launcher":
+            assert d.json("plugin", "show", "echo")["run"] == run, "the sidecar was restarted for no reason"
+        d.cli("audit", "verify")
+
+
+def test_second_daemon_on_the_same_root_is_refused(tmp_path: Path) -> None:
+    with daemon() as d:
+        second = d.cli("serve", code=1)
+        assert second.stderr.count("\n") == 1 and "another one is running there" in second.stderr
+        d.cli("plugin", "list")
