@@ -14,16 +14,31 @@ import os
 import select
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from isolator.linux import seccomp
 
 ANSWERS_PER_SECOND = 500
 REPORT_SECONDS = 1.0
 
-Report = Callable[[str, int], None]
-"""Called on the event loop with a call's name and how often it was denied since the last report."""
+
+@dataclass
+class Denied:
+    """How often one call was denied since the last report, and when (CLOCK_MONOTONIC, ns) for the first and last time.
+
+    The report comes later than what it tells of, up to a second for repetitions: without these times the trail would
+    name the event that is in flight by then.
+    """
+
+    call: str
+    first_ns: int
+    last_ns: int
+    count: int = 0
+
+
+Report = Callable[[Denied], None]
+"""Called on the event loop."""
 
 
 class _Cage:
@@ -31,7 +46,7 @@ class _Cage:
         self.report = report
         self.allowance = float(ANSWERS_PER_SECOND)
         self.refilled = time.monotonic()
-        self.counts: Counter[int] = Counter()
+        self.counts: dict[int, Denied] = {}
         self.reported: dict[int, float] = {}
         self.paused = False
 
@@ -96,7 +111,10 @@ class Denials:
             if notification is None:
                 return
             cage.allowance -= 1
-            cage.counts[notification.number] += 1
+            # Before the answer: the plugin cannot have gone on, so the event that it works on is still in flight.
+            now = time.monotonic_ns()
+            denied = cage.counts.setdefault(notification.number, Denied(call_name(notification.number), now, now))
+            denied.last_ns, denied.count = now, denied.count + 1
             seccomp.deny(listener, notification, errno.EPERM)
         except OSError:
             self._drop(listener)
@@ -110,10 +128,10 @@ class Denials:
         """The first refusal of a call is told at once, repetitions at most once a second."""
         for number in list(cage.counts):
             if last or now - cage.reported.get(number, -REPORT_SECONDS) >= REPORT_SECONDS:
-                count = cage.counts.pop(number)
+                denied = cage.counts.pop(number)
                 cage.reported[number] = now
                 with contextlib.suppress(RuntimeError):  # the loop has ended
-                    self._loop.call_soon_threadsafe(cage.report, call_name(number), count)
+                    self._loop.call_soon_threadsafe(cage.report, denied)
 
     def _drop(self, listener: int) -> None:
         with self._lock:

@@ -328,8 +328,14 @@ class Plugin:
         if run.sandbox.listener >= 0:
             self._around.denials.watch(
                 run.sandbox.listener,
-                lambda call, count: audit.record(
-                    "syscall.denied", plugin=self.name, run=run.id, call=call, count=count
+                lambda denied: audit.record(
+                    "syscall.denied",
+                    plugin=self.name,
+                    run=run.id,
+                    happened_ns=denied.last_ns,
+                    since_ns=denied.first_ns,
+                    call=denied.call,
+                    count=denied.count,
                 ),
             )
             run.sandbox.listener = -1

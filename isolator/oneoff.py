@@ -126,7 +126,8 @@ class Workshop:
             )  # fmt: skip
             if built.listener >= 0:
                 denials.watch(
-                    built.listener, lambda call, count: records.record("syscall.denied", call=call, count=count)
+                    built.listener,
+                    lambda denied: records.record("syscall.denied", call=denied.call, count=denied.count),
                 )
                 built.listener = -1
             yield built

@@ -131,12 +131,13 @@ class Store:
         try:
             digest = _Copy(str(path)).folder(source, target)
             manifest = _read_manifest(target, path)
+            name = _name_in(manifest, path)
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
             raise
         finally:
             os.close(source)
-        return Staged(token, _name_in(manifest, path), digest, target, manifest, synthesised=False)
+        return Staged(token, name, digest, target, manifest, synthesised=False)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
         """Register a binary by path: pinned when it stays where it is, copied when it lies in ``files``.

@@ -38,6 +38,8 @@ from isolator.policy.model import NetworkPolicy
 IDLE = 900.0
 FIRST_BYTES = 15.0
 """Seconds for a client to say what it wants where it has to say it before anything passes."""
+KERNEL_LATE = 0.1
+"""Seconds by which we may read of a refusal after the plugin felt it: the record and the reset leave together."""
 UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: what cannot be recorded does not happen."""
 _SO_ORIGINAL_DST = 80
@@ -298,17 +300,14 @@ class Cage:
                     data += part
                     hello = sniff.sniff(data)
         except TimeoutError:
-            if client_first and not data:
-                raise Denied("silent") from None
+            # Half of what we compare, held back until we look away, would be a way round the comparison.
+            raise Denied("incomplete" if data else "silent") from None
         except sniff.Malformed as error:
             raise Denied("malformed", detail=str(error)) from None
         if hello is None:
             if not data:
                 return b""
-            # It began like something that we compare and stopped half-way: whatever it is, it is not that.
-            hello = sniff.Hello("other")
-            if data[:1] == b"\x16":
-                raise Denied("malformed", detail="the ClientHello is not complete")
+            raise Denied("incomplete")
         rule = guard.objection(hello, flow.name, flow.port, allow_no_sni=self._rules.policy.allow_no_sni)
         if rule is not None:
             raise Denied(rule, asked=list(hello.names[:4]))
@@ -370,7 +369,7 @@ class Cage:
             data["rule"] = "broker-port"
         else:
             data["rule"] = self._rules.literal(refused.address, refused.port).rule
-        self._repeats.add("net.denied", data, count=refused.count)
+        self._repeats.add("net.denied", data, count=refused.count, late=KERNEL_LATE)
 
     def _deny(self, flow: Flow, rule: str, **extra: Any) -> None:
         flow.reason = rule
@@ -381,8 +380,12 @@ class Cage:
     def _query(self, name: str, kind: str, verdict: str, rule: str) -> None:
         self._repeats.add("net.query", {"name": name or None, "type": kind or None, "verdict": verdict, "rule": rule})
 
-    def _write(self, type: str, data: dict[str, Any]) -> None:
-        self._shared.audit.record(type, plugin=self.plugin, run=self.run, **data)
+    def _write(
+        self, type: str, data: dict[str, Any], *, since_ns: int | None = None, happened_ns: int | None = None
+    ) -> None:
+        self._shared.audit.record(
+            type, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns, **data
+        )
 
 
 def _original_destination(client: socket.socket) -> tuple[Address, int]:

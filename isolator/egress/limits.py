@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 
 class TokenBucket:
@@ -25,23 +25,34 @@ class TokenBucket:
         return True
 
 
+class Write(Protocol):
+    """Writes one record; ``since_ns`` and ``happened_ns`` as in ``AuditClient.record``."""
+
+    def __call__(
+        self, type: str, data: dict[str, Any], *, since_ns: int | None = None, happened_ns: int | None = None
+    ) -> None: ...
+
+
 @dataclass
 class _Repeat:
     since: float
     data: dict[str, Any] = field(default_factory=dict)
     count: int = 0
+    first: float = 0.0
+    last: float = 0.0
 
 
 class Repeats:
     """Lets the first record of a kind through and counts its like for ``window`` seconds, then tells the count.
 
     What differs in too many ways at once (a scan) is counted together, by record type and rule, so that neither
-    memory nor the trail grows with the number of different things that a plugin tries.
+    memory nor the trail grows with the number of different things that a plugin tries. A count is written with the
+    times of the first and the last that it stands for, so that the trail can name the events that caused them.
     """
 
     def __init__(
         self,
-        write: Callable[[str, dict[str, Any]], None],
+        write: Write,
         clock: Callable[[], float],
         *,
         window: float = 1.0,
@@ -50,8 +61,12 @@ class Repeats:
         self._write, self._clock, self._window, self._limit = write, clock, window, keys
         self._open: dict[tuple[Any, ...], _Repeat] = {}
 
-    def add(self, type: str, data: dict[str, Any], *, count: int = 1) -> None:
-        """Write one record now, or count it with those like it; ``count`` is how many it stands for."""
+    def add(self, type: str, data: dict[str, Any], *, count: int = 1, late: float = 0.0) -> None:
+        """Write one record now, or count it with those like it; ``count`` is how many it stands for.
+
+        ``late``: it may have happened up to this many seconds ago.
+        """
+        now = self._clock()
         key: tuple[Any, ...] = (type, *sorted((name, str(value)) for name, value in data.items()))
         entry = self._open.get(key)
         if entry is None and len(self._open) >= self._limit:
@@ -59,12 +74,16 @@ class Repeats:
             key = (type, data["rule"])
             entry = self._open.get(key)
             if entry is None:
-                self._open[key] = _Repeat(self._clock(), data, count)
+                self._open[key] = _Repeat(now, data, count, now - late, now)
                 return
         if entry is None:
-            self._open[key] = _Repeat(self._clock(), data)
-            self._write(type, data if count == 1 else {**data, "count": count})
+            self._open[key] = _Repeat(now, data)
+            since = _nanoseconds(now - late) if late else None
+            self._write(type, data if count == 1 else {**data, "count": count}, since_ns=since)
         else:
+            if not entry.count:
+                entry.first = now - late
+            entry.last = now
             entry.count += count
 
     def flush(self, *, everything: bool = False) -> None:
@@ -74,4 +93,10 @@ class Repeats:
             if everything or entry.since <= ended:
                 del self._open[key]
                 if entry.count:
-                    self._write(str(key[0]), {**entry.data, "count": entry.count})
+                    data = {**entry.data, "count": entry.count}
+                    first, last = _nanoseconds(entry.first), _nanoseconds(entry.last)
+                    self._write(str(key[0]), data, since_ns=first, happened_ns=last)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

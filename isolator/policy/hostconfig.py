@@ -18,11 +18,7 @@ Profile = Literal["default", "strict"]
 
 CONTROLS = (
     "user",
-    "cgroup.memory",
-    "cgroup.tasks",
-    "cgroup.cpu",
-    "cgroup.io",
-    "rlimits",
+    "cgroup",
     "namespaces",
     "filesystem",
     "network",
@@ -30,9 +26,9 @@ CONTROLS = (
     "capabilities",
     "seccomp",
     "landlock",
-    "audit",
+    "rlimits",
 )
-"""Names of controls as the ledger spells them; ``may_degrade`` lists some of these."""
+"""Layers as the ledger (``isolator check``) names them; ``may_degrade`` lists some of these."""
 
 
 class Limits(Frozen):
@@ -181,3 +177,6 @@ SMALLEST: dict[str, float] = {
     "stop_grace": 0,
 }
 """The least that makes sense; less is taken for a typing error (``memory = 256`` is 256 bytes)."""
+
+SMALLEST_STATE = MIB
+"""The least that a state folder can be when there is one: it is a file system of its own."""

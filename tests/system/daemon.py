@@ -103,7 +103,7 @@ class Daemon:
         lines = (self.root / "var/log/isolator/audit/audit.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    def service_pid(self, module: str) -> int:
+    def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
         """The pid of one of this daemon's processes, found among the supervisor's children."""
         assert self.process is not None
         for entry in Path("/proc").iterdir():
@@ -112,6 +112,8 @@ class Daemon:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == self.process.pid and any(module.encode() in word for word in words):
                     return int(entry.name)
+        if missing_ok:
+            return 0
         raise AssertionError(f"no {module} below {self.process.pid}")
 
     def purge(self) -> None:
@@ -128,7 +130,9 @@ class Daemon:
 @contextlib.contextmanager
 def daemon(*, host_toml: str = "", start: bool = True) -> Iterator[Daemon]:
     """A running daemon that leaves nothing behind."""
-    made = Daemon(Path(tempfile.mkdtemp(prefix="isolator-system-")), host_toml=host_toml)
+    root = Path(tempfile.mkdtemp(prefix="isolator-system-"))
+    root.chmod(0o755)
+    made = Daemon(root, host_toml=host_toml)
     try:
         if start:
             made.start()
@@ -140,7 +144,13 @@ def daemon(*, host_toml: str = "", start: bool = True) -> Iterator[Daemon]:
 def write_plugin(folder: Path, script: str = ECHO, **manifest: Any) -> Path:
     """A plugin folder with one Python script."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = {"name": folder.name, "version": "1.0.0", "api_version": "1", "binary": "./main", "hooks": ["deploy.completed"]}
+    body = {
+        "name": folder.name,
+        "version": "1.0.0",
+        "api_version": "1",
+        "binary": "./main",
+        "hooks": ["deploy.completed"],
+    }
     (folder / "plugin.json").write_text(json.dumps(body | manifest))
     (folder / "main").write_text(textwrap.dedent(script))
     (folder / "main").chmod(0o755)

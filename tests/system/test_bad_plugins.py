@@ -14,7 +14,7 @@ from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Daemon]:
-    with daemon(host_toml="[restart]\ncrashes = 2\nbackoff_min = \"0.1s\"\n") as d:
+    with daemon(host_toml='[restart]\ncrashes = 2\nbackoff_min = "0.1s"\n') as d:
         yield d
 
 
@@ -35,7 +35,7 @@ def _outside(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "json": (lambda f: (f / "plugin.json").write_text("{\"name\": "), "plugin.json"),
+    "json": (lambda f: (f / "plugin.json").write_text('{"name": '), "plugin.json"),
     "hook": (lambda f: _manifest(f, hooks=["deploy.finished"]), "deploy.finished"),
     "typo": (lambda f: _manifest(f, sandbox={"network": {"egres": []}}), "egress"),
     "missing": (lambda f: (f / "main").unlink(), "no such file"),
@@ -79,7 +79,7 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
         )
         assert ("exit code 3" if kind == "exits" else "no socket") in entry["error"]
     finally:
-        running.cli("plugin", "remove", kind, "--yes", code=None)
+        running.cli("plugin", "remove", kind, code=None)
 
 
 ANSWERS = {
@@ -118,5 +118,5 @@ def test_bad_answers_hurt_nobody_else(running: Daemon, tmp_path: Path, kind: str
         assert bad_answers[0]["data"]["outcome"] not in ("ok", "skipped")
     finally:
         for folder in (bad, good):
-            running.cli("plugin", "remove", folder.name, "--yes", code=None)
+            running.cli("plugin", "remove", folder.name, code=None)
             shutil.rmtree(folder)
