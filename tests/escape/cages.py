@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from isolator.journal import Journal
+from isolator.launch import client
 from isolator.launch.plan import Plan
 from isolator.layers.base import Bind, CageSpec, Layer
 from isolator.linux import mount, netns, nftables
@@ -52,6 +53,8 @@ class Weakness:
     without: frozenset[str] = frozenset()
     edits: tuple[Edit, ...] = ()
     uncapped: bool = False
+    template: str = ""
+    """Statements that the launcher runs before it builds what all cages have in common."""
 
 
 class Loose(Sandbox):
@@ -60,7 +63,7 @@ class Loose(Sandbox):
     def __init__(self, *args: Any, weakness: Weakness) -> None:
         super().__init__(*args, without=weakness.without)
         self.network = args[3]
-        if weakness.edits:
+        if weakness.edits or weakness.template:
             for layer in self._layers:
                 layer.confirm = lambda pid: None
             self._layers.append(_Edits(self, weakness.edits))
@@ -92,7 +95,34 @@ class _Edits(Layer):
         pass
 
 
-# --- edits ---------------------------------------------------------------------------------------------------
+# --- edits of the template -----------------------------------------------------------------------------------
+
+HOST_VIEW = """
+import isolator.launch.launcher
+from isolator.linux import mount, namespaces
+def private_copy_of_the_host():
+    namespaces.unshare(namespaces.CLONE_NEWNS)
+    mount.set_propagation("/", mount.MS_PRIVATE)
+isolator.launch.launcher.build_template = private_copy_of_the_host
+"""
+SET_ID_FILES = """
+from isolator.layers import filesystem
+filesystem._READ_ONLY &= ~filesystem.mount.NOSUID
+"""
+
+
+@contextlib.contextmanager
+def _template(statements: str) -> Iterator[None]:
+    whole = client._BOOT
+    path, _, rest = whole.partition("; from ")
+    client._BOOT = f"{path}\n{statements}\nfrom {rest}"
+    try:
+        yield
+    finally:
+        client._BOOT = whole
+
+
+# --- edits of the plan ---------------------------------------------------------------------------------------
 
 
 def battery_of_the_host(plan: Plan, _: Loose) -> None:
@@ -115,14 +145,9 @@ def no_cgroup_namespace(plan: Plan, _: Loose) -> None:
 
 
 def writable_plugin(plan: Plan, _: Loose) -> None:
-    for bind in plan.sections["filesystem"]["binds"]:
-        if bind["target"] == "plugin":
-            bind["attributes"] &= ~mount.RDONLY
-
-
-def set_id_files(plan: Plan, _: Loose) -> None:
-    for bind in plan.sections["filesystem"]["binds"]:
-        bind["attributes"] &= ~mount.NOSUID
+    for move in plan.sections["filesystem"]["moves"]:
+        if move["target"] == "plugin":
+            mount.set_attributes(plan.fds[move["fd"]], 0, clear=mount.RDONLY)
 
 
 def open_descriptor(plan: Plan, _: Loose) -> None:
@@ -196,7 +221,9 @@ class Range:
         paths = Paths.of(self.root)
         for folder in (paths.lib, paths.etc, paths.log):
             folder.mkdir(parents=True, exist_ok=True)
-        async with Workshop(paths) as shop:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(_template(weakness.template))
+            shop = await stack.enter_async_context(Workshop(paths))
             lease = shop.lease(self.host)
             with self._furniture(lease.uid, shop.tools.journal, weakness) as furnish:
 

@@ -22,8 +22,10 @@ ROOT = frozenset({"user", "capabilities"})
 """Without its own uid and with every capability: what is left of the cage holds a root process."""
 
 
-def _weak(*layers: str, root: bool = False, edits: tuple[cages.Edit, ...] = (), uncapped: bool = False) -> Weakness:
-    return Weakness(frozenset(layers) | (ROOT if root else frozenset()), edits, uncapped)
+def _weak(
+    *layers: str, root: bool = False, edits: tuple[cages.Edit, ...] = (), uncapped: bool = False, template: str = ""
+) -> Weakness:
+    return Weakness(frozenset(layers) | (ROOT if root else frozenset()), edits, uncapped, template)
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ TWINS = {
     "root without a filter": Twins(
         _weak("seccomp", root=True),
         "unshare-mount unshare-pid unshare-ipc unshare-uts unshare-cgroup unshare-network bpf kexec kernel-module "
-        "kernel-messages reboot swap clock host-name packet-socket xdp-socket key-socket open-by-handle trace-init steal-descriptor "
-        "chroot change-rules",
+        "kernel-messages reboot swap clock host-name packet-socket xdp-socket key-socket open-by-handle trace-init "
+        "steal-descriptor chroot change-rules",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
@@ -80,12 +82,12 @@ TWINS = {
         _weak("cgroup"), "processes threads processor-time memory memory-in-files memory-in-sockets"
     ),
     "no view of its own": Twins(
-        _weak("filesystem", edits=OUTSIDE),
+        _weak("filesystem", edits=OUTSIDE, template=cages.HOST_VIEW),
         "list-host-folders daemon-files see-sys host-devices execute-from-scratch fill-tmp-inodes machine-id fill-tmp "
         "fill-shm",
     ),
     "root without a view or Landlock": Twins(
-        _weak("filesystem", "landlock", root=True, edits=OUTSIDE),
+        _weak("filesystem", "landlock", root=True, edits=OUTSIDE, template=cages.HOST_VIEW),
         "read-shadow list-root-home write-kernel-settings kernel-memory kernel-log write-cgroup",
     ),
     "the host's pids and root, no Landlock": Twins(
@@ -108,7 +110,7 @@ TWINS = {
     "the host's network, no Landlock": Twins(_weak("network", "landlock"), "abstract-socket"),
     "no network rules": Twins(_weak(edits=(cages.no_rules,)), "broker-port"),
     "set-user-ID programs": Twins(
-        _weak("no_new_privs", "seccomp", "landlock", edits=(cages.set_id_files,)), "set-user-id-program"
+        _weak("no_new_privs", "seccomp", "landlock", template=cages.SET_ID_FILES), "set-user-id-program"
     ),
     "new privileges": Twins(_weak("no_new_privs", "seccomp", "landlock"), "no-new-privs"),
     "a descriptor left open": Twins(_weak(edits=(cages.open_descriptor,)), "inherited-descriptors"),
