@@ -116,17 +116,18 @@ def clone3_user_namespace(promise: Promise) -> str:
 
 @attempt("namespaces", "join another process's namespace")
 def join_namespace(promise: Promise) -> str:
-    why: OSError = OSError(errno.ENOENT, "pid 1 shares all of them")
-    for kind in ("mnt", "net", "uts", "ipc", "cgroup", "pid"):
-        try:
-            if os.readlink(f"/proc/1/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}"):
+    why = OSError(errno.ENOENT, "only processes in the cage's own namespaces are there")
+    for name in ["1", *(name for name in os.listdir("/proc") if name.isdigit())]:
+        for kind in ("mnt", "net", "uts", "ipc", "cgroup", "pid"):
+            try:
+                if os.readlink(f"/proc/{name}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}"):
+                    continue
+                fd = os.open(f"/proc/{name}/ns/{kind}", os.O_RDONLY)
+                syscall("setns", fd, 0)
+            except OSError as error:
+                why = error
                 continue
-            fd = os.open(f"/proc/1/ns/{kind}", os.O_RDONLY)
-            syscall("setns", fd, 0)
-        except OSError as error:
-            why = error
-            continue
-        return f"the {kind} namespace of pid 1"
+            return f"the {kind} namespace of process {name}"
     raise why
 
 
@@ -235,33 +236,51 @@ def x32_call(promise: Promise) -> str:
 # --- terminals -----------------------------------------------------------------------------------------------
 
 
-def _controlling_terminal() -> int:
-    """Standard input as the controlling terminal of a new session, as far as the kernel allows."""
+def _need_terminal() -> None:
     if not os.isatty(0):
-        raise Held("standard input is no terminal")
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    return 0
+        raise RuntimeError("standard input is no terminal: nothing to attack")
+
+
+def _type(request: int) -> str:
+    """Take the terminal over as the leader of a new session, as far as the kernel allows, and type into it."""
+    _need_terminal()
+    read, write = os.pipe()
+    pid = os.fork()  # the caller leads its process group, and a leader can make no session
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        code = 0
+        try:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            try:
+                syscall("ioctl", 0, request, b"#")
+            finally:
+                fcntl.ioctl(0, termios.TIOCNOTTY, 0)  # or the leader's end would hang the terminal up
+        except OSError as error:
+            code = error.errno or 255
+        os.write(write, bytes([code]))
+        os._exit(0)
+    os.close(write)
+    code = os.read(read, 1)[0]
+    os.waitpid(pid, 0)
+    if code:
+        raise OSError(code, os.strerror(code))
+    return "a character was typed"
 
 
 @attempt("seccomp", "type into the operator's terminal", name="terminal-input")
 def terminal_input(promise: Promise) -> str:
-    fd = _controlling_terminal()
-    syscall("ioctl", fd, termios.TIOCSTI, b"#")
-    return "a character was typed"
+    return _type(termios.TIOCSTI)
 
 
 @attempt("seccomp", "the same with a number that only a 64-bit comparison tells apart", name="terminal-input-64")
 def terminal_input_64(promise: Promise) -> str:
-    fd = _controlling_terminal()
-    syscall("ioctl", fd, termios.TIOCSTI + (1 << 32), b"#")
-    return "a character was typed"
+    return _type(termios.TIOCSTI + (1 << 32))
 
 
 def _terminal(name: str, title: str, request: int, argument: bytes) -> None:
     def run(promise: Promise) -> str:
-        if not os.isatty(0):
-            raise Held("standard input is no terminal")
+        _need_terminal()
         try:
             syscall("ioctl", 0, request, argument)
         except OSError as error:

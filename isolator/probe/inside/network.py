@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from pathlib import Path
 
 from .kit import Held, Promise, attempt
 
@@ -115,7 +116,10 @@ def ping(promise: Promise) -> str:
 
 @attempt("network", "speak to the broker directly, past the rules")
 def broker_port(promise: Promise) -> str:
-    return _connect(socket.AF_INET, ("127.0.0.1", _BROKER_PORT))
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_SECONDS)
+        sock.connect(("127.0.0.1", _BROKER_PORT))
+    return "it accepted"
 
 
 @attempt("seccomp", "change the firewall rules of its network")
@@ -146,9 +150,10 @@ def _message(kind: int, body: bytes, number: int) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, flags if number == 2 else 1, number, 0) + body
 
 
-@attempt("network", "listen where the host's network would come in")
+@attempt("network", "find a way out beside the loopback device")
 def other_interfaces(promise: Promise) -> str:
-    names = [name for _, name in socket.if_nameindex()]
+    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
+    names = [line.partition(":")[0].strip() for line in lines]
     if names != ["lo"]:
         return f"interfaces {', '.join(names)}"
     raise Held("there is only lo")
