@@ -159,22 +159,25 @@ async def _broker(
 ) -> AsyncIterator[None]:
     import subprocess
 
+    from isolator.egress.hardening import filter_file
     from isolator.layers.user import UidLease
     from isolator.services import service_command
 
     lease = UidLease(config.uid_range)
     mine, theirs = pair()
     audit, audit_theirs = pair()
+    program = filter_file(paths.cache)
     try:
-        command = service_command("isolator.egress.service", lease.uid, lease.uid,
-                                  {"channel": theirs.fileno(), "audit": audit_theirs.fileno()})  # fmt: skip
+        inherited = {"channel": theirs.fileno(), "audit": audit_theirs.fileno(), "filter": program}
+        command = service_command("isolator.egress.service", lease.uid, lease.uid, inherited)
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno(), audit_theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/",
+            command, pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}, start_new_session=True,
         )  # fmt: skip
     finally:
         theirs.close()
         audit_theirs.close()
+        os.close(program)
     reader = _Reader(audit, records)
     channel = Channel(mine, handlers, name="broker")
     try:

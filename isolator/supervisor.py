@@ -26,6 +26,7 @@ import isolator
 from isolator import recovery
 from isolator.audit.client import AuditClient
 from isolator.denials import Denials
+from isolator.egress.hardening import filter_file
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
 from isolator.ipc import Channel, Handler, Message, pair
 from isolator.journal import Entry, Journal
@@ -229,7 +230,7 @@ class Supervisor:
             spec = ServiceSpec(name, module, *users[name], ops)
             service = Service(
                 spec, self.tools.subtree, self.tools.journal, on_up=up, log=self._log,
-                inherit=(dict if name == "audit" else functools.partial(self._inherit_audit, name)),
+                inherit=(dict if name == "audit" else functools.partial(self._inherit, name)),
             )  # fmt: skip
             self._services[name] = service
             await service.start()
@@ -239,8 +240,9 @@ class Supervisor:
     def _hello(self) -> dict[str, Any]:
         return {"root": str(self.paths.root), "config": self.config.model_dump(mode="json")}
 
-    def _inherit_audit(self, source: str) -> dict[str, int]:
-        return {"audit": self._audit_end(source)}
+    def _inherit(self, source: str) -> dict[str, int]:
+        inherited = {"audit": self._audit_end(source)}
+        return inherited | {"filter": filter_file(self.paths.cache)} if source == "broker" else inherited
 
     def _audit_end(self, source: str) -> int:
         """The sending end of a new source socket; the other end goes to the audit process."""

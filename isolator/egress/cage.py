@@ -85,7 +85,9 @@ class Cage:
         self._pool = VirtualPool(self._rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._repeats = Repeats(self._write, self._loop.time)
-        self._names = NameServer(self._rules, self._pool, self._resolver, self.blocked, self._query)
+        self._names = NameServer(
+            self._rules, self._pool, self._resolver, self.blocked, self._query, self._shared.unrecordable
+        )
         self._listeners: list[socket.socket] = []
         self._nflog: socket.socket | None = None
         self._fetch = fetch

@@ -41,6 +41,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from isolator.audit.client import AuditClient
+from isolator.egress.hardening import filter_file
 from isolator.ipc import Channel, Message, pair
 from isolator.layers import network
 from isolator.linux import netns
@@ -362,7 +363,8 @@ class BrokerProcess:
         """Start it in the host namespace, without any privilege; ``off`` names checks it runs without (weakened.py)."""
         ours, theirs = pair()
         audit, audit_theirs = pair()
-        fds = (theirs.fileno(), audit_theirs.fileno())
+        program = filter_file(world.directory / "cache")
+        fds = (theirs.fileno(), audit_theirs.fileno(), program)
         process = await asyncio.create_subprocess_exec(
             "nsenter", f"--net=/proc/{os.getpid()}/fd/{world.host_fd}",
             "unshare", "--mount", "sh", "-c",
@@ -370,11 +372,12 @@ class BrokerProcess:
             "setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups",
             "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
             *world.python("weakened" if off else "isolator.egress.service", *off,
-                          "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1])),
+                          "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1]), "--filter-fd", str(program)),
             pass_fds=fds,
         )  # fmt: skip
         theirs.close()
         audit_theirs.close()
+        os.close(program)
         channel = Channel(ours, name="broker")
         broker = cls(world, process, channel, audit)
         channel.handle("cage.sockets", broker._sockets)
@@ -390,6 +393,19 @@ class BrokerProcess:
                 if self.acknowledge:
                     self.audit.send(json.dumps({"acked": len(self.records)}).encode())
             asyncio.get_running_loop().remove_reader(self.audit)
+
+    async def new_audit(self) -> None:
+        """Replace the audit process, as the supervisor does when it died; its records are counted afresh."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.audit)
+        self.audit.close()
+        self.records.clear()
+        self.acknowledge = True
+        self.audit, theirs = pair()
+        self.audit.setblocking(False)
+        loop.add_reader(self.audit, self._record)
+        await self.channel.call("audit.source", fds=[theirs.fileno()], timeout=5)
+        theirs.close()
 
     async def _sockets(self, message: Message) -> Message:
         """The supervisor's part of a connection that comes in."""
