@@ -50,6 +50,8 @@ from isolator.policy.model import NetworkPolicy
 WEB, OTHER, THIRD = "93.184.216.34", "1.2.3.4", "5.6.7.8"
 WEB6 = "2606:2800:220:1::34"
 METADATA, PRIVATE = "169.254.169.254", "10.9.9.9"
+INSIDE6 = ("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "fd00::1")
+"""Addresses that must not be reached, and are there to be reached: else nobody could tell why they are not."""
 HOST, GATEWAY = "45.0.0.2", "45.0.0.1"
 HOST6, GATEWAY6 = "2a00:1::2", "2a00:1::1"
 BROKER_UID, CLIENT_UID = 64901, 64902
@@ -197,6 +199,14 @@ class _Banner(socketserver.BaseRequestHandler):
         self.request.sendall(b"got " + self.request.recv(1000))
 
 
+class _Database(socketserver.BaseRequestHandler):
+    """Answers whatever it is asked."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"row: secret")
+
+
 class Internet:
     """The far side of the veth, with its servers."""
 
@@ -216,6 +226,7 @@ class Internet:
                 Server(self.bound(family, 7), _Echo),
                 Server(self.bound(family, 25), _Banner),
                 Server(self.bound(family, 8080), _Http),
+                Server(self.bound(family, 853), _Http, context),
             ]
         self.dns.records.update(
             {
@@ -227,6 +238,7 @@ class Internet:
                 "private.example.com": [PRIVATE],
                 "mixed.example.com": [PRIVATE, WEB],
                 "host.example.com": [HOST],
+                "loopback.example.com": ["127.0.0.1"],
                 "gateway.example.com": [GATEWAY],
                 "alias.example.com": ["target.example.net"],
                 "target.example.net": [WEB],
@@ -239,8 +251,17 @@ class Internet:
             }
         )
 
-    def bound(self, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-        """A listening or bound socket inside the internet namespace."""
+    def serve_host(self, host_fd: int) -> None:
+        """What the host itself serves and no cage may reach: a web server, and a database on its loopback."""
+        self.servers += [
+            Server(self.bound("0.0.0.0", 80, fd=host_fd), _Http),
+            Server(self.bound("127.0.0.1", 5432, fd=host_fd), _Database),
+        ]
+
+    def bound(
+        self, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM, *, fd: int | None = None
+    ) -> socket.socket:
+        """A listening or bound socket inside the internet namespace, or that of ``fd``."""
 
         def make() -> socket.socket:
             sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
@@ -252,7 +273,7 @@ class Internet:
                 sock.listen(256)
             return sock
 
-        return netns.in_network(self.fd, make)
+        return netns.in_network(self.fd if fd is None else fd, make)
 
     def stop(self) -> None:
         """Close servers and namespace."""
@@ -334,10 +355,12 @@ def world() -> Iterator[World]:
         run_in(internet.fd, "ip", "link", "set", "down0", "up")
         for address in (WEB, OTHER, METADATA, PRIVATE):
             run_in(internet.fd, "ip", "addr", "add", f"{address}/32", "dev", "lo")
-        run_in(internet.fd, "ip", "-6", "addr", "add", f"{WEB6}/128", "dev", "lo", "nodad")
+        for address in (WEB6, *INSIDE6):
+            run_in(internet.fd, "ip", "-6", "addr", "add", f"{address}/128", "dev", "lo", "nodad")
         run_in(host_fd, "ip", "route", "add", "default", "via", GATEWAY)
         run_in(host_fd, "ip", "-6", "route", "add", "default", "via", GATEWAY6)
         internet.start()
+        internet.serve_host(host_fd)
         yield World(directory, internet, host_fd)
     finally:
         with contextlib.suppress(AttributeError):
