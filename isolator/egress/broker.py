@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from isolator.ipc import Channel, Message
 from isolator.policy.model import NetworkPolicy
 
 SOCKETS = 5
+HANDING_OVER = 2.0
 
 
 class Broker:
@@ -59,6 +61,9 @@ class Broker:
     async def detach(self, message: Message) -> dict[str, object]:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
         await self._drop(str(message.fields["run"]))
+        with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
+            async with asyncio.timeout(HANDING_OVER):
+                await self.audit.handed_over()
         return {}
 
     async def audit_source(self, message: Message) -> dict[str, object]:

@@ -410,12 +410,18 @@ class BrokerProcess:
         return broker
 
     def _record(self) -> None:
+        """Read what is there; off the loop at the end of the stream."""
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
                 if self.acknowledge:
                     self.audit.send(json.dumps({"acked": len(self.records)}).encode())
             asyncio.get_running_loop().remove_reader(self.audit)
+
+    async def detach(self, run: str) -> None:
+        """End a run; what the broker had to say about it, which it sends before it answers, has been read then."""
+        await self.channel.call("cage.detach", run=run, timeout=5)
+        self._record()
 
     async def new_audit(self) -> None:
         """Replace the audit process, as the supervisor does when it died; its records are counted afresh."""
