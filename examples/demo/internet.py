@@ -206,7 +206,9 @@ class Internet:
 
         issue(self.directory, "hooks.slack.com")
         command = ["unshare", "-n", sys.executable, "-I", __file__, "serve", str(self.directory)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         try:
             self._connect()
         except BaseException:

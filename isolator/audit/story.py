@@ -47,21 +47,21 @@ def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
     return sorted(found, key=lambda pair: pair[1].seq)
 
 
-def tell(event_id: str, records: list[Record]) -> Iterator[str]:
-    """The lines of the story; times are milliseconds since the first record."""
+def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[str]:
+    """The lines of the story, ``width`` columns at most; times are milliseconds since the first record."""
     begin = _moment(records[0])
     plugins = sorted({r.plugin for r in records if r.plugin})
-    yield _fit(f"{printable(event_id)}  {records[0].time[:19].replace('T', ' ')}Z  {_summary(records)}")
+    yield _fit(f"{printable(event_id)}  {records[0].time[:19].replace('T', ' ')}Z  {_summary(records)}", width)
     several = len(plugins) > 1
     if plugins and not several:
-        yield _fit(f"plugin {printable(plugins[0])}")
+        yield _fit(f"plugin {printable(plugins[0])}", width)
     for record in records:
         elapsed = (_moment(record) - begin) * 1000
         what = record.type.replace("event.", "", 1)
         who = f"{printable(record.plugin or '')}: " if several and record.plugin else ""
         shared = "  (one of several events in flight)" if record.event_id is None and event_id in record.events else ""
         text = f"{who}{printable(what):<{0 if who else 15}}{_details(record)}{shared}"
-        yield from _wrap(f"{elapsed:+9.1f}", text)
+        yield from _wrap(f"{elapsed:+9.1f}", text, width)
 
 
 def _moment(record: Record) -> float:
@@ -92,18 +92,18 @@ def _details(record: Record) -> str:
     return "".join(f" {part}" for part in parts)
 
 
-def _wrap(lead: str, text: str) -> Iterator[str]:
-    width, words = WIDTH - _LEAD, text.split(" ")
+def _wrap(lead: str, text: str, columns: int) -> Iterator[str]:
+    width, words = columns - _LEAD, text.split(" ")
     line = words[0]
     for word in words[1:]:
         if len(line) + 1 + len(word) > width:
-            yield _fit(f"{lead} {line}")
+            yield _fit(f"{lead} {line}", columns)
             lead, line = " " * len(lead), f"  {word}"
         else:
             line += f" {word}"
-    yield _fit(f"{lead} {line}")
+    yield _fit(f"{lead} {line}", columns)
 
 
-def _fit(line: str) -> str:
+def _fit(line: str, width: int) -> str:
     line = line.rstrip()
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+    return line if len(line) <= width else f"{line[: width - 3]}..."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,7 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
         records = [json.loads(line) for line, _ in found]
         click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
         return
-    for text in tell(event_id, [record for _, record in found]):
+    for text in tell(event_id, [record for _, record in found], _width()):
         click.echo(text)
 
 
@@ -158,12 +160,18 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
     if as_json:
         click.echo(json.dumps(_as_json(report), indent=2))
     elif not report.misfits:
-        click.echo(_good(report))
+        for paragraph in _good(report).splitlines():
+            click.echo(textwrap.fill(paragraph, _width(), break_long_words=False, break_on_hyphens=False))
     if report.misfits:
         if as_json:
             sys.exit(1)
         more = f" (and {report.misfit_count - 1} more places; --json lists them)" if report.misfit_count > 1 else ""
         raise IsolatorError("audit trail", f"does not fit together at {report.misfits[0]}{more}")
+
+
+def _width() -> int:
+    """The terminal's columns (or those of COLUMNS), at most 80."""
+    return max(40, min(80, shutil.get_terminal_size().columns))
 
 
 def _good(report: Report) -> str:
@@ -173,7 +181,7 @@ def _good(report: Report) -> str:
         return f"The trail is empty ({files})."
     text = (
         f"The trail fits together: {report.records:,} records in {files}, from {report.first} "
-        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {report.seals} seals."
+        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {report.seals} seal{'' if report.seals == 1 else 's'}."
     )
     if report.retired:
         text += f" Records 1 to {report.retired} were retired by retention, under seal."
