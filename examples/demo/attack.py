@@ -218,13 +218,14 @@ def judge(demo: Demo, results: list[Result], arrived: dict[str, int]) -> None:
     demo.promise(
         "Each is stopped by its own layer",
         not other,
-        "each by the layers expected, with their records" if not other else f"not as expected: {', '.join(other)}",
+        f"all {len(results)} by those expected, on record" if not other else f"not as expected: {', '.join(other)}",
     )
     questions = [contact.body["name"] for contact in demo.net.of("dns") if contact.body["name"] != "hooks.slack.com"]
     demo.promise(
         "The far side sees nothing of it",
         not any(arrived.values()) and not questions,
-        "contacts: " + ", ".join(f"{kind} {count}" for kind, count in arrived.items()) + f", DNS {len(questions)}",
+        f"{sum(arrived.values())} contacts, {len(questions)} foreign DNS questions"
+        + "".join(f"; {kind}: {count}" for kind, count in arrived.items() if count),
     )
     kept, seconds = next(result.kept for result in results if LOG in result.attempt.by)
     demo.promise(
@@ -236,7 +237,7 @@ def judge(demo: Demo, results: list[Result], arrived: dict[str, int]) -> None:
     crashed = demo.trail.kinds("plugin.crashed", HOSTILE)
     again = restarted(demo, crashed[-1]) if crashed else None
     demo.promise(
-        "Who is ended says why, and returns",
+        "What is ended says why, returns",
         not crashed or (again is not None and len(crashed) == len(ends)),
         f"{', '.join(ends)}; started again" if again else "it was never ended" if not crashed else "not started again",
     )

@@ -108,7 +108,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[
 def promises(found: Sequence[Promise]) -> bool:
     """Print the last table; true if all of them held."""
     rows = [(promise.text, "yes" if promise.held else "NO", promise.evidence) for promise in found]
-    table(("promise", "held", "evidence"), rows, (31, 4, 39))
+    table(("promise", "held", "evidence"), rows, (33, 4, 38))
     broken = sum(not promise.held for promise in found)
     blank()
     _print(f"{len(found) - broken} of {len(found)} promises held" + ("." if not broken else f"; {broken} DID NOT."))

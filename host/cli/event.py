@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
@@ -175,4 +176,13 @@ def _show(row: dict[str, Any]) -> None:
     for delivery in deliveries:
         if delivery["reply"]:
             who = f"{delivery['plugin']} replied " if len(deliveries) > 1 else "reply "
-            paragraph(safe(delivery["reply"]), who)
+            paragraph(safe(_result(delivery["reply"])), who)
+
+
+def _result(reply: str) -> str:
+    """What a reply says, without the JSON-RPC around it; anything else as it is."""
+    try:
+        message = json.loads(reply)
+    except ValueError:
+        return reply
+    return json.dumps(message["result"]) if isinstance(message, dict) and "result" in message else reply

@@ -179,9 +179,10 @@ def _good(report: Report) -> str:
     files = "1 file" if report.files == 1 else f"{report.files} files"
     if not report.records:
         return f"The trail is empty ({files})."
+    seals = "1 seal" if report.seals == 1 else f"{report.seals} seals"
     text = (
         f"The trail fits together: {report.records:,} records in {files}, from {report.first} "
-        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {report.seals} seal{'' if report.seals == 1 else 's'}."
+        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {seals}."
     )
     if report.retired:
         text += f" Records 1 to {report.retired} were retired by retention, under seal."
