@@ -99,6 +99,7 @@ class _Connection(LineProtocol):
         self._server = server
         self._caller: Caller | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._no_more = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -132,8 +133,15 @@ class _Connection(LineProtocol):
     def too_long(self) -> None:
         self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
 
+    def eof_received(self) -> bool:
+        # Half-closed (``printf … | nc -N``): what was asked is still answered.
+        self._no_more = True
+        return bool(self._tasks)
+
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if self._no_more and not self._tasks:
+            self.close()
         if len(self._tasks) == IN_FLIGHT - 1 and self.transport is not None:
             self.transport.resume_reading()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from host import manifest as manifests
@@ -90,6 +91,7 @@ class Methods:
             raise
         finally:
             answer.close()
+        self._check_hooks(manifest.core.hooks, token)
         self._staged[token] = manifest
         caller.on_close.append(lambda: self._abandon(token))
         missing = [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in checked]
@@ -103,6 +105,19 @@ class Methods:
             "secrets_given": sorted(spec.key for spec, _ in checked.values() if spec.secret),
             "mode": manifest.transport.mode,
         }
+
+    def _check_hooks(self, hooks: Sequence[str], token: str) -> None:
+        """A hook that no event has would never be called: a typing mistake, or a platform that is not there yet."""
+        known = sorted({event.name for event in self._host.catalogue})
+        for hook in hooks:
+            if self._host.catalogue.get(self._host.catalogue.canonical(hook)) is None:
+                self._host.supervisor.notify("plugin.discard", token=token)
+                near = difflib.get_close_matches(hook, known, 1)
+                raise UsageError(
+                    f"hook {hook!r}",
+                    f"no such event; did you mean {near[0]!r}?" if near else "no such event",
+                    f"known: {', '.join(known)}",
+                )
 
     async def plugin_commit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Register what was staged, with its config."""

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import pwd
 import random
 import secrets
 import socket
@@ -23,17 +22,15 @@ import stat
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isolator import store as plugin_store
 from isolator.errors import ConfinementError, DeniedError, IsolatorError, UnavailableError
 from isolator.layers import network as network_layer
-from isolator.layers.base import Bind, CageSpec
 from isolator.layers.netns import Network
-from isolator.linux import mount
 from isolator.linux.files import openat2
 from isolator.linux.inotify import IN_CREATE, IN_MOVED_TO, Inotify
+from isolator.plugin_cage import SOCKET, Environment, plugin_spec
 from isolator.sandbox import End, Sandbox, Stdio, Tools
 from isolator.state import State
 
@@ -43,19 +40,8 @@ if TYPE_CHECKING:
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
 
-SOCKET = "plugin.sock"
 SOCKET_SECONDS = 10.0
 """A sidecar whose socket is not there this long after its start has failed to start."""
-
-PATH = "/usr/local/bin:/usr/bin:/bin"
-
-
-@dataclass
-class Environment:
-    """What the host says a run gets: its config as variables and secret files."""
-
-    env: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
 
 
 class Surroundings(Protocol):
@@ -291,7 +277,8 @@ class Plugin:
         network: Network | None = None
         try:
             environment = await around.environment(self.name)
-            spec = self._spec(run_id, environment, owned)
+            state = State(around.paths.state, self.name, around.tools.journal)
+            spec = plugin_spec(self.registration, effective, self.argv, around.paths, run_id, environment, state, owned)
             network = Network(await prepared)
             await around.attach_network(run_id, self.name, network.network, effective.network)
             pipes, writers = _log_pipes()
@@ -313,58 +300,6 @@ class Plugin:
             raise
         finally:
             _close(owned)
-
-    def _spec(self, run_id: str, environment: Environment, owned: list[int]) -> CageSpec:
-        registration, effective, paths = self.registration, self.effective, self._around.paths
-        assert effective is not None
-        uid, gid = registration.uid, pwd.getpwuid(registration.uid).pw_gid
-        store = plugin_store.Store(paths.plugins)
-        binds: list[Bind] = []
-
-        def bind(target: str, fd: int, *, writable: bool = False) -> None:
-            owned.append(fd)
-            binds.append(Bind(target, fd, writable=writable, executable=not writable))
-
-        bind("/plugin", os.open(store.folder(registration), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        argv = list(self.argv)
-        if registration.kind == "binary":
-            fd = plugin_store.open_binary(Path(registration.binary_path))
-            found = plugin_store.hash_descriptor(fd)
-            bind(f"/run/isolator/bin/{Path(registration.binary_path).name}", fd)
-            if found != registration.binary_sha256:
-                raise DeniedError(
-                    registration.binary_path, "has changed since it was approved",
-                    f"isolator plugin approve {self.name}, if you trust the new one",
-                )  # fmt: skip
-        for path in effective.filesystem.read:
-            bind(path, open_read_path(path))
-        bind(
-            "/run/isolator/host", os.open(host_api_folder(paths, self.name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        )
-        if effective.filesystem.state:
-            state = State(paths.state, self.name, self._around.tools.journal)
-            fs = effective.filesystem
-            bind("/state", state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=gid), writable=True)
-        options = {"size": "64k", "nr_inodes": "16", "mode": "0700", "uid": str(uid), "gid": str(gid)}
-        attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
-        directory = mount.new_filesystem("tmpfs", options, attributes=attributes)
-        owned.append(directory)
-        return CageSpec(
-            name=self.name,
-            run=run_id,
-            uid=uid,
-            gid=gid,
-            user=registration.user,
-            policy=effective,
-            paths=paths,
-            argv=argv,
-            env=sidecar_environment(self.name, effective, environment),
-            cwd="/plugin",
-            hostname=self.name[:63],
-            binds=binds,
-            mounts={"/run/isolator/plugin": directory},
-            files=environment.files,
-        )
 
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
@@ -516,42 +451,6 @@ def _log_pipes() -> tuple[list[int], list[int]]:
         os.set_blocking(read, False)
         readers.append(read)
     return readers, writers
-
-
-def open_read_path(path: str) -> int:
-    """An O_PATH descriptor of a path that a policy lets a plugin read; no component may be a link."""
-    from isolator.linux.files import open_nofollow
-
-    try:
-        return open_nofollow(path)
-    except OSError as error:
-        why = "a component is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise ConfinementError(f"read path {path}", why or "", "name the real path in the policy") from None
-
-
-def host_api_folder(paths: Paths, name: str) -> Path:
-    """The folder on the host side that holds a plugin's host-API socket; bound whole, so it survives the host."""
-    folder = paths.run / "hostapi" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)
-    return folder
-
-
-def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environment) -> dict[str, str]:
-    """Everything a sidecar finds in its environment (protocol.md): nothing is inherited."""
-    state = "/state" if policy.filesystem.state else ""
-    return {
-        **environment.env,
-        "PATH": PATH,
-        "HOME": state or "/tmp",
-        "LANG": "C.UTF-8",
-        "TZ": os.environ.get("TZ", "UTC"),
-        "TMPDIR": "/tmp",
-        "PLUGIN_NAME": name,
-        "PLUGIN_SOCKET": f"/run/isolator/plugin/{SOCKET}",
-        "PLUGIN_HOST_SOCKET": "/run/isolator/host/host.sock",
-        **({"PLUGIN_STATE_DIR": state} if state else {}),
-    }
 
 
 def _close(fds: list[int]) -> None:

@@ -32,6 +32,8 @@ def find(paths: Paths, journal: Journal) -> list[Leftover]:
     found: list[Leftover] = []
     seen: set[str] = set()
     for entry in journal.open.values():
+        if entry.kind == "subtree":
+            continue
         if entry.kind == "mount":
             found.append(Leftover("mount", entry.folders[0]))
         else:
@@ -62,7 +64,7 @@ def clear(paths: Paths, journal: Journal) -> list[Leftover]:
     for leaf in leaves:
         leaf.remove()
     for entry in list(journal.open.values()):
-        if entry.kind == "leaf":
+        if entry.kind in ("leaf", "subtree"):
             journal.gone(entry.name)
     for place in mounts_below(paths.state):
         with contextlib.suppress(OSError):

@@ -47,6 +47,10 @@ class Registrar:
         self._store = Store(paths.plugins)
         self._staged: dict[str, tuple[Staged, Proposal]] = {}
 
+    def forget_staged(self) -> None:
+        """Remove what an earlier daemon of this root had staged."""
+        self._store.clear_staged()
+
     def names(self) -> list[str]:
         """Every registered name."""
         return self._store.names()

@@ -75,7 +75,10 @@ class Store:
         self._base = base
         base.mkdir(parents=True, exist_ok=True)
         base.chmod(0o755)
-        for leftover in base.glob(".staging-*"):
+
+    def clear_staged(self) -> None:
+        """Remove every staged folder: for a daemon that starts, as others use the same store at the same time."""
+        for leftover in self._base.glob(".staging-*"):
             shutil.rmtree(leftover)
 
     def names(self) -> list[str]:
@@ -128,12 +131,13 @@ class Store:
         try:
             digest = _Copy(str(path)).folder(source, target)
             manifest = _read_manifest(target, path)
+            name = _name_in(manifest, path)
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
             raise
         finally:
             os.close(source)
-        return Staged(token, _name_in(manifest, path), digest, target, manifest, synthesised=False)
+        return Staged(token, name, digest, target, manifest, synthesised=False)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
         """Register a binary by path: pinned when it stays where it is, copied when it lies in ``files``.

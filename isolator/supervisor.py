@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import platform
+import shutil
 import socket
 import sys
 import time
@@ -33,8 +34,9 @@ from isolator.layers import network as network_layer
 from isolator.layers.cgroup import open_subtree
 from isolator.layers.user import add_service_user
 from isolator.ledger import ledger, missing
-from isolator.lifecycle import Environment, Plugin, host_api_folder
+from isolator.lifecycle import Plugin
 from isolator.paths import Paths
+from isolator.plugin_cage import Environment, host_api_folder
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.model import NetworkPolicy
 from isolator.registrar import Registrar
@@ -74,6 +76,7 @@ class Supervisor:
         if lacking:
             first = lacking[0]
             raise IsolatorError(f"this host cannot enforce {first.name}", first.reason, first.remedy)
+        _check_reachable(self.paths)
         try:
             await self._start()
         except BaseException:
@@ -96,6 +99,7 @@ class Supervisor:
             folder.chmod(0o755)
         paths.state.chmod(0o700)
         journal = Journal(paths.journal)
+        stack.callback(self._remove_run_folder)
         stack.callback(journal.close)
         cleared = recovery.clear(paths, journal)
         for left in cleared:
@@ -112,6 +116,7 @@ class Supervisor:
         self.audit = AuditClient(None)
         stack.callback(self.audit.close)
         self.registrar = Registrar(paths, self.config)
+        self.registrar.forget_staged()
         self._load_plugins()
         await self._start_services()
         self.audit.record(
@@ -147,13 +152,12 @@ class Supervisor:
                     await self.audit.settled()
             await self._services["audit"].stop()
         await self._stack.aclose()
+
+    def _remove_run_folder(self) -> None:
         self.paths.control_socket.unlink(missing_ok=True)
-        for folder in (self.paths.run / "hostapi", self.paths.run):
-            for child in folder.glob("*/host.sock") if folder.exists() else ():
-                child.unlink()
-                child.parent.rmdir()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(self.paths.run / "hostapi", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.paths.run.rmdir()
 
     def _close_launcher(self) -> None:
         self.tools.launcher.close()  # whichever it is by then
@@ -541,6 +545,16 @@ class Supervisor:
             leaf = plugin.run.sandbox.leaf
             figures = snapshot(leaf.folders(), leaf.processes())
             self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **figures)
+
+
+def _check_reachable(paths: Paths) -> None:
+    """The unprivileged processes must be able to walk to their folders."""
+    for folder in (*reversed(paths.root.parents), paths.root):
+        if folder.exists() and not folder.stat().st_mode & 0o001:
+            raise IsolatorError(
+                f"root {paths.root}", f"the daemon's unprivileged processes cannot enter {folder}",
+                f"chmod o+x {folder}, or choose a --root elsewhere",
+            )  # fmt: skip
 
 
 def _listen(path: Any, *, mode: int, owner: int, backlog: int) -> socket.socket:

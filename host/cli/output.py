@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -63,10 +64,11 @@ def safe(value: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def ago(seconds: float | None) -> str:
-    """How long a moment (Unix seconds) is past: ``4s``, ``12m``, ``3h``, ``5d``."""
-    if not seconds:
+def ago(moment: float | str | None) -> str:
+    """How long a moment (Unix seconds, or an ISO time as in the trail) is past: ``4s``, ``12m``, ``3h``, ``5d``."""
+    if not moment:
         return "-"
+    seconds = datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else moment
     return duration(time.time() - seconds)
 
 

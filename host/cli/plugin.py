@@ -158,7 +158,9 @@ def _show_proposal(proposal: Mapping[str, Any]) -> None:
         cells = [line["field"], line["requested"], line["granted"], line["effective"], line["verdict"], source]
         if narrow:
             # Of a name there is all or nothing, and what was granted stands in the policy at the line that is named.
-            effect = "yes" if line["field"] in _NAMES and line["effective"] == line["requested"] else line["effective"]
+            effect = line["effective"]
+            if line["field"] in _NAMES and effect == line["requested"] != "none":
+                effect = "yes"
             cells[2:4] = [effect]
         rows.append(cells)
     table(["item", "requested", *([] if narrow else ["granted"]), "effective", "verdict", "from"], rows)

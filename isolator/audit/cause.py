@@ -23,8 +23,11 @@ _LINGER_NS = 30 * 10**9
 _MAX_OPEN_NS = 3600 * 10**9
 _MAX_WINDOWS = 4096
 """Per plugin; far above what can be in flight, so a confused host cannot fill the memory."""
-_MAX_FLOWS = 65536
+_MAX_FLOWS = 16384
 _FOREVER = 1 << 62
+
+_Causes = tuple[tuple[str, str | None], ...]
+"""Events and their deliveries."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Causes:
 
     def __init__(self) -> None:
         self._windows: dict[str, list[Window]] = {}
-        self._flows: OrderedDict[tuple[str | None, str], list[tuple[str, str | None]]] = OrderedDict()
+        self._flows: OrderedDict[tuple[str | None, str], _Causes] = OrderedDict()
 
     def observe(self, record: Incoming, now: int) -> None:
         """Take note of ``event.dispatched`` and ``event.response``; ``now`` stands in for a missing time."""
@@ -90,12 +93,12 @@ class Causes:
                 "delivery_ids": [delivery for _, delivery in causes],
             }
 
-    def _open_between(self, plugin: str, run: str | None, began: int, at: int) -> list[tuple[str, str | None]]:
-        return [
+    def _open_between(self, plugin: str, run: str | None, began: int, at: int) -> _Causes:
+        return tuple(
             (window.event_id, window.delivery_id)
             for window in self._windows.get(plugin, ())
             if window.start <= at and began <= window.end and (run is None or window.run is None or run == window.run)
-        ]
+        )
 
     @staticmethod
     def _finish(windows: list[Window], event_id: str, delivery_id: str | None, at: int) -> None:

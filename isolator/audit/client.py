@@ -28,6 +28,9 @@ MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
 _RETRY = 0.01
 
+AWAY = "the audit process is not there"
+"""Why nothing can be written between two writers."""
+
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).encode
 
 
@@ -40,7 +43,7 @@ class AuditClient:
     """Sends records to the audit process. ``record`` never blocks and never fails."""
 
     def __init__(self, sock: socket.socket | None) -> None:
-        self.blocked: str | None = None
+        self.blocked: str | None = AWAY
         """Why the writer cannot write at the moment, else None."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
@@ -128,6 +131,7 @@ class AuditClient:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
+            self.blocked = AWAY
 
     def _line(
         self,

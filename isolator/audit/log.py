@@ -5,13 +5,14 @@ does the file work and is called from one worker thread, a commit at a time, so 
 
 A commit writes what has gathered since the last one, calls fdatasync once, and notes the new head. If any step fails
 nothing of the batch counts as written, whatever the kernel may have kept: after a failed fsync the page cache says
-"clean" for pages that never reached the disk. The next attempt opens the file anew, checks that it still ends in
-the last record known to be safe, cuts off what comes after and writes the whole batch again.
+"clean" for pages that never reached the disk. The next attempt checks that the file still holds the last record known
+to be safe, cuts off what comes after it and writes the whole batch again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -123,7 +124,7 @@ class Trail:
         self._log, self._lib, self._limits = log, lib, limits
         self._live = log / files.LIVE
         self._fd = self._head = -1
-        self._size, self._hash, self._first = 0, "", 1
+        self._size, self._hash, self._first, self._inode = 0, "", 1, 0
         self._todo: deque[Batch] = deque()
         self._full = self._suspect = False
         self._retired: list[tuple[int, list[Path]]] = []
@@ -134,7 +135,7 @@ class Trail:
         signer = load_signer(self._lib, self._log)
         self.notes += [{"count": 0, "why": why} for why in signer.notes]
         head = read_head(self._lib / HEAD_NAME)
-        self._head = os.open(self._lib / HEAD_NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._open_head()
         self._fd = self._open_live()
         state = recover(self._fd, self._log, head, self.notes)
         if state.newline_missing:
@@ -143,6 +144,7 @@ class Trail:
         sync_directory(self._log)
         self.seq, self._hash = state.seq, state.hash
         self._size, self._first = state.size, state.first
+        self._inode = os.fstat(self._fd).st_ino
         self._full = state.size >= self._limits.rotate_size
         self._retire()
         return state, signer
@@ -172,8 +174,10 @@ class Trail:
                 self._todo.popleft()
                 self.commits += 1
             self._note_head()
-        except OSError:
+        except OSError as error:
             self._suspect = True
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self.close()  # nothing of ours keeps a failing disk from being unmounted and repaired
             raise
         self._delete_retired()
 
@@ -184,17 +188,15 @@ class Trail:
     def _check(self) -> None:
         """Have the live file open, of the length we left it at, under its own name, with room for more."""
         if self._fd < 0:
-            self._fd = self._open_live()
+            self._take_up()
+        elif self._suspect:
+            self._check_tail()
+        self._suspect = False
         status, named = os.fstat(self._fd), self._named()
         if named is None or (named.st_ino, named.st_dev) != (status.st_ino, status.st_dev):
             self._restore_name(named is not None)
-        if self._suspect:
-            new = self._open_live()
-            os.close(self._fd)
-            self._fd = new
-            self._check_tail()
-            self._suspect = False
-        status = os.fstat(self._fd)
+            status = os.fstat(self._fd)
+        self._inode = status.st_ino
         if status.st_size != self._size:
             self._foreign_length(status.st_size)
         if self._full:
@@ -217,6 +219,12 @@ class Trail:
             os.fchmod(fd, 0o640)
         return fd
 
+    def _open_head(self) -> None:
+        head = os.open(self._lib / HEAD_NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        if self._head >= 0:
+            os.close(self._head)
+        self._head = head
+
     def _set_aside(self, path: Path) -> str:
         aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")
         os.rename(path, aside)
@@ -230,11 +238,30 @@ class Trail:
         os.ftruncate(self._fd, self._size)
         if not self._size:
             return
-        start = max(0, self._size - _CHECK_BYTES)
-        os.posix_fadvise(self._fd, start, 0, os.POSIX_FADV_DONTNEED)
-        line = os.pread(self._fd, self._size - start, start).rstrip(b"\n").rpartition(b"\n")[2]
-        if not own_hash_fits(line) or files.hash_of(line) != self._hash:
+        os.posix_fadvise(self._fd, max(0, self._size - _CHECK_BYTES), 0, os.POSIX_FADV_DONTNEED)
+        if not self._ends_as_written(self._fd):
             self.notes.append({"count": 1, "why": "after an I/O error the last record reads back changed"})
+
+    def _ends_as_written(self, fd: int) -> bool:
+        """Whether the last record that is known to be safe stands where we left it."""
+        start = max(0, self._size - _CHECK_BYTES)
+        line = os.pread(fd, self._size - start, start).rstrip(b"\n").rpartition(b"\n")[2]
+        return own_hash_fits(line) and files.hash_of(line) == self._hash
+
+    def _take_up(self) -> None:
+        """Open the live file again after a failure. It has to be the one that was left, perhaps on a disk that was
+        repaired and mounted again: a trail is not begun anew because its disk is away."""
+        if self._size:
+            fd = os.open(self._live, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.fstat(fd).st_ino != self._inode and not self._ends_as_written(fd):
+                    raise OSError(errno.ESTALE, f"another file has its name; put it back, or restart: {self._live}")
+            finally:
+                os.close(fd)
+        self._fd = self._open_live()
+        self._check_tail()
+        with contextlib.suppress(OSError):
+            self._open_head()
 
     def _restore_name(self, other: bool) -> None:
         """Somebody removed or replaced the live file; ours is still open, so all of it can be put back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,78 @@ from isolator.audit.record import Record
 from isolator.audit.text import printable, value_text
 
 WIDTH = 80
-_LEAD = 10
 _STARTS = ("plugin.started", "plugin.crashed", "plugin.failed", "plugin.stopped")
-# Which fields tell the story, in this order; everything else is for ``query``.
-_TELLING: dict[str, tuple[str, ...]] = {
-    "event.accepted": ("event", "subject", "bytes", "plugins", "by"),
-    "event.dispatched": ("attempt", "queued_us", "request_bytes"),
-    "event.response": ("outcome", "status", "latency_us", "detail", "response_bytes", "response"),
-    "event.dead": ("reason", "attempts"),
-    "plugin.started": ("reason", "pid", "uid"),
+_WHAT = 15
+
+
+def _endpoint(data: dict[str, Any]) -> str:
+    """``name (address:port)``, as far as known."""
+    address, port = data.get("address"), data.get("port")
+    place = value_text(str(address)) if address else ""
+    if ":" in place:
+        place = f"[{place}]"
+    if port is not None:
+        place += f":{value_text(port)}"
+    name = data.get("name")
+    return f"{value_text(name, 120)} ({place})" if name and place else value_text(name, 120) if name else place
+
+
+def _times(data: dict[str, Any]) -> str:
+    count = data.get("count")
+    return f", {count} times" if isinstance(count, int) and count > 1 else ""
+
+
+def _ms(data: dict[str, Any], field: str) -> str:
+    value = data.get(field)
+    return f"{value / 1000:.1f} ms" if isinstance(value, (int, float)) else ""
+
+
+def _listed(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _given(data: dict[str, Any], field: str, form: str = "{}", limit: int = 120) -> str:
+    value = data.get(field)
+    return "" if value is None else form.format(value_text(value, limit))
+
+
+_TELL: dict[str, Callable[[dict[str, Any]], str]] = {
+    "event.accepted": lambda d: _listed(
+        _given(d, "event"), _given(d, "subject"), _given(d, "bytes", "{} bytes"), _given(d, "by", "by {}")
+    ),
+    "event.dispatched": lambda d: _listed(
+        _given(d, "attempt", "attempt {}"),
+        _given(d, "request_bytes", "{} bytes"),
+        f"queued {_ms(d, 'queued_us')}" if _ms(d, "queued_us") else "",
+    ),
+    "event.response": lambda d: _listed(
+        _given(d, "outcome"),
+        _given(d, "status", "status {}") if d.get("status") != d.get("outcome") else "",
+        f"after {_ms(d, 'latency_us')}" if _ms(d, "latency_us") else "",
+        _given(d, "detail"),
+        _given(d, "response"),
+    ),
+    "event.dead": lambda d: _listed(_given(d, "reason"), _given(d, "attempts", "{} attempts")),
+    "plugin.started": lambda d: _listed(_given(d, "reason"), _given(d, "pid", "pid {}"), _given(d, "uid", "uid {}")),
+    "net.query": lambda d: f"{_given(d, 'type')} {_given(d, 'name')} {_given(d, 'verdict')}{_times(d)}",
+    "net.connect": lambda d: _endpoint(d) + _given(d, "rule", " by {}"),
+    "net.denied": lambda d: _endpoint(d) + _given(d, "rule", " by {}") + _times(d),
+    "net.closed": lambda d: _listed(
+        _endpoint(d),
+        _given(d, "sent", "{} bytes out"),
+        _given(d, "received", "{} in"),
+        _given(d, "duration_ms", "{} ms"),
+        _given(d, "reason"),
+    ),
+    "syscall.denied": lambda d: _given(d, "call") + _times(d),
+    "fs.denied": lambda d: _given(d, "path") + _times(d),
+    "api.called": lambda d: f"{_given(d, 'method')} {_given(d, 'verdict')}",
+}
+# For these, and for types not known here, the fields as they are.
+_FIELDS = {
     "plugin.crashed": ("cause", "exit_code", "signal", "reason", "uptime"),
     "plugin.stopped": ("cause", "exit_code", "signal", "uptime"),
-    "net.query": ("name", "type", "verdict", "rule", "count"),
-    "net.connect": ("name", "address", "port", "verdict", "rule"),
-    "net.denied": ("name", "address", "port", "rule", "count"),
-    "net.closed": ("name", "address", "port", "sent", "received", "duration_ms", "reason"),
-    "syscall.denied": ("call", "count"),
-    "fs.denied": ("path", "call", "count"),
-    "api.called": ("method", "permission", "verdict", "latency_us"),
+    "plugin.failed": ("reason",),
 }
 
 
@@ -50,18 +104,20 @@ def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
 def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[str]:
     """The lines of the story, ``width`` columns at most; times are milliseconds since the first record."""
     begin = _moment(records[0])
-    plugins = sorted({r.plugin for r in records if r.plugin})
-    yield _fit(f"{printable(event_id)}  {records[0].time[:19].replace('T', ' ')}Z  {_summary(records)}", width)
-    several = len(plugins) > 1
-    if plugins and not several:
-        yield _fit(f"plugin {printable(plugins[0])}", width)
+    plugins = list(dict.fromkeys(r.plugin for r in records if r.plugin))
+    letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
+    yield _fit(f"{printable(event_id)}  {records[0].time[:23].replace('T', ' ')} UTC  {_summary(records)}", width)
+    for name, letter in letters.items():
+        yield _fit(f"  {letter}  {printable(name)}", width)
+    shared = False
     for record in records:
         elapsed = (_moment(record) - begin) * 1000
-        what = record.type.replace("event.", "", 1)
-        who = f"{printable(record.plugin or '')}: " if several and record.plugin else ""
-        shared = "  (one of several events in flight)" if record.event_id is None and event_id in record.events else ""
-        text = f"{who}{printable(what):<{0 if who else 15}}{_details(record)}{shared}"
-        yield from _wrap(f"{elapsed:+9.1f}", text, width)
+        among = record.event_id is None and event_id in record.data.get("event_ids", ())
+        shared |= among
+        lead = f"{elapsed:+9.1f} {letters.get(record.plugin or '', ' ')}{'*' if among else ' '}"
+        yield from _wrap(lead, f"{printable(record.type.replace('event.', '', 1)):<{_WHAT}} {_details(record)}", width)
+    if shared:
+        yield "* several events were in flight: this one or another of them"
 
 
 def _moment(record: Record) -> float:
@@ -78,27 +134,25 @@ def _summary(records: list[Record]) -> str:
 
 
 def _details(record: Record) -> str:
-    data: dict[str, Any] = record.data
-    fields = _TELLING.get(record.type) or tuple(k for k in data if k not in ("event_ids", "delivery_ids"))
-    parts = []
-    for name in fields:
-        value = data.get(name)
-        if value is None:
-            continue
-        if name.endswith("_us") and isinstance(value, (int, float)):
-            parts.append(f"{name[:-3]}={value / 1000:.1f}ms")
-        else:
-            parts.append(f"{printable(str(name))}={value_text(value, 120)}")
-    return "".join(f" {part}" for part in parts)
+    tell = _TELL.get(record.type)
+    if tell is not None:
+        return tell(record.data)
+    names = _FIELDS.get(record.type) or tuple(k for k in record.data if k not in ("event_ids", "delivery_ids"))
+    return " ".join(
+        f"{printable(str(name))}={value_text(record.data[name], 120)}"
+        for name in names
+        if record.data.get(name) is not None
+    )
 
 
 def _wrap(lead: str, text: str, columns: int) -> Iterator[str]:
-    width, words = columns - _LEAD, text.split(" ")
+    """Break at spaces; what follows is indented to the second column."""
+    width, words = columns - len(lead) - 1, text.split(" ")
     line = words[0]
     for word in words[1:]:
-        if len(line) + 1 + len(word) > width:
+        if len(line) + 1 + len(word) > width and line.strip():
             yield _fit(f"{lead} {line}", columns)
-            lead, line = " " * len(lead), f"  {word}"
+            lead, line = " " * len(lead), " " * (_WHAT + 1) + word
         else:
             line += f" {word}"
     yield _fit(f"{lead} {line}", columns)

@@ -62,7 +62,10 @@ def record_text(record: Record) -> str:
     parts = [f"{record.time[:10]} {record.time[11:23]}", f"{record.seq:>6}", f"{printable(record.type):<18}", who]
     if record.event_id:
         parts.append(f"event={value_text(record.event_id)}")
-    parts += [f"{printable(str(key))}={value_text(value)}" for key, value in record.data.items() if value is not None]
+    # Of a seal, what it covers; the signature is for verifiers.
+    names = ("from", "to", "key") if record.type == "audit.seal" else record.data
+    shown = ((name, record.data.get(name)) for name in names)
+    parts += [f"{printable(str(name))}={value_text(value)}" for name, value in shown if value is not None]
     if record.cut:
         parts.append("(cut)")
     return " ".join(parts)

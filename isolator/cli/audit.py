@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _AGO = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", ".gap")
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
@@ -84,13 +85,15 @@ def query(
 ) -> None:
     """Find records by plugin, type, event and time."""
     from collections import deque
+    from itertools import islice
 
     from isolator.audit import reader
 
     wanted = reader.Query(plugin, types, event, _time(since), _time(until))
     found = (line for line, _ in reader.query(Paths.of(root).audit_log, wanted))
-    for line in deque(found, limit) if limit else found:
-        _print([line], as_json)
+    lines = iter(deque(found, limit) if limit else found)
+    while batch := list(islice(lines, 1000)):
+        _print(batch, as_json)
 
 
 @audit.command()
@@ -176,18 +179,17 @@ def _width() -> int:
 
 def _good(report: Report) -> str:
     """The verdict on a good trail, in one paragraph."""
-    files = "1 file" if report.files == 1 else f"{report.files} files"
+    files = _plural(report.files, "file")
     if not report.records:
         return f"The trail is empty ({files})."
-    seals = "1 seal" if report.seals == 1 else f"{report.seals} seals"
     text = (
-        f"The trail fits together: {report.records:,} records in {files}, from {report.first} "
-        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {seals}."
+        f"The trail fits together: {_plural(report.records, 'record')} in {files}, from {report.first} "
+        f"({report.first_time[:19]}Z) to {report.last} ({report.last_time[:19]}Z), {_plural(report.seals, 'seal')}."
     )
     if report.retired:
         text += f" Records 1 to {report.retired} were retired by retention, under seal."
     if report.lost or report.gaps:
-        text += f" It tells of {len(report.gaps)} gaps itself; {report.lost} records were lost in them."
+        text += f" It tells of {_plural(len(report.gaps), 'gap')} itself; {_plural(report.lost, 'record')} lost."
     if not report.seal:
         text += " Nothing is sealed yet, so whoever can write the file could have rewritten all of it."
     else:
@@ -202,6 +204,10 @@ def _good(report: Report) -> str:
     if report.seal:
         text += f"\nTo hold it against this host's own root, note elsewhere: {report.seal}:{report.seal_hash}"
     return text
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
@@ -221,14 +227,18 @@ def _print(lines: list[bytes], as_json: bool) -> None:
     from isolator.audit.record import parse
     from isolator.audit.text import printable, record_text
 
+    texts = []
     for line in lines:
         if as_json:
-            # Lines are ASCII; a byte that is not was put there by somebody, and is not for a terminal.
-            click.echo(line.decode("ascii", "backslashreplace"))
+            # What the writer wrote is printable ASCII; anything else was put there by somebody.
+            texts.append(printable(line.decode("ascii", "backslashreplace")))
+        elif (record := parse(line)) is not None:
+            colour = "red" if record.type.endswith(_BAD) else None
+            texts.append(click.style(record_text(record), fg=colour) if colour else record_text(record))
         else:
-            record = parse(line)
-            click.echo(record_text(record) if record else f"(no record) {printable(line.decode('utf-8', 'replace'))}")
-    sys.stdout.flush()
+            texts.append(f"(no record) {printable(line.decode('utf-8', 'replace'))}")
+    if texts:
+        click.echo("\n".join(texts))
 
 
 def _readable(read: Any) -> Any:

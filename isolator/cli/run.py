@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,16 +65,19 @@ def run(
     try:
         if os.geteuid() != 0:
             raise ConfinementError("isolator run", "building a cage needs root", "run it with sudo")
-        from isolator.policy.effective import policy_for_run
-        from isolator.policy.load import load_host_config
-
         paths = Paths.of(root)
-        host = load_host_config(paths.host_toml)
-        policy = policy_for_run(
-            host, policy_file, memory=memory, cpu=cpu, tasks=tasks, egress=egress,
-            read=[os.path.abspath(path) for path in read],
-        )  # fmt: skip
-        end = asyncio.run(_run(paths, host, policy, list(command), audit))
+
+        def load() -> tuple[HostConfig, EffectivePolicy]:
+            from isolator.policy.effective import policy_for_run
+            from isolator.policy.load import load_host_config
+
+            host = load_host_config(paths.host_toml)
+            return host, policy_for_run(
+                host, policy_file, memory=memory, cpu=cpu, tasks=tasks, egress=egress,
+                read=[os.path.abspath(path) for path in read],
+            )  # fmt: skip
+
+        end = asyncio.run(_run(paths, load, list(command), audit))
     except IsolatorError as error:
         click.echo(f"isolator: {error}", err=True)
         raise SystemExit(2 if error.exit_code == 2 else 125) from None
@@ -95,63 +99,41 @@ def _summary(end: End) -> dict[str, Any]:
     }
 
 
-async def _run(paths: Paths, host: HostConfig, policy: EffectivePolicy, command: list[str], audit: Path | None) -> End:
-    from isolator.cli.run_services import Records, broker_for
-    from isolator.denials import Denials
-    from isolator.journal import Journal
-    from isolator.launch.client import Launcher
-    from isolator.layers import network as network_layer
-    from isolator.layers.cgroup import open_subtree
-    from isolator.layers.netns import Network
-    from isolator.layers.user import UidLease
-    from isolator.ledger import missing
-    from isolator.sandbox import Sandbox, Stdio, Tools
+async def _run(
+    paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], command: list[str], audit: Path | None
+) -> End:
+    from isolator.oneoff import Workshop
 
-    lacking = missing(frozenset(host.may_degrade))
-    if lacking:
-        raise ConfinementError(f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy)
-    prepared = asyncio.create_task(asyncio.to_thread(network_layer.prepare, policy.network, prefix="run"))
-    run_id = secrets.token_hex(5)
-    async with contextlib.AsyncExitStack() as stack:
-        launcher = Launcher()
-        stack.callback(launcher.close)
-        journal = Journal(paths.run / f"run-{run_id}.journal")
-        stack.callback(journal.close)
-        subtree = open_subtree(paths.named("isolator") + f"-run-{run_id}")
-        stack.callback(subtree.remove)
-        lease = UidLease(host.uid_range)
-        stack.callback(lease.release)
-        records = Records(audit, run_id)
-        stack.callback(records.close)
-        network = await prepared
-        await stack.enter_async_context(broker_for(network, policy, run_id, paths, host, records))
-        denials = Denials()
-        stack.callback(denials.close)
-        spec = _spec(paths, policy, command, run_id, lease.uid)
-        for bind in spec.binds:
-            stack.callback(os.close, bind.fd)
-        sandbox = Sandbox(spec, Tools(launcher, journal, subtree), Stdio(0, 1, 2), Network(network))
-        await stack.enter_async_context(sandbox)
-        await sandbox.start()
-        records.record("plugin.started", pid=sandbox.pid, uid=lease.uid, policy_sha256=policy.digest(),
-                       milliseconds=sandbox.steps)  # fmt: skip
-        if sandbox.listener >= 0:
-            denials.watch(
-                sandbox.listener,
-                lambda denied: records.record("syscall.denied", call=denied.call, count=denied.count),
-            )
-            sandbox.listener = -1
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCONT):
-            loop.add_signal_handler(number, sandbox.signal, number)
-        end = await sandbox.wait()
-        records.record("plugin.stopped", **_summary(end))
-        return end
+    # The launcher starts on the other core while the policy's modules load here.
+    async with Workshop(paths) as shop:
+        host, policy = load()
+        from isolator.oneoff_services import Records
+        from isolator.sandbox import Stdio
+
+        run_id = secrets.token_hex(5)
+        with contextlib.ExitStack() as stack:
+            records = Records(audit, run_id)
+            stack.callback(records.close)
+            lease = shop.lease(host)
+            spec = _spec(paths, policy, command, run_id, lease.uid)
+            for bind in spec.binds:
+                stack.callback(os.close, bind.fd)
+            async with shop.cage(spec, host, Stdio(0, 1, 2), records) as sandbox:
+                loop = asyncio.get_running_loop()
+                for number in _FORWARDED:
+                    loop.add_signal_handler(number, sandbox.signal, number)
+                end = await sandbox.wait()
+                records.record("plugin.stopped", **_summary(end))
+                return end
+
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCONT)
+"""The cage has a session of its own, so a terminal's signals do not reach it by themselves."""
 
 
 def _spec(paths: Paths, policy: EffectivePolicy, command: list[str], run_id: str, uid: int) -> Any:
     from isolator.layers.base import Bind, CageSpec
-    from isolator.lifecycle import PATH, open_read_path
+    from isolator.plugin_cage import PATH, open_read_path
 
     return CageSpec(
         name="run",

@@ -300,17 +300,14 @@ class Cage:
                     data += part
                     hello = sniff.sniff(data)
         except TimeoutError:
-            if client_first and not data:
-                raise Denied("silent") from None
+            # Half of what we compare, held back until we look away, would be a way round the comparison.
+            raise Denied("incomplete" if data else "silent") from None
         except sniff.Malformed as error:
             raise Denied("malformed", detail=str(error)) from None
         if hello is None:
             if not data:
                 return b""
-            # It began like something that we compare and stopped half-way: whatever it is, it is not that.
-            hello = sniff.Hello("other")
-            if data[:1] == b"\x16":
-                raise Denied("malformed", detail="the ClientHello is not complete")
+            raise Denied("incomplete")
         rule = guard.objection(hello, flow.name, flow.port, allow_no_sni=self._rules.policy.allow_no_sni)
         if rule is not None:
             raise Denied(rule, asked=list(hello.names[:4]))

@@ -17,6 +17,12 @@ TIMEOUT = 10.0
 async def dial(addresses: Sequence[Address], port: int) -> tuple[socket.socket, Address]:
     """A connected socket and the address it went to; raises OSError (ETIMEDOUT after ``TIMEOUT``)."""
     loop = asyncio.get_running_loop()
+    if len(addresses) == 1:
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                return await _connect(addresses[0], port), addresses[0]
+        except TimeoutError as late:
+            raise OSError(errno.ETIMEDOUT, "no answer in time") from late
     waiting = list(addresses)
     running: dict[asyncio.Task[socket.socket], Address] = {}
     failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")

@@ -1,7 +1,8 @@
 """The host's own addresses and gateways, kept current: no cage may reach them, whatever is granted.
 
-Read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is subscribed to changes of addresses
-and routes says when to read again. The reading happens in a thread: pyroute2 runs an event loop of its own.
+Whether an address is the host's own is asked of the kernel for each connection, so a new address has no moment in which
+it could be reached. Gateways are read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is
+subscribed to changes says when to read again. The reading happens in a thread: pyroute2 runs an event loop of its own.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from isolator.egress.rules import Address, parse_address, spellings
+from isolator.linux.netlink import RouteQuery
 
 _GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 _DEBOUNCE = 0.05
 
 
 class HostAddresses:
-    """Answers ``owner``, of nothing until ``watch`` or ``refresh``; ``watch`` keeps it current on the running loop."""
+    """Answers ``owner``; gateways are known after ``watch``, which also keeps them current on the running loop."""
 
     def __init__(self) -> None:
         self._own: frozenset[Address] = frozenset()
         self._gateways: frozenset[Address] = frozenset()
+        self._routes = RouteQuery()
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -31,7 +34,7 @@ class HostAddresses:
     def owner(self, address: Address) -> str | None:
         """The rule that refuses ``address`` (``host-address``, ``gateway``), or None; any spelling counts."""
         for item in spellings(address):
-            if item in self._own:
+            if item in self._own or self._routes.is_own(str(item)):
                 return "host-address"
             if item in self._gateways:
                 return "gateway"
@@ -65,6 +68,7 @@ class HostAddresses:
 
     def close(self) -> None:
         """Stop watching."""
+        self._routes.close()
         if self._timer is not None:
             self._timer.cancel()
         if self._socket is not None:

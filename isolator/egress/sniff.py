@@ -15,7 +15,11 @@ from isolator.egress.rules import normal_name
 LIMIT = 16 * 1024
 """Bytes that a ClientHello or an HTTP head may take; real ones are well below 4 KiB."""
 
-_METHOD = re.compile(rb"[A-Za-z][A-Za-z-]{0,19}( |\Z)")
+_METHODS = (
+    b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PROPFIND PROPPATCH MKCOL COPY MOVE LOCK UNLOCK "
+    b"SEARCH REPORT MKCALENDAR ACL BIND REBIND UNBIND MERGE PURGE QUERY PRI"
+)
+_WAIT_FOR = tuple(method + b" " for method in _METHODS.split())
 _HTTP2 = b"PRI * HTTP/2.0\r\n"
 
 _SERVER_NAME, _ECH, _ESNI = 0, 0xFE0D, 0xFFCE
@@ -44,11 +48,12 @@ def sniff(data: bytes) -> Hello | None:
     text = data[:LIMIT].lstrip(b"\r\n\t ")
     if not text:
         return _more(data)
-    if not _METHOD.match(text):
-        return Hello("other")
     line, end, _ = text.partition(b"\n")
     if not end:
-        return _more(data)
+        # Waiting for a line that never comes would hang other protocols, so only what begins like HTTP waits.
+        start = text[:16].upper()
+        waits = any(start.startswith(method) or method.startswith(start) for method in _WAIT_FOR)
+        return _more(data) if waits else Hello("other")
     # Anything that names HTTP in its first line is held to its rules; ``EHLO name`` and the like are not HTTP.
     if b"HTTP/" not in line.upper() or text.startswith(_HTTP2):
         return Hello("other")

@@ -19,12 +19,13 @@ NETLINK_ADD_MEMBERSHIP = 1
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_CREATE, _NLM_F_REPLACE = 1, 4, 0x400, 0x100
 
-_RTM_NEWLINK, _RTM_NEWROUTE = 16, 24
+_RTM_NEWLINK, _RTM_NEWROUTE, _RTM_GETROUTE = 16, 24, 26
 _IFF_UP = 1
 _LO = 1  # the loopback device is always the first of its namespace
 _RT_TABLE_LOCAL, _RTPROT_BOOT, _RTN_LOCAL = 255, 3, 2
 _RT_SCOPE_HOST, _RT_SCOPE_UNIVERSE = 254, 0
-_RTA_OIF, _RTA_PREFSRC = 4, 7
+_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_RTN_OWN = frozenset({2, 3, 4, 5})  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 
 _NFNL_SUBSYS_ULOG, _NFNL_SUBSYS_NFTABLES = 4, 10
 _NFULNL_MSG_PACKET, _NFULNL_MSG_CONFIG = 0, 1
@@ -52,6 +53,31 @@ def bring_up_loopback() -> None:
         _ask(sock, _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, _local_default(socket.AF_INET, "127.0.0.1"))
         if socket.has_ipv6 and os.path.exists("/proc/sys/net/ipv6"):
             _ask(sock, _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, _local_default(socket.AF_INET6, "::1"))
+
+
+class RouteQuery:
+    """Asks the kernel, about the namespace it was made in, where packets to an address would go."""
+
+    def __init__(self) -> None:
+        self._sock = _open(NETLINK_ROUTE)
+
+    def is_own(self, address: str) -> bool:
+        """Whether the kernel would deliver to itself: its own, a broadcast, anycast or multicast address.
+
+        No route at all is no: then nothing can be reached either.
+        """
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        packed = socket.inet_pton(family, address)
+        body = struct.pack("=BBBBBBBBI", family, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
+        try:
+            reply = _ask(self._sock, _RTM_GETROUTE, 0, body)
+        except OSError:
+            return False
+        return len(reply) >= 12 and reply[7] in _RTN_OWN
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
 
 
 def open_nflog(group: int = NFLOG_GROUP) -> socket.socket:

@@ -75,7 +75,7 @@ def _meet_patterns(a: Iterable[str], b: Iterable[str], covers: Callable[[str, st
 def meet_egress(a: Egress, b: Egress) -> Egress:
     """The destinations in both sets."""
     if a.everything or b.everything:
-        return b if a.everything else a
+        return normal_egress(b if a.everything else a)
     rules = [rule for x in a.rules for y in b.rules if (rule := _meet_rules(x, y))]
     for public, listed in ((a, b), (b, a)):
         if public.public:

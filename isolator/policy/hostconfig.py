@@ -18,11 +18,7 @@ Profile = Literal["default", "strict"]
 
 CONTROLS = (
     "user",
-    "cgroup.memory",
-    "cgroup.tasks",
-    "cgroup.cpu",
-    "cgroup.io",
-    "rlimits",
+    "cgroup",
     "namespaces",
     "filesystem",
     "network",
@@ -30,9 +26,9 @@ CONTROLS = (
     "capabilities",
     "seccomp",
     "landlock",
-    "audit",
+    "rlimits",
 )
-"""Names of controls as the ledger spells them; ``may_degrade`` lists some of these."""
+"""Layers as the ledger (``isolator check``) names them; ``may_degrade`` lists some of these."""
 
 
 class Limits(Frozen):

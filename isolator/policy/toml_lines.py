@@ -12,6 +12,8 @@ import tomllib
 from typing import Any
 
 Path = tuple[str | int, ...]
+MAX_DEPTH = 16
+"""Levels of tables, dotted keys and arrays; nothing that is read here needs more than four."""
 
 _KEY_PART = re.compile(r"""[ \t]*(?:"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[A-Za-z0-9_-]+)[ \t]*""")
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -56,6 +58,9 @@ class _Scanner:
         return self.at < len(self.text)
 
     def _note(self, path: Path) -> None:
+        if len(path) > MAX_DEPTH:
+            line = self.text.count("\n", 0, self.at) + 1
+            raise tomllib.TOMLDecodeError(f"nested deeper than {MAX_DEPTH} levels (at line {line}, column 1)")
         self._line += self.text.count("\n", self._counted, self.at)
         self._counted = self.at
         self.lines.setdefault(path, self._line)

@@ -43,7 +43,7 @@ class Daemon:
             directory.chmod(mode)
             os.chown(directory, uid, uid)
 
-    async def start(self, **audit: Any) -> None:
+    async def start(self, *, metrics: dict[str, Any] | None = None, **audit: Any) -> None:
         ours, theirs = ipc.pair()
         with theirs:
             command = [sys.executable, "-I", "-c", _RUN, str(self._code), "--channel-fd", str(theirs.fileno())]
@@ -55,7 +55,9 @@ class Daemon:
             )  # fmt: skip
         self.channel = ipc.Channel(ours, name="audit")
         self.hello = (
-            await self.channel.call("hello", root=str(self.paths.root), config={"audit": audit}, timeout=20)
+            await self.channel.call(
+                "hello", root=str(self.paths.root), config={"audit": audit, "metrics": metrics or {}}, timeout=20
+            )
         ).fields
 
     async def source(self, name: str, client: AuditClient | None = None) -> AuditClient:

@@ -112,8 +112,8 @@ class Dns:
             for item in found() if callable(found) else found:
                 kind = "AAAA" if ":" in item else "A" if item[0].isdigit() else "CNAME"
                 if kind == "CNAME" or kind == dns.rdatatype.to_text(question.rdtype):
-                    item = f"{item}." if kind == "CNAME" else item
-                    reply.answer.append(dns.rrset.from_text(question.name, self.ttl, "IN", kind, item))
+                    text = f"{item}." if kind == "CNAME" else item
+                    reply.answer.append(dns.rrset.from_text(question.name, self.ttl, "IN", kind, text))
         return reply.to_wire()
 
 
@@ -359,7 +359,7 @@ class BrokerProcess:
         return broker
 
     def _record(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
                 if self.acknowledge:
@@ -429,7 +429,8 @@ class CageNet:
             "        e = getattr(e, 'reason', e)\n        return e.args[0] if isinstance(e, str) else name_of(e)\n"
             "def get(url, **k):\n"
             "    context = ssl.create_default_context(cafile=CA)\n"
-            "    return urllib.request.urlopen(urllib.request.Request(url, **k), timeout=10, context=context).read().decode()\n"
+            "    request = urllib.request.Request(url, **k)\n"
+            "    return urllib.request.urlopen(request, timeout=10, context=context).read().decode()\n"
             "def tcp(host, port, timeout=5):\n    return socket.create_connection((host, port), timeout)\n"
         )
         process = await asyncio.create_subprocess_exec(

@@ -73,9 +73,7 @@ async def test_results_of_any_shape_are_accepted(daemon: Daemon, result: str) ->
 
 async def test_a_reply_that_ends_with_the_connection_needs_no_newline(daemon: Daemon) -> None:
     reply = '{"jsonrpc":"2.0","result":{"status":"ok"},"id":1}'
-    daemon.add("plain", scripts.raw(f"connection.recv(4096)
-connection.sendall(b'{reply}')
-connection.close()"))
+    daemon.add("plain", scripts.raw(f"connection.recv(4096)\nconnection.sendall(b'{reply}')\nconnection.close()"))
     assert (await _only(daemon))["state"] == "ok"
 
 

@@ -79,7 +79,7 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
         )
         assert ("exit code 3" if kind == "exits" else "no socket") in entry["error"]
     finally:
-        running.cli("plugin", "remove", kind, "--yes", code=None)
+        running.cli("plugin", "remove", kind, code=None)
 
 
 ANSWERS = {
@@ -118,5 +118,5 @@ def test_bad_answers_hurt_nobody_else(running: Daemon, tmp_path: Path, kind: str
         assert bad_answers[0]["data"]["outcome"] not in ("ok", "skipped")
     finally:
         for folder in (bad, good):
-            running.cli("plugin", "remove", folder.name, "--yes", code=None)
+            running.cli("plugin", "remove", folder.name, code=None)
             shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isolator.paths import Paths
-from tests.system.daemon import alive, daemon, event, kill_9, wait_for, write_plugin
+from tests.system.daemon import ECHO, alive, daemon, event, kill_9, wait_for, write_plugin
 
 SERVICES = ("isolator.audit.service", "isolator.egress.service", "host.serve", "isolator.launch.launcher")
 
@@ -38,7 +38,7 @@ def test_whole_life(tmp_path: Path) -> None:
         d.cli("audit", "verify")
         d.cli("plugin", "stop", "echo")
         assert d.json("plugin", "show", "echo")["state"] == "stopped"
-        d.cli("plugin", "remove", "echo", "--yes", code=None)
+        d.cli("plugin", "remove", "echo")
         d.cli("plugin", "show", "echo", code=3)
         with pytest.raises(KeyError):
             pwd.getpwnam(f"plugin-echo-{Paths.of(d.root).instance}")
@@ -49,7 +49,9 @@ def test_whole_life(tmp_path: Path) -> None:
 
 
 def test_killed_supervisor_leaves_no_orphan_and_loses_no_event(tmp_path: Path) -> None:
-    folder = write_plugin(tmp_path / "echo")
+    folder = write_plugin(
+        tmp_path / "echo", ECHO.replace("params = ", "time.sleep(0.5); params = ").replace("json,", "json, time,")
+    )
     with daemon() as d:
         d.cli("plugin", "add", str(folder), "--yes")
         d.cli("event", "emit", "deploy.completed", event("before"), "--wait")
@@ -63,7 +65,7 @@ def test_killed_supervisor_leaves_no_orphan_and_loses_no_event(tmp_path: Path) -
         d.start()
         seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wanted = {"dbefore", *(f"d{number}" for number in range(5))}
-        wait_for(lambda: seen.exists() and set(seen.read_text().split()) == wanted, what="an accepted event was lost")
+        wait_for(lambda: seen.exists() and set(seen.read_text().split()) >= wanted, what="an accepted event was lost")
         assert "earlier daemon left" in d.log.read_text()
         d.cli("audit", "verify")
         runs = {r["run"] for r in d.records() if r["type"] == "plugin.started"}
@@ -81,10 +83,10 @@ def test_killed_service_comes_back_and_events_flow(tmp_path: Path, module: str) 
         old = d.service_pid(module)
         kill_9(old)
         wait_for(lambda: not alive(old))
+        wait_for(lambda: d.service_pid(module, missing_ok=True) not in (old, 0))
         wait_for(lambda: d.cli("event", "emit", "deploy.completed", event("after"), code=None).returncode == 0)
         seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wait_for(lambda: "dafter" in seen.read_text(), what=d.log.read_text())
-        assert d.service_pid(module) != old
         if module != "isolator.launch.launcher":
             assert d.json("plugin", "show", "echo")["run"] == run, "the sidecar was restarted for no reason"
         d.cli("audit", "verify")

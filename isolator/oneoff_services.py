@@ -1,4 +1,4 @@
-"""What ``isolator run`` needs in place of a daemon: a broker for one cage, and somewhere for its records to go."""
+"""What a cage without a daemon needs in its place: a broker of its own, and somewhere for its records to go."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -76,7 +77,73 @@ def _denial(kind: str, data: dict[str, Any]) -> str:
 async def broker_for(
     network: CageNetwork, policy: EffectivePolicy, run: str, paths: Paths, config: HostConfig, records: Records
 ) -> AsyncIterator[None]:
-    """A broker process of its own for one cage, under a free uid, for as long as the context lasts."""
+    """A broker process of its own for one cage, under a free uid; takes over the network's sockets.
+
+    A cage that may reach nothing needs nobody to carry its connections, only somebody to read and record what it was
+    refused: its broker, a third of a second of another Python, is started when there is something to read.
+    """
+    sockets, network.sockets = network.sockets, []
+
+    def broker() -> contextlib.AbstractAsyncContextManager[None]:
+        return _broker(sockets, policy, run, paths, config, records)
+
+    lazy = policy.network.mode != "public" and not policy.network.egress
+    try:
+        async with _when_readable(sockets, broker) if lazy else broker():
+            yield
+    finally:
+        _close(sockets)
+
+
+@contextlib.asynccontextmanager
+async def _when_readable(
+    sockets: list[int], start: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+) -> AsyncIterator[None]:
+    """Enter ``start`` when any of the sockets becomes readable, at the latest before this context is left."""
+    loop = asyncio.get_running_loop()
+    # Without IPv6 an unconnected Unix socket stands in for its listener; polled, it would look as if it had ended.
+    watched = [fd for fd in sockets if not _is_stand_in(fd)]
+    starting: asyncio.Task[None] | None = None
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def begin() -> None:
+            await stack.enter_async_context(start())
+
+        def wake() -> None:
+            nonlocal starting
+            if starting is None:
+                for fd in watched:
+                    loop.remove_reader(fd)
+                starting = loop.create_task(begin())
+
+        for fd in watched:
+            loop.add_reader(fd, wake)
+        try:
+            yield
+            if starting is None and select.select(watched, (), (), 0)[0]:
+                wake()
+        finally:
+            if starting is not None:
+                await starting
+            else:
+                for fd in watched:
+                    loop.remove_reader(fd)
+
+
+def _is_stand_in(fd: int) -> bool:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.family == socket.AF_UNIX
+
+
+def _close(sockets: list[int]) -> None:
+    while sockets:
+        os.close(sockets.pop())
+
+
+@contextlib.asynccontextmanager
+async def _broker(
+    sockets: list[int], policy: EffectivePolicy, run: str, paths: Paths, config: HostConfig, records: Records
+) -> AsyncIterator[None]:
     import subprocess
 
     from isolator.layers.user import UidLease
@@ -99,13 +166,9 @@ async def broker_for(
     channel = Channel(mine, name="broker")
     try:
         await channel.call("hello", root=str(paths.root), config=config.model_dump(mode="json"), timeout=20)
-        sockets, network.sockets = network.sockets, []
-        try:
-            await channel.call("cage.attach", fds=sockets, run=run, plugin="run",
-                               policy=policy.network.model_dump(mode="json"), timeout=10)  # fmt: skip
-        finally:
-            for fd in sockets:
-                os.close(fd)
+        await channel.call("cage.attach", fds=sockets, run=run, plugin=policy.plugin,
+                           policy=policy.network.model_dump(mode="json"), timeout=10)  # fmt: skip
+        _close(sockets)  # a kept copy would let connects hang instead of being refused when the broker dies
         yield
         with contextlib.suppress(Exception):  # it may have died; what it had to say is said
             await channel.call("cage.detach", run=run, timeout=5)

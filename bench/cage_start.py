@@ -1,0 +1,36 @@
+"""Starting a cage: ``/usr/bin/true``, confined and waited for, wall time, beside what people use today.
+
+Isolator's figure is taken in a warm process, as the daemon starts its sidecars; the peers are command-line tools and
+are timed as such, spawned with vfork, so that no interpreter's fork is put on their bill.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench import isolator_side
+from bench.frame import Report, interleave
+from bench.peers import peers
+from isolator.layers.seccomp import compiled
+
+
+def measure(rounds: int) -> Report:
+    """Time every contender that works on this host, ``rounds`` times each."""
+    with tempfile.TemporaryDirectory(prefix="isolator-bench-") as folder:
+        work = Path(folder)
+        work.chmod(0o755)
+        program = work / "filter.bpf"
+        program.write_bytes(compiled("default", work))
+        with peers(work, program) as (usable, skipped), isolator_side.cages(work) as (isolator, steps):
+            series = interleave([*usable, isolator], rounds)
+    breakdown = ", ".join(f"{step} {statistics.median(took):.2f}" for step, took in steps.items())
+    return Report(
+        name="cage_start",
+        title="Starting a cage (/usr/bin/true, confined, waited for)",
+        series=tuple(sorted(series, key=lambda one: one.median)),
+        skipped=tuple(skipped),
+        baselines=("plain spawn", "bubblewrap + seccomp"),
+        notes=(f"isolator, medians in ms by step: {breakdown}",),
+    )

@@ -1,0 +1,77 @@
+"""Isolator's side of the cage benchmark: the calls that the supervisor makes, from one warm process.
+
+What is timed is a complete cage: journalled, network namespace with its ruleset, cgroup leaf with caps, clone, the
+child's layers, every layer confirmed from the kernel, exec of ``/usr/bin/true``, its end, and everything removed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.frame import Contender
+from bench.peers import TRUE
+from isolator.journal import Journal
+from isolator.launch.client import Launcher
+from isolator.layers import network
+from isolator.layers.base import CageSpec
+from isolator.layers.cgroup import open_subtree
+from isolator.layers.netns import Network
+from isolator.paths import Paths
+from isolator.policy.model import EffectivePolicy
+from isolator.sandbox import Sandbox, Stdio, Tools
+
+NAME = "isolator"
+_UID = 64999  # no user of this number has to exist: a cage is given numbers
+
+
+@contextmanager
+def cages(work: Path) -> Iterator[tuple[Contender, dict[str, list[float]]]]:
+    """The contender, and the milliseconds of each step of all its starts. ``work``: a root-owned empty folder."""
+    paths = Paths.of(work / "root")
+    numbers = itertools.count(1)
+    steps: dict[str, list[float]] = {}
+    with asyncio.Runner() as runner:
+
+        async def open_tools() -> Tools:
+            return Tools(Launcher(), Journal(paths.journal), open_subtree(paths.named("isolator-bench")))
+
+        tools = runner.run(open_tools())
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        stdio = Stdio(null, null, null)
+        policy = EffectivePolicy(plugin="bench")
+
+        async def start_and_wait() -> None:
+            run = f"r{next(numbers)}"
+            spec = CageSpec("bench", run, _UID, _UID, "bench", policy, paths, [TRUE], {"PATH": "/usr/bin:/bin"})
+            began = time.perf_counter()
+            net = Network(network.prepare(policy.network, prefix="bench"))
+            made = time.perf_counter()
+            async with Sandbox(spec, tools, stdio, net) as cage:
+                await cage.start()
+                started = time.perf_counter()
+                end = await cage.wait()
+                ended = time.perf_counter()
+            released = time.perf_counter()
+            if end.returncode != 0:
+                raise RuntimeError(f"the caged /usr/bin/true ended with {end.returncode} ({end.cause})")
+            around = {"network": made - began, "run": ended - started, "release": released - ended}
+            for step, took in (*cage.steps.items(), *((name, seconds * 1e3) for name, seconds in around.items())):
+                steps.setdefault(step, []).append(took)
+
+        try:
+            yield Contender(NAME, "everything", lambda: runner.run(start_and_wait())), steps
+        finally:
+            os.close(null)
+
+            async def close() -> None:
+                tools.launcher.close()
+                tools.subtree.remove()
+                tools.journal.close()
+
+            runner.run(close())

@@ -1,0 +1,49 @@
+"""``./dev bench [NAME...]``: runs the benchmarks, prints a table each, writes Markdown, JSON with all samples, SVG."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Protocol, cast
+
+from bench.frame import Report, host, table, write
+
+# Each is a module of this package with `measure(rounds) -> Report`.
+BENCHMARKS = {"cage_start": "starting a cage: /bin/true, confined, waited for"}
+OUT = Path("/var/cache/isolator-dev/bench")
+
+
+class Benchmark(Protocol):
+    def measure(self, rounds: int) -> Report: ...
+
+
+def main() -> int:
+    listing = "\n".join(f"  {name}: {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="./dev bench",
+        description="Run benchmarks side by side with peers.",
+        epilog=f"benchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which (all)")
+    parser.add_argument("--rounds", type=int, default=100, metavar="N", help="rounds of each (100)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where results go ({OUT})")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    print("host: " + ", ".join(f"{key} {value}" for key, value in host().items()) + "\n", flush=True)
+    for name in options.names or BENCHMARKS:
+        benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
+        report = benchmark.measure(options.rounds)
+        write(report, options.out)
+        print(table(report), flush=True)
+    print(f"tables, samples and plots: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Cages without a daemon: what ``isolator run`` and ``isolator prove`` share.
+
+    async with Workshop(paths) as shop:
+        async with shop.cage(spec, host, stdio, records) as sandbox:
+            end = await sandbox.wait()
+
+A workshop is what a supervisor is to its cages, for as long as one command lasts: a launcher, a journal, a cgroup
+subtree and free uids of its own. Each cage gets its network and its broker. Leaving either context removes all of it.
+The modules that take long to load are imported where they are needed: the launcher, another Python, starts meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from isolator.errors import ConfinementError
+from isolator.launch.client import Launcher
+
+if TYPE_CHECKING:
+    from isolator.layers.base import CageSpec
+    from isolator.layers.netns import Network
+    from isolator.layers.user import UidLease
+    from isolator.oneoff_services import Records
+    from isolator.paths import Paths
+    from isolator.policy.hostconfig import HostConfig
+    from isolator.sandbox import Sandbox, Stdio, Tools
+
+
+class Workshop:
+    """The tools of a few cages; an async context manager."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+        self._stack = contextlib.AsyncExitStack()
+        self._launcher: Launcher | None = None
+        self._tools: Tools | None = None
+
+    async def __aenter__(self) -> Workshop:
+        self._launcher = Launcher()
+        self._stack.callback(self._launcher.close)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    @property
+    def tools(self) -> Tools:
+        """Launcher, journal and subtree; made on first use."""
+        if self._tools is None:
+            from isolator.journal import Journal
+            from isolator.layers.cgroup import open_subtree
+            from isolator.sandbox import Tools
+
+            assert self._launcher is not None
+            run = secrets.token_hex(5)
+            journal = Journal(self.paths.run / f"run-{run}.journal")
+            self._stack.callback(journal.close)
+            subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}")
+            self._stack.callback(subtree.remove)
+            self._tools = Tools(self._launcher, journal, subtree)
+        return self._tools
+
+    def lease(self, host: HostConfig) -> UidLease:
+        """A free uid of the reserved range, until the workshop closes."""
+        from isolator.layers.user import UidLease
+
+        lease = UidLease(host.uid_range)
+        self._stack.callback(lease.release)
+        return lease
+
+    @contextlib.asynccontextmanager
+    async def cage(
+        self,
+        spec: CageSpec,
+        host: HostConfig,
+        stdio: Stdio,
+        records: Records,
+        *,
+        sandbox: type[Sandbox] | None = None,
+        **further: Any,
+    ) -> AsyncIterator[Sandbox]:
+        """One started cage; killed, and every trace of it removed, when the context is left.
+
+        ``sandbox`` and ``further`` are for tests, which leave layers out. Raises ConfinementError when this host
+        lacks a mandatory control.
+        """
+        from isolator.denials import Denials
+        from isolator.layers import network as network_layer
+        from isolator.layers.netns import Network
+        from isolator.ledger import missing
+        from isolator.oneoff_services import broker_for
+        from isolator.sandbox import Sandbox
+
+        prepared = asyncio.create_task(asyncio.to_thread(network_layer.prepare, spec.policy.network, prefix=spec.name))
+        network: Network | None = None
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(_release, prepared)
+            # The network layer is not asked: what it would try, in a namespace made for that, is being done already.
+            lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name}))
+            if lacking:
+                raise ConfinementError(
+                    f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy
+                )
+            tools = self.tools
+            network = Network(await prepared)
+            await stack.enter_async_context(
+                broker_for(network.network, spec.policy, spec.run, self.paths, host, records)
+            )
+            denials = Denials()
+            stack.callback(denials.close)
+            built = (sandbox or Sandbox)(spec, tools, stdio, network, **further)
+            await stack.enter_async_context(built)
+            await built.start()
+            records.record(
+                "plugin.started", pid=built.pid, uid=spec.uid, policy_sha256=spec.policy.digest(),
+                milliseconds=built.steps,
+            )  # fmt: skip
+            if built.listener >= 0:
+                denials.watch(
+                    built.listener,
+                    lambda denied: records.record("syscall.denied", call=denied.call, count=denied.count),
+                )
+                built.listener = -1
+            yield built
+
+
+async def _release(prepared: asyncio.Task[Any]) -> None:
+    """Release the network, whether or not a cage took it over; releasing it twice is harmless."""
+    from isolator.layers import network as network_layer
+
+    with contextlib.suppress(ConfinementError):
+        network_layer.release(await prepared)

@@ -1,0 +1,150 @@
+"""The sending side: it never fails, never blocks, loses nothing in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from isolator import ipc
+from isolator.audit import client as module
+from isolator.audit.client import AuditClient
+
+
+class Writer:
+    """The other end of a source socket, under the test's control."""
+
+    def __init__(self) -> None:
+        self.sock, self.theirs = ipc.pair()
+        self.sock.setblocking(False)
+
+    def read(self) -> list[dict[str, Any]]:
+        records = []
+        while True:
+            try:
+                packet = self.sock.recv(ipc.MAX_PACKET)
+            except BlockingIOError:
+                return records
+            assert len(packet) <= ipc.MAX_PACKET
+            records += [json.loads(line) for line in packet.split(b"\n")]
+
+    def tell(self, **message: Any) -> None:
+        self.sock.send(json.dumps(message).encode())
+
+
+async def test_records_are_numbered_batched_and_acknowledged() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    for number in range(1000):
+        client.record("net.query", plugin="p", name=str(number))
+    await asyncio.sleep(0)
+    records = writer.read()
+    assert [int(r["n"].split(":")[1]) for r in records] == list(range(1, len(records) + 1))
+    writer.tell(acked=len(records))
+    async with asyncio.timeout(5):
+        await client.settled(within=1000 - len(records))
+    assert client.acked == len(records)
+    client.close()
+
+
+async def test_a_new_writer_gets_what_the_old_one_did_not_acknowledge_and_is_acknowledged_from_zero() -> None:
+    first, second = Writer(), Writer()
+    client = AuditClient(first.theirs)
+    for number in range(10):
+        client.record("net.query", name=str(number), urgent=True)
+    first.read()
+    first.tell(acked=4)
+    async with asyncio.timeout(5):
+        await client.settled(within=6)
+    client.replace(second.theirs)
+    again = second.read()
+    assert [r["data"]["name"] for r in again] == [str(n) for n in range(4, 10)]
+    second.tell(acked=6)
+    async with asyncio.timeout(5):
+        await client.settled()
+    client.close()
+
+
+async def test_what_cannot_be_written_as_json_or_is_too_long_becomes_a_gap() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    circle: list[Any] = []
+    circle.append(circle)
+    client.record("net.query", value=float("nan"))
+    client.record("net.query", value=circle)
+    client.record("net.query", value="x" * (2 * ipc.MAX_PACKET))
+    client.record("net.query", value=Path("/fine"))
+    await asyncio.sleep(0)
+    records = writer.read()
+    assert [r["type"] for r in records] == ["audit.gap", "audit.gap", "audit.gap", "net.query"]
+    assert records[3]["data"] == {"value": "/fine"}
+    client.close()
+
+
+async def test_a_full_buffer_is_counted_and_told(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "MAX_PENDING", 10)
+    writer = Writer()
+    client = AuditClient(None)
+    for number in range(15):
+        client.record("net.query", name=str(number))
+    assert client.lost == 5
+    client.replace(writer.theirs)
+    writer.read()
+    writer.tell(acked=10)
+    async with asyncio.timeout(5):
+        await client.settled()
+    client.record("net.query", name="after")
+    await asyncio.sleep(0)
+    gap, after = writer.read()
+    assert (gap["type"], gap["data"]["count"]) == ("audit.gap", 5)
+    assert after["data"]["name"] == "after"
+    client.close()
+
+
+async def test_handed_over_waits_for_a_writer_that_is_behind() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    for number in range(5000):
+        client.record("net.query", name="x" * 500 + str(number))
+    client.record("event.dispatched", urgent=True)
+    waiting = asyncio.create_task(client.handed_over())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    seen = 0
+    async with asyncio.timeout(10):
+        while not waiting.done():
+            seen += len(writer.read())
+            await asyncio.sleep(0)
+    seen += len(writer.read())
+    assert seen == 5001
+    client.close()
+
+
+async def test_blocked_and_unblocked() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    writer.tell(blocked="disk full")
+    async with asyncio.timeout(5), client._progress:
+        await client._progress.wait_for(lambda: client.blocked is not None)
+    waiting = asyncio.create_task(client.writable())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    writer.tell(blocked=None)
+    async with asyncio.timeout(5):
+        await waiting
+    client.close()
+
+
+async def test_a_writer_that_goes_away_costs_nothing() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    writer.sock.close()
+    for _ in range(100):
+        client.record("net.query", urgent=True)
+    again = Writer()
+    client.replace(again.theirs)
+    assert len(again.read()) == 100
+    assert isinstance(again.sock, socket.socket)
+    client.close()

@@ -1,0 +1,62 @@
+"""docs/verify.pl, which knows nothing of this program, agrees with it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from isolator.audit import files
+from isolator.audit.log import Limits
+from tests.audit.tamper import rechain
+from tests.audit.test_verify import Written
+
+SCRIPT = Path(__file__).resolve().parents[2] / "docs/verify.pl"
+
+pytestmark = pytest.mark.skipif(not shutil.which("perl") or not shutil.which("openssl"), reason="needs perl, openssl")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
+    yield Written(tmp_path_factory.mktemp("perl"), 200, Limits(seal_records=25, rotate_size=20_000))
+
+
+def run(written: Written, *paths: Path) -> tuple[int, str]:
+    command = ["perl", str(SCRIPT), str(written.log / "public.pem"), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_it_accepts_what_the_writer_wrote(written: Written) -> None:
+    paths = files.trail(written.log)
+    assert len(paths) > 2
+    code, said = run(written, *paths)
+    report = written.verify()
+    assert code == 0, said
+    assert f"{report.last} is the last record, {report.seals} seals, {report.unsealed} records" in said
+
+
+@pytest.mark.parametrize("how", ["edit", "delete", "swap", "rechain", "file missing"])
+def test_it_refuses_what_was_changed(written: Written, how: str, tmp_path: Path) -> None:
+    paths = files.trail(written.log)
+    lines = paths[0].read_bytes().splitlines()
+    match how:
+        case "edit":
+            lines[3] = lines[3].replace(b'"number":3', b'"number":4')
+        case "delete":
+            del lines[3]
+        case "swap":
+            lines[3], lines[4] = lines[4], lines[3]
+        case "rechain":
+            lines = rechain([line.replace(b'"number":3}', b'"number":4}') for line in lines])
+    changed = tmp_path / paths[0].name
+    changed.write_bytes(b"".join(line + b"\n" for line in lines))
+    given = [paths[0], *paths[2:]] if how == "file missing" else [changed, *paths[1:]]
+    code, said = run(written, *given)
+    assert code == 1
+    assert said.startswith("does not fit: ")
+    if how == "rechain":
+        assert "the signature of seal" in said

@@ -1,0 +1,254 @@
+"""The commands, run as a user runs them, against a real host process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.host import scripts
+from tests.host.supervisor_double import REPO, Daemon
+
+MANIFEST: dict[str, Any] = {
+    "name": "notifier",
+    "version": "1.2.0",
+    "description": "Says hello\x07",
+    "api_version": "1",
+    "binary": "./main.py",
+    "hooks": ["deploy.completed"],
+    "config_schema": {
+        "webhook_url": {"type": "string", "required": True, "secret": True},
+        "channel": {"type": "string", "default": "#deployments"},
+        "level": {"type": "enum", "values": ["low", "high"]},
+        "account": {"type": "file"},
+    },
+    "novelty": 1,
+}
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+async def isolator(root: Path, *arguments: str, stdin: str = "", cwd: Path | None = None) -> Ran:
+    """Run one command."""
+    main = f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.cli.main import main; main()"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-c", main, "--root", str(root), *arguments),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"]},
+    )
+    out, err = await process.communicate(stdin.encode())
+    assert process.returncode is not None
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+def _folder(daemon: Daemon, **changes: Any) -> Path:
+    folder = daemon.root / "src"
+    folder.mkdir(exist_ok=True)
+    (folder / "plugin.json").write_text(json.dumps({**MANIFEST, **changes}))
+    body = 'return {"message": os.environ["WEBHOOK_URL"] + os.environ["channel"]}'
+    (folder / "main.py").write_text(f"#!{sys.executable}\n" + scripts.oneshot(body))
+    return folder
+
+
+async def test_without_a_daemon_there_is_one_line(tmp_path: Path) -> None:
+    ran = await isolator(tmp_path, "plugin", "list")
+    assert ran.code == 1
+    socket = tmp_path / "run/isolator/control.sock"
+    assert ran.err == f"isolator: the daemon is not running: no {socket}; start it with 'isolator serve'\n"
+
+
+async def test_a_plugin_from_add_to_remove(daemon: Daemon) -> None:
+    folder, root = _folder(daemon), daemon.root
+    (folder / "url.txt").write_text("https://hooks.example/T0/secret-part\n")
+    ran = await isolator(root, "plugin", "add", "./src", "--config", "webhook_url=@src/url.txt", "--yes", cwd=root)
+    assert ran.code == 0, ran.err
+    assert "notifier 1.2.0" in ran.out
+    assert "memory" in ran.out
+    assert "effective sha256" in ran.out
+    assert "\x07" not in ran.out
+    assert 'unknown key "novelty"' in ran.err
+    assert "secret-part" not in ran.out + ran.err
+
+    ran = await isolator(root, "plugin", "list", "--json")
+    assert [(p["name"], p["state"], p["queue"]) for p in ran.json] == [("notifier", "stopped", 0)]
+
+    payload = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}
+    ran = await isolator(root, "event", "emit", "deploy.completed", "-", "--wait", "--json", stdin=json.dumps(payload))
+    assert ran.code == 0, ran.out + ran.err
+    (delivery,) = ran.json["deliveries"]
+    assert json.loads(delivery["reply"])["result"]["message"] == "[redacted]#deployments"
+
+    ran = await isolator(root, "event", "emit", "deploy.completed", json.dumps(payload), "--wait")
+    assert "notifier  ok" in ran.out
+    assert "µs" in ran.out or "ms" in ran.out
+
+    ran = await isolator(root, "plugin", "config", "notifier")
+    assert "[secret]" in ran.out
+    assert "secret-part" not in ran.out
+    ran = await isolator(root, "plugin", "config", "notifier", "set", "channel=#ops")
+    assert ran.out == "set channel; restarted\n"
+    ran = await isolator(root, "plugin", "config", "notifier", "set", "webhook_url=typed-here")
+    assert "shell's history" in ran.err
+    ran = await isolator(root, "plugin", "config", "notifier", "set", "level=medium")
+    assert (ran.code, ran.err) == (2, "isolator: config level: must be one of low, high\n")
+    ran = await isolator(root, "plugin", "config", "notifier", "set", "chanel=x")
+    assert ran.code == 3
+    assert 'did you mean "channel"?' in ran.err
+
+    for verb in ("stop", "start", "restart", "disable", "enable"):
+        ran = await isolator(root, "plugin", verb, "notifier")
+        assert ran.code == 0, ran.err
+    ran = await isolator(root, "plugin", "explain", "notifier")
+    assert "effective sha256" in ran.out
+    ran = await isolator(root, "plugin", "show", "notifier", "--json")
+    assert ran.json["hooks"] == ["deploy.completed"]
+
+    ran = await isolator(root, "plugin", "remove", "notifier")
+    assert ran.code == 0
+    ran = await isolator(root, "plugin", "show", "notifier")
+    assert (ran.code, ran.err) == (3, "isolator: plugin notifier: is not registered; see 'isolator plugin list'\n")
+    for record in daemon.records:
+        assert "secret-part" not in json.dumps(record)
+        assert "typed-here" not in json.dumps(record)
+    injected = daemon.of_type("secret.injected")
+    assert injected[0]["data"]["names"] == ["webhook_url", "WEBHOOK_URL"]
+
+
+async def test_nobody_there_to_agree_needs_approval_and_leaves_nothing(daemon: Daemon) -> None:
+    folder = _folder(daemon)
+    ran = await isolator(daemon.root, "plugin", "add", str(folder))
+    assert ran.code == 5
+    assert ran.err.splitlines()[-1].startswith("isolator: plugin add: nobody is there to agree")
+    await daemon.until(lambda: not daemon._staged)
+    assert (await isolator(daemon.root, "plugin", "list", "--json")).json == []
+
+
+async def test_a_typo_in_a_security_section_is_an_error_with_a_hint(daemon: Daemon) -> None:
+    for change, hint in (
+        ({"transport": {"mod": "stream"}}, 'did you mean "mode"'),
+        ({"delivery": {"atempts": 2}}, 'did you mean "attempts"'),
+        ({"sandbox": {"resorces": {}}}, 'did you mean "resources"'),
+        ({"config_schema": {"PATH": {"type": "string"}}}, "PATH is a reserved variable"),
+        ({"config_schema": {"ld_preload": {"type": "string"}}}, "LD_PRELOAD is a reserved variable"),
+        ({"config_schema": {"a_b": "string", "aB": "string"}}, "becomes the same variable A_B"),
+    ):
+        folder = _folder(daemon, **change)
+        ran = await isolator(daemon.root, "plugin", "add", str(folder), "--yes")
+        assert ran.code == 2, (change, ran.out)
+        assert hint in ran.err
+        assert len(ran.err.splitlines()) == 1
+
+
+async def test_flags_without_a_manifest_make_one_and_config_becomes_secret(daemon: Daemon) -> None:
+    binary = daemon.root / "indexer"
+    body = 'return {"message": os.environ["api_key"]}'
+    binary.write_text(f"#!{sys.executable}\n" + scripts.oneshot(body))
+    ran = await isolator(
+        daemon.root, *("plugin", "add", "--name", "indexer", "--binary", str(binary), "--hooks", "deploy.completed"),
+        *("--config", "api_key=-", "--yes"), stdin="very-secret-key\n",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "flags only" in ran.out
+    items = (await isolator(daemon.root, "plugin", "config", "indexer", "--json")).json
+    assert [(i["key"], i["secret"], i["value"]) for i in items] == [("api_key", True, None)]
+    daemon.sidecars["indexer"].manifest["x-interpreter"] = ""
+    row = await daemon.outcome(await daemon.emit())
+    assert json.loads(row["deliveries"][0]["reply"])["result"]["message"] == "[redacted]"
+
+
+async def test_a_required_value_that_is_missing_is_said_and_holds_the_queue(daemon: Daemon) -> None:
+    ran = await isolator(daemon.root, "plugin", "add", str(_folder(daemon)), "--yes")
+    assert ran.code == 0
+    assert "cannot start before webhook_url is set" in ran.err
+    emitted = await daemon.emit()
+    row = await daemon.outcome(emitted, timeout=0.3)
+    assert row["deliveries"][0]["state"] == "queued"
+    (shown,) = (await isolator(daemon.root, "plugin", "list", "--json")).json
+    assert "webhook_url is required" in shown["holding"]
+    await isolator(daemon.root, "plugin", "config", "notifier", "set", "webhook_url=-", stdin="https://x\n")
+    (delivery,) = (await daemon.outcome(emitted))["deliveries"]
+    assert delivery["state"] == "ok"
+
+
+async def test_logs_show_lines_redacted_and_follow(daemon: Daemon) -> None:
+    body = 'print("secret is", os.environ["token"], "\\x1b[31m", flush=True)\nprint("warn", file=sys.stderr)\nreturn {}'
+    daemon.add("talker", scripts.oneshot(body), config_schema={"token": {"type": "string", "secret": True}})
+    await daemon.ask("config.set", name="talker", config={"token": "s3cr3t-token"})
+    await daemon.outcome(await daemon.emit())
+    await daemon.poll(lambda: len((daemon.paths.plugin_log / "talker.log").read_text().splitlines()) == 2)
+    assert "s3cr3t" not in (daemon.paths.plugin_log / "talker.log").read_text()
+    ran = await isolator(daemon.root, "plugin", "logs", "talker")
+    assert "secret is [redacted]" in ran.out
+    assert "\x1b" not in ran.out
+    assert " ! warn" in ran.out
+
+
+async def test_dead_letters_are_listed_and_replayed(daemon: Daemon) -> None:
+    daemon.add("no", scripts.oneshot('return {"status": "rejected", "message": "not for me"}'))
+    emitted = await daemon.emit()
+    await daemon.outcome(emitted)
+    ran = await isolator(daemon.root, "event", "dead")
+    assert emitted["id"] in ran.out
+    assert "not for me" in ran.out
+    ran = await isolator(daemon.root, "event", "replay", emitted["id"])
+    assert ran.out == f"queued {emitted['id']} again for no\n"
+    ran = await isolator(daemon.root, "event", "show", emitted["id"], "--json")
+    assert ran.json["name"] == "deploy.completed"
+    ran = await isolator(daemon.root, "event", "replay", "ev_unknown")
+    assert ran.code == 3
+    ran = await isolator(daemon.root, "event", "list", "--json")
+    assert [e["id"] for e in ran.json] == [emitted["id"]]
+
+
+async def test_emit_fails_visibly(daemon: Daemon) -> None:
+    ran = await isolator(daemon.root, "event", "emit", "deploy.complete")
+    assert (ran.code, "did you mean deploy.completed?" in ran.err) == (3, True)
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "{nonsense")
+    assert ran.code == 2
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "@/no/such/file")
+    assert ran.code == 3
+    daemon.add("no", scripts.oneshot('return {"status": "rejected"}'))
+    payload = json.dumps({"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1})
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", payload, "--wait")
+    assert ran.code == 1
+    assert "no      dead" in ran.out
+
+
+async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.client import Client;"
+        f"Client({str(daemon.root)!r}).call('status');"
+        "print([m for m in ('pydantic', 'rich', 'pyroute2', 'asyncio', 'cryptography') if m in sys.modules])"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-I", "-c", script, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert out.decode().strip() == "[]"
+
+
+async def test_the_key_can_be_rotated(daemon: Daemon) -> None:
+    daemon.add("keyed", scripts.OK)
+    await daemon.ask("config.set", name="keyed", config={"token": "abcdef"})
+    before = (daemon.paths.host_lib / "key").read_bytes()
+    ran = await isolator(daemon.root, "config", "rotate-key")
+    assert ran.out == "re-encrypted 1 values with a new key\n"
+    assert (daemon.paths.host_lib / "key").read_bytes() != before
+    await daemon.kill_host()
+    await daemon.start_host()
+    await daemon.outcome(await daemon.emit())
+    assert daemon.sidecars["keyed"].env["TOKEN"] == "abcdef"

@@ -1,0 +1,146 @@
+"""The control socket: roles, bounds, garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host import scripts
+from tests.host.supervisor_double import Daemon
+
+CALL = """
+import json, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+request = {"jsonrpc": "2.0", "id": 1, "method": sys.argv[2], "params": json.loads(sys.argv[3])}
+sock.sendall(json.dumps(request).encode() + b"\\n")
+print(sock.makefile().readline())
+"""
+
+
+@pytest.fixture
+async def daemon(shared_dir: Path) -> AsyncIterator[Daemon]:
+    double = Daemon(shared_dir, config={"roles": {"viewer": [64010], "emitter": [64011], "operator": [64012]}})
+    await double.start()
+    yield double
+    await double.stop()
+
+
+async def _as(daemon: Daemon, uid: int, method: str, **params: Any) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-c", CALL, str(daemon.paths.control_socket), method, json.dumps(params)),
+        stdout=subprocess.PIPE, user=uid, group=uid, extra_groups=[], cwd="/",
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    answer = json.loads(out)
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def test_each_role_may_do_its_own_and_no_more(daemon: Daemon) -> None:
+    daemon.add("one", scripts.OK)
+    payload = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}
+    calls = {
+        "plugin.list": {},
+        "event.emit": {"name": "deploy.completed", "payload": payload},
+        "plugin.stop": {"name": "one"},
+    }
+    allowed = {uid: [] for uid in (64009, 64010, 64011, 64012)}
+    for uid, done in allowed.items():
+        for method, params in calls.items():
+            answer = await _as(daemon, uid, method, **params)
+            if "result" in answer:
+                done.append(method)
+            else:
+                assert answer["error"]["data"]["code"] == "denied"
+                assert f"uid {uid}" in answer["error"]["message"]
+    assert allowed == {
+        64009: [],
+        64010: ["plugin.list"],
+        64011: ["plugin.list", "event.emit"],
+        64012: ["plugin.list", "event.emit", "plugin.stop"],
+    }
+    await daemon.until(lambda: len(daemon.of_type("control.called")) >= 7)
+    denied = [r["data"] for r in daemon.of_type("control.called") if r["data"]["verdict"] == "denied"]
+    assert len(denied) == 6
+    (stop,) = [r for r in daemon.of_type("control.called") if r["data"]["verdict"] == "ok"]
+    assert (stop["plugin"], stop["data"]["verb"], stop["data"]["uid"]) == ("one", "plugin.stop", 64012)
+    (accepted, _) = daemon.of_type("event.accepted")
+    assert accepted["data"]["by"] == "uid:64011"
+
+
+async def _raw(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
+    reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket), limit=1 << 24)
+    writer.write(data)
+    writer.write_eof()
+    answers = [json.loads(line) async for line in reader]
+    writer.close()
+    return answers
+
+
+async def test_garbage_gets_an_error_and_the_connection_lives(daemon: Daemon) -> None:
+    reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket))
+    for bad, code in ((b"nonsense", -32700), (b"[]", -32600), (b"\xff", -32700), (b"[" * 3000, -32700)):
+        writer.write(bad + b"\n")
+        assert json.loads(await reader.readline())["error"]["code"] == code
+    for method in ("no.such", 17, None):
+        writer.write(json.dumps({"jsonrpc": "2.0", "id": 5, "method": method}).encode() + b"\n")
+        assert json.loads(await reader.readline())["id"] == 5
+    writer.write(b'{"jsonrpc":"2.0","id":6,"method":"status","params":[1]}\n')
+    assert "must be an object" in json.loads(await reader.readline())["error"]["message"]
+    writer.write(b'{"jsonrpc":"2.0","id":7,"method":"status"}\n')
+    assert json.loads(await reader.readline())["result"]["plugins"] == 0
+    writer.close()
+
+
+async def test_an_endless_request_is_cut_off(daemon: Daemon) -> None:
+    reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket))
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        for _ in range(64):
+            writer.write(b"x" * (1 << 18))
+            await writer.drain()
+        await reader.readexactly(1 << 20)
+    assert (await daemon.ask("status"))["plugins"] == 0
+
+
+async def test_many_requests_on_one_connection_are_all_answered(daemon: Daemon) -> None:
+    requests = b"".join(
+        json.dumps({"jsonrpc": "2.0", "id": n, "method": "status"}).encode() + b"\n" for n in range(2000)
+    )
+    reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket))
+    writer.write(requests)
+    seen = {json.loads(await reader.readline())["id"] for _ in range(2000)}
+    assert seen == set(range(2000))
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"name": "deploy.completed", "payload": []},
+        {"name": 5},
+        {"name": "deploy.completed", "payload": {}, "ttl": -1},
+        {"name": "deploy.completed", "payload": {}, "dedupe_key": ""},
+        {"name": "deploy.completed", "payload": {"project_id": "x" * 200}},
+    ],
+)
+async def test_bad_parameters_are_usage_errors(daemon: Daemon, params: dict[str, Any]) -> None:
+    (answer,) = await _raw(
+        daemon, json.dumps({"jsonrpc": "2.0", "id": 1, "method": "event.emit", "params": params}).encode() + b"\n"
+    )
+    assert answer["error"]["data"]["code"] == "usage"
+
+
+async def test_a_caller_that_half_closes_still_gets_its_answer(daemon: Daemon) -> None:
+    daemon.add("slow", scripts.oneshot("time.sleep(0.5)\nreturn {}"))
+    emitted = await daemon.emit()
+    request = {"jsonrpc": "2.0", "id": 1, "method": "event.wait", "params": {"id": emitted["id"], "timeout": 10}}
+    (answer,) = await _raw(daemon, json.dumps(request).encode() + b"\n")
+    assert answer["result"]["deliveries"][0]["state"] == "ok"

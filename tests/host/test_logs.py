@@ -1,0 +1,74 @@
+"""Sidecars' output: bounded in every way, and never a reason for the host to wait or grow."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from tests.host import scripts
+from tests.host.supervisor_double import Daemon
+
+FLOOD = """
+import os, threading, time
+def flood(fd):
+    block = (b"y" * 99 + b"\\n") * 600
+    while True:
+        os.write(fd, block)
+for fd in (1, 2):
+    threading.Thread(target=flood, args=(fd,), daemon=True).start()
+"""
+
+
+def _lines(daemon: Daemon, name: str) -> list[dict[str, str]]:
+    path = daemon.paths.plugin_log / f"{name}.log"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+async def test_a_flood_is_dropped_and_counted_and_delivery_goes_on(daemon: Daemon) -> None:
+    daemon.add("flooder", FLOOD + scripts.OK)
+    daemon.add("good", scripts.OK)
+    assert daemon.host is not None
+    memory = Path(f"/proc/{daemon.host.pid}/statm")
+    before = int(memory.read_text().split()[1])
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        row = await daemon.outcome(await daemon.emit())
+        assert {d["plugin"]: d["state"] for d in row["deliveries"]} == {"flooder": "ok", "good": "ok"}
+    assert int(memory.read_text().split()[1]) - before < 4000
+    stored = sum(p.stat().st_size for p in daemon.paths.plugin_log.glob("flooder.log*"))
+    assert stored < 16 << 20
+    shown = await daemon.ask("plugin.show", name="flooder")
+    assert shown["log_bytes_dropped"] > 1 << 20
+    notes = [e["line"] for e in _lines(daemon, "flooder") if e["stream"] == "isolator"]
+    assert notes
+    assert "bytes dropped" in notes[0]
+
+
+async def test_an_endless_line_is_cut(daemon: Daemon) -> None:
+    script = 'import sys\nsys.stdout.write("z" * 200_000 + "\\nend\\n")\nsys.stdout.flush()\n' + scripts.OK
+    daemon.add("endless", script)
+    await daemon.outcome(await daemon.emit())
+    await daemon.poll(lambda: any(e["line"] == "end" for e in _lines(daemon, "endless")))
+    lines = [e["line"] for e in _lines(daemon, "endless")]
+    assert [len(line) for line in lines] == [65536, 65536, 65536, 200_000 - 3 * 65536, 3]
+
+
+async def test_bytes_that_are_no_text_are_kept_readable(daemon: Daemon) -> None:
+    daemon.add("binary", 'import os\nos.write(1, b"\\xff\\x00\\x1b[2J\\n")\n' + scripts.OK)
+    await daemon.outcome(await daemon.emit())
+    await daemon.poll(lambda: _lines(daemon, "binary"))
+    (entry,) = _lines(daemon, "binary")
+    assert entry["line"] == "\ufffd\x00\x1b[2J"
+    raw = (daemon.paths.plugin_log / "binary.log").read_bytes()
+    assert b"\x1b" not in raw
+
+
+async def test_the_last_words_of_a_crash_are_shown(daemon: Daemon) -> None:
+    sidecar = daemon.add("crasher", 'import sys\nprint("cannot find key.json", file=sys.stderr)\nsys.exit(1)\n')
+    sidecar.give_up_after = 1
+    emitted = await daemon.emit()
+    await daemon.outcome(emitted, timeout=0.5)
+    await daemon.poll(lambda: _lines(daemon, "crasher"))
+    shown = await daemon.ask("plugin.show", name="crasher")
+    assert shown["stderr"] == ["cannot find key.json"]

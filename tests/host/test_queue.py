@@ -1,0 +1,257 @@
+"""The embedded queue and its database: durable, bounded, one fsync for many, and the faults of storage."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from host.queue import NewEvent, Result, Subscriber
+from host.queue.sqlite import SqliteQueue, backoff
+from host.store import SCHEMA_VERSION, Store
+from isolator.errors import IsolatorError, UnavailableError
+
+
+def _event(name: str = "e", **more: object) -> NewEvent:
+    return NewEvent("deploy.completed", f'{{"n":"{name}"}}', **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = Store(tmp_path / "host.db")
+    yield opened
+    await opened.close()
+
+
+async def test_many_accepts_share_few_syncs(store: Store) -> None:
+    queue = SqliteQueue(store)
+    await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", "k")]) for n in range(1000)))
+    assert store.read(lambda db: db.execute("SELECT count(*) FROM deliveries").fetchone()[0]) == 1000
+    assert store.syncs <= 20
+
+
+async def test_acceptance_waits_for_the_sync(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = __import__("threading").Event()
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (released.wait(10), real(fd)))
+    queue = SqliteQueue(store)
+    accept = asyncio.create_task(queue.accept(_event(), [Subscriber("p", "k")]))
+    take = asyncio.create_task(queue.consumer("p").take())
+    await asyncio.sleep(0.1)
+    assert not accept.done()
+    assert not take.done(), "nothing is dispatched before it is safe"
+    released.set()
+    accepted = await accept
+    assert (await take).event == accepted.event
+
+
+async def test_a_failed_sync_is_fatal_and_nobody_is_told_that_it_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fatal: list[str] = []
+    store = Store(tmp_path / "host.db", fatal=fatal.append)
+
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(UnavailableError, match="cannot be synced"):
+        await SqliteQueue(store).accept(_event(), [Subscriber("p", "k")])
+    assert "sync failed" in fatal[0]
+    monkeypatch.undo()
+    await store.close()
+
+
+async def test_what_waits_is_there_again_after_a_restart(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    ids = [(await queue.accept(_event(str(n)), [Subscriber("p", "k")])).event.id for n in range(3)]
+    consumer = queue.consumer("p")
+    first = await consumer.take()
+    consumer.sent(first)
+    consumer.done(first, Result("ok"))
+    second = await consumer.take()
+    consumer.sent(second)
+    await store.close()
+
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    assert queue.consumer("p").depth == 2
+    states = [queue.show(i).deliveries[0].state for i in ids]
+    await asyncio.sleep(0)
+    assert states[0] == "ok"
+    assert states[2] == "queued"
+    # The second was in flight: an attempt, and it holds back the third until its back-off is over.
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(queue.consumer("p").take(), 0.2)
+    again = await asyncio.wait_for(queue.consumer("p").take(), 5)
+    assert again.event is not None
+    assert (again.event.id, again.attempts) == (ids[1], 1)
+    await store.close()
+
+
+async def test_a_dedupe_key_gives_the_first_event(store: Store) -> None:
+    queue = SqliteQueue(store)
+    one, two, other = await asyncio.gather(
+        *(queue.accept(_event(dedupe_key=key), [Subscriber("p", "k")]) for key in ("x", "x", "y"))
+    )
+    three = await queue.accept(_event(dedupe_key="x"), [Subscriber("p", "k")])
+    assert one.event.id == two.event.id == three.event.id != other.event.id
+    assert (one.duplicate, two.duplicate, three.duplicate) == (False, True, True)
+    assert queue.consumer("p").depth == 2
+    assert queue.consumer("p").reserved == 0
+
+
+async def test_a_full_queue_is_visible_and_replayable(store: Store) -> None:
+    queue = SqliteQueue(store, limit=3)
+    accepted = await asyncio.gather(*(queue.accept(_event(), [Subscriber("p", "k")]) for _ in range(5)))
+    assert [bool(a.overflowed) for a in accepted] == [False] * 3 + [True] * 2
+    dead = await queue.list_dead()
+    assert [d.detail for d in dead] == ["queue_full"] * 2
+    consumer = queue.consumer("p")
+    consumer.done(await consumer.take(), Result("ok"))
+    assert await queue.replay(dead[0].event_id) == ["p"]
+    assert queue.consumer("p").depth == 3
+
+
+async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
+    queue = SqliteQueue(store)
+    await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", None)]) for n in range(600)))
+    consumer = queue.consumer("p")
+    for number in range(600):
+        delivery = await consumer.take()
+        assert delivery.event is not None
+        assert delivery.event.payload == f'{{"n":"{number}"}}'
+        consumer.done(delivery, Result("ok"))
+
+
+async def test_an_expired_event_is_not_delivered(store: Store) -> None:
+    queue = SqliteQueue(store)
+    expired: list[int] = []
+    queue.on_expired = lambda delivery: expired.append(delivery.seq)
+    old = await queue.accept(_event(ttl=0.05), [Subscriber("p", "k")])
+    new = await queue.accept(_event(), [Subscriber("p", "k")])
+    await asyncio.sleep(0.1)
+    delivery = await queue.consumer("p").take()
+    assert delivery.seq == new.event.seq
+    assert expired == [old.event.seq]
+    await queue.wait(old.event.id, timeout=1)
+    assert queue.show(old.event.id).deliveries[0].state == "expired"
+
+
+async def test_the_database_stays_bounded(store: Store) -> None:
+    queue = SqliteQueue(store, keep_events=200, keep_dead=50)
+    consumer = queue.consumer("p")
+    for round_ in range(15):
+        await asyncio.gather(*(queue.accept(_event(), [Subscriber("p", None)]) for _ in range(200)))
+        for number in range(200):
+            state = "dead" if number % 2 else "ok"
+            consumer.done(await consumer.take(), Result(state))  # type: ignore[arg-type]
+        assert consumer.depth == 0, round_
+    count = store.read(lambda db: db.execute("SELECT count(*) FROM events").fetchone()[0])
+    dead = store.read(lambda db: db.execute("SELECT count(*) FROM deliveries WHERE state='dead'").fetchone()[0])
+    assert count <= 1500
+    assert dead <= 600
+
+
+async def test_a_newer_database_is_refused_and_unharmed(tmp_path: Path) -> None:
+    path = tmp_path / "host.db"
+    store = Store(path)
+    await store.close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    before = path.read_bytes()
+    with pytest.raises(IsolatorError, match="newer version"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["garbage", "link"])
+async def test_a_damaged_database_is_one_clear_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "host.db"
+    if damage == "garbage":
+        path.write_bytes(b"this is not a database" * 100)
+    else:
+        (tmp_path / "target").write_bytes(b"")
+        path.symlink_to(tmp_path / "target")
+    with pytest.raises(IsolatorError, match=r"host\.db"):
+        Store(path)
+
+
+async def test_a_lock_held_by_somebody_delays_and_loses_nothing(store: Store) -> None:
+    queue = SqliteQueue(store)
+    other = sqlite3.connect(store.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    accept = asyncio.create_task(queue.accept(_event(), [Subscriber("p", "k")]))
+    await asyncio.sleep(0.3)
+    assert store.blocked is not None
+    assert not accept.done()
+    other.execute("ROLLBACK")
+    other.close()
+    await asyncio.wait_for(accept, 5)
+    assert store.blocked is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_full_disk_refuses_events_keeps_outcomes_and_recovers(small_disk: Path) -> None:
+    store = Store(small_disk / "host.db")
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k")])
+    consumer = queue.consumer("p")
+    delivery = await consumer.take()
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"x" * 4096)
+    consumer.sent(delivery)
+    consumer.done(delivery, Result("ok"))
+    with pytest.raises(UnavailableError, match="cannot be written"):
+        await queue.accept(_event("x" * 60_000), [Subscriber("p", "k")])
+    assert store.blocked is not None
+    filler.unlink()
+    await asyncio.wait_for(store.unblocked.wait(), 5)
+    assert queue.show(accepted.event.id).deliveries[0].state == "ok"
+    await queue.accept(_event(), [Subscriber("p", "k")])
+    await store.close()
+
+
+async def test_a_power_cut_at_any_byte_of_the_log_starts_again_with_a_prefix(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    ids = [(await queue.accept(_event(str(n)), [Subscriber("p", "k")])).event.id for n in range(4)]
+    image = (tmp_path / "host.db").read_bytes()
+    log = (tmp_path / "host.db-wal").read_bytes()
+    await store.close()
+    used = len(log.rstrip(b"\0"))
+    for cut in [*range(0, used, 997), used]:
+        folder = tmp_path / "cut"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "host.db").write_bytes(image)
+        (folder / "host.db-wal").write_bytes(log[:cut])
+        again = Store(folder / "host.db")
+        found = again.read(lambda db: [row[0] for row in db.execute("SELECT id FROM events ORDER BY seq")])
+        assert found == ids[: len(found)]
+        SqliteQueue(again)
+        await again.close()
+    assert found == ids
+
+
+def test_the_back_off_grows_to_ten_minutes() -> None:
+    for attempts, expected in ((1, 1), (2, 2), (3, 4), (10, 512), (11, 600), (100, 600)):
+        for _ in range(50):
+            assert expected * 0.8 <= backoff(attempts) <= expected * 1.2

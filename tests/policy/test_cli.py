@@ -1,0 +1,105 @@
+"""``isolator policy check`` and ``explain`` as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.policy.samples import MANIFEST, POLICY
+
+SHIPPED = Path(__file__).parents[2] / "policies"
+
+
+def isolator(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from host.cli.main import main; main()", "--root", str(root), "policy"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "slack-deploy-notifier.toml"
+    path.write_text(POLICY)
+    return path
+
+
+def test_a_good_file(tmp_path: Path, file: Path) -> None:
+    done = isolator(tmp_path, "check", file)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}: ok\n", "")
+
+
+def test_each_bad_file_is_one_line_with_its_line_number(tmp_path: Path, file: Path) -> None:
+    typo, unit = tmp_path / "typo.toml", tmp_path / "unit.toml"
+    typo.write_text(POLICY.replace("egress ", "egres  "))
+    unit.write_text(POLICY.replace('"25%"', '"25"'))
+    done = isolator(tmp_path, "check", file, typo, unit)
+    assert done.returncode == 1
+    assert done.stdout == f"{file}: ok\n"
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"isolator: {typo}:5: grant.egres: unknown key; did you mean")
+    assert second.startswith(f"isolator: {unit}:9: limits.cpu: ")
+
+
+def test_exit_codes(tmp_path: Path, file: Path) -> None:
+    assert isolator(tmp_path, "check", tmp_path / "none.toml").returncode == 3
+    assert isolator(tmp_path, "check").returncode == 2
+    file.chmod(0o666)
+    done = isolator(tmp_path, "check", file)
+    assert done.returncode == 4
+    assert "chmod go-w" in done.stderr
+    assert isolator(tmp_path, "explain", file).returncode == 4
+
+
+def test_policies_are_held_against_the_host_toml_given_or_installed(tmp_path: Path, file: Path) -> None:
+    given = tmp_path / "low.toml"
+    given.write_text("[ceiling]\nmemory = '100M'\n")
+    done = isolator(tmp_path, "check", file, given)
+    assert f"{file}:8: limits.memory: 256M is over the ceiling, 100M" in done.stderr
+    assert f"{given}: ok" in done.stdout
+    installed = tmp_path / "etc/isolator/host.toml"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("[ceiling]\ntasks = 10\n")
+    assert f"{file}:10: limits.tasks: 64 is over the ceiling, 10" in isolator(tmp_path, "check", file).stderr
+    installed.write_text("[ceiling]\ntaks = 10\n")
+    assert f"{installed}:2: ceiling.taks" in isolator(tmp_path, "check", file).stderr
+
+
+def test_json(tmp_path: Path, file: Path) -> None:
+    bad = tmp_path / "plugin.json"
+    bad.write_text('{"name": "ab"}')
+    results = json.loads(isolator(tmp_path, "check", file, bad, "--json").stdout)
+    assert [(r["file"], r["kind"], r["ok"]) for r in results] == [
+        (str(file), "policy", True),
+        (str(bad), "manifest", False),
+    ]
+    assert "version is missing" in results[1]["error"]
+
+
+def test_explain(tmp_path: Path, file: Path) -> None:
+    done = isolator(tmp_path, "explain", file)
+    assert done.returncode == 0, done.stderr
+    assert "May connect to hooks.slack.com (TCP 443) and to nothing else" in done.stdout
+    assert f"{file}:8" in done.stdout
+    data = json.loads(isolator(tmp_path, "explain", file, "--json").stdout)
+    assert data["effective"]["resources"]["memory"] == 256 << 20
+    assert data["effective"]["network"]["mode"] == "listed"
+    assert data["sentences"]["network"].startswith("May connect to hooks.slack.com")
+
+
+def test_explain_with_a_manifest_shows_what_to_add(tmp_path: Path, file: Path) -> None:
+    manifest = tmp_path / "plugin.json"
+    manifest.write_text(json.dumps(MANIFEST | {"permissions": ["read:deployments", "read:secrets"]}))
+    done = isolator(tmp_path, "explain", file, "--manifest", manifest)
+    assert f'in [grant] of {file}:4: permissions = ["read:deployments", "read:projects", "read:secrets"]' in done.stdout
+    alone = isolator(tmp_path, "explain", manifest)
+    assert "default grant" in alone.stdout
+
+
+def test_the_files_that_ship_are_good(tmp_path: Path) -> None:
+    files = sorted(SHIPPED.rglob("*.toml"))
+    assert {"host.toml", "slack-deploy-notifier.toml", "hostile.toml"} <= {file.name for file in files}
+    done = isolator(tmp_path, "check", *files)
+    assert done.returncode == 0, done.stderr
