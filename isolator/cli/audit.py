@@ -42,7 +42,13 @@ def tail(root: str | None, follow: bool, lines: int, as_json: bool) -> None:
     from isolator.audit.files import seq_of
 
     directory = Paths.of(root).audit_log
-    shown = _readable(lambda: reader.tail(directory, max(lines, 1)))
+    try:
+        shown = _readable(lambda: reader.tail(directory, max(lines, 1)))
+    except NotFoundError:
+        # The daemon makes the folder before it writes its first record; a follower may come in between.
+        if not follow or not directory.is_dir():
+            raise
+        shown = []
     last = (seq_of(shown[-1]) or 0) if shown else 0
     _print(shown if lines else [], as_json)
     if not follow:
