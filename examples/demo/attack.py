@@ -49,6 +49,7 @@ def hostile(demo: Demo) -> None:
     target = known_to_the_attacker(demo)
     report.blank()
     report.say(f"The targets are real; the host itself reaches: {targets_are_real(demo, target)}.")
+    demo.net.settle()
     before = {kind: len(demo.net.of(kind)) for kind in ("metadata", "resolver", "collector")}
     database_before = len(demo.database_contacts)
     report.say(
@@ -58,6 +59,7 @@ def hostile(demo: Demo) -> None:
     report.command(["isolator", "event", "emit", "error.detected", '{"title": "ATTACK", ...}', "--wait"])
     report.blank()
     results = [attack(demo, number, attempt, target) for number, attempt in enumerate(ATTEMPTS, 1)]
+    demo.net.settle()
     arrived = {kind: len(demo.net.of(kind)) - count for kind, count in before.items()}
     judge(demo, results, {**arrived, "database": len(demo.database_contacts) - database_before})
 

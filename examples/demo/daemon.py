@@ -157,6 +157,8 @@ class Trail:
 
     def __init__(self, daemon: Daemon) -> None:
         self.records: list[Record] = []
+        self.words = ""
+        """The last that the follower said which is no record."""
         self._news = threading.Condition()
         self._process = daemon.start("audit", "tail", "-f", "-n", "1000", "--json")
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -171,6 +173,7 @@ class Trail:
             try:
                 record = json.loads(line)
             except ValueError:
+                self.words = line.strip()
                 continue
             with self._news:
                 self.records.append(record)

@@ -58,8 +58,12 @@ class Demo:
             code, text = self.daemon.run(*words, "--json")
             event_id = event_id_of(text)
         done = self.trail.wait(lambda r: response_of(r, event_id, NOTIFIER), 20)
-        if code != 0 or done is None:
+        if code != 0:
             raise DemoError(f"{name} was not delivered to {NOTIFIER}: {text.strip()[:300]}")
+        if done is None:
+            raise DemoError(
+                f"no event.response of {event_id} in 'audit tail -f' ({self.trail.words or 'it is silent'})"
+            )
         asked = next(r for r in self.trail.of(event_id) if r["type"] == "event.dispatched" and r["plugin"] == NOTIFIER)
         took = done["data"]["latency_us"] / 1000
         self.deliveries.setdefault(when, []).append(took)
