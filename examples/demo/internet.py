@@ -250,7 +250,7 @@ class Internet:
                 raise TimeoutError(f"{what}: nothing after {seconds:g} s")
 
     def settle(self) -> None:
-        """Wait until everything that has reached the far side so far is in ``contacts``: ask for a page and wait for it.
+        """Wait until ``contacts`` has everything that has reached the far side: ask for a page and wait for it.
 
         The far side reports in the order of what reaches it, so whatever came before is told before.
         """

@@ -86,7 +86,7 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or (LOCKS / str(uid)).exists():
             continue
-        # Another daemon on this machine may have taken the same number since we looked: useradd decides, under its lock.
+        # Another daemon may have taken the same number since we looked: useradd decides, under its lock.
         if _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name, accepted=_UID_TAKEN) == 0:
             return uid
     raise _range_full(uid_range)
