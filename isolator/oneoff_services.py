@@ -9,13 +9,13 @@ import os
 import select
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from isolator.audit.client import utc_now
 from isolator.errors import UsageError
-from isolator.ipc import Channel, pair, receive_packet
+from isolator.ipc import MAX_FDS, Channel, Handler, Message, pair, receive_packet
 
 if TYPE_CHECKING:
     from isolator.layers.network import CageNetwork
@@ -82,10 +82,17 @@ async def broker_for(
     A cage that may reach nothing needs nobody to carry its connections, only somebody to read and record what it was
     refused: its broker, a third of a second of another Python, is started when there is something to read.
     """
-    sockets, network.sockets = network.sockets, []
+    from isolator.layers import network as network_layer
+
+    outside = network_layer.host_listeners(policy.network)
+    sockets, network.sockets = [*network.sockets, *outside], []
+
+    async def inside(message: Message) -> Message:
+        count, version = int(message.fields.get("count", 1)), int(message.fields.get("version", 4))
+        return Message({}, network_layer.connectors(network, min(count, MAX_FDS), version=version))
 
     def broker() -> contextlib.AbstractAsyncContextManager[None]:
-        return _broker(sockets, policy, run, paths, config, records)
+        return _broker(sockets, policy, run, paths, config, records, {"cage.sockets": inside} if outside else {})
 
     lazy = policy.network.mode != "public" and not policy.network.egress
     try:
@@ -142,7 +149,13 @@ def _close(sockets: list[int]) -> None:
 
 @contextlib.asynccontextmanager
 async def _broker(
-    sockets: list[int], policy: EffectivePolicy, run: str, paths: Paths, config: HostConfig, records: Records
+    sockets: list[int],
+    policy: EffectivePolicy,
+    run: str,
+    paths: Paths,
+    config: HostConfig,
+    records: Records,
+    handlers: Mapping[str, Handler],
 ) -> AsyncIterator[None]:
     import subprocess
 
@@ -163,7 +176,7 @@ async def _broker(
         theirs.close()
         audit_theirs.close()
     reader = _Reader(audit, records)
-    channel = Channel(mine, name="broker")
+    channel = Channel(mine, handlers, name="broker")
     try:
         await channel.call("hello", root=str(paths.root), config=config.model_dump(mode="json"), timeout=20)
         await channel.call("cage.attach", fds=sockets, run=run, plugin=policy.plugin,

@@ -41,8 +41,9 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
             "cage.detach": broker.detach,
             "audit.source": broker.audit_source,
         },
-        name="broker",
+        name="supervisor",
     )
+    broker.supervisor = channel
     try:
         await channel.closed.wait()
     finally:

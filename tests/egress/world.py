@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from isolator.audit.client import AuditClient
-from isolator.ipc import Channel, pair
+from isolator.ipc import Channel, Message, pair
 from isolator.layers import network
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
@@ -53,6 +53,27 @@ HOST, GATEWAY = "45.0.0.2", "45.0.0.1"
 HOST6, GATEWAY6 = "2a00:1::2", "2a00:1::1"
 BROKER_UID, CLIENT_UID = 64901, 64902
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+PRELUDE = """
+import socket, ssl, time, urllib.request, errno, sys, struct
+CA = 'CA_FILE'
+def name_of(e):
+    return errno.errorcode.get(getattr(e, 'errno', None) or 0, type(e).__name__)
+def attempt(f, *a, **k):
+    try:
+        return f(*a, **k)
+    except OSError as e:
+        e = getattr(e, 'reason', e)
+        return e.args[0] if isinstance(e, str) else name_of(e)
+def get(url, **k):
+    context = ssl.create_default_context(cafile=CA)
+    request = urllib.request.Request(url, **k)
+    return urllib.request.urlopen(request, timeout=10, context=context).read().decode()
+def tcp(host, port, timeout=5):
+    return socket.create_connection((host, port), timeout)
+"""
+"""What every client has at hand; ``CA_FILE`` is replaced by the pretend authority's certificate."""
 
 
 def run_in(fd: int, *command: str) -> None:
@@ -294,6 +315,7 @@ def world() -> Iterator[World]:
     directory.chmod(0o755)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "isolator", directory / "isolator", ignore=ignored)
+    shutil.copy(Path(__file__).with_name("weakened.py"), directory)
     (directory / "resolv.conf").write_text(f"nameserver {network.RESOLVER}\noptions timeout:3 attempts:1\n")
     (directory / "host-resolv.conf").write_text(f"nameserver {WEB}\n")
     internet = Internet(directory)
@@ -333,10 +355,11 @@ class BrokerProcess:
     audit: socket.socket
     records: list[dict[str, Any]] = field(default_factory=list)
     acknowledge: bool = True
+    cages: dict[str, CageNet] = field(default_factory=dict)
 
     @classmethod
-    async def start(cls, world: World) -> BrokerProcess:
-        """Start it in the host namespace, without any privilege."""
+    async def start(cls, world: World, *, off: Sequence[str] = ()) -> BrokerProcess:
+        """Start it in the host namespace, without any privilege; ``off`` names checks it runs without (weakened.py)."""
         ours, theirs = pair()
         audit, audit_theirs = pair()
         fds = (theirs.fileno(), audit_theirs.fileno())
@@ -346,13 +369,15 @@ class BrokerProcess:
             f"mount --bind {world.directory}/host-resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
             "setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups",
             "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-            *world.python("isolator.egress.service", "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1])),
+            *world.python("weakened" if off else "isolator.egress.service", *off,
+                          "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1])),
             pass_fds=fds,
         )  # fmt: skip
         theirs.close()
         audit_theirs.close()
         channel = Channel(ours, name="broker")
         broker = cls(world, process, channel, audit)
+        channel.handle("cage.sockets", broker._sockets)
         audit.setblocking(False)
         asyncio.get_running_loop().add_reader(audit, broker._record)
         await channel.call("hello", root="/", config={}, timeout=20)
@@ -365,6 +390,12 @@ class BrokerProcess:
                 if self.acknowledge:
                     self.audit.send(json.dumps({"acked": len(self.records)}).encode())
             asyncio.get_running_loop().remove_reader(self.audit)
+
+    async def _sockets(self, message: Message) -> Message:
+        """The supervisor's part of a connection that comes in."""
+        cage = self.cages[message.fields["run"]]
+        fds = network.connectors(cage.network, message.fields["count"], version=message.fields["version"])
+        return Message({}, fds)
 
     async def wait_for(self, type: str, /, timeout: float = 10, **fields: Any) -> dict[str, Any]:
         """The data of the first record of a type with these fields; fails with all records when none comes."""
@@ -413,50 +444,45 @@ class CageNet:
     async def hand_over(self, broker: BrokerProcess) -> None:
         """Give the sockets to a broker and close ours."""
         self.broker = broker
+        broker.cages[self.run] = self
         fields = {"run": self.run, "plugin": "tester", "policy": self.policy.model_dump(mode="json")}
-        await broker.channel.call("cage.attach", fds=self.network.sockets, timeout=5, **fields)
+        outside = netns.in_network(self.world.host_fd, lambda: network.host_listeners(self.policy))
+        await broker.channel.call("cage.attach", fds=[*self.network.sockets, *outside], timeout=5, **fields)
         network.close_sockets(self.network)
+        for fd in outside:
+            os.close(fd)
 
     async def client(self, code: str, timeout: float = 30) -> str:
         """Run Python code inside, as an unprivileged user with the cage's resolv.conf; what it printed."""
-        prelude = (
-            "import socket, ssl, time, urllib.request, errno, sys, struct\n"
-            f"CA = {str(self.world.directory / 'ca.pem')!r}\n"
-            "def name_of(e):\n    return errno.errorcode.get(getattr(e, 'errno', None) or 0, type(e).__name__)\n"
-            "def attempt(f, *a, **k):\n"
-            "    try:\n        return f(*a, **k)\n"
-            "    except OSError as e:\n"
-            "        e = getattr(e, 'reason', e)\n        return e.args[0] if isinstance(e, str) else name_of(e)\n"
-            "def get(url, **k):\n"
-            "    context = ssl.create_default_context(cafile=CA)\n"
-            "    request = urllib.request.Request(url, **k)\n"
-            "    return urllib.request.urlopen(request, timeout=10, context=context).read().decode()\n"
-            "def tcp(host, port, timeout=5):\n    return socket.create_connection((host, port), timeout)\n"
-        )
-        process = await asyncio.create_subprocess_exec(
-            "nsenter", f"--net=/proc/{os.getpid()}/fd/{self.network.netns_fd}",
-            "unshare", "--mount", "sh", "-c",
-            f"mount --bind {self.world.directory}/resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
-            "setpriv", f"--reuid={CLIENT_UID}", f"--regid={CLIENT_UID}", "--clear-groups",
-            "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-            sys.executable, "-I", "-c", prelude + code,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(timeout):
-                out, err = await process.communicate()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise
-        assert process.returncode == 0, err.decode()
-        return out.decode().strip()
+        return await run_client(self.world, self.network.netns_fd, "resolv.conf", code, timeout)
 
     async def detach(self) -> None:
         """End the cage's attachment and free the network."""
         with contextlib.suppress(Exception):
             await self.broker.channel.call("cage.detach", run=self.run, timeout=5)
         network.release(self.network)
+
+
+async def run_client(world: World, fd: int, resolv: str, code: str, timeout: float = 30) -> str:
+    """Run Python code in a network namespace, as an unprivileged user with a resolv.conf; what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        "nsenter", f"--net=/proc/{os.getpid()}/fd/{fd}",
+        "unshare", "--mount", "sh", "-c",
+        f"mount --bind {world.directory}/{resolv} /etc/resolv.conf && exec \"$@\"", "sh",
+        "setpriv", f"--reuid={CLIENT_UID}", f"--regid={CLIENT_UID}", "--clear-groups",
+        "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
+        sys.executable, "-I", "-c", PRELUDE.replace("CA_FILE", str(world.directory / "ca.pem")) + code,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(timeout):
+            out, err = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode == 0, err.decode()
+    return out.decode().strip()
 
 
 __all__ = ["AuditClient", "BrokerProcess", "CageNet", "World", "world"]
