@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from host.channel import Outcome
 from host.queue import Delivery, Result, State
-from host.queue.sqlite import SqliteConsumer, backoff
+from host.queue.consumer import SqliteConsumer, backoff
 from host.registry import Plugin
 from host.secrets import Redactor
 from isolator.audit.client import AuditClient
