@@ -28,10 +28,10 @@ _SHOWN_PER_KIND = 5
 
 
 class Records:
-    """The records of one run: all of them in a file when one was named, else only denials, on stderr."""
+    """The records of one run: all of them in a file when one was named, else only denials, on stderr (not if quiet)."""
 
-    def __init__(self, path: Path | None, run: str) -> None:
-        self._run = run
+    def __init__(self, path: Path | None, run: str, *, quiet: bool = False) -> None:
+        self._run, self._quiet = run, quiet
         self._out: IO[str] | None = None
         self._shown: dict[str, int] = {}
         if path is not None:
@@ -49,7 +49,7 @@ class Records:
         if self._out is not None:
             self._out.write(json.dumps(record, ensure_ascii=True) + "\n")
             self._out.flush()
-        elif record["type"] in _DENIALS:
+        elif record["type"] in _DENIALS and not self._quiet:
             self._show(record["type"], record["data"])
 
     def _show(self, kind: str, data: dict[str, Any]) -> None:

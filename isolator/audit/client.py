@@ -218,7 +218,7 @@ class AuditClient:
                 break
             message = json.loads(packet)
             total = max(total, int(message.get("acked", 0)))
-            if "blocked" in message:
+            if "blocked" in message and message["blocked"] != self.blocked:
                 self.blocked = message["blocked"]
                 changed = True
         fresh = min(total - self._answered, len(self._unacked))

@@ -162,7 +162,7 @@ def check() -> list[tuple[str, str, str, str]]:
         network = prepare(NetworkPolicy(mode="public"), prefix="check")
     except ConfinementError as error:
         return [("network", "unavailable", error.why, error.remedy)]
-    entries = [("network", "enforced", "", "")]
+    entries = [("network", "enforced", "a namespace with lo alone, nftables", "")]
     try:
         confirm(network, NetworkPolicy(mode="public"))
     except ConfinementError as error:
