@@ -201,9 +201,8 @@ def test_a_plugin_of_a_whole_daemon(pretend: World, shown: Path, rebinding: None
         by_rule = {(one["data"].get("name") or one["data"].get("address"), one["data"]["rule"]): one for one in denied}
         grant = by_rule["other.example.com", "not-granted"]["grant"]
         rules = [f"{name}:{port}" for name, _, port in pairs]
-        assert grant["table"] == "grant" and json.loads(grant["line"].removeprefix("egress = ")) == [
-            *rules, "other.example.com:443",
-        ]  # fmt: skip
+        assert grant["table"] == "grant"
+        assert set(json.loads(grant["line"].removeprefix("egress = "))) == {*rules, "other.example.com:443"}
         assert by_rule[METADATA, "blocked-address"]["grant"]["file"] == "host.toml"
         text = d.cli("plugin", "denials", "shown").stdout
         assert f"in [grant] of policies/shown.toml:  {grant['line']}" in text
