@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from isolator.oneoff_services import Records
     from isolator.paths import Paths
     from isolator.policy.hostconfig import HostConfig
+    from isolator.policy.model import EffectivePolicy
     from isolator.sandbox import Sandbox, Stdio, Tools
 
 
@@ -137,3 +139,37 @@ async def _release(prepared: asyncio.Task[Any]) -> None:
 
     with contextlib.suppress(ConfinementError):
         network_layer.release(await prepared)
+
+
+def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, uid: int, owned: list[int]) -> CageSpec:
+    """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close."""
+    from isolator.layers.base import Bind, CageSpec
+    from isolator.plugin_cage import PATH, open_read_path
+
+    binds = []
+    for path in policy.filesystem.read:
+        owned.append(open_read_path(path))
+        binds.append(Bind(path, owned[-1]))
+    return CageSpec(
+        name="run",
+        run=run,
+        uid=uid,
+        gid=uid,
+        user="cage",
+        policy=policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})}),
+        paths=paths,
+        argv=argv,
+        env={
+            "PATH": f"{PATH}:/usr/sbin:/sbin",
+            "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
+            **({"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}),
+        },
+        cwd="/",
+        binds=binds,
+    )  # fmt: skip
+
+
+def close_all(fds: list[int]) -> None:
+    """Close the descriptors of a list and empty it."""
+    while fds:
+        os.close(fds.pop())

@@ -93,6 +93,11 @@ class AuditClient:
             self._scheduled = True
             self._loop.call_soon(self._flush)
 
+    @property
+    def unsettled(self) -> int:
+        """Records that are not yet durably written."""
+        return len(self._pending) + len(self._unacked)
+
     async def settled(self, *, within: int = 0) -> None:
         """Wait until at most ``within`` records are not yet durably written."""
         async with self._progress:
@@ -213,7 +218,7 @@ class AuditClient:
                 break
             message = json.loads(packet)
             total = max(total, int(message.get("acked", 0)))
-            if "blocked" in message:
+            if "blocked" in message and message["blocked"] != self.blocked:
                 self.blocked = message["blocked"]
                 changed = True
         fresh = min(total - self._answered, len(self._unacked))

@@ -98,7 +98,8 @@ def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
     for line, record in query(directory, around):
         if record.plugin in plugins and first.seq < record.seq < last.seq and event_id not in record.events:
             found.append((line, record))
-    return sorted(found, key=lambda pair: pair[1].seq)
+    # In the file they are in the order of arrival; by their own times a query comes before the reply that it delayed.
+    return sorted(found, key=lambda pair: (pair[1].time, pair[1].seq))
 
 
 def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[str]:
@@ -106,7 +107,8 @@ def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[s
     begin = _moment(records[0])
     plugins = list(dict.fromkeys(r.plugin for r in records if r.plugin))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
-    yield _fit(f"{printable(event_id)}  {records[0].time[:23].replace('T', ' ')} UTC  {_summary(records)}", width)
+    yield _fit(f"{printable(event_id)}  {records[0].time[:23].replace('T', ' ')} UTC", width)
+    yield _fit(f"  {_summary(records)}", width)
     for name, letter in letters.items():
         yield _fit(f"  {letter}  {printable(name)}", width)
     shared = False

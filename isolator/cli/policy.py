@@ -7,7 +7,6 @@ held against the ``host.toml`` of the same command line, else against the instal
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tomllib
 from pathlib import Path
@@ -130,7 +129,7 @@ def _table(lines: tuple[Line, ...]) -> list[str]:
 def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.policy.effective import meet, policy_alone
     from isolator.policy.grant import PluginPolicy
-    from isolator.policy.load import load_host_config, load_plugin_policy
+    from isolator.policy.load import invoker, load_host_config, load_plugin_policy
     from isolator.policy.request import parse_manifest_core
 
     kind = _kind(file)
@@ -139,35 +138,35 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
             raise UsageError("--manifest", f"{file} is a manifest itself", "name a policy file before it")
         return meet(parse_manifest_core(_bytes(file), name=str(file)), None, _host(root))
     if kind == "host":
-        host = load_host_config(_existing(file), also_owner=_invoker())
+        host = load_host_config(_existing(file), also_owner=invoker())
         core = parse_manifest_core(_bytes(manifest), name=str(manifest)) if manifest else None
         nothing = PluginPolicy(source="no policy file", hooks=())
         return meet(core, None, host) if core else policy_alone(nothing, host, "any-plugin")
     host = _host(root)
-    grant = load_plugin_policy(file, host, also_owner=_invoker())
+    grant = load_plugin_policy(file, host, also_owner=invoker())
     if manifest is None:
         return policy_alone(grant, host, file.stem)
     return meet(parse_manifest_core(_bytes(manifest), name=str(manifest)), grant, host)
 
 
 def _host(root: str | None) -> HostConfig:
-    from isolator.policy.load import load_host_config
+    from isolator.policy.load import invoker, load_host_config
 
-    return load_host_config(Paths.of(root).host_toml, also_owner=_invoker())
+    return load_host_config(Paths.of(root).host_toml, also_owner=invoker())
 
 
 def _check(path: Path, host: HostConfig | None) -> HostConfig | None:
     """Raise what is wrong with one file; the settings when it is a ``host.toml``."""
-    from isolator.policy.load import load_host_config, load_plugin_policy
+    from isolator.policy.load import invoker, load_host_config, load_plugin_policy
     from isolator.policy.request import parse_manifest_core
 
     kind = _kind(path)
     if kind == "host":
-        return load_host_config(_existing(path), also_owner=_invoker())
+        return load_host_config(_existing(path), also_owner=invoker())
     if kind == "manifest":
         parse_manifest_core(_bytes(path), name=str(path))
     else:
-        load_plugin_policy(path, host, also_owner=_invoker())
+        load_plugin_policy(path, host, also_owner=invoker())
     return None
 
 
@@ -200,14 +199,6 @@ def _bytes(path: Path) -> bytes:
         raise NotFoundError(str(path), "no such file") from None
     except OSError as error:
         raise IsolatorError(str(path), error.strerror or str(error)) from None
-
-
-def _invoker() -> int:
-    """The person at the terminal: their own files are believed here, though the daemon only believes root's."""
-    if os.geteuid() == 0:
-        uid = os.environ.get("SUDO_UID", "")
-        return int(uid) if uid.isascii() and uid.isdigit() else 0
-    return os.geteuid()
 
 
 def _note(path: Path) -> str | None:

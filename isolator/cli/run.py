@@ -102,7 +102,7 @@ def _summary(end: End) -> dict[str, Any]:
 async def _run(
     paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], command: list[str], audit: Path | None
 ) -> End:
-    from isolator.oneoff import Workshop
+    from isolator.oneoff import Workshop, close_all, run_spec
 
     # The launcher starts on the other core while the policy's modules load here.
     async with Workshop(paths) as shop:
@@ -115,9 +115,9 @@ async def _run(
             records = Records(audit, run_id)
             stack.callback(records.close)
             lease = shop.lease(host)
-            spec = _spec(paths, policy, command, run_id, lease.uid)
-            for bind in spec.binds:
-                stack.callback(os.close, bind.fd)
+            owned: list[int] = []
+            stack.callback(close_all, owned)
+            spec = run_spec(paths, policy, command, run_id, lease.uid, owned)
             async with shop.cage(spec, host, Stdio(0, 1, 2), records) as sandbox:
                 loop = asyncio.get_running_loop()
                 for number in _FORWARDED:
@@ -129,26 +129,3 @@ async def _run(
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCONT)
 """The cage has a session of its own, so a terminal's signals do not reach it by themselves."""
-
-
-def _spec(paths: Paths, policy: EffectivePolicy, command: list[str], run_id: str, uid: int) -> Any:
-    from isolator.layers.base import Bind, CageSpec
-    from isolator.plugin_cage import PATH, open_read_path
-
-    return CageSpec(
-        name="run",
-        run=run_id,
-        uid=uid,
-        gid=uid,
-        user="cage",
-        policy=policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})}),
-        paths=paths,
-        argv=command,
-        env={
-            "PATH": f"{PATH}:/usr/sbin:/sbin",
-            "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
-            **({"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}),
-        },
-        cwd="/",
-        binds=[Bind(path, open_read_path(path)) for path in policy.filesystem.read],
-    )  # fmt: skip

@@ -36,6 +36,8 @@ class Launcher:
         self._waiting: deque[asyncio.Future[Clone]] = deque()
         self._loop = asyncio.get_running_loop()
         self.closed = asyncio.Event()
+        self._ready = False
+        self._problem: ConfinementError | None = None
         self._process = subprocess.Popen(
             # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by explicit paths.
             [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), *_import_paths()],
@@ -56,6 +58,8 @@ class Launcher:
 
     async def clone(self, plan: Plan) -> Clone:
         """Have the plan cloned. The descriptors in it stay the caller's."""
+        if self._problem is not None:
+            raise self._problem
         if self.closed.is_set():
             raise UnavailableError("launcher", "not running at the moment", "try again")
         future: asyncio.Future[Clone] = self._loop.create_future()
@@ -100,6 +104,11 @@ class Launcher:
             self._lost()
             return
         answer = json.loads(packet)
+        if not self._ready:
+            self._ready = True
+            if "ready" not in answer:
+                self._problem = ConfinementError("root of the cages", answer["detail"], "see 'isolator check'")
+            return
         future = self._waiting.popleft()
         if future.done():  # its start was cancelled; what was cloned sees the end of its go pipe and ends
             for fd in fds:
@@ -118,7 +127,8 @@ class Launcher:
         self._sock.close()
         for future in self._waiting:
             if not future.done():
-                future.set_exception(UnavailableError("launcher", "it has died", "the supervisor starts it again"))
+                error = self._problem or UnavailableError("launcher", "it has died", "the supervisor starts it again")
+                future.set_exception(error)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -26,6 +26,7 @@ import prctl  # noqa: F401  # the layers use it after the cage's root has replac
 from isolator.ipc_packet import receive_packet, send_packet
 from isolator.launch import cage
 from isolator.launch.plan import Plan
+from isolator.layers.filesystem import build_template
 from isolator.linux.namespaces import CLONE_PARENT, clone3
 
 
@@ -91,6 +92,14 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     # What exists now is shared by every cage's pid 1; without this the collector would touch, and so copy, all of it.
+    try:
+        build_template()
+        os.umask(0o022)
+    except OSError as error:
+        detail = f"{error.filename}: {error.strerror}"
+        send_packet(sock, json.dumps({"step": "template", "errno": error.errno, "detail": detail}).encode())
+        return
+    send_packet(sock, b'{"ready": true}')
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -1,18 +1,24 @@
-"""The cage's view of files: an empty tmpfs filled with exactly what it needs, then pivot_root.
+"""The cage's view of files: an empty tmpfs filled with exactly what it needs.
 
-Built by the child in its own mount namespace with the descriptor-based mount API. Sources are taken
-first, while the old root is visible, as detached read-only trees; then the new root is attached, filled, made the
-root, and the old one is detached, so there is nothing to climb back to.
+What is the same for every cage is built once: the launcher makes itself a mount namespace whose root is the *template*
+(``build_template``) and nothing else; the host's root is gone from it. A cage is cloned with a copy of that
+namespace, so it never sees the host's mounts at all, and has only its own few mounts left to make. (Copying the
+template's dozen mounts is also much cheaper than copying and detaching the host's.)
 
-    /usr (and /bin, /lib, ... as the host has them)  read-only
-    /etc        generated: passwd group hosts resolv.conf nsswitch.conf machine-id hostname; certificates,
-                alternatives, ld.so.cache and localtime of the host read-only
-    /proc       only processes, only its own (hidepid=invisible, subset=pid)
-    /dev        null zero full random urandom, the standard links, shm
-    /tmp /dev/shm          tmpfs with size and inode caps
-    /state                 persistent and capped (when the policy grants any)
-    /plugin                the plugin's files, read-only
-    /run/isolator          plugin/ (its socket), host/ (the host API), config/ (secret files, in memory)
+    /usr (and /bin, /lib, ... as the host has them)  read-only                                    template
+    /etc        certificates, alternatives of the host; nsswitch.conf, resolv.conf; links to      template
+                /run/isolator/etc for passwd, group, hosts, hostname, machine-id
+    /dev        null zero full random urandom, the standard links                                 template
+    /etc/ld.so.cache, localtime   of the host, read-only, as they are at this start               cage
+    /proc       only processes, only its own (hidepid=invisible, subset=pid)                      cage
+    /tmp /dev/shm          tmpfs with size and inode caps                                         cage
+    /state                 persistent and capped (when the policy grants any)                     cage
+    /plugin                the plugin's files, read-only                                          cage
+    /run/isolator          plugin/ (its socket), host/ (the host API), config/ (secret files),    cage
+                           etc/, bin/ (a binary registered by path); one small tmpfs, read-only
+
+A policy that names more paths to read needs mount points that the template does not have: then the child makes a root
+of its own, takes the template's folders over, and pivots into it.
 
 There is no /sys, no terminal, nothing else of /run, /var, /home or /root.
 """
@@ -32,13 +38,60 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_ETC_OF_HOST = ("ssl/certs", "alternatives", "ld.so.cache", "localtime", "ca-certificates", "pki", "mime.types")
+_ETC_OF_HOST = ("ssl/certs", "alternatives", "ca-certificates", "pki")
+_ETC_FILES = ("ld.so.cache", "localtime", "mime.types")
+"""Files of the host that packages replace by rename, so that a bind made earlier would show the old one."""
+_ETC_OF_CAGE = ("passwd", "group", "hosts", "hostname", "machine-id")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
+_PLACES = ("plugin", "state", "tmp", "proc", "dev/shm", "run/isolator", "etc")
+_OWN = ("plugin", "host", "config", "bin", "etc")
+"""The folders in /run/isolator."""
+_STATIC = {
+    "etc/resolv.conf": "nameserver 127.0.0.53\noptions timeout:5 attempts:1\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+}
 
 _READ_ONLY = mount.RDONLY | mount.NOSUID | mount.NODEV
 _SCRATCH = mount.NOSUID | mount.NODEV | mount.NOEXEC
-_PARKING = "/proc"  # exists on every host, and nothing below it is a source; only in the child's own namespace
+_PARKING = "/proc"  # exists on every host, and nothing below it is a source; only in a namespace of the caller's own
+
+
+def build_template() -> None:
+    """Give the calling process (the launcher) a mount namespace that holds the template and nothing else."""
+    from isolator.linux.namespaces import CLONE_NEWNS, unshare
+
+    unshare(CLONE_NEWNS)
+    mount.set_propagation("/", mount.MS_PRIVATE)
+    sources = {"usr": "/usr"}
+    links: dict[str, str] = {}
+    for name in _MERGED:
+        path = f"/{name}"
+        if os.path.islink(path):  # the launcher avoids importing pathlib
+            links[name] = os.readlink(path)
+        elif os.path.isdir(path):
+            sources[name] = path
+    sources |= {f"etc/{name}": f"/etc/{name}" for name in _ETC_OF_HOST if os.path.exists(f"/etc/{name}")}
+    trees = [(target, *_take(source)) for target, source in sources.items()]
+    trees += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
+    root = _new_root()
+    for place in _PLACES:
+        _place(place, is_folder=True)
+    for name in (*_ETC_FILES, *_STATIC):
+        _place(f"etc/{name.removeprefix('etc/')}", is_folder=False)
+    for name, text in _STATIC.items():
+        _write(name, text, 0o444)
+    for name in _ETC_OF_CAGE:
+        os.symlink(f"/run/isolator/etc/{name}", f"etc/{name}")
+    for name, target in links.items():
+        os.symlink(target, name)
+    for name, target in _LINKS.items():
+        os.symlink(target, f"dev/{name}")
+    for target, is_folder, fd in trees:
+        _place(target, is_folder=is_folder)
+        mount.attach(fd, target)
+        os.close(fd)
+    _enter_root(root)
 
 
 class Filesystem(Layer):
@@ -67,86 +120,62 @@ class Filesystem(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
-        owner = {"uid": str(spec.uid), "gid": str(spec.gid)}
-        binds = [{"source": "/usr", "target": "usr", "attributes": _READ_ONLY}]
-        links: dict[str, str] = {}
-        for name in _MERGED:
-            path = f"/{name}"
-            if os.path.islink(path):
-                links[name] = os.readlink(path)
-            elif os.path.isdir(path):
-                binds.append({"source": path, "target": name, "attributes": _READ_ONLY})
-        for name in _ETC_OF_HOST:
-            if os.path.exists(f"/etc/{name}"):
-                binds.append({"source": f"/etc/{name}", "target": f"etc/{name}", "attributes": _READ_ONLY})
-        moves = []
-        for number, bind in enumerate(spec.binds):
+        moves: list[dict[str, Any]] = []
+
+        def bind(target: str, source: int, attributes: int) -> None:
             # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
-            tree = mount.clone_tree("", directory=bind.fd)
-            plan.give(f"bind{number}", tree)
-            attributes = mount.NOSUID | mount.NODEV
-            attributes |= 0 if bind.writable else mount.RDONLY
-            attributes |= 0 if bind.executable else mount.NOEXEC
+            tree = mount.clone_tree("", directory=source)
+            plan.give(f"mount{len(moves)}", tree)
             mount.set_attributes(tree, attributes)
             is_folder = stat.S_ISDIR(os.fstat(tree).st_mode)
-            moves.append({"fd": f"bind{number}", "target": bind.target.lstrip("/"), "folder": is_folder})
-        for number, (target, fd) in enumerate(spec.mounts.items()):
-            plan.fds[f"mount{number}"] = fd
-            moves.append({"fd": f"mount{number}", "target": target.lstrip("/"), "folder": True})
-        tmpfs = [
-            {"target": "tmp", "size": fs.tmp, "inodes": fs.tmp_inodes, "mode": "1777"},
-            {"target": "dev/shm", "size": fs.shm, "inodes": 1024, "mode": "1777"},
-        ]
-        if spec.files:
-            tmpfs.append({"target": "run/isolator/config", "size": 1 << 20, "inodes": 64, "mode": "0500", **owner})
-        self._root = None
+            moves.append({"fd": f"mount{len(moves)}", "target": target.lstrip("/"), "folder": is_folder})
+
+        for name in _ETC_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)
+                try:
+                    bind(f"etc/{name}", fd, _READ_ONLY)
+                finally:
+                    os.close(fd)
+        for entry in spec.binds:
+            attributes = mount.NOSUID | mount.NODEV
+            attributes |= 0 if entry.writable else mount.RDONLY
+            attributes |= 0 if entry.executable else mount.NOEXEC
+            bind(entry.target, entry.fd, attributes)
+        for target, fd in spec.mounts.items():
+            plan.fds[f"mount{len(moves)}"] = fd
+            moves.append({"fd": f"mount{len(moves)}", "target": target.lstrip("/"), "folder": True})
         plan.sections[self.name] = {
-            "binds": binds,
-            "links": links,
+            "own_root": any(not _known(move["target"]) for move in moves),
             "moves": moves,
-            "tmpfs": tmpfs,
-            "files": _etc(spec),
-            "secret_files": {f"run/isolator/config/{name}": text for name, text in spec.files.items()},
+            "tmpfs": {
+                "tmp": f"size={fs.tmp},nr_inodes={fs.tmp_inodes},mode=1777",
+                "dev/shm": f"size={fs.shm},nr_inodes=1024,mode=1777",
+            },
+            "proc": "hidepid=invisible,subset=pid",
+            "etc": _etc(spec),
+            "secrets": spec.files,
             "uid": spec.uid,
             "gid": spec.gid,
         }
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        mount.set_propagation("/", mount.MS_PRIVATE)
-        pending = [(bind["target"], *_take(bind)) for bind in section["binds"]]
-        pending += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
-        root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": "1024", "mode": "0755"})
-        mount.attach(root, _PARKING)
-        os.chdir(root)
-        for name, target in section["links"].items():
-            os.symlink(target, name)
-        for name, text in section["files"].items():
-            _write(name, text, 0o444)
-        for target, is_folder, fd in pending:
-            _place(target, is_folder=is_folder)
-            mount.attach(fd, target)
-            os.close(fd)
-        for entry in section["tmpfs"]:
-            options = {"size": str(entry["size"]), "nr_inodes": str(entry["inodes"]), "mode": entry["mode"]}
-            options |= {key: entry[key] for key in ("uid", "gid") if key in entry}
-            fd = mount.new_filesystem("tmpfs", options, attributes=_SCRATCH)
-            _place(entry["target"], is_folder=True)
-            mount.attach(fd, entry["target"])
-            os.close(fd)
+        root = _take_over_template(section) if section["own_root"] else -1
+        if root < 0:
+            os.chdir("/")
+        for target, options in section["tmpfs"].items():
+            mount.mount("tmpfs", target, _MS_SCRATCH, options)
+        mount.mount("proc", "proc", _MS_SCRATCH, section["proc"])
+        _fill_own(section)
         for entry in section["moves"]:
             _place(entry["target"], is_folder=entry["folder"])
             mount.attach(fds[entry["fd"]], entry["target"])
-        for name, text in section["secret_files"].items():
-            _write(name, text, 0o400)
-            os.chown(name, section["uid"], section["gid"])
-        for name, target in _LINKS.items():
-            os.symlink(target, f"dev/{name}")
-        _place("proc", is_folder=True)
-        proc = mount.new_filesystem("proc", {"hidepid": "invisible", "subset": "pid"}, attributes=_SCRATCH)
-        mount.attach(proc, "proc")
-        mount.set_attributes(root, mount.RDONLY | mount.NOSUID | mount.NODEV, recursive=False)
-        mount.pivot_root()
+        own = mount.open_mount("run/isolator")
+        mount.set_attributes(own, _SCRATCH | mount.RDONLY, recursive=False)
+        os.close(own)
+        if root >= 0:
+            _enter_root(root)
 
     def confirm(self, pid: int) -> None:
         mounts = _mounts(pid)
@@ -176,10 +205,66 @@ def _mounts(pid: int) -> dict[str, _Mounted]:
     return found
 
 
-def _take(bind: dict[str, Any]) -> tuple[bool, int]:
-    """The detached, restricted tree of one bind, and whether it is a folder."""
-    fd = mount.clone_tree(bind["source"])
-    mount.set_attributes(fd, bind["attributes"])
+_MS_SCRATCH = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+
+
+def _known(target: str) -> bool:
+    """Whether the template (or /run/isolator) has a mount point for ``target``."""
+    return target in _PLACES or target.startswith("run/isolator/") or target.removeprefix("etc/") in _ETC_FILES
+
+
+def _new_root() -> int:
+    """A new empty root, parked where it hides nothing that is needed, as the working directory."""
+    root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": "1024", "mode": "0755"})
+    mount.attach(root, _PARKING)
+    os.chdir(root)
+    return root
+
+
+def _enter_root(root: int) -> None:
+    """Make the new root read-only and the root; the old one is detached, so there is nothing to climb back to."""
+    os.chdir(root)
+    mount.set_attributes(root, mount.RDONLY | mount.NOSUID | mount.NODEV, recursive=False)
+    os.close(root)
+    mount.pivot_root()
+
+
+def _take_over_template(section: dict[str, Any]) -> int:
+    """A root of this cage's own, with the template's folders in it and room for more mount points."""
+    folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]
+    links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
+    shared = ("usr", "etc", "dev", *(name for name in _MERGED if name in folders))
+    trees = {name: mount.clone_tree(f"/{name}") for name in shared}
+    root = _new_root()
+    for name, target in links.items():
+        os.symlink(target, name)
+    for name in folders:
+        _place(name, is_folder=True)
+    _place("run/isolator", is_folder=True)
+    for name, fd in trees.items():
+        mount.set_attributes(fd, mount.RDONLY | mount.NOSUID, recursive=False)
+        mount.attach(fd, name)
+        os.close(fd)
+    return root
+
+
+def _fill_own(section: dict[str, Any]) -> None:
+    """The cage's own small tmpfs in /run/isolator: its /etc files, its secret files, its mount points."""
+    mount.mount("tmpfs", "run/isolator", _MS_SCRATCH, "size=2m,nr_inodes=128,mode=0755")
+    for name in _OWN:
+        os.mkdir(f"run/isolator/{name}", 0o755)
+    for name, text in section["etc"].items():
+        _write(f"run/isolator/etc/{name}", text, 0o444)
+    for name, text in section["secrets"].items():
+        _write(f"run/isolator/config/{name}", text, 0o400, owner=(section["uid"], section["gid"]))
+    os.chown("run/isolator/config", section["uid"], section["gid"])
+    os.chmod("run/isolator/config", 0o500)
+
+
+def _take(source: str) -> tuple[bool, int]:
+    """The detached, read-only tree of a host path, and whether it is a folder."""
+    fd = mount.clone_tree(source)
+    mount.set_attributes(fd, _READ_ONLY)
     return stat.S_ISDIR(os.fstat(fd).st_mode), fd
 
 
@@ -190,23 +275,22 @@ def _take_device(name: str) -> tuple[bool, int]:
 
 
 def _place(target: str, *, is_folder: bool) -> None:
-    """Make the mount point ``target`` below the current directory, with the folders above it."""
+    """Make the mount point ``target`` below the current directory, with the folders above it, unless it is there."""
+    if os.path.lexists(target):
+        return
     parent = target if is_folder else os.path.dirname(target)
     if parent:
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(parent, 0o755, exist_ok=True)
+        os.makedirs(parent, 0o755, exist_ok=True)
     if not is_folder:
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
 
 
-def _write(name: str, text: str, mode: int) -> None:
-    _place(name, is_folder=False)
-    os.chmod(name, 0o600)
-    fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _write(name: str, text: str, mode: int, *, owner: tuple[int, int] | None = None) -> None:
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         os.write(fd, text.encode())
-        os.fchmod(fd, mode)
+        if owner is not None:
+            os.fchown(fd, *owner)
     finally:
         os.close(fd)
 
@@ -216,13 +300,11 @@ def _etc(spec: CageSpec) -> dict[str, str]:
     home = "/state" if spec.policy.filesystem.state else "/tmp"
     root = "root:x:0:0:root:/nonexistent:/usr/sbin/nologin"
     return {
-        "etc/passwd": f"{root}\n{user}:x:{spec.uid}:{spec.gid}::{home}:/bin/sh\n",
-        "etc/group": f"root:x:0:\n{user}:x:{spec.gid}:\n",
-        "etc/hosts": f"127.0.0.1 localhost {spec.hostname}\n::1 localhost\n",
-        "etc/resolv.conf": "nameserver 127.0.0.53\noptions timeout:5 attempts:1\n",
-        "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
-        "etc/hostname": f"{spec.hostname}\n",
-        "etc/machine-id": f"{os.urandom(16).hex()}\n",
+        "passwd": f"{root}\n{user}:x:{spec.uid}:{spec.gid}::{home}:/bin/sh\n",
+        "group": f"root:x:0:\n{user}:x:{spec.gid}:\n",
+        "hosts": f"127.0.0.1 localhost {spec.hostname}\n::1 localhost\n",
+        "hostname": f"{spec.hostname}\n",
+        "machine-id": f"{os.urandom(16).hex()}\n",
     }
 
 

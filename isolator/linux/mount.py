@@ -94,6 +94,19 @@ def attach(fd: int, path: str, *, directory: int = AT_FDCWD) -> None:
         raise OSError(error.errno, error.strerror, f"mount on {path}") from None
 
 
+def mount(kind: str, path: str, flags: int, options: str) -> None:
+    """Mount a new file system with one call (mount(2)); for paths that nobody else can change."""
+    call(
+        libc.mount, f"mount of {kind} on {path}",
+        kind.encode(), os.fsencode(path), kind.encode(), ctypes.c_ulong(flags), options.encode(),
+    )  # fmt: skip
+
+
+def open_mount(path: str) -> int:
+    """A descriptor of the mount at ``path``, to change its attributes."""
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def pivot_root() -> None:
     """Make the current directory, a mount point, the root, and detach the old root."""
     syscall("pivot_root", b".", b".")

@@ -118,8 +118,9 @@ def policy_alone(grant: PluginPolicy, host: HostConfig, name: str) -> Proposal:
 
 def effective_policy(core: ManifestCore, grant: PluginPolicy, host: HostConfig) -> EffectivePolicy:
     """The meet alone, without the explanation."""
+    granted = grant_bounds(grant, host, unwritten=core.synthesised)
     request = request_bounds(core, host, unwritten=core.synthesised)
-    bounds = meet_bounds(meet_bounds(ceiling_bounds(host), grant_bounds(grant, host)), request)
+    bounds = meet_bounds(meet_bounds(ceiling_bounds(host), granted), request)
     return _compose(core.name, bounds, grant, host, _listen(core, grant, host))
 
 
@@ -137,12 +138,13 @@ def ceiling_bounds(host: HostConfig) -> Bounds:
     )
 
 
-def grant_bounds(grant: PluginPolicy, host: HostConfig) -> Bounds:
+def grant_bounds(grant: PluginPolicy, host: HostConfig, *, unwritten: bool) -> Bounds:
     """What the operator allows this plugin; the default posture where the policy file does not say."""
-    # How long one delivery may take confines nobody: unless the operator says otherwise, the author chooses.
-    usual = host.defaults.model_copy(
-        update={name: getattr(host.ceiling.limits, name) for name in ("delivery_timeout", "delivery_attempts")}
-    )
+    usual = host.defaults
+    if not unwritten:
+        # How long one delivery may take confines nobody: unless the operator says otherwise, the author chooses.
+        free = ("delivery_timeout", "delivery_attempts")
+        usual = usual.model_copy(update={name: getattr(host.ceiling.limits, name) for name in free})
     said = {name: value for name, value in grant.limits if value is not None}
     silent = grant.egress is None
     return Bounds(
@@ -164,8 +166,6 @@ def request_bounds(core: ManifestCore, host: HostConfig, *, unwritten: bool) -> 
     for number in NUMBERS:
         value = asked(core, number)
         base = silent if number.asked else UNBOUNDED
-        if number.section == "delivery":
-            base = host.defaults
         numbers[number.name] = getattr(base, number.name) if value is None else value
     return Bounds(
         limits=Limits.model_validate(numbers),
@@ -251,7 +251,8 @@ def _compose(
         filesystem=FilesystemPolicy(
             read=bounds.read,
             state=limits.state,
-            state_inodes=limits.state_inodes,
+            # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
+            state_inodes=min(limits.state_inodes, max(64, limits.state // 4096)),
             tmp=limits.tmp,
             tmp_inodes=limits.tmp_inodes,
             shm=limits.shm,
@@ -312,7 +313,7 @@ def policy_for_run(
             "read": (*(grant.read or ()), *paths),
         }
     )
-    bounds = meet_bounds(ceiling_bounds(host), grant_bounds(grant, host))
+    bounds = meet_bounds(ceiling_bounds(host), grant_bounds(grant, host, unwritten=True))
     if grant.limits.state is None:
         bounds = Bounds(**(vars(bounds) | {"limits": bounds.limits.model_copy(update={"state": 0})}))
     return _compose("run", bounds, grant, host, grant.listen or ())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from isolator.policy.hostconfig import SMALLEST
+from isolator.policy.hostconfig import SMALLEST, SMALLEST_STATE
 from isolator.policy.units import (
     format_cpu,
     format_duration,
@@ -42,6 +42,8 @@ class Number:
         number = self.parse(value)
         if number < SMALLEST[self.name]:
             raise ValueError(f"{self.show(number)} is less than the least that works, {self.show(SMALLEST[self.name])}")
+        if self.name == "state" and 0 < number < SMALLEST_STATE:
+            raise ValueError(f"{self.show(number)} cannot hold a file system; at least 1M, or 0 for none")
         return number
 
     def show(self, number: float) -> str:

@@ -177,3 +177,6 @@ SMALLEST: dict[str, float] = {
     "stop_grace": 0,
 }
 """The least that makes sense; less is taken for a typing error (``memory = 256`` is 256 bytes)."""
+
+SMALLEST_STATE = MIB
+"""The least that a state folder can be when there is one: it is a file system of its own."""

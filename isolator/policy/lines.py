@@ -46,7 +46,7 @@ class _Explainer:
     def __init__(self, core: ManifestCore, grant: PluginPolicy, host: HostConfig, effective: EffectivePolicy) -> None:
         self.core, self.grant, self.host, self.effective = core, grant, host, effective
         self._file = "" if grant.source == DEFAULT_GRANT else grant.source
-        self.allowed = grant_bounds(grant, host)
+        self.allowed = grant_bounds(grant, host, unwritten=core.synthesised)
         self.wanted = request_bounds(core, host, unwritten=core.synthesised)
 
     def lines(self) -> Iterator[Line]:

@@ -17,12 +17,13 @@ from isolator.policy.fields import NUMBERS
 from isolator.policy.grant import GrantedLimits, GrantedRestart, PluginPolicy
 from isolator.policy.host_file import parse_host_config
 from isolator.policy.hostconfig import HostConfig
-from isolator.policy.toml_file import document, egress_of, numbers_of, read_trusted, restart_of, where_of
+from isolator.policy.toml_file import document, egress_of, invoker, numbers_of, read_trusted, restart_of, where_of
 
 __all__ = [
     "HostConfig",
     "PluginPolicy",
     "check_ceiling",
+    "invoker",
     "load_host_config",
     "load_plugin_policy",
     "parse_host_config",

@@ -44,7 +44,10 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def fits(daemon: Daemon) -> None:
+def complete(daemon: Daemon, count: int) -> None:
+    """Every record once, in order, the chain whole, and no gap, since nothing was lost."""
+    assert numbers(daemon) == list(range(count))
+    assert not daemon.of_type("audit.gap")
     report = verify(files.trail(daemon.paths.audit_log), load_public(daemon.paths.audit_log / "public.pem"))
     assert not report.misfits, report.misfits
 
@@ -97,8 +100,7 @@ async def fill_and_free(daemon: Daemon, ballast: Path) -> None:
         await host.writable()
     await settled(host)
     assert await daemon.stop() == 0
-    assert numbers(daemon) == list(range(sent))
-    fits(daemon)
+    complete(daemon, sent)
 
 
 def numbers_written(daemon: Daemon) -> set[int]:
@@ -143,8 +145,7 @@ async def read_only_at_start(daemon: Daemon) -> None:
             await host.writable()
         await settled(host)
         await daemon.stop()
-        assert numbers(daemon) == list(range(100))
-        fits(daemon)
+        complete(daemon, 100)
     finally:
         run("umount", "-l", str(log))
 
@@ -175,25 +176,31 @@ async def disk_dies(daemon: Daemon) -> None:
             await host.writable()
         await settled(host)
         await daemon.stop()
-        assert numbers(daemon) == list(range(600))
-        fits(daemon)
+        complete(daemon, 600)
 
 
 async def fsync_fails(daemon: Daemon) -> None:
-    """Every third fdatasync fails with EIO, for a while: nothing of it counts as written, nothing is written twice."""
+    """Every third fdatasync fails, for a while: nothing of it counts as written, nothing is written twice."""
+    await injected(daemon, "fdatasync:error=EIO:when=3+3")
+
+
+async def write_fails(daemon: Daemon) -> None:
+    """Every fifth write fails; what the ones before it left is cut off."""
+    await injected(daemon, "write:error=ENOSPC:when=5+5")
+
+
+async def injected(daemon: Daemon, fault: str) -> None:
     await daemon.start()
     assert daemon.process is not None
     host = await daemon.source("host")
     host.record("event.accepted", number=0)
     await settled(host)
+    pid = str(daemon.process.pid)
     tracer = await asyncio.create_subprocess_exec(
-        "strace", "-f", "-qq", "-o", "/dev/null", "-p", str(daemon.process.pid),
-        "-e", "trace=fdatasync,write", "-e", "inject=fdatasync:error=EIO:when=3+3",
-        "-e", "inject=write:error=EIO:when=7+7",
-    )  # fmt: skip
-    failures = 0
+        "strace", "-f", "-qq", "-o", "/dev/null", "-p", pid, "-e", "trace=fdatasync,write", "-e", f"inject={fault}"
+    )
+    failures, sent, was = 0, 1, None
     try:
-        sent, was = 1, None
         for _ in range(60):
             for _ in range(50):
                 host.record("event.accepted", number=sent, filler="z" * 100)
@@ -207,12 +214,11 @@ async def fsync_fails(daemon: Daemon) -> None:
         await tracer.wait()
     await settled(host)
     await daemon.stop()
-    assert numbers(daemon) == list(range(sent))
-    fits(daemon)
+    complete(daemon, sent)
 
 
 FAULTS: dict[str, Callable[[Daemon], Awaitable[None]]] = {
-    f.__name__: f for f in (full_tmpfs, full_ext4, read_only_at_start, disk_dies, fsync_fails)
+    f.__name__: f for f in (full_tmpfs, full_ext4, read_only_at_start, disk_dies, fsync_fails, write_fails)
 }
 
 

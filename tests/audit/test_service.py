@@ -316,3 +316,24 @@ async def test_a_key_that_cannot_be_trusted_is_replaced_and_both_verify(daemon: 
     report = check(daemon)
     assert not report.misfits
     assert len(report.keys) == 2
+
+
+async def test_a_source_that_does_not_read_its_answers_gets_the_last_one(daemon: Daemon) -> None:
+    await daemon.start()
+    assert daemon.channel is not None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            await daemon.channel.call("source", name="host", fds=[theirs.fileno()], timeout=5)
+        line = json.dumps({"time": utc_now(), "type": "api.called"}).encode()
+        for _ in range(3000):  # far more answers than the socket holds
+            ours.send(line)
+            await daemon.flush()
+        ours.setblocking(False)
+        last = 0
+        async with asyncio.timeout(10):
+            while last < 3000:
+                try:
+                    last = max(last, json.loads(ours.recv(4096)).get("acked", 0))
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)

@@ -91,6 +91,21 @@ def test_without_an_author_the_operators_number_counts() -> None:
     assert meet(synthesised(), policy("[grant]\negress = ['a.com:8443']"), DEFAULT).effective.network.mode == "listed"
 
 
+@pytest.mark.parametrize(("state", "inodes"), [("64M", 16384), ("4M", 1024), ("1M", 256), ("1G", 16384)])
+def test_a_small_state_folder_has_room_for_more_than_its_own_inodes(state: str, inodes: int) -> None:
+    core = asking(filesystem={"state": state})
+    assert meet(core, policy('[filesystem]\nstate = "1G"'), DEFAULT).effective.filesystem.state_inodes == inodes
+
+
+def test_who_decides_how_long_a_delivery_may_take() -> None:
+    said = policy('[delivery]\ntimeout = "2m"')
+    assert meet(manifest(delivery={"timeout": "5m"}), None, DEFAULT).effective.delivery_timeout == 300
+    assert meet(manifest(delivery={"timeout": "5m"}), said, DEFAULT).effective.delivery_timeout == 120
+    assert meet(manifest(delivery={"timeout": "1h"}), None, DEFAULT).effective.delivery_timeout == 900
+    assert meet(synthesised(), said, DEFAULT).effective.delivery_timeout == 120
+    assert meet(synthesised(), None, DEFAULT).effective.delivery_timeout == 10
+
+
 NONE, PUBLIC = "none", "public"
 
 
@@ -366,6 +381,7 @@ def test_the_effective_policy_is_within_the_ceiling_the_grant_and_the_request(
     assert effective.resources.memory <= ceiling.memory
     assert effective.resources.tasks <= ceiling.tasks
     assert effective.filesystem.state <= ceiling.state
+    assert all(host.inbound.allows(rule.address, rule.port) for rule in effective.network.listen)
     asked = core.sandbox
     for value, requested in (
         (effective.resources.memory, asked.resources.memory),
@@ -388,7 +404,8 @@ def test_the_effective_policy_is_within_the_ceiling_the_grant_and_the_request(
 @given(_CORES, _GRANTS, _HOST_CONFIGS, st.data())
 def test_a_lower_ceiling_never_widens_anything(core: ManifestCore, grant: Any, host: HostConfig, data: Any) -> None:
     name = data.draw(st.sampled_from(sorted(Limits.model_fields)))
-    lower = max(1, int(getattr(host.ceiling.limits, name) * data.draw(st.sampled_from([0.01, 0.1, 0.9]))))
+    present = getattr(host.ceiling.limits, name)
+    lower = min(present, max(1, int(present * data.draw(st.sampled_from([0.01, 0.1, 0.9])))))
     limits = host.ceiling.limits.model_copy(update={name: lower})
     stricter = host.model_copy(
         update={"ceiling": host.ceiling.model_copy(update={"limits": limits, "permissions": ("read:a",)})}

@@ -112,6 +112,7 @@ def test_every_value_knows_its_line() -> None:
         ("[limits]\ntasks = 513", 2, "over the ceiling, 512"),
         ("[limits]\nnofile = 5000", 2, "over the ceiling, 4096"),
         ("[filesystem]\ntmp = 0", 2, "least that works"),
+        ("[filesystem]\nstate = '64K'", 2, "at least 1M, or 0"),
         ("[filesystem]\nstate = '11G'", 2, "over the ceiling, 10G"),
         ("[filesystem]\nread = [\n '/srv/a',\n 'srv/b',\n]", 4, "absolute"),
         ("[filesystem]\nread = ['/proc/1']", 2, "never made visible"),

@@ -1,9 +1,10 @@
-"""docs/verify.pl, which knows nothing of this program, agrees with it."""
+"""The verifiers in docs, which know nothing of this program, agree with it."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +61,17 @@ def test_it_refuses_what_was_changed(written: Written, how: str, tmp_path: Path)
     assert said.startswith("does not fit: ")
     if how == "rechain":
         assert "the signature of seal" in said
+
+
+def test_the_verifier_in_the_documentation_works(written: Written, tmp_path: Path) -> None:
+    text = (SCRIPT.parent / "audit.md").read_text()
+    program = tmp_path / "verifier.py"
+    program.write_text(text.split("```python\n", 1)[1].split("```", 1)[0])
+    paths = files.trail(written.log)
+    command = [sys.executable, str(program), str(written.log / "public.pem")]
+    done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"{written.verify().last} records fit"), done.stderr
+    changed = tmp_path / paths[0].name
+    changed.write_bytes(paths[0].read_bytes().replace(b'"number":3}', b'"number":4}'))
+    refused = subprocess.run([*command, str(changed)], capture_output=True, text=True, check=False)
+    assert "record 4 was changed" in refused.stderr

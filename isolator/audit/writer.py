@@ -1,0 +1,376 @@
+"""The writer: reads records from everybody's sockets, chains them, commits them, acknowledges.
+
+    sources' sockets ─▶ event loop: check, tag with the event in flight, chain ─▶ batch
+                                        ▲                                           │ one at a time
+                     acks, "blocked" ◀──┴──────────── worker thread: write, fdatasync ◀┘
+
+- **Order.** The host's socket is read empty before a packet of any other source is handled, so the dispatch that
+  caused a connection is known when the connection's record comes by (`cause.py`).
+- **Group commit.** A commit begins when the one before ended and takes all that has gathered; nobody waits per
+  record, and a slow disk makes batches larger, not the queue longer than ``MAX_WAITING`` bytes: then the sockets
+  are left alone and the senders keep their records.
+- **Trouble.** When the trail cannot be opened or written, every source is told ``{"blocked": why}`` and the same
+  work is tried again until it succeeds, then ``{"blocked": null}``. What was not acknowledged is the senders' to keep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from isolator import ipc
+from isolator.audit.cause import Causes
+from isolator.audit.client import utc_now
+from isolator.audit.log import Chain, Limits, Trail
+from isolator.audit.metrics import Metrics
+from isolator.audit.record import SOURCES, Incoming, RejectedError, parse_incoming
+from isolator.paths import Paths
+
+MAX_WAITING = 8 << 20
+"""Bytes of records that wait for the disk before the sockets are left alone."""
+_PACKETS = 16
+_DRAIN = 4096
+"""More packets than a socket's buffer can hold: reading so many empties it of what was there before."""
+_RETRY = 0.5
+_HOST_WAIT = 1.0
+_STALLED = 10.0
+"""A commit that takes longer counts as blocked until it ends."""
+
+
+class Source:
+    """One socket from which records come, and what it has been told."""
+
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        self.name, self.sock = name, sock
+        self.received = self.acked = 0
+        self.open = True
+        self.held = False
+        """Not read yet, so that another source's records come first."""
+        self.reading = False
+        self.blocked: str | None = None
+        self._told: tuple[int, str | None] = (0, None)
+        self._loop = asyncio.get_running_loop()
+
+    def tell(self, *, acked: int | None = None, blocked: str | None) -> None:
+        """Let the source know where it stands; if it does not read, it gets the latest state once it does."""
+        self.acked = self.acked if acked is None else acked
+        self.blocked = blocked
+        self._push()
+
+    def close(self) -> None:
+        """Stop reading and answering."""
+        self._loop.remove_reader(self.sock)
+        self._loop.remove_writer(self.sock)
+        self.sock.close()
+
+    def _push(self) -> None:
+        message: dict[str, Any] = {}
+        if self.acked != self._told[0]:
+            message["acked"] = self.acked
+        if self.blocked != self._told[1]:
+            message["blocked"] = self.blocked
+        if message:
+            try:
+                self.sock.send(json.dumps(message, separators=(",", ":")).encode(), socket.MSG_NOSIGNAL)
+            except (BlockingIOError, InterruptedError):
+                self._loop.add_writer(self.sock, self._push)
+                return
+            except OSError:
+                pass  # gone; its end is noticed where it is read
+        self._told = (self.acked, self.blocked)
+        self._loop.remove_writer(self.sock)
+
+
+class Writer:
+    """The writer of one trail. ``open`` starts it; everything runs on one event loop and one worker thread."""
+
+    def __init__(self, paths: Paths, limits: Limits) -> None:
+        self.metrics = Metrics()
+        self.blocked: str | None = None
+        self._limits = limits
+        self._trail = Trail(paths.audit_log, paths.audit_lib, limits)
+        self._chain: Chain | None = None
+        self._causes = Causes()
+        self._sources: list[Source] = []
+        self._loop = asyncio.get_running_loop()
+        self._worker = ThreadPoolExecutor(1, "commit")
+        self._work: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._progress = asyncio.Condition()
+        self._seal_timer: asyncio.TimerHandle | None = None
+        self._stopping = asyncio.Event()
+
+    async def open(self) -> None:
+        """Take up the trail; returns after the first attempt, which goes on in the background if it failed."""
+        attempted = asyncio.Event()
+        self._work = asyncio.create_task(self._run(attempted))
+        await attempted.wait()
+
+    def attach(self, name: str, sock: socket.socket) -> None:
+        """Read records of source ``name`` from ``sock``; a socket it had before is read to its end first."""
+        sock.setblocking(False)
+        for old in [s for s in self._sources if s.name == name]:
+            self._drain(old)
+            self._detach(old)
+        source = Source(name, sock)
+        self._sources.append(source)
+        self._sources.sort(key=lambda s: SOURCES.index(s.name))
+        source.tell(blocked=self.blocked)
+        if name == "host":
+            self._release()
+        elif name == "broker" and not any(s.name == "host" for s in self._sources):
+            # After a restart of this process the host's dispatches may be on their way again; they come first.
+            source.held = True
+            self._loop.call_later(_HOST_WAIT, self._release)
+        self._update_reading()
+
+    async def flush(self) -> None:
+        """Return when everything received so far is on disk."""
+        for source in list(self._sources):
+            self._drain(source)
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._chain is not None)
+            assert self._chain is not None
+            target = self._chain.seq
+            self._wake.set()
+            await self._progress.wait_for(lambda: self._trail.seq >= target)
+
+    async def stop(self) -> None:
+        """Write what is there, seal it, and end; gives up at once when the trail cannot be written."""
+        for source in list(self._sources):
+            self._drain(source)
+        self._stopping.set()
+        self._wake.set()
+        if self._work is not None:
+            await self._work
+        for source in list(self._sources):
+            self._detach(source)
+        self._worker.shutdown()
+        self._trail.close()
+
+    # -- from the sockets -----------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        for source in self._sources:
+            source.held = False
+        self._update_reading()
+
+    def _update_reading(self) -> None:
+        """Listen to the sockets unless there is no chain yet or too much waits for the disk."""
+        room = self._chain is not None and self._chain.bytes < MAX_WAITING
+        for source in self._sources:
+            wanted = room and source.open and not source.held
+            if wanted and not source.reading:
+                self._loop.add_reader(source.sock, self._readable, source)
+            elif source.reading and not wanted:
+                self._loop.remove_reader(source.sock)
+            source.reading = wanted
+
+    def _readable(self, source: Source) -> None:
+        for _ in range(_PACKETS):
+            packet = self._receive(source)
+            if packet is None:
+                break
+            if source.name != "host":
+                for host in self._sources:
+                    if host.name == "host":
+                        self._drain(host)
+            self._handle(source, packet)
+        self._wake.set()
+        self._update_reading()
+
+    def _drain(self, source: Source) -> None:
+        for _ in range(_DRAIN):
+            if self._chain is None or (packet := self._receive(source)) is None:
+                return
+            self._handle(source, packet)
+
+    def _receive(self, source: Source) -> bytes | None:
+        if not source.open:
+            return None
+        try:
+            packet = source.sock.recv(ipc.MAX_PACKET)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            packet = b""
+        if not packet:
+            source.open = False
+            return None
+        return packet
+
+    def _handle(self, source: Source, packet: bytes) -> None:
+        assert self._chain is not None
+        now = time.monotonic_ns()
+        refused: dict[str, list[bytes]] = {}
+        for line in packet.split(b"\n"):
+            source.received += 1
+            try:
+                record = parse_incoming(source.name, line)
+                if record.number and not self._is_new(record, source.name, now):
+                    continue
+                if source.name == "host":
+                    self._causes.observe(record, now)
+                self._causes.tag(record, now)
+                self._chain.append(record)
+            except RejectedError as error:
+                refused.setdefault(str(error), []).append(line)
+                continue
+            self.metrics.observe(record)
+        for why, lines in refused.items():
+            self._gap(
+                count=len(lines),
+                why=f"refused: {why}",
+                source=source.name,
+                sha256=hashlib.sha256(lines[0]).hexdigest(),
+                text=lines[0][:512].decode("ascii", "replace"),
+            )
+
+    def _is_new(self, record: Incoming, source: str, now: int) -> bool:
+        """Whether a numbered record is not in the trail yet; records how many were lost before it."""
+        assert self._chain is not None
+        session, _, last = self._chain.origins.get(source, "").partition(":")
+        if session != record.session:
+            if source == "host" and session:
+                self._causes.host_gone(now)
+            return True
+        number = int(last) if last.isdigit() else 0
+        if record.number > number + 1:
+            self._gap(count=record.number - number - 1, why="lost between the source and the writer", source=source)
+        return record.number > number
+
+    def _gap(self, **data: Any) -> None:
+        assert self._chain is not None
+        record = Incoming(utc_now(), "audit.gap", data=data)
+        self._chain.append(record)
+        self.metrics.observe(record)
+
+    def _detach(self, source: Source) -> None:
+        source.close()
+        self._sources.remove(source)
+
+    # -- to the disk ----------------------------------------------------------------------------------------------
+
+    def _seal(self) -> None:
+        self._seal_timer = None
+        if self._chain is not None and self._chain.unsealed and self.blocked is None:
+            self._chain.seal(utc_now())
+            self._wake.set()
+        elif self._chain is not None and self._chain.unsealed:
+            self._seal_timer = self._loop.call_later(self._limits.seal_interval, self._seal)
+
+    async def _run(self, attempted: asyncio.Event) -> None:
+        while self._chain is None:
+            try:
+                state, signer = await self._loop.run_in_executor(self._worker, self._trail.open)
+            except (OSError, ValueError) as error:
+                self._block(_reason(error))
+                attempted.set()
+                if await self._pause():
+                    return
+                continue
+            self._chain = Chain(state, signer, self._limits)
+            for delivery in state.deliveries:
+                self._causes.observe(delivery, time.monotonic_ns())
+        self._take_notes()
+        self._wake.set()
+        self._unblock()
+        attempted.set()
+        self._update_reading()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._stopping.is_set() and self._chain.unsealed:
+                self._chain.seal(utc_now())
+            if not await self._commit():
+                return
+            if self._stopping.is_set():
+                if not self._chain.bytes and not self._chain.unsealed:
+                    return
+                self._wake.set()
+            elif self._seal_timer is None and self._chain.unsealed:
+                self._seal_timer = self._loop.call_later(self._limits.seal_interval, self._seal)
+
+    async def _commit(self) -> bool:
+        """Bring everything that has gathered to the disk; False when it is time to stop without it."""
+        assert self._chain is not None
+        reached = [(source, source.received) for source in self._sources]
+        batches = self._chain.take()
+        self._update_reading()
+        while True:
+            stalled = self._loop.call_later(
+                _STALLED, self._block, f"the disk has not answered for {_STALLED:g} s; see if it is failing"
+            )
+            begun = time.monotonic()
+            try:
+                await self._loop.run_in_executor(self._worker, self._trail.commit, batches)
+                break
+            except OSError as error:
+                batches = []
+                stalled.cancel()
+                self._block(_reason(error))
+                if await self._pause():
+                    return False
+            finally:
+                stalled.cancel()
+        self.metrics.committed(time.monotonic() - begun, self._trail.seq)
+        self._unblock()
+        for source, received in reached:
+            if received > source.acked:
+                source.tell(acked=received, blocked=self.blocked)
+        for source in [s for s in self._sources if not s.open and s.acked == s.received]:
+            self._detach(source)
+        self._take_notes()
+        async with self._progress:
+            self._progress.notify_all()
+        return True
+
+    async def _pause(self) -> bool:
+        """Wait before the next attempt; True when the daemon ends meanwhile, for whom nobody would wait."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), _RETRY)
+        return self._stopping.is_set()
+
+    def _take_notes(self) -> None:
+        """Turn what the worker found about the files into records."""
+        notes, self._trail.notes = self._trail.notes, []
+        seen: list[dict[str, Any]] = []
+        for note in notes:
+            if note in seen:
+                continue
+            seen.append(note)
+            self._gap(**note)
+            if note.get("why") == "retention" and self._chain is not None:
+                # Sealed before anything is deleted: nobody without the key can explain missing files like this.
+                self._chain.seal(utc_now())
+                self._trail.retired(self._chain.seq, note["files"])
+            self._wake.set()
+
+    def _block(self, why: str) -> None:
+        if self.blocked != why:
+            self.blocked = why
+            self.metrics.set_blocked(True)
+            for source in self._sources:
+                source.tell(blocked=why)
+
+    def _unblock(self) -> None:
+        if self.blocked is not None:
+            self.blocked = None
+            self.metrics.set_blocked(False)
+            for source in self._sources:
+                source.tell(blocked=None)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        name = f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else ""
+        return f"the audit trail cannot be written: {error.strerror or error}{name}"
+    return f"the audit trail cannot be written: {error}"

@@ -1,0 +1,165 @@
+"""``isolator prove``: attack a cage from inside and show what held."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from isolator.errors import ConfinementError, UsageError
+from isolator.paths import Paths
+
+if TYPE_CHECKING:
+    from isolator.layers.base import CageSpec
+    from isolator.oneoff import Workshop
+    from isolator.policy.hostconfig import HostConfig
+    from isolator.probe.run import Finding, Target
+
+_WIDTH = 80
+_MARKS = {"held": "held", "through": "GOT THROUGH", "broken": "NO RESULT"}
+
+
+@click.command(
+    epilog="\b\nExamples:\n  sudo isolator prove\n  sudo isolator prove slack-deploy-notifier\n"
+    "  sudo isolator prove --policy policies/strict.toml --json | jq '.findings[] | select(.succeeded)'",
+)
+@click.argument("plugin", required=False)
+@click.option(
+    "--policy", "policy_file", metavar="FILE", type=click.Path(path_type=Path), help="Take the grants of FILE."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def prove(root: str | None, plugin: str | None, policy_file: Path | None, as_json: bool) -> None:
+    """Attack a cage from inside and show what held.
+
+    The cage is built as `isolator run` builds it, or exactly like PLUGIN's: its user, its policy, its files; only its
+    state folder is an empty one of the same size. Needs no running daemon and stops nothing. Exits 1 when an attempt
+    got through, or could not be made.
+    """
+    if plugin is not None and policy_file is not None:
+        raise click.UsageError("name a plugin or --policy, not both")
+    if os.geteuid() != 0:
+        raise ConfinementError("isolator prove", "building a cage needs root", "run it with sudo")
+    findings = asyncio.run(_prove(Paths.of(root), plugin, policy_file, as_json))
+    failed = [finding for finding in findings if finding.outcome != "held"]
+    if as_json:
+        body = {
+            "plugin": plugin,
+            "held": len(findings) - len(failed),
+            "findings": [finding.to_json() for finding in findings],
+        }
+        click.echo(json.dumps(body, indent=2))
+    else:
+        click.echo(f"\n{_verdict(findings)}")
+    if failed:
+        raise SystemExit(1)
+
+
+async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_json: bool) -> list[Finding]:
+    from isolator.oneoff import Workshop
+
+    async with Workshop(paths) as shop:
+        from isolator.oneoff_services import Records
+        from isolator.policy.load import load_host_config
+        from isolator.probe.run import attack
+
+        host = load_host_config(paths.host_toml)
+        making = plugin_target(shop, host, plugin) if plugin else policy_target(shop, host, policy_file)
+        findings = []
+        with contextlib.closing(Records(None, "prove", quiet=True)) as records, making as target:
+            table = _Table()
+            async for finding in attack(shop, target, records):
+                findings.append(finding)
+                if not as_json:
+                    table.add(finding)
+        return findings
+
+
+@contextlib.contextmanager
+def policy_target(shop: Workshop, host: HostConfig, policy_file: Path | None) -> Iterator[Target]:
+    """A cage as ``isolator run`` makes it."""
+    from isolator.oneoff import run_spec
+    from isolator.policy.effective import policy_for_run
+    from isolator.probe.run import Target
+
+    policy = policy_for_run(host, policy_file)
+    lease = shop.lease(host)
+
+    def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
+        return run_spec(shop.paths, policy, argv, run, lease.uid, owned)
+
+    yield Target(spec, host)
+
+
+@contextlib.contextmanager
+def plugin_target(shop: Workshop, host: HostConfig, name: str) -> Iterator[Target]:
+    """A cage like a plugin's, with an empty state folder of the same size in place of its own."""
+    import secrets
+
+    from isolator.plugin_cage import Environment, plugin_spec
+    from isolator.probe.run import Target
+    from isolator.registrar import Registrar
+    from isolator.state import State
+
+    loaded = Registrar(shop.paths, host).load(name)
+    if loaded.proposal is None:
+        raise UsageError(f"plugin {name}", loaded.error, f"isolator plugin show {name}")
+    effective = loaded.proposal.effective
+    base = shop.paths.lib / f"prove-{secrets.token_hex(5)}"
+    state = State(base, name, shop.tools.journal)
+
+    def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
+        return plugin_spec(loaded.registration, effective, argv, shop.paths, run, Environment(), state, owned)
+
+    try:
+        yield Target(spec, host)
+    finally:
+        state.remove()
+        with contextlib.suppress(FileNotFoundError):
+            base.rmdir()
+
+
+class _Table:
+    """Findings as they come, under a heading for each layer."""
+
+    def __init__(self) -> None:
+        self._width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, 100)
+        self._layer = ""
+
+    def add(self, finding: Finding) -> None:
+        """Print one finding."""
+        from isolator.probe.inside.kit import ATTEMPTS
+
+        # What may take the cage down comes last, each in one of its own.
+        layer = f"{finding.layer}, a cage for each" if ATTEMPTS[finding.name].alone else finding.layer
+        if layer != self._layer:
+            click.echo(f"\n{layer}" if self._layer else layer)
+            self._layer = layer
+        for line in self._lines(finding):
+            click.echo(line)
+
+    def _lines(self, finding: Finding) -> list[str]:
+        head = f"  {_MARKS[finding.outcome]:<5} {finding.title}"
+        if finding.outcome == "held":
+            room = self._width - len(head) - 3
+            detail = f" ({finding.detail})" if 0 < len(finding.detail) <= room else ""
+            return [(head + detail)[: self._width]]
+        return textwrap.wrap(f"{head}: {finding.detail}", self._width, subsequent_indent="      ")
+
+
+def _verdict(findings: list[Finding]) -> str:
+    through = [finding.name for finding in findings if finding.outcome == "through"]
+    broken = [finding.name for finding in findings if finding.outcome == "broken"]
+    if through:
+        return f"NOT CONTAINED: {len(through)} of {len(findings)} attempts got through: {', '.join(through)}."
+    if broken:
+        return f"Not proved: {len(broken)} of {len(findings)} attempts gave no result: {', '.join(broken)}."
+    return f"All {len(findings)} attempts were stopped."

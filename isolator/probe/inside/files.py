@@ -1,0 +1,272 @@
+"""Attempts on the view of files: what of the host can be seen, and where something can be written or executed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+from pathlib import Path
+
+from .kit import Held, Promise, attempt, syscall
+
+_MIB = 1 << 20
+
+
+@attempt("filesystem", "read the host's password hashes")
+def read_shadow(promise: Promise) -> str:
+    return f"/etc/shadow: {len(Path('/etc/shadow').read_bytes())} bytes"
+
+
+@attempt("filesystem", "list root's home")
+def list_root_home(promise: Promise) -> str:
+    beyond = [name for name in os.listdir("/root") if not _granted(f"/root/{name}", promise)]
+    if not beyond:
+        raise Held("only what is granted")
+    return f"/root: {len(beyond)} entries"
+
+
+@attempt("filesystem", "list the host's /var, /home, /boot or /opt")
+def list_host_folders(promise: Promise) -> str:
+    for path in ("/var", "/home", "/boot", "/opt", "/srv", "/mnt", "/media"):
+        with contextlib.suppress(FileNotFoundError):
+            beyond = [name for name in os.listdir(path) if not _granted(f"{path}/{name}", promise)]
+            if beyond:
+                return f"{path}: {len(beyond)} entries"
+    raise Held("nothing of them is there")
+
+
+def _granted(path: str, promise: Promise) -> bool:
+    """Whether ``path`` is granted, below something granted, or on the way to it."""
+    return any(f"{path}/".startswith(f"{grant}/") or grant.startswith(f"{path}/") for grant in promise.granted)
+
+
+@attempt("filesystem", "reach the daemon's files or another plugin's")
+def daemon_files(promise: Promise) -> str:
+    for path in promise.hidden:
+        if _granted(path, promise):
+            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return f"{path}: mode {os.stat(path).st_mode:o}"
+    raise Held(f"none of {len(promise.hidden)} paths is there")
+
+
+@attempt("filesystem", "look into /sys")
+def see_sys(promise: Promise) -> str:
+    return f"/sys/kernel: {len(os.listdir('/sys/kernel'))} entries"
+
+
+@attempt("filesystem", "reach the host's root through another process")
+def root_through_process(promise: Promise) -> str:
+    own = os.stat("/")
+    why = OSError(errno.ENOENT, "only processes with the cage's own root are there")
+    for name in [name for name in os.listdir("/proc") if name.isdigit()]:
+        try:
+            found = os.stat(f"/proc/{name}/root/")
+            if not os.path.samestat(found, own):
+                return f"/proc/{name}/root: {len(os.listdir(f'/proc/{name}/root/'))} entries"
+        except OSError as error:
+            why = error
+    raise why
+
+
+@attempt("filesystem", "open a kernel setting for writing")
+def write_kernel_settings(promise: Promise) -> str:
+    for path in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/kernel/modprobe"):
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(path, os.O_WRONLY))  # opened, never written
+            return f"{path} opened"
+    raise Held("none of them is there")
+
+
+@attempt("filesystem", "read the kernel's memory")
+def kernel_memory(promise: Promise) -> str:
+    for path in ("/proc/kcore", "/dev/mem", "/dev/kmem"):
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(path, os.O_RDONLY))
+            return f"{path} opened"
+    raise Held("no such file")
+
+
+@attempt("filesystem", "read the kernel's log")
+def kernel_log(promise: Promise) -> str:
+    for path in ("/dev/kmsg", "/proc/kmsg"):
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+            return f"{path} opened"
+    raise Held("no such file")
+
+
+@attempt("filesystem", "find a disk or a terminal in /dev")
+def host_devices(promise: Promise) -> str:
+    known = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null zero full random urandom
+    for entry in os.scandir("/dev"):
+        info = entry.stat(follow_symlinks=False)
+        if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
+            number = (os.major(info.st_rdev), os.minor(info.st_rdev))
+            if number not in known or stat.S_ISBLK(info.st_mode):
+                return f"{entry.path} is device {number[0]}:{number[1]}"
+    raise Held("only null, zero, full, random and urandom")
+
+
+@attempt("filesystem", "write where only reading is granted")
+def write_read_only(promise: Promise) -> str:
+    why = OSError(errno.ENOENT, "none of the folders is there")
+    for folder in promise.read_only:
+        name = f"{folder}/.isolator-probe"
+        try:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            why = error
+            continue
+        os.unlink(name)
+        return f"a file was made in {folder}"
+    raise why
+
+
+@attempt("filesystem", "execute a program brought along in a writable folder")
+def execute_from_scratch(promise: Promise) -> str:
+    why = OSError(errno.ENOENT, "no writable folder")
+    program = Path("/usr/bin/true").read_bytes()
+    for folder in ("/tmp", "/dev/shm", "/state", "/run/isolator/plugin"):
+        path = f"{folder}/probe-program"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EROFS):
+                why = error
+            continue
+        try:
+            os.write(fd, program)
+        except OSError as error:  # a folder of 64 KiB may be too small for it
+            why = error
+            continue
+        finally:
+            os.close(fd)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.execv(path, [path])
+            except OSError as error:
+                os._exit(error.errno or 1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.unlink(path)
+        if code == 0:
+            return f"{path} ran"
+        why = OSError(code, os.strerror(code), path)
+    raise why
+
+
+@attempt("filesystem", "make a device node")
+def make_device(promise: Promise) -> str:
+    syscall("mknodat", -100, b"/tmp/probe-device", stat.S_IFCHR | 0o600, os.makedev(1, 1))
+    os.unlink("/tmp/probe-device")
+    return "a node for the host's memory"
+
+
+@attempt("filesystem", "open a file by its handle, past every folder's permissions")
+def open_by_handle(promise: Promise) -> str:
+    handle = ctypes.create_string_buffer(8 + 128)
+    ctypes.c_uint.from_buffer(handle).value = 128
+    mount = ctypes.c_int()
+    syscall("name_to_handle_at", -100, b"/tmp", ctypes.byref(handle), ctypes.byref(mount), 0)
+    place = os.open("/tmp", os.O_RDONLY)
+    opened = syscall("open_by_handle_at", place, ctypes.byref(handle), os.O_RDONLY)
+    if os.fstat(opened).st_ino != os.stat("/tmp").st_ino:
+        raise Held("another file")
+    return "a folder was opened by handle"
+
+
+@attempt("filesystem", "give a program of its own a capability by file attribute")
+def file_capability(promise: Promise) -> str:
+    Path("/tmp/probe-cap").write_bytes(b"")
+    # Version 2, effective, CAP_SYS_ADMIN permitted.
+    value = (0x02000001).to_bytes(4, "little") + (1 << 21).to_bytes(4, "little") + bytes(12)
+    os.setxattr("/tmp/probe-cap", "security.capability", value)
+    return "the attribute was set"
+
+
+def _fill(folder: str, limit: int) -> int:
+    """Allocate beyond ``limit`` bytes in ``folder``; returns how much there is when something refuses."""
+    fd = os.open(f"{folder}/probe-fill", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    step, written = 256 * 1024, 0
+    try:
+        while written <= limit + limit // 8 + _MIB:
+            os.posix_fallocate(fd, written, step)
+            written += step
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Held(f"full after {written / _MIB:g} MiB of {limit / _MIB:g}") from None
+    finally:
+        os.close(fd)
+        os.unlink(f"{folder}/probe-fill")
+    return written
+
+
+@attempt("filesystem", "fill /tmp beyond its cap", alone=True, seconds=20)
+def fill_tmp(promise: Promise) -> str:
+    return f"{_fill('/tmp', promise.tmp) / _MIB:g} MiB in /tmp"
+
+
+@attempt("filesystem", "fill /dev/shm beyond its cap", alone=True, seconds=20)
+def fill_shm(promise: Promise) -> str:
+    return f"{_fill('/dev/shm', promise.shm) / _MIB:g} MiB in /dev/shm"
+
+
+@attempt("filesystem", "fill the state folder beyond its cap", seconds=20)
+def fill_state(promise: Promise) -> str:
+    if not os.path.isdir("/state"):
+        raise Held("this cage has no state folder")
+    return f"{_fill('/state', promise.state) / _MIB:g} MiB in /state"
+
+
+@attempt("filesystem", "fill the socket folder beyond its cap")
+def fill_socket_folder(promise: Promise) -> str:
+    if not os.path.isdir("/run/isolator/plugin"):
+        raise Held("this cage has no socket folder")
+    return f"{_fill('/run/isolator/plugin', 64 * 1024) / _MIB:g} MiB in /run/isolator/plugin"
+
+
+@attempt("filesystem", "use up the inodes of /tmp", seconds=20)
+def fill_tmp_inodes(promise: Promise) -> str:
+    os.mkdir("/tmp/probe-inodes")
+    made = 0
+    try:
+        while made <= promise.tmp_inodes:
+            os.close(os.open(f"/tmp/probe-inodes/{made}", os.O_WRONLY | os.O_CREAT, 0o600))
+            made += 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Held(f"refused after {made} files") from None
+    finally:
+        for number in range(made):
+            os.unlink(f"/tmp/probe-inodes/{number}")
+        os.rmdir("/tmp/probe-inodes")
+    return f"{made} files"
+
+
+@attempt("filesystem", "read the host's machine id")
+def machine_id(promise: Promise) -> str:
+    found = Path("/etc/machine-id").read_text().strip()
+    if found != promise.machine_id:
+        raise Held("another one, made for this cage")
+    return "it is the host's"
+
+
+@attempt("landlock", "write to a file of /proc, which no grant names")
+def write_proc(promise: Promise) -> str:
+    os.close(os.open("/proc/self/oom_score_adj", os.O_WRONLY))
+    return "/proc/self/oom_score_adj opened for writing"
+
+
+@attempt("landlock", "reopen a standard stream for writing through /proc")
+def reopen_standard_input(promise: Promise) -> str:
+    if os.path.samestat(os.fstat(0), os.stat("/dev/null")):
+        raise Held("standard input is /dev/null")
+    os.close(os.open("/proc/self/fd/0", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+    return f"{os.readlink('/proc/self/fd/0')} opened anew"

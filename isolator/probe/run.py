@@ -1,0 +1,202 @@
+"""Builds the cages that the battery runs in and reads its answers.
+
+Nearly all attempts share one cage. Those that may take it down with them (they go for its memory) get one each: there
+the kernel's verdict, told by how the cage ended, is the answer. When another attempt ends the cage, that is reported
+as a fault and the rest goes on in a fresh one.
+
+Standard input is a terminal made for the purpose: attempts on the operator's terminal need one to attack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from isolator.layers.base import Bind, CageSpec
+from isolator.oneoff import Workshop, close_all
+from isolator.oneoff_services import Records
+from isolator.paths import Paths
+from isolator.policy.hostconfig import HostConfig
+from isolator.probe.inside import battery
+from isolator.probe.inside.kit import ATTEMPTS, Attempt, Promise
+from isolator.sandbox import LAYERS, Sandbox, Stdio
+
+PLACE = "/run/isolator/probe"
+_MAIN = f"import sys; sys.path.insert(0, {os.path.dirname(PLACE)!r}); from probe.battery import main; main()"
+_OUT_OF_MEMORY = "out of memory"
+_PATIENCE = 180.0
+"""Seconds for one cage: every attempt has a limit of its own, this is for a cage that says nothing at all."""
+
+_LAYERS = [*(layer.name for layer in LAYERS), "descriptors", "environment"]
+
+SpecFactory = Callable[[str, list[str], list[int]], CageSpec]
+"""(run id, argv, descriptors to close afterwards) → the cage to attack."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one attempt. ``broken`` is a fault of the attempt itself; it proves nothing."""
+
+    name: str
+    layer: str
+    title: str
+    outcome: Literal["held", "through", "broken"]
+    detail: str = ""
+    errno: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "succeeded": self.outcome == "through"}
+
+
+@dataclass
+class Target:
+    """What is attacked: how to make the cage, and for tests which parts of it to leave out."""
+
+    spec: SpecFactory
+    host: HostConfig
+    sandbox: type[Sandbox] = Sandbox
+    further: dict[str, Any] = field(default_factory=dict)
+
+
+async def attack(
+    shop: Workshop, target: Target, records: Records, names: Sequence[str] | None = None
+) -> AsyncIterator[Finding]:
+    """Make the attempts (all of them by default), layer by layer, yielding each finding as it comes."""
+    chosen = [ATTEMPTS[name] for name in (names if names is not None else ATTEMPTS)]
+    chosen.sort(key=lambda attempt: _LAYERS.index(attempt.layer))
+    with _bait() as bait:
+        waiting = [attempt for attempt in chosen if not attempt.alone]
+        while waiting:
+            done = 0
+            async for finding in _cage(shop, target, records, waiting, bait):
+                done += 1
+                yield finding
+            waiting = waiting[done:]
+        for attempt in chosen:
+            if attempt.alone:
+                async for finding in _cage(shop, target, records, [attempt], bait):
+                    yield finding
+
+
+async def _cage(
+    shop: Workshop, target: Target, records: Records, attempts: list[Attempt], bait: dict[str, Any]
+) -> AsyncIterator[Finding]:
+    """One cage for these attempts; ends early, after a finding about it, when the cage does."""
+    owned: list[int] = []
+    try:
+        run = secrets.token_hex(5)
+        spec = target.spec(run, [], owned)
+        spec.argv = ["/usr/bin/python3", "-I", "-c", _MAIN, _task(spec, shop.paths, attempts, bait)]
+        probe = os.open(Path(battery.__file__).parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        owned.append(probe)
+        spec.binds = [*spec.binds, Bind(PLACE, probe)]
+        master, terminal = pty.openpty()
+        owned += [master, terminal]
+        (out, out_end), (problem, problem_end) = await _pipe(), await _pipe()
+        try:
+            stdio = Stdio(terminal, out_end, problem_end)
+            async with (
+                asyncio.timeout(_PATIENCE),
+                shop.cage(spec, target.host, stdio, records, sandbox=target.sandbox, **target.further) as sandbox,
+            ):
+                os.close(out_end)
+                os.close(problem_end)
+                out_end = problem_end = -1
+                left = list(attempts)
+                while left and (line := await out.readline()):
+                    left.pop(0)
+                    yield _finding(json.loads(line))
+                if left:
+                    end = await sandbox.wait()
+                    yield _unanswered(left[0], end.cause, end.returncode, await problem.read(4096))
+        finally:
+            for fd in (out_end, problem_end):
+                if fd >= 0:
+                    os.close(fd)
+    finally:
+        close_all(owned)
+
+
+def _finding(body: dict[str, Any]) -> Finding:
+    return Finding(body["name"], body["layer"], body["title"], body["outcome"], body["detail"], body["errno"])
+
+
+def _unanswered(attempt: Attempt, cause: str, code: int, problem: bytes) -> Finding:
+    if attempt.alone and cause == _OUT_OF_MEMORY:
+        return Finding(attempt.name, attempt.layer, attempt.title, "held", "ended by the kernel: out of memory")
+    said = problem.decode(errors="replace").strip().rpartition("\n")[2]
+    why = f"the cage ended: {cause}, code {code}{f', {said}' if said else ''}"
+    return Finding(attempt.name, attempt.layer, attempt.title, "broken", why)
+
+
+def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str, Any]) -> str:
+    resources, fs = spec.policy.resources, spec.policy.filesystem
+    promise = Promise(
+        uid=spec.uid,
+        memory=resources.memory,
+        cpu=resources.cpu,
+        tasks=resources.tasks,
+        nofile=resources.nofile,
+        tmp=fs.tmp,
+        tmp_inodes=fs.tmp_inodes,
+        shm=fs.shm,
+        state=fs.state,
+        read_only=["/", "/usr", "/etc", "/run", "/run/isolator", "/run/isolator/host", "/plugin", PLACE, *fs.read],
+        hidden=[
+            str(path)
+            for path in (
+                paths.etc, paths.policies, paths.lib, paths.plugins, paths.state, paths.host_lib, paths.audit_lib,
+                paths.log, paths.audit_log, paths.plugin_log, paths.control_socket, paths.journal,
+                paths.run / "hostapi",
+            )
+        ],
+        granted=list(fs.read),
+        **bait,
+    )  # fmt: skip
+    body = {key: value for key, value in asdict(promise).items() if key not in ("init", "descriptors")}
+    return json.dumps({"promise": body, "names": [attempt.name for attempt in attempts]})
+
+
+@contextlib.contextmanager
+def _bait() -> Iterator[dict[str, Any]]:
+    """Things of the host to be found: services on its loopback, a string in the environment, its names."""
+    marker, abstract = secrets.token_hex(8), f"isolator-probe-{secrets.token_hex(8)}"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(f"\0{abstract}")
+        unix.listen()
+        os.environ["ISOLATOR_PROBE"] = marker
+        try:
+            yield {
+                "marker": marker,
+                "abstract": abstract,
+                "host_port": tcp.getsockname()[1],
+                "host_name": socket.gethostname(),
+                "machine_id": _machine_id(),
+            }
+        finally:
+            del os.environ["ISOLATOR_PROBE"]
+
+
+def _machine_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/etc/machine-id").read_text().strip()
+    return ""
+
+
+async def _pipe() -> tuple[asyncio.StreamReader, int]:
+    """A pipe: a reader of its one end, the descriptor of the other."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb")
+    )
+    return reader, write

@@ -1,0 +1,1 @@
+"""Attacks: every attempt of the battery is stopped by the whole cage, and gets through when its layers are off."""

@@ -1,0 +1,273 @@
+"""Cages for attacks, with parts of them left out on purpose, inside a pretend host.
+
+The pretend host is a network namespace of the test's own in which every address that an attempt goes for exists and
+answers: what a cage without its network layer sends stays on this machine.
+
+A cage is furnished like a plugin's: a state folder, a socket folder, files of its own, a terminal as standard input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isolator.journal import Journal
+from isolator.launch import client
+from isolator.launch.plan import Plan
+from isolator.layers.base import Bind, CageSpec, Layer
+from isolator.linux import mount, netns, nftables
+from isolator.oneoff import Workshop, run_spec
+from isolator.oneoff_services import Records
+from isolator.paths import Paths
+from isolator.policy.hostconfig import HostConfig
+from isolator.policy.model import EffectivePolicy, FilesystemPolicy, NetworkPolicy, ResourcePolicy
+from isolator.probe.inside import battery
+from isolator.probe.run import Finding, Target, attack
+from isolator.sandbox import Sandbox
+from isolator.state import State
+
+MIB = 1 << 20
+
+POLICY = EffectivePolicy(
+    plugin="probe",
+    network=NetworkPolicy(mode="none"),
+    resources=ResourcePolicy(memory=48 * MIB, memory_high=44 * MIB, cpu=300, tasks=24, nofile=512),
+    filesystem=FilesystemPolicy(state=2 * MIB, state_inodes=64, tmp=2 * MIB, tmp_inodes=128, shm=1 * MIB),
+)
+"""Small caps, so that going over them is quick and harmless when nothing stops it."""
+
+Edit = Callable[[Plan, "Loose"], None]
+
+
+@dataclass(frozen=True)
+class Weakness:
+    """What is wrong with a cage: whole layers left out, edits of the plan, or furniture without its caps."""
+
+    without: frozenset[str] = frozenset()
+    edits: tuple[Edit, ...] = ()
+    uncapped: bool = False
+    template: str = ""
+    """Statements that the launcher runs before it builds what all cages have in common."""
+
+
+class Loose(Sandbox):
+    """A sandbox whose plan can be weakened after the layers have made it; nobody reads back what was weakened."""
+
+    def __init__(self, *args: Any, weakness: Weakness) -> None:
+        super().__init__(*args, without=weakness.without)
+        self.network = args[3]
+        if weakness.edits or weakness.template:
+            for layer in self._layers:
+                layer.confirm = lambda pid: None
+            self._layers.append(_Edits(self, weakness.edits))
+
+
+class _Edits(Layer):
+    name = "edits"
+
+    def __init__(self, sandbox: Loose, edits: tuple[Edit, ...]) -> None:
+        self._sandbox, self._edits = sandbox, edits
+
+    @classmethod
+    def check(cls) -> list[Any]:
+        return []
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        return ""
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        for edit in self._edits:
+            edit(plan, self._sandbox)
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        raise AssertionError
+
+    def confirm(self, pid: int) -> None:
+        pass
+
+
+# --- edits of the template -----------------------------------------------------------------------------------
+
+HOST_VIEW = """
+import isolator.launch.launcher
+from isolator.linux import mount, namespaces
+def private_copy_of_the_host():
+    namespaces.unshare(namespaces.CLONE_NEWNS)
+    mount.set_propagation("/", mount.MS_PRIVATE)
+isolator.launch.launcher.build_template = private_copy_of_the_host
+"""
+SET_ID_FILES = """
+from isolator.layers import filesystem
+filesystem._READ_ONLY &= ~filesystem.mount.NOSUID
+"""
+
+
+@contextlib.contextmanager
+def _template(statements: str) -> Iterator[None]:
+    whole = client._BOOT
+    path, _, rest = whole.partition("; from ")
+    client._BOOT = f"{path}\n{statements}\nfrom {rest}"
+    try:
+        yield
+    finally:
+        client._BOOT = whole
+
+
+# --- edits of the plan ---------------------------------------------------------------------------------------
+
+
+def battery_of_the_host(plan: Plan, _: Loose) -> None:
+    """Without a view of its own the cage finds the battery where it lies on the host."""
+    folder = Path(battery.__file__).parents[1]
+    plan.argv[3] = f"import sys; sys.path.insert(0, {str(folder)!r}); from inside.battery import main; main()"
+
+
+def host_pids(plan: Plan, _: Loose) -> None:
+    plan.clone_flags &= ~0x20000000
+
+
+def host_name(plan: Plan, _: Loose) -> None:
+    plan.sections["namespaces"]["hostname"] = socket.gethostname()
+
+
+def no_cgroup_namespace(plan: Plan, _: Loose) -> None:
+    """The other namespaces come with the clone; this one is unshared by the child."""
+    del plan.sections["namespaces"]
+
+
+def writable_plugin(plan: Plan, _: Loose) -> None:
+    for move in plan.sections["filesystem"]["moves"]:
+        if move["target"] == "plugin":
+            mount.set_attributes(plan.fds[move["fd"]], 0, clear=mount.RDONLY)
+
+
+def open_descriptor(plan: Plan, _: Loose) -> None:
+    plan.argv[:] = ["/bin/bash", "-c", 'exec 7</usr; exec "$@"', "bash", *plan.argv]
+
+
+def leaked_environment(plan: Plan, _: Loose) -> None:
+    plan.env["LEAKED"] = os.environ["ISOLATOR_PROBE"]
+
+
+def no_rules(_: Plan, sandbox: Loose) -> None:
+    def flush() -> None:
+        with nftables.Nftables() as nft:
+            nft.run("flush ruleset")
+
+    netns.in_network(sandbox.network.network.netns_fd, flush)
+
+
+# --- the pretend host ----------------------------------------------------------------------------------------
+
+_ADDRESSES = ("169.254.169.254", "10.0.0.1", "192.88.99.1", "198.51.100.53", "fd00:ec2::254", "2001:db8::53")
+_SERVICES = (
+    ("169.254.169.254", 80),
+    ("fd00:ec2::254", 80),
+    ("10.0.0.1", 443),
+    ("192.88.99.1", 4444),
+    ("198.51.100.53", 53),
+)
+
+
+def in_pretend_host(work: Callable[[], Any]) -> Any:
+    """Run ``work`` in a thread whose network is one in which every target of the battery exists."""
+
+    def body() -> Any:
+        _ip("link set lo up")
+        _ip("link add probe0 type veth peer name probe1")
+        _ip("route add 224.0.0.0/4 dev lo")
+        for address in _ADDRESSES:
+            _ip(f"addr add {address} dev lo" + (" nodad" if ":" in address else ""))
+        Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")
+        with contextlib.ExitStack() as stack:
+            for address, port in _SERVICES:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                stack.enter_context(socket.create_server((address, port), family=family))
+            return work()
+
+    return netns.in_new_network(body)
+
+
+def _ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
+
+
+# --- attacks -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Range:
+    """A root directory for cages, and what they are furnished with."""
+
+    root: Path
+    host: HostConfig = field(default_factory=HostConfig)
+    policy: EffectivePolicy = POLICY
+
+    def attack(self, names: list[str] | None, weakness: Weakness = Weakness()) -> dict[str, Finding]:
+        """Make attempts in a cage with a weakness; findings by name."""
+        found: dict[str, Finding] = in_pretend_host(lambda: asyncio.run(self._attack(names, weakness)))
+        return found
+
+    async def _attack(self, names: list[str] | None, weakness: Weakness) -> dict[str, Finding]:
+        paths = Paths.of(self.root)
+        for folder in (paths.lib, paths.etc, paths.log):
+            folder.mkdir(parents=True, exist_ok=True)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(_template(weakness.template))
+            shop = await stack.enter_async_context(Workshop(paths))
+            lease = shop.lease(self.host)
+            with self._furniture(lease.uid, shop.tools.journal, weakness) as furnish:
+
+                def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
+                    return furnish(run_spec(paths, self.policy, argv, run, lease.uid, owned), owned)
+
+                target = Target(spec, self.host, Loose, {"weakness": weakness})
+                with contextlib.closing(Records(None, "probe", quiet=True)) as records:
+                    return {f.name: f async for f in attack(shop, target, records, names)}
+
+    @contextlib.contextmanager
+    def _furniture(self, uid: int, journal: Journal, weakness: Weakness) -> Iterator[Callable[..., CageSpec]]:
+        fs = self.policy.filesystem
+        plugin = self.root / "plugin"
+        plugin.mkdir(exist_ok=True)
+        os.chown(plugin, uid, uid)
+        state = State(self.root / "state", "probe", journal)
+        plain = self.root / "plain"
+        plain.mkdir(exist_ok=True)
+        os.chown(plain, uid, uid)
+
+        def furnish(spec: CageSpec, owned: list[int]) -> CageSpec:
+            def bind(target: str, fd: int, **how: bool) -> None:
+                owned.append(fd)
+                spec.binds.append(Bind(target, fd, **how))
+
+            flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+            bind("/plugin", os.open(plugin, flags))
+            folder = (
+                os.open(plain, flags)
+                if weakness.uncapped
+                else state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=uid)
+            )
+            bind("/state", folder, writable=True, executable=False)
+            options = {"mode": "0700", "uid": str(uid), "gid": str(uid)}
+            if not weakness.uncapped:
+                options |= {"size": "64k", "nr_inodes": "16"}
+            attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
+            owned.append(mount.new_filesystem("tmpfs", options, attributes=attributes))
+            spec.mounts = {"/run/isolator/plugin": owned[-1]}
+            spec.policy = self.policy
+            return spec
+
+        try:
+            yield furnish
+        finally:
+            state.remove()

@@ -1,0 +1,187 @@
+"""Every attempt fails against the whole cage, and succeeds when the layers that stop it are left out.
+
+An attempt that cannot succeed proves nothing when it fails. Its twin here is the same attempt in a cage with a
+named weakness. Where several layers each stop it alone, the weakness names all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from isolator.probe.inside.battery import ATTEMPTS
+from isolator.probe.run import Finding
+from tests.escape import cages
+from tests.escape.cages import Range, Weakness
+
+ROOT = frozenset({"user", "capabilities"})
+"""Without its own uid and with every capability: what is left of the cage holds a root process."""
+
+
+def _weak(
+    *layers: str, root: bool = False, edits: tuple[cages.Edit, ...] = (), uncapped: bool = False, template: str = ""
+) -> Weakness:
+    return Weakness(frozenset(layers) | (ROOT if root else frozenset()), edits, uncapped, template)
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Attempts that one weakness lets through; they share a cage, in this order."""
+
+    weakness: Weakness
+    names: str
+    unable: dict[int, str] = field(default_factory=dict)
+    """Answers of the kernel that mean it lacks what the attempt needs, and what that is."""
+
+
+OUTSIDE = (cages.battery_of_the_host,)
+
+TWINS = {
+    "no filter": Twins(
+        _weak("seccomp"),
+        "unshare-user clone-user-namespace clone3-user-namespace keyring join-keyring perf-events userfaultfd io-uring "
+        "watch-files quota executable-data shared-memory i386-call x32-call trace-child read-memory "
+        "netlink-socket vsock-socket crypto-socket terminal-input terminal-input-64 console-paste console-paste-64 "
+        "line-discipline",
+        {
+            errno.ENOSYS: "this kernel does not have the call",
+            errno.EAFNOSUPPORT: "this kernel does not have the socket family",
+        },
+    ),
+    "no filter, no resource limits, no Landlock": Twins(_weak("seccomp", "rlimits", "landlock"), "message-queue"),
+    "root without a filter": Twins(
+        _weak("seccomp", root=True),
+        "unshare-mount unshare-pid unshare-ipc unshare-uts unshare-cgroup unshare-network bpf kexec kernel-module "
+        "kernel-messages reboot swap clock host-name packet-socket xdp-socket key-socket open-by-handle trace-init "
+        "steal-descriptor chroot change-rules",
+        {
+            errno.ENOSYS: "this kernel does not have the call",
+            errno.EAFNOSUPPORT: "this kernel does not have the socket family",
+        },
+    ),
+    "root without a filter or Landlock": Twins(
+        _weak("seccomp", "landlock", root=True),
+        "make-device mount unmount remount-writable new-mount-api copy-mount-tree",
+    ),
+    "root without a filter or Landlock, once more": Twins(_weak("seccomp", "landlock", root=True), "pivot-root"),
+    "root": Twins(
+        _weak(root=True),
+        "become-another join-group have-capability raise-limit raise-priority raw-socket raw-socket-6 "
+        "file-capability read-init-environment",
+    ),
+    "root without control groups": Twins(_weak("cgroup", root=True), "real-time"),
+    "no user of its own": Twins(_weak("user"), "become-root identity"),
+    "root without Landlock": Twins(_weak("landlock", root=True), "write-init-memory reopen-standard-input"),
+    "no Landlock": Twins(_weak("landlock"), "write-proc"),
+    "no resource limits": Twins(_weak("rlimits"), "descriptors lock-memory core-dump pending-signals"),
+    "no control groups": Twins(
+        _weak("cgroup"), "processes threads processor-time memory memory-in-files memory-in-sockets"
+    ),
+    "no view of its own": Twins(
+        _weak("filesystem", edits=OUTSIDE, template=cages.HOST_VIEW),
+        "list-host-folders daemon-files see-sys host-devices execute-from-scratch fill-tmp-inodes machine-id fill-tmp "
+        "fill-shm",
+    ),
+    "root without a view or Landlock": Twins(
+        _weak("filesystem", "landlock", root=True, edits=OUTSIDE, template=cages.HOST_VIEW),
+        "read-shadow list-root-home write-kernel-settings kernel-memory kernel-log write-cgroup",
+    ),
+    "the host's pids and root, no Landlock": Twins(
+        _weak("landlock", root=True, edits=(cages.host_pids,)), "root-through-process"
+    ),
+    "the host's pids and root, no Landlock, no filter": Twins(
+        _weak("seccomp", "landlock", root=True, edits=(cages.host_pids,)), "join-namespace"
+    ),
+    "a writable folder, no Landlock": Twins(_weak("landlock", edits=(cages.writable_plugin,)), "write-read-only"),
+    "folders without caps": Twins(_weak(uncapped=True), "fill-state fill-socket-folder"),
+    "the host's pids": Twins(_weak(edits=(cages.host_pids,)), "other-processes kill-init"),
+    "the host's pids and root": Twins(_weak(root=True, edits=(cages.host_pids,)), "other-processes-in-proc"),
+    "the host's name": Twins(_weak(edits=(cages.host_name,)), "learn-host-name"),
+    "the host's control groups": Twins(_weak(edits=(cages.no_cgroup_namespace,)), "learn-cgroup"),
+    "the host's network": Twins(
+        _weak("network"),
+        "host-loopback metadata-service metadata-service-6 private-network mapped-private-network public-address "
+        "outside-resolver outside-resolver-tcp datagram datagram-6 multicast ping other-interfaces",
+    ),
+    "the host's network, no Landlock": Twins(_weak("network", "landlock"), "abstract-socket"),
+    "no network rules": Twins(_weak(edits=(cages.no_rules,)), "broker-port"),
+    "set-user-ID programs": Twins(
+        _weak("no_new_privs", "seccomp", "landlock", template=cages.SET_ID_FILES), "set-user-id-program"
+    ),
+    "new privileges": Twins(_weak("no_new_privs", "seccomp", "landlock"), "no-new-privs"),
+    "a descriptor left open": Twins(_weak(edits=(cages.open_descriptor,)), "inherited-descriptors"),
+    "a leaked environment": Twins(_weak(edits=(cages.leaked_environment,)), "inherited-environment"),
+}
+
+_NEEDS = {"raise-limit": 24}
+"""Capabilities that some containers keep from their root, by number: there the twin cannot get through either."""
+
+_NO_FILE = {
+    "kernel-memory": ("no such file", "this kernel offers no /proc/kcore, /dev/mem or /dev/kmem"),
+}
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Range]:
+    import shutil
+    import tempfile
+
+    root = Path(tempfile.mkdtemp(prefix="isolator-test-", dir="/tmp"))
+    root.chmod(0o755)
+    yield Range(root)
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def whole(arena: Range) -> dict[str, Finding]:
+    """The battery against the whole cage."""
+    return arena.attack(None)
+
+
+@pytest.fixture(scope="module")
+def weakened(arena: Range) -> dict[str, dict[str, Finding]]:
+    """Findings by weakness, made when first asked for."""
+
+    class Lazily(dict[str, dict[str, Finding]]):
+        def __missing__(self, key: str) -> dict[str, Finding]:
+            twins = TWINS[key]
+            self[key] = arena.attack(twins.names.split(), twins.weakness)
+            return self[key]
+
+    return Lazily()
+
+
+def test_every_attempt_has_a_twin() -> None:
+    named = [name for twins in TWINS.values() for name in twins.names.split()]
+    assert sorted(named) == sorted(ATTEMPTS)
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("name", list(ATTEMPTS))
+def test_the_cage_holds(whole: dict[str, Finding], name: str) -> None:
+    assert whole[name].outcome == "held", whole[name].detail
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, twins in TWINS.items() for n in twins.names.split()])
+def test_it_gets_through_a_weakened_cage(
+    weakened: dict[str, dict[str, Finding]], whole: dict[str, Finding], group: str, name: str
+) -> None:
+    found = weakened[group][name]
+    if found.outcome == "held":
+        if found.errno in TWINS[group].unable:
+            pytest.skip(TWINS[group].unable[found.errno])
+        if name in _NEEDS and not _own_capabilities() >> _NEEDS[name] & 1:
+            pytest.skip(f"root itself lacks capability {_NEEDS[name]} here")
+        if name in _NO_FILE and found.detail == _NO_FILE[name][0]:
+            pytest.skip(_NO_FILE[name][1])
+    assert found.outcome == "through", f"with {group}: {found.outcome}: {found.detail}"
+
+
+def _own_capabilities() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
