@@ -17,6 +17,7 @@ import struct
 from typing import NoReturn
 
 from isolator.launch.plan import Plan
+from isolator.layers import seccomp
 from isolator.linux._libc import libc
 
 FORWARDED = {
@@ -67,11 +68,14 @@ def _exec(plan: Plan, report: socket.socket, status: int) -> NoReturn:
         if number not in (signal.SIGKILL, signal.SIGSTOP) and not 32 <= number < signal.SIGRTMIN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    step = "seccomp"
     try:
+        seccomp.seal(plan.sections.get("seccomp", {}))
+        step = "exec"
         if "/" in plan.argv[0]:
             os.execve(plan.argv[0], plan.argv, plan.env)
         os.execvpe(plan.argv[0], plan.argv, plan.env)
     except OSError as error:
-        message = {"step": "exec", "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
+        message = {"step": step, "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
         report.send(json.dumps(message).encode())
     os._exit(127)

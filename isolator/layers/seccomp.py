@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 
+SEALING = "strict-sealing"
+"""The second program of the profile ``strict``, stacked on the first one in the sidecar's own process."""
+
+
 class Seccomp(Layer):
     """Only the calls of the profile; refusals are recorded by name."""
 
@@ -56,7 +60,7 @@ class Seccomp(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        extra = "; after its start it can exec nothing new and no memory is both writable and executable"
+        extra = "; it can start no other process, and no memory of it is both writable and executable"
         return (
             "It can make only the system calls that ordinary services need"
             f"{extra if policy.syscalls == 'strict' else ''}; others are refused and recorded."
@@ -65,6 +69,8 @@ class Seccomp(Layer):
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         program = compiled(spec.policy.syscalls, spec.cache)
         plan.sections[self.name] = {"program": base64.b64encode(program).decode()}
+        if spec.policy.syscalls == "strict":
+            plan.sections[self.name]["sealing"] = base64.b64encode(compiled(SEALING, spec.cache)).decode()
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
@@ -79,6 +85,12 @@ class Seccomp(Layer):
 def load(section: dict[str, Any]) -> int:
     """Load the section's program into the calling process; returns the listener of its denied calls."""
     return seccomp.load_filter(base64.b64decode(section["program"]), listener=True)
+
+
+def seal(section: dict[str, Any]) -> None:
+    """Load the section's second program, if it has one: called by the sidecar's process just before its exec."""
+    if "sealing" in section:
+        seccomp.add_filter(base64.b64decode(section["sealing"]))
 
 
 _compiled: dict[str, bytes] = {}
@@ -114,7 +126,7 @@ def _store(path: Path, program: bytes) -> None:
 
 
 def compile_profile(profile: str) -> bytes:
-    """Compile a profile with libseccomp (needs its shared library)."""
+    """Compile a profile, or ``SEALING``, with libseccomp (needs its shared library)."""
     import errno
     import tempfile
 
@@ -122,11 +134,12 @@ def compile_profile(profile: str) -> bytes:
 
     from isolator.layers import syscalls
 
-    program = lib.SyscallFilter(lib.ERRNO(errno.ENOSYS))
+    sealing = profile == SEALING
+    program = lib.SyscallFilter(lib.ALLOW if sealing else lib.ERRNO(errno.ENOSYS))
     program.set_attr(lib.Attr.ACT_BADARCH, lib.KILL_PROCESS)
     program.set_attr(lib.Attr.CTL_OPTIMIZE, 2)
     program.set_attr(lib.Attr.CTL_NNP, 0)
-    for name, action, condition in syscalls.rules(profile):
+    for name, action, condition in syscalls.sealing_rules() if sealing else syscalls.rules(profile):
         try:
             number = lib.resolve_syscall(lib.Arch.NATIVE, name)
         except (ValueError, RuntimeError):
