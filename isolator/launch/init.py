@@ -30,12 +30,21 @@ FORWARDED = {
     signal.SIGWINCH,
     signal.SIGCONT,
 }
-_PR_SET_DUMPABLE = 4
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+
+def guard() -> None:
+    """Become untraceable, and end with the supervisor, whose child this process is; after the last change of ids.
+
+    The launcher kills the cages of a supervisor that dies. When both are killed at once nobody is left to do that
+    but the kernel: it kills pid 1, and with it every process of the cage.
+    """
+    libc.prctl(ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(0))
+    libc.prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL))
 
 
 def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
     """Start the sidecar and look after the cage's processes until it ends."""
-    libc.prctl(ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(0))
     watched = FORWARDED | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     sidecar = os.fork()
