@@ -1,1 +1,22 @@
-"""What serves the platform: registry, queue, dispatch, host API, control socket. Runs unprivileged."""
+"""What serves the platform: registry, queue, dispatch, host API, control socket. Runs unprivileged.
+
+For a platform that embeds it, ``PluginHost`` is the whole public surface.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from host.plugin_host import Delivered, Emitted, PluginHost
+
+__all__ = ["Delivered", "Emitted", "PluginHost"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the library on first use: the command line imports this package and must stay light."""
+    if name in __all__:
+        from host import plugin_host
+
+        return getattr(plugin_host, name)
+    raise AttributeError(f"module 'host' has no attribute {name!r}")

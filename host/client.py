@@ -43,7 +43,7 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, /, **params: Any) -> dict[str, Any]:
         """Ask and wait; raises the error the daemon raised."""
         self._next += 1
         number = self._next

@@ -16,11 +16,12 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from host.wire import LineProtocol, WireError, line, parse_object, peer_of
 from isolator.errors import DeniedError, IsolatorError, UsageError
 
+N = TypeVar("N", int, float)
 ROLES = ("viewer", "emitter", "operator")
 IN_FLIGHT = 256
 CONNECTIONS = 512
@@ -115,7 +116,7 @@ class _Connection(LineProtocol):
         for task in self._tasks:
             task.cancel()
         if self._caller is not None:
-            for callback in self._caller.on_close:
+            for callback in list(self._caller.on_close):
                 callback()
 
     def line_received(self, data: bytes) -> None:
@@ -127,8 +128,8 @@ class _Connection(LineProtocol):
         task = asyncio.get_running_loop().create_task(self._serve(message))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
-        if len(self._tasks) >= IN_FLIGHT and self.transport is not None:
-            self.transport.pause_reading()
+        if len(self._tasks) >= IN_FLIGHT:
+            self.hold("in flight")
 
     def too_long(self) -> None:
         self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
@@ -142,8 +143,8 @@ class _Connection(LineProtocol):
         self._tasks.discard(task)
         if self._no_more and not self._tasks:
             self.close()
-        if len(self._tasks) == IN_FLIGHT - 1 and self.transport is not None:
-            self.transport.resume_reading()
+        if len(self._tasks) < IN_FLIGHT:
+            self.unhold("in flight")
 
     def _notify(self, method: str, params: Mapping[str, Any]) -> None:
         self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
@@ -194,3 +195,27 @@ class _Connection(LineProtocol):
                 role=caller.role,
                 verdict=verdict,
             )
+
+
+def text(params: Mapping[str, Any], key: str) -> str:
+    """A text parameter; raises UsageError."""
+    value = params.get(key)
+    if not isinstance(value, str) or not value or len(value) > 4096:
+        raise UsageError(key, "is missing or not text")
+    return value
+
+
+def number(params: Mapping[str, Any], key: str, default: N, most: N) -> N:
+    """A number parameter from 0 to ``most``; raises UsageError."""
+    value = params.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise UsageError(key, f"must be a number from 0 to {most}")
+    return type(default)(value)
+
+
+def values(params: Mapping[str, Any]) -> dict[str, str]:
+    """The config values among the parameters; raises UsageError."""
+    given = params.get("config") or {}
+    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()) or len(given) > 64:
+        raise UsageError("config", "must be an object of texts, at most 64")
+    return given

@@ -8,29 +8,40 @@ its own queue time and nobody else's.
 
 Until the request is written nothing counts as an attempt: a sidecar that is not running, still starting or refusing
 connections holds its worker, with growing pauses, and any news of the plugin ends the pause. Once it is written,
-silence is ``unknown``: an attempt that failed and is repeated. An event in whose attempt the plugin crashed twice is
-quarantined, and the plugin goes on with the next.
+silence is ``unknown``: an attempt that failed and is repeated. One-shot plugins have one request in flight; stream
+plugins as many as they and their manifest allow, of different keys.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from host.channel import LostError, NotSentError, Outcome, oneshot_request, read_reply
+from host.channel import (
+    STREAM_MESSAGE,
+    LostError,
+    NotSentError,
+    Outcome,
+    build_params,
+    meta_of,
+    oneshot_request,
+    read_reply,
+)
 from host.channel.oneshot import exchange
+from host.channel.stream import Greeting, StreamConnection, open_stream
 from host.events import Catalogue
-from host.queue import Consumer, Delivery, Result, State
-from host.queue.sqlite import SqliteQueue, backoff
+from host.outcome import Outcomes
+from host.queue import Delivery
+from host.queue.sqlite import SqliteQueue
 from host.registry import Plugin, Registry
 from host.secrets import Redactor
-from host.wire import peer_of
+from host.wire import line, peer_of
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc import Message
@@ -38,10 +49,6 @@ from isolator.ipc import Message
 CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
 HOLD_FIRST, HOLD_LONGEST = 0.25, 30.0
-CRASHES_TO_QUARANTINE = 2
-STORED_REPLY = 4096
-CRASH_WINDOW = 5.0
-"""Seconds within which a death of the sidecar is blamed on the attempt whose connection broke."""
 
 
 class Caller(Protocol):
@@ -61,6 +68,8 @@ class Shared:
     catalogue: Catalogue
     audit: AuditClient
     redactor: Callable[[str], Redactor]
+    api: Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
+    """Answers a call of a stream plugin to the host API: (plugin, run, method, params)."""
     halt_without_audit: bool = True
 
     def _halted(self) -> bool:
@@ -76,22 +85,36 @@ class Shared:
 
 
 class Worker:
-    """Delivers one plugin's events, one at a time."""
+    """Delivers one plugin's events."""
 
     def __init__(self, shared: Shared, name: str) -> None:
         self.name = name
         self.status = "idle"
         self.holding: str | None = None
         """Why nothing is being sent at the moment, else None."""
+        self.turn = asyncio.Lock()
+        """Held while a one-shot plugin is spoken to: it serves one connection at a time."""
+        self.last_used = asyncio.get_running_loop().time()
+        self.stream: tuple[str, StreamConnection, Greeting] | None = None
         self._shared = shared
-        self._consumer: Consumer = shared.queue.consumer(name)
+        self._consumer = shared.queue.consumer(name)
+        self._outcomes = Outcomes(name, self._consumer, shared.audit, shared.redactor)
         self._news = asyncio.Event()
         self._run: str | None = None
-        self._busy: Delivery | None = None
-        self._died: set[str] = set()
-        self._suspect: tuple[str, Delivery, float] | None = None
         self._pause = HOLD_FIRST
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slot = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._work(), name=f"dispatch {name}")
+
+    @property
+    def run(self) -> str | None:
+        """The run that is spoken to, if any."""
+        return self._run
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is unanswered or a delivery waits."""
+        return bool(self._tasks) or self.turn.locked() or self._consumer.depth > 0
 
     def news(self) -> None:
         """Something changed about the plugin: look again."""
@@ -108,20 +131,17 @@ class Worker:
         if self._run == run:
             self._run = None
         if not expected:
-            if self._busy is not None:
-                self._died.add(run)
-            elif self._suspect is not None and self._suspect[0] == run:
-                _, delivery, at = self._suspect
-                if asyncio.get_running_loop().time() - at < CRASH_WINDOW:
-                    self._blame(delivery)
-            self._suspect = None
+            self._outcomes.run_died(run)
         self.news()
 
     async def close(self) -> None:
         """Stop; what is in flight counts as an attempt with an unknown outcome at the next start."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        for task in (self._task, *self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self.stream is not None:
+            self.stream[1].close()
 
     async def _work(self) -> None:
         while True:
@@ -132,10 +152,7 @@ class Worker:
                 await self._deliver(delivery)
                 self._pause = HOLD_FIRST
                 self.holding = None
-            except NotSentError as error:
-                self._consumer.release(delivery)
-                await self._hold(str(error))
-            except IsolatorError as error:
+            except (NotSentError, IsolatorError) as error:
                 self._consumer.release(delivery)
                 await self._hold(str(error))
 
@@ -151,42 +168,51 @@ class Worker:
         plugin = self._shared.registry.get(self.name)
         event = delivery.event
         assert event is not None
+        self.last_used = asyncio.get_running_loop().time()
         hook = plugin.hooks.get(event.name) if plugin is not None else None
         if plugin is None or hook is None:
-            self._give_up(delivery, "dead", "the plugin no longer receives this event")
-            return
+            self._outcomes.given_up(delivery, "the plugin no longer receives this event")
+        elif plugin.mode == "stream":
+            await self._deliver_stream(plugin, hook, delivery)
+        else:
+            async with self.turn:
+                await self._deliver_oneshot(plugin, hook, delivery)
+
+    # One-shot
+
+    async def _deliver_oneshot(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
+        assert delivery.event is not None
         request = oneshot_request(
-            event,
+            delivery.event,
             hook,
-            self._shared.catalogue.get(event.name),
+            self._shared.catalogue.get(delivery.event.name),
             attempt=delivery.attempts + 1,
             timeout=plugin.timeout,
             major=plugin.major,
             meta=plugin.manifest is None or plugin.manifest.transport.meta == "fit",
         )
         if request is None:
-            self._give_up(delivery, "dead", "payload_too_large")
+            self._outcomes.given_up(delivery, "payload_too_large")
             return
-        sock, run = await self._connect(plugin)
-        try:
-            if self._foreign(sock, plugin, run, delivery):
+        sock, run = await self.connect(plugin)
+        with sock:
+            foreign = self._foreign(sock, plugin, run)
+            if foreign is not None:
+                self._outcomes.refused(plugin, delivery, foreign)
                 return
-            self._record_dispatch(delivery, run, request)
-            self._consumer.sent(delivery)
-            self._busy, self.status = delivery, "in_flight"
+            self._outcomes.dispatched(delivery, run, request)
+            self.status = "in_flight"
             began = time.perf_counter_ns()
+            broken = False
             try:
                 outcome = read_reply(await exchange(sock, request, plugin.timeout))
-                broken = False
             except LostError as error:
                 outcome, broken = Outcome("unknown", detail=str(error)), error.crash
             latency = (time.perf_counter_ns() - began) // 1000
-        finally:
-            self._busy = None
-            sock.close()
-        self._conclude(plugin, delivery, run, outcome, latency, broken=broken)
+        self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
 
-    async def _connect(self, plugin: Plugin) -> tuple[socket.socket, str]:
+    async def connect(self, plugin: Plugin) -> tuple[socket.socket, str]:
+        """A connection to the sidecar, which is started if need be, and its run."""
         self.status = "starting" if self._run is None else "connecting"
         if self._run is None:
             answer = await self._shared.supervisor.call("run.ensure", name=self.name, reason="event")
@@ -208,114 +234,104 @@ class Worker:
         sock.setblocking(False)
         return sock, run
 
-    def _foreign(self, sock: socket.socket, plugin: Plugin, run: str, delivery: Delivery) -> bool:
-        """Whether somebody else than the plugin serves the socket; then nothing is sent and the trail says so.
+    def _foreign(self, sock: socket.socket, plugin: Plugin, run: str) -> str | None:
+        """Who else than the plugin serves the socket, if so; then nothing is sent and the trail says so.
 
         A plugin owns its socket's directory and may put a hard link to another's socket there, or pass its name
         on; the kernel says who called listen().
         """
         uid = peer_of(sock)[1]
         if plugin.uid is None or uid == plugin.uid:
-            return False
+            return None
         detail = f"its socket is served by uid {uid} instead of {plugin.uid}; nothing was sent"
         self._shared.audit.record("plugin.health", plugin=self.name, run=run, ok=False, detail=detail)
-        delivery.attempts += 1
-        self._retry_or_bury(plugin, delivery, Result("retry", "foreign_peer", detail), None)
-        return True
+        return detail
 
-    def _record_dispatch(self, delivery: Delivery, run: str, request: bytes) -> None:
+    # Stream
+
+    async def _deliver_stream(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         assert delivery.event is not None
-        self._shared.audit.record(
-            "event.dispatched",
-            plugin=self.name,
-            run=run,
-            event_id=delivery.event.id,
-            delivery_id=delivery.id,
-            urgent=True,
-            attempt=delivery.attempts + 1,
-            queued_us=int((asyncio.get_running_loop().time() - delivery.ready_at) * 1e6) if delivery.ready_at else None,
-            request_bytes=len(request),
-            request_sha256=hashlib.sha256(request).hexdigest(),
+        connection, run, greeting = await self._connected(plugin)
+        if hook not in greeting.handles:
+            self._outcomes.given_up(delivery, "the plugin said in host.hello that it does not handle this event")
+            return
+        event_type = self._shared.catalogue.get(delivery.event.name)
+        params = build_params(delivery.event, event_type, plugin.major)
+        params["_meta"] = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        number = os.urandom(8).hex()
+        request = line({"jsonrpc": "2.0", "method": hook, "params": params, "id": number})
+        if len(request) > STREAM_MESSAGE:
+            self._outcomes.given_up(delivery, "payload_too_large")
+            return
+        await self._free_slot(plugin, delivery)
+        if connection.closed.is_set():
+            raise NotSentError(connection.why)
+        self._outcomes.dispatched(delivery, run, request)
+        self.status = "in_flight"
+        task = asyncio.get_running_loop().create_task(
+            self._exchange_stream(plugin, delivery, connection, run, number, request)
         )
+        self._tasks.add(task)
+        task.add_done_callback(self._slot_free)
 
-    def _conclude(
-        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
+    async def _exchange_stream(
+        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, number: str, request: bytes
     ) -> None:
-        assert delivery.event is not None
-        redact = self._shared.redactor(self.name)
-        reply = redact(outcome.text)[:STORED_REPLY] if outcome.text else None
-        detail = redact(outcome.detail) if outcome.detail else None
-        self._shared.audit.record(
-            "event.response",
-            plugin=self.name,
-            run=run,
-            event_id=delivery.event.id,
-            delivery_id=delivery.id,
-            attempt=delivery.attempts,
-            outcome=outcome.kind,
-            status=outcome.status,
-            detail=detail,
-            latency_us=latency,
-            response_bytes=outcome.size,
-            response_sha256=outcome.sha256,
-            response=reply,
+        began = time.perf_counter_ns()
+        broken = False
+        try:
+            _, data = await connection.send_request(number, request, plugin.timeout)
+            outcome = read_reply(data, expect=number)
+        except (LostError, NotSentError) as error:
+            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
+        latency = (time.perf_counter_ns() - began) // 1000
+        self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
+
+    async def _free_slot(self, plugin: Plugin, delivery: Delivery) -> None:
+        """Wait until one more request may be in flight; a suspect of a crash waits until it is alone."""
+        spec = plugin.manifest
+        most = min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
+        while len(self._tasks) >= (1 if self._outcomes.careful else most):
+            self._slot.clear()
+            await self._slot.wait()
+
+    def _slot_free(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._slot.set()
+
+    async def _connected(self, plugin: Plugin) -> tuple[StreamConnection, str, Greeting]:
+        """The stream to the present run, opened and greeted if there is none."""
+        if self.stream is not None:
+            run, connection, greeting = self.stream
+            if run == self._run and not connection.closed.is_set():
+                return connection, run, greeting
+            connection.close()
+            self.stream = None
+        sock, run = await self.connect(plugin)
+        foreign = self._foreign(sock, plugin, run)
+        if foreign is not None:
+            sock.close()
+            raise NotSentError(foreign)
+
+        def breach(why: str) -> None:
+            self._shared.audit.record("plugin.health", plugin=self.name, run=run, ok=False, detail=f"protocol: {why}")
+
+        async def call(method: str, params: Any) -> dict[str, Any]:
+            return await self._shared.api(self.name, run, method, params)
+
+        connection = await open_stream(sock, call, breach)
+        spec = plugin.manifest
+        greeting = await connection.hello(
+            plugin={"name": plugin.name, "version": plugin.version},
+            hooks=sorted(plugin.hooks.values()),
+            limits={
+                "max_message": STREAM_MESSAGE,
+                "max_in_flight": spec.transport.max_in_flight if spec is not None else 1,
+                "deadline_ms": round(plugin.timeout * 1000),
+            },
         )
-        if outcome.kind in ("ok", "skipped"):
-            state: State = "ok" if outcome.kind == "ok" else "skipped"
-            self._consumer.done(delivery, Result(state, outcome.status, detail, reply, latency))
-            return
-        if outcome.kind == "rejected":
-            self._give_up(delivery, "dead", detail or "rejected by the plugin", outcome.status, reply, latency)
-            return
-        result = Result("retry", outcome.status or outcome.kind, detail, reply, latency)
-        if outcome.kind == "busy":
-            delivery.attempts -= 1
-            self._consumer.again(delivery, result, delay=outcome.retry_after or 1.0)
-            return
-        self._retry_or_bury(plugin, delivery, result, outcome.retry_after)
-        if run in self._died:
-            self._blame(delivery)
-        elif broken:
-            self._suspect = (run, delivery, asyncio.get_running_loop().time())
-        self._died.clear()
-
-    def _retry_or_bury(self, plugin: Plugin, delivery: Delivery, result: Result, wait: float | None) -> None:
-        if delivery.attempts >= plugin.attempts:
-            why = f"{delivery.attempts} attempts failed; the last: {result.detail or result.status}"
-            self._give_up(delivery, "dead", why, result.status, result.reply, result.latency_us)
-        else:
-            delay = wait if wait is not None else backoff(delivery.attempts)
-            self._consumer.again(delivery, result, delay=delay)
-
-    def _give_up(
-        self,
-        delivery: Delivery,
-        state: State,
-        why: str,
-        status: str | None = None,
-        reply: str | None = None,
-        latency: int | None = None,
-    ) -> None:
-        self._consumer.done(delivery, Result(state, status, why, reply, latency))
-        self._record_end("event.dead", delivery, why)
-
-    def _blame(self, delivery: Delivery) -> None:
-        consumer = self._shared.queue.consumer(self.name)
-        consumer.note_crash(delivery)
-        if delivery.crashes >= CRASHES_TO_QUARANTINE:
-            why = f"the plugin crashed {delivery.crashes} times while handling it"
-            if consumer.cancel(delivery.seq, Result("quarantined", detail=why)) is not None:
-                self._record_end("event.quarantined", delivery, why)
-
-    def _record_end(self, record: str, delivery: Delivery, why: str) -> None:
-        self._shared.audit.record(
-            record,
-            plugin=self.name,
-            event_id=delivery.event.id if delivery.event is not None else None,
-            delivery_id=delivery.id if delivery.event is not None else None,
-            reason=why,
-            attempts=delivery.attempts,
-        )
+        self.stream = (run, connection, greeting)
+        return connection, run, greeting
 
 
 class Dispatcher:
@@ -323,44 +339,44 @@ class Dispatcher:
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
-        self._workers: dict[str, Worker] = {}
+        self.workers: dict[str, Worker] = {}
 
     def plugin_changed(self, plugin: Plugin) -> None:
         """Make sure the plugin has a worker, and let it look again."""
-        worker = self._workers.get(plugin.name)
+        worker = self.workers.get(plugin.name)
         if worker is None:
-            worker = self._workers[plugin.name] = Worker(self.shared, plugin.name)
-        if plugin.run is not None:
+            worker = self.workers[plugin.name] = Worker(self.shared, plugin.name)
+        if plugin.run is not None and plugin.state == "running":
             worker.run_started(plugin.run)
         worker.news()
 
     def plugin_news(self, name: str) -> None:
         """Something changed that may let a held worker go on."""
-        if name in self._workers:
-            self._workers[name].news()
+        if name in self.workers:
+            self.workers[name].news()
 
     async def plugin_removed(self, name: str) -> None:
         """Stop its worker."""
-        worker = self._workers.pop(name, None)
+        worker = self.workers.pop(name, None)
         if worker is not None:
             await worker.close()
 
     def run_started(self, name: str, run: str) -> None:
         """See ``Worker.run_started``."""
-        if name in self._workers:
-            self._workers[name].run_started(run)
+        if name in self.workers:
+            self.workers[name].run_started(run)
 
     def run_ended(self, name: str, run: str, *, expected: bool) -> None:
         """See ``Worker.run_ended``."""
-        if name in self._workers:
-            self._workers[name].run_ended(run, expected=expected)
+        if name in self.workers:
+            self.workers[name].run_ended(run, expected=expected)
 
     def status(self, name: str) -> dict[str, Any]:
         """What the worker is doing, for listings."""
-        worker = self._workers.get(name)
+        worker = self.workers.get(name)
         return {"worker": worker.status if worker else None, "holding": worker.holding if worker else None}
 
     async def close(self) -> None:
         """Stop every worker."""
-        workers, self._workers = list(self._workers.values()), {}
+        workers, self.workers = list(self.workers.values()), {}
         await asyncio.gather(*(worker.close() for worker in workers))

@@ -1,4 +1,7 @@
-"""What the control socket can do, verb by verb. Parameters are checked here; the work is done by those who own it."""
+"""What the control socket can do with plugins, config and the daemon, verb by verb.
+
+Parameters are checked here; the work is done by those who own it. Events are in ``methods_events``.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from host import manifest as manifests
-from host.control import Caller, Method
-from host.events import from_schema
+from host.control import Caller, Method, number, text, values
 from host.manifest import Manifest
+from host.methods_events import EventMethods
 from host.registry import Plugin
 from isolator import __version__
 from isolator.errors import IsolatorError, UsageError
@@ -22,10 +25,8 @@ from isolator.policy.request import MAX_BYTES
 if TYPE_CHECKING:
     from host.service import Host
 
-MAX_WAIT = 3600.0
 SUPERVISOR_TIMEOUT = 120.0
 _MANIFEST_LIMIT = MAX_BYTES
-N = TypeVar("N", int, float)
 
 
 class Methods:
@@ -52,10 +53,7 @@ class Methods:
             "config.set": self.config_set,
             "config.unset": self.config_unset,
             "config.rotate_key": self.config_rotate_key,
-            "event.replay": self.event_replay,
-            "event.register": self.event_register,
         }
-        emitter = {"event.emit": self.event_emit, "event.wait": self.event_wait}
         viewer = {
             "status": self.status,
             "ledger": self.ledger,
@@ -64,15 +62,11 @@ class Methods:
             "plugin.explain": self.plugin_explain,
             "plugin.logs": self.plugin_logs,
             "config.list": self.config_list,
-            "event.list": self.event_list,
-            "event.show": self.event_show,
-            "event.dead": self.event_dead,
-            "event.types": self.event_types,
         }
         return {
             **{name: Method("operator", handler, recorded=True) for name, handler in operator.items()},
-            **{name: Method("emitter", handler) for name, handler in emitter.items()},
             **{name: Method("viewer", handler) for name, handler in viewer.items()},
+            **EventMethods(self._host).table(),
         }
 
     # Plugins
@@ -85,7 +79,7 @@ class Methods:
         token = str(answer.fields["token"])
         try:
             manifest = manifests.parse(_read_all(answer))
-            checked = self._host.config.check(manifest, _values(params))
+            checked = self._host.config.check(manifest, values(params))
         except IsolatorError:
             self._host.supervisor.notify("plugin.discard", token=token)
             raise
@@ -121,17 +115,17 @@ class Methods:
 
     async def plugin_commit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Register what was staged, with its config."""
-        token = _text(params, "token")
+        token = text(params, "token")
         manifest = self._staged.get(token)
         if manifest is None:
             raise UsageError("plugin add", "nothing is staged under that token", "add it again")
         name = manifest.core.name
-        values = _values(params)
+        given = values(params)
         is_new = self._host.registry.get(name) is None
         if is_new and name in self._host.registry.known():
             # It was removed while this process was not running: nothing of it may reach its namesake.
             await self._host.removed(name)
-        await self._host.config.set(name, manifest, values, replace=is_new)
+        await self._host.config.set(name, manifest, given, replace=is_new)
         try:
             answer = await self._ask("plugin.commit", token=token, by=caller.by)
         except IsolatorError:
@@ -139,16 +133,16 @@ class Methods:
                 await self._host.config.forget(name)
             raise
         self._staged.pop(token, None)
-        if values:
-            self._host.audit.record("config.changed", plugin=name, names=sorted(values), by=caller.by)
-        plugin = self._host.put(answer.fields["plugin"])
+        if given:
+            self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by)
+        plugin = await self._host.put(answer.fields["plugin"])
         if manifest.activation.start == "eager" and not self._host.config.missing(name, manifest):
             await self._ask("run.ensure", name=name, reason="eager")
         return {"plugin": _shown(plugin), "missing": self._host.config.missing(name, manifest)}
 
     async def plugin_discard(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Forget what was staged."""
-        self._abandon(_text(params, "token"))
+        self._abandon(text(params, "token"))
         return {}
 
     async def plugin_list(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
@@ -215,7 +209,7 @@ class Methods:
         """The last lines a sidecar wrote; with ``follow`` further ones come as ``log`` notifications."""
         plugin = self._need(params)
         log = self._host.logs.of(plugin.name)
-        lines = log.read(_number(params, "lines", 100, 10_000))
+        lines = log.read(number(params, "lines", 100, 10_000))
         if params.get("follow"):
             caller.on_close.append(log.follow(lambda entry: caller.notify("log", entry)))
         return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
@@ -233,15 +227,15 @@ class Methods:
         plugin = self._need(params)
         if plugin.manifest is None:
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
-        values = _values(params)
-        await self._host.config.set(plugin.name, plugin.manifest, values)
-        self._host.audit.record("config.changed", plugin=plugin.name, names=sorted(values), by=caller.by)
+        given = values(params)
+        await self._host.config.set(plugin.name, plugin.manifest, given)
+        self._host.audit.record("config.changed", plugin=plugin.name, names=sorted(given), by=caller.by)
         return await self._restart_for_config(plugin)
 
     async def config_unset(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Forget a value and restart the sidecar if it runs."""
         plugin = self._need(params)
-        key = _text(params, "key")
+        key = text(params, "key")
         await self._host.config.unset(plugin.name, key)
         self._host.audit.record("config.changed", plugin=plugin.name, names=[key], by=caller.by)
         return await self._restart_for_config(plugin)
@@ -251,84 +245,6 @@ class Methods:
         count = await self._host.config.rotate()
         self._host.audit.record("config.changed", names=[], rotated=count, by=caller.by)
         return {"values": count}
-
-    # Events
-
-    async def event_emit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Accept one event."""
-        payload = params.get("payload", {})
-        if not isinstance(payload, dict):
-            raise UsageError("event", "the payload must be an object")
-        dedupe_key, trace, ttl = params.get("dedupe_key"), params.get("trace"), params.get("ttl")
-        if dedupe_key is not None and not (isinstance(dedupe_key, str) and 0 < len(dedupe_key) <= 256):
-            raise UsageError("event", "dedupe_key must be text of at most 256 characters")
-        if trace is not None and not (isinstance(trace, str) and len(trace) <= 128):
-            raise UsageError("event", "trace must be text of at most 128 characters")
-        if ttl is not None:
-            ttl = _number(params, "ttl", 0.0, 31 * 86400.0)
-        accepted = await self._host.emit(
-            _text(params, "name"), payload, by=caller.by, dedupe_key=dedupe_key, ttl=ttl, trace=trace
-        )
-        return {
-            "id": accepted.event.id,
-            "plugins": list(accepted.plugins),
-            "overflowed": list(accepted.overflowed),
-            "duplicate": accepted.duplicate,
-        }
-
-    async def event_wait(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
-        """Wait until every delivery of an event is final, at most ``timeout`` seconds."""
-        timeout = _number(params, "timeout", 30.0, MAX_WAIT)
-        return dataclasses.asdict(await self._host.queue.wait(_text(params, "id"), timeout=timeout))
-
-    async def event_list(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
-        """The newest events."""
-        rows = await self._host.queue.list_events(limit=_number(params, "limit", 50, 10_000), name=params.get("event"))
-        return {"events": [dataclasses.asdict(row) for row in rows]}
-
-    async def event_show(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
-        """One event with its deliveries."""
-        return dataclasses.asdict(self._host.queue.show(_text(params, "id")))
-
-    async def event_dead(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
-        """Deliveries that were given up."""
-        rows = await self._host.queue.list_dead(
-            plugin=params.get("plugin"), limit=_number(params, "limit", 1000, 100_000)
-        )
-        return {"deliveries": [dataclasses.asdict(row) for row in rows]}
-
-    async def event_replay(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Queue what was given up again; with ``plugin`` also what succeeded there."""
-        event_id, plugin = _text(params, "id"), params.get("plugin")
-        if plugin is not None:
-            self._host.registry.need(str(plugin))
-        plugins = await self._host.queue.replay(event_id, plugin)
-        if not plugins:
-            raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
-        for name in plugins:
-            self._host.audit.record(
-                "event.replayed", plugin=name, event_id=event_id, delivery_id=f"{event_id}.{name}", by=caller.by
-            )
-        return {"id": event_id, "plugins": plugins}
-
-    async def event_types(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
-        """The catalogue with the JSON Schema of every payload."""
-        types = [
-            {"name": t.name, "version": t.version, "order_by": t.order_by, "schema": t.schema()}
-            for t in self._host.catalogue
-        ]
-        return {"types": types}
-
-    async def event_register(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Register or replace an event of the platform's own."""
-        name, schema, order_by = _text(params, "name"), params.get("schema"), params.get("order_by")
-        version = _number(params, "version", 1, 10_000)
-        if not isinstance(schema, dict):
-            raise UsageError(f"event {name}", "schema must be a JSON Schema object")
-        self._host.catalogue.register(from_schema(name, schema, order_by, version))
-        row = (name, json.dumps(schema), order_by, version, caller.by)
-        await self._host.store.run(lambda db: db.execute("INSERT OR REPLACE INTO event_types VALUES (?,?,?,?,?)", row))
-        return {"name": name, "version": version}
 
     # The daemon
 
@@ -359,7 +275,7 @@ class Methods:
         given = {key: value for key, value in fields.items() if value is not None}
         answer = await self._ask(op, name=plugin.name, **given)
         if isinstance(answer.fields.get("plugin"), dict):
-            self._host.put(answer.fields["plugin"])
+            await self._host.put(answer.fields["plugin"])
         return answer.fields
 
     async def _entries(self) -> list[dict[str, Any]]:
@@ -389,7 +305,7 @@ class Methods:
         }
 
     def _need(self, params: Mapping[str, Any]) -> Plugin:
-        return self._host.registry.need(_text(params, "name"))
+        return self._host.registry.need(text(params, "name"))
 
     def _abandon(self, token: str) -> None:
         if self._staged.pop(token, None) is not None:
@@ -398,27 +314,6 @@ class Methods:
 
 def _shown(plugin: Plugin) -> dict[str, Any]:
     return {key: value for key, value in plugin.raw.items() if key not in ("manifest", "effective")}
-
-
-def _text(params: Mapping[str, Any], key: str) -> str:
-    value = params.get(key)
-    if not isinstance(value, str) or not value or len(value) > 4096:
-        raise UsageError(key, "is missing or not text")
-    return value
-
-
-def _number(params: Mapping[str, Any], key: str, default: N, most: N) -> N:
-    value = params.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise UsageError(key, f"must be a number from 0 to {most}")
-    return type(default)(value)
-
-
-def _values(params: Mapping[str, Any]) -> dict[str, str]:
-    values = params.get("config") or {}
-    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()) or len(values) > 64:
-        raise UsageError("config", "must be an object of texts, at most 64")
-    return values
 
 
 def _read_all(answer: Message) -> bytes:

@@ -14,9 +14,11 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from host.api import HostApi
 from host.control import ControlServer
 from host.dispatch import Dispatcher, Shared
 from host.events import Catalogue, from_schema
+from host.health import Watches
 from host.logs import Logs
 from host.methods import Methods
 from host.queue import Accepted, Delivery, NewEvent
@@ -75,7 +77,9 @@ class Host:
 
     async def removed(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat."""
+        await self.watches.forget(name)
         await self.dispatcher.plugin_removed(name)
+        self.api.forget(name)
         waiting = await self.queue.purge(name)
         await self.config.forget(name)
         await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
@@ -84,10 +88,11 @@ class Host:
         if waiting:
             self.audit.record("event.dead", plugin=name, reason="the plugin was removed", count=waiting)
 
-    def put(self, entry: Mapping[str, Any]) -> Plugin:
+    async def put(self, entry: Mapping[str, Any]) -> Plugin:
         """Take over one plugin entry of the supervisor."""
         plugin = self.registry.put(entry)
         self.dispatcher.plugin_changed(plugin)
+        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         return plugin
 
     async def close(self) -> None:
@@ -95,7 +100,9 @@ class Host:
         if not self.started.is_set():
             return
         await self.control.close()
+        await self.watches.close()
         await self.dispatcher.close()
+        self.api.close()
         self.logs.close()
         await self.store.close()
 
@@ -118,6 +125,8 @@ class Host:
         self.queue.on_accepted = self._record_accepted
         self.queue.on_expired = self._record_expired
         self.logs = Logs(self.paths.plugin_log, self.config.redactor)
+        self.api = HostApi(self.registry, self.audit, self.store, self.logs)
+        self.watches = Watches(self.registry, self.supervisor, self.audit)
         may_continue = self.settings.audit.disk_full == "continue"
         self.dispatcher = Dispatcher(
             Shared(
@@ -127,11 +136,12 @@ class Host:
                 catalogue=self.catalogue,
                 audit=self.audit,
                 redactor=self.config.redactor,
+                api=self.api.call,
                 halt_without_audit=not may_continue,
             )
         )
         for entry in message.fields.get("plugins", ()):
-            self.put(entry)
+            await self.put(entry)
         self.methods = Methods(self)
         self.control = ControlServer(self.methods.table(), self.settings.role_of, self.audit.record)
         if message.fds:
@@ -144,7 +154,7 @@ class Host:
         if removed is not None:
             await self.removed(str(removed))
         else:
-            self.put(message.fields["plugin"])
+            await self.put(message.fields["plugin"])
 
     async def _run_environment(self, message: Message) -> dict[str, Any]:
         name = str(message.fields["name"])
@@ -159,6 +169,8 @@ class Host:
         if len(message.fds) >= 2:
             stdout, stderr = message.fds.pop(0), message.fds.pop(0)
             self.logs.attach(name, run, stdout, stderr)
+        if message.fds:
+            await self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
         self.registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
         self.dispatcher.run_started(name, run)
 

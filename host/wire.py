@@ -82,6 +82,7 @@ class LineProtocol(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._partial: list[bytes] = []
         self._size = 0
+        self._held: set[str] = set()
 
     def line_received(self, data: bytes) -> None:
         """One complete line without its newline."""
@@ -121,12 +122,23 @@ class LineProtocol(asyncio.Protocol):
         return None
 
     def pause_writing(self) -> None:
-        if self.transport is not None:
-            self.transport.pause_reading()
+        self.hold("unread answers")
 
     def resume_writing(self) -> None:
-        if self.transport is not None:
-            self.transport.resume_reading()
+        self.unhold("unread answers")
+
+    def hold(self, why: str) -> None:
+        """Read nothing more until every reason is gone."""
+        if not self._held and self.transport is not None:
+            self.transport.pause_reading()
+        self._held.add(why)
+
+    def unhold(self, why: str) -> None:
+        """One reason is gone."""
+        if why in self._held:
+            self._held.discard(why)
+            if not self._held and self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
 
     def send(self, data: bytes) -> None:
         """Write bytes if the peer is still there."""

@@ -9,13 +9,13 @@ import os
 import select
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from isolator.audit.client import utc_now
 from isolator.errors import UsageError
-from isolator.ipc import Channel, pair, receive_packet
+from isolator.ipc import MAX_FDS, Channel, Handler, Message, pair, receive_packet
 
 if TYPE_CHECKING:
     from isolator.layers.network import CageNetwork
@@ -82,10 +82,17 @@ async def broker_for(
     A cage that may reach nothing needs nobody to carry its connections, only somebody to read and record what it was
     refused: its broker, a third of a second of another Python, is started when there is something to read.
     """
-    sockets, network.sockets = network.sockets, []
+    from isolator.layers import network as network_layer
+
+    outside = network_layer.host_listeners(policy.network)
+    sockets, network.sockets = [*network.sockets, *outside], []
+
+    async def inside(message: Message) -> Message:
+        count, version = int(message.fields.get("count", 1)), int(message.fields.get("version", 4))
+        return Message({}, network_layer.connectors(network, min(count, MAX_FDS), version=version))
 
     def broker() -> contextlib.AbstractAsyncContextManager[None]:
-        return _broker(sockets, policy, run, paths, config, records)
+        return _broker(sockets, policy, run, paths, config, records, {"cage.sockets": inside} if outside else {})
 
     lazy = policy.network.mode != "public" and not policy.network.egress
     try:
@@ -142,28 +149,37 @@ def _close(sockets: list[int]) -> None:
 
 @contextlib.asynccontextmanager
 async def _broker(
-    sockets: list[int], policy: EffectivePolicy, run: str, paths: Paths, config: HostConfig, records: Records
+    sockets: list[int],
+    policy: EffectivePolicy,
+    run: str,
+    paths: Paths,
+    config: HostConfig,
+    records: Records,
+    handlers: Mapping[str, Handler],
 ) -> AsyncIterator[None]:
     import subprocess
 
+    from isolator.egress.hardening import filter_file
     from isolator.layers.user import UidLease
     from isolator.services import service_command
 
     lease = UidLease(config.uid_range)
     mine, theirs = pair()
     audit, audit_theirs = pair()
+    program = filter_file(paths.cache)
     try:
-        command = service_command("isolator.egress.service", lease.uid, lease.uid,
-                                  {"channel": theirs.fileno(), "audit": audit_theirs.fileno()})  # fmt: skip
+        inherited = {"channel": theirs.fileno(), "audit": audit_theirs.fileno(), "filter": program}
+        command = service_command("isolator.egress.service", lease.uid, lease.uid, inherited)
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno(), audit_theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/",
+            command, pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}, start_new_session=True,
         )  # fmt: skip
     finally:
         theirs.close()
         audit_theirs.close()
+        os.close(program)
     reader = _Reader(audit, records)
-    channel = Channel(mine, name="broker")
+    channel = Channel(mine, handlers, name="broker")
     try:
         await channel.call("hello", root=str(paths.root), config=config.model_dump(mode="json"), timeout=20)
         await channel.call("cage.attach", fds=sockets, run=run, plugin=policy.plugin,

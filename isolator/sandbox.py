@@ -20,11 +20,13 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
-from isolator.ipc import pair, receive_packet
+from isolator.ipc import pair, receive_packet, send_packet
 from isolator.journal import Entry, Journal
 from isolator.launch.client import Clone, Launcher
 from isolator.launch.plan import Plan
@@ -39,6 +41,9 @@ from isolator.layers.no_new_privs import NoNewPrivs
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp import Seccomp
 from isolator.layers.user import User
+
+if TYPE_CHECKING:
+    from isolator.layers.network import CageNetwork
 
 LAYERS: tuple[type[Layer], ...] = (
     User, Cgroup, Rlimits, Namespaces, Filesystem, Network, Capabilities, NoNewPrivs, Landlock, Seccomp,
@@ -83,7 +88,12 @@ class End:
 
 
 class Sandbox:
-    """One cage; see the module's text. ``without`` names layers to leave out: for tests of their absence."""
+    """One cage; see the module's text.
+
+    ``network`` may be made already, else it is made during the start. ``handover`` is given the network as soon as
+    it is there, and awaited before the exec: it takes the broker's sockets. ``without`` names layers to leave out,
+    for tests of their absence.
+    """
 
     def __init__(
         self,
@@ -93,6 +103,7 @@ class Sandbox:
         network: Network | None,
         *,
         without: frozenset[str] = frozenset(),
+        handover: Callable[[CageNetwork], Awaitable[None]] | None = None,
     ) -> None:
         self.spec = spec
         self.listener = -1
@@ -107,10 +118,16 @@ class Sandbox:
             Seccomp(),
         ]  # fmt: skip
         if network is not None:
-            every.insert(2, network)
+            every.append(network)
         self._layers = [layer for layer in every if layer.name not in without]
+        self._network = network if network in self._layers else None
+        self._handover = handover
+        self._ahead: list[asyncio.Task[None]] = []
         self._clone: Clone | None = None
         self._exited = asyncio.Event()
+        """Pid 1 is gone: its namespaces are taken down, which takes milliseconds."""
+        self._ended = asyncio.Event()
+        """The sidecar has ended: pid 1 has said so, or is gone itself."""
         self._status = -1
         self._started = 0.0
         self._stopping = False
@@ -156,31 +173,42 @@ class Sandbox:
     async def start(self) -> None:
         """Build the cage and exec; returns when exec has happened."""
         mark = _Stopwatch(self.steps)
-        spec = self.spec
-        leaf = Leaf.under(self._tools.subtree, spec.leaf)
-        self._tools.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+        spec, tools = self.spec, self._tools
+        # Two slow things need nothing of the child: making the network, and (on hybrid hosts) waking the lock under
+        # which the kernel moves a process between v1 groups. They are done while the rest is prepared and cloned.
+        if self._network is not None and self._network.unmade:
+            policy = spec.policy.network
+            self._ahead.append(asyncio.create_task(asyncio.to_thread(self._network.make, policy, spec.name)))
+        if tools.subtree.v1 and self._cgroup in self._layers:
+            self._ahead.append(asyncio.create_task(asyncio.to_thread(tools.subtree.warm)))
+        leaf = Leaf.under(tools.subtree, spec.leaf)
+        tools.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
         mark("journal")
         plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
-        mine, report = pair()
-        go_read, go = os.pipe2(os.O_CLOEXEC)
+        (mine, report), (go, go_read) = pair(), pair()
         self._status, status_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._status, False)
         plan.fds = {
             "stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr,
-            "report": report.fileno(), "go": go_read, "status": status_write,
+            "report": report.fileno(), "go": go_read.fileno(), "status": status_write,
         }  # fmt: skip
         try:
             for layer in self._layers:
                 layer.prepare(spec, plan)
                 mark(f"prepare {layer.name}")
-            self._clone = await self._tools.launcher.clone(plan)
+            self._clone = await tools.launcher.clone(plan)
             loop = asyncio.get_running_loop()
             loop.add_reader(self._clone.pidfd, self._gone)
+            loop.add_reader(self._status, self._reported)
             mark("clone")
+        except BaseException:
+            mine.close()
+            go.close()
+            raise
         finally:
             report.close()
+            go_read.close()
             plan.close_given()
-            os.close(go_read)
             os.close(status_write)
         mine.setblocking(False)
         try:
@@ -192,23 +220,45 @@ class Sandbox:
             ) from None
         finally:
             mine.close()
-            os.close(go)
+            go.close()
 
-    async def _build(self, report: socket.socket, go: int, mark: _Stopwatch) -> None:
+    async def _build(self, report: socket.socket, go: socket.socket, mark: _Stopwatch) -> None:
+        # The child makes its file view meanwhile.
+        while self._ahead:
+            await self._ahead[-1]
+            self._ahead.pop()
+        mark("made ahead")
         if self._cgroup in self._layers:
             self.leaf.attach(self.pid)
         mark("attach")
-        os.write(go, b"a")
-        answer, fds = await self._receive(report)
-        if answer.get("step") != "caged":
-            raise self._failure(answer)
-        self.listener = fds[0] if fds else -1
-        mark("enter")
-        for layer in self._layers:
-            layer.confirm(self.pid)
-        mark("confirm")
+        handed_over: asyncio.Future[None] | None = None
+        if self._network is not None:
+            send_packet(go, b"a", [self._network.network.netns_fd])
+            if self._handover is not None:
+                handed_over = asyncio.ensure_future(self._handover(self._network.network))
+        else:
+            send_packet(go, b"a")
+        try:
+            answer, fds = await self._receive(report)
+            if answer.get("step") != "caged":
+                raise self._failure(answer)
+            self.listener = fds[0] if fds else -1
+            took = answer.get("took")
+            if isinstance(took, dict):
+                self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
+            mark("enter")
+            for layer in self._layers:
+                layer.confirm(self.pid)
+            mark("confirm")
+        except BaseException:
+            if handed_over is not None:
+                await asyncio.wait([handed_over])
+            raise
+        if handed_over is not None:
+            await handed_over
+            mark("broker")
         self._watch_oom()
-        os.write(go, b"x")
+        send_packet(go, b"x")
         answer, _ = await self._receive(report)
         if answer:
             raise self._failure(answer)
@@ -264,6 +314,11 @@ class Sandbox:
     def _gone(self) -> None:
         asyncio.get_running_loop().remove_reader(self.pidfd)
         self._exited.set()
+        self._reported()
+
+    def _reported(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._status)
+        self._ended.set()
 
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
@@ -271,9 +326,9 @@ class Sandbox:
             signal.pidfd_send_signal(self.pidfd, number)
 
     async def wait(self) -> End:
-        """Wait until pid 1 of the cage has ended, and say how and why."""
-        await self._exited.wait()
-        info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        """Wait until the sidecar has ended, and say how and why. ``release`` ends what else is in the cage."""
+        await self._ended.wait()
+        info = None if not self._exited.is_set() else os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         if self._cgroup in self._layers:
             events = self.leaf.events()
             events = Events(max(events.oom_kills, int(self._oom_seen)), events.task_denials)
@@ -307,12 +362,17 @@ class Sandbox:
         self.signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                await self._exited.wait()
+                await self._ended.wait()
                 return
         self.leaf.kill()
 
     async def release(self) -> None:
         """Kill what is left and undo every layer, in reverse order; idempotent."""
+        if self._ahead:
+            await asyncio.wait(self._ahead)
+            for task in self._ahead:
+                task.exception()
+            self._ahead = []
         if self._oom >= 0:
             asyncio.get_running_loop().remove_reader(self._oom)
             os.close(self._oom)
@@ -332,6 +392,7 @@ class Sandbox:
             os.close(self.listener)
             self.listener = -1
         if self._status >= 0:
+            asyncio.get_running_loop().remove_reader(self._status)
             os.close(self._status)
             self._status = -1
         for layer in reversed(self._layers):

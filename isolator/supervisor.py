@@ -26,8 +26,9 @@ import isolator
 from isolator import recovery
 from isolator.audit.client import AuditClient
 from isolator.denials import Denials
+from isolator.egress.hardening import filter_file
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
-from isolator.ipc import Handler, Message, pair
+from isolator.ipc import Channel, Handler, Message, pair
 from isolator.journal import Entry, Journal
 from isolator.launch.client import Launcher
 from isolator.layers import network as network_layer
@@ -46,6 +47,8 @@ from isolator.state import State
 
 HOST_MODULE = "host.serve"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
+MAX_CONNECTORS = 16
+"""Sockets of a cage's network that the broker gets at a time."""
 
 
 class Supervisor:
@@ -221,13 +224,13 @@ class Supervisor:
         }
         for name, module, ops, up in (
             ("audit", "isolator.audit.service", {}, self._audit_up),
-            ("broker", "isolator.egress.service", {}, self._broker_up),
+            ("broker", "isolator.egress.service", {"cage.sockets": self._on_cage_sockets}, self._broker_up),
             ("host", HOST_MODULE, handlers, self._host_up),
         ):
             spec = ServiceSpec(name, module, *users[name], ops)
             service = Service(
                 spec, self.tools.subtree, self.tools.journal, on_up=up, log=self._log,
-                inherit=(dict if name == "audit" else functools.partial(self._inherit_audit, name)),
+                inherit=(dict if name == "audit" else functools.partial(self._inherit, name)),
             )  # fmt: skip
             self._services[name] = service
             await service.start()
@@ -237,8 +240,9 @@ class Supervisor:
     def _hello(self) -> dict[str, Any]:
         return {"root": str(self.paths.root), "config": self.config.model_dump(mode="json")}
 
-    def _inherit_audit(self, source: str) -> dict[str, int]:
-        return {"audit": self._audit_end(source)}
+    def _inherit(self, source: str) -> dict[str, int]:
+        inherited = {"audit": self._audit_end(source)}
+        return inherited | {"filter": filter_file(self.paths.cache)} if source == "broker" else inherited
 
     def _audit_end(self, source: str) -> int:
         """The sending end of a new source socket; the other end goes to the audit process."""
@@ -270,19 +274,33 @@ class Supervisor:
         assert service.channel is not None
         await service.channel.call("hello", timeout=20, **self._hello())
         for run, (plugin, network, policy) in list(self._attached.items()):
-            sockets = await asyncio.to_thread(network_layer.reopen, network, policy)
             try:
-                await service.channel.call(
-                    "cage.attach",
-                    fds=sockets,
-                    run=run,
-                    plugin=plugin,
-                    policy=policy.model_dump(mode="json"),
-                    timeout=10,
-                )
-            finally:
-                for fd in sockets:
-                    os.close(fd)
+                sockets = await asyncio.to_thread(network_layer.reopen, network, policy)
+                await self._hand_over(service.channel, run, sockets)
+            except IsolatorError as error:
+                if service.channel.closed.is_set():
+                    raise
+                # A port was taken while the broker was away, or the cage is just ending: the others go on.
+                self._log(f"plugin {plugin}: {error}")
+                owner = self._plugins.get(plugin)
+                if owner is not None and owner.run is not None and owner.run.id == run:
+                    owner.run.end(str(error))
+
+    async def _hand_over(self, broker: Channel, run: str, sockets: list[int]) -> None:
+        """Give the broker a cage's sockets and the host's listeners for it; ours are closed, whatever happens.
+
+        A kept copy would let connects hang, instead of being refused, when the broker dies.
+        """
+        plugin, _, policy = self._attached[run]
+        fds = list(sockets)
+        try:
+            fds += network_layer.host_listeners(policy)
+            await broker.call(
+                "cage.attach", fds=fds, run=run, plugin=plugin, policy=policy.model_dump(mode="json"), timeout=10
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     async def _host_up(self, service: Service) -> None:
         assert service.channel is not None
@@ -319,27 +337,32 @@ class Supervisor:
         self, run: str, plugin: str, network: network_layer.CageNetwork, policy: NetworkPolicy
     ) -> None:
         """Hand the cage's listeners to the broker and give up our copies: a kept one would make connects hang."""
-        self._attached[run] = (plugin, network, policy)
         broker = self._services["broker"]
         async with asyncio.timeout(30):
             await broker.up.wait()
         assert broker.channel is not None
+        self._attached[run] = (plugin, network, policy)
         sockets, network.sockets = network.sockets, []
         try:
-            await broker.channel.call(
-                "cage.attach", fds=sockets, run=run, plugin=plugin, policy=policy.model_dump(mode="json"), timeout=10
-            )
+            await self._hand_over(broker.channel, run, sockets)
         except BaseException:
             self._attached.pop(run, None)
             raise
-        finally:
-            for fd in sockets:
-                os.close(fd)
 
     async def detach_network(self, run: str) -> None:
         """The cage is gone: the broker closes its listeners and flows."""
         if self._attached.pop(run, None) is not None and self._services["broker"].channel is not None:
             await self._services["broker"].channel.call("cage.detach", run=run, timeout=10)
+
+    async def _on_cage_sockets(self, message: Message) -> Message:
+        """Sockets for connections that come in from outside; only for cages whose policy has any."""
+        attached = self._attached.get(str(message.fields.get("run")))
+        if attached is None or not attached[2].listen:
+            raise NotFoundError("cage.sockets", "no such run, or nothing may be forwarded into it")
+        count = min(max(int(message.fields.get("count", 1)), 1), MAX_CONNECTORS)
+        version = 6 if message.fields.get("version") == 6 else 4
+        fds = await asyncio.to_thread(network_layer.connectors, attached[1], count, version=version)
+        return Message({}, fds)
 
     def run_started(self, plugin: Plugin, pipes: list[int]) -> None:
         """Tell the host of a run; it gets the log pipes and the listener of the plugin's host API."""

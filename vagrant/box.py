@@ -27,7 +27,7 @@ from pathlib import Path
 
 CACHE = Path("/var/cache/isolator-dev")
 READY = "isolator-vm: ready"  # what the guest writes to its console when ssh answers
-CMD_LINE = "root=/dev/vda ro console=ttyS0 net.ifnames=0 quiet"
+CMD_LINE = "root=/dev/vda ro console=ttyS0 net.ifnames=0 panic=1 quiet"
 
 _DISK = "6G"  # sparse; what the guest may fill
 _DISK_GIB = 6

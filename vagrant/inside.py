@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -59,5 +61,31 @@ def _once(start: Callable[[Box, Path], AbstractContextManager[Machine]], box: Bo
     return code
 
 
+def _with_reaper(work: Callable[[], int]) -> int:
+    """Run ``work`` in a child, and be the init of this PID namespace meanwhile: reap whatever loses its parent.
+
+    libvirt's helpers detach themselves, and libvirt then waits, 40 s each, until their zombies are gone.
+    """
+    worker = os.fork()
+    if worker == 0:
+        os._exit(_guarded(work))
+    while True:
+        pid, status = os.wait()
+        if pid == worker:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_with_reaper(main))

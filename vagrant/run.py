@@ -25,7 +25,7 @@ from pathlib import Path
 from vagrant.box import CACHE, BuildError, ready_box
 
 EXIT_INFRASTRUCTURE = 70
-RESULTS = CACHE / "vm"  # junit.xml and console.log of the last run
+RESULTS = CACHE / "vm"  # junit.xml and the logs of the last run
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -69,9 +69,8 @@ def main() -> int:
     finally:
         child.kill()
         child.wait()
-        for name in ("junit.xml", "console.log"):
-            if (folder / name).exists():
-                shutil.copy(folder / name, RESULTS / name)
+        for kept in (*folder.glob("junit.xml"), *folder.glob("*/*.log")):  # of a second attempt last
+            shutil.copy(kept, RESULTS / kept.name)
         shutil.rmtree(folder)
     return code if code >= 0 else 128 - code
 

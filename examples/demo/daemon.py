@@ -30,15 +30,17 @@ class DemoError(Exception):
 class Daemon:
     """`isolator serve` below a root of its own; a context manager that stops it and everything it made."""
 
-    def __init__(self, root: Path, log: Path) -> None:
+    def __init__(self, root: Path, work: Path, log: Path) -> None:
         self.root = root
+        self.work = work
+        """Where the commands are given."""
         self.log = log
         self.exit_code: int | None = None
         self._process: subprocess.Popen[str] | None = None
         self.environment = {
             **os.environ,
             "ISOLATOR_ROOT": str(root),
-            "COLUMNS": "76",
+            "COLUMNS": "78",
             "NO_COLOR": "1",
             "TERM": "dumb",
         }
@@ -93,9 +95,11 @@ class Daemon:
             process.send_signal(signal.SIGTERM)
         try:
             self.exit_code = process.wait(30)
-        except subprocess.TimeoutExpired:
+        except BaseException as reason:  # whatever interrupts the wait, it must not outlive us
             process.kill()
             self.exit_code = process.wait()
+            if not isinstance(reason, subprocess.TimeoutExpired):
+                raise
         if process.stdout:
             process.stdout.close()
 
@@ -109,7 +113,9 @@ class Daemon:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=self.work,
             env=self.environment,
+            start_new_session=True,
         )
 
     def run(self, *arguments: str, seconds: float = 60) -> tuple[int, str]:
@@ -117,29 +123,33 @@ class Daemon:
         with self.start(*arguments) as process:
             try:
                 text, _ = process.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired:
+            except BaseException as error:
                 process.kill()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
                 raise DemoError(f"'isolator {' '.join(arguments)}' gave no answer in {seconds:g} s") from None
         return process.returncode, text
 
-    def show(self, *arguments: str, expect: int | None = 0) -> str:
-        """Print a command, run it, print what it said; its output."""
+    def show(self, *arguments: str, without: str | None = None, instead: str = "...") -> str:
+        """Print a command, run it, print what it said; its output.
+
+        A run of lines that begin with ``without`` (and the indented ones that go on with them) is left out; ``instead``
+        is shown.
+        """
         report.command(["isolator", *arguments])
         code, text = self.run(*arguments)
-        report.output(text)
-        if expect is not None and code != expect:
-            raise DemoError(f"'isolator {' '.join(arguments)}' ended with {code}, not {expect}")
+        shown, cutting = list[str](), False
+        for line in text.replace(str(self.root), "$ROOT").splitlines():
+            cut = without is not None and (line.startswith(without) or (cutting and line.startswith(" ")))
+            if not cut:
+                shown.append(line)
+            elif not cutting:
+                shown.append(instead)
+            cutting = cut
+        report.output("\n".join(shown))
+        if code != 0:
+            raise DemoError(f"'isolator {' '.join(arguments)}' ended with {code}")
         return text
-
-    def json(self, *arguments: str) -> Any:
-        """The parsed output of a command with `--json`."""
-        code, text = self.run(*arguments, "--json")
-        try:
-            if code == 0:
-                return json.loads(text)
-        except ValueError:
-            pass
-        raise DemoError(f"'isolator {' '.join(arguments)} --json' ended with {code}: {text.strip()[:300]}")
 
 
 class Trail:
@@ -147,6 +157,8 @@ class Trail:
 
     def __init__(self, daemon: Daemon) -> None:
         self.records: list[Record] = []
+        self.words = ""
+        """The last that the follower said which is no record."""
         self._news = threading.Condition()
         self._process = daemon.start("audit", "tail", "-f", "-n", "1000", "--json")
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -161,6 +173,7 @@ class Trail:
             try:
                 record = json.loads(line)
             except ValueError:
+                self.words = line.strip()
                 continue
             with self._news:
                 self.records.append(record)

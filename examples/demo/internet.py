@@ -125,7 +125,7 @@ def webhook_server(directory: Path) -> socketserver.BaseServer:
 def metadata_server() -> socketserver.BaseServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            contact("metadata", f"GET {self.path}")
+            contact("settle" if self.path.startswith("/settle/") else "metadata", f"GET {self.path}")
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'{"AccessKeyId": "pretend", "SecretAccessKey": "pretend"}\n')
@@ -193,6 +193,7 @@ class Internet:
         self.contacts: list[Contact] = []
         self._news = threading.Condition()
         self._process: subprocess.Popen[str] | None = None
+        self._pages = 0
 
     def __enter__(self) -> Internet:
         with IPRoute() as routes:
@@ -206,7 +207,9 @@ class Internet:
 
         issue(self.directory, "hooks.slack.com")
         command = ["unshare", "-n", sys.executable, "-I", __file__, "serve", str(self.directory)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         try:
             self._connect()
         except BaseException:
@@ -245,6 +248,16 @@ class Internet:
         with self._news:
             if not self._news.wait_for(lambda: enough(self.contacts), seconds):
                 raise TimeoutError(f"{what}: nothing after {seconds:g} s")
+
+    def settle(self) -> None:
+        """Wait until ``contacts`` has everything that has reached the far side: ask for a page and wait for it.
+
+        The far side reports in the order of what reaches it, so whatever came before is told before.
+        """
+        self._pages += 1
+        page = f"GET /settle/{self._pages}"
+        exchange((METADATA, 80), f"{page} HTTP/1.0\r\n\r\n".encode())
+        self.wait(lambda contacts: any(contact.what == page for contact in contacts), "the far side", 10)
 
     def of(self, kind: str) -> list[Contact]:
         """What has arrived of one kind so far."""

@@ -28,6 +28,7 @@ def find(root: Path, pids: set[int], *, own_network: bool = False) -> list[str]:
     found += [f"cgroup {path}" for path in cgroups(instance)]
     found += [f"mount {place}" for place in mounts(root)]
     found += [f"loop device {name}" for name in loops(root)]
+    found += [f"file {path}" for path in named_files(instance)]
     found += [f"process {text}" for text in processes(root, pids, own_network=own_network)]
     if root.exists():
         found.append(f"file {root}")
@@ -41,6 +42,13 @@ def cgroups(instance: str) -> Iterator[str]:
         if kind in {"cgroup", "cgroup2"}:
             for directory, children, _ in os.walk(place):
                 yield from (f"{directory}/{child}" for child in children if instance in child)
+
+
+def named_files(instance: str) -> Iterator[Path]:
+    """Files outside the root that carry the instance id: locks, units, sockets, mail of its users."""
+    for place in ("/run", "/run/lock", "/run/netns", "/tmp", "/var/tmp", "/etc", "/var/lib", "/var/log", "/var/mail"):
+        with contextlib.suppress(OSError):
+            yield from (path for path in Path(place).iterdir() if instance in path.name)
 
 
 def mounts(root: Path) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
 
 from host.cli import given
-from host.cli.output import AS_JSON, SETTINGS, ago, latency, print_json, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
 from host.client import Client
 from isolator.errors import UsageError
 
@@ -163,12 +164,25 @@ def _kind(rule: dict[str, Any]) -> str:
 
 
 def _show(row: dict[str, Any]) -> None:
-    click.echo(f"{row['id']}  {row['name']}  {row['time']}  {safe(row['subject'])}")
+    click.echo(f"{row['id']}  {row['name']}  {row['time'][:19]}Z  {safe(row['subject'])}")
+    deliveries = row["deliveries"]
     rows = [
-        [d["plugin"], d["state"], d["status"], d["attempts"], latency(d["latency_us"]), d["detail"], d["reply"]]
-        for d in row["deliveries"]
+        [d["plugin"], d["state"], d["status"], d["attempts"], latency(d["latency_us"]), d["detail"]] for d in deliveries
     ]
-    if rows:
-        table(["plugin", "outcome", "status", "attempts", "latency", "detail", "reply"], rows)
-    else:
+    if not rows:
         click.echo("no plugin receives it")
+        return
+    table(["plugin", "outcome", "status", "attempts", "latency", "detail"], rows)
+    for delivery in deliveries:
+        if delivery["reply"]:
+            who = f"{delivery['plugin']} replied " if len(deliveries) > 1 else "reply "
+            paragraph(safe(_result(delivery["reply"])), who)
+
+
+def _result(reply: str) -> str:
+    """What a reply says, without the JSON-RPC around it; anything else as it is."""
+    try:
+        message = json.loads(reply)
+    except ValueError:
+        return reply
+    return json.dumps(message["result"]) if isinstance(message, dict) and "result" in message else reply

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import click
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+_NARROWEST = 12
+"""Columns below which a table's last column is cut instead of wrapped."""
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
@@ -20,14 +25,34 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def room() -> int | None:
+    """Columns there are: the terminal's, or what COLUMNS says; None where a program reads."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def paragraph(text: str, lead: str = "") -> None:
+    """A text wrapped where it reads well; lines after the first stand below the end of ``lead``."""
+    width = min(room() or 80, 100)
+    click.echo(textwrap.fill(text, width, initial_indent=lead, subsequent_indent=" " * len(lead)))
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as their longest cell; the last one is cut at the terminal's edge."""
+    """Columns as wide as their longest cell; on a terminal the last one is wrapped at its edge."""
     texts = [[safe(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in (list(headings), *texts)) for i in range(len(headings))]
-    room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+    columns = room() or 10_000
+    before = sum(widths[:-1]) + 2 * len(widths[:-1])
     for line in (list(headings), *texts):
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        click.echo(text if len(text) <= room else text[: room - 1] + "…")
+        if len(text) > columns >= before + _NARROWEST:
+            lead = text[:before]
+            parts = textwrap.wrap(line[-1], columns - before, break_on_hyphens=False)
+            text = "\n".join((" " * before if number else lead) + part for number, part in enumerate(parts))
+            click.echo(text)
+        else:
+            click.echo(text if len(text) <= columns else text[: columns - 1] + "…")
 
 
 def safe(value: Any) -> str:
@@ -39,10 +64,11 @@ def safe(value: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def ago(seconds: float | None) -> str:
-    """How long a moment (Unix seconds) is past: ``4s``, ``12m``, ``3h``, ``5d``."""
-    if not seconds:
+def ago(moment: float | str | None) -> str:
+    """How long a moment (Unix seconds, or an ISO time as in the trail) is past: ``4s``, ``12m``, ``3h``, ``5d``."""
+    if not moment:
         return "-"
+    seconds = datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else moment
     return duration(time.time() - seconds)
 
 

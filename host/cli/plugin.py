@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from host.cli import given
-from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, paragraph, print_json, room, safe, table
 from host.client import Client
 from isolator.errors import NeedsApprovalError, NotFoundError, UsageError
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 HISTORY_HINT = (
     "isolator: hint: secrets given as K=V stay in the shell's history; K=@FILE or K=- does not leave them there"
 )
+
+_WIDE = 110
+"""Columns from which the grant has a column of its own."""
+_NAMES = ("hooks", "permissions", "egress", "listen", "read")
 
 
 @click.group(
@@ -146,20 +150,48 @@ def _show_staged(staged: Mapping[str, Any]) -> None:
 
 
 def _show_proposal(proposal: Mapping[str, Any]) -> None:
-    rows = [
-        [line["field"], line["requested"], line["granted"], line["effective"], line["verdict"], line["source"]]
-        for line in proposal["lines"]
-    ]
-    table(["item", "requested", "granted", "effective", "verdict", "from"], rows)
+    columns = room()
+    narrow = columns is not None and columns < _WIDE
+    rows = []
+    for line in proposal["lines"]:
+        source = _source(line, proposal["policy_file"])
+        cells = [line["field"], line["requested"], line["granted"], line["effective"], line["verdict"], source]
+        if narrow:
+            # Of a name there is all or nothing, and what was granted stands in the policy at the line that is named.
+            effect = line["effective"]
+            if line["field"] in _NAMES and effect == line["requested"] != "none":
+                effect = "yes"
+            cells[2:4] = [effect]
+        rows.append(cells)
+    table(["item", "requested", *([] if narrow else ["granted"]), "effective", "verdict", "from"], rows)
+    refused = [line for line in proposal["lines"] if line["verdict"] == "refused" and line.get("reason")]
+    if refused:
+        click.echo()
+        paragraph(
+            "; ".join(f"{line['field']} {safe(line['requested'])}: {line['reason']}" for line in refused), "Refused: "
+        )
     additions = [line for line in proposal["lines"] if line.get("add")]
     if additions:
-        click.echo(f"\nTo grant what is pending, add to {proposal['policy_file']}:")
+        click.echo("\nTo grant what is pending, write in the policy:")
+        section = None
         for line in additions:
+            if line.get("section") != section:
+                section = line.get("section")
+                click.echo(f"  [{safe(section)}]")
             click.echo(f"  {safe(line['add'])}")
     click.echo()
     for sentence in proposal["sentences"].values():
-        click.echo(f"- {sentence}")
-    click.echo(f"\npolicy {proposal['policy_file']}, effective sha256 {proposal['effective_digest']}\n")
+        paragraph(safe(sentence), "- ")
+    click.echo(f"\npolicy: {proposal['policy_file']}\ndigest: {proposal['effective_digest']}\n")
+
+
+def _source(line: Mapping[str, Any], policy_file: str | None) -> str:
+    """Where a line was decided, as short as can be: the policy itself is named once, below the table."""
+    source = str(line["source"])
+    file, colon, number = source.rpartition(":")
+    if colon and number.isdecimal():
+        source = f"policy:{number}" if file == policy_file else f"{Path(file).name}:{number}"
+    return source
 
 
 @plugin.command("list")

@@ -420,12 +420,13 @@ class SqliteQueue:
             async with asyncio.timeout(timeout):
                 while True:
                     changed.clear()
+                    # An outcome is told at once and written in the loop's next turn: what is read must include those
+                    # that were told before we listened, or nothing would ever wake us.
+                    await self._written()
                     row = self.show(event_id)
                     if all(delivery.state in FINAL for delivery in row.deliveries):
                         return row
                     await changed.wait()
-                    # The outcome is written in the loop's next turn; what is read must include it.
-                    await self._written()
         except TimeoutError:
             return self.show(event_id)
         finally:

@@ -93,6 +93,11 @@ class AuditClient:
             self._scheduled = True
             self._loop.call_soon(self._flush)
 
+    @property
+    def unsettled(self) -> int:
+        """Records that are not yet durably written."""
+        return len(self._pending) + len(self._unacked)
+
     async def settled(self, *, within: int = 0) -> None:
         """Wait until at most ``within`` records are not yet durably written."""
         async with self._progress:

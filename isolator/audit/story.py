@@ -98,24 +98,26 @@ def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
     for line, record in query(directory, around):
         if record.plugin in plugins and first.seq < record.seq < last.seq and event_id not in record.events:
             found.append((line, record))
-    return sorted(found, key=lambda pair: pair[1].seq)
+    # In the file they are in the order of arrival; by their own times a query comes before the reply that it delayed.
+    return sorted(found, key=lambda pair: (pair[1].time, pair[1].seq))
 
 
-def tell(event_id: str, records: list[Record]) -> Iterator[str]:
-    """The lines of the story; times are milliseconds since the first record."""
+def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[str]:
+    """The lines of the story, ``width`` columns at most; times are milliseconds since the first record."""
     begin = _moment(records[0])
     plugins = list(dict.fromkeys(r.plugin for r in records if r.plugin))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
-    yield _fit(f"{printable(event_id)}  {records[0].time[:23].replace('T', ' ')} UTC  {_summary(records)}")
+    yield _fit(f"{printable(event_id)}  {records[0].time[:23].replace('T', ' ')} UTC", width)
+    yield _fit(f"  {_summary(records)}", width)
     for name, letter in letters.items():
-        yield _fit(f"  {letter}  {printable(name)}")
+        yield _fit(f"  {letter}  {printable(name)}", width)
     shared = False
     for record in records:
         elapsed = (_moment(record) - begin) * 1000
         among = record.event_id is None and event_id in record.data.get("event_ids", ())
         shared |= among
         lead = f"{elapsed:+9.1f} {letters.get(record.plugin or '', ' ')}{'*' if among else ' '}"
-        yield from _wrap(lead, f"{printable(record.type.replace('event.', '', 1)):<{_WHAT}} {_details(record)}")
+        yield from _wrap(lead, f"{printable(record.type.replace('event.', '', 1)):<{_WHAT}} {_details(record)}", width)
     if shared:
         yield "* several events were in flight: this one or another of them"
 
@@ -145,19 +147,19 @@ def _details(record: Record) -> str:
     )
 
 
-def _wrap(lead: str, text: str) -> Iterator[str]:
+def _wrap(lead: str, text: str, columns: int) -> Iterator[str]:
     """Break at spaces; what follows is indented to the second column."""
-    width, words = WIDTH - len(lead) - 1, text.split(" ")
+    width, words = columns - len(lead) - 1, text.split(" ")
     line = words[0]
     for word in words[1:]:
         if len(line) + 1 + len(word) > width and line.strip():
-            yield _fit(f"{lead} {line}")
+            yield _fit(f"{lead} {line}", columns)
             lead, line = " " * len(lead), " " * (_WHAT + 1) + word
         else:
             line += f" {word}"
-    yield _fit(f"{lead} {line}")
+    yield _fit(f"{lead} {line}", columns)
 
 
-def _fit(line: str) -> str:
+def _fit(line: str, width: int) -> str:
     line = line.rstrip()
-    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+    return line if len(line) <= width else f"{line[: width - 3]}..."

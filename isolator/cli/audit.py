@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +42,13 @@ def tail(root: str | None, follow: bool, lines: int, as_json: bool) -> None:
     from isolator.audit.files import seq_of
 
     directory = Paths.of(root).audit_log
-    shown = _readable(lambda: reader.tail(directory, max(lines, 1)))
+    try:
+        shown = _readable(lambda: reader.tail(directory, max(lines, 1)))
+    except NotFoundError:
+        # The daemon makes the folder before it writes its first record; a follower may come in between.
+        if not follow or not directory.is_dir():
+            raise
+        shown = []
     last = (seq_of(shown[-1]) or 0) if shown else 0
     _print(shown if lines else [], as_json)
     if not follow:
@@ -109,7 +117,7 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
         records = [json.loads(line) for line, _ in found]
         click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
         return
-    for text in tell(event_id, [record for _, record in found]):
+    for text in tell(event_id, [record for _, record in found], _width()):
         click.echo(text)
 
 
@@ -161,12 +169,18 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
     if as_json:
         click.echo(json.dumps(_as_json(report), indent=2))
     elif not report.misfits:
-        click.echo(_good(report))
+        for paragraph in _good(report).splitlines():
+            click.echo(textwrap.fill(paragraph, _width(), break_long_words=False, break_on_hyphens=False))
     if report.misfits:
         if as_json:
             sys.exit(1)
         more = f" (and {report.misfit_count - 1} more places; --json lists them)" if report.misfit_count > 1 else ""
         raise IsolatorError("audit trail", f"does not fit together at {report.misfits[0]}{more}")
+
+
+def _width() -> int:
+    """The terminal's columns (or those of COLUMNS), at most 80."""
+    return max(40, min(80, shutil.get_terminal_size().columns))
 
 
 def _good(report: Report) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import socket
+from dataclasses import replace
+from functools import partial
 
 from isolator.audit.client import AuditClient
 from isolator.egress.cage import Cage, Shared
 from isolator.egress.hostaddr import HostAddresses
 from isolator.egress.relay import Scratch
 from isolator.egress.resolver import HostResolvers
-from isolator.errors import UsageError
-from isolator.ipc import Message
+from isolator.errors import UnavailableError, UsageError
+from isolator.ipc import Channel, Message
 from isolator.policy.model import NetworkPolicy
 
 SOCKETS = 5
+HANDING_OVER = 2.0
 
 
 class Broker:
@@ -25,26 +28,32 @@ class Broker:
         self.cages: dict[str, Cage] = {}
         self.audit = audit
         self._host = HostAddresses()
+        self.supervisor: Channel | None = None
+        """Whom to ask for sockets inside cages; set when the channel is there."""
         self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
         self._ticker = asyncio.create_task(self._tick())
 
     async def hello(self, message: Message) -> dict[str, object]:
         """The supervisor's first call; answered when the host's addresses are known."""
+        audit_first = message.fields.get("config", {}).get("audit", {}).get("disk_full", "stop") == "stop"
+        self._shared = replace(self._shared, audit_first=audit_first)
         await self._host.watch()
         return {}
 
     async def attach(self, message: Message) -> dict[str, object]:
-        """Take over the five sockets of a run and serve it; a run that is attached already is replaced."""
-        if len(message.fds) < SOCKETS:
-            raise UsageError("cage.attach", f"{len(message.fds)} descriptors instead of {SOCKETS}")
-        run = str(message.fields["run"])
+        """Take over the sockets of a run and serve it; a run that is attached already is replaced.
+
+        Five of the cage's own, then a listener of the host's for each of the policy's ``listen`` rules.
+        """
         policy = NetworkPolicy.model_validate(message.fields["policy"])
-        cage = Cage(run, str(message.fields["plugin"]), policy, self._shared)
+        expected = SOCKETS + len(policy.listen)
+        if len(message.fds) != expected:
+            raise UsageError("cage.attach", f"{len(message.fds)} descriptors instead of {expected}")
+        run = str(message.fields["run"])
+        cage = Cage(run, str(message.fields["plugin"]), policy, self._shared, partial(self._sockets, run))
         await self._drop(run)
         fds, message.fds = message.fds, []
-        sockets = [socket.socket(fileno=fd) for fd in fds[:SOCKETS]]
-        for fd in fds[SOCKETS:]:
-            os.close(fd)
+        sockets = [socket.socket(fileno=fd) for fd in fds]
         self.cages[run] = cage
         await cage.start(sockets)
         return {}
@@ -52,6 +61,9 @@ class Broker:
     async def detach(self, message: Message) -> dict[str, object]:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
         await self._drop(str(message.fields["run"]))
+        with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
+            async with asyncio.timeout(HANDING_OVER):
+                await self.audit.handed_over()
         return {}
 
     async def audit_source(self, message: Message) -> dict[str, object]:
@@ -66,6 +78,14 @@ class Broker:
         for run in list(self.cages):
             await self._drop(run)
         self._host.close()
+
+    async def _sockets(self, run: str, count: int, version: int) -> list[socket.socket]:
+        """Unconnected sockets inside a run's network, from the supervisor; raises IsolatorError."""
+        if self.supervisor is None:
+            raise UnavailableError("the supervisor", "is not there yet", "try again")
+        answer = await self.supervisor.call("cage.sockets", run=run, count=count, version=version, timeout=5)
+        fds, answer.fds = answer.fds, []
+        return [socket.socket(fileno=fd) for fd in fds]
 
     async def _drop(self, run: str) -> None:
         cage = self.cages.pop(run, None)

@@ -18,7 +18,7 @@ import asyncio
 import errno
 import socket
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
@@ -26,12 +26,14 @@ from isolator.audit.client import AuditClient
 from isolator.egress import guard, nflog, sniff
 from isolator.egress.dial import dial
 from isolator.egress.dns import NameServer
+from isolator.egress.flow import Flow
 from isolator.egress.hostaddr import HostAddresses
+from isolator.egress.inbound import Fetch, Inbound
 from isolator.egress.limits import Repeats
-from isolator.egress.relay import Pipe, Scratch, reset
+from isolator.egress.relay import Scratch, reset
 from isolator.egress.resolver import HostResolvers, ResolveError, Resolver
 from isolator.egress.rules import VIRTUAL, Address, Rules
-from isolator.egress.virtual import Entry, VirtualPool
+from isolator.egress.virtual import VirtualPool
 from isolator.linux.netlink import parse_nflog
 from isolator.policy.model import NetworkPolicy
 
@@ -40,7 +42,7 @@ FIRST_BYTES = 15.0
 """Seconds for a client to say what it wants where it has to say it before anything passes."""
 KERNEL_LATE = 0.1
 """Seconds by which we may read of a refusal after the plugin felt it: the record and the reset leave together."""
-UNACKNOWLEDGED = 15_000
+UNSETTLED = 15_000
 """Audit records under way beyond which nothing new is let out: what cannot be recorded does not happen."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
@@ -54,33 +56,6 @@ class Denied(Exception):
         self.rule, self.data = rule, data
 
 
-@dataclass
-class Flow:
-    """One connection, from accept to the last record."""
-
-    client: socket.socket
-    address: Address
-    port: int
-    started: float
-    name: str | None = None
-    rule: str = ""
-    entry: Entry | None = None
-    dialled: Address | None = None
-    server: socket.socket | None = None
-    pipes: list[Pipe] = field(default_factory=list)
-    recorded: bool = False
-    reason: str = "closed"
-
-    def describe(self) -> dict[str, Any]:
-        """The fields that every record of this flow has."""
-        return {"name": self.name, "address": str(self.dialled or self.address), "port": self.port}
-
-    @property
-    def touched(self) -> float:
-        """When something last moved."""
-        return max([self.started, *(pipe.touched for pipe in self.pipes)])
-
-
 @dataclass(frozen=True)
 class Shared:
     """What all cages of one broker use together."""
@@ -89,12 +64,19 @@ class Shared:
     host: HostAddresses
     resolvers: HostResolvers
     scratch: Scratch
+    audit_first: bool = True
+    """Whether nothing is let out while the trail cannot be written (``host.toml`` ``[audit] disk_full``)."""
+
+    def unrecordable(self) -> str | None:
+        """The rule that refuses everything new while it could not be recorded, or None."""
+        blocked = self.audit_first and self.audit.blocked is not None
+        return "audit-unavailable" if blocked or self.audit.unsettled > UNSETTLED else None
 
 
 class Cage:
     """Carries the connections of one run. Owns the sockets it is started with."""
 
-    def __init__(self, run: str, plugin: str, policy: NetworkPolicy, shared: Shared) -> None:
+    def __init__(self, run: str, plugin: str, policy: NetworkPolicy, shared: Shared, fetch: Fetch) -> None:
         self.run, self.plugin = run, plugin
         self.flows: dict[asyncio.Task[None], Flow] = {}
         self._shared = shared
@@ -103,13 +85,17 @@ class Cage:
         self._pool = VirtualPool(self._rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._repeats = Repeats(self._write, self._loop.time)
-        self._names = NameServer(self._rules, self._pool, self._resolver, self.blocked, self._query)
+        self._names = NameServer(
+            self._rules, self._pool, self._resolver, self.blocked, self._query, self._shared.unrecordable
+        )
         self._listeners: list[socket.socket] = []
         self._nflog: socket.socket | None = None
+        self._fetch = fetch
+        self._inbound: Inbound | None = None
 
     async def start(self, sockets: list[socket.socket]) -> None:
-        """Serve TCP v4, TCP v6, DNS UDP, DNS TCP and NFLOG, in this order."""
-        tcp4, tcp6, udp, tcp, log = sockets
+        """Serve TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG and a host listener for each ``listen`` rule, in this order."""
+        tcp4, tcp6, udp, tcp, log, *outside = sockets
         await self._names.serve(udp, tcp)
         for listener in (tcp4, tcp6):
             listener.setblocking(False)
@@ -120,6 +106,10 @@ class Cage:
         log.setblocking(False)
         self._nflog = log
         self._loop.add_reader(log, self._refused)
+        self._inbound = Inbound(
+            list(zip(outside, self._rules.policy.listen, strict=True)), self._fetch, self._write_inbound,
+            self._shared.scratch, limit=self._rules.policy.connects_open, refusal=self._shared.unrecordable,
+        )  # fmt: skip
 
     async def close(self) -> None:
         """Close the listeners and end every flow; all records are handed over when it returns."""
@@ -127,6 +117,8 @@ class Cage:
             self._loop.remove_reader(listener)
             listener.close()
         self._listeners.clear()
+        if self._inbound is not None:
+            await self._inbound.close()
         await self._names.close()
         await self._resolver.close()
         for task, flow in list(self.flows.items()):
@@ -144,7 +136,8 @@ class Cage:
         """Once a second: write counts that are due, end flows that stand still."""
         self._repeats.flush()
         before = self._loop.time() - IDLE
-        for task, flow in list(self.flows.items()):
+        inward = self._inbound.flows if self._inbound is not None else {}
+        for task, flow in [*self.flows.items(), *inward.items()]:
             if flow.touched < before:
                 flow.reason = "idle"
                 task.cancel()
@@ -177,13 +170,16 @@ class Cage:
                 reset(client)
                 continue
             flow = Flow(client, address, port, self._loop.time())
-            if len(self.flows) >= self._rules.policy.connects_open:
+            if self._full():
                 self._deny(flow, "too-many-open")
                 reset(client)
                 continue
             task = self._loop.create_task(self._carry(flow))
             self.flows[task] = flow
             task.add_done_callback(self._ended)
+
+    def _full(self) -> bool:
+        return len(self.flows) >= self._rules.policy.connects_open
 
     def _resume(self, listener: socket.socket) -> None:
         if listener in self._listeners:
@@ -198,11 +194,11 @@ class Cage:
         orderly = False
         try:
             await self._connect(flow)
-            orderly = await self._relay(flow)
+            orderly = await flow.relay()
         except Denied as denied:
             self._deny(flow, denied.rule, **denied.data)
         except OSError as error:
-            flow.reason = errno.errorcode.get(error.errno or 0, "failed").lower()
+            flow.failed(error)
             if not flow.recorded:
                 failed = {**flow.describe(), "verdict": "failed", "rule": flow.rule, "error": flow.reason}
                 self._repeats.add("net.connect", failed)
@@ -215,12 +211,14 @@ class Cage:
             if flow.entry is not None:
                 flow.entry.flows -= 1
             if flow.recorded:
-                self._write("net.closed", {**flow.describe(), **self._figures(flow)})
+                closed = {**flow.describe(), **flow.figures(self._loop.time()), "flow": flow.id}
+                self._write("net.closed", closed)
 
     async def _connect(self, flow: Flow) -> None:
         """Judge, dial and compare; fills in the flow, raises Denied or OSError."""
-        if self._shared.audit.sent - self._shared.audit.acked > UNACKNOWLEDGED:
-            raise Denied("audit-unavailable")
+        refusal = self._shared.unrecordable()
+        if refusal is not None:
+            raise Denied(refusal)
         addresses = await self._destination(flow)
         if flow.name is not None and guard.speaks_first(flow.port):
             hello = self._loop.create_task(self._first_bytes(flow))
@@ -234,16 +232,13 @@ class Cage:
             await self._dial(flow, addresses)
             first = b""
         flow.recorded = True
-        self._write("net.connect", {**flow.describe(), "verdict": "allowed", "rule": flow.rule})
-        assert flow.server is not None
-        flow.pipes = [
-            Pipe(flow.client, flow.server, self._shared.scratch),
-            Pipe(flow.server, flow.client, self._shared.scratch),
-        ]
-        flow.pipes[1].start()
+        told = {**flow.describe(), "verdict": "allowed", "rule": flow.rule, "flow": flow.id}
+        self._write("net.connect", told, happened_ns=flow.began)
+        up, down = flow.join(self._shared.scratch)
+        down.start()
         if flow.name is not None and not guard.speaks_first(flow.port):
             first = await self._first_bytes(flow)
-        flow.pipes[0].start(first)
+        up.start(first)
 
     async def _destination(self, flow: Flow) -> tuple[Address, ...]:
         """The addresses that this flow may go to; at least one."""
@@ -313,22 +308,6 @@ class Cage:
             raise Denied(rule, asked=list(hello.names[:4]))
         return data
 
-    async def _relay(self, flow: Flow) -> bool:
-        """Wait for both directions; True for an orderly end. A broken direction ends the other at once."""
-        up, down = flow.pipes
-        await asyncio.wait([up.ended, down.ended], return_when=asyncio.FIRST_COMPLETED)
-        if not up.error and not down.error:
-            await asyncio.wait([up.ended, down.ended])
-        error = up.error or down.error
-        if error is not None:
-            flow.reason = errno.errorcode.get(error.errno or 0, "failed").lower()
-        return error is None
-
-    def _figures(self, flow: Flow) -> dict[str, Any]:
-        sent, received = (pipe.total for pipe in flow.pipes) if flow.pipes else (0, 0)
-        duration = round((self._loop.time() - flow.started) * 1000, 3)
-        return {"sent": sent, "received": received, "duration_ms": duration, "reason": flow.reason}
-
     def _refused(self) -> None:
         """Records of what the ruleset refused before it came to us."""
         for _ in range(64):
@@ -347,28 +326,7 @@ class Cage:
                 self._kernel_denial(nflog.read(prefix, payload))
 
     def _kernel_denial(self, refused: nflog.Refused) -> None:
-        data: dict[str, Any] = {
-            "name": None,
-            "address": str(refused.address) if refused.address is not None else None,
-            "port": refused.port,
-            "protocol": refused.protocol,
-            "verdict": "denied",
-        }
-        entry = self._pool.entry(refused.address) if isinstance(refused.address, IPv4Address) else None
-        if entry is not None:
-            data["name"] = entry.name
-        if refused.kind in {"over_rate", "over_open"}:
-            data["rule"] = {"over_rate": "rate", "over_open": "too-many-open"}[refused.kind]
-        elif refused.protocol != "tcp" or refused.address is None or refused.port is None:
-            data["rule"] = f"protocol-{refused.protocol}"
-        elif entry is not None:
-            data["rule"] = "port"
-        elif isinstance(refused.address, IPv4Address) and refused.address in VIRTUAL:
-            data["rule"] = "unallocated"
-        elif refused.address.is_loopback:
-            data["rule"] = "broker-port"
-        else:
-            data["rule"] = self._rules.literal(refused.address, refused.port).rule
+        data = nflog.describe(refused, self._rules, self._pool)
         self._repeats.add("net.denied", data, count=refused.count, late=KERNEL_LATE)
 
     def _deny(self, flow: Flow, rule: str, **extra: Any) -> None:
@@ -376,6 +334,14 @@ class Cage:
         self._repeats.add(
             "net.denied", {**flow.describe(), "protocol": "tcp", "verdict": "denied", "rule": rule, **extra}
         )
+
+    def _write_inbound(
+        self, type: str, data: dict[str, Any], *, since_ns: int | None = None, happened_ns: int | None = None
+    ) -> None:
+        if "flow" in data:
+            self._write(type, data, since_ns=since_ns, happened_ns=happened_ns)
+        else:  # refusals can be many and alike
+            self._repeats.add(type, data)
 
     def _query(self, name: str, kind: str, verdict: str, rule: str) -> None:
         self._repeats.add("net.query", {"name": name or None, "type": kind or None, "verdict": verdict, "rule": rule})

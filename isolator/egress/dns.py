@@ -62,8 +62,10 @@ class NameServer:
         resolver: Resolver,
         blocked: Callable[[Address, int], str | None],
         record: Record,
+        refusal: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._rules, self._pool, self._resolver, self._blocked, self._record = rules, pool, resolver, blocked, record
+        self._refusal = refusal
         self._loop = asyncio.get_running_loop()
         self._bucket = TokenBucket(QUERIES_PER_SECOND, QUERY_BURST, self._loop.time)
         self._udp: socket.socket | None = None
@@ -132,6 +134,9 @@ class NameServer:
             return Decision(dns.rcode.NOERROR, "allowed", rule)
         if kind != dns.rdatatype.A:
             return Decision(dns.rcode.NOERROR, "withheld", "record-type")
+        refused = self._refusal()
+        if refused is not None:
+            return Decision(dns.rcode.SERVFAIL, "failed", refused)
         if self._resolver.busy >= MAX_BUSY:
             return Decision(dns.rcode.SERVFAIL, "failed", "dns-busy")
         try:

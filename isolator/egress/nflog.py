@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 
-from isolator.egress.rules import Address
+from isolator.egress.rules import VIRTUAL, Address, Rules
+from isolator.egress.virtual import VirtualPool
 
 _PROTOCOLS = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp", 136: "udplite"}
 
@@ -31,6 +33,32 @@ def read(prefix: str, packet: bytes) -> Refused:
     port = int.from_bytes(rest[2:4], "big") if protocol in {6, 17, 132, 136} and len(rest) >= 4 else None
     name = _PROTOCOLS.get(protocol, f"ip-{protocol}") if protocol is not None else "unknown"
     return Refused(kind, name, address, port, int(sample) if sample.isdigit() else 1)
+
+
+def describe(refused: Refused, rules: Rules, pool: VirtualPool) -> dict[str, Any]:
+    """The data of the ``net.denied`` record for one refusal in a cage with these rules and virtual addresses."""
+    address, port = refused.address, refused.port
+    entry = pool.entry(address) if isinstance(address, IPv4Address) else None
+    if refused.kind in {"over_rate", "over_open"}:
+        rule = {"over_rate": "rate", "over_open": "too-many-open"}[refused.kind]
+    elif refused.protocol != "tcp" or address is None or port is None:
+        rule = f"protocol-{refused.protocol}"
+    elif entry is not None:
+        rule = "port"
+    elif isinstance(address, IPv4Address) and address in VIRTUAL:
+        rule = "unallocated"
+    elif address.is_loopback:
+        rule = "broker-port"
+    else:
+        rule = rules.literal(address, port).rule
+    return {
+        "name": entry.name if entry is not None else None,
+        "address": str(address) if address is not None else None,
+        "port": port,
+        "protocol": refused.protocol,
+        "verdict": "denied",
+        "rule": rule,
+    }
 
 
 def _header(packet: bytes) -> tuple[int | None, Address | None, bytes]:

@@ -1,4 +1,4 @@
-"""The broker's process: ``python -I -m isolator.egress.service --channel-fd N [--audit-fd M]``.
+"""The broker's process: ``python -I -m isolator.egress.service --channel-fd N --filter-fd F [--audit-fd M]``.
 
 Started by the supervisor as an unprivileged user without capabilities, in the host's network namespace. It makes no
 sockets inside cages and cannot: it is handed them. It ends when its channel closes, and then every cage's listeners
@@ -9,24 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import resource
+import os
 import socket
-
-import prctl
 
 from isolator.audit.client import AuditClient
 from isolator.egress.broker import Broker
+from isolator.egress.hardening import harden
 from isolator.ipc import Channel
-
-
-def harden() -> None:
-    """Give up what the broker never needs: core dumps, being traced by its own uid, gaining privileges."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Two descriptors for each flow of each cage.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    prctl.set_no_new_privs(True)
-    prctl.set_dumpable(False)
 
 
 async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
@@ -41,8 +30,9 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
             "cage.detach": broker.detach,
             "audit.source": broker.audit_source,
         },
-        name="broker",
+        name="supervisor",
     )
+    broker.supervisor = channel
     try:
         await channel.closed.wait()
     finally:
@@ -54,9 +44,11 @@ def main() -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="isolator.egress.service")
     parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--filter-fd", type=int, required=True)
     parser.add_argument("--audit-fd", type=int)
     arguments = parser.parse_args()
-    harden()
+    with os.fdopen(arguments.filter_fd, "rb") as program:
+        harden(program.read())
     audit = socket.socket(fileno=arguments.audit_fd) if arguments.audit_fd is not None else None
     asyncio.run(serve(socket.socket(fileno=arguments.channel_fd), audit))
 

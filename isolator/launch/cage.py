@@ -2,11 +2,12 @@
 
 Order matters, and each place has its reason:
 
- 1. wait for ``a``: the supervisor has put this pid into its v1 groups (hybrid hosts)
- 2. namespaces   cgroup namespace only now, or the leaf's name would leak; own session; host name
- 3. network      enter the prepared network namespace
- 4. rlimits      before the uid changes, while hard limits can still be set
- 5. filesystem   build the view, pivot_root; the old root is gone
+ 1. rlimits      before the uid changes, while hard limits can still be set
+ 2. filesystem   fill the view; meanwhile the supervisor puts this pid into its v1 groups (hybrid hosts) and makes
+                 the network namespace
+ 3. wait for ``a``, which brings the network namespace
+ 4. namespaces   cgroup namespace only now, or the leaf's name would leak; own session; host name
+ 5. network      enter the network namespace
  6. capabilities securebits locked and the bounding set emptied while CAP_SETPCAP is still there
  7. user         no groups, then gid, then uid
  8. capabilities every set to zero, ambient cleared
@@ -25,9 +26,11 @@ import array
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from isolator.ipc_packet import receive_packet
 from isolator.launch import init
 from isolator.launch.plan import Plan
 from isolator.layers import capabilities, filesystem, landlock, namespaces, netns, no_new_privs, rlimits, user
@@ -37,10 +40,10 @@ from isolator.linux.files import close_all_but
 Enter = Callable[[dict[str, Any], dict[str, int]], None]
 
 STEPS: tuple[tuple[str, str, Enter], ...] = (
-    ("namespaces", "namespaces", namespaces.Namespaces.enter),
-    ("network", "network", netns.Network.enter),
     ("rlimits", "rlimits", rlimits.Rlimits.enter),
     ("filesystem", "filesystem", filesystem.Filesystem.enter),
+    ("namespaces", "namespaces", namespaces.Namespaces.enter),
+    ("network", "network", netns.Network.enter),
     ("bounding set", "capabilities", capabilities.enter_bounding_set),
     ("user", "user", user.User.enter),
     ("capabilities", "capabilities", capabilities.Capabilities.enter),
@@ -59,11 +62,17 @@ def become(plan: Plan) -> NoReturn:
     report = socket.socket(fileno=plan.fds["report"])
     report.setblocking(True)
     step = "start"
+    took: dict[str, float] = {}
     try:
-        _wait_for(plan.fds["go"], b"a")
-        for step, section, enter in STEPS:  # noqa: B007  # the name of the step is reported when it fails
+        mark = time.perf_counter()
+        for step, section, enter in STEPS:
+            if step == "namespaces":
+                plan.fds |= _wait_for(plan.fds["go"], b"a")
+                mark = time.perf_counter()
             if section in plan.sections:
                 enter(plan.sections[section], plan.fds)
+                now = time.perf_counter()
+                took[step], mark = round((now - mark) * 1000, 3), now
         os.umask(plan.umask)
         step = "working directory"
         os.chdir(plan.cwd)
@@ -72,8 +81,8 @@ def become(plan: Plan) -> NoReturn:
         init.guard()
         step = "seccomp"
         listener = seccomp_layer.load(plan.sections["seccomp"]) if "seccomp" in plan.sections else -1
-        step = "report"
-        _send(report, {"step": "caged"}, [listener] if listener >= 0 else [])
+        took[step] = round((time.perf_counter() - mark) * 1000, 3)
+        _send(report, {"step": "caged", "took": took}, [listener] if listener >= 0 else [])
         _wait_for(plan.fds["go"], b"x")
         step = "descriptors"
         close_all_but({0, 1, 2, report.fileno(), plan.fds["status"]})
@@ -87,9 +96,14 @@ def become(plan: Plan) -> NoReturn:
     os._exit(125)
 
 
-def _wait_for(go: int, byte: bytes) -> None:
-    if os.read(go, 1) != byte:
+def _wait_for(go: int, word: bytes) -> dict[str, int]:
+    """Wait for a word from the supervisor; the network namespace comes with the first."""
+    sock = socket.socket(fileno=os.dup(go))
+    packet, fds = receive_packet(sock)
+    sock.close()
+    if packet != word:
         os._exit(125)  # the supervisor gave up on this cage
+    return {"netns": fds[0]} if fds else {}
 
 
 def _set_stdio(plan: Plan) -> None:

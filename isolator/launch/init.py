@@ -1,4 +1,4 @@
-"""Pid 1 of the cage: forks and execs the sidecar by name, reaps, forwards signals, reports the raw status.
+"""Pid 1 of the cage: spawns the sidecar by name, reaps, forwards signals, reports the raw status.
 
 It never execs. Having changed its uid it is not dumpable, so the plugin, which has the same uid, can neither
 trace it nor write its memory; an exec'd init would be dumpable and would have to encode a signal as 128+n. It is
@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from typing import NoReturn
 
 from isolator.launch.plan import Plan
@@ -30,6 +31,7 @@ FORWARDED = {
     signal.SIGWINCH,
     signal.SIGCONT,
 }
+_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
@@ -47,9 +49,11 @@ def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
     """Start the sidecar and look after the cage's processes until it ends."""
     watched = FORWARDED | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    sidecar = os.fork()
-    if sidecar == 0:
-        _exec(plan, report, status)
+    try:
+        sidecar = _fork(plan, report) if "sealing" in plan.sections.get("seccomp", {}) else _spawn(plan)
+    except OSError as error:
+        _tell(report, "exec", plan, error)
+        os._exit(127)
     report.close()
     for fd in (0, 1, 2):
         os.close(fd)  # the end of the sidecar's output must be visible while pid 1 still lives
@@ -70,21 +74,53 @@ def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
                 os._exit(0)
 
 
-def _exec(plan: Plan, report: socket.socket, status: int) -> NoReturn:
-    os.close(status)
+def _spawn(plan: Plan) -> int:
+    """Exec the sidecar in a new process. posix_spawn shares our memory until the exec: no page table is copied.
+
+    Every descriptor but 0 to 2 is close-on-exec. Python ignores SIGPIPE and SIGXFSZ, and the launcher the terminal's
+    signals; an ignored signal would stay ignored.
+    """
+
+    def spawn(path: str) -> int:
+        return os.posix_spawn(path, plan.argv, plan.env, setpgroup=0, setsigmask=(), setsigdef=_IGNORED)
+
+    return _first(plan, spawn)
+
+
+def _fork(plan: Plan, report: socket.socket) -> int:
+    """Exec the sidecar in a forked process that first takes the second filter of its profile: a spawned one cannot."""
+    sidecar = os.fork()
+    if sidecar:
+        return sidecar
     os.setpgid(0, 0)
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP) and not 32 <= number < signal.SIGRTMIN:
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     step = "seccomp"
     try:
-        seccomp.seal(plan.sections.get("seccomp", {}))
+        seccomp.seal(plan.sections["seccomp"])
         step = "exec"
-        if "/" in plan.argv[0]:
-            os.execve(plan.argv[0], plan.argv, plan.env)
-        os.execvpe(plan.argv[0], plan.argv, plan.env)
+        _first(plan, lambda path: os.execve(path, plan.argv, plan.env))
     except OSError as error:
-        message = {"step": step, "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
-        report.send(json.dumps(message).encode())
+        _tell(report, step, plan, error)
     os._exit(127)
+
+
+def _tell(report: socket.socket, step: str, plan: Plan, error: OSError) -> None:
+    message = {"step": step, "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
+    report.send(json.dumps(message).encode())
+
+
+def _first(plan: Plan, start: Callable[[str], int]) -> int:
+    """Start the first of the places on the PATH where the program is; raises what execvp(3) would."""
+    program = plan.argv[0]
+    candidates = [program] if "/" in program else [f"{f}/{program}" for f in plan.env.get("PATH", "/bin").split(":")]
+    denied: OSError | None = None
+    for path in candidates:
+        try:
+            return start(path)
+        except FileNotFoundError as error:
+            missing = error
+        except PermissionError as error:
+            denied = denied or error
+    raise denied or missing

@@ -67,11 +67,11 @@ def build_template() -> None:
     links: dict[str, str] = {}
     for name in _MERGED:
         path = f"/{name}"
-        if os.path.islink(path):  # noqa: PTH114  # the launcher avoids importing pathlib
+        if os.path.islink(path):  # the launcher avoids importing pathlib
             links[name] = os.readlink(path)
-        elif os.path.isdir(path):  # noqa: PTH112
+        elif os.path.isdir(path):
             sources[name] = path
-    sources |= {f"etc/{name}": f"/etc/{name}" for name in _ETC_OF_HOST if os.path.exists(f"/etc/{name}")}  # noqa: PTH110
+    sources |= {f"etc/{name}": f"/etc/{name}" for name in _ETC_OF_HOST if os.path.exists(f"/etc/{name}")}
     trees = [(target, *_take(source)) for target, source in sources.items()]
     trees += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
     root = _new_root()
@@ -120,7 +120,7 @@ class Filesystem(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
-        moves = []
+        moves: list[dict[str, Any]] = []
 
         def bind(target: str, source: int, attributes: int) -> None:
             # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
@@ -231,8 +231,8 @@ def _enter_root(root: int) -> None:
 
 def _take_over_template(section: dict[str, Any]) -> int:
     """A root of this cage's own, with the template's folders in it and room for more mount points."""
-    folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]  # noqa: PTH114, PTH208
-    links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}  # noqa: PTH208
+    folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]
+    links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
     shared = ("usr", "etc", "dev", *(name for name in _MERGED if name in folders))
     trees = {name: mount.clone_tree(f"/{name}") for name in shared}
     root = _new_root()
@@ -252,13 +252,13 @@ def _fill_own(section: dict[str, Any]) -> None:
     """The cage's own small tmpfs in /run/isolator: its /etc files, its secret files, its mount points."""
     mount.mount("tmpfs", "run/isolator", _MS_SCRATCH, "size=2m,nr_inodes=128,mode=0755")
     for name in _OWN:
-        os.mkdir(f"run/isolator/{name}", 0o755)  # noqa: PTH102
+        os.mkdir(f"run/isolator/{name}", 0o755)
     for name, text in section["etc"].items():
         _write(f"run/isolator/etc/{name}", text, 0o444)
     for name, text in section["secrets"].items():
         _write(f"run/isolator/config/{name}", text, 0o400, owner=(section["uid"], section["gid"]))
     os.chown("run/isolator/config", section["uid"], section["gid"])
-    os.chmod("run/isolator/config", 0o500)  # noqa: PTH101
+    os.chmod("run/isolator/config", 0o500)
 
 
 def _take(source: str) -> tuple[bool, int]:
@@ -276,11 +276,11 @@ def _take_device(name: str) -> tuple[bool, int]:
 
 def _place(target: str, *, is_folder: bool) -> None:
     """Make the mount point ``target`` below the current directory, with the folders above it, unless it is there."""
-    if os.path.lexists(target):  # noqa: PTH110
+    if os.path.lexists(target):
         return
-    parent = target if is_folder else os.path.dirname(target)  # noqa: PTH120
+    parent = target if is_folder else os.path.dirname(target)
     if parent:
-        os.makedirs(parent, 0o755, exist_ok=True)  # noqa: PTH103
+        os.makedirs(parent, 0o755, exist_ok=True)
     if not is_folder:
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
 

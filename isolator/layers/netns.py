@@ -14,16 +14,36 @@ from isolator.linux.namespaces import CLONE_NEWNET, setns
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
     from isolator.layers.network import CageNetwork
-    from isolator.policy.model import EffectivePolicy
+    from isolator.policy.model import EffectivePolicy, NetworkPolicy
 
 
 class Network(Layer):
-    """Nothing but loopback; every connection goes to the broker or is refused."""
+    """Nothing but loopback; every connection goes to the broker or is refused.
+
+    The namespace is made while the child is cloned, so its descriptor travels with the word to go on, not in the plan.
+    """
 
     name = "network"
 
-    def __init__(self, network: CageNetwork) -> None:
-        self.network = network
+    def __init__(self, network: CageNetwork | None = None) -> None:
+        self._network = network
+
+    @property
+    def unmade(self) -> bool:
+        """Whether ``make`` is still to be called."""
+        return self._network is None
+
+    @property
+    def network(self) -> CageNetwork:
+        """What was made."""
+        assert self._network is not None
+        return self._network
+
+    def make(self, policy: NetworkPolicy, prefix: str) -> None:
+        """Make the namespace and all that is in it; ``prefix`` names the cage in what its rules log. Blocks."""
+        from isolator.layers import network
+
+        self._network = network.prepare(policy, prefix=prefix)
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -42,7 +62,6 @@ class Network(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._policy = spec.policy.network
-        plan.fds["netns"] = self.network.netns_fd
         plan.sections[self.name] = {}
 
     @staticmethod
@@ -64,4 +83,5 @@ class Network(Layer):
     def release(self) -> None:
         from isolator.layers import network
 
-        network.release(self.network)
+        if self._network is not None:
+            network.release(self._network)

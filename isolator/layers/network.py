@@ -13,6 +13,7 @@ when it happens.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -21,9 +22,9 @@ from pathlib import Path
 
 from isolator.egress.rules import Rules
 from isolator.egress.ruleset import PORT, TABLE, render
-from isolator.errors import ConfinementError
+from isolator.errors import ConfinementError, UnavailableError
 from isolator.linux import netlink, netns, nftables
-from isolator.policy.model import NetworkPolicy
+from isolator.policy.model import ListenRule, NetworkPolicy
 
 RESOLVER = "127.0.0.53"
 """What a cage's ``/etc/resolv.conf`` has to name."""
@@ -52,6 +53,8 @@ class CageNetwork:
     """The kernel's number of that ruleset."""
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds by step."""
+    inode: int = 0
+    """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
 
 
 def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
@@ -77,6 +80,44 @@ def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
         return netns.in_network(network.netns_fd, lambda: _detach(_open_sockets()))
     except OSError as error:
         raise ConfinementError("network", f"fresh listeners: {error}", "is the old broker still running?") from error
+
+
+def host_listeners(policy: NetworkPolicy) -> list[int]:
+    """A listener in the caller's own namespace for each of the policy's ``listen`` rules, in their order.
+
+    They belong after ``sockets`` in what the broker is handed. Raises UnavailableError when a port is taken.
+    """
+    opened: list[socket.socket] = []
+    try:
+        for rule in policy.listen:
+            opened.append(_host_listener(rule))
+    except UnavailableError:
+        for sock in opened:
+            sock.close()
+        raise
+    return _detach(opened)
+
+
+def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[int]:
+    """Unconnected TCP sockets that live inside the cage's network; raises UnavailableError when it is gone.
+
+    Connecting one reaches the cage's own loopback, whoever does it, and nothing else that the ruleset does not allow:
+    it is how the broker, outside, gets a connection to a port of the cage. Loopback traffic needs no rule of its own.
+    """
+    gone = UnavailableError("the cage's network", "has ended", "nothing is to be done")
+    try:
+        fd = os.dup(network.netns_fd)
+    except OSError:
+        raise gone from None
+    try:
+        if os.fstat(fd).st_ino != network.inode:
+            raise gone
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        return netns.in_network(fd, lambda: _detach([socket.socket(family) for _ in range(count)]))
+    except OSError as error:
+        raise UnavailableError("sockets in the cage's network", error.strerror or str(error), "try again") from None
+    finally:
+        os.close(fd)
 
 
 def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
@@ -121,7 +162,7 @@ def check() -> list[tuple[str, str, str, str]]:
         network = prepare(NetworkPolicy(mode="public"), prefix="check")
     except ConfinementError as error:
         return [("network", "unavailable", error.why, error.remedy)]
-    entries = [("network", "enforced", "", "")]
+    entries = [("network", "enforced", "a namespace with lo alone, nftables", "")]
     try:
         confirm(network, NetworkPolicy(mode="public"))
     except ConfinementError as error:
@@ -181,7 +222,7 @@ def _build(text: str, steps: _Steps) -> CageNetwork:
         sockets = _open_sockets()
         steps.done("sockets")
         undo.pop_all()
-    return CageNetwork(fd, _detach(sockets), loaded, generation, steps.timings)
+    return CageNetwork(fd, _detach(sockets), loaded, generation, steps.timings, os.fstat(fd).st_ino)
 
 
 def _open_sockets() -> list[socket.socket]:
@@ -215,6 +256,21 @@ def _listener(family: socket.AddressFamily, address: str, port: int) -> socket.s
         sock.close()
         raise
     return sock
+
+
+def _host_listener(rule: ListenRule) -> socket.socket:
+    family = socket.AF_INET6 if ":" in rule.address else socket.AF_INET
+    try:
+        return _listener(family, rule.address, rule.port)
+    except OSError as error:
+        why = {
+            errno.EADDRINUSE: "another program listens there already",
+            errno.EADDRNOTAVAIL: "this host has no such address",
+        }.get(error.errno or 0, error.strerror or str(error))
+        where = f"[{rule.address}]" if ":" in rule.address else rule.address
+        raise UnavailableError(
+            f"listening on {where}:{rule.port}", why, "stop it, or grant another port in the policy's listen"
+        ) from None
 
 
 def _detach(sockets: list[socket.socket]) -> list[int]:

@@ -22,9 +22,11 @@ from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_sta
 from isolator.linux import seccomp
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from isolator.launch.plan import Plan
+    from isolator.layers.syscalls import Rule
     from isolator.policy.model import EffectivePolicy
 
 
@@ -98,17 +100,27 @@ _compiled: dict[str, bytes] = {}
 
 def compiled(profile: str, cache: Path) -> bytes:
     """The BPF program of a profile, from memory, from the root-owned cache, or compiled now."""
-    import hashlib
-
     from isolator.layers import syscalls
 
-    digest = hashlib.sha256(f"{syscalls.fingerprint()}:{profile}".encode()).hexdigest()[:32]
+    return _kept(profile, f"{syscalls.fingerprint()}:{profile}", cache, lambda: compile_profile(profile))
+
+
+def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
+    """The same for rules that are no profile; ``name`` only tells the cache's files apart."""
+    given = list(rules)
+    return _kept(name, f"{name}:{given!r}", cache, lambda: compile_rules(given))
+
+
+def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
+    import hashlib
+
+    digest = hashlib.sha256(source.encode()).hexdigest()[:32]
     if digest not in _compiled:
-        path = cache / f"seccomp-{profile}-{digest}.bpf"
+        path = cache / f"seccomp-{name}-{digest}.bpf"
         try:
             program = path.read_bytes()
         except OSError:
-            program = compile_profile(profile)
+            program = make()
             _store(path, program)
         _compiled[digest] = program
     return _compiled[digest]
@@ -127,6 +139,18 @@ def _store(path: Path, program: bytes) -> None:
 
 def compile_profile(profile: str) -> bytes:
     """Compile a profile, or ``SEALING``, with libseccomp (needs its shared library)."""
+    from isolator.layers import syscalls
+
+    if profile == SEALING:
+        return compile_rules(syscalls.sealing_rules(), otherwise_allowed=True)
+    return compile_rules(syscalls.rules(profile))
+
+
+def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> bytes:
+    """Compile any rules to BPF; what no rule names is answered ENOSYS, what is denied is handed to a listener.
+
+    ``otherwise_allowed`` is for a filter that is stacked on another one: what no rule names is left to that one.
+    """
     import errno
     import tempfile
 
@@ -134,12 +158,11 @@ def compile_profile(profile: str) -> bytes:
 
     from isolator.layers import syscalls
 
-    sealing = profile == SEALING
-    program = lib.SyscallFilter(lib.ALLOW if sealing else lib.ERRNO(errno.ENOSYS))
+    program = lib.SyscallFilter(lib.ALLOW if otherwise_allowed else lib.ERRNO(errno.ENOSYS))
     program.set_attr(lib.Attr.ACT_BADARCH, lib.KILL_PROCESS)
     program.set_attr(lib.Attr.CTL_OPTIMIZE, 2)
     program.set_attr(lib.Attr.CTL_NNP, 0)
-    for name, action, condition in syscalls.sealing_rules() if sealing else syscalls.rules(profile):
+    for name, action, condition in rules:
         try:
             number = lib.resolve_syscall(lib.Arch.NATIVE, name)
         except (ValueError, RuntimeError):

@@ -30,6 +30,7 @@ _USERADD = (
     "--shell", "/usr/sbin/nologin",
 )  # fmt: skip
 _LOCKED_EXIT = 1  # useradd's "can't update password file", which includes a lock held by another tool
+_UID_TAKEN = 4
 
 
 class User(Layer):
@@ -85,8 +86,9 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or (LOCKS / str(uid)).exists():
             continue
-        _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name)
-        return uid
+        # Another daemon may have taken the same number since we looked: useradd decides, under its lock.
+        if _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name, accepted=_UID_TAKEN) == 0:
+            return uid
     raise _range_full(uid_range)
 
 
@@ -107,14 +109,15 @@ def remove_user(name: str) -> None:
         _account_tool(["userdel", name], name)
 
 
-def _account_tool(command: list[str], user: str) -> None:
+def _account_tool(command: list[str], user: str, *, accepted: int = 0) -> int:
+    """Run a tool until it finds /etc/passwd unlocked; its exit code, which is 0 or ``accepted``."""
     import subprocess
 
     # Another tool may hold the lock of /etc/passwd for a moment; there is no event to wait for.
     for wait in (0.1, 0.2, 0.4, 0.8, 1.6, 0.0):
         result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if result.returncode == 0:
-            return
+        if result.returncode in (0, accepted):
+            return result.returncode
         if result.returncode != _LOCKED_EXIT or not wait:
             break
         time.sleep(wait)

@@ -140,9 +140,9 @@ def test_no_change_of_what_is_sealed_goes_unseen(written: Written, data: st.Data
     """Any edit, deletion, insertion, exchange or repetition before the last seal is found, and not before its place."""
     original = written.lines()
     lines = list(original)
-    last = len(lines) - 2
+    last, inserted = len(lines) - 2, 0
     for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(lines) - 2))
+        at, length = data.draw(st.integers(0, len(lines) - 2)), len(lines)
         match data.draw(OPERATIONS):
             case "delete":
                 del lines[at]
@@ -165,18 +165,24 @@ def test_no_change_of_what_is_sealed_goes_unseen(written: Written, data: st.Data
             case "renumber":
                 before = parse(lines[at - 1]) if at else None
                 lines[at:] = rechain(lines[at:], before.hash if before else "0" * 64, at + 1)
+        inserted += max(0, len(lines) - length)
     report = written.verify_lines(lines)
     if lines == original:
         assert not report.misfits
         return
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(lines, original, strict=False)))
-    if same >= written.verify().seal:
-        return  # only what no seal covers was taken away or rewritten
+    if lines != original[: len(lines)] or len(lines) < written.head[0]:
+        # Whoever knows the last record sees every change, a cut included.
+        assert written.verify_lines(lines, dict([written.head])).misfits
+    if same >= report.seal and not report.misfits:
+        # Without that: the trail was cut back behind all its remaining seals, and perhaps written on from there.
+        assert not any(b'"type":"audit.seal"' in line for line in lines[same:])
+        return
     first = same
     assert report.misfits
     # Never before the change; an edit that was chained again shows at the next seal at the latest.
     where = report.misfits[0].line - 1
-    assert first <= where <= first + SEAL + 1
+    assert first <= where <= first + SEAL + 1 + inserted
 
 
 TEXT = st.text(st.characters(codec=None, categories=None), max_size=40)

@@ -14,6 +14,7 @@ async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage
     assert await cage.client("print(get('https://hooks.example.com/'))") == "host=hooks.example.com from=45.0.0.2"
     assert (await broker.wait_for("net.query", name="hooks.example.com", type="A"))["verdict"] == "allowed"
     connect = await broker.wait_for("net.connect")
+    flow = connect.pop("flow")
     assert connect == {
         "name": "hooks.example.com",
         "address": WEB,
@@ -21,7 +22,7 @@ async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage
         "verdict": "allowed",
         "rule": "hooks.example.com:443",
     }
-    closed = await broker.wait_for("net.closed")
+    closed = await broker.wait_for("net.closed", flow=flow)
     assert closed["sent"] > 200 and closed["received"] > 200 and closed["duration_ms"] > 0
     assert {record["plugin"] for record in broker.records} == {"tester"}
     assert {record["run"] for record in broker.records} == {"r1"}

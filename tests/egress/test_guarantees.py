@@ -241,7 +241,7 @@ print('sent')
 """
     await cage.client(script)
     await broker.wait_for("net.denied", address="8.8.8.8", port=53, protocol="udp", rule="protocol-udp")
-    await broker.channel.call("cage.detach", run="r1", timeout=5)
+    await broker.detach("r1")
     denied = [r["data"] for r in broker.records if r["type"] == "net.denied"]
     assert len(denied) <= 20
     assert sum(item.get("count", 1) for item in denied) > 1900
@@ -275,7 +275,7 @@ async def test_detach_ends_flows_and_tells_about_them_first(cages: MakeCage, bro
         cage.client("s = tcp('hooks.example.com', 25)\ns.recv(100)\nprint(attempt(s.recv, 100))")
     )
     await broker.wait_for("net.connect")
-    await broker.channel.call("cage.detach", run="r1", timeout=5)
+    await broker.detach("r1")
     closed = [r["data"] for r in broker.records if r["type"] == "net.closed"]
     assert [item["reason"] for item in closed] == ["cage ended"]
     assert await client == "ECONNRESET"

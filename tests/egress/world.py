@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from isolator.audit.client import AuditClient
-from isolator.ipc import Channel, pair
+from isolator.egress.hardening import filter_file
+from isolator.ipc import Channel, Message, pair
 from isolator.layers import network
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
@@ -49,10 +50,33 @@ from isolator.policy.model import NetworkPolicy
 WEB, OTHER, THIRD = "93.184.216.34", "1.2.3.4", "5.6.7.8"
 WEB6 = "2606:2800:220:1::34"
 METADATA, PRIVATE = "169.254.169.254", "10.9.9.9"
+INSIDE6 = ("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "fd00::1")
+"""Addresses that must not be reached, and are there to be reached: else nobody could tell why they are not."""
 HOST, GATEWAY = "45.0.0.2", "45.0.0.1"
 HOST6, GATEWAY6 = "2a00:1::2", "2a00:1::1"
 BROKER_UID, CLIENT_UID = 64901, 64902
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+PRELUDE = """
+import socket, ssl, time, urllib.request, errno, sys, struct
+CA = 'CA_FILE'
+def name_of(e):
+    return errno.errorcode.get(getattr(e, 'errno', None) or 0, type(e).__name__)
+def attempt(f, *a, **k):
+    try:
+        return f(*a, **k)
+    except OSError as e:
+        e = getattr(e, 'reason', e)
+        return e.args[0] if isinstance(e, str) else name_of(e)
+def get(url, **k):
+    context = ssl.create_default_context(cafile=CA)
+    request = urllib.request.Request(url, **k)
+    return urllib.request.urlopen(request, timeout=10, context=context).read().decode()
+def tcp(host, port, timeout=5):
+    return socket.create_connection((host, port), timeout)
+"""
+"""What every client has at hand; ``CA_FILE`` is replaced by the pretend authority's certificate."""
 
 
 def run_in(fd: int, *command: str) -> None:
@@ -175,6 +199,14 @@ class _Banner(socketserver.BaseRequestHandler):
         self.request.sendall(b"got " + self.request.recv(1000))
 
 
+class _Database(socketserver.BaseRequestHandler):
+    """Answers whatever it is asked."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"row: secret")
+
+
 class Internet:
     """The far side of the veth, with its servers."""
 
@@ -194,6 +226,7 @@ class Internet:
                 Server(self.bound(family, 7), _Echo),
                 Server(self.bound(family, 25), _Banner),
                 Server(self.bound(family, 8080), _Http),
+                Server(self.bound(family, 853), _Http, context),
             ]
         self.dns.records.update(
             {
@@ -205,6 +238,7 @@ class Internet:
                 "private.example.com": [PRIVATE],
                 "mixed.example.com": [PRIVATE, WEB],
                 "host.example.com": [HOST],
+                "loopback.example.com": ["127.0.0.1"],
                 "gateway.example.com": [GATEWAY],
                 "alias.example.com": ["target.example.net"],
                 "target.example.net": [WEB],
@@ -217,8 +251,17 @@ class Internet:
             }
         )
 
-    def bound(self, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-        """A listening or bound socket inside the internet namespace."""
+    def serve_host(self, host_fd: int) -> None:
+        """What the host itself serves and no cage may reach: a web server, and a database on its loopback."""
+        self.servers += [
+            Server(self.bound("0.0.0.0", 80, fd=host_fd), _Http),
+            Server(self.bound("127.0.0.1", 5432, fd=host_fd), _Database),
+        ]
+
+    def bound(
+        self, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM, *, fd: int | None = None
+    ) -> socket.socket:
+        """A listening or bound socket inside the internet namespace, or that of ``fd``."""
 
         def make() -> socket.socket:
             sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
@@ -230,7 +273,7 @@ class Internet:
                 sock.listen(256)
             return sock
 
-        return netns.in_network(self.fd, make)
+        return netns.in_network(self.fd if fd is None else fd, make)
 
     def stop(self) -> None:
         """Close servers and namespace."""
@@ -294,6 +337,7 @@ def world() -> Iterator[World]:
     directory.chmod(0o755)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "isolator", directory / "isolator", ignore=ignored)
+    shutil.copy(Path(__file__).with_name("weakened.py"), directory)
     (directory / "resolv.conf").write_text(f"nameserver {network.RESOLVER}\noptions timeout:3 attempts:1\n")
     (directory / "host-resolv.conf").write_text(f"nameserver {WEB}\n")
     internet = Internet(directory)
@@ -311,10 +355,12 @@ def world() -> Iterator[World]:
         run_in(internet.fd, "ip", "link", "set", "down0", "up")
         for address in (WEB, OTHER, METADATA, PRIVATE):
             run_in(internet.fd, "ip", "addr", "add", f"{address}/32", "dev", "lo")
-        run_in(internet.fd, "ip", "-6", "addr", "add", f"{WEB6}/128", "dev", "lo", "nodad")
+        for address in (WEB6, *INSIDE6):
+            run_in(internet.fd, "ip", "-6", "addr", "add", f"{address}/128", "dev", "lo", "nodad")
         run_in(host_fd, "ip", "route", "add", "default", "via", GATEWAY)
         run_in(host_fd, "ip", "-6", "route", "add", "default", "via", GATEWAY6)
         internet.start()
+        internet.serve_host(host_fd)
         yield World(directory, internet, host_fd)
     finally:
         with contextlib.suppress(AttributeError):
@@ -333,38 +379,68 @@ class BrokerProcess:
     audit: socket.socket
     records: list[dict[str, Any]] = field(default_factory=list)
     acknowledge: bool = True
+    cages: dict[str, CageNet] = field(default_factory=dict)
 
     @classmethod
-    async def start(cls, world: World) -> BrokerProcess:
-        """Start it in the host namespace, without any privilege."""
+    async def start(cls, world: World, *, off: Sequence[str] = ()) -> BrokerProcess:
+        """Start it in the host namespace, without any privilege; ``off`` names checks it runs without (weakened.py)."""
         ours, theirs = pair()
         audit, audit_theirs = pair()
-        fds = (theirs.fileno(), audit_theirs.fileno())
+        program = filter_file(world.directory / "cache")
+        fds = (theirs.fileno(), audit_theirs.fileno(), program)
         process = await asyncio.create_subprocess_exec(
             "nsenter", f"--net=/proc/{os.getpid()}/fd/{world.host_fd}",
             "unshare", "--mount", "sh", "-c",
             f"mount --bind {world.directory}/host-resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
             "setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups",
             "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-            *world.python("isolator.egress.service", "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1])),
+            *world.python("weakened" if off else "isolator.egress.service", *off,
+                          "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1]), "--filter-fd", str(program)),
             pass_fds=fds,
         )  # fmt: skip
         theirs.close()
         audit_theirs.close()
+        os.close(program)
         channel = Channel(ours, name="broker")
         broker = cls(world, process, channel, audit)
+        channel.handle("cage.sockets", broker._sockets)
         audit.setblocking(False)
         asyncio.get_running_loop().add_reader(audit, broker._record)
         await channel.call("hello", root="/", config={}, timeout=20)
         return broker
 
     def _record(self) -> None:
+        """Read what is there; off the loop at the end of the stream."""
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
                 if self.acknowledge:
                     self.audit.send(json.dumps({"acked": len(self.records)}).encode())
             asyncio.get_running_loop().remove_reader(self.audit)
+
+    async def detach(self, run: str) -> None:
+        """End a run; what the broker had to say about it, which it sends before it answers, has been read then."""
+        await self.channel.call("cage.detach", run=run, timeout=5)
+        self._record()
+
+    async def new_audit(self) -> None:
+        """Replace the audit process, as the supervisor does when it died; its records are counted afresh."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.audit)
+        self.audit.close()
+        self.records.clear()
+        self.acknowledge = True
+        self.audit, theirs = pair()
+        self.audit.setblocking(False)
+        loop.add_reader(self.audit, self._record)
+        await self.channel.call("audit.source", fds=[theirs.fileno()], timeout=5)
+        theirs.close()
+
+    async def _sockets(self, message: Message) -> Message:
+        """The supervisor's part of a connection that comes in."""
+        cage = self.cages[message.fields["run"]]
+        fds = network.connectors(cage.network, message.fields["count"], version=message.fields["version"])
+        return Message({}, fds)
 
     async def wait_for(self, type: str, /, timeout: float = 10, **fields: Any) -> dict[str, Any]:
         """The data of the first record of a type with these fields; fails with all records when none comes."""
@@ -413,50 +489,45 @@ class CageNet:
     async def hand_over(self, broker: BrokerProcess) -> None:
         """Give the sockets to a broker and close ours."""
         self.broker = broker
+        broker.cages[self.run] = self
         fields = {"run": self.run, "plugin": "tester", "policy": self.policy.model_dump(mode="json")}
-        await broker.channel.call("cage.attach", fds=self.network.sockets, timeout=5, **fields)
+        outside = netns.in_network(self.world.host_fd, lambda: network.host_listeners(self.policy))
+        await broker.channel.call("cage.attach", fds=[*self.network.sockets, *outside], timeout=5, **fields)
         network.close_sockets(self.network)
+        for fd in outside:
+            os.close(fd)
 
     async def client(self, code: str, timeout: float = 30) -> str:
         """Run Python code inside, as an unprivileged user with the cage's resolv.conf; what it printed."""
-        prelude = (
-            "import socket, ssl, time, urllib.request, errno, sys, struct\n"
-            f"CA = {str(self.world.directory / 'ca.pem')!r}\n"
-            "def name_of(e):\n    return errno.errorcode.get(getattr(e, 'errno', None) or 0, type(e).__name__)\n"
-            "def attempt(f, *a, **k):\n"
-            "    try:\n        return f(*a, **k)\n"
-            "    except OSError as e:\n"
-            "        e = getattr(e, 'reason', e)\n        return e.args[0] if isinstance(e, str) else name_of(e)\n"
-            "def get(url, **k):\n"
-            "    context = ssl.create_default_context(cafile=CA)\n"
-            "    request = urllib.request.Request(url, **k)\n"
-            "    return urllib.request.urlopen(request, timeout=10, context=context).read().decode()\n"
-            "def tcp(host, port, timeout=5):\n    return socket.create_connection((host, port), timeout)\n"
-        )
-        process = await asyncio.create_subprocess_exec(
-            "nsenter", f"--net=/proc/{os.getpid()}/fd/{self.network.netns_fd}",
-            "unshare", "--mount", "sh", "-c",
-            f"mount --bind {self.world.directory}/resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
-            "setpriv", f"--reuid={CLIENT_UID}", f"--regid={CLIENT_UID}", "--clear-groups",
-            "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-            sys.executable, "-I", "-c", prelude + code,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(timeout):
-                out, err = await process.communicate()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise
-        assert process.returncode == 0, err.decode()
-        return out.decode().strip()
+        return await run_client(self.world, self.network.netns_fd, "resolv.conf", code, timeout)
 
     async def detach(self) -> None:
         """End the cage's attachment and free the network."""
         with contextlib.suppress(Exception):
             await self.broker.channel.call("cage.detach", run=self.run, timeout=5)
         network.release(self.network)
+
+
+async def run_client(world: World, fd: int, resolv: str, code: str, timeout: float = 30) -> str:
+    """Run Python code in a network namespace, as an unprivileged user with a resolv.conf; what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        "nsenter", f"--net=/proc/{os.getpid()}/fd/{fd}",
+        "unshare", "--mount", "sh", "-c",
+        f"mount --bind {world.directory}/{resolv} /etc/resolv.conf && exec \"$@\"", "sh",
+        "setpriv", f"--reuid={CLIENT_UID}", f"--regid={CLIENT_UID}", "--clear-groups",
+        "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
+        sys.executable, "-I", "-c", PRELUDE.replace("CA_FILE", str(world.directory / "ca.pem")) + code,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(timeout):
+            out, err = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode == 0, err.decode()
+    return out.decode().strip()
 
 
 __all__ = ["AuditClient", "BrokerProcess", "CageNet", "World", "world"]

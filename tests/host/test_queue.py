@@ -255,3 +255,15 @@ def test_the_back_off_grows_to_ten_minutes() -> None:
     for attempts, expected in ((1, 1), (2, 2), (3, 4), (10, 512), (11, 600), (100, 600)):
         for _ in range(50):
             assert expected * 0.8 <= backoff(attempts) <= expected * 1.2
+
+
+async def test_who_waits_right_after_the_outcome_hears_of_it(store: Store) -> None:
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k")])
+    consumer = queue.consumer("p")
+    delivery = await consumer.take()
+    consumer.sent(delivery)
+    consumer.done(delivery, Result("ok"))  # told, but not written before the loop's next turn
+    async with asyncio.timeout(5):  # not wait_for: a task of its own would begin after that turn
+        row = await queue.wait(accepted.event.id, timeout=30)
+    assert [d.state for d in row.deliveries] == ["ok"]

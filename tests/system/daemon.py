@@ -44,8 +44,9 @@ ECHO = """\
 class Daemon:
     """One ``isolator serve`` and its root."""
 
-    def __init__(self, root: Path, *, host_toml: str = "") -> None:
+    def __init__(self, root: Path, *, host_toml: str = "", network: int | None = None) -> None:
         self.root = root
+        self._enter = ["unshare", "-n"] if network is None else ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
         self.process: subprocess.Popen[bytes] | None = None
         self.log = root / "serve.log"
         if host_toml:
@@ -57,7 +58,7 @@ class Daemon:
         """Start it and wait for its ``ready``."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["unshare", "-n", "isolator", "--root", str(self.root), "serve"], stdout=subprocess.PIPE, stderr=log,
+                [*self._enter, "isolator", "--root", str(self.root), "serve"], stdout=subprocess.PIPE, stderr=log,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
         assert self.process.stdout is not None
@@ -128,11 +129,11 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemon(*, host_toml: str = "", start: bool = True) -> Iterator[Daemon]:
-    """A running daemon that leaves nothing behind."""
+def daemon(*, host_toml: str = "", start: bool = True, network: int | None = None) -> Iterator[Daemon]:
+    """A running daemon that leaves nothing behind; in a network namespace of its own, or in that of a descriptor."""
     root = Path(tempfile.mkdtemp(prefix="isolator-system-"))
     root.chmod(0o755)
-    made = Daemon(root, host_toml=host_toml)
+    made = Daemon(root, host_toml=host_toml, network=network)
     try:
         if start:
             made.start()

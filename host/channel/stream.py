@@ -1,0 +1,218 @@
+"""Stream mode: one lasting connection, newline-delimited JSON-RPC 2.0 in both directions, many requests in flight.
+
+The host speaks first: ``host.hello`` with the protocol majors it knows, the plugin, its granted hooks and the limits.
+The plugin answers with the major it chose, what it handles and what it is capable of; a choice that was not offered
+ends the connection with a reason. After that requests may be answered in any order. Their ids cannot be guessed, so
+a reply can only be to something that was asked: an unknown or repeated id, like any other breach, gets one clear
+error, is recorded, and ends the connection. Whatever was in flight then has an unknown outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from host.channel import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
+from host.wire import LineProtocol, WireError, line, parse_object
+from isolator import __version__
+
+PROTOCOLS = ("1",)
+HELLO_TIMEOUT = 5.0
+CALLS_IN_FLIGHT = 32
+"""Calls of the plugin to the host API that may be unanswered on this connection."""
+
+Call = Callable[[str, Any], Awaitable[dict[str, Any]]]
+"""Answers one request of the plugin's: (method, params) → ``{"result": …}`` or ``{"error": …}``."""
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What the plugin said about itself."""
+
+    protocol: str
+    handles: frozenset[str]
+    capabilities: frozenset[str]
+
+
+class StreamConnection(LineProtocol):
+    """One connection to one run of a plugin; ``closed`` is set when it is over, ``why`` says why."""
+
+    limit = STREAM_MESSAGE
+    write_high = STREAM_MESSAGE
+
+    def __init__(self, call: Call, breach: Callable[[str], None]) -> None:
+        super().__init__()
+        self.closed = asyncio.Event()
+        self.why = ""
+        self._call = call
+        self._breach = breach
+        self._pending: dict[str, asyncio.Future[tuple[dict[str, Any], bytes]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered yet."""
+        return sum(1 for future in self._pending.values() if not future.done())
+
+    async def request(self, method: str, params: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any], bytes]:
+        """Send one request and wait for its reply: the message and its bytes.
+
+        Raises NotSentError when the connection is already over, LostError afterwards.
+        """
+        number = os.urandom(8).hex()
+        data = line({"jsonrpc": "2.0", "method": method, "params": params, "id": number})
+        return await self.send_request(number, data, timeout)
+
+    async def send_request(self, number: str, data: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
+        """As ``request`` for a line that is already made."""
+        if self.closed.is_set() or self.transport is None or self.transport.is_closing():
+            raise NotSentError(self.why or "the connection is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[dict[str, Any], bytes]] = loop.create_future()
+        self._pending[number] = future
+        self.transport.write(data)
+        timer = loop.call_later(timeout, _expire, future)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+            if self._pending.pop(number, None) is not None and not self.closed.is_set():
+                self.notify("$/cancel", {"id": number})
+                self._late(number)
+
+    def notify(self, method: str, params: Mapping[str, Any]) -> None:
+        """Tell the plugin something that it does not answer."""
+        self.send(line({"jsonrpc": "2.0", "method": method, "params": params}))
+
+    async def hello(self, *, plugin: Mapping[str, str], hooks: Iterable[str], limits: Mapping[str, Any]) -> Greeting:
+        """Agree on a protocol; raises NotSentError with the reason when there is none."""
+        granted = list(hooks)
+        offer = {
+            "protocol": list(PROTOCOLS),
+            "host": {"name": "isolator", "version": __version__},
+            "plugin": dict(plugin),
+            "hooks": granted,
+            "limits": dict(limits),
+        }
+        try:
+            message, _ = await self.request("host.hello", offer, HELLO_TIMEOUT)
+        except LostError as error:
+            self.abort(f"no answer to host.hello: {error}")
+            raise NotSentError(self.why) from None
+        result = message.get("result")
+        if not isinstance(result, dict):
+            self.abort(f"the plugin refused host.hello: {_error_text(message.get('error'))}")
+            raise NotSentError(self.why)
+        protocol = str(result.get("protocol", "")).partition(".")[0]
+        if protocol not in PROTOCOLS:
+            why = f"the plugin chose protocol {str(result.get('protocol'))[:20]!r}; offered: {', '.join(PROTOCOLS)}"
+            data = {"supported": list(PROTOCOLS)}
+            self.notify("host.refused", {"code": UNSUPPORTED_PROTOCOL, "message": why, "data": data})
+            self.abort(why)
+            raise NotSentError(why)
+        handles = result.get("handles")
+        capabilities = result.get("capabilities")
+        named = {name for name, on in capabilities.items() if on} if isinstance(capabilities, dict) else capabilities
+        return Greeting(
+            protocol,
+            frozenset(granted if not isinstance(handles, list) else (h for h in granted if h in handles)),
+            frozenset(str(c) for c in named) if isinstance(named, (list, set)) else frozenset(),
+        )
+
+    def abort(self, why: str, code: int = -32600) -> None:
+        """Say why, record it, close."""
+        if self.closed.is_set():
+            return
+        self.why = why
+        self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": why}}))
+        self._breach(why)
+        self._over()
+        self.close()
+
+    # What arrives
+
+    def line_received(self, data: bytes) -> None:
+        try:
+            message = parse_object(data)
+        except WireError as error:
+            self.abort(str(error), error.code)
+            return
+        if "method" in message:
+            self._asked(message)
+        elif "result" in message or "error" in message:
+            self._answered(message, data)
+        else:
+            self.abort("a message is neither request nor reply")
+
+    def too_long(self) -> None:
+        self.abort(f"a message is longer than {self.limit} bytes", -31003)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.why = self.why or "the plugin closed the connection"
+        self._over()
+
+    def _answered(self, message: dict[str, Any], data: bytes) -> None:
+        number = message.get("id")
+        future = self._pending.pop(number, None) if isinstance(number, str) else None
+        if future is None:
+            self.abort("a reply has an id that no open request has")
+        elif not future.done():
+            future.set_result((message, data))
+
+    def _asked(self, message: dict[str, Any]) -> None:
+        if len(self._tasks) >= CALLS_IN_FLIGHT:
+            self.hold("calls in flight")
+        task = asyncio.get_running_loop().create_task(self._serve(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._served)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if len(self._tasks) < CALLS_IN_FLIGHT:
+            self.unhold("calls in flight")
+
+    async def _serve(self, message: dict[str, Any]) -> None:
+        answer = await self._call(str(message["method"]), message.get("params"))
+        if message.get("id") is not None:
+            self.send(line({"jsonrpc": "2.0", "id": message["id"], **answer}))
+
+    def _late(self, number: str) -> None:
+        """Remember a request that was given up: its reply may still come and is no breach then."""
+        if len(self._pending) > 1000:
+            self.abort("too many requests were never answered")
+            return
+        future: asyncio.Future[tuple[dict[str, Any], bytes]] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        self._pending[number] = future
+
+    def _over(self) -> None:
+        self.closed.set()
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            if not future.done():
+                future.set_exception(LostError(self.why or "connection lost", crash=True))
+        for task in self._tasks:
+            task.cancel()
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(LostError("no reply in time"))
+
+
+def _error_text(error: Any) -> str:
+    if isinstance(error, dict):
+        return f"{error.get('code')}: {str(error.get('message'))[:200]}"
+    return "no result"
+
+
+async def open_stream(sock: socket.socket, call: Call, breach: Callable[[str], None]) -> StreamConnection:
+    """Speak stream mode on a connected socket, which is taken over."""
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_unix_connection(lambda: StreamConnection(call, breach), sock=sock)
+    return connection
