@@ -265,7 +265,7 @@ class Worker:
         if len(answer.fds) != 1:
             answer.close()
             raise NotSentError("the supervisor sent no connection")
-        sock = socket.socket(fileno=answer.fds.pop())
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, answer.fds.pop())
         sock.setblocking(False)
         self._reachable = run
         return sock, run
