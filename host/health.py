@@ -16,9 +16,9 @@ import time
 
 from host.channel import LostError, NotSentError
 from host.channel.oneshot import exchange
-from host.dispatch import Worker
 from host.registry import Plugin, Registry
 from host.wire import WireError, line, parse_object
+from host.worker import Worker
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc import Channel

@@ -16,7 +16,7 @@ from typing import Any
 
 from host.api import HostApi
 from host.control import ControlServer
-from host.dispatch import Dispatcher, Shared
+from host.dispatch import Dispatcher
 from host.events import Catalogue, from_schema
 from host.health import Watches
 from host.logs import Logs
@@ -26,6 +26,7 @@ from host.queue.sqlite import Answer, SqliteQueue
 from host.registry import Plugin, Registry, load_event_types
 from host.secrets import ConfigStore
 from host.store import Store
+from host.worker import Shared
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import Channel, Message

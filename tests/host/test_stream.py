@@ -204,6 +204,20 @@ async def test_a_stream_survives_the_restart_of_the_host(daemon: Daemon) -> None
     assert sidecar.starts == 1
 
 
+async def test_a_plugin_that_speaks_shutdown_is_asked_before_it_is_told(daemon: Daemon) -> None:
+    body = """
+if method == "shutdown":
+    print("saving before", params["reason"], flush=True)
+send(id=id, result={})
+"""
+    hello = '{"protocol": "1", "capabilities": {"shutdown": True, "ping": False}}'
+    _add(daemon, "tidy", stream(body, hello=hello))
+    await _only(daemon)
+    await daemon.ask("plugin.stop", name="tidy")
+    log = daemon.paths.plugin_log / "tidy.log"
+    await daemon.poll(lambda: log.exists() and "saving before operator" in log.read_text())
+
+
 # Health
 
 
