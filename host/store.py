@@ -160,13 +160,16 @@ class Store:
         An operation without ``done`` is never given up: it is retried until the database can be written.
         """
         self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
-        if self._scheduled:
-            return
         if not lazy:
+            self.hurry()
+        elif not self._scheduled and self._lazy is None:
+            self._lazy = self._loop.call_later(LAZY, self._commit)
+
+    def hurry(self) -> None:
+        """Commit what has been submitted in the loop's next turn, the lazy with it."""
+        if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._commit)
-        elif self._lazy is None:
-            self._lazy = self._loop.call_later(LAZY, self._commit)
 
     async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``apply`` in a transaction and wait until it is on disk."""
