@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 ECHO, SOURCE, TALK = 9000, 9001, 9002
 CHUNK = bytes(1 << 20)
@@ -34,6 +35,7 @@ def server() -> None:
     while True:
         for key, _ in selector.select():
             sock = key.fileobj
+            assert isinstance(sock, socket.socket)
             if sock is listener:
                 selector.register(listener.accept()[0], selectors.EVENT_READ)
                 continue
@@ -47,7 +49,7 @@ def server() -> None:
                 sock.close()
 
 
-def _accept(listener: socket.socket, serve: object) -> None:
+def _accept(listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
     while True:
         connection, _ = listener.accept()
         threading.Thread(target=serve, args=(connection,), daemon=True).start()
