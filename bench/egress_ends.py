@@ -34,16 +34,9 @@ def server() -> None:
     print("ready", flush=True)
     while True:
         for key, _ in selector.select():
-<<<<<<< HEAD
             if key.fileobj is listener:
                 made = listener.accept()[0]
                 selector.register(made, selectors.EVENT_READ, made)
-=======
-            sock = key.fileobj
-            assert isinstance(sock, socket.socket)
-            if sock is listener:
-                selector.register(listener.accept()[0], selectors.EVENT_READ)
->>>>>>> refs/heads/dev
                 continue
             sock: socket.socket = key.data
             try:
