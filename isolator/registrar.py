@@ -89,6 +89,7 @@ class Registrar:
             self._forget(registration)
             done.append(f"finished the removal of plugin {registration.name}")
         self.store.prune_all()
+        policy_files.clear(self._paths.policies)
         return done
 
     def names(self) -> list[str]:

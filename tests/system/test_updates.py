@@ -564,7 +564,7 @@ def test_killed_in_the_middle_of_anything(tmp_path: Path) -> None:
     name = "victim"
     folder = make(tmp_path / name, "1.0.0")
     with daemon() as d:
-        for attempt in range(8):
+        for attempt in range(0, 8, 2):
             for words in (("add", str(folder), "--yes"), ("update", name, "--yes"), ("remove", name)):
                 make(folder, f"1.{attempt}.{len(words)}")
                 command = subprocess.Popen(
