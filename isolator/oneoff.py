@@ -56,15 +56,18 @@ class Workshop:
     def tools(self) -> Tools:
         """Launcher, journal and subtree; made on first use."""
         if self._tools is None:
-            from isolator.journal import Journal
+            from isolator.journal import Entry, Journal
             from isolator.layers.cgroup import open_subtree
             from isolator.sandbox import Tools
 
             assert self._launcher is not None
             run = secrets.token_hex(5)
-            journal = Journal(self.paths.run / f"run-{run}.journal")
+            journal = Journal(self.paths.run / f"run-{run}.journal", wait=True)
             self._stack.callback(journal.close)
             subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}")
+            # Found by its name until here; from here on also when this process's group cannot be searched.
+            journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+            self._stack.callback(journal.gone, "subtree")
             self._stack.callback(subtree.remove)
             self._tools = Tools(self._launcher, journal, subtree)
         return self._tools
