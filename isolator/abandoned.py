@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from pathlib import Path
 from isolator.journal import read_entries
 from isolator.layers import user
 from isolator.layers.cgroup import Leaf
+from isolator.linux import mount
 from isolator.paths import Paths
-from isolator.recovery import Leftover, process_count
+from isolator.recovery import Leftover, mounts_below, process_count
 
 _JOURNAL = re.compile(r"run-([0-9a-f]{10})\.journal")
 _EMPTY_SECONDS = 10.0
@@ -37,6 +39,8 @@ class _Run:
     token: str
     journal: Path | None
     tops: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    """Where ``prove`` kept the state of its cage, perhaps still mounted."""
 
 
 def find(paths: Paths) -> list[Leftover]:
@@ -47,6 +51,7 @@ def find(paths: Paths) -> list[Leftover]:
             groups = ", ".join(map(str, run.tops)) or "no control group"
             living = sum(process_count(leaf.unified) for leaf in _leaves(run))
             found.append(Leftover("run", run.token, f"{groups}{f', {living} processes' if living else ''}"))
+            found += [Leftover("folder", str(folder)) for folder in run.folders if folder.exists()]
     with _free_uids() as locks:
         found += [Leftover("uid lock", lock.name) for lock in locks]
     return found
@@ -64,6 +69,10 @@ def clear(paths: Paths) -> list[Leftover]:
                 continue  # a process that cannot die now (uninterruptible): its journal stays for the next time
             for leaf in leaves:
                 leaf.remove()
+            for folder in run.folders:
+                for place in mounts_below(folder):
+                    mount.unmount(place, lazy=True)
+                shutil.rmtree(folder, ignore_errors=True)
             # Last: as long as anything is left, something has to name it.
             if run.journal is not None:
                 run.journal.unlink(missing_ok=True)
@@ -96,6 +105,10 @@ def _dead_runs(paths: Paths) -> Iterator[list[_Run]]:
             for entry in read_entries(os.pread(fd, os.fstat(fd).st_size, 0)).values():
                 if entry.kind == "subtree":
                     run.tops += [Path(folder) for folder in entry.folders if Path(folder).is_dir()]
+                elif entry.kind == "mount":
+                    folder = Path(entry.folders[0]).parents[1]
+                    if folder.parent == paths.lib and folder.name.startswith("prove-"):
+                        run.folders.append(folder)
                 elif entry.kind == "leaf":
                     tops = [Path(folder).parent for folder in entry.folders]
                     run.tops += [top for top in tops if top.is_dir() and top.name == _top(paths, match[1])]

@@ -303,6 +303,7 @@ class Plugin:
 
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
+        from isolator.ledger import not_enforced
 
         effective, spec = self.effective, run.sandbox.spec
         assert effective is not None
@@ -323,7 +324,7 @@ class Plugin:
             policy_sha256=effective.digest(),
             env=sorted(spec.env),
             milliseconds=run.sandbox.steps,
-            degraded=[control.name for control in degraded_controls()],
+            degraded=not_enforced(),
         )
         if run.sandbox.listener >= 0:
             self._around.denials.watch(
@@ -421,13 +422,6 @@ _REMEDIES = {
     "rejected": "correct it and run 'isolator plugin update {0}'",
     "pending": "isolator plugin approve {0}",
 }
-
-
-def degraded_controls() -> list[Any]:
-    """The controls of this host that are weaker than they should be; recorded with every start."""
-    from isolator.ledger import ledger
-
-    return [control for control in ledger() if control.state != "enforced"]
 
 
 def _describe(end: End | None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,3 +152,35 @@ def test_a_link_or_a_stranger_in_the_run_folder_is_left_alone(shared_dir: Path) 
     assert _gc(shared_dir) == []
     assert target.read_text() == "kept"
     assert (run / "run-xyz.journal").exists()
+
+
+_HOLD = """
+import asyncio, os, sys
+from isolator.oneoff import Workshop
+from isolator.paths import Paths
+from isolator.state import State
+async def main():
+    async with Workshop(Paths.of(sys.argv[1])) as shop:
+        state = State(shop.paths.lib / "prove-0123456789", "echo", shop.tools.journal)
+        os.close(state.open(size=2 << 20, inodes=64, uid=70000, gid=70000))
+        print("ready", flush=True)
+        await asyncio.sleep(300)
+asyncio.run(main())
+"""
+
+
+def test_a_state_that_a_killed_prove_left_mounted(shared_dir: Path) -> None:
+    command = [sys.executable, "-I", "-c", _HOLD, str(shared_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    place = Paths.of(shared_dir).lib / "prove-0123456789"
+    assert f" {place}/" in Path("/proc/self/mountinfo").read_text()
+    assert {"kind": "folder", "name": str(place), "detail": ""} in _gc(shared_dir, "--dry-run")
+    assert place.exists()
+    _gc(shared_dir)
+    assert not place.exists()
+    assert _gc(shared_dir) == []
