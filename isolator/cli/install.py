@@ -60,7 +60,7 @@ def uninstall(root: str | None, purge: bool, yes: bool) -> None:
 
 
 def _purge(paths: Paths) -> None:
-    from isolator import recovery
+    from isolator import abandoned, recovery
     from isolator.journal import Journal
     from isolator.layers.user import remove_user
     from isolator.store import Store
@@ -68,6 +68,7 @@ def _purge(paths: Paths) -> None:
     journal = Journal(paths.journal)  # refused while a daemon runs here
     try:
         recovery.clear(paths, journal)
+        abandoned.clear(paths)
         recovery.remove_subtree(paths)
     finally:
         journal.close()
