@@ -5,10 +5,12 @@ Parameters are checked here; the work is done by those who own it. Events are in
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import difflib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from host.service import Host
 
 SUPERVISOR_TIMEOUT = 120.0
+MAX_EXCHANGE = 240.0
+"""Seconds for one version to be stopped, another to be watched, and the first to come back."""
 _MANIFEST_LIMIT = MAX_BYTES
 
 
@@ -35,12 +39,15 @@ class Methods:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._staged: dict[str, Manifest] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """What is registered under a name and the config of that name change together."""
 
     def table(self) -> dict[str, Method]:
         """Every verb with the role it needs."""
         operator = {
             "plugin.stage": self.plugin_stage,
             "plugin.commit": self.plugin_commit,
+            "plugin.update": self.plugin_update,
             "plugin.discard": self.plugin_discard,
             "plugin.start": self.plugin_start,
             "plugin.stop": self.plugin_stop,
@@ -72,8 +79,12 @@ class Methods:
     # Plugins
 
     async def plugin_stage(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Show what a plugin asks for and what it would be granted; nothing is registered yet."""
-        wanted = ("path", "name", "binary", "hooks", "files")
+        """Show what a plugin asks for and what it would be granted; nothing is registered yet.
+
+        ``update`` names the registered plugin of which this is a newer version; without ``path`` it is taken from
+        where the last one came from.
+        """
+        wanted = ("path", "name", "binary", "hooks", "files", "update")
         fields = {key: params[key] for key in wanted if params.get(key) is not None}
         answer = await self._ask("plugin.stage", **fields)
         token = str(answer.fields["token"])
@@ -121,24 +132,54 @@ class Methods:
             raise UsageError("plugin add", "nothing is staged under that token", "add it again")
         name = manifest.core.name
         given = values(params)
-        is_new = self._host.registry.get(name) is None
-        if is_new and name in self._host.registry.known():
-            # It was removed while this process was not running: nothing of it may reach its namesake.
-            await self._host.removed(name)
-        await self._host.config.set(name, manifest, given, replace=is_new)
-        try:
-            answer = await self._ask("plugin.commit", token=token, by=caller.by)
-        except IsolatorError:
-            if is_new:
-                await self._host.config.forget(name)
-            raise
+        async with self._locks[name]:
+            current = self._host.registry.get(name)
+            if current is not None and not current.raw.get("found"):
+                raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
+            is_new = current is None
+            if is_new and name in self._host.registry.known():
+                # It was removed while this process was not running: nothing of it may reach its namesake.
+                await self._host.removed(name)
+            await self._host.config.set(name, manifest, given, replace=is_new)
+            try:
+                answer = await self._ask("plugin.commit", token=token, by=caller.by)
+            except IsolatorError:
+                if is_new:
+                    await self._host.config.forget(name)
+                raise
+            return await self._registered(token, manifest, given, answer, caller)
+
+    async def plugin_update(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+        """Take over a staged newer version; one that asks for more waits, unless ``approve`` says that it may.
+
+        Values given with it stay set when the version fails and the one before comes back.
+        """
+        token = text(params, "token")
+        manifest = self._staged.get(token)
+        if manifest is None:
+            raise UsageError("plugin update", "nothing is staged under that token", "run it again")
+        name, given = manifest.core.name, values(params)
+        async with self._locks[name]:
+            self._host.registry.need(name)
+            await self._host.config.set(name, manifest, given)
+            answer = await self._ask(
+                "plugin.update", token=token, by=caller.by, approve=params.get("approve") is True, timeout=MAX_EXCHANGE
+            )
+            return {**answer.fields, **await self._registered(token, manifest, given, answer, caller)}
+
+    async def _registered(
+        self, token: str, manifest: Manifest, given: Mapping[str, str], answer: Message, caller: Caller
+    ) -> dict[str, Any]:
+        name = manifest.core.name
         self._staged.pop(token, None)
         if given:
             self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by)
         plugin = await self._host.put(answer.fields["plugin"])
-        if manifest.activation.start == "eager" and not self._host.config.missing(name, manifest):
+        in_use = plugin.manifest or manifest
+        missing = self._host.config.missing(name, in_use)
+        if in_use.activation.start == "eager" and not missing and plugin.state == "stopped":
             await self._ask("run.ensure", name=name, reason="eager")
-        return {"plugin": _shown(plugin), "missing": self._host.config.missing(name, manifest)}
+        return {"plugin": _shown(plugin), "missing": missing}
 
     async def plugin_discard(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Forget what was staged."""
@@ -198,18 +239,24 @@ class Methods:
 
     async def plugin_remove(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Stop it and forget it, its config and its queue."""
-        plugin = self._need(params)
-        answer = await self._ask("plugin.remove", name=plugin.name, by=caller.by)
-        await self._host.removed(plugin.name)
-        return answer.fields
+        name = self._need(params).name
+        async with self._locks[name]:
+            self._need(params)
+            answer = await self._ask("plugin.remove", name=name, by=caller.by)
+            await self._host.removed(name)
+            return answer.fields
 
     async def plugin_rollback(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Go back to the version before."""
         return await self._change("plugin.rollback", params, by=caller.by)
 
     async def plugin_approve(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Agree to what is pending."""
-        return await self._change("plugin.approve", params, by=caller.by)
+        """Agree to what is pending; ``digest`` (from ``plugin.explain``) makes sure that it is what was shown."""
+        plugin = self._need(params)
+        if plugin.raw.get("found"):
+            staged = await self.plugin_stage({"path": plugin.raw["found"]}, caller)
+            return await self.plugin_commit({"token": staged["token"]}, caller)
+        return await self._change("plugin.approve", params, by=caller.by, digest=params.get("digest"))
 
     async def plugin_logs(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """The last lines a sidecar wrote; with ``follow`` further ones come as ``log`` notifications."""
@@ -273,16 +320,18 @@ class Methods:
 
     # Helpers
 
-    async def _ask(self, op: str, **fields: Any) -> Message:
-        return await self._host.supervisor.call(op, timeout=SUPERVISOR_TIMEOUT, **fields)
+    async def _ask(self, op: str, *, timeout: float = SUPERVISOR_TIMEOUT, **fields: Any) -> Message:
+        return await self._host.supervisor.call(op, timeout=timeout, **fields)
 
     async def _change(self, op: str, params: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-        plugin = self._need(params)
+        name = self._need(params).name
         given = {key: value for key, value in fields.items() if value is not None}
-        answer = await self._ask(op, name=plugin.name, **given)
-        if isinstance(answer.fields.get("plugin"), dict):
-            await self._host.put(answer.fields["plugin"])
-        return answer.fields
+        async with self._locks[name]:
+            self._need(params)
+            answer = await self._ask(op, name=name, timeout=MAX_EXCHANGE, **given)
+            if isinstance(answer.fields.get("plugin"), dict):
+                answer.fields["plugin"] = _shown(await self._host.put(answer.fields["plugin"]))
+            return answer.fields
 
     async def _entries(self) -> list[dict[str, Any]]:
         try:
@@ -304,9 +353,12 @@ class Methods:
         name = str(entry.get("name"))
         plugin = self._host.registry.get(name)
         shown = {key: value for key, value in entry.items() if key not in ("manifest", "effective")}
+        error = entry.get("error") or (plugin.error if plugin is not None else None)
+        if error and shown.get("state") == "pending":
+            shown["state"] = "rejected"  # the parts of its manifest that only this process reads are wrong
         return {
             **shown,
-            "error": entry.get("error") or (plugin.error if plugin is not None else None),
+            "error": error,
             "queue": self._host.queue.consumer(name).depth if plugin is not None else 0,
             **self._host.dispatcher.status(name),
         }

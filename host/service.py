@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -147,7 +148,7 @@ class Host:
                 halt_without_audit=not may_continue,
             )
         )
-        for entry in message.fields.get("plugins", ()):
+        for entry in _plugins(message):
             await self.put(entry)
         self.methods = Methods(self)
         self.control = ControlServer(self.methods.table(), self.settings.role_of, self.audit.record)
@@ -223,6 +224,16 @@ class Host:
         self.audit.record(
             "event.dead", plugin=delivery.plugin, event_id=event_id, reason="expired", attempts=delivery.attempts
         )
+
+
+def _plugins(message: Message) -> list[dict[str, Any]]:
+    """The plugin entries of a ``hello``; many of them come as a file behind the listener."""
+    entries = message.fields.get("plugins", ())
+    if entries is None and len(message.fds) > 1:
+        with os.fdopen(message.fds.pop(1), "rb") as file:
+            file.seek(0)
+            entries = json.load(file)
+    return list(entries or ())
 
 
 def _as_object(config: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from isolator import store as plugin_store
 from isolator.errors import ConfinementError, DeniedError
 from isolator.layers.base import Bind, CageSpec
 from isolator.linux import mount
+from isolator.staging import hash_descriptor, open_binary
 
 if TYPE_CHECKING:
     from isolator.paths import Paths
@@ -54,14 +55,15 @@ def plugin_spec(
         owned.append(fd)
         binds.append(Bind(target, fd, writable=writable, executable=not writable))
 
-    bind("/plugin", os.open(store.folder(registration), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    if registration.kind == "binary":
-        fd = plugin_store.open_binary(Path(registration.binary_path))
-        found = plugin_store.hash_descriptor(fd)
-        bind(f"/run/isolator/bin/{Path(registration.binary_path).name}", fd)
-        if found != registration.binary_sha256:
+    bind("/plugin", os.open(store.folder(name, registration.release), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    release = registration.release
+    if release.kind == "binary":
+        fd = open_binary(Path(release.binary_path))
+        found = hash_descriptor(fd)
+        bind(f"/run/isolator/bin/{Path(release.binary_path).name}", fd)
+        if found != release.binary_sha256:
             raise DeniedError(
-                registration.binary_path, "has changed since it was approved",
+                release.binary_path, "has changed since it was approved",
                 f"isolator plugin approve {name}, if you trust the new one",
             )  # fmt: skip
     for path in effective.filesystem.read:

@@ -1,36 +1,48 @@
 """The root-owned store of plugins: what was approved is what runs.
 
 A folder is copied to ``plugins/NAME/DIGEST/``, where DIGEST is the SHA-256 over its names, modes and contents;
-previous digests stay for rollback. A binary that is registered by path stays where it is and is pinned by its SHA-256,
-checked on an opened descriptor at every start, and that descriptor's file is what the cage gets.
+previous digests stay for rollback. ``plugin.state`` beside the digests says which one is in use. A binary that is
+registered by path stays where it is and is pinned by its SHA-256, checked on an opened descriptor at every start.
 
-What is registered comes from strangers: the copy follows no link, opens nothing that is not a regular file or a
-folder, and is bounded in size and number. ``plugin.state`` beside the digests says which one is in use.
+A daemon may be killed at any instant. What makes a change real is one rename: of ``plugin.state`` for an addition or a
+new version, of ``plugin.state`` to ``plugin.removed`` for a removal. Before anything else outside the digests is
+touched (a user, a policy file), ``plugin.intent`` says what; whoever finds an intent or a ``plugin.removed`` undoes or
+finishes (``registrar.recover``). Folders of digests that nothing refers to are just deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
-import stat
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from isolator.errors import IsolatorError, NotFoundError, UsageError
-from isolator.linux.files import open_nofollow, openat2
+from isolator.errors import IsolatorError, NotFoundError
+from isolator.linux.files import sync_filesystem
+from isolator.staging import MANIFEST, NAME, PREFIX, Source, Staged
 
-MANIFEST = "plugin.json"
-MAX_FILES = 50_000
-MAX_BYTES = 2 << 30
-MAX_DEPTH = 64
-_NAME = re.compile(r"^[a-z][a-z0-9-]{1,62}$")
-_CHUNK = 1 << 20
+KEPT = 5
+"""Earlier versions that stay for rollback."""
+_STATE, _INTENT, _REMOVED = "plugin.state", "plugin.intent", "plugin.removed"
+_MARKERS = (_INTENT, _REMOVED)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One version of a plugin as the store has it."""
+
+    digest: str
+    """Of the folder's content, or of the synthesised manifest and the pinned binary."""
+    version: str
+    kind: Literal["folder", "binary"] = "folder"
+    binary_path: str = ""
+    """For ``binary``: where it stays."""
+    binary_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,351 +50,201 @@ class Registration:
     """One registered plugin, as ``plugin.state`` keeps it."""
 
     name: str
-    version: str
-    digest: str
-    """Of the folder's content, or of the synthesised manifest and the pinned binary."""
     user: str
     uid: int
-    kind: Literal["folder", "binary"] = "folder"
-    binary_path: str = ""
-    """For ``binary``: where it stays."""
-    binary_sha256: str = ""
+    release: Release
+    """The version in use."""
+    previous: tuple[Release, ...] = ()
+    """Newest first, at most ``KEPT``."""
+    pending: Release | None = None
+    """A newer version that asks for more than this one and waits for approval."""
+    source: Source = field(default_factory=Source)
+    """Where the newest version came from."""
     enabled: bool = True
-    previous: tuple[str, ...] = ()
-    approved_effective: str = ""
-    """Digest of the effective policy that the operator agreed to."""
+    policy_sha256: str = ""
+    """Of the policy file as it was written for this plugin; while the file has it, no operator has edited it."""
+    serial: int = 0
+    """Counts the changes; tells an interrupted change that took effect from one that did not."""
+
+    @property
+    def version(self) -> str:
+        return self.release.version
+
+    @property
+    def digest(self) -> str:
+        return self.release.digest
+
+    @property
+    def kept(self) -> tuple[Release, ...]:
+        """Every version whose files must stay."""
+        return (self.release, *self.previous, *([self.pending] if self.pending else []))
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A plugin that was copied and read but not yet agreed to."""
+class Intent:
+    """What is about to be changed outside the store's digests."""
 
-    token: str
     name: str
-    digest: str
-    folder: Path
-    manifest: bytes
-    synthesised: bool
-    kind: Literal["folder", "binary"] = "folder"
-    binary_path: str = ""
-    binary_sha256: str = ""
+    serial: int
+    """Of the registration that completes the change; 1 for a plugin that is new."""
+    user: str = ""
+    """The system user that is made for a new one."""
+    policy_before: str | None = None
+    """The policy file's text, to be put back; None: there was no file."""
+    policy_sha256: str = ""
+    """Of the text that is written; empty: the file is not touched."""
 
 
 class Store:
     """The store of one daemon."""
 
     def __init__(self, base: Path) -> None:
-        self._base = base
+        self.base = base
         base.mkdir(parents=True, exist_ok=True)
         base.chmod(0o755)
 
-    def clear_staged(self) -> None:
-        """Remove every staged folder: for a daemon that starts, as others use the same store at the same time."""
-        for leftover in self._base.glob(".staging-*"):
-            shutil.rmtree(leftover)
-
     def names(self) -> list[str]:
         """Every registered name."""
-        return sorted(path.parent.name for path in self._base.glob("*/plugin.state"))
+        return sorted(path.parent.name for path in self.base.glob(f"*/{_STATE}"))
 
     def load(self, name: str) -> Registration:
         """One registration; raises NotFoundError when there is none of that name."""
-        if not _NAME.match(name):
+        if not NAME.match(name):
             raise NotFoundError(f"plugin {name!r}", "no such plugin", "see 'isolator plugin list'")
         try:
-            data = json.loads((self._base / name / "plugin.state").read_bytes())
+            return _registration(json.loads((self.base / name / _STATE).read_bytes()))
         except FileNotFoundError:
             raise NotFoundError(f"plugin {name}", "no such plugin", "see 'isolator plugin list'") from None
-        data["previous"] = tuple(data["previous"])
-        return Registration(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise IsolatorError(
+                str(self.base / name / _STATE), f"cannot be read: {error}", "restore it, or delete the folder"
+            ) from None
 
     def save(self, registration: Registration) -> None:
-        """Replace the registration atomically and durably."""
-        folder = self._base / registration.name
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o755)
-        temporary = folder / ".plugin.state"
-        with temporary.open("w") as out:
-            json.dump(asdict(registration), out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(folder / "plugin.state")
+        """Replace the registration atomically and durably: what it says is true from here on."""
+        self._write(registration.name, _STATE, asdict(registration))
+
+    def begin(self, intent: Intent) -> None:
+        """Write down a change before its first step."""
+        self._write(intent.name, _INTENT, asdict(intent))
+
+    def end(self, name: str) -> None:
+        """The change is complete, or undone."""
+        (self.base / name / _INTENT).unlink(missing_ok=True)
+
+    def intents(self) -> list[Intent]:
+        """Changes that were begun and not ended."""
+        return [Intent(**json.loads(path.read_bytes())) for path in sorted(self.base.glob(f"*/{_INTENT}"))]
+
+    def mark_removed(self, name: str) -> None:
+        """From here on the plugin does not exist, and what is left of it is only to be deleted."""
+        folder = self.base / name
+        (folder / _STATE).rename(folder / _REMOVED)
         _sync_folder(folder)
 
-    def folder(self, registration: Registration) -> Path:
-        """Where the files of the digest in use are."""
-        return self._base / registration.name / registration.digest
+    def removed(self) -> list[Registration]:
+        """Plugins whose removal was begun and not ended."""
+        return [
+            _registration(json.loads(path.read_bytes()))
+            for path in sorted(self.base.glob(f"*/{_REMOVED}"))
+            if not (path.parent / _STATE).exists()
+        ]
 
-    def manifest(self, registration: Registration) -> bytes:
+    def folder(self, name: str, release: Release) -> Path:
+        """Where the files of a version are."""
+        return self.base / name / release.digest
+
+    def manifest(self, name: str, release: Release) -> bytes:
         """The text of its plugin.json."""
-        return (self.folder(registration) / MANIFEST).read_bytes()
+        return (self.folder(name, release) / MANIFEST).read_bytes()
 
-    def remove(self, name: str) -> None:
-        """Delete every file of a plugin."""
-        folder = self._base / name
-        if folder.exists():
-            (folder / "plugin.state").unlink(missing_ok=True)
-            shutil.rmtree(folder)
+    def keep(self, staged: Staged) -> None:
+        """Move what was staged to its place under its digest; a second copy of the same digest is dropped.
 
-    def stage_folder(self, path: Path) -> Staged:
-        """Copy a folder and read its manifest; nothing is registered yet."""
-        source = _open_folder(path)
-        token, target = self._new_staging()
-        try:
-            digest = _Copy(str(path)).folder(source, target)
-            manifest = _read_manifest(target, path)
-            name = _name_in(manifest, path)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-        finally:
-            os.close(source)
-        return Staged(token, name, digest, target, manifest, synthesised=False)
-
-    def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
-        """Register a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
-
-        A ``plugin.json`` beside the binary whose name fits is read first, and flags only narrow its hooks.
+        On disk before anything refers to it: after a power cut there is never a registration of empty files.
         """
-        if not _NAME.match(name):
-            raise UsageError(f"plugin name {name!r}", "not [a-z][a-z0-9-]{1,62}", "choose another --name")
-        binary = _resolve(binary)
-        beside = binary.parent / MANIFEST
-        if files is None and beside.exists():
-            staged = self.stage_folder(binary.parent)
-            return self._narrowed(staged, name, binary, hooks)
-        fd = open_binary(binary)
-        try:
-            sha256 = hash_descriptor(fd)
-        finally:
-            os.close(fd)
-        token, target = self._new_staging()
-        try:
-            digest, kind, program = "", "binary", f"./{binary.name}"
-            if files is not None:
-                source = _open_folder(files)
-                try:
-                    digest = _Copy(str(files)).folder(source, target)
-                finally:
-                    os.close(source)
-                files = _resolve(files)
-                if binary.is_relative_to(files):
-                    kind, program = "folder", f"./{binary.relative_to(files)}"
-            manifest = _synthesise(name, sha256, program, hooks)
-            _write_new(target / MANIFEST, manifest, 0o644)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-        digest = hashlib.sha256(b"\0".join([digest.encode(), sha256.encode(), manifest])).hexdigest()
-        if kind == "folder":
-            return Staged(token, name, digest, target, manifest, synthesised=True)
-        return Staged(token, name, digest, target, manifest, True, "binary", str(binary), sha256)
-
-    def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
-        try:
-            body = json.loads(staged.manifest)
-            if staged.name != name:
-                raise UsageError(
-                    f"--name {name}", f"{binary.parent / MANIFEST} calls it {staged.name}",
-                    f"use --name {staged.name} or move the binary away from that file",
-                )  # fmt: skip
-            wanted = (binary.parent / str(body.get("binary", ""))).resolve()
-            if wanted != binary:
-                raise UsageError(
-                    f"--binary {binary}", f"{binary.parent / MANIFEST} names {wanted}", "register that one"
-                )
-            unknown = [hook for hook in hooks if hook not in body.get("hooks", [])]
-            if unknown:
-                raise UsageError(
-                    f"--hooks {','.join(unknown)}", "the manifest beside the binary does not list them",
-                    "flags only narrow a manifest; add them there",
-                )  # fmt: skip
-        except BaseException:
-            self.discard(staged)
-            raise
-        if hooks and hooks != body["hooks"]:
-            manifest = json.dumps({**body, "hooks": hooks}, indent=2).encode()
-            (staged.folder / MANIFEST).write_bytes(manifest)
-            digest = hashlib.sha256(staged.digest.encode() + manifest).hexdigest()
-            return replace(staged, manifest=manifest, digest=digest)
-        return staged
-
-    def commit(self, staged: Staged) -> Path:
-        """Move what was staged to its place under its digest; a second copy of the same digest is dropped."""
-        place = self._base / staged.name / staged.digest
-        place.parent.mkdir(exist_ok=True)
-        place.parent.chmod(0o755)
+        place = self.base / staged.name / staged.digest
+        self._folder_of(staged.name)
         if place.exists():
             shutil.rmtree(staged.folder)
-        else:
-            staged.folder.rename(place)
-            _sync_folder(place.parent)
-        return place
-
-    def discard(self, staged: Staged) -> None:
-        """Delete what was staged."""
-        shutil.rmtree(staged.folder, ignore_errors=True)
-
-    def _new_staging(self) -> tuple[str, Path]:
-        token = secrets.token_hex(8)
-        folder = self._base / f".staging-{token}"
-        folder.mkdir(mode=0o755)
-        folder.chmod(0o755)
-        return token, folder
-
-
-@dataclass
-class _Copy:
-    """One bounded copy of a stranger's folder."""
-
-    what: str
-    files: int = 0
-    size: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-
-    def folder(self, source: int, target: Path, *, depth: int = 0, prefix: str = "") -> str:
-        """Copy everything below ``source``; returns the digest so far (the whole one at depth 0)."""
-        if depth > MAX_DEPTH:
-            raise UsageError(f"{self.what}/{prefix}", f"deeper than {MAX_DEPTH} folders", "flatten it")
-        for name in sorted(os.listdir(source)):  # by descriptor
-            self.files += 1
-            if self.files > MAX_FILES:
-                raise UsageError(self.what, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
-            path = f"{prefix}{name}"
-            info = os.stat(name, dir_fd=source, follow_symlinks=False)
-            if stat.S_ISDIR(info.st_mode):
-                if name == ".git":
-                    continue
-                self._note("d", path)
-                (target / name).mkdir()
-                (target / name).chmod(0o755)
-                fd = openat2(source, name, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    self.folder(fd, target / name, depth=depth + 1, prefix=f"{path}/")
-                finally:
-                    os.close(fd)
-            elif stat.S_ISLNK(info.st_mode):
-                self._link(source, name, target, path, depth)
-            elif stat.S_ISREG(info.st_mode):
-                self._file(source, name, target / name, path)
-            else:
-                raise UsageError(f"{self.what}/{path}", "not a regular file, a folder or a link", "remove it")
-        return self.digest.hexdigest()
-
-    def _note(self, *words: str) -> None:
-        self.digest.update("\0".join(words).encode(errors="surrogateescape") + b"\n")
-
-    def _link(self, source: int, name: str, target: Path, path: str, depth: int) -> None:
-        goal = os.readlink(name, dir_fd=source)
-        # Harmless in the cage, but outside it other tools (a backup, a copy) would follow it out of the store.
-        steps = os.path.normpath(os.path.join(os.path.dirname(path), goal))
-        if goal.startswith("/") or steps == ".." or steps.startswith("../"):
-            raise UsageError(f"{self.what}/{path}", f"a link out of the folder, to {goal}", "copy the file itself")
-        self._note("l", path, goal)
-        (target / name).symlink_to(goal)
-
-    def _file(self, source: int, name: str, target: Path, path: str) -> None:
-        # O_NONBLOCK: what was a file a moment ago may be a FIFO now, and opening it would block for ever.
-        fd = openat2(source, name, os.O_RDONLY | os.O_NONBLOCK)
+            return
+        fd = os.open(staged.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise UsageError(f"{self.what}/{path}", "changed while it was being read", "try again")
-            executable = bool(info.st_mode & 0o111)
-            content = hashlib.sha256()
-            with target.open("xb") as out:
-                while chunk := os.read(fd, _CHUNK):
-                    self.size += len(chunk)
-                    if self.size > MAX_BYTES:
-                        raise UsageError(self.what, f"more than {MAX_BYTES >> 20} MiB", "leave out what is not needed")
-                    content.update(chunk)
-                    out.write(chunk)
-                os.fchmod(out.fileno(), 0o755 if executable else 0o644)
-            self._note("x" if executable else "f", path, content.hexdigest())
+            sync_filesystem(fd)
         finally:
             os.close(fd)
+        staged.folder.rename(place)
+        _sync_folder(place.parent)
+
+    def prune(self, name: str, kept: Iterable[Release]) -> None:
+        """Delete the files of every version that is not to be kept."""
+        digests = {release.digest for release in kept}
+        for folder in (self.base / name).iterdir():
+            if folder.is_dir() and folder.name not in digests:
+                self._trash(folder)
+
+    def prune_all(self) -> None:
+        """Delete what a killed daemon left: staged copies, and digests that no registration refers to.
+
+        For a daemon that starts; while one runs, what is staged may still be wanted.
+        """
+        for leftover in self.base.glob(f"{PREFIX}*"):
+            shutil.rmtree(leftover)
+        for name in self.names():
+            with contextlib.suppress(IsolatorError):
+                self.prune(name, self.load(name).kept)
+        for folder in self.base.iterdir():
+            if not (folder / _STATE).exists() and not any((folder / marker).exists() for marker in _MARKERS):
+                shutil.rmtree(folder)
+
+    def delete(self, name: str) -> None:
+        """Delete every file of a plugin; the marks that say so last."""
+        folder = self.base / name
+        if not folder.exists():
+            return
+        (folder / _STATE).unlink(missing_ok=True)
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in _MARKERS:
+                entry.unlink()
+        for marker in _MARKERS:
+            (folder / marker).unlink(missing_ok=True)
+        folder.rmdir()
+
+    def _trash(self, folder: Path) -> None:
+        # Renamed first: a digest that is there is a whole one, also when this is interrupted.
+        trash = self.base / f"{PREFIX}{secrets.token_hex(8)}"
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+    def _folder_of(self, name: str) -> Path:
+        folder = self.base / name
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+        return folder
+
+    def _write(self, name: str, file: str, content: dict[str, Any]) -> None:
+        folder = self._folder_of(name)
+        temporary = folder / f".{file}"
+        with temporary.open("w") as out:
+            json.dump(content, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(folder / file)
+        _sync_folder(folder)
 
 
-def open_binary(path: Path) -> int:
-    """Open a binary that stays where it is; it and every folder above must be root's and writable by nobody else."""
-    for folder in [*reversed(path.parents), path]:
-        info = folder.lstat()
-        wanted = "regular file" if folder == path else "folder"
-        if folder == path and not stat.S_ISREG(info.st_mode):
-            raise UsageError(str(folder), f"not a {wanted}", "name the binary itself")
-        sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX and not info.st_uid
-        if (
-            info.st_uid != 0
-            or (info.st_mode & 0o022 and not sticky)
-            or (sticky and folder != path and info.st_mode & 2)
-        ):
-            raise UsageError(
-                str(folder), "others than root can change it, and so what would run",
-                f"chown root, chmod go-w, or register the folder instead: isolator plugin add {path.parent}",
-            )  # fmt: skip
-    if not path.stat().st_mode & 0o111:
-        raise UsageError(str(path), "not executable", f"chmod +x {path}")
-    try:
-        return open_nofollow(str(path), os.O_RDONLY)
-    except OSError as error:
-        raise UsageError(str(path), error.strerror or "", "name the file itself, not a link to it") from None
-
-
-def hash_descriptor(fd: int) -> str:
-    """SHA-256 of an open file."""
-    digest = hashlib.sha256()
-    offset = 0
-    while chunk := os.pread(fd, _CHUNK, offset):
-        digest.update(chunk)
-        offset += len(chunk)
-    return digest.hexdigest()
-
-
-def _resolve(path: Path) -> Path:
-    try:
-        return path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(str(path), getattr(error, "strerror", None) or "cannot be found", "check the path") from None
-
-
-def _open_folder(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(str(path), error.strerror or "", "name a folder that has a plugin.json") from None
-
-
-def _read_manifest(folder: Path, source: Path) -> bytes:
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise UsageError(
-            f"{source / MANIFEST}", "not there (or not a regular file)",
-            "write one (see 'isolator new'), or register with --name, --binary and --hooks",
-        )  # fmt: skip
-    return path.read_bytes()
-
-
-def _name_in(manifest: bytes, path: Path) -> str:
-    from isolator.policy.request import parse_manifest_core
-
-    return parse_manifest_core(manifest, name=str(path / MANIFEST)).name
-
-
-def _synthesise(name: str, sha256: str, program: str, hooks: list[str]) -> bytes:
-    from isolator.policy.request import synthesise_manifest
-
-    return json.dumps(synthesise_manifest(name, sha256, program, hooks), indent=2).encode()
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        os.write(fd, content)
-        os.fchmod(fd, mode)
-    finally:
-        os.close(fd)
+def _registration(data: dict[str, Any]) -> Registration:
+    return Registration(
+        **{
+            **data,
+            "release": Release(**data["release"]),
+            "previous": tuple(Release(**release) for release in data["previous"]),
+            "pending": Release(**data["pending"]) if data["pending"] else None,
+            "source": Source(**{**data["source"], "hooks": tuple(data["source"]["hooks"])}),
+        }
+    )
 
 
 def _sync_folder(folder: Path) -> None:

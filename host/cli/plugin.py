@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from host.cli import given
-from host.cli.output import AS_JSON, SETTINGS, ago, paragraph, print_json, room, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, table
+from host.cli.registering import HISTORY_HINT, approve_plugin, register, show_proposal, update_plugin
 from host.client import Client
-from isolator.errors import NeedsApprovalError, NotFoundError, UsageError
+from isolator.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-HISTORY_HINT = (
-    "isolator: hint: secrets given as K=V stay in the shell's history; K=@FILE or K=- does not leave them there"
-)
-
-_WIDE = 110
-"""Columns from which the grant has a column of its own."""
-_NAMES = ("hooks", "permissions", "egress", "listen", "read")
 
 
 @click.group(
@@ -70,128 +62,30 @@ def add(
         raise UsageError("plugin add", "name a folder, or give --name, --binary and --hooks", "see --help")
     values, spelled_out = given.config_values(config)
     with Client(root) as client:
-        _register(client, request, values, spelled_out, yes=yes, as_json=as_json)
+        register(client, request, values, spelled_out, yes=yes, as_json=as_json)
 
 
-@plugin.command()
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n\n"
+    "A version that asks for more waits (exit code 5): isolator plugin approve N"
+)
 @click.argument("name")
 @click.argument("folder", metavar="[DIR]", required=False)
-@click.option("--yes", "-y", is_flag=True, help="Agree to what is shown.")
+@click.option("--config", "config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
+@click.option("--yes", "-y", is_flag=True, help="Agree also if it asks for more than before.")
 @AS_JSON
 @click.pass_obj
-def update(root: str | None, name: str, folder: str | None, yes: bool, as_json: bool) -> None:
-    """Take over a newer version of a plugin from DIR, or the present content of its binary."""
+def update(root: str | None, name: str, folder: str | None, config: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Take over a newer version from DIR, or from where the last one came from.
+
+    If it is not up in time, the version before comes back by itself.
+    """
+    request: dict[str, Any] = {"update": name}
+    if folder is not None:
+        request["path"] = given.absolute(folder)
+    values, spelled_out = given.config_values(config)
     with Client(root) as client:
-        now = client.call("plugin.show", name=name)
-        if folder is not None:
-            request: dict[str, Any] = {"path": given.absolute(folder)}
-        elif now.get("binary"):
-            request = {"name": name, "binary": now["binary"], "hooks": now["hooks"]}
-        else:
-            raise UsageError(
-                "plugin update", "name the folder with the new version", f"isolator plugin update {name} DIR"
-            )
-        _register(client, request, {}, [], yes=yes, as_json=as_json, must_be=name)
-
-
-def _register(
-    client: Client,
-    request: Mapping[str, Any],
-    values: dict[str, str],
-    spelled_out: list[str],
-    *,
-    yes: bool,
-    as_json: bool,
-    must_be: str | None = None,
-) -> None:
-    staged = client.call("plugin.stage", **request, config=values)
-    name = staged["name"]
-    if must_be is not None and name != must_be:
-        raise UsageError(f"plugin update {must_be}", f"the folder holds {name}", f"isolator plugin add it as {name}")
-    if staged.get("registered") and must_be is None:
-        raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
-    if not as_json:
-        _show_staged(staged)
-    if {key.lower() for key in staged["secrets_given"]} & {key.lower() for key in spelled_out}:
-        click.echo(HISTORY_HINT, err=True)
-    if not yes:
-        _ask(f"Register {name} with exactly this?")
-    done = client.call("plugin.commit", token=staged["token"], config=values)
-    if as_json:
-        print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
-        return
-    verb = "updated" if staged.get("registered") else "added"
-    click.echo(f"{verb} {name} {done['plugin']['version']}; it starts with its first event")
-    for key in done["missing"]:
-        remedy = f"isolator plugin config {name} set {key}=VALUE"
-        click.echo(f"isolator: {name} cannot start before {key} is set: {remedy}", err=True)
-
-
-def _ask(question: str) -> None:
-    """Yes from a person at a terminal, or NeedsApprovalError."""
-    if not sys.stdin.isatty():
-        raise NeedsApprovalError("plugin add", "nobody is there to agree", "add --yes to agree to what is shown")
-    if not click.confirm(question):
-        raise NeedsApprovalError("plugin add", "not agreed", "nothing was changed")
-
-
-def _show_staged(staged: Mapping[str, Any]) -> None:
-    what = "flags only, no manifest" if staged["synthesised"] else "plugin.json"
-    click.echo(f"{staged['name']} {staged['version']} ({what}, {staged['mode']})")
-    if staged["description"]:
-        click.echo(f"  {safe(staged['description'])}")
-    click.echo()
-    _show_proposal(staged["proposal"])
-    for field in staged["config"]:
-        marks = [field["type"], *(["secret"] if field["secret"] else []), *(["required"] if field["required"] else [])]
-        click.echo(f"config {field['key']}: {', '.join(marks)}")
-    for warning in staged["warnings"]:
-        click.echo(f"isolator: warning: {safe(warning)}", err=True)
-
-
-def _show_proposal(proposal: Mapping[str, Any]) -> None:
-    columns = room()
-    narrow = columns is not None and columns < _WIDE
-    rows = []
-    for line in proposal["lines"]:
-        source = _source(line, proposal["policy_file"])
-        cells = [line["field"], line["requested"], line["granted"], line["effective"], line["verdict"], source]
-        if narrow:
-            # Of a name there is all or nothing, and what was granted stands in the policy at the line that is named.
-            effect = line["effective"]
-            if line["field"] in _NAMES and effect == line["requested"] != "none":
-                effect = "yes"
-            cells[2:4] = [effect]
-        rows.append(cells)
-    table(["item", "requested", *([] if narrow else ["granted"]), "effective", "verdict", "from"], rows)
-    refused = [line for line in proposal["lines"] if line["verdict"] == "refused" and line.get("reason")]
-    if refused:
-        click.echo()
-        paragraph(
-            "; ".join(f"{line['field']} {safe(line['requested'])}: {line['reason']}" for line in refused), "Refused: "
-        )
-    additions = [line for line in proposal["lines"] if line.get("add")]
-    if additions:
-        click.echo("\nTo grant what is pending, write in the policy:")
-        section = None
-        for line in additions:
-            if line.get("section") != section:
-                section = line.get("section")
-                click.echo(f"  [{safe(section)}]")
-            click.echo(f"  {safe(line['add'])}")
-    click.echo()
-    for sentence in proposal["sentences"].values():
-        paragraph(safe(sentence), "- ")
-    click.echo(f"\npolicy: {proposal['policy_file']}\neffective sha256:\n  {proposal['effective_digest']}\n")
-
-
-def _source(line: Mapping[str, Any], policy_file: str | None) -> str:
-    """Where a line was decided, as short as can be: the policy itself is named once, below the table."""
-    source = str(line["source"])
-    file, colon, number = source.rpartition(":")
-    if colon and number.isdecimal():
-        source = f"policy:{number}" if file == policy_file else f"{Path(file).name}:{number}"
-    return source
+        update_plugin(client, request, values, spelled_out, yes=yes, as_json=as_json)
 
 
 @plugin.command("list")
@@ -210,9 +104,17 @@ def list_plugins(root: str | None, as_json: bool) -> None:
     rows = []
     for p in plugins:
         up = ago(p.get("started_at")) if p.get("pid") else None
-        note = p.get("error") or p.get("holding")
+        note = p.get("error") or _waits(p) or p.get("holding")
         rows.append([p["name"], p["version"], p["state"], p.get("pid"), up, p["restarts"], p["queue"], note])
     table(["name", "version", "state", "pid", "up", "restarts", "queue", "note"], rows)
+
+
+def _waits(shown: Mapping[str, Any]) -> str | None:
+    """What of a plugin waits for an operator."""
+    if shown.get("found"):
+        return f"found in {shown['found']}; isolator plugin approve {shown['name']}"
+    pending = shown.get("pending")
+    return f"{pending['version']} asks for more; isolator plugin approve {shown['name']}" if pending else None
 
 
 @plugin.command()
@@ -227,9 +129,13 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         print_json(found)
         return
     shown = ["name", "version", "state", "error", "holding", "pid", "uid", "run", "restarts", "mode", "hooks", "queue"]
-    for key in (*shown, "digest", "effective_digest", "binary", "previous"):
+    for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
         if found.get(key) not in (None, "", []):
             click.echo(f"{key + ':':18}{safe(found[key])}")
+    if found.get("pending"):
+        click.echo(f"{'waits:':18}{safe(_waits(found))}")
+        for phrase in found["pending"]["differences"]:
+            click.echo(f"{'':18}{safe(phrase)}")
     _show_config(found["config"])
     for line in found["stderr"]:
         click.echo(f"stderr: {safe(line)}")
@@ -246,7 +152,7 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
     if as_json:
         print_json(proposal)
     else:
-        _show_proposal(proposal)
+        show_proposal(proposal)
 
 
 def _simple(verb: str, summary: str, done: str) -> None:
@@ -269,8 +175,7 @@ _simple("stop", "Stop a plugin; the next event starts it again.", "stopped")
 _simple("restart", "Stop a plugin and start it again.", "restarted")
 _simple("enable", "Let a disabled plugin run again.", "enabled")
 _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disabled")
-_simple("remove", "Stop a plugin and forget it: files, user, config, queue.", "removed")
-_simple("rollback", "Go back to the version before.", "rolled back")
+_simple("rollback", "Go back to the version before; if that is not up in time, nothing changes.", "rolled back")
 
 
 @plugin.command()
@@ -279,17 +184,34 @@ _simple("rollback", "Go back to the version before.", "rolled back")
 @AS_JSON
 @click.pass_obj
 def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
-    """Show what waits for an operator's agreement, ask, and agree to it."""
+    """Show what waits for an operator's agreement, ask, and agree to it.
+
+    That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
+    """
     with Client(root) as client:
-        if not as_json:
-            _show_proposal(client.call("plugin.explain", name=name)["proposal"])
-        if not yes:
-            _ask(f"Approve {name} with exactly this?")
-        answer = client.call("plugin.approve", name=name)
+        now = client.call("plugin.show", name=name)
+        if now.get("found"):
+            register(client, {"path": now["found"]}, {}, [], yes=yes, as_json=as_json)
+        else:
+            approve_plugin(client, name, yes=yes, as_json=as_json)
+
+
+@plugin.command()
+@click.argument("name")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@AS_JSON
+@click.pass_obj
+def remove(root: str | None, name: str, yes: bool, as_json: bool) -> None:
+    """Stop a plugin and forget it: files, user, config, queue, and what it has stored."""
+    with Client(root) as client:
+        client.call("plugin.show", name=name)
+        if not yes and sys.stdin.isatty():
+            click.confirm(f"Remove {name} and delete everything it has stored?", abort=True)
+        answer = client.call("plugin.remove", name=name)
     if as_json:
         print_json(answer)
     else:
-        click.echo(f"approved {name}")
+        click.echo(f"removed {name}")
 
 
 @plugin.command(

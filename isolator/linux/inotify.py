@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -10,13 +11,16 @@ from dataclasses import dataclass
 from isolator.linux._libc import call, libc
 
 IN_MODIFY = 0x2
+IN_ATTRIB = 0x4
 IN_CLOSE_WRITE = 0x8
 IN_MOVED_FROM = 0x40
 IN_MOVED_TO = 0x80
 IN_CREATE = 0x100
 IN_DELETE = 0x200
 IN_DELETE_SELF = 0x400
+IN_MOVE_SELF = 0x800
 IN_ONLYDIR = 0x01000000
+IN_DONT_FOLLOW = 0x02000000
 
 _HEADER = struct.Struct("iIII")
 
@@ -42,6 +46,11 @@ class Inotify:
     def watch(self, path: str, mask: int) -> int:
         """Watch ``path`` for the events in ``mask``; returns the watch number."""
         return call(libc.inotify_add_watch, f"watch of {path}", self._fd, os.fsencode(path), ctypes.c_uint32(mask))
+
+    def unwatch(self, number: int) -> None:
+        """End a watch; no error when the kernel has ended it, as it does when the folder is gone."""
+        with contextlib.suppress(OSError):
+            call(libc.inotify_rm_watch, "inotify_rm_watch", self._fd, number)
 
     def read(self) -> list[Event]:
         """Every event that waits; empty when none does."""

@@ -147,6 +147,7 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
     resources, fs = spec.policy.resources, spec.policy.filesystem
     promise = Promise(
         uid=spec.uid,
+        gid=spec.gid,
         memory=resources.memory,
         cpu=resources.cpu,
         tasks=resources.tasks,

@@ -80,6 +80,7 @@ class Daemon:
         self._news = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._staged: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self._sources: dict[str, Path] = {}
         self._runs = 0
         self.hello_plugins: list[str] | None = None
 
@@ -121,6 +122,7 @@ class Daemon:
             "run.restart": self._restart,
             "plugin.stage": self._stage,
             "plugin.commit": self._commit,
+            "plugin.update": self._commit,
             "plugin.discard": self._discard,
             "plugin.remove": self._remove,
             "plugin.enable": self._enable,
@@ -381,6 +383,8 @@ class Daemon:
 
     async def _stage(self, message: Message) -> Message:
         fields = message.fields
+        if fields.get("update"):
+            fields = {"path": str(self._sources[fields["update"]]), **fields}
         if fields.get("path"):
             text = (Path(fields["path"]) / "plugin.json").read_bytes()
         else:
@@ -406,6 +410,8 @@ class Daemon:
             "synthesised": core.synthesised,
             "proposal": proposal,
             "registered": core.name in self.sidecars,
+            "differences": [],
+            "unchanged": False,
         }
         return Message(answer, [file])
 
@@ -415,6 +421,7 @@ class Daemon:
         sidecar = self.sidecars.get(manifest["name"]) or self._make(manifest, PLUGIN_UID)
         sidecar.manifest = manifest
         source = Path(fields["path"]) / manifest["binary"] if fields.get("path") else Path(fields["binary"])
+        self._sources[sidecar.name] = source.parent
         target = sidecar.folder / manifest["binary"]
         shutil.copy(source, target)
         target.chmod(0o755)

@@ -1,0 +1,285 @@
+"""The daemon's unprivileged processes, introduced to each other: audit, broker, host.
+
+They start in this order and stop in the reverse. Each gets a channel to the supervisor and (but for audit itself) a
+source socket of its own to the audit process; whoever dies is started again and introduced anew: to audit come new
+source sockets, to the broker the listeners of every cage that runs, to the host the plugins, their log pipes and the
+listeners of their host API. What is said is in docs/internals.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from isolator.audit.client import AuditClient
+from isolator.egress.hardening import filter_file
+from isolator.errors import IsolatorError, NotFoundError
+from isolator.ipc import MAX_PACKET, Channel, Handler, Message, pair
+from isolator.layers import network as network_layer
+from isolator.layers.user import add_service_user
+from isolator.lifecycle import Plugin
+from isolator.paths import Paths
+from isolator.plugin_cage import Environment, host_api_folder
+from isolator.policy.hostconfig import HostConfig
+from isolator.policy.model import NetworkPolicy
+from isolator.sandbox import End, Tools
+from isolator.services import Service, ServiceSpec
+
+HOST_MODULE = "host.serve"
+"""Named, never imported: ``isolator`` does not know what the host is made of."""
+MAX_CONNECTORS = 16
+"""Sockets of a cage's network that the broker gets at a time."""
+
+
+class Known(Protocol):
+    """What the services are told about: the plugins and what was found."""
+
+    @property
+    def plugins(self) -> dict[str, Plugin]: ...
+
+    def entries(self) -> list[dict[str, Any]]: ...
+
+    def handlers(self) -> dict[str, Handler]: ...
+
+
+class DaemonServices:
+    """The services of one daemon."""
+
+    def __init__(
+        self, paths: Paths, config: HostConfig, tools: Tools, audit: AuditClient, known: Known,
+        log: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._paths, self._config, self._tools, self._audit = paths, config, tools, audit
+        self._known, self._log = known, log
+        self._services: dict[str, Service] = {}
+        self._audit_ends: dict[str, socket.socket] = {}
+        self._attached: dict[str, tuple[str, network_layer.CageNetwork, NetworkPolicy]] = {}
+
+    async def start(self) -> None:
+        """Make their users and folders, and start them; returns when the host accepts commands."""
+        paths = self._paths
+        users = {
+            name: add_service_user(paths.named(f"isolator-{user}"), comment=f"Isolator {name}")
+            for name, user in (("audit", "audit"), ("broker", "net"), ("host", "host"))
+        }
+        for folder, name, mode in (
+            (paths.audit_lib, "audit", 0o700),
+            (paths.audit_log, "audit", 0o755),
+            (paths.host_lib, "host", 0o700),
+            (paths.plugin_log, "host", 0o755),
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(mode)
+            os.chown(folder, *users[name])
+        for name, module, ops, up in (
+            ("audit", "isolator.audit.service", {}, self._audit_up),
+            ("broker", "isolator.egress.service", {"cage.sockets": self._on_cage_sockets}, self._broker_up),
+            ("host", HOST_MODULE, self._known.handlers(), self._host_up),
+        ):
+            spec = ServiceSpec(name, module, *users[name], ops)
+            service = Service(
+                spec, self._tools.subtree, self._tools.journal, on_up=up, log=self._log,
+                inherit=(dict if name == "audit" else functools.partial(self._inherit, name)),
+            )  # fmt: skip
+            self._services[name] = service
+            await service.start()
+
+    async def stop(self, names: Iterable[str]) -> None:
+        """Stop these, in this order; those that were never started are passed over."""
+        for name in names:
+            if name in self._services:
+                await self._services[name].stop()
+
+    def started(self, name: str) -> bool:
+        """Whether a service was ever started."""
+        return name in self._services
+
+    def tell_host(self, op: str, /, *, fds: Iterable[int] = (), **fields: Any) -> None:
+        """Tell the host; nothing when it is away, as it is told everything when it is back."""
+        host = self._services.get("host")
+        if host is not None and host.channel is not None:
+            host.channel.notify(op, fds=list(fds), **fields)
+
+    # --- introductions -----------------------------------------------------------------------------------------
+
+    def _hello(self) -> dict[str, Any]:
+        return {"root": str(self._paths.root), "config": self._config.model_dump(mode="json")}
+
+    def _inherit(self, source: str) -> dict[str, int]:
+        inherited = {"audit": self._audit_end(source)}
+        return inherited | {"filter": filter_file(self._paths.cache)} if source == "broker" else inherited
+
+    def _audit_end(self, source: str) -> int:
+        """The sending end of a new source socket; the other end goes to the audit process."""
+        mine, theirs = pair()
+        old = self._audit_ends.pop(source, None)
+        if old is not None:
+            old.close()
+        self._audit_ends[source] = mine
+        audit = self._services["audit"]
+        if audit.channel is not None:
+            audit.channel.notify("source", fds=[theirs.fileno()], name=source)
+        theirs.close()
+        return os.dup(mine.fileno())
+
+    async def _audit_up(self, service: Service) -> None:
+        assert service.channel is not None
+        await service.channel.call("hello", timeout=20, **self._hello())
+        self._audit.replace(socket.socket(fileno=self._audit_end("supervisor")))
+        for name in ("broker", "host"):
+            other = self._services.get(name)
+            if other is not None and other.up.is_set() and other.channel is not None:
+                fd = self._audit_end(name)
+                other.channel.notify("audit.source", fds=[fd])
+                os.close(fd)
+        if service.starts > 1:
+            self._audit.record("audit.gap", count=0, why="the audit process ended and was started again")
+
+    async def _broker_up(self, service: Service) -> None:
+        assert service.channel is not None
+        await service.channel.call("hello", timeout=20, **self._hello())
+        for run, (plugin, network, policy) in list(self._attached.items()):
+            try:
+                sockets = await asyncio.to_thread(network_layer.reopen, network, policy)
+                await self._hand_over(service.channel, run, sockets)
+            except IsolatorError as error:
+                if service.channel.closed.is_set():
+                    raise
+                # A port was taken while the broker was away, or the cage is just ending: the others go on.
+                self._log(f"plugin {plugin}: {error}")
+                owner = self._known.plugins.get(plugin)
+                if owner is not None and owner.run is not None and owner.run.id == run:
+                    owner.run.end(str(error))
+
+    async def _hand_over(self, broker: Channel, run: str, sockets: list[int]) -> None:
+        """Give the broker a cage's sockets and the host's listeners for it; ours are closed, whatever happens.
+
+        A kept copy would let connects hang, instead of being refused, when the broker dies.
+        """
+        plugin, _, policy = self._attached[run]
+        fds = list(sockets)
+        try:
+            fds += network_layer.host_listeners(policy)
+            await broker.call(
+                "cage.attach", fds=fds, run=run, plugin=plugin, policy=policy.model_dump(mode="json"), timeout=10
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def _host_up(self, service: Service) -> None:
+        assert service.channel is not None
+        listener = self._control_listener()
+        fds = [listener.detach()]
+        plugins: list[dict[str, Any]] | None = self._known.entries()
+        encoded = json.dumps(plugins).encode()
+        if len(encoded) > MAX_PACKET // 2:
+            plugins = None
+            fds.append(os.memfd_create("plugins", os.MFD_CLOEXEC))
+            with os.fdopen(os.dup(fds[-1]), "wb") as file:
+                file.write(encoded)
+        try:
+            await service.channel.call("hello", fds=fds, plugins=plugins, timeout=30, **self._hello())
+        finally:
+            for fd in fds:
+                os.close(fd)
+        for plugin in self._known.plugins.values():
+            if plugin.run is not None and plugin.state == "running":
+                self._announce(service, plugin, plugin.run.pipes)
+
+    def _control_listener(self) -> socket.socket:
+        """A fresh listener on the control socket; all may connect, the caller's uid decides what it may do."""
+        path = self._paths.control_socket
+        path.unlink(missing_ok=True)
+        return _listen(path, mode=0o666, owner=0, backlog=128)
+
+    # --- what a plugin's life needs ----------------------------------------------------------------------------
+
+    async def environment(self, name: str) -> Environment:
+        """Ask the host for a plugin's config."""
+        host = self._services["host"]
+        async with asyncio.timeout(30):
+            await host.up.wait()
+        assert host.channel is not None
+        answer = (await host.channel.call("run.environment", name=name, timeout=10)).fields
+        return Environment(dict(answer.get("env", {})), dict(answer.get("files", {})))
+
+    async def attach_network(
+        self, run: str, plugin: str, network: network_layer.CageNetwork, policy: NetworkPolicy
+    ) -> None:
+        """Hand the cage's listeners to the broker and give up our copies: a kept one would make connects hang."""
+        broker = self._services["broker"]
+        async with asyncio.timeout(30):
+            await broker.up.wait()
+        assert broker.channel is not None
+        self._attached[run] = (plugin, network, policy)
+        sockets, network.sockets = network.sockets, []
+        try:
+            await self._hand_over(broker.channel, run, sockets)
+        except BaseException:
+            self._attached.pop(run, None)
+            raise
+
+    async def detach_network(self, run: str) -> None:
+        """The cage is gone: the broker closes its listeners and flows."""
+        if self._attached.pop(run, None) is not None and self._services["broker"].channel is not None:
+            await self._services["broker"].channel.call("cage.detach", run=run, timeout=10)
+
+    async def _on_cage_sockets(self, message: Message) -> Message:
+        """Sockets for connections that come in from outside; only for cages whose policy has any."""
+        attached = self._attached.get(str(message.fields.get("run")))
+        if attached is None or not attached[2].listen:
+            raise NotFoundError("cage.sockets", "no such run, or nothing may be forwarded into it")
+        count = min(max(int(message.fields.get("count", 1)), 1), MAX_CONNECTORS)
+        version = 6 if message.fields.get("version") == 6 else 4
+        fds = await asyncio.to_thread(network_layer.connectors, attached[1], count, version=version)
+        return Message({}, fds)
+
+    def run_started(self, plugin: Plugin, pipes: list[int]) -> None:
+        """Tell the host of a run; it gets the log pipes and the listener of the plugin's host API."""
+        self._announce(self._services["host"], plugin, pipes)
+
+    def run_ended(self, plugin: Plugin, run: str, end: End, *, expected: bool, retry_in: float | None) -> None:
+        """Tell the host how a run ended."""
+        self.tell_host(
+            "run.ended", name=plugin.name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause,
+            expected=expected, uptime=end.uptime, state=plugin.state, retry_in=retry_in,
+        )  # fmt: skip
+
+    def _announce(self, host: Service, plugin: Plugin, pipes: list[int]) -> None:
+        if host.channel is None or plugin.run is None:
+            return
+        path = host_api_folder(self._paths, plugin.name) / "host.sock"
+        path.unlink(missing_ok=True)
+        listener = _listen(path, mode=0o600, owner=plugin.registration.uid, backlog=16)
+        try:
+            host.channel.notify(
+                "run.started", fds=[*pipes, listener.fileno()], name=plugin.name, run=plugin.run.id,
+                pid=plugin.run.sandbox.pid,
+            )  # fmt: skip
+        finally:
+            listener.close()
+
+
+def _listen(path: Path, *, mode: int, owner: int, backlog: int) -> socket.socket:
+    """A listening Unix socket at ``path``, however long the path is, with its final owner and mode."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        previous = os.umask(0o177)
+        try:
+            listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.umask(previous)
+        os.chown(path, owner, -1)
+        os.chmod(path, mode)
+        listener.listen(backlog)
+        return listener
+    finally:
+        os.close(folder)
