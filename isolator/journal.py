@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Journal:
                 "stop it first, or use another --root",
             ) from None  # fmt: skip
         self.open: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+        """State folders are made ready in threads."""
         self._lines = 0
         self._read()
 
@@ -70,15 +73,17 @@ class Journal:
 
     def make(self, entry: Entry) -> None:
         """Write down what is about to be made."""
-        self.open[entry.name] = entry
-        self._append(asdict(entry))
+        with self._lock:
+            self.open[entry.name] = entry
+            self._append(asdict(entry))
 
     def gone(self, name: str) -> None:
         """Write down that it was removed."""
-        if self.open.pop(name, None) is not None:
-            self._append({"gone": name})
-            if self._lines > _COMPACT_LINES and len(self.open) * 4 < self._lines:
-                self._compact()
+        with self._lock:
+            if self.open.pop(name, None) is not None:
+                self._append({"gone": name})
+                if self._lines > _COMPACT_LINES and len(self.open) * 4 < self._lines:
+                    self._compact()
 
     def close(self) -> None:
         """Release the lock; the file goes too when nothing is open."""
