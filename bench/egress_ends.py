@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 ECHO, SOURCE, TALK = 9000, 9001, 9002
 CHUNK = bytes(1 << 20)
@@ -33,10 +34,11 @@ def server() -> None:
     print("ready", flush=True)
     while True:
         for key, _ in selector.select():
-            sock = key.fileobj
-            if sock is listener:
-                selector.register(listener.accept()[0], selectors.EVENT_READ)
+            if key.fileobj is listener:
+                made = listener.accept()[0]
+                selector.register(made, selectors.EVENT_READ, made)
                 continue
+            sock: socket.socket = key.data
             try:
                 data = sock.recv(100)
                 sock.sendall(data)
@@ -47,7 +49,7 @@ def server() -> None:
                 sock.close()
 
 
-def _accept(listener: socket.socket, serve: object) -> None:
+def _accept(listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
     while True:
         connection, _ = listener.accept()
         threading.Thread(target=serve, args=(connection,), daemon=True).start()

@@ -57,6 +57,7 @@ CREATE TABLE deliveries (
   crashes INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL DEFAULT 0, key TEXT, status TEXT, detail TEXT, reply TEXT,
   latency_us INTEGER, updated REAL NOT NULL, PRIMARY KEY (seq, plugin)
 ) WITHOUT ROWID;
+CREATE INDEX deliveries_given_up ON deliveries(plugin, seq) WHERE state IN ('dead', 'expired', 'quarantined');
 CREATE TABLE plugins (name TEXT PRIMARY KEY, digest TEXT NOT NULL, version TEXT NOT NULL, added REAL NOT NULL);
 CREATE TABLE config (
   plugin TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL, value BLOB NOT NULL,

@@ -6,6 +6,14 @@ import hashlib
 import os
 from pathlib import Path
 
+_NEW = ".being-written"
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed daemon had not written to its end."""
+    for path in folder.glob(f".*{_NEW}"):
+        path.unlink()
+
 
 def read(path: Path) -> str | None:
     """The file as it is; None when there is none."""
@@ -18,7 +26,7 @@ def read(path: Path) -> str | None:
 def write(path: Path, text: str) -> None:
     """Replace the file atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
+    temporary = path.with_name(f".{path.name}{_NEW}")
     temporary.unlink(missing_ok=True)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     with os.fdopen(fd, "w", errors="surrogateescape") as out:

@@ -89,6 +89,7 @@ class Registrar:
             self._forget(registration)
             done.append(f"finished the removal of plugin {registration.name}")
         self.store.prune_all()
+        policy_files.clear(self._paths.policies)
         return done
 
     def names(self) -> list[str]:
@@ -106,18 +107,23 @@ class Registrar:
         try:
             text = self.store.manifest(name, registration.release)
             core = parse_manifest_core(text, name=f"{name}/plugin.json")
-            proposal = self._meet(core)
-            if proposal.needs_approval:
-                raise NeedsApprovalError(
-                    f"policy {self.policy_file(name)}", "the file is gone",
-                    f"put it back, or isolator plugin approve {name}",
-                )  # fmt: skip
+            proposal = self.granted(core)
             return Loaded(registration, json.loads(text), proposal, _argv(registration.release, core))
         except (IsolatorError, OSError, ValueError) as error:
             manifest: dict[str, Any] = {}
             with contextlib.suppress(ValueError):
                 manifest = json.loads(text)
             return Loaded(registration, manifest, None, error=str(error))
+
+    def granted(self, core: ManifestCore) -> Proposal:
+        """What the policy file grants this manifest; raises when there is none, or it is of no use."""
+        proposal = self._meet(core)
+        if proposal.needs_approval:
+            raise NeedsApprovalError(
+                f"policy {self.policy_file(core.name)}", "the file is gone",
+                f"put it back, or isolator plugin approve {core.name}",
+            )  # fmt: skip
+        return proposal
 
     # --- what is staged --------------------------------------------------------------------------------------
 
@@ -226,8 +232,8 @@ class Registrar:
         after = replace(now, release=release, previous=previous, pending=None, source=source or now.source)
         return self._change(now, after, policy_text)
 
-    def roll_back(self, now: Registration) -> Registration:
-        """Make the version before the one in use; the present one becomes the one before."""
+    def earlier(self, now: Registration) -> Release:
+        """The version to go back to; raises what keeps it from being used."""
         if not now.previous:
             raise NotFoundError(f"plugin {now.name}", "there is no earlier version to go back to")
         release = now.previous[0]
@@ -236,7 +242,11 @@ class Registrar:
                 f"plugin {now.name}", f"{release.binary_path} is not the earlier file: a binary stays where it is",
                 f"put the earlier file there, then isolator plugin approve {now.name}",
             )  # fmt: skip
-        return self._save(replace(now, release=release, previous=(now.release, *now.previous[1:])))
+        return release
+
+    def roll_back(self, now: Registration) -> Registration:
+        """Make the version before the one in use; the present one becomes the one before."""
+        return self._save(replace(now, release=now.previous[0], previous=(now.release, *now.previous[1:])))
 
     def put_back(self, before: Registration, now: Registration, policy_text: str | None) -> Registration:
         """Undo ``use`` or ``roll_back``: the version that failed is not kept. ``policy_text``: the file as it was."""

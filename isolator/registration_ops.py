@@ -126,7 +126,7 @@ class RegistrationOps:
                     return {"plugin": self._all.entry(plugin), "pending": True, "differences": list(candidate.more)}
                 await self._approve_pending(plugin, who)
                 return {"plugin": self._all.entry(plugin), "differences": list(candidate.more)}
-            self._check(now, candidate.release)
+            self._registrar.granted(candidate.core)
             release, source = await asyncio.to_thread(self._registrar.accept, token)
             change = _Exchange("update", "plugin.updated", who)
             await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
@@ -147,8 +147,7 @@ class RegistrationOps:
         async with self._all.lock(name_in(message)):
             plugin = self._all.find(name_in(message))
             now = plugin.registration
-            if now.previous:
-                self._check(now, now.previous[0])
+            self._check(now, await asyncio.to_thread(self._registrar.earlier, now))
             change = _Exchange("rollback", "plugin.rolled_back", message.fields.get("by"))
             await self._exchange(plugin, change, lambda: self._registrar.roll_back(now))
             return {"plugin": self._all.entry(plugin)}
@@ -209,9 +208,12 @@ class RegistrationOps:
         before, old, running = plugin.registration, plugin.effective, plugin.wanted
         policy = self._registrar.policy_text(plugin.name)
         await plugin.stop(change.reason)
-        after: Registration | None = None
         try:
             after = await asyncio.to_thread(apply)
+        except BaseException:
+            await self._resume(plugin, before, running=running)
+            raise
+        try:
             loaded = self._registrar.read(after)
             plugin.take(loaded)
             self._daemon.changed(plugin)
@@ -222,12 +224,10 @@ class RegistrationOps:
             failure = str(error)
         if failure:
             await self._come_back(plugin, before, after, policy, failure, running=running)
-            version = after.version if after is not None else "the new version"
             raise IsolatorError(
-                f"plugin {plugin.name} {version}", f"{failure}; {before.version} is in use again",
+                f"plugin {plugin.name} {after.version}", f"{failure}; {before.version} is in use again",
                 f"see 'isolator plugin logs {plugin.name}'",
             )  # fmt: skip
-        assert after is not None
         await asyncio.to_thread(self._registrar.prune, after)
         self._daemon.audit.record(
             change.record, plugin=plugin.name, old=before.digest, new=after.digest, version=after.version,
@@ -239,25 +239,27 @@ class RegistrationOps:
         self._all.discovery.look_again()
 
     async def _come_back(
-        self, plugin: Plugin, before: Registration, after: Registration | None, policy: str | None, failure: str, *,
+        self, plugin: Plugin, before: Registration, after: Registration, policy: str | None, failure: str, *,
         running: bool,
     ) -> None:  # fmt: skip
-        restored = before
-        if after is not None:
-            changed = self._registrar.policy_text(plugin.name) != policy
-            restored = await asyncio.to_thread(self._registrar.put_back, before, after, policy if changed else None)
-            self._daemon.audit.record(
-                "plugin.rolled_back", plugin=plugin.name, old=after.digest, new=before.digest,
-                version=before.version, reason=failure, who="the daemon",
-            )  # fmt: skip
-        plugin.take(self._registrar.read(restored))
+        changed = self._registrar.policy_text(plugin.name) != policy
+        restored = await asyncio.to_thread(self._registrar.put_back, before, after, policy if changed else None)
+        self._daemon.audit.record(
+            "plugin.rolled_back", plugin=plugin.name, old=after.digest, new=before.digest,
+            version=before.version, reason=failure, who="the daemon",
+        )  # fmt: skip
+        await self._resume(plugin, restored, running=running)
+        await asyncio.to_thread(self._registrar.prune, restored)
+
+    async def _resume(self, plugin: Plugin, registration: Registration, *, running: bool) -> None:
+        """Go on with a version that is in use again, and give it the time to come up."""
+        plugin.take(self._registrar.read(registration))
         self._daemon.changed(plugin)
         if running:
             with contextlib.suppress(IsolatorError, TimeoutError):
                 async with asyncio.timeout(SOCKET_SECONDS):
                     plugin.begin("rollback")
                     await plugin.up()
-        await asyncio.to_thread(self._registrar.prune, restored)
 
     async def _on_remove(self, message: Message) -> dict[str, Any]:
         name = name_in(message)

@@ -193,6 +193,8 @@ class Store:
         for name in self.names():
             with contextlib.suppress(IsolatorError):
                 self.prune(name, self.load(name).kept)
+        for unfinished in self.base.glob("*/.plugin.*"):
+            unfinished.unlink()
         for folder in self.base.iterdir():
             if not (folder / _STATE).exists() and not any((folder / marker).exists() for marker in _MARKERS):
                 shutil.rmtree(folder)

@@ -85,7 +85,7 @@ class SqliteQueue:
         self._outcomes: _Outcomes | None = None
         self._accepting: list[_Accept] | None = None
         self._seq = store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
-        self._since_prune = 0
+        self._since_prune = self._pruned = 0
         self._recover()
 
     # Accepting
@@ -180,9 +180,17 @@ class SqliteQueue:
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
-            events, seconds, dead = self._keep
-            oldest = self._seq - events
-            self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead))
+            self._start_prune()
+
+    def _start_prune(self) -> None:
+        events, seconds, dead = self._keep
+        oldest = self._seq - events
+
+        def pruned(upto: Any, error: Exception | None) -> None:
+            if error is None:
+                self._pruned = upto
+
+        self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned), pruned)
 
     def _enter_lanes(self, entry: _Accept, now: float) -> None:
         for subscriber in entry.taken:

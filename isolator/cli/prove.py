@@ -114,6 +114,7 @@ def plugin_target(shop: Workshop, host: HostConfig, name: str) -> Iterator[Targe
         raise UsageError(f"plugin {name}", loaded.error, f"isolator plugin show {name}")
     effective = loaded.proposal.effective
     base = shop.paths.lib / f"prove-{secrets.token_hex(5)}"
+    shop.permit(host)
     state = State(base, name, shop.tools.journal)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
