@@ -11,7 +11,12 @@ from typing import Protocol, cast
 from bench.frame import Report, host, table, write
 
 # Each is a module of this package with `measure(rounds) -> Report`.
-BENCHMARKS = {"cage_start": "starting a cage: /bin/true, confined, waited for"}
+BENCHMARKS = {
+    "cage_start": "starting a cage: /bin/true, confined, waited for",
+    "delivery": "delivering an event: to a sidecar in its cage and back, durable and audited",
+    "audit": "recording facts until all are durable",
+    "egress": "carrying a plugin's traffic, beside a direct connection",
+}
 OUT = Path("/var/cache/isolator-dev/bench")
 
 

@@ -43,13 +43,23 @@ class Caller:
         return f"uid:{self.uid}"
 
 
+Reply = Callable[[Any, Exception | None], None]
+
+
 @dataclass(frozen=True)
 class Method:
-    """One verb; ``recorded`` verbs appear in the trail each time they are called."""
+    """One verb; ``recorded`` verbs appear in the trail each time they are called.
+
+    ``quick`` is for the one verb that is called thousands of times a second: it is called without a task and answers
+    through its third argument; while ``full()`` it waits for ``room()`` first.
+    """
 
     role: str
-    handler: Callable[[Mapping[str, Any], Caller], Awaitable[Any]]
+    handler: Callable[[Mapping[str, Any], Caller], Awaitable[Any]] | None = None
     recorded: bool = False
+    quick: Callable[[Mapping[str, Any], Caller, Reply], None] | None = None
+    full: Callable[[], bool] | None = None
+    room: Callable[[], Awaitable[None]] | None = None
 
 
 class ControlServer:
@@ -100,6 +110,7 @@ class _Connection(LineProtocol):
         self._server = server
         self._caller: Caller | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._open = 0
         self._no_more = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -125,11 +136,14 @@ class _Connection(LineProtocol):
         except WireError as error:
             self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": error.code, "message": str(error)}}))
             return
+        self._open += 1
+        if self._open >= IN_FLIGHT:
+            self.hold("in flight")
+        if self._try_quick(message):
+            return
         task = asyncio.get_running_loop().create_task(self._serve(message))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
-        if len(self._tasks) >= IN_FLIGHT:
-            self.hold("in flight")
 
     def too_long(self) -> None:
         self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
@@ -137,14 +151,38 @@ class _Connection(LineProtocol):
     def eof_received(self) -> bool:
         # Half-closed (``printf … | nc -N``): what was asked is still answered.
         self._no_more = True
-        return bool(self._tasks)
+        return self._open > 0
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if self._no_more and not self._tasks:
+        self._closed_one()
+
+    def _closed_one(self) -> None:
+        self._open -= 1
+        if self._no_more and not self._open:
             self.close()
-        if len(self._tasks) < IN_FLIGHT:
+        if self._open < IN_FLIGHT:
             self.unhold("in flight")
+
+    def _try_quick(self, message: dict[str, Any]) -> bool:
+        """Serve a quick verb at once; False when it has to go the long way (waiting, refusing)."""
+        caller, name, params = self._caller, message.get("method"), message.get("params", {})
+        method = self._server.methods.get(name) if isinstance(name, str) else None
+        if method is None or method.quick is None or caller is None or not isinstance(params, dict):
+            return False
+        if not _may(caller, method) or (method.full is not None and method.full()):
+            return False
+        try:
+            method.quick(params, caller, lambda result, error: self._quick_answer(message.get("id"), result, error))
+        except IsolatorError as error:
+            self._quick_answer(message.get("id"), None, error)
+        return True
+
+    def _quick_answer(self, number: Any, result: Any, error: Exception | None) -> None:
+        if error is not None and not isinstance(error, IsolatorError):
+            error = IsolatorError("event", f"{type(error).__name__}: {error}", "please report it")
+        self._answer(number, result=result, error=error)
+        self._closed_one()
 
     def _notify(self, method: str, params: Mapping[str, Any]) -> None:
         self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
@@ -155,6 +193,25 @@ class _Connection(LineProtocol):
             self.send(line({"jsonrpc": "2.0", "id": number, "error": body}))
         else:
             self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
+
+    async def _call(self, method: Method, params: Mapping[str, Any], caller: Caller) -> Any:
+        if method.handler is not None:
+            return await method.handler(params, caller)
+        assert method.quick is not None
+        while method.full is not None and method.room is not None and method.full():
+            await method.room()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def reply(result: Any, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        method.quick(params, caller, reply)
+        return await future
 
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, name = self._caller, message.get("id"), message.get("method")
@@ -169,13 +226,13 @@ class _Connection(LineProtocol):
                 )
             if not isinstance(params, dict):
                 raise UsageError(f"method {name}", "params must be an object")
-            if caller.role is None or ROLES.index(caller.role) < ROLES.index(method.role):
+            if not _may(caller, method):
                 raise DeniedError(
                     f"method {name}",
                     f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {method.role}",
                     f"add it to [roles] {method.role} in host.toml, or use sudo",
                 )
-            self._answer(number, result=await method.handler(params, caller))
+            self._answer(number, result=await self._call(method, params, caller))
         except IsolatorError as error:
             verdict = error.code
             self._answer(number, error=error)
@@ -195,6 +252,10 @@ class _Connection(LineProtocol):
                 role=caller.role,
                 verdict=verdict,
             )
+
+
+def _may(caller: Caller, method: Method) -> bool:
+    return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(method.role)
 
 
 def text(params: Mapping[str, Any], key: str) -> str:

@@ -16,15 +16,15 @@ import time
 
 from host.channel import LostError, NotSentError
 from host.channel.oneshot import exchange
-from host.dispatch import Worker
 from host.registry import Plugin, Registry
 from host.wire import WireError, line, parse_object
+from host.worker import Worker
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc import Channel
 
 _PING = line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1})
-OVERSLEPT = 5.0
+OVERSLEPT = 1.0
 """Seconds by which a round may be late before its result is void."""
 
 
@@ -106,7 +106,7 @@ class Watch:
             if worker.busy:
                 return None
             async with worker.turn:
-                sock, _ = await worker.connect(plugin)
+                sock, _ = await worker.connection(plugin)
                 with sock:
                     reply = await exchange(
                         sock, line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1}), timeout

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from host.api import PLATFORM_TIMEOUT, ApiError, Context
 from host.channel import RETRY_LATER
-from host.control import Caller, Method, number, text
+from host.control import Caller, Method, Reply, number, text
 from host.events import from_schema
+from host.queue import Accepted
 from isolator.errors import UsageError
 from isolator.policy.names import parse_permission
 
@@ -37,7 +38,7 @@ class EventMethods:
     def table(self) -> dict[str, Method]:
         """Every verb with the role it needs."""
         operator = {"event.replay": self.event_replay, "event.register": self.event_register}
-        emitter = {"event.emit": self.event_emit, "event.wait": self.event_wait, "api.answer": self.api_answer}
+        emitter = {"event.wait": self.event_wait, "api.answer": self.api_answer}
         viewer = {
             "event.list": self.event_list,
             "event.show": self.event_show,
@@ -49,9 +50,12 @@ class EventMethods:
             **{name: Method("emitter", handler) for name, handler in emitter.items()},
             **{name: Method("viewer", handler) for name, handler in viewer.items()},
             "api.register": Method("emitter", self.api_register, recorded=True),
+            "event.emit": Method(
+                "emitter", quick=self.event_emit, full=self._host.trail_is_far_behind, room=self._host.room_in_the_trail
+            ),
         }
 
-    async def event_emit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+    def event_emit(self, params: Mapping[str, Any], caller: Caller, reply: Reply) -> None:
         """Accept one event."""
         payload = params.get("payload", {})
         if not isinstance(payload, dict):
@@ -63,15 +67,21 @@ class EventMethods:
             raise UsageError("event", "trace must be text of at most 128 characters")
         if ttl is not None:
             ttl = number(params, "ttl", 0.0, 31 * 86400.0)
-        accepted = await self._host.emit(
-            text(params, "name"), payload, by=caller.by, dedupe_key=dedupe_key, ttl=ttl, trace=trace
-        )
-        return {
-            "id": accepted.event.id,
-            "plugins": list(accepted.plugins),
-            "overflowed": list(accepted.overflowed),
-            "duplicate": accepted.duplicate,
-        }
+
+        def done(accepted: Accepted | None, error: Exception | None) -> None:
+            if accepted is None:
+                reply(None, error)
+                return
+            answer = {
+                "id": accepted.event.id,
+                "plugins": list(accepted.plugins),
+                "overflowed": list(accepted.overflowed),
+                "duplicate": accepted.duplicate,
+            }
+            reply(answer, None)
+
+        name = text(params, "name")
+        self._host.emit(name, payload, done, by=caller.by, dedupe_key=dedupe_key, ttl=ttl, trace=trace)
 
     async def event_wait(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Wait until every delivery of an event is final, at most ``timeout`` seconds."""

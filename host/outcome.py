@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from host.channel import Outcome
 from host.queue import Delivery, Result, State
-from host.queue.sqlite import SqliteConsumer, backoff
+from host.queue.consumer import SqliteConsumer, backoff
 from host.registry import Plugin
 from host.secrets import Redactor
 from isolator.audit.client import AuditClient
@@ -26,8 +26,17 @@ STORED_REPLY = 4096
 class Outcomes:
     """The rules, for one plugin."""
 
-    def __init__(self, name: str, consumer: SqliteConsumer, audit: AuditClient, redactor: Callable[[str], Redactor]):
+    def __init__(
+        self,
+        name: str,
+        consumer: SqliteConsumer,
+        audit: AuditClient,
+        redactor: Callable[[str], Redactor],
+        *,
+        wait_for_trail: bool,
+    ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
+        self._wait_for_trail = wait_for_trail
         self._died: set[str] = set()
         self._suspect: tuple[str, Delivery, float] | None = None
         self._in_flight: dict[int, str] = {}
@@ -35,7 +44,7 @@ class Outcomes:
         self.careful: set[int] = set()
         """Events that were in flight together when the plugin crashed: each goes alone until it is cleared."""
 
-    def dispatched(self, delivery: Delivery, run: str, request: bytes) -> None:
+    async def dispatched(self, delivery: Delivery, run: str, request: bytes) -> None:
         """An attempt begins. The record is in the trail's hands before the first byte is in the plugin's."""
         assert delivery.event is not None
         waited = asyncio.get_running_loop().time() - delivery.ready_at if delivery.ready_at else None
@@ -51,6 +60,8 @@ class Outcomes:
             request_bytes=len(request),
             request_sha256=hashlib.sha256(request).hexdigest(),
         )
+        if self._wait_for_trail:
+            await self._audit.handed_over()
         delivery.ready_at = 0.0
         self._consumer.sent(delivery)
         if self._in_flight:

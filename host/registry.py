@@ -139,21 +139,22 @@ class Registry:
         self._subscribers = subscribers
 
     def _parse(self, entry: dict[str, Any]) -> Plugin:
-        effective = EffectivePolicy.model_validate(entry["effective"]) if entry.get("effective") else None
-        manifest: Manifest | None = None
         error = entry.get("error")
-        if entry.get("manifest") is not None:
-            try:
-                manifest = manifests.from_data(entry["manifest"])
-            except IsolatorError as problem:
-                error = error or str(problem)
+        before = self._plugins.get(str(entry["name"]))
+        same = before is not None and all(before.raw.get(key) == entry.get(key) for key in ("manifest", "effective"))
+        if before is not None and same:
+            # Most changes are of the state alone, and they come in bursts.
+            effective, manifest, problem = before.effective, before.manifest, None
+        else:
+            effective = EffectivePolicy.model_validate(entry["effective"]) if entry.get("effective") else None
+            manifest, problem = _manifest_of(entry)
         hooks = {self._catalogue.canonical(hook): hook for hook in (effective.hooks if effective is not None else ())}
         return Plugin(
             name=str(entry["name"]),
             version=str(entry.get("version", "")),
             digest=str(entry.get("digest", "")),
             state=str(entry.get("state", "stopped")),
-            error=str(error) if error else None,
+            error=str(error) if error else problem,
             uid=entry.get("uid"),
             run=entry.get("run"),
             pid=entry.get("pid"),
@@ -162,6 +163,16 @@ class Registry:
             raw=entry,
             hooks=hooks,
         )
+
+
+def _manifest_of(entry: Mapping[str, Any]) -> tuple[Manifest | None, str | None]:
+    """The entry's manifest, or why it cannot be read."""
+    if not entry.get("manifest"):
+        return None, None
+    try:
+        return manifests.from_data(entry["manifest"]), None
+    except IsolatorError as error:
+        return None, str(error)
 
 
 def load_event_types(store: Store) -> list[tuple[str, dict[str, Any], str | None, int]]:

@@ -17,16 +17,17 @@ from typing import Any
 
 from host.api import HostApi
 from host.control import ControlServer
-from host.dispatch import Dispatcher, Shared
+from host.dispatch import Dispatcher
 from host.events import Catalogue, from_schema
 from host.health import Watches
 from host.logs import Logs
 from host.methods import Methods
-from host.queue import Accepted, Delivery, NewEvent
-from host.queue.sqlite import SqliteQueue
+from host.queue import DEFAULT_TTL, Accepted, Delivery, NewEvent
+from host.queue.sqlite import Answer, SqliteQueue
 from host.registry import Plugin, Registry, load_event_types
 from host.secrets import ConfigStore
 from host.store import Store
+from host.worker import Shared
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import Channel, Message
@@ -55,26 +56,32 @@ class Host:
         }.items():
             channel.handle(op, handler)
 
-    async def emit(
+    def emit(
         self,
         name: str,
         payload: Mapping[str, Any],
+        done: Answer,
         *,
         by: str | None = None,
         dedupe_key: str | None = None,
         ttl: float | None = None,
         trace: str | None = None,
-    ) -> Accepted:
-        """Validate and accept one event; returns when it and its deliveries are safe."""
+    ) -> None:
+        """Validate and accept one event; ``done(accepted, error)`` when it and its deliveries are safe."""
         checked = self.catalogue.validate(name, payload)
         subscribers = self.registry.subscribers(checked.type, checked.fields)
         subject = str(checked.fields.get(checked.type.order_by or "project_id", ""))
-        if self.audit.sent - self.audit.acked > AUDIT_AHEAD:
-            await self.audit.settled(within=AUDIT_AHEAD // 2)
-        event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, trace=trace, by=by)
-        if ttl is not None:
-            event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, ttl, trace, by)
-        return await self.queue.accept(event, subscribers)
+        lifetime = DEFAULT_TTL if ttl is None else ttl
+        event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, lifetime, trace, by)
+        self.queue.submit(event, subscribers, done)
+
+    async def room_in_the_trail(self) -> None:
+        """Return once accepting more would not run too far ahead of the trail."""
+        await self.audit.settled(within=AUDIT_AHEAD // 2)
+
+    def trail_is_far_behind(self) -> bool:
+        """Whether accepting should wait for the trail."""
+        return self.audit.sent - self.audit.acked > AUDIT_AHEAD
 
     async def removed(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat."""

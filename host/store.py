@@ -39,6 +39,8 @@ CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
 WAL_HIGH = 32 << 20
 """Bytes of log beyond which commits wait for one checkpoint: a log that is appended to all the time never restarts."""
+LAZY = 0.002
+"""Seconds that the outcome of a delivery may wait for company. Lost in a crash, it means one more delivery."""
 RETRY = 0.1
 """Seconds between attempts while the database cannot be written (disk full, locked by somebody)."""
 GIVE_UP = 5.0
@@ -55,6 +57,7 @@ CREATE TABLE deliveries (
   crashes INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL DEFAULT 0, key TEXT, status TEXT, detail TEXT, reply TEXT,
   latency_us INTEGER, updated REAL NOT NULL, PRIMARY KEY (seq, plugin)
 ) WITHOUT ROWID;
+CREATE INDEX deliveries_given_up ON deliveries(plugin, seq) WHERE state IN ('dead', 'expired', 'quarantined');
 CREATE TABLE plugins (name TEXT PRIMARY KEY, digest TEXT NOT NULL, version TEXT NOT NULL, added REAL NOT NULL);
 CREATE TABLE config (
   plugin TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL, value BLOB NOT NULL,
@@ -102,6 +105,7 @@ class Store:
         self._fatal = fatal or _exit_after_failed_sync
         self._ops: list[_Op] = []
         self._scheduled = False
+        self._lazy: asyncio.TimerHandle | None = None
         self._gathering: list[_Op] = []
         self._syncing = False
         self._held = False
@@ -149,13 +153,21 @@ class Store:
         done: Callable[[Any, Exception | None], None] | None = None,
         *,
         durable: bool = False,
+        lazy: bool = False,
     ) -> None:
-        """Run ``apply`` in the next transaction.
+        """Run ``apply`` in the next transaction; ``lazy`` waits a moment (``LAZY``) for others to share it with.
 
         ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk.
         An operation without ``done`` is never given up: it is retried until the database can be written.
         """
         self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
+        if not lazy:
+            self.hurry()
+        elif not self._scheduled and self._lazy is None:
+            self._lazy = self._loop.call_later(LAZY, self._commit)
+
+    def hurry(self) -> None:
+        """Commit what has been submitted in the loop's next turn, the lazy with it."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._commit)
@@ -191,6 +203,9 @@ class Store:
 
     def _commit(self) -> None:
         self._scheduled = False
+        if self._lazy is not None:
+            self._lazy.cancel()
+            self._lazy = None
         if not self._ops or self._closed or self._held:
             return None
         ops, self._ops = self._ops, []

@@ -55,13 +55,21 @@ def parse_object(data: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> str:
-    """Compact JSON as it goes on the wire: UTF-8 text, no NaN."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """Compact JSON as it goes on the wire."""
+    return _encode(value).decode()
 
 
 def line(value: Any) -> bytes:
     """One JSON line, newline included."""
-    return dumps(value).encode("utf-8", "backslashreplace") + b"\n"
+    return _encode(value) + b"\n"
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        return pydantic_core.to_json(value)
+    except pydantic_core.PydanticSerializationError:
+        # Half a surrogate pair, as file names may hold: escaped, so that what is sent is valid UTF-8.
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def peer_of(sock: socket.socket) -> tuple[int, int, int]:

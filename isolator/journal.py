@@ -36,40 +36,73 @@ class Entry:
     boot: str = field(default_factory=boot_id)
 
 
-class Journal:
-    """The open entries of one daemon. Holds the lock that keeps a second daemon off the same root."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def read_entries(content: bytes) -> dict[str, Entry]:
+    """The entries of this boot that a journal's content leaves open, by name."""
+    here = boot_id()
+    found: dict[str, Entry] = {}
+    for line in content.split(b"\n"):
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            record = json.loads(line)
+        except ValueError:
+            continue  # the torn last line of a killed daemon: its "make" had no effect yet
+        if "gone" in record:
+            found.pop(record["gone"], None)
+        elif record.get("boot") == here:
+            record["folders"] = tuple(record["folders"])
+            found[record["name"]] = Entry(**record)
+    return found
+
+
+def peek(path: Path) -> dict[str, Entry] | None:
+    """The open entries of a daemon that is dead, changing nothing; None while a daemon has the journal locked."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return {}
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return read_entries(os.pread(fd, os.fstat(fd).st_size, 0))
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _open_locked(path: Path, *, wait: bool) -> int:
+    """Open (or make) the file and take its lock; raises IsolatorError when another daemon has it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever had the lock may have removed the file since we opened it: then it keeps nobody off this root.
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
+                return fd
+        except FileNotFoundError:
+            pass
         except BlockingIOError:
-            os.close(self._fd)
+            os.close(fd)
             raise IsolatorError(
                 f"daemon on {path.parent}", "another one is running there",
                 "stop it first, or use another --root",
             ) from None  # fmt: skip
-        self.open: dict[str, Entry] = {}
+        os.close(fd)
+
+
+class Journal:
+    """The open entries of one daemon. Holds the lock that keeps a second daemon off the same root."""
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        """Open and lock it. ``wait``: its name is nobody else's, so who has it locked is only looking at it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._lock = threading.Lock()
         """State folders are made ready in threads."""
-        self._lines = 0
-        self._read()
-
-    def _read(self) -> None:
-        here = boot_id()
-        for line in self._path.read_bytes().split(b"\n"):
-            self._lines += 1
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the torn last line of a killed daemon: its "make" had no effect yet
-            if "gone" in record:
-                self.open.pop(record["gone"], None)
-            elif record.get("boot") == here:
-                record["folders"] = tuple(record["folders"])
-                self.open[record["name"]] = Entry(**record)
+        self._fd = _open_locked(path, wait=wait)
+        content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        self.open = read_entries(content)
+        self._lines = content.count(b"\n")
+        if content and not content.endswith(b"\n"):
+            os.write(self._fd, b"\n")  # or the next entry would continue the torn last line
 
     def make(self, entry: Entry) -> None:
         """Write down what is about to be made."""

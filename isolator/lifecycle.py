@@ -242,6 +242,7 @@ class Plugin:
 
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
+        from isolator.ledger import not_enforced
 
         spec = run.sandbox.spec
         run.started_at = utc_now()
@@ -261,7 +262,7 @@ class Plugin:
             policy_sha256=run.effective.digest(),
             env=sorted(spec.env),
             milliseconds=run.sandbox.steps,
-            degraded=[control.name for control in degraded_controls()],
+            degraded=not_enforced(),
         )
         if run.sandbox.listener >= 0:
             self._around.denials.watch(
@@ -308,13 +309,6 @@ _REMEDIES = {
     "disabled": "isolator plugin enable {0}",
     "rejected": "see 'isolator plugin show {0}' and correct it",
 }
-
-
-def degraded_controls() -> list[Any]:
-    """The controls of this host that are weaker than they should be; recorded with every start."""
-    from isolator.ledger import ledger
-
-    return [control for control in ledger() if control.state != "enforced"]
 
 
 def _describe(end: End | None) -> str:

@@ -41,6 +41,8 @@ class Workshop:
         self._stack = contextlib.AsyncExitStack()
         self._launcher: Launcher | None = None
         self._tools: Tools | None = None
+        self._optional: frozenset[str] = frozenset()
+        """The controllers that this host may lack."""
 
     async def __aenter__(self) -> Workshop:
         self._launcher = Launcher()
@@ -56,23 +58,33 @@ class Workshop:
     def tools(self) -> Tools:
         """Launcher, journal and subtree; made on first use."""
         if self._tools is None:
-            from isolator.journal import Journal
+            from isolator.journal import Entry, Journal
             from isolator.layers.cgroup import open_subtree
             from isolator.sandbox import Tools
 
             assert self._launcher is not None
             run = secrets.token_hex(5)
-            journal = Journal(self.paths.run / f"run-{run}.journal")
+            journal = Journal(self.paths.run / f"run-{run}.journal", wait=True)
             self._stack.callback(journal.close)
-            subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}")
+            subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}", optional=self._optional)
+            # Found by its name until here; from here on also when this process's group cannot be searched.
+            journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+            self._stack.callback(journal.gone, "subtree")
             self._stack.callback(subtree.remove)
             self._tools = Tools(self._launcher, journal, subtree)
         return self._tools
+
+    def permit(self, host: HostConfig) -> None:
+        """Do without what the host's configuration says may be missing; before the tools are first used."""
+        from isolator.ledger import optional_controllers
+
+        self._optional = optional_controllers(host.may_degrade)
 
     def lease(self, host: HostConfig) -> UidLease:
         """A free uid of the reserved range, until the workshop closes."""
         from isolator.layers.user import UidLease
 
+        self.permit(host)
         lease = UidLease(host.uid_range)
         self._stack.callback(lease.release)
         return lease
@@ -96,7 +108,7 @@ class Workshop:
         from isolator.denials import Denials
         from isolator.layers import network as network_layer
         from isolator.layers.netns import Network
-        from isolator.ledger import missing
+        from isolator.ledger import missing, not_enforced
         from isolator.oneoff_services import broker_for
         from isolator.sandbox import Sandbox
 
@@ -122,7 +134,7 @@ class Workshop:
             await built.start()
             records.record(
                 "plugin.started", pid=built.pid, uid=spec.uid, policy_sha256=spec.policy.digest(),
-                milliseconds=built.steps,
+                milliseconds=built.steps, degraded=not_enforced(),
             )  # fmt: skip
             if built.listener >= 0:
                 denials.watch(

@@ -193,10 +193,7 @@ async def prepare_run(
 ) -> Run:
     """Everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
     name = registration.name
-    prepared = asyncio.create_task(asyncio.to_thread(network_layer.prepare, effective.network, prefix=name))
     owned: list[int] = []
-    network: Network | None = None
-    attached = False
     try:
         environment = await around.environment(name)
         state = State(around.paths.state, name, around.tools.journal)
@@ -207,27 +204,19 @@ async def prepare_run(
             owner = {"uid": registration.uid, "gid": gid}
             os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
         spec = plugin_spec(registration, effective, argv, around.paths, run_id, environment, state, owned)
-        network = Network(await prepared)
-        await around.attach_network(run_id, name, network.network, effective.network)
-        attached = True
+
+        async def hand_over(made: network_layer.CageNetwork) -> None:
+            await around.attach_network(run_id, name, made, effective.network)
+
+        network = Network()
         pipes, writers = _log_pipes()
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         directory = spec.mounts["/run/isolator/plugin"]
-        sandbox = Sandbox(spec, around.tools, Stdio(null, *writers), network)
+        sandbox = Sandbox(spec, around.tools, Stdio(null, *writers), network, handover=hand_over)
         run = Run(run_id, name, effective, sandbox, directory, network, pipes, [], around)
         owned.remove(directory)
         run.loose, owned = [*owned, null, *writers], []
         return run
-    except BaseException:
-        if attached:
-            with contextlib.suppress(UnavailableError):
-                await around.detach_network(run_id)
-        if network is None:
-            with contextlib.suppress(Exception):
-                network = Network(await prepared)
-        if network is not None:
-            network.release()
-        raise
     finally:
         close_all(owned)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from isolator.journal import Journal
+from isolator.journal import Entry, Journal
 from isolator.layers.cgroup import Leaf, find_hierarchies
 from isolator.linux import mount
 from isolator.paths import Paths
@@ -20,18 +21,19 @@ from isolator.paths import Paths
 
 @dataclass(frozen=True)
 class Leftover:
-    """One thing that was left: ``cage NAME.RUN``, ``service NAME``, ``mount PATH`` or ``folder PATH``."""
+    """One thing that was left: ``cage NAME.RUN``, ``service NAME``, ``group PATH``, ``mount PATH``, ``run TOKEN``,
+    ``uid lock UID``."""
 
     kind: str
     name: str
     detail: str = ""
 
 
-def find(paths: Paths, journal: Journal) -> list[Leftover]:
-    """Everything that an earlier daemon of this root left behind; changes nothing."""
+def find(paths: Paths, entries: Mapping[str, Entry]) -> list[Leftover]:
+    """Everything that an earlier daemon of this root left behind, given its journal's entries; changes nothing."""
     found: list[Leftover] = []
     seen: set[str] = set()
-    for entry in journal.open.values():
+    for entry in entries.values():
         if entry.kind == "subtree":
             continue
         if entry.kind == "mount":
@@ -52,7 +54,7 @@ def find(paths: Paths, journal: Journal) -> list[Leftover]:
 
 def clear(paths: Paths, journal: Journal) -> list[Leftover]:
     """Remove everything that ``find`` finds; returns what it was. Safe to repeat, also when interrupted."""
-    found = find(paths, journal)
+    found = find(paths, journal.open)
     groups = [Path(folder) for entry in journal.open.values() if entry.kind == "leaf" for folder in entry.folders]
     for folder in subtree_folders(paths):
         groups += [child for child in folder.iterdir() if child.is_dir()] if folder.exists() else []
@@ -94,14 +96,14 @@ def mounts_below(folder: Path) -> list[str]:
     return sorted((p for p in places if p.startswith(f"{folder}/")), reverse=True)
 
 
+def process_count(group: Path) -> int:
+    """How many processes are in a group itself; none when it is gone."""
+    return len(Leaf(group).processes())
+
+
 def _count(leaf: Leaf) -> str:
-    count = len(leaf.processes())
+    count = process_count(leaf.unified)
     return f"{count} process{'' if count == 1 else 'es'}" if count else ""
-
-
-def subtree_exists(paths: Paths) -> bool:
-    """Whether any group of this instance is there."""
-    return any(folder.exists() for folder in subtree_folders(paths))
 
 
 def remove_subtree(paths: Paths) -> None:

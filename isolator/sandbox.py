@@ -328,15 +328,19 @@ class Sandbox:
     async def wait(self) -> End:
         """Wait until the sidecar has ended, and say how and why. ``release`` ends what else is in the cage."""
         await self._ended.wait()
-        info = None if not self._exited.is_set() else os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        raw = b""
+        with contextlib.suppress(BlockingIOError):
+            raw = os.read(self._status, 4)
+        info = None
+        if len(raw) != 4:
+            # The pipe's end without a word: pid 1 was killed, and its own death is all there is to tell.
+            await self._exited.wait()
+            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         if self._cgroup in self._layers:
             events = self.leaf.events()
             events = Events(max(events.oom_kills, int(self._oom_seen)), events.task_denials)
         else:
             events = Events()
-        raw = b""
-        with contextlib.suppress(BlockingIOError):
-            raw = os.read(self._status, 4)
         if len(raw) == 4:
             code: int | None = os.waitstatus_to_exitcode(struct.unpack("=i", raw)[0])
         else:

@@ -30,7 +30,7 @@ from isolator.journal import Entry, Journal
 from isolator.launch.client import Launcher
 from isolator.layers import network as network_layer
 from isolator.layers.cgroup import open_subtree
-from isolator.ledger import ledger, missing
+from isolator.ledger import ledger, missing, optional_controllers
 from isolator.lifecycle import Plugin
 from isolator.paths import Paths
 from isolator.plugin_cage import Environment
@@ -97,7 +97,8 @@ class Supervisor:
         cleared = recovery.clear(paths, journal)
         for left in cleared:
             self._log(f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}".rstrip())
-        subtree = open_subtree(paths.named("isolator"))
+        optional = optional_controllers(self.config.may_degrade)
+        subtree = open_subtree(paths.named("isolator"), optional=optional)
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         stack.callback(journal.gone, "subtree")
         stack.callback(subtree.remove)

@@ -16,8 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
+from tests.patience import seconds
 
-_PATIENCE = 15.0  # seconds that the kernel and stopping daemons get at the end of the run
+# A hung test fails by itself, with a traceback, and its clean-up runs. Read by pytest-timeout when it is configured.
+os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(300)))
+
+_PATIENCE = seconds(15)  # that the kernel and stopping daemons get at the end of the run
+
+_TESTS = Path(__file__).parent
+_KERNEL_FOLDERS = {"escape", "layers", "system"}
 
 _run = pytest.StashKey["_Run"]()
 
@@ -54,6 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("the tests make users, cgroups and namespaces: run 'sudo ./dev test'", returncode=1)
     os.umask(0o022)
     config.stash[_run] = _Run()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What touches the kernel is worth running on another one, with other control groups and another init."""
+    for item in items:
+        if item.path.relative_to(_TESTS).parts[0] in _KERNEL_FOLDERS:
+            item.add_marker(pytest.mark.vm)
 
 
 @pytest.hookimpl(trylast=True)

@@ -66,9 +66,8 @@ def test_process_is_seen_even_when_its_parent_is_gone() -> None:
 def test_run_that_leaks_fails(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """A passing test that leaves a process behind makes the whole run fail, by name."""
     # The inner run gets a lock of its own: it must not count as a run that overlaps with this one.
-    conftest = (
-        _CONFTEST.read_text().replace("_PATIENCE = 15.0", "_PATIENCE = 0.5").replace("RunLock()", "RunLock('lock')")
-    )
+    conftest = _CONFTEST.read_text().replace("RunLock()", "RunLock('lock')")
+    conftest = conftest.replace("_PATIENCE = seconds(15)", "_PATIENCE = 0.5")
     pytester.makeconftest(conftest)
     pytester.makepyfile(
         textwrap.dedent(

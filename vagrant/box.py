@@ -39,6 +39,7 @@ _PACKAGES = (
     *("systemd-sysv", "libpam-systemd", "dbus", "udev", "kmod", "openssh-server", "sudo", "rsync", "ca-certificates"),
     *("python3", "nftables", "libnftables1", "libseccomp2", "iproute2", "e2fsprogs", "openssl", "util-linux"),
     *("mount", "procps", "passwd", "bubblewrap", "crun", "runc", "firejail"),
+    *("strace", "curl", "nodejs"),
 )
 # Periodic work of a long-lived machine only disturbs one that lives for minutes.
 _MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer")

@@ -118,4 +118,7 @@ def promises(found: Sequence[Promise]) -> bool:
 def fail(text: str) -> None:
     """Why the demo cannot go on: one line on stderr."""
     sys.stdout.flush()
-    print(f"demo: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"demo: {text}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # as above; the exit code tells
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -69,10 +69,12 @@ async def exchange(sock: socket.socket, request: bytes, timeout: float) -> bytes
         raise LostError(f"the plugin closed the connection at once: {error.strerror}", crash=True) from None
     future: asyncio.Future[bytes] = loop.create_future()
     reader = _Exchange(sock, future)
-    loop.add_reader(sock, reader.readable)
+    # By number: asyncio formats the socket into an exception that it then drops, which costs two system calls.
+    fd = sock.fileno()
+    loop.add_reader(fd, reader.readable)
     timer = loop.call_later(timeout, reader.expired)
     try:
         return await future
     finally:
         timer.cancel()
-        loop.remove_reader(sock)
+        loop.remove_reader(fd)

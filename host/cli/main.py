@@ -76,6 +76,9 @@ def main() -> None:
     except click.exceptions.Abort:
         click.echo("isolator: cancelled", err=True)
         sys.exit(1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message())
+        sys.exit(2)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"; try 'isolator {' '.join(error.ctx.command_path.split()[1:])} --help'".replace("  ", " ")

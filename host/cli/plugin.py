@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -306,31 +305,19 @@ def _print_log(entry: Mapping[str, Any], *, as_json: bool) -> None:
 @AS_JSON
 @click.pass_obj
 def denials(root: str | None, name: str, limit: int, as_json: bool) -> None:
-    """Show what a plugin was refused: connections, system calls, files, host API; from the audit trail."""
-    from collections import deque
-
+    """Show what a plugin was refused, each thing once, and the line that would grant it or why none can."""
+    from host.cli import denials as summary
     from isolator.audit import reader
     from isolator.paths import Paths
 
     with Client(root) as client:
-        client.call("plugin.show", name=name)
-    directory: Path = Paths.of(root).audit_log
-    wanted = reader.Query(name, ("net.denied", "syscall.denied", "fs.denied", "api.called"))
-    refused = (
-        (line, record)
-        for line, record in reader.query(directory, wanted)
-        if record.type != "api.called" or record.data.get("verdict") != "granted"
-    )
-    records = list(deque(refused, limit))
+        entry = client.call("plugin.show", name=name)
+    records = reader.query(Paths.of(root).audit_log, reader.Query(name, summary.TYPES))
+    found = summary.collect((record for _, record in records), entry)[-limit:]
     if as_json:
-        print_json([json.loads(line) for line, _ in records])
-        return
-    rows = []
-    for _, record in records:
-        details = " ".join(f"{key}={safe(value)}" for key, value in record.data.items())
-        rows.append([f"{record.time[:23]}Z", record.type, details, ", ".join(record.events)])
-    if rows:
-        table(["time", "what", "details", "event"], rows)
+        print_json([denial.to_json() for denial in found])
+    elif found:
+        summary.show(found, name)
     else:
         click.echo(f"{name} was refused nothing so far", err=True)
 

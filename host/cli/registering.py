@@ -177,7 +177,7 @@ def show_proposal(proposal: Mapping[str, Any]) -> None:
     click.echo()
     for sentence in proposal["sentences"].values():
         paragraph(safe(sentence), "- ")
-    click.echo(f"\npolicy: {proposal['policy_file']}\ndigest: {proposal['effective_digest']}\n")
+    click.echo(f"\npolicy: {proposal['policy_file']}\neffective sha256:\n  {proposal['effective_digest']}\n")
 
 
 def _source(line: Mapping[str, Any], policy_file: str | None) -> str:

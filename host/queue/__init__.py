@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 State = Literal["queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined"]
+DEFAULT_TTL = 7 * 86400.0
+"""Seconds after which an undelivered event expires."""
 FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined"})
 
 
@@ -39,7 +41,7 @@ class NewEvent:
     payload: str
     subject: str = ""
     dedupe_key: str | None = None
-    ttl: float = 7 * 86400.0
+    ttl: float = DEFAULT_TTL
     trace: str | None = None
     by: str | None = None
 

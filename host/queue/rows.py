@@ -53,17 +53,17 @@ def dead(db: sqlite3.Connection, plugin: str | None, limit: int) -> list[Deliver
     return [_delivery(row) for row in found]
 
 
-def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int) -> None:
+def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pruned: int) -> int:
     """Drop what is finished and older than event number ``oldest`` or the time ``before``; bound the dead letters.
 
-    At most 4000 events a call, so that a call stays short.
+    ``pruned`` is what the call before returned. At most 4000 further events a call and no scan of what stays, so that
+    a call stays short.
     """
-    db.execute(
-        "DELETE FROM deliveries WHERE state IN ('ok', 'skipped') AND seq IN"
-        " (SELECT seq FROM events WHERE seq < ? OR accepted < ? ORDER BY seq LIMIT 4000)",
-        (oldest, before),
-    )
-    for (plugin,) in db.execute("SELECT DISTINCT plugin FROM deliveries WHERE state='dead'").fetchall():
+    first_kept = db.execute("SELECT seq FROM events WHERE accepted >= ? ORDER BY seq LIMIT 1", (before,)).fetchone()
+    start: int = max(pruned, db.execute("SELECT coalesce(min(seq), 0) FROM events").fetchone()[0])
+    below: int = min(max(oldest, first_kept[0] if first_kept is not None else oldest), start + 4000)
+    db.execute("DELETE FROM deliveries WHERE seq < ? AND state IN ('ok', 'skipped')", (below,))
+    for (plugin,) in db.execute(f"SELECT DISTINCT plugin FROM deliveries WHERE state IN {GIVEN_UP}").fetchall():
         last = db.execute(
             f"SELECT seq FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} ORDER BY seq DESC LIMIT 1 OFFSET ?",
             (plugin, keep_dead),
@@ -71,10 +71,9 @@ def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int) ->
         if last is not None:
             db.execute(f"DELETE FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} AND seq<=?", (plugin, last[0]))
     db.execute(
-        "DELETE FROM events WHERE seq IN (SELECT seq FROM events e WHERE (seq < ? OR accepted < ?)"
-        " AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=e.seq) ORDER BY seq LIMIT 4000)",
-        (oldest, before),
+        "DELETE FROM events WHERE seq < ? AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq)", (below,)
     )
+    return max(below, pruned)
 
 
 def _delivery(row: tuple[Any, ...]) -> DeliveryRow:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -27,17 +26,17 @@ from typing import Any
 
 from host.events import format_time
 from host.queue import FINAL, Accepted, Delivery, DeliveryRow, Event, EventRow, NewEvent, Result, Subscriber, rows
-from host.queue.lane import Lane
+from host.queue.consumer import SqliteConsumer, backoff
 from host.store import Store
 from isolator.errors import NotFoundError
 
 PENDING = "('queued', 'retry', 'in_flight')"
-_PREFETCH = 64
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _PRUNE_EVERY = 1000
 
 
+Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 FINISHED = "('ok', 'skipped', 'dead', 'expired', 'quarantined')"
 
@@ -50,7 +49,7 @@ class _Accept:
     event: Event
     taken: list[Subscriber]
     overflowed: list[Subscriber]
-    future: asyncio.Future[Accepted]
+    done: Answer
     earlier: Event | None = None
     """The event that already has this ``dedupe_key``."""
 
@@ -60,123 +59,6 @@ class _Accept:
             return Accepted(self.earlier, (), duplicate=True)
         overflowed = tuple(s.plugin for s in self.overflowed)
         return Accepted(self.event, (*(s.plugin for s in self.taken), *overflowed), overflowed)
-
-
-def backoff(attempts: int, *, spread: float = 0.2) -> float:
-    """Seconds before the next attempt after ``attempts`` failed ones: 1·2ⁿ, at most ten minutes, ±20 %."""
-    base = min(2.0 ** min(attempts - 1, 20), 600.0)
-    return base * random.uniform(1 - spread, 1 + spread)
-
-
-class SqliteConsumer:
-    """One plugin's deliveries; see ``host.queue.Consumer``."""
-
-    def __init__(self, queue: SqliteQueue, plugin: str) -> None:
-        self._queue = queue
-        self._plugin = plugin
-        self._lane = Lane()
-        self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self.reserved = 0
-        """Deliveries written but not yet synced: they count against the limit."""
-
-    @property
-    def depth(self) -> int:
-        return self._lane.depth
-
-    def add(self, delivery: Delivery) -> None:
-        """A delivery that is safe enters the lane."""
-        self._lane.add(delivery)
-        if self._waiter is not None:
-            self._wake()
-
-    async def take(self) -> Delivery:
-        loop = asyncio.get_running_loop()
-        while True:
-            delivery = self._lane.pop(loop.time())
-            if delivery is None:
-                await self._wait(loop)
-                continue
-            if delivery.expires <= loop.time():
-                self.done(delivery, Result("expired", detail="not delivered in time"))
-                self._queue.on_expired(delivery)
-                continue
-            if delivery.event is None:
-                self._queue.load(delivery, self._lane.upcoming(_PREFETCH))
-            if delivery.event is None:  # its event is gone: nothing can be sent any more
-                self.done(delivery, Result("dead", detail="the event is no longer stored"))
-                continue
-            return delivery
-
-    def sent(self, delivery: Delivery) -> None:
-        delivery.attempts += 1
-        self._queue.write(delivery, Result("in_flight"), 0.0)
-
-    def done(self, delivery: Delivery, result: Result) -> None:
-        if delivery.cancelled:
-            return
-        self._lane.done(delivery)
-        self._queue.write(delivery, result, 0.0)
-        self._queue.progressed(delivery)
-        self._wake()
-
-    def again(self, delivery: Delivery, result: Result, *, delay: float) -> None:
-        if delivery.cancelled:
-            return
-        self._lane.put_back(delivery, asyncio.get_running_loop().time() + delay)
-        self._queue.write(delivery, result, time.time() + delay)
-        self._queue.progressed(delivery)
-        self._wake()
-
-    def release(self, delivery: Delivery) -> None:
-        if delivery.cancelled:
-            return
-        self._lane.put_back(delivery, delivery.due)
-        self._wake()
-
-    def cancel(self, seq: int, result: Result) -> Delivery | None:
-        """End a delivery that waits for its retry, without sending it; None if it is not waiting here."""
-        delivery = self._lane.find(seq)
-        if delivery is None or delivery.taken:
-            return None
-        self._lane.cancel(delivery)
-        self._queue.write(delivery, result, 0.0)
-        self._queue.progressed(delivery)
-        self._wake()
-        return delivery
-
-    def note_crash(self, delivery: Delivery) -> None:
-        """Count a crash of the plugin while this delivery was in flight."""
-        delivery.crashes += 1
-        values = (delivery.crashes, delivery.seq, delivery.plugin)
-        self._queue.store.submit(
-            lambda db: db.execute("UPDATE deliveries SET crashes=? WHERE seq=? AND plugin=?", values)
-        )
-
-    def drop_all(self) -> int:
-        """Forget everything that waits here (the plugin is removed)."""
-        pending = self._lane.pending()
-        for delivery in pending:
-            delivery.cancelled = True
-        self._lane = Lane()
-        self._wake()
-        return len(pending)
-
-    async def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._waiter = loop.create_future()
-        due = self._lane.next_due()
-        self._timer = loop.call_at(due, self._wake) if due is not None else None
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class SqliteQueue:
@@ -203,12 +85,27 @@ class SqliteQueue:
         self._outcomes: _Outcomes | None = None
         self._accepting: list[_Accept] | None = None
         self._seq = store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
-        self._since_prune = 0
+        self._since_prune = self._pruned = 0
         self._recover()
 
     # Accepting
 
     async def accept(self, event: NewEvent, subscribers: Sequence[Subscriber]) -> Accepted:
+        future: asyncio.Future[Accepted] = self._loop.create_future()
+
+        def done(accepted: Accepted | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if accepted is not None:
+                future.set_result(accepted)
+            elif error is not None:
+                future.set_exception(error)
+
+        self.submit(event, subscribers, done)
+        return await future
+
+    def submit(self, event: NewEvent, subscribers: Sequence[Subscriber], done: Answer) -> None:
+        """As ``accept`` without a task: ``done(accepted, error)`` is called on the loop."""
         now = time.time()
         self._seq += 1
         stored = Event(
@@ -228,9 +125,13 @@ class SqliteQueue:
             if consumer.depth + consumer.reserved < self.limit:
                 consumer.reserved += 1
                 taken.append(subscriber)
+                # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
+                # to be a duplicate: a connection that is made has to be used.
+                if consumer.idle and event.dedupe_key is None and consumer.on_soon is not None:
+                    consumer.on_soon()
             else:
                 overflowed.append(subscriber)
-        entry = _Accept(event, stored, taken, overflowed, self._loop.create_future())
+        entry = _Accept(event, stored, taken, overflowed, done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -238,7 +139,6 @@ class SqliteQueue:
             )
         else:
             self._accepting.append(entry)
-        return await entry.future
 
     def _insert(self, db: sqlite3.Connection, batch: list[_Accept]) -> None:
         # May run again when the transaction fails: it must depend on the batch alone.
@@ -275,17 +175,22 @@ class SqliteQueue:
             if error is None and not accepted.duplicate:
                 self.on_accepted(entry.asked, accepted)
                 self._enter_lanes(entry, now)
-            if not entry.future.done():
-                if error is None:
-                    entry.future.set_result(accepted)
-                else:
-                    entry.future.set_exception(error)
+            # Later in this turn: first the workers that wait for it.
+            self._loop.call_soon(entry.done, accepted if error is None else None, error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
-            events, seconds, dead = self._keep
-            oldest = self._seq - events
-            self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead))
+            self._start_prune()
+
+    def _start_prune(self) -> None:
+        events, seconds, dead = self._keep
+        oldest = self._seq - events
+
+        def pruned(upto: Any, error: Exception | None) -> None:
+            if error is None:
+                self._pruned = upto
+
+        self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned), pruned)
 
     def _enter_lanes(self, entry: _Accept, now: float) -> None:
         for subscriber in entry.taken:
@@ -314,7 +219,10 @@ class SqliteQueue:
         if batch is None:
             batch = self._outcomes = {}
             outcomes = batch
-            self.store.submit(lambda db: self._write_outcomes(db, outcomes))
+            self.store.submit(lambda db: self._write_outcomes(db, outcomes), lazy=True)
+        # That an attempt began is on record while the plugin still works on it; how it ended may wait for company.
+        if result.state == "in_flight":
+            self.store.hurry()
         batch[delivery.seq, delivery.plugin] = (
             result.state,
             delivery.attempts,

@@ -146,6 +146,8 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
 
     paths = Paths.of(root)
     place = file or paths.audit_log
+    if not place.exists():
+        raise NotFoundError("audit trail", f"there is none at {place}", "start the daemon, or check --root")
     directory = place if place.is_dir() else place.parent
     try:
         known = anchors_of(list(anchors))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 
 import click
 
@@ -17,25 +19,27 @@ from isolator.paths import Paths
 def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     """Remove what earlier runs left behind: processes, control groups, mounts.
 
-    Refused while a daemon runs on the same root: it looks after its own.
+    That is what a killed daemon left, unless one runs on the same root (it looks after its own), and what a killed
+    'isolator run' left. What runs is never touched: whatever made it holds a lock.
     """
-    from isolator import recovery
-    from isolator.journal import Journal
+    from isolator import abandoned, recovery
+    from isolator.journal import peek
 
     paths = Paths.of(root)
-    if not paths.run.exists() and not recovery.subtree_exists(paths):
-        found = []
-    else:
-        try:
-            journal = Journal(paths.journal)
-        except PermissionError as error:
-            raise IsolatorError("gc", error.strerror or "", "run it with sudo") from None
-        try:
-            found = recovery.find(paths, journal) if dry_run else recovery.clear(paths, journal)
-            if not dry_run:
-                recovery.remove_subtree(paths)
-        finally:
-            journal.close()
+    try:
+        entries = peek(paths.journal)
+        found = recovery.find(paths, entries) if entries is not None else []
+        found += abandoned.find(paths)
+        if found and not dry_run:
+            if os.geteuid() != 0:
+                raise IsolatorError("gc", "what was left belongs to root", "run it with sudo")
+            if entries is not None:
+                _clear_after_daemon(paths)
+            abandoned.clear(paths)
+            with contextlib.suppress(OSError):
+                paths.run.rmdir()
+    except PermissionError as error:
+        raise IsolatorError("gc", error.strerror or "", "run it with sudo") from None
     if as_json:
         click.echo(json.dumps([{"kind": f.kind, "name": f.name, "detail": f.detail} for f in found], indent=2))
         return
@@ -43,3 +47,15 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
         click.echo(f"{'would remove' if dry_run else 'removed'}: {left.kind} {left.name} {left.detail}".rstrip())
     if not found:
         click.echo("Nothing was left behind.")
+
+
+def _clear_after_daemon(paths: Paths) -> None:
+    from isolator import recovery
+    from isolator.journal import Journal
+
+    journal = Journal(paths.journal)
+    try:
+        recovery.clear(paths, journal)
+        recovery.remove_subtree(paths)
+    finally:
+        journal.close()

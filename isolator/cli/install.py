@@ -1,11 +1,14 @@
-"""``isolator install`` and ``uninstall``: users, folders, default policies, the systemd unit."""
+"""``isolator install`` and ``uninstall``: users, folders, default policies, the systemd unit, shell completions.
+
+Safe to repeat: an upgrade is the same command from the new version. What an operator may have changed (``host.toml``,
+policies, a drop-in of the unit) is never written over.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -13,31 +16,54 @@ import click
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
 
-UNIT = Path("/etc/systemd/system/isolator.service")
+LINK = Path("/usr/local/bin/isolator")
+COMPLETIONS = {
+    "bash": Path("/usr/share/bash-completion/completions/isolator"),
+    "zsh": Path("/usr/local/share/zsh/site-functions/_isolator"),
+    "fish": Path("/usr/share/fish/vendor_completions.d/isolator.fish"),
+}
+_SERVICES = ("audit", "net", "host")
 
 
-@click.command(epilog="\b\nExample:\n  sudo isolator install")
+@click.command(
+    epilog="\b\nExamples:\n  sudo isolator install\n  sudo isolator install --no-start\n  isolator install --print-unit"
+)
 @click.option("--start/--no-start", default=True, help="Enable and start the service (default: yes).")
+@click.option("--print-unit", is_flag=True, help="Print the unit that would be written, and do nothing.")
 @click.pass_obj
-def install(root: str | None, start: bool) -> None:
-    """Install the systemd service: unit, folders, a commented host.toml."""
+def install(root: str | None, start: bool, print_unit: bool) -> None:
+    """Install the systemd service, its users, folders, a commented host.toml, completions.
+
+    From a copy of a clone, the code and its dependencies go to /opt/isolator first; a virtual environment of root's is
+    used as it is. Repeat it to upgrade: host.toml and policies stay as they are.
+    """
+    from isolator.cli import environment
+    from isolator.cli.unit import unit
+
+    paths, program = Paths.of(root), environment.program()
+    if print_unit:
+        click.echo(unit(program, paths), nl=False)
+        return
     _need_root("install")
-    paths = Paths.of(root)
-    paths.policies.mkdir(parents=True, exist_ok=True)
-    example = Path(__file__).parents[2] / "policies" / "host.toml"
-    if not paths.host_toml.exists() and example.exists():
-        shutil.copyfile(example, paths.host_toml)
-        paths.host_toml.chmod(0o644)
-        click.echo(f"wrote {paths.host_toml}")
     if not Path("/run/systemd/system").exists():
-        raise IsolatorError("systemd", "it does not run this host", f"start the daemon yourself: {sys.argv[0]} serve")
-    program = Path(sys.argv[0]).resolve()
-    UNIT.write_text(_UNIT.format(program=program, root=f" --root {paths.root}" if paths.instance else ""))
-    click.echo(f"wrote {UNIT}")
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
-    if start:
-        subprocess.run(["systemctl", "enable", "--now", UNIT.name], check=True)
-        click.echo("isolator.service is enabled and running")
+        raise IsolatorError("systemd", "it does not run this host", "start the daemon yourself: isolator serve")
+    _refuse_unfit_host(paths)
+    environment.make_stable()
+    click.echo(f"the service runs {program}")
+    _make_folders(paths)
+    _make_users(paths)
+    _link(program)
+    _write_completions(program)
+    place = _unit_path(paths)
+    place.write_text(unit(program, paths))
+    click.echo(f"wrote {place}")
+    _systemctl("daemon-reload")
+    if not start:
+        return
+    _systemctl("enable", "--quiet", place.name)
+    _systemctl("restart", place.name)
+    environment.remove_old()
+    click.echo(f"{place.name} is enabled and running")
 
 
 @click.command(epilog="\b\nExamples:\n  sudo isolator uninstall\n  sudo isolator uninstall --purge --yes")
@@ -50,17 +76,103 @@ def uninstall(root: str | None, purge: bool, yes: bool) -> None:
     paths = Paths.of(root)
     if purge and not yes:
         click.confirm(f"Delete every plugin, its state and the audit trail below {paths.root}?", abort=True)
-    if not paths.instance and UNIT.exists():
-        subprocess.run(["systemctl", "disable", "--now", UNIT.name], check=False)
-        UNIT.unlink()
-        subprocess.run(["systemctl", "daemon-reload"], check=False)
-        click.echo(f"removed {UNIT}")
+    place = _unit_path(paths)
+    if place.exists():
+        _systemctl("disable", "--now", "--quiet", place.name, check=False)
+        place.unlink()
+        _systemctl("daemon-reload", check=False)
+        click.echo(f"removed {place}")
     if purge:
         _purge(paths)
+    if not paths.instance:
+        _remove_program()
+
+
+def _unit_path(paths: Paths) -> Path:
+    return Path(f"/etc/systemd/system/{paths.named('isolator')}.service")
+
+
+def _systemctl(*words: str, check: bool = True) -> None:
+    result = subprocess.run(
+        ["systemctl", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if check and result.returncode != 0:
+        unit = words[-1]
+        raise IsolatorError(
+            f"systemctl {' '.join(words)}", result.stderr.strip().splitlines()[0] if result.stderr else "it failed",
+            f"journalctl -u {unit} -n 20" if unit.endswith(".service") else "see the journal",
+        )  # fmt: skip
+
+
+def _refuse_unfit_host(paths: Paths) -> None:
+    """What would keep the daemon from starting is said here, before anything is changed."""
+    from isolator.ledger import missing
+    from isolator.policy.load import load_host_config
+
+    config = load_host_config(paths.host_toml)
+    for control in missing(frozenset(config.may_degrade)):
+        raise IsolatorError(f"this host cannot enforce {control.name}", control.reason, control.remedy)
+
+
+def _make_folders(paths: Paths) -> None:
+    from isolator.cli.environment import shipped
+
+    for folder in (paths.etc, paths.policies, paths.lib, paths.log):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)
+    if not paths.host_toml.exists():
+        shutil.copyfile(shipped("policies/host.toml"), paths.host_toml)
+        paths.host_toml.chmod(0o644)
+        click.echo(f"wrote {paths.host_toml}")
+
+
+def _make_users(paths: Paths) -> None:
+    from isolator.layers.user import add_service_user
+
+    for service in _SERVICES:
+        add_service_user(paths.named(f"isolator-{service}"), comment=f"Isolator {service}")
+
+
+def _link(program: Path) -> None:
+    """Put the command on every PATH, sudo's included; a file of somebody else's is left alone."""
+    if LINK.is_symlink() or not LINK.exists():
+        temporary = LINK.with_name(f".isolator.{os.getpid()}")
+        LINK.parent.mkdir(parents=True, exist_ok=True)
+        temporary.symlink_to(program)
+        temporary.rename(LINK)
+    else:
+        click.echo(f"{LINK} is not ours and stays as it is; the command is {program}")
+
+
+def _write_completions(program: Path) -> None:
+    """Write what click generates, for the shells whose folders are there or that look at once for a new one."""
+    for shell, path in COMPLETIONS.items():
+        if shell != "bash" and shutil.which(shell) is None:
+            continue
+        environment = {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "_ISOLATOR_COMPLETE": f"{shell}_source",
+            "LANG": "C.UTF-8",
+        }
+        result = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+        if result.returncode == 0 and result.stdout:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(result.stdout)
+
+
+def _remove_program() -> None:
+    from isolator.cli import environment
+
+    for path in COMPLETIONS.values():
+        path.unlink(missing_ok=True)
+    if LINK.is_symlink() and "isolator" in str(LINK.readlink()):
+        LINK.unlink()
+    if environment.remove_all():
+        click.echo(f"removed {environment.BASE}")
 
 
 def _purge(paths: Paths) -> None:
-    from isolator import recovery
+    from isolator import abandoned, recovery
     from isolator.journal import Journal
     from isolator.layers.user import remove_user
     from isolator.store import Store
@@ -68,10 +180,11 @@ def _purge(paths: Paths) -> None:
     journal = Journal(paths.journal)  # refused while a daemon runs here
     try:
         recovery.clear(paths, journal)
+        abandoned.clear(paths)
         recovery.remove_subtree(paths)
     finally:
         journal.close()
-    users = [paths.named(f"isolator-{name}") for name in ("audit", "net", "host")]
+    users = [paths.named(f"isolator-{name}") for name in _SERVICES]
     if paths.plugins.exists():
         store = Store(paths.plugins)
         users += [store.load(name).user for name in store.names()]
@@ -86,34 +199,3 @@ def _purge(paths: Paths) -> None:
 def _need_root(what: str) -> None:
     if os.geteuid() != 0:
         raise IsolatorError(what, "it changes the system", f"run it with sudo: sudo isolator {what}")
-
-
-_UNIT = """\
-[Unit]
-Description=Isolator: runs untrusted plugins in cages
-Documentation=man:isolator(8)
-After=network.target local-fs.target
-
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStart={program}{root} serve
-Restart=on-failure
-RestartSec=1
-WatchdogSec=30
-Delegate=yes
-KillMode=mixed
-TimeoutStopSec=90
-LimitNOFILE=65536
-OOMScoreAdjust=-500
-UMask=0022
-LockPersonality=yes
-RestrictRealtime=yes
-ProtectClock=yes
-ProtectKernelModules=yes
-ProtectKernelLogs=yes
-SystemCallArchitectures=native
-
-[Install]
-WantedBy=multi-user.target
-"""

@@ -96,7 +96,7 @@ def policy_target(shop: Workshop, host: HostConfig, policy_file: Path | None) ->
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
         return run_spec(shop.paths, policy, argv, run, lease.uid, owned)
 
-    yield Target(spec, host)
+    yield Target(spec, host, inline=policy.syscalls == "strict")
 
 
 @contextlib.contextmanager
@@ -114,13 +114,14 @@ def plugin_target(shop: Workshop, host: HostConfig, name: str) -> Iterator[Targe
         raise UsageError(f"plugin {name}", loaded.error, f"isolator plugin show {name}")
     effective = loaded.proposal.effective
     base = shop.paths.lib / f"prove-{secrets.token_hex(5)}"
+    shop.permit(host)
     state = State(base, name, shop.tools.journal)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
         return plugin_spec(loaded.registration, effective, argv, shop.paths, run, Environment(), state, owned)
 
     try:
-        yield Target(spec, host)
+        yield Target(spec, host, inline=effective.syscalls == "strict")
     finally:
         state.remove()
         with contextlib.suppress(FileNotFoundError):
@@ -161,5 +162,6 @@ def _verdict(findings: list[Finding]) -> str:
     if through:
         return f"NOT CONTAINED: {len(through)} of {len(findings)} attempts got through: {', '.join(through)}."
     if broken:
-        return f"Not proved: {len(broken)} of {len(findings)} attempts gave no result: {', '.join(broken)}."
+        some = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        return f"Not proved: {len(broken)} of {len(findings)} attempts gave no result: {some}."
     return f"All {len(findings)} attempts were stopped."

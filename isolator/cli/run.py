@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
     epilog="\b\nExamples:\n  isolator run -- cat /etc/shadow\n"
     "  isolator run --memory 64M --tasks 8 -- python3 -c 'print(1)'\n"
-    "  isolator run --egress pypi.org:443 -- curl -sI https://pypi.org\n"
+    "  isolator run --egress example.org:443 -- curl -sI https://example.org\n"
     "  isolator run --read /srv/data -- ls /srv/data",
 )
 @click.option(

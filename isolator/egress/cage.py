@@ -218,7 +218,8 @@ class Cage:
         """Judge, dial and compare; fills in the flow, raises Denied or OSError."""
         refusal = self._shared.unrecordable()
         if refusal is not None:
-            raise Denied(refusal)
+            entry = self._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
+            raise Denied(refusal, name=entry.name if entry is not None else None)
         addresses = await self._destination(flow)
         if flow.name is not None and guard.speaks_first(flow.port):
             hello = self._loop.create_task(self._first_bytes(flow))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from isolator.errors import UsageError
+from isolator.policy.addresses import BLOCKED4, BLOCKED6, OPEN6
 from isolator.policy.model import NetworkPolicy
 
 Address = IPv4Address | IPv6Address
@@ -26,38 +27,6 @@ PUBLIC_PORTS = frozenset({80, 443})
 GROUP_PREFIX = 20
 MAX_GROUPS = 31
 
-BLOCKED4: tuple[IPv4Network, ...] = tuple(
-    IPv4Network(text)
-    for text in (
-        "0.0.0.0/8",
-        "10.0.0.0/8",
-        "100.64.0.0/10",
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # Azure's wire server answers on a public address
-        "169.254.0.0/16",  # metadata services
-        "172.16.0.0/12",
-        "192.0.0.0/24",
-        "192.0.2.0/24",
-        "192.88.99.0/24",
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/4",
-        "240.0.0.0/4",
-    )
-)
-OPEN6 = IPv6Network("2000::/3")
-"""The only IPv6 space that is considered at all."""
-BLOCKED6: tuple[IPv6Network, ...] = tuple(
-    IPv6Network(text)
-    for text in (
-        "2001::/23",  # Teredo, ORCHID, benchmarking
-        "2001:db8::/32",
-        "2002::/16",  # 6to4
-        "3fff::/20",
-    )
-)
 _NAT64 = IPv6Network("64:ff9b::/96")
 _COMPATIBLE = IPv6Network("::/96")
 _6TO4 = IPv6Network("2002::/16")

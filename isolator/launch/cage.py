@@ -13,10 +13,11 @@ Order matters, and each place has its reason:
  8. capabilities every set to zero, ambient cleared
  9. no_new_privs before Landlock and seccomp, which need it
 10. landlock     after the view exists, before seccomp forbids its calls
-11. seccomp      last layer; the listener goes to the supervisor
-12. report ``caged`` and wait for ``x``: the supervisor reads everything back first
-13. close every inherited descriptor: last of all, or listeners of other cages leak in
-14. become pid 1 (isolator.launch.init), which forks and execs the sidecar
+11. guard        end with the supervisor: a change of ids would have taken that back
+12. seccomp      last layer; the listener goes to the supervisor
+13. report ``caged`` and wait for ``x``: the supervisor reads everything back first
+14. close every inherited descriptor: last of all, or listeners of other cages leak in
+15. become pid 1 (isolator.launch.init), which forks and execs the sidecar
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def become(plan: Plan) -> NoReturn:
         os.chdir(plan.cwd)
         step = "standard streams"
         _set_stdio(plan)
+        init.guard()
         step = "seccomp"
         listener = seccomp_layer.load(plan.sections["seccomp"]) if "seccomp" in plan.sections else -1
         took[step] = round((time.perf_counter() - mark) * 1000, 3)

@@ -113,6 +113,8 @@ class Launcher:
         if future.done():  # its start was cancelled; what was cloned sees the end of its go pipe and ends
             for fd in fds:
                 os.close(fd)
+            if "pid" in answer:
+                self._loop.run_in_executor(None, os.waitpid, answer["pid"], 0)
         elif "pid" in answer:
             future.set_result(Clone(answer["pid"], fds[0]))
         else:

@@ -14,9 +14,11 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from typing import NoReturn
 
 from isolator.launch.plan import Plan
+from isolator.layers import seccomp
 from isolator.linux._libc import libc
 
 FORWARDED = {
@@ -29,19 +31,28 @@ FORWARDED = {
     signal.SIGWINCH,
     signal.SIGCONT,
 }
-_PR_SET_DUMPABLE = 4
+_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+
+def guard() -> None:
+    """Become untraceable, and end with the supervisor, whose child this process is; after the last change of ids.
+
+    The launcher kills the cages of a supervisor that dies. When both are killed at once nobody is left to do that
+    but the kernel: it kills pid 1, and with it every process of the cage.
+    """
+    libc.prctl(ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(0))
+    libc.prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL))
 
 
 def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
     """Start the sidecar and look after the cage's processes until it ends."""
-    libc.prctl(ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(0))
     watched = FORWARDED | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        sidecar = _spawn(plan)
+        sidecar = _fork(plan, report) if "sealing" in plan.sections.get("seccomp", {}) else _spawn(plan)
     except OSError as error:
-        message = {"step": "exec", "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
-        report.send(json.dumps(message).encode())
+        _tell(report, "exec", plan, error)
         os._exit(127)
     report.close()
     for fd in (0, 1, 2):
@@ -69,13 +80,45 @@ def _spawn(plan: Plan) -> int:
     Every descriptor but 0 to 2 is close-on-exec. Python ignores SIGPIPE and SIGXFSZ, and the launcher the terminal's
     signals; an ignored signal would stay ignored.
     """
-    ignored = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+    def spawn(path: str) -> int:
+        return os.posix_spawn(path, plan.argv, plan.env, setpgroup=0, setsigmask=(), setsigdef=_IGNORED)
+
+    return _first(plan, spawn)
+
+
+def _fork(plan: Plan, report: socket.socket) -> int:
+    """Exec the sidecar in a forked process that first takes the second filter of its profile: a spawned one cannot."""
+    sidecar = os.fork()
+    if sidecar:
+        return sidecar
+    os.setpgid(0, 0)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    step = "seccomp"
+    try:
+        seccomp.seal(plan.sections["seccomp"])
+        step = "exec"
+        _first(plan, lambda path: os.execve(path, plan.argv, plan.env))
+    except OSError as error:
+        _tell(report, step, plan, error)
+    os._exit(127)
+
+
+def _tell(report: socket.socket, step: str, plan: Plan, error: OSError) -> None:
+    message = {"step": step, "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
+    report.send(json.dumps(message).encode())
+
+
+def _first(plan: Plan, start: Callable[[str], int]) -> int:
+    """Start the first of the places on the PATH where the program is; raises what execvp(3) would."""
     program = plan.argv[0]
     candidates = [program] if "/" in program else [f"{f}/{program}" for f in plan.env.get("PATH", "/bin").split(":")]
     denied: OSError | None = None
     for path in candidates:
         try:
-            return os.posix_spawn(path, plan.argv, plan.env, setpgroup=0, setsigmask=(), setsigdef=ignored)
+            return start(path)
         except FileNotFoundError as error:
             missing = error
         except PermissionError as error:

@@ -35,9 +35,16 @@ class Control:
     reason: str = ""
     remedy: str = ""
     mandatory: bool = True
+    part: str = ""
+    """Which of a layer's controls, when a host may lack one of them alone."""
+
+    @property
+    def key(self) -> str:
+        """Its stable name: LAYER or LAYER.PART, as ``may_degrade`` of host.toml and ``plugin.started`` spell it."""
+        return f"{self.layer}.{self.part}" if self.part else self.layer
 
     def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {**self.__dict__, "key": self.key}
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class Layer(ABC):
 
     name: ClassVar[str]
     mandatory: ClassVar[bool] = True
+    may_degrade: ClassVar[tuple[str, ...]] = ()
+    """The keys of its controls without which ``host.toml`` may let plugins run; everything above the layer copes."""
 
     @classmethod
     @abstractmethod

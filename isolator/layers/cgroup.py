@@ -116,15 +116,18 @@ class Subtree:
                 folder.rmdir()
 
 
-def open_subtree(name: str) -> Subtree:
-    """Make (or find) the subtree ``name`` below our own groups, with the limiting controllers enabled."""
+def open_subtree(name: str, *, optional: frozenset[str] = frozenset()) -> Subtree:
+    """Make (or find) the subtree ``name`` below our own groups, with the limiting controllers enabled.
+
+    Without a controller that is not ``optional`` it raises ConfinementError.
+    """
     found = find_hierarchies()
     if found.unified is None:
         raise ConfinementError(
             "control groups", "no cgroup v2 hierarchy is mounted",
             "mount one: 'mount -t cgroup2 none /sys/fs/cgroup/unified', or boot with systemd",
         )  # fmt: skip
-    missing = [c for c in LIMITING if c not in found.v2 and c not in found.v1]
+    missing = [c for c in LIMITING if c not in found.v2 and c not in found.v1 and c not in optional]
     if missing:
         raise ConfinementError(
             "control groups", f"no {', '.join(missing)} controller in cgroup v2 or v1",
@@ -133,7 +136,7 @@ def open_subtree(name: str) -> Subtree:
     on_v2 = frozenset(c for c in LIMITING if c in found.v2)
     base = found.unified
     if on_v2:
-        base = _delegated(base)
+        base = _delegated(base, on_v2)
     unified = base / name
     unified.mkdir(exist_ok=True)
     if on_v2:
@@ -146,7 +149,7 @@ def open_subtree(name: str) -> Subtree:
     return Subtree(unified, v1, on_v2)
 
 
-def _delegated(own: Path) -> Path:
+def _delegated(own: Path, controllers: frozenset[str]) -> Path:
     """The group below which we may make groups: our own, vacated, or a scope that systemd gives us for it."""
     is_root = not (own / "cgroup.type").exists()
     if own.name == "supervisor" and _is_delegated(own.parent):
@@ -158,7 +161,7 @@ def _delegated(own: Path) -> Path:
         leaf = own / "supervisor"
         leaf.mkdir(exist_ok=True)
         (leaf / "cgroup.procs").write_text(str(os.getpid()))
-    _enable(own, frozenset(LIMITING))
+    _enable(own, controllers)
     return own
 
 
@@ -256,7 +259,7 @@ class Leaf:
                 raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
 
     def values(self, limits: ResourcePolicy) -> dict[Path, str]:
-        """Each file and what is written to it, in order."""
+        """Each file and what is written to it, in order; nothing for a controller that this host lacks."""
         quota, period = cpu_quota(limits.cpu)
         tasks = str(limits.tasks + 1)  # pid 1 of the cage is ours
         values: dict[Path, str] = {}
@@ -266,7 +269,7 @@ class Leaf:
             values[self.unified / "memory.swap.max"] = str(limits.swap)
             values[self.unified / "memory.zswap.max"] = "0"
             values[self.unified / "memory.oom.group"] = "1"
-        else:
+        elif "memory" in self.v1:
             memory = self.v1["memory"]
             values[memory / "memory.limit_in_bytes"] = str(limits.memory)
             values[memory / "memory.memsw.limit_in_bytes"] = str(limits.memory + limits.swap)
@@ -275,10 +278,12 @@ class Leaf:
             values[memory / "memory.kmem.tcp.limit_in_bytes"] = str(limits.memory // 8)
         if "cpu" in self.on_v2:
             values[self.unified / "cpu.max"] = f"{quota} {period}"
-        else:
+        elif "cpu" in self.v1:
             values[self.v1["cpu"] / "cpu.cfs_period_us"] = str(period)
             values[self.v1["cpu"] / "cpu.cfs_quota_us"] = str(quota)
-        values[(self.unified if "pids" in self.on_v2 else self.v1["pids"]) / "pids.max"] = tasks
+        pids = self._pids()
+        if pids is not None:
+            values[pids / "pids.max"] = tasks
         return values
 
     def attach(self, pid: int) -> None:
@@ -355,10 +360,16 @@ class Leaf:
 
     def events(self) -> Events:
         """Deaths by memory and forks refused so far, from the kernel's counters."""
-        memory = self.unified / "memory.events" if "memory" in self.on_v2 else None
-        oom = _counter(memory or self.v1["memory"] / "memory.oom_control", "oom_kill")
-        pids = self.unified if "pids" in self.on_v2 else self.v1["pids"]
-        return Events(oom, _counter(pids / "pids.events", "max"))
+        oom = 0
+        if "memory" in self.on_v2:
+            oom = _counter(self.unified / "memory.events", "oom_kill")
+        elif "memory" in self.v1:
+            oom = _counter(self.v1["memory"] / "memory.oom_control", "oom_kill")
+        pids = self._pids()
+        return Events(oom, _counter(pids / "pids.events", "max") if pids is not None else 0)
+
+    def _pids(self) -> Path | None:
+        return self.unified if "pids" in self.on_v2 else self.v1.get("pids")
 
     def open_folder(self) -> int:
         """A descriptor of the v2 leaf, for CLONE_INTO_CGROUP."""
@@ -393,6 +404,7 @@ class Cgroup(Layer):
     """Caps on memory, cpu and tasks."""
 
     name = "cgroup"
+    may_degrade = tuple(f"cgroup.{controller}" for controller in LIMITING)
 
     def __init__(self, subtree: Subtree) -> None:
         self._subtree = subtree
@@ -406,16 +418,19 @@ class Cgroup(Layer):
             return [Control("control groups", cls.name, "unavailable", "no cgroup v2 hierarchy is mounted", remedy)]
         controls = []
         if not (found.unified / "cgroup.kill").exists() and (found.unified / "cgroup.type").exists():
-            controls.append(Control("kill of a whole cage", cls.name, "unavailable", "no cgroup.kill", "kernel 5.14"))
+            controls.append(
+                Control("kill of a whole cage", cls.name, "unavailable", "no cgroup.kill", "kernel 5.14", part="kill")
+            )
         names = {"memory": "memory cap", "cpu": "cpu cap", "pids": "task cap"}
         for controller, label in names.items():
             if controller in found.v2:
-                controls.append(Control(label, cls.name, "enforced", "cgroup v2"))
+                controls.append(Control(label, cls.name, "enforced", "cgroup v2", part=controller))
             elif controller in found.v1:
-                controls.append(Control(label, cls.name, "enforced", "cgroup v1 (hybrid host)"))
+                controls.append(Control(label, cls.name, "enforced", "cgroup v1 (hybrid host)", part=controller))
             else:
                 remedy = "boot with cgroup_enable=memory, or ask the container's operator for it"
-                controls.append(Control(label, cls.name, "unavailable", f"no {controller} controller", remedy))
+                why = f"no {controller} controller"
+                controls.append(Control(label, cls.name, "unavailable", why, remedy, part=controller))
         return controls
 
     @classmethod

@@ -25,6 +25,7 @@ class Landlock(Layer):
 
     name = "landlock"
     mandatory = False
+    may_degrade = ("landlock",)
 
     @classmethod
     def check(cls) -> list[Control]:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 
+SEALING = "strict-sealing"
+"""The second program of the profile ``strict``, stacked on the first one in the sidecar's own process."""
+
+
 class Seccomp(Layer):
     """Only the calls of the profile; refusals are recorded by name."""
 
@@ -58,7 +62,7 @@ class Seccomp(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        extra = "; after its start it can exec nothing new and no memory is both writable and executable"
+        extra = "; it can start no other process, and no memory of it is both writable and executable"
         return (
             "It can make only the system calls that ordinary services need"
             f"{extra if policy.syscalls == 'strict' else ''}; others are refused and recorded."
@@ -67,6 +71,8 @@ class Seccomp(Layer):
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         program = compiled(spec.policy.syscalls, spec.cache)
         plan.sections[self.name] = {"program": base64.b64encode(program).decode()}
+        if spec.policy.syscalls == "strict":
+            plan.sections[self.name]["sealing"] = base64.b64encode(compiled(SEALING, spec.cache)).decode()
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
@@ -81,6 +87,12 @@ class Seccomp(Layer):
 def load(section: dict[str, Any]) -> int:
     """Load the section's program into the calling process; returns the listener of its denied calls."""
     return seccomp.load_filter(base64.b64decode(section["program"]), listener=True)
+
+
+def seal(section: dict[str, Any]) -> None:
+    """Load the section's second program, if it has one: called by the sidecar's process just before its exec."""
+    if "sealing" in section:
+        seccomp.add_filter(base64.b64decode(section["sealing"]))
 
 
 _compiled: dict[str, bytes] = {}
@@ -126,14 +138,19 @@ def _store(path: Path, program: bytes) -> None:
 
 
 def compile_profile(profile: str) -> bytes:
-    """Compile a profile with libseccomp (needs its shared library)."""
+    """Compile a profile, or ``SEALING``, with libseccomp (needs its shared library)."""
     from isolator.layers import syscalls
 
+    if profile == SEALING:
+        return compile_rules(syscalls.sealing_rules(), otherwise_allowed=True)
     return compile_rules(syscalls.rules(profile))
 
 
-def compile_rules(rules: Iterable[Rule]) -> bytes:
-    """Compile any rules to BPF; what no rule names is answered ENOSYS, what is denied is handed to a listener."""
+def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> bytes:
+    """Compile any rules to BPF; what no rule names is answered ENOSYS, what is denied is handed to a listener.
+
+    ``otherwise_allowed`` is for a filter that is stacked on another one: what no rule names is left to that one.
+    """
     import errno
     import tempfile
 
@@ -141,7 +158,7 @@ def compile_rules(rules: Iterable[Rule]) -> bytes:
 
     from isolator.layers import syscalls
 
-    program = lib.SyscallFilter(lib.ERRNO(errno.ENOSYS))
+    program = lib.SyscallFilter(lib.ALLOW if otherwise_allowed else lib.ERRNO(errno.ENOSYS))
     program.set_attr(lib.Attr.ACT_BADARCH, lib.KILL_PROCESS)
     program.set_attr(lib.Attr.CTL_OPTIMIZE, 2)
     program.set_attr(lib.Attr.CTL_NNP, 0)

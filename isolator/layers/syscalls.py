@@ -118,7 +118,9 @@ def rules(profile: str) -> Iterator[Rule]:
         yield name, DENY, None
     yield from _clone()
     yield from _only("ioctl", 1, _TERMINAL_IOCTLS, inside=DENY, outside=ALLOW)
-    yield from _only("prctl", 0, _PRCTL, inside=ALLOW, outside=DENY)
+    # Loading a further filter can only take something away; that is how the second one of ``strict`` comes about.
+    prctl = (*_PRCTL, _PR_SET_SECCOMP) if strict else _PRCTL
+    yield from _only("prctl", 0, prctl, inside=ALLOW, outside=DENY)
     yield from _only("personality", 0, _PERSONALITIES, inside=ALLOW, outside=DENY)
     for call in ("socket", "socketpair"):
         for family in _FAMILIES:
@@ -136,20 +138,38 @@ def rules(profile: str) -> Iterator[Rule]:
 
 _STRICT_ARGUMENTS = ("mmap", "mprotect", "pkey_mprotect", "memfd_create", "execveat", "fork", "vfork")
 _PROT_WRITE, _PROT_EXEC = 2, 4
+_PR_SET_SECCOMP = 22
+_CLONE_THREAD = 0x10000
 
 
 def _strict() -> Iterator[Rule]:
-    """No memory that is writable and executable at once, nothing newly executable, no new processes.
+    """No memory that is writable and executable at once, and none that becomes executable.
 
-    ``execve`` stays: pid 1 has to exec the sidecar under this same filter; without fork it can only replace itself.
+    What may be mapped executable is then a file of a mount that is not noexec: nothing the plugin can write to.
+    Forks are the business of ``sealing_rules``: pid 1 lives under these rules and has to fork the sidecar.
     """
-    for call in ("mmap", "mprotect", "pkey_mprotect"):
-        both = _PROT_WRITE | _PROT_EXEC
-        yield call, DENY, Condition(2, both, both)
-        for value in (0, _PROT_WRITE, _PROT_EXEC):
-            yield call, ALLOW, Condition(2, both, value)
-    for call in ("memfd_create", "execveat"):
+    both = _PROT_WRITE | _PROT_EXEC
+    yield "mmap", DENY, Condition(2, both, both)
+    for value in (0, _PROT_WRITE, _PROT_EXEC):
+        yield "mmap", ALLOW, Condition(2, both, value)
+    for call in ("mprotect", "pkey_mprotect"):
+        yield call, DENY, Condition(2, _PROT_EXEC, _PROT_EXEC)
+        yield call, ALLOW, Condition(2, _PROT_EXEC, 0)
+    for call in ("memfd_create", "execveat", "fork", "vfork"):
         yield call, DENY, None
+
+
+def sealing_rules() -> Iterator[Rule]:
+    """The second filter of ``strict``, which the sidecar's process gets just before its exec: it starts no other.
+
+    Everything that this does not name is allowed by it, and still judged by the first filter. Threads stay possible,
+    and so does execve: a filter cannot tell the first one, which starts the sidecar, from a second. A program that
+    execs another is replaced by it, in the same cage and under the same filters. Refusals are EPERM and are not
+    recorded by name: a process has one listener, the first filter's.
+    """
+    for call in ("fork", "vfork"):
+        yield call, REFUSE, None
+    yield "clone", REFUSE, Condition(0, _CLONE_THREAD, 0)
 
 
 def _clone() -> Iterator[Rule]:
@@ -190,5 +210,5 @@ def complement(values: Iterable[int], bits: int = 32) -> list[tuple[int, int]]:
 @functools.cache
 def fingerprint() -> str:
     """Changes when any rule of any profile changes; part of the cache key of compiled programs."""
-    text = repr([sorted(map(repr, rules(profile))) for profile in ("default", "strict")])
+    text = repr([sorted(map(repr, listed)) for listed in (rules("default"), rules("strict"), sealing_rules())])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,9 +8,10 @@ import fcntl
 import struct
 from dataclasses import dataclass
 
-from isolator.linux._libc import syscall
+from isolator.linux._libc import call, libc, syscall
 
 _SET_MODE_FILTER = 1
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 _GET_ACTION_AVAIL = 2
 _NEW_LISTENER = 1 << 3
 _WAIT_KILLABLE_RECV = 1 << 5  # from 5.19; without it a signal can make a denied call look interrupted
@@ -55,6 +56,15 @@ def load_filter(program: bytes, *, listener: bool) -> int:
         return syscall("seccomp", _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(prog))
 
 
+def add_filter(program: bytes) -> None:
+    """Install a further BPF program by prctl(2), which a filter can allow apart from seccomp(2) and its listeners."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    prog = _Program(len(program) // 8, ctypes.addressof(buffer))
+    zero = ctypes.c_ulong(0)
+    mode = ctypes.c_ulong(_MODE_FILTER)
+    call(libc.prctl, "prctl(PR_SET_SECCOMP)", ctypes.c_int(_PR_SET_SECCOMP), mode, ctypes.byref(prog), zero, zero)
+
+
 def action_available(action: int) -> bool:
     """Whether the running kernel knows a filter action."""
     try:
@@ -73,8 +83,8 @@ def receive(listener: int) -> Notification | None:
         if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
             return None
         raise
-    number, pid, _flags, call, arch, _ip, *args = _NOTIFICATION.unpack(buffer)
-    return Notification(number, pid, call, arch & 0xFFFFFFFF, tuple(args))
+    number, pid, _flags, called, arch, _ip, *args = _NOTIFICATION.unpack(buffer)
+    return Notification(number, pid, called, arch & 0xFFFFFFFF, tuple(args))
 
 
 def deny(listener: int, notification: Notification, error: int = errno.EPERM) -> None:

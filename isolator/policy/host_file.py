@@ -11,7 +11,6 @@ from isolator.policy import names
 from isolator.policy.fields import BY_NAME
 from isolator.policy.hostconfig import (
     CEILING,
-    CONTROLS,
     AuditSettings,
     Ceiling,
     HostConfig,
@@ -144,8 +143,10 @@ def _absolute(text: str) -> str:
 
 
 def _control(text: str) -> str:
-    if text not in CONTROLS:
-        raise ValueError(f'"{text}" is not a control; {did_you_mean(text, CONTROLS)}')
+    from isolator.ledger import MAY_DEGRADE
+
+    if text not in MAY_DEGRADE:
+        raise ValueError(f'"{text}" is not a control that may degrade; {did_you_mean(text, MAY_DEGRADE)}')
     return text
 
 

@@ -16,20 +16,6 @@ from isolator.policy.model import GIB, KIB, MIB, AddressException, EgressRule, F
 Role = Literal["viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
 
-CONTROLS = (
-    "user",
-    "cgroup",
-    "namespaces",
-    "filesystem",
-    "network",
-    "no_new_privs",
-    "capabilities",
-    "seccomp",
-    "landlock",
-    "rlimits",
-)
-"""Layers as the ledger (``isolator check``) names them; ``may_degrade`` lists some of these."""
-
 
 class Limits(Frozen):
     """Every number that has a default and a ceiling."""
@@ -130,6 +116,7 @@ class HostConfig(Frozen):
     uid_range: tuple[int, int] = (70000, 74999)
     plugin_dirs: tuple[str, ...] = ()
     may_degrade: tuple[str, ...] = ()
+    """Keys of the ledger's controls (``ledger.MAY_DEGRADE``) that this host may lack."""
     ceiling: Ceiling = Ceiling()
     defaults: Limits = Limits()
     default_syscalls: Profile = "default"

@@ -63,6 +63,8 @@ class Target:
 
     spec: SpecFactory
     host: HostConfig
+    inline: bool = False
+    """The cage may start no process: each attempt is made by the one it has, in a cage of its own."""
     sandbox: type[Sandbox] = Sandbox
     further: dict[str, Any] = field(default_factory=dict)
 
@@ -74,7 +76,8 @@ async def attack(
     chosen = [ATTEMPTS[name] for name in (names if names is not None else ATTEMPTS)]
     chosen.sort(key=lambda attempt: _LAYERS.index(attempt.layer))
     with _bait() as bait:
-        waiting = [attempt for attempt in chosen if not attempt.alone]
+        shared = [] if target.inline else [attempt for attempt in chosen if not attempt.alone]
+        waiting = shared
         while waiting:
             done = 0
             async for finding in _cage(shop, target, records, waiting, bait):
@@ -82,7 +85,7 @@ async def attack(
                 yield finding
             waiting = waiting[done:]
         for attempt in chosen:
-            if attempt.alone:
+            if attempt not in shared:
                 async for finding in _cage(shop, target, records, [attempt], bait):
                     yield finding
 
@@ -95,7 +98,7 @@ async def _cage(
     try:
         run = secrets.token_hex(5)
         spec = target.spec(run, [], owned)
-        spec.argv = ["/usr/bin/python3", "-I", "-c", _MAIN, _task(spec, shop.paths, attempts, bait)]
+        spec.argv = ["/usr/bin/python3", "-I", "-c", _MAIN, _task(spec, shop.paths, attempts, bait, target)]
         probe = os.open(Path(battery.__file__).parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         owned.append(probe)
         spec.binds = [*spec.binds, Bind(PLACE, probe)]
@@ -117,7 +120,7 @@ async def _cage(
                     yield _finding(json.loads(line))
                 if left:
                     end = await sandbox.wait()
-                    yield _unanswered(left[0], end.cause, end.returncode, await problem.read(4096))
+                    yield _unanswered(left[0], target, end.cause, end.returncode, await problem.read(4096))
         finally:
             for fd in (out_end, problem_end):
                 if fd >= 0:
@@ -130,7 +133,9 @@ def _finding(body: dict[str, Any]) -> Finding:
     return Finding(body["name"], body["layer"], body["title"], body["outcome"], body["detail"], body["errno"])
 
 
-def _unanswered(attempt: Attempt, cause: str, code: int, problem: bytes) -> Finding:
+def _unanswered(attempt: Attempt, target: Target, cause: str, code: int, problem: bytes) -> Finding:
+    if target.inline and cause == "forbidden ABI":
+        return Finding(attempt.name, attempt.layer, attempt.title, "held", "killed at once (SIGSYS)")
     if attempt.alone and cause == _OUT_OF_MEMORY:
         return Finding(attempt.name, attempt.layer, attempt.title, "held", "ended by the kernel: out of memory")
     said = problem.decode(errors="replace").strip().rpartition("\n")[2]
@@ -138,10 +143,11 @@ def _unanswered(attempt: Attempt, cause: str, code: int, problem: bytes) -> Find
     return Finding(attempt.name, attempt.layer, attempt.title, "broken", why)
 
 
-def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str, Any]) -> str:
+def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str, Any], target: Target) -> str:
     resources, fs = spec.policy.resources, spec.policy.filesystem
     promise = Promise(
         uid=spec.uid,
+        gid=spec.gid,
         memory=resources.memory,
         cpu=resources.cpu,
         tasks=resources.tasks,
@@ -163,7 +169,7 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
         **bait,
     )  # fmt: skip
     body = {key: value for key, value in asdict(promise).items() if key not in ("init", "descriptors")}
-    return json.dumps({"promise": body, "names": [attempt.name for attempt in attempts]})
+    return json.dumps({"promise": body, "names": [attempt.name for attempt in attempts], "inline": target.inline})
 
 
 @contextlib.contextmanager

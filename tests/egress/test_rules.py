@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolator.egress.rules import (
-    BLOCKED4,
-    BLOCKED6,
     VIRTUAL,
     Rules,
     always_blocked,
@@ -21,6 +19,7 @@ from isolator.egress.rules import (
 )
 from isolator.egress.virtual import KEEP, VirtualPool
 from isolator.errors import UsageError
+from isolator.policy.addresses import BLOCKED4, BLOCKED6
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.egress.conftest import listed
 

@@ -196,3 +196,13 @@ def test_a_plugin_of_a_whole_daemon(pretend: World, shown: Path, rebinding: None
         (connect,) = [r for r in trail if r["type"] == "net.connect"]
         assert connect["event_id"] == (emitted.get("event_id") or emitted["id"]), "the connection names no event"
         d.cli("audit", "verify")
+        denied = d.json("plugin", "denials", "shown")
+        assert len({json.dumps([one["type"], one["data"]], sort_keys=True) for one in denied}) == len(denied)
+        by_rule = {(one["data"].get("name") or one["data"].get("address"), one["data"]["rule"]): one for one in denied}
+        grant = by_rule["other.example.com", "not-granted"]["grant"]
+        rules = [f"{name}:{port}" for name, _, port in pairs]
+        assert grant["table"] == "grant"
+        assert set(json.loads(grant["line"].removeprefix("egress = "))) == {*rules, "other.example.com:443"}
+        assert by_rule[METADATA, "blocked-address"]["grant"]["file"] == "host.toml"
+        text = d.cli("plugin", "denials", "shown").stdout
+        assert f"in [grant] of policies/shown.toml:  {grant['line']}" in text

@@ -418,6 +418,14 @@ class BrokerProcess:
                     self.audit.send(json.dumps({"acked": len(self.records)}).encode())
             asyncio.get_running_loop().remove_reader(self.audit)
 
+    async def quiet(self, seconds: float = 0.5) -> None:
+        """Wait until no record has come for some time: everything that was open has ended and is told."""
+        while True:
+            seen = len(self.records)
+            await asyncio.sleep(seconds)
+            if len(self.records) == seen:
+                return
+
     async def detach(self, run: str) -> None:
         """End a run; what the broker had to say about it, which it sends before it answers, has been read then."""
         await self.channel.call("cage.detach", run=run, timeout=5)

@@ -230,7 +230,7 @@ class Range:
                 def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
                     return furnish(run_spec(paths, self.policy, argv, run, lease.uid, owned), owned)
 
-                target = Target(spec, self.host, Loose, {"weakness": weakness})
+                target = Target(spec, self.host, sandbox=Loose, further={"weakness": weakness})
                 with contextlib.closing(Records(None, "probe", quiet=True)) as records:
                     return {f.name: f async for f in attack(shop, target, records, names)}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import contained
 import leftovers
@@ -99,6 +102,14 @@ class TestReport:
         assert max(len(line) for line in lines if "/a/long" not in line) <= 80
         assert any(line.endswith("\\") for line in lines)
 
+    def test_json_is_broken_where_a_shell_may(self, capsys: pytest.CaptureFixture[str]) -> None:
+        payload = '{"project_id": "shop", "deployment_id": "dep_001", "url": "https://shop.example", "n": 1}'
+        report.command(["printf", "%s", payload])
+        typed = capsys.readouterr().out.replace("$ ", "", 1)
+        assert max(map(len, typed.splitlines())) <= 80
+        printed = subprocess.run(["sh", "-c", typed], capture_output=True, text=True, check=True).stdout
+        assert json.loads(printed) == json.loads(payload)
+
     def test_a_broken_promise_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         kept, broken = report.Promise("a", True, ""), report.Promise("b", False, "why")
         assert report.promises([kept])
@@ -110,21 +121,37 @@ class TestContained:
     def find(self, name: str) -> contained.Attempt:
         return next(attempt for attempt in contained.ATTEMPTS if attempt.name == name)
 
-    def test_errno_values_point_to_layers(self) -> None:
-        detail = "EPERM (Operation not permitted): mount; ENOSYS (Function not implemented): fsopen"
-        assert contained.layers_said(self.find("mount"), detail) == ["no capabilities", "seccomp: no such call"]
+    def facts(self, name: str, detail: str, records: list[dict[str, Any]]) -> dict[str, str]:
+        return dict(contained.facts(self.find(name), {"detail": detail}, records))
+
+    def test_a_refused_call_with_its_record_is_seccomp(self) -> None:
+        detail = "EPERM (Operation not permitted): mount, fsopen"
+        records = [{"type": "syscall.denied", "data": {"call": call, "count": 1}} for call in ("mount", "fsopen")]
+        told = self.facts("mount", detail, records)
+        assert told == {contained.SECCOMP: "EPERM, refused (mount, fsopen); on record: mount, fsopen"}
+        assert contained.calls_refused(self.find("mount"), {"detail": detail}) == ["mount", "fsopen"]
+
+    def test_without_a_record_it_was_another_wall(self) -> None:
+        told = self.facts("mount", "EPERM (Operation not permitted): mount, fsopen", [])
+        assert set(told) == {contained.CAPS}
+        assert set(told) != self.find("mount").by
 
     def test_an_errno_that_no_layer_gives_is_unexplained(self) -> None:
-        assert contained.layers_said(self.find("fill-tmp"), "EIO (Input/output error)") == ["unexplained EIO"]
+        assert set(self.facts("fill-tmp", "EIO (Input/output error)", [])) == {"unexplained"}
+        assert set(self.facts("host-loopback", "no answer in time: 44.1.1.1:5432", [])) == {"unexplained"}
 
-    def test_records_are_told_with_their_evidence(self) -> None:
-        denied = {"address": "169.254.169.254", "port": 80, "rule": "always-blocked"}
-        records = [
-            {"type": "event.dispatched", "data": {}},
-            {"type": "syscall.denied", "data": {"call": "mount", "count": 1}},
-            {"type": "net.denied", "data": denied},
-        ]
-        assert contained.layers_recorded(records) == ["seccomp: mount", "network: 169.254.169.254:80 (always-blocked)"]
+    def test_a_file_that_is_there_but_not_readable_is_not_the_view(self) -> None:
+        assert set(self.facts("read-shadow", "EACCES (Permission denied): /etc/shadow", [])) == {"user"}
+
+    def test_its_own_loopback_is_told_from_what_is_refused(self) -> None:
+        detail = "ECONNREFUSED (Connection refused): 127.0.0.1:5432, ::1:5432, 44.128.0.2:5432"
+        denied = {"address": "44.128.0.2", "port": 5432, "rule": "not-granted"}
+        told = self.facts("host-loopback", detail, [{"type": "net.denied", "data": denied}])
+        assert set(told) == {contained.LOOPBACK, contained.NFT}
+        assert "on record: 44.128.0.2:5432, rule not-granted" in told[contained.NFT]
+
+    def test_reads_the_privileges_of_a_process(self) -> None:
+        assert re.fullmatch(r"CapEff \w+, CapPrm \w+, CapBnd \w+, NoNewPrivs [01]", contained.privileges(os.getpid()))
 
     def test_an_event_for_each_attack_fits_one_write(self) -> None:
         place = "/var/lib/isolator-demo-abcdefgh/var/lib/isolator/host/isolator.sqlite3-wal"

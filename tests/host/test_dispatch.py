@@ -207,6 +207,23 @@ async def test_a_reply_byte_by_byte_does_not_hold_up_others(daemon: Daemon) -> N
     assert good[0]["state"] == "ok"
 
 
+async def test_what_follows_the_first_line_is_ignored(daemon: Daemon) -> None:
+    reply = '{"jsonrpc":"2.0","result":{"status":"ok"},"id":1}'
+    more = f"b'{reply}' + b'\\n' + b'garbage\\n' * 1000"
+    daemon.add("chatty", scripts.raw(f"connection.recv(4096)\nconnection.sendall({more})\nconnection.close()"))
+    for _ in range(3):
+        assert (await _only(daemon))["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "body", ["connection.close()", "connection.recv(10)\nconnection.sendall(b'{}')\nconnection.close()"]
+)
+async def test_closing_with_the_request_unread_is_one_failed_attempt(daemon: Daemon, body: str) -> None:
+    daemon.add("rude", scripts.raw(body), delivery={"attempts": 1})
+    delivery = await _only(daemon)
+    assert (delivery["state"], delivery["attempts"]) == ("dead", 1)
+
+
 async def test_silence_is_an_unknown_outcome_and_a_failed_attempt(daemon: Daemon) -> None:
     silent = "connection.recv(4096)\nkept = globals().get('kept', []) + [connection]"
     daemon.add("mute", scripts.raw(silent), delivery={"timeout": "200ms", "attempts": 1})

@@ -21,8 +21,8 @@ for fd in (1, 2):
 
 
 def _lines(daemon: Daemon, name: str) -> list[dict[str, str]]:
-    path = daemon.paths.plugin_log / f"{name}.log"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    files = sorted(daemon.paths.plugin_log.glob(f"{name}.log*"), reverse=True)
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 async def test_a_flood_is_dropped_and_counted_and_delivery_goes_on(daemon: Daemon) -> None:

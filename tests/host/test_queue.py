@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from host.queue import NewEvent, Result, Subscriber
-from host.queue.sqlite import SqliteQueue, backoff
+from host.queue.consumer import backoff
+from host.queue.sqlite import SqliteQueue
 from host.store import SCHEMA_VERSION, Store
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -158,6 +159,20 @@ async def test_the_database_stays_bounded(store: Store) -> None:
     dead = store.read(lambda db: db.execute("SELECT count(*) FROM deliveries WHERE state='dead'").fetchone()[0])
     assert count <= 1500
     assert dead <= 600
+
+
+async def test_one_old_dead_letter_does_not_keep_everything_behind_it(store: Store) -> None:
+    queue = SqliteQueue(store, keep_events=100)
+    consumer = queue.consumer("p")
+    dead = await queue.accept(_event(), [Subscriber("p", None)])
+    consumer.done(await consumer.take(), Result("dead"))
+    for _ in range(14):
+        await asyncio.gather(*(queue.accept(_event(), [Subscriber("p", None)]) for _ in range(1000)))
+        for _ in range(1000):
+            consumer.done(await consumer.take(), Result("ok"))
+    count = store.read(lambda db: db.execute("SELECT count(*) FROM events").fetchone()[0])
+    assert count <= 2200
+    assert queue.show(dead.event.id).deliveries[0].state == "dead"
 
 
 async def test_a_newer_database_is_refused_and_unharmed(tmp_path: Path) -> None:

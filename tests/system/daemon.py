@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.patience import seconds
+
 EVENT = {"project_id": "p1", "deployment_id": "d1", "url": "https://app.example/", "duration_ms": 12}
 
 ECHO = """\
@@ -54,7 +56,7 @@ class Daemon:
             etc.mkdir(parents=True)
             (etc / "host.toml").write_text(textwrap.dedent(host_toml))
 
-    def start(self, timeout: float = 30) -> None:
+    def start(self, timeout: float = seconds(30)) -> None:
         """Start it and wait for its ``ready``."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -66,7 +68,7 @@ class Daemon:
         line = self.process.stdout.readline() if readable else b"(nothing)"
         assert line == b"isolator: ready\n", (line, self.log.read_text())
 
-    def stop(self, timeout: float = 40) -> int:
+    def stop(self, timeout: float = seconds(40)) -> int:
         """SIGTERM; returns the exit code."""
         assert self.process is not None
         self.process.terminate()
@@ -88,8 +90,8 @@ class Daemon:
     def cli(self, *words: str, code: int | None = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run one command; ``code`` is the exit code it must have (None: any)."""
         result = subprocess.run(
-            ["isolator", "--root", str(self.root), *words], capture_output=True, text=True, check=False, timeout=90,
-            input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
+            ["isolator", "--root", str(self.root), *words], capture_output=True, text=True, check=False,
+            timeout=seconds(90), input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
         )  # fmt: skip
         if code is not None:
             assert result.returncode == code, (words, result.returncode, result.stdout, result.stderr)
@@ -163,7 +165,7 @@ def event(number: int | str, **more: Any) -> str:
     return json.dumps(EVENT | {"deployment_id": f"d{number}"} | more)
 
 
-def wait_for(condition: Any, timeout: float = 30, what: str = "") -> Any:
+def wait_for(condition: Any, timeout: float = seconds(30), what: str = "") -> Any:
     """Poll until ``condition`` returns something true; its value."""
     deadline = time.monotonic() + timeout
     while True:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 
@@ -75,7 +76,9 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
     try:
         running.cli("event", "emit", "deploy.completed", event(1))
         entry = wait_for(
-            lambda: (e := running.json("plugin", "show", kind))["state"] == "failed" and e, 60, "it never failed"
+            lambda: (e := running.json("plugin", "show", kind))["state"] == "failed" and e,
+            seconds(60),
+            "it never failed",
         )
         assert ("exit code 3" if kind == "exits" else "no socket") in entry["error"]
     finally:

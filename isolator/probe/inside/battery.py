@@ -2,7 +2,8 @@
 
     python3 -I -c 'import sys; sys.path.insert(0, "/run/isolator"); from probe.battery import main; main()' JSON
 
-JSON is ``{"promise": {...}, "names": [...]}``.
+JSON is ``{"promise": {...}, "names": [...], "inline": false}``. Inline, for cages that may start no process, the
+attempts are made by this very process: one a cage, as whatever kills the attempt ends it.
 
 An attempt that outlives its time limit is killed with its children and reported as broken, as is one that fails in a
 way that nobody foresaw: neither counts as held.
@@ -30,7 +31,8 @@ def main() -> None:
     descriptors = [fd for fd in _START if _is_open(fd)]
     promise = Promise(**task["promise"], init=os.getppid(), descriptors=descriptors)
     for name in task["names"]:
-        print(json.dumps(_result(ATTEMPTS[name], promise)), flush=True)
+        make = _inline if task["inline"] else _result
+        print(json.dumps(make(ATTEMPTS[name], promise)), flush=True)
 
 
 def _is_open(fd: int) -> bool:
@@ -73,22 +75,35 @@ def _result(attempt: Attempt, promise: Promise) -> dict[str, Any]:
     return found
 
 
+def _inline(attempt: Attempt, promise: Promise) -> dict[str, Any]:
+    signal.alarm(int(attempt.seconds) + 1)  # ends this process, which is reported as broken
+    found = _blank(attempt) | _outcome(attempt, promise)
+    signal.alarm(0)
+    return {**found, "succeeded": found["outcome"] == "through"}
+
+
+def _blank(attempt: Attempt) -> dict[str, Any]:
+    return {"name": attempt.name, "layer": attempt.layer, "title": attempt.title, "errno": None, "detail": ""}
+
+
 def _make(attempt: Attempt, promise: Promise, write: int) -> None:
     """In the child: make the attempt, report, and end without any of Python's own clean-up."""
     os.setpgid(0, 0)
+    os.write(write, json.dumps(_outcome(attempt, promise)).encode())
+    os._exit(0)
+
+
+def _outcome(attempt: Attempt, promise: Promise) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = {"outcome": "through", "detail": attempt.run(promise)}
+        return {"outcome": "through", "detail": attempt.run(promise)}
     except Held as held:
-        result = {"outcome": "held", "detail": str(held)}
+        return {"outcome": "held", "detail": str(held)}
     except OSError as error:
         if error.errno is None:
-            result = {"outcome": "broken", "detail": f"{type(error).__name__}: {error}"}
-        else:
-            result = {"outcome": "held", "detail": os.strerror(error.errno), "errno": error.errno}
+            return {"outcome": "broken", "detail": f"{type(error).__name__}: {error}"}
+        return {"outcome": "held", "detail": os.strerror(error.errno), "errno": error.errno}
     except BaseException as error:  # whatever it is, it must be told and must not pass for held
-        result = {"outcome": "broken", "detail": f"{type(error).__name__}: {error}"}
-    os.write(write, json.dumps(result).encode())
-    os._exit(0)
+        return {"outcome": "broken", "detail": f"{type(error).__name__}: {error}"}
 
 
 def _read(fd: int, seconds: float) -> bytes | None:

@@ -98,6 +98,7 @@ class Promise:
     """What the cage's policy promises, and what must not be found in it. Sizes: bytes; cpu: thousandths of a core."""
 
     uid: int = 0
+    gid: int = 0
     memory: int = 0
     cpu: int = 0
     tasks: int = 0

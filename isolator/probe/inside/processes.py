@@ -158,10 +158,10 @@ def join_group(promise: Promise) -> str:
 
 @attempt("user", "have another identity than its own")
 def identity(promise: Promise) -> str:
-    found = {*os.getresuid(), *os.getresgid(), *os.getgroups()}
-    if found != {promise.uid}:
-        return f"ids {sorted(found)}"
-    raise Held(f"only {promise.uid}, user and group")
+    users, groups = set(os.getresuid()), {*os.getresgid(), *os.getgroups()}
+    if users != {promise.uid} or groups != {promise.gid}:
+        return f"users {sorted(users)}, groups {sorted(groups)}"
+    raise Held(f"only user {promise.uid} and group {promise.gid}")
 
 
 @attempt("capabilities", "have a capability in any set")

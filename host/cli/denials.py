@@ -1,0 +1,111 @@
+"""What a plugin was refused, each thing once: how often, when last, and the line that would grant it or why none can.
+
+Read from the audit trail, so it tells of runs that are over too. What is alike (everything but times, counts and the
+connection's own number) is one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from host.cli.output import safe
+from isolator.audit.record import Record
+from isolator.egress.advice import Advice, advise
+from isolator.policy.model import EffectivePolicy
+
+TYPES = ("net.denied", "net.query", "syscall.denied", "fs.denied", "api.called")
+_DIFFERS = frozenset({"count", "flow", "detail", "asked", "latency_us", "protocol", "event_ids", "cut"})
+
+
+@dataclass
+class Denial:
+    """One thing that was refused, however often."""
+
+    type: str
+    data: Mapping[str, Any]
+    advice: Advice
+    count: int = 0
+    first: str = ""
+    last: str = ""
+    events: set[str] = field(default_factory=set)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        advice = self.advice
+        grant = {"file": advice.file, "table": advice.table, "line": advice.line} if advice.line else None
+        return {
+            "type": self.type, "data": dict(self.data), "count": self.count, "first": self.first, "last": self.last,
+            "events": sorted(self.events), "why": advice.why, "grant": grant,
+        }  # fmt: skip
+
+
+def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]:
+    """Each denial once, the latest last. ``entry`` is the plugin as ``plugin.show`` gives it."""
+    effective = entry.get("effective")
+    policy = EffectivePolicy.model_validate(effective) if effective else EffectivePolicy(plugin=str(entry["name"]))
+    requested = _requested(entry.get("manifest") or {})
+    found: dict[tuple[Any, ...], Denial] = {}
+    for record in records:
+        if not _refused(record):
+            continue
+        data = {key: value for key, value in record.data.items() if key not in _DIFFERS}
+        if record.type == "net.query":
+            data.pop("type", None)  # a program asks for A and AAAA; it was refused one name
+        key = (record.type, *sorted((name, str(value)) for name, value in data.items()))
+        denial = found.pop(key, None) or Denial(
+            record.type, data, advise(record.type, data, policy, requested), first=record.time
+        )
+        found[key] = denial
+        count = record.data.get("count", 1)
+        denial.count += count if isinstance(count, int) else 1
+        denial.last = record.time
+        denial.events.update(record.events)
+    return list(found.values())
+
+
+def show(denials: Iterable[Denial], name: str) -> None:
+    """Print them for people: what and how often, then what would grant it."""
+    for denial in denials:
+        events = f", during {', '.join(sorted(denial.events)[:3])}" if denial.events else ""
+        click.echo(f"{denial.count:>6} ×  {_what(denial)}  (last {denial.last[:19]}Z{events})")
+        advice = denial.advice
+        click.echo(f"          {safe(advice.why)}")
+        if advice.line is not None:
+            where = f"policies/{name}.toml" if advice.file == "policy" else advice.file
+            click.echo(f"          to allow it, in [{advice.table}] of {where}:  {safe(advice.line)}")
+
+
+def _refused(record: Record) -> bool:
+    verdict = record.data.get("verdict")
+    if record.type == "api.called":
+        return verdict != "granted"
+    return record.type != "net.query" or verdict in {"denied", "withheld"}
+
+
+def _what(denial: Denial) -> str:
+    data = denial.data
+    if denial.type == "net.query":
+        return f"lookup of {safe(data.get('name'))}: {safe(data.get('rule'))}"
+    if denial.type == "net.denied":
+        place = safe(data.get("name") or data.get("address") or "several destinations")
+        port = f" port {data['port']}" if data.get("port") else ""
+        way = "connection from" if data.get("direction") == "in" else "connection to"
+        return f"{way} {place}{port}: {safe(data.get('rule'))}"
+    if denial.type == "syscall.denied":
+        return f"system call {safe(data.get('call'))}"
+    if denial.type == "fs.denied":
+        return f"file {safe(data.get('path'))}: {safe(data.get('why'))}"
+    return f"host API {safe(data.get('method'))}: {safe(data.get('verdict'))}"
+
+
+def _requested(manifest: Mapping[str, Any]) -> list[str] | None:
+    """The ``NAME:PORT`` rules that a manifest lists, or None when it lists none."""
+    try:
+        egress = manifest["sandbox"]["network"]["egress"]
+        return [f"{rule['host']}:{port}" for rule in egress for port in rule.get("ports", [443])]
+    except (KeyError, TypeError, AttributeError):
+        return None

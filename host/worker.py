@@ -1,0 +1,380 @@
+"""From the queue to one sidecar.
+
+A worker takes a delivery, makes sure the sidecar runs (``run.ensure``; the first event starts it), asks the supervisor
+for a connected socket (``run.connect``), checks who is at the other end, hands the ``event.dispatched`` record to the
+audit *before* the request is written (so that whatever the plugin then does can be given its cause), sends, waits for
+the reply, records the outcome. Workers share nothing but the event loop: a plugin that hangs, floods or crashes costs
+its own queue time and nobody else's.
+
+Until the request is written nothing counts as an attempt: a sidecar that is not running, still starting or refusing
+connections holds its worker, with growing pauses, and any news of the plugin ends the pause. Once it is written,
+silence is ``unknown``: an attempt that failed and is repeated. One-shot plugins have one request in flight; stream
+plugins as many as they and their manifest allow, of different keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from host.channel import (
+    STREAM_MESSAGE,
+    LostError,
+    NotSentError,
+    Outcome,
+    build_params,
+    meta_of,
+    oneshot_request,
+    read_reply,
+)
+from host.channel.oneshot import exchange
+from host.channel.stream import Greeting, StreamConnection, open_stream
+from host.events import Catalogue
+from host.outcome import Outcomes
+from host.queue import Delivery
+from host.queue.sqlite import SqliteQueue
+from host.registry import Plugin, Registry
+from host.secrets import Redactor
+from host.wire import line, peer_of
+from isolator.audit.client import AuditClient
+from isolator.errors import IsolatorError
+from isolator.ipc import Message
+
+CONNECT_DEADLINE = 10.0
+"""Seconds for the sidecar's socket to appear and accept."""
+SHUTDOWN_GRACE = 2.0
+"""Seconds that a stream plugin gets to answer ``shutdown``."""
+HOLD_FIRST, HOLD_LONGEST = 0.25, 30.0
+
+
+class Caller(Protocol):
+    """The part of ``isolator.ipc.Channel`` that dispatch needs."""
+
+    async def call(self, op: str, /, *, timeout: float | None = None, **fields: Any) -> Message:
+        """Ask the supervisor."""
+
+
+@dataclass
+class Shared:
+    """What every worker uses."""
+
+    supervisor: Caller
+    queue: SqliteQueue
+    registry: Registry
+    catalogue: Catalogue
+    audit: AuditClient
+    redactor: Callable[[str], Redactor]
+    api: Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
+    """Answers a call of a stream plugin to the host API: (plugin, run, method, params)."""
+    halt_without_audit: bool = True
+
+    def _halted(self) -> bool:
+        return self.halt_without_audit and self.audit.blocked is not None
+
+    async def may_dispatch(self) -> None:
+        """Return once the trail and the database can be written; nothing is sent before."""
+        while self._halted() or self.queue.store.blocked is not None:
+            if self._halted():
+                await self.audit.writable()
+            else:
+                await self.queue.store.unblocked.wait()
+
+
+class Worker:
+    """Delivers one plugin's events."""
+
+    def __init__(self, shared: Shared, name: str) -> None:
+        self.name = name
+        self.status = "idle"
+        self.holding: str | None = None
+        """Why nothing is being sent at the moment, else None."""
+        self.turn = asyncio.Lock()
+        """Held while a one-shot plugin is spoken to: it serves one connection at a time."""
+        self.last_used = asyncio.get_running_loop().time()
+        self.stream: tuple[str, StreamConnection, Greeting] | None = None
+        self._shared = shared
+        self._consumer = shared.queue.consumer(name)
+        self._outcomes = Outcomes(
+            name, self._consumer, shared.audit, shared.redactor, wait_for_trail=shared.halt_without_audit
+        )
+        self._consumer.on_soon = self._prepare
+        self._prepared: asyncio.Task[tuple[socket.socket, str]] | None = None
+        self._reachable: str | None = None
+        self._news = asyncio.Event()
+        self._run: str | None = None
+        self._pause = HOLD_FIRST
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slot = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._work(), name=f"dispatch {name}")
+
+    @property
+    def run(self) -> str | None:
+        """The run that is spoken to, if any."""
+        return self._run
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is unanswered or a delivery waits."""
+        return bool(self._tasks) or self.turn.locked() or self._consumer.depth > 0
+
+    def news(self) -> None:
+        """Something changed about the plugin: look again."""
+        self._pause = HOLD_FIRST
+        self._news.set()
+
+    def run_started(self, run: str) -> None:
+        """The supervisor started a sidecar."""
+        self._run = run
+        self.news()
+
+    def run_ended(self, run: str, *, expected: bool) -> None:
+        """The sidecar is gone; when nobody wanted that, the event it was working on may be to blame."""
+        if self._run == run:
+            self._run = None
+            self._drop_prepared()
+        if not expected:
+            self._outcomes.run_died(run)
+        self.news()
+
+    async def close(self) -> None:
+        """Stop; what is in flight counts as an attempt with an unknown outcome at the next start."""
+        for task in (self._task, *self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._drop_prepared()
+        if self.stream is not None:
+            self.stream[1].close()
+
+    async def _work(self) -> None:
+        while True:
+            self.status = "idle"
+            delivery = await self._consumer.take()
+            await self._shared.may_dispatch()
+            try:
+                await self._deliver(delivery)
+                self._pause = HOLD_FIRST
+                self.holding = None
+            except (NotSentError, IsolatorError) as error:
+                self._consumer.release(delivery)
+                await self._hold(str(error))
+
+    async def _hold(self, why: str) -> None:
+        self.status, self.holding = "holding", why
+        self._news.clear()
+        pause, self._pause = self._pause, min(self._pause * 2, HOLD_LONGEST)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._news.wait()
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        plugin = self._shared.registry.get(self.name)
+        event = delivery.event
+        assert event is not None
+        self.last_used = asyncio.get_running_loop().time()
+        hook = plugin.hooks.get(event.name) if plugin is not None else None
+        if plugin is None or hook is None:
+            self._outcomes.given_up(delivery, "the plugin no longer receives this event")
+        elif plugin.mode == "stream":
+            await self._deliver_stream(plugin, hook, delivery)
+        else:
+            async with self.turn:
+                await self._deliver_oneshot(plugin, hook, delivery)
+
+    # One-shot
+
+    async def _deliver_oneshot(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
+        assert delivery.event is not None
+        request = oneshot_request(
+            delivery.event,
+            hook,
+            self._shared.catalogue.get(delivery.event.name),
+            attempt=delivery.attempts + 1,
+            timeout=plugin.timeout,
+            major=plugin.major,
+            meta=plugin.manifest is None or plugin.manifest.transport.meta == "fit",
+        )
+        if request is None:
+            self._outcomes.given_up(delivery, "payload_too_large")
+            return
+        sock, run = await self.connection(plugin)
+        with sock:
+            foreign = self._foreign(sock, plugin, run)
+            if foreign is not None:
+                self._outcomes.refused(plugin, delivery, foreign)
+                return
+            await self._outcomes.dispatched(delivery, run, request)
+            self.status = "in_flight"
+            began = time.perf_counter_ns()
+            broken = False
+            try:
+                outcome = read_reply(await exchange(sock, request, plugin.timeout))
+            except LostError as error:
+                outcome, broken = Outcome("unknown", detail=str(error)), error.crash
+            latency = (time.perf_counter_ns() - began) // 1000
+        self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
+
+    async def connection(self, plugin: Plugin) -> tuple[socket.socket, str]:
+        """A connection to speak on, and the run it leads to: the prepared one, else a new one."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            with contextlib.suppress(IsolatorError, NotSentError):
+                sock, run = await prepared
+                if run == self._run:
+                    return sock, run
+                sock.close()
+        return await self._connect(plugin)
+
+    def _prepare(self) -> None:
+        """An event for this idle plugin is being synced: connect meanwhile.
+
+        Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
+        not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
+        one goes over it.
+        """
+        plugin = self._shared.registry.get(self.name)
+        idle = self._prepared is None and not self.turn.locked() and self._run is not None
+        if idle and plugin is not None and plugin.mode == "oneshot" and self._run == self._reachable:
+            self._prepared = asyncio.get_running_loop().create_task(self._connect(plugin))
+
+    def _drop_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and not prepared.cancel() and prepared.exception() is None:
+            prepared.result()[0].close()
+
+    async def _connect(self, plugin: Plugin) -> tuple[socket.socket, str]:
+        """A new connection to the sidecar, which is started if need be, and its run."""
+        self.status = "starting" if self._run is None else "connecting"
+        if self._run is None:
+            answer = await self._shared.supervisor.call("run.ensure", name=self.name, reason="event")
+            self._run = str(answer.fields["run"])
+            answer.close()
+        run = self._run
+        try:
+            answer = await self._shared.supervisor.call(
+                "run.connect", name=self.name, run=run, deadline=CONNECT_DEADLINE, timeout=CONNECT_DEADLINE + 5
+            )
+        except IsolatorError:
+            # The run may have ended meanwhile: ask again what runs.
+            self._run = None
+            raise
+        if len(answer.fds) != 1:
+            answer.close()
+            raise NotSentError("the supervisor sent no connection")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, answer.fds.pop())
+        sock.setblocking(False)
+        self._reachable = run
+        return sock, run
+
+    def _foreign(self, sock: socket.socket, plugin: Plugin, run: str) -> str | None:
+        """Who else than the plugin serves the socket, if so; then nothing is sent and the trail says so.
+
+        A plugin owns its socket's directory and may put a hard link to another's socket there, or pass its name
+        on; the kernel says who called listen().
+        """
+        uid = peer_of(sock)[1]
+        if plugin.uid is None or uid == plugin.uid:
+            return None
+        detail = f"its socket is served by uid {uid} instead of {plugin.uid}; nothing was sent"
+        self._shared.audit.record("plugin.health", plugin=self.name, run=run, ok=False, detail=detail)
+        return detail
+
+    # Stream
+
+    async def _deliver_stream(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
+        assert delivery.event is not None
+        connection, run, greeting = await self._connected(plugin)
+        if hook not in greeting.handles:
+            self._outcomes.given_up(delivery, "the plugin said in host.hello that it does not handle this event")
+            return
+        event_type = self._shared.catalogue.get(delivery.event.name)
+        params = build_params(delivery.event, event_type, plugin.major)
+        params["_meta"] = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        number = os.urandom(8).hex()
+        request = line({"jsonrpc": "2.0", "method": hook, "params": params, "id": number})
+        if len(request) > STREAM_MESSAGE:
+            self._outcomes.given_up(delivery, "payload_too_large")
+            return
+        await self._free_slot(plugin, delivery)
+        if connection.closed.is_set():
+            raise NotSentError(connection.why)
+        await self._outcomes.dispatched(delivery, run, request)
+        self.status = "in_flight"
+        task = asyncio.get_running_loop().create_task(
+            self._exchange_stream(plugin, delivery, connection, run, number, request)
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._slot_free)
+
+    async def _exchange_stream(
+        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, number: str, request: bytes
+    ) -> None:
+        began = time.perf_counter_ns()
+        broken = False
+        try:
+            _, data = await connection.send_request(number, request, plugin.timeout)
+            outcome = read_reply(data, expect=number)
+        except (LostError, NotSentError) as error:
+            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
+        latency = (time.perf_counter_ns() - began) // 1000
+        self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
+
+    async def _free_slot(self, plugin: Plugin, delivery: Delivery) -> None:
+        """Wait until one more request may be in flight; a suspect of a crash waits until it is alone."""
+        spec = plugin.manifest
+        most = min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
+        while len(self._tasks) >= (1 if self._outcomes.careful else most):
+            self._slot.clear()
+            await self._slot.wait()
+
+    def _slot_free(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._slot.set()
+
+    async def _connected(self, plugin: Plugin) -> tuple[StreamConnection, str, Greeting]:
+        """The stream to the present run, opened and greeted if there is none."""
+        if self.stream is not None:
+            run, connection, greeting = self.stream
+            if run == self._run and not connection.closed.is_set():
+                return connection, run, greeting
+            connection.close()
+            self.stream = None
+        sock, run = await self._connect(plugin)
+        foreign = self._foreign(sock, plugin, run)
+        if foreign is not None:
+            sock.close()
+            raise NotSentError(foreign)
+
+        def breach(why: str) -> None:
+            self._shared.audit.record("plugin.health", plugin=self.name, run=run, ok=False, detail=f"protocol: {why}")
+
+        async def call(method: str, params: Any) -> dict[str, Any]:
+            return await self._shared.api(self.name, run, method, params)
+
+        connection = await open_stream(sock, call, breach)
+        spec = plugin.manifest
+        greeting = await connection.hello(
+            plugin={"name": plugin.name, "version": plugin.version},
+            hooks=sorted(plugin.hooks.values()),
+            limits={
+                "max_message": STREAM_MESSAGE,
+                "max_in_flight": spec.transport.max_in_flight if spec is not None else 1,
+                "deadline_ms": round(plugin.timeout * 1000),
+            },
+        )
+        self.stream = (run, connection, greeting)
+        return connection, run, greeting
+
+    async def say_shutdown(self, reason: str) -> None:
+        """Ask a stream plugin that can do so to finish by itself; the supervisor's SIGTERM comes next in any case."""
+        if self.stream is None or self.stream[1].closed.is_set() or "shutdown" not in self.stream[2].capabilities:
+            return
+        with contextlib.suppress(LostError, NotSentError):
+            params = {"reason": reason, "grace_ms": round(SHUTDOWN_GRACE * 1000)}
+            await self.stream[1].request("shutdown", params, SHUTDOWN_GRACE)

@@ -1,0 +1,175 @@
+"""Where the service's code lives: a root-owned environment that nothing but ``isolator install`` changes.
+
+A wheel in a virtual environment of root's is such a place already and is used as it is. A copy of a clone (what
+``./dev exec`` runs from) is not: it is replaced with every change of the clone. Then its code and the runtime
+dependencies are copied into ``/opt/isolator/env.XXXXXX``, and the symbolic link ``/opt/isolator/current`` is switched
+to it in one step. A running daemon keeps seeing the environment that it was started from (its interpreter is named by
+the real path), and the old ones are removed after the service runs from the new one.
+"""
+
+from __future__ import annotations
+
+import compileall
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from isolator.errors import IsolatorError
+
+BASE = Path("/opt/isolator")
+CURRENT = BASE / "current"
+
+_CODE = Path(__file__).parents[2]  # site-packages, or the top of a clone's copy
+_SHARED = "share/isolator"
+
+
+def shipped(name: str) -> Path:
+    """A file that comes with the package (``policies/host.toml``), installed or in a clone. Raises IsolatorError."""
+    for folder in (Path(sys.prefix) / _SHARED, _CODE):
+        if (folder / name).exists():
+            return folder / name
+    raise IsolatorError(f"{name}", "it is not part of this installation", "install the package again")
+
+
+def program() -> Path:
+    """The ``isolator`` command that the unit names: our own, or the one that ``make_stable`` makes."""
+    made_here = Path(sys.prefix).parent == BASE and Path(sys.prefix).name.startswith("env.")
+    return CURRENT / "bin/isolator" if made_here or not _is_installed() else Path(sys.prefix) / "bin/isolator"
+
+
+def make_stable() -> None:
+    """Make the environment of ``program()`` if we run from a clone's copy.
+
+    Raises IsolatorError when somebody other than root could change what root would run.
+    """
+    if not _is_installed():
+        _make_environment()
+    check_owned_by_root(program().resolve())
+    if _is_installed():
+        check_owned_by_root(_CODE)
+
+
+def _is_installed() -> bool:
+    return _CODE.is_relative_to(sys.prefix)
+
+
+def check_owned_by_root(path: Path) -> None:
+    """Refuse a path that another user could change, or that unprivileged users could not reach."""
+    for part in (path, *path.parents):
+        found = part.lstat()
+        if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+            raise IsolatorError(
+                f"{path}", f"{part} can be written by somebody other than root, and root would run it",
+                "install into a virtual environment of root's: sudo python3 -m venv /opt/isolator",
+            )  # fmt: skip
+        if stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o001:
+            raise IsolatorError(
+                f"{path}", f"the daemon's unprivileged processes cannot enter {part}",
+                "install into a virtual environment outside any home: sudo python3 -m venv /opt/isolator",
+            )  # fmt: skip
+
+
+def remove_old() -> None:
+    """Delete every environment but the current one."""
+    current = CURRENT.resolve()
+    for path in BASE.glob("env.*"):
+        if path != current:
+            shutil.rmtree(path)
+
+
+def remove_all() -> bool:
+    """Delete the environments that ``install`` made; a virtual environment of the operator's own stays."""
+    if not CURRENT.is_symlink():
+        return False
+    CURRENT.unlink()
+    for path in BASE.glob("env.*"):
+        shutil.rmtree(path)
+    if not any(BASE.iterdir()):
+        BASE.rmdir()
+    return True
+
+
+def _make_environment() -> None:
+    BASE.mkdir(parents=True, exist_ok=True)
+    BASE.chmod(0o755)
+    new = Path(tempfile.mkdtemp(prefix="env.", dir=BASE))
+    try:
+        _fill(new)
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+    link = BASE / f".current.{os.getpid()}"
+    link.symlink_to(new.name)
+    link.rename(CURRENT)
+
+
+def _fill(new: Path) -> None:
+    new.chmod(0o755)
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = new / "lib" / python / "site-packages"
+    packages.mkdir(parents=True)
+    (new / "bin").mkdir()
+    (new / "bin/python3").symlink_to(Path(sys.base_prefix) / "bin/python3")
+    (new / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for package in ("isolator", "host"):
+        shutil.copytree(_CODE / package, packages / package, ignore=ignore)
+    shutil.copytree(_CODE / "policies", new / _SHARED / "policies", ignore=ignore)
+    for name in _closure(_requirements()):
+        _copy_distribution(name, packages)
+    script = new / "bin/isolator"
+    script.write_text(f"#!{new}/bin/python3 -I\nimport sys\n\nfrom host.cli.main import main\n\nsys.exit(main())\n")
+    script.chmod(0o755)
+    for path in (new, *new.rglob("*")):
+        if not path.is_symlink():
+            os.chown(path, 0, 0)
+            path.chmod((path.stat().st_mode | (0o555 if path.is_dir() else 0o444)) & ~0o7022)
+    # The unprivileged processes cannot write __pycache__; without this each of their starts would compile anew.
+    compileall.compile_dir(packages, quiet=2, workers=os.cpu_count() or 1)
+
+
+def _requirements() -> list[str]:
+    project = tomllib.loads((_CODE / "pyproject.toml").read_text())["project"]
+    return [str(requirement) for requirement in project["dependencies"]]
+
+
+def _closure(requirements: Iterable[str]) -> set[str]:
+    """The installed distributions that the requirements need, theirs included; extras are nobody's need here."""
+    wanted: set[str] = set()
+    left = [(requirement, True) for requirement in requirements]
+    while left:
+        requirement, mandatory = left.pop()
+        found = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if found is None or "extra ==" in requirement:
+            continue
+        name = re.sub(r"[-_.]+", "-", found[0]).lower()
+        if name in wanted:
+            continue
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            if mandatory:
+                raise IsolatorError(name, "a dependency is not installed here", "run 'sudo ./dev setup'") from None
+            continue  # for another platform or Python, says a marker
+        wanted.add(name)
+        left += [(inner, ";" not in inner) for inner in distribution.requires or ()]
+    return wanted
+
+
+def _copy_distribution(name: str, packages: Path) -> None:
+    """Copy one distribution's files; what it put outside site-packages (scripts) is not needed."""
+    distribution = metadata.distribution(name)
+    for file in distribution.files or ():
+        if ".." in file.parts or file.suffix == ".pyc":
+            continue
+        source, target = Path(str(distribution.locate_file(file))), packages / file
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)

@@ -1,0 +1,99 @@
+"""The systemd unit: as hard as a builder of cages can be, and why each line that is missing is missing.
+
+A cage inherits what the unit sets (its mount view, its system-call filters, its bounding set, its device filter), so
+every line here is also a wall around each plugin; and every line that would break what a cage is made of is left out:
+
+=============================  ==================================================================================
+RestrictNamespaces             cages are namespaces (and it makes clone3 fail with ENOSYS)
+RestrictSUIDSGID               makes openat2 fail with ENOSYS, by which root opens what a plugin wrote without
+                               ever following a link out of its folder
+ProtectKernelTunables          makes /proc/sys read-only, also for the sysctls of a cage's own network namespace
+ProtectControlGroups           makes the delegated subtree read-only
+ProtectHostname                blocks sethostname, which a cage calls in its own UTS namespace
+PrivateDevices                 no loop devices; DevicePolicy=closed with two entries does the same and keeps them
+PrivateTmp, ProtectHome=yes    'isolator plugin add /tmp/x' and '/home/me/x' must find the folder
+PrivateNetwork, PrivateUsers   the broker carries connections; cages map no users
+MemoryDenyWriteExecute         inherited by plugins: Node.js and every other JIT would die
+SystemCallFilter=@system-...   an allowlist here would be inherited and cut plugins that run today
+User=                          it is root that makes users and namespaces; everything that parses others' bytes is not
+=============================  ==================================================================================
+
+The unit has a mount namespace (ProtectSystem and others make one), a slave of the host's: what the host mounts later
+appears in it, what the daemon mounts (plugins' state) does not appear on the host and vanishes with the daemon.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isolator.paths import Paths
+
+
+def unit(program: Path, paths: Paths) -> str:
+    """The text of ``isolator.service`` for one root."""
+    root = f" --root {paths.root}" if paths.instance else ""
+    writable = str(paths.root) if paths.instance else "/var /run"
+    return _UNIT.format(program=program, root=root, writable=writable)
+
+
+_UNIT = """\
+# Written by 'isolator install', which writes it anew each time: put changes into
+# /etc/systemd/system/isolator.service.d/local.conf ('systemctl edit isolator').
+[Unit]
+Description=Isolator: runs untrusted plugins in cages
+After=local-fs.target network.target nss-user-lookup.target
+# A daemon that cannot start for a while (a full disk) must come back when it can.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={program}{root} serve
+Restart=on-failure
+RestartSec=2
+WatchdogSec=30
+TimeoutStartSec=120
+TimeoutStopSec=90
+KillMode=mixed
+UMask=0022
+
+# Control groups: the daemon hands out its own subtree. A plugin that runs out of memory is the daemon's business,
+# not the unit's end; tasks are capped for each plugin.
+Delegate=yes
+OOMPolicy=continue
+OOMScoreAdjust=-500
+TasksMax=infinity
+LimitNOFILE=65536
+LimitCORE=0
+
+# What is writable: /etc for useradd (passwd and its lock files), /var and /run for the daemon. Homes can be read,
+# since plugins are added from them.
+ProtectSystem=strict
+ReadWritePaths=/etc {writable}
+ProtectHome=read-only
+ProtectProc=invisible
+ProtectClock=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+
+# Devices: state images on loop devices, and the null, zero, full, random and urandom that every cage gets.
+DevicePolicy=closed
+DeviceAllow=/dev/loop-control rw
+DeviceAllow=block-loop rw
+
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap
+SystemCallErrorNumber=EPERM
+KeyringMode=private
+CapabilityBoundingSet=~CAP_AUDIT_CONTROL CAP_BLOCK_SUSPEND CAP_BPF CAP_CHECKPOINT_RESTORE CAP_IPC_LOCK CAP_LEASE
+CapabilityBoundingSet=~CAP_LINUX_IMMUTABLE CAP_MAC_ADMIN CAP_MAC_OVERRIDE CAP_PERFMON CAP_SETFCAP CAP_SYSLOG
+CapabilityBoundingSet=~CAP_SYS_BOOT CAP_SYS_MODULE CAP_SYS_NICE CAP_SYS_PACCT CAP_SYS_RAWIO CAP_SYS_TIME
+CapabilityBoundingSet=~CAP_SYS_TTY_CONFIG CAP_WAKE_ALARM
+
+[Install]
+WantedBy=multi-user.target
+"""

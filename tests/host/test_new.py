@@ -1,0 +1,50 @@
+"""``isolator new``: every language's example runs as written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from host.cli.new import LANGUAGES
+from tests.host.supervisor_double import Daemon
+from tests.host.test_cli import isolator
+
+NEEDS = {"python": "/usr/bin/python3", "node": "node", "go": "go", "rust": "rustc", "sh": "perl"}
+
+
+@pytest.mark.parametrize("language", sorted(LANGUAGES))
+async def test_a_new_plugin_works_as_written(daemon: Daemon, language: str) -> None:
+    if shutil.which(NEEDS[language]) is None:
+        pytest.skip(f"{NEEDS[language]} is not installed")
+    folder = daemon.root / "my-plugin"
+    ran = await isolator(daemon.root, "new", str(folder), "--lang", language)
+    assert ran.code == 0, ran.err
+    assert "isolator plugin add" in ran.out
+    if (folder / "Makefile").exists():
+        await asyncio.to_thread(subprocess.run, ["make", "-s", "-C", str(folder)], check=True)
+    ran = await isolator(daemon.root, "plugin", "add", str(folder), "--yes")
+    assert ran.code == 0, ran.err
+    daemon.sidecars["my-plugin"].manifest["x-interpreter"] = ""
+    for _ in range(2):
+        (delivery,) = (await daemon.outcome(await daemon.emit(project_id="shop")))["deliveries"]
+        assert delivery["state"] == "ok", delivery
+        assert json.loads(delivery["reply"])["result"] == {"status": "ok"}
+    log = daemon.paths.plugin_log / "my-plugin.log"
+    await daemon.poll(lambda: log.exists() and "deploy.completed shop" in log.read_text())
+
+
+async def test_what_cannot_be_a_plugin_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    ran = await isolator(tmp_path, "new", str(tmp_path / "Bad Name"), "--lang", "python")
+    assert ran.code == 2
+    assert "lower-case" in ran.err
+    assert not (tmp_path / "Bad Name").exists()
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").touch()
+    ran = await isolator(tmp_path, "new", str(full), "--lang", "python")
+    assert (ran.code, list(full.iterdir())) == (2, [full / "precious"])

@@ -1,0 +1,84 @@
+"""Cages for tests that want one to look at: a whole one by default, or one whose sandbox is a subclass."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from isolator.layers.base import CageSpec
+from isolator.layers.cgroup import find_hierarchies
+from isolator.oneoff import Workshop, close_all, run_spec
+from isolator.oneoff_services import Records
+from isolator.paths import Paths
+from isolator.policy.hostconfig import HostConfig
+from isolator.policy.model import EffectivePolicy, NetworkPolicy
+from isolator.sandbox import Sandbox, Stdio
+
+COMMAND = [sys.executable, "-I", "-c", "from host.cli.main import main; main()"]
+"""The command line, by the interpreter that runs the tests."""
+
+
+def policy(**fields: object) -> EffectivePolicy:
+    """No network and the default caps, but for what is named."""
+    return EffectivePolicy(plugin="test", network=NetworkPolicy(mode="none")).model_copy(update=fields)
+
+
+@dataclass
+class Cage:
+    """A started cage and the file that its output goes to."""
+
+    sandbox: Sandbox
+    shop: Workshop
+    out: Path
+
+    def text(self) -> str:
+        return self.out.read_text()
+
+
+@contextlib.asynccontextmanager
+async def cage(
+    root: Path,
+    argv: list[str],
+    effective: EffectivePolicy | None = None,
+    *,
+    sandbox: type[Sandbox] = Sandbox,
+    change: Callable[[CageSpec], None] = lambda spec: None,
+) -> AsyncIterator[Cage]:
+    """One cage; standard input is /dev/null, output and errors go to one file."""
+    host = HostConfig()
+    out = root / "out"
+    owned = [os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC), os.open("/dev/null", os.O_RDONLY)]
+    try:
+        async with Workshop(Paths.of(root)) as shop:
+            lease = shop.lease(host)
+            run = secrets.token_hex(5)
+            spec = run_spec(shop.paths, effective or policy(), argv, run, lease.uid, owned)
+            change(spec)
+            records = Records(None, run, quiet=True)
+            stdio = Stdio(owned[1], owned[0], owned[0])
+            async with shop.cage(spec, host, stdio, records, sandbox=sandbox) as started:
+                yield Cage(started, shop, out)
+    finally:
+        close_all(owned)
+
+
+def isolator(root: Path, *arguments: str, input: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the command line; never raises for an exit code."""
+    return subprocess.run(
+        [*COMMAND, "--root", str(root), *arguments], input=input, capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+
+
+def leaves(root: Path) -> list[Path]:
+    """Every control group that belongs to a root, in every hierarchy."""
+    name = Paths.of(root).named("isolator")
+    found = find_hierarchies()
+    tops = [folder for folder in (found.unified, *found.v1.values()) if folder is not None]
+    return [child for top in dict.fromkeys(tops) for child in top.glob(f"{name}*")]

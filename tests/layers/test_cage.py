@@ -1,0 +1,262 @@
+"""The life of one cage: how it starts, how it ends, what is said about it, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from isolator import sandbox as sandbox_module
+from isolator.errors import ConfinementError, UnavailableError
+from isolator.linux.inotify import IN_MODIFY, Inotify
+from isolator.policy.model import ResourcePolicy
+from isolator.sandbox import Sandbox
+from tests.layers.lab import Cage, cage, leaves, policy
+
+MIB = 1 << 20
+pytestmark = pytest.mark.vm
+
+
+async def _end(root: Path, *argv: str, **fields: object) -> tuple[int, str, str]:
+    """(return code, cause, output) of one command."""
+    async with cage(root, list(argv), policy(**fields)) as one:
+        end = await one.sandbox.wait()
+        return end.returncode, end.cause, one.text()
+
+
+# --- starting ------------------------------------------------------------------------------------------------
+
+
+async def test_a_program_that_is_not_there(shared_dir: Path) -> None:
+    with pytest.raises(ConfinementError, match=r"/nothing: No such file or directory; check the name"):
+        await _end(shared_dir, "/nothing")
+    assert not leaves(shared_dir)
+
+
+async def test_a_name_that_is_nowhere_on_the_path(shared_dir: Path) -> None:
+    with pytest.raises(ConfinementError, match="no-such-program: No such file or directory"):
+        await _end(shared_dir, "no-such-program")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "complaint"),
+    [
+        ("#!/bin/sh\n", 0o644, "Permission denied; make it executable"),
+        ("nonsense\n", 0o755, "Exec format error; it is neither a program of this architecture nor a script"),
+        ("#!/no/such/interpreter\n", 0o755, "No such file or directory"),
+    ],
+)
+async def test_a_file_that_cannot_be_executed(shared_dir: Path, content: str, mode: int, complaint: str) -> None:
+    folder = shared_dir / "files"
+    folder.mkdir()
+    (folder / "program").write_text(content)
+    (folder / "program").chmod(mode)
+    fs = policy().filesystem.model_copy(update={"read": (str(folder),)})
+    with pytest.raises(ConfinementError, match=complaint):
+        await _end(shared_dir, f"{folder}/program", filesystem=fs)
+
+
+async def test_a_cage_that_is_not_built_in_time(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "_SET_UP_SECONDS", 0.3)
+
+    class Stuck(Sandbox):
+        async def _build(self, *args: object) -> None:
+            os.kill(self.pid, signal.SIGSTOP)
+            await super()._build(*args)
+
+    with pytest.raises(ConfinementError, match="not built in"):
+        async with cage(shared_dir, ["true"], sandbox=Stuck):
+            pass
+    assert not leaves(shared_dir)
+
+
+async def test_a_child_that_dies_while_it_is_built(shared_dir: Path) -> None:
+    class Dying(Sandbox):
+        async def _build(self, *args: object) -> None:
+            os.kill(self.pid, signal.SIGKILL)
+            await super()._build(*args)
+
+    with pytest.raises((ConfinementError, OSError)):
+        async with cage(shared_dir, ["true"], sandbox=Dying):
+            pass
+    assert not leaves(shared_dir)
+
+
+async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
+    """The read-back sees a limit that somebody changed between writing it and exec."""
+
+    class Tampered(Sandbox):
+        async def _build(self, *args: object) -> None:
+            for path in self.leaf.values(self.spec.policy.resources):
+                if path.name == "pids.max":
+                    path.write_text("max")
+            await super()._build(*args)
+
+    with pytest.raises(ConfinementError, match=r"pids\.max is max"):
+        async with cage(shared_dir, ["sh", "-c", "echo ran"], sandbox=Tampered):
+            pass
+    assert (shared_dir / "out").read_text() == ""
+    assert not leaves(shared_dir)
+
+
+async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
+    """A plan without the user section would leave root: the user layer's read-back refuses."""
+
+    class Lost(Sandbox):
+        async def _build(self, *args: object) -> None:
+            await super()._build(*args)
+
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            user = next(layer for layer in self._layers if layer.name == "user")
+            prepare = user.prepare
+
+            def forget(spec: object, plan: object) -> None:
+                prepare(spec, plan)
+                del plan.sections["user"]
+
+            user.prepare = forget
+
+    with pytest.raises(ConfinementError, match="layer user: Uid is"):
+        async with cage(shared_dir, ["true"], sandbox=Lost):
+            pass
+
+
+# --- ending --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 125, 255])
+async def test_an_exit_code(shared_dir: Path, code: int) -> None:
+    assert await _end(shared_dir, "sh", "-c", f"exit {code}") == (code, "exit", "")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL", "SIGSEGV", "SIGABRT", "SIGHUP"])
+async def test_a_death_by_signal(shared_dir: Path, name: str) -> None:
+    number = signal.Signals[name]
+    assert (await _end(shared_dir, "sh", "-c", f"kill -{number} $$"))[:2] == (128 + number, "signal")
+
+
+async def test_out_of_memory(shared_dir: Path) -> None:
+    small = ResourcePolicy(memory=32 * MIB, memory_high=28 * MIB)
+    code, cause, _ = await _end(shared_dir, "python3", "-c", "x = bytearray(200 << 20)", resources=small)
+    assert (code, cause) == (128 + signal.SIGKILL, "out of memory")
+
+
+async def test_out_of_memory_in_a_child_ends_the_whole_cage(shared_dir: Path) -> None:
+    small = ResourcePolicy(memory=32 * MIB, memory_high=28 * MIB)
+    script = "python3 -c 'x = bytearray(200 << 20)' & wait; echo survived; sleep 60"
+    code, cause, _ = await _end(shared_dir, "sh", "-c", script, resources=small)
+    assert (code, cause) == (128 + signal.SIGKILL, "out of memory")
+
+
+async def test_the_task_limit(shared_dir: Path) -> None:
+    few = ResourcePolicy(tasks=4)
+    script = "for i in 1 2 3 4 5 6 7 8; do sleep 5 & done; exit 7"
+    code, cause, _ = await _end(shared_dir, "bash", "-c", script, resources=few)
+    assert cause == "task limit"
+    assert code != 0
+
+
+async def _ready(one: Cage) -> None:
+    """Wait until it has written "ready"; inotify tells of each write."""
+    with contextlib.closing(Inotify()) as watch:
+        watch.watch(str(one.out), IN_MODIFY)
+        loop, written = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(watch.fileno(), lambda: (watch.read(), written.set()))
+        try:
+            async with asyncio.timeout(20):
+                while "ready" not in one.text():
+                    await written.wait()
+                    written.clear()
+        finally:
+            loop.remove_reader(watch.fileno())
+
+
+async def test_a_stop_asks_first(shared_dir: Path) -> None:
+    script = "trap 'echo asked; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    async with cage(shared_dir, ["bash", "-c", script]) as one:
+        await _ready(one)
+        await one.sandbox.stop(10)
+        end = await one.sandbox.wait()
+        assert (end.exit_code, end.cause, one.text()) == (3, "stopped", "ready\nasked\n")
+
+
+async def test_a_stop_does_not_ask_twice(shared_dir: Path) -> None:
+    script = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+    async with cage(shared_dir, ["bash", "-c", script]) as one:
+        await _ready(one)
+        await one.sandbox.stop(0.2)
+        end = await one.sandbox.wait()
+        assert (end.signal, end.cause) == (signal.SIGKILL, "stopped")
+
+
+async def test_what_it_started_ends_with_it(shared_dir: Path) -> None:
+    async with cage(shared_dir, ["bash", "-c", "setsid sleep 300 & setsid nohup sleep 300 & exit 0"]) as one:
+        leaf = one.sandbox.leaf
+        await one.sandbox.wait()
+        assert leaf.wait_empty(5)
+
+
+async def test_pid_1_of_the_cage_is_killed(shared_dir: Path) -> None:
+    async with cage(shared_dir, ["sleep", "300"]) as one:
+        leaf = one.sandbox.leaf
+        os.kill(one.sandbox.pid, signal.SIGKILL)
+        end = await one.sandbox.wait()
+        assert (end.signal, end.cause) == (signal.SIGKILL, "signal")
+        assert leaf.wait_empty(5)
+
+
+async def test_orphans_are_reaped(shared_dir: Path) -> None:
+    script = "for i in $(seq 50); do (sleep 0.01 &) ; done; sleep 1; ls /proc | grep -c '^[0-9]'"
+    _, _, text = await _end(shared_dir, "bash", "-c", script)
+    assert int(text) < 10
+
+
+# --- what is left --------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_left(shared_dir: Path) -> None:
+    def here() -> tuple[set[str], str, list[Path]]:
+        fds = {f"{n} {os.readlink(f'/proc/self/fd/{n}')}" for n in os.listdir("/proc/self/fd") if _is_open(n)}
+        return {fd for fd in fds if "/proc/" not in fd}, Path("/proc/self/mountinfo").read_text(), leaves(shared_dir)
+
+    await _end(shared_dir, "true")  # what is loaded once is loaded now
+    before = here()
+    for argv in (["true"], ["sh", "-c", "sleep 300 & kill -9 $$"], ["/nothing"]):
+        with contextlib.suppress(ConfinementError):
+            await _end(shared_dir, *argv)
+    assert here() == before
+    assert not list((shared_dir / "run/isolator").glob("run-*"))
+
+
+def _is_open(number: str) -> bool:
+    with contextlib.suppress(OSError):
+        os.fstat(int(number))
+        return True
+    return False
+
+
+async def test_releasing_twice_is_harmless(shared_dir: Path) -> None:
+    async with cage(shared_dir, ["sleep", "300"]) as one:
+        await one.sandbox.release()
+        await one.sandbox.release()
+        assert one.sandbox.started is False
+
+
+async def test_a_dead_launcher_takes_no_cage_with_it(shared_dir: Path) -> None:
+    """The cages are the supervisor's children: it still sees their end, and is told that no new one can start."""
+    async with cage(shared_dir, ["sleep", "300"]) as one:
+        launcher = one.shop.tools.launcher
+        os.kill(launcher.pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            await launcher.closed.wait()
+        one.sandbox.signal(signal.SIGTERM)
+        end = await one.sandbox.wait()
+        assert end.signal == signal.SIGTERM
+        with pytest.raises(UnavailableError, match="launcher"):
+            await launcher.clone(None)
+    assert not leaves(shared_dir)

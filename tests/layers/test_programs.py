@@ -1,0 +1,210 @@
+"""Ordinary programs of every kind run in a cage of the default profile; under ``strict`` they start nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.layers.lab import isolator
+
+pytestmark = pytest.mark.vm
+
+PYTHON = """
+import json, os, socket, sqlite3, ssl, subprocess, tempfile, threading
+t = threading.Thread(target=lambda: None); t.start(); t.join()
+with tempfile.TemporaryFile() as f: f.write(b"x")
+sqlite3.connect("/tmp/db").execute("create table t (a)")
+server = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(server.getsockname())
+ssl.create_default_context()
+assert subprocess.run(["echo", "hi"], capture_output=True).stdout == b"hi\\n"
+print("fine")
+"""
+
+NODE = """
+const fs = require('fs'), net = require('net');
+const {execSync} = require('child_process'), {Worker} = require('worker_threads');
+fs.writeFileSync('/tmp/file', 'x');
+execSync('true');
+new Worker('require("worker_threads").parentPort.postMessage(1)', {eval: true}).on('message', () => {
+  const server = net.createServer(s => s.end('fine')).listen(0, '127.0.0.1', () =>
+    net.connect(server.address().port, '127.0.0.1').on('data', d => { console.log(String(d)); server.close(); }));
+});
+"""
+
+BASH = """
+set -e
+cd /tmp; mkdir -p a/b; echo text > a/b/file; cp -r a c; mv c d; ln -s d e; find . -name file | sort | head -1
+seq 100 | sort -rn | awk '{s += $1} END {print s}' | tee sum; sha256sum sum > /dev/null
+tar cf t.tar a; date > /dev/null
+diff -r a d; rm -r a d e; (sleep 0.01 &) ; wait; test "$(cat sum)" = 5050; echo fine
+"""
+
+C = """
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static void *thread(void *x) { return x; }
+int main(void) {
+    pthread_t t;
+    if (pthread_create(&t, 0, thread, 0) || pthread_join(t, 0)) return 1;
+    pid_t pid = fork();
+    if (pid == 0) _exit(7);
+    int status;
+    if (waitpid(pid, &status, 0) != pid || WEXITSTATUS(status) != 7) return 2;
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair)) return 3;
+    if (mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED) return 4;
+    puts("fine");
+    return 0;
+}
+"""
+
+GO = """
+package main
+
+import ("fmt"; "net"; "os"; "os/exec"; "sync")
+
+func main() {
+    var group sync.WaitGroup
+    for i := 0; i < 20; i++ { group.Add(1); go func() { defer group.Done() }() }
+    group.Wait()
+    if err := os.WriteFile("/tmp/file", []byte("x"), 0600); err != nil { panic(err) }
+    listener, err := net.Listen("tcp", "127.0.0.1:0")
+    if err != nil { panic(err) }
+    go func() { c, _ := listener.Accept(); c.Close() }()
+    if _, err = net.Dial("tcp", listener.Addr().String()); err != nil { panic(err) }
+    if err = exec.Command("true").Run(); err != nil { panic(err) }
+    fmt.Println("fine")
+}
+"""
+
+RUST = """
+use std::{fs, net, process, thread};
+fn main() {
+    thread::spawn(|| ()).join().unwrap();
+    fs::write("/tmp/file", "x").unwrap();
+    let listener = net::TcpListener::bind("127.0.0.1:0").unwrap();
+    net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    assert!(process::Command::new("true").status().unwrap().success());
+    println!("fine");
+}
+"""
+
+
+def _have(name: str) -> str:
+    path = shutil.which(name, path="/usr/local/bin:/usr/bin:/bin") or shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def _run(root: Path, *command: str, read: str = "") -> str:
+    reading = ["--read", read] if read else []
+    result = isolator(root, "run", "--cpu", "100%", *reading, "--", *command)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def _visible(name: str) -> str:
+    path = _have(name)
+    if not str(Path(path).resolve()).startswith("/usr/"):
+        pytest.skip(f"{name} is outside /usr, where no cage sees it")
+    return path
+
+
+def test_python(shared_dir: Path) -> None:
+    assert _run(shared_dir, "/usr/bin/python3", "-c", PYTHON) == "fine\n"
+
+
+def test_node(shared_dir: Path) -> None:
+    assert _run(shared_dir, _visible("node"), "-e", NODE) == "fine\n"
+
+
+def test_bash_and_coreutils(shared_dir: Path) -> None:
+    assert _run(shared_dir, "bash", "-c", BASH).endswith("fine\n")
+
+
+def test_curl(shared_dir: Path) -> None:
+    curl = _visible("curl")
+    retry = "--retry 20 --retry-connrefused --retry-delay 0 --retry-max-time 20"
+    serve = "cd /tmp; echo fine > f; python3 -m http.server 8000 -b 127.0.0.1 2>/dev/null &"
+    script = f"{serve} {curl} -s {retry} http://localhost:8000/f; kill %1"
+    assert _run(shared_dir, "bash", "-c", script) == "fine\n"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "name", "source", "arguments"),
+    [
+        ("gcc", "main.c", C, ["-pthread", "-o", "program", "main.c"]),
+        ("gcc", "static.c", C, ["-pthread", "-static", "-o", "program", "static.c"]),
+        ("go", "main.go", GO, ["build", "-o", "program", "main.go"]),
+        ("rustc", "main.rs", RUST, ["-o", "program", "main.rs"]),
+    ],
+    ids=["c", "static c", "go", "rust"],
+)
+def test_compiled(shared_dir: Path, compiler: str, name: str, source: str, arguments: list[str]) -> None:
+    path = _have(compiler)
+    folder = shared_dir / "build"
+    folder.mkdir()
+    (folder / name).write_text(textwrap.dedent(source))
+    environment = {"PATH": f"{Path(path).parent}:/usr/bin:/bin", "HOME": str(Path.home()), "GOFLAGS": "-mod=mod",
+                   "GOCACHE": str(shared_dir / "cache")}  # fmt: skip
+    made = subprocess.run([path, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert _run(shared_dir, f"{folder}/program", read=str(folder)) == "fine\n"
+
+
+# --- strict --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strict(shared_dir: Path) -> list[str]:
+    file = shared_dir / "strict.toml"
+    file.write_text('[syscalls]\nprofile = "strict"\n')
+    return ["run", "--policy", str(file), "--"]
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "subprocess.run(['true'])",
+        "mmap.mmap(-1, 4096, prot=7)",
+        "os.memfd_create('x')",
+        "executable()",
+    ],
+)
+def test_strict_refuses(shared_dir: Path, strict: list[str], attempt: str) -> None:
+    code = f"""
+import ctypes, mmap, os, subprocess
+def executable():
+    area = mmap.mmap(-1, 4096)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), 4096, 5):
+        raise OSError(ctypes.get_errno(), "mprotect")
+try:
+    {attempt}
+    print("through")
+except OSError as error:
+    print(error.errno)
+"""
+    assert isolator(shared_dir, *strict, "/usr/bin/python3", "-c", code).stdout == "1\n"
+    assert "through\n" in isolator(shared_dir, "run", "--", "/usr/bin/python3", "-c", code).stdout
+
+
+def test_strict_allows_threads_and_a_second_exec(shared_dir: Path, strict: list[str]) -> None:
+    """What it cannot tell from the first exec replaces the program; it stays under both filters."""
+    threads = "import threading; t = threading.Thread(target=print, args=['fine']); t.start(); t.join()"
+    assert isolator(shared_dir, *strict, "/usr/bin/python3", "-c", threads).stdout == "fine\n"
+    script = "exec python3 -c 'import os\ntry: os.fork()\nexcept OSError as e: print(e.errno)'"
+    assert isolator(shared_dir, *strict, "sh", "-c", script).stdout == "1\n"

@@ -1,0 +1,193 @@
+"""``isolator run`` as a person uses it: its exit codes, what it prints, what it shows the command, how it is ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from isolator.layers.cgroup import find_hierarchies
+from tests.layers.lab import COMMAND, isolator, leaves
+
+pytestmark = pytest.mark.vm
+
+
+def test_output_input_and_exit_code(shared_dir: Path) -> None:
+    result = isolator(shared_dir, "run", "--", "sh", "-c", "cat; echo error >&2; exit 3", input="through\n")
+    assert (result.returncode, result.stdout, result.stderr) == (3, "through\n", "error\n")
+
+
+def test_a_signal_becomes_128_and_its_number(shared_dir: Path) -> None:
+    assert isolator(shared_dir, "run", "--", "sh", "-c", "kill -SEGV $$").returncode == 128 + signal.SIGSEGV
+
+
+def test_a_cage_that_cannot_be_built_is_125_and_one_line(shared_dir: Path) -> None:
+    result = isolator(shared_dir, "run", "--", "/no/such/program")
+    assert result.returncode == 125
+    assert result.stdout == ""
+    assert result.stderr.startswith("isolator: start of run: /no/such/program: No such file or directory; ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "no command"),
+        (["--memory", "lots", "--", "true"], "--memory"),
+        (["--egress", "nowhere", "--", "true"], "--egress"),
+        (["--no-such-option", "--", "true"], "no-such-option"),
+    ],
+)
+def test_a_wrong_request_is_2(shared_dir: Path, arguments: list[str], complaint: str) -> None:
+    result = isolator(shared_dir, "run", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert complaint in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_how_it_ended_as_json(shared_dir: Path) -> None:
+    result = isolator(shared_dir, "run", "--json", "--", "sh", "-c", "exit 4")
+    found = json.loads(result.stderr)
+    assert result.returncode == 4
+    assert found["exit_code"] == 4
+    assert found["signal"] is None
+    assert found["cause"] == "exit"
+    assert found["oom_kills"] == found["task_denials"] == 0
+
+
+def test_a_memory_cap_is_kept_and_told(shared_dir: Path) -> None:
+    result = isolator(shared_dir, "run", "--memory", "32M", "--", "python3", "-c", "bytearray(300 << 20)")
+    assert result.returncode == 128 + signal.SIGKILL
+    assert "python3 was ended: out of memory" in result.stderr
+
+
+def test_a_task_cap_is_kept(shared_dir: Path) -> None:
+    script = "for i in 1 2 3 4 5 6; do sleep 1 & done 2>/dev/null; wait"
+    result = isolator(shared_dir, "run", "--tasks", "3", "--json", "--", "bash", "-c", script)
+    assert json.loads(result.stderr.splitlines()[-1])["task_denials"] > 0
+
+
+def test_only_what_is_named_can_be_read(shared_dir: Path) -> None:
+    named, other = shared_dir / "named", shared_dir / "other"
+    for folder in (named, other):
+        folder.mkdir()
+        (folder / "file").write_text("content\n")
+    script = f"cat {named}/file; ls {other}; touch {named}/new; pwd"
+    result = isolator(shared_dir, "run", "--read", str(named), "--", "sh", "-c", script)
+    assert result.stdout == "content\n/\n"
+    assert "other': No such file" in result.stderr
+    assert "Read-only file system" in result.stderr
+
+
+def test_a_read_path_behind_a_link_is_refused(shared_dir: Path) -> None:
+    (shared_dir / "link").symlink_to("/root")
+    result = isolator(shared_dir, "run", "--read", str(shared_dir / "link"), "--", "true")
+    assert result.returncode in (2, 125)
+    assert "symbolic link" in result.stderr
+
+
+def test_denials_are_shown(shared_dir: Path) -> None:
+    code = "import socket, ctypes; ctypes.CDLL(None).ptrace(0, 0, 0, 0); socket.create_connection(('192.0.2.1', 80))"
+    result = isolator(shared_dir, "run", "--", "python3", "-c", code)
+    assert result.returncode == 1
+    assert "isolator: denied: system call ptrace" in result.stderr
+    assert "isolator: denied: connection to 192.0.2.1:80" in result.stderr
+
+
+def test_records_go_to_a_file(shared_dir: Path) -> None:
+    code = "import ctypes; ctypes.CDLL(None).ptrace(0, 0, 0, 0)"
+    log = shared_dir / "records"
+    result = isolator(shared_dir, "run", "--audit", str(log), "--", "python3", "-c", code)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["type"] for record in records][::2] == ["plugin.started", "plugin.stopped"]
+    assert {record["data"].get("call") for record in records} >= {"ptrace"}
+    assert result.stderr == ""
+
+
+def test_it_says_that_it_needs_root(shared_dir: Path) -> None:
+    result = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *COMMAND, "run", "--", "true"],
+        capture_output=True, text=True, check=False, cwd="/",
+    )  # fmt: skip
+    assert result.returncode == 125
+    assert result.stderr == "isolator: isolator run: building a cage needs root; run it with sudo\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_passed_on(shared_dir: Path, number: signal.Signals) -> None:
+    script = f"trap 'echo caught; exit 9' {number}; echo ready; while :; do sleep 0.05; done"
+    with _running(shared_dir, "bash", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=20)[0] == "caught\n"
+        assert process.returncode == 9
+
+
+def test_nothing_survives_a_killed_run(shared_dir: Path) -> None:
+    """The launcher sees the end of its supervisor and kills the cage's group."""
+    with _running(shared_dir, "bash", "-c", "sleep 300 & echo $$; wait") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        pids = _processes(shared_dir)
+        assert len(pids) == 3  # pid 1 of the cage, bash, sleep
+        process.kill()
+        process.wait()
+        _wait_gone(pids)
+    _remove(leaves(shared_dir))
+
+
+def test_nothing_survives_when_the_launcher_is_killed_too(shared_dir: Path) -> None:
+    with _running(shared_dir, "bash", "-c", "sleep 300 & echo $$; wait") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        pids = _processes(shared_dir)
+        launcher = next(pid for pid in _children(process.pid) if pid not in pids)
+        os.kill(process.pid, signal.SIGSTOP)  # so that it cannot take the cage down in an orderly way
+        os.kill(launcher, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        _wait_gone(pids)
+    _remove(leaves(shared_dir))
+
+
+def _running(root: Path, *command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([*COMMAND, "--root", str(root), "run", "--", *command], stdout=subprocess.PIPE, text=True)
+
+
+def _processes(root: Path) -> list[int]:
+    """The processes in the leaf of the one cage of a root: the v2 hierarchy has them all."""
+    unified = find_hierarchies().unified
+    assert unified is not None
+    files = [file for top in leaves(root) if top.is_relative_to(unified) for file in top.glob("run.*/cgroup.procs")]
+    return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_gone(pids: list[int]) -> None:
+    import select
+
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            assert select.select([fd], [], [], 10)[0], f"process {pid} still runs"
+        finally:
+            os.close(fd)
+
+
+def _remove(folders: list[Path]) -> None:
+    for top in folders:
+        for child in top.iterdir():
+            if child.is_dir():
+                child.rmdir()
+        top.rmdir()
