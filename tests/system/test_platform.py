@@ -334,14 +334,13 @@ def test_the_platforms_of_the_guide_run_as_printed(
     script.write_text(text.replace("deploy-d1", f"deploy-{language}"))
     environment = {**os.environ, "ISOLATOR_ROOT": str(d.root), "CONTROL": str(d.root / "run/isolator/control.sock")}
     _add(d, write_plugin(tmp_path / "namer", NAMER, permissions=["read:projects"], transport={"mode": "stream"}))
+    before = {e["id"] for e in d.json("event", "list", "--limit", "1")}
     process = subprocess.Popen(
         [program, str(script)], stdout=subprocess.PIPE, text=True, cwd="/", env=environment,
         user=UID, group=UID, extra_groups=[],
     )  # fmt: skip
     try:
-        row = wait_for(
-            lambda: next((e for e in d.json("event", "list", "--limit", "1") if e["subject"] == "shop"), None)
-        )
+        row = wait_for(lambda: [e for e in d.json("event", "list", "--limit", "1") if e["id"] not in before])[0]
         reply = json.loads(_deliveries(d, row["id"])["namer"]["reply"])["result"]
         assert reply["asked"]["result"] == {"id": "shop", "name": "Shop"}
         if language == "python":  # waits for the delivery, prints it, and ends
