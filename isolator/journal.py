@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -97,21 +98,25 @@ class Journal:
         self._fd = _open_locked(path, wait=wait)
         content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         self.open = read_entries(content)
+        self._lock = threading.Lock()
+        """State folders are made ready in threads."""
         self._lines = content.count(b"\n")
         if content and not content.endswith(b"\n"):
             os.write(self._fd, b"\n")  # or the next entry would continue the torn last line
 
     def make(self, entry: Entry) -> None:
         """Write down what is about to be made."""
-        self.open[entry.name] = entry
-        self._append(asdict(entry))
+        with self._lock:
+            self.open[entry.name] = entry
+            self._append(asdict(entry))
 
     def gone(self, name: str) -> None:
         """Write down that it was removed."""
-        if self.open.pop(name, None) is not None:
-            self._append({"gone": name})
-            if self._lines > _COMPACT_LINES and len(self.open) * 4 < self._lines:
-                self._compact()
+        with self._lock:
+            if self.open.pop(name, None) is not None:
+                self._append({"gone": name})
+                if self._lines > _COMPACT_LINES and len(self.open) * 4 < self._lines:
+                    self._compact()
 
     def close(self) -> None:
         """Release the lock; the file goes too when nothing is open."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import pwd
 import socket
 import stat
 from collections.abc import Callable
@@ -196,6 +197,12 @@ async def prepare_run(
     try:
         environment = await around.environment(name)
         state = State(around.paths.state, name, around.tools.journal)
+        files = effective.filesystem
+        if files.state and not state.ready(files.state):
+            # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
+            gid = pwd.getpwuid(registration.uid).pw_gid
+            owner = {"uid": registration.uid, "gid": gid}
+            os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
         spec = plugin_spec(registration, effective, argv, around.paths, run_id, environment, state, owned)
 
         async def hand_over(made: network_layer.CageNetwork) -> None:

@@ -19,6 +19,7 @@ from isolator.lifecycle import Plugin, Surroundings
 from isolator.plugin_run import Run
 from isolator.policy.hostconfig import HostConfig
 from isolator.registrar import Registrar
+from isolator.state import State
 from isolator.store import Registration
 
 T = TypeVar("T")
@@ -75,6 +76,8 @@ class Registrations:
         async with asyncio.TaskGroup() as group:
             for plugin in self.plugins.values():
                 group.create_task(plugin.stop("the daemon stops"))
+        for name in self.plugins:
+            await asyncio.to_thread(State(self.daemon.paths.state, name, self.daemon.tools.journal).close)
 
     def lock(self, name: str) -> asyncio.Lock:
         """What is held while something happens to the plugin of that name."""

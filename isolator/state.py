@@ -1,6 +1,7 @@
 """A plugin's persistent state: one ext4 image per plugin, its size and inode count capped on any file system.
 
-The image is mounted once on the host side (attaching one image twice would corrupt it) and bound into the cage.
+The image is mounted once on the host side (attaching one image twice would corrupt it) and bound into the cage. While
+it is not mounted it can be resized, when the policy grants another size than before.
 The mount is journalled; the loop device frees itself when it is unmounted. The mount point lies in a root-owned 0700
 folder: the host's users do not reach what a plugin writes, and root never follows a path inside it.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
+import time
 from pathlib import Path
 
 from isolator.errors import ConfinementError
 from isolator.journal import Entry, Journal
 from isolator.layers.base import Control
 from isolator.linux import loop, mount
+from isolator.state_image import TOOLS, Image, Size
 
 
 def check() -> Control:
@@ -25,20 +27,20 @@ def check() -> Control:
     if not Path("/dev/loop-control").exists():
         remedy = "modprobe loop, or run outside a container without loop devices"
         return Control(label, layer, "unavailable", "no loop devices (/dev/loop-control)", remedy, mandatory=False)
-    if shutil.which("mkfs.ext4", path=_PATH) is None:
+    if shutil.which("mkfs.ext4", path=TOOLS) is None:
         return Control(label, layer, "unavailable", "no mkfs.ext4", "apt-get install e2fsprogs", mandatory=False)
     return Control(label, layer, "enforced", "an ext4 image per plugin on a loop device", mandatory=False)
 
 
-_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_DETACH_SECONDS = 5.0
 
 
 class State:
-    """The state of one plugin below ``base``; ``size`` in bytes."""
+    """The state of one plugin below ``base``."""
 
     def __init__(self, base: Path, name: str, journal: Journal) -> None:
         self._folder = base / name
-        self._image = self._folder / "image"
+        self._image = Image(self._folder / "image", name)
         self._place = self._folder / "mnt"
         self._name = f"state {name}"
         self._journal = journal
@@ -50,14 +52,35 @@ class State:
             return self._place.stat().st_dev != self._folder.stat().st_dev
         return False
 
+    def ready(self, size: int) -> bool:
+        """Whether it is mounted and has this size."""
+        granted = self._image.granted
+        return self.mounted and (granted is None or granted.size == size)
+
     def open(self, *, size: int, inodes: int, uid: int, gid: int) -> int:
-        """Make and mount what is missing; returns an O_PATH descriptor of the folder to bind into the cage."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder.chmod(0o700)
-        self._place.mkdir(exist_ok=True, mode=0o700)
+        """Make and mount what is missing; returns an O_PATH descriptor of the folder to bind into the cage.
+
+        ``size`` in bytes. No cage of the plugin may run: if the size is another one than before, it is resized.
+        """
+        wanted = Size(size, inodes)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.chmod(0o700)
+            self._place.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfinementError(self._name, error.strerror or str(error), "is the disk full?") from None
+        granted = self._image.granted
+        changed = granted is not None and granted.size != size
+        if self.mounted and changed:
+            self.close()
         if not self.mounted:
-            if not self._image.exists():
-                self._format(size, inodes, uid, gid)
+            self._wait_until_detached()
+            if not self._image.path.exists():
+                self._image.make(wanted, uid, gid)
+            else:
+                self._image.check()
+                if granted is not None and changed:
+                    self._image.resize(granted, wanted)
             self._journal.make(Entry(self._name, "mount", (str(self._place),)))
             self._mount()
         return os.open(self._place / "state", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -77,36 +100,22 @@ class State:
         if self._folder.exists():
             shutil.rmtree(self._folder)
 
-    def _format(self, size: int, inodes: int, uid: int, gid: int) -> None:
-        temporary = self._folder / "image.new"
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        # A small image: room for the file system's own structures comes on top of what was granted.
-        total = max(size + size // 16 + (1 << 20), 2 << 20) & ~4095
-        try:
-            os.ftruncate(fd, total)
-        finally:
-            os.close(fd)
-        options = f"root_owner={uid}:{gid},lazy_itable_init=1,nodiscard"
-        command = [
-            "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-N", str(max(inodes, 64)),
-            "-O", "^has_journal,^resize_inode", "-E", options, str(temporary),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": _PATH})
-        if result.returncode != 0:
-            temporary.unlink(missing_ok=True)
-            raise ConfinementError(f"state of {self._folder.name}", result.stderr.strip(), "is the disk full?")
-        temporary.rename(self._image)
-        self._owner = (uid, gid)
+    def _wait_until_detached(self) -> None:
+        """An image that something still holds (a cage that is just ending) must not be attached a second time."""
+        deadline = time.monotonic() + _DETACH_SECONDS
+        while (device := loop.device_of(self._image.path)) is not None:
+            if time.monotonic() > deadline:
+                raise ConfinementError(
+                    self._name, f"{device} still holds the image of an earlier run", f"see 'losetup {device}'"
+                )
+            time.sleep(0.02)  # nothing tells when a loop device clears itself
 
     def _mount(self) -> None:
-        backing = os.open(self._image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        backing = os.open(self._image.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             device, path = loop.attach(backing)
         except OSError as error:
-            raise ConfinementError(
-                f"state of {self._folder.name}", f"no loop device: {error.strerror}", "see 'losetup -a'"
-            ) from None
+            raise ConfinementError(self._name, f"no loop device: {error.strerror}", "see 'losetup -a'") from None
         finally:
             os.close(backing)
         try:
@@ -119,7 +128,7 @@ class State:
                 os.close(fd)
         except OSError as error:
             raise ConfinementError(
-                f"state of {self._folder.name}", f"mount: {error.strerror}", f"check it with 'e2fsck {self._image}'"
+                self._name, f"mount: {error.strerror}", f"check it with 'e2fsck {self._image.path}'"
             ) from None
         finally:
             os.close(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from pathlib import Path
 
 _CTL_GET_FREE = 0x4C82
 _CONFIGURE = 0x4C0A
@@ -40,3 +41,34 @@ def attach(backing: int) -> tuple[int, str]:
     finally:
         os.close(control)
     raise OSError(16, "no free loop device", "/dev/loop-control")
+
+
+def device_of(path: Path) -> str | None:
+    """The loop device that a file is attached to, if there is one; None also when there is no such file."""
+    try:
+        wanted = os.stat(path)
+    except FileNotFoundError:
+        return None
+    for entry in Path("/sys/block").glob("loop*/loop"):
+        device = f"/dev/{entry.parent.name}"
+        try:
+            fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            status = bytearray(232)
+            fcntl.ioctl(fd, _GET_STATUS64, status)
+        except OSError:
+            continue  # it has cleared itself meanwhile
+        finally:
+            os.close(fd)
+        number, inode = struct.unpack_from("=QQ", status)
+        if (number, inode) == (_kernel_device(wanted.st_dev), wanted.st_ino):
+            return device
+    return None
+
+
+def _kernel_device(device: int) -> int:
+    """A device number as the kernel's huge_encode_dev() gives it, which is not how libc packs it."""
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
