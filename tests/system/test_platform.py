@@ -310,7 +310,8 @@ def test_no_event_is_lost_whoever_is_killed(tmp_path: Path, platform_in: Any) ->
         # A repetition after an unknown answer is recognised: one event each, in the order of the deployments.
         ids = [platform.event_of(deployment, "deploy.completed") for deployment in wanted]
         assert len(set(ids)) == len(wanted)
-        assert len(d.json("event", "list", "--limit", "1000", "--name", "deploy.completed")) == len(wanted)
+        for name in ("deploy.started", "deploy.completed"):
+            assert len(d.json("event", "list", "--limit", "1000", "--name", name)) == len(wanted)
         order = list(dict.fromkeys(seen.read_text().split()))
         assert order == wanted
         reply = json.loads(_deliveries(d, ids[-1])["namer"]["reply"])["result"]
