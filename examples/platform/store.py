@@ -21,10 +21,11 @@ Row = dict[str, Any]
 TABLES = """
 CREATE TABLE IF NOT EXISTS projects (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, name TEXT UNIQUE, repo_url TEXT,
   default_branch TEXT, created_at TEXT);
-CREATE TABLE IF NOT EXISTS deployments (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, project_id TEXT REFERENCES projects(id),
-  state TEXT, branch TEXT, commit_sha TEXT, url TEXT, error_code TEXT, started_at TEXT, duration_ms INTEGER);
-CREATE TABLE IF NOT EXISTS domains (seq INTEGER PRIMARY KEY, project_id TEXT REFERENCES projects(id), domain TEXT UNIQUE,
-  is_primary INTEGER, added_at TEXT);
+CREATE TABLE IF NOT EXISTS deployments (seq INTEGER PRIMARY KEY, id TEXT UNIQUE,
+  project_id TEXT REFERENCES projects(id), state TEXT, branch TEXT, commit_sha TEXT, url TEXT,
+  error_code TEXT, started_at TEXT, duration_ms INTEGER);
+CREATE TABLE IF NOT EXISTS domains (seq INTEGER PRIMARY KEY, project_id TEXT REFERENCES projects(id),
+  domain TEXT UNIQUE, is_primary INTEGER, added_at TEXT);
 CREATE TABLE IF NOT EXISTS outbox (seq INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, payload TEXT, about TEXT,
   event_id TEXT, error TEXT);
 CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox(seq) WHERE event_id IS NULL AND error IS NULL;

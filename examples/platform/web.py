@@ -1,7 +1,7 @@
 """The platform's HTTP API: JSON in, JSON out, on loopback.
 
-Only ``application/json`` is accepted and only a loopback name as ``Host``: a page in somebody's browser can send neither
-to us. Whoever can log in on this machine can call it: a real platform would ask who they are.
+Only ``application/json`` is accepted and only a loopback name as ``Host``: a page in somebody's browser can send
+neither to us. Whoever can log in on this machine can call it: a real platform would ask who they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEVELS = ("debug", "info", "warning", "error", "fatal")
 
 
 def take(body: Row, **fields: tuple[type, bool]) -> Row:
-    """The named fields, each ``(type, required)``; raises UsageError for what is missing, unknown or of another type."""
+    """The named fields, each ``(type, required)``; raises UsageError for what is missing, unknown or wrong."""
     unknown = ", ".join(sorted(body.keys() - fields.keys()))
     if unknown:
         raise UsageError("request", f"has no field {unknown[:80]}", f"it may have {', '.join(fields)}")

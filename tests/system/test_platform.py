@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import urllib.error
 import urllib.request
@@ -311,10 +310,47 @@ def test_no_event_is_lost_whoever_is_killed(tmp_path: Path, platform_in: Any) ->
         # A repetition after an unknown answer is recognised: one event each, in the order of the deployments.
         ids = [platform.event_of(deployment, "deploy.completed") for deployment in wanted]
         assert len(set(ids)) == len(wanted)
-        assert len(d.json("event", "list", "--limit", "1000", "--name", "deploy.completed")) == len(wanted)
+        for name in ("deploy.started", "deploy.completed"):
+            assert len(d.json("event", "list", "--limit", "1000", "--name", name)) == len(wanted)
         order = list(dict.fromkeys(seen.read_text().split()))
         assert order == wanted
         reply = json.loads(_deliveries(d, ids[-1])["namer"]["reply"])["result"]
         assert reply["asked"]["result"]["name"] == "shop"
         assert platform.ask("/health") == {"waiting": 0, "refused": 0}
         d.cli("audit", "verify")
+
+
+@pytest.mark.parametrize("language", ["python", "js"])
+def test_the_platforms_of_the_guide_run_as_printed(
+    running: Daemon, tmp_path: Path, shared_dir: Path, language: str
+) -> None:
+    d = running
+    program = {"python": sys.executable, "js": "/usr/bin/node"}[language]
+    if not Path(program).exists():
+        pytest.skip(f"{program} is not installed")
+    guide = (PLATFORM.parents[1] / "docs/embedding.md").read_text()
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    script = shared_dir / {"python": "guide.py", "js": "guide.mjs"}[language]
+    # Each program emits once and for all, by its dedupe_key: the daemon is shared.
+    script.write_text(text.replace("deploy-d1", f"deploy-{language}"))
+    environment = {**os.environ, "ISOLATOR_ROOT": str(d.root), "CONTROL": str(d.root / "run/isolator/control.sock")}
+    _add(d, write_plugin(tmp_path / "namer", NAMER, permissions=["read:projects"], transport={"mode": "stream"}))
+    before = {e["id"] for e in d.json("event", "list", "--limit", "1")}
+    process = subprocess.Popen(
+        [program, str(script)], stdout=subprocess.PIPE, text=True, cwd="/", env=environment,
+        user=UID, group=UID, extra_groups=[],
+    )  # fmt: skip
+    try:
+        row = wait_for(lambda: [e for e in d.json("event", "list", "--limit", "1") if e["id"] not in before])[0]
+        reply = json.loads(_deliveries(d, row["id"])["namer"]["reply"])["result"]
+        assert reply["asked"]["result"] == {"id": "shop", "name": "Shop"}
+        if language == "python":  # waits for the delivery, prints it, and ends
+            assert "namer ok" in process.communicate(timeout=30)[0]
+        else:
+            assert process.stdout is not None
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            assert [line[:2] for line in lines] == ["1 ", "2 "] and row["id"] in lines[1], lines
+    finally:
+        process.kill()
+        process.communicate()
+        d.cli("plugin", "remove", "namer")
