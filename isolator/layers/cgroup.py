@@ -268,7 +268,9 @@ class Leaf:
         values: dict[Path, str] = {}
         if "memory" in self.on_v2:
             values[self.unified / "memory.max"] = str(limits.memory)
-            values[self.unified / "memory.high"] = str(limits.memory_high)
+            # Without swap there is nothing to reclaim above memory.high from a plugin that allocates without end:
+            # the kernel only puts it to sleep, up to 2 s for every 128 KiB, and it hangs instead of being ended.
+            values[self.unified / "memory.high"] = str(limits.memory_high) if limits.swap else "max"
             values[self.unified / "memory.swap.max"] = str(limits.swap)
             values[self.unified / "memory.zswap.max"] = "0"
             values[self.unified / "memory.oom.group"] = "1"
