@@ -19,6 +19,7 @@ import secrets
 import socket
 import time
 from collections import deque
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
@@ -64,6 +65,8 @@ class Plugin:
         self._changed = asyncio.Condition()
         self._wanted = False
         self._hurry = asyncio.Event()
+        self._halt = asyncio.Event()
+        """The run is to end, however far its start has come."""
         self._trial: asyncio.Future[str] | None = None
         self.take(loaded)
 
@@ -128,6 +131,7 @@ class Plugin:
             self._hurry.set()
         if self._task is None or self._task.done():
             self._wanted = True
+            self._halt.clear()
             self.error = ""
             self._set("starting")
             self._task = asyncio.create_task(self._live(reason), name=f"plugin {self.name}")
@@ -145,11 +149,10 @@ class Plugin:
         """Stop the run and want none; returns when everything of it is gone."""
         self._wanted = False
         self._hurry.set()
-        run = self.run
-        if run is not None and self.state in ("starting", "running"):
-            self._set("stopping")
-            await run.sandbox.stop(run.effective.restart.stop_grace)
-        if self._task is not None:
+        self._halt.set()
+        if self._task is not None and not self._task.done():
+            if self.state in ("starting", "running"):
+                self._set("stopping")
             await asyncio.wait([self._task])
         if self.effective is not None and self.state != "failed":
             self.error = ""
@@ -224,11 +227,13 @@ class Plugin:
         run: Run | None = None
         run_id = secrets.token_hex(5)
         try:
-            await self._around.audit.writable()
-            run = self.run = await prepare_run(self._around, self.registration, self.effective, self.argv, run_id)
+            run = await self._until_halted(self._prepare(run_id, self.effective))
+            if run is None or self._halt.is_set():
+                return run_id, None, ""
+            self.run = run
             await run.sandbox.start()
             self._started(run, reason)
-            end = await run.watch(lambda: self._conclude_trial(""))
+            end = await run.watch(self._halt, lambda: self._conclude_trial(""))
             self._record_end(run, end)
             return run_id, end, ""
         except (IsolatorError, OSError) as error:
@@ -239,6 +244,22 @@ class Plugin:
             self.run = None
             if run is not None:
                 await run.take_down()
+
+    async def _prepare(self, run_id: str, effective: EffectivePolicy) -> Run:
+        # Waits for as long as the trail cannot be written, or the host, which knows the config, is away.
+        await self._around.audit.writable()
+        return await prepare_run(self._around, self.registration, effective, self.argv, run_id)
+
+    async def _until_halted(self, work: Coroutine[Any, Any, Run]) -> Run | None:
+        """The outcome of ``work``; None when it was given up because the plugin is to stop."""
+        task = asyncio.create_task(work)
+        halted = asyncio.create_task(self._halt.wait())
+        await asyncio.wait({task, halted}, return_when=asyncio.FIRST_COMPLETED)
+        halted.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        return None if task.cancelled() else task.result()
 
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
@@ -278,7 +299,8 @@ class Plugin:
                 ),
             )
             run.sandbox.listener = -1
-        self._set("running")
+        if not self._halt.is_set():
+            self._set("running")
         self._around.run_started(self, run.pipes)
 
     def _record_end(self, run: Run, end: End) -> None:

@@ -85,10 +85,11 @@ class Run:
         if self.sandbox.started:
             self.sandbox.leaf.kill()
 
-    async def watch(self, steady: Callable[[], None]) -> End:
+    async def watch(self, halt: asyncio.Event, steady: Callable[[], None]) -> End:
         """Wait for the end; a sidecar that does not make its socket in time is ended.
 
-        ``steady`` is called when the socket has been there for ``STEADY_SECONDS``.
+        It is asked to stop when ``halt`` is set. ``steady`` is called when the socket has been there for
+        ``STEADY_SECONDS``.
         """
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sockets.fileno(), self._look_for_socket)
@@ -97,6 +98,7 @@ class Run:
         loop.add_reader(drift, self._ruleset_changed, drift)
         waiting = asyncio.create_task(self.sandbox.wait())
         there = asyncio.create_task(self.socket_there.wait())
+        stopping = asyncio.create_task(self._stop_when(halt))
         try:
             await asyncio.wait({waiting, there}, timeout=SOCKET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if self.socket_there.is_set():
@@ -112,8 +114,12 @@ class Run:
             loop.remove_reader(self._sockets.fileno())
             loop.remove_reader(drift)
             drift.close()
-            there.cancel()
-            waiting.cancel()
+            for task in (there, stopping, waiting):
+                task.cancel()
+
+    async def _stop_when(self, halt: asyncio.Event) -> None:
+        await halt.wait()
+        await self.sandbox.stop(self.effective.restart.stop_grace)
 
     async def connect(self, uid: int, deadline: float, alive: Callable[[], bool]) -> socket.socket:
         """A connection to the sidecar's socket, made for the host, which could not reach it itself."""

@@ -509,7 +509,7 @@ def test_two_crashes_on_one_event_quarantine_it(tmp_path: Path) -> None:
         assert [r["data"]["exit_code"] for r in crashes] == [9, 9]
         (record,) = of_type(d, name, "event.quarantined")
         assert "crashed 2 times" in record["data"]["reason"]
-        assert shown(d, name)["state"] == "running"
+        wait_for(lambda: shown(d, name)["state"] == "running")
 
 
 # --- at once, and cut short ----------------------------------------------------------------------------------------
