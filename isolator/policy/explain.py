@@ -37,8 +37,8 @@ def sentences(policy: EffectivePolicy) -> dict[str, str]:
         "user": "Runs as a system user of its own, with no groups, no shell and no way to become another user.",
         "cgroup": (
             f"May use {format_size(resources.memory)} of memory{_slowed(resources)}, {_swap(resources.swap)}, "
-            f"{format_cpu(resources.cpu)} of one core and {_count(resources.tasks, 'task')}; beyond its memory the whole "
-            "plugin is ended and leaves nothing."
+            f"{format_cpu(resources.cpu)} of one core and {_count(resources.tasks, 'task')}; beyond its memory the "
+            "whole plugin is ended and leaves nothing."
         ),
         "namespaces": "Sees only its own processes, mounts, host name, IPC objects and network interfaces.",
         "filesystem": (
