@@ -309,6 +309,7 @@ class Plugin:
             "plugin.crashed" if self._wanted else "plugin.stopped",
             plugin=self.name,
             run=run.id,
+            urgent=True,  # on its way before the journal forgets the run: if we die between, nobody else would tell
             exit_code=end.exit_code,
             signal=end.signal,
             cause=end.cause,
