@@ -272,6 +272,8 @@ class RegistrationOps:
                 if name not in self._registrar.names():
                     # If not all of it could be deleted, the rest is at the next start; it is no plugin any more.
                     del self._all.plugins[name]
+                    # A host that came back meanwhile was told at its start that there is such a plugin.
+                    self._daemon.tell_host("plugin.changed", removed=name)
                     self._daemon.audit.record(
                         "plugin.removed", plugin=name, old=plugin.registration.digest, who=message.fields.get("by")
                     )

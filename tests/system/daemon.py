@@ -56,11 +56,15 @@ class Daemon:
             etc.mkdir(parents=True)
             (etc / "host.toml").write_text(textwrap.dedent(host_toml))
 
+    def command(self) -> list[str]:
+        """What is started; for subclasses that put a double in its place."""
+        return ["isolator", "--root", str(self.root), "serve"]
+
     def start(self, timeout: float = seconds(30)) -> None:
         """Start it and wait for its ``ready``."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self._enter, "isolator", "--root", str(self.root), "serve"], stdout=subprocess.PIPE, stderr=log,
+                [*self._enter, *self.command()], stdout=subprocess.PIPE, stderr=log,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
         assert self.process.stdout is not None
