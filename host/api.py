@@ -169,13 +169,7 @@ class HostApi:
             granted = plugin.effective.permissions if plugin.effective is not None else ()
             if permission is not None and not any(covers_permission(g, permission) for g in granted):
                 verdict = "denied"
-                raise ApiError(
-                    PERMISSION_DENIED,
-                    f"{method} needs the permission {permission}",
-                    permission=permission,
-                    grant=f'permissions = ["{permission}"]',
-                    policy=f"policies/{name}.toml [grant]",
-                )
+                raise _not_permitted(plugin, method, permission)
             if params is None:
                 params = {}
             if not isinstance(params, dict):
@@ -225,6 +219,20 @@ class HostApi:
             raise ApiError(QUOTA_EXCEEDED, "more log than 1 MiB a second")
         log.keep(context.run, level, data)
         return {}
+
+
+def _not_permitted(plugin: Plugin, method: str, permission: str) -> ApiError:
+    """The refusal, with every line that it takes: a grant alone does nothing for what the manifest does not ask for."""
+    requested = plugin.manifest.core.permissions if plugin.manifest is not None else ()
+    asked = any(covers_permission(r, permission) for r in requested)
+    return ApiError(
+        PERMISSION_DENIED,
+        f"{method} needs the permission {permission}" + ("" if asked else ", which the manifest does not ask for"),
+        permission=permission,
+        grant=f'permissions = ["{permission}"]',
+        policy=f"policies/{plugin.name}.toml [grant]",
+        **({} if asked else {"manifest": f'"permissions": ["{permission}"]'}),
+    )
 
 
 class _Limited(Exception):

@@ -5,6 +5,7 @@ Imports nothing heavy, so that a command that only asks the daemon something ans
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -27,7 +28,8 @@ class Client:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._sock.settimeout(timeout)
         try:
-            _connect(self._sock, str(self.path))
+            with reachable(str(self.path)) as path:
+                self._sock.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             self._sock.close()
             raise UnavailableError(
@@ -96,13 +98,14 @@ class Client:
         return message
 
 
-def _connect(sock: socket.socket, path: str) -> None:
-    """Connect by a name of any length: sun_path holds 107 bytes, a --root may be longer."""
+@contextlib.contextmanager
+def reachable(path: str) -> Iterator[str]:
+    """A name to connect to ``path`` by, however long it is: sun_path holds 107 bytes, a --root may be longer."""
     if len(os.fsencode(path)) <= 107:
-        sock.connect(path)
+        yield path
         return
     folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        sock.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
     finally:
         os.close(folder)

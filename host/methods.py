@@ -198,8 +198,8 @@ class Methods:
         manifest = plugin.manifest
         return {
             **self._with_queue(entry),
-            "effective": entry.get("effective"),
-            "manifest": entry.get("manifest"),
+            "effective": plugin.raw.get("effective"),
+            "manifest": plugin.raw.get("manifest"),
             "mode": plugin.mode,
             "hooks": sorted(plugin.hooks.values()),
             "config": [dataclasses.asdict(i) for i in self._host.config.listing(plugin.name, manifest)],

@@ -22,7 +22,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from isolator.errors import IsolatorError, UnavailableError
+from host.client import reachable
+from isolator.errors import DeniedError, IsolatorError, UnavailableError
 from isolator.paths import Paths
 
 LINE_LIMIT = 16 << 20
@@ -72,7 +73,10 @@ class PluginHost:
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(cls, root: str | os.PathLike[str] | None = None) -> AsyncIterator[PluginHost]:
-        """Connect to the daemon of ``root`` (default: ``$ISOLATOR_ROOT``, else ``/``); raises UnavailableError."""
+        """Connect to the daemon of ``root`` (default: ``$ISOLATOR_ROOT``, else ``/``).
+
+        Raises UnavailableError when none runs there, DeniedError when this user cannot reach its socket.
+        """
         host = cls(Paths.of(root).control_socket)
         reader = await host._open()
         host._reader_task = asyncio.get_running_loop().create_task(host._keep(reader))
@@ -114,8 +118,17 @@ class PluginHost:
 
     async def serve(self, method: str, permission: str, handler: ApiHandler) -> None:
         """Answer a host-API method that plugins may call with ``permission``."""
-        await self.call("api.register", method=method, permission=permission)
+        # Before it is registered: the first call may come in the same packet as the answer.
+        before = self._handlers.get(method)
         self._handlers[method] = (permission, handler)
+        try:
+            await self.call("api.register", method=method, permission=permission)
+        except BaseException:
+            if before is not None:
+                self._handlers[method] = before
+            else:
+                del self._handlers[method]
+            raise
 
     async def plugins(self) -> list[dict[str, Any]]:
         """Every plugin with its live figures."""
@@ -143,7 +156,12 @@ class PluginHost:
 
     async def _open(self) -> asyncio.StreamReader:
         try:
-            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=LINE_LIMIT)
+            with reachable(self._path) as path:
+                reader, self._writer = await asyncio.open_unix_connection(path, limit=LINE_LIMIT)
+        except PermissionError:
+            raise DeniedError(
+                self._path, "this user may not connect to the daemon", "let it reach that folder"
+            ) from None
         except OSError:
             raise UnavailableError(
                 "the daemon is not running", f"no {self._path}", "start it with 'isolator serve'"
@@ -158,7 +176,7 @@ class PluginHost:
             while not self._closing:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, RECONNECT_LONGEST)
-                with contextlib.suppress(UnavailableError):
+                with contextlib.suppress(UnavailableError, DeniedError):
                     reader = await self._open()
                     pause = RECONNECT_FIRST
                     self._spawn(self._register_again())
@@ -167,7 +185,8 @@ class PluginHost:
                 return
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ConnectionError, ValueError):
+        # OSError: asyncio takes a full backlog (EAGAIN) for a connection, and finds out here that there is none.
+        with contextlib.suppress(OSError, ValueError):
             async for data in reader:
                 message = json.loads(data)
                 if message.get("method") == "api.call":
@@ -194,11 +213,32 @@ class PluginHost:
                 future.set_exception(UnavailableError("the daemon", "went away in the middle of a call", "try again"))
 
     async def _register_again(self) -> None:
-        with contextlib.suppress(IsolatorError):
-            for params in list(self._events.values()):
-                await self.call("event.register", **params)
-            for method, (permission, _) in list(self._handlers.items()):
-                await self.call("api.register", method=method, permission=permission)
+        """Register everything on a new connection; what is refused for the moment is tried until it is not.
+
+        A method is "registered already" while the daemon has not yet noticed that its former connection is gone, or
+        while an earlier process of the platform still runs.
+        """
+        writer, pause = self._writer, RECONNECT_FIRST
+        waiting: list[tuple[str, dict[str, Any]]] = [("event.register", params) for params in self._events.values()]
+        waiting += [("api.register", {"method": m, "permission": p}) for m, (p, _) in self._handlers.items()]
+        while waiting:
+            refused = []
+            for verb, params in waiting:
+                if self._writer is not writer:
+                    return  # gone again; the next connection registers everything anew
+                try:
+                    await self.call(verb, **params)
+                except UnavailableError:
+                    return
+                except DeniedError as error:  # host.toml has changed: only a person can mend that
+                    context = {"message": f"registering anew: {error}", "exception": error}
+                    asyncio.get_running_loop().call_exception_handler(context)
+                except IsolatorError:
+                    refused.append((verb, params))
+            waiting = refused
+            if waiting:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RECONNECT_LONGEST)
 
     async def _answer(self, call: Mapping[str, Any]) -> None:
         entry = self._handlers.get(call["method"])
@@ -207,6 +247,7 @@ class PluginHost:
             if entry is None:
                 raise IsolatorError(str(call["method"]), "is not served here")
             answer = {"result": await entry[1](call["plugin"], call["params"])}
+            json.dumps(answer, allow_nan=False)  # a result that is no JSON is the handler's bug as well
         except IsolatorError as error:
             answer = {"error": {"code": -31001, "message": str(error)}}
         except Exception as error:  # a bug of the handler's must be an answer to the plugin, and seen here

@@ -132,6 +132,9 @@ class DaemonServices:
         assert service.channel is not None
         await service.channel.call("hello", timeout=20, **self._hello())
         self._audit.replace(socket.socket(fileno=self._audit_end("supervisor")))
+        listener = self._metrics_listener()
+        service.channel.notify("metrics", fds=[listener.fileno()])
+        listener.close()
         for name in ("broker", "host"):
             other = self._services.get(name)
             if other is not None and other.up.is_set() and other.channel is not None:
@@ -198,6 +201,11 @@ class DaemonServices:
         path = self._paths.control_socket
         path.unlink(missing_ok=True)
         return _listen(path, mode=0o666, owner=0, backlog=128)
+
+    def _metrics_listener(self) -> socket.socket:
+        """Where Prometheus figures are read without a TCP port; root's alone."""
+        self._paths.metrics_socket.unlink(missing_ok=True)
+        return _listen(self._paths.metrics_socket, mode=0o600, owner=0, backlog=16)
 
     # --- what a plugin's life needs ----------------------------------------------------------------------------
 

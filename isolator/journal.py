@@ -100,6 +100,8 @@ class Journal:
         self._fd = _open_locked(path, wait=wait)
         content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         self.open = read_entries(content)
+        self._lock = threading.Lock()
+        """State folders are made ready in threads."""
         self._lines = content.count(b"\n")
         if content and not content.endswith(b"\n"):
             os.write(self._fd, b"\n")  # or the next entry would continue the torn last line

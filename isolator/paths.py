@@ -82,6 +82,11 @@ class Paths:
         return self.run / "control.sock"
 
     @property
+    def metrics_socket(self) -> Path:
+        """Prometheus figures over HTTP."""
+        return self.run / "metrics.sock"
+
+    @property
     def journal(self) -> Path:
         """What was made outside a process; gone after a reboot, as are the things it names."""
         return self.run / "journal"

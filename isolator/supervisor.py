@@ -152,6 +152,7 @@ class Supervisor:
 
     def _remove_run_folder(self) -> None:
         self.paths.control_socket.unlink(missing_ok=True)
+        self.paths.metrics_socket.unlink(missing_ok=True)
         shutil.rmtree(self.paths.run / "hostapi", ignore_errors=True)
         with contextlib.suppress(OSError):
             self.paths.run.rmdir()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -60,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # Skipping would look like passing: nearly every test makes users, cgroups or namespaces.
         pytest.exit("the tests make users, cgroups and namespaces: run 'sudo ./dev test'", returncode=1)
     os.umask(0o022)
+    # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[_run] = _Run()
 
 

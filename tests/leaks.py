@@ -33,6 +33,7 @@ class HostState:
     namespaces: frozenset[str]
     mounts: frozenset[str]
     loops: frozenset[str]
+    folders: frozenset[str]
     processes: frozenset[str]
     descriptors: frozenset[str]
 
@@ -51,6 +52,7 @@ class HostState:
                 for entry in _entries("/sys/block")
                 if entry.name.startswith("loop") and Path(entry.path, "loop").exists()
             ),
+            folders=frozenset(entry.path for entry in _entries("/tmp") if entry.name.startswith("isolator-")),
             processes=frozenset(_processes(marker)),
             descriptors=frozenset(_descriptors()),
         )

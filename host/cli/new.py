@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import shlex
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,6 +23,18 @@ LANGUAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "sh": (("plugin.sh.txt", "{name}"),),
 }
 
+# A payload to try each event with, for the README.
+SAMPLES: dict[str, dict[str, object]] = {
+    "deploy.started": {"project_id": "shop", "deployment_id": "d1"},
+    "deploy.completed": {
+        "project_id": "shop", "deployment_id": "d1", "url": "https://shop.example", "duration_ms": 812
+    },
+    "deploy.failed": {"project_id": "shop", "deployment_id": "d1", "error_code": "BUILD_FAILED"},
+    "project.created": {"project_id": "shop", "name": "Shop"},
+    "error.detected": {"project_id": "shop", "error_id": "e1", "fingerprint": "f1", "level": "error", "count": 1},
+    "domain.added": {"project_id": "shop", "domain": "shop.example"},
+}  # fmt: skip
+
 
 @click.command(context_settings=SETTINGS, epilog="\b\nExample:\n  isolator new ./deploy-bell --lang python")
 @click.argument("folder", metavar="DIR")
@@ -28,13 +43,14 @@ LANGUAGES: dict[str, tuple[tuple[str, str], ...]] = {
 @click.option("--hooks", metavar="A,B", default="deploy.completed", show_default=True, help="The events it gets.")
 def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
     """Start a new plugin in DIR from a working example."""
+    from isolator.policy.names import OLDER_HOOKS
     from isolator.policy.request import parse_manifest
 
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(folder, "exists and is not an empty folder", "name another")
     plugin = name if name is not None else target.absolute().name
-    manifest = {
+    manifest: dict[str, Any] = {
         "name": plugin,
         "version": "0.1.0",
         "description": "",
@@ -49,13 +65,31 @@ def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
     }
     # What cannot be registered later is refused now; a folder's name is not always a plugin's.
     parse_manifest(manifest, name="isolator new")
+    event = OLDER_HOOKS.get(manifest["hooks"][0], manifest["hooks"][0])
     target.mkdir(parents=True, exist_ok=True)
     (target / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    templates = importlib.resources.files("host.templates") / lang
+    compiled = len(LANGUAGES[lang]) > 1
+    words = {
+        "name": plugin,
+        "hooks": ", ".join(f"`{hook}`" for hook in manifest["hooks"]),
+        "source": LANGUAGES[lang][0][1].format(name=plugin),
+        "build": "make\n" if compiled else "",
+        "event": event,
+        "payload": json.dumps(SAMPLES.get(event, {"see": f"isolator event types {event}"})),
+    }
+    templates = importlib.resources.files("host.templates")
+    _fill(templates / "README.md.txt", target / "README.md", words)
     for template, file in LANGUAGES[lang]:
         path = target / file.format(name=plugin)
-        path.write_text((templates / template).read_text().replace("{{name}}", plugin))
+        _fill(templates / lang / template, path, words)
         if path.name == plugin:
             path.chmod(0o755)
-    build = f"make -C {folder} && " if (target / "Makefile").exists() else ""
-    click.echo(f"wrote {folder}; next:\n  {build}isolator plugin add {folder}")
+    place = shlex.quote(folder)
+    click.echo(f"wrote {folder}; next:\n  {f'make -C {place} && ' if compiled else ''}isolator plugin add {place}")
+
+
+def _fill(template: Traversable, path: Path, words: dict[str, str]) -> None:
+    text = template.read_text()
+    for word, value in words.items():
+        text = text.replace("{{" + word + "}}", value)
+    path.write_text(text)

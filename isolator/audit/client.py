@@ -12,13 +12,13 @@ the writer finds the event that was in flight (see cause.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import json
 import secrets
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,8 +54,9 @@ class AuditClient:
         self._answered = 0
         """What the present writer has acknowledged on the present socket."""
         self._scheduled = False
-        self._progress = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._stuck = False
+        """The socket was full, and the loop tells us when it is not."""
         self._sock: socket.socket | None = None
         if sock is not None:
             self.replace(sock)
@@ -100,20 +101,16 @@ class AuditClient:
 
     async def settled(self, *, within: int = 0) -> None:
         """Wait until at most ``within`` records are not yet durably written."""
-        async with self._progress:
-            await self._progress.wait_for(lambda: len(self._pending) + len(self._unacked) <= within)
+        await self._until(lambda: len(self._pending) + len(self._unacked) <= within)
 
     async def handed_over(self) -> None:
         """Wait until the kernel holds every record so far: whatever is caused now is recorded after them."""
         self._flush()
-        if self._pending:
-            async with self._progress:
-                await self._progress.wait_for(lambda: not self._pending)
+        await self._until(lambda: not self._pending)
 
     async def writable(self) -> None:
         """Wait while the trail cannot be written (nothing may start or be dispatched meanwhile)."""
-        async with self._progress:
-            await self._progress.wait_for(lambda: self.blocked is None)
+        await self._until(lambda: self.blocked is None)
 
     def replace(self, sock: socket.socket) -> None:
         """Go on with a new writer: what the old one did not acknowledge is sent again, under the same numbers."""
@@ -191,14 +188,16 @@ class AuditClient:
                 return
             self.sent += count
             self._unacked.extend(packet)
-        if self._sock is not None:
+        if self._stuck and self._sock is not None:
             self._loop.remove_writer(self._sock)
+            self._stuck = False
         if had and not self._pending:
             self._wake()
 
     def _undelivered(self, error: OSError) -> None:
         if self._sock is not None and isinstance(error, BlockingIOError):
             self._loop.add_writer(self._sock, self._flush)
+            self._stuck = True
         elif error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR):
             self._loop.call_later(_RETRY, self._flush)
         else:
@@ -229,11 +228,13 @@ class AuditClient:
             self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closing: nobody waits any more
-            task = self._loop.create_task(self._notify())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done() and not self._loop.is_closed():
+                waiter.set_result(None)
 
-    async def _notify(self) -> None:
-        async with self._progress:
-            self._progress.notify_all()
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter

@@ -17,8 +17,9 @@ import stat
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from isolator.errors import IsolatorError
@@ -57,7 +58,7 @@ def make_stable() -> None:
 
 
 def _is_installed() -> bool:
-    return _CODE.is_relative_to(sys.prefix)
+    return _CODE.name == "site-packages"
 
 
 def check_owned_by_root(path: Path) -> None:
@@ -118,10 +119,9 @@ def _fill(new: Path) -> None:
     (new / "bin").mkdir()
     (new / "bin/python3").symlink_to(Path(sys.base_prefix) / "bin/python3")
     (new / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n")
-    ignore = shutil.ignore_patterns("__pycache__")
     for package in ("isolator", "host"):
-        shutil.copytree(_CODE / package, packages / package, ignore=ignore)
-    shutil.copytree(_CODE / "policies", new / _SHARED / "policies", ignore=ignore)
+        shutil.copytree(_CODE / package, packages / package)
+    shutil.copytree(_CODE / "policies", new / _SHARED / "policies")
     for name in _closure(_requirements()):
         _copy_distribution(name, packages)
     script = new / "bin/isolator"
@@ -131,7 +131,7 @@ def _fill(new: Path) -> None:
         if not path.is_symlink():
             os.chown(path, 0, 0)
             path.chmod((path.stat().st_mode | (0o555 if path.is_dir() else 0o444)) & ~0o7022)
-    # The unprivileged processes cannot write __pycache__; without this each of their starts would compile anew.
+    # The unprivileged processes cannot write __pycache__: without it each of their starts would compile anew.
     compileall.compile_dir(packages, quiet=2, workers=os.cpu_count() or 1)
 
 
@@ -164,12 +164,31 @@ def _closure(requirements: Iterable[str]) -> set[str]:
 
 
 def _copy_distribution(name: str, packages: Path) -> None:
-    """Copy one distribution's files; what it put outside site-packages (scripts) is not needed."""
-    distribution = metadata.distribution(name)
-    for file in distribution.files or ():
-        if ".." in file.parts or file.suffix == ".pyc":
-            continue
-        source, target = Path(str(distribution.locate_file(file))), packages / file
-        if source.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    """Copy one distribution's files, with their times, by which their bytecode stays valid.
+
+    What it put outside site-packages (scripts) is not needed.
+    """
+    for source, relative in _files(metadata.distribution(name)):
+        target = packages / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+        compiled = Path(cache_from_source(str(source)))
+        if source.suffix == ".py" and compiled.exists():
+            (target.parent / "__pycache__").mkdir(exist_ok=True)
+            shutil.copy2(compiled, target.parent / "__pycache__")
+
+
+def _files(distribution: metadata.Distribution) -> Iterator[tuple[Path, Path]]:
+    """(file, its path below site-packages) of one distribution."""
+    if distribution.read_text("RECORD") is not None:
+        for file in distribution.files or ():
+            source = Path(str(distribution.locate_file(file)))
+            if ".." not in file.parts and file.suffix != ".pyc" and source.exists():
+                yield source, Path(file)
+        return
+    # Installed by setup.py (python-prctl, by an old pip): there is no list, but the names of its modules.
+    folder = Path(str(distribution.locate_file("")))
+    for module in (distribution.read_text("top_level.txt") or "").split():
+        for found in (*folder.glob(f"{module}.py"), *folder.glob(f"{module}.*.so"), *folder.glob(f"{module}/**/*")):
+            if found.is_file() and found.suffix != ".pyc":
+                yield found, found.relative_to(folder)

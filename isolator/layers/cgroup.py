@@ -36,6 +36,9 @@ LIMITING = ("memory", "cpu", "pids")
 PERIOD_US = 10_000
 """A short period: under the usual 100 ms a throttled plugin freezes for up to 75 ms at a time."""
 
+OOM_SCORE_ADJ = "500"
+"""Of every process in a cage: a plugin goes before anything of the host's."""
+
 _MIN_QUOTA_US = 1_000  # the kernel refuses less
 
 
@@ -265,7 +268,9 @@ class Leaf:
         values: dict[Path, str] = {}
         if "memory" in self.on_v2:
             values[self.unified / "memory.max"] = str(limits.memory)
-            values[self.unified / "memory.high"] = str(limits.memory_high)
+            # Without swap there is nothing to reclaim above memory.high from a plugin that allocates without end:
+            # the kernel only puts it to sleep, up to 2 s for every 128 KiB, and it hangs instead of being ended.
+            values[self.unified / "memory.high"] = str(limits.memory_high) if limits.swap else "max"
             values[self.unified / "memory.swap.max"] = str(limits.swap)
             values[self.unified / "memory.zswap.max"] = "0"
             values[self.unified / "memory.oom.group"] = "1"
@@ -287,7 +292,15 @@ class Leaf:
         return values
 
     def attach(self, pid: int) -> None:
-        """Put ``pid`` into the v1 groups (v2 membership comes with the clone) and read the membership back."""
+        """Put a cage's ``pid`` into the v1 groups (v2 membership comes with the clone) and read it back.
+
+        It also becomes what the kernel kills first when the whole host is out of memory: it would inherit the daemon's
+        own protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE it cannot set this back.
+        """
+        self._join(pid)
+        _oom_score_adj(pid).write_text(OOM_SCORE_ADJ)
+
+    def _join(self, pid: int) -> None:
         folders = list(dict.fromkeys(self.v1.values()))
         for folder in folders:
             (folder / "cgroup.procs").write_text(str(pid))
@@ -298,7 +311,7 @@ class Leaf:
     def enter(self, pid: int) -> None:
         """Put a running process into every group of the leaf."""
         (self.unified / "cgroup.procs").write_text(str(pid))
-        self.attach(pid)
+        self._join(pid)
 
     def processes(self) -> list[int]:
         """The pids in the leaf, as seen from our pid namespace."""
@@ -452,6 +465,8 @@ class Cgroup(Layer):
         assert self.leaf is not None
         if pid not in self.leaf.processes():
             raise mismatch(self.name, str(self.leaf.unified), f"the group of {pid}", "not")
+        if (found := _oom_score_adj(pid).read_text().strip()) != OOM_SCORE_ADJ:
+            raise mismatch(self.name, "oom_score_adj", OOM_SCORE_ADJ, found)
         for path, wanted in self.leaf.values(self._limits).items():
             try:
                 found = path.read_text().strip()
@@ -468,6 +483,10 @@ class Cgroup(Layer):
             self.leaf.wait_empty(5.0)
             self.leaf.remove()
             self.leaf = None
+
+
+def _oom_score_adj(pid: int) -> Path:
+    return Path(f"/proc/{pid}/oom_score_adj")
 
 
 def _same_pages(found: str, wanted: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from isolator.policy import names
 from isolator.policy.effective import Proposal
-from isolator.policy.model import EffectivePolicy, NetworkPolicy
+from isolator.policy.model import EffectivePolicy, NetworkPolicy, ResourcePolicy
 from isolator.policy.units import format_cpu, format_duration, format_size
 
 LAYERS = (
@@ -36,9 +36,9 @@ def sentences(policy: EffectivePolicy) -> dict[str, str]:
     return {
         "user": "Runs as a system user of its own, with no groups, no shell and no way to become another user.",
         "cgroup": (
-            f"May use {format_size(resources.memory)} of memory (slowed down above "
-            f"{format_size(resources.memory_high)}), {_swap(resources.swap)}, {format_cpu(resources.cpu)} of one core "
-            f"and {_count(resources.tasks, 'task')}; beyond its memory the whole plugin is ended and leaves nothing."
+            f"May use {format_size(resources.memory)} of memory{_slowed(resources)}, {_swap(resources.swap)}, "
+            f"{format_cpu(resources.cpu)} of one core and {_count(resources.tasks, 'task')}; beyond its memory the "
+            "whole plugin is ended and leaves nothing."
         ),
         "namespaces": "Sees only its own processes, mounts, host name, IPC objects and network interfaces.",
         "filesystem": (
@@ -109,6 +109,11 @@ def _and(items: Any) -> str:
 
 def _count(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _slowed(resources: ResourcePolicy) -> str:
+    """``memory.high`` is set only where there is swap to make room with."""
+    return f" (slowed down above {format_size(resources.memory_high)})" if resources.swap else ""
 
 
 def _swap(size: int) -> str:

@@ -126,8 +126,8 @@ async def test_blocked_and_unblocked() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     writer.tell(blocked="disk full")
-    async with asyncio.timeout(5), client._progress:
-        await client._progress.wait_for(lambda: client.blocked is not None)
+    async with asyncio.timeout(5):
+        await client._until(lambda: client.blocked is not None)
     waiting = asyncio.create_task(client.writable())
     await asyncio.sleep(0)
     assert not waiting.done()

@@ -62,6 +62,9 @@ async def test_without_the_permission_the_answer_says_which_line_grants_it(daemo
     assert error["code"] == -31010
     assert error["data"]["permission"] == "kv"
     assert error["data"]["grant"] == 'permissions = ["kv"]'
+    # The line of the policy is not enough here: the manifest does not ask for it.
+    assert error["message"].endswith("which the manifest does not ask for")
+    assert error["data"]["manifest"] == '"permissions": ["kv"]'
     (record,) = daemon.of_type("api.called")
     assert (record["data"]["method"], record["data"]["verdict"]) == ("kv.get", "denied")
 

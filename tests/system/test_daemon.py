@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def test_whole_life(tmp_path: Path) -> None:
         assert "echo" in done.stdout and "ok" in done.stdout
         assert d.json("plugin", "show", "echo")["state"] == "running"
         emitted = d.json("event", "emit", "deploy.completed", event(2), "--wait")
+
+        figures = subprocess.run(
+            ["curl", "-s", "--unix-socket", str(d.root / "run/isolator/metrics.sock"), "http://isolator/metrics"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert "isolator_" in figures and "# TYPE" in figures
 
         (started,) = [r for r in d.records() if r["type"] == "plugin.started"]
         uid = pwd.getpwnam(f"plugin-echo-{Paths.of(d.root).instance}").pw_uid

@@ -1,0 +1,134 @@
+"""The library against a control socket that says exactly what the test wants, when it wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host import PluginHost
+from isolator.errors import IsolatorError
+from isolator.paths import Paths
+
+Wire = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Control:
+    """The daemon's end: connections in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.connections: asyncio.Queue[Wire] = asyncio.Queue()
+
+    async def next(self) -> Wire:
+        return await asyncio.wait_for(self.connections.get(), 10)
+
+
+@pytest.fixture
+async def control(shared_dir: Path) -> AsyncIterator[tuple[Control, Path]]:
+    # Longer than sun_path: the library must reach it all the same.
+    root = shared_dir / ("long-" * 20)
+    path = Paths.of(root).control_socket
+    path.parent.mkdir(parents=True)
+    made = Control()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await made.connections.put((reader, writer))
+
+    short = shared_dir / "s"
+    server = await asyncio.start_unix_server(connected, short)
+    short.rename(path)
+    yield made, root
+    server.close()
+
+
+async def _read(reader: asyncio.StreamReader) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(await asyncio.wait_for(reader.readline(), 10))
+    return message
+
+
+def _ok(message: dict[str, Any]) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": {}}).encode() + b"\n"
+
+
+def _refused(message: dict[str, Any]) -> bytes:
+    data = IsolatorError(message["params"]["method"], "is registered already").to_json()
+    error = {"code": -32000, "message": "no", "data": data}
+    return json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": error}).encode() + b"\n"
+
+
+def _call(number: int, method: str) -> bytes:
+    params = {"call": number, "method": method, "plugin": "p", "params": {}}
+    return json.dumps({"jsonrpc": "2.0", "method": "api.call", "params": params}).encode() + b"\n"
+
+
+async def _one(plugin: str, params: dict[str, Any]) -> Any:
+    return {"n": 1}
+
+
+async def test_a_call_that_comes_along_with_the_registration_is_answered(control: tuple[Control, Path]) -> None:
+    server, root = control
+    async with PluginHost.connect(root) as host:
+        reader, writer = await server.next()
+        serving = asyncio.create_task(host.serve("a.get", "read:a", _one))
+        # The call first: it is there before anybody awaits the answer.
+        writer.write(_call(1, "a.get") + _ok(await _read(reader)))
+        await serving
+        assert (await _read(reader))["params"] == {"call": 1, "result": {"n": 1}}
+        writer.close()
+
+
+async def test_a_method_that_was_refused_is_not_served(control: tuple[Control, Path]) -> None:
+    server, root = control
+    async with PluginHost.connect(root) as host:
+        reader, writer = await server.next()
+        serving = asyncio.create_task(host.serve("a.get", "read:a", _one))
+        writer.write(_refused(await _read(reader)))
+        with pytest.raises(IsolatorError, match="registered already"):
+            await serving
+        writer.write(_call(1, "a.get"))
+        assert "error" in (await _read(reader))["params"]
+        writer.close()
+
+
+async def test_after_a_reconnect_one_refusal_stops_nothing_and_is_tried_again(control: tuple[Control, Path]) -> None:
+    server, root = control
+    async with PluginHost.connect(root) as host:
+        reader, writer = await server.next()
+        for method in ("a.get", "b.get"):
+            serving = asyncio.create_task(host.serve(method, "read:a", _one))
+            writer.write(_ok(await _read(reader)))
+            await serving
+        writer.close()
+        reader, writer = await server.next()
+        first = await _read(reader)
+        writer.write(_refused(first))
+        second = await _read(reader)
+        writer.write(_ok(second))
+        again = await _read(reader)
+        writer.write(_ok(again))
+        asked = [message["params"]["method"] for message in (first, second, again)]
+        assert asked == ["a.get", "b.get", "a.get"]
+        writer.close()
+
+
+async def test_a_result_that_is_no_json_is_an_error_at_once(control: tuple[Control, Path]) -> None:
+    async def bad(plugin: str, params: dict[str, Any]) -> Any:
+        return {"when": object()}
+
+    server, root = control
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    async with PluginHost.connect(root) as host:
+        reader, writer = await server.next()
+        serving = asyncio.create_task(host.serve("a.get", "read:a", bad))
+        writer.write(_ok(await _read(reader)))
+        await serving
+        writer.write(_call(7, "a.get"))
+        answer = (await _read(reader))["params"]
+        assert answer == {"call": 7, "error": {"code": -32603, "message": "the platform failed"}}
+        assert isinstance(reported[0]["exception"], TypeError)
+        writer.close()
