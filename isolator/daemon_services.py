@@ -232,6 +232,7 @@ class DaemonServices:
             await self._hand_over(broker.channel, run, sockets)
         except BaseException:
             self._attached.pop(run, None)
+            broker.channel.notify("cage.detach", run=run)  # it may have taken it over and only answered too late
             raise
 
     async def detach_network(self, run: str) -> None:

@@ -20,9 +20,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
+from isolator.plugin_cage import Environment
 from isolator.plugin_run import Run, RunSurroundings, close_all, prepare_run
 from isolator.sandbox import End
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
     from isolator.registrar import Loaded
     from isolator.store import Registration
+
+
+T = TypeVar("T")
 
 
 class Surroundings(RunSurroundings, Protocol):
@@ -227,10 +231,12 @@ class Plugin:
         run: Run | None = None
         run_id = secrets.token_hex(5)
         try:
-            run = await self._until_halted(self._prepare(run_id, self.effective))
-            if run is None or self._halt.is_set():
+            environment = await self._until_halted(self._environment())
+            if environment is None:
                 return run_id, None, ""
-            self.run = run
+            run = self.run = await prepare_run(
+                self._around, self.registration, self.effective, self.argv, run_id, environment
+            )
             await run.sandbox.start()
             self._started(run, reason)
             end = await run.watch(self._halt, lambda: self._conclude_trial(""))
@@ -245,12 +251,12 @@ class Plugin:
             if run is not None:
                 await run.take_down()
 
-    async def _prepare(self, run_id: str, effective: EffectivePolicy) -> Run:
-        # Waits for as long as the trail cannot be written, or the host, which knows the config, is away.
+    async def _environment(self) -> Environment:
+        """What waits for others: until the trail can be written, and until the host, which knows the config, is up."""
         await self._around.audit.writable()
-        return await prepare_run(self._around, self.registration, effective, self.argv, run_id)
+        return await self._around.environment(self.name)
 
-    async def _until_halted(self, work: Coroutine[Any, Any, Run]) -> Run | None:
+    async def _until_halted(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The outcome of ``work``; None when it was given up because the plugin is to stop."""
         task = asyncio.create_task(work)
         halted = asyncio.create_task(self._halt.wait())

@@ -195,13 +195,13 @@ class Run:
 
 
 async def prepare_run(
-    around: RunSurroundings, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str
-) -> Run:
+    around: RunSurroundings, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
+    environment: Environment,
+) -> Run:  # fmt: skip
     """Everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
     name = registration.name
     owned: list[int] = []
     try:
-        environment = await around.environment(name)
         state = State(around.paths.state, name, around.tools.journal)
         files = effective.filesystem
         if files.state and not state.ready(files.state):

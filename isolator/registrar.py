@@ -84,10 +84,11 @@ class Registrar:
                 continue
             self._undo(intent)
             done.append(f"undid a change of plugin {intent.name}")
-        for registration in self.store.removed():
-            forget_state(registration.name)
-            self._forget(registration)
-            done.append(f"finished the removal of plugin {registration.name}")
+        done += [
+            f"finished the removal of plugin {registration.name}"
+            for registration in self.store.removed()
+            if self.finish_removal(registration.name, forget_state)
+        ]
         self.store.prune_all()
         policy_files.clear(self._paths.policies)
         return done
@@ -271,6 +272,14 @@ class Registrar:
         self.store.mark_removed(registration.name)
         forget_state(registration.name)
         self._forget(registration)
+
+    def finish_removal(self, name: str, forget_state: Callable[[str], None]) -> bool:
+        """Remove what an interrupted removal has left of a plugin; False when there is nothing."""
+        left = [registration for registration in self.store.removed() if registration.name == name]
+        for registration in left:
+            forget_state(name)
+            self._forget(registration)
+        return bool(left)
 
     # --- what an operator is shown ---------------------------------------------------------------------------
 

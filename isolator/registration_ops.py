@@ -97,6 +97,7 @@ class RegistrationOps:
         token = str(message.fields["token"])
         name = self._registrar.candidate(token).staged.name
         async with self._all.lock(name):
+            await asyncio.to_thread(self._registrar.finish_removal, name, self.forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
             plugin = self._all.plugins[name] = Plugin(self._daemon, self._registrar.read(registration))
             self._all.discovery.found.pop(name, None)

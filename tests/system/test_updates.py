@@ -335,6 +335,62 @@ def test_policy_is_read_again_when_it_is_edited(running: Daemon, tmp_path: Path,
     wait_for(lambda: not (e := shown(running, name))["error"] and e["effective_digest"] == before["effective_digest"])
 
 
+FILLER = """\
+    #!/usr/bin/python3
+    import json, os, socket
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.environ["PLUGIN_SOCKET"])
+    server.listen(1)
+    while True:
+        connection, _ = server.accept()
+        request = json.loads(connection.recv(4096))
+        stored, fd = 0, os.open("/state/full", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            while True:
+                os.write(fd, bytes(16384))
+                os.fsync(fd)
+        except OSError as error:
+            reason = error.errno
+        stored = os.fstat(fd).st_size
+        os.close(fd)
+        reply = {"jsonrpc": "2.0", "id": request["id"], "result": {"status": "ok", "stored": stored, "errno": reason}}
+        connection.sendall(json.dumps(reply).encode() + b"\\n")
+        connection.close()
+"""
+
+
+def test_the_state_folder_follows_the_policy(running: Daemon, tmp_path: Path, name: str) -> None:
+    """What is granted is what the plugin can store, after a change too; and it is never made to fit by force."""
+
+    def stored() -> int:
+        emitted = running.json("event", "emit", "deploy.completed", event(f"fill-{time.monotonic_ns()}"), "--wait")
+        (reply,) = [
+            json.loads(r["data"]["response"])["result"]
+            for r in running.records()
+            if r["type"] == "event.response" and r["plugin"] == name and r["event_id"] == emitted["id"]
+        ]
+        assert reply["errno"] == 28, reply
+        return int(reply["stored"])
+
+    def restarted_after(change: str, to: str) -> None:
+        digest = shown(running, name)["effective_digest"]
+        policy.write_text(policy.read_text().replace(change, to))
+        wait_for(lambda: shown(running, name)["effective_digest"] != digest)
+
+    add(running, make(tmp_path / name, "1.0.0", FILLER, sandbox={"filesystem": {"state": "16M"}}))
+    policy = running.root / f"etc/isolator/policies/{name}.toml"
+    restarted_after('state = "16M"', 'state = "1M"')
+    assert 0.9 * (1 << 20) < stored() <= 1 << 20
+    restarted_after('state = "1M"', 'state = "4M"')
+    assert 0.97 * (4 << 20) < stored() <= 4 << 20
+    restarted_after('state = "4M"', 'state = "2M"')
+    failing = wait_for(lambda: (e := shown(running, name))["error"] and e)
+    assert "KiB are stored, 2048 KiB are granted now" in failing["error"]
+    restarted_after('state = "2M"', 'state = "8M"')
+    running.cli("plugin", "start", name)
+    assert 0.97 * (8 << 20) < stored() <= 8 << 20
+
+
 def test_a_policy_that_others_can_write_is_not_believed(running: Daemon, tmp_path: Path, name: str) -> None:
     add(running, make(tmp_path / name, "1.0.0"))
     policy = running.root / f"etc/isolator/policies/{name}.toml"
