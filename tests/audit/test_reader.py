@@ -67,11 +67,11 @@ async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(dae
         await daemon.stop()
         last = daemon.records()[-1]["seq"]
         while seen[-1] < last:
-            seen.append(json.loads(await asyncio.wait_for(follower.stdout.readline(), 20))["seq"])
+            seen.append(json.loads(await asyncio.wait_for(follower.stdout.readline(), 60))["seq"])
         assert seen == list(range(6, last + 1))
         # A reader that goes away ends it although nothing is written any more.
         follower._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
-        await asyncio.wait_for(follower.wait(), 20)
+        await asyncio.wait_for(follower.wait(), 60)
     finally:
         if follower.returncode is None:
             follower.kill()
