@@ -118,10 +118,16 @@ async def _run(
             owned: list[int] = []
             stack.callback(close_all, owned)
             spec = run_spec(paths, policy, command, run_id, lease.uid, owned)
+            # From before the command runs: one that arrives early is kept for it, and does not end us instead.
+            early: list[int] = []
+            loop = asyncio.get_running_loop()
+            for number in _FORWARDED:
+                loop.add_signal_handler(number, early.append, number)
             async with shop.cage(spec, host, Stdio(0, 1, 2), records) as sandbox:
-                loop = asyncio.get_running_loop()
                 for number in _FORWARDED:
                     loop.add_signal_handler(number, sandbox.signal, number)
+                for missed in early:
+                    sandbox.signal(missed)
                 end = await sandbox.wait()
                 records.record("plugin.stopped", **_summary(end))
                 return end
