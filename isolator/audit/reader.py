@@ -132,19 +132,30 @@ class Follower:
         return (live.st_ino, live.st_dev) == (ours.st_ino, ours.st_dev)
 
     def _open_next(self) -> bool:
+        while True:
+            chosen = self._choose()
+            try:
+                file = os.open(chosen, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            # A rotation between choosing and opening gives the name to the next file: records would be missed.
+            try:
+                same = self._choose() == chosen and chosen.stat().st_ino == os.fstat(file).st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._file, self._rest = file, b""
+                return True
+            os.close(file)
+
+    def _choose(self) -> Path:
+        """The file that has the next record, or will have it."""
         paths = files.trail(self._directory)
-        chosen = self._directory / files.LIVE
         for path, following in zip(paths, [*paths[1:], None], strict=True):
             after = files.first_of(following) if following else None
             if (after is None or after > self._seq + 1) and (files.first_of(path) is None or not self._is_done(path)):
-                chosen = path
-                break
-        try:
-            self._file = os.open(chosen, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        self._rest = b""
-        return True
+                return path
+        return self._directory / files.LIVE
 
     def _is_done(self, path: Path) -> bool:
         line = files.last_line(path)
