@@ -24,7 +24,7 @@ def measure(rounds: int) -> Report:
         program = work / "filter.bpf"
         program.write_bytes(compiled("default", work))
         with peers(work, program) as (usable, skipped), isolator_side.cages(work) as (isolator, steps):
-            series = interleave([*usable, isolator], rounds)
+            series = interleave([*usable, *isolator], rounds)
     breakdown = ", ".join(f"{step} {statistics.median(took):.2f}" for step, took in steps.items())
     return Report(
         name="cage_start",

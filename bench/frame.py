@@ -23,11 +23,15 @@ Once = Callable[[], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time. ``once`` does the work one time and raises if it went wrong: a failure is never timed."""
+    """Something to time. ``once`` does the work one time and raises if it went wrong: a failure is never timed.
+
+    ``before`` runs ahead of each, untimed: what a daemon at rest would have ready.
+    """
 
     name: str
     builds: str
     once: Once
+    before: Once = lambda: None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 3) ->
         for number in range(-warmup, rounds):
             turn = number % len(contenders)
             for contender in (*contenders[turn:], *contenders[:turn]):
+                contender.before()
                 began = time.perf_counter_ns()
                 contender.once()
                 took = time.perf_counter_ns() - began

@@ -11,7 +11,6 @@ The modules that take long to load are imported where they are needed: the launc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
@@ -24,7 +23,7 @@ from isolator.launch.client import Launcher
 
 if TYPE_CHECKING:
     from isolator.layers.base import CageSpec
-    from isolator.layers.netns import Network
+    from isolator.layers.network import CageNetwork
     from isolator.layers.user import UidLease
     from isolator.oneoff_services import Records
     from isolator.paths import Paths
@@ -72,6 +71,7 @@ class Workshop:
             self._stack.callback(journal.gone, "subtree")
             self._stack.callback(subtree.remove)
             self._tools = Tools(self._launcher, journal, subtree)
+            self._stack.push_async_callback(self._tools.spares.close)
         return self._tools
 
     def permit(self, host: HostConfig) -> None:
@@ -106,30 +106,29 @@ class Workshop:
         lacks a mandatory control.
         """
         from isolator.denials import Denials
-        from isolator.layers import network as network_layer
         from isolator.layers.netns import Network
         from isolator.ledger import missing, not_enforced
         from isolator.oneoff_services import broker_for
-        from isolator.sandbox import Sandbox
+        from isolator.sandbox import EVERY_LAYER, Sandbox
 
-        prepared = asyncio.create_task(asyncio.to_thread(network_layer.prepare, spec.policy.network, prefix=spec.name))
-        network: Network | None = None
+        tools = self.tools
+        tools.spares.begin(EVERY_LAYER)
         async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(_release, prepared)
             # The network layer is not asked: what it would try, in a namespace made for that, is being done already.
             lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name}))
             if lacking:
                 raise ConfinementError(
                     f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy
                 )
-            tools = self.tools
-            network = Network(await prepared)
-            await stack.enter_async_context(
-                broker_for(network.network, spec.policy, spec.run, self.paths, host, records)
-            )
+            # Ends after the cage: it has still to say what became of the connections.
+            brokers = await stack.enter_async_context(contextlib.AsyncExitStack())
+
+            async def hand_over(network: CageNetwork) -> None:
+                await brokers.enter_async_context(broker_for(network, spec.policy, spec.run, self.paths, host, records))
+
             denials = Denials()
             stack.callback(denials.close)
-            built = (sandbox or Sandbox)(spec, tools, stdio, network, **further)
+            built = (sandbox or Sandbox)(spec, tools, stdio, handover=hand_over, **further)
             await stack.enter_async_context(built)
             await built.start()
             records.record(
@@ -143,14 +142,6 @@ class Workshop:
                 )
                 built.listener = -1
             yield built
-
-
-async def _release(prepared: asyncio.Task[Any]) -> None:
-    """Release the network, whether or not a cage took it over; releasing it twice is harmless."""
-    from isolator.layers import network as network_layer
-
-    with contextlib.suppress(ConfinementError):
-        network_layer.release(await prepared)
 
 
 def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, uid: int, owned: list[int]) -> CageSpec:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers import network as network_layer
-from isolator.layers.netns import Network
 from isolator.linux.files import openat2
 from isolator.linux.inotify import IN_CREATE, IN_MOVED_TO, Inotify
 from isolator.plugin_cage import SOCKET, Environment, plugin_spec
@@ -64,7 +63,6 @@ class Run:
     sandbox: Sandbox
     directory: int
     """The socket directory: a descriptor of its mount, which is attached nowhere on the host."""
-    network: Network
     pipes: list[int]
     """Read ends of stdout and stderr, kept for a host that comes back."""
     loose: list[int]
@@ -94,7 +92,7 @@ class Run:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sockets.fileno(), self._look_for_socket)
         self._look_for_socket()
-        drift = network_layer.watch(self.network.network)
+        drift = network_layer.watch(self.sandbox.network)
         loop.add_reader(drift, self._ruleset_changed, drift)
         waiting = asyncio.create_task(self.sandbox.wait())
         there = asyncio.create_task(self.socket_there.wait())
@@ -186,7 +184,7 @@ class Run:
             while drift.recv(65536):
                 pass
         try:
-            network_layer.confirm(self.network.network, self.effective.network)
+            network_layer.confirm(self.sandbox.network, self.effective.network)
         except ConfinementError as error:
             self.around.audit.record(
                 "net.denied", plugin=self.plugin, run=self.id, rule="ruleset-changed", why=error.why
@@ -214,12 +212,11 @@ async def prepare_run(
         async def hand_over(made: network_layer.CageNetwork) -> None:
             await around.attach_network(run_id, name, made, effective.network)
 
-        network = Network()
         pipes, writers = _log_pipes()
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         directory = spec.mounts["/run/isolator/plugin"]
-        sandbox = Sandbox(spec, around.tools, Stdio(null, *writers), network, handover=hand_over)
-        run = Run(run_id, name, effective, sandbox, directory, network, pipes, [], around)
+        sandbox = Sandbox(spec, around.tools, Stdio(null, *writers), handover=hand_over)
+        run = Run(run_id, name, effective, sandbox, directory, pipes, [], around)
         owned.remove(directory)
         run.loose, owned = [*owned, null, *writers], []
         return run

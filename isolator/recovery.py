@@ -17,12 +17,13 @@ from isolator.journal import Entry, Journal
 from isolator.layers.cgroup import Leaf, find_hierarchies
 from isolator.linux import mount
 from isolator.paths import Paths
+from isolator.spares import PREFIX
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """One thing that was left: ``cage NAME.RUN``, ``service NAME``, ``group PATH``, ``mount PATH``, ``run TOKEN``,
-    ``uid lock UID``."""
+    """One thing that was left: ``cage NAME.RUN``, ``service NAME``, ``spare NAME``, ``group PATH``, ``mount PATH``,
+    ``run TOKEN``, ``uid lock UID``."""
 
     kind: str
     name: str
@@ -40,7 +41,9 @@ def find(paths: Paths, entries: Mapping[str, Entry]) -> list[Leftover]:
             found.append(Leftover("mount", entry.folders[0]))
         else:
             leaf = Leaf(Path(entry.folders[0]))
-            found.append(Leftover("service" if entry.name.startswith("service.") else "cage", entry.name, _count(leaf)))
+            kinds = {"service.": "service", PREFIX: "spare"}
+            kind = next((kind for prefix, kind in kinds.items() if entry.name.startswith(prefix)), "cage")
+            found.append(Leftover(kind, entry.name, _count(leaf)))
         seen.update(entry.folders)
     for folder in subtree_folders(paths):
         for child in folder.iterdir() if folder.exists() else ():

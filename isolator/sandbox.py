@@ -4,10 +4,11 @@
         await cage.start()
         end = await cage.wait()
 
-Start, in order: every layer prepares; the launcher clones; the pid goes into its groups; the child applies the
-layers to itself and reports; every layer is confirmed from the kernel; only then may it exec. Whatever fails on the
-way destroys all of it and raises ConfinementError with the step and the kernel's reason. Leaving the context
-kills what is left, and releases the layers in reverse order.
+Start, in order: a spare is taken (isolator.spares: a parked process, its groups, a network without rules); every
+layer prepares; the parked process is sent the plan and clones the cage; the child applies the layers to itself and
+reports, while the network's rules are loaded; every layer is confirmed from the kernel; only then may it exec.
+Whatever fails on the way destroys all of it and raises ConfinementError with the step and the kernel's reason. Leaving
+the context kills what is left, and releases the layers in reverse order.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
-from isolator.ipc import pair, receive_packet, send_packet
+from isolator.ipc import receive_packet, send_packet
 from isolator.journal import Entry, Journal
-from isolator.launch.client import Clone, Launcher
+from isolator.launch.client import Clone, Launcher, clone_remedy
 from isolator.launch.plan import Plan
-from isolator.layers.base import CageSpec, Layer
+from isolator.layers.base import CageSpec, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup import Cgroup, Events, Leaf, Subtree
 from isolator.layers.filesystem import Filesystem
@@ -41,6 +42,7 @@ from isolator.layers.no_new_privs import NoNewPrivs
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp import Seccomp
 from isolator.layers.user import User
+from isolator.spares import Spare, Spares
 
 if TYPE_CHECKING:
     from isolator.layers.network import CageNetwork
@@ -49,6 +51,7 @@ LAYERS: tuple[type[Layer], ...] = (
     User, Cgroup, Rlimits, Namespaces, Filesystem, Network, Capabilities, NoNewPrivs, Landlock, Seccomp,
 )  # fmt: skip
 """Every layer, in the order in which a reader of the ledger meets them."""
+EVERY_LAYER = frozenset(layer.name for layer in LAYERS)
 
 _SET_UP_SECONDS = 10.0
 
@@ -60,6 +63,12 @@ class Tools:
     launcher: Launcher
     journal: Journal
     subtree: Subtree
+    keep_spare: bool = False
+    """After each start make what the next one needs."""
+    spares: Spares = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spares = Spares(self)
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,8 @@ class End:
 class Sandbox:
     """One cage; see the module's text.
 
-    ``network`` may be made already, else it is made during the start. ``handover`` is given the network as soon as
-    it is there, and awaited before the exec: it takes the broker's sockets. ``without`` names layers to leave out,
-    for tests of their absence.
+    ``handover`` is given the cage's network once its rules are in force, and awaited before the exec: it takes the
+    broker's sockets. ``without`` names layers to leave out, for tests of their absence.
     """
 
     def __init__(
@@ -100,7 +108,6 @@ class Sandbox:
         spec: CageSpec,
         tools: Tools,
         stdio: Stdio,
-        network: Network | None,
         *,
         without: frozenset[str] = frozenset(),
         handover: Callable[[CageNetwork], Awaitable[None]] | None = None,
@@ -113,22 +120,21 @@ class Sandbox:
         self._tools = tools
         self._stdio = stdio
         self._cgroup = Cgroup(tools.subtree)
+        self._network = Network()
         every: list[Layer] = [
             self._cgroup, Namespaces(), Rlimits(), Filesystem(), User(), Capabilities(), NoNewPrivs(), Landlock(),
-            Seccomp(),
+            Seccomp(), self._network,
         ]  # fmt: skip
-        if network is not None:
-            every.append(network)
         self._layers = [layer for layer in every if layer.name not in without]
-        self._network = network if network in self._layers else None
         self._handover = handover
-        self._ahead: list[asyncio.Task[None]] = []
+        self._spare: Spare | None = None
+        self._loading: asyncio.Task[None] | None = None
         self._clone: Clone | None = None
+        self._process = Process(0)
         self._exited = asyncio.Event()
         """Pid 1 is gone: its namespaces are taken down, which takes milliseconds."""
         self._ended = asyncio.Event()
         """The sidecar has ended: pid 1 has said so, or is gone itself."""
-        self._status = -1
         self._started = 0.0
         self._stopping = False
         self._oom = -1
@@ -158,6 +164,12 @@ class Sandbox:
         return self._cgroup.leaf
 
     @property
+    def network(self) -> CageNetwork:
+        """The cage's network, once there is one."""
+        assert self._network.network is not None
+        return self._network.network
+
+    @property
     def uptime(self) -> float:
         """Seconds since exec."""
         return time.monotonic() - self._started
@@ -174,112 +186,135 @@ class Sandbox:
         """Build the cage and exec; returns when exec has happened."""
         mark = _Stopwatch(self.steps)
         spec, tools = self.spec, self._tools
-        # Two slow things need nothing of the child: making the network, and (on hybrid hosts) waking the lock under
-        # which the kernel moves a process between v1 groups. They are done while the rest is prepared and cloned.
-        if self._network is not None and self._network.unmade:
-            policy = spec.policy.network
-            self._ahead.append(asyncio.create_task(asyncio.to_thread(self._network.make, policy, spec.name)))
-        if tools.subtree.v1 and self._cgroup in self._layers:
-            self._ahead.append(asyncio.create_task(asyncio.to_thread(tools.subtree.warm)))
-        leaf = Leaf.under(tools.subtree, spec.leaf)
-        tools.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
-        mark("journal")
-        plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
-        (mine, report), (go, go_read) = pair(), pair()
-        self._status, status_write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._status, False)
-        plan.fds = {
-            "stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr,
-            "report": report.fileno(), "go": go_read.fileno(), "status": status_write,
-        }  # fmt: skip
+        layers = frozenset(layer.name for layer in self._layers)
+        spare = self._spare = await tools.spares.take(layers)
+        self._network.network, self._cgroup.ahead = spare.network, spare.groups
+        mark("spare")
         try:
-            for layer in self._layers:
-                layer.prepare(spec, plan)
-                mark(f"prepare {layer.name}")
-            self._clone = await tools.launcher.clone(plan)
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._clone.pidfd, self._gone)
-            loop.add_reader(self._status, self._reported)
-            mark("clone")
-        except BaseException:
-            mine.close()
-            go.close()
-            raise
+            leaf = Leaf.under(tools.subtree, spec.leaf)
+            tools.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+            mark("journal")
+            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
+            plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+            try:
+                for layer in self._layers:
+                    layer.prepare(spec, plan)
+                    mark(f"prepare {layer.name}")
+                if spare.groups is not None:
+                    spare.given_over()
+                if "cgroup" in plan.fds:
+                    await tools.launcher.keep(spec.leaf, plan.fds["cgroup"])
+                packet, fds = plan.pack()
+                with contextlib.suppress(BrokenPipeError):  # it has died: the end of its link says so below
+                    send_packet(spare.link, packet, fds)
+            finally:
+                plan.close_given()
+            if self._network in self._layers:
+                self._loading = asyncio.create_task(self._load_network())
+            mark("send")
+            await self._build(spare, mark)
         finally:
-            report.close()
-            go_read.close()
-            plan.close_given()
-            os.close(status_write)
-        mine.setblocking(False)
+            if tools.keep_spare:
+                tools.spares.refill(layers)
+
+    async def _load_network(self) -> None:
+        await asyncio.to_thread(self._network.load, self.spec)
+        if self._handover is not None:
+            await self._handover(self.network)
+
+    async def _build(self, spare: Spare, mark: _Stopwatch) -> None:
         try:
             async with asyncio.timeout(_SET_UP_SECONDS):
-                await self._build(mine, go, mark)
+                await self._cloned_and_caged(spare, mark)
+                await spare.ended()  # it counts as a task of the cage until then
         except TimeoutError:
-            raise ConfinementError(
-                f"cage of {spec.name}", f"not built in {_SET_UP_SECONDS:g} s", "the host may be overloaded"
-            ) from None
-        finally:
-            mine.close()
-            go.close()
-
-    async def _build(self, report: socket.socket, go: socket.socket, mark: _Stopwatch) -> None:
-        # The child makes its file view meanwhile.
-        while self._ahead:
-            await self._ahead[-1]
-            self._ahead.pop()
-        mark("made ahead")
-        if self._cgroup in self._layers:
-            self.leaf.attach(self.pid)
-        mark("attach")
-        handed_over: asyncio.Future[None] | None = None
-        if self._network is not None:
-            send_packet(go, b"a", [self._network.network.netns_fd])
-            if self._handover is not None:
-                handed_over = asyncio.ensure_future(self._handover(self._network.network))
-        else:
-            send_packet(go, b"a")
+            raise self._too_slow() from None
+        if self._loading is not None:
+            await self._loading
+        mark("network")
+        for layer in self._layers:
+            if not layer.from_birth:
+                layer.confirm(self._process)
+        mark("confirm")
+        send_packet(spare.link, b"x")
         try:
-            answer, fds = await self._receive(report)
-            if answer.get("step") != "caged":
-                raise self._failure(answer)
-            self.listener = fds[0] if fds else -1
-            took = answer.get("took")
-            if isinstance(took, dict):
-                self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
-            mark("enter")
-            for layer in self._layers:
-                layer.confirm(self.pid)
-            mark("confirm")
-        except BaseException:
-            if handed_over is not None:
-                await asyncio.wait([handed_over])
-            raise
-        if handed_over is not None:
-            await handed_over
-            mark("broker")
-        self._watch_oom()
-        send_packet(go, b"x")
-        answer, _ = await self._receive(report)
+            async with asyncio.timeout(_SET_UP_SECONDS):
+                answer, _ = await self._receive(spare)
+        except TimeoutError:
+            raise self._too_slow() from None
         if answer:
             raise self._failure(answer)
+        spare.link.close()
         mark("exec")
         self._started = time.monotonic()
 
-    async def _receive(self, report: socket.socket) -> tuple[dict[str, object], list[int]]:
-        """The child's next word; empty when it exec'd (or died, which ``wait`` tells apart)."""
+    async def _cloned_and_caged(self, spare: Spare, mark: _Stopwatch) -> None:
+        """Wait for the parked process's word that it has cloned, and the cage's that it is one; either may be first."""
+        caged = False
+        while self._clone is None or not caged:
+            answer, fds = await self._receive(spare)
+            if "pid" in answer:
+                self._born(answer, fds, spare)
+                mark("clone")
+                for layer in self._layers:
+                    if layer.from_birth:
+                        layer.confirm(self._process)
+                self._watch_oom()
+                mark("confirm groups")
+            elif answer.get("step") == "caged":
+                caged = True
+                self.listener = fds[0] if fds else -1
+                took = answer.get("took")
+                if isinstance(took, dict):
+                    self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
+            else:
+                raise self._failure(answer)
+        mark("enter")
+
+    def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
+        self._clone = Clone(int(str(answer["pid"])), fds[0])
+        self._process = Process(self._clone.pid)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._clone.pidfd, self._gone)
+        loop.add_reader(spare.status, self._reported)
+
+    async def _given_up(self, spare: Spare) -> None:
+        """The start ended without a word of the clone: learn of it, for it is a child of this process."""
+        with contextlib.suppress(OSError):
+            spare.link.shutdown(socket.SHUT_WR)  # nothing more comes: what still waits there ends
+        await spare.ended()
+        with contextlib.suppress(OSError):
+            while True:
+                packet, fds = receive_packet(spare.link)
+                answer = json.loads(packet) if packet else {}
+                if "pid" in answer:
+                    self._born(answer, fds, spare)
+                else:
+                    for fd in fds:
+                        os.close(fd)
+                if not packet:
+                    break
+
+    async def _receive(self, spare: Spare) -> tuple[dict[str, object], list[int]]:
+        """The next word on the link; empty when the cage exec'd (or died, which ``wait`` tells apart)."""
         loop = asyncio.get_running_loop()
         while True:
             try:
-                packet, fds = receive_packet(report)
+                packet, fds = receive_packet(spare.link)
             except BlockingIOError:
                 ready = loop.create_future()
-                loop.add_reader(report, _resolve, ready)
+                loop.add_reader(spare.link, _resolve, ready)
                 try:
                     await ready
                 finally:
-                    loop.remove_reader(report)
+                    loop.remove_reader(spare.link)
                 continue
             return (json.loads(packet) if packet else {}), fds
+
+    def _too_slow(self) -> ConfinementError:
+        return ConfinementError(
+            f"cage of {self.spec.name}", f"not built in {_SET_UP_SECONDS:g} s", "the host may be overloaded"
+        )
 
     def _failure(self, answer: dict[str, object]) -> ConfinementError:
         if not answer:
@@ -287,6 +322,10 @@ class Sandbox:
                 f"cage of {self.spec.name}", "it died while it was being built", "see the kernel log"
             )
         step, detail = answer.get("step"), str(answer.get("detail"))
+        if step == "clone3":
+            number = answer.get("errno")
+            remedy = clone_remedy(number if isinstance(number, int) else 0)
+            return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
         if step == "exec":
             return ConfinementError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
         return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", "see 'isolator check'")
@@ -317,7 +356,8 @@ class Sandbox:
         self._reported()
 
     def _reported(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._status)
+        assert self._spare is not None
+        asyncio.get_running_loop().remove_reader(self._spare.status)
         self._ended.set()
 
     def signal(self, number: int) -> None:
@@ -329,8 +369,9 @@ class Sandbox:
         """Wait until the sidecar has ended, and say how and why. ``release`` ends what else is in the cage."""
         await self._ended.wait()
         raw = b""
+        assert self._spare is not None
         with contextlib.suppress(BlockingIOError):
-            raw = os.read(self._status, 4)
+            raw = os.read(self._spare.status, 4)
         info = None
         if len(raw) != 4:
             # The pipe's end without a word: pid 1 was killed, and its own death is all there is to tell.
@@ -372,15 +413,18 @@ class Sandbox:
 
     async def release(self) -> None:
         """Kill what is left and undo every layer, in reverse order; idempotent."""
-        if self._ahead:
-            await asyncio.wait(self._ahead)
-            for task in self._ahead:
-                task.exception()
-            self._ahead = []
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+            if not self._loading.cancelled():
+                self._loading.exception()
+            self._loading = None
+        loop = asyncio.get_running_loop()
         if self._oom >= 0:
-            asyncio.get_running_loop().remove_reader(self._oom)
+            loop.remove_reader(self._oom)
             os.close(self._oom)
             self._oom = -1
+        if self._spare is not None and self._clone is None and not self._exited.is_set():
+            await self._given_up(self._spare)
         if self._clone is not None:
             if self._cgroup in self._layers:
                 self.leaf.kill()
@@ -395,10 +439,10 @@ class Sandbox:
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
-        if self._status >= 0:
-            asyncio.get_running_loop().remove_reader(self._status)
-            os.close(self._status)
-            self._status = -1
+        if self._spare is not None:
+            if self._spare.status >= 0:
+                loop.remove_reader(self._spare.status)
+            await self._spare.release()
         for layer in reversed(self._layers):
             if layer is self._cgroup and self._cgroup.leaf is not None:
                 await _empty(self._cgroup.leaf)

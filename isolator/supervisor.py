@@ -40,7 +40,7 @@ from isolator.policy_watch import PolicyWatch
 from isolator.registrar import Registrar
 from isolator.registration_ops import RegistrationOps
 from isolator.registrations import Registrations
-from isolator.sandbox import End, Tools
+from isolator.sandbox import EVERY_LAYER, End, Tools
 from isolator.state import State
 
 
@@ -102,9 +102,10 @@ class Supervisor:
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         stack.callback(journal.gone, "subtree")
         stack.callback(subtree.remove)
-        self.tools = Tools(Launcher(), journal, subtree)
+        self.tools = Tools(Launcher(), journal, subtree, keep_spare=True)
         stack.callback(self._close_launcher)
         stack.callback(asyncio.create_task(self._keep_launcher(), name="launcher").cancel)
+        stack.push_async_callback(self.tools.spares.close)
         self.denials = Denials()
         stack.callback(self.denials.close)
         self.audit = AuditClient(None)
@@ -117,6 +118,7 @@ class Supervisor:
         self.registrations.load()
         self._services = DaemonServices(paths, self.config, self.tools, self.audit, self, self._log)
         await self._services.start()
+        self.tools.spares.begin(EVERY_LAYER)
         self.audit.record(
             "host.started",
             version=isolator.__version__,

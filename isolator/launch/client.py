@@ -1,4 +1,4 @@
-"""The supervisor's side of the launcher: start it, hand it plans, receive pids."""
+"""The supervisor's side of the launcher: start it, have processes parked, receive pids."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 import isolator
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc import pair, receive_packet, send_packet
-from isolator.launch.plan import Plan
+from isolator.linux.capability import last_capability
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launch.launcher import main; main()"
 
 
 @dataclass(frozen=True)
 class Clone:
-    """The child that a plan became, held by its pidfd."""
+    """A child of this process that somebody else cloned, held by its pidfd."""
 
     pid: int
     pidfd: int
 
 
 class Launcher:
-    """One launcher process. Answers come in the order of the plans."""
+    """One launcher process. Answers come in the order of the questions."""
 
     def __init__(self) -> None:
         mine, theirs = pair()
@@ -56,17 +56,25 @@ class Launcher:
         """The launcher's pid (to be put into its group)."""
         return self._process.pid
 
-    async def clone(self, plan: Plan) -> Clone:
-        """Have the plan cloned. The descriptors in it stay the caller's."""
+    async def park(self, link: int, status: int, *, layers: frozenset[str]) -> Clone:
+        """Have a process parked that will become a cage with these layers (isolator.launch.parked).
+
+        The descriptors, its end of the link and of the status pipe, stay the caller's. Raises ConfinementError, or
+        UnavailableError when the launcher is not running.
+        """
         if self._problem is not None:
             raise self._problem
         if self.closed.is_set():
             raise UnavailableError("launcher", "not running at the moment", "try again")
         future: asyncio.Future[Clone] = self._loop.create_future()
-        packet, fds = plan.pack()
-        await self._send(packet, fds)
+        order = {"layers": sorted(layers), "last_capability": last_capability()}
+        await self._send(json.dumps({"park": order}).encode(), [link, status])
         self._waiting.append(future)
         return await future
+
+    async def keep(self, cage: str, cgroup: int) -> None:
+        """From now on the launcher kills this group when the supervisor is gone; before anything is in it."""
+        await self._send(json.dumps({"keep": cage}).encode(), [cgroup])
 
     def forget(self, cage: str) -> None:
         """The cage is gone: its group need not be killed any more."""
@@ -110,7 +118,7 @@ class Launcher:
                 self._problem = ConfinementError("root of the cages", answer["detail"], "see 'isolator check'")
             return
         future = self._waiting.popleft()
-        if future.done():  # its start was cancelled; what was cloned sees the end of its go pipe and ends
+        if future.done():  # nobody waits for it any more; what was parked sees the end of its link and ends
             for fd in fds:
                 os.close(fd)
             if "pid" in answer:
@@ -118,7 +126,9 @@ class Launcher:
         elif "pid" in answer:
             future.set_result(Clone(answer["pid"], fds[0]))
         else:
-            future.set_exception(ConfinementError("clone of the cage", answer["detail"], clone_remedy(answer["errno"])))
+            future.set_exception(
+                ConfinementError("clone of a parked process", answer["detail"], clone_remedy(answer["errno"]))
+            )
 
     def _lost(self) -> None:
         if self.closed.is_set():

@@ -2,14 +2,14 @@
 
 The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
 threads' locks held in the child. This process is started before any of that, imports only the standard library,
-``isolator.linux`` and python-prctl, and does one thing: receive a plan with its descriptors, clone3 with CLONE_PARENT
-(so that the child is the *supervisor's* child, which waits for it by pidfd), answer with the pid and the pidfd.
+``isolator.linux`` and python-prctl, and does one thing: clone3 with CLONE_PARENT (so that the child is the
+*supervisor's* child, which waits for it by pidfd) a process that waits for a cage's plan (isolator.launch.parked).
 
-It keeps the cgroup descriptor of every cage that it started until it is told ``forget``. When the supervisor's
-end of the socket closes, however that came about, it kills those cgroups and ends.
+It holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the socket
+closes, however that came about, it kills those cgroups and ends.
 
-Packets, supervisor → launcher: a ``Plan`` with descriptors, or ``{"forget": CAGE}``. Answers: ``{"pid": N}`` with the
-pidfd, or ``{"step", "errno", "detail"}``.
+Packets, supervisor → launcher: ``{"park": ORDER}`` with the link and the status pipe, answered by ``{"pid": N}`` with
+the pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import os
 import signal
 import socket
 import sys
+from typing import Any
 
 import prctl  # noqa: F401  # the layers use it after the cage's root has replaced the one it is found in
 
 from isolator.ipc_packet import receive_packet, send_packet
-from isolator.launch import cage
-from isolator.launch.plan import Plan
+from isolator.launch import parked
 from isolator.layers.filesystem import build_template
-from isolator.linux.namespaces import CLONE_PARENT, clone3
+from isolator.layers.namespaces import BEFORE_THE_PLAN
+from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 
 
 def serve(sock: socket.socket) -> None:
@@ -41,35 +42,37 @@ def serve(sock: socket.socket) -> None:
         if not packet:
             break
         body = json.loads(packet)
-        if "forget" in body:
+        if "park" in body:
+            _park(sock, body["park"], fds)
+        elif "keep" in body:
+            cgroups[body["keep"]] = fds[0]
+        else:
             fd = cgroups.pop(body["forget"], -1)
             if fd >= 0:
                 os.close(fd)
-            continue
-        _start(sock, Plan.unpack(packet, fds), cgroups)
     for fd in cgroups.values():
         _kill(fd)
 
 
-def _start(sock: socket.socket, plan: Plan, cgroups: dict[str, int]) -> None:
-    cgroup = plan.fds.pop("cgroup", -1)
+def _park(sock: socket.socket, order: dict[str, Any], fds: list[int]) -> None:
+    link, status = fds
+    flags = 0
+    if "namespaces" in order["layers"]:
+        for kind in BEFORE_THE_PLAN:
+            flags |= NAMESPACE_FILES[kind]
     try:
-        pid, pidfd = clone3(plan.clone_flags | CLONE_PARENT, cgroup_fd=cgroup)
+        pid, pidfd = clone3(flags | CLONE_PARENT)
     except OSError as error:
         answer = {"step": "clone3", "errno": error.errno, "detail": error.strerror}
         send_packet(sock, json.dumps(answer).encode())
     else:
         if pid == 0:
-            sock.close()
-            cage.become(plan)
-        if cgroup >= 0:
-            cgroups[plan.cage] = os.dup(cgroup)
+            parked.park(order, link, status)
         send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
         os.close(pidfd)
     finally:
-        for fd in (*plan.fds.values(), cgroup):
-            if fd >= 0:
-                os.close(fd)
+        os.close(link)
+        os.close(status)
 
 
 def _kill(cgroup: int) -> None:

@@ -16,10 +16,10 @@ class Plan:
     tests of a layer's absence make such plans). ``fds`` maps names to descriptors: numbers of the sender until
     it is sent, positions in the packet on the way, numbers of the child in the child.
 
-    Descriptors that every plan has: ``stdin stdout stderr``, ``report`` (SOCK_SEQPACKET: the child tells
-    what failed or hands over its seccomp listener; end of file means that exec happened), ``go`` (one byte
-    ``a`` after the attach to cgroups, one byte ``x`` after everything is confirmed), ``status`` (pid 1
-    writes the raw wait status of the sidecar).
+    Descriptors that every plan has: ``stdin stdout stderr``. Whoever is parked to become the cage has two more of
+    his own: the link to the supervisor (SOCK_SEQPACKET: what failed or the seccomp listener goes up, one byte ``x``
+    comes down when everything is confirmed, end of file means that exec happened), and the pipe into which pid 1
+    writes the raw wait status of the sidecar.
     """
 
     cage: str

@@ -5,12 +5,14 @@ child and writes the child's part into the plan), ``enter`` (child, before exec;
 ``confirm`` (supervisor; reads back from the kernel that it is in force), ``release`` (supervisor; undoes
 ``prepare``; idempotent, also when half-made). ``check`` and ``describe`` need no cage.
 
-``enter`` runs in the launcher's child, so layer modules import only the standard library and
+``enter`` runs in a process cloned from the launcher, so layer modules import only the standard library and
 ``isolator.linux`` at the top; anything heavier is imported inside the verb that needs it.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -93,6 +95,8 @@ class Layer(ABC):
 
     name: ClassVar[str]
     mandatory: ClassVar[bool] = True
+    from_birth: ClassVar[bool] = False
+    """The process is born under it: ``confirm`` need not wait until the child has entered its layers."""
     may_degrade: ClassVar[tuple[str, ...]] = ()
     """The keys of its controls without which ``host.toml`` may let plugins run; everything above the layer copes."""
 
@@ -116,8 +120,8 @@ class Layer(ABC):
         """Apply the layer to the calling process; any OSError aborts the start."""
 
     @abstractmethod
-    def confirm(self, pid: int) -> None:
-        """Raise ConfinementError unless the kernel says that the layer is in force for ``pid``."""
+    def confirm(self, process: Process) -> None:
+        """Raise ConfinementError unless the kernel says that the layer is in force for ``process``."""
 
     def release(self) -> None:  # noqa: B027  # on purpose: most layers have nothing to undo
         """Undo ``prepare``. Most layers end with their process and have nothing to undo."""
@@ -130,9 +134,23 @@ def mismatch(layer: str, what: str, wanted: object, found: object) -> Exception:
     return ConfinementError(f"layer {layer}", f"{what} is {found}, not {wanted}", "the cage was destroyed")
 
 
-def process_status(pid: int) -> dict[str, str]:
-    """/proc/PID/status as a mapping."""
-    from pathlib import Path
+class Process:
+    """What the kernel says of one process; each of its files is read once, when it is first asked for."""
 
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    @functools.cached_property
+    def status(self) -> dict[str, str]:
+        """/proc/PID/status."""
+        lines = self.read("status").splitlines()
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+    def read(self, name: str) -> str:
+        """The text of /proc/PID/``name``."""
+        with open(f"/proc/{self.pid}/{name}") as file:  # noqa: PTH123  # half the time of Path.read_text
+            return file.read()
+
+    def namespace(self, kind: str) -> str:
+        """What /proc/PID/ns/``kind`` names."""
+        return os.readlink(f"/proc/{self.pid}/ns/{kind}")

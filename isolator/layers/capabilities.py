@@ -1,15 +1,15 @@
 """Capabilities: none, in any of the five sets, for every number up to the kernel's last one.
 
-Two steps in the child: the bounding set is emptied and the securebits are locked while the process still has
-CAP_SETPCAP; the other sets are emptied after the uid has changed. The locked bits (NOROOT, NO_SETUID_FIXUP,
-KEEP_CAPS off, NO_CAP_AMBIENT_RAISE) mean that even uid 0 inside would gain nothing.
+Two steps: the bounding set is emptied and the securebits are locked in the process that is parked to become a cage,
+while there still is CAP_SETPCAP; the other sets are emptied in the child after the uid has changed. The locked bits
+(NOROOT, NO_SETUID_FIXUP, KEEP_CAPS off, NO_CAP_AMBIENT_RAISE) mean that even uid 0 inside would gain nothing.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import capability
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Capabilities(Layer):
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         capability.clear_sets()
 
-    def confirm(self, pid: int) -> None:
-        status = process_status(pid)
+    def confirm(self, process: Process) -> None:
+        status = process.status
         for name in SETS:
             if int(status[name], 16):
                 raise mismatch(self.name, name, 0, status[name])

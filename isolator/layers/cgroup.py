@@ -3,7 +3,8 @@
 cgroup v2 keeps membership, ``cgroup.kill`` and, where it has the controllers, the limits. On hybrid hosts
 (controllers bound to v1 hierarchies) each controller is found where it is mounted and enforced there; nothing above
 this module knows. One leaf per run, ``BASE/NAME.RUN``: a v2 leaf that has once seen ``cgroup.kill`` kills
-every later CLONE_INTO_CGROUP child at once.
+every later CLONE_INTO_CGROUP child at once. A cage is born in all of its groups: in the v2 leaf by CLONE_INTO_CGROUP,
+in the v1 ones because the process that clones it was put there ahead, when they did not have the cage's name yet.
 
 Everything is made below the daemon's own groups. On a systemd host they must be delegated (the unit has
 ``Delegate=yes``; from a shell a transient scope is taken), and the daemon moves itself into a leaf first, since v2
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.errors import ConfinementError
-from isolator.layers.base import CageSpec, Control, Layer, mismatch
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
@@ -98,19 +99,6 @@ class Subtree:
     def folders(self) -> list[Path]:
         """Every folder of the subtree's top, one a hierarchy."""
         return [self.unified, *dict.fromkeys(self.v1.values())]
-
-    def warm(self) -> None:
-        """Take the lock under which processes change v1 groups, changing nothing.
-
-        The first taking waits for an RCU grace period (6 to 16 ms), the ones that follow shortly do not. Writing our
-        own pid to the group we are in takes it.
-        """
-        with contextlib.suppress(OSError):
-            here = find_hierarchies().v1
-            for controller, folder in self.v1.items():
-                if here.get(controller) == folder.parent:
-                    (folder.parent / "cgroup.procs").write_text(str(os.getpid()))
-                    return
 
     def remove(self) -> None:
         """Remove the subtree's tops; leaves must be gone."""
@@ -248,18 +236,30 @@ class Leaf:
         return [self.unified, *dict.fromkeys(self.v1.values())]
 
     def create(self, limits: ResourcePolicy | None) -> None:
-        """Make the groups and write the limits, before anything is in them."""
-        for folder in self.folders():
-            folder.mkdir(exist_ok=True)
+        """Make the groups and write the limits, before anything of a cage is in them."""
+        self.create_v1()
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.unified)  # this and the next few are a quarter of a start's preparation
         if limits is None:
             return
         for path, value in self.values(limits).items():
             try:
-                path.write_text(value)
+                _write(path, value)
             except OSError as error:
                 if path.name in _OPTIONAL:
                     continue
                 raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
+
+    def create_v1(self) -> None:
+        """Make the groups in the v1 hierarchies alone; those that are there stay."""
+        for folder in dict.fromkeys(self.v1.values()):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)
+
+    def rename_v1(self, other: Leaf) -> None:
+        """Give the v1 groups, with what is in them, the names that those of ``other`` are to have (v2 cannot)."""
+        for mine, its in dict(zip(self.v1.values(), other.v1.values(), strict=True)).items():
+            os.rename(mine, its)
 
     def values(self, limits: ResourcePolicy) -> dict[Path, str]:
         """Each file and what is written to it, in order; nothing for a controller that this host lacks."""
@@ -291,14 +291,15 @@ class Leaf:
             values[pids / "pids.max"] = tasks
         return values
 
-    def attach(self, pid: int) -> None:
-        """Put a cage's ``pid`` into the v1 groups (v2 membership comes with the clone) and read it back.
+    def attach_v1(self, pid: int) -> None:
+        """Put the process that will clone a cage into the v1 groups; blocks for an RCU grace period or two.
 
-        It also becomes what the kernel kills first when the whole host is out of memory: it would inherit the daemon's
-        own protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE it cannot set this back.
+        It also becomes what the kernel kills first when the whole host is out of memory: its child would inherit the
+        daemon's own protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE a cage cannot set
+        this back.
         """
         self._join(pid)
-        _oom_score_adj(pid).write_text(OOM_SCORE_ADJ)
+        _write(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
 
     def _join(self, pid: int) -> None:
         folders = list(dict.fromkeys(self.v1.values()))
@@ -419,9 +420,13 @@ class Cgroup(Layer):
     name = "cgroup"
     may_degrade = tuple(f"cgroup.{controller}" for controller in LIMITING)
 
+    from_birth = True
+
     def __init__(self, subtree: Subtree) -> None:
         self._subtree = subtree
         self.leaf: Leaf | None = None
+        self.ahead: Leaf | None = None
+        """The v1 groups that the parked process is in; they become the leaf's."""
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -454,22 +459,33 @@ class Cgroup(Layer):
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._limits = spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf)
+        if self.ahead is not None:
+            self.ahead.rename_v1(self.leaf)
         self.leaf.create(self._limits)
         plan.give("cgroup", self.leaf.open_folder())
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        """Nothing: the child is cloned into its v2 group and put into the v1 ones while it waits."""
+        """Nothing: the child is born in its groups."""
 
-    def confirm(self, pid: int) -> None:
+    def confirm(self, process: Process) -> None:
         assert self.leaf is not None
-        if pid not in self.leaf.processes():
-            raise mismatch(self.name, str(self.leaf.unified), f"the group of {pid}", "not")
-        if (found := _oom_score_adj(pid).read_text().strip()) != OOM_SCORE_ADJ:
+        # "N:controllers:path" a line; the leaf's name carries the run, so there is only one group of that name.
+        place = f"/{self._subtree.unified.name}/{self.leaf.unified.name}"
+        inside = {
+            controller
+            for controllers, path in (line.split(":", 2)[1:] for line in process.read("cgroup").splitlines())
+            if path.endswith(place)
+            for controller in controllers.split(",")
+        }
+        for controller in ("", *self.leaf.v1):
+            if controller not in inside:
+                raise mismatch(self.name, f"{controller or 'v2'} group", place, "another")
+        if (found := process.read("oom_score_adj").strip()) != OOM_SCORE_ADJ:
             raise mismatch(self.name, "oom_score_adj", OOM_SCORE_ADJ, found)
         for path, wanted in self.leaf.values(self._limits).items():
             try:
-                found = path.read_text().strip()
+                found = _read(path).strip()
             except FileNotFoundError:
                 if path.name in _OPTIONAL:
                     continue
@@ -485,8 +501,20 @@ class Cgroup(Layer):
             self.leaf = None
 
 
-def _oom_score_adj(pid: int) -> Path:
-    return Path(f"/proc/{pid}/oom_score_adj")
+def _write(path: Path | str, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).decode()
+    finally:
+        os.close(fd)
 
 
 def _same_pages(found: str, wanted: str) -> bool:

@@ -30,7 +30,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, mismatch
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import mount
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ class Filesystem(Layer):
         if root >= 0:
             _enter_root(root)
 
-    def confirm(self, pid: int) -> None:
-        mounts = _mounts(pid)
+    def confirm(self, process: Process) -> None:
+        mounts = _mounts(process)
         if "/" not in mounts or mounts["/"].kind != "tmpfs" or "ro" not in mounts["/"].options:
             raise mismatch(self.name, "/", "a read-only tmpfs", mounts.get("/"))
         for place, found in mounts.items():
@@ -195,13 +195,12 @@ class _Mounted:
         self.kind, self.options = kind, options
 
 
-def _mounts(pid: int) -> dict[str, _Mounted]:
+def _mounts(process: Process) -> dict[str, _Mounted]:
     found = {}
-    with open(f"/proc/{pid}/mountinfo") as lines:  # noqa: PTH123
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            fields = before.split()
-            found[fields[4]] = _Mounted(after.split()[0], set(fields[5].split(",")))
+    for line in process.read("mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        found[fields[4]] = _Mounted(after.split()[0], set(fields[5].split(",")))
     return found
 
 

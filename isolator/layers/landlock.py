@@ -10,7 +10,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer
+from isolator.layers.base import CageSpec, Control, Layer, Process
 from isolator.linux import landlock
 
 if TYPE_CHECKING:
@@ -62,5 +62,5 @@ class Landlock(Layer):
         scoped = landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL
         landlock.restrict(section["abi"], rules, scoped=scoped)
 
-    def confirm(self, pid: int) -> None:
+    def confirm(self, process: Process) -> None:
         """The kernel shows a process's Landlock domain nowhere; ``restrict_self`` succeeding is its word."""

@@ -1,23 +1,25 @@
-"""Namespaces: mount, pid, ipc, uts and cgroup are new with the clone; the network one is made ahead (layer network).
+"""Namespaces: mount, ipc and uts are those of the process that was parked, pid comes with the clone of pid 1.
 
-The cgroup namespace is unshared by the child itself after it has been put into its groups: made with the
-clone it would be rooted at the launcher's v1 groups, and the leaf's name would be visible.
+The cgroup namespace is unshared by the child itself, which is in its groups: made any earlier it would be rooted at
+the launcher's, and the leaf's name would be visible. The network one is made by the layer network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, mismatch
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import namespaces as ns
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
-WITH_CLONE = ("mnt", "pid", "ipc", "uts")
+BEFORE_THE_PLAN = ("mnt", "ipc", "uts")
+"""What a process gets that is parked to become a cage."""
 
 
 class Namespaces(Layer):
@@ -42,9 +44,7 @@ class Namespaces(Layer):
         return "It sees only its own processes, mounts, host name, IPC objects, control groups and network."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        self._host = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in (*WITH_CLONE, "cgroup")}
-        for kind in WITH_CLONE:
-            plan.clone_flags |= ns.NAMESPACE_FILES[kind]
+        plan.clone_flags |= ns.CLONE_NEWPID
         plan.sections[self.name] = {"hostname": spec.hostname}
 
     @staticmethod
@@ -53,10 +53,13 @@ class Namespaces(Layer):
         with contextlib.suppress(PermissionError):  # already a leader
             os.setsid()
         ns.sethostname(section["hostname"])
-        ns.setdomainname("(none)")
 
-    def confirm(self, pid: int) -> None:
-        for kind, host in self._host.items():
-            found = os.readlink(f"/proc/{pid}/ns/{kind}")
-            if found == host:
+    def confirm(self, process: Process) -> None:
+        for kind, host in _of_this_process().items():
+            if process.namespace(kind) == host:
                 raise mismatch(self.name, f"{kind} namespace", "one of its own", "the host's")
+
+
+@functools.cache
+def _of_this_process() -> dict[str, str]:
+    return {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in ns.NAMESPACE_FILES if kind != "net"}

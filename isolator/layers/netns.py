@@ -8,42 +8,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux.namespaces import CLONE_NEWNET, setns
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
     from isolator.layers.network import CageNetwork
-    from isolator.policy.model import EffectivePolicy, NetworkPolicy
+    from isolator.policy.model import EffectivePolicy
 
 
 class Network(Layer):
-    """Nothing but loopback; every connection goes to the broker or is refused.
-
-    The namespace is made while the child is cloned, so its descriptor travels with the word to go on, not in the plan.
-    """
+    """Nothing but loopback; every connection goes to the broker or is refused."""
 
     name = "network"
 
-    def __init__(self, network: CageNetwork | None = None) -> None:
-        self._network = network
-
-    @property
-    def unmade(self) -> bool:
-        """Whether ``make`` is still to be called."""
-        return self._network is None
-
-    @property
-    def network(self) -> CageNetwork:
-        """What was made."""
-        assert self._network is not None
-        return self._network
-
-    def make(self, policy: NetworkPolicy, prefix: str) -> None:
-        """Make the namespace and all that is in it; ``prefix`` names the cage in what its rules log. Blocks."""
-        from isolator.layers import network
-
-        self._network = network.prepare(policy, prefix=prefix)
+    def __init__(self) -> None:
+        self.network: CageNetwork | None = None
+        """The namespace, once the cage has one."""
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -60,28 +41,34 @@ class Network(Layer):
 
         return network.describe(policy.network)
 
+    def load(self, spec: CageSpec) -> None:
+        """Put the policy's rules in force; blocks, safe in any thread. Before the process may run, not before it is."""
+        from isolator.layers import network
+
+        assert self.network is not None
+        network.load(self.network, spec.policy.network, prefix=spec.name)
+
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        assert self.network is not None
         self._policy = spec.policy.network
+        plan.fds["netns"] = self.network.netns_fd
         plan.sections[self.name] = {}
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         setns(fds["netns"], CLONE_NEWNET)
 
-    def confirm(self, pid: int) -> None:
-        import os
-
+    def confirm(self, process: Process) -> None:
         from isolator.layers import network
-        from isolator.layers.base import mismatch
 
-        inode = os.fstat(self.network.netns_fd).st_ino
-        found = os.stat(f"/proc/{pid}/ns/net").st_ino  # beside fstat
-        if found != inode:
-            raise mismatch(self.name, "network namespace", inode, found)
+        assert self.network is not None
+        wanted, found = f"net:[{self.network.inode}]", process.namespace("net")
+        if found != wanted:
+            raise mismatch(self.name, "network namespace", wanted, found)
         network.confirm(self.network, self._policy)
 
     def release(self) -> None:
         from isolator.layers import network
 
-        if self._network is not None:
-            network.release(self._network)
+        if self.network is not None:
+            network.release(self.network)

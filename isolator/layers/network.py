@@ -1,9 +1,10 @@
 """The network layer: a namespace with only ``lo`` per cage, its ruleset, and the sockets the broker serves it by.
 
-``prepare`` makes everything in a thread of its own that unshares the network and ends: the namespace lives on in
-``netns_fd`` and in the sockets. The cage's process enters it with ``setns``; the broker gets the sockets, made inside
-but served from outside; whatever is not one of those sockets has no way out. When the last descriptor is closed the
-kernel removes the namespace with everything in it, so there is nothing to clear after a crash.
+``make`` makes the namespace and the sockets, which are the same for every cage, in a thread of its own that unshares
+the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. Until ``load`` has put the policy's
+ruleset into it nothing may run there. The cage's process enters it with ``setns``; the broker gets the sockets, made
+inside but served from outside; whatever is not one of those sockets has no way out. When the last descriptor is closed
+the kernel removes the namespace with everything in it, so there is nothing to clear after a crash.
 
 ``confirm`` compares the ruleset with what was read back right after loading. The kernel numbers each change of a
 namespace's rules (the generation), so an unchanged number is proof without reading all; ``watch`` tells of a change
@@ -47,28 +48,52 @@ class CageNetwork:
     netns_fd: int
     sockets: list[int]
     """TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG: for the broker, in every mode."""
-    ruleset: str
+    generations: netlink.Generations
+    """Asks for the generation of the namespace's ruleset, from whichever namespace the caller is in."""
+    inode: int
+    """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
+    ruleset: str = ""
     """The ruleset as the kernel gave it back right after loading."""
     generation: int = 0
     """The kernel's number of that ruleset."""
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds by step."""
-    inode: int = 0
-    """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
 
 
-def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
-    """Make a namespace, its ruleset and the broker's sockets; raises ConfinementError.
+def make() -> CageNetwork:
+    """Make a namespace and the broker's sockets; raises ConfinementError.
 
-    ``prefix`` stands in front of each logged denial. Safe in any thread; the caller's namespace does not change.
+    Safe in any thread; the caller's namespace does not change. It has no ruleset yet: see ``load``.
     """
-    steps = _Steps()
+    try:
+        return netns.in_new_network(_build)
+    except OSError as error:
+        raise ConfinementError("network", str(error), _remedy(error)) from error
+
+
+def load(network: CageNetwork, policy: NetworkPolicy, *, prefix: str) -> None:
+    """Put the policy's ruleset in force; raises ConfinementError. Safe in any thread.
+
+    ``prefix`` stands in front of each logged denial.
+    """
+    steps = _Steps(network.timings)
     text = render(Rules(policy), prefix)
     steps.done("render")
     try:
-        return netns.in_new_network(lambda: _build(text, steps))
+        netns.in_network(network.netns_fd, lambda: _load(network, text, steps))
     except OSError as error:
         raise ConfinementError("network", str(error), _remedy(error)) from error
+
+
+def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
+    """``make`` and ``load``; raises ConfinementError."""
+    network = make()
+    try:
+        load(network, policy, prefix=prefix)
+    except BaseException:
+        release(network)
+        raise
+    return network
 
 
 def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
@@ -123,10 +148,13 @@ def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[in
 def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
     """Read back that the ruleset is the one that was loaded; raises ConfinementError when it is not."""
     try:
-        generation, found = netns.in_network(network.netns_fd, lambda: _read_back(network.generation))
+        generation = network.generations.current()
+        if generation == network.generation and network.ruleset:
+            return
+        found = netns.in_network(network.netns_fd, _list_ruleset)
     except OSError as error:
         raise ConfinementError("network", f"the ruleset cannot be read back: {error}", _remedy(error)) from error
-    if found is not None and found != network.ruleset:
+    if not network.ruleset or found != network.ruleset:
         lost = "it is empty" if TABLE not in found else "it was changed"
         raise ConfinementError("network", f"the cage's ruleset is not the one that was loaded: {lost}")
     network.generation = generation
@@ -140,6 +168,7 @@ def watch(network: CageNetwork) -> socket.socket:
 def release(network: CageNetwork) -> None:
     """Close every descriptor that is still held; idempotent. The namespace goes when its last process and socket do."""
     close_sockets(network)
+    network.generations.close()
     if network.netns_fd >= 0:
         fd, network.netns_fd = network.netns_fd, -1
         with contextlib.suppress(OSError):
@@ -192,19 +221,19 @@ def describe(policy: NetworkPolicy) -> str:
 
 
 class _Steps:
-    def __init__(self) -> None:
-        self.timings: dict[str, float] = {}
-        self._at = time.perf_counter()
+    def __init__(self, timings: dict[str, float]) -> None:
+        self._timings, self._at = timings, time.perf_counter()
 
     def done(self, name: str) -> None:
         now = time.perf_counter()
-        self.timings[name] = round((now - self._at) * 1000, 3)
+        self._timings[name] = round((now - self._at) * 1000, 3)
         self._at = now
 
 
-def _build(text: str, steps: _Steps) -> CageNetwork:
-    """In the new namespace's thread: the order matters only in that nothing can run here before it is all done."""
-    steps.done("unshare")
+def _build() -> CageNetwork:
+    """In the new namespace's thread."""
+    timings: dict[str, float] = {}
+    steps = _Steps(timings)
     with contextlib.ExitStack() as undo:
         fd = netns.current_network()
         undo.callback(os.close, fd)
@@ -212,17 +241,27 @@ def _build(text: str, steps: _Steps) -> CageNetwork:
         for name, value in _SYSCTLS.items():
             Path("/proc/sys", name).write_text(value)
         steps.done("loopback")
-        with nftables.Nftables() as nft:
-            steps.done("context")
-            nft.run(text)
-            steps.done("ruleset")
-            loaded = nft.run("list ruleset")
-            steps.done("read back")
-        generation = netlink.ruleset_generation()
+        generations = netlink.Generations()
+        undo.callback(generations.close)
         sockets = _open_sockets()
         steps.done("sockets")
         undo.pop_all()
-    return CageNetwork(fd, _detach(sockets), loaded, generation, steps.timings, os.fstat(fd).st_ino)
+    return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino, timings=timings)
+
+
+def _load(network: CageNetwork, text: str, steps: _Steps) -> None:
+    """In a thread that is in the namespace: one transaction, and what the kernel makes of it."""
+    with nftables.Nftables() as nft:
+        nft.run(text)
+        steps.done("ruleset")
+        network.ruleset = nft.run("list ruleset")
+        steps.done("read back")
+    network.generation = network.generations.current()
+
+
+def _list_ruleset() -> str:
+    with nftables.Nftables() as nft:
+        return nft.run("list ruleset")
 
 
 def _open_sockets() -> list[socket.socket]:
@@ -275,15 +314,6 @@ def _host_listener(rule: ListenRule) -> socket.socket:
 
 def _detach(sockets: list[socket.socket]) -> list[int]:
     return [sock.detach() for sock in sockets]
-
-
-def _read_back(generation: int) -> tuple[int, str | None]:
-    """The current generation, and the ruleset unless the generation is the expected one."""
-    now = netlink.ruleset_generation()
-    if now == generation:
-        return now, None
-    with nftables.Nftables() as nft:
-        return now, nft.run("list ruleset")
 
 
 def _has_ipv6() -> bool:

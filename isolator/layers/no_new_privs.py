@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
@@ -33,7 +33,7 @@ class NoNewPrivs(Layer):
 
         prctl.set_no_new_privs(1)
 
-    def confirm(self, pid: int) -> None:
-        found = process_status(pid).get("NoNewPrivs")
+    def confirm(self, process: Process) -> None:
+        found = process.status.get("NoNewPrivs")
         if found != "1":
             raise mismatch(self.name, "NoNewPrivs", 1, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, mismatch
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
@@ -60,14 +60,13 @@ class Rlimits(Layer):
             value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(number, (value, value))
 
-    def confirm(self, pid: int) -> None:
+    def confirm(self, process: Process) -> None:
         # Not prlimit(2): asking for another user's limits needs CAP_SYS_RESOURCE, which containers often lack.
         found = {}
-        with open(f"/proc/{pid}/limits") as lines:  # noqa: PTH123  # the child avoids importing pathlib
-            for line in lines:
-                label, values = line[:26].strip(), line[26:].split()
-                if label in _LABELS:
-                    found[_LABELS[label]] = values[1]
+        for line in process.read("limits").splitlines():
+            name = _LABELS.get(line[:26].strip())
+            if name is not None:
+                found[name] = line[26:].split()[1]
         for name, wanted in self._wanted.items():
             hard = found.get(name, "missing")
             if not hard.isdigit() or int(hard) > wanted:

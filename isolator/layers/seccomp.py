@@ -18,7 +18,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import seccomp
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Seccomp(Layer):
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         load(section)
 
-    def confirm(self, pid: int) -> None:
-        found = process_status(pid).get("Seccomp")
+    def confirm(self, process: Process) -> None:
+        found = process.status.get("Seccomp")
         if found != "2":
             raise mismatch(self.name, "Seccomp", "2 (filter)", found)
 

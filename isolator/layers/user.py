@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.errors import ConfinementError, IsolatorError
-from isolator.layers.base import CageSpec, Control, Layer, mismatch, process_status
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
@@ -59,8 +59,8 @@ class User(Layer):
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
 
-    def confirm(self, pid: int) -> None:
-        status = process_status(pid)
+    def confirm(self, process: Process) -> None:
+        status = process.status
         for key, wanted in (("Uid", self._uid), ("Gid", self._gid)):
             if set(status[key].split()) != {str(wanted)}:
                 raise mismatch(self.name, key, wanted, status[key])

@@ -7,6 +7,7 @@ python-prctl names capabilities at compile time; sets are handled here by number
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 from isolator.linux._libc import call, libc, syscall
@@ -25,6 +26,7 @@ class _Data(ctypes.Structure):
     _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
 
 
+@functools.cache
 def last_capability() -> int:
     """The highest capability number of the running kernel."""
     return int(Path("/proc/sys/kernel/cap_last_cap").read_text())

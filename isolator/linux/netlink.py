@@ -113,15 +113,27 @@ def parse_nflog(packet: bytes) -> list[tuple[str, bytes]]:
     return records
 
 
-def ruleset_generation() -> int:
-    """The number of the namespace's current nftables generation: each committed change makes a new one."""
-    with _open(NETLINK_NETFILTER) as sock:
+class Generations:
+    """Asks for the number of a namespace's current nftables generation: each committed change makes a new one.
+
+    Its socket belongs to the namespace that the calling thread is in when it is made, and can be used from any.
+    """
+
+    def __init__(self) -> None:
+        self._sock = _open(NETLINK_NETFILTER)
+
+    def current(self) -> int:
+        """The number now; raises OSError."""
         body = struct.pack("!BBH", socket.AF_UNSPEC, 0, 0)
-        reply = _ask(sock, (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN, 0, body)
+        reply = _ask(self._sock, (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN, 0, body)
         number = dict(_attributes(reply[4:])).get(_NFTA_GEN_ID)
-    if number is None:
-        raise OSError(0, "the kernel did not tell its nftables generation")
-    return int(struct.unpack("!I", number)[0])
+        if number is None:
+            raise OSError(0, "the kernel did not tell its nftables generation")
+        return int(struct.unpack("!I", number)[0])
+
+    def close(self) -> None:
+        """Close the socket; harmless when repeated."""
+        self._sock.close()
 
 
 def watch_ruleset() -> socket.socket:

@@ -21,7 +21,7 @@ from typing import Any
 from isolator.journal import Journal
 from isolator.launch import client
 from isolator.launch.plan import Plan
-from isolator.layers.base import Bind, CageSpec, Layer
+from isolator.layers.base import Bind, CageSpec, Layer, Process
 from isolator.linux import mount, netns, nftables
 from isolator.oneoff import Workshop, run_spec
 from isolator.oneoff_services import Records
@@ -60,12 +60,11 @@ class Weakness:
 class Loose(Sandbox):
     """A sandbox whose plan can be weakened after the layers have made it; nobody reads back what was weakened."""
 
-    def __init__(self, *args: Any, weakness: Weakness) -> None:
-        super().__init__(*args, without=weakness.without)
-        self.network = args[3]
+    def __init__(self, *args: Any, weakness: Weakness, **others: Any) -> None:
+        super().__init__(*args, without=weakness.without, **others)
         if weakness.edits or weakness.template:
             for layer in self._layers:
-                layer.confirm = lambda pid: None
+                layer.confirm = lambda process: None
             self._layers.append(_Edits(self, weakness.edits))
 
 
@@ -91,7 +90,7 @@ class _Edits(Layer):
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
         raise AssertionError
 
-    def confirm(self, pid: int) -> None:
+    def confirm(self, process: Process) -> None:
         pass
 
 
@@ -159,11 +158,17 @@ def leaked_environment(plan: Plan, _: Loose) -> None:
 
 
 def no_rules(_: Plan, sandbox: Loose) -> None:
+    load = sandbox._network.load
+
     def flush() -> None:
         with nftables.Nftables() as nft:
             nft.run("flush ruleset")
 
-    netns.in_network(sandbox.network.network.netns_fd, flush)
+    def load_and_flush(spec: CageSpec) -> None:
+        load(spec)
+        netns.in_network(sandbox.network.netns_fd, flush)
+
+    sandbox._network.load = load_and_flush
 
 
 # --- the pretend host ----------------------------------------------------------------------------------------

@@ -64,9 +64,9 @@ async def test_a_cage_that_is_not_built_in_time(shared_dir: Path, monkeypatch: p
     monkeypatch.setattr(sandbox_module, "_SET_UP_SECONDS", 0.3)
 
     class Stuck(Sandbox):
-        async def _build(self, *args: object) -> None:
+        def _born(self, *args: object) -> None:
+            super()._born(*args)
             os.kill(self.pid, signal.SIGSTOP)
-            await super()._build(*args)
 
     with pytest.raises(ConfinementError, match="not built in"):
         async with cage(shared_dir, ["true"], sandbox=Stuck):
@@ -76,9 +76,9 @@ async def test_a_cage_that_is_not_built_in_time(shared_dir: Path, monkeypatch: p
 
 async def test_a_child_that_dies_while_it_is_built(shared_dir: Path) -> None:
     class Dying(Sandbox):
-        async def _build(self, *args: object) -> None:
+        def _born(self, *args: object) -> None:
+            super()._born(*args)
             os.kill(self.pid, signal.SIGKILL)
-            await super()._build(*args)
 
     with pytest.raises((ConfinementError, OSError)):
         async with cage(shared_dir, ["true"], sandbox=Dying):
@@ -110,8 +110,8 @@ async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
         async def _build(self, *args: object) -> None:
             await super()._build(*args)
 
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: object, **others: object) -> None:
+            super().__init__(*args, **others)
             user = next(layer for layer in self._layers if layer.name == "user")
             prepare = user.prepare
 
@@ -220,9 +220,10 @@ async def test_orphans_are_reaped(shared_dir: Path) -> None:
 
 
 async def test_nothing_is_left(shared_dir: Path) -> None:
-    def here() -> tuple[set[str], str, list[Path]]:
+    def here() -> tuple[set[str], list[str], list[Path]]:
         fds = {f"{n} {os.readlink(f'/proc/self/fd/{n}')}" for n in os.listdir("/proc/self/fd") if _is_open(n)}
-        return {fd for fd in fds if "/proc/" not in fd}, Path("/proc/self/mountinfo").read_text(), leaves(shared_dir)
+        mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(shared_dir) in line]
+        return {fd for fd in fds if "/proc/" not in fd}, mounts, leaves(shared_dir)
 
     await _end(shared_dir, "true")  # what is loaded once is loaded now
     before = here()
@@ -258,5 +259,5 @@ async def test_a_dead_launcher_takes_no_cage_with_it(shared_dir: Path) -> None:
         end = await one.sandbox.wait()
         assert end.signal == signal.SIGTERM
         with pytest.raises(UnavailableError, match="launcher"):
-            await launcher.clone(None)
+            await launcher.park(-1, -1, layers=frozenset())
     assert not leaves(shared_dir)
