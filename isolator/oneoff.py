@@ -109,17 +109,14 @@ class Workshop:
         from isolator.layers.netns import Network
         from isolator.ledger import missing, not_enforced
         from isolator.oneoff_services import broker_for
-        from isolator.sandbox import EVERY_LAYER, Sandbox
+        from isolator.sandbox import Sandbox
 
+        # The network layer is not asked: what it would try, in a namespace made for that, is about to be done anyway.
+        lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name}))
+        if lacking:
+            raise ConfinementError(f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy)
         tools = self.tools
-        tools.spares.begin(EVERY_LAYER)
         async with contextlib.AsyncExitStack() as stack:
-            # The network layer is not asked: what it would try, in a namespace made for that, is being done already.
-            lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name}))
-            if lacking:
-                raise ConfinementError(
-                    f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy
-                )
             # Ends after the cage: it has still to say what became of the connections.
             brokers = await stack.enter_async_context(contextlib.AsyncExitStack())
 
