@@ -8,6 +8,7 @@ left over from a daemon that was killed. Entries are recognised by boot id and f
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import threading
@@ -19,6 +20,7 @@ from isolator.errors import IsolatorError
 _COMPACT_LINES = 4000
 
 
+@functools.cache
 def boot_id() -> str:
     """The kernel's id of this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

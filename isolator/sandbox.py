@@ -202,11 +202,11 @@ class Sandbox:
                     mark(f"prepare {layer.name}")
                 if spare.groups is not None:
                     spare.given_over()
-                if "cgroup" in plan.fds:
-                    await tools.launcher.keep(spec.leaf, plan.fds["cgroup"])
                 packet, fds = plan.pack()
                 with contextlib.suppress(BrokenPipeError):  # it has died: the end of its link says so below
                     send_packet(spare.link, packet, fds)
+                if "cgroup" in plan.fds:
+                    await tools.launcher.keep(spec.leaf, plan.fds["cgroup"])
             finally:
                 plan.close_given()
             if self._network in self._layers:
@@ -235,6 +235,8 @@ class Sandbox:
         for layer in self._layers:
             if not layer.from_birth:
                 layer.confirm(self._process)
+        if self._cgroup in self._layers:
+            self._cgroup.cap_processor()
         mark("confirm")
         send_packet(spare.link, b"x")
         try:

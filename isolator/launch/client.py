@@ -73,7 +73,10 @@ class Launcher:
         return await future
 
     async def keep(self, cage: str, cgroup: int) -> None:
-        """From now on the launcher kills this group when the supervisor is gone; before anything is in it."""
+        """From now on the launcher kills this group when the supervisor is gone.
+
+        Until it has read this, only the cage's own pid 1 watches over that (``init.guard``).
+        """
         await self._send(json.dumps({"keep": cage}).encode(), [cgroup])
 
     def forget(self, cage: str) -> None:

@@ -102,7 +102,10 @@ def main() -> None:
         detail = f"{error.filename}: {error.strerror}"
         send_packet(sock, json.dumps({"step": "template", "errno": error.errno, "detail": detail}).encode())
         return
-    send_packet(sock, b'{"ready": true}')
+    try:
+        send_packet(sock, b'{"ready": true}')
+    except BrokenPipeError:
+        return  # a command line that was wrong: whoever started this process is gone
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -12,6 +12,7 @@ Standard library and ``isolator.linux`` only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -38,12 +39,19 @@ def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
             capabilities.enter_bounding_set({"last": order["last_capability"]}, {})
         if "namespaces" in order["layers"]:
             setdomainname("(none)")  # the host's would be inherited
+        _rehearse()
         packet, fds = receive_packet(sock)
         if packet:
             _clone(Plan.unpack(packet, fds), sock, status)
     except OSError as error:
         _fail(sock, "parked", error)
-    os._exit(0)
+    finally:
+        os._exit(0)  # whatever happened: nothing may escape into the launcher's loop, which this process is a copy of
+
+
+def _rehearse() -> None:
+    """Take the page faults of reading a plan now: what is shared with the launcher is copied when it is first used."""
+    Plan.unpack(Plan(cage="", argv=[], env={}, sections={"rehearsal": {"text": "x" * 8192}}).pack()[0], [])
 
 
 def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
@@ -58,4 +66,5 @@ def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
 
 
 def _fail(sock: socket.socket, step: str, error: OSError) -> None:
-    send_packet(sock, json.dumps({"step": step, "errno": error.errno, "detail": error.strerror}).encode())
+    with contextlib.suppress(OSError):  # the supervisor is gone
+        send_packet(sock, json.dumps({"step": step, "errno": error.errno, "detail": error.strerror}).encode())

@@ -6,15 +6,16 @@ ruleset into it nothing may run there. The cage's process enters it with ``setns
 inside but served from outside; whatever is not one of those sockets has no way out. When the last descriptor is closed
 the kernel removes the namespace with everything in it, so there is nothing to clear after a crash.
 
-``confirm`` compares the ruleset with what was read back right after loading. The kernel numbers each change of a
-namespace's rules (the generation), so an unchanged number is proof without reading all; ``watch`` tells of a change
-when it happens.
+The kernel numbers each change of a namespace's rules (the generation): ``confirm`` asks whether it is still the one
+that loading made. ``watch`` tells of a change when it happens, and reads back what the rules are, so that a change
+which was undone is told apart from one that was not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import socket
 import time
@@ -53,7 +54,7 @@ class CageNetwork:
     inode: int
     """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
     ruleset: str = ""
-    """The ruleset as the kernel gave it back right after loading."""
+    """The ruleset as the kernel gave it back while nobody had changed it; from ``watch`` on."""
     generation: int = 0
     """The kernel's number of that ruleset."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -77,7 +78,7 @@ def load(network: CageNetwork, policy: NetworkPolicy, *, prefix: str) -> None:
     ``prefix`` stands in front of each logged denial.
     """
     steps = _Steps(network.timings)
-    text = render(Rules(policy), prefix)
+    text = _ruleset(policy, prefix)
     steps.done("render")
     try:
         netns.in_network(network.netns_fd, lambda: _load(network, text, steps))
@@ -149,7 +150,7 @@ def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
     """Read back that the ruleset is the one that was loaded; raises ConfinementError when it is not."""
     try:
         generation = network.generations.current()
-        if generation == network.generation and network.ruleset:
+        if generation == network.generation:
             return
         found = netns.in_network(network.netns_fd, _list_ruleset)
     except OSError as error:
@@ -162,7 +163,15 @@ def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
 
 def watch(network: CageNetwork) -> socket.socket:
     """A non-blocking socket that becomes readable when the cage's ruleset changes; then drain it and ``confirm``."""
-    return netns.in_network(network.netns_fd, netlink.watch_ruleset)
+
+    def inside() -> socket.socket:
+        watching = netlink.watch_ruleset()
+        found = _list_ruleset()
+        if network.generations.current() == network.generation:
+            network.ruleset = found
+        return watching
+
+    return netns.in_network(network.netns_fd, inside)
 
 
 def release(network: CageNetwork) -> None:
@@ -249,14 +258,17 @@ def _build() -> CageNetwork:
     return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino, timings=timings)
 
 
+@functools.lru_cache(maxsize=64)
+def _ruleset(policy: NetworkPolicy, prefix: str) -> str:
+    return render(Rules(policy), prefix)
+
+
 def _load(network: CageNetwork, text: str, steps: _Steps) -> None:
-    """In a thread that is in the namespace: one transaction, and what the kernel makes of it."""
+    """In a thread that is in the namespace: one transaction, which the kernel takes whole or not at all."""
     with nftables.Nftables() as nft:
         nft.run(text)
-        steps.done("ruleset")
-        network.ruleset = nft.run("list ruleset")
-        steps.done("read back")
     network.generation = network.generations.current()
+    steps.done("ruleset")
 
 
 def _list_ruleset() -> str:

@@ -98,7 +98,9 @@ def test_labels_stay_bounded_whatever_is_recorded() -> None:
 def leaf() -> Iterator[Leaf]:
     subtree = open_subtree(f"isolator-test-{os.getpid()}")
     leaf = Leaf.under(subtree, "snapshot")
-    leaf.create(ResourcePolicy(memory=64 << 20, cpu=500))
+    limits = ResourcePolicy(memory=64 << 20, cpu=500)
+    leaf.create(limits)
+    leaf.cap_processor(limits)
     try:
         yield leaf
     finally:

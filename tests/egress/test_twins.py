@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from isolator.egress import ruleset
+from isolator.egress.rules import Rules
 from isolator.layers import network
 from isolator.policy.model import NetworkPolicy
 from tests.egress.conftest import listed
@@ -45,7 +46,7 @@ async def cage(
     try:
         with pytest.MonkeyPatch.context() as patch:
             if change is not None:
-                patch.setattr(network, "render", lambda rules, prefix: change(ruleset.render(rules, prefix)))
+                patch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
             made = await CageNet.attach(broker, policy)
         try:
             yield made, broker
@@ -320,7 +321,7 @@ def test_other_protocols_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, ki
 
     if not on:
         change = without("goto refused", "policy drop")
-        monkeypatch.setattr(network, "render", lambda rules, prefix: change(ruleset.render(rules, prefix)))
+        monkeypatch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
     made = network.prepare(NetworkPolicy(mode="public"), prefix="twin")
 
     def send() -> str:

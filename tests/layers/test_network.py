@@ -252,8 +252,17 @@ def test_confirm_notices_a_flushed_and_a_changed_ruleset(make: Make) -> None:
 def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
     cage = make(LISTED)
     nft = ["nft", "add table inet other; delete table inet other"]
+    with network.watch(cage):
+        netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
+        network.confirm(cage, LISTED)
+
+
+def test_a_change_before_anybody_watched_counts(make: Make) -> None:
+    cage = make(LISTED)
+    nft = ["nft", "insert rule inet isolator final accept"]
     netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
-    network.confirm(cage, LISTED)
+    with network.watch(cage), pytest.raises(ConfinementError, match="changed"):
+        network.confirm(cage, LISTED)
 
 
 def test_a_watch_tells_of_a_change(make: Make) -> None:
