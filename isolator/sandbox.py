@@ -230,7 +230,7 @@ class Sandbox:
         except TimeoutError:
             raise self._too_slow() from None
         if self._loading is not None:
-            await self._loading
+            await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
         mark("network")
         for layer in self._layers:
             if not layer.from_birth:

@@ -120,7 +120,11 @@ class Spares:
         making, self._waiting = self._waiting, None
         if making is not None:
             with contextlib.suppress(IsolatorError, OSError):  # made anew below, and then it counts
-                spare = await making
+                try:
+                    spare = await asyncio.shield(making)
+                except asyncio.CancelledError:
+                    self._waiting = self._waiting or making  # somebody else's, then
+                    raise
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(spare)
@@ -197,11 +201,13 @@ async def make(tools: Tools, layers: frozenset[str]) -> Spare:
             tools.journal.make(Entry(name, "leaf", tuple(map(str, dict.fromkeys(groups.v1.values())))))
             spare.groups = groups
             groups.create_v1()
-            await asyncio.to_thread(groups.attach_v1, parked.pid)
+            attaching = asyncio.create_task(asyncio.to_thread(groups.attach_v1, parked.pid))
+            undo.push_async_callback(asyncio.wait, [attaching])  # by its pid, so before the process can be gone
+            await asyncio.shield(attaching)
         elif "cgroup" in layers:
             Leaf.under(tools.subtree, name).attach_v1(parked.pid)
         if making is not None:
-            spare.network = await making
+            spare.network = await asyncio.shield(making)  # a thread cannot be cancelled: what it made would be lost
         undo.pop_all()
         return spare
 
