@@ -123,11 +123,11 @@ class Spares:
                 try:
                     spare = await asyncio.shield(making)
                 except asyncio.CancelledError:
-                    self._waiting = self._waiting or making  # somebody else's, then
+                    self._give_back(making)
                     raise
                 if spare.layers == layers and spare.usable:
                     return spare
-                self._dispose(spare)
+                self._dispose(making)
         return await make(self._tools, layers)
 
     def begin(self, layers: frozenset[str]) -> None:
@@ -157,14 +157,23 @@ class Spares:
         if self._rest is not None:
             self._rest.cancel()
         if self._waiting is not None:
-            making, self._waiting = self._waiting, None
-            with contextlib.suppress(IsolatorError, OSError):
-                await (await making).release()
+            self._dispose(self._waiting)
+            self._waiting = None
         while self._disposals:
             await asyncio.wait(self._disposals)
 
-    def _dispose(self, spare: Spare) -> None:
-        task = asyncio.create_task(spare.release())
+    def _give_back(self, making: asyncio.Task[Spare]) -> None:
+        if self._waiting is None and not self._closed:
+            self._waiting = making
+        else:
+            self._dispose(making)
+
+    def _dispose(self, making: asyncio.Task[Spare]) -> None:
+        async def release() -> None:
+            with contextlib.suppress(IsolatorError, OSError):
+                await (await making).release()
+
+        task = asyncio.create_task(release())
         self._disposals.add(task)
         task.add_done_callback(self._disposals.discard)
 
