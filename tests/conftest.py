@@ -1,6 +1,10 @@
 """What every test gets: root, a directory that unprivileged children can read, and a check that nothing is left.
 
 ``--leaks=test`` looks after each test instead of once at the end, to find the one that leaks.
+
+Tests may run in several processes (pytest-xdist, which ``./dev test`` uses for the whole suite): most of their time is
+spent waiting. What is left on the host is then looked for once, by the process that started the others, when they
+are gone; each of these looks for descriptors that it holds itself.
 """
 
 from __future__ import annotations
@@ -31,18 +35,23 @@ _run = pytest.StashKey["_Run"]()
 
 
 class _Run:
-    """One test run: its marker, its directories, the host's state before it, and what it left."""
+    """One test run, or one worker of it: its marker, the host's state before it, and what it left."""
 
-    def __init__(self) -> None:
-        self.marker = uuid.uuid4().hex
-        os.environ[MARKER] = self.marker
+    def __init__(self, *, worker: bool) -> None:
+        if not worker:
+            os.environ[MARKER] = uuid.uuid4().hex
+        self.marker = os.environ[MARKER]
         self.folders: list[str] = []
-        self.lock = RunLock()
+        self.lock = None if worker else RunLock()
         self.before = HostState.read(self.marker)
         self.leaks: list[str] = []
         self.doubtful: list[str] = []
 
     def check(self) -> None:
+        if self.lock is None:
+            held = wait_until_clean(self.before, self.marker, _PATIENCE, kinds=frozenset({"descriptors"}))
+            assert not held, f"this worker still holds: {held}"
+            return
         alone = self.lock.alone()
         for kind, names in wait_until_clean(self.before, self.marker, _PATIENCE).items():
             for name in names:
@@ -63,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.umask(0o022)
     # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    config.stash[_run] = _Run()
+    config.stash[_run] = _Run(worker=hasattr(config, "workerinput"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,8 +103,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _run in config.stash:
-        config.stash[_run].lock.close()
+    if _run in config.stash and (lock := config.stash[_run].lock) is not None:
+        lock.close()
 
 
 @pytest.fixture(autouse=True)

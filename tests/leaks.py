@@ -145,13 +145,18 @@ def is_own(kind: str, name: str, folders: list[str]) -> bool:
     return kind in _OWN_KINDS or any(folder in name for folder in folders)
 
 
-def wait_until_clean(before: HostState, marker: str, patience: float) -> dict[str, list[str]]:
-    """What is left after at most ``patience`` seconds; empty as soon as nothing is.
+def wait_until_clean(
+    before: HostState, marker: str, patience: float, *, kinds: frozenset[str] | None = None
+) -> dict[str, list[str]]:
+    """What is left (of some ``kinds``) after at most ``patience`` seconds; empty as soon as nothing is.
 
     The kernel removes namespaces, mounts and loop devices a little after the last user has gone, and for a
     passwd entry there is no event to wait for: so this looks again ten times a second.
     """
     deadline = time.monotonic() + patience
-    while (found := HostState.read(marker).since(before)) and time.monotonic() < deadline:
+    while True:
+        found = HostState.read(marker).since(before)
+        found = {kind: names for kind, names in found.items() if kinds is None or kind in kinds}
+        if not found or time.monotonic() > deadline:
+            return found
         time.sleep(0.1)
-    return found
