@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 from collections.abc import Iterator
 from types import TracebackType
@@ -25,6 +26,7 @@ class Client:
         self._next = 0
         self._buffer = b""
         self._early: list[dict[str, Any]] = []
+        self._watched: int | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._sock.settimeout(timeout)
         try:
@@ -67,9 +69,13 @@ class Client:
             result = message.get("result")
             return result if isinstance(result, dict) else {}
 
-    def notifications(self) -> Iterator[dict[str, Any]]:
-        """Parameters of the notifications that arrive, until the daemon closes; waits for as long as it takes."""
+    def notifications(self, *, watched: int | None = None) -> Iterator[dict[str, Any]]:
+        """Parameters of the notifications that arrive, until the daemon closes; waits for as long as it takes.
+
+        Ends also when ``watched``, a descriptor that is written to, has lost its reader.
+        """
         self._sock.settimeout(None)
+        self._watched = watched
         while True:
             message = self._early.pop(0) if self._early else self._receive()
             if message is None:
@@ -83,6 +89,8 @@ class Client:
 
     def _receive(self) -> dict[str, Any] | None:
         while b"\n" not in self._buffer:
+            if self._watched is not None and not self._something_before(self._watched):
+                return None
             try:
                 chunk = self._sock.recv(1 << 16)
             except TimeoutError:
@@ -96,6 +104,12 @@ class Client:
         message = json.loads(data)
         assert isinstance(message, dict)
         return message
+
+    def _something_before(self, watched: int) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(watched, select.POLLERR | select.POLLHUP)
+        return all(fd != watched for fd, _ in poll.poll())
 
 
 @contextlib.contextmanager

@@ -29,12 +29,19 @@ CONNECTIONS = 512
 
 @dataclass(eq=False)
 class Caller:
-    """Who is asking; ``notify`` sends a notification on the same connection."""
+    """Who is asking; ``notify`` sends a notification on the same connection.
+
+    Who sends much of it calls ``narrow`` once and then waits for ``drained`` each time: so no more than that many
+    bytes, and the last notification, ever wait in this process for a caller that does not read.
+    """
 
     uid: int
     pid: int
     role: str | None
     notify: Callable[[str, Mapping[str, Any]], None]
+    narrow: Callable[[int], None]
+    close: Callable[[], None]
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -116,7 +123,8 @@ class _Connection(LineProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         pid, uid, _ = peer_of(transport.get_extra_info("socket"))
-        self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify)
+        self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self.close)
+        self._caller.drained.set()
         if not self._server.opened(self):
             self._answer(None, error=IsolatorError("control socket", "too many connections", "close some"))
             self.close()
@@ -129,6 +137,16 @@ class _Connection(LineProtocol):
         if self._caller is not None:
             for callback in list(self._caller.on_close):
                 callback()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._caller is not None:
+            self._caller.drained.clear()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._caller is not None:
+            self._caller.drained.set()
 
     def line_received(self, data: bytes) -> None:
         try:
@@ -183,6 +201,10 @@ class _Connection(LineProtocol):
             error = IsolatorError("event", f"{type(error).__name__}: {error}", "please report it")
         self._answer(number, result=result, error=error)
         self._closed_one()
+
+    def _narrow(self, size: int) -> None:
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(high=size)
 
     def _notify(self, method: str, params: Mapping[str, Any]) -> None:
         self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))

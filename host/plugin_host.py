@@ -4,10 +4,13 @@
         await host.register_event("backup.failed", BackupFailed, order_by="volume")
         await host.serve("projects.get", "read:projects", get_project)
         event = await host.emit("deploy.completed", {...})
+        async for recorded in host.audit():
+            print(recorded.record.type, recorded.line)
 
 One connection to the control socket, everything concurrent on it. When the daemon goes away it is connected to again,
 with growing pauses, and everything that was registered is registered anew. A call that was open at that moment fails
 with ``UnavailableError``, because nobody knows whether it was heard: give ``emit`` a ``dedupe_key`` and repeat it.
+The trail comes over a connection of its own, so that who reads it slowly holds up nothing else.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from host.client import reachable
+from isolator.audit.reader import Continuity
+from isolator.audit.record import Record, parse
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
 from isolator.paths import Paths
 
 LINE_LIMIT = 16 << 20
+TRAIL_LIMIT = 4 << 20
 RECONNECT_FIRST, RECONNECT_LONGEST = 0.05, 5.0
 
 ApiHandler = Callable[[str, dict[str, Any]], Awaitable[Any]]
@@ -54,6 +60,14 @@ class Delivered:
     detail: str | None
     reply: str | None
     latency_us: int | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One record of the trail: its line, byte for byte as it stands there, and what it says."""
+
+    line: str
+    record: Record
 
 
 class PluginHost:
@@ -130,6 +144,30 @@ class PluginHost:
                 del self._handlers[method]
             raise
 
+    async def audit(self, *, after: int | None = None, lines: int = 0) -> AsyncIterator[Recorded]:
+        """The records of the trail as they are written: those after record ``after``, else from the last ``lines`` on.
+
+        Goes on where it was when the daemon was away. Raises IsolatorError when a record does not continue the one
+        before, and when the trail ends before ``after``: then it was changed.
+        """
+        chain, pause, begun = Continuity(after or 0), RECONNECT_FIRST, False
+        while True:
+            where = {"after": chain.seq} if chain.seq or after is not None else {"lines": lines}
+            try:
+                async with contextlib.aclosing(_follow(self._path, where)) as arriving:
+                    async for data in arriving:
+                        pause = RECONNECT_FIRST
+                        wrong, record = chain.check(data), parse(data)
+                        if wrong or record is None:
+                            raise IsolatorError("audit trail", wrong or "sends no record", "isolator audit verify")
+                        yield Recorded(data.decode("ascii"), record)
+            except UnavailableError:
+                if not begun:
+                    raise
+            begun = True
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RECONNECT_LONGEST)
+
     async def plugins(self) -> list[dict[str, Any]]:
         """Every plugin with its live figures."""
         return list((await self.call("plugin.list"))["plugins"])
@@ -155,17 +193,7 @@ class PluginHost:
     # The connection
 
     async def _open(self) -> asyncio.StreamReader:
-        try:
-            with reachable(self._path) as path:
-                reader, self._writer = await asyncio.open_unix_connection(path, limit=LINE_LIMIT)
-        except PermissionError:
-            raise DeniedError(
-                self._path, "this user may not connect to the daemon", "let it reach that folder"
-            ) from None
-        except OSError:
-            raise UnavailableError(
-                "the daemon is not running", f"no {self._path}", "start it with 'isolator serve'"
-            ) from None
+        reader, self._writer = await _connect(self._path, LINE_LIMIT)
         return reader
 
     async def _keep(self, reader: asyncio.StreamReader) -> None:
@@ -196,11 +224,7 @@ class PluginHost:
                 if future is None or future.done():
                     continue
                 if "error" in message:
-                    error = message["error"]
-                    data_of = error.get("data")
-                    future.set_exception(
-                        IsolatorError.from_json(data_of) if data_of else IsolatorError(str(error.get("message")))
-                    )
+                    future.set_exception(_error_of(message["error"]))
                 else:
                     future.set_result(message.get("result") or {})
 
@@ -269,3 +293,35 @@ class PluginHost:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
         self._lost()
+
+
+async def _connect(path: str, limit: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    try:
+        with reachable(path) as name:
+            return await asyncio.open_unix_connection(name, limit=limit)
+    except PermissionError:
+        raise DeniedError(path, "this user may not connect to the daemon", "let it reach that folder") from None
+    except OSError:
+        raise UnavailableError("the daemon is not running", f"no {path}", "start it with 'isolator serve'") from None
+
+
+async def _follow(path: str, where: Mapping[str, int]) -> AsyncGenerator[bytes, None]:
+    """The lines of the trail over one connection, until it ends."""
+    reader, writer = await _connect(path, TRAIL_LIMIT)
+    try:
+        request = {"jsonrpc": "2.0", "id": 1, "method": "audit.follow", "params": where}
+        writer.write(json.dumps(request).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            async for data in reader:
+                message = json.loads(data)
+                if "error" in message:
+                    raise _error_of(message["error"])
+                for line in message.get("params", {}).get("lines", ()):
+                    yield line.encode("ascii", "backslashreplace")
+    finally:
+        writer.close()
+
+
+def _error_of(error: Mapping[str, Any]) -> IsolatorError:
+    data = error.get("data")
+    return IsolatorError.from_json(data) if data else IsolatorError(str(error.get("message")))

@@ -27,6 +27,7 @@ from host.queue.sqlite import Answer, SqliteQueue
 from host.registry import Plugin, Registry, load_event_types
 from host.secrets import ConfigStore
 from host.store import Store
+from host.trail import TrailStreams
 from host.worker import Shared
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
@@ -108,6 +109,7 @@ class Host:
         if not self.started.is_set():
             return
         await self.control.close()
+        self.trail.close()
         await self.watches.close()
         await self.dispatcher.close()
         self.api.close()
@@ -151,7 +153,9 @@ class Host:
         for entry in _plugins(message):
             await self.put(entry)
         self.methods = Methods(self)
-        self.control = ControlServer(self.methods.table(), self.settings.role_of, self.audit.record)
+        self.trail = TrailStreams(self.paths.audit_log, self.audit)
+        verbs = {**self.methods.table(), **self.trail.table()}
+        self.control = ControlServer(verbs, self.settings.role_of, self.audit.record)
         if message.fds:
             await self.control.start(socket.socket(fileno=message.fds.pop(0)))
         self.started.set()

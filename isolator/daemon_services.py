@@ -9,10 +9,12 @@ listeners of their host API. What is said is in docs/internals.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,15 +70,17 @@ class DaemonServices:
             name: add_service_user(paths.named(f"isolator-{user}"), comment=f"Isolator {name}")
             for name, user in (("audit", "audit"), ("broker", "net"), ("host", "host"))
         }
-        for folder, name, mode in (
-            (paths.audit_lib, "audit", 0o700),
-            (paths.audit_log, "audit", 0o755),
-            (paths.host_lib, "host", 0o700),
-            (paths.plugin_log, "host", 0o755),
+        for folder, name, group, mode in (
+            (paths.audit_lib, "audit", "audit", 0o700),
+            # The trail's files get the folder's group: the host can show them to those who may see them.
+            (paths.audit_log, "audit", "host", 0o2755),
+            (paths.host_lib, "host", "host", 0o700),
+            (paths.plugin_log, "host", "host", 0o755),
         ):
             folder.mkdir(parents=True, exist_ok=True)
+            os.chown(folder, users[name][0], users[group][1])
             folder.chmod(mode)
-            os.chown(folder, *users[name])
+        _let_read(paths.audit_log, users["audit"][0], users["host"][1])
         for name, module, ops, up in (
             ("audit", "isolator.audit.service", {}, self._audit_up),
             ("broker", "isolator.egress.service", {"cage.sockets": self._on_cage_sockets}, self._broker_up),
@@ -274,6 +278,20 @@ class DaemonServices:
             )  # fmt: skip
         finally:
             listener.close()
+
+
+def _let_read(folder: Path, owner: int, group: int) -> None:
+    """Give the files of an earlier version's trail the group that new ones get."""
+    for path in folder.glob("audit*.jsonl"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                # Root works in a folder of somebody else's: only on what is plainly that user's own.
+                if stat.S_ISREG(status.st_mode) and (status.st_uid, status.st_nlink) == (owner, 1):
+                    os.fchown(fd, -1, group)
+            finally:
+                os.close(fd)
 
 
 def _listen(path: Path, *, mode: int, owner: int, backlog: int) -> socket.socket:

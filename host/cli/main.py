@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prove": ("isolator.cli.prove:prove", "Attack a cage from inside and show what held."),
     "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
-    "audit": ("isolator.cli.audit:audit", "Read and verify the audit trail."),
+    "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
     "policy": ("isolator.cli.policy:policy", "Check and explain policy files."),
     "new": ("host.cli.new:new", "Start a new plugin from a working example."),
     "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),

@@ -45,6 +45,8 @@ class AuditClient:
     def __init__(self, sock: socket.socket | None) -> None:
         self.blocked: str | None = AWAY
         """Why the writer cannot write at the moment, else None."""
+        self.on_blocked: Callable[[str | None], None] = lambda _: None
+        """Called with the new value each time ``blocked`` changes."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
         self._session = secrets.token_hex(4)
@@ -119,7 +121,7 @@ class AuditClient:
         self._sock = sock
         self._answered = 0
         if self.blocked is not None:
-            self.blocked = None  # the new writer says so if it cannot write either
+            self._set_blocked(None)  # the new writer says so if it cannot write either
             self._wake()
         self._unacked.extend(self._pending)
         self._pending, self._unacked = self._unacked, deque()
@@ -133,7 +135,7 @@ class AuditClient:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
-            self.blocked = AWAY
+            self._set_blocked(AWAY)
 
     def _line(
         self,
@@ -218,7 +220,7 @@ class AuditClient:
             message = json.loads(packet)
             total = max(total, int(message.get("acked", 0)))
             if "blocked" in message and message["blocked"] != self.blocked:
-                self.blocked = message["blocked"]
+                self._set_blocked(message["blocked"])
                 changed = True
         fresh = min(total - self._answered, len(self._unacked))
         for _ in range(fresh):
@@ -226,6 +228,11 @@ class AuditClient:
         self._answered, self.acked = total, self.acked + fresh
         if changed or fresh:
             self._wake()
+
+    def _set_blocked(self, why: str | None) -> None:
+        if why != self.blocked:
+            self.blocked = why
+            self.on_blocked(why)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []

@@ -16,11 +16,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from isolator.audit import files
-from isolator.audit.record import Record, parse
+from isolator.audit.record import Record, own_hash_fits, parse
 from isolator.errors import NotFoundError
 from isolator.linux import inotify
 
 _BLOCK = 1 << 16
+_MAX_LINE = 4 << 20
+"""Far above the longest record: a packet of escapes is not as long."""
 _SLACK = timedelta(hours=1)
 """Records of different processes are in the order of arrival, not of their times; never by this much."""
 
@@ -67,10 +69,13 @@ def _reversed_lines(path: Path) -> Iterator[bytes]:
 
 
 class Follower:
-    """Yields every record after ``after`` as it is written. Blocks in poll(2), never in the writer's way."""
+    """Yields every record after ``after`` as it is written. Blocks in poll(2), never in the writer's way.
 
-    def __init__(self, directory: Path, after: int) -> None:
-        self._directory, self._seq = directory, after
+    It holds the file that it reads open until ``close``, and ``block`` bytes of it at a time.
+    """
+
+    def __init__(self, directory: Path, after: int, *, block: int = 1 << 18) -> None:
+        self._directory, self._seq, self._block = directory, after, block
         self._file: int = -1
         self._rest = b""
         self._watch = inotify.Inotify()
@@ -88,26 +93,36 @@ class Follower:
             os.close(self._file)
             self._file = -1
 
-    def available(self) -> list[bytes]:
-        """The lines that can be read now, without waiting; call again while it returns some."""
+    @property
+    def seq(self) -> int:
+        """The last record that was handed out."""
+        return self._seq
+
+    def available(self, most: int = 4096) -> list[bytes]:
+        """The lines that can be read now, without waiting; call again while it returns some.
+
+        It stops at the end of the block with which there are ``most``.
+        """
         self._watch.read()
         lines: list[bytes] = []
-        while len(lines) < 4096:
+        while len(lines) < most:
             if self._file < 0 and not self._open_next():
                 break
             if os.fstat(self._file).st_size < os.lseek(self._file, 0, os.SEEK_CUR):
                 self._start_over()
                 continue
-            block = os.read(self._file, 1 << 18)
+            block = os.read(self._file, self._block)
             if not block:
                 if self._is_current():
                     break
-                block = os.read(self._file, 1 << 18)  # what was written between our last read and the rotation
+                block = os.read(self._file, self._block)  # what was written between our last read and the rotation
                 if not block:
                     os.close(self._file)
                     self._file, self._rest = -1, b""
                     continue
             *whole, self._rest = (self._rest + block).split(b"\n")
+            if len(self._rest) > _MAX_LINE:
+                self._rest = b""  # no record is as long: somebody else wrote this
             for line in whole:
                 seq = files.seq_of(line)
                 if seq is not None and seq > self._seq:
@@ -144,6 +159,7 @@ class Follower:
             except FileNotFoundError:
                 same = False
             if same:
+                os.lseek(file, _offset_after(file, self._seq), os.SEEK_SET)
                 self._file, self._rest = file, b""
                 return True
             os.close(file)
@@ -166,6 +182,49 @@ class Follower:
         """The file became shorter (a torn end was cut off): read it again, past what was seen."""
         os.lseek(self._file, 0, os.SEEK_SET)
         self._rest = b""
+
+
+def _offset_after(fd: int, seq: int) -> int:
+    """The start of a line of ``fd`` before which there is no record after ``seq``: found by halving, as they ascend."""
+    low, high = 0, os.fstat(fd).st_size
+    while high - low > _BLOCK:
+        middle = (low + high) // 2
+        begin = _next_line(fd, middle)
+        found = files.seq_of(os.pread(fd, 32, begin))
+        if found is not None and found <= seq:
+            low = begin
+        else:
+            high = middle
+    return low
+
+
+def _next_line(fd: int, offset: int) -> int:
+    while data := os.pread(fd, _BLOCK, offset):
+        if (at := data.find(b"\n")) >= 0:
+            return offset + at + 1
+        offset += len(data)
+    return offset
+
+
+class Continuity:
+    """Whether each line that arrives continues the chain of the one before; ``seq`` and ``hash`` are the last one's."""
+
+    def __init__(self, seq: int = 0, hash: str = "") -> None:
+        self.seq, self.hash = seq, hash
+
+    def check(self, line: bytes) -> str | None:
+        """Take the next line; returns what is wrong with it, or None."""
+        seq, prev, before = files.seq_of(line), files.prev_of(line), self.hash
+        if seq is None or prev is None or not own_hash_fits(line):
+            return "a line that is no record, or was changed after it was written"
+        expected, self.seq, self.hash = self.seq + 1, seq, files.hash_of(line)
+        if seq > expected and (expected > 1 or before):
+            return f"records {expected} to {seq - 1} are missing: removed, or no longer kept"
+        if seq < expected:
+            return f"record {seq} stands after record {expected - 1}"
+        if before and prev != before:
+            return f"record {seq} does not continue the chain of record {expected - 1}: the trail was rewritten"
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""``isolator audit``: read the trail and check it. Needs read access to the files, not the daemon."""
+"""``isolator audit``: read the trail and check it. Needs read access to the files, not the daemon.
+
+``tail`` is in ``host.cli.audit``: it can ask the daemon for what is written from now on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 import textwrap
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,54 +20,22 @@ from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from isolator.audit.verify import Report
+
+T = TypeVar("T")
 
 _AGO = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", ".gap")
-_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 def audit() -> None:
     """Read and verify the audit trail."""
-
-
-@audit.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with new records as they are written.")
-@click.option("-n", "--lines", default=20, show_default=True, type=click.IntRange(0), help="How many to begin with.")
-@_JSON
-@click.pass_obj
-def tail(root: str | None, follow: bool, lines: int, as_json: bool) -> None:
-    """Show the last records."""
-    from isolator.audit import reader
-    from isolator.audit.files import seq_of
-
-    directory = Paths.of(root).audit_log
-    try:
-        shown = _readable(lambda: reader.tail(directory, max(lines, 1)))
-    except NotFoundError:
-        # The daemon makes the folder before it writes its first record; a follower may come in between.
-        if not follow or not directory.is_dir():
-            raise
-        shown = []
-    last = (seq_of(shown[-1]) or 0) if shown else 0
-    _print(shown if lines else [], as_json)
-    if not follow:
-        return
-    follower = reader.Follower(directory, last)
-    try:
-        while True:
-            while fresh := follower.available():
-                _print(fresh, as_json)
-            # A reader of ours that went away (``| head``) ends us even when nothing is written any more.
-            if follower.wait(None, sys.stdout.fileno()):
-                return
-    except KeyboardInterrupt:
-        return
-    finally:
-        follower.close()
 
 
 @audit.command(
@@ -77,7 +48,7 @@ def tail(root: str | None, follow: bool, lines: int, as_json: bool) -> None:
 @click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31, 2026-01-31T12:00 (UTC).")
 @click.option("--until", metavar="TIME", help="Up to this time.")
 @click.option("--limit", type=click.IntRange(1), help="Only the last N that match.")
-@_JSON
+@AS_JSON
 @click.pass_obj
 def query(
     root: str | None,
@@ -99,12 +70,12 @@ def query(
     found = (line for line, _ in reader.query(Paths.of(root).audit_log, wanted))
     lines = iter(deque(found, limit) if limit else found)
     while batch := list(islice(lines, 1000)):
-        _print(batch, as_json)
+        print_lines(batch, as_json)
 
 
 @audit.command()
 @click.argument("event_id")
-@_JSON
+@AS_JSON
 @click.pass_obj
 def story(root: str | None, event_id: str, as_json: bool) -> None:
     """Tell everything that one event caused, in order."""
@@ -130,7 +101,7 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
     "--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Default: public.pem beside it."
 )
 @click.option("--anchor", "anchors", metavar="SEQ:HASH", multiple=True, help="A hash noted elsewhere; repeatable.")
-@_JSON
+@AS_JSON
 @click.pass_obj
 def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple[str, ...], as_json: bool) -> None:
     """Check that nothing was changed, removed, inserted or moved.
@@ -160,14 +131,14 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
             head = None  # only root and the writer see it
         if head is not None and head.seq:
             known.setdefault(head.seq, head.hash)
-    found = _readable(lambda: reader.trail_files(place)) if place.is_dir() else [place]
+    found = readable(lambda: reader.trail_files(place)) if place.is_dir() else [place]
     try:
         keys = load_public(key or directory / PUBLIC_NAME)
     except FileNotFoundError:
         raise NotFoundError("public key", f"there is no {directory / PUBLIC_NAME}", "name it with --key") from None
     except ValueError as error:
         raise UsageError("public key", str(error)) from None
-    report = _readable(lambda: verify(found, keys, known, whole=place.is_dir()))
+    report = readable(lambda: verify(found, keys, known, whole=place.is_dir()))
     if as_json:
         click.echo(json.dumps(_as_json(report), indent=2))
     elif not report.misfits:
@@ -231,7 +202,8 @@ def _ago(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-def _print(lines: list[bytes], as_json: bool) -> None:
+def print_lines(lines: list[bytes], as_json: bool) -> None:
+    """Lines of the trail on stdout, each as a line of text or as it is."""
     from isolator.audit.record import parse
     from isolator.audit.text import printable, record_text
 
@@ -249,7 +221,8 @@ def _print(lines: list[bytes], as_json: bool) -> None:
         click.echo("\n".join(texts))
 
 
-def _readable(read: Any) -> Any:
+def readable(read: Callable[[], T]) -> T:
+    """What ``read`` returns; an error that a person understands when the files may not be read."""
     try:
         return read()
     except PermissionError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from click.testing import CliRunner, Result
 
 from host.cli.main import cli
 from isolator.audit import files, reader
+from isolator.audit.log import Limits
 from isolator.audit.text import printable
 from isolator.errors import IsolatorError, NotFoundError
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import check, settled
+from tests.audit.test_verify import Written
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another user")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +94,72 @@ async def test_a_follower_that_stands_still_holds_nobody_up(daemon: Daemon) -> N
         seen += [files.seq_of(line) for line in lines]
     follower.close()
     assert seen == list(range(1, daemon.records()[-1]["seq"] + 1))
+
+
+class Overtaken(reader.Follower):
+    """A follower that stands still, once, between choosing a file and opening it; ``meanwhile`` happens then."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def _choose(self) -> Path:
+        chosen = super()._choose()
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return chosen
+
+
+@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("rotations", [1, 2])
+def test_a_rotation_between_choosing_a_file_and_opening_it_loses_nothing(
+    tmp_path: Path, after: int, rotations: int
+) -> None:
+    written = Written(tmp_path, 10, Limits(seal_records=1000, rotate_size=20_000))
+    directory = written.log
+    assert not files.rotated(directory)
+
+    def rotate() -> None:
+        for number in range(1, rotations + 1):
+            while len(files.rotated(directory)) < number:
+                written.write(10)
+
+    follower = Overtaken(directory, after)
+    follower.meanwhile = rotate
+    seen = []
+    while lines := follower.available():
+        seen += [files.seq_of(line) for line in lines]
+    follower.close()
+    assert follower.meanwhile is None and len(files.rotated(directory)) == rotations
+    assert seen == list(range(after + 1, written.head[0] + 1))
+
+
+def test_a_follower_goes_on_after_any_record(tmp_path: Path) -> None:
+    written = Written(tmp_path, 1400, Limits())
+    with written.live.open("ab") as file:
+        file.write(b"x" * 100_000 + b"\n" + b"not finished")  # of somebody who may write there
+    for after in range(0, 1400, 17):
+        follower = reader.Follower(written.log, after)
+        seen = [files.seq_of(line) for line in follower.available(10**6)]
+        follower.close()
+        assert seen == list(range(after + 1, written.head[0] + 1))
+
+
+def test_what_does_not_continue_the_record_before_is_told(tmp_path: Path) -> None:
+    lines = Written(tmp_path, 30, Limits()).lines()
+    other = Written(tmp_path / "other", 30, Limits(), start=1).lines()
+    changed = lines[3].replace(b'"number":3', b'"number":9')
+    for arriving, expected in (
+        (lines, []),
+        (lines[5:], []),
+        ([lines[0], *lines[4:]], ["records 2 to 4 are missing"]),
+        ([*lines[:5], lines[2]], ["record 3 stands after record 5"]),
+        ([*lines[:3], *other[3:4]], ["record 4 does not continue"]),
+        ([*lines[:3], changed], ["was changed after it was written"]),
+    ):
+        chain = reader.Continuity()
+        told = [why for line in arriving if (why := chain.check(line))]
+        assert len(told) == len(expected) and all(want in why for want, why in zip(expected, told, strict=True)), told
+    assert "records 7 to 9" in str(reader.Continuity(6).check(lines[9]))
 
 
 async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> None:

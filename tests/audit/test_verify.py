@@ -25,19 +25,25 @@ SEAL = 10
 class Written:
     """A trail of ``count`` records with a seal after each ten, written by the real writer's own classes."""
 
-    def __init__(self, place: Path, count: int, limits: Limits) -> None:
+    def __init__(self, place: Path, count: int, limits: Limits, *, start: int = 0) -> None:
         self.log, self.lib = place / "log", place / "lib"
-        self.log.mkdir()
+        self.log.mkdir(parents=True)
         self.lib.mkdir(mode=0o700)
-        trail = Trail(self.log, self.lib, limits)
+        self._limits, self._number = limits, start
+        self.write(count)
+
+    def write(self, count: int) -> None:
+        """Open the trail, add ``count`` records, close it."""
+        trail = Trail(self.log, self.lib, self._limits)
         state, signer = trail.open()
-        chain = Chain(state, signer, limits)
-        for number in range(count):
+        chain = Chain(state, signer, self._limits)
+        for number in range(self._number, self._number + count):
             chain.append(Incoming(TIME, "event.accepted", event_id=f"e{number}", data={"number": number}))
             if number % 7 == 0:
                 trail.commit(chain.take())
         trail.commit(chain.take())
         trail.close()
+        self._number += count
         self.head = (trail.seq, chain.hash)
 
     @property
