@@ -189,7 +189,7 @@ class Methods:
     async def plugin_list(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
         """Every plugin with its live figures."""
         entries = await self._entries()
-        return {"plugins": [self._with_queue(entry) for entry in entries]}
+        return {"plugins": [self._with_queue(entry) for entry in entries], "alarms": self._host.alarms()}
 
     async def plugin_show(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Everything about one plugin."""
@@ -309,6 +309,7 @@ class Methods:
             "pid": os.getpid(),
             "plugins": sum(1 for _ in host.registry),
             "queue": host.queue.depths(),
+            "alarms": host.alarms(),
             "audit_blocked": host.audit.blocked,
             "database_blocked": host.store.blocked,
             "records_pending": host.audit.sent - host.audit.acked,

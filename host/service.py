@@ -33,7 +33,7 @@ from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import Channel, Message
 from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig
+from isolator.policy.hostconfig import HostConfig, without_trail
 
 AUDIT_AHEAD = 8000
 """Records not yet written beyond which accepting waits for the trail."""
@@ -78,11 +78,22 @@ class Host:
 
     async def room_in_the_trail(self) -> None:
         """Return once accepting more would not run too far ahead of the trail."""
-        await self.audit.settled(within=AUDIT_AHEAD // 2)
+        await self.audit.settled(within=AUDIT_AHEAD // 2, or_blocked=self._may_continue)
 
     def trail_is_far_behind(self) -> bool:
         """Whether accepting should wait for the trail."""
+        if self._may_continue and self.audit.blocked is not None:
+            return False
         return self.audit.sent - self.audit.acked > AUDIT_AHEAD
+
+    def alarms(self) -> list[str]:
+        """What keeps the daemon from its work until a person mends it, one line each."""
+        found = []
+        if self.audit.blocked is not None:
+            found.append(f"{self.audit.blocked}; {without_trail(self.settings.audit.disk_full)}")
+        if self.store.blocked is not None:
+            found.append(f"the database cannot be written: {self.store.blocked}; nothing is accepted or dispatched")
+        return found
 
     async def removed(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat."""
@@ -137,7 +148,7 @@ class Host:
         self.logs = Logs(self.paths.plugin_log, self.config.redactor)
         self.api = HostApi(self.registry, self.audit, self.store, self.logs)
         self.watches = Watches(self.registry, self.supervisor, self.audit)
-        may_continue = self.settings.audit.disk_full == "continue"
+        self._may_continue = self.settings.audit.disk_full == "continue"
         self.dispatcher = Dispatcher(
             Shared(
                 supervisor=self.supervisor,
@@ -147,7 +158,7 @@ class Host:
                 audit=self.audit,
                 redactor=self.config.redactor,
                 api=self.api.call,
-                halt_without_audit=not may_continue,
+                halt_without_audit=not self._may_continue,
             )
         )
         for entry in _plugins(message):

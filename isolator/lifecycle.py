@@ -253,7 +253,7 @@ class Plugin:
 
     async def _environment(self) -> Environment:
         """What waits for others: until the trail can be written, and until the host, which knows the config, is up."""
-        await self._around.audit.writable()
+        await self._around.may_start()
         return await self._around.environment(self.name)
 
     async def _until_halted(self, work: Coroutine[Any, Any, T]) -> T | None:

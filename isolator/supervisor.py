@@ -21,7 +21,7 @@ from typing import Any
 
 import isolator
 from isolator import recovery
-from isolator.audit.client import AuditClient
+from isolator.audit.client import AWAY, AuditClient
 from isolator.daemon_services import DaemonServices
 from isolator.denials import Denials
 from isolator.errors import IsolatorError
@@ -34,7 +34,7 @@ from isolator.ledger import ledger, missing, optional_controllers
 from isolator.lifecycle import Plugin
 from isolator.paths import Paths
 from isolator.plugin_cage import Environment
-from isolator.policy.hostconfig import HostConfig
+from isolator.policy.hostconfig import HostConfig, without_trail
 from isolator.policy.model import NetworkPolicy
 from isolator.policy_watch import PolicyWatch
 from isolator.registrar import Registrar
@@ -58,6 +58,7 @@ class Supervisor:
         self._services: DaemonServices | None = None
         self._stack = contextlib.AsyncExitStack()
         self._snapshots: asyncio.Task[None] | None = None
+        self._alarmed = False
 
     # --- start and stop --------------------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ class Supervisor:
         self.denials = Denials()
         stack.callback(self.denials.close)
         self.audit = AuditClient(None)
+        self.audit.on_blocked = self._trail_blocked
         stack.callback(self.audit.close)
         registrar = Registrar(paths, self.config)
         recovered = registrar.recover(lambda name: State(paths.state, name, journal).remove())
@@ -191,6 +193,11 @@ class Supervisor:
             "ledger": self._on_ledger,
         }
 
+    async def may_start(self) -> None:
+        """Wait while the trail cannot be written, unless ``host.toml`` has chosen otherwise."""
+        if self.config.audit.disk_full == "stop":
+            await self.audit.writable()
+
     async def environment(self, name: str) -> Environment:
         """A plugin's config, from the host."""
         return await self._running().environment(name)
@@ -224,6 +231,16 @@ class Supervisor:
     def _running(self) -> DaemonServices:
         assert self._services is not None
         return self._services
+
+    def _trail_blocked(self, why: str | None) -> None:
+        if why == AWAY:
+            return  # between two writers, which is told as such
+        if why is not None:
+            self._alarmed = True
+            self._log(f"ALARM: {why}; {without_trail(self.config.audit.disk_full)}")
+        elif self._alarmed:
+            self._alarmed = False
+            self._log("the audit trail can be written again")
 
     async def _on_ledger(self, message: Message) -> dict[str, Any]:
         return {"ledger": [control.to_json() for control in ledger()]}

@@ -19,7 +19,7 @@ from isolator.errors import IsolatorError
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("isolator.cli.serve:serve", "Run the daemon in the foreground."),
     "run": ("isolator.cli.run:run", "Run one command in a cage; needs no daemon."),
-    "check": ("isolator.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),
+    "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),
     "prove": ("isolator.cli.prove:prove", "Attack a cage from inside and show what held."),
     "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),

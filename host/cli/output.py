@@ -25,6 +25,12 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def show_alarms(alarms: Sequence[str]) -> None:
+    """What keeps the daemon from its work, in red, on stderr, so that it is seen beside JSON as well."""
+    for alarm in alarms:
+        click.secho(f"ALARM: {safe(alarm)}", fg="red", err=True)
+
+
 def room() -> int | None:
     """Columns there are: the terminal's, or what COLUMNS says; None where a program reads."""
     if sys.stdout.isatty() or os.environ.get("COLUMNS"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from host.cli import given
-from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, show_alarms, table
 from host.cli.registering import HISTORY_HINT, approve_plugin, register, show_proposal, update_plugin
 from host.client import Client
 from isolator.errors import NotFoundError, UsageError
@@ -94,7 +94,9 @@ def update(root: str | None, name: str, folder: str | None, config: tuple[str, .
 def list_plugins(root: str | None, as_json: bool) -> None:
     """List every plugin with its state."""
     with Client(root) as client:
-        plugins = client.call("plugin.list")["plugins"]
+        answer = client.call("plugin.list")
+    plugins = answer["plugins"]
+    show_alarms(answer["alarms"])
     if as_json:
         print_json(plugins)
         return

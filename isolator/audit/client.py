@@ -101,9 +101,9 @@ class AuditClient:
         """Records that are not yet durably written."""
         return len(self._pending) + len(self._unacked)
 
-    async def settled(self, *, within: int = 0) -> None:
-        """Wait until at most ``within`` records are not yet durably written."""
-        await self._until(lambda: len(self._pending) + len(self._unacked) <= within)
+    async def settled(self, *, within: int = 0, or_blocked: bool = False) -> None:
+        """Wait until at most ``within`` records are not yet durably written, or, if asked to, until none can be."""
+        await self._until(lambda: self.unsettled <= within or (or_blocked and self.blocked is not None))
 
     async def handed_over(self) -> None:
         """Wait until the kernel holds every record so far: whatever is caused now is recorded after them."""

@@ -1,4 +1,4 @@
-"""``isolator check``: the ledger of this host."""
+"""The ledger of this host as ``isolator check`` shows it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import textwrap
+from collections.abc import Sequence
 
 import click
 
@@ -14,26 +15,22 @@ from isolator.layers.base import Control
 _WIDTH = 80
 
 
-@click.command(epilog="\b\nExamples:\n  sudo isolator check\n  sudo isolator check --json | jq '.controls[]'")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(as_json: bool) -> None:
-    """Show which controls this host can enforce, and how to mend each gap.
-
-    Exits 1 when a mandatory control is unavailable: no plugin would start here.
-    """
+def show(alarms: Sequence[str], *, as_json: bool) -> None:
+    """Print the ledger and what a running daemon complains about; exits 1 when nothing could start here."""
     from isolator.ledger import ledger, missing
 
     controls = ledger()
     lacking = missing()
+    ready = not lacking and not alarms
     if as_json:
-        body = {"kernel": platform.release(), "ready": not lacking, "controls": [c.to_json() for c in controls]}
-        click.echo(json.dumps(body, indent=2))
+        body = {"kernel": platform.release(), "ready": ready, "controls": [c.to_json() for c in controls]}
+        click.echo(json.dumps({**body, "alarms": list(alarms)}, indent=2))
     else:
         click.echo(f"Linux {platform.release()} on {platform.machine()}\n")
         click.echo("\n".join(render(controls)))
         click.echo()
         click.echo(_verdict(lacking))
-    if lacking:
+    if not ready:
         raise SystemExit(1)
 
 

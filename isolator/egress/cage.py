@@ -69,8 +69,9 @@ class Shared:
 
     def unrecordable(self) -> str | None:
         """The rule that refuses everything new while it could not be recorded, or None."""
-        blocked = self.audit_first and self.audit.blocked is not None
-        return "audit-unavailable" if blocked or self.audit.unsettled > UNSETTLED else None
+        if self.audit.blocked is not None:
+            return "audit-unavailable" if self.audit_first else None
+        return "audit-unavailable" if self.audit.unsettled > UNSETTLED else None
 
 
 class Cage:

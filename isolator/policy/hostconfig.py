@@ -90,6 +90,13 @@ class Roles(Frozen):
     operator: tuple[int, ...] = (0,)
 
 
+def without_trail(disk_full: str) -> str:
+    """What ``[audit] disk_full`` means for as long as the trail cannot be written, for an alarm."""
+    if disk_full == "stop":
+        return "nothing is started or dispatched until it can be"
+    return 'the daemon goes on without it (disk_full = "continue")'
+
+
 class AuditSettings(Frozen):
     """``disk_full``: ``stop`` starts and dispatches nothing while no record can be written; ``continue`` goes on."""
 

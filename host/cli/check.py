@@ -1,0 +1,37 @@
+"""``isolator check``: what this host can enforce, and what a daemon that runs here complains about."""
+
+from __future__ import annotations
+
+import click
+
+from host.cli.output import AS_JSON, SETTINGS, show_alarms
+from host.client import Client
+from isolator.cli.check import show
+from isolator.errors import IsolatorError
+
+_PATIENCE = 5.0
+
+
+@click.command(
+    context_settings=SETTINGS,
+    epilog="\b\nExamples:\n  sudo isolator check\n  sudo isolator check --json | jq '.controls[]'",
+)
+@AS_JSON
+@click.pass_obj
+def check(root: str | None, as_json: bool) -> None:
+    """Show which controls this host can enforce, and how to mend each gap.
+
+    Exits 1 when a mandatory control is unavailable, or when the daemon that runs here has an alarm: no plugin would
+    start.
+    """
+    alarms = _alarms(root)
+    show_alarms(alarms)
+    show(alarms, as_json=as_json)
+
+
+def _alarms(root: str | None) -> list[str]:
+    try:
+        with Client(root, timeout=_PATIENCE) as client:
+            return [str(alarm) for alarm in client.call("status").get("alarms", ())]
+    except IsolatorError:
+        return []  # none runs, or it tells us nothing

@@ -1,0 +1,194 @@
+"""The disk below the trail of a whole daemon fails: nothing more is done unrecorded, it is told, nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from host.client import Client
+from isolator.audit import files
+from isolator.audit.record import parse
+from tests.audit.storage_faults import EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH
+from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+@contextlib.contextmanager
+def stopped_daemon(host_toml: str = "") -> Iterator[tuple[Daemon, Path]]:
+    """A daemon that is not started yet, and the folder of its trail."""
+    with daemon(host_toml=host_toml, start=False) as d:
+        folder = d.root / "var/log/isolator/audit"
+        folder.mkdir(parents=True)
+        try:
+            yield d, folder
+        finally:
+            if d.process is not None:
+                d.stop()
+            while os.path.ismount(folder):
+                run("umount", "-l", str(folder))
+
+
+def prepare(d: Daemon, tmp_path: Path) -> None:
+    """One plugin that runs, one that never did, and nothing that waits."""
+    for name in ("echo", "late"):
+        write_plugin(tmp_path / name, hooks=["deploy.completed"] if name == "echo" else ["deploy.failed"])
+        d.cli("plugin", "add", str(tmp_path / name), "--yes")
+    d.cli("event", "emit", "deploy.completed", event("before"), "--wait")
+
+
+def seen(d: Daemon) -> list[str]:
+    """The events that the plugin was given."""
+    return (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text().split()
+
+
+def metric(d: Daemon) -> str:
+    text = subprocess.run(
+        ["curl", "-s", "--unix-socket", str(d.root / "run/isolator/metrics.sock"), "http://isolator/metrics"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found = re.search(r"^isolator_audit_blocked (\S+)$", text, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def ask(d: Daemon, method: str, **params: Any) -> dict[str, Any]:
+    with Client(d.root) as client:
+        return client.call(method, **params)
+
+
+def blocked(d: Daemon) -> bool:
+    """Whether the daemon has noticed; something is recorded, as otherwise it could not."""
+    ask(d, "plugin.stop", name="late")
+    return bool(ask(d, "status")["alarms"])
+
+
+def alarm_is_given(d: Daemon, why: str, then: str) -> None:
+    """Everywhere an operator looks."""
+    for words, code in ((("plugin", "list"), 0), (("check",), 1)):
+        told = d.cli(*words, code=code).stderr
+        assert told.startswith("ALARM: the audit trail cannot be written: ") and why in told and then in told
+    assert metric(d) == "1.0"
+    log = wait_for(lambda: [line for line in d.log.read_text().splitlines() if "ALARM" in line])
+    assert why in log[-1] and then in log[-1]
+
+
+def emit(d: Daemon, *numbers: int) -> set[str]:
+    for number in numbers:
+        ask(d, "event.emit", name="deploy.completed", payload=json.loads(event(number)))
+    return {f"d{number}" for number in numbers}
+
+
+def nothing_moves(d: Daemon) -> None:
+    """No event is handed on and nothing is started, though both are asked for."""
+    before = seen(d)
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(str(d.root / "run/isolator/control.sock"))
+        asking.sendall(b'{"jsonrpc":"2.0","id":1,"method":"plugin.start","params":{"name":"late"}}\n')
+        wait_for(lambda: ask(d, "plugin.show", name="late")["state"] == "starting")
+        time.sleep(1)
+        assert seen(d) == before
+        assert ask(d, "plugin.show", name="late")["state"] == "starting"
+        assert ask(d, "plugin.show", name="echo")["state"] == "running"
+
+
+def all_is_well_again(d: Daemon, wanted: set[str]) -> None:
+    """Without a restart: everything accepted was delivered, everything is recorded, no alarm is left."""
+    wait_for(lambda: wanted <= set(seen(d)), what="an accepted event was lost")
+    wait_for(lambda: ask(d, "plugin.show", name="late")["state"] == "running", what="what was asked for did not start")
+    wait_for(lambda: not ask(d, "status")["alarms"])
+    assert d.cli("plugin", "list").stderr == ""
+    assert d.cli("check").stderr == "" and metric(d) == "0.0"
+    assert "can be written again" in d.log.read_text()
+    assert d.stop() == 0
+    d.cli("audit", "verify")
+    lines = [line for path in files.trail(d.root / "var/log/isolator/audit") for line in path.read_bytes().splitlines()]
+    records = [record for line in lines if (record := parse(line)) is not None]
+    assert len([r for r in records if r.type == "event.accepted"]) == len(wanted)
+    assert len([r for r in records if r.type == "event.response"]) >= len(wanted)
+    assert not [r.data for r in records if r.type == "audit.gap" and r.data["count"]]
+
+
+def fill(folder: Path) -> Path:
+    """Leave no room; returns what to delete to make some."""
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with stopped_daemon() as (d, folder):
+        run("mount", "-t", "tmpfs", "-o", "size=2M", "none", str(folder))
+        d.start()
+        prepare(d, tmp_path)
+        ballast = fill(folder)
+        wait_for(lambda: blocked(d))
+        alarm_is_given(d, "No space left on device", "nothing is started or dispatched")
+        wanted = {"dbefore"} | emit(d, 1, 2, 3)
+        nothing_moves(d)
+        ballast.unlink()
+        all_is_well_again(d, wanted)
+
+
+def test_a_full_disk_that_may_be_gone_on_without(tmp_path: Path) -> None:
+    with stopped_daemon('[audit]\ndisk_full = "continue"\n') as (d, folder):
+        run("mount", "-t", "tmpfs", "-o", "size=2M", "none", str(folder))
+        d.start()
+        prepare(d, tmp_path)
+        ballast = fill(folder)
+        wait_for(lambda: blocked(d))
+        alarm_is_given(d, "No space left on device", "goes on without it")
+        wanted = {"dbefore"} | emit(d, 1, 2, 3)
+        wait_for(lambda: wanted <= set(seen(d)), what="it did not go on")
+        d.cli("plugin", "start", "late")
+        assert "ALARM" in d.cli("plugin", "list").stderr, "it was not full any more"
+        ballast.unlink()
+        all_is_well_again(d, wanted)
+
+
+def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -> None:
+    with tempfile.NamedTemporaryFile(prefix="isolator-disk-") as image, stopped_daemon() as (d, folder):
+        image.truncate(16 << 20)
+        run("mkfs.ext4", "-q", "-m", "0", image.name)
+        run("mount", "-o", "loop", image.name, str(folder))
+        d.start()
+        # A follower through the daemon must not keep the disk from being unmounted.
+        following = Client(d.root)
+        first = following.call("audit.follow")["after"] + 1
+        prepare(d, tmp_path)
+        fd = os.open(folder, os.O_RDONLY)
+        fcntl.ioctl(fd, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
+        os.close(fd)
+        wait_for(lambda: blocked(d))
+        alarm_is_given(d, "Input/output error", "nothing is started or dispatched")
+        wanted = {"dbefore"} | emit(d, 1, 2)
+        nothing_moves(d)
+        run("umount", str(folder))  # not lazily: nothing of the daemon's holds it
+        subprocess.run(["e2fsck", "-p", image.name], check=False, stdout=subprocess.DEVNULL)
+        run("mount", "-o", "loop,ro", image.name, str(folder))
+        wait_for(lambda: "Read-only file system" in str(ask(d, "status")["alarms"]))
+        wanted |= emit(d, 3)
+        assert seen(d) == ["dbefore"]
+        run("umount", str(folder))
+        run("mount", "-o", "loop", image.name, str(folder))
+        lines: list[str] = []
+        arriving = following.notifications()
+        while sum('"type":"event.accepted"' in line for line in lines) < len(wanted):
+            lines += next(arriving)["lines"]
+        assert [json.loads(line)["seq"] for line in lines] == list(range(first, first + len(lines)))
+        all_is_well_again(d, wanted)
