@@ -28,6 +28,8 @@ RATE = 1 << 20
 FLOOD_BEAT = 0.01
 ROTATE_AT, KEPT = 4 << 20, 3
 _SPLICE = 1 << 20
+LAST_WORDS, LAST_WORD, LAST_WORDS_SECONDS = 5, 400, 0.5
+"""Lines of stderr that are told when a run has ended, their length, and the patience with a pipe that has no end."""
 
 Follower = Callable[[dict[str, Any]], None]
 
@@ -40,8 +42,8 @@ class PluginLog:
         self.path = folder / f"{name}.log"
         self.dropped = 0
         """Bytes thrown away since the host started."""
-        self.last: deque[str] = deque(maxlen=20)
-        """The newest lines of stderr, for the cause of a crash."""
+        self.last: deque[tuple[str | None, str]] = deque(maxlen=20)
+        """The newest lines of stderr, each with its run, for the cause of a crash."""
         self._redactor = redactor
         self._followers: set[Follower] = set()
         self._budget, self._second = RATE, 0.0
@@ -70,7 +72,7 @@ class PluginLog:
         self._budget -= len(line) + 1
         text = self._redactor(self.name)(line.decode("utf-8", "replace"))
         if stream == "stderr":
-            self.last.append(text[:400])
+            self.last.append((run, text[:LAST_WORD]))
         self._store(run, stream, text)
 
     def drop(self, count: int) -> None:
@@ -130,7 +132,9 @@ class _Pipe:
     def __init__(
         self, log: PluginLog, run: str, stream: str, fd: int, null: int, gone: Callable[[_Pipe], None]
     ) -> None:
-        self._log, self._run, self._stream, self._fd, self._null, self._gone = log, run, stream, fd, null, gone
+        self._log, self._fd, self._null, self._gone = log, fd, null, gone
+        self.run, self.stream = run, stream
+        self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._partial = bytearray()
         self._beat: asyncio.TimerHandle | None = None
@@ -154,7 +158,7 @@ class _Pipe:
             return
         self._partial += chunk
         for line in self._lines():
-            self._log.keep(self._run, self._stream, line)
+            self._log.keep(self.run, self.stream, line)
 
     def _lines(self) -> Iterator[bytes]:
         *lines, rest = bytes(self._partial).split(b"\n")
@@ -195,8 +199,9 @@ class _Pipe:
         os.close(self._fd)
         self._fd = -1
         if self._partial:
-            self._log.keep(self._run, self._stream, bytes(self._partial))
+            self._log.keep(self.run, self.stream, bytes(self._partial))
             self._partial.clear()
+        self.ended.set()
         self._gone(self)
 
 
@@ -216,6 +221,14 @@ class Logs:
         if log is None:
             log = self._logs[name] = PluginLog(self._folder, name, self._redactor)
         return log
+
+    async def last_words(self, name: str, run: str) -> list[str]:
+        """The last lines that a run which has ended wrote to stderr, once its pipe is read to the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                for pipe in [p for p in self._pipes.get(name, ()) if (p.run, p.stream) == (run, "stderr")]:
+                    await pipe.ended.wait()
+        return [text for of, text in self.of(name).last if of == run][-LAST_WORDS:]
 
     def attach(self, name: str, run: str, stdout: int, stderr: int) -> None:
         """Read the two pipes of a new run; takes over the descriptors."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from host import manifest as manifests
 from host.control import Caller, Method, number, text, values
+from host.logs import LAST_WORDS
 from host.manifest import Manifest
 from host.methods_events import EventMethods
 from host.registry import Plugin
@@ -204,7 +205,7 @@ class Methods:
             "hooks": sorted(plugin.hooks.values()),
             "config": [dataclasses.asdict(i) for i in self._host.config.listing(plugin.name, manifest)],
             "missing": self._host.config.missing(plugin.name, manifest) if manifest is not None else [],
-            "stderr": list(self._host.logs.of(plugin.name).last)[-5:],
+            "stderr": [text for _, text in self._host.logs.of(plugin.name).last][-LAST_WORDS:],
             "log_bytes_dropped": self._host.logs.of(plugin.name).dropped,
         }
 

@@ -109,12 +109,19 @@ class EventMethods:
         event_id, plugin = text(params, "id"), params.get("plugin")
         if plugin is not None:
             self._host.registry.need(str(plugin))
+        attempts = {row.plugin: row.attempts for row in self._host.queue.show(event_id).deliveries}
         plugins = await self._host.queue.replay(event_id, plugin)
         if not plugins:
             raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
         for name in plugins:
             self._host.audit.record(
-                "event.replayed", plugin=name, event_id=event_id, delivery_id=f"{event_id}.{name}", by=caller.by
+                "event.replayed",
+                plugin=name,
+                event_id=event_id,
+                delivery_id=f"{event_id}.{name}",
+                reason="operator",
+                attempts=attempts.get(name, 0),
+                by=caller.by,
             )
         return {"id": event_id, "plugins": plugins}
 

@@ -39,6 +39,10 @@ AUDIT_AHEAD = 8000
 """Records not yet written beyond which accepting waits for the trail."""
 
 
+QUEUE_BEAT = 2.0
+"""Seconds between two looks at the queues' lengths for the metrics."""
+
+
 class Host:
     """One running host process."""
 
@@ -46,6 +50,7 @@ class Host:
         self.supervisor = channel
         self.audit = audit
         self.catalogue = Catalogue()
+        self._told_queues: dict[str, int] | None = None
         self.started = asyncio.Event()
         for op, handler in {
             "hello": self._hello,
@@ -53,6 +58,7 @@ class Host:
             "run.environment": self._run_environment,
             "run.started": self._run_started,
             "run.ended": self._run_ended,
+            "run.last_words": self._run_last_words,
             "audit.source": self._audit_source,
         }.items():
             channel.handle(op, handler)
@@ -100,13 +106,16 @@ class Host:
         await self.watches.forget(name)
         await self.dispatcher.plugin_removed(name)
         self.api.forget(name)
-        waiting = await self.queue.purge(name)
+        dropped = self.queue.unfinished(name)
+        await self.queue.purge(name)
         await self.config.forget(name)
         await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
         self.logs.remove(name)
         self.registry.remove(name)
-        if waiting:
-            self.audit.record("event.dead", plugin=name, reason="the plugin was removed", count=waiting)
+        for event_id, attempts in dropped:
+            self._record_dead(name, event_id, "the plugin was removed", attempts)
+            if self.audit.unsettled > AUDIT_AHEAD:
+                await self.audit.settled(within=AUDIT_AHEAD // 2, or_blocked=True)
 
     async def put(self, entry: Mapping[str, Any]) -> Plugin:
         """Take over one plugin entry of the supervisor."""
@@ -119,6 +128,7 @@ class Host:
         """Stop serving; what is accepted stays in the queue."""
         if not self.started.is_set():
             return
+        self._queues.cancel()
         await self.control.close()
         self.trail.close()
         await self.watches.close()
@@ -169,6 +179,7 @@ class Host:
         self.control = ControlServer(verbs, self.settings.role_of, self.audit.record)
         if message.fds:
             await self.control.start(socket.socket(fileno=message.fds.pop(0)))
+        self._queues = asyncio.get_running_loop().create_task(self._tell_queues(), name="queue figures")
         self.started.set()
         return {}
 
@@ -205,11 +216,23 @@ class Host:
             self.registry.note_run(name, run=None, pid=None, state=str(fields.get("state", "stopped")))
         self.dispatcher.run_ended(name, run, expected=bool(fields.get("expected")))
 
+    async def _run_last_words(self, message: Message) -> dict[str, Any]:
+        return {"stderr": await self.logs.last_words(str(message.fields["name"]), str(message.fields["run"]))}
+
     async def _audit_source(self, message: Message) -> None:
         if message.fds:
             self.audit.replace(socket.socket(fileno=message.fds.pop(0)))
+            self._told_queues = None
 
-    # What the trail is told of the queue
+    # What the trail and the metrics are told of the queue
+
+    async def _tell_queues(self) -> None:
+        while True:
+            depths = self.queue.depths()
+            if depths != self._told_queues:
+                self.audit.figures(queue=depths)
+                self._told_queues = depths
+            await asyncio.sleep(QUEUE_BEAT)
 
     def _record_accepted(self, asked: NewEvent, accepted: Accepted) -> None:
         event = accepted.event
@@ -225,19 +248,16 @@ class Host:
             by=asked.by,
         )
         for name in accepted.overflowed:
-            self.audit.record(
-                "event.dead",
-                plugin=name,
-                event_id=event.id,
-                delivery_id=f"{event.id}.{name}",
-                reason="queue_full",
-                attempts=0,
-            )
+            self._record_dead(name, event.id, "queue_full", 0)
 
     def _record_expired(self, delivery: Delivery) -> None:
         event_id = delivery.event.id if delivery.event is not None else None
+        self._record_dead(delivery.plugin, event_id, "expired", delivery.attempts)
+
+    def _record_dead(self, plugin: str, event_id: str | None, reason: str, attempts: int) -> None:
+        delivery_id = f"{event_id}.{plugin}" if event_id else None
         self.audit.record(
-            "event.dead", plugin=delivery.plugin, event_id=event_id, reason="expired", attempts=delivery.attempts
+            "event.dead", plugin=plugin, event_id=event_id, delivery_id=delivery_id, reason=reason, attempts=attempts
         )
 
 

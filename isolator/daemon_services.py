@@ -39,6 +39,10 @@ MAX_CONNECTORS = 16
 """Sockets of a cage's network that the broker gets at a time."""
 
 
+_LAST_WORDS_SECONDS = 1.0
+"""The end of a run is recorded without its last words rather than later."""
+
+
 class Known(Protocol):
     """What the services are told about: the plugins and what was found."""
 
@@ -148,9 +152,16 @@ class DaemonServices:
         if service.starts > 1:
             self._audit.record("audit.gap", count=0, why="the audit process ended and was started again")
 
+    def _note_end(self, service: Service) -> None:
+        """A sender that comes back: how many records the one before had made and not sent, nobody knows."""
+        if service.starts > 1:
+            why = f"the {service.spec.name} process ended ({service.ended}); what it had not handed over is lost"
+            self._audit.record("audit.gap", count=None, why=why, source=service.spec.name)
+
     async def _broker_up(self, service: Service) -> None:
         assert service.channel is not None
         await service.channel.call("hello", timeout=20, **self._hello())
+        self._note_end(service)
         for run, (plugin, network, policy) in list(self._attached.items()):
             try:
                 sockets = await asyncio.to_thread(network_layer.reopen, network, policy)
@@ -196,6 +207,7 @@ class DaemonServices:
         finally:
             for fd in fds:
                 os.close(fd)
+        self._note_end(service)
         for plugin in self._known.plugins.values():
             if plugin.run is not None and plugin.state == "running":
                 self._announce(service, plugin, plugin.run.pipes)
@@ -264,6 +276,17 @@ class DaemonServices:
             "run.ended", name=plugin.name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause,
             expected=expected, uptime=end.uptime, state=plugin.state, retry_in=retry_in,
         )  # fmt: skip
+
+    async def last_words(self, name: str, run: str) -> list[str]:
+        """What an ended run wrote to stderr last, redacted, as the host read it; nothing when the host is away."""
+        host = self._services["host"]
+        if host.channel is None or not host.up.is_set():
+            return []
+        try:
+            answer = await host.channel.call("run.last_words", name=name, run=run, timeout=_LAST_WORDS_SECONDS)
+        except IsolatorError:
+            return []
+        return [str(line) for line in answer.fields.get("stderr", ())]
 
     def _announce(self, host: Service, plugin: Plugin, pipes: list[int]) -> None:
         if host.channel is None or plugin.run is None:

@@ -240,7 +240,7 @@ class Plugin:
             await run.sandbox.start()
             self._started(run, reason)
             end = await run.watch(self._halt, lambda: self._conclude_trial(""))
-            self._record_end(run, end)
+            self._record_end(run, end, await self._around.last_words(self.name, run_id))
             return run_id, end, ""
         except (IsolatorError, OSError) as error:
             why = str(error) if isinstance(error, IsolatorError) else f"{error.filename or 'start'}: {error.strerror}"
@@ -269,7 +269,7 @@ class Plugin:
 
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
-        from isolator.ledger import not_enforced
+        from isolator.ledger import ledger, not_enforced
 
         spec = run.sandbox.spec
         run.started_at = utc_now()
@@ -289,6 +289,7 @@ class Plugin:
             policy_sha256=run.effective.digest(),
             env=sorted(spec.env),
             milliseconds=run.sandbox.steps,
+            ledger={control.key: control.state for control in ledger()},
             degraded=not_enforced(),
         )
         if run.sandbox.listener >= 0:
@@ -309,7 +310,7 @@ class Plugin:
             self._set("running")
         self._around.run_started(self, run.pipes)
 
-    def _record_end(self, run: Run, end: End) -> None:
+    def _record_end(self, run: Run, end: End, last_words: list[str]) -> None:
         self._around.record_resources(self)
         self._around.audit.record(
             "plugin.crashed" if self._wanted else "plugin.stopped",
@@ -322,6 +323,7 @@ class Plugin:
             oom_kills=end.events.oom_kills,
             task_denials=end.events.task_denials,
             uptime=round(end.uptime, 3),
+            stderr=last_words,
         )
 
     def _set(self, state: str) -> None:

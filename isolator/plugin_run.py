@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from isolator.audit.sources.snapshots import OF_PROCESSES, snapshot
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers import network as network_layer
 from isolator.linux.files import openat2
@@ -48,6 +49,8 @@ class RunSurroundings(Protocol):
 
     async def may_start(self) -> None: ...
 
+    async def last_words(self, name: str, run: str) -> list[str]: ...
+
     async def environment(self, name: str) -> Environment: ...
 
     async def attach_network(self, run: str, plugin: str, network: network_layer.CageNetwork, policy: Any) -> None: ...
@@ -72,6 +75,8 @@ class Run:
     around: RunSurroundings
     socket_there: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What it used when it was last looked at."""
     verdict: str = ""
     """Why the supervisor ended it, when it did; told in place of what the process itself reports."""
 
@@ -84,6 +89,14 @@ class Run:
         self.verdict = self.verdict or why
         if self.sandbox.started:
             self.sandbox.leaf.kill()
+
+    def look(self) -> dict[str, Any]:
+        """What it uses now, or came to; of processes that have ended meanwhile, what they had when last looked at."""
+        leaf = self.sandbox.leaf
+        now = snapshot(leaf.folders(), leaf.processes())
+        before = {} if now["processes"] else {key: self.figures[key] for key in OF_PROCESSES if key in self.figures}
+        self.figures = {**before, **now}
+        return self.figures
 
     async def watch(self, halt: asyncio.Event, steady: Callable[[], None]) -> End:
         """Wait for the end; a sidecar that does not make its socket in time is ended.
@@ -119,6 +132,7 @@ class Run:
 
     async def _stop_when(self, halt: asyncio.Event) -> None:
         await halt.wait()
+        self.look()
         await self.sandbox.stop(self.effective.restart.stop_grace)
 
     async def connect(self, uid: int, deadline: float, alive: Callable[[], bool]) -> socket.socket:
@@ -144,7 +158,12 @@ class Run:
             info = os.fstat(fd)
             if not stat.S_ISSOCK(info.st_mode) or info.st_uid != uid:
                 self.around.audit.record(
-                    "fs.denied", plugin=self.plugin, run=self.id, path=SOCKET, why="not a socket of the plugin's own"
+                    "fs.denied",
+                    plugin=self.plugin,
+                    run=self.id,
+                    path=SOCKET,
+                    count=1,
+                    why="not a socket of the plugin's own",
                 )
                 raise DeniedError(
                     f"plugin {self.plugin}", "its socket was replaced by something else", "nothing was sent"

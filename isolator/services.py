@@ -53,6 +53,8 @@ class Service:
         self.starts = 0
         self.up = asyncio.Event()
         """Set while the service answers."""
+        self.ended = ""
+        """How it ended the last time."""
         self._subtree, self._journal = subtree, journal
         self._on_up, self._inherit, self._log = on_up, inherit, log
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,8 +123,8 @@ class Service:
             await self.channel.closed.wait()
             self.up.clear()
             await self._clear()
-            code = self._process.returncode
-            self._log(f"{self.spec.name} ended ({_how(code)}); starting it again")
+            self.ended = _how(self._process.returncode)
+            self._log(f"{self.spec.name} ended ({self.ended}); starting it again")
             if loop.time() - started > _STEADY_SECONDS:
                 backoff = _BACKOFF_FIRST
             while True:

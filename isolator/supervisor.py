@@ -128,6 +128,7 @@ class Supervisor:
             python=platform.python_version(),
             ledger=[control.to_json() for control in ledger()],
             config=self.config.source,
+            config_sha256=self.config.digest(),
             cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
         )
         for left in cleared:
@@ -212,6 +213,10 @@ class Supervisor:
         """The cage is gone: the broker closes its listeners and flows."""
         await self._running().detach_network(run)
 
+    async def last_words(self, name: str, run: str) -> list[str]:
+        """What a run wrote to stderr last."""
+        return await self._running().last_words(name, run)
+
     def run_started(self, plugin: Plugin, pipes: list[int]) -> None:
         """Tell the host of a run."""
         self._running().run_started(plugin, pipes)
@@ -255,12 +260,8 @@ class Supervisor:
 
     def record_resources(self, plugin: Plugin) -> None:
         """One ``resources`` record of a plugin's run."""
-        from isolator.audit.sources.snapshots import snapshot
-
         if plugin.run is not None and plugin.run.sandbox.started:
-            leaf = plugin.run.sandbox.leaf
-            figures = snapshot(leaf.folders(), leaf.processes())
-            self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **figures)
+            self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **plugin.run.look())
 
 
 def _check_reachable(paths: Paths) -> None:

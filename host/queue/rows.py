@@ -53,6 +53,15 @@ def dead(db: sqlite3.Connection, plugin: str | None, limit: int) -> list[Deliver
     return [_delivery(row) for row in found]
 
 
+def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:
+    """The events that a plugin has not done with, oldest first, each with its attempts so far."""
+    return db.execute(
+        "SELECT e.id, d.attempts FROM deliveries d JOIN events e ON e.seq=d.seq"
+        f" WHERE d.plugin=? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN ('ok', 'skipped') ORDER BY d.seq",
+        (plugin,),
+    ).fetchall()
+
+
 def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pruned: int) -> int:
     """Drop what is finished and older than event number ``oldest`` or the time ``before``; bound the dead letters.
 

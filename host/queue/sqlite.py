@@ -300,6 +300,10 @@ class SqliteQueue:
         await self.store.run(lambda db: db.execute("DELETE FROM deliveries WHERE plugin=?", (plugin,)).rowcount)
         return waiting
 
+    def unfinished(self, plugin: str) -> list[tuple[str, int]]:
+        """The events that a plugin has not done with, oldest first, each with its attempts so far."""
+        return self.store.read(lambda db: rows.unfinished(db, plugin))
+
     async def list_events(
         self, *, limit: int = 50, name: str | None = None, before: int | None = None
     ) -> list[EventRow]:

@@ -96,6 +96,12 @@ class AuditClient:
             self._scheduled = True
             self._loop.call_soon(self._flush)
 
+    def figures(self, **data: Any) -> None:
+        """Tell the writer's metrics how things stand at present. This is no record and is in no trail."""
+        if self.unsettled < MAX_PENDING:
+            self._pending.append(_encode({"figures": data}).encode())
+            self._flush()
+
     @property
     def unsettled(self) -> int:
         """Records that are not yet durably written."""

@@ -29,6 +29,8 @@ _RESOURCES = {
     "tasks": "tasks",
     "open_files": "open_files",
 }
+_PRESENT = ("memory", "tasks", "open_files")
+"""Those that are nothing once the plugin has ended; the others keep what the run came to."""
 
 
 class Metrics:
@@ -50,8 +52,10 @@ class Metrics:
         self._queued = Histogram(
             "isolator_queued_seconds", "Accepted to request written", ["plugin"], buckets=_SECONDS, registry=to
         )
+        self._waiting = Gauge("isolator_queue_depth", "Deliveries not done with", ["plugin"], registry=to)
         self._dead = Counter("isolator_dead_letters", "Deliveries given up", ["plugin"], registry=to)
         self._lifecycle = Counter("isolator_plugin", "Starts, stops, crashes", ["plugin", "what"], registry=to)
+        self._restarts = Counter("isolator_plugin_restarts", "Starts after a crash", ["plugin"], registry=to)
         self._running = Gauge("isolator_plugin_running", "1 while the plugin runs", ["plugin"], registry=to)
         self._network = Counter("isolator_network", "DNS queries and connections", ["plugin", "what"], registry=to)
         self._traffic = Counter("isolator_network_bytes", "Bytes carried", ["plugin", "direction"], registry=to)
@@ -61,6 +65,7 @@ class Metrics:
             for field, name in _RESOURCES.items()
         }
         self._children: dict[tuple[Any, ...], Any] = {}
+        self._queues: set[str] = set()
 
     def observe(self, record: Incoming) -> None:
         """Count one record; ``data`` is taken with a grain of salt, never a reason to fail."""
@@ -70,22 +75,36 @@ class Metrics:
         if area == "event":
             self._event(what, data, plugin)
         elif area == "plugin":
-            self._plugin(what, plugin)
+            self._plugin(what, data, plugin)
         elif area == "net":
             self._of(self._network, plugin, what).inc()
             if what == "denied":
-                self._of(self._denials, plugin, "network").inc()
+                self._of(self._denials, plugin, "network").inc(_number(data.get("count"), 1))
             elif what == "closed":
                 self._of(self._traffic, plugin, "out").inc(_number(data.get("sent")))
                 self._of(self._traffic, plugin, "in").inc(_number(data.get("received")))
         elif kind in ("syscall.denied", "fs.denied"):
             self._of(self._denials, plugin, area).inc(_number(data.get("count"), 1))
+        elif kind == "api.called":
+            if data.get("verdict") == "denied":
+                self._of(self._denials, plugin, "api").inc()
         elif kind == "resources":
+            self._of(self._running, plugin).set(1)  # at a stop they come before the record of it
             for field, gauge in self._resources.items():
                 if field in data:
                     self._of(gauge, plugin).set(_number(data[field]))
-        elif kind == "audit.gap" and data.get("why") != "retention":
+        elif kind == "audit.gap" and (data.get("why") != "retention" or record.origin != "audit"):
             self._lost.inc(_number(data.get("count")))
+
+    def figures(self, data: dict[str, Any]) -> None:
+        """What the host says of the present, which is no record: ``queue``, by plugin the deliveries not done with."""
+        queue = data.get("queue")
+        if isinstance(queue, dict):
+            for plugin in self._queues - queue.keys():
+                self._of(self._waiting, plugin).set(0)
+            self._queues = {str(plugin) for plugin in list(queue)[:MAX_LABELS]}
+            for plugin in self._queues:
+                self._of(self._waiting, plugin).set(_number(queue[plugin]))
 
     def committed(self, seconds: float, seq: int) -> None:
         """One commit took so long and made records up to ``seq`` durable."""
@@ -107,10 +126,16 @@ class Metrics:
         elif what == "dead":
             self._of(self._dead, plugin).inc()
 
-    def _plugin(self, what: str, plugin: str) -> None:
-        if what in ("started", "stopped", "crashed", "failed", "quarantined"):
-            self._of(self._lifecycle, plugin, what).inc()
-            self._of(self._running, plugin).set(int(what == "started"))
+    def _plugin(self, what: str, data: dict[str, Any], plugin: str) -> None:
+        if what not in ("started", "stopped", "crashed", "failed"):
+            return
+        self._of(self._lifecycle, plugin, what).inc()
+        self._of(self._running, plugin).set(int(what == "started"))
+        if what == "started" and str(data.get("reason")).startswith("restart"):
+            self._of(self._restarts, plugin).inc()
+        elif what != "started":
+            for field in _PRESENT:
+                self._of(self._resources[field], plugin).set(0)
 
     def _of(self, metric: Any, *labels: str) -> Any:
         key = (metric, *labels)

@@ -38,6 +38,9 @@ HASH_TAIL = 75
 PREV_TAIL = HASH_TAIL + 74
 """Length of ``,"prev":"HEX64","hash":"HEX64"}``."""
 
+FIGURES = b'{"figures":'
+"""How a line begins that is no record: what a source tells the metrics."""
+
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
 _NUMBER = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})")

@@ -62,6 +62,8 @@ class Report:
     keys: list[str] = field(default_factory=list)
     gaps: list[dict[str, Any]] = field(default_factory=list)
     lost: int = 0
+    uncounted: int = 0
+    """Gaps of which nobody knows how many records they are, if any: a process died with what it had not sent."""
     retired: int = 0
     torn: int = 0
     """Bytes of an unfinished last line: a write in progress, or a writer that was killed."""
@@ -222,13 +224,16 @@ class Verifier:
 
     def _gap(self, record: Record) -> None:
         count, data = record.data.get("count"), record.data
-        if data.get("why") == "retention":
+        # The writer's own word only: no source may explain why files are missing.
+        if data.get("why") == "retention" and record.origin == "audit":
             to, digest = data.get("to"), data.get("hash")
             if isinstance(to, int) and isinstance(digest, str):
                 self._retired.append((record.seq, to, digest))
             return
         if isinstance(count, int):
             self.report.lost += count
+        elif count is None:
+            self.report.uncounted += 1
         if len(self.report.gaps) < _MAX_MISFITS:
             self.report.gaps.append({"seq": record.seq, "count": count, "why": str(data.get("why"))})
 

@@ -31,7 +31,7 @@ from isolator.audit.cause import Causes
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Trail
 from isolator.audit.metrics import Metrics
-from isolator.audit.record import SOURCES, Incoming, RejectedError, parse_incoming
+from isolator.audit.record import FIGURES, SOURCES, Incoming, RejectedError, parse_incoming
 from isolator.paths import Paths
 
 MAX_WAITING = 8 << 20
@@ -213,6 +213,9 @@ class Writer:
         refused: dict[str, list[bytes]] = {}
         for line in packet.split(b"\n"):
             source.received += 1
+            if line.startswith(FIGURES) and source.name == "host":
+                self._figures(line)
+                continue
             try:
                 record = parse_incoming(source.name, line)
                 if record.number and not self._is_new(record, source.name, now):
@@ -233,6 +236,10 @@ class Writer:
                 sha256=hashlib.sha256(lines[0]).hexdigest(),
                 text=lines[0][:512].decode("ascii", "replace"),
             )
+
+    def _figures(self, line: bytes) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            self.metrics.figures(json.loads(line).get("figures"))
 
     def _is_new(self, record: Incoming, source: str, now: int) -> bool:
         """Whether a numbered record is not in the trail yet; records how many were lost before it."""

@@ -168,7 +168,8 @@ def _good(report: Report) -> str:
     if report.retired:
         text += f" Records 1 to {report.retired} were retired by retention, under seal."
     if report.lost or report.gaps:
-        text += f" It tells of {_plural(len(report.gaps), 'gap')} itself; {_plural(report.lost, 'record')} lost."
+        text += f" It tells of {_plural(len(report.gaps), 'gap')} itself; {_plural(report.lost, 'record')} lost"
+        text += f", and what a process that died had not sent ({report.uncounted} times)." if report.uncounted else "."
     if not report.seal:
         text += " Nothing is sealed yet, so whoever can write the file could have rewritten all of it."
     else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,8 +39,6 @@ async def fill(host: AuditClient) -> None:
 
 
 async def test_over_a_unix_socket_that_the_supervisor_made(daemon: Daemon) -> None:
-    import socket
-
     await daemon.start()
     await fill(await daemon.source("host"))
     path = str(daemon.paths.root / "metrics.sock")
@@ -63,10 +63,7 @@ async def test_over_a_unix_socket_that_the_supervisor_made(daemon: Daemon) -> No
 
 
 async def test_over_tcp_when_the_configuration_asks(daemon: Daemon) -> None:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     await daemon.start(metrics={"address": "127.0.0.1", "port": port})
     await fill(await daemon.source("host"))
     # A client that never finishes its request holds nobody up.
@@ -77,12 +74,63 @@ async def test_over_tcp_when_the_configuration_asks(daemon: Daemon) -> None:
 
 
 async def test_a_port_that_is_taken_costs_the_figures_not_the_trail(daemon: Daemon) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         await daemon.start(metrics={"address": "127.0.0.1", "port": taken.getsockname()[1]})
         await fill(await daemon.source("host"))
         assert await daemon.stop() == 0
+
+
+async def test_what_the_host_says_of_its_queues_is_shown_and_in_no_trail(daemon: Daemon) -> None:
+    await daemon.start(metrics={"port": (port := free_port())})
+    host, broker = await daemon.source("host"), await daemon.source("broker")
+    host.figures(queue={"slack": 3, "mail": 1})
+    host.figures(queue={"slack": 4})
+    broker.figures(queue={"slack": 9})
+    await settled(host)
+    await settled(broker)
+    text = await scrape(*await asyncio.open_connection("127.0.0.1", port))
+    assert 'isolator_queue_depth{plugin="slack"} 4.0\n' in text and 'isolator_queue_depth{plugin="mail"} 0.0\n' in text
+    await daemon.stop()
+    assert [r["type"] for r in daemon.records()] == ["audit.gap", "audit.seal"]
+    assert daemon.records()[0]["data"]["source"] == "broker"
+
+
+def test_what_a_plugins_life_comes_to() -> None:
+    metrics = Metrics()
+
+    def happens(type: str, **data: Any) -> None:
+        metrics.observe(Incoming("", type, plugin="p", data=data))
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"isolator_{name}", {"plugin": "p", **labels})
+
+    happens("plugin.started", reason="event")
+    happens("resources", memory=5, memory_peak=9, tasks=2, open_files=7, cpu_us=10, throttled_us=3)
+    assert (value("plugin_running"), value("plugin_memory_bytes"), value("plugin_tasks")) == (1, 5, 2)
+    happens("resources", memory=4, memory_peak=9, tasks=0)
+    happens("plugin.crashed", cause="signal")
+    assert (value("plugin_running"), value("plugin_memory_bytes"), value("plugin_open_files")) == (0, 0, 0)
+    assert (value("plugin_memory_peak_bytes"), value("plugin_cpu_microseconds")) == (9, 10)
+    happens("plugin.started", reason="restart after a crash")
+    assert value("plugin_restarts_total") == 1
+    assert (value("plugin_total", what="started"), value("plugin_total", what="crashed")) == (2, 1)
+    happens("net.denied", count=3)
+    happens("net.closed", sent=100, received=50)
+    happens("syscall.denied", call="ptrace", count=4)
+    happens("fs.denied", path="/x")
+    happens("api.called", verdict="granted")
+    happens("api.called", verdict="denied")
+    denied = [value("denied_total", what=what) for what in ("network", "syscall", "fs", "api")]
+    assert denied == [3, 4, 1, 1]
+    assert [value("network_bytes_total", direction=way) for way in ("out", "in")] == [100, 50]
+    happens("event.dead", reason="expired")
+    assert value("dead_letters_total") == 1
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def test_labels_stay_bounded_whatever_is_recorded() -> None:
@@ -112,10 +160,11 @@ def leaf() -> Iterator[Leaf]:
 def test_figures_of_a_process_in_a_control_group(leaf: Leaf) -> None:
     """It fills memory, burns processor time, opens files; all of it is seen in the figures, and nothing else is."""
     work = (
-        "import sys, time\n"
+        "import sys, threading, time\n"
         "sys.stdin.readline()\n"
         "kept = b'x' * (20 << 20)\n"
         "files = [open('/dev/null') for _ in range(17)]\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "end = time.process_time() + 0.3\n"
         "while time.process_time() < end: pass\n"
         "print('ready', flush=True)\n"
@@ -137,11 +186,13 @@ def test_figures_of_a_process_in_a_control_group(leaf: Leaf) -> None:
     assert figures["memory_peak"] >= figures["memory"] * 0.9
     assert 300_000 <= figures["cpu_us"] <= 5_000_000
     assert figures["throttled"] > 0 and figures["throttled_us"] > 0  # half a processor, and it wanted a whole one
-    assert (figures["tasks"], figures["processes"]) == (1, 1)
+    assert (figures["tasks"], figures["threads"], figures["processes"]) == (2, 2, 1)
     assert 20 <= figures["open_files"] <= 24
     assert figures["oom_kills"] == 0
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
     figures = snapshot([tmp_path, tmp_path / "gone"], [2**22 + 1])
-    assert figures == {"tasks": 0, "processes": 1, "open_files": 0, "io_read": 0, "io_written": 0}
+    nothing = {"tasks": 0, "threads": 0, "open_files": 0, "io_read": 0, "io_written": 0}
+    assert figures == {"processes": 1, **nothing}
+    assert snapshot([tmp_path], []) == {"tasks": 0, "processes": 0}

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isolator.audit.record import FIGURES
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
 from isolator.ipc import Channel, Message, pair
 from isolator.paths import Paths
@@ -481,7 +482,7 @@ class Daemon:
                 break
             lines = packet.split(b"\n")
             self._audit_received += len(lines)
-            self.records += [json.loads(line) for line in lines]
+            self.records += [json.loads(line) for line in lines if not line.startswith(FIGURES)]
         if self.audit_acks:
             self.tell_audit({"acked": self._audit_received})
         self._wake()

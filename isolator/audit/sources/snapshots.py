@@ -4,6 +4,8 @@ Works on cgroup v2 and on hybrid hosts, where the figures of one plugin are spre
 hierarchies: each figure is taken from the first folder that has it. What the host cannot tell is left out, never
 guessed. Nothing here raises because a process ended meanwhile.
 
+``OF_PROCESSES`` are the figures that end with the processes; the others are the control group's to the last.
+
 Names and units: sizes in bytes, ``*_us`` in microseconds since the start of the run, ``pressure_*`` the share of
 time in percent over the last ten seconds in which some task waited for that resource.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
+OF_PROCESSES = ("threads", "open_files", "tcp_sockets", "network_bytes", "io_read", "io_written")
 
 
 def snapshot(folders: Sequence[Path], pids: Iterable[int]) -> Figures:
@@ -32,10 +35,12 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int]) -> Figures:
     pids = list(pids)
     figures.setdefault("tasks", sum(_count(pid, "task") for pid in pids))
     figures["processes"] = len(pids)
-    figures["open_files"] = sum(_count(pid, "fd") for pid in pids)
-    figures.update(_sockets(pids))
-    if "io_read" not in figures:
-        figures.update(_io_of_processes(pids))
+    if pids:
+        figures["threads"] = sum(_count(pid, "task") for pid in pids)
+        figures["open_files"] = sum(_count(pid, "fd") for pid in pids)
+        figures.update(_sockets(pids))
+        if "io_read" not in figures:
+            figures.update(_io_of_processes(pids))
     return figures
 
 
@@ -153,16 +158,18 @@ def _count(pid: int, what: str) -> int:
 
 
 def _sockets(pids: list[int]) -> Figures:
-    """Sockets in use in the cage's network namespace, which all its processes share."""
+    """The cage's network, which all its processes share: sockets in use, bytes that were sent in it."""
     for pid in pids:
         try:
-            lines = Path(f"/proc/{pid}/net/sockstat").read_text("ascii").splitlines()
+            sockets = Path(f"/proc/{pid}/net/sockstat").read_text("ascii").splitlines()
+            devices = Path(f"/proc/{pid}/net/dev").read_text("ascii").splitlines()[2:]
         except OSError:
             continue
-        for line in lines:
-            words = line.split()
-            if len(words) > 2 and words[0] == "TCP:" and words[1] == "inuse":
-                return {"tcp_sockets": int(words[2])}
+        figures: Figures = {"network_bytes": sum(int(line.partition(":")[2].split()[8]) for line in devices)}
+        for words in map(str.split, sockets):
+            if words[:2] == ["TCP:", "inuse"]:
+                figures["tcp_sockets"] = int(words[2])
+        return figures
     return {}
 
 

@@ -1,0 +1,301 @@
+"""A whole daemon and its plugins live through everything there is to record; each record says what it has to.
+
+``FIELDS`` is the table of the documentation: by type, what ``data`` holds. What plugins write on the way is made to look
+like something else: it comes out of the files and of every command as text, on a line of its own record.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isolator.audit.text import printable
+from tests.egress.world import OTHER, WEB, world
+from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
+
+ENDED = "exit_code signal cause uptime stderr"
+FIELDS = {
+    "host.started": "version kernel ledger config config_sha256 cleared",
+    "host.stopped": "seconds",
+    "plugin.added": "new version who",
+    "plugin.pending": "old new version differences who",
+    "plugin.approved": "old new version differences who",
+    "plugin.updated": "old new version who",
+    "plugin.rolled_back": "old new version who",
+    "plugin.removed": "old who",
+    "plugin.rejected": "reason",
+    "plugin.started": "reason pid uid cgroup digest binary_sha256 policy_sha256 env milliseconds ledger degraded",
+    "plugin.stopped": ENDED,
+    "plugin.crashed": ENDED,
+    "plugin.failed": "reason",
+    "plugin.health": "ok latency_us misses detail",
+    "event.accepted": "event subject bytes sha256 plugins by",
+    "event.dispatched": "attempt queued_us request_bytes request_sha256",
+    "event.response": "attempt outcome status latency_us response_bytes response_sha256 response",
+    "event.dead": "reason attempts",
+    "event.replayed": "reason attempts by",
+    "event.quarantined": "reason attempts",
+    "net.query": "name type verdict rule",
+    "net.connect": "flow name address port verdict rule",
+    "net.closed": "flow name address port sent received duration_ms reason",
+    "net.denied": "address port verdict rule",
+    "syscall.denied": "call count",
+    "fs.denied": "path count",
+    "api.called": "method permission verdict latency_us",
+    "config.changed": "names by",
+    "secret.injected": "names",
+    "resources": "cpu_us throttled_us memory memory_peak tasks threads open_files io_read io_written network_bytes",
+    "control.called": "verb uid verdict",
+    "audit.seal": "from to hash key signature",
+    "audit.gap": "count why",
+}
+FROM = {"event": "host", "api": "host", "control": "host", "secret": "host", "net": "broker", "audit": "audit"}
+"""Who alone says what, by the first word of the type; all else is the supervisor's."""
+OTHERS = {"plugin.health": "host", "audit.gap": "supervisor", "config.changed": "host"}
+
+SECRET = "s3cr3t-and-long-enough"
+NASTY = '\x1b[2J\x1b]0;x\x07\r\n{"seq":1,"type":"plugin.stopped","hash":"0"}\u202egnp.exe\u2066\u200b\u3164\x9b\x7f'
+
+HOST_TOML = f"""\
+[network]
+resolvers = ["{WEB}"]
+[restart]
+backoff_min = "0.1s"
+crashes = 4
+[audit]
+snapshot_interval = "1s"
+seal_interval = "1s"
+"""
+POLICY = """\
+[grant]
+hooks = ["deploy.*"]
+egress = ["hooks.example.com:7"]
+"""
+ACTOR = ECHO.replace(
+    "    server.listen(1)\n",
+    """\
+    server.listen(1)
+    import ctypes, sys, time
+    NASTY = @NASTY@
+    def talk(address):
+        with socket.create_connection((address, 7), 5) as s:
+            s.sendall(b"x")
+            s.recv(1)
+    def attempt(action, *arguments):
+        try:
+            return action(*arguments)
+        except OSError as error:
+            return error
+    def ask(method, **params):
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(os.environ["PLUGIN_HOST_SOCKET"])
+            s.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\\n")
+            s.recv(65536)
+    def act(what):
+        if what == "net":
+            talk(socket.gethostbyname("hooks.example.com"))
+            attempt(socket.gethostbyname, "evil" + "x" * 40 + ".example.com")
+            attempt(talk, "@OTHER@")
+        elif what == "call":
+            ctypes.CDLL(None).ptrace(0, 0, 0, 0)
+        elif what == "api":
+            ask("kv.set", key="k", value=NASTY)
+            ask("projects.get", id=NASTY)
+            ask("log.write", level="info", message=NASTY * 3000)
+        elif what == "die":
+            print("goodbye " + os.environ["TOKEN"], NASTY, file=sys.stderr, flush=True)
+            os._exit(3)
+        elif what == "swap":
+            os.unlink(path)
+            os.symlink("/etc/passwd", path)
+        elif what == "refuse":
+            return {"status": "rejected", "reason": NASTY}
+        elif what == "lie":
+            return {"status": "ok", "text": NASTY * 100, "token": os.environ["TOKEN"]}
+        return {"status": "ok"}
+""",
+).replace('"result": {"status": "ok", "echo": params["deployment_id"]}', '"result": act(params["branch"])')
+ACTOR = ACTOR.replace("@NASTY@", ascii(NASTY)).replace("@OTHER@", OTHER)
+
+
+def add(d: Daemon, folder: Path, *words: str) -> None:
+    d.cli("plugin", "add", str(folder), "--yes", *words)
+
+
+def emit(d: Daemon, what: str, *, wait: bool = True) -> str:
+    words = ["--wait"] if wait else []
+    # What was rejected or died has its own exit code; the record is what counts here.
+    emitted = json.loads(
+        d.cli("event", "emit", "deploy.completed", event(what, branch=what), *words, "--json", code=None).stdout
+    )
+    return str(emitted["id"])
+
+
+def live(d: Daemon, place: Path) -> dict[str, str]:
+    """Everything that can happen; the events by what they made the plugin do."""
+    policies = d.root / "etc/isolator/policies"
+    policies.mkdir(parents=True, exist_ok=True)
+    (policies / "actor.toml").write_text(POLICY)
+    manifest: dict[str, Any] = {
+        "config": {"token": {"type": "string", "required": True, "secret": True, "env": "TOKEN"}},
+        "sandbox": {"network": {"egress": [{"host": "hooks.example.com", "ports": [7]}]}},
+        "permissions": ["read:projects"],
+    }
+    write_plugin(place / "actor", ACTOR, **manifest)
+    add(d, place / "actor", "--config", f"token={SECRET}")
+    events = {what: emit(d, what) for what in ("net", "call", "api", "lie", "refuse")}
+    d.cli("event", "replay", events["refuse"])
+    wait_for(lambda: len(of(d, "event.response", events["refuse"])) == 2)
+    events["die"] = emit(d, "die")  # until it is quarantined
+    events["swap"] = emit(d, "swap")
+    events["after"] = emit(d, "after", wait=False)
+    wait_for(lambda: of(d, "fs.denied"))
+    d.cli("plugin", "restart", "actor")
+    wait_for(lambda: of(d, "event.response", events["after"]))
+
+    health = {"ping": True, "interval": "0.2s", "timeout": "0.1s", "misses": 2}
+    write_plugin(place / "deaf", ECHO.replace("reply = ", "time.sleep(9); reply = ").replace("json,", "json, time,"),
+                 hooks=["deploy.failed"], health=health)  # fmt: skip
+    add(d, place / "deaf")
+    d.cli("plugin", "start", "deaf")
+    wait_for(lambda: [r for r in of(d, "plugin.health") if r["plugin"] == "deaf"])
+    d.cli("plugin", "remove", "deaf")
+
+    write_plugin(place / "broken", "#!/bin/sh\nexit 7\n", hooks=["deploy.failed"])
+    add(d, place / "broken")
+    d.cli("plugin", "start", "broken", code=None)
+    wait_for(lambda: of(d, "plugin.failed"))
+    d.cli("plugin", "remove", "broken")
+
+    old = write_plugin(place / "old/changing", ECHO, hooks=["deploy.failed"])
+    new = write_plugin(place / "new/changing", ECHO, hooks=["deploy.failed"], version="2.0.0")
+    more = write_plugin(place / "more/changing", ECHO, hooks=["deploy.failed", "deploy.started"], version="3.0.0")
+    add(d, old)
+    d.cli("plugin", "update", "changing", str(new), "--yes")
+    d.cli("plugin", "rollback", "changing")
+    d.cli("plugin", "update", "changing", str(more), code=5)
+    d.cli("plugin", "approve", "changing", "--yes")
+    (policies / "changing.toml").write_text('[grant]\nhooks = ["deploy.*"]\n[limits]\nmemory = "200M"\n')
+    wait_for(lambda: [r for r in of(d, "config.changed") if r["data"]["names"] == ["policy"]])
+    (policies / "changing.toml").write_text("[grant]\nnonsense = true\n")
+    wait_for(lambda: of(d, "plugin.rejected"))
+    kill_9(d.service_pid("isolator.egress.service"))
+    wait_for(lambda: [r for r in of(d, "audit.gap") if r["data"].get("source") == "broker"])
+    return events
+
+
+def of(d: Daemon, type: str, event_id: str | None = None) -> list[dict[str, Any]]:
+    return [r for r in d.records() if r["type"] == type and event_id in (None, r["event_id"])]
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, dict[str, str]]]:
+    with world() as pretend, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
+        events = live(d, tmp_path_factory.mktemp("plugins"))
+        d.stop()
+        yield d, events
+
+
+Lived = tuple[Daemon, dict[str, str]]
+
+
+def test_every_type_with_its_fields_from_who_alone_may_say_it(lived: Lived) -> None:
+    by_type: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in lived[0].records():
+        by_type[record["type"]].append(record)
+    assert FIELDS.keys() - by_type.keys() == set()
+    for type, fields in FIELDS.items():
+        lacking = [set(fields.split()) - r["data"].keys() for r in by_type[type]]
+        assert set() in lacking, f"{type}: none has {min(lacking, key=len)}"
+        sources = {r["origin"].partition(":")[0] for r in by_type[type]}
+        assert (OTHERS.get(type) or FROM.get(type.partition(".")[0], "supervisor")) in sources, (type, sources)
+        if type not in ("audit.gap", "config.changed"):
+            assert len(sources) == 1, (type, sources)
+        if type.startswith(("plugin.", "net.", "syscall.", "fs.", "resources")):
+            assert all(r["plugin"] for r in by_type[type]), type
+    assert by_type.keys() - FIELDS.keys() == set(), "a type that is not documented"
+
+
+def test_every_type_is_in_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/audit.md").read_text().split("### Types\n")[1]
+    named = set()
+    for row in re.findall(r"^\| ([a-z_. /,]+) \|", text, re.MULTILINE):
+        family = ""
+        for name in re.split(r"[ /,]+", row):
+            family = name.rpartition(".")[0] or family
+            named.add(name if "." in name else f"{family}.{name}" if family else name)
+    assert FIELDS.keys() - named == set()
+
+
+def test_each_start_has_its_end_and_its_last_words(lived: Lived) -> None:
+    d, _ = lived
+    starts = [r["run"] for r in of(d, "plugin.started")]
+    ends = [r["run"] for t in ("plugin.stopped", "plugin.crashed") for r in of(d, t) if "uptime" in r["data"]]
+    assert sorted(starts) == sorted(ends)
+    died = [r["data"] for r in of(d, "plugin.crashed") if r["data"].get("exit_code") == 3]
+    assert died
+    for data in died:
+        (words,) = [line for line in data["stderr"] if "goodbye" in line]
+        assert SECRET not in words and words.startswith("goodbye [")
+    last = [r for r in d.records() if r["type"] in ("resources", "plugin.stopped") and r["plugin"] == "actor"][-2:]
+    assert [r["type"] for r in last] == ["resources", "plugin.stopped"]
+    assert last[0]["data"]["open_files"] > 2 and last[0]["data"]["threads"] >= 1
+
+
+def test_an_event_has_its_story(lived: Lived) -> None:
+    d, events = lived
+
+    def types(what: str) -> set[str]:
+        return {r["type"] for r in d.json("audit", "story", events[what])["records"]}
+
+    delivered = {"event.accepted", "event.dispatched", "event.response"}
+    assert types("net") >= delivered | {"plugin.started", "net.query", "net.connect", "net.closed", "net.denied"}
+    assert types("call") >= delivered | {"syscall.denied"}
+    assert types("api") >= delivered | {"api.called"}
+    assert types("die") >= delivered | {"plugin.crashed", "plugin.started", "event.quarantined"}
+    assert types("refuse") >= delivered | {"event.dead", "event.replayed"}
+
+
+def test_secrets_are_in_no_record(lived: Lived) -> None:
+    d, _ = lived
+    logs = [path for path in (d.root / "var/log").rglob("*") if path.is_file()]
+    assert logs and not [path for path in logs if SECRET in path.read_text("latin-1")]
+
+
+def test_what_plugins_write_is_text_in_files_and_on_terminals(lived: Lived) -> None:
+    d, events = lived
+    raw = (d.root / "var/log/isolator/audit/audit.jsonl").read_bytes()
+    assert all(32 <= byte < 127 or byte == 10 for byte in raw)
+    count = len(d.records())
+    assert raw.count(b"\n") == count
+    (lie,) = of(d, "event.response", events["lie"])
+    assert "gnp.exe" in lie["data"]["response"]
+    for words in (["tail", "-n", "100000"], ["query"]):
+        shown = d.cli("audit", *words).stdout.splitlines()
+        assert len(shown) == count, words
+        assert all(printable(line) == line for line in shown)
+        assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} +\d+ [a-z]", line) for line in shown)
+    for what in events:
+        shown = d.cli("audit", "story", events[what]).stdout.splitlines()
+        assert all(printable(line) == line and len(line) <= 80 for line in shown)
+        assert not [line for line in shown if line.startswith('{"seq"')]
+
+
+def test_it_verifies_here_and_elsewhere(lived: Lived) -> None:
+    d, _ = lived
+    assert "fits together" in d.cli("audit", "verify").stdout
+    if not shutil.which("perl"):
+        pytest.skip("perl is not installed")
+    log = d.root / "var/log/isolator/audit"
+    script = Path(__file__).resolve().parents[2] / "docs/verify.pl"
+    command = ["perl", str(script), str(log / "public.pem"), str(log / "audit.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
