@@ -264,7 +264,8 @@ class _Connection(LineProtocol):
             asyncio.get_running_loop().call_exception_handler(context)
             self._answer(number, error=IsolatorError(str(name), f"{type(error).__name__}: {error}", "please report it"))
         if verdict == "denied" or (method is not None and method.recorded):
-            target = message.get("params", {}).get("name") if isinstance(message.get("params"), dict) else None
+            given = message.get("params")
+            target = (given.get("name") or given.get("update")) if isinstance(given, dict) else None
             self._server.record(
                 "control.called",
                 plugin=target if isinstance(target, str) else None,

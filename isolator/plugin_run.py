@@ -77,6 +77,8 @@ class Run:
     started_at: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
     """What it used when it was last looked at."""
+    over: bool = False
+    """Its first process has ended; what is left of the others is about to."""
     verdict: str = ""
     """Why the supervisor ended it, when it did; told in place of what the process itself reports."""
 
@@ -93,7 +95,7 @@ class Run:
     def look(self) -> dict[str, Any]:
         """What it uses now, or came to; of processes that have ended meanwhile, what they had when last looked at."""
         leaf = self.sandbox.leaf
-        now = snapshot(leaf.folders(), leaf.processes())
+        now = snapshot(leaf.folders(), [] if self.over else leaf.processes())
         before = {} if now["processes"] else {key: self.figures[key] for key in OF_PROCESSES if key in self.figures}
         self.figures = {**before, **now}
         return self.figures
@@ -122,6 +124,7 @@ class Run:
                 await self.sandbox.stop(self.effective.restart.stop_grace)
                 self.verdict = self.verdict or f"no socket in {SOCKET_SECONDS:g} s"
             end = await waiting
+            self.over = True
             return replace(end, cause=self.verdict) if self.verdict else end
         finally:
             loop.remove_reader(self._sockets.fileno())

@@ -1,8 +1,19 @@
-"""Everything one event caused, as a timeline a person reads in a terminal of 80 columns."""
+"""Everything one event caused, as a person reads it in a terminal of 80 columns: first how it ended, then how it went.
+
+    evt-1  deploy.completed of project-7
+      accepted 2026-11-23 07:03:32.345 UTC by uid:61999
+      A  slack-deploy-notifier: ok at the first attempt, 7.7 ms after; 1 connection denied
+
+What plugins wrote is quoted; what the daemon says is not.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +25,17 @@ from isolator.audit.text import printable, value_text
 WIDTH = 80
 _STARTS = ("plugin.started", "plugin.crashed", "plugin.failed", "plugin.stopped")
 _WHAT = 15
+_REPLY = 240
+_BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined")
+_SENTENCE = re.compile(r"[\w ,.;:()/'-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a story; ``bad``: it tells of something that went wrong or was denied."""
+
+    text: str
+    bad: bool = False
 
 
 def _endpoint(data: dict[str, Any]) -> str:
@@ -25,7 +47,7 @@ def _endpoint(data: dict[str, Any]) -> str:
     if port is not None:
         place += f":{value_text(port)}"
     name = data.get("name")
-    return f"{value_text(name, 120)} ({place})" if name and place else value_text(name, 120) if name else place
+    return f"{value_text(name, 260)} ({place})" if name and place else value_text(name, 260) if name else place
 
 
 def _times(data: dict[str, Any]) -> str:
@@ -33,9 +55,18 @@ def _times(data: dict[str, Any]) -> str:
     return f", {count} times" if isinstance(count, int) and count > 1 else ""
 
 
-def _ms(data: dict[str, Any], field: str) -> str:
+def _ms(data: dict[str, Any], field: str, form: str) -> str:
     value = data.get(field)
-    return f"{value / 1000:.1f} ms" if isinstance(value, (int, float)) else ""
+    return form.format(_span(value / 1e6)) if isinstance(value, (int, float)) and value >= 0 else ""
+
+
+def _span(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds * 1000:.1f} ms"
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} d"
 
 
 def _listed(*parts: str) -> str:
@@ -47,44 +78,90 @@ def _given(data: dict[str, Any], field: str, form: str = "{}", limit: int = 120)
     return "" if value is None else form.format(value_text(value, limit))
 
 
+def _said(data: dict[str, Any], field: str) -> str:
+    """A sentence of the daemon's, which needs no quotes unless something foreign is in it."""
+    value = data.get(field)
+    plain = isinstance(value, str) and value and _SENTENCE.fullmatch(value)
+    return str(value)[:300] if plain else _given(data, field, limit=300)
+
+
+def _bytes(data: dict[str, Any], field: str, way: str = "") -> str:
+    count = data.get(field)
+    return f"{count} byte{'' if count == 1 else 's'}{way}" if isinstance(count, int) else ""
+
+
+def _attempts(count: Any) -> str:
+    return f"{count} attempt{'' if count == 1 else 's'}" if isinstance(count, int) else ""
+
+
+def _reply(data: dict[str, Any]) -> str:
+    """What the plugin answered: of a JSON-RPC reply its result or error."""
+    text = data.get("response")
+    if not isinstance(text, str) or not text:
+        return ""
+    try:
+        reply = json.loads(text)
+        body = next(reply[key] for key in ("result", "error") if reply.get(key) is not None)
+    except (ValueError, AttributeError, StopIteration, RecursionError):
+        shown = printable(text)
+    else:
+        shown = printable(json.dumps(body, ensure_ascii=True))
+    # It goes on to the end of its record, so that it needs no quotes.
+    return f"reply {shown if len(shown) <= _REPLY else shown[: _REPLY - 3] + '...'}"
+
+
+def _ended(data: dict[str, Any]) -> str:
+    """How a run ended."""
+    if data.get("cause") not in ("exit", "signal", None):
+        how = _said(data, "cause")
+    else:
+        how = _given(data, "signal", "killed by signal {}") or _given(data, "exit_code", "exit code {}")
+    uptime = data.get("uptime")
+    words = data.get("stderr")
+    return _listed(
+        how,
+        f"after {_span(uptime)}" if isinstance(uptime, (int, float)) else "",
+        _said(data, "reason"),
+        f"last words {value_text(str(words[-1]))}" if isinstance(words, list) and words else "",
+    )
+
+
 _TELL: dict[str, Callable[[dict[str, Any]], str]] = {
     "event.accepted": lambda d: _listed(
-        _given(d, "event"), _given(d, "subject"), _given(d, "bytes", "{} bytes"), _given(d, "by", "by {}")
+        _given(d, "event"), _given(d, "subject"), _bytes(d, "bytes"), _given(d, "by", "by {}")
     ),
     "event.dispatched": lambda d: _listed(
-        _given(d, "attempt", "attempt {}"),
-        _given(d, "request_bytes", "{} bytes"),
-        f"queued {_ms(d, 'queued_us')}" if _ms(d, "queued_us") else "",
+        _given(d, "attempt", "attempt {}"), _bytes(d, "request_bytes"), _ms(d, "queued_us", "queued {}")
     ),
     "event.response": lambda d: _listed(
         _given(d, "outcome"),
         _given(d, "status", "status {}") if d.get("status") != d.get("outcome") else "",
-        f"after {_ms(d, 'latency_us')}" if _ms(d, "latency_us") else "",
+        _ms(d, "latency_us", "after {}"),
         _given(d, "detail"),
-        _given(d, "response"),
+        _reply(d),
     ),
-    "event.dead": lambda d: _listed(_given(d, "reason"), _given(d, "attempts", "{} attempts")),
-    "plugin.started": lambda d: _listed(_given(d, "reason"), _given(d, "pid", "pid {}"), _given(d, "uid", "uid {}")),
-    "net.query": lambda d: f"{_given(d, 'type')} {_given(d, 'name')} {_given(d, 'verdict')}{_times(d)}",
+    "event.dead": lambda d: _listed("given up", _said(d, "reason"), _attempts(d.get("attempts"))),
+    "event.quarantined": lambda d: _listed(_said(d, "reason"), _attempts(d.get("attempts"))),
+    "event.replayed": lambda d: _listed(_given(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    "plugin.started": lambda d: _listed(_said(d, "reason"), _given(d, "pid", "pid {}"), _given(d, "uid", "uid {}")),
+    "plugin.crashed": _ended,
+    "plugin.stopped": _ended,
+    "plugin.failed": _ended,
+    "net.query": lambda d: f"{_given(d, 'name', limit=260)} ({_given(d, 'type')}) {_given(d, 'verdict')}{_times(d)}",
     "net.connect": lambda d: _endpoint(d) + _given(d, "rule", " by {}"),
     "net.denied": lambda d: _endpoint(d) + _given(d, "rule", " by {}") + _times(d),
     "net.closed": lambda d: _listed(
         _endpoint(d),
-        _given(d, "sent", "{} bytes out"),
-        _given(d, "received", "{} in"),
+        _bytes(d, "sent", " out"),
+        _bytes(d, "received", " in"),
         _given(d, "duration_ms", "{} ms"),
         _given(d, "reason"),
     ),
     "syscall.denied": lambda d: _given(d, "call") + _times(d),
-    "fs.denied": lambda d: _given(d, "path") + _times(d),
-    "api.called": lambda d: f"{_given(d, 'method')} {_given(d, 'verdict')}",
+    "fs.denied": lambda d: _listed(_given(d, "path"), _said(d, "why")) + _times(d),
+    "api.called": lambda d: f"{_given(d, 'method')} {_given(d, 'verdict')}" + _given(d, "permission", " ({})"),
 }
-# For these, and for types not known here, the fields as they are.
-_FIELDS = {
-    "plugin.crashed": ("cause", "exit_code", "signal", "reason", "uptime"),
-    "plugin.stopped": ("cause", "exit_code", "signal", "uptime"),
-    "plugin.failed": ("reason",),
-}
+_DENIED = {"net.denied": "connection", "syscall.denied": "call", "fs.denied": "path"}
 
 
 def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
@@ -102,62 +179,96 @@ def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
     return sorted(found, key=lambda pair: (pair[1].time, pair[1].seq))
 
 
-def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[str]:
-    """The lines of the story, ``width`` columns at most; times are milliseconds since the first record."""
-    begin = _moment(records[0])
-    plugins = list(dict.fromkeys(r.plugin for r in records if r.plugin))
+def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[Line]:
+    """The lines of the story, ``width`` columns at most; times count from the first record."""
+    first = records[0]
+    begin = _moment(first)
+    told = first.data.get("plugins")
+    named = [str(name) for name in told] if isinstance(told, list) and first.type == "event.accepted" else []
+    plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named]))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
-    yield _fit(f"{printable(event_id)}  {records[0].time[:23].replace('T', ' ')} UTC", width)
-    yield _fit(f"  {_summary(records)}", width)
+    accepted = first.data if first.type == "event.accepted" else {}
+    what = f"  {_given(accepted, 'event')}" + _given(accepted, "subject", " of {}") if accepted else ""
+    yield from _wrap("", f"{printable(event_id)}{what}", width)
+    when = f"{first.time[:23].replace('T', ' ')} UTC"
+    yield Line(_fit(f"  accepted {when}{_given(accepted, 'by', ' by {}')}" if accepted else f"  {when}", width))
     for name, letter in letters.items():
-        yield _fit(f"  {letter}  {printable(name)}", width)
+        mine = [record for record in records if record.plugin == name]
+        text, bad = _verdict(mine, begin, event_id)
+        yield from _wrap(f"  {letter} ", f"{printable(name)}: {text}", width, hang=2, bad=bad)
     shared = False
     for record in records:
-        elapsed = (_moment(record) - begin) * 1000
         among = record.event_id is None and event_id in record.data.get("event_ids", ())
         shared |= among
-        lead = f"{elapsed:+9.1f} {letters.get(record.plugin or '', ' ')}{'*' if among else ' '}"
-        yield from _wrap(lead, f"{printable(record.type.replace('event.', '', 1)):<{_WHAT}} {_details(record)}", width)
+        lead = f"{'+' + _span(max(0.0, _moment(record) - begin)):>10} "
+        lead += f"{letters.get(record.plugin or '', ' ')}{'*' if among else ' '}"
+        text = f"{printable(record.type.removeprefix('event.')):<{_WHAT}} {_details(record)}"
+        yield from _wrap(lead, text, width, bad=record.type.endswith(_BAD))
     if shared:
-        yield "* several events were in flight: this one or another of them"
+        yield Line("* several events were in flight: this one or another of them")
 
 
 def _moment(record: Record) -> float:
     return datetime.fromisoformat(record.time).timestamp()
 
 
-def _summary(records: list[Record]) -> str:
-    outcomes = [str(r.data.get("outcome")) for r in records if r.type == "event.response"]
-    denied = sum(r.type.endswith(".denied") for r in records)
-    text = f"{len(outcomes)} attempts, last {value_text(outcomes[-1], 20)}" if outcomes else "no response yet"
-    if len(outcomes) == 1:
-        text = f"1 attempt, {value_text(outcomes[0], 20)}"
-    return f"{text}, {denied} denied" if denied else text
+def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, bool]:
+    """How it stands with one plugin, in a few words, and whether that is bad."""
+    sent = sum(r.type == "event.dispatched" for r in records)
+    ends = ("event.response", "event.dead", "event.quarantined", "event.replayed", "event.dispatched")
+    last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
+    bad = False
+    if last is None:
+        text = "not sent yet"
+    elif last.type == "event.dispatched":
+        text = f"attempt {sent} is under way or was cut short"
+    elif last.type == "event.replayed":
+        text = "queued again"
+    elif last.type != "event.response":
+        bad = True
+        told = _said(last.data, "reason")
+        text = ("quarantined: " if last.type.endswith("quarantined") else "given up: ") + told
+    elif last.data.get("outcome") in ("ok", "skipped"):
+        which = "at the first attempt" if sent == 1 else f"at attempt {sent}"
+        text = f"{last.data['outcome']} {which}, {_span(max(0.0, _moment(last) - begin))} after"
+    else:
+        bad = True
+        text = f"{_attempts(sent)} failed, the last {_given(last.data, 'outcome', limit=20)}; to be tried again"
+    denied: Counter[str] = Counter()
+    for record in records:
+        if record.type in _DENIED:
+            count = record.data.get("count", 1)
+            denied[_DENIED[record.type]] += count if isinstance(count, int) else 1
+    if denied:
+        listed = _listed(*(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in denied.items()))
+        return f"{text}; {listed} denied", True
+    return text, bad
 
 
 def _details(record: Record) -> str:
     tell = _TELL.get(record.type)
     if tell is not None:
         return tell(record.data)
-    names = _FIELDS.get(record.type) or tuple(k for k in record.data if k not in ("event_ids", "delivery_ids"))
     return " ".join(
-        f"{printable(str(name))}={value_text(record.data[name], 120)}"
-        for name in names
-        if record.data.get(name) is not None
+        f"{printable(str(name))}={value_text(value, 120)}"
+        for name, value in record.data.items()
+        if value is not None and name not in ("event_ids", "delivery_ids")
     )
 
 
-def _wrap(lead: str, text: str, columns: int) -> Iterator[str]:
-    """Break at spaces; what follows is indented to the second column."""
-    width, words = columns - len(lead) - 1, text.split(" ")
-    line = words[0]
-    for word in words[1:]:
-        if len(line) + 1 + len(word) > width and line.strip():
-            yield _fit(f"{lead} {line}", columns)
-            lead, line = " " * len(lead), " " * (_WHAT + 1) + word
-        else:
-            line += f" {word}"
-    yield _fit(f"{lead} {line}", columns)
+def _wrap(lead: str, text: str, columns: int, *, hang: int = _WHAT + 1, bad: bool = False) -> Iterator[Line]:
+    """Break at spaces, and within what is too long for a line; what follows is indented below the details."""
+    width, line = columns - len(lead) - 1, ""
+    space = f"{lead} " if lead else ""
+    for word in text.split(" "):
+        if line.strip() and len(line) + 1 + len(word) > width and len(word) <= width - hang:
+            yield Line(f"{space}{line}".rstrip(), bad)
+            space, line = " " * len(space), " " * (hang - 1)
+        line = f"{line} {word}" if line else word
+        while len(line) > width:
+            yield Line(f"{space}{line[:width]}".rstrip(), bad)
+            space, line = " " * len(space), " " * hang + line[width:]
+    yield Line(f"{space}{line}".rstrip(), bad)
 
 
 def _fit(line: str, width: int) -> str:

@@ -88,8 +88,8 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
         records = [json.loads(line) for line, _ in found]
         click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
         return
-    for text in tell(event_id, [record for _, record in found], _width()):
-        click.echo(text)
+    for line in tell(event_id, [record for _, record in found], _width()):
+        click.echo(click.style(line.text, fg="red") if line.bad else line.text)
 
 
 @audit.command(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
+
+from isolator.audit.record import Record
+from isolator.audit.story import tell
 from isolator.audit.text import printable
 from isolator.errors import NotFoundError
 from tests.audit.conftest import Daemon
@@ -84,12 +89,16 @@ async def test_story(daemon: Daemon) -> None:
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert all(len(line) <= 80 and printable(line) == line and line.isascii() for line in lines)
-    told = [m[1] for line in lines if (m := re.match(r" *\+\d+\.\d [AB ][* ] ([a-z.]+)", line))]
+    told = [m[1] for line in lines if (m := re.match(r" *\+\d+\.\d (?:ms|s) [AB ][* ] ([a-z.]+)", line))]
     assert told == [
         "accepted", "plugin.started", "dispatched", "dispatched", "net.query", "net.connect", "net.denied",
         "net.denied", "syscall.denied", "response", "net.closed",
     ]  # fmt: skip
+    assert lines[0] == "evt-1  deploy.completed of project-7"
     text = " ".join(result.output.split())
+    verdict = r" A slack-deploy-notifier: ok at the first attempt, [\d.]+ ms after; 1 connection, 3 calls denied"
+    assert re.search(verdict, text)
+    assert " B google-indexer: attempt 1 is under way or was cut short; 1 connection denied" in text
     assert "ok, after 84.2 ms" in text
     assert "B* net.denied" in text and "several events were in flight" in text
     assert "always-blocked" in text
@@ -102,3 +111,53 @@ async def test_story_as_json_and_of_nothing(daemon: Daemon) -> None:
     assert story["event_id"] == "evt-1"
     assert len(story["records"]) == 11
     assert isinstance(run(daemon, "story", "evt-9").exception, NotFoundError)
+
+
+def told(*happened: tuple[float, str, str | None, dict[str, Any]]) -> list[str]:
+    """The story of e1 made of: seconds since it was accepted, type, plugin, data."""
+    begin = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    records = [
+        Record(
+            number, (begin + timedelta(seconds=after)).strftime("%Y-%m-%dT%H:%M:%S.%fZ"), type, "host", plugin, None,
+            "e1", None, data, "", "", {},
+        )
+        for number, (after, type, plugin, data) in enumerate(happened, 1)
+    ]  # fmt: skip
+    return [line.text for line in tell("e1", records)]
+
+
+ACCEPTED = (0.0, "event.accepted", None, {"event": "deploy.failed", "subject": "p1", "plugins": ["one"], "by": "uid:0"})
+
+
+@pytest.mark.parametrize(
+    ("happened", "verdict"),
+    [
+        ([], "one: not sent yet"),
+        ([(0.5, "event.dispatched", "one", {})], "one: attempt 1 is under way or was cut short"),
+        (
+            [(0.5, "event.dispatched", "one", {}), (0.6, "event.response", "one", {"outcome": "unknown"})],
+            "one: 1 attempt failed, the last unknown; to be tried again",
+        ),
+        (
+            [(1, "event.dispatched", "one", {}), (5000, "event.dispatched", "one", {}),
+             (5001, "event.response", "one", {"outcome": "ok"})],
+            "one: ok at attempt 2, 83.3 min after",
+        ),
+        ([(9, "event.dead", "one", {"reason": "expired", "attempts": 0})], "one: given up: expired"),
+        ([(9, "event.dead", "one", {"reason": 'x "y', "attempts": 1})], 'one: given up: "x \\"y"'),
+        ([(9, "event.quarantined", "one", {"reason": "crashed twice"})], "one: quarantined: crashed twice"),
+        ([(8, "event.dead", "one", {}), (9, "event.replayed", "one", {"by": "uid:0"})], "one: queued again"),
+    ],
+)  # fmt: skip
+def test_how_it_ended_comes_first(happened: list[tuple[float, str, str, dict[str, Any]]], verdict: str) -> None:
+    lines = told(ACCEPTED, *happened)
+    assert lines[:2] == ["e1  deploy.failed of p1", "  accepted 2026-01-02 03:04:05.000 UTC by uid:0"]
+    assert lines[2] == f"  A  {verdict}"
+
+
+def test_what_is_long_is_broken_and_nothing_of_it_lost() -> None:
+    name = ".".join(["x" * 60] * 4)
+    lines = told(ACCEPTED, (90000, "net.query", "one", {"name": name, "type": "A", "verdict": "denied"}))
+    assert all(len(line) <= 80 for line in lines)
+    assert name in "".join(line.strip() for line in lines)
+    assert any(line.lstrip().startswith("+25.0 h A  net.query") for line in lines)

@@ -1,7 +1,7 @@
 """A whole daemon and its plugins live through everything there is to record; each record says what it has to.
 
-``FIELDS`` is the table of the documentation: by type, what ``data`` holds. What plugins write on the way is made to look
-like something else: it comes out of the files and of every command as text, on a line of its own record.
+``FIELDS`` is the table of the documentation: by type, what ``data`` holds. What plugins write on the way is made to
+look like something else: it comes out of the files and of every command as text, on a line of its own record.
 """
 
 from __future__ import annotations
