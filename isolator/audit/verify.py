@@ -117,7 +117,7 @@ class Verifier:
 
     def _file(self, path: Path, *, last: bool) -> None:
         sha256 = hashlib.sha256
-        name, number = path.name, 0
+        name, number, line = path.name, 0, b""
         seq, prev = self._seq, self._prev
         with path.open("rb", buffering=1 << 20) as file:
             for number, raw in enumerate(file, 1):
@@ -146,7 +146,7 @@ class Verifier:
                     self._special(seq, line, digest)
                 if number % 4096 == 1:
                     self.report.last_time = _time_of(line)
-            if self.report.records and number:
+            if self.report.records and line:
                 self.report.last_time = _time_of(line)
         self._seq, self._prev = seq, prev
 

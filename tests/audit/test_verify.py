@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,17 +33,27 @@ class Written:
         self.write(count)
 
     def write(self, count: int) -> None:
-        """Open the trail, add ``count`` records, close it."""
+        """Add ``count`` records."""
+        numbers = range(self._number, self._number + count)
+        self._add(Incoming(TIME, "event.accepted", event_id=f"e{n}", data={"number": n}) for n in numbers)
+        self._number += count
+
+    def append(self, record: Incoming) -> None:
+        """Add this record and a seal over it."""
+        self._add([record], sealed=True)
+
+    def _add(self, records: Iterable[Incoming], *, sealed: bool = False) -> None:
         trail = Trail(self.log, self.lib, self._limits)
         state, signer = trail.open()
         chain = Chain(state, signer, self._limits)
-        for number in range(self._number, self._number + count):
-            chain.append(Incoming(TIME, "event.accepted", event_id=f"e{number}", data={"number": number}))
+        for number, record in enumerate(records, self._number):
+            chain.append(record)
             if number % 7 == 0:
                 trail.commit(chain.take())
+        if sealed:
+            chain.seal(TIME)
         trail.commit(chain.take())
         trail.close()
-        self._number += count
         self.head = (trail.seq, chain.hash)
 
     @property
@@ -189,6 +199,91 @@ def test_no_change_of_what_is_sealed_goes_unseen(written: Written, data: st.Data
     # Never before the change; an edit that was chained again shows at the next seal at the latest.
     where = report.misfits[0].line - 1
     assert first <= where <= first + SEAL + 1 + inserted
+
+
+@pytest.fixture(scope="module")
+def several() -> Iterator[Written]:
+    with tempfile.TemporaryDirectory() as name:
+        made = Written(Path(name), 100, Limits(seal_records=SEAL, rotate_size=6000))
+        assert len(files.rotated(made.log)) >= 4
+        yield made
+
+
+WHOLE_FILES = st.sampled_from("remove exchange copy-over cut shorten append older edit drop-line".split())
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_change_of_several_files_goes_unseen(several: Written, data: st.DataObject) -> None:
+    """Files removed, exchanged, cut, replaced by an older state or edited: found without an anchor, unless what is
+    left is how the trail once was; and with one always."""
+    originals = [(path.name, path.read_bytes()) for path in files.trail(several.log)]
+    contents = dict(originals)
+
+    def draw(most: int) -> int:
+        return data.draw(st.integers(0, most))
+
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(sorted(contents)))
+        content = contents[name]
+        match data.draw(WHOLE_FILES):
+            case "remove" if len(contents) > 1:
+                del contents[name]
+            case "exchange":
+                other = data.draw(st.sampled_from(sorted(contents)))
+                contents[name], contents[other] = contents[other], content
+            case "copy-over":
+                contents[name] = data.draw(st.sampled_from(originals))[1]
+            case "cut":
+                contents[name] = content[: draw(len(content))]
+            case "shorten":
+                contents[name] = content[draw(len(content)) :]
+            case "append":
+                contents[name] += data.draw(st.sampled_from(originals))[1][: draw(2000)]
+            case "older":
+                lines = content.splitlines(keepends=True)
+                contents[name] = b"".join(lines[: draw(len(lines))])
+            case "edit" if content:
+                at = draw(len(content) - 1)
+                contents[name] = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+            case "drop-line" if content:
+                lines = content.splitlines(keepends=True)
+                del lines[draw(len(lines) - 1)]
+                contents[name] = b"".join(lines)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place)
+        for name, content in contents.items():
+            (copy / name).write_bytes(content)
+        keys = load_public(several.log / "public.pem")
+        found = verify(files.trail(copy), keys)
+        anchored = verify(files.trail(copy), keys, dict([several.head]))
+        now = b"".join(path.read_bytes() for path in files.trail(copy))
+    before = b"".join(content for _, content in originals)
+    if now == before:
+        assert not found.misfits and not anchored.misfits
+        return
+    rest = now[len(before) :] if now.startswith(before) else None
+    assert anchored.misfits or (rest is not None and anchored.torn == len(rest)), "an anchor did not help"
+    finished = now[: now.rfind(b"\n") + 1]
+    if not before.startswith(finished):
+        assert found.misfits
+    elif not found.misfits:
+        assert found.torn == len(now) - len(finished)
+
+
+def test_nobody_but_the_writer_explains_missing_files(tmp_path: Path) -> None:
+    """A host or broker that was taken over says that the files which are gone were retired; the writer seals it."""
+    for origin, accepted in (("audit", True), ("host:5f2a9c10:42", False), ("supervisor:5f2a9c10:42", False)):
+        written = Written(tmp_path / origin[:4], 100, Limits(seal_records=SEAL, rotate_size=6000))
+        gone = files.rotated(written.log)[0]
+        after = files.first_line(files.rotated(written.log)[1])
+        to = (files.seq_of(after) or 0) - 1
+        data = {"why": "retention", "count": to, "from": 1, "to": to, "hash": files.prev_of(after)}
+        written.append(Incoming(TIME, "audit.gap", data=data, origin=origin))
+        gone.unlink()
+        report = written.verify()
+        assert (report.misfits == []) is accepted, origin
+        assert report.retired == (to if accepted else 0)
 
 
 TEXT = st.text(st.characters(codec=None, categories=None), max_size=40)
