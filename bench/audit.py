@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +33,7 @@ from isolator.paths import Paths
 
 BATCH = 2000
 SYNCED = 100
+LONG = 1_000_000
 _DATA: dict[str, Any] = {
     "name": "hooks.slack.com",
     "address": "198.51.100.4",
@@ -69,6 +70,13 @@ class Writer:
         theirs.close()
         self._client = AuditClient(mine)
 
+    def source(self, name: str) -> socket.socket:
+        """The sending end of another source."""
+        mine, theirs = ipc.pair()
+        self._runner.run(self._channel.call("source", name=name, fds=[theirs.fileno()], timeout=30))
+        theirs.close()
+        return mine
+
     def send(self, count: int = BATCH) -> None:
         """Hand over ``count`` records and wait until all are durable."""
         self._runner.run(self._send(count))
@@ -101,21 +109,90 @@ class Writer:
         self.process.wait(60)
 
 
+FOLLOWERS = 10
+"""Of each kind: in the files, and on the control socket."""
+_BY_FILE = """
+import signal, sys
+from pathlib import Path
+from isolator.audit.reader import Follower
+followers = [Follower(Path(sys.argv[1]), 0, block=1 << 16) for _ in range(int(sys.argv[2]))]
+for follower in followers:
+    follower.available(1)
+print("following", flush=True)
+if sys.argv[3] == "stalled":
+    signal.pause()
+while True:
+    for follower in followers:
+        while follower.available():
+            pass
+    followers[0].wait()
+"""
+_SERVER = """
+import asyncio, os, socket, sys
+from pathlib import Path
+from host.control import ControlServer
+from host.trail import TrailStreams
+from isolator.audit.client import AuditClient
+async def main():
+    audit = AuditClient(socket.socket(fileno=int(sys.argv[1])))
+    streams = TrailStreams(Path(sys.argv[2]), audit)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[3])
+    listener.listen(64)
+    await ControlServer(streams.table(), lambda uid: "operator", lambda *_, **__: None).start(listener)
+    print("serving", flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+_BY_SOCKET = """
+import json, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sock.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "audit.follow", "params": {"after": 0}}).encode() + b"\\n")
+print("following", flush=True)
+while sock.recv(1 << 18):
+    pass
+"""
+
+
 @contextlib.contextmanager
-def followed(writer: Writer) -> Iterator[None]:
-    """A follower that has stopped reading, as far behind as can be."""
-    code = "import sys; from isolator.audit.reader import Follower; from pathlib import Path\n"
-    code += "f = Follower(Path(sys.argv[1]), 0)\nf.available()\nprint('following', flush=True)\nf.wait(3600)"
+def _started(code: str, *words: str, fds: tuple[int, ...] = ()) -> Iterator[None]:
+    """A process that runs ``code`` and has printed its first line."""
     environment = {**os.environ, "PYTHONPATH": str(Path(isolator.__file__).parents[1])}
-    command = [sys.executable, "-c", code, str(writer.paths.audit_log)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as follower:
-        assert follower.stdout is not None
-        follower.stdout.readline()
-        follower.send_signal(signal.SIGSTOP)
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, pass_fds=fds) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         try:
             yield
         finally:
-            follower.kill()
+            process.kill()
+
+
+@contextlib.contextmanager
+def followed(writer: Writer, *, stalled: bool) -> Iterator[None]:
+    """Followers of the files that have stopped reading, as far behind as can be; or one that keeps up."""
+    count = FOLLOWERS if stalled else 1
+    with _started(_BY_FILE, str(writer.paths.audit_log), str(count), "stalled" if stalled else "reading"):
+        yield
+
+
+@contextlib.contextmanager
+def streamed(writer: Writer, place: Path, *, stalled: bool) -> Iterator[None]:
+    """The same over a control socket, served by the host's own code in a process of its own."""
+    end, log = writer.source("host"), str(writer.paths.audit_log)
+    path = str(place / "control.sock")
+    with contextlib.ExitStack() as stack:
+        stack.callback(end.close)
+        stack.enter_context(_started(_SERVER, str(end.fileno()), log, path, fds=(end.fileno(),)))
+        if not stalled:
+            stack.enter_context(_started(_BY_SOCKET, path))
+        for _ in range(FOLLOWERS if stalled else 0):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(path)
+            sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"audit.follow","params":{"after":0}}\n')
+            sock.recv(1)
+        yield
 
 
 def plain(path: Path, count: int, *, every: bool) -> None:
@@ -161,7 +238,8 @@ def reading(directory: Path) -> list[str]:
         count = sum(1 for _ in reader.query(directory, wanted))
         seconds = time.perf_counter() - began
         notes.append(
-            f"query with conditions {what}: {seconds / report.records * 1e6:.1f} s per million ({count:,} found)"
+            f"query over {report.records:,} records in {len(paths)} files with conditions {what}: {seconds:.1f} s "
+            f"({count:,} found)"
         )
     return notes
 
@@ -171,30 +249,41 @@ def measure(rounds: int) -> Report:
     rounds = min(rounds, 60)
     with tempfile.TemporaryDirectory(prefix="isolator-bench-") as folder:
         place = Path(folder)
-        writer, watched = Writer(place / "one"), Writer(place / "two")
+        names = ("alone", "files", "socket", "file", "stream")
+        writers = [Writer(place / name) for name in names]
+        writer, files_stalled, socket_stalled, file_read, socket_read = writers
+        for one in writers:
+            one.send(20 * BATCH)  # enough for any follower to be behind
         try:
-            with followed(watched):
+            with (
+                followed(files_stalled, stalled=True),
+                streamed(socket_stalled, place / "socket", stalled=True),
+                followed(file_read, stalled=False),
+                streamed(socket_read, place / "stream", stalled=False),
+            ):
                 series = interleave(
                     [
                         Contender("JSON lines, one fsync", "durable", lambda: plain(place / "p", BATCH, every=False)),
                         Contender("JSON lines, fsync each", "durable", lambda: plain(place / "e", SYNCED, every=True)),
                         Contender("isolator", "chain, seals, cause, durable", writer.send),
-                        Contender("isolator, stalled follower", "the same, watched", watched.send),
+                        Contender(f"isolator, {FOLLOWERS} stalled in files", "the same, followed", files_stalled.send),
+                        Contender(f"isolator, {FOLLOWERS} stalled on the socket", "the same", socket_stalled.send),
+                        Contender("isolator, one reads the files", "the same", file_read.send),
+                        Contender("isolator, one reads the socket", "the same", socket_read.send),
                     ],
                     rounds,
                 )
             before, used, memory = time.perf_counter(), writer.processor_time(), writer.memory()
-            long = 100 * BATCH
-            writer.send(long)
+            writer.send(LONG)
             seconds = time.perf_counter() - before
             notes = [
-                f"a stream of {long:,} records: {long / seconds:,.0f} records/s durable and acknowledged, writer "
-                f"{(writer.processor_time() - used) / long * 1e6:.0f} µs of processor a record, "
+                f"a stream of {LONG:,} records: {LONG / seconds:,.0f} records/s durable and acknowledged, writer "
+                f"{(writer.processor_time() - used) / LONG * 1e6:.0f} µs of processor a record, "
                 f"{memory:.0f} MiB before and {writer.memory():.0f} MiB after"
             ]
         finally:
-            writer.stop()
-            watched.stop()
+            for one in writers:
+                one.stop()
         notes += reading(writer.paths.audit_log)
     scaled = tuple(
         Series(one.name, one.builds, one.unit, tuple(s * BATCH / SYNCED for s in one.samples))
@@ -206,6 +295,6 @@ def measure(rounds: int) -> Report:
         name="audit",
         title=f"Recording {BATCH:,} facts until all are durable",
         series=tuple(sorted(scaled, key=lambda one: one.median)),
-        baselines=("JSON lines, one fsync",),
+        baselines=("JSON lines, one fsync", "isolator"),
         notes=tuple(notes),
     )
