@@ -145,10 +145,10 @@ async def main():
 asyncio.run(main())
 """
 _BY_SOCKET = """
-import json, socket, sys
+import socket, sys
 sock = socket.socket(socket.AF_UNIX)
 sock.connect(sys.argv[1])
-sock.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "audit.follow", "params": {"after": 0}}).encode() + b"\\n")
+sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"audit.follow","params":{"after":0}}\\n')
 print("following", flush=True)
 while sock.recv(1 << 18):
     pass
