@@ -40,7 +40,8 @@ class Caller:
     role: str | None
     notify: Callable[[str, Mapping[str, Any]], None]
     narrow: Callable[[int], None]
-    close: Callable[[], None]
+    cut: Callable[[], None]
+    """Ends the connection at once; what waits for the caller to read it is dropped."""
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
@@ -123,7 +124,7 @@ class _Connection(LineProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         pid, uid, _ = peer_of(transport.get_extra_info("socket"))
-        self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self.close)
+        self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self._cut)
         self._caller.drained.set()
         if not self._server.opened(self):
             self._answer(None, error=IsolatorError("control socket", "too many connections", "close some"))
@@ -201,6 +202,10 @@ class _Connection(LineProtocol):
             error = IsolatorError("event", f"{type(error).__name__}: {error}", "please report it")
         self._answer(number, result=result, error=error)
         self._closed_one()
+
+    def _cut(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
     def _narrow(self, size: int) -> None:
         if self.transport is not None:

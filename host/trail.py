@@ -136,7 +136,7 @@ class _Stream:
                 except OSError as error:
                     self._let_go()
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOSPC):
-                        return self._caller.close()
+                        return self._caller.cut()
                     await asyncio.sleep(_RETRY)  # its disk is in trouble, and the writer will tell
                     continue
                 if lines:
@@ -144,7 +144,7 @@ class _Stream:
                 else:
                     await self._news()
         except TimeoutError:
-            self._caller.close()
+            self._caller.cut()
         finally:
             self._let_go()
 

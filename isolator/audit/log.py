@@ -220,7 +220,10 @@ class Trail:
         return fd
 
     def _open_head(self) -> None:
-        head = os.open(self._lib / HEAD_NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        path = self._lib / HEAD_NAME
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            self._set_aside(path)
+        head = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         if self._head >= 0:
             os.close(self._head)
         self._head = head

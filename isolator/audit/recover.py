@@ -59,6 +59,8 @@ class State:
 
 def read_head(path: Path) -> Head | None:
     """The writer's note of its last record; None when it is missing or unreadable as such."""
+    if path.is_symlink() or not path.is_file():
+        return None
     try:
         value = json.loads(path.read_bytes())
         seq, digest = value["seq"], value["hash"]

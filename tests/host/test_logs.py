@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import time
 from pathlib import Path
 
+from host.logs import Logs
 from tests.host import scripts
 from tests.host.supervisor_double import Daemon
 
@@ -72,3 +75,20 @@ async def test_the_last_words_of_a_crash_are_shown(daemon: Daemon) -> None:
     await daemon.poll(lambda: _lines(daemon, "crasher"))
     shown = await daemon.ask("plugin.show", name="crasher")
     assert shown["stderr"] == ["cannot find key.json"]
+
+
+async def test_last_words_are_those_of_the_run_and_wait_for_the_end_of_its_pipe(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, lambda name: lambda text: text.replace("secret", "[x]"))
+    for run, words in (("r1", b"of another run\n"), ("r2", b"a secret\n" + b"b\n" * 9 + b"unfinished")):
+        reading, writing = os.pipe()
+        silent, done = os.pipe()
+        os.close(done)
+        logs.attach("p", run, silent, reading)
+        asked = asyncio.create_task(logs.last_words("p", run))
+        await asyncio.sleep(0.01)
+        assert not asked.done()
+        os.write(writing, words)
+        os.close(writing)
+        told = await asked
+        assert told == ["of another run"] if run == "r1" else told == ["b"] * 4 + ["unfinished"]
+    logs.close()

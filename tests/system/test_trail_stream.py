@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,7 +67,7 @@ def follow(d: Daemon, upto: int, **where: int) -> list[str]:
     return asyncio.run(asyncio.wait_for(work(), seconds(60)))
 
 
-def test_every_line_as_it_is_written_over_rotations(d: Daemon) -> None:
+def test_every_line_as_it_is_written_over_rotations(d: Daemon, tmp_path: Path) -> None:
     first = len(written(d))
 
     async def work() -> list[str]:
@@ -93,6 +94,18 @@ def test_every_line_as_it_is_written_over_rotations(d: Daemon) -> None:
     assert len(files.rotated(d.root / "var/log/isolator/audit")) > rotated + 1
     assert lines == written(d)[first : first + len(lines)]
     assert len(lines) > 1200
+    # What another machine has kept verifies there, and so does what completes it.
+    copy, key = tmp_path / "copy.jsonl", d.root / "var/log/isolator/audit/public.pem"
+    copy.write_text("".join(f"{line}\n" for line in lines))
+    completed = d.cli("audit", "tail", "--after", str(first + len(lines)), "--json").stdout
+    with copy.open("a") as file:
+        file.write(completed)
+    verdict = d.json("audit", "verify", str(copy), "--key", str(key))
+    assert verdict["records"] >= len(lines) and verdict["first"] == first + 1 and verdict["seals"]
+    d.cli("audit", "verify", str(copy), "--key", str(key), "--anchor", f"{verdict['seal']}:{verdict['seal_hash']}")
+    script = Path(__file__).resolve().parents[2] / "docs/verify.pl"
+    if shutil.which("perl"):
+        subprocess.run(["perl", str(script), str(key), str(copy)], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_it_begins_where_it_is_asked_to(d: Daemon) -> None:

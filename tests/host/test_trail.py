@@ -1,0 +1,98 @@
+"""Streams of the trail that cannot be tried on a whole daemon: who reads nothing for too long, who goes away early."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from host import trail
+from host.control import ControlServer
+from host.trail import TrailStreams
+from isolator import ipc
+from isolator.audit.client import AuditClient
+from isolator.audit.log import Limits
+from tests.audit.test_verify import Written
+from tests.patience import seconds
+
+
+@pytest.fixture
+async def streams(tmp_path: Path) -> AsyncIterator[TrailStreams]:
+    """A control socket beside a trail of some megabytes."""
+    written = Written(tmp_path, 8000, Limits())
+    ours, theirs = ipc.pair()
+    audit = AuditClient(theirs)
+    made = TrailStreams(written.log, audit)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "control.sock"))
+    listener.listen()
+    server = ControlServer(made.table(), lambda uid: "viewer", lambda *_, **__: None)
+    await server.start(listener)
+    yield made
+    await server.close()
+    made.close()
+    audit.close()
+    ours.close()
+
+
+async def asked(place: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that asked for everything and reads only what it must."""
+    reader, writer = await asyncio.open_unix_connection(str(place / "control.sock"), limit=4096)
+    writer.write(b'{"jsonrpc":"2.0","id":1,"method":"audit.follow","params":{"after":0}}\n')
+    return reader, writer
+
+
+def held(place: Path) -> list[str]:
+    """The files of the trail, and its watches, that this process has open."""
+    names = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    return [name for name in names if name.startswith(str(place / "log")) or "inotify" in name]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that tells nobody when it changes."""
+    end = asyncio.get_running_loop().time() + seconds(20)
+    while not condition() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert condition()
+
+
+async def test_who_reads_nothing_for_long_is_cut_off(
+    streams: TrailStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trail, "STALLED", 0.2)
+    reader, writer = await asked(tmp_path)
+    assert json.loads(await reader.readline())["result"]["after"] == 0
+    await until(lambda: not streams._streams)
+    with contextlib.suppress(ConnectionError):
+        rest = await reader.read(-1)
+        assert rest and b'"seq\\":8000' not in rest
+    writer.close()
+
+
+async def test_who_goes_away_leaves_nothing_open(streams: TrailStreams, tmp_path: Path) -> None:
+    connections = [await asked(tmp_path) for _ in range(10)]
+    await until(lambda: len(streams._streams) == 10)
+    for _, writer in connections:
+        writer.transport.abort()
+    await until(lambda: not streams._streams and not held(tmp_path))
+
+
+async def test_what_is_no_number_is_refused(streams: TrailStreams, tmp_path: Path) -> None:
+    for params in ({"after": -1}, {"after": "x"}, {"lines": 1.5e9}, {"after": None}):
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "control.sock"))
+        request = {"jsonrpc": "2.0", "id": 1, "method": "audit.follow", "params": params}
+        writer.write(json.dumps(request).encode() + b"\n")
+        assert json.loads(await reader.readline())["error"]["data"]["code"] == "usage"
+        writer.close()
+    assert not streams._streams
