@@ -58,10 +58,7 @@ _OWN: dict[str, tuple[str, ...]] = {
         "config.",
         "secret.",
         "control.",
-        "channel.",
         "plugin.health",
-        "plugin.log",
-        "plugin.protocol",
         "audit.gap",
     ),
 }

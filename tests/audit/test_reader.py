@@ -235,7 +235,7 @@ async def test_a_terminal_gets_nothing_but_visible_characters(daemon: Daemon) ->
     await daemon.start()
     host = await daemon.source("host")
     nasty = "\x1b]0;x\x07\x1b[31m\u202etxt.exe\u2066\u200b\u3164\x9b2J\r\nforged seq=1 type=\u05d0\x7f"
-    host.record("plugin.log", plugin=nasty, event_id=nasty, text=nasty, **{nasty: [nasty, {"a": nasty}]})
+    host.record("plugin.health", plugin=nasty, event_id=nasty, text=nasty, **{nasty: [nasty, {"a": nasty}]})
     await settled(host)
     await daemon.stop()
     for command in (["tail"], ["query"], ["story", nasty]):

@@ -55,20 +55,49 @@ async def test_the_files_belong_to_the_writer_and_the_key_to_it_alone(daemon: Da
     assert (daemon.paths.audit_log / "public.pem").stat().st_mode & 0o777 == 0o644
 
 
-async def test_a_source_speaks_only_for_itself(daemon: Daemon) -> None:
+SUPERVISORS = [
+    *(f"plugin.{what}" for what in ("added", "approved", "removed", "started", "stopped", "crashed", "failed")),
+    "host.started", "host.stopped", "resources", "syscall.denied", "fs.denied", "audit.seal",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "own", "foreign"),
+    [
+        ("broker", "net.query", [*SUPERVISORS, "event.response", "api.called", "control.called", "plugin.health"]),
+        ("host", "event.accepted", [*SUPERVISORS, "net.connect", "net.denied", "plugin.health.x"]),
+        ("supervisor", "plugin.started", ["audit.seal", "audit.other"]),
+    ],
+)
+async def test_a_source_speaks_only_for_itself(daemon: Daemon, source: str, own: str, foreign: list[str]) -> None:
+    """Whatever it claims to be: its own name in the record is not its to say, and what is refused leaves a trace."""
     await daemon.start()
-    broker = await daemon.source("broker")
-    broker.record("net.query", plugin="a", name="example.com")
-    broker.record("plugin.started", plugin="a", pid=1)
-    broker.record("audit.seal", signature="00")
-    broker.record("event.response", plugin="a", outcome="ok")
-    await settled(broker)
+    client = await daemon.source(source)
+    client.record(own, plugin="a", origin="supervisor:00000000:1")
+    for type in foreign:
+        client.record(type, plugin="a", pid=1, origin="supervisor:00000000:1", signature="00")
+    await settled(client)
     await daemon.stop()
-    assert [r["type"] for r in daemon.records()] == ["net.query", "audit.gap", "audit.gap", "audit.gap", "audit.seal"]
+    records = daemon.records()
+    assert [r["type"] for r in records] == [own, *["audit.gap"] * len(foreign), "audit.seal"]
     assert [g["data"]["why"] for g in daemon.of_type("audit.gap")] == [
-        f"refused: the broker may not send {t}" for t in ("plugin.started", "audit.seal", "event.response")
+        f"refused: the {source} may not send {type}" for type in foreign
     ]
+    assert {r["origin"].partition(":")[0] for r in records} == {source, "audit"}
     assert not check(daemon).misfits
+
+
+async def test_what_is_too_long_for_a_record_is_told(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    host.record("event.response", plugin="p", response="x" * (1 << 20))
+    host.record("event.response", plugin="p", response="x" * 100_000)
+    await settled(host)
+    await daemon.stop()
+    (gap,) = daemon.of_type("audit.gap")
+    assert gap["data"]["count"] == 1 and "too long for a record" in gap["data"]["why"]
+    (kept,) = daemon.of_type("event.response")
+    assert kept["cut"]["data.response"]["bytes"] == 100_000
 
 
 async def test_lines_that_are_no_records_are_counted_and_the_source_goes_on(daemon: Daemon) -> None:
@@ -104,13 +133,13 @@ async def test_text_of_plugins_is_capped_escaped_and_one_string(daemon: Daemon) 
     await daemon.start()
     host = await daemon.source("host")
     nasty = '\x1b[2J\x7f\u202e\u200b\ud800"\n{"seq":99,"hash":"0"}\r\u2028é'
-    host.record("plugin.log", plugin="p", text=nasty, long="ü" * 5000, inner=["x" * 5000])
+    host.record("plugin.health", plugin="p", text=nasty, long="ü" * 5000, inner=["x" * 5000])
     await settled(host)
     await daemon.stop()
     raw = daemon.paths.audit_file.read_bytes()
     assert all(32 <= byte < 127 or byte == 10 for byte in raw)
     assert raw.count(b"\n") == 2
-    record = daemon.of_type("plugin.log")[0]
+    record = daemon.of_type("plugin.health")[0]
     assert record["data"]["text"] == nasty.replace("\ud800", "\ufffd")
     assert len(record["data"]["long"].encode()) <= 4096
     assert record["cut"]["data.long"]["bytes"] == 10000

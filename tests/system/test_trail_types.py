@@ -187,9 +187,20 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     wait_for(lambda: [r for r in of(d, "config.changed") if r["data"]["names"] == ["policy"]])
     (policies / "changing.toml").write_text("[grant]\nnonsense = true\n")
     wait_for(lambda: of(d, "plugin.rejected"))
+    wait_for(lambda: 'isolator_queue_depth{plugin="actor"} 0.0\n' in scrape(d))
+    (d.root / FIGURES).write_text(scrape(d))
     kill_9(d.service_pid("isolator.egress.service"))
     wait_for(lambda: [r for r in of(d, "audit.gap") if r["data"].get("source") == "broker"])
     return events
+
+
+FIGURES = "figures.txt"
+
+
+def scrape(d: Daemon) -> str:
+    """The figures for Prometheus."""
+    command = ["curl", "-s", "--unix-socket", str(d.root / "run/isolator/metrics.sock"), "http://isolator/metrics"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def of(d: Daemon, type: str, event_id: str | None = None) -> list[dict[str, Any]]:
@@ -262,6 +273,40 @@ def test_an_event_has_its_story(lived: Lived) -> None:
     assert types("api") >= delivered | {"api.called"}
     assert types("die") >= delivered | {"plugin.crashed", "plugin.started", "event.quarantined"}
     assert types("refuse") >= delivered | {"event.dead", "event.replayed"}
+
+
+def test_the_figures_tell_of_it(lived: Lived) -> None:
+    found = re.findall(r"^isolator_(\S+) (\S+)$", (lived[0].root / FIGURES).read_text(), re.MULTILINE)
+    figures = {name: float(value) for name, value in found}
+    for name, least in {
+        'plugin_total{plugin="actor",what="started"}': 3,
+        'plugin_total{plugin="actor",what="crashed"}': 2,
+        'plugin_restarts_total{plugin="actor"}': 2,
+        'plugin_running{plugin="actor"}': 1,
+        'events_accepted_total{event="deploy.completed"}': 7,
+        'deliveries_total{outcome="ok",plugin="actor"}': 5,
+        'deliveries_total{outcome="rejected",plugin="actor"}': 2,
+        'deliveries_total{outcome="unknown",plugin="actor"}': 2,
+        'delivery_seconds_bucket{le="10.0",plugin="actor"}': 9,
+        'queued_seconds_count{plugin="actor"}': 9,
+        'dead_letters_total{plugin="actor"}': 2,
+        'denied_total{plugin="actor",what="network"}': 1,
+        'denied_total{plugin="actor",what="syscall"}': 1,
+        'denied_total{plugin="actor",what="fs"}': 1,
+        'denied_total{plugin="actor",what="api"}': 1,
+        'network_total{plugin="actor",what="connect"}': 1,
+        'network_bytes_total{direction="out",plugin="actor"}': 1,
+        'network_bytes_total{direction="in",plugin="actor"}': 1,
+        'plugin_memory_bytes{plugin="actor"}': 1 << 20,
+        'plugin_memory_peak_bytes{plugin="actor"}': 1 << 20,
+        'plugin_cpu_microseconds{plugin="actor"}': 1,
+        'plugin_tasks{plugin="actor"}': 1,
+        'plugin_open_files{plugin="actor"}': 1,
+        "audit_seq": 100,
+        "audit_commit_seconds_count": 10,
+    }.items():
+        assert figures.get(name, -1) >= least, name
+    assert figures["audit_blocked"] == figures["audit_lost_records_total"] == 0
 
 
 def test_secrets_are_in_no_record(lived: Lived) -> None:
