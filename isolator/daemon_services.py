@@ -138,7 +138,7 @@ class DaemonServices:
 
     async def _audit_up(self, service: Service) -> None:
         assert service.channel is not None
-        await service.channel.call("hello", timeout=20, **self._hello())
+        answer = await service.channel.call("hello", timeout=20, **self._hello())
         self._audit.replace(socket.socket(fileno=self._audit_end("supervisor")))
         listener = self._metrics_listener()
         service.channel.notify("metrics", fds=[listener.fileno()])
@@ -151,6 +151,9 @@ class DaemonServices:
                 os.close(fd)
         if service.starts > 1:
             self._audit.record("audit.gap", count=0, why="the audit process ended and was started again")
+        elif answer.fields.get("ended") is False:
+            why = "the daemon before did not end by itself; what its processes had not handed over is lost"
+            self._audit.record("audit.gap", count=None, why=why)
 
     def _note_end(self, service: Service) -> None:
         """A sender that comes back: how many records the one before had made and not sent, nobody knows."""

@@ -55,6 +55,8 @@ class State:
     begun: float = 0.0
     """Unix time of the live file's first record."""
     newline_missing: bool = False
+    ended: bool = True
+    """Whether the last that was recorded is that the daemon had stopped; true of an empty trail."""
 
 
 def read_head(path: Path) -> Head | None:
@@ -106,6 +108,7 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[dict[str, A
         with contextlib.suppress(ValueError):
             state.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
     _collect_deliveries(state, data[: good - start])
+    state.ended = _ends_with_a_stop(data[: good - start])
     state.size = size
     rest = data[good - start :]
     if head is not None and (head.seq > state.seq or known.get(head.seq, head.hash) != head.hash):
@@ -171,6 +174,14 @@ def _collect_deliveries(state: State, data: bytes) -> None:
             record = parse(line)
             if record is not None:
                 state.deliveries.append(_replayed(record))
+
+
+def _ends_with_a_stop(data: bytes) -> bool:
+    for line in reversed(data.split(b"\n")):
+        record = parse(line)
+        if record is not None and not record.type.startswith("audit."):
+            return record.type == "host.stopped"
+    return True
 
 
 def _replayed(record: Record) -> Incoming:

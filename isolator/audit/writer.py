@@ -95,6 +95,8 @@ class Writer:
     def __init__(self, paths: Paths, limits: Limits) -> None:
         self.metrics = Metrics()
         self.blocked: str | None = None
+        self.ended = True
+        """Whether the trail that was taken up tells that the daemon before had stopped."""
         self._limits = limits
         self._trail = Trail(paths.audit_log, paths.audit_lib, limits)
         self._chain: Chain | None = None
@@ -285,6 +287,7 @@ class Writer:
                     return
                 continue
             self._chain = Chain(state, signer, self._limits)
+            self.ended = state.ended
             for delivery in state.deliveries:
                 self._causes.observe(delivery, time.monotonic_ns())
         self._take_notes()

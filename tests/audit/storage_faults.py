@@ -189,7 +189,28 @@ async def write_fails(daemon: Daemon) -> None:
     await injected(daemon, "write:error=ENOSPC:when=5+5")
 
 
-async def injected(daemon: Daemon, fault: str) -> None:
+async def slow_disk(daemon: Daemon) -> None:
+    """Two seconds for each fdatasync: nobody waits per record, nothing is blocked, what is acknowledged is there."""
+    host, tracer = await traced(daemon, "fdatasync:delay_enter=2000000")
+    try:
+        begun, sent = asyncio.get_running_loop().time(), 1
+        while asyncio.get_running_loop().time() - begun < 3:
+            host.record("event.accepted", number=sent)
+            sent += 1
+            assert host.blocked is None
+            await asyncio.sleep(0.005)
+        assert sent > 100 and 1 <= host.acked < sent, "the disk was not slow"
+        assert set(range(host.acked)) <= numbers_written(daemon)
+    finally:
+        tracer.terminate()
+        await tracer.wait()
+    await settled(host)
+    await daemon.stop()
+    complete(daemon, sent)
+
+
+async def traced(daemon: Daemon, fault: str) -> tuple[AuditClient, asyncio.subprocess.Process]:
+    """A writer that has written one record and is now traced, with a fault in some of its system calls."""
     await daemon.start()
     assert daemon.process is not None
     host = await daemon.source("host")
@@ -199,6 +220,11 @@ async def injected(daemon: Daemon, fault: str) -> None:
     tracer = await asyncio.create_subprocess_exec(
         "strace", "-f", "-qq", "-o", "/dev/null", "-p", pid, "-e", "trace=fdatasync,write", "-e", f"inject={fault}"
     )
+    return host, tracer
+
+
+async def injected(daemon: Daemon, fault: str) -> None:
+    host, tracer = await traced(daemon, fault)
     failures, sent, was = 0, 1, None
     try:
         for _ in range(60):
@@ -218,7 +244,7 @@ async def injected(daemon: Daemon, fault: str) -> None:
 
 
 FAULTS: dict[str, Callable[[Daemon], Awaitable[None]]] = {
-    f.__name__: f for f in (full_tmpfs, full_ext4, read_only_at_start, disk_dies, fsync_fails, write_fails)
+    f.__name__: f for f in (full_tmpfs, full_ext4, read_only_at_start, disk_dies, fsync_fails, write_fails, slow_disk)
 }
 
 
