@@ -112,6 +112,7 @@ class _Stream:
         self._seq = after
         self._caller.narrow(BLOCK)
         self._task = self._loop.create_task(self._run(), name="audit.follow")
+        self._task.add_done_callback(self._over)
         return {"after": after, "last": last}
 
     def look(self) -> None:
@@ -124,6 +125,11 @@ class _Stream:
             self._task.cancel()
         else:
             self._let_go()
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._loop.call_exception_handler({"message": "audit.follow failed", "exception": error})
+            self._caller.cut()  # a stream that says nothing more must not look like a quiet one
 
     async def _run(self) -> None:
         try:

@@ -63,6 +63,8 @@ class DaemonServices:
     ) -> None:  # fmt: skip
         self._paths, self._config, self._tools, self._audit = paths, config, tools, audit
         self._known, self._log = known, log
+        self.ended = True
+        """Whether the trail tells, as far as could be seen, that the daemon before had stopped."""
         self._services: dict[str, Service] = {}
         self._audit_ends: dict[str, socket.socket] = {}
         self._attached: dict[str, tuple[str, network_layer.CageNetwork, NetworkPolicy]] = {}
@@ -151,9 +153,8 @@ class DaemonServices:
                 os.close(fd)
         if service.starts > 1:
             self._audit.record("audit.gap", count=0, why="the audit process ended and was started again")
-        elif answer.fields.get("ended") is False:
-            why = "the daemon before did not end by itself; what its processes had not handed over is lost"
-            self._audit.record("audit.gap", count=None, why=why)
+        else:
+            self.ended = answer.fields.get("ended") is not False
 
     def _note_end(self, service: Service) -> None:
         """A sender that comes back: how many records the one before had made and not sent, nobody knows."""

@@ -121,6 +121,9 @@ class Supervisor:
         self._services = DaemonServices(paths, self.config, self.tools, self.audit, self, self._log)
         await self._services.start()
         self.tools.spares.begin(EVERY_LAYER)
+        if cleared or not self._services.ended:
+            why = "the daemon before did not end by itself; what its processes had not handed over is lost"
+            self.audit.record("audit.gap", count=None, why=why)
         self.audit.record(
             "host.started",
             version=isolator.__version__,

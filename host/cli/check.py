@@ -9,7 +9,7 @@ from host.client import Client
 from isolator.cli.check import show
 from isolator.errors import IsolatorError
 
-_PATIENCE = 5.0
+_PATIENCE = 20.0
 
 
 @click.command(
