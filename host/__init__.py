@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from host.plugin_host import Delivered, Emitted, PluginHost
+    from host.plugin_host import Delivered, Emitted, PluginHost, Recorded
 
-__all__ = ["Delivered", "Emitted", "PluginHost"]
+__all__ = ["Delivered", "Emitted", "PluginHost", "Recorded"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from host.secrets import Redactor
 from host.wire import dumps
@@ -28,10 +28,39 @@ RATE = 1 << 20
 FLOOD_BEAT = 0.01
 ROTATE_AT, KEPT = 4 << 20, 3
 _SPLICE = 1 << 20
+UNREAD_LOG = 1 << 18
+"""Bytes that wait for who follows a log and does not read it."""
 LAST_WORDS, LAST_WORD, LAST_WORDS_SECONDS = 5, 400, 0.5
 """Lines of stderr that are told when a run has ended, their length, and the patience with a pipe that has no end."""
 
 Follower = Callable[[dict[str, Any]], None]
+
+
+class Reader(Protocol):
+    """The part of ``host.control.Caller`` that a follower needs."""
+
+    @property
+    def drained(self) -> asyncio.Event: ...
+
+    @property
+    def notify(self) -> Callable[[str, Mapping[str, Any]], None]: ...
+
+
+def bounded(reader: Reader) -> Follower:
+    """A follower that passes lines on, but for those that come while the ones before are unread: they are counted."""
+    unread = 0
+
+    def tell(entry: dict[str, Any]) -> None:
+        nonlocal unread
+        if not reader.drained.is_set():
+            unread += 1
+            return
+        if unread:
+            reader.notify("log", {**entry, "stream": "isolator", "line": f"[{unread} lines dropped: read too slowly]"})
+            unread = 0
+        reader.notify("log", entry)
+
+    return tell
 
 
 class PluginLog:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from host import manifest as manifests
 from host.control import Caller, Method, number, text, values
-from host.logs import LAST_WORDS
+from host.logs import LAST_WORDS, UNREAD_LOG, bounded
 from host.manifest import Manifest
 from host.methods_events import EventMethods
 from host.registry import Plugin
@@ -265,7 +265,8 @@ class Methods:
         log = self._host.logs.of(plugin.name)
         lines = log.read(number(params, "lines", 100, 10_000))
         if params.get("follow"):
-            caller.on_close.append(log.follow(lambda entry: caller.notify("log", entry)))
+            caller.narrow(UNREAD_LOG)
+            caller.on_close.append(log.follow(bounded(caller)))
         return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
 
     # Config

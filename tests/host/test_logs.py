@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
 from host.logs import Logs
 from tests.host import scripts
 from tests.host.supervisor_double import Daemon
+from tests.patience import seconds
 
 FLOOD = """
 import os, threading, time
@@ -92,3 +94,26 @@ async def test_last_words_are_those_of_the_run_and_wait_for_the_end_of_its_pipe(
         told = await asked
         assert told == ["of another run"] if run == "r1" else told == ["b"] * 4 + ["unfinished"]
     logs.close()
+
+
+async def test_who_follows_a_log_and_does_not_read_it_misses_lines_and_is_told(daemon: Daemon) -> None:
+    script = 'for n in range(int(params["branch"])):\n    print(n, "x" * 30000, flush=True)\nreturn {}'
+    daemon.add("chatty", scripts.oneshot(script))
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(daemon.paths.control_socket))
+    sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"plugin.logs","params":{"name":"chatty","follow":true}}\n')
+    for _ in range(2):  # a second apart, as no more than 1 MiB a second is kept
+        assert (await daemon.outcome(await daemon.emit(branch="30")))["deliveries"][0]["state"] == "ok"
+        await asyncio.sleep(1)
+    reader, writer = await asyncio.open_unix_connection(sock=sock, limit=1 << 24)
+    await reader.readline()  # the answer
+    first = json.loads(await reader.readline())["params"]["line"]
+    assert first.startswith("0 xxx")
+    reading = asyncio.create_task(reader.readuntil(b"read too slowly]"))
+    async with asyncio.timeout(seconds(30)):
+        while not reading.done():
+            await daemon.outcome(await daemon.emit(branch="1"))
+    data = await reading
+    lines = data.count(b"\n")
+    assert lines < 55 and len(data) < 1 << 20
+    writer.close()

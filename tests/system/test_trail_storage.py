@@ -42,6 +42,19 @@ def stopped_daemon(host_toml: str = "") -> Iterator[tuple[Daemon, Path]]:
                 run("umount", "-l", str(folder))
 
 
+@contextlib.contextmanager
+def disk(size: int) -> Iterator[str]:
+    """A loop device with an ext4; one for all its mounts, as a new one could find the old one's still there."""
+    with tempfile.NamedTemporaryFile(prefix="isolator-disk-") as image:
+        image.truncate(size)
+        run("mkfs.ext4", "-q", "-m", "0", image.name)
+        found = subprocess.run(["losetup", "--find", "--show", image.name], capture_output=True, text=True, check=True)
+        try:
+            yield found.stdout.strip()
+        finally:
+            run("losetup", "--detach", found.stdout.strip())
+
+
 def prepare(d: Daemon, tmp_path: Path) -> None:
     """One plugin that runs, one that never did, and nothing that waits."""
     for name in ("echo", "late"):
@@ -162,10 +175,8 @@ def test_a_full_disk_that_may_be_gone_on_without(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -> None:
-    with tempfile.NamedTemporaryFile(prefix="isolator-disk-") as image, stopped_daemon() as (d, folder):
-        image.truncate(16 << 20)
-        run("mkfs.ext4", "-q", "-m", "0", image.name)
-        run("mount", "-o", "loop", image.name, str(folder))
+    with disk(16 << 20) as device, stopped_daemon() as (d, folder):
+        run("mount", device, str(folder))
         d.start()
         # A follower through the daemon must not keep the disk from being unmounted.
         following = Client(d.root)
@@ -179,13 +190,14 @@ def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -
         wanted = {"dbefore"} | emit(d, 1, 2)
         nothing_moves(d)
         run("umount", str(folder))  # not lazily: nothing of the daemon's holds it
-        subprocess.run(["e2fsck", "-p", image.name], check=False, stdout=subprocess.DEVNULL)
-        run("mount", "-o", "loop,ro", image.name, str(folder))
+        subprocess.run(["e2fsck", "-p", device], check=False, stdout=subprocess.DEVNULL)
+        run("mount", "-o", "ro", device, str(folder))
         wait_for(lambda: "Read-only file system" in str(ask(d, "status")["alarms"]))
         wanted |= emit(d, 3)
         assert seen(d) == ["dbefore"]
         run("umount", str(folder))
-        run("mount", "-o", "loop", image.name, str(folder))
+        run("mount", device, str(folder))
+        wait_for(lambda: not ask(d, "status")["alarms"])
         lines: list[str] = []
         arriving = following.notifications()
         while sum('"type":"event.accepted"' in line for line in lines) < len(wanted):
