@@ -34,10 +34,10 @@ class Dispatcher:
         if name in self.workers:
             self.workers[name].news()
 
-    async def say_shutdown(self, name: str, reason: str) -> None:
-        """See ``Worker.say_shutdown``."""
+    async def take_leave(self, name: str, run: str, reason: str) -> None:
+        """See ``Worker.take_leave``."""
         if name in self.workers:
-            await self.workers[name].say_shutdown(reason)
+            await self.workers[name].take_leave(run, reason)
 
     async def plugin_removed(self, name: str) -> None:
         """Stop its worker."""

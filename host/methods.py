@@ -220,15 +220,11 @@ class Methods:
 
     async def plugin_stop(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Stop the sidecar; the next event starts it again."""
-        name = self._need(params).name
-        await self._host.dispatcher.say_shutdown(name, "operator")
-        return (await self._ask("run.stop", name=name, reason="operator")).fields
+        return (await self._ask("run.stop", name=self._need(params).name, reason="operator")).fields
 
     async def plugin_restart(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Stop and start the sidecar."""
-        name = self._need(params).name
-        await self._host.dispatcher.say_shutdown(name, "restart")
-        return (await self._ask("run.restart", name=name, reason="operator")).fields
+        return (await self._ask("run.restart", name=self._need(params).name, reason="restart")).fields
 
     async def plugin_enable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Let it run again; also clears ``failed``."""
@@ -347,7 +343,6 @@ class Methods:
         self._host.dispatcher.plugin_news(plugin.name)
         if current.run is None:
             return {"restarted": False}
-        await self._host.dispatcher.say_shutdown(plugin.name, "config")
         await self._ask("run.restart", name=plugin.name, reason="config")
         return {"restarted": True}
 

@@ -57,6 +57,7 @@ class Host:
             "plugin.changed": self._plugin_changed,
             "run.environment": self._run_environment,
             "run.started": self._run_started,
+            "run.stopping": self._run_stopping,
             "run.ended": self._run_ended,
             "run.last_words": self._run_last_words,
             "audit.source": self._audit_source,
@@ -207,6 +208,11 @@ class Host:
             await self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
         self.registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
         self.dispatcher.run_started(name, run)
+
+    async def _run_stopping(self, message: Message) -> dict[str, Any]:
+        f = message.fields
+        await self.dispatcher.take_leave(str(f["name"]), str(f["run"]), str(f.get("reason", "")))
+        return {}
 
     async def _run_ended(self, message: Message) -> None:
         fields = message.fields

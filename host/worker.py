@@ -10,6 +10,9 @@ Until the request is written nothing counts as an attempt: a sidecar that is not
 connections holds its worker, with growing pauses, and any news of the plugin ends the pause. Once it is written,
 silence is ``unknown``: an attempt that failed and is repeated. One-shot plugins have one request in flight; stream
 plugins as many as they and their manifest allow, of different keys.
+
+Before a sidecar is stopped, for whatever reason, the supervisor says so (``take_leave``): it is sent nothing more, has
+a moment to answer what it was sent, and a stream plugin that speaks ``shutdown`` is asked to finish by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,8 +51,8 @@ from isolator.ipc import Message
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
-SHUTDOWN_GRACE = 2.0
-"""Seconds that a stream plugin gets to answer ``shutdown``."""
+LEAVE_GRACE = 2.0
+"""Seconds that a plugin which is to stop gets to answer what it was sent, and then ``shutdown``, before its SIGTERM."""
 HOLD_FIRST, HOLD_LONGEST = 0.25, 30.0
 
 
@@ -108,6 +111,11 @@ class Worker:
         self._reachable: str | None = None
         self._news = asyncio.Event()
         self._run: str | None = None
+        self._leaving: str | None = None
+        """The run that is being stopped: nothing more is sent to it."""
+        self._unanswered = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._pause = HOLD_FIRST
         self._tasks: set[asyncio.Task[None]] = set()
         self._slot = asyncio.Event()
@@ -209,15 +217,16 @@ class Worker:
             if foreign is not None:
                 self._outcomes.refused(plugin, delivery, foreign)
                 return
-            await self._outcomes.dispatched(delivery, run, request)
-            self.status = "in_flight"
-            began = time.perf_counter_ns()
-            broken = False
-            try:
-                outcome = read_reply(await exchange(sock, request, plugin.timeout))
-            except LostError as error:
-                outcome, broken = Outcome("unknown", detail=str(error)), error.crash
-            latency = (time.perf_counter_ns() - began) // 1000
+            with self._sending(run):
+                await self._outcomes.dispatched(delivery, run, request)
+                self.status = "in_flight"
+                began = time.perf_counter_ns()
+                broken = False
+                try:
+                    outcome = read_reply(await exchange(sock, request, plugin.timeout))
+                except LostError as error:
+                    outcome, broken = Outcome("unknown", detail=str(error)), error.crash
+                latency = (time.perf_counter_ns() - began) // 1000
         self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
 
     async def connection(self, plugin: Plugin) -> tuple[socket.socket, str]:
@@ -304,13 +313,17 @@ class Worker:
         await self._free_slot(plugin, delivery)
         if connection.closed.is_set():
             raise NotSentError(connection.why)
-        await self._outcomes.dispatched(delivery, run, request)
-        self.status = "in_flight"
-        task = asyncio.get_running_loop().create_task(
-            self._exchange_stream(plugin, delivery, connection, run, number, request)
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._slot_free)
+        with contextlib.ExitStack() as sending:
+            sending.enter_context(self._sending(run))
+            await self._outcomes.dispatched(delivery, run, request)
+            self.status = "in_flight"
+            task = asyncio.get_running_loop().create_task(
+                self._exchange_stream(plugin, delivery, connection, run, number, request)
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._slot_free)
+            answered = sending.pop_all()
+            task.add_done_callback(lambda _: answered.close())
 
     async def _exchange_stream(
         self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, number: str, request: bytes
@@ -371,10 +384,35 @@ class Worker:
         self.stream = (run, connection, greeting)
         return connection, run, greeting
 
-    async def say_shutdown(self, reason: str) -> None:
+    # Leaving
+
+    @contextlib.contextmanager
+    def _sending(self, run: str) -> Iterator[None]:
+        """Around one request, from just before it is sent until it is answered; raises when the run is to end."""
+        if run == self._leaving:
+            raise NotSentError("the plugin is being stopped")
+        self._unanswered += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._unanswered -= 1
+            if not self._unanswered:
+                self._quiet.set()
+
+    async def take_leave(self, run: str, reason: str) -> None:
+        """The run is about to be stopped; returns when it may be, after ``LEAVE_GRACE`` at the latest."""
+        if run != self._run:
+            return
+        self._leaving = run
+        with contextlib.suppress(TimeoutError, LostError, NotSentError):
+            async with asyncio.timeout(LEAVE_GRACE):
+                await self._quiet.wait()
+                await self._say_shutdown(reason)
+
+    async def _say_shutdown(self, reason: str) -> None:
         """Ask a stream plugin that can do so to finish by itself; the supervisor's SIGTERM comes next in any case."""
         if self.stream is None or self.stream[1].closed.is_set() or "shutdown" not in self.stream[2].capabilities:
             return
-        with contextlib.suppress(LostError, NotSentError):
-            params = {"reason": reason, "grace_ms": round(SHUTDOWN_GRACE * 1000)}
-            await self.stream[1].request("shutdown", params, SHUTDOWN_GRACE)
+        params = {"reason": reason, "grace_ms": round(LEAVE_GRACE * 1000)}
+        await self.stream[1].request("shutdown", params, LEAVE_GRACE)

@@ -184,7 +184,7 @@ class Registrations:
         self.find(name)
         async with self.lock(name):
             plugin = self.find(name)
-            await plugin.stop("restart")
+            await plugin.stop(str(message.fields.get("reason", "restart")))
             plugin.begin("operator")
         run = await plugin.up()
         return {"run": run.id, "pid": run.sandbox.pid}

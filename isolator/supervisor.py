@@ -221,6 +221,10 @@ class Supervisor:
         """Tell the host of a run."""
         self._running().run_started(plugin, pipes)
 
+    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None:
+        """Let the host take leave of a run that is about to be stopped."""
+        await self._running().run_stopping(plugin, run, reason)
+
     def run_ended(self, plugin: Plugin, run: str, end: End, *, expected: bool, retry_in: float | None) -> None:
         """Tell the host how a run ended."""
         self._running().run_ended(plugin, run, end, expected=expected, retry_in=retry_in)

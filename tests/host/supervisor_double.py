@@ -319,9 +319,11 @@ class Daemon:
                     with contextlib.suppress(IsolatorError):
                         await self._spawn(sidecar)
 
-    async def stop_sidecar(self, sidecar: Sidecar) -> None:
-        """SIGTERM, wait."""
+    async def stop_sidecar(self, sidecar: Sidecar, reason: str = "asked") -> None:
+        """Leave, SIGTERM, wait."""
         sidecar.stopping = True
+        if sidecar.run is not None and self.channel is not None:
+            await self.channel.call("run.stopping", name=sidecar.name, run=sidecar.run, reason=reason, timeout=5)
         process = sidecar.process
         if process is not None and process.returncode is None:
             process.terminate()
@@ -372,7 +374,7 @@ class Daemon:
                 raise
 
     async def _stop(self, message: Message) -> dict[str, Any]:
-        await self.stop_sidecar(self._find(message))
+        await self.stop_sidecar(self._find(message), str(message.fields.get("reason")))
         return {}
 
     async def _restart(self, message: Message) -> dict[str, Any]:
