@@ -34,12 +34,20 @@ MAX_EXCHANGE = 240.0
 _MANIFEST_LIMIT = MAX_BYTES
 
 
+@dataclasses.dataclass(frozen=True)
+class _Staged:
+    """What was shown and is not registered yet."""
+
+    manifest: Manifest
+    digest: str
+
+
 class Methods:
     """The verbs of one host."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._staged: dict[str, Manifest] = {}
+        self._staged: dict[str, _Staged] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """What is registered under a name and the config of that name change together."""
 
@@ -98,7 +106,7 @@ class Methods:
         finally:
             answer.close()
         self._check_hooks(manifest.core.hooks, token)
-        self._staged[token] = manifest
+        self._staged[token] = _Staged(manifest, str(answer.fields["digest"]))
         caller.on_close.append(lambda: self._abandon(token))
         missing = [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in checked]
         return {
@@ -128,10 +136,10 @@ class Methods:
     async def plugin_commit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Register what was staged, with its config."""
         token = text(params, "token")
-        manifest = self._staged.get(token)
-        if manifest is None:
+        staged = self._staged.get(token)
+        if staged is None:
             raise UsageError("plugin add", "nothing is staged under that token", "add it again")
-        name = manifest.core.name
+        manifest, name = staged.manifest, staged.manifest.core.name
         given = values(params)
         async with self._locks[name]:
             current = self._host.registry.get(name)
@@ -153,20 +161,33 @@ class Methods:
     async def plugin_update(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Take over a staged newer version; one that asks for more waits, unless ``approve`` says that it may.
 
-        Values given with it stay set when the version fails and the one before comes back.
+        Values given with it are the version's: they go with it when it fails, and wait with it.
         """
         token = text(params, "token")
-        manifest = self._staged.get(token)
-        if manifest is None:
+        staged = self._staged.get(token)
+        if staged is None:
             raise UsageError("plugin update", "nothing is staged under that token", "run it again")
-        name, given = manifest.core.name, values(params)
+        manifest, name, given = staged.manifest, staged.manifest.core.name, values(params)
         async with self._locks[name]:
             self._host.registry.need(name)
-            await self._host.config.set(name, manifest, given)
-            answer = await self._ask(
-                "plugin.update", token=token, by=caller.by, approve=params.get("approve") is True, timeout=MAX_EXCHANGE
-            )
-            return {**answer.fields, **await self._registered(token, manifest, given, answer, caller)}
+            await self._host.config.set_next(name, staged.digest, manifest, given)
+            try:
+                answer = await self._ask(
+                    "plugin.update",
+                    token=token,
+                    by=caller.by,
+                    approve=params.get("approve") is True,
+                    timeout=MAX_EXCHANGE,
+                )
+            except IsolatorError:
+                now = self._host.registry.get(name)
+                if now is None or staged.digest not in now.versions:
+                    self._host.config.drop_next(name, staged.digest)
+                raise
+            done = {**answer.fields, **await self._registered(token, manifest, given, answer, caller)}
+            if given and done.get("unchanged"):
+                await self._restart_for_config(self._host.registry.need(name))
+            return done
 
     async def _registered(
         self, token: str, manifest: Manifest, given: Mapping[str, str], answer: Message, caller: Caller
@@ -174,7 +195,8 @@ class Methods:
         name = manifest.core.name
         self._staged.pop(token, None)
         if given:
-            self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by)
+            waits = bool(answer.fields.get("pending"))
+            self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by, waits=waits)
         plugin = await self._host.put(answer.fields["plugin"])
         in_use = plugin.manifest or manifest
         missing = self._host.config.missing(name, in_use)

@@ -21,7 +21,7 @@ from host.dispatch import Dispatcher
 from host.events import Catalogue, from_schema
 from host.health import Watches
 from host.logs import Logs
-from host.methods import Methods
+from host.methods import MAX_EXCHANGE, Methods
 from host.queue import DEFAULT_TTL, Accepted, Delivery, NewEvent
 from host.queue.sqlite import Answer, SqliteQueue
 from host.registry import Plugin, Registry, load_event_types
@@ -121,6 +121,8 @@ class Host:
     async def put(self, entry: Mapping[str, Any]) -> Plugin:
         """Take over one plugin entry of the supervisor."""
         plugin = self.registry.put(entry)
+        if not entry.get("on_trial"):
+            self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
         await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         return plugin
@@ -137,6 +139,19 @@ class Host:
         self.api.close()
         self.logs.close()
         await self.store.close()
+
+    def _drop_unsettled(self) -> None:
+        """Forget values of versions that failed while this process was not there to hear of it.
+
+        Not at once: an update that an earlier process asked for may still be carried out.
+        """
+        for name, digest in self.config.unsettled():
+            asyncio.get_running_loop().call_later(MAX_EXCHANGE, self._drop_if_unsettled, name, digest)
+
+    def _drop_if_unsettled(self, name: str, digest: str) -> None:
+        plugin = self.registry.get(name)
+        if plugin is None or digest not in plugin.versions:
+            self.config.drop_next(name, digest)
 
     # What the supervisor says
 
@@ -174,6 +189,7 @@ class Host:
         )
         for entry in _plugins(message):
             await self.put(entry)
+        self._drop_unsettled()
         self.methods = Methods(self)
         self.trail = TrailStreams(self.paths.audit_log, self.audit)
         verbs = {**self.methods.table(), **self.trail.table()}
@@ -194,7 +210,11 @@ class Host:
     async def _run_environment(self, message: Message) -> dict[str, Any]:
         name = str(message.fields["name"])
         plugin = self.registry.get(name)
-        environment = self.config.environment(name, plugin.manifest if plugin is not None else None)
+        environment = (
+            self.config.environment(name, plugin.manifest, plugin.digest)
+            if plugin is not None
+            else self.config.environment(name, None)
+        )
         if environment.secrets:
             self.audit.record("secret.injected", plugin=name, names=list(environment.secrets))
         return {"env": environment.env, "files": environment.files, "secrets": list(environment.secrets)}

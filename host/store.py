@@ -34,7 +34,7 @@ from isolator.errors import IsolatorError, UnavailableError
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
 WAL_HIGH = 32 << 20
@@ -46,7 +46,11 @@ RETRY = 0.1
 GIVE_UP = 5.0
 """Seconds after which a caller hears that its write failed; writes that nobody waits for are kept and retried."""
 
-_SCHEMA = """
+_CONFIG_NEXT = """CREATE TABLE config_next (
+  plugin TEXT NOT NULL, digest TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL,
+  value BLOB NOT NULL, updated REAL NOT NULL, PRIMARY KEY (plugin, digest, key)
+) WITHOUT ROWID;"""
+_TABLES = """
 CREATE TABLE events (
   seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, time TEXT NOT NULL, accepted REAL NOT NULL,
   expires REAL NOT NULL, subject TEXT NOT NULL, payload TEXT NOT NULL, dedupe_key TEXT, trace TEXT, by TEXT
@@ -70,6 +74,9 @@ CREATE TABLE event_types (
   name TEXT PRIMARY KEY, schema TEXT NOT NULL, order_by TEXT, version INTEGER NOT NULL, by TEXT
 );
 """
+_SCHEMA = _TABLES + _CONFIG_NEXT
+_MIGRATIONS = {1: _CONFIG_NEXT}
+"""What leads from a version to the next one."""
 
 
 @dataclass
@@ -132,8 +139,10 @@ class Store:
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise IsolatorError(str(self.path), f"journal mode {mode} instead of wal", "use a local file system")
-            if version == 0:
-                connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            if version < SCHEMA_VERSION:
+                steps = _SCHEMA if version == 0 else "".join(_MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
+                # One transaction: interrupted at any instant, it is the old version or the new one.
+                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
             # What an earlier process wrote but never synced is made safe before anything is added behind it.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             # One harmless write, so that the log file exists for the thread to open.

@@ -280,9 +280,7 @@ class DaemonServices:
         host = self._services["host"]
         if host.channel is not None:
             with contextlib.suppress(IsolatorError):  # the run is stopped whatever becomes of the host
-                await host.channel.call(
-                    "run.stopping", name=plugin.name, run=run, reason=reason, timeout=LEAVE_SECONDS
-                )
+                await host.channel.call("run.stopping", name=plugin.name, run=run, reason=reason, timeout=LEAVE_SECONDS)
 
     def run_ended(self, plugin: Plugin, run: str, end: End, *, expected: bool, retry_in: float | None) -> None:
         """Tell the host how a run ended."""

@@ -75,6 +75,8 @@ class Plugin:
         """The run is to end, however far its start has come."""
         self._reason = ""
         """Why it is to end."""
+        self.on_trial = False
+        """Whether the version in use is not judged yet."""
         self._trial: asyncio.Future[str] | None = None
         self.take(loaded)
 

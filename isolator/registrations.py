@@ -121,6 +121,7 @@ class Registrations:
             "binary": registration.release.binary_path or None,
             "previous": [release.digest for release in registration.previous],
             "pending": self.pending(registration),
+            "on_trial": plugin.on_trial,
             "source": registration.source.path or registration.source.binary,
         }
 

@@ -119,8 +119,10 @@ class Supervisor:
         self.registrations = Registrations(self, registrar, self._log)
         self.registrations.load()
         self._services = DaemonServices(paths, self.config, self.tools, self.audit, self, self._log)
+        on_trial = await RegistrationOps(self.registrations).hold_trials()
         await self._services.start()
         self.tools.spares.begin(EVERY_LAYER)
+        RegistrationOps(self.registrations).judge_again(on_trial)
         self.audit.record(
             "host.started",
             version=isolator.__version__,
