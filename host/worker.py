@@ -31,20 +31,20 @@ from host.channel import (
     LostError,
     NotSentError,
     Outcome,
-    build_params,
     meta_of,
     oneshot_request,
+    params_text,
     read_reply,
 )
 from host.channel.oneshot import exchange
-from host.channel.stream import Greeting, StreamConnection, open_stream
+from host.channel.stream import Greeting, Reply, StreamConnection, open_stream
 from host.events import Catalogue
 from host.outcome import Outcomes
 from host.queue import Delivery
 from host.queue.sqlite import SqliteQueue
 from host.registry import Plugin, Registry
 from host.secrets import Redactor
-from host.wire import line, peer_of
+from host.wire import peer_of
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc import Message
@@ -303,10 +303,10 @@ class Worker:
             self._outcomes.given_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return
         event_type = self._shared.catalogue.get(delivery.event.name)
-        params = build_params(delivery.event, event_type, plugin.major)
-        params["_meta"] = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        params = params_text(delivery.event, event_type, plugin.major, meta)
         number = os.urandom(8).hex()
-        request = line({"jsonrpc": "2.0", "method": hook, "params": params, "id": number})
+        request = f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
         if len(request) > STREAM_MESSAGE:
             self._outcomes.given_up(delivery, "payload_too_large")
             return
@@ -317,8 +317,11 @@ class Worker:
             sending.enter_context(self._sending(run))
             await self._outcomes.dispatched(delivery, run, request)
             self.status = "in_flight"
+            # Written in this turn of the loop: in the next one the attempt is written to the database first.
+            began = time.perf_counter_ns()
+            reply = connection.write(number, request)
             task = asyncio.get_running_loop().create_task(
-                self._exchange_stream(plugin, delivery, connection, run, number, request)
+                self._exchange_stream(plugin, delivery, connection, run, (number, reply), began)
             )
             self._tasks.add(task)
             task.add_done_callback(self._slot_free)
@@ -326,12 +329,13 @@ class Worker:
             task.add_done_callback(lambda _: answered.close())
 
     async def _exchange_stream(
-        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, number: str, request: bytes
-    ) -> None:
-        began = time.perf_counter_ns()
+        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, request: tuple[str, Reply],
+        began: int,
+    ) -> None:  # fmt: skip
+        number, reply = request
         broken = False
         try:
-            _, data = await connection.send_request(number, request, plugin.timeout)
+            _, data = await connection.reply(number, reply, plugin.timeout)
             outcome = read_reply(data, expect=number)
         except (LostError, NotSentError) as error:
             outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash

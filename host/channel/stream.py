@@ -27,6 +27,8 @@ CALLS_IN_FLIGHT = 32
 
 Call = Callable[[str, Any], Awaitable[dict[str, Any]]]
 """Answers one request of the plugin's: (method, params) → ``{"result": …}`` or ``{"error": …}``."""
+Reply = asyncio.Future[tuple[dict[str, Any], bytes]]
+"""The message of a reply and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class StreamConnection(LineProtocol):
         self.why = ""
         self._call = call
         self._breach = breach
-        self._pending: dict[str, asyncio.Future[tuple[dict[str, Any], bytes]]] = {}
+        self._pending: dict[str, Reply] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,13 +71,21 @@ class StreamConnection(LineProtocol):
 
     async def send_request(self, number: str, data: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
         """As ``request`` for a line that is already made."""
+        return await self.reply(number, self.write(number, data), timeout)
+
+    def write(self, number: str, data: bytes) -> Reply:
+        """Send a request at once; what is returned goes to ``reply``."""
+        future: Reply = asyncio.get_running_loop().create_future()
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
-            raise NotSentError(self.why or "the connection is closed")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[tuple[dict[str, Any], bytes]] = loop.create_future()
-        self._pending[number] = future
-        self.transport.write(data)
-        timer = loop.call_later(timeout, _expire, future)
+            future.set_exception(NotSentError(self.why or "the connection is closed"))
+        else:
+            self._pending[number] = future
+            self.transport.write(data)
+        return future
+
+    async def reply(self, number: str, future: Reply, timeout: float) -> tuple[dict[str, Any], bytes]:
+        """Wait for the reply to a request that was sent; raises LostError, or NotSentError when it was not."""
+        timer = asyncio.get_running_loop().call_later(timeout, _expire, future)
         try:
             return await future
         finally:
@@ -186,7 +196,7 @@ class StreamConnection(LineProtocol):
         if len(self._pending) > 1000:
             self.abort("too many requests were never answered")
             return
-        future: asyncio.Future[tuple[dict[str, Any], bytes]] = asyncio.get_running_loop().create_future()
+        future: Reply = asyncio.get_running_loop().create_future()
         future.cancel()
         self._pending[number] = future
 
