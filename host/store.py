@@ -181,6 +181,23 @@ class Store:
             self._scheduled = True
             self._loop.call_soon(self._commit)
 
+    async def committed(self) -> None:
+        """Return once what was submitted so far is in the log: at once, unless the database cannot be written now.
+
+        In the log it survives the end of this process, though not yet that of the machine.
+        """
+        self._commit()
+        written = not self._ops
+        while not written:
+            future: asyncio.Future[bool] = self._loop.create_future()
+
+            def done(_: Any, error: Exception | None, future: asyncio.Future[bool] = future) -> None:
+                if not future.done():
+                    future.set_result(error is None)
+
+            self.submit(lambda _: None, done)
+            written = await future
+
     async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``apply`` in a transaction and wait until it is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
