@@ -225,7 +225,7 @@ class Host:
             stdout, stderr = message.fds.pop(0), message.fds.pop(0)
             self.logs.attach(name, run, stdout, stderr)
         if message.fds:
-            await self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
+            self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
         self.registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
         self.dispatcher.run_started(name, run)
 

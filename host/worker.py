@@ -311,6 +311,7 @@ class Worker:
             self._outcomes.given_up(delivery, "payload_too_large")
             return
         await self._free_slot(plugin, delivery)
+        await connection.read(plugin.timeout)
         if connection.closed.is_set():
             raise NotSentError(connection.why)
         with contextlib.ExitStack() as sending:

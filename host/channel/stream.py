@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
-from host.wire import LineProtocol, WireError, line, parse_object
+from host.lines import Budget, LineProtocol
+from host.wire import WireError, line, parse_object
 from isolator import __version__
 
 PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0
+BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
+"""What a plugin may send."""
 CALLS_IN_FLIGHT = 32
 """Calls of the plugin to the host API that may be unanswered on this connection."""
 
@@ -48,8 +51,11 @@ class StreamConnection(LineProtocol):
 
     def __init__(self, call: Call, breach: Callable[[str], None]) -> None:
         super().__init__()
+        self.budget = Budget(BYTES_A_SECOND, BYTES_AT_ONCE)
         self.closed = asyncio.Event()
         self.why = ""
+        self._read = asyncio.Event()
+        self._read.set()
         self._call = call
         self._breach = breach
         self._pending: dict[str, Reply] = {}
@@ -93,6 +99,22 @@ class StreamConnection(LineProtocol):
             if self._pending.pop(number, None) is not None and not self.closed.is_set():
                 self.notify("$/cancel", {"id": number})
                 self._late(number)
+
+    async def read(self, timeout: float) -> None:
+        """Wait until the plugin has read what it was sent; one that does not in ``timeout`` seconds is cut off."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._read.wait()
+        except TimeoutError:
+            self.abort("it does not read what it is sent")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._read.clear()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read.set()
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Tell the plugin something that it does not answer."""
@@ -202,6 +224,7 @@ class StreamConnection(LineProtocol):
 
     def _over(self) -> None:
         self.closed.set()
+        self._read.set()
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
