@@ -7,6 +7,7 @@ else's.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from host.registry import Plugin
@@ -33,6 +34,11 @@ class Dispatcher:
         """Something changed that may let a held worker go on."""
         if name in self.workers:
             self.workers[name].news()
+
+    def tell(self, name: str, method: str, params: Mapping[str, Any]) -> None:
+        """See ``Worker.tell``."""
+        if name in self.workers:
+            self.workers[name].tell(method, params)
 
     async def take_leave(self, name: str, run: str, reason: str) -> None:
         """See ``Worker.take_leave``."""

@@ -186,7 +186,7 @@ class Methods:
                 raise
             done = {**answer.fields, **await self._registered(token, manifest, given, answer, caller)}
             if given and done.get("unchanged"):
-                await self._restart_for_config(self._host.registry.need(name))
+                await self._restart_for_config(self._host.registry.need(name), sorted(given))
             return done
 
     async def _registered(
@@ -302,7 +302,7 @@ class Methods:
         given = values(params)
         await self._host.config.set(plugin.name, plugin.manifest, given)
         self._host.audit.record("config.changed", plugin=plugin.name, names=sorted(given), by=caller.by)
-        return await self._restart_for_config(plugin)
+        return await self._restart_for_config(plugin, sorted(given))
 
     async def config_unset(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Forget a value and restart the sidecar if it runs."""
@@ -310,7 +310,7 @@ class Methods:
         key = text(params, "key")
         await self._host.config.unset(plugin.name, key)
         self._host.audit.record("config.changed", plugin=plugin.name, names=[key], by=caller.by)
-        return await self._restart_for_config(plugin)
+        return await self._restart_for_config(plugin, [key])
 
     async def config_rotate_key(self, _: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Encrypt every value with a new key."""
@@ -360,11 +360,13 @@ class Methods:
             return [plugin.raw for plugin in self._host.registry]
         return list(answer.fields.get("plugins", ()))
 
-    async def _restart_for_config(self, plugin: Plugin) -> dict[str, Any]:
+    async def _restart_for_config(self, plugin: Plugin, names: list[str]) -> dict[str, Any]:
         current = self._host.registry.need(plugin.name)
         self._host.dispatcher.plugin_news(plugin.name)
         if current.run is None:
             return {"restarted": False}
+        # Names only: the values come with the environment of the next start.
+        self._host.dispatcher.tell(plugin.name, "config.changed", {"keys": names})
         await self._ask("run.restart", name=plugin.name, reason="config")
         return {"restarted": True}
 

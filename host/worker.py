@@ -22,7 +22,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -414,6 +414,11 @@ class Worker:
             async with asyncio.timeout(LEAVE_GRACE):
                 await self._quiet.wait()
                 await self._say_shutdown(reason)
+
+    def tell(self, method: str, params: Mapping[str, Any]) -> None:
+        """Tell a stream plugin something that it said it wants to hear of."""
+        if self.stream is not None and not self.stream[1].closed.is_set() and method in self.stream[2].capabilities:
+            self.stream[1].notify(method, params)
 
     async def _say_shutdown(self, reason: str) -> None:
         """Ask a stream plugin that can do so to finish by itself; the supervisor's SIGTERM comes next in any case."""

@@ -75,6 +75,8 @@ class Daemon:
         self.channel: Channel | None = None
         self.sidecars: dict[str, Sidecar] = {}
         self.foreign_listener: str | None = None
+        self.first = ""
+        """Python that the host process runs first, from its next start on."""
         self._code = root / "code"
         self._audit: socket.socket | None = None
         self._audit_received = 0
@@ -102,7 +104,7 @@ class Daemon:
         """Start the host process and say hello, with the runs that are there."""
         ours, theirs = pair()
         audit_ours, audit_theirs = pair()
-        main = "import sys; sys.path.insert(0, sys.argv.pop(1)); from host.serve import main; main()"
+        main = f"import sys; sys.path.insert(0, sys.argv.pop(1))\n{self.first}\nfrom host.serve import main; main()"
         self.host = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-c", main, str(self._code)),
             *("--channel-fd", str(theirs.fileno()), "--audit-fd", str(audit_theirs.fileno())),

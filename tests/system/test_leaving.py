@@ -19,9 +19,12 @@ TIDY = """\
         request = json.loads(line)
         result = {}
         if request["method"] == "host.hello":
-            result = {"protocol": "1", "capabilities": ["shutdown"]}
+            result = {"protocol": "1", "capabilities": ["shutdown", "config.changed"]}
         elif request["method"] == "shutdown":
             print("shutdown", request["params"]["reason"], flush=True)
+        elif request["method"] == "config.changed":
+            print("changed", *request["params"]["keys"], flush=True)
+            continue
         connection.sendall(json.dumps({"jsonrpc": "2.0", "result": result, "id": request.get("id")}).encode() + b"\\n")
 """
 SLOW = """\
@@ -68,6 +71,7 @@ def test_shutdown_is_said_before_every_graceful_stop(tmp_path: Path) -> None:
         up()
         d.cli("plugin", "config", "tidy", "set", "color=red")
         _said(d, "config")
+        assert _lines(d, "tidy").index("changed color") < _lines(d, "tidy").index("shutdown config")
         up()
         write_plugin(folder, TIDY, version="1.1.0", activation={"idle": "1s"}, **manifest)
         d.cli("plugin", "update", "tidy")
