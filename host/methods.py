@@ -362,6 +362,9 @@ class Methods:
 
     async def _restart_for_config(self, plugin: Plugin, names: list[str]) -> dict[str, Any]:
         current = self._host.registry.need(plugin.name)
+        if current.state == "failed":
+            # What failed may well have failed for want of it.
+            await self._host.put((await self._ask("plugin.enable", name=plugin.name)).fields["plugin"])
         self._host.dispatcher.plugin_news(plugin.name)
         if current.run is None:
             return {"restarted": False}

@@ -117,6 +117,8 @@ class ConfigStore:
                 self._keys.save([os.urandom(32)])
         except IsolatorError as error:
             self._unusable = error
+        self.problem = str(self._unusable) if self._unusable is not None else None
+        """What is wrong with the key file, if it is of no use."""
         for plugin, digest, key, secret, kind, sealed in rows:
             try:
                 if self._unusable is not None:

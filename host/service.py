@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,8 +164,15 @@ class Host:
         for folder in (self.paths.host_lib, self.paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
-        self.store = Store(self.paths.host_lib / "host.db")
-        self.config = ConfigStore(self.store, self.paths.host_lib / "key")
+        database, key = self.paths.host_lib / "host.db", self.paths.host_lib / "key"
+        lost = key.exists() and not database.exists()
+        self.store = Store(database)
+        self.config = ConfigStore(self.store, key)
+        if lost:
+            self._warn(f"{database} is gone, a new one was made: queued events, config and stored values are lost")
+            self.audit.record("config.changed", names=[], lost=True, why=f"{database} is gone")
+        if self.config.problem is not None:
+            self._warn(self.config.problem)
         for name, schema, order_by, version in load_event_types(self.store):
             self.catalogue.register(from_schema(name, schema, order_by, version))
         self.registry = Registry(self.catalogue, self.store)
@@ -199,6 +207,10 @@ class Host:
         self._queues = asyncio.get_running_loop().create_task(self._tell_queues(), name="queue figures")
         self.started.set()
         return {}
+
+    @staticmethod
+    def _warn(what: str) -> None:
+        print(f"isolator: {what}", file=sys.stderr, flush=True)
 
     async def _plugin_changed(self, message: Message) -> None:
         removed = message.fields.get("removed")
