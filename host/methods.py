@@ -98,7 +98,8 @@ class Methods:
         answer = await self._ask("plugin.stage", **fields)
         token = str(answer.fields["token"])
         try:
-            manifest = manifests.parse(_read_all(answer))
+            where = fields.get("path") or os.path.dirname(str(fields.get("binary", "")))
+            manifest = manifests.parse(_read_all(answer), name=os.path.join(where, "plugin.json"))
             checked = self._host.config.check(manifest, values(params))
         except IsolatorError:
             self._host.supervisor.notify("plugin.discard", token=token)
