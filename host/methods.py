@@ -199,10 +199,8 @@ class Methods:
             waits = bool(answer.fields.get("pending"))
             self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by, waits=waits)
         plugin = await self._host.put(answer.fields["plugin"])
-        in_use = plugin.manifest or manifest
-        missing = self._host.config.missing(name, in_use)
-        if in_use.activation.start == "eager" and not missing and plugin.state == "stopped":
-            await self._ask("run.ensure", name=name, reason="eager")
+        missing = self._host.config.missing(name, plugin.manifest or manifest)
+        self._host.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
 
     async def plugin_discard(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
@@ -251,7 +249,9 @@ class Methods:
 
     async def plugin_enable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Let it run again; also clears ``failed``."""
-        return await self._change("plugin.enable", params)
+        answer = await self._change("plugin.enable", params)
+        self._host.start_if_eager(self._need(params))
+        return answer
 
     async def plugin_disable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Stop it and keep it stopped; its events wait."""
@@ -368,6 +368,7 @@ class Methods:
             await self._host.put((await self._ask("plugin.enable", name=plugin.name)).fields["plugin"])
         self._host.dispatcher.plugin_news(plugin.name)
         if current.run is None:
+            self._host.start_if_eager(self._host.registry.need(plugin.name))
             return {"restarted": False}
         # Names only: the values come with the environment of the next start.
         self._host.dispatcher.tell(plugin.name, "config.changed", {"keys": names})

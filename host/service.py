@@ -8,6 +8,7 @@ dies its supervisor starts another, the sidecars go on running, and what was acc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -53,6 +54,7 @@ class Host:
         self.catalogue = Catalogue()
         self._told_queues: dict[str, int] | None = None
         self.started = asyncio.Event()
+        self._starts: set[asyncio.Task[None]] = set()
         for op, handler in {
             "hello": self._hello,
             "plugin.changed": self._plugin_changed,
@@ -128,11 +130,27 @@ class Host:
         await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         return plugin
 
+    def start_if_eager(self, plugin: Plugin) -> None:
+        """Start a plugin that does not wait for its first event, unless it runs or cannot; failures show with it."""
+        manifest = plugin.manifest
+        if manifest is None or manifest.activation.start != "eager" or plugin.state != "stopped":
+            return
+        if not self.config.missing(plugin.name, manifest, plugin.digest):
+            task = asyncio.get_running_loop().create_task(self._start(plugin.name), name=f"start {plugin.name}")
+            self._starts.add(task)
+            task.add_done_callback(self._starts.discard)
+
+    async def _start(self, name: str) -> None:
+        with contextlib.suppress(IsolatorError):
+            await self.supervisor.call("run.ensure", name=name, reason="eager")
+
     async def close(self) -> None:
         """Stop serving; what is accepted stays in the queue."""
         if not self.started.is_set():
             return
         self._queues.cancel()
+        for task in self._starts:
+            task.cancel()
         await self.control.close()
         self.trail.close()
         await self.watches.close()
@@ -206,6 +224,9 @@ class Host:
             await self.control.start(socket.socket(fileno=message.fds.pop(0)))
         self._queues = asyncio.get_running_loop().create_task(self._tell_queues(), name="queue figures")
         self.started.set()
+        if message.fields.get("fresh"):
+            for plugin in self.registry:
+                self.start_if_eager(plugin)
         return {}
 
     @staticmethod

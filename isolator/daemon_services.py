@@ -208,7 +208,8 @@ class DaemonServices:
             with os.fdopen(os.dup(fds[-1]), "wb") as file:
                 file.write(encoded)
         try:
-            await service.channel.call("hello", fds=fds, plugins=plugins, timeout=30, **self._hello())
+            fresh = service.starts == 1
+            await service.channel.call("hello", fds=fds, plugins=plugins, fresh=fresh, timeout=30, **self._hello())
         finally:
             for fd in fds:
                 os.close(fd)

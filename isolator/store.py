@@ -169,9 +169,9 @@ class Store:
         """What the version in use replaced, if it is still on trial."""
         try:
             data = json.loads((self.base / name / _TRIAL).read_bytes())
-        except FileNotFoundError:
-            return None
-        trial = Trial(**{**data, "before": _registration(data["before"])})
+            trial = Trial(**{**data, "before": _registration(data["before"])})
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # one that cannot be read is no reason not to start: the version in use stays in use
         return trial if self.load(name).serial == trial.serial else None
 
     def mark_removed(self, name: str) -> None:
