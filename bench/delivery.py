@@ -7,8 +7,9 @@ one event; the daemon's times are those of its own audit records (made in the pr
     dispatch      accepted (safe on disk) → written to the running plugin
     round trip    accepted → reply recorded
     emit          the caller's call of ``emit`` → answered, which includes the sync to disk
+    one sync      of a block of 4 KiB to the same disk: what no durable queue can do without
 
-What a busy daemon does is measured after the rounds and told in the notes.
+Where the time goes, stage by stage, and what a busy daemon does (``delivery_load.py``) is told in the notes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -63,25 +65,6 @@ STREAM = """\
                 result = {"protocol": "1"} if request["method"] == "host.hello" else {"status": "ok"}
                 reply = {"jsonrpc": "2.0", "result": result, "id": request["id"]}
                 connection.sendall(json.dumps(reply).encode() + b"\\n")
-"""
-HANG = """\
-    #!/usr/bin/python3
-    import os, socket, time
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
-    while True:
-        connection, _ = server.accept()
-        time.sleep(3600)
-"""
-FLOOD = """\
-    #!/usr/bin/python3
-    import os, socket
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
-    while True:
-        os.write(1, b"x" * 65536)
 """
 NODE = """
 const net = require("net");
@@ -170,12 +153,19 @@ class Subject:
         folder = write_plugin(running.root / "src" / name, script, hooks=[hook], **manifest)
         running.cli("plugin", "add", str(folder), "--yes")
         self.ids: list[str] = []
+        self.began: list[float] = []
         self.emits: list[float] = []
+
+    def clear(self) -> None:
+        """Forget what was measured so far."""
+        for figures in (self.ids, self.began, self.emits):
+            figures.clear()
 
     def once(self, client: Client, *, wait: bool = True) -> str:
         """Emit one event, and wait for its outcome."""
+        self.began.append(time.time_ns() / 1000)
         began = time.perf_counter_ns()
-        event = str(client.call("event.emit", name=self.hook, payload=_payload(self.hook, len(self.ids)))["id"])
+        event = str(client.call("event.emit", name=self.hook, payload=payload(self.hook, len(self.ids)))["id"])
         self.emits.append((time.perf_counter_ns() - began) / 1000)
         self.ids.append(event)
         if wait:
@@ -185,7 +175,8 @@ class Subject:
         return event
 
 
-def _payload(hook: str, number: int) -> dict[str, Any]:
+def payload(hook: str, number: int) -> dict[str, Any]:
+    """A payload of that event, of one of 64 projects."""
     if hook == "deploy.completed":
         return {**EVENT, "project_id": f"proj_{number % 64}"}
     if hook == "deploy.started":
@@ -199,33 +190,58 @@ def _micros(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1e6
 
 
+@dataclass(frozen=True)
+class Passage:
+    """One delivery's way, in µs of the clock that stamps the records."""
+
+    accepted: float
+    queued: float
+    """From accepted until the attempt was on record."""
+    replied: float
+    latency: float
+    """From written to the plugin until its reply was read."""
+
+    @property
+    def dispatch(self) -> float:
+        """From accepted until it was written."""
+        return self.round_trip - self.latency
+
+    @property
+    def round_trip(self) -> float:
+        return self.replied - self.accepted
+
+
 class Trail:
     """The daemon's records of events, by event and plugin."""
 
     def __init__(self, running: Daemon) -> None:
-        self._accepted: dict[str, float] = {}
-        self._dispatched: dict[tuple[str, str], float] = {}
-        self._replied: dict[tuple[str, str], float] = {}
-        for record in running.records():
-            event, plugin = record["event_id"], record["plugin"]
-            if record["type"] == "event.accepted":
-                self._accepted[event] = _micros(record["time"])
-            elif record["type"] == "event.dispatched" and record["data"]["queued_us"] is not None:
-                self._dispatched[event, plugin] = record["data"]["queued_us"]
-            elif record["type"] == "event.response":
-                self._replied[event, plugin] = _micros(record["time"])
+        self.accepted: dict[str, float] = {}
+        self._queued: dict[tuple[str, str], float] = {}
+        self._replied: dict[tuple[str, str], tuple[float, float]] = {}
+        for file in sorted((running.root / "var/log/isolator/audit").glob("audit*.jsonl")):
+            for line in file.read_text().splitlines():
+                record = json.loads(line)
+                event, plugin, data = record["event_id"], record["plugin"], record["data"]
+                if record["type"] == "event.accepted":
+                    self.accepted[event] = _micros(record["time"])
+                elif record["type"] == "event.dispatched" and data["queued_us"] is not None:
+                    self._queued[event, plugin] = data["queued_us"]
+                elif record["type"] == "event.response":
+                    self._replied[event, plugin] = _micros(record["time"]), data["latency_us"]
 
-    def dispatch(self, subject: Subject) -> list[float]:
+    def passages(self, plugin: str, events: list[str]) -> list[Passage]:
+        """The deliveries of these events to a plugin; those that waited for a retry are left out."""
         return [
-            self._dispatched[event, subject.name] for event in subject.ids if (event, subject.name) in self._dispatched
+            Passage(self.accepted[event], self._queued[event, plugin], *self._replied[event, plugin])
+            for event in events
+            if (event, plugin) in self._queued and (event, plugin) in self._replied
         ]
-
-    def round_trip(self, subject: Subject) -> list[float]:
-        return [self._replied[event, subject.name] - self._accepted[event] for event in subject.ids]
 
 
 def measure(rounds: int) -> Report:
     """``rounds`` events per contender, one at a time; then the daemon under load."""
+    from bench.delivery_load import under_load
+
     samples: dict[str, list[float]] = {}
     with references() as (plain, skipped), daemon(host_toml=HOST_TOML) as running, Client(running.root) as client:
         subjects = [
@@ -235,8 +251,7 @@ def measure(rounds: int) -> Report:
         for number in range(-3, rounds):
             if number == 0:
                 for subject in subjects:
-                    subject.ids.clear()
-                    subject.emits.clear()
+                    subject.clear()
             turns: list[Reference | Subject] = [*plain, *subjects]
             turn = number % len(turns)
             for one in (*turns[turn:], *turns[:turn]):
@@ -246,13 +261,20 @@ def measure(rounds: int) -> Report:
                 took = one.once()
                 if number >= 0:
                     samples.setdefault(one.name, []).append(took)
-        _settle(running, client)
-        trail = Trail(running)
+            if number >= 0:
+                samples.setdefault("one sync", []).append(_one_sync(running.root / "block"))
+        settle(running, client)
+        trail, notes = Trail(running), []
         for subject in subjects:
-            samples[f"isolator {subject.name}: dispatch"] = trail.dispatch(subject)
-            samples[f"isolator {subject.name}: round trip"] = trail.round_trip(subject)
+            passages = trail.passages(subject.name, subject.ids)
+            samples[f"isolator {subject.name}: dispatch"] = [p.dispatch for p in passages]
+            samples[f"isolator {subject.name}: round trip"] = [p.round_trip for p in passages]
+            notes.append(_stages(subject, trail, passages))
         samples["isolator: emit"] = list(subjects[0].emits)
-        notes = [*_under_load(running, client, subjects), *_beside_bad_ones(running, client)]
+        notes += [
+            "to reach: dispatch p50 300 µs, p99 1 ms; round trip stream p50 400 µs, oneshot p50 3 × the first line",
+            *under_load(running, client, subjects),
+        ]
     builds = {"isolator": "cage, validation, durable queue, audit"}
     series = tuple(
         Series(name, builds.get(name.split(maxsplit=1)[0].rstrip(":"), ""), "µs", tuple(taken))
@@ -268,93 +290,34 @@ def measure(rounds: int) -> Report:
     )
 
 
-def _under_load(running: Daemon, client: Client, subjects: list[Subject]) -> list[str]:
-    notes = []
-    for subject in subjects:
-        subject.ids.clear()
-        before, count = _memory(running), 5000
-        began = time.perf_counter()
-        last = _pour(running, subject, count)
-        client.call("event.wait", id=last, timeout=120)
-        took = time.perf_counter() - began
-        grown = (_memory(running) - before) / 1024
-        notes.append(
-            f"{subject.name}: {count / took:.0f} events/s sustained, emitted to answered; the host grew {grown:.0f} KiB"
-        )
-    paced = subjects[0]
-    paced.ids.clear()
-    began = time.perf_counter()
-    for number in range(600):
-        time.sleep(max(0.0, began + number / 200 - time.perf_counter()))
-        paced.once(client, wait=False)
-    client.call("event.wait", id=paced.ids[-1], timeout=60)
-    _settle(running, client)
-    notes.append(f"200 events/s to one one-shot plugin: dispatch {_spread(Trail(running).dispatch(paced))}")
-    return notes
+def _one_sync(path: Path) -> float:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.lseek(fd, 0, os.SEEK_END)
+        began = time.perf_counter_ns()
+        os.write(fd, b"x" * 4096)
+        os.fdatasync(fd)
+        return (time.perf_counter_ns() - began) / 1000
+    finally:
+        os.close(fd)
 
 
-def _pour(running: Daemon, subject: Subject, count: int) -> str:
-    """Emit many events over one connection without waiting for each answer; the id of the last."""
-    import socket
-
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(running.root / "run/isolator/control.sock"))
-    lines = sock.makefile("rb")
-    requests = b"".join(
-        json.dumps(
-            {
-                "jsonrpc": "2.0",
-                "id": number,
-                "method": "event.emit",
-                "params": {"name": subject.hook, "payload": _payload(subject.hook, number)},
-            }
-        ).encode()
-        + b"\n"
-        for number in range(count)
+def _stages(subject: Subject, trail: Trail, passages: list[Passage]) -> str:
+    """Where the time goes: medians of each stage, of which the first ends with the sync to disk."""
+    began = dict(zip(subject.ids, subject.began, strict=True))
+    stages = {
+        "called → accepted": [trail.accepted[event] - began[event] for event in subject.ids],
+        "→ attempt on record": [p.queued for p in passages],
+        "→ in the trail's hands and written": [p.dispatch - p.queued for p in passages],
+        "→ reply read": [p.latency for p in passages],
+    }
+    return f"stages of {subject.name}, p50 in µs: " + ", ".join(
+        f"{stage} {statistics.median(values):.0f}" for stage, values in stages.items()
     )
-    sender = threading.Thread(target=sock.sendall, args=(requests,))
-    sender.start()
-    answers = [json.loads(lines.readline()) for _ in range(count)]
-    sender.join()
-    sock.close()
-    return str(max(answers, key=lambda answer: int(answer["id"]))["result"]["id"])
 
 
-def _beside_bad_ones(running: Daemon, client: Client) -> list[str]:
-    """What a plugin that hangs and one that floods its log do to those who emit, and to their neighbours."""
-    good = Subject(running, "neighbour", "project.created", ONESHOT)
-    bad = [Subject(running, name, "deploy.failed", script) for name, script in (("hangs", HANG), ("floods", FLOOD))]
-    good.once(client)
-    for subject in bad:
-        subject.once(client, wait=False)
-    time.sleep(1)
-    good.ids.clear()
-    good.emits.clear()
-    began = time.perf_counter()
-    for number in range(400):
-        time.sleep(max(0.0, began + number / 100 - time.perf_counter()))
-        good.once(client, wait=False)
-    client.call("event.wait", id=good.ids[-1], timeout=60)
-    _settle(running, client)
-    dispatch = _spread(Trail(running).dispatch(good))
-    return [
-        f"beside a plugin that hangs and one that floods: emit {_spread(good.emits)}, a neighbour's dispatch {dispatch}"
-    ]
-
-
-def _settle(running: Daemon, client: Client) -> None:
+def settle(running: Daemon, client: Client) -> None:
     """Wait until the trail has everything."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while client.call("status")["records_pending"] and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _memory(running: Daemon) -> int:
-    pid = running.service_pid("host.serve")
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _spread(values: list[float]) -> str:
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return f"p50 {ordered[last // 2]:.0f} µs, p99 {ordered[last * 99 // 100]:.0f} µs"

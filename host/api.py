@@ -13,7 +13,6 @@ import asyncio
 import json
 import socket
 import sqlite3
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,16 +20,22 @@ from typing import Any
 
 from host.channel import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL
 from host.channel.stream import PROTOCOLS
+from host.lines import Acceptor, Budget, LineProtocol
 from host.logs import Logs
 from host.registry import Plugin, Registry
 from host.store import Store
-from host.wire import LineProtocol, WireError, dumps, line, parse_object, peer_of
+from host.wire import WireError, dumps, line, parse_object, peer_of
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.policy.names import covers_permission
 
 RATE, BURST = 200.0, 400.0
+REFUSAL = 0.25
+"""Seconds before a caller hears that it calls too often: to ask again at once is of no use to it, and costs us."""
 CONNECTIONS, IN_FLIGHT = 16, 16
+CONNECTS_A_SECOND, CONNECTS_AT_ONCE = 50.0, 50.0
+BYTES_A_SECOND, BYTES_AT_ONCE = 1 << 20, 4 << 20
+"""What one plugin may send on all its connections: parsing it is not free."""
 KV_KEYS, KV_KEY, KV_VALUE, KV_TOTAL = 1024, 256, 64 * 1024, 1 << 20
 LEVELS = ("debug", "info", "warning", "error")
 PLATFORM_TIMEOUT = 10.0
@@ -56,9 +61,12 @@ Handler = Callable[[Context, Mapping[str, Any]], Awaitable[Any]]
 
 
 @dataclass
-class _Bucket:
-    tokens: float = BURST
-    at: float = 0.0
+class _Limits:
+    """What one plugin may ask in a second, whatever number of connections it asks on."""
+
+    calls: Budget = field(default_factory=lambda: Budget(RATE, BURST))
+    connects: Budget = field(default_factory=lambda: Budget(CONNECTS_A_SECOND, CONNECTS_AT_ONCE))
+    bytes: Budget = field(default_factory=lambda: Budget(BYTES_A_SECOND, BYTES_AT_ONCE))
     refused: int = 0
     reported: float = 0.0
 
@@ -82,8 +90,8 @@ class HostApi:
     methods: dict[str, ApiMethod] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._buckets: dict[str, _Bucket] = {}
-        self._servers: dict[str, asyncio.Server] = {}
+        self._limits: dict[str, _Limits] = {}
+        self._listeners: dict[str, Acceptor] = {}
         self._connections: dict[str, set[_Connection]] = {}
         kv = KeyValue(self.store)
         self.methods |= {
@@ -108,26 +116,27 @@ class HostApi:
 
         return remove
 
-    async def serve(self, name: str, run: str, listener: socket.socket) -> None:
+    def serve(self, name: str, run: str, listener: socket.socket) -> None:
         """Accept the calls of one plugin's run; an earlier listener of the same plugin ends."""
         self.forget(name)
-        listener.setblocking(False)
-        loop = asyncio.get_running_loop()
-        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-        server = await loop.create_unix_server(lambda: _Connection(self, name, run), sock=listener, **options)
-        self._servers[name] = server
+        limits = self.limits(name)
+        self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits.bytes), limits.connects)
+
+    def limits(self, name: str) -> _Limits:
+        """One plugin's limits, which a new run does not refill."""
+        return self._limits.setdefault(name, _Limits())
 
     def forget(self, name: str) -> None:
         """Close a plugin's listener and connections."""
-        server = self._servers.pop(name, None)
-        if server is not None:
-            server.close()
+        listener = self._listeners.pop(name, None)
+        if listener is not None:
+            listener.close()
         for connection in list(self._connections.pop(name, ())):
             connection.close()
 
     def close(self) -> None:
         """Close every listener."""
-        for name in list(self._servers):
+        for name in list(self._listeners):
             self.forget(name)
 
     def admit(self, connection: _Connection, uid: int) -> str | None:
@@ -176,6 +185,7 @@ class HostApi:
                 raise ApiError(-32602, "params must be an object")
             answer: dict[str, Any] = {"result": await found.handler(Context(plugin, run), params)}
         except _Limited as limited:
+            await asyncio.sleep(REFUSAL)
             return {"error": {"code": RETRY_LATER, "message": str(limited), "data": {"retry_after_ms": 100}}}
         except ApiError as error:
             verdict = "failed" if verdict == "granted" else verdict
@@ -196,17 +206,13 @@ class HostApi:
         return answer
 
     def _charge(self, name: str, run: str | None) -> None:
-        now = time.monotonic()
-        bucket = self._buckets.setdefault(name, _Bucket(at=now))
-        bucket.tokens = min(BURST, bucket.tokens + (now - bucket.at) * RATE)
-        bucket.at = now
-        if bucket.refused and now - bucket.reported >= 1.0:
-            refused, bucket.refused, bucket.reported = bucket.refused, 0, now
+        now, limits = time.monotonic(), self.limits(name)
+        if limits.refused and now - limits.reported >= 1.0:
+            refused, limits.refused, limits.reported = limits.refused, 0, now
             self.audit.record("api.called", plugin=name, run=run, method="*", verdict="limited", count=refused)
-        if bucket.tokens < 1.0:
-            bucket.refused += 1
+        if not limits.calls.try_take():
+            limits.refused += 1
             raise _Limited(f"more than {RATE:g} calls a second")
-        bucket.tokens -= 1.0
 
     async def _log_write(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         level, message = params.get("level", "info"), params.get("message")
@@ -314,9 +320,9 @@ class _Connection(LineProtocol):
     limit = 256 * 1024
     write_high = 256 * 1024
 
-    def __init__(self, api: HostApi, name: str, run: str) -> None:
+    def __init__(self, api: HostApi, name: str, run: str, budget: Budget) -> None:
         super().__init__()
-        self.name, self.run = name, run
+        self.name, self.run, self.budget = name, run, budget
         self._api = api
         self._tasks: set[asyncio.Task[None]] = set()
 

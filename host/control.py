@@ -18,7 +18,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from host.wire import LineProtocol, WireError, line, parse_object, peer_of
+from host.lines import LineProtocol
+from host.wire import WireError, line, parse_object, peer_of
 from isolator.errors import DeniedError, IsolatorError, UsageError
 
 N = TypeVar("N", int, float)
@@ -113,6 +114,9 @@ class ControlServer:
 
 
 class _Connection(LineProtocol):
+    per_turn = 256
+    """What comes in one turn is written in one transaction."""
+
     def __init__(self, server: ControlServer) -> None:
         super().__init__()
         self._server = server
@@ -170,7 +174,7 @@ class _Connection(LineProtocol):
     def eof_received(self) -> bool:
         # Half-closed (``printf … | nc -N``): what was asked is still answered.
         self._no_more = True
-        return self._open > 0
+        return self._open > 0 or self.unread
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -178,7 +182,7 @@ class _Connection(LineProtocol):
 
     def _closed_one(self) -> None:
         self._open -= 1
-        if self._no_more and not self._open:
+        if self._no_more and not self._open and not self.unread:
             self.close()
         if self._open < IN_FLIGHT:
             self.unhold("in flight")

@@ -7,6 +7,7 @@ else's.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from host.registry import Plugin
@@ -34,10 +35,15 @@ class Dispatcher:
         if name in self.workers:
             self.workers[name].news()
 
-    async def say_shutdown(self, name: str, reason: str) -> None:
-        """See ``Worker.say_shutdown``."""
+    def tell(self, name: str, method: str, params: Mapping[str, Any]) -> None:
+        """See ``Worker.tell``."""
         if name in self.workers:
-            await self.workers[name].say_shutdown(reason)
+            self.workers[name].tell(method, params)
+
+    async def take_leave(self, name: str, run: str, reason: str) -> None:
+        """See ``Worker.take_leave``."""
+        if name in self.workers:
+            await self.workers[name].take_leave(run, reason)
 
     async def plugin_removed(self, name: str) -> None:
         """Stop its worker."""

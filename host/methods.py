@@ -34,12 +34,20 @@ MAX_EXCHANGE = 240.0
 _MANIFEST_LIMIT = MAX_BYTES
 
 
+@dataclasses.dataclass(frozen=True)
+class _Staged:
+    """What was shown and is not registered yet."""
+
+    manifest: Manifest
+    digest: str
+
+
 class Methods:
     """The verbs of one host."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._staged: dict[str, Manifest] = {}
+        self._staged: dict[str, _Staged] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """What is registered under a name and the config of that name change together."""
 
@@ -90,7 +98,8 @@ class Methods:
         answer = await self._ask("plugin.stage", **fields)
         token = str(answer.fields["token"])
         try:
-            manifest = manifests.parse(_read_all(answer))
+            where = fields.get("path") or os.path.dirname(str(fields.get("binary", "")))
+            manifest = manifests.parse(_read_all(answer), name=os.path.join(where, "plugin.json"))
             checked = self._host.config.check(manifest, values(params))
         except IsolatorError:
             self._host.supervisor.notify("plugin.discard", token=token)
@@ -98,7 +107,7 @@ class Methods:
         finally:
             answer.close()
         self._check_hooks(manifest.core.hooks, token)
-        self._staged[token] = manifest
+        self._staged[token] = _Staged(manifest, str(answer.fields["digest"]))
         caller.on_close.append(lambda: self._abandon(token))
         missing = [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in checked]
         return {
@@ -128,10 +137,10 @@ class Methods:
     async def plugin_commit(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Register what was staged, with its config."""
         token = text(params, "token")
-        manifest = self._staged.get(token)
-        if manifest is None:
+        staged = self._staged.get(token)
+        if staged is None:
             raise UsageError("plugin add", "nothing is staged under that token", "add it again")
-        name = manifest.core.name
+        manifest, name = staged.manifest, staged.manifest.core.name
         given = values(params)
         async with self._locks[name]:
             current = self._host.registry.get(name)
@@ -153,20 +162,33 @@ class Methods:
     async def plugin_update(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Take over a staged newer version; one that asks for more waits, unless ``approve`` says that it may.
 
-        Values given with it stay set when the version fails and the one before comes back.
+        Values given with it are the version's: they go with it when it fails, and wait with it.
         """
         token = text(params, "token")
-        manifest = self._staged.get(token)
-        if manifest is None:
+        staged = self._staged.get(token)
+        if staged is None:
             raise UsageError("plugin update", "nothing is staged under that token", "run it again")
-        name, given = manifest.core.name, values(params)
+        manifest, name, given = staged.manifest, staged.manifest.core.name, values(params)
         async with self._locks[name]:
             self._host.registry.need(name)
-            await self._host.config.set(name, manifest, given)
-            answer = await self._ask(
-                "plugin.update", token=token, by=caller.by, approve=params.get("approve") is True, timeout=MAX_EXCHANGE
-            )
-            return {**answer.fields, **await self._registered(token, manifest, given, answer, caller)}
+            await self._host.config.set_next(name, staged.digest, manifest, given)
+            try:
+                answer = await self._ask(
+                    "plugin.update",
+                    token=token,
+                    by=caller.by,
+                    approve=params.get("approve") is True,
+                    timeout=MAX_EXCHANGE,
+                )
+            except IsolatorError:
+                now = self._host.registry.get(name)
+                if now is None or staged.digest not in now.versions:
+                    self._host.config.drop_next(name, staged.digest)
+                raise
+            done = {**answer.fields, **await self._registered(token, manifest, given, answer, caller)}
+            if given and done.get("unchanged"):
+                await self._restart_for_config(self._host.registry.need(name), sorted(given))
+            return done
 
     async def _registered(
         self, token: str, manifest: Manifest, given: Mapping[str, str], answer: Message, caller: Caller
@@ -174,12 +196,11 @@ class Methods:
         name = manifest.core.name
         self._staged.pop(token, None)
         if given:
-            self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by)
+            waits = bool(answer.fields.get("pending"))
+            self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by, waits=waits)
         plugin = await self._host.put(answer.fields["plugin"])
-        in_use = plugin.manifest or manifest
-        missing = self._host.config.missing(name, in_use)
-        if in_use.activation.start == "eager" and not missing and plugin.state == "stopped":
-            await self._ask("run.ensure", name=name, reason="eager")
+        missing = self._host.config.missing(name, plugin.manifest or manifest)
+        self._host.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
 
     async def plugin_discard(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
@@ -220,19 +241,17 @@ class Methods:
 
     async def plugin_stop(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Stop the sidecar; the next event starts it again."""
-        name = self._need(params).name
-        await self._host.dispatcher.say_shutdown(name, "operator")
-        return (await self._ask("run.stop", name=name, reason="operator")).fields
+        return (await self._ask("run.stop", name=self._need(params).name, reason="operator")).fields
 
     async def plugin_restart(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Stop and start the sidecar."""
-        name = self._need(params).name
-        await self._host.dispatcher.say_shutdown(name, "restart")
-        return (await self._ask("run.restart", name=name, reason="operator")).fields
+        return (await self._ask("run.restart", name=self._need(params).name, reason="restart")).fields
 
     async def plugin_enable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Let it run again; also clears ``failed``."""
-        return await self._change("plugin.enable", params)
+        answer = await self._change("plugin.enable", params)
+        self._host.start_if_eager(self._need(params))
+        return answer
 
     async def plugin_disable(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Stop it and keep it stopped; its events wait."""
@@ -285,7 +304,7 @@ class Methods:
         given = values(params)
         await self._host.config.set(plugin.name, plugin.manifest, given)
         self._host.audit.record("config.changed", plugin=plugin.name, names=sorted(given), by=caller.by)
-        return await self._restart_for_config(plugin)
+        return await self._restart_for_config(plugin, sorted(given))
 
     async def config_unset(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Forget a value and restart the sidecar if it runs."""
@@ -293,7 +312,7 @@ class Methods:
         key = text(params, "key")
         await self._host.config.unset(plugin.name, key)
         self._host.audit.record("config.changed", plugin=plugin.name, names=[key], by=caller.by)
-        return await self._restart_for_config(plugin)
+        return await self._restart_for_config(plugin, [key])
 
     async def config_rotate_key(self, _: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Encrypt every value with a new key."""
@@ -343,12 +362,17 @@ class Methods:
             return [plugin.raw for plugin in self._host.registry]
         return list(answer.fields.get("plugins", ()))
 
-    async def _restart_for_config(self, plugin: Plugin) -> dict[str, Any]:
+    async def _restart_for_config(self, plugin: Plugin, names: list[str]) -> dict[str, Any]:
         current = self._host.registry.need(plugin.name)
+        if current.state == "failed":
+            # What failed may well have failed for want of it.
+            await self._host.put((await self._ask("plugin.enable", name=plugin.name)).fields["plugin"])
         self._host.dispatcher.plugin_news(plugin.name)
         if current.run is None:
+            self._host.start_if_eager(self._host.registry.need(plugin.name))
             return {"restarted": False}
-        await self._host.dispatcher.say_shutdown(plugin.name, "config")
+        # Names only: the values come with the environment of the next start.
+        self._host.dispatcher.tell(plugin.name, "config.changed", {"keys": names})
         await self._ask("run.restart", name=plugin.name, reason="config")
         return {"restarted": True}
 

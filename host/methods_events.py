@@ -17,7 +17,7 @@ from host.api import PLATFORM_TIMEOUT, ApiError, Context
 from host.channel import RETRY_LATER
 from host.control import Caller, Method, Reply, number, text
 from host.events import from_schema
-from host.queue import Accepted
+from host.queue import FINAL, Accepted, EventRow
 from isolator.errors import UsageError
 from isolator.policy.names import parse_permission
 
@@ -86,7 +86,7 @@ class EventMethods:
     async def event_wait(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Wait until every delivery of an event is final, at most ``timeout`` seconds."""
         timeout = number(params, "timeout", 30.0, MAX_WAIT)
-        return dataclasses.asdict(await self._host.queue.wait(text(params, "id"), timeout=timeout))
+        return self._with_reasons(await self._host.queue.wait(text(params, "id"), timeout=timeout))
 
     async def event_list(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """The newest events."""
@@ -95,7 +95,15 @@ class EventMethods:
 
     async def event_show(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """One event with its deliveries."""
-        return dataclasses.asdict(self._host.queue.show(text(params, "id")))
+        return self._with_reasons(self._host.queue.show(text(params, "id")))
+
+    def _with_reasons(self, row: EventRow) -> dict[str, Any]:
+        """The event as it is shown; a delivery that waits says what for."""
+        shown = dataclasses.asdict(row)
+        for delivery in shown["deliveries"]:
+            if delivery["state"] not in FINAL:
+                delivery["holding"] = self._host.dispatcher.status(delivery["plugin"])["holding"]
+        return shown
 
     async def event_dead(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Deliveries that were given up."""

@@ -45,8 +45,12 @@ class Outcomes:
         """Events that were in flight together when the plugin crashed: each goes alone until it is cleared."""
 
     async def dispatched(self, delivery: Delivery, run: str, request: bytes) -> None:
-        """An attempt begins. The record is in the trail's hands before the first byte is in the plugin's."""
+        """An attempt begins. It is on record in queue and trail before the first byte is in the plugin's hands.
+
+        So nothing is ever delivered more often than its attempts say, whoever is killed.
+        """
         assert delivery.event is not None
+        await self._consumer.sent(delivery)
         waited = asyncio.get_running_loop().time() - delivery.ready_at if delivery.ready_at else None
         self._audit.record(
             "event.dispatched",
@@ -55,7 +59,7 @@ class Outcomes:
             event_id=delivery.event.id,
             delivery_id=delivery.id,
             urgent=True,
-            attempt=delivery.attempts + 1,
+            attempt=delivery.attempts,
             queued_us=int(waited * 1e6) if waited is not None else None,
             request_bytes=len(request),
             request_sha256=hashlib.sha256(request).hexdigest(),
@@ -63,7 +67,6 @@ class Outcomes:
         if self._wait_for_trail:
             await self._audit.handed_over()
         delivery.ready_at = 0.0
-        self._consumer.sent(delivery)
         if self._in_flight:
             self._overlapped |= {*self._in_flight, delivery.seq}
         self._in_flight[delivery.seq] = run

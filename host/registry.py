@@ -44,6 +44,12 @@ class Plugin:
     """Canonical event name → the spelling the plugin subscribed by."""
 
     @property
+    def versions(self) -> set[str]:
+        """Digests of the version in use and of the one that waits for approval."""
+        waiting = self.raw.get("pending")
+        return {self.digest, *([str(waiting["digest"])] if waiting else [])}
+
+    @property
     def mode(self) -> str:
         return self.manifest.transport.mode if self.manifest is not None else "oneshot"
 

@@ -5,6 +5,10 @@ Each value is sealed with AES-256-GCM under a key that lies beside the database 
 not open. ``rotate`` keeps old and new key in the file until every row is sealed with the new one, so that a crash at
 any instant leaves all rows readable.
 
+Values given with an update belong to that version until it has proved itself: they are kept apart under its digest,
+count while it is the version in use, and become the plugin's config when it is settled. When it fails or is never
+approved, the config is what it was before, whoever was killed meanwhile.
+
 Redaction is by value: wherever text of a plugin is stored or shown, each secret value (of at least four characters),
 as it is, JSON-escaped, percent-encoded or base64-encoded, becomes ``[redacted]``. That protects from accidents; a
 plugin that *wants* to print its own secret can always spell it differently.
@@ -13,23 +17,17 @@ plugin that *wants* to print its own secret can always spell it differently.
 from __future__ import annotations
 
 import base64
-import contextlib
-import hashlib
 import json
 import os
 import re
-import secrets as random_source
 import sqlite3
-import stat
 import time
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
+from host.keyfile import KeyFile
 from host.manifest import MAX_CONFIG, ConfigField, Manifest, check_key, check_value, environment_names
 from host.store import Store
 from isolator.errors import IsolatorError, NotFoundError, UsageError
@@ -60,76 +58,6 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub(REDACTED, text) if self._pattern is not None else text
-
-
-class KeyFile:
-    """The host's keys, newest first; the file is made on first use and never readable by anyone else."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.keys: list[bytes] = []
-
-    def load(self) -> bool:
-        """Read the file; False if there is none. Raises IsolatorError when others could have read or written it."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise IsolatorError(str(self.path), f"cannot be opened: {error.strerror}", "restore the key file") from None
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                raise IsolatorError(
-                    str(self.path),
-                    f"must be a plain file of uid {os.geteuid()} with mode 0600",
-                    "if others may have read it, restore mode and owner, then run 'isolator config rotate-key'",
-                )
-            try:
-                self.keys = [base64.b64decode(key, validate=True) for key in json.loads(file.read(4096))["keys"]]
-            except (ValueError, KeyError, TypeError):
-                self.keys = []
-        if not self.keys or any(len(key) != 32 for key in self.keys):
-            self.keys = []
-            raise IsolatorError(str(self.path), "is damaged", "restore it from a backup")
-        return True
-
-    def save(self, keys: list[bytes]) -> None:
-        """Replace the file in one step, synced."""
-        temporary = self.path.with_name(f".{self.path.name}.{random_source.token_hex(6)}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
-            json.dump({"keys": [base64.b64encode(key).decode() for key in keys]}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        self.keys = keys
-
-    def seal(self, plugin: str, key: str, value: str) -> bytes:
-        """Encrypt one value for one place."""
-        nonce = os.urandom(12)
-        return _key_id(self.keys[0]) + nonce + AESGCM(self.keys[0]).encrypt(nonce, value.encode(), _place(plugin, key))
-
-    def open(self, plugin: str, key: str, sealed: bytes) -> str:
-        """Decrypt; raises IsolatorError when no key fits or the row was moved or changed."""
-        for candidate in self.keys:
-            if _key_id(candidate) == sealed[:4]:
-                with contextlib.suppress(InvalidTag):
-                    return AESGCM(candidate).decrypt(sealed[4:16], sealed[16:], _place(plugin, key)).decode()
-        raise IsolatorError(f"config {key} of {plugin}", "cannot be decrypted with this host's key", "set it again")
-
-
-def _key_id(key: bytes) -> bytes:
-    return hashlib.sha256(b"isolator-config-key" + key).digest()[:4]
-
-
-def _place(plugin: str, key: str) -> bytes:
-    return f"{plugin}\0{key}".encode()
 
 
 @dataclass(frozen=True)
@@ -168,10 +96,17 @@ class ConfigStore:
         self._store = store
         self._keys = KeyFile(key_file)
         self._values: dict[str, dict[str, _Value]] = {}
+        self._next: dict[str, dict[str, dict[str, _Value]]] = {}
+        """Per plugin and digest: what was given with a version that is not settled."""
         self._redactors: dict[str, Redactor] = {}
         self.broken: dict[str, IsolatorError] = {}
         """Plugins whose config cannot be read, with the reason; they are not started."""
-        rows = store.read(lambda db: db.execute("SELECT plugin, key, secret, type, value FROM config").fetchall())
+        rows = store.read(
+            lambda db: db.execute(
+                "SELECT plugin, NULL, key, secret, type, value FROM config"
+                " UNION ALL SELECT plugin, digest, key, secret, type, value FROM config_next"
+            ).fetchall()
+        )
         self._unusable: IsolatorError | None = None
         try:
             if not self._keys.load():
@@ -182,12 +117,15 @@ class ConfigStore:
                 self._keys.save([os.urandom(32)])
         except IsolatorError as error:
             self._unusable = error
-        for plugin, key, secret, kind, sealed in rows:
+        self.problem = str(self._unusable) if self._unusable is not None else None
+        """What is wrong with the key file, if it is of no use."""
+        for plugin, digest, key, secret, kind, sealed in rows:
             try:
                 if self._unusable is not None:
                     raise self._unusable
                 text = self._keys.open(plugin, key, sealed)
-                self._values.setdefault(plugin, {})[key] = _Value(text, bool(secret), kind)
+                values = self._values if digest is None else self._next.setdefault(plugin, {})
+                values.setdefault(plugin if digest is None else digest, {})[key] = _Value(text, bool(secret), kind)
             except IsolatorError as error:
                 self.broken[plugin] = error
 
@@ -195,8 +133,10 @@ class ConfigStore:
         """Replaces this plugin's secret values."""
         redactor = self._redactors.get(plugin)
         if redactor is None:
-            values = [v.text for v in self._values.get(plugin, {}).values() if v.secret]
-            redactor = self._redactors[plugin] = Redactor(values)
+            sets = [self._values.get(plugin, {}), *self._next.get(plugin, {}).values()]
+            redactor = self._redactors[plugin] = Redactor(
+                v.text for values in sets for v in values.values() if v.secret
+            )
         return redactor
 
     def check(self, manifest: Manifest, values: Mapping[str, str]) -> dict[str, tuple[ConfigField, str]]:
@@ -225,8 +165,7 @@ class ConfigStore:
         current = {} if replace else dict(self._values.get(plugin, {}))
         for key, (spec, text) in checked.items():
             current[key] = _Value(text, spec.secret, spec.type)
-        if sum(len(v.text.encode()) + len(k) for k, v in current.items()) * 2 > MAX_CONFIG:
-            raise UsageError(f"config of {plugin}", f"is larger than {MAX_CONFIG // 2} bytes in all")
+        _check_size(plugin, current)
         now = time.time()
         rows = [
             (plugin, key, spec.secret, spec.type, self._keys.seal(plugin, key, text), now)
@@ -243,6 +182,59 @@ class ConfigStore:
         self._redactors.pop(plugin, None)
         self.broken.pop(plugin, None)
 
+    async def set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
+        """Keep values for the version of that digest, in place of what an earlier attempt at it was given."""
+        if self._unusable is not None:
+            raise self._unusable
+        checked = self.check(manifest, values)
+        given = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
+        _check_size(plugin, {**self._values.get(plugin, {}), **given})
+        now = time.time()
+        rows = [
+            (plugin, digest, key, value.secret, value.type, self._keys.seal(plugin, key, value.text), now)
+            for key, value in given.items()
+        ]
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+            db.executemany("INSERT INTO config_next VALUES (?,?,?,?,?,?,?)", rows)
+
+        await self._store.run(write)
+        versions = self._next.setdefault(plugin, {})
+        versions.pop(digest, None)
+        if given:
+            versions[digest] = given
+        self._redactors.pop(plugin, None)
+
+    def settle(self, plugin: str, digest: str) -> None:
+        """The version of that digest is here to stay: what came with it is the plugin's config now."""
+        given = self._next.get(plugin, {}).pop(digest, None)
+        if given is None:
+            return
+        self._values[plugin] = {**self._values.get(plugin, {}), **given}
+
+        def move(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT OR REPLACE INTO config SELECT plugin, key, secret, type, value, updated FROM config_next"
+                " WHERE plugin=? AND digest=?",
+                (plugin, digest),
+            )
+            db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+
+        self._store.submit(move)
+
+    def drop_next(self, plugin: str, digest: str) -> None:
+        """The version of that digest did not stay: forget what came with it."""
+        if self._next.get(plugin, {}).pop(digest, None) is not None:
+            self._redactors.pop(plugin, None)
+            self._store.submit(
+                lambda db: db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+            )
+
+    def unsettled(self) -> list[tuple[str, str]]:
+        """(plugin, digest) of the versions for which values are kept."""
+        return [(plugin, digest) for plugin, versions in self._next.items() for digest in versions]
+
     async def unset(self, plugin: str, key: str) -> None:
         """Forget one value; raises NotFoundError."""
         if key not in self._values.get(plugin, {}):
@@ -253,8 +245,14 @@ class ConfigStore:
 
     async def forget(self, plugin: str) -> None:
         """Forget everything of a removed plugin."""
-        await self._store.run(lambda db: db.execute("DELETE FROM config WHERE plugin=?", (plugin,)))
+
+        def delete(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
+            db.execute("DELETE FROM config_next WHERE plugin=?", (plugin,))
+
+        await self._store.run(delete)
         self._values.pop(plugin, None)
+        self._next.pop(plugin, None)
         self._redactors.pop(plugin, None)
         self.broken.pop(plugin, None)
 
@@ -279,18 +277,21 @@ class ConfigStore:
             )
         return items
 
-    def missing(self, plugin: str, manifest: Manifest) -> list[str]:
-        """Required keys without a value."""
-        values = self._values.get(plugin, {})
+    def _in_use(self, plugin: str, digest: str) -> dict[str, _Value]:
+        return {**self._values.get(plugin, {}), **self._next.get(plugin, {}).get(digest, {})}
+
+    def missing(self, plugin: str, manifest: Manifest, digest: str = "") -> list[str]:
+        """Required keys without a value, for the version of that digest."""
+        values = self._in_use(plugin, digest)
         return [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in values]
 
-    def environment(self, plugin: str, manifest: Manifest | None) -> Environment:
-        """What the next start of the sidecar gets; raises IsolatorError when something required is missing."""
+    def environment(self, plugin: str, manifest: Manifest | None, digest: str = "") -> Environment:
+        """What the next start of the version of that digest gets; raises IsolatorError when something is missing."""
         if plugin in self.broken:
             raise self.broken[plugin]
-        values = dict(self._values.get(plugin, {}))
+        values = self._in_use(plugin, digest)
         if manifest is not None and manifest.config is not None:
-            missing = self.missing(plugin, manifest)
+            missing = self.missing(plugin, manifest, digest)
             if missing:
                 raise UsageError(
                     f"config of {plugin}",
@@ -328,13 +329,27 @@ class ConfigStore:
             for plugin, values in self._values.items()
             for key, value in values.items()
         ]
-        await self._store.run(
-            lambda db: db.executemany("UPDATE config SET value=?, updated=? WHERE plugin=? AND key=?", rows)
-        )
+        rows_next = [
+            (self._keys.seal(plugin, key, value.text), plugin, digest, key)
+            for plugin, versions in self._next.items()
+            for digest, values in versions.items()
+            for key, value in values.items()
+        ]
+
+        def write(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE config SET value=?, updated=? WHERE plugin=? AND key=?", rows)
+            db.executemany("UPDATE config_next SET value=? WHERE plugin=? AND digest=? AND key=?", rows_next)
+
+        await self._store.run(write)
         # Rows that could not be opened before cannot be sealed anew: the old keys stay while there are any.
         if not self.broken:
             self._keys.save(self._keys.keys[:1])
-        return len(rows)
+        return len(rows) + len(rows_next)
+
+
+def _check_size(plugin: str, values: Mapping[str, _Value]) -> None:
+    if sum(len(value.text.encode()) + len(key) for key, value in values.items()) * 2 > MAX_CONFIG:
+        raise UsageError(f"config of {plugin}", f"is larger than {MAX_CONFIG // 2} bytes in all")
 
 
 def _by_variable(manifest: Manifest, name: str) -> ConfigField | None:

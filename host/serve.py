@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 
+import prctl
+
 from host.service import Host
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
@@ -59,6 +61,8 @@ def main() -> None:
         os.write(2, b"isolator: host.serve: refuses to run as root; it is started by 'isolator serve'\n")
         sys.exit(2)
     os.umask(0o027)
+    # This process knows every secret: no dump of it, and no debugger of the same uid.
+    prctl.set_dumpable(False)
     try:
         sys.exit(asyncio.run(serve(arguments.channel_fd, arguments.audit_fd)))
     except IsolatorError as error:

@@ -8,10 +8,12 @@ dies its supervisor starts another, the sidecars go on running, and what was acc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +23,7 @@ from host.dispatch import Dispatcher
 from host.events import Catalogue, from_schema
 from host.health import Watches
 from host.logs import Logs
-from host.methods import Methods
+from host.methods import MAX_EXCHANGE, Methods
 from host.queue import DEFAULT_TTL, Accepted, Delivery, NewEvent
 from host.queue.sqlite import Answer, SqliteQueue
 from host.registry import Plugin, Registry, load_event_types
@@ -52,11 +54,13 @@ class Host:
         self.catalogue = Catalogue()
         self._told_queues: dict[str, int] | None = None
         self.started = asyncio.Event()
+        self._starts: set[asyncio.Task[None]] = set()
         for op, handler in {
             "hello": self._hello,
             "plugin.changed": self._plugin_changed,
             "run.environment": self._run_environment,
             "run.started": self._run_started,
+            "run.stopping": self._run_stopping,
             "run.ended": self._run_ended,
             "run.last_words": self._run_last_words,
             "audit.source": self._audit_source,
@@ -120,15 +124,33 @@ class Host:
     async def put(self, entry: Mapping[str, Any]) -> Plugin:
         """Take over one plugin entry of the supervisor."""
         plugin = self.registry.put(entry)
+        if not entry.get("on_trial"):
+            self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
         await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         return plugin
+
+    def start_if_eager(self, plugin: Plugin) -> None:
+        """Start a plugin that does not wait for its first event, unless it runs or cannot; failures show with it."""
+        manifest = plugin.manifest
+        if manifest is None or manifest.activation.start != "eager" or plugin.state != "stopped":
+            return
+        if not self.config.missing(plugin.name, manifest, plugin.digest):
+            task = asyncio.get_running_loop().create_task(self._start(plugin.name), name=f"start {plugin.name}")
+            self._starts.add(task)
+            task.add_done_callback(self._starts.discard)
+
+    async def _start(self, name: str) -> None:
+        with contextlib.suppress(IsolatorError):
+            await self.supervisor.call("run.ensure", name=name, reason="eager")
 
     async def close(self) -> None:
         """Stop serving; what is accepted stays in the queue."""
         if not self.started.is_set():
             return
         self._queues.cancel()
+        for task in self._starts:
+            task.cancel()
         await self.control.close()
         self.trail.close()
         await self.watches.close()
@@ -136,6 +158,19 @@ class Host:
         self.api.close()
         self.logs.close()
         await self.store.close()
+
+    def _drop_unsettled(self) -> None:
+        """Forget values of versions that failed while this process was not there to hear of it.
+
+        Not at once: an update that an earlier process asked for may still be carried out.
+        """
+        for name, digest in self.config.unsettled():
+            asyncio.get_running_loop().call_later(MAX_EXCHANGE, self._drop_if_unsettled, name, digest)
+
+    def _drop_if_unsettled(self, name: str, digest: str) -> None:
+        plugin = self.registry.get(name)
+        if plugin is None or digest not in plugin.versions:
+            self.config.drop_next(name, digest)
 
     # What the supervisor says
 
@@ -147,8 +182,15 @@ class Host:
         for folder in (self.paths.host_lib, self.paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
-        self.store = Store(self.paths.host_lib / "host.db")
-        self.config = ConfigStore(self.store, self.paths.host_lib / "key")
+        database, key = self.paths.host_lib / "host.db", self.paths.host_lib / "key"
+        lost = key.exists() and not database.exists()
+        self.store = Store(database)
+        self.config = ConfigStore(self.store, key)
+        if lost:
+            self._warn(f"{database} is gone, a new one was made: queued events, config and stored values are lost")
+            self.audit.record("config.changed", names=[], lost=True, why=f"{database} is gone")
+        if self.config.problem is not None:
+            self._warn(self.config.problem)
         for name, schema, order_by, version in load_event_types(self.store):
             self.catalogue.register(from_schema(name, schema, order_by, version))
         self.registry = Registry(self.catalogue, self.store)
@@ -173,6 +215,7 @@ class Host:
         )
         for entry in _plugins(message):
             await self.put(entry)
+        self._drop_unsettled()
         self.methods = Methods(self)
         self.trail = TrailStreams(self.paths.audit_log, self.audit)
         verbs = {**self.methods.table(), **self.trail.table()}
@@ -181,7 +224,14 @@ class Host:
             await self.control.start(socket.socket(fileno=message.fds.pop(0)))
         self._queues = asyncio.get_running_loop().create_task(self._tell_queues(), name="queue figures")
         self.started.set()
+        if message.fields.get("fresh"):
+            for plugin in self.registry:
+                self.start_if_eager(plugin)
         return {}
+
+    @staticmethod
+    def _warn(what: str) -> None:
+        print(f"isolator: {what}", file=sys.stderr, flush=True)
 
     async def _plugin_changed(self, message: Message) -> None:
         removed = message.fields.get("removed")
@@ -193,7 +243,11 @@ class Host:
     async def _run_environment(self, message: Message) -> dict[str, Any]:
         name = str(message.fields["name"])
         plugin = self.registry.get(name)
-        environment = self.config.environment(name, plugin.manifest if plugin is not None else None)
+        environment = (
+            self.config.environment(name, plugin.manifest, plugin.digest)
+            if plugin is not None
+            else self.config.environment(name, None)
+        )
         if environment.secrets:
             self.audit.record("secret.injected", plugin=name, names=list(environment.secrets))
         return {"env": environment.env, "files": environment.files, "secrets": list(environment.secrets)}
@@ -204,9 +258,14 @@ class Host:
             stdout, stderr = message.fds.pop(0), message.fds.pop(0)
             self.logs.attach(name, run, stdout, stderr)
         if message.fds:
-            await self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
+            self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
         self.registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
         self.dispatcher.run_started(name, run)
+
+    async def _run_stopping(self, message: Message) -> dict[str, Any]:
+        f = message.fields
+        await self.dispatcher.take_leave(str(f["name"]), str(f["run"]), str(f.get("reason", "")))
+        return {}
 
     async def _run_ended(self, message: Message) -> None:
         fields = message.fields

@@ -24,6 +24,7 @@ import contextlib
 import os
 import queue
 import sqlite3
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from isolator.errors import IsolatorError, UnavailableError
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
 WAL_HIGH = 32 << 20
@@ -46,7 +47,11 @@ RETRY = 0.1
 GIVE_UP = 5.0
 """Seconds after which a caller hears that its write failed; writes that nobody waits for are kept and retried."""
 
-_SCHEMA = """
+_CONFIG_NEXT = """CREATE TABLE config_next (
+  plugin TEXT NOT NULL, digest TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL,
+  value BLOB NOT NULL, updated REAL NOT NULL, PRIMARY KEY (plugin, digest, key)
+) WITHOUT ROWID;"""
+_TABLES = """
 CREATE TABLE events (
   seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, time TEXT NOT NULL, accepted REAL NOT NULL,
   expires REAL NOT NULL, subject TEXT NOT NULL, payload TEXT NOT NULL, dedupe_key TEXT, trace TEXT, by TEXT
@@ -70,6 +75,10 @@ CREATE TABLE event_types (
   name TEXT PRIMARY KEY, schema TEXT NOT NULL, order_by TEXT, version INTEGER NOT NULL, by TEXT
 );
 """
+_SCHEMA = _TABLES + _CONFIG_NEXT
+_RESTORE = "restore it from a backup, or move it away: queued events and config are in it"
+_MIGRATIONS = {1: _CONFIG_NEXT}
+"""What leads from a version to the next one."""
 
 
 @dataclass
@@ -118,8 +127,7 @@ class Store:
         self._thread.start()
 
     def _open(self) -> sqlite3.Connection:
-        if self.path.is_symlink():
-            raise IsolatorError(str(self.path), "is a symbolic link", "remove it; the database must be a plain file")
+        _check_file(self.path)
         try:
             connection = _connect(self.path)
             version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -129,11 +137,16 @@ class Store:
                     f"was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})",
                     "install that version again; nothing was changed",
                 )
+            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]  # some 30 ms for 50 000 events
+            if damage != "ok":
+                raise IsolatorError(str(self.path), f"is damaged: {damage.splitlines()[-1]}", _RESTORE)
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise IsolatorError(str(self.path), f"journal mode {mode} instead of wal", "use a local file system")
-            if version == 0:
-                connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            if version < SCHEMA_VERSION:
+                steps = _SCHEMA if version == 0 else "".join(_MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
+                # One transaction: interrupted at any instant, it is the old version or the new one.
+                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
             # What an earlier process wrote but never synced is made safe before anything is added behind it.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             # One harmless write, so that the log file exists for the thread to open.
@@ -141,8 +154,11 @@ class Store:
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except sqlite3.Error as error:
+            locked = "locked" in str(error)
             raise IsolatorError(
-                str(self.path), f"cannot be used as the host's database: {error}", "restore or move it away"
+                str(self.path),
+                f"cannot be used as the host's database: {error}",
+                "end what holds it (see 'fuser')" if locked else _RESTORE,
             ) from None
         connection.execute("PRAGMA wal_autocheckpoint=0")
         return connection
@@ -172,6 +188,23 @@ class Store:
             self._scheduled = True
             self._loop.call_soon(self._commit)
 
+    async def committed(self) -> None:
+        """Return once what was submitted so far is in the log: at once, unless the database cannot be written now.
+
+        In the log it survives the end of this process, though not yet that of the machine.
+        """
+        self._commit()
+        written = not self._ops
+        while not written:
+            future: asyncio.Future[bool] = self._loop.create_future()
+
+            def done(_: Any, error: Exception | None, future: asyncio.Future[bool] = future) -> None:
+                if not future.done():
+                    future.set_result(error is None)
+
+            self.submit(lambda _: None, done)
+            written = await future
+
     async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``apply`` in a transaction and wait until it is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
@@ -189,7 +222,11 @@ class Store:
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """A short look-up on the loop's own connection (sees what is committed, synced or not)."""
-        return query(self._connection)
+        try:
+            return query(self._connection)
+        except sqlite3.DatabaseError as error:
+            self._end_if_damaged(error)
+            raise
 
     async def scan(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """A listing of any length, in another thread on a connection of its own, so that the loop goes on."""
@@ -219,6 +256,11 @@ class Store:
             except sqlite3.OperationalError as error:
                 self._rollback()
                 return self._postpone(ops, str(error))
+            except sqlite3.DatabaseError as error:
+                self._rollback()
+                self._end_if_damaged(error)
+                if careful:
+                    raise
             except Exception:  # whatever an operation raised is reported to its caller on the careful round
                 self._rollback()
                 if careful:
@@ -260,6 +302,11 @@ class Store:
                 failed.append(op)
             self._connection.execute("RELEASE one")
         return failed
+
+    def _end_if_damaged(self, error: sqlite3.DatabaseError) -> None:
+        # Not to be lived with: what is written into a damaged file may be lost. The next start says what is wrong.
+        if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            self._fatal(f"{self.path}: is damaged: {error}")
 
     def _rollback(self) -> None:
         with contextlib.suppress(sqlite3.Error):
@@ -349,6 +396,22 @@ class Store:
         await asyncio.to_thread(self._thread.join, 10)
         os.close(self._wal)
         self._connection.close()
+
+
+def _check_file(path: Path) -> None:
+    """Raise what would be wrong with the file; there may be none yet."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(status.st_mode):
+        raise IsolatorError(str(path), "is a symbolic link", "remove it; the database must be a plain file")
+    if not stat.S_ISREG(status.st_mode):
+        raise IsolatorError(str(path), "is not a plain file", _RESTORE)
+    if status.st_uid != os.geteuid():
+        raise IsolatorError(str(path), f"belongs to uid {status.st_uid}", f"chown {os.geteuid()} {path}")
+    if not status.st_mode & stat.S_IWUSR or not status.st_mode & stat.S_IRUSR:
+        raise IsolatorError(str(path), f"has the mode {status.st_mode & 0o777:o}", f"chmod 600 {path}")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

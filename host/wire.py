@@ -1,14 +1,11 @@
-"""JSON from people we do not trust, and the lines it travels in.
+"""JSON from people we do not trust; the lines it travels in are in ``lines``.
 
 ``parse`` accepts exactly one JSON value of bounded depth, in valid UTF-8, without NaN or infinities; everything
-else is a ``WireError`` whose text is safe to show. ``LineProtocol`` cuts a byte stream into lines of bounded
-length: a peer that sends no newline costs at most ``limit`` bytes, a peer that does not read its answers is
-paused, and a peer that breaks a rule is told once and cut off.
+else is a ``WireError`` whose text is safe to show.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
@@ -20,8 +17,13 @@ import pydantic_core
 
 MAX_DEPTH = 64
 
+MAX_VALUES = 100_000
+"""More of them take so long to read that others would notice; counted as commas, wherever they stand."""
+
 # Only such numbers can overflow to infinity, which the JSON reader itself lets pass.
 _HUGE = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{300}")
+_SHAPE = bytes(48 if 48 <= c <= 57 else 101 if c in b"eE" else 43 if c == 43 else 32 for c in range(256))
+"""Every digit as 0, every e as e: what may be a huge number is found at the speed of memory, not of a pattern."""
 
 
 class WireError(ValueError):
@@ -34,6 +36,8 @@ class WireError(ValueError):
 
 def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     """One JSON value, strictly; raises WireError."""
+    if len(data) > MAX_VALUES and data.count(b",") > MAX_VALUES:
+        raise WireError(f"more than {MAX_VALUES} values", -32600)
     try:
         value = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -41,7 +45,7 @@ def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     # Each level needs an opening bracket, so few brackets prove the depth without walking the value.
     if data.count(b"[") + data.count(b"{") > max_depth and _deeper(value, max_depth):
         raise WireError(f"nested deeper than {max_depth} levels")
-    if _HUGE.search(data) and _infinite(value):
+    if _may_be_huge(data) and _HUGE.search(data) and _infinite(value):
         raise WireError("a number is too large")
     return value
 
@@ -78,93 +82,6 @@ def peer_of(sock: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-class LineProtocol(asyncio.Protocol):
-    """Newline-framed messages on a stream; subclasses implement ``line_received``."""
-
-    limit = 1 << 20
-    """Longest line in bytes."""
-    write_high = 1 << 20
-    """Unsent answers beyond this pause reading."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self._partial: list[bytes] = []
-        self._size = 0
-        self._held: set[str] = set()
-
-    def line_received(self, data: bytes) -> None:
-        """One complete line without its newline."""
-        raise NotImplementedError
-
-    def too_long(self) -> None:
-        """A line exceeded ``limit``; the connection is closed after this returns."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=self.write_high)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self._partial.clear()
-
-    def data_received(self, data: bytes) -> None:
-        head, newline, rest = data.partition(b"\n")
-        while newline:
-            if self._partial:
-                head = b"".join((*self._partial, head))
-                self._partial.clear()
-            self._size = 0
-            if len(head) > self.limit:
-                return self._overflow()
-            if head:
-                self.line_received(head)
-            if self.transport is None or self.transport.is_closing():
-                return None
-            head, newline, rest = rest.partition(b"\n")
-        if head:
-            self._partial.append(head)
-            self._size += len(head)
-            if self._size > self.limit:
-                return self._overflow()
-        return None
-
-    def pause_writing(self) -> None:
-        self.hold("unread answers")
-
-    def resume_writing(self) -> None:
-        self.unhold("unread answers")
-
-    def hold(self, why: str) -> None:
-        """Read nothing more until every reason is gone."""
-        if not self._held and self.transport is not None:
-            self.transport.pause_reading()
-        self._held.add(why)
-
-    def unhold(self, why: str) -> None:
-        """One reason is gone."""
-        if why in self._held:
-            self._held.discard(why)
-            if not self._held and self.transport is not None and not self.transport.is_closing():
-                self.transport.resume_reading()
-
-    def send(self, data: bytes) -> None:
-        """Write bytes if the peer is still there."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
-
-    def close(self) -> None:
-        """Close after what was written has been sent."""
-        if self.transport is not None:
-            self.transport.close()
-
-    def _overflow(self) -> None:
-        self._partial.clear()
-        self._size = 0
-        self.too_long()
-        self.close()
-
-
 def _deeper(value: Any, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
@@ -178,6 +95,11 @@ def _deeper(value: Any, depth: int) -> bool:
             return False
         level = following
     return any(isinstance(item, (dict, list)) for item in level)
+
+
+def _may_be_huge(data: bytes) -> bool:
+    shape = data.translate(_SHAPE)
+    return b"e000" in shape or b"e+000" in shape or b"0" * 300 in shape
 
 
 def _infinite(value: Any) -> bool:

@@ -10,6 +10,9 @@ Until the request is written nothing counts as an attempt: a sidecar that is not
 connections holds its worker, with growing pauses, and any news of the plugin ends the pause. Once it is written,
 silence is ``unknown``: an attempt that failed and is repeated. One-shot plugins have one request in flight; stream
 plugins as many as they and their manifest allow, of different keys.
+
+Before a sidecar is stopped, for whatever reason, the supervisor says so (``take_leave``): it is sent nothing more, has
+a moment to answer what it was sent, and a stream plugin that speaks ``shutdown`` is asked to finish by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,28 +31,28 @@ from host.channel import (
     LostError,
     NotSentError,
     Outcome,
-    build_params,
     meta_of,
     oneshot_request,
+    params_text,
     read_reply,
 )
 from host.channel.oneshot import exchange
-from host.channel.stream import Greeting, StreamConnection, open_stream
+from host.channel.stream import Greeting, Reply, StreamConnection, open_stream
 from host.events import Catalogue
 from host.outcome import Outcomes
 from host.queue import Delivery
 from host.queue.sqlite import SqliteQueue
 from host.registry import Plugin, Registry
 from host.secrets import Redactor
-from host.wire import line, peer_of
+from host.wire import peer_of
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc import Message
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
-SHUTDOWN_GRACE = 2.0
-"""Seconds that a stream plugin gets to answer ``shutdown``."""
+LEAVE_GRACE = 2.0
+"""Seconds that a plugin which is to stop gets to answer what it was sent, and then ``shutdown``, before its SIGTERM."""
 HOLD_FIRST, HOLD_LONGEST = 0.25, 30.0
 
 
@@ -108,6 +111,11 @@ class Worker:
         self._reachable: str | None = None
         self._news = asyncio.Event()
         self._run: str | None = None
+        self._leaving: str | None = None
+        """The run that is being stopped: nothing more is sent to it."""
+        self._unanswered = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._pause = HOLD_FIRST
         self._tasks: set[asyncio.Task[None]] = set()
         self._slot = asyncio.Event()
@@ -209,15 +217,16 @@ class Worker:
             if foreign is not None:
                 self._outcomes.refused(plugin, delivery, foreign)
                 return
-            await self._outcomes.dispatched(delivery, run, request)
-            self.status = "in_flight"
-            began = time.perf_counter_ns()
-            broken = False
-            try:
-                outcome = read_reply(await exchange(sock, request, plugin.timeout))
-            except LostError as error:
-                outcome, broken = Outcome("unknown", detail=str(error)), error.crash
-            latency = (time.perf_counter_ns() - began) // 1000
+            with self._sending(run):
+                await self._outcomes.dispatched(delivery, run, request)
+                self.status = "in_flight"
+                began = time.perf_counter_ns()
+                broken = False
+                try:
+                    outcome = read_reply(await exchange(sock, request, plugin.timeout))
+                except LostError as error:
+                    outcome, broken = Outcome("unknown", detail=str(error)), error.crash
+                latency = (time.perf_counter_ns() - began) // 1000
         self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
 
     async def connection(self, plugin: Plugin) -> tuple[socket.socket, str]:
@@ -294,31 +303,40 @@ class Worker:
             self._outcomes.given_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return
         event_type = self._shared.catalogue.get(delivery.event.name)
-        params = build_params(delivery.event, event_type, plugin.major)
-        params["_meta"] = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        params = params_text(delivery.event, event_type, plugin.major, meta)
         number = os.urandom(8).hex()
-        request = line({"jsonrpc": "2.0", "method": hook, "params": params, "id": number})
+        request = f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
         if len(request) > STREAM_MESSAGE:
             self._outcomes.given_up(delivery, "payload_too_large")
             return
         await self._free_slot(plugin, delivery)
+        await connection.read(plugin.timeout)
         if connection.closed.is_set():
             raise NotSentError(connection.why)
-        await self._outcomes.dispatched(delivery, run, request)
-        self.status = "in_flight"
-        task = asyncio.get_running_loop().create_task(
-            self._exchange_stream(plugin, delivery, connection, run, number, request)
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._slot_free)
+        with contextlib.ExitStack() as sending:
+            sending.enter_context(self._sending(run))
+            await self._outcomes.dispatched(delivery, run, request)
+            self.status = "in_flight"
+            # Written in this turn of the loop: in the next one the attempt is written to the database first.
+            began = time.perf_counter_ns()
+            reply = connection.write(number, request)
+            task = asyncio.get_running_loop().create_task(
+                self._exchange_stream(plugin, delivery, connection, run, (number, reply), began)
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._slot_free)
+            answered = sending.pop_all()
+            task.add_done_callback(lambda _: answered.close())
 
     async def _exchange_stream(
-        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, number: str, request: bytes
-    ) -> None:
-        began = time.perf_counter_ns()
+        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, request: tuple[str, Reply],
+        began: int,
+    ) -> None:  # fmt: skip
+        number, reply = request
         broken = False
         try:
-            _, data = await connection.send_request(number, request, plugin.timeout)
+            _, data = await connection.reply(number, reply, plugin.timeout)
             outcome = read_reply(data, expect=number)
         except (LostError, NotSentError) as error:
             outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
@@ -371,10 +389,40 @@ class Worker:
         self.stream = (run, connection, greeting)
         return connection, run, greeting
 
-    async def say_shutdown(self, reason: str) -> None:
+    # Leaving
+
+    @contextlib.contextmanager
+    def _sending(self, run: str) -> Iterator[None]:
+        """Around one request, from just before it is sent until it is answered; raises when the run is to end."""
+        if run == self._leaving:
+            raise NotSentError("the plugin is being stopped")
+        self._unanswered += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._unanswered -= 1
+            if not self._unanswered:
+                self._quiet.set()
+
+    async def take_leave(self, run: str, reason: str) -> None:
+        """The run is about to be stopped; returns when it may be, after ``LEAVE_GRACE`` at the latest."""
+        if run != self._run:
+            return
+        self._leaving = run
+        with contextlib.suppress(TimeoutError, LostError, NotSentError):
+            async with asyncio.timeout(LEAVE_GRACE):
+                await self._quiet.wait()
+                await self._say_shutdown(reason)
+
+    def tell(self, method: str, params: Mapping[str, Any]) -> None:
+        """Tell a stream plugin something that it said it wants to hear of."""
+        if self.stream is not None and not self.stream[1].closed.is_set() and method in self.stream[2].capabilities:
+            self.stream[1].notify(method, params)
+
+    async def _say_shutdown(self, reason: str) -> None:
         """Ask a stream plugin that can do so to finish by itself; the supervisor's SIGTERM comes next in any case."""
         if self.stream is None or self.stream[1].closed.is_set() or "shutdown" not in self.stream[2].capabilities:
             return
-        with contextlib.suppress(LostError, NotSentError):
-            params = {"reason": reason, "grace_ms": round(SHUTDOWN_GRACE * 1000)}
-            await self.stream[1].request("shutdown", params, SHUTDOWN_GRACE)
+        params = {"reason": reason, "grace_ms": round(LEAVE_GRACE * 1000)}
+        await self.stream[1].request("shutdown", params, LEAVE_GRACE)

@@ -35,6 +35,8 @@ from isolator.services import Service, ServiceSpec
 
 HOST_MODULE = "host.serve"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
+LEAVE_SECONDS = 3.0
+"""How long a run that is to stop waits for the host to take leave of it; the host itself allows less."""
 MAX_CONNECTORS = 16
 """Sockets of a cage's network that the broker gets at a time."""
 
@@ -207,7 +209,8 @@ class DaemonServices:
             with os.fdopen(os.dup(fds[-1]), "wb") as file:
                 file.write(encoded)
         try:
-            await service.channel.call("hello", fds=fds, plugins=plugins, timeout=30, **self._hello())
+            fresh = service.starts == 1
+            await service.channel.call("hello", fds=fds, plugins=plugins, fresh=fresh, timeout=30, **self._hello())
         finally:
             for fd in fds:
                 os.close(fd)
@@ -273,6 +276,13 @@ class DaemonServices:
     def run_started(self, plugin: Plugin, pipes: list[int]) -> None:
         """Tell the host of a run; it gets the log pipes and the listener of the plugin's host API."""
         self._announce(self._services["host"], plugin, pipes)
+
+    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None:
+        """Let the host take leave of a run: it sends it nothing more, and ``shutdown`` to one that speaks it."""
+        host = self._services["host"]
+        if host.channel is not None:
+            with contextlib.suppress(IsolatorError):  # the run is stopped whatever becomes of the host
+                await host.channel.call("run.stopping", name=plugin.name, run=run, reason=reason, timeout=LEAVE_SECONDS)
 
     def run_ended(self, plugin: Plugin, run: str, end: End, *, expected: bool, retry_in: float | None) -> None:
         """Tell the host how a run ended."""

@@ -41,6 +41,8 @@ class Surroundings(RunSurroundings, Protocol):
 
     def run_started(self, plugin: Plugin, pipes: list[int]) -> None: ...
 
+    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None: ...
+
     def run_ended(self, plugin: Plugin, run: str, end: End, *, expected: bool, retry_in: float | None) -> None: ...
 
     def changed(self, plugin: Plugin) -> None: ...
@@ -71,6 +73,10 @@ class Plugin:
         self._hurry = asyncio.Event()
         self._halt = asyncio.Event()
         """The run is to end, however far its start has come."""
+        self._reason = ""
+        """Why it is to end."""
+        self.on_trial = False
+        """Whether the version in use is not judged yet."""
         self._trial: asyncio.Future[str] | None = None
         self.take(loaded)
 
@@ -152,6 +158,7 @@ class Plugin:
     async def stop(self, reason: str) -> None:
         """Stop the run and want none; returns when everything of it is gone."""
         self._wanted = False
+        self._reason = reason
         self._hurry.set()
         self._halt.set()
         if self._task is not None and not self._task.done():
@@ -239,7 +246,11 @@ class Plugin:
             )
             await run.sandbox.start()
             self._started(run, reason)
-            end = await run.watch(self._halt, lambda: self._conclude_trial(""))
+            end = await run.watch(
+                self._halt,
+                steady=lambda: self._conclude_trial(""),
+                leave=lambda: self._around.run_stopping(self, run_id, self._reason),
+            )
             self._record_end(run, end, await self._around.last_words(self.name, run_id))
             return run_id, end, ""
         except (IsolatorError, OSError) as error:

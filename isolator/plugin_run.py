@@ -13,7 +13,7 @@ import os
 import pwd
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,11 +100,13 @@ class Run:
         self.figures = {**before, **now}
         return self.figures
 
-    async def watch(self, halt: asyncio.Event, steady: Callable[[], None]) -> End:
+    async def watch(
+        self, halt: asyncio.Event, *, steady: Callable[[], None], leave: Callable[[], Awaitable[None]]
+    ) -> End:
         """Wait for the end; a sidecar that does not make its socket in time is ended.
 
-        It is asked to stop when ``halt`` is set. ``steady`` is called when the socket has been there for
-        ``STEADY_SECONDS``.
+        It is stopped when ``halt`` is set, after ``leave``, in which those who speak with it end their conversation.
+        ``steady`` is called when the socket has been there for ``STEADY_SECONDS``.
         """
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sockets.fileno(), self._look_for_socket)
@@ -113,7 +115,7 @@ class Run:
         loop.add_reader(drift, self._ruleset_changed, drift)
         waiting = asyncio.create_task(self.sandbox.wait())
         there = asyncio.create_task(self.socket_there.wait())
-        stopping = asyncio.create_task(self._stop_when(halt))
+        stopping = asyncio.create_task(self._stop_when(halt, leave))
         try:
             await asyncio.wait({waiting, there}, timeout=SOCKET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if self.socket_there.is_set():
@@ -133,8 +135,9 @@ class Run:
             for task in (there, stopping, waiting):
                 task.cancel()
 
-    async def _stop_when(self, halt: asyncio.Event) -> None:
+    async def _stop_when(self, halt: asyncio.Event, leave: Callable[[], Awaitable[None]]) -> None:
         await halt.wait()
+        await leave()
         self.look()
         await self.sandbox.stop(self.effective.restart.stop_grace)
 

@@ -2,8 +2,9 @@
 
 A version is exchanged like this: what is wrong with the new one is found out while the old one runs; the old one is
 stopped, the new one put in its place, and started if the old one ran. If it is not up in time (``Plugin.trial``) the
-old one comes back by itself, and whoever asked is told why. A version that asks for more than the one in use is kept
-in the store, *pending*, until it is approved.
+old one comes back by itself, and whoever asked is told why. A daemon that is killed meanwhile finds on disk that the
+version is on trial, and judges it again when it starts. A version that asks for more than the one in use is kept in
+the store, *pending*, until it is approved.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
+from isolator import policy_files
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import Handler, Message
 from isolator.lifecycle import Plugin
@@ -23,7 +25,7 @@ from isolator.plugin_run import SOCKET_SECONDS
 from isolator.registrations import Registrations, name_in
 from isolator.staging import Source
 from isolator.state import State
-from isolator.store import Registration, Release
+from isolator.store import Registration, Release, Trial
 
 
 @dataclass(frozen=True)
@@ -206,48 +208,87 @@ class RegistrationOps:
 
     async def _exchange(self, plugin: Plugin, change: _Exchange, apply: Callable[[], Registration]) -> None:
         """Stop, exchange, start and watch if it ran; whatever goes wrong, the version before comes back."""
-        before, old, running = plugin.registration, plugin.effective, plugin.wanted
-        policy = self._registrar.policy_text(plugin.name)
+        before, running = plugin.registration, plugin.wanted
+        trial = Trial(
+            before, self._registrar.policy_text(plugin.name), change.reason, change.record, change.who,
+            plugin.effective.digest() if plugin.effective else None,
+        )  # fmt: skip
         await plugin.stop(change.reason)
         try:
+            if running:
+                await asyncio.to_thread(self._registrar.store.begin_trial, trial)
             after = await asyncio.to_thread(apply)
         except BaseException:
             await self._resume(plugin, before, running=running)
             raise
+        await self._judge(plugin, trial, after, running=running)
+
+    async def hold_trials(self) -> list[tuple[Plugin, Trial]]:
+        """The versions that a killed daemon had not judged yet, locked: nobody does anything to them before that."""
+        found = []
+        for name, plugin in self._all.plugins.items():
+            trial = self._registrar.store.trial(name)
+            if trial is not None:
+                await self._all.lock(name).acquire()
+                plugin.on_trial = True
+                found.append((plugin, trial))
+        return found
+
+    def judge_again(self, held: list[tuple[Plugin, Trial]]) -> None:
+        """Start them and watch; takes over their locks."""
+        for plugin, trial in held:
+            self._all.own(self._judge_held(plugin, trial))
+
+    async def _judge_held(self, plugin: Plugin, trial: Trial) -> None:
+        try:
+            await self._judge(plugin, trial, plugin.registration, running=plugin.registration.enabled)
+        except IsolatorError as error:
+            self._all.log(str(error))
+        finally:
+            self._all.lock(plugin.name).release()
+
+    async def _judge(self, plugin: Plugin, trial: Trial, after: Registration, *, running: bool) -> None:
+        before, failure = trial.before, ""
         try:
             loaded = self._registrar.read(after)
+            plugin.on_trial = running
             plugin.take(loaded)
             self._daemon.changed(plugin)
             failure = loaded.error
             if running and not failure:
-                failure = await plugin.trial(change.reason)
+                failure = await plugin.trial(trial.reason)
         except (IsolatorError, OSError) as error:
             failure = str(error)
+        plugin.on_trial = False
         if failure:
-            await self._come_back(plugin, before, after, policy, failure, running=running)
+            await self._come_back(plugin, trial, after, failure, running=running)
             raise IsolatorError(
                 f"plugin {plugin.name} {after.version}", f"{failure}; {before.version} is in use again",
                 f"see 'isolator plugin logs {plugin.name}'",
             )  # fmt: skip
+        self._registrar.store.end_trial(plugin.name)
         await asyncio.to_thread(self._registrar.prune, after)
         self._daemon.audit.record(
-            change.record, plugin=plugin.name, old=before.digest, new=after.digest, version=after.version,
-            reason=change.reason, who=change.who,
-            old_policy_sha256=old.digest() if old else None,
+            trial.record, plugin=plugin.name, old=before.digest, new=after.digest, version=after.version,
+            reason=trial.reason, who=trial.who,
+            old_policy_sha256=trial.old_policy_sha256,
             policy_sha256=plugin.effective.digest() if plugin.effective else None,
         )  # fmt: skip
         self._daemon.changed(plugin)
         self._all.discovery.look_again()
 
     async def _come_back(
-        self, plugin: Plugin, before: Registration, after: Registration, policy: str | None, failure: str, *,
-        running: bool,
-    ) -> None:  # fmt: skip
-        changed = self._registrar.policy_text(plugin.name) != policy
-        restored = await asyncio.to_thread(self._registrar.put_back, before, after, policy if changed else None)
+        self, plugin: Plugin, trial: Trial, after: Registration, failure: str, *, running: bool
+    ) -> None:
+        text = self._registrar.policy_text(plugin.name)
+        ours = policy_files.digest(text) == after.policy_sha256  # else an operator has edited it meanwhile
+        restored = await asyncio.to_thread(
+            self._registrar.put_back, trial.before, after, trial.policy if ours and text != trial.policy else None
+        )
+        self._registrar.store.end_trial(plugin.name)
         self._daemon.audit.record(
-            "plugin.rolled_back", plugin=plugin.name, old=after.digest, new=before.digest,
-            version=before.version, reason=failure, who="the daemon",
+            "plugin.rolled_back", plugin=plugin.name, old=after.digest, new=restored.digest,
+            version=restored.version, reason=failure, who="the daemon",
         )  # fmt: skip
         await self._resume(plugin, restored, running=running)
         await asyncio.to_thread(self._registrar.prune, restored)

@@ -121,6 +121,7 @@ class Registrations:
             "binary": registration.release.binary_path or None,
             "previous": [release.digest for release in registration.previous],
             "pending": self.pending(registration),
+            "on_trial": plugin.on_trial,
             "source": registration.source.path or registration.source.binary,
         }
 
@@ -184,7 +185,7 @@ class Registrations:
         self.find(name)
         async with self.lock(name):
             plugin = self.find(name)
-            await plugin.stop("restart")
+            await plugin.stop(str(message.fields.get("reason", "restart")))
             plugin.begin("operator")
         run = await plugin.up()
         return {"run": run.id, "pid": run.sandbox.pid}

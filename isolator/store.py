@@ -8,6 +8,9 @@ A daemon may be killed at any instant. What makes a change real is one rename: o
 new version, of ``plugin.state`` to ``plugin.removed`` for a removal. Before anything else outside the digests is
 touched (a user, a policy file), ``plugin.intent`` says what; whoever finds an intent or a ``plugin.removed`` undoes or
 finishes (``registrar.recover``). Folders of digests that nothing refers to are just deleted.
+
+A new version that is started and watched is on trial: ``plugin.trial`` keeps what it replaced until it is judged, so
+that a daemon which was killed meanwhile can judge again (``registration_ops.py``).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from isolator.staging import MANIFEST, NAME, PREFIX, Source, Staged
 
 KEPT = 5
 """Earlier versions that stay for rollback."""
-_STATE, _INTENT, _REMOVED = "plugin.state", "plugin.intent", "plugin.removed"
+_STATE, _INTENT, _REMOVED, _TRIAL = "plugin.state", "plugin.intent", "plugin.removed", "plugin.trial"
 _MARKERS = (_INTENT, _REMOVED)
 
 
@@ -95,6 +98,24 @@ class Intent:
     """Of the text that is written; empty: the file is not touched."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A version that is watched at its start: what comes back if it fails, and who wanted it."""
+
+    before: Registration
+    policy: str | None
+    """The policy file as it was."""
+    reason: str
+    record: str
+    who: str | None = None
+    old_policy_sha256: str | None = None
+
+    @property
+    def serial(self) -> int:
+        """Of the registration that is on trial; with any other the trial is over, or never began."""
+        return self.before.serial + 1
+
+
 class Store:
     """The store of one daemon."""
 
@@ -135,6 +156,23 @@ class Store:
     def intents(self) -> list[Intent]:
         """Changes that were begun and not ended."""
         return [Intent(**json.loads(path.read_bytes())) for path in sorted(self.base.glob(f"*/{_INTENT}"))]
+
+    def begin_trial(self, trial: Trial) -> None:
+        """From the next registration on the version is on trial."""
+        self._write(trial.before.name, _TRIAL, asdict(trial))
+
+    def end_trial(self, name: str) -> None:
+        """The version was judged."""
+        (self.base / name / _TRIAL).unlink(missing_ok=True)
+
+    def trial(self, name: str) -> Trial | None:
+        """What the version in use replaced, if it is still on trial."""
+        try:
+            data = json.loads((self.base / name / _TRIAL).read_bytes())
+            trial = Trial(**{**data, "before": _registration(data["before"])})
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # one that cannot be read is no reason not to start: the version in use stays in use
+        return trial if self.load(name).serial == trial.serial else None
 
     def mark_removed(self, name: str) -> None:
         """From here on the plugin does not exist, and what is left of it is only to be deleted."""
@@ -192,7 +230,10 @@ class Store:
             shutil.rmtree(leftover)
         for name in self.names():
             with contextlib.suppress(IsolatorError):
-                self.prune(name, self.load(name).kept)
+                trial = self.trial(name)
+                if trial is None:
+                    self.end_trial(name)
+                self.prune(name, (*self.load(name).kept, *(trial.before.kept if trial else ())))
         for unfinished in self.base.glob("*/.plugin.*"):
             unfinished.unlink()
         for folder in self.base.iterdir():

@@ -119,11 +119,13 @@ class Supervisor:
         self.registrations = Registrations(self, registrar, self._log)
         self.registrations.load()
         self._services = DaemonServices(paths, self.config, self.tools, self.audit, self, self._log)
+        on_trial = await RegistrationOps(self.registrations).hold_trials()
         await self._services.start()
         self.tools.spares.begin(EVERY_LAYER)
         if cleared or not self._services.ended:
             why = "the daemon before did not end by itself; what its processes had not handed over is lost"
             self.audit.record("audit.gap", count=None, why=why)
+        RegistrationOps(self.registrations).judge_again(on_trial)
         self.audit.record(
             "host.started",
             version=isolator.__version__,
@@ -223,6 +225,10 @@ class Supervisor:
     def run_started(self, plugin: Plugin, pipes: list[int]) -> None:
         """Tell the host of a run."""
         self._running().run_started(plugin, pipes)
+
+    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None:
+        """Let the host take leave of a run that is about to be stopped."""
+        await self._running().run_stopping(plugin, run, reason)
 
     def run_ended(self, plugin: Plugin, run: str, end: End, *, expected: bool, retry_in: float | None) -> None:
         """Tell the host how a run ended."""

@@ -65,6 +65,15 @@ def build_params(
     return event_type.translate(fields, major) if event_type is not None else fields
 
 
+def params_text(event: Event, event_type: EventType | None, major: int, meta: Mapping[str, Any] | None = None) -> str:
+    """The same as JSON, with ``_meta`` when given; an untranslated payload is taken as it was accepted."""
+    plain = event_type is None or major >= event_type.version
+    body = event.payload if plain else dumps(build_params(event, event_type, major))
+    if meta is None:
+        return body
+    return f'{body[:-1]}{"" if body == "{}" else ","}"_meta":{dumps(meta)}}}'
+
+
 def meta_of(event: Event, attempt: int, timeout: float) -> dict[str, Any]:
     """``params._meta`` of one attempt."""
     meta: dict[str, Any] = {
@@ -89,14 +98,11 @@ def oneshot_request(
     """
     head = f'{{"jsonrpc":"2.0","method":"{hook}","params":'
     tail = ',"id":1}\n'
-    plain = event.payload if event_type is None or major >= event_type.version else None
-    body = plain if plain is not None else dumps(build_params(event, event_type, major))
     if meta:
-        joined = f'{body[:-1]}{"" if body == "{}" else ","}"_meta":{dumps(meta_of(event, attempt, timeout))}}}'
-        line = (head + joined + tail).encode()
+        line = (head + params_text(event, event_type, major, meta_of(event, attempt, timeout)) + tail).encode()
         if len(line) <= ONESHOT_REQUEST:
             return line
-    line = (head + body + tail).encode()
+    line = (head + params_text(event, event_type, major) + tail).encode()
     if len(line) <= ONESHOT_REQUEST:
         return line
     fields = build_params(event, event_type, major)

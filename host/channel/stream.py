@@ -17,16 +17,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
-from host.wire import LineProtocol, WireError, line, parse_object
+from host.lines import Budget, LineProtocol
+from host.wire import WireError, line, parse_object
 from isolator import __version__
 
 PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0
+BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
+"""What a plugin may send."""
 CALLS_IN_FLIGHT = 32
 """Calls of the plugin to the host API that may be unanswered on this connection."""
 
 Call = Callable[[str, Any], Awaitable[dict[str, Any]]]
 """Answers one request of the plugin's: (method, params) → ``{"result": …}`` or ``{"error": …}``."""
+Reply = asyncio.Future[tuple[dict[str, Any], bytes]]
+"""The message of a reply and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,14 @@ class StreamConnection(LineProtocol):
 
     def __init__(self, call: Call, breach: Callable[[str], None]) -> None:
         super().__init__()
+        self.budget = Budget(BYTES_A_SECOND, BYTES_AT_ONCE)
         self.closed = asyncio.Event()
         self.why = ""
+        self._read = asyncio.Event()
+        self._read.set()
         self._call = call
         self._breach = breach
-        self._pending: dict[str, asyncio.Future[tuple[dict[str, Any], bytes]]] = {}
+        self._pending: dict[str, Reply] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,13 +77,21 @@ class StreamConnection(LineProtocol):
 
     async def send_request(self, number: str, data: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
         """As ``request`` for a line that is already made."""
+        return await self.reply(number, self.write(number, data), timeout)
+
+    def write(self, number: str, data: bytes) -> Reply:
+        """Send a request at once; what is returned goes to ``reply``."""
+        future: Reply = asyncio.get_running_loop().create_future()
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
-            raise NotSentError(self.why or "the connection is closed")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[tuple[dict[str, Any], bytes]] = loop.create_future()
-        self._pending[number] = future
-        self.transport.write(data)
-        timer = loop.call_later(timeout, _expire, future)
+            future.set_exception(NotSentError(self.why or "the connection is closed"))
+        else:
+            self._pending[number] = future
+            self.transport.write(data)
+        return future
+
+    async def reply(self, number: str, future: Reply, timeout: float) -> tuple[dict[str, Any], bytes]:
+        """Wait for the reply to a request that was sent; raises LostError, or NotSentError when it was not."""
+        timer = asyncio.get_running_loop().call_later(timeout, _expire, future)
         try:
             return await future
         finally:
@@ -83,6 +99,22 @@ class StreamConnection(LineProtocol):
             if self._pending.pop(number, None) is not None and not self.closed.is_set():
                 self.notify("$/cancel", {"id": number})
                 self._late(number)
+
+    async def read(self, timeout: float) -> None:
+        """Wait until the plugin has read what it was sent; one that does not in ``timeout`` seconds is cut off."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._read.wait()
+        except TimeoutError:
+            self.abort("it does not read what it is sent")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._read.clear()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read.set()
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Tell the plugin something that it does not answer."""
@@ -186,12 +218,13 @@ class StreamConnection(LineProtocol):
         if len(self._pending) > 1000:
             self.abort("too many requests were never answered")
             return
-        future: asyncio.Future[tuple[dict[str, Any], bytes]] = asyncio.get_running_loop().create_future()
+        future: Reply = asyncio.get_running_loop().create_future()
         future.cancel()
         self._pending[number] = future
 
     def _over(self) -> None:
         self.closed.set()
+        self._read.set()
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():

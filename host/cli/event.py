@@ -167,7 +167,11 @@ def _show(row: dict[str, Any]) -> None:
     click.echo(f"{row['id']}  {row['name']}  {row['time'][:19]}Z  {safe(row['subject'])}")
     deliveries = row["deliveries"]
     rows = [
-        [d["plugin"], d["state"], d["status"], d["attempts"], latency(d["latency_us"]), d["detail"]] for d in deliveries
+        [
+            *(d["plugin"], d["state"], d["status"], d["attempts"], latency(d["latency_us"])),
+            d["detail"] or d.get("holding"),
+        ]
+        for d in deliveries
     ]
     if not rows:
         click.echo("no plugin receives it")

@@ -250,8 +250,10 @@ def config(root: str | None, name: str, action: str, values: tuple[str, ...], as
                     raise NotFoundError(f"config {values[0]} of {name}", "no such key")
             if as_json:
                 print_json(items)
-            else:
+            elif items:
                 _show_config(items)
+            else:
+                click.echo(f"{name} has no config")
 
 
 def _changed(answer: Mapping[str, Any], what: str, *, as_json: bool) -> None:

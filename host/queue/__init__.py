@@ -109,8 +109,8 @@ class Consumer(Protocol):
     async def take(self) -> Delivery:
         """The next delivery that may be sent now, with its event loaded."""
 
-    def sent(self, delivery: Delivery) -> None:
-        """An attempt begins: from now on a crash of the host counts it."""
+    async def sent(self, delivery: Delivery) -> None:
+        """An attempt begins; when this returns a crash of the host counts it, so that it may be sent."""
 
     def done(self, delivery: Delivery, result: Result) -> None:
         """Final: ok, skipped, dead, expired or quarantined."""

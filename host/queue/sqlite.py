@@ -220,9 +220,6 @@ class SqliteQueue:
             batch = self._outcomes = {}
             outcomes = batch
             self.store.submit(lambda db: self._write_outcomes(db, outcomes), lazy=True)
-        # That an attempt began is on record while the plugin still works on it; how it ended may wait for company.
-        if result.state == "in_flight":
-            self.store.hurry()
         batch[delivery.seq, delivery.plugin] = (
             result.state,
             delivery.attempts,

@@ -9,12 +9,15 @@ record of a connection may arrive after that of the reply which the plugin sent 
 
 A record that sums up several things (``count``) tells when the first happened and gets every event in between.
 ``net.closed`` belongs to whatever ``net.connect`` of the same ``data.flow`` belonged to.
+
+Thousands of events a second pass here: open windows are found by what they are of, and finished ones stand in the
+order in which they ended, so that the old ones leave at one end and a look back stops early.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 
 from isolator.audit.record import Incoming
 
@@ -22,7 +25,7 @@ TAGGED = ("net.", "syscall.denied", "fs.denied", "api.called", "plugin.crashed")
 _LINGER_NS = 30 * 10**9
 _MAX_OPEN_NS = 3600 * 10**9
 _MAX_WINDOWS = 4096
-"""Per plugin; far above what can be in flight, so a confused host cannot fill the memory."""
+"""Per plugin, open and finished each; far above what can be in flight, so a confused host cannot fill the memory."""
 _MAX_FLOWS = 16384
 _FOREVER = 1 << 62
 
@@ -41,11 +44,51 @@ class Window:
     end: int = _FOREVER
 
 
+@dataclass
+class _Windows:
+    """Those of one plugin."""
+
+    open: dict[tuple[str, str | None], Window] = field(default_factory=dict)
+    """In the order of their starts."""
+    finished: deque[Window] = field(default_factory=lambda: deque(maxlen=_MAX_WINDOWS))
+    """In the order of their ends."""
+
+    def begin(self, window: Window) -> None:
+        key = (window.event_id, window.delivery_id)
+        self.finish(key, window.start)
+        self.open[key] = window
+        oldest = next(iter(self.open.values()))
+        if oldest.start <= window.start - _MAX_OPEN_NS or len(self.open) > _MAX_WINDOWS:
+            del self.open[oldest.event_id, oldest.delivery_id]
+
+    def finish(self, key: tuple[str, str | None], at: int) -> None:
+        window = self.open.pop(key, None)
+        if window is not None:
+            window.end = at
+            self.finished.append(window)
+        while self.finished and self.finished[0].end <= at - _LINGER_NS:
+            self.finished.popleft()
+
+    def finish_all(self, at: int) -> None:
+        for key in list(self.open):
+            self.finish(key, at)
+
+    def between(self, began: int, at: int, run: str | None) -> list[Window]:
+        """Those that were open at some moment from ``began`` to ``at``, in the order of their starts."""
+        found = list(self.open.values())
+        for window in reversed(self.finished):
+            if window.end < began:
+                break
+            found.append(window)
+        found = [w for w in found if w.start <= at and (run is None or w.run is None or run == w.run)]
+        return sorted(found, key=lambda w: w.start)
+
+
 class Causes:
     """The windows of every plugin; fed with the host's records, asked for everybody else's."""
 
     def __init__(self) -> None:
-        self._windows: dict[str, list[Window]] = {}
+        self._windows: dict[str, _Windows] = {}
         self._flows: OrderedDict[tuple[str | None, str], _Causes] = OrderedDict()
 
     def observe(self, record: Incoming, now: int) -> None:
@@ -54,18 +97,15 @@ class Causes:
             return
         at = now if record.happened is None else record.happened
         if record.type == "event.dispatched":
-            windows = self._windows.setdefault(record.plugin, [])
-            self._finish(windows, record.event_id, record.delivery_id, at)
-            windows.append(Window(record.event_id, record.delivery_id, record.run, at))
-            self._forget(windows, at)
-        elif record.type == "event.response":
-            self._finish(self._windows.get(record.plugin, []), record.event_id, record.delivery_id, at)
+            windows = self._windows.setdefault(record.plugin, _Windows())
+            windows.begin(Window(record.event_id, record.delivery_id, record.run, at))
+        elif record.type == "event.response" and record.plugin in self._windows:
+            self._windows[record.plugin].finish((record.event_id, record.delivery_id), at)
 
     def host_gone(self, now: int) -> None:
         """A new host process: whatever the old one had in flight is no longer."""
         for windows in self._windows.values():
-            for window in windows:
-                window.end = min(window.end, now)
+            windows.finish_all(now)
 
     def tag(self, record: Incoming, now: int) -> None:
         """Give ``record`` the event in flight, or the list of them when there are several."""
@@ -94,21 +134,6 @@ class Causes:
             }
 
     def _open_between(self, plugin: str, run: str | None, began: int, at: int) -> _Causes:
-        return tuple(
-            (window.event_id, window.delivery_id)
-            for window in self._windows.get(plugin, ())
-            if window.start <= at and began <= window.end and (run is None or window.run is None or run == window.run)
-        )
-
-    @staticmethod
-    def _finish(windows: list[Window], event_id: str, delivery_id: str | None, at: int) -> None:
-        for window in windows:
-            if window.end == _FOREVER and (window.event_id, window.delivery_id) == (event_id, delivery_id):
-                window.end = at
-
-    @staticmethod
-    def _forget(windows: list[Window], at: int) -> None:
-        if len(windows) > 8:
-            windows[:] = [
-                w for w in windows if (w.end > at - _LINGER_NS if w.end != _FOREVER else w.start > at - _MAX_OPEN_NS)
-            ][-_MAX_WINDOWS:]
+        windows = self._windows.get(plugin)
+        found = windows.between(began, at, run) if windows is not None else []
+        return tuple((window.event_id, window.delivery_id) for window in found)

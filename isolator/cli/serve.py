@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from isolator.linux.coredump import leave_memory_out
 from isolator.paths import Paths
 
 
@@ -47,6 +48,7 @@ def serve(root: str | None, config: str | None) -> None:
             await supervisor.stop()
 
     os.umask(0o022)
+    leave_memory_out()
     asyncio.run(main())
 
 

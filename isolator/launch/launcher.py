@@ -28,6 +28,7 @@ from isolator.ipc_packet import receive_packet, send_packet
 from isolator.launch import parked
 from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
+from isolator.linux.coredump import leave_memory_out
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 
 
@@ -96,6 +97,7 @@ def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     # What exists now is shared by every cage's pid 1; without this the collector would touch, and so copy, all of it.
     try:
+        leave_memory_out()  # every cage inherits it
         build_template()
         os.umask(0o022)
     except OSError as error:

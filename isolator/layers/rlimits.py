@@ -6,6 +6,7 @@ import resource
 from typing import TYPE_CHECKING, Any
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.linux.coredump import FILTER
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
@@ -20,7 +21,8 @@ _FIXED = {
     "SIGPENDING": 1024,
     "STACK": 8 * 1024 * 1024,
 }
-"""Limits that no policy changes. No core dumps: they would carry secrets to the host's core handler."""
+"""Limits that no policy changes. No core dumps, and no memory in one that goes to a handler: that comes from the
+launcher (``linux/coredump.py``), as a cage has no /proc yet when its limits are set."""
 
 _LABELS = {
     "Max core file size": "CORE",
@@ -71,3 +73,6 @@ class Rlimits(Layer):
             hard = found.get(name, "missing")
             if not hard.isdigit() or int(hard) > wanted:
                 raise mismatch(self.name, name, wanted, hard)
+        dumped = process.read(FILTER).strip()
+        if int(dumped, 16):
+            raise mismatch(self.name, FILTER, 0, dumped)

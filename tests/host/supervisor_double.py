@@ -75,6 +75,8 @@ class Daemon:
         self.channel: Channel | None = None
         self.sidecars: dict[str, Sidecar] = {}
         self.foreign_listener: str | None = None
+        self.first = ""
+        """Python that the host process runs first, from its next start on."""
         self._code = root / "code"
         self._audit: socket.socket | None = None
         self._audit_received = 0
@@ -102,7 +104,7 @@ class Daemon:
         """Start the host process and say hello, with the runs that are there."""
         ours, theirs = pair()
         audit_ours, audit_theirs = pair()
-        main = "import sys; sys.path.insert(0, sys.argv.pop(1)); from host.serve import main; main()"
+        main = f"import sys; sys.path.insert(0, sys.argv.pop(1))\n{self.first}\nfrom host.serve import main; main()"
         self.host = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-c", main, str(self._code)),
             *("--channel-fd", str(theirs.fileno()), "--audit-fd", str(audit_theirs.fileno())),
@@ -319,9 +321,11 @@ class Daemon:
                     with contextlib.suppress(IsolatorError):
                         await self._spawn(sidecar)
 
-    async def stop_sidecar(self, sidecar: Sidecar) -> None:
-        """SIGTERM, wait."""
+    async def stop_sidecar(self, sidecar: Sidecar, reason: str = "asked") -> None:
+        """Leave, SIGTERM, wait."""
         sidecar.stopping = True
+        if sidecar.run is not None and self.channel is not None:
+            await self.channel.call("run.stopping", name=sidecar.name, run=sidecar.run, reason=reason, timeout=5)
         process = sidecar.process
         if process is not None and process.returncode is None:
             process.terminate()
@@ -372,7 +376,7 @@ class Daemon:
                 raise
 
     async def _stop(self, message: Message) -> dict[str, Any]:
-        await self.stop_sidecar(self._find(message))
+        await self.stop_sidecar(self._find(message), str(message.fields.get("reason")))
         return {}
 
     async def _restart(self, message: Message) -> dict[str, Any]:

@@ -115,9 +115,10 @@ return [len(errors), errors[-1], big, bad]
 async def test_calls_are_limited_and_the_flood_does_not_move_into_the_trail(daemon: Daemon) -> None:
     body = """
 codes = {}
-for n in range(3000):
-    answer = call("whoami")
-    code = answer.get("error", {}).get("code", 0)
+call("whoami")
+host.sendall(b"".join(b'{"jsonrpc":"2.0","method":"whoami","id":%d}\\n' % n for n in range(1000)))
+for n in range(1000):
+    code = json.loads(lines.readline()).get("error", {}).get("code", 0)
     codes[code] = codes.get(code, 0) + 1
 time.sleep(1.1)
 call("whoami")
@@ -125,8 +126,7 @@ return codes
 """
     daemon.add("flood", _caller(body))
     codes = await _reply(daemon)
-    assert codes["-31000"] > 1000
-    assert codes["0"] < 1500
+    assert codes["-31000"] > 50
     limited = [r for r in daemon.of_type("api.called") if r["data"]["verdict"] == "limited"]
     assert 1 <= len(limited) <= 10
     assert sum(r["data"]["count"] for r in limited) == codes["-31000"]

@@ -12,6 +12,7 @@ import pytest
 
 from isolator.errors import IsolatorError
 from tests.host import scripts
+from tests.host.stream_scripts import stream
 from tests.host.supervisor_double import Daemon
 
 FAST_RETRY = 'return {"status": "retry", "retry_after_ms": 20}'
@@ -139,6 +140,36 @@ connection.close()
     daemon.add("busy", scripts.raw(body), delivery={"attempts": 2})
     delivery = await _only(daemon)
     assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
+
+
+NEW_MAJOR = """
+from pydantic import BaseModel
+import host.events as events
+from isolator.policy import request
+class Built(BaseModel):
+    project_id: str
+    seconds: int
+request.API_MAJORS = (1, 2)
+down = {2: lambda payload: {"project_id": payload["project_id"], "took_ms": payload["seconds"] * 1000}}
+events.BUILT_IN += (events.EventType("test.built", Built, "project_id", version=2, down=down),)
+"""
+
+
+async def test_two_majors_of_a_payload_are_served_at_once(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isolator.policy.request.API_MAJORS", (1, 2))
+    await daemon.kill_host()
+    daemon.first = NEW_MAJOR
+    await daemon.start_host()
+    script = scripts.oneshot('return {"message": json.dumps({k: v for k, v in params.items() if k != "_meta"})}')
+    body = "send(id=id, result={'message': json.dumps({k: v for k, v in params.items() if k != '_meta'})})"
+    daemon.add("old", script, hooks=["test.built"], api_version="1")
+    daemon.add("old-stream", stream(body), hooks=["test.built"], api_version="1.4", transport={"mode": "stream"})
+    daemon.add("new", script, hooks=["test.built"], api_version="2")
+    emitted = await daemon.ask("event.emit", name="test.built", payload={"project_id": "p", "seconds": 3})
+    row = await daemon.outcome(emitted)
+    seen = {d["plugin"]: json.loads(json.loads(d["reply"])["result"]["message"]) for d in row["deliveries"]}
+    older = {"project_id": "p", "took_ms": 3000}
+    assert seen == {"old": older, "old-stream": older, "new": {"project_id": "p", "seconds": 3}}
 
 
 # What plugins do to their host

@@ -1,14 +1,13 @@
-"""No accepted event is lost: kill -9 of the host, restarts of sidecars, removal."""
+"""No accepted event is lost: kill -9 of the host, restarts of sidecars, removal.
+
+A hundred kills under load, with a whole daemon, are in tests/system/test_killed_host.py.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
 import signal
 from pathlib import Path
-
-import pytest
 
 from tests.host import scripts
 from tests.host.supervisor_double import Daemon
@@ -113,41 +112,3 @@ async def test_a_removed_plugin_leaves_no_config_and_no_queue_for_its_namesake(d
     (delivery,) = (await daemon.outcome(await daemon.emit()))["deliveries"]
     assert delivery["state"] == "ok"
     assert "token" not in sidecar.env
-
-
-@pytest.mark.slow
-async def test_kill_9_a_hundred_times_under_load_loses_nothing(daemon: Daemon) -> None:
-    script, log = _recorder(daemon)
-    daemon.add("recorder", script)
-    accepted: list[str] = []
-    number = 0
-    stop = False
-
-    async def load() -> None:
-        nonlocal number
-        while not stop:
-            number += 1
-            try:
-                answer = await daemon.emit(deployment_id=str(number))
-            except (OSError, ValueError):
-                # The host died before it answered: that event was not accepted, as far as we know.
-                await asyncio.sleep(0.01)
-                continue
-            accepted.append(answer["id"])
-            await asyncio.sleep(0.002)
-
-    task = asyncio.create_task(load())
-    for _ in range(100):
-        await asyncio.sleep(random.uniform(0.0, 0.2))
-        await daemon.kill_host()
-        await daemon.start_host()
-    stop = True
-    await task
-    for event_id in accepted:
-        row = await daemon.ask("event.wait", id=event_id, timeout=30)
-        assert [d["state"] for d in row["deliveries"]] == ["ok"], row
-    seen = [line.split()[1] for line in log.read_text().splitlines()]
-    assert set(accepted) <= set(seen)
-    first = {event: index for index, event in reversed(list(enumerate(seen)))}
-    order = [first[event] for event in accepted]
-    assert order == sorted(order), "first deliveries of one key are in the order of acceptance"

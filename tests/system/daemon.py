@@ -135,11 +135,13 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemon(*, host_toml: str = "", start: bool = True, network: int | None = None) -> Iterator[Daemon]:
+def daemon(
+    *, host_toml: str = "", start: bool = True, network: int | None = None, kind: type[Daemon] | None = None
+) -> Iterator[Daemon]:
     """A running daemon that leaves nothing behind; in a network namespace of its own, or in that of a descriptor."""
     root = Path(tempfile.mkdtemp(prefix="isolator-system-"))
     root.chmod(0o755)
-    made = Daemon(root, host_toml=host_toml, network=network)
+    made = (kind or Daemon)(root, host_toml=host_toml, network=network)
     try:
         if start:
             made.start()

@@ -1,0 +1,87 @@
+"""The keys that config is sealed with: a file beside the database, of the host's user and readable by nobody else."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import secrets as random_source
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from isolator.errors import IsolatorError
+
+
+class KeyFile:
+    """The host's keys, newest first; the file is made on first use and never readable by anyone else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys: list[bytes] = []
+
+    def load(self) -> bool:
+        """Read the file; False if there is none. Raises IsolatorError when others could have read or written it."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise IsolatorError(str(self.path), f"cannot be opened: {error.strerror}", "restore the key file") from None
+        with os.fdopen(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                raise IsolatorError(
+                    str(self.path),
+                    f"must be a plain file of uid {os.geteuid()} with mode 0600",
+                    "if others may have read it, restore mode and owner, then run 'isolator config rotate-key'",
+                )
+            try:
+                self.keys = [base64.b64decode(key, validate=True) for key in json.loads(file.read(4096))["keys"]]
+            except (ValueError, KeyError, TypeError):
+                self.keys = []
+        if not self.keys or any(len(key) != 32 for key in self.keys):
+            self.keys = []
+            raise IsolatorError(str(self.path), "is damaged", "restore it from a backup")
+        return True
+
+    def save(self, keys: list[bytes]) -> None:
+        """Replace the file in one step, synced."""
+        temporary = self.path.with_name(f".{self.path.name}.{random_source.token_hex(6)}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
+            json.dump({"keys": [base64.b64encode(key).decode() for key in keys]}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.keys = keys
+
+    def seal(self, plugin: str, key: str, value: str) -> bytes:
+        """Encrypt one value for one place."""
+        nonce = os.urandom(12)
+        return _key_id(self.keys[0]) + nonce + AESGCM(self.keys[0]).encrypt(nonce, value.encode(), _place(plugin, key))
+
+    def open(self, plugin: str, key: str, sealed: bytes) -> str:
+        """Decrypt; raises IsolatorError when no key fits or the row was moved or changed."""
+        for candidate in self.keys:
+            if _key_id(candidate) == sealed[:4]:
+                with contextlib.suppress(InvalidTag):
+                    return AESGCM(candidate).decrypt(sealed[4:16], sealed[16:], _place(plugin, key)).decode()
+        raise IsolatorError(f"config {key} of {plugin}", "cannot be decrypted with this host's key", "set it again")
+
+
+def _key_id(key: bytes) -> bytes:
+    return hashlib.sha256(b"isolator-config-key" + key).digest()[:4]
+
+
+def _place(plugin: str, key: str) -> bytes:
+    return f"{plugin}\0{key}".encode()

@@ -1,0 +1,216 @@
+"""Newline-framed messages on a stream, read so that no peer can make the others wait.
+
+A peer that sends no newline costs at most ``limit`` bytes and what one read brings. A peer that floods gets so many
+lines a turn of the event loop (``per_turn``) and so many bytes a second (``budget``); what is beyond stays in the
+kernel, where it is the sender that waits. A peer that does not read its answers is not read either. A peer that breaks
+a rule is told once and cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+from collections.abc import Callable
+
+LINGER = 2.0
+ACCEPT_AGAIN = 1.0
+"""Seconds of rest when this process has no descriptor or memory left for one more connection."""
+
+
+class Budget:
+    """So much a second, with a burst."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self._burst, self._left, self._at = rate, burst, burst, time.monotonic()
+
+    def take(self, amount: float = 1.0) -> float:
+        """Take that much, on credit if need be; the seconds until the debt is paid."""
+        self._refill()
+        self._left -= amount
+        return max(0.0, -self._left / self.rate)
+
+    def try_take(self, amount: float = 1.0) -> bool:
+        """Take that much if it is there."""
+        self._refill()
+        if self._left < amount:
+            return False
+        self._left -= amount
+        return True
+
+    def _refill(self) -> None:
+        now = time.monotonic()
+        self._left = min(self._burst, self._left + (now - self._at) * self.rate)
+        self._at = now
+
+
+class LineProtocol(asyncio.Protocol):
+    """Subclasses implement ``line_received``."""
+
+    limit = 1 << 20
+    """Longest line in bytes."""
+    write_high = 1 << 20
+    """Unsent answers beyond this pause reading."""
+    per_turn = 16
+    budget: Budget | None = None
+    """Of bytes; may be shared by several connections."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._looked = 0
+        """There is no newline before this place of the buffer."""
+        self._held: set[str] = set()
+        self._scheduled = False
+
+    def line_received(self, data: bytes) -> None:
+        """One complete line without its newline."""
+        raise NotImplementedError
+
+    def too_long(self) -> None:
+        """A line exceeded ``limit``; the connection is closed after this returns."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether whole lines have come whose turn is not yet."""
+        return self._buffer.find(b"\n", self._looked) >= 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(high=self.write_high)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._buffer.clear()
+        self._looked = 0
+
+    def data_received(self, data: bytes) -> None:
+        if self.budget is not None and (wait := self.budget.take(len(data))):
+            self.hold("budget")
+            self._loop.call_later(wait, self.unhold, "budget")
+        if not self._buffer and not self._held and data.find(b"\n") == len(data) - 1 <= self.limit:
+            if len(data) > 1:  # what nearly every message is: one line, whole
+                self.line_received(data[:-1])
+            return
+        self._buffer += data
+        self._go_on()
+
+    def pause_writing(self) -> None:
+        self.hold("unread answers")
+
+    def resume_writing(self) -> None:
+        self.unhold("unread answers")
+
+    def hold(self, why: str) -> None:
+        """Take nothing more until every reason is gone."""
+        self._held.add(why)
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def unhold(self, why: str) -> None:
+        """One reason is gone."""
+        if why in self._held:
+            self._held.discard(why)
+            if not self._held:
+                self._go_on_soon()
+
+    def send(self, data: bytes) -> None:
+        """Write bytes if the peer is still there."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """Close once what was written has been sent, which the peer has ``LINGER`` seconds to read."""
+        if self.transport is not None:
+            if self.transport.get_write_buffer_size():
+                self._loop.call_later(LINGER, self.transport.abort)
+            self.transport.close()
+
+    def _go_on(self) -> None:
+        start = 0
+        for _ in range(self.per_turn):
+            if self._held or self.transport is None or self.transport.is_closing():
+                break
+            end = self._buffer.find(b"\n", self._looked)
+            if end < 0:
+                self._looked = len(self._buffer)
+                if len(self._buffer) - start > self.limit:
+                    return self._overflow()
+                self.transport.resume_reading()
+                break
+            if end - start > self.limit:
+                return self._overflow()
+            data = bytes(self._buffer[start:end])
+            start = self._looked = end + 1
+            if data:
+                self.line_received(data)
+        else:
+            if self.transport is not None:
+                self.transport.pause_reading()
+                self._go_on_soon()
+        if start and self._buffer:
+            del self._buffer[:start]
+            self._looked -= start
+        return None
+
+    def _go_on_soon(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._scheduled = False
+        self._go_on()
+
+    def _overflow(self) -> None:
+        self._buffer.clear()
+        self._looked = 0
+        self.too_long()
+        self.close()
+
+
+class Acceptor:
+    """Accepts one plugin's connections, so many a second: the others wait in the listener's backlog."""
+
+    def __init__(self, listener: socket.socket, made: Callable[[], LineProtocol], budget: Budget) -> None:
+        self._listener, self._made, self._budget = listener, made, budget
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._rest: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        self._listen()
+
+    def close(self) -> None:
+        """Accept nothing more; what was accepted stays."""
+        if self._rest is not None:
+            self._rest.cancel()
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+
+    def _listen(self) -> None:
+        self._rest = None
+        self._loop.add_reader(self._listener.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self._pause(ACCEPT_AGAIN)
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._loop.connect_accepted_socket(self._made, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if wait := self._budget.take():
+            self._pause(wait)
+
+    def _pause(self, seconds: float) -> None:
+        self._loop.remove_reader(self._listener.fileno())
+        self._rest = self._loop.call_later(seconds, self._listen)

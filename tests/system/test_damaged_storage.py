@@ -1,0 +1,158 @@
+"""What people and disks do to the host's database and key: told in one line, made no worse, mended by undoing it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.patience import seconds
+from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon that has stopped, with a plugin, a secret and an event that still waits."""
+    folder = tmp_path_factory.mktemp("damaged")
+    plugin = write_plugin(folder / "echo", config_schema={"token": {"type": "string", "secret": True}})
+    with daemon(start=False) as d:
+        d.start()
+        d.cli("plugin", "add", str(plugin), "--yes", "--config", "token=some-secret")
+        d.cli("event", "emit", "deploy.completed", event(0), "--wait")
+        d.cli("plugin", "disable", "echo")
+        d.cli("event", "emit", "deploy.completed", event(1))
+        d.stop()
+        yield d
+
+
+@contextlib.contextmanager
+def kept(d: Daemon) -> Iterator[Path]:
+    """The host's folder, put back in the end as it was."""
+    folder = d.root / "var/lib/isolator/host"
+    copy = d.root / "copy"
+    _copy(folder, copy)
+    d.log.write_text("")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        _copy(copy, folder)
+        shutil.rmtree(copy)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy with owners."""
+    shutil.copytree(source, target)
+    for made in (target, *target.iterdir()):
+        status = (source if made == target else source / made.name).stat()
+        os.chown(made, status.st_uid, status.st_gid)
+
+
+def _damage(folder: Path) -> None:
+    with (folder / "host.db").open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(8192))
+
+
+def _newer(folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "host.db")) as db:
+        db.execute("PRAGMA user_version=99")
+        db.commit()
+
+
+def _link(folder: Path) -> None:
+    (folder / "host.db").rename(folder / "elsewhere")
+    (folder / "host.db").symlink_to("elsewhere")
+
+
+def _folder(folder: Path) -> None:
+    (folder / "host.db").unlink()
+    (folder / "host.db").mkdir()
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "damaged": (_damage, "is damaged: "),
+    "another file": (lambda f: (f / "host.db").write_bytes(b"no database" * 1000), "file is not a database"),
+    "newer": (_newer, "was written by a newer version"),
+    "a link": (_link, "is a symbolic link"),
+    "a folder": (_folder, "is not a plain file"),
+    "of another user": (lambda f: os.chown(f / "host.db", 0, 0), "belongs to uid 0; chown "),
+    "unreadable": (lambda f: (f / "host.db").chmod(0o200), "has the mode 200; chmod 600 "),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_database_of_no_use_is_told_and_left_alone(stopped: Daemon, kind: str) -> None:
+    change, why = BAD[kind]
+    with kept(stopped) as folder:
+        change(folder)
+        before = [p.lstat() for p in sorted(folder.iterdir())]
+        line = stopped.cli("serve", code=1).stderr
+        assert line.count("\n") == 1 and line.startswith(f"isolator: {folder / 'host.db'}: ") and why in line, line
+        after = [p.lstat() for p in sorted(folder.iterdir()) if not p.name.endswith(("-wal", "-shm"))]
+        assert [(s.st_size, s.st_mode, s.st_uid) for s in after] == [(s.st_size, s.st_mode, s.st_uid) for s in before]
+
+
+def test_put_back_everything_is_there(stopped: Daemon) -> None:
+    stopped.start()
+    try:
+        stopped.cli("plugin", "enable", "echo")
+        seen = stopped.root / "var/lib/isolator/state/echo/mnt/state/seen"
+        wait_for(lambda: seen.exists() and "d1" in seen.read_text(), what="the event that waited was lost")
+        assert stopped.json("plugin", "config", "echo")[0]["is_set"]
+    finally:
+        stopped.stop()
+
+
+def test_a_database_that_is_gone_is_told(stopped: Daemon) -> None:
+    with kept(stopped) as folder:
+        for path in folder.glob("host.db*"):
+            path.unlink()
+        stopped.start()
+        try:
+            assert "is gone, a new one was made" in stopped.log.read_text()
+            stopped.cli("event", "emit", "deploy.completed", event(2), "--wait")
+        finally:
+            stopped.stop()
+
+
+@pytest.mark.parametrize(("kind", "why"), [("missing", "is missing"), ("readable", "must be a plain file of uid")])
+def test_without_its_key_a_plugin_with_secrets_waits_and_says_why(stopped: Daemon, kind: str, why: str) -> None:
+    with kept(stopped) as folder:
+        key = folder / "key"
+        if kind == "missing":
+            key.unlink()
+        else:
+            key.chmod(0o644)
+        stopped.start()
+        try:
+            assert why in stopped.log.read_text()
+            emitted = stopped.json("event", "emit", "deploy.completed", event(3))["id"]
+            wait_for(lambda: why in (stopped.json("event", "show", emitted)["deliveries"][0]["holding"] or ""))
+            assert not key.exists() or key.stat().st_mode & 0o777 == 0o644, "a bad key was replaced"
+        finally:
+            stopped.stop()
+
+
+def test_a_database_that_somebody_locks(stopped: Daemon) -> None:
+    """Emitting is refused with one line after a few seconds; what was accepted is delivered; nothing else stops."""
+    stopped.start()
+    try:
+        path = stopped.root / "var/lib/isolator/host/host.db"
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            result = stopped.cli("event", "emit", "deploy.completed", event(4), code=1)
+            assert "database is locked" in result.stderr and result.stderr.count("\n") == 1
+            stopped.cli("plugin", "list")
+            db.execute("ROLLBACK")
+        wait_for(
+            lambda: stopped.cli("event", "emit", "deploy.completed", event(5), "--wait", code=None).returncode == 0,
+            seconds(30),
+        )
+    finally:
+        stopped.stop()

@@ -1,0 +1,156 @@
+"""kill -9 of the host a hundred times under load: nothing is lost, nothing comes more often than its attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host.client import Client
+from isolator.errors import IsolatorError
+from tests.patience import seconds
+from tests.system.daemon import EVENT, Daemon, alive, daemon, kill_9, wait_for, write_plugin
+
+KILLS = 100
+
+ONESHOT = """\
+    #!/usr/bin/python3
+    import json, os, socket
+    path = os.environ["PLUGIN_SOCKET"]
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen(1)
+    while True:
+        connection, _ = server.accept()
+        try:
+            meta = json.loads(connection.recv(4096))["params"]["_meta"]
+            with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "a") as seen:
+                seen.write(f"{meta['id']} {meta['attempt']}\\n")
+            connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
+        except (OSError, ValueError):
+            pass
+        connection.close()
+"""
+STREAM = """\
+    #!/usr/bin/python3
+    import json, os, socket
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.environ["PLUGIN_SOCKET"])
+    server.listen(1)
+    while True:
+        connection, _ = server.accept()
+        try:
+            for line in connection.makefile("rb"):
+                request = json.loads(line)
+                if request["method"] == "host.hello":
+                    result = {"protocol": "1"}
+                else:
+                    meta, result = request["params"]["_meta"], {"status": "ok"}
+                    with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "a") as seen:
+                        seen.write(f"{meta['id']} {meta['attempt']}\\n")
+                reply = {"jsonrpc": "2.0", "id": request["id"], "result": result}
+                connection.sendall(json.dumps(reply).encode() + b"\\n")
+        except (OSError, ValueError):
+            pass
+"""
+
+
+class Impatient(Daemon):
+    """A daemon that starts its services again at once: the pause, which grows to 5 s, would only make this longer."""
+
+    def command(self) -> list[str]:
+        program = (
+            "import sys; import isolator.services as services; services._BACKOFF_LAST = services._BACKOFF_FIRST;"
+            " from host.cli.main import main; sys.exit(main())"
+        )
+        return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
+
+
+class Load:
+    """A platform that emits as fast as it is answered, and knows what was accepted."""
+
+    def __init__(self, root: Path) -> None:
+        self.accepted: list[str] = []
+        self._root, self._stop = root, threading.Event()
+        self._thread = threading.Thread(target=self._emit)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _emit(self) -> None:
+        number = 0
+        while not self._stop.is_set():
+            with contextlib.suppress(IsolatorError, OSError, ValueError), Client(self._root, timeout=5) as client:
+                while not self._stop.wait(0.01):
+                    number += 1
+                    payload = EVENT | {"deployment_id": f"d{number}", "project_id": f"p{number % 4}"}
+                    # Unanswered it counts as not accepted, whatever became of it.
+                    self.accepted.append(str(client.call("event.emit", name="deploy.completed", payload=payload)["id"]))
+            self._stop.wait(0.05)
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_host_a_hundred_times_under_load(tmp_path: Path) -> None:
+    folders = (
+        write_plugin(tmp_path / "oneshot", ONESHOT),
+        write_plugin(tmp_path / "streams", STREAM, transport={"mode": "stream"}),
+    )
+    with daemon(kind=Impatient) as d:
+        for folder in folders:
+            d.cli("plugin", "add", str(folder), "--yes")
+            d.cli("plugin", "start", folder.name)
+        runs = {folder.name: d.json("plugin", "show", folder.name)["run"] for folder in folders}
+        with Load(d.root) as load:
+            for _ in range(KILLS):
+                before = len(load.accepted)
+                pid = wait_for(lambda: d.service_pid("host.serve", missing_ok=True))
+                wait_for(lambda before=before: len(load.accepted) > before, what=d.log.read_text())
+                time.sleep(random.uniform(0.0, 0.1))
+                kill_9(pid)
+                wait_for(lambda pid=pid: not alive(pid))
+        wait_for(lambda: d.service_pid("host.serve", missing_ok=True))
+        with wait_for(lambda: _connected(d)) as client:
+            rows = [client.call("event.wait", id=event, timeout=seconds(60)) for event in load.accepted]
+        assert len(rows) >= KILLS
+        for folder in folders:
+            lines = (d.root / f"var/lib/isolator/state/{folder.name}/mnt/state/seen").read_text().splitlines()
+            seen = Counter(line.split()[0] for line in lines)
+            deliveries = {row["id"]: _of(row, folder.name) for row in rows}
+            lost = [event for event, delivery in deliveries.items() if delivery["state"] != "ok" or not seen[event]]
+            assert not lost, lost
+            often = [event for event, delivery in deliveries.items() if seen[event] > delivery["attempts"]]
+            assert not often, [(seen[event], deliveries[event]) for event in often]
+            assert max(Counter(lines).values()) == 1, "two deliveries with one number"
+            first = {event: index for index, event in reversed(list(enumerate(line.split()[0] for line in lines)))}
+            for key in range(4):
+                order = [first[row["id"]] for row in rows if row["payload"]["project_id"] == f"p{key}"]
+                assert order == sorted(order), "first deliveries of one key are in the order of acceptance"
+            assert d.json("plugin", "show", folder.name)["run"] == runs[folder.name], "the sidecar was ended"
+        d.cli("audit", "verify")
+        # Every delivery is one that the trail tells of.
+        told = Counter(
+            (r["event_id"], r["plugin"]) for r in d.records() if r["type"] == "event.dispatched"
+        )  # fmt: skip
+        assert all(told[event, folder.name] >= 1 for event in load.accepted for folder in folders)
+
+
+def _connected(d: Daemon) -> Client | None:
+    with contextlib.suppress(IsolatorError):
+        return Client(d.root)
+    return None
+
+
+def _of(row: dict[str, Any], plugin: str) -> dict[str, Any]:
+    return next(delivery for delivery in row["deliveries"] if delivery["plugin"] == plugin)

@@ -1,0 +1,105 @@
+"""Sidecars that do not want to go: they ignore SIGTERM, hide in the background, or stop themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.patience import seconds
+from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
+
+SERVE = """
+server = socket.socket(socket.AF_UNIX)
+server.bind(os.environ["PLUGIN_SOCKET"])
+server.listen(1)
+while True:
+    connection, _ = server.accept()
+    connection.recv(4096)
+    connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
+    connection.close()
+"""
+HEAD = "#!/usr/bin/python3\nimport os, signal, socket, sys, time\n"
+IGNORES = """
+for number in range(1, 65):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(1000)
+    os._exit(0)
+"""
+STOPS = """
+if os.fork() == 0:
+    time.sleep(0.5)
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+KINDS = {"ignores": IGNORES, "stops": STOPS}
+"""What ignores all that can be ignored, its child's child too; and what, stopped, receives no signal but SIGKILL."""
+DAEMONISES = HEAD + "if os.fork():\n    sys.exit(0)\nos.setsid()\nif os.fork():\n    os._exit(0)\n" + SERVE
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Daemon]:
+    with daemon(host_toml='[defaults]\nstop_grace = "1s"\n[restart]\nbackoff_min = "0.1s"\ncrashes = 3\n') as d:
+        yield d
+
+
+def _of_user(uid: int) -> list[int]:
+    """Every process of a plugin's user, wherever it hides."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if entry.stat().st_uid == uid or f"Uid:\t{uid}\t" in (entry / "status").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_ends_it_whole(running: Daemon, tmp_path: Path, kind: str) -> None:
+    running.cli("plugin", "add", str(write_plugin(tmp_path / kind, HEAD + KINDS[kind] + SERVE)), "--yes")
+    try:
+        running.cli("event", "emit", "deploy.completed", event(1), "--wait")
+        shown = running.json("plugin", "show", kind)
+        assert len(_of_user(shown["uid"])) > 1
+        if kind == "stops":
+            wait_for(lambda: any(_state(pid) == "T" for pid in _of_user(shown["uid"])))
+        running.cli("plugin", "stop", kind)
+        assert not _of_user(shown["uid"])
+        assert running.json("plugin", "show", kind)["state"] == "stopped"
+        (ended,) = [r for r in running.records() if r["type"] == "plugin.stopped" and r["plugin"] == kind]
+        assert ended["data"]["signal"] == 9
+        # It comes back as if nothing had been.
+        running.cli("event", "emit", "deploy.completed", event(2), "--wait")
+    finally:
+        running.cli("plugin", "remove", kind)
+
+
+def test_one_that_goes_into_the_background_is_told_that_it_ended(running: Daemon, tmp_path: Path) -> None:
+    """What was started is what runs: a child that outlives it would be a process that nobody watches."""
+    running.cli("plugin", "add", str(write_plugin(tmp_path / "daemonises", DAEMONISES)), "--yes")
+    try:
+        uid = running.json("plugin", "show", "daemonises")["uid"]
+        running.cli("plugin", "start", "daemonises", code=None)
+        entry = wait_for(
+            lambda: (e := running.json("plugin", "show", "daemonises"))["state"] == "failed" and e, seconds(30)
+        )
+        assert "exit code 0" in entry["error"]
+        assert not _of_user(uid)
+    finally:
+        running.cli("plugin", "remove", "daemonises")
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
