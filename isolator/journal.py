@@ -112,7 +112,7 @@ class Journal:
         """Write down what is about to be made."""
         with self._lock:
             self.open[entry.name] = entry
-            self._append(asdict(entry))
+            self._append(entry.__dict__)
 
     def gone(self, name: str) -> None:
         """Write down that it was removed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -45,7 +45,7 @@ class Plan:
     def pack(self) -> tuple[bytes, list[int]]:
         """The packet and the descriptors that go with it."""
         names = list(self.fds)
-        body = {**asdict(self), "fds": {name: i for i, name in enumerate(names)}}
+        body = {**self.__dict__, "fds": {name: i for i, name in enumerate(names)}}  # asdict would copy all of it
         del body["_owned"]
         return json.dumps(body, separators=(",", ":")).encode(), [self.fds[name] for name in names]
 
