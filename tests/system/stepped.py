@@ -1,0 +1,130 @@
+"""``isolator serve`` with a hand on it: kills a process of this daemon, or itself, at a named step of a plugin's life.
+
+Run by ``SteppedDaemon`` in place of the command. What to do stands in the file ``kill-at`` below the root, as
+``STEP VICTIM``, and is done once. The steps are those that the code under test already tells apart: the stopwatch of a
+start, and the calls of which a stop consists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isolator import sandbox, services
+from isolator.journal import Journal
+from isolator.layers.cgroup import Cgroup
+from isolator.lifecycle import Plugin
+from isolator.plugin_run import Run
+from isolator.supervisor import Supervisor
+from tests.system.daemon import Daemon
+
+PLUGIN = "echo"
+START = (
+    "journal", "prepare cgroup", "prepare filesystem", "clone", "made ahead", "attach", "enter", "confirm", "broker",
+    "exec", "told",
+)  # fmt: skip
+STOP = ("ended", "recorded", "release", "groups gone", "journal gone", "network gone", "all gone")
+STEPS = (*STOP, *START)
+"""In the order in which a restart takes them."""
+
+
+class SteppedDaemon(Daemon):
+    """A daemon that can be told to kill one of its processes at a step."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", __file__, str(self.root)]
+
+    def kill_at(self, step: str, victim: str) -> None:
+        """The next time that a plugin comes to ``step``, ``victim`` is killed."""
+        (self.root / "kill-at.new").write_text(f"{step}\n{victim}")
+        (self.root / "kill-at.new").rename(self.root / "kill-at")
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been killed."""
+        return not (self.root / "kill-at").exists()
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    order = root / "kill-at"
+    supervisors: list[Supervisor] = []
+
+    def reached(step: str) -> None:
+        try:
+            wanted, victim = order.read_text().split("\n")
+        except FileNotFoundError:
+            return
+        if wanted != step:
+            return
+        order.unlink()
+        if victim == "supervisor":
+            signal.raise_signal(signal.SIGKILL)
+        one = supervisors[0]
+        pid = one.tools.launcher.pid if victim == "launcher" else one._running()._services[victim].pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def around(owner: type, name: str, *, before: str = "", after: str = "", when: Callable[..., bool] | None = None):
+        whole = getattr(owner, name)
+
+        def tell(step: str, arguments: tuple[Any, ...]) -> None:
+            if step and (when is None or when(*arguments)):
+                reached(step)
+
+        @functools.wraps(whole)
+        def call(*arguments: Any, **further: Any) -> Any:
+            tell(before, arguments)
+            result = whole(*arguments, **further)
+            tell(after, arguments)
+            return result
+
+        @functools.wraps(whole)
+        async def call_async(*arguments: Any, **further: Any) -> Any:
+            tell(before, arguments)
+            result = await whole(*arguments, **further)
+            tell(after, arguments)
+            return result
+
+        setattr(owner, name, call_async if inspect.iscoroutinefunction(whole) else call)
+
+    stopwatch = sandbox._Stopwatch.__call__
+
+    def tick(self: Any, step: str) -> None:
+        stopwatch(self, step)
+        reached(step)
+
+    sandbox._Stopwatch.__call__ = tick  # type: ignore[method-assign]
+    made = Supervisor.__init__
+
+    def remember(self: Supervisor, *arguments: Any, **further: Any) -> None:
+        made(self, *arguments, **further)
+        supervisors.append(self)
+
+    Supervisor.__init__ = remember  # type: ignore[method-assign]
+    around(Plugin, "_started", after="told")
+    around(Plugin, "_record_end", before="ended", after="recorded")
+    around(sandbox.Sandbox, "release", before="release")
+    around(Cgroup, "release", after="groups gone")
+    around(Journal, "gone", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))
+    around(Supervisor, "detach_network", after="network gone")
+    around(Run, "take_down", after="all gone")
+    # Services that die one after the other all day: only the pause between their starts is shortened.
+    services._BACKOFF_LAST = services._BACKOFF_FIRST  # type: ignore[misc]
+
+    from host.cli.main import main as command_line
+
+    sys.argv = ["isolator", "--root", str(root), "serve"]
+    sys.exit(command_line())
+
+
+if __name__ == "__main__":
+    main()
