@@ -64,7 +64,7 @@ OOMPolicy=continue
 OOMScoreAdjust=-500
 TasksMax=infinity
 LimitNOFILE=65536
-LimitCORE=0
+LimitCORE=1
 
 # What is writable: /etc for useradd (passwd and its lock files), /var and /run for the daemon. Homes can be read,
 # since plugins are added from them.

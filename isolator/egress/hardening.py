@@ -38,7 +38,7 @@ def filter_file(cache: Path) -> int:
 
 def harden(program: bytes) -> None:
     """Give all of it up, for good; to be called while there is one thread. Raises OSError."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # not 0: see layers/rlimits.py
     resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

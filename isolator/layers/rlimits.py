@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 _FIXED = {
-    "CORE": 0,
+    "CORE": 1,
     "MEMLOCK": 64 * 1024,
     "MSGQUEUE": 0,
     "NICE": 0,
@@ -21,8 +21,14 @@ _FIXED = {
     "SIGPENDING": 1024,
     "STACK": 8 * 1024 * 1024,
 }
-"""Limits that no policy changes. No core dumps, and no memory in one that goes to a handler: that comes from the
-launcher (``linux/coredump.py``), as a cage has no /proc yet when its limits are set."""
+"""Limits that no policy changes.
+
+No core dumps: they would carry secrets to the host's core handler. Under a limit of 0 the kernel writes no file, but
+still starts the handler that a ``core_pattern`` with a pipe names, as root and outside every cap, as often as somebody
+crashes on purpose; under a limit of 1 it does neither (fs/coredump.c). The seccomp layer keeps it from being lowered.
+Where a container allows no more than 0, at least no memory goes to the handler: that comes from the launcher
+(``linux/coredump.py``), as a cage has no /proc yet when its limits are set.
+"""
 
 _LABELS = {
     "Max core file size": "CORE",

@@ -175,11 +175,22 @@ def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> 
             syscalls.NOSYS: None,
             syscalls.NO_FAMILY: lib.ERRNO(errno.EAFNOSUPPORT),
             syscalls.REFUSE: lib.ERRNO(errno.EPERM),
+            syscalls.NO_PROTOCOL: lib.ERRNO(errno.EPROTONOSUPPORT),
+            syscalls.INVALID: lib.ERRNO(errno.EINVAL),
+            syscalls.PRETEND: lib.ERRNO(0),
         }[action]
         if verdict is None:
             continue
-        arguments = [lib.Arg(condition.index, lib.MASKED_EQ, condition.mask, condition.value)] if condition else []
-        program.add_rule(verdict, number, *arguments)
+        conditions = condition if isinstance(condition, tuple) else () if condition is None else (condition,)
+        program.add_rule(
+            verdict, number,
+            *(
+                lib.Arg(one.index, lib.NE, 0)
+                if isinstance(one, syscalls.NotZero)
+                else lib.Arg(one.index, lib.MASKED_EQ, one.mask, one.value)
+                for one in conditions
+            ),
+        )  # fmt: skip
     with tempfile.TemporaryFile() as out:
         program.export_bpf(out)
         out.seek(0)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 ALLOW, DENY, NOSYS, NO_FAMILY, REFUSE = "allow", "deny", "nosys", "no_family", "refuse"
+NO_PROTOCOL, INVALID, PRETEND = "no_protocol", "invalid", "pretend"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,15 @@ class Condition:
     value: int
 
 
-Rule = tuple[str, str, Condition | None]
+@dataclass(frozen=True)
+class NotZero:
+    """Argument ``index`` is not 0 in any of its 64 bits: a pointer that is there."""
+
+    index: int
+
+
+Rule = tuple[str, str, Condition | NotZero | tuple[Condition | NotZero, ...] | None]
+"""(call, action, what must hold of its arguments: one thing, several at once, or nothing)."""
 
 WORD = 0xFFFFFFFF
 
@@ -33,25 +42,24 @@ _ALLOWED_NAMES = """
     clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup dup2 dup3 epoll_create
     epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2
     execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
-    fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate
+    fchownat fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate
     futex futex_waitv futex_wait futex_wake futex_requeue futimesat get_robust_list get_thread_area getcpu getcwd
     getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid
     getpriority getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday
-    getuid getxattr inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents
-    io_pgetevents io_setup io_submit ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+    getuid getxattr inotify_init inotify_init1 inotify_rm_watch ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
     landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr lseek lsetxattr
-    lstat madvise map_shadow_stack membarrier memfd_create mincore mkdir mkdirat mlock mlock2 mlockall mmap mprotect
+    lstat madvise map_shadow_stack membarrier mincore mkdir mkdirat mlock mlock2 mlockall mprotect
     mremap mseal msync munlock munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_open
-    pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll pread64 preadv preadv2 prlimit64
+    pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll pread64 preadv preadv2
     pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg
     remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending
     rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
     sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
     sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler
     sched_yield select sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address setgid
-    setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt
+    setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setsid setsockopt
     setuid setfsuid setfsgid setxattr shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink
-    symlinkat sync sync_file_range sysinfo tee tgkill time timer_create timer_delete timer_getoverrun
+    symlinkat sync_file_range sysinfo tee tgkill time timer_create timer_delete timer_getoverrun
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname
     unlink unlinkat utime utimensat utimes vfork vmsplice wait4 waitid write writev
     riscv_flush_icache riscv_hwprobe
@@ -79,7 +87,9 @@ _CLONE_NEW = (0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x2000000
 """Every namespace flag that clone(2) takes."""
 
 _TERMINAL_IOCTLS = (0x5412, 0x541C, 0x541D, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCCONS, TIOCSETD
-_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
+_AF_UNIX, _INTERNET = 1, (2, 10)  # AF_INET, AF_INET6
+_PROTOCOLS = (0, 1, 6, 17, 58)  # the usual one of the type, ICMP, TCP, UDP, ICMPv6
+_MPTCP = 262  # Go's listeners try it first and fall back without a word, so it is refused without a record
 _AF_NETLINK = 16  # asked for all the time (getaddrinfo, if_nameindex), so refused without a record
 _PRCTL = (
     1, 2,  # PDEATHSIG
@@ -103,6 +113,11 @@ _PRCTL = (
     0x59616D61,  # SET_PTRACER (crash reporters ask; there is nobody to trace)
 )  # fmt: skip
 _PERSONALITIES = (0x0, 0xFFFFFFFF, 0x0040000, 0x0008)  # default, query, ADDR_NO_RANDOMIZE, LINUX32 as asked by setarch
+_USES = (0x1, 0x10, 0x20)  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
+_F_NOTIFY = 1026
+_RLIMIT_CORE = 4
+_LONG = 0xFFFFFFFFFFFFFFFF
+_MAP_HUGETLB, _MFD_HUGETLB = 0x40000, 0x4
 _MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
 _S_IFMT = 0o170000
 
@@ -122,12 +137,10 @@ def rules(profile: str) -> Iterator[Rule]:
     prctl = (*_PRCTL, _PR_SET_SECCOMP) if strict else _PRCTL
     yield from _only("prctl", 0, prctl, inside=ALLOW, outside=DENY)
     yield from _only("personality", 0, _PERSONALITIES, inside=ALLOW, outside=DENY)
-    for call in ("socket", "socketpair"):
-        for family in _FAMILIES:
-            yield call, ALLOW, Condition(0, WORD, family)
-        yield call, NO_FAMILY, Condition(0, WORD, _AF_NETLINK)
-        for mask, value in complement((*_FAMILIES, _AF_NETLINK)):
-            yield call, DENY, Condition(0, mask, value)
+    yield from _sockets()
+    yield from _watches()
+    yield from _host_wide()
+    yield from _huge_pages(strict=strict)
     for call, index in (("mknod", 1), ("mknodat", 2)):
         for kind in range(0, _S_IFMT + 1, 0o010000):
             action = DENY if kind in _MKNOD_DEVICES else ALLOW
@@ -136,8 +149,66 @@ def rules(profile: str) -> Iterator[Rule]:
         yield from _strict()
 
 
-_STRICT_ARGUMENTS = ("mmap", "mprotect", "pkey_mprotect", "memfd_create", "execveat", "fork", "vfork")
+def _sockets() -> Iterator[Rule]:
+    """TCP, UDP, ICMP and Unix sockets. Asking for another protocol makes the kernel load its module, for anybody."""
+    for call in ("socket", "socketpair"):
+        yield call, ALLOW, Condition(0, WORD, _AF_UNIX)
+        for family in _INTERNET:
+            of_family = Condition(0, WORD, family)
+            for protocol in _PROTOCOLS:
+                yield call, ALLOW, (of_family, Condition(2, WORD, protocol))
+            yield call, NO_PROTOCOL, (of_family, Condition(2, WORD, _MPTCP))
+            for mask, value in complement((*_PROTOCOLS, _MPTCP)):
+                yield call, DENY, (of_family, Condition(2, mask, value))
+        yield call, NO_FAMILY, Condition(0, WORD, _AF_NETLINK)
+        for mask, value in complement((_AF_UNIX, *_INTERNET, _AF_NETLINK)):
+            yield call, DENY, Condition(0, mask, value)
+
+
+def _watches() -> Iterator[Rule]:
+    """Changes of files may be watched, mere use of them may not.
+
+    A watch is on the inode, whichever mount it is seen through: opens of /usr/bin/* tell which programs the host and
+    the other plugins run, and when.
+    """
+    for bit in _USES:
+        yield "inotify_add_watch", DENY, Condition(2, bit, bit)
+    yield "inotify_add_watch", ALLOW, Condition(2, sum(_USES), 0)
+    yield from _only("fcntl", 1, (_F_NOTIFY,), inside=DENY, outside=ALLOW)
+
+
+def _host_wide() -> Iterator[Rule]:
+    """What would reach past the cage without any right to.
+
+    sync(2) flushes every file system of the host, as often as it is called. The limit on core dumps is 1 (layer
+    rlimits), which is the one value that keeps the kernel from starting the host's core handler, as root, at every
+    crash; 0 does not. So it stays as it is, and may be asked for. (The requests of Linux native AIO are counted
+    against one limit for the whole host, so its calls are not known here at all.)
+    """
+    yield "sync", PRETEND, None
+    yield "setrlimit", INVALID, Condition(0, WORD, _RLIMIT_CORE)
+    yield "prlimit64", ALLOW, (Condition(1, WORD, _RLIMIT_CORE), Condition(2, _LONG, 0))
+    yield "prlimit64", INVALID, (Condition(1, WORD, _RLIMIT_CORE), NotZero(2))
+    for mask, value in complement((_RLIMIT_CORE,)):
+        yield "setrlimit", ALLOW, Condition(0, mask, value)
+        yield "prlimit64", ALLOW, Condition(1, mask, value)
+
+
+def _huge_pages(*, strict: bool) -> Iterator[Rule]:
+    """The host's reserved huge pages are counted against no memory cap, so nobody gets any."""
+    yield "mmap", REFUSE, (Condition(3, _MAP_HUGETLB, _MAP_HUGETLB), Condition(2, _BOTH, 0))
+    for value in (_PROT_WRITE, _PROT_EXEC):
+        yield "mmap", REFUSE, (Condition(3, _MAP_HUGETLB, _MAP_HUGETLB), Condition(2, _BOTH, value))
+    if not strict:
+        yield "mmap", REFUSE, (Condition(3, _MAP_HUGETLB, _MAP_HUGETLB), Condition(2, _BOTH, _BOTH))
+        yield "mmap", ALLOW, Condition(3, _MAP_HUGETLB, 0)
+        yield "memfd_create", REFUSE, Condition(1, _MFD_HUGETLB, _MFD_HUGETLB)
+        yield "memfd_create", ALLOW, Condition(1, _MFD_HUGETLB, 0)
+
+
+_STRICT_ARGUMENTS = ("mprotect", "pkey_mprotect", "execveat", "fork", "vfork")
 _PROT_WRITE, _PROT_EXEC = 2, 4
+_BOTH = _PROT_WRITE | _PROT_EXEC
 _PR_SET_SECCOMP = 22
 _CLONE_THREAD = 0x10000
 
@@ -148,10 +219,9 @@ def _strict() -> Iterator[Rule]:
     What may be mapped executable is then a file of a mount that is not noexec: nothing the plugin can write to.
     Forks are the business of ``sealing_rules``: pid 1 lives under these rules and has to fork the sidecar.
     """
-    both = _PROT_WRITE | _PROT_EXEC
-    yield "mmap", DENY, Condition(2, both, both)
+    yield "mmap", DENY, Condition(2, _BOTH, _BOTH)
     for value in (0, _PROT_WRITE, _PROT_EXEC):
-        yield "mmap", ALLOW, Condition(2, both, value)
+        yield "mmap", ALLOW, (Condition(3, _MAP_HUGETLB, 0), Condition(2, _BOTH, value))
     for call in ("mprotect", "pkey_mprotect"):
         yield call, DENY, Condition(2, _PROT_EXEC, _PROT_EXEC)
         yield call, ALLOW, Condition(2, _PROT_EXEC, 0)

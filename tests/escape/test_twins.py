@@ -46,12 +46,15 @@ TWINS = {
         "unshare-user clone-user-namespace clone3-user-namespace keyring join-keyring perf-events userfaultfd io-uring "
         "watch-files quota executable-data shared-memory i386-call x32-call trace-child read-memory "
         "netlink-socket vsock-socket crypto-socket terminal-input terminal-input-64 console-paste console-paste-64 "
-        "line-discipline",
+        "line-discipline watch-programs watch-programs-by-signal asynchronous-io huge-pages huge-pages-in-files "
+        "uncommon-protocol core-handler",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
+            errno.EPROTONOSUPPORT: "this kernel does not have the protocols",
         },
     ),
+    "no filter, no resource limits": Twins(_weak("seccomp", "rlimits"), "core-dump"),
     "no filter, no resource limits, no Landlock": Twins(_weak("seccomp", "rlimits", "landlock"), "message-queue"),
     "root without a filter": Twins(
         _weak("seccomp", root=True),
@@ -77,7 +80,7 @@ TWINS = {
     "no user of its own": Twins(_weak("user"), "become-root identity"),
     "root without Landlock": Twins(_weak("landlock", root=True), "write-init-memory reopen-standard-input"),
     "no Landlock": Twins(_weak("landlock"), "write-proc"),
-    "no resource limits": Twins(_weak("rlimits"), "descriptors lock-memory core-dump pending-signals"),
+    "no resource limits": Twins(_weak("rlimits"), "descriptors lock-memory pending-signals"),
     "no control groups": Twins(
         _weak("cgroup"), "processes threads processor-time memory memory-in-files memory-in-sockets"
     ),
@@ -123,6 +126,16 @@ _NEEDS = {"raise-limit": 24}
 _NO_FILE = {
     "kernel-memory": ("no such file", "this kernel offers no /proc/kcore, /dev/mem or /dev/kmem"),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _huge_pages() -> Iterator[None]:
+    """Some for the twins to take: few hosts have any reserved."""
+    reserved = Path("/proc/sys/vm/nr_hugepages")
+    before = reserved.read_text()
+    reserved.write_text(str(int(before) + 2))
+    yield
+    reserved.write_text(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any
 
 _START = [int(name) for name in os.listdir("/proc/self/fd")] if os.path.isdir("/proc/self/fd") else []
 
-from . import bombs, files, kernel, network, processes  # noqa: E402, F401  # each declares its attempts
+from . import bombs, files, kernel, network, processes, reach  # noqa: E402, F401  # each declares its attempts
 from .kit import ATTEMPTS, Attempt, Held, Promise  # noqa: E402
 
 

@@ -30,6 +30,7 @@ _OLD = {
     "finit_module": (313, 273),
     "getpid": (39, 172),
     "init_module": (175, 105),
+    "io_setup": (206, 0),
     "ioctl": (16, 29),
     "kexec_load": (246, 104),
     "keyctl": (250, 219),

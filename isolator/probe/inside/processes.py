@@ -218,8 +218,8 @@ def set_user_id_program(promise: Promise) -> str:
                 os.close(read)
                 return f"{program} runs as somebody whom /proc hides from us"
             break
-        name = status.split("\n", 1)[0].split()[1]
-        if name == os.path.basename(program):
+        # In its first write it sleeps. Its name alone is there before its ids are: exec changes that first.
+        if status.split("\n", 1)[0].split()[1] == os.path.basename(program) and "\nState:\tS" in status:
             break
     os.kill(child, signal.SIGKILL)
     ids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]

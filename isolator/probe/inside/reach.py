@@ -1,0 +1,80 @@
+"""Attempts that need no right at all and yet reach past the cage: what the kernel shares out by the host, not by the user.
+
+Watches on files that everybody uses, pools and counters of the whole host, protocols whose modules the kernel loads for
+whoever asks, the handler of core dumps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import resource
+import socket
+
+from .kit import Held, Promise, attempt, libc, set_limit, syscall
+
+
+@attempt("seccomp", "watch which programs the host starts", name="watch-programs")
+def watch_programs(promise: Promise) -> str:
+    watcher = libc.inotify_init1(0)
+    if libc.inotify_add_watch(watcher, b"/usr/bin", 0x20) < 0:  # IN_OPEN
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return "every open of a file in /usr/bin would be told"
+
+
+@attempt("seccomp", "the same with the older call")
+def watch_programs_by_signal(promise: Promise) -> str:
+    fcntl.fcntl(os.open("/usr/bin", os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_ACCESS)
+    return "every read of a file in /usr/bin would be told"
+
+
+@attempt("seccomp", "take the host's places for asynchronous I/O")
+def asynchronous_io(promise: Promise) -> str:
+    syscall("io_setup", 4096, ctypes.byref(ctypes.c_ulong(0)))
+    return "4096 of the places that all processes of the host share"
+
+
+@attempt("seccomp", "take the host's huge pages, which no memory cap counts")
+def huge_pages(promise: Promise) -> str:
+    mmap.mmap(-1, 1 << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)[0] = 1
+    return "one huge page"
+
+
+@attempt("seccomp", "the same in a file that lives in memory")
+def huge_pages_in_files(promise: Promise) -> str:
+    fd = syscall("memfd_create", b"probe", 4)  # MFD_HUGETLB
+    os.ftruncate(fd, 1 << 21)
+    mmap.mmap(fd, 1 << 21)[0] = 1
+    return "one huge page"
+
+
+@attempt("seccomp", "use an uncommon protocol of the kernel, which loads its module for anybody")
+def uncommon_protocol(promise: Promise) -> str:
+    why: OSError | None = None
+    for kind, protocol, name in (
+        (socket.SOCK_DGRAM, 136, "UDP-Lite"),
+        (socket.SOCK_STREAM, 262, "MPTCP"),
+        (socket.SOCK_STREAM, 132, "SCTP"),
+    ):
+        try:
+            socket.socket(socket.AF_INET, kind, protocol).close()
+        except OSError as error:
+            why = error
+        else:
+            return f"a socket of {name}"
+    assert why is not None
+    raise why
+
+
+@attempt("seccomp", "have the host's core handler started, as root, by a crash")
+def core_handler(promise: Promise) -> str:
+    # Under a limit of 1 it is not, under any other it is, 0 included.
+    if resource.getrlimit(resource.RLIMIT_CORE)[0] != 1:
+        return "the limit is not 1"
+    set_limit(resource.RLIMIT_CORE, 0)
+    if resource.getrlimit(resource.RLIMIT_CORE)[0] != 0:
+        raise Held("the limit stays at 1")
+    return "the limit is 0"

@@ -1,0 +1,94 @@
+"""What needs no right and would reach past the cage, seen from the host's side: it did not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from isolator.journal import Journal
+from isolator.state import State
+from tests.layers.lab import isolator
+from tests.system.daemon import wait_for
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture
+def elsewhere(shared_dir: Path) -> Iterator[Path]:
+    """A file system of the host that no cage sees, on a device of its own."""
+    with contextlib.closing(Journal(shared_dir / "run/journal")) as journal:
+        state = State(shared_dir / "elsewhere", "elsewhere", journal)
+        os.close(state.open(size=1 << 20, inodes=64, uid=0, gid=0))
+        yield shared_dir / "elsewhere/elsewhere/mnt/state"
+        state.remove()
+
+
+def _written(folder: Path) -> int:
+    """Writes that the device of a folder has done so far."""
+    number = folder.stat().st_dev
+    figures = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat").read_text().split()
+    return int(figures[4])
+
+
+def test_sync_flushes_nobody_elses_files(shared_dir: Path, elsewhere: Path) -> None:
+    os.sync()
+    (elsewhere / "file").write_bytes(bytes(65536))
+    before = _written(elsewhere)
+    done = isolator(shared_dir, "run", "--", "python3", "-c", "import os; os.sync(); print('done')")
+    assert done.stdout == "done\n", done.stderr
+    assert "denied" not in done.stderr
+    assert _written(elsewhere) == before, "a cage made the host write another file system's data"
+    os.sync()
+    assert _written(elsewhere) > before, "nothing was waiting to be written: the test cannot fail"
+
+
+WATCHES = """
+    import ctypes, os
+    libc = ctypes.CDLL(None, use_errno=True)
+    watcher = libc.inotify_init1(0)
+    watch = lambda mask: libc.inotify_add_watch(watcher, b"/tmp", mask) > 0
+    # What tail -f, Node's fs.watch and Go's fsnotify ask for.
+    assert watch(0x2 | 0x4 | 0x400 | 0x800)
+    assert watch(0x4 | 0x100 | 0x2 | 0x200 | 0x400 | 0x800 | 0x40 | 0x80)
+    assert watch(0x8 | 0x1000000)
+    assert not watch(0xFFF) and ctypes.get_errno() == 1
+    open("/tmp/file", "w").close()
+    assert os.read(watcher, 4096)
+    print("fine")
+"""
+
+
+def test_changes_can_still_be_watched(shared_dir: Path) -> None:
+    done = isolator(shared_dir, "run", "--", "python3", "-c", textwrap.dedent(WATCHES))
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_what_asks_for_no_core_dumps_runs(shared_dir: Path) -> None:
+    """The limit stays where it is: what does not insist goes on."""
+    done = isolator(shared_dir, "run", "--", "bash", "-c", "ulimit -c 0; ulimit -n 100; ulimit -n; echo fine")
+    assert done.stdout == "100\nfine\n", done.stderr
+
+
+def test_a_crash_starts_nothing_on_the_host(shared_dir: Path) -> None:
+    """With a ``core_pattern`` that names a program, which is one setting for the whole host: put back at once."""
+    pattern = Path("/proc/sys/kernel/core_pattern")
+    before = pattern.read_text()
+    trace, helper = shared_dir / "trace", shared_dir / "helper"
+    helper.write_text(f"#!/bin/sh\necho $1 >> {trace}\ncat > /dev/null\n")
+    helper.chmod(0o755)
+    pattern.write_text(f"|{helper} %u")
+    try:
+        crashed = isolator(shared_dir, "run", "--", "python3", "-c", "import os; os.abort()")
+        assert crashed.returncode == 134, crashed.stderr
+        # A crash after it, outside, with a limit of 0: the kernel starts helpers one after the other.
+        subprocess.run(["sh", "-c", "ulimit -c 0; kill -ABRT $$"], check=False, user=64123, group=64123)
+        started = wait_for(lambda: trace.exists() and (uids := trace.read_text().split()) and "64123" in uids and uids)
+        assert not [uid for uid in started if 70000 <= int(uid) < 75000], "a crash in a cage started a program as root"
+    finally:
+        pattern.write_text(before)
