@@ -1,4 +1,4 @@
-"""Attempts that need no right at all and yet reach past the cage: what the kernel shares out by the host, not by the user.
+"""Attempts that need no right at all and yet reach past the cage: on what the kernel keeps for the host as a whole.
 
 Watches on files that everybody uses, pools and counters of the whole host, protocols whose modules the kernel loads for
 whoever asks, the handler of core dumps.
