@@ -203,6 +203,8 @@ class Run:
         self._sockets.read()
         with contextlib.suppress(OSError):
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
+            # Not a look more: the plugin can make and remove files here as fast as it likes, at our cost.
+            asyncio.get_running_loop().remove_reader(self._sockets.fileno())
             self.socket_there.set()
 
     def _ruleset_changed(self, drift: socket.socket) -> None:
