@@ -191,7 +191,7 @@ class Sandbox:
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         mark("spare")
         try:
-            leaf = Leaf.under(tools.subtree, spec.leaf)
+            leaf = Leaf.under(tools.subtree, spec.leaf, spec.policy.resources)
             tools.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
             mark("journal")
             plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
@@ -237,6 +237,8 @@ class Sandbox:
                 layer.confirm(self._process)
         if self._cgroup in self._layers:
             self._cgroup.cap_processor()
+            if self._cgroup.caps_disks:
+                await asyncio.to_thread(self._cgroup.cap_disks, self.pid)
         mark("confirm")
         send_packet(spare.link, b"x")
         try:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.errors import ConfinementError
+from isolator.layers import cgroup_io
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
@@ -95,10 +96,14 @@ class Subtree:
     unified: Path
     v1: dict[str, Path]
     on_v2: frozenset[str]
+    blkio: Path | None = None
+    """In v1's blkio hierarchy, on hosts where v2 has no io controller; only cages with a cap on disks have a leaf."""
+    optional: frozenset[str] = frozenset()
+    """Controllers that may be done without."""
 
     def folders(self) -> list[Path]:
         """Every folder of the subtree's top, one a hierarchy."""
-        return [self.unified, *dict.fromkeys(self.v1.values())]
+        return list(dict.fromkeys([self.unified, *self.v1.values(), *([self.blkio] if self.blkio else [])]))
 
     def remove(self) -> None:
         """Remove the subtree's tops; leaves must be gone."""
@@ -137,7 +142,10 @@ def open_subtree(name: str, *, optional: frozenset[str] = frozenset()) -> Subtre
         if controller in found.v1 and controller not in found.v2:
             v1[controller] = found.v1[controller] / name
             v1[controller].mkdir(exist_ok=True)
-    return Subtree(unified, v1, on_v2)
+    blkio = found.v1["blkio"] / name if "blkio" in found.v1 and "io" not in found.v2 else None
+    if blkio is not None:
+        blkio.mkdir(exist_ok=True)
+    return Subtree(unified, v1, on_v2, blkio, optional)
 
 
 def _delegated(own: Path, controllers: frozenset[str]) -> Path:
@@ -225,21 +233,27 @@ class Leaf:
     unified: Path
     v1: dict[str, Path] = field(default_factory=dict)
     on_v2: frozenset[str] = frozenset()
+    blkio: Path | None = None
+    """One more v1 group, where the limits ask for it: it is entered just before the exec."""
 
     @classmethod
-    def under(cls, subtree: Subtree, name: str) -> Leaf:
-        """The leaf ``name`` of a subtree (not made yet)."""
-        return cls(subtree.unified / name, {c: path / name for c, path in subtree.v1.items()}, subtree.on_v2)
+    def under(cls, subtree: Subtree, name: str, limits: ResourcePolicy | None = None) -> Leaf:
+        """The leaf ``name`` of a subtree (not made yet), with what its limits need."""
+        v1 = {controller: path / name for controller, path in subtree.v1.items()}
+        blkio = subtree.blkio / name if subtree.blkio is not None and cgroup_io.wanted(limits) else None
+        return cls(subtree.unified / name, v1, subtree.on_v2, blkio)
 
     def folders(self) -> list[Path]:
         """Every folder that ``create`` makes."""
-        return [self.unified, *dict.fromkeys(self.v1.values())]
+        return [self.unified, *dict.fromkeys(self.v1.values()), *([self.blkio] if self.blkio else [])]
 
     def create(self, limits: ResourcePolicy | None) -> None:
         """Make the groups and write the limits but the processor's, before anything of a cage is in them."""
         self.create_v1()
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.unified)  # this and the next few are a quarter of a start's preparation
+        if self.blkio is not None:
+            self.blkio.mkdir(exist_ok=True)
         if limits is None:
             return
         _write_all(self.values(limits))
@@ -423,7 +437,7 @@ class Cgroup(Layer):
     """Caps on memory, cpu and tasks."""
 
     name = "cgroup"
-    may_degrade = tuple(f"cgroup.{controller}" for controller in LIMITING)
+    may_degrade = tuple(f"cgroup.{controller}" for controller in (*LIMITING, "io"))
 
     from_birth = True
 
@@ -432,6 +446,7 @@ class Cgroup(Layer):
         self.leaf: Leaf | None = None
         self.ahead: Leaf | None = None
         """The v1 groups that the parked process is in; they become the leaf's."""
+        self._disks: list[str] = []
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -454,7 +469,7 @@ class Cgroup(Layer):
                 remedy = "boot with cgroup_enable=memory, or ask the container's operator for it"
                 why = f"no {controller} controller"
                 controls.append(Control(label, cls.name, "unavailable", why, remedy, part=controller))
-        return controls
+        return [*controls, cgroup_io.check(found)]
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
@@ -463,7 +478,9 @@ class Cgroup(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._limits = spec.policy.resources
-        self.leaf = Leaf.under(self._subtree, spec.leaf)
+        self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
+        if self.caps_disks:
+            self._disks = cgroup_io.devices([*(bind.fd for bind in spec.binds), "/usr"])
         if self.ahead is not None:
             self.ahead.rename_v1(self.leaf)
         self.leaf.create(self._limits)
@@ -498,6 +515,25 @@ class Cgroup(Layer):
         assert self.leaf is not None
         self.leaf.cap_processor(self._limits)
         self._confirm_all(self.leaf.cpu_values(self._limits))
+
+    @property
+    def caps_disks(self) -> bool:
+        """Whether the policy asks for ``cap_disks``."""
+        return cgroup_io.wanted(self._limits)
+
+    def cap_disks(self, pid: int) -> None:
+        """Put the caps on disks in force for the cage of pid 1 ``pid``, and read them back; blocks, just before exec.
+
+        Entering one more v1 group waits for an RCU grace period: only a cage with such a cap pays for it.
+        """
+        assert self.leaf is not None
+        try:
+            cgroup_io.apply(self.leaf, self._limits, self._disks, pid)
+        except ConfinementError:
+            if "io" not in self._subtree.optional:
+                raise
+            return
+        cgroup_io.confirm(self.leaf, self._limits, self._disks, pid)
 
     def _confirm_all(self, values: dict[Path, str]) -> None:
         for path, wanted in values.items():

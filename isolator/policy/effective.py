@@ -34,6 +34,7 @@ from isolator.policy.model import (
     ResourcePolicy,
     RestartPolicy,
 )
+from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
     from isolator.policy.request import ManifestCore
@@ -247,6 +248,8 @@ def _compose(
             cpu=limits.cpu,
             tasks=limits.tasks,
             nofile=limits.nofile,
+            io_read=min(limits.io_read, NO_CAP),
+            io_write=min(limits.io_write, NO_CAP),
         ),
         filesystem=FilesystemPolicy(
             read=bounds.read,

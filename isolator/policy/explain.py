@@ -11,7 +11,7 @@ from typing import Any
 from isolator.policy import names
 from isolator.policy.effective import Proposal
 from isolator.policy.model import EffectivePolicy, NetworkPolicy, ResourcePolicy
-from isolator.policy.units import format_cpu, format_duration, format_size
+from isolator.policy.units import NO_CAP, format_cpu, format_duration, format_size
 
 LAYERS = (
     "user",
@@ -38,7 +38,7 @@ def sentences(policy: EffectivePolicy) -> dict[str, str]:
         "cgroup": (
             f"May use {format_size(resources.memory)} of memory{_slowed(resources)}, {_swap(resources.swap)}, "
             f"{format_cpu(resources.cpu)} of one core and {_count(resources.tasks, 'task')}; beyond its memory the "
-            "whole plugin is ended and leaves nothing."
+            f"whole plugin is ended and leaves nothing.{_disks(resources)}"
         ),
         "namespaces": "Sees only its own processes, mounts, host name, IPC objects and network interfaces.",
         "filesystem": (
@@ -114,6 +114,15 @@ def _count(number: int, one: str, many: str = "") -> str:
 def _slowed(resources: ResourcePolicy) -> str:
     """``memory.high`` is set only where there is swap to make room with."""
     return f" (slowed down above {format_size(resources.memory_high)})" if resources.swap else ""
+
+
+def _disks(resources: ResourcePolicy) -> str:
+    caps = [
+        f"{verb} at most {format_size(rate)} a second"
+        for verb, rate in (("reads", resources.io_read), ("writes", resources.io_write))
+        if rate < NO_CAP
+    ]
+    return f" It {_and(caps)} of each disk." if caps else ""
 
 
 def _swap(size: int) -> str:

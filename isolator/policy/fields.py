@@ -14,9 +14,11 @@ from isolator.policy.hostconfig import SMALLEST, SMALLEST_STATE
 from isolator.policy.units import (
     format_cpu,
     format_duration,
+    format_rate,
     format_size,
     parse_cpu,
     parse_duration,
+    parse_rate,
     parse_size,
 )
 
@@ -68,12 +70,14 @@ def _count(value: Any) -> int:
 
 _PARSERS: dict[str, Callable[[Any], float]] = {
     "size": parse_size,
+    "rate": parse_rate,
     "cpu": parse_cpu,
     "count": _count,
     "time": parse_duration,
 }
 _FORMATTERS: dict[str, Callable[[Any], str]] = {
     "size": format_size,
+    "rate": format_rate,
     "cpu": format_cpu,
     "count": str,
     "time": format_duration,
@@ -84,6 +88,8 @@ NUMBERS: tuple[Number, ...] = (
     Number("cpu", "limits", "cpu", "cpu", ("sandbox", "resources", "cpu")),
     Number("tasks", "limits", "tasks", "count", ("sandbox", "resources", "tasks")),
     Number("nofile", "limits", "nofile", "count", ("sandbox", "resources", "nofile")),
+    Number("io_read", "limits", "io_read", "rate", ("sandbox", "resources", "io_read")),
+    Number("io_write", "limits", "io_write", "rate", ("sandbox", "resources", "io_write")),
     Number("connects_per_second", "limits", "connects_per_second", "count"),
     Number("connect_burst", "limits", "connect_burst", "count"),
     Number("connects_open", "limits", "connects_open", "count"),

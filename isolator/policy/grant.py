@@ -18,6 +18,8 @@ class GrantedLimits(Frozen):
     cpu: int | None = None
     tasks: int | None = None
     nofile: int | None = None
+    io_read: int | None = None
+    io_write: int | None = None
     state: int | None = None
     tmp: int | None = None
     shm: int | None = None

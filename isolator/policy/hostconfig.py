@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from isolator.policy.model import GIB, KIB, MIB, AddressException, EgressRule, Frozen, RestartPolicy
+from isolator.policy.units import NO_CAP
 
 Role = Literal["viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
@@ -24,6 +25,9 @@ class Limits(Frozen):
     cpu: int = 250
     tasks: int = 64
     nofile: int = 1024
+    io_read: int = NO_CAP
+    """Bytes per second of each device."""
+    io_write: int = NO_CAP
     state: int = 64 * MIB
     tmp: int = 32 * MIB
     shm: int = 8 * MIB
@@ -42,6 +46,8 @@ CEILING = Limits(
     cpu=4000,
     tasks=512,
     nofile=4096,
+    io_read=NO_CAP,
+    io_write=NO_CAP,
     state=10 * GIB,
     tmp=256 * MIB,
     shm=64 * MIB,
@@ -157,6 +163,8 @@ SMALLEST: dict[str, float] = {
     "cpu": 10,
     "tasks": 1,
     "nofile": 16,
+    "io_read": 64 * KIB,
+    "io_write": 64 * KIB,
     # A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.
     "tmp": 64 * KIB,
     "shm": 64 * KIB,

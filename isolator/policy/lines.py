@@ -14,6 +14,7 @@ from isolator.policy.fields import NUMBERS, Number, asked
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.model import EffectivePolicy, EgressRule
+from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
     from isolator.policy.request import ManifestCore
@@ -63,7 +64,7 @@ class _Explainer:
         yield from self._listen()
         for number in NUMBERS:
             said = getattr(self.grant.limits, number.name)
-            if number.name in _ALWAYS_SHOWN or said is not None:
+            if number.name in _ALWAYS_SHOWN or said is not None or self._is_capped(number):
                 yield self._number(number, said)
         yield from self._read()
         yield self._syscalls()
@@ -237,6 +238,12 @@ class _Explainer:
             source = self._default_source(number)
         requested = number.show(wanted) if wanted is not None else None
         return self._line(field, requested, given, shown, "granted", key=key, source=source)
+
+    def _is_capped(self, number: Number) -> bool:
+        """Whether it is a rate, which has no cap unless somebody says so, and somebody does."""
+        if number.kind != "rate":
+            return False
+        return getattr(self.effective.resources, number.name) < NO_CAP or asked(self.core, number) is not None
 
     def _default_source(self, number: Number) -> str:
         return self.host.where.get(f"defaults.{number.name}") or DEFAULT

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from isolator.policy.units import NO_CAP
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
@@ -68,6 +70,9 @@ class ResourcePolicy(Frozen):
     cpu: int = 250
     tasks: int = 64
     nofile: int = 1024
+    io_read: int = NO_CAP
+    """Bytes per second that it may read of each block device."""
+    io_write: int = NO_CAP
 
 
 class FilesystemPolicy(Frozen):

@@ -82,12 +82,14 @@ class FilesystemRequest(Frozen):
 
 
 class ResourceRequest(Frozen):
-    """Memory in bytes, cpu in thousandths of one core."""
+    """Memory in bytes, cpu in thousandths of one core, I/O in bytes per second."""
 
     memory: int | None = None
     cpu: int | None = None
     tasks: int | None = None
     nofile: int | None = None
+    io_read: int | None = None
+    io_write: int | None = None
 
 
 class SandboxRequest(Frozen):
@@ -252,6 +254,8 @@ def _sandbox(top: Table) -> SandboxRequest:
             cpu=_number(resources, "cpu"),
             tasks=_number(resources, "tasks"),
             nofile=_number(resources, "nofile"),
+            io_read=_number(resources, "io_read"),
+            io_write=_number(resources, "io_write"),
         ),
         syscalls=syscalls,
     )

@@ -16,6 +16,8 @@ _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h|d)", re.ASCII)
 _MULTIPLE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MAX_SIZE = 1 << 50
+NO_CAP = MAX_SIZE
+"""The rate that stands for having no cap on it; written ``none``."""
 
 
 def parse_size(value: object) -> int:
@@ -47,6 +49,16 @@ def format_size(number: int) -> str:
         if number and number % _MULTIPLE[unit] == 0:
             return f"{number // _MULTIPLE[unit]}{unit}"
     return str(number)
+
+
+def parse_rate(value: object) -> int:
+    """Bytes per second of ``20M``, or ``NO_CAP`` of ``none``."""
+    return NO_CAP if value == "none" else parse_size(value)
+
+
+def format_rate(number: int) -> str:
+    """``20M`` for 20971520, ``none`` from ``NO_CAP`` on."""
+    return "none" if number >= NO_CAP else format_size(number)
 
 
 def parse_cpu(value: object) -> int:

@@ -17,7 +17,7 @@ from isolator.policy.load import check_ceiling, parse_host_config, parse_plugin_
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from isolator.policy.names import covers_hook, covers_permission, path_covers
 from isolator.policy.request import ManifestCore, parse_manifest, synthesise_manifest
-from isolator.policy.units import parse_size
+from isolator.policy.units import format_rate, parse_size
 from tests.policy.samples import POLICY, asking, manifest, policy
 
 DEFAULT = HostConfig()
@@ -57,6 +57,31 @@ def test_nothing_said_anywhere_is_the_default_posture() -> None:
     silent = EffectivePolicy(plugin="slack-deploy-notifier", hooks=effective.hooks, permissions=effective.permissions)
     assert effective == silent
     assert effective.network.mode == "public"
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted", "usual", "effective"),
+    [
+        (None, None, "none", "none"),
+        ("20M", None, "none", "20M"),
+        (None, "30M", "none", "30M"),
+        ("20M", "30M", "none", "20M"),
+        ("50M", None, "40M", "40M"),
+        (None, "none", "40M", "40M"),
+        (None, None, "40M", "40M"),
+    ],
+)
+def test_disk_rates_have_no_cap_unless_somebody_sets_one(
+    asked: str | None, granted: str | None, usual: str, effective: str
+) -> None:
+    grant = policy(f'[limits]\nio_write = "{granted}"' if granted else "")
+    host = parse_host_config(f'[defaults]\nio_write = "{usual}"'.encode(), source="host.toml")
+    proposal = meet(asking(resources={"io_write": asked} if asked else {}), grant, host)
+    assert format_rate(proposal.effective.resources.io_write) == effective
+    said = sentences(proposal.effective)["cgroup"]
+    assert (f"writes at most {effective} a second of each disk" in said) == (effective != "none")
+    shown = [line.effective for line in proposal.lines if line.field == "io_write"]
+    assert shown == ([effective] if asked or granted or effective != "none" else [])
 
 
 @pytest.mark.parametrize(
@@ -329,7 +354,12 @@ _GRANTS = _maybe(
         listen=st.lists(st.sampled_from(["8000", "8001:22", "9999:9000"]), max_size=2, unique=True),
         allow_no_sni=st.booleans(),
     ),
-    limits=_maybe(memory=_MEMORY, cpu=st.sampled_from(["1%", "400%", "999%"]), tasks=st.integers(1, 999)),
+    limits=_maybe(
+        memory=_MEMORY,
+        io_read=_MEMORY | st.just("none"),
+        cpu=st.sampled_from(["1%", "400%", "999%"]),
+        tasks=st.integers(1, 999),
+    ),
     filesystem=_maybe(read=_PATHS, state=_MEMORY | st.just("0"), tmp=_MEMORY),
     syscalls=_maybe(profile=st.sampled_from(["default", "strict"])),
     restart=_maybe(crashes=st.integers(1, 9), stop_grace=st.sampled_from(["1s", "50s", "10m"])),

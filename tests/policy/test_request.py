@@ -81,7 +81,7 @@ def test_required_keys(key: str) -> None:
         ('"network"', '"netwrok"', "sandbox.netwrok", 'did you mean "network"?'),
         ('"reason"', '"raeson"', "sandbox.network.egress[0].raeson", 'did you mean "reason"?'),
         ('"memory"', '"mem"', "sandbox.resources.mem", 'did you mean "memory"?'),
-        ('"memory"', '"ram"', "sandbox.resources.ram", "known here: cpu, memory, nofile, tasks"),
+        ('"memory"', '"ram"', "sandbox.resources.ram", "known here: cpu, io_read, io_write, memory, nofile, tasks"),
         ('"state"', '"State"', "sandbox.filesystem.State", 'did you mean "state"?'),
     ],
 )
