@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -49,7 +50,14 @@ def serve(root: str | None, config: str | None) -> None:
 
     os.umask(0o022)
     leave_memory_out()
+    _allow_many_files()
     asyncio.run(main())
+
+
+def _allow_many_files() -> None:
+    """A running plugin takes about ten descriptors here, and a login shell allows 1024; the services inherit this."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _notify(state: str) -> None:

@@ -2,18 +2,31 @@
 
 A context belongs to the thread, and to the network namespace, in which it was made (its netlink socket is
 opened there), so it is made, used and freed by the thread that entered the namespace.
+
+libnftables waits for its socket with select(2), and the C library ends the process (FORTIFY_SOURCE) when that socket's
+number is 1024 or more, as it is in a daemon of a hundred running plugins. There the thread gets a table of descriptors
+of its own, a copy, in which number 0 is free.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import threading
 from types import TracebackType
 
 LIBRARY = "libnftables.so.1"
 
+_HIGH = 512
+"""Where the next descriptor would have this number, the next but a few could be beyond what select(2) takes."""
+_CLONE_FILES = 0x400
+
 _OUTPUT_STATELESS = 1 << 2  # no counters, no state of limits: two listings of one ruleset are equal
 _OUTPUT_NUMERIC = 0x780  # protocols, priorities, symbols and times as numbers: names depend on files of the host
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NftablesError(OSError):
@@ -51,6 +64,7 @@ class Nftables:
 
     def __init__(self) -> None:
         self._library = _library()
+        _have_low_numbers()
         self._context = self._library.nft_ctx_new(0)
         if not self._context:
             raise NftablesError("libnftables gave no context")
@@ -78,3 +92,17 @@ class Nftables:
         if self._context:
             self._library.nft_ctx_free(self._context)
             self._context = None
+
+
+def _have_low_numbers() -> None:
+    """See the module's text. What the thread opens from here on is its own, and closed when it ends."""
+    lowest = os.dup(2)
+    os.close(lowest)
+    if lowest < _HIGH:
+        return
+    if threading.current_thread() is threading.main_thread():
+        raise NftablesError(f"{lowest} descriptors are open in the process's first thread, which cannot copy its table")
+    if _libc.unshare(_CLONE_FILES) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"unshare(CLONE_FILES): {os.strerror(number)}")
+    os.close(0)  # of the copy

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ from isolator.layers import network
 from isolator.linux import netlink, netns
 from isolator.policy.model import EgressRule, NetworkPolicy
 from tests.egress.conftest import listed
+from tests.patience import seconds
 
 PUBLIC = NetworkPolicy(mode="public")
 LISTED = listed("hooks.example.com:443", "9.9.9.0/24:8080", "2620:fe::/48:8080")
@@ -364,3 +366,30 @@ def test_check_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch
 )
 def test_the_promise_in_one_sentence(policy: NetworkPolicy, words: str) -> None:
     assert words in network.describe(policy)
+
+
+MANY_FILES = """
+import os, resource
+from isolator.layers import network
+from isolator.policy.model import NetworkPolicy
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+while os.dup(0) < 1500:
+    pass
+before = len(os.listdir("/proc/self/fd"))
+made = network.prepare(NetworkPolicy(), prefix="many")
+network.confirm(made, NetworkPolicy())
+watching = network.watch(made)
+network.confirm(made, NetworkPolicy())
+assert os.read(0, 1) == b"x"  # only the threads' copies of the table lost it
+network.release(made)
+watching.close()
+print("closed", len(os.listdir("/proc/self/fd")) - before)
+"""
+
+
+def test_a_process_with_a_thousand_files_open_loads_rules() -> None:
+    """libnftables uses select(2), and the C library ends a process that has it watch a descriptor beyond 1023."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", MANY_FILES], input=b"x", capture_output=True, check=False, timeout=seconds(60)
+    )
+    assert done.stdout == b"closed 0\n", (done.returncode, done.stderr)
