@@ -1,0 +1,148 @@
+"""Two hundred plugins of one daemon: all started at once, and what each costs the daemon while it is idle.
+
+Every plugin is registered: its own user, its own state image, its own cage with network rules. The sidecar is a small C
+program that makes its socket and waits, so that what is timed is Isolator's work and not an interpreter's start. Timed is
+from the first request on the control socket to the last answer that a plugin runs. Beside it stands bubblewrap, 200
+of it at once, which builds less and keeps nothing running.
+
+Memory is the proportional share (PSS) of the daemon's own processes: with the plugins registered and stopped, and with
+all of them running and idle. Pid 1 of a cage is ours as well, but counted against the plugin's cap; it is told apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.frame import Report, Series, Skipped
+from bench.peers import bubblewrap
+from host.client import Client
+from isolator.layers.seccomp import compiled
+from tests.system.daemon import Daemon, daemon, write_plugin
+
+COUNT = 200
+ROUNDS = 5
+SIDECAR = r"""
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+int main(void) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strncpy(address.sun_path, getenv("PLUGIN_SOCKET"), sizeof address.sun_path - 1);
+    int server = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (bind(server, (struct sockaddr *)&address, sizeof address) || listen(server, 1)) return 1;
+    for (;;) close(accept(server, 0, 0));
+}
+"""
+
+
+def measure(rounds: int) -> Report:
+    """A few rounds: each takes seconds, so the number asked for is only an upper bound."""
+    rounds = min(rounds, ROUNDS)
+    with tempfile.TemporaryDirectory(prefix="isolator-bench-") as folder, daemon() as running:
+        work = Path(folder)
+        work.chmod(0o755)
+        names = _register(running, work)
+        program = work / "filter.bpf"
+        program.write_bytes(compiled("default", work))
+        peer: Callable[[], None] | None = None
+        skipped: list[Skipped] = []
+        try:
+            peer = bubblewrap(work, program).once
+            peer()
+        except (OSError, RuntimeError) as error:
+            peer, skipped = None, [Skipped("bubblewrap + seccomp", str(error))]
+        _for_all(running, names, "plugin.start")  # makes the images, which happens once in a plugin's life
+        _for_all(running, names, "plugin.stop")
+        stopped = _memory(running)
+        ours: list[float] = []
+        theirs: list[float] = []
+        idle: dict[str, float] = {}
+        inits = 0.0
+        for _ in range(rounds):
+            ours.append(_for_all(running, names, "plugin.start"))
+            idle, inits = _memory(running), _inits(running, names)
+            _for_all(running, names, "plugin.stop")
+            if peer is not None:
+                theirs.append(_at_once(peer))
+    series = [Series(f"isolator, {COUNT} plugins", "everything, and they stay", "ms", tuple(ours))]
+    if peer is not None:
+        series.append(Series(f"bubblewrap + seccomp, {COUNT}", "no network rules, no cgroup", "ms", tuple(theirs)))
+    grown = {name: (idle[name] - stopped.get(name, 0.0)) / COUNT for name in idle}
+    each = ", ".join(f"{name} {kib:.0f}" for name, kib in grown.items())
+    return Report(
+        name="many",
+        title=f"{COUNT} cages started at once",
+        series=tuple(series),
+        skipped=tuple(skipped),
+        baselines=(f"bubblewrap + seccomp, {COUNT}",),
+        notes=(
+            f"memory of the daemon per idle plugin: {sum(grown.values()):.0f} KiB ({each}); goal: 1024",
+            f"pid 1 of a cage, counted against the plugin's own cap: {inits / COUNT:.0f} KiB",
+            f"the daemon with {COUNT} plugins registered and none running: {sum(stopped.values()) / 1024:.0f} MiB",
+        ),
+    )
+
+
+def _register(running: Daemon, work: Path) -> list[str]:
+    source, program = work / "sidecar.c", work / "sidecar"
+    source.write_text(SIDECAR)
+    subprocess.run([shutil.which("gcc") or "cc", "-O2", "-static", "-o", str(program), str(source)], check=True)
+    names = [f"idle-{number:03}" for number in range(COUNT)]
+    for name in names:
+        folder = write_plugin(work / name, "", sandbox={"network": {"egress": [{"host": "hooks.example.com"}]}})
+        shutil.copy(program, folder / "main")
+        running.cli("plugin", "add", str(folder), "--yes")
+    return names
+
+
+def _for_all(running: Daemon, names: Iterable[str], method: str) -> float:
+    """Ask the same of all plugins at once; milliseconds until the last has answered."""
+
+    def ask(name: str) -> None:
+        with Client(running.root) as client:
+            client.call(method, name=name)
+
+    with ThreadPoolExecutor(COUNT) as pool:
+        began = time.perf_counter()
+        list(pool.map(ask, names))
+        return (time.perf_counter() - began) * 1e3
+
+
+def _at_once(once: Callable[[], None]) -> float:
+    with ThreadPoolExecutor(COUNT) as pool:
+        began = time.perf_counter()
+        list(pool.map(lambda _: once(), range(COUNT)))
+        return (time.perf_counter() - began) * 1e3
+
+
+def _memory(running: Daemon) -> dict[str, float]:
+    """KiB of each of the daemon's processes."""
+    assert running.process is not None
+    modules = {"audit": "isolator.audit.service", "broker": "isolator.egress.service", "host": "host.serve"}
+    pids = {name: running.service_pid(module) for name, module in modules.items()}
+    pids |= {"supervisor": running.process.pid, "launcher": running.service_pid("isolator.launch.launcher")}
+    return {name: _pss(pid) for name, pid in pids.items()}
+
+
+def _inits(running: Daemon, names: Iterable[str]) -> float:
+    with Client(running.root) as client:
+        entries = client.call("plugin.list")["plugins"]
+    wanted = set(names)
+    return sum(_pss(entry["pid"]) for entry in entries if entry["name"] in wanted and entry["pid"])
+
+
+def _pss(pid: int) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return float(line.split()[1])
+    return 0.0
