@@ -69,6 +69,8 @@ class DaemonServices:
         """Whether the trail tells, as far as could be seen, that the daemon before had stopped."""
         self._services: dict[str, Service] = {}
         self._audit_ends: dict[str, socket.socket] = {}
+        self._audit_starts: dict[str, int] = {}
+        """By source: which start of the audit process its socket was made for."""
         self._attached: dict[str, tuple[str, network_layer.CageNetwork, NetworkPolicy]] = {}
 
     async def start(self) -> None:
@@ -135,6 +137,7 @@ class DaemonServices:
             old.close()
         self._audit_ends[source] = mine
         audit = self._services["audit"]
+        self._audit_starts[source] = audit.starts
         if audit.channel is not None:
             audit.channel.notify("source", fds=[theirs.fileno()], name=source)
         theirs.close()
@@ -149,10 +152,8 @@ class DaemonServices:
         listener.close()
         for name in ("broker", "host"):
             other = self._services.get(name)
-            if other is not None and other.up.is_set() and other.channel is not None:
-                fd = self._audit_end(name)
-                other.channel.notify("audit.source", fds=[fd])
-                os.close(fd)
+            if other is not None and other.up.is_set():
+                self._new_audit_end(other)
         if service.starts > 1:
             self._audit.record("audit.gap", count=0, why="the audit process ended and was started again")
         else:
@@ -163,6 +164,21 @@ class DaemonServices:
         if service.starts > 1:
             why = f"the {service.spec.name} process ended ({service.ended}); what it had not handed over is lost"
             self._audit.record("audit.gap", count=None, why=why, source=service.spec.name)
+
+    def _new_audit_end(self, other: Service) -> None:
+        assert other.channel is not None
+        fd = self._audit_end(other.spec.name)
+        other.channel.notify("audit.source", fds=[fd])
+        os.close(fd)
+
+    def _catch_up_with_audit(self, service: Service) -> None:
+        """A service that was just coming up when the audit process was started again was not told of it then.
+
+        Nothing may be awaited after this: ``up`` is set next, and from then on ``_audit_up`` tells it.
+        """
+        audit = self._services["audit"]
+        if audit.up.is_set() and audit.starts != self._audit_starts[service.spec.name]:
+            self._new_audit_end(service)
 
     async def _broker_up(self, service: Service) -> None:
         assert service.channel is not None
@@ -180,6 +196,7 @@ class DaemonServices:
                 owner = self._known.plugins.get(plugin)
                 if owner is not None and owner.run is not None and owner.run.id == run:
                     owner.run.end(str(error))
+        self._catch_up_with_audit(service)
 
     async def _hand_over(self, broker: Channel, run: str, sockets: list[int]) -> None:
         """Give the broker a cage's sockets and the host's listeners for it; ours are closed, whatever happens.
@@ -218,6 +235,7 @@ class DaemonServices:
         for plugin in self._known.plugins.values():
             if plugin.run is not None and plugin.state == "running":
                 self._announce(service, plugin, plugin.run.pipes)
+        self._catch_up_with_audit(service)
 
     def _control_listener(self) -> socket.socket:
         """A fresh listener on the control socket; all may connect, the caller's uid decides what it may do."""
