@@ -1,9 +1,9 @@
 """Two hundred plugins of one daemon: all started at once, and what each costs the daemon while it is idle.
 
-Every plugin is registered: its own user, its own state image, its own cage with network rules. The sidecar is a small C
-program that makes its socket and waits, so that what is timed is Isolator's work and not an interpreter's start. Timed is
-from the first request on the control socket to the last answer that a plugin runs. Beside it stands bubblewrap, 200
-of it at once, which builds less and keeps nothing running.
+Every plugin is registered: its own user, its own state image, its own cage with network rules. The sidecar is a small
+C program that makes its socket and waits, so that what is timed is Isolator's work and not an interpreter's start.
+Timed is from the first request on the control socket to the last answer that a plugin runs. Beside it stands
+bubblewrap, 200 of it at once, which builds less and keeps nothing running.
 
 Memory is the proportional share (PSS) of the daemon's own processes: with the plugins registered and stopped, and with
 all of them running and idle. Pid 1 of a cage is ours as well, but counted against the plugin's cap; it is told apart.

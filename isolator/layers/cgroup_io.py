@@ -75,7 +75,7 @@ def devices(places: Iterable[int | str]) -> list[str]:
 
 
 def apply(leaf: Leaf, limits: ResourcePolicy, disks: Iterable[str], pid: int) -> None:
-    """Write the caps and, on v1, let ``pid`` in; raises ConfinementError when this host or a device cannot keep them."""
+    """Write the caps and, on v1, let ``pid`` in; raises ConfinementError when they cannot be kept."""
     if not _rates(leaf, limits, ""):
         raise ConfinementError("disk bandwidth cap", "no io controller", _REMEDY)
     for disk in disks:

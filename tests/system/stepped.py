@@ -1,8 +1,8 @@
 """``isolator serve`` with a hand on it: kills a process of this daemon, or itself, at a named step of a plugin's life.
 
-Run by ``SteppedDaemon`` in place of the command. What to do stands in the file ``kill-at`` below the root, as
-``STEP VICTIM``, and is done once. The steps are those that the code under test already tells apart: the stopwatch of a
-start, and the calls of which a stop consists.
+Run by ``SteppedDaemon`` in place of the command. What to do stands in the file ``kill-at`` below the root, a line
+``STEP:VICTIM`` each, and is done once. The steps are those that the code under test already tells apart: the stopwatch
+of a start, and the calls of which a stop consists.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.system.daemon import Daemon
 
 PLUGIN = "echo"
 START = (
-    "journal", "prepare cgroup", "prepare filesystem", "clone", "made ahead", "attach", "enter", "confirm", "broker",
-    "exec", "told",
+    "spare", "journal", "prepare cgroup", "prepare filesystem", "send", "clone", "confirm groups", "enter", "network",
+    "confirm", "exec", "told",
 )  # fmt: skip
 STOP = ("ended", "recorded", "release", "groups gone", "journal gone", "network gone", "all gone")
 STEPS = (*STOP, *START)
@@ -41,15 +41,24 @@ class SteppedDaemon(Daemon):
     def command(self) -> list[str]:
         return [sys.executable, "-I", __file__, str(self.root)]
 
-    def kill_at(self, step: str, victim: str) -> None:
-        """The next time that a plugin comes to ``step``, ``victim`` is killed."""
-        (self.root / "kill-at.new").write_text(f"{step}\n{victim}")
-        (self.root / "kill-at.new").rename(self.root / "kill-at")
+    def kill_at(self, victims: dict[str, str]) -> None:
+        """The next time that the plugin comes to a step of ``victims``, the process that stands there is killed."""
+        _write(self.root / "kill-at", victims)
 
     @property
     def done(self) -> bool:
-        """Whether it has been killed."""
-        return not (self.root / "kill-at").exists()
+        """Whether all of them have been killed."""
+        return not _read(self.root / "kill-at")
+
+
+def _read(order: Path) -> dict[str, str]:
+    return dict(line.split(":") for line in order.read_text().splitlines()) if order.exists() else {}
+
+
+def _write(order: Path, victims: dict[str, str]) -> None:
+    new = order.with_suffix(".new")
+    new.write_text("".join(f"{step}:{victim}\n" for step, victim in victims.items()))
+    new.rename(order)
 
 
 def main() -> None:
@@ -58,13 +67,11 @@ def main() -> None:
     supervisors: list[Supervisor] = []
 
     def reached(step: str) -> None:
-        try:
-            wanted, victim = order.read_text().split("\n")
-        except FileNotFoundError:
+        victims = _read(order)
+        victim = victims.pop(step, "")
+        if not victim:
             return
-        if wanted != step:
-            return
-        order.unlink()
+        _write(order, victims)
         if victim == "supervisor":
             signal.raise_signal(signal.SIGKILL)
         one = supervisors[0]
