@@ -21,7 +21,6 @@ from isolator.audit.sources.snapshots import OF_PROCESSES, snapshot
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers import network as network_layer
 from isolator.linux.files import openat2
-from isolator.linux.inotify import IN_CREATE, IN_MOVED_TO, Inotify
 from isolator.plugin_cage import SOCKET, Environment, plugin_spec
 from isolator.sandbox import End, Sandbox, Stdio, Tools
 from isolator.state import State
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from isolator.denials import Denials
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
+    from isolator.socket_watch import SocketWatch
     from isolator.store import Registration
 
 SOCKET_SECONDS = 10.0
@@ -46,6 +46,7 @@ class RunSurroundings(Protocol):
     paths: Paths
     audit: AuditClient
     denials: Denials
+    sockets: SocketWatch
 
     async def may_start(self) -> None: ...
 
@@ -82,10 +83,6 @@ class Run:
     verdict: str = ""
     """Why the supervisor ended it, when it did; told in place of what the process itself reports."""
 
-    def __post_init__(self) -> None:
-        self._sockets = Inotify()
-        self._sockets.watch(f"/proc/self/fd/{self.directory}", IN_CREATE | IN_MOVED_TO)
-
     def end(self, why: str) -> None:
         """Kill the whole cage at once, for a reason."""
         self.verdict = self.verdict or why
@@ -109,7 +106,7 @@ class Run:
         ``steady`` is called when the socket has been there for ``STEADY_SECONDS``.
         """
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._sockets.fileno(), self._look_for_socket)
+        watched = self.around.sockets.add(self.directory, self._look_for_socket)
         self._look_for_socket()
         drift = network_layer.watch(self.sandbox.network)
         loop.add_reader(drift, self._ruleset_changed, drift)
@@ -118,6 +115,7 @@ class Run:
         stopping = asyncio.create_task(self._stop_when(halt, leave))
         try:
             await asyncio.wait({waiting, there}, timeout=SOCKET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            self.around.sockets.remove(watched)
             if self.socket_there.is_set():
                 await asyncio.wait({waiting}, timeout=STEADY_SECONDS)
                 if not waiting.done():
@@ -129,7 +127,7 @@ class Run:
             self.over = True
             return replace(end, cause=self.verdict) if self.verdict else end
         finally:
-            loop.remove_reader(self._sockets.fileno())
+            self.around.sockets.remove(watched)
             loop.remove_reader(drift)
             drift.close()
             for task in (there, stopping, waiting):
@@ -196,15 +194,11 @@ class Run:
         await self.sandbox.release()
         with contextlib.suppress(UnavailableError):
             await self.around.detach_network(self.id)
-        self._sockets.close()
         close_all([self.directory, *self.pipes])
 
     def _look_for_socket(self) -> None:
-        self._sockets.read()
         with contextlib.suppress(OSError):
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
-            # Not a look more: the plugin can make and remove files here as fast as it likes, at our cost.
-            asyncio.get_running_loop().remove_reader(self._sockets.fileno())
             self.socket_there.set()
 
     def _ruleset_changed(self, drift: socket.socket) -> None:

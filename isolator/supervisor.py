@@ -41,6 +41,7 @@ from isolator.registrar import Registrar
 from isolator.registration_ops import RegistrationOps
 from isolator.registrations import Registrations
 from isolator.sandbox import EVERY_LAYER, End, Tools
+from isolator.socket_watch import SocketWatch
 from isolator.state import State
 
 
@@ -50,6 +51,7 @@ class Supervisor:
     tools: Tools
     audit: AuditClient
     denials: Denials
+    sockets: SocketWatch
     registrations: Registrations
 
     def __init__(self, paths: Paths, config: HostConfig, *, log: Callable[[str], None]) -> None:
@@ -109,6 +111,8 @@ class Supervisor:
         stack.push_async_callback(self.tools.spares.close)
         self.denials = Denials()
         stack.callback(self.denials.close)
+        self.sockets = SocketWatch()
+        stack.callback(self.sockets.close)
         self.audit = AuditClient(None)
         self.audit.on_blocked = self._trail_blocked
         stack.callback(self.audit.close)

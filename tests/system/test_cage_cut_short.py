@@ -38,6 +38,7 @@ from isolator.plugin_cage import Environment
 from isolator.policy.hostconfig import HostConfig
 from isolator.registrar import Registrar
 from isolator.sandbox import Tools
+from isolator.socket_watch import SocketWatch
 from isolator.staging import Source
 from isolator.state import State
 from tests.patience import seconds
@@ -72,6 +73,7 @@ class _Around:
     paths: Paths
     audit: Any
     denials: Any
+    sockets: SocketWatch
 
     async def environment(self, name: str) -> Environment:
         return Environment({"KEY": "value"}, {"secret": "text"})
@@ -113,7 +115,7 @@ class _World:
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         launcher = Launcher()
         tell(launcher.pid)
-        around = _Around(Tools(launcher, journal, subtree), self.paths, _Deaf(), _Deaf())
+        around = _Around(Tools(launcher, journal, subtree), self.paths, _Deaf(), _Deaf(), SocketWatch())
         plugin = Plugin(around, self.registrar.load(NAME))
         begin()
         plugin.begin("operator")

@@ -8,6 +8,7 @@ hang. That the exchanges are quick enough to catch somebody who follows paths is
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from isolator.linux.inotify import IN_CREATE, IN_DELETE, IN_MODIFY, IN_MOVED_TO, Inotify
+from isolator.socket_watch import SocketWatch
 from tests.patience import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
@@ -231,3 +233,25 @@ def test_a_flood_of_names_does_not_busy_the_supervisor(scene: tuple[Daemon, Bait
 def _ticks(pid: int) -> int:
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(words[11]) + int(words[12])
+
+
+async def test_all_starting_plugins_share_one_watch(tmp_path: Path) -> None:
+    """Root may have 128 inotify instances, and more plugins than that may start at once."""
+    watch = SocketWatch()
+    told: list[int] = []
+    folders = []
+    for number in range(200):
+        (tmp_path / str(number)).mkdir()
+        folders.append(os.open(tmp_path / str(number), os.O_PATH | os.O_DIRECTORY))
+        watch.add(folders[-1], lambda number=number: told.append(number))
+    last = watch.add(folders[0], lambda: told.append(0))
+    watch.remove(last)
+    for number in (0, 150, 199):
+        (tmp_path / str(number) / "plugin.sock").touch()
+    async with asyncio.timeout(seconds(10)):
+        while len(told) < 2:
+            await asyncio.sleep(0.01)
+    assert sorted(told) == [150, 199]
+    watch.close()
+    for folder in folders:
+        os.close(folder)
