@@ -239,18 +239,24 @@ async def test_all_starting_plugins_share_one_watch(tmp_path: Path) -> None:
     """Root may have 128 inotify instances, and more plugins than that may start at once."""
     watch = SocketWatch()
     told: list[int] = []
+    both = asyncio.Event()
     folders = []
+
+    def look(number: int) -> None:
+        told.append(number)
+        if len(told) == 2:
+            both.set()
+
     for number in range(200):
         (tmp_path / str(number)).mkdir()
         folders.append(os.open(tmp_path / str(number), os.O_PATH | os.O_DIRECTORY))
-        watch.add(folders[-1], lambda number=number: told.append(number))
-    last = watch.add(folders[0], lambda: told.append(0))
+        watch.add(folders[-1], lambda number=number: look(number))
+    last = watch.add(folders[0], lambda: look(0))
     watch.remove(last)
     for number in (0, 150, 199):
         (tmp_path / str(number) / "plugin.sock").touch()
     async with asyncio.timeout(seconds(10)):
-        while len(told) < 2:
-            await asyncio.sleep(0.01)
+        await both.wait()
     assert sorted(told) == [150, 199]
     watch.close()
     for folder in folders:
