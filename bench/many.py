@@ -5,8 +5,9 @@ C program that makes its socket and waits, so that what is timed is Isolator's w
 Timed is from the first request on the control socket to the last answer that a plugin runs. Beside it stands
 bubblewrap, 200 of it at once, which builds less and keeps nothing running.
 
-Memory is the proportional share (PSS) of the daemon's own processes: with the plugins registered and none started yet,
-and with all of them running and idle. Pid 1 of a cage is ours as well, but counted against the plugin's cap; it is told apart.
+Memory is the proportional share (PSS) of the daemon's own processes: with the plugins registered and none started
+yet, and with all of them running and idle. Pid 1 of a cage is ours as well, but counted against the plugin's cap; it
+is told apart.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def measure(rounds: int) -> Report:
         notes=(
             f"memory of the daemon per idle plugin: {sum(grown.values()):.0f} KiB ({each}); goal: 1024",
             f"pid 1 of a cage, counted against the plugin's own cap: {inits / COUNT:.0f} KiB",
-            f"the daemon with {COUNT} plugins registered and none started yet: {sum(registered.values()) / 1024:.0f} MiB",
+            f"the daemon before the first of them was started: {sum(registered.values()) / 1024:.0f} MiB",
             f"the very first start of all of them, which makes their state images: {first:.0f} ms",
         ),
     )

@@ -253,8 +253,8 @@ class Plugin:
             )
             self._record_end(run, end, await self._around.last_words(self.name, run_id))
             return run_id, end, ""
-        except (IsolatorError, OSError) as error:
-            why = str(error) if isinstance(error, IsolatorError) else f"{error.filename or 'start'}: {error.strerror}"
+        except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
+            why = _why(error)
             self._around.audit.record("plugin.crashed", plugin=self.name, run=run_id, cause="did not start", reason=why)
             return run_id, None, why
         finally:
@@ -351,6 +351,14 @@ _REMEDIES = {
     "disabled": "isolator plugin enable {0}",
     "rejected": "see 'isolator plugin show {0}' and correct it",
 }
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, IsolatorError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'start'}: {error.strerror}"
+    return f"a fault of the daemon: {type(error).__name__}: {error}"
 
 
 def _describe(end: End | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pwd
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from isolator import store as plugin_store
 from isolator.errors import ConfinementError, DeniedError
 from isolator.layers.base import Bind, CageSpec
+from isolator.layers.user import plugin_gid
 from isolator.linux import mount
 from isolator.staging import hash_descriptor, open_binary
 
@@ -47,7 +47,7 @@ def plugin_spec(
     Raises DeniedError when a binary registered by path is not the one that was approved any more.
     """
     name = registration.name
-    uid, gid = registration.uid, pwd.getpwuid(registration.uid).pw_gid
+    uid, gid = registration.uid, plugin_gid(registration.user, registration.uid)
     store = plugin_store.Store(paths.plugins)
     binds: list[Bind] = []
 

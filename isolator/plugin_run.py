@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import pwd
 import socket
 import stat
 from collections.abc import Awaitable, Callable
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from isolator.audit.sources.snapshots import OF_PROCESSES, snapshot
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers import network as network_layer
+from isolator.layers.user import plugin_gid
 from isolator.linux.files import openat2
 from isolator.plugin_cage import SOCKET, Environment, plugin_spec
 from isolator.sandbox import End, Sandbox, Stdio, Tools
@@ -87,7 +87,11 @@ class Run:
         """Kill the whole cage at once, for a reason."""
         self.verdict = self.verdict or why
         if self.sandbox.started:
-            self.sandbox.leaf.kill()
+            self.sandbox.kill()
+
+    def changed_outside(self) -> str:
+        """What somebody changed about the running cage's groups; empty when it is as it was made."""
+        return self.sandbox.changed_outside() if self.sandbox.started else ""
 
     def look(self) -> dict[str, Any]:
         """What it uses now, or came to; of processes that have ended meanwhile, what they had when last looked at."""
@@ -227,7 +231,7 @@ async def prepare_run(
         files = effective.filesystem
         if files.state and not state.ready(files.state):
             # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
-            gid = pwd.getpwuid(registration.uid).pw_gid
+            gid = plugin_gid(registration.user, registration.uid)
             owner = {"uid": registration.uid, "gid": gid}
             os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
         spec = plugin_spec(registration, effective, argv, around.paths, run_id, environment, state, owned)

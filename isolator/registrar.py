@@ -21,7 +21,7 @@ from typing import Any
 
 from isolator import policy_files, staging
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
-from isolator.layers.user import add_user, remove_user, user_name
+from isolator.layers.user import add_user, refuse_existing, remove_user, user_name
 from isolator.paths import Paths
 from isolator.policy.effective import Proposal, asks_more, meet
 from isolator.policy.explain import proposal_json
@@ -184,6 +184,7 @@ class Registrar:
                 raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
             self._still_as_shown(candidate)
             user = user_name(name, self._paths.instance)
+            refuse_existing(user)  # before anything that would be undone: a stranger's user must not go with it
             text = candidate.proposal.policy_text
             intent = Intent(name, 1, user=user, policy_sha256=policy_files.digest(text))
             self.store.begin(intent)

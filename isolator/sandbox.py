@@ -413,7 +413,23 @@ class Sandbox:
             async with asyncio.timeout(grace):
                 await self._ended.wait()
                 return
-        self.leaf.kill()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the whole cage at once: its group, and pid 1, in case somebody has moved processes to another group."""
+        if self._cgroup in self._layers:
+            self.leaf.kill()
+        self.signal(signal.SIGKILL)
+
+    def changed_outside(self) -> str:
+        """What somebody changed about the groups of the running cage; empty when they are as they were made."""
+        if self._cgroup not in self._layers or self._exited.is_set():
+            return ""
+        try:
+            self._cgroup.confirm_again(self._process)
+        except (ConfinementError, OSError) as error:
+            return "" if self._exited.is_set() or self._ended.is_set() else str(error)
+        return ""
 
     async def release(self) -> None:
         """Kill what is left and undo every layer, in reverse order; idempotent."""
@@ -430,10 +446,7 @@ class Sandbox:
         if self._spare is not None and self._clone is None and not self._exited.is_set():
             await self._given_up(self._spare)
         if self._clone is not None:
-            if self._cgroup in self._layers:
-                self.leaf.kill()
-            else:
-                self.signal(signal.SIGKILL)
+            self.kill()
             await self._exited.wait()
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)

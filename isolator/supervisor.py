@@ -270,6 +270,10 @@ class Supervisor:
             for plugin in self.plugins.values():
                 if plugin.run is not None and plugin.state == "running":
                     self.record_resources(plugin)
+                    changed = plugin.run.changed_outside()
+                    if changed:
+                        self._log(f"plugin {plugin.name} is started anew: {changed}")
+                        plugin.run.end("its control groups were changed")
 
     def record_resources(self, plugin: Plugin) -> None:
         """One ``resources`` record of a plugin's run."""

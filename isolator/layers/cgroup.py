@@ -516,6 +516,12 @@ class Cgroup(Layer):
         self.leaf.cap_processor(self._limits)
         self._confirm_all(self.leaf.cpu_values(self._limits))
 
+    def confirm_again(self, process: Process) -> None:
+        """All of it, of a cage that runs."""
+        assert self.leaf is not None
+        self.confirm(process)
+        self._confirm_all(self.leaf.cpu_values(self._limits))
+
     @property
     def caps_disks(self) -> bool:
         """Whether the policy asks for ``cap_disks``."""

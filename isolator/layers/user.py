@@ -79,9 +79,8 @@ def user_name(plugin: str, instance: str) -> str:
 
 
 def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: frozenset[int] = frozenset()) -> int:
-    """Make a system user (or find it) with a free uid of the range; returns the uid."""
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam(name).pw_uid
+    """Make a system user with a free uid of the range; returns the uid. Raises when there is one of that name."""
+    refuse_existing(name)
     taken = {entry.pw_uid for entry in pwd.getpwall()} | avoid
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or (LOCKS / str(uid)).exists():
@@ -90,6 +89,29 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
         if _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name, accepted=_UID_TAKEN) == 0:
             return uid
     raise _range_full(uid_range)
+
+
+def refuse_existing(name: str) -> None:
+    """Raise when there is a user of that name: it was made by somebody else, for something else."""
+    with contextlib.suppress(KeyError):
+        uid = pwd.getpwnam(name).pw_uid
+        raise ConfinementError(
+            f"system user {name}", f"exists already (uid {uid})", f"userdel {name}, if nobody needs it"
+        )
+
+
+def plugin_gid(name: str, uid: int) -> int:
+    """The group of a plugin's user; raises when the user is gone, or is not who it was."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        remedy = f"make it again: useradd --system --no-create-home --shell /usr/sbin/nologin --uid {uid} {name}"
+        raise ConfinementError(f"system user {name}", "is gone", remedy) from None
+    if entry.pw_uid != uid or [one.pw_name for one in pwd.getpwall() if one.pw_uid == uid] != [name]:
+        raise ConfinementError(
+            f"system user {name}", f"is not alone with uid {uid} any more", f"see 'getent passwd {name} {uid}'"
+        )
+    return entry.pw_gid
 
 
 def add_service_user(name: str, *, comment: str) -> tuple[int, int]:

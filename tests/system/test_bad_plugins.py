@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +38,19 @@ def _outside(folder: Path) -> None:
     (folder / "main").symlink_to("/bin/true")
 
 
+def _egress(folder: Path, host: str, **more: str) -> None:
+    _manifest(folder, sandbox={"network": {"egress": [{"host": host, **more}]}})
+
+
+def _instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def _to_shadow(path: Path) -> None:
+    path.symlink_to("/etc/shadow")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "json": (lambda f: (f / "plugin.json").write_text('{"name": '), "plugin.json"),
     "hook": (lambda f: _manifest(f, hooks=["deploy.finished"]), "deploy.finished"),
@@ -44,7 +60,17 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "escape": (lambda f: _manifest(f, binary="../other/main"), ".."),
     "link": (_outside, "link"),
     "machine": (_i386, "i386"),
-    "fifo": (lambda f: __import__("os").mkfifo(f / "pipe"), "not a regular file"),
+    "shell in the name": (lambda f: _manifest(f, name="x;touch /tmp/isolator-pwned"), "name"),
+    "substitution in the name": (lambda f: _manifest(f, name="$(touch /tmp/isolator-pwned)"), "name"),
+    "nft in the name": (lambda f: _manifest(f, name='x" accept; flush ruleset; #'), "name"),
+    "newline in the name": (lambda f: _manifest(f, name="x\nflush ruleset"), "name"),
+    "option as the name": (lambda f: _manifest(f, name="--help"), "name"),
+    "nft in a destination": (lambda f: _egress(f, "hooks.example.com } accept; flush ruleset"), "egress"),
+    "newline in a destination": (lambda f: _egress(f, "hooks.example.com\nflush ruleset"), "egress"),
+    "manifest that is a fifo": (lambda f: _instead(f / "plugin.json", os.mkfifo), "not a regular file"),
+    "manifest that is a link": (lambda f: _instead(f / "plugin.json", _to_shadow), "link"),
+    "link out": (lambda f: (f / "data").symlink_to("/etc/shadow"), "link"),
+    "fifo": (lambda f: os.mkfifo(f / "pipe"), "not a regular file"),
     "nothing": (lambda f: (f / "plugin.json").unlink(), "plugin.json"),
 }
 
@@ -60,6 +86,43 @@ def test_refused_at_registration(running: Daemon, tmp_path: Path, kind: str) -> 
     assert not (running.root / "var/lib/isolator/plugins/broken").exists()
     assert not list((running.root / "var/lib/isolator/plugins").glob(".staging-*"))
     assert not (running.root / "etc/isolator/policies/broken.toml").exists()
+
+
+def test_words_of_a_package_write_nobody_elses_lines(running: Daemon, tmp_path: Path) -> None:
+    """What an author says is shown on a terminal and stands in the policy file: it must not act on either."""
+    folder = write_plugin(tmp_path / "talker")
+    reason = '\x1b[2J\x9b31m"\n[grant]\npermissions = ["*"]\n#'
+    _manifest(
+        folder,
+        sandbox={"network": {"egress": [{"host": "hooks.example.com", "reason": reason}]},
+                 "resources": {"memory": "2G"}},
+    )  # fmt: skip
+    added = running.cli("plugin", "add", str(folder), "--yes", code=None)
+    shown = added.stdout + added.stderr + running.cli("plugin", "explain", "talker", code=None).stdout
+    assert "\x1b" not in shown and "\x9b" not in shown
+    if added.returncode == 0:
+        effective = running.json("plugin", "show", "talker")["effective"]
+        assert effective["permissions"] == []
+        policy = running.root / "etc/isolator/policies/talker.toml"
+        assert tomllib.loads(policy.read_text())["grant"]["permissions"] == []
+        running.cli("policy", "check", str(policy))
+        running.cli("plugin", "remove", "talker")
+
+
+def test_modules_of_a_package_are_nobody_elses(running: Daemon, tmp_path: Path) -> None:
+    """An operator stands in a stranger's folder, whose files are called like modules that the daemon imports."""
+    folder = write_plugin(tmp_path / "shadow")
+    trap = running.root / "imported"
+    for name in ("json.py", "socket.py", "asyncio.py", "sitecustomize.py", "usercustomize.py", "isolator/__init__.py"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"open({str(trap)!r}, 'a').write(__name__)\n")
+    words = ["isolator", "--root", str(running.root)]
+    for command in (["plugin", "add", ".", "--yes"], ["plugin", "start", "shadow"], ["plugin", "remove", "shadow"]):
+        subprocess.run([*words, *command], cwd=folder, capture_output=True, check=False, timeout=seconds(60))
+        assert not trap.exists(), f"{command}: {trap.read_text()} of the package was imported outside its cage"
+    assert not (running.root / "var/lib/isolator/plugins/shadow").exists()
+    assert not Path("/tmp/isolator-pwned").exists()
 
 
 CRASHING = {
