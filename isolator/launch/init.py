@@ -31,7 +31,9 @@ FORWARDED = {
     signal.SIGWINCH,
     signal.SIGCONT,
 }
-_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_IGNORED = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+"""What may be ignored here and must not be in the sidecar: Python ignores some, the launcher the terminal's, and
+whoever started the daemon anything at all (nohup, a shell's job)."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 

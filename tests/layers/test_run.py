@@ -108,6 +108,31 @@ def test_records_go_to_a_file(shared_dir: Path) -> None:
     assert result.stderr == ""
 
 
+def test_nothing_of_the_caller_comes_along(shared_dir: Path) -> None:
+    """Its umask, its folder, its groups, its descriptors, its environment, what signals it ignores."""
+    script = (
+        "umask; pwd; id -G; ls /proc/self/fd | wc -l; env | grep -c LEAK; "
+        "awk '/core file/ {print $5}' /proc/self/limits; "
+        "grep -E '^(SigIgn|Groups)' /proc/self/status | tr -d '[:space:]'"
+    )
+    read, write = os.pipe()
+    try:
+        done = subprocess.run(
+            ["env", "--ignore-signal=USR1", "--ignore-signal=HUP", *COMMAND, "--root", str(shared_dir), "run", "--",
+             "sh", "-c", script],
+            umask=0, cwd="/tmp", extra_groups=[4, 24, 27], pass_fds=[read, write], capture_output=True, text=True,
+            check=False, timeout=60, env={**os.environ, "LEAK": "1"},
+        )  # fmt: skip
+    finally:
+        os.close(read)
+        os.close(write)
+    uid = done.stdout.split()[2] if len(done.stdout.split()) > 2 else ""
+    *found, signals = done.stdout.split()
+    assert found == ["0022", "/", uid, "4", "0", "1"], (done.stdout, done.stderr)
+    assert not int(signals.removeprefix("Groups:SigIgn:"), 16) & ~0x180000000  # which the C library keeps for itself
+    assert 70000 <= int(uid) < 75000
+
+
 def test_it_says_that_it_needs_root(shared_dir: Path) -> None:
     result = subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *COMMAND, "run", "--", "true"],
