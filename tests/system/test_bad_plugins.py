@@ -125,10 +125,20 @@ def test_modules_of_a_package_are_nobody_elses(running: Daemon, tmp_path: Path) 
     assert not Path("/tmp/isolator-pwned").exists()
 
 
+# The last one makes an x32 call.
 CRASHING = {
     "exits": "#!/bin/sh\nexit 3\n",
     "silent": "#!/bin/sh\nsleep 1000\n",
+    "hungry": "#!/usr/bin/python3\nx = bytearray(1 << 30)\nx[::4096] = b'x' * len(x[::4096])\n",
+    "forking": "#!/usr/bin/python3\nimport os\nwhile os.fork():\n    pass\nimport time; time.sleep(1000)\n",
+    "segfault": "#!/usr/bin/python3\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
+    "forbidden": "#!/usr/bin/python3\nimport ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(0x40000027))\n",
 }
+CAUSES = {
+    "exits": ("exit code 3", "exit"), "silent": ("no socket", "no socket in 10 s"),
+    "hungry": ("out of memory", "out of memory"), "forking": ("task limit", "task limit"),
+    "segfault": ("killed by signal 11", "signal"), "forbidden": ("forbidden ABI", "forbidden ABI"),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -143,7 +153,10 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
             seconds(60),
             "it never failed",
         )
-        assert ("exit code 3" if kind == "exits" else "no socket") in entry["error"]
+        shown, recorded = CAUSES[kind]
+        assert shown in entry["error"]
+        ends = [r for r in running.records() if r["type"] == "plugin.crashed" and r["plugin"] == kind]
+        assert {r["data"]["cause"] for r in ends} == {recorded}
     finally:
         running.cli("plugin", "remove", kind, code=None)
 
