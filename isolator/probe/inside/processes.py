@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -129,7 +130,11 @@ def other_processes(promise: Promise) -> str:
 
 @attempt("namespaces", "see processes of other users in /proc")
 def other_processes_in_proc(promise: Promise) -> str:
-    found = [name for name in os.listdir("/proc") if name.isdigit() and os.stat(f"/proc/{name}").st_uid != promise.uid]
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            if os.stat(f"/proc/{name}").st_uid != promise.uid:
+                found.append(name)
     if not found:
         raise Held("only its own are there")
     return f"{len(found)} processes"
