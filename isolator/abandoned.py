@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,12 +113,15 @@ def _dead_runs(paths: Paths) -> Iterator[list[_Run]]:
                 elif entry.kind == "leaf":
                     tops = [Path(folder).parent for folder in entry.folders]
                     run.tops += [top for top in tops if top.is_dir() and top.name == _top(paths, match[1])]
+        groups: defaultdict[str, list[Path]] = defaultdict(list)
         for top in _group_tops(paths):
-            token = top.name.rpartition("-")[2]
+            groups[top.name.rpartition("-")[2]].append(top)
+        for token, found in groups.items():
             if token in runs:
-                runs[token].tops.append(top)
-            elif token not in living and not _populated(top):
-                runs[token] = _Run(token, None, [top])
+                runs[token].tops += found
+            # Not every hierarchy has a process of a living command: only a cage with a cap on disks is in blkio's.
+            elif token not in living and not any(map(_populated, found)):
+                runs[token] = _Run(token, None, found)
         for run in runs.values():
             run.tops = list(dict.fromkeys(run.tops))
         yield list(runs.values())
