@@ -59,8 +59,6 @@ class _Deaf:
 
     def record(self, *_: Any, **__: Any) -> None: ...
 
-    async def writable(self) -> None: ...
-
     def watch(self, listener: int, _: Any) -> None:
         os.close(listener)
 
@@ -74,6 +72,8 @@ class _Around:
     audit: Any
     denials: Any
     sockets: SocketWatch
+
+    async def may_start(self) -> None: ...
 
     async def environment(self, name: str) -> Environment:
         return Environment({"KEY": "value"}, {"secret": "text"})
