@@ -254,7 +254,7 @@ def test_nothing_is_left_whichever_step_it_dies_at(world: _World) -> None:
         reported += bool(left)
         assert not world.outside(), f"left after a kill before {at}"
         assert not world.caged(), f"a process outlived a kill before {at}"
-        wait_for(lambda: not world.loops(), seconds(10), f"a loop device is left after a kill before {at}")
+        wait_for(lambda: not world.loops(), seconds(60), f"a loop device is left after a kill before {at}")
     else:
         raise AssertionError("it never came through")
     assert len(steps) > 60, steps
