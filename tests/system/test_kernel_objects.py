@@ -21,8 +21,8 @@ HOST_TOML = """
 uid_range = [74300, 74320]  # a deleted user's uid must not be taken by another daemon meanwhile
 [restart]
 backoff_min = "0.1s"
-crashes = 3
-window = "2s"
+crashes = 5  # a noticed change counts as one, and is noticed at most once a second
+window = "3s"
 [audit]
 snapshot_interval = "1s"
 [defaults]

@@ -166,7 +166,7 @@ def test_no_dump_holds_them(planted: Daemon) -> None:
         assert int(Path(f"/proc/{pid}/coredump_filter").read_text(), 16) == 0, pid
     for pid in _group_of(planted.json("plugin", "show", "leaky")["pid"]):
         (line,) = [row for row in Path(f"/proc/{pid}/limits").read_text().splitlines() if row.startswith("Max core")]
-        assert line.split()[4:6] == ["0", "0"]
+        assert line.split()[4:6] == ["1", "1"], "neither a file nor a start of the host's core handler (layers/rlimits)"
     assert Path(f"/proc/{host}/mem").stat().st_uid == 0, "the host can be read by other processes of its user"
     os.kill(host, signal.SIGABRT)
     wait_for(lambda: not alive(host))
