@@ -29,9 +29,6 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(300)))
 
 _PATIENCE = seconds(15)  # that the kernel and stopping daemons get at the end of the run
 
-_TESTS = Path(__file__).parent
-_KERNEL_FOLDERS = {"escape", "layers", "system"}
-
 _run = pytest.StashKey["_Run"]()
 
 
@@ -74,13 +71,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[_run] = _Run(worker=hasattr(config, "workerinput"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What touches the kernel is worth running on another one, with other control groups and another init."""
-    for item in items:
-        if item.path.relative_to(_TESTS).parts[0] in _KERNEL_FOLDERS:
-            item.add_marker(pytest.mark.vm)
 
 
 @pytest.hookimpl(trylast=True)
