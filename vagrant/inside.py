@@ -66,13 +66,14 @@ def _once(start: Start, box: Box, work: Path, options: Namespace, outcome: Outco
 
 def _walk(leg: Leg, machine: Machine, work: Path, outcome: Outcome) -> None:
     """Run one leg, and fetch its report."""
-    if leg.reboot is not None:
-        if outcome.prepared_for_reboot:
-            say(f"starting the machine anew: {leg.reboot}")
-            machine.reboot(leg.reboot)
-        else:
-            say(f"'{leg.name}' is left out: the leg before it failed")
+    if leg.reboot is not None and outcome.last_passed:
+        say(f"starting the machine anew: {leg.reboot}")
+        machine.reboot(leg.reboot)
+    elif leg.reboot is not None:
+        say(f"the machine is not started anew for '{leg.name}': what comes before has failed")
+        if leg.instead is None:
             return
+        leg = leg.instead
     say(f"{leg.name}: $ {leg.command}")
     began = time.monotonic()
     code = machine.ssh(f"cd {GUEST_TREE} && {leg.command}")

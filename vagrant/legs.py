@@ -1,9 +1,10 @@
-"""What is run in the machine, and in which order: the tests, then those that need it to be started anew.
+"""What is run in the machine, and in which order: tests that start it anew, and all others.
 
-A reboot ends whoever asks for it, so those tests come in pairs of pytest runs with the machine's new start between
-them, which the outside does: ``tests/vm/reboot_before.py`` puts the service to work and leaves it in the middle of it,
-``tests/vm/reboot_after.py`` looks at what has become of that. First the host goes down in order; then, without a
-warning to anybody, the kernel restarts at once, as after a power cut: what was not synced to the disk is gone.
+A reboot ends whoever asks for it, so the outside does it, between two pytest runs: ``tests/vm/reboot_before.py`` puts
+the service to work and leaves it in the middle of that, ``tests/vm/reboot_after.py`` looks at what has become of it.
+First the host goes down in order; then, without a warning to anybody, the kernel restarts at once, as after a power
+cut: what was not synced to the disk is gone. Under emulation an installation takes a minute, so the other tests of the
+service come last and use the one that is there.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ _POWER_CUT = "echo b | sudo tee /proc/sysrq-trigger"
 
 @dataclass(frozen=True)
 class Leg:
-    """One command in the guest's tree; ``reboot``: how the machine is started anew before it."""
+    """One command in the guest's tree.
+
+    ``reboot``: how the machine is started anew before it, if the leg before has passed; else ``instead`` is run.
+    """
 
     name: str
     command: str
     report: str = ""
     reboot: str | None = None
+    instead: Leg | None = None
 
 
 @dataclass
@@ -36,36 +41,34 @@ class Outcome:
     """What is known so far: the first exit code that is not 0, and the reports on this side."""
 
     code: int = 0
-    prepared_for_reboot: bool = True
+    last_passed: bool = True
     reports: list[Path] = field(default_factory=list)
 
     def add(self, leg: Leg, code: int) -> None:
         """Take in one leg's exit code."""
         self.code = self.code or code
-        self.prepared_for_reboot = code == 0
+        self.last_passed = code == 0
 
 
 def legs_for(options: Namespace) -> list[Leg]:
     """The legs of one run, from the command line."""
     if options.command is not None:
         return [Leg("command", options.command)]
-    tests = _pytest("tests", *([] if options.all else ["-m", "vm"]), *options.pytest)
+    marked = [] if options.all else ["-m", "vm"]
+    tests = _pytest("tests", *marked, *options.pytest)
     if options.pytest:  # somebody is after certain tests
         return [tests]
-    before, after = ("--leaks=off", "tests/vm/reboot_before.py"), ("--leaks=off", "tests/vm/reboot_after.py")
-    reboots = [
-        _pytest("before-reboot", *before),
-        _pytest("after-reboot", *after, reboot=_ORDERLY),
-        _pytest("before-power-cut", *before),
-        _pytest("after-power-cut", *after, reboot=_POWER_CUT),
-    ]
-    return reboots if options.reboots else [tests, *reboots]
+    kept, before, after = "--leaks=off", "tests/vm/reboot_before.py", "tests/vm/reboot_after.py"
+    end = _pytest("reboot-3", kept, after, reboot=_POWER_CUT)
+    if not options.reboots:
+        end = _pytest("tests", *marked, after, "tests", reboot=_POWER_CUT, instead=tests)
+    return [_pytest("reboot-1", kept, before), _pytest("reboot-2", kept, after, before, reboot=_ORDERLY), end]
 
 
-def _pytest(name: str, *words: str, reboot: str | None = None) -> Leg:
+def _pytest(name: str, *words: str, reboot: str | None = None, instead: Leg | None = None) -> Leg:
     report = f"/var/tmp/junit-{name}.xml"
     command = ["sudo", "./dev", "test", f"--junitxml={report}", "-o", f"junit_suite_name={name}", *words]
-    return Leg(name, shlex.join(command), report, reboot)
+    return Leg(name, shlex.join(command), report, reboot, instead)
 
 
 def merge(reports: Sequence[Path], target: Path) -> bool:

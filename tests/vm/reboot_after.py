@@ -11,11 +11,11 @@ import pytest
 from isolator.audit.files import trail
 from tests.patience import seconds
 from tests.system.daemon import wait_for
-from tests.vm.reboot_before import BOOT, accepted
+from tests.vm.reboot_before import BOOT, PLUGIN, accepted
 from tests.vm.service import Service, needs_machine
 
 TRAIL = Path("/var/log/isolator/audit")
-pytestmark = [needs_machine]
+pytestmark = [pytest.mark.vm, needs_machine]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def service() -> Service:
 def test_everything_accepted_arrives_in_order(service: Service) -> None:
     wanted = accepted()
     try:
-        wait_for(lambda: set(wanted) <= set(service.seen()), seconds(30), "an accepted event was lost")
+        wait_for(lambda: set(wanted) <= set(service.seen(PLUGIN)), seconds(30), "an accepted event was lost")
     except AssertionError:
-        print(sorted(set(wanted) - set(service.seen())), service.journal())
+        print(sorted(set(wanted) - set(service.seen(PLUGIN))), service.journal())
         raise
-    first = {name: place for place, name in reversed(list(enumerate(service.seen())))}
+    first = {name: place for place, name in reversed(list(enumerate(service.seen(PLUGIN))))}
     places = [first[name] for name in wanted]
     assert places == sorted(places), "events of one project arrived in another order than they were accepted in"
 
@@ -55,7 +55,7 @@ def test_each_run_that_was_begun_has_its_end(service: Service) -> None:
     records = _records()
     begun = {record["run"] for record in records if record["type"] == "plugin.started"}
     ended = {record["run"] for record in records if record["type"] in ("plugin.stopped", "plugin.crashed")}
-    running = {service.json("plugin", "show", "echo")["run"]}
+    running = {service.json("plugin", "show", PLUGIN)["run"]}
     assert begun - ended == running
 
 

@@ -11,14 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.patience import seconds
 from tests.system.daemon import wait_for, write_plugin
 from tests.vm.service import Service, needs_machine
 
 NOTES = Path("/var/tmp/isolator-reboot")  # a disk's, and swept by nobody while the machine lives
 ACCEPTED, BOOT = NOTES / "accepted", NOTES / "boot"
-EMITTER = "isolator-vm-emitter"
-pytestmark = [needs_machine]
+EMITTER, PLUGIN = "isolator-vm-emitter", "slow"
+pytestmark = [pytest.mark.vm, needs_machine]
 
 # Answers only after what it did is on its disk, as a plugin must that counts on the queue to come again.
 SLOW = """\
@@ -62,14 +64,14 @@ def test_it_is_in_the_middle_of_deliveries() -> None:
     subprocess.run(["isolator", "install"], check=True, timeout=seconds(30))
     NOTES.mkdir(exist_ok=True)
     if not ACCEPTED.exists():
-        service.cli("plugin", "add", str(write_plugin(NOTES / "echo", SLOW)), "--yes")
+        service.cli("plugin", "add", str(write_plugin(NOTES / PLUGIN, SLOW)), "--yes")
     BOOT.write_text(boot)
     ACCEPTED.touch()
     known = len(accepted())
     emitter = ["systemd-run", f"--unit={EMITTER}", sys.executable, "-I", "-c", EMIT, f"boot-{boot[:8]}"]
     subprocess.run(emitter, check=True, capture_output=True)
-    wait_for(lambda: len(accepted()) > known + _AT_ONCE and service.seen(), seconds(12), "no event is accepted")
-    assert len(set(service.seen())) < len(accepted()) - 20, "the plugin keeps up: nothing would wait in the queue"
+    wait_for(lambda: len(accepted()) > known + _AT_ONCE and service.seen(PLUGIN), seconds(12), "no event is accepted")
+    assert len(set(service.seen(PLUGIN))) < len(accepted()) - 20, "the plugin keeps up: nothing would wait in the queue"
 
 
 def accepted() -> list[str]:
