@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_EMULATED = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+EMULATED = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
-FACTOR = float(os.environ.get("ISOLATOR_TEST_PATIENCE") or (10 if _EMULATED else 1))
+FACTOR = float(os.environ.get("ISOLATOR_TEST_PATIENCE") or (10 if EMULATED else 1))
 
 
 def seconds(usual: float) -> float:
