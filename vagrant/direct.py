@@ -20,7 +20,7 @@ from vagrant.box import CMD_LINE, READY, Box
 from vagrant.machine import InfrastructureError, Machine
 
 _PORT = 2222
-_BOOT_SECONDS = 300.0
+_BOOT_SECONDS = 600.0
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def boot(box: Box, folder: Path, *, cpus: int = 2, memory_mb: int = 2048) -> Ite
     """A machine with ``box`` as its disk; ``folder`` (temporary, root's own) takes overlay and console log.
 
     Emulated in software (TCG), which works on any host, also inside another virtual machine.
-    Raises InfrastructureError if it is not up within five minutes.
+    Raises InfrastructureError if it is not up within ten minutes.
     """
     overlay, console = folder / "overlay.qcow2", folder / "console.log"
     create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(box.disk), str(overlay)]

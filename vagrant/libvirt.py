@@ -24,7 +24,7 @@ from vagrant.box import CMD_LINE, Box
 from vagrant.machine import InfrastructureError, Machine, say
 
 _DAEMON_SECONDS = 60.0
-_UP_SECONDS = 900.0
+_UP_SECONDS = 1200.0
 _VERSION = "1.0.0"
 
 _FOLDERS = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SSH_FAILED = 255  # ssh's own exit code for "no connection"; the guest's commands here never use it
-_REBOOT_SECONDS = 400.0
+_REBOOT_SECONDS = 600.0
 
 
 def say(text: str) -> None:
@@ -39,7 +39,7 @@ class Machine:
         # Each machine is new, so its host key is unknown by nature; the network holds nobody else.
         options = (
             *("StrictHostKeyChecking=no", f"UserKnownHostsFile={self.folder}/known_hosts", "LogLevel=ERROR"),
-            *("IdentitiesOnly=yes", "BatchMode=yes", f"ConnectTimeout={connect_seconds}", "ServerAliveInterval=30"),
+            *("IdentitiesOnly=yes", "BatchMode=yes", f"ConnectTimeout={connect_seconds}", "ServerAliveInterval=60"),
         )
         words = [word for option in options for word in ("-o", option)]
         return ["ssh", "-F", "/dev/null", "-i", str(self.key), "-p", str(self.port), *words, f"vagrant@{self.host}"]
