@@ -273,7 +273,9 @@ def measure(rounds: int) -> Report:
             notes.append(_stages(subject, trail, passages))
         samples["isolator: emit"] = list(subjects[0].emits)
         if EMULATED:
-            notes.append("what a busy daemon does is not measured: this processor is emulated, and has no speed of its own")
+            notes.append(
+                "what a busy daemon does is not measured: this processor is emulated, and has no speed of its own"
+            )
         else:
             notes += [
                 "to reach: dispatch p50 300 µs, p99 1 ms; round trip stream p50 400 µs, oneshot p50 3 × the first line",
