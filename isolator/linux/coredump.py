@@ -30,3 +30,9 @@ def start_no_handler() -> None:
     """
     with contextlib.suppress(ValueError, PermissionError):
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+
+def let_children_start_no_handler() -> None:
+    """Raise a limit of 0 to 1 while root, for children without the privilege to; any other limit stays."""
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+        start_no_handler()
