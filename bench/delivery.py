@@ -30,6 +30,7 @@ from typing import Any
 
 from bench.frame import Report, Series, Skipped
 from host.client import Client
+from tests.patience import EMULATED
 from tests.system.daemon import Daemon, daemon, write_plugin
 
 HOST_TOML = """
@@ -271,10 +272,15 @@ def measure(rounds: int) -> Report:
             samples[f"isolator {subject.name}: round trip"] = [p.round_trip for p in passages]
             notes.append(_stages(subject, trail, passages))
         samples["isolator: emit"] = list(subjects[0].emits)
-        notes += [
-            "to reach: dispatch p50 300 µs, p99 1 ms; round trip stream p50 400 µs, oneshot p50 3 × the first line",
-            *under_load(running, client, subjects),
-        ]
+        if EMULATED:
+            notes.append(
+                "what a busy daemon does is not measured: this processor is emulated, and has no speed of its own"
+            )
+        else:
+            notes += [
+                "to reach: dispatch p50 300 µs, p99 1 ms; round trip stream p50 400 µs, oneshot p50 3 × the first line",
+                *under_load(running, client, subjects),
+            ]
     builds = {"isolator": "cage, validation, durable queue, audit"}
     series = tuple(
         Series(name, builds.get(name.split(maxsplit=1)[0].rstrip(":"), ""), "µs", tuple(taken))

@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.frame import Contender
-from bench.peers import TRUE
+from bench.peers import CPU_PERCENT, TRUE
 from isolator.journal import Journal
 from isolator.launch.client import Launcher
 from isolator.layers.base import CageSpec
 from isolator.layers.cgroup import open_subtree
 from isolator.paths import Paths
-from isolator.policy.model import EffectivePolicy
+from isolator.policy.model import EffectivePolicy, ResourcePolicy
 from isolator.sandbox import EVERY_LAYER, Sandbox, Stdio, Tools
 
 NAME = "isolator"
@@ -46,7 +46,7 @@ def cages(work: Path) -> Iterator[tuple[list[Contender], dict[str, list[float]]]
         tools = runner.run(open_tools())
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         stdio = Stdio(null, null, null)
-        policy = EffectivePolicy(plugin="bench")
+        policy = EffectivePolicy(plugin="bench", resources=ResourcePolicy(cpu=CPU_PERCENT * 10))
 
         async def start_and_wait(noted: dict[str, list[float]]) -> None:
             run = f"r{next(numbers)}"

@@ -72,6 +72,8 @@ class DaemonServices:
         self._audit_starts: dict[str, int] = {}
         """By source: which start of the audit process its socket was made for."""
         self._attached: dict[str, tuple[str, network_layer.CageNetwork, NetworkPolicy]] = {}
+        self.unended: dict[str, str] = {}
+        """By run that an earlier daemon began and whose end is on no record, its plugin."""
 
     async def start(self) -> None:
         """Make their users and folders, and start them; returns when the host accepts commands."""
@@ -146,6 +148,8 @@ class DaemonServices:
     async def _audit_up(self, service: Service) -> None:
         assert service.channel is not None
         answer = await service.channel.call("hello", timeout=20, **self._hello())
+        if service.starts == 1:
+            self.unended = {str(run): str(plugin) for run, plugin in answer.fields.get("runs", {}).items()}
         self._audit.replace(socket.socket(fileno=self._audit_end("supervisor")))
         listener = self._metrics_listener()
         service.channel.notify("metrics", fds=[listener.fileno()])

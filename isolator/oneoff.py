@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.errors import ConfinementError
 from isolator.launch.client import Launcher
+from isolator.linux.coredump import let_children_start_no_handler
 
 if TYPE_CHECKING:
     from isolator.layers.base import CageSpec
@@ -44,6 +45,7 @@ class Workshop:
         """The controllers that this host may lack."""
 
     async def __aenter__(self) -> Workshop:
+        let_children_start_no_handler()
         self._launcher = Launcher()
         self._stack.callback(self._launcher.close)
         return self

@@ -140,13 +140,20 @@ class Supervisor:
             config_sha256=self.config.digest(),
             cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
         )
-        for left in cleared:
-            if left.kind == "cage":
-                plugin, _, run = left.name.rpartition(".")
-                self.audit.record("plugin.stopped", plugin=plugin, run=run, cause="found dead: the daemon was killed")
+        self._record_dead(cleared)
         self._snapshots = asyncio.create_task(self._take_snapshots(), name="snapshots")
         stack.callback(PolicyWatch(self.registrations).close)
         await self.registrations.discovery.start()
+
+    def _record_dead(self, cleared: list[recovery.Leftover]) -> None:
+        """Each start on record has its end: of the runs that were found here, and of those that a reboot took along."""
+        ends = dict.fromkeys(self._running().unended.items(), "found dead: the machine went down")
+        for left in cleared:
+            if left.kind == "cage":
+                plugin, _, run = left.name.rpartition(".")
+                ends[run, plugin] = "found dead: the daemon was killed"
+        for (run, plugin), cause in ends.items():
+            self.audit.record("plugin.stopped", plugin=plugin, run=run, cause=cause)
 
     async def stop(self) -> None:
         """Stop every plugin, then the services in reverse, and remove what was made."""

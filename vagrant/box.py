@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vagrant.machine import say
+
 CACHE = Path("/var/cache/isolator-dev")
 READY = "isolator-vm: ready"  # what the guest writes to its console when ssh answers
 CMD_LINE = "root=/dev/vda ro console=ttyS0 net.ifnames=0 panic=1 quiet"
@@ -38,7 +40,7 @@ _KERNEL = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 _PACKAGES = (
     *("systemd-sysv", "libpam-systemd", "dbus", "udev", "kmod", "openssh-server", "sudo", "rsync", "ca-certificates"),
     *("python3", "nftables", "libnftables1", "libseccomp2", "iproute2", "e2fsprogs", "openssl", "util-linux"),
-    *("mount", "procps", "passwd", "bubblewrap", "crun", "runc", "firejail"),
+    *("mount", "procps", "passwd", "apparmor", "bubblewrap", "crun", "runc", "firejail"),
     *("strace", "curl", "nodejs"),
 )
 # Periodic work of a long-lived machine only disturbs one that lives for minutes.
@@ -112,7 +114,7 @@ def ready_box(deps: Path) -> Box:
     with _locked(CACHE / "lock"):
         if box.folder.exists():
             return box
-        print(f"isolator dev: building the VM's disk from {release[0]} {release[1]} packages: {box.folder}", flush=True)
+        say(f"building the machine's disk, once: {box.folder}")
         work = Path(tempfile.mkdtemp(prefix=".box-", dir=CACHE))
         try:
             _build(work, release, deps)
@@ -178,6 +180,7 @@ def _build(work: Path, release: tuple[str, str], deps: Path) -> None:
     sources = work / "sources.list"
     sources.write_text(_sources(distribution, codename))
     include = ",".join((_KERNEL[distribution], *_PACKAGES))
+    say(f"unpacking {release[0]} {release[1]} packages (a minute or two)")
     # root=mode root: the folder keeps its owners, so that mkfs can take them over.
     _run(
         log,
@@ -199,6 +202,7 @@ def _build(work: Path, release: tuple[str, str], deps: Path) -> None:
 
     _run(log, "cp", "--dereference", root / "vmlinuz", out / "vmlinuz")
     _run(log, "cp", "--dereference", root / "initrd.img", out / "initrd.img")
+    say("making the disk")
     raw = work / "disk"
     _run(log, "mkfs.ext4", "-q", "-d", root, "-L", "isolator", raw, _DISK)
     _run(log, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, out / "box.img")

@@ -20,7 +20,7 @@ from vagrant.box import CMD_LINE, READY, Box
 from vagrant.machine import InfrastructureError, Machine
 
 _PORT = 2222
-_BOOT_SECONDS = 300.0
+_BOOT_SECONDS = 600.0
 
 
 @contextmanager
@@ -28,13 +28,13 @@ def boot(box: Box, folder: Path, *, cpus: int = 2, memory_mb: int = 2048) -> Ite
     """A machine with ``box`` as its disk; ``folder`` (temporary, root's own) takes overlay and console log.
 
     Emulated in software (TCG), which works on any host, also inside another virtual machine.
-    Raises InfrastructureError if it is not up within five minutes.
+    Raises InfrastructureError if it is not up within ten minutes.
     """
     overlay, console = folder / "overlay.qcow2", folder / "console.log"
     create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(box.disk), str(overlay)]
     subprocess.run(create, check=True)
     argv = [
-        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", str(cpus)),
         *("-m", str(memory_mb), "-device", "virtio-rng-pci", "-serial", "stdio", "-monitor", "none"),
         *("-kernel", str(box.kernel), "-initrd", str(box.initrd), "-append", CMD_LINE),
@@ -76,6 +76,8 @@ def _wait_until_ready(stream: int, log: int) -> None:
                 raise InfrastructureError(f"QEMU ended while the machine was booting: {_last_line(seen)}")
             os.write(log, data)
             seen = (seen + data)[-65536:]
+            if b"Kernel panic" in seen:  # it would start anew for ever
+                raise InfrastructureError(f"the machine's kernel panicked: {_last_line(seen)}")
 
 
 def _last_line(text: bytes) -> str:

@@ -14,17 +14,17 @@ import os
 import select
 import shutil
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from vagrant.box import CMD_LINE, Box
-from vagrant.machine import InfrastructureError, Machine
+from vagrant.machine import InfrastructureError, Machine, say
 
 _DAEMON_SECONDS = 60.0
-_UP_SECONDS = 900.0
+_UP_SECONDS = 1200.0
 _VERSION = "1.0.0"
 
 _FOLDERS = ("/run", "/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt")
@@ -133,32 +133,31 @@ def _environment(box: Box, folder: Path, cpus: int, memory_mb: int) -> dict[str,
 
 
 def _vagrant(project: Path, environment: Mapping[str, str], *words: str, must: bool = True) -> str:
-    """Run one vagrant command; its output. Raises InfrastructureError with its last words if ``must``."""
-    argv = ["vagrant", *words, "--no-tty", "--no-color"]
-    try:
-        done = subprocess.run(
-            argv,
-            cwd=project,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=_UP_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        if not must:
-            return ""
-        raise InfrastructureError(f"'vagrant {words[0]}' took more than {_UP_SECONDS:.0f} s") from None
-    (project.parent / f"vagrant-{words[0]}.log").write_text(done.stdout)
-    if done.returncode != 0:
-        said = " ".join(done.stdout.split())[-400:]
+    """Run one vagrant command and tell its steps; its output. InfrastructureError if it fails and ``must`` not."""
+    lines: list[str] = []
+    process = subprocess.Popen(
+        ["vagrant", *words, "--no-tty", "--no-color"],
+        cwd=project, env=dict(environment), text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    late = threading.Timer(_UP_SECONDS, process.kill)
+    late.start()
+    with process, (project.parent / f"vagrant-{words[0]}.log").open("w") as log:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            log.write(line)
+            if line.startswith("==>") and " -- " not in line:  # its steps, not the domain's settings
+                say(f"vagrant: {line.split(': ', 1)[-1].strip()}")
+    took_too_long = not late.is_alive()
+    late.cancel()
+    if process.returncode != 0:
+        said = " ".join("".join(lines).split())[-400:]
+        why = f"took more than {_UP_SECONDS:.0f} s" if took_too_long else f"returned {process.returncode}"
         if must:
-            raise InfrastructureError(f"'vagrant {words[0]}' returned {done.returncode}: {said}")
-        print(f"isolator dev: 'vagrant {words[0]}' returned {done.returncode}: {said}", file=sys.stderr)
-    return done.stdout
+            raise InfrastructureError(f"'vagrant {words[0]}' {why}: {said}")
+        say(f"'vagrant {words[0]}' {why}: {said}")
+    return "".join(lines)
 
 
 def _catalog(box: Box, folder: Path) -> Path:

@@ -23,8 +23,10 @@ import tempfile
 from pathlib import Path
 
 from vagrant.box import CACHE, BuildError, ready_box
+from vagrant.machine import say
 
 EXIT_INFRASTRUCTURE = 70
+PID_OUTSIDE = "ISOLATOR_VM_PID"  # variable: the pid, outside, of a process that is in the machine's network namespace
 RESULTS = CACHE / "vm"  # junit.xml and the logs of the last run
 
 
@@ -35,6 +37,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every test, not only those marked vm")
     parser.add_argument("--direct", action="store_true", help="start QEMU without Vagrant and libvirt")
     parser.add_argument("--command", metavar="SHELL", help="run this in the copied tree instead of the tests")
+    parser.add_argument("--reboots", action="store_true", help="only the tests that start the machine anew")
+    parser.add_argument(
+        "--stay", action="store_true", help="keep the machine afterwards, until ^C, and say how to enter"
+    )
     parser.add_argument("--memory", type=int, default=2048, metavar="MB", help="of the machine (2048)")
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="of the machine (2)")
     parser.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENT", help="passed on to pytest")
@@ -47,14 +53,18 @@ def main() -> int:
     try:
         box = ready_box((generation / "deps").resolve())
     except BuildError as error:
-        print(f"isolator dev: the VM's disk could not be built: {error}", file=sys.stderr)
+        say(f"the VM's disk could not be built: {error}")
         return EXIT_INFRASTRUCTURE
     RESULTS.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="isolator-vm-"))
-    unshare = ["unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child=SIGKILL"]
+    # The shell's pid becomes that of unshare, which enters all of them but the PID namespace itself.
+    pid = ["sh", "-c", f'export {PID_OUTSIDE}=$$; exec "$@"', "sh"]
+    unshare = [*pid, "unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child=SIGKILL"]
     inside = [sys.executable, "-I", "-m", "vagrant.inside", str(box.folder), str(folder), *sys.argv[1:]]
     child = subprocess.Popen(
-        [*unshare, "--mount-proc", "--propagation", "private", "--", *inside], stdin=subprocess.DEVNULL
+        [*unshare, "--mount-proc", "--propagation", "private", "--", *inside],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # ^C is for this process, which ends the other
     )
 
     def stop(number: int, _frame: object) -> None:

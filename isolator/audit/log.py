@@ -25,7 +25,7 @@ from typing import Any
 
 from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
-from isolator.audit.recover import HEAD_NAME, State, read_head, recover
+from isolator.audit.recover import HEAD_NAME, State, follow_run, read_head, recover
 from isolator.audit.seal import Signer, load_signer, sync_directory
 
 _HEAD_SIZE = 256
@@ -58,7 +58,7 @@ class Chain:
 
     def __init__(self, state: State, signer: Signer, limits: Limits) -> None:
         self.seq, self.hash, self.sealed = state.seq, state.hash, state.sealed
-        self.origins = state.origins
+        self.origins, self.runs = state.origins, state.runs
         self.bytes = 0
         """Bytes of the lines not taken yet."""
         self.seals = 0
@@ -82,7 +82,7 @@ class Chain:
     def seal(self, now: str) -> None:
         """Sign what is not signed yet; begins a new file when this one is full."""
         data = self._signer.seal(self.sealed + 1, self.seq, self.hash)
-        data["origins"] = dict(self.origins)
+        data |= {"origins": dict(self.origins), "runs": dict(self.runs)}
         self.sealed = self.seq
         self._add(Incoming(now, "audit.seal", data=data))
         self.seals += 1
@@ -110,6 +110,7 @@ class Chain:
         self._file_bytes += len(line)
         if record.number:
             self.origins[record.origin.partition(":")[0]] = f"{record.session}:{record.number}"
+        follow_run(self.runs, record.type, record.plugin, record.run)
 
 
 class Trail:

@@ -50,6 +50,8 @@ class State:
     """Bytes of the live file that are kept."""
     origins: dict[str, str] = field(default_factory=dict)
     """By source, session and number of its last record in the trail."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """By run that was begun and has no end in the trail, its plugin."""
     deliveries: list[Incoming] = field(default_factory=list)
     """The last dispatches and responses, in order."""
     begun: float = 0.0
@@ -163,9 +165,23 @@ def _take(state: State, line: bytes) -> None:
         origins = record.data.get("origins")
         if isinstance(origins, dict):
             state.origins = {str(name): str(last) for name, last in origins.items()}
+        runs = record.data.get("runs")
+        if isinstance(runs, dict):
+            state.runs = {str(run): str(plugin) for run, plugin in runs.items()}
     elif ":" in record.origin:
         source, _, number = record.origin.partition(":")
         state.origins[source] = number
+    follow_run(state.runs, record.type, record.plugin, record.run)
+
+
+def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | None) -> None:
+    """Keep ``runs``, those without an end, true with one more record of the trail."""
+    if run is None:
+        return
+    if kind == "plugin.started" and plugin is not None:
+        runs[run] = plugin
+    elif kind in ("plugin.stopped", "plugin.crashed"):
+        runs.pop(run, None)
 
 
 def _collect_deliveries(state: State, data: bytes) -> None:

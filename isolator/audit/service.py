@@ -65,7 +65,7 @@ async def serve(channel: socket.socket) -> None:
                 listeners.append(await serve_metrics(writer.metrics, listener))
             except OSError as error:  # the trail is worth more than its figures
                 print(f"isolator audit: no metrics on {address}:{port}: {error.strerror}", file=sys.stderr, flush=True)
-        return {"blocked": writer.blocked, "ended": writer.ended}
+        return {"blocked": writer.blocked, "ended": writer.ended, "runs": writer.runs}
 
     async def source(message: ipc.Message) -> None:
         name = message.fields.get("name")

@@ -116,6 +116,11 @@ class Writer:
         self._work = asyncio.create_task(self._run(attempted))
         await attempted.wait()
 
+    @property
+    def runs(self) -> dict[str, str]:
+        """By run that has no end in the trail, its plugin; empty while the trail cannot be taken up."""
+        return dict(self._chain.runs) if self._chain is not None else {}
+
     def attach(self, name: str, sock: socket.socket) -> None:
         """Read records of source ``name`` from ``sock``; a socket it had before is read to its end first."""
         sock.setblocking(False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from isolator.linux.coredump import leave_memory_out
+from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
 from isolator.paths import Paths
 
 
@@ -50,6 +50,7 @@ def serve(root: str | None, config: str | None) -> None:
 
     os.umask(0o022)
     leave_memory_out()
+    let_children_start_no_handler()
     _allow_many_files()
     asyncio.run(main())
 

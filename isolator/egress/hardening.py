@@ -21,6 +21,7 @@ import prctl
 from isolator.layers import syscalls
 from isolator.layers.seccomp import compiled_rules
 from isolator.linux import landlock, seccomp
+from isolator.linux.coredump import start_no_handler
 
 THREADS = 64
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
@@ -38,7 +39,7 @@ def filter_file(cache: Path) -> int:
 
 def harden(program: bytes) -> None:
     """Give all of it up, for good; to be called while there is one thread. Raises OSError."""
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # not 0: see layers/rlimits.py
+    start_no_handler()
     resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -7,7 +7,7 @@ every later CLONE_INTO_CGROUP child at once. A cage is born in all of its groups
 in the v1 ones because the process that clones it was put there ahead, when they did not have the cage's name yet.
 
 Everything is made below the daemon's own groups. On a systemd host they must be delegated (the unit has
-``Delegate=yes``; from a shell a transient scope is taken), and the daemon moves itself into a leaf first, since v2
+``Delegate=yes``; from a shell a transient scope is taken), and what runs in them moves into a leaf first, since v2
 allows no processes in a group that distributes controllers.
 """
 
@@ -20,6 +20,7 @@ import re
 import select
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,12 +157,34 @@ def _delegated(own: Path, controllers: frozenset[str]) -> Path:
     if not is_root and Path("/run/systemd/system").exists() and not _is_delegated(own):
         own = _take_scope()
     if not is_root:
-        # No processes may be in a group that distributes controllers (EBUSY).
         leaf = own / "supervisor"
         leaf.mkdir(exist_ok=True)
-        (leaf / "cgroup.procs").write_text(str(os.getpid()))
+        _vacate(own, leaf)
     _enable(own, controllers)
     return own
+
+
+def _vacate(own: Path, leaf: Path) -> None:
+    """Move what runs in a group into a leaf of it: no processes may be in a group that distributes controllers (EBUSY).
+
+    In a delegated one these are the unit's own: our launcher, and the shell that called us. In any other only we and
+    our launcher are moved; strangers stay, and the controllers cannot be enabled.
+    """
+    everybody = _is_delegated(own)
+    for _ in range(100):  # who forks meanwhile leaves a child behind
+        found = set((own / "cgroup.procs").read_text().split()) - {"0"}  # 0: not of our pid namespace
+        if not everybody:
+            found &= {str(os.getpid()), *_children()}
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                (leaf / "cgroup.procs").write_text(pid)
+
+
+def _children() -> Iterator[str]:
+    for path in Path("/proc/self/task").glob("*/children"):
+        yield from path.read_text().split()
 
 
 def _is_delegated(group: Path) -> bool:

@@ -40,7 +40,11 @@ def check(found: Hierarchies) -> Control:
     def control(state: str, reason: str, remedy: str) -> Control:
         return Control("disk bandwidth cap", "cgroup", state, reason, remedy, mandatory=False, part="io")  # type: ignore[arg-type]  # one of its words
 
-    if "io" in found.v2 and found.v2 & {"memory", "cpu", "pids"}:  # else our own groups there distribute nothing
+    if ("io" in found.v2 or _comes_with_a_scope()) and found.v2 & {
+        "memory",
+        "cpu",
+        "pids",
+    }:  # else our own groups there distribute nothing
         how = "cgroup v2"
     elif "blkio" in found.v1 and (found.v1["blkio"] / next(iter(_V1))).exists():
         how = "cgroup v1 (hybrid host)"
@@ -54,6 +58,12 @@ def check(found: Hierarchies) -> Control:
         reason = f"{how}: what is written back later is not slowed, only reads, O_DIRECT and fsync"
         return control("degraded", reason, "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1")
     return control("enforced", how, "")
+
+
+def _comes_with_a_scope() -> bool:
+    """Whether a run gets all controllers with a scope of systemd's; the groups of a login session have no io."""
+    root = Path("/sys/fs/cgroup/cgroup.controllers")
+    return Path("/run/systemd/system").exists() and root.exists() and "io" in root.read_text().split()
 
 
 def device(number: int) -> str | None:

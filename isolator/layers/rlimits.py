@@ -6,7 +6,7 @@ import resource
 from typing import TYPE_CHECKING, Any
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
-from isolator.linux.coredump import FILTER
+from isolator.linux.coredump import FILTER, start_no_handler
 
 if TYPE_CHECKING:
     from isolator.launch.plan import Plan
@@ -62,6 +62,7 @@ class Rlimits(Layer):
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        start_no_handler()  # upwards, where sudo has left a limit of 0
         for name, wanted in section["limits"].items():
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]

@@ -366,3 +366,22 @@ async def test_a_source_that_does_not_read_its_answers_gets_the_last_one(daemon:
                     last = max(last, json.loads(ours.recv(4096)).get("acked", 0))
                 except BlockingIOError:
                     await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("records_after", [0, 20, 3000])
+async def test_the_next_writer_knows_which_runs_have_no_end(daemon: Daemon, records_after: int) -> None:
+    """From the records after the last seal, from the seal itself, and from that of a full file."""
+    await daemon.start(seal_records=16, rotate_size=65536)
+    supervisor = await daemon.source("supervisor")
+    for run, plugin in (("r1", "one"), ("r2", "two"), ("r3", "three")):
+        supervisor.record("plugin.started", plugin=plugin, run=run)
+    supervisor.record("plugin.stopped", plugin="two", run="r2")
+    supervisor.record("plugin.crashed", plugin="three", run="r3")
+    for number in range(records_after):
+        supervisor.record("plugin.health", plugin="one", run="r1", number=number)
+    await settled(supervisor)
+    await daemon.kill()
+    assert (len(files.rotated(daemon.paths.audit_log)) > 2) == (records_after > 100)
+    await daemon.start()
+    assert daemon.hello["runs"] == {"r1": "one"}
+    assert not check(daemon).misfits

@@ -173,13 +173,11 @@ def test_every_attempt_has_a_twin() -> None:
     assert sorted(named) == sorted(ATTEMPTS)
 
 
-@pytest.mark.vm
 @pytest.mark.parametrize("name", list(ATTEMPTS))
 def test_the_cage_holds(whole: dict[str, Finding], name: str) -> None:
     assert whole[name].outcome == "held", whole[name].detail
 
 
-@pytest.mark.vm
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, twins in TWINS.items() for n in twins.names.split()])
 def test_it_gets_through_a_weakened_cage(
     weakened: dict[str, dict[str, Finding]], whole: dict[str, Finding], group: str, name: str

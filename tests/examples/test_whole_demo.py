@@ -33,6 +33,7 @@ def traces() -> set[str]:
     return found
 
 
+@pytest.mark.vm
 def test_every_promise_holds_and_nothing_is_left() -> None:
     before = traces()
     run = subprocess.run([sys.executable, "-I", str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False)

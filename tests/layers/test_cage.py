@@ -18,7 +18,6 @@ from isolator.sandbox import Sandbox
 from tests.layers.lab import Cage, cage, leaves, policy
 
 MIB = 1 << 20
-pytestmark = pytest.mark.vm
 
 
 async def _end(root: Path, *argv: str, **fields: object) -> tuple[int, str, str]:
@@ -88,6 +87,7 @@ async def test_a_child_that_dies_while_it_is_built(shared_dir: Path) -> None:
     assert not leaves(shared_dir)
 
 
+@pytest.mark.vm
 async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
     """The read-back sees a limit that somebody changed between writing it and exec."""
 
@@ -105,6 +105,7 @@ async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
     assert not leaves(shared_dir)
 
 
+@pytest.mark.vm
 async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
     """A plan without the user section would leave root: the user layer's read-back refuses."""
 
@@ -142,12 +143,14 @@ async def test_a_death_by_signal(shared_dir: Path, name: str) -> None:
     assert (await _end(shared_dir, "sh", "-c", f"kill -{number} $$"))[:2] == (128 + number, "signal")
 
 
+@pytest.mark.vm
 async def test_out_of_memory(shared_dir: Path) -> None:
     small = ResourcePolicy(memory=32 * MIB, memory_high=28 * MIB)
     code, cause, _ = await _end(shared_dir, "python3", "-c", "x = bytearray(200 << 20)", resources=small)
     assert (code, cause) == (128 + signal.SIGKILL, "out of memory")
 
 
+@pytest.mark.vm
 async def test_out_of_memory_in_a_child_ends_the_whole_cage(shared_dir: Path) -> None:
     small = ResourcePolicy(memory=32 * MIB, memory_high=28 * MIB)
     script = "python3 -c 'x = bytearray(200 << 20)' & wait; echo survived; sleep 60"
@@ -155,6 +158,7 @@ async def test_out_of_memory_in_a_child_ends_the_whole_cage(shared_dir: Path) ->
     assert (code, cause) == (128 + signal.SIGKILL, "out of memory")
 
 
+@pytest.mark.vm
 async def test_the_task_limit(shared_dir: Path) -> None:
     few = ResourcePolicy(tasks=4)
     script = "for i in 1 2 3 4 5 6 7 8; do sleep 5 & done; exit 7"
@@ -196,6 +200,7 @@ async def test_a_stop_does_not_ask_twice(shared_dir: Path) -> None:
         assert (end.signal, end.cause) == (signal.SIGKILL, "stopped")
 
 
+@pytest.mark.vm
 async def test_what_it_started_ends_with_it(shared_dir: Path) -> None:
     async with cage(shared_dir, ["bash", "-c", "setsid sleep 300 & setsid nohup sleep 300 & exit 0"]) as one:
         leaf = one.sandbox.leaf
@@ -221,6 +226,7 @@ async def test_orphans_are_reaped(shared_dir: Path) -> None:
 # --- what is left --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.vm
 async def test_nothing_is_left(shared_dir: Path) -> None:
     def here() -> tuple[set[str], list[str], list[Path]]:
         fds = {f"{n} {os.readlink(f'/proc/self/fd/{n}')}" for n in os.listdir("/proc/self/fd") if _is_open(n)}

@@ -17,8 +17,6 @@ from isolator.layers.user import LOCKS
 from isolator.paths import Paths
 from tests.layers.lab import COMMAND, isolator, leaves
 
-pytestmark = pytest.mark.vm
-
 _WAITING = ("sh", "-c", "echo ready; exec sleep 300")
 
 

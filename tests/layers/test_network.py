@@ -66,6 +66,7 @@ def denials(cage: network.CageNetwork) -> list[nflog.Refused]:
             return found
 
 
+@pytest.mark.vm
 def test_listed_mode_lets_through_virtual_addresses_and_granted_networks_only(make: Make) -> None:
     cage = make(LISTED)
     assert connect(cage, "198.18.0.5", 443) == "ok"
@@ -86,6 +87,7 @@ def test_listed_mode_lets_through_virtual_addresses_and_granted_networks_only(ma
         assert connect(cage, address, port) == "ECONNREFUSED", (address, port)
 
 
+@pytest.mark.vm
 def test_every_refusal_is_logged_with_destination(make: Make) -> None:
     cage = make(LISTED)
     connect(cage, "10.1.2.3", 443)
@@ -168,6 +170,7 @@ def test_the_cages_own_loopback_works_and_is_not_tracked(make: Make) -> None:
     assert denials(cage) == []
 
 
+@pytest.mark.vm
 def test_new_connections_are_limited_in_rate_and_the_refusals_are_counted(make: Make) -> None:
     cage = make(PUBLIC)
 
@@ -236,6 +239,7 @@ def test_a_flood_is_sampled_and_still_counted(make: Make) -> None:
     assert 4000 < sum(item.count for item in found) <= 5300
 
 
+@pytest.mark.vm
 def test_confirm_notices_a_flushed_and_a_changed_ruleset(make: Make) -> None:
     cage = make(LISTED)
     network.confirm(cage, LISTED)

@@ -11,8 +11,6 @@ import pytest
 
 from tests.layers.lab import isolator
 
-pytestmark = pytest.mark.vm
-
 PYTHON = """
 import json, os, socket, sqlite3, ssl, subprocess, tempfile, threading
 t = threading.Thread(target=lambda: None); t.start(); t.join()

@@ -13,8 +13,6 @@ import pytest
 from isolator.layers.cgroup import find_hierarchies
 from tests.layers.lab import COMMAND, isolator, leaves
 
-pytestmark = pytest.mark.vm
-
 
 def test_output_input_and_exit_code(shared_dir: Path) -> None:
     result = isolator(shared_dir, "run", "--", "sh", "-c", "cat; echo error >&2; exit 3", input="through\n")

@@ -1,37 +1,31 @@
-"""The installed service on a host with systemd and pure cgroup v2, and what may happen to such a host.
-
-These tests install the real service, flush the host's nftables and set its clock: they run in a machine that is
-thrown away afterwards and nowhere else.
-"""
+"""The installed service on a host with systemd and pure cgroup v2, and what may happen to such a host."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pyseccomp import Arch, resolve_syscall
 
 from host.client import Client
-from isolator.errors import IsolatorError
-from tests.system.daemon import EVENT, Daemon, alive, event, wait_for, write_plugin
+from isolator.cli.install import COMPLETIONS
+from isolator.layers.syscalls import DENY, rules
+from tests.patience import seconds
+from tests.system.daemon import alive, event, wait_for, write_plugin
+from tests.vm import reboot_before
+from tests.vm.service import Service, needs_machine
 
-_DISPOSABLE = Path("/etc/systemd/system/isolator-vm-ready.service")  # the box of ./dev vm, and nothing else, has it
-_PURE_V2 = Path("/sys/fs/cgroup/cgroup.controllers")
-pytestmark = [
-    pytest.mark.vm,
-    pytest.mark.skipif(
-        not (_DISPOSABLE.exists() and Path("/run/systemd/system").exists() and _PURE_V2.exists()),
-        reason="needs systemd as PID 1 and pure cgroup v2: sudo ./dev vm",
-    ),
-]
+pytestmark = [pytest.mark.vm, needs_machine]
 
 FAILED = {"project_id": "p1", "deployment_id": "d1", "error_code": "E1", "finished_at": "2026-01-01T00:00:00Z"}
 
+LITTLE = {"hooks": ["deploy.failed"], "sandbox": {"resources": {"memory": "48M"}}}
 HOG = """\
     #!/usr/bin/python3
     import os, socket
@@ -43,72 +37,40 @@ HOG = """\
     block = bytearray(b"x") * (1 << 30)
 """
 
-
-class Service:
-    """``isolator.service``, used as an operator does."""
-
-    def cli(self, *words: str, code: int | None = 0) -> str:
-        result = subprocess.run(
-            ["/usr/local/bin/isolator", *words], capture_output=True, text=True, check=False, timeout=200,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        if code is not None:
-            assert result.returncode == code, (words, result.returncode, result.stdout, result.stderr)
-        return result.stdout
-
-    def json(self, *words: str) -> Any:
-        return json.loads(self.cli(*words, "--json"))
-
-    def property(self, name: str) -> str:
-        command = ["systemctl", "show", "--value", "-p", name, "isolator.service"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    def pid(self) -> int:
-        return int(self.property("MainPID"))
-
-    def seen(self, plugin: str = "echo") -> set[str]:
-        """What the plugin has written; its state is mounted in the service's own mount namespace."""
-        path = Path(f"/proc/{self.pid()}/root/var/lib/isolator/state/{plugin}/mnt/state/seen")
-        return set(path.read_text().split()) if path.exists() else set()
-
-    def emit(self, name: str) -> bool:
-        """Whether the daemon accepted the event."""
-        try:
-            with Client(timeout=10) as client:
-                client.call("event.emit", name="deploy.completed", payload=EVENT | {"deployment_id": name})
-        except (IsolatorError, OSError):
-            return False
-        return True
-
-    def wait_active(self, besides: int = 0) -> None:
-        """Until it is active, as another process than ``besides``."""
-        wait_for(
-            lambda: self.property("ActiveState") == "active" and self.pid() not in (0, besides), 150, "not active again"
-        )
-
-    def processes(self) -> set[int]:
-        """Every process of the unit's group and of all groups below it."""
-        group = Path("/sys/fs/cgroup/system.slice/isolator.service")
-        return {int(pid) for file in group.rglob("cgroup.procs") for pid in file.read_text().split()}
+# Makes each call it is told of, without an argument that could do anything, and answers.
+CALLER = """\
+    #!/usr/bin/python3
+    import ctypes, json, os, socket
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.environ["PLUGIN_SOCKET"])
+    server.listen(1)
+    connection, _ = server.accept()
+    request = json.loads(connection.recv(4096))
+    libc = ctypes.CDLL(None)
+    for number in NUMBERS:
+        libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    libc.socket(17, 3, 0)
+    reply = {"jsonrpc": "2.0", "id": request["id"], "result": {"status": "ok"}}
+    connection.sendall(json.dumps(reply).encode() + b"\\n")
+"""
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    subprocess.run(["isolator", "install"], check=True, timeout=280)
     made = Service()
+    if made.property("ActiveState") == "active":  # left there by reboot_after.py, which spares a minute
+        made.cli("plugin", "remove", reboot_before.PLUGIN, code=None)
+    else:
+        subprocess.run(["isolator", "install"], check=True, timeout=seconds(30))
     try:
         made.cli("plugin", "add", str(write_plugin(tmp_path_factory.mktemp("plugins") / "echo")), "--yes")
         made.cli("event", "emit", "deploy.completed", event("first"), "--wait")
         yield made
     finally:
-        journal = subprocess.run(
-            ["journalctl", "-u", "isolator", "--no-pager"], capture_output=True, text=True, check=False
-        )
-        print(journal.stdout[-8000:])
+        print(made.journal())
         subprocess.run(["isolator", "uninstall", "--purge", "--yes"], check=True)
 
 
-@pytest.mark.timeout(600)
 def test_installed_enabled_ready_and_watched(service: Service) -> None:
     assert service.property("ActiveState") == "active"
     assert service.property("UnitFileState") == "enabled", "it would not start at boot"
@@ -116,8 +78,15 @@ def test_installed_enabled_ready_and_watched(service: Service) -> None:
     assert service.property("Delegate") == "yes" and service.property("NRestarts") == "0"
     executable = Path(f"/proc/{service.pid()}/cmdline").read_bytes().split(b"\0")[0].decode()
     assert re.match(r"/opt/isolator/env\.\w+/bin/python3", executable), "it must not run from a copy that may vanish"
-    again = Path("/etc/isolator/host.toml").read_text()
-    assert "[ceiling]" in again
+    assert "[ceiling]" in Path("/etc/isolator/host.toml").read_text()
+    # Hardened as far as a builder of cages can be (isolator/cli/unit.py); a unit without a word on it scores 9.6.
+    subprocess.run(["systemd-analyze", "security", "--threshold=76", "isolator"], check=True, capture_output=True)
+
+
+def test_the_shell_completes_commands(service: Service) -> None:
+    ask = f". {COMPLETIONS['bash']}; COMP_WORDS=(isolator plugin sh) COMP_CWORD=2; _isolator_completion isolator"
+    found = subprocess.run(["bash", "-c", ask + '; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["show"]
 
 
 def test_a_cage_has_all_controllers_and_every_limit(service: Service) -> None:
@@ -144,15 +113,18 @@ def test_run_from_a_session_and_from_a_unit(service: Service) -> None:
     assert service.cli("run", "--", "sh", "-c", "exit 7", code=7) == ""
     unit = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", "-p", "Delegate=yes"]
     command = [*unit, "/usr/local/bin/isolator", "run", "--", "id", "-u"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds(20))
     assert 70000 <= int(result.stdout) <= 74999
+    # Two at once, and a shell that stays in the unit's group beside them.
+    both = "for n in 1 2; do /usr/local/bin/isolator run -- id -u & done; wait"
+    result = subprocess.run([*unit, "sh", "-c", both], capture_output=True, text=True, check=True, timeout=seconds(40))
+    assert len(set(result.stdout.split())) == 2
     after = subprocess.run(
         ["systemctl", "list-units", "--plain", "--no-legend", "isolator-*.scope"], check=True, capture_output=True
     )
     assert after.stdout == before.stdout, "a scope was left"
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_nothing_accepted_is_lost(service: Service, how: str) -> None:
     old, before = service.pid(), service.processes()
@@ -163,85 +135,95 @@ def test_nothing_accepted_is_lost(service: Service, how: str) -> None:
         subprocess.run(["systemctl", "kill", "-s", "KILL", "isolator"], check=True)
     accepted |= {f"{how}{n}" for n in range(20, 40) if service.emit(f"{how}{n}")}
     service.wait_active(besides=old)
-    wait_for(lambda: service.emit(f"{how}-after"), 60, "it accepts no event")
+    wait_for(lambda: service.emit(f"{how}-after"), seconds(10), "it accepts no event")
     accepted.add(f"{how}-after")
     assert len(accepted) > 20
-    wait_for(lambda: accepted <= service.seen(), 120, f"lost: {sorted(accepted - service.seen())}")
+    wait_for(lambda: accepted <= set(service.seen()), seconds(15), "an accepted event was lost")
     assert not [pid for pid in before if alive(pid)], "a process outlived its daemon"
     service.cli("audit", "verify")
 
 
 def test_one_plugin_out_of_memory_leaves_the_others(service: Service, tmp_path: Path) -> None:
-    hooks = {"hooks": ["deploy.failed"]}
-    service.cli("plugin", "add", str(write_plugin(tmp_path / "hog", HOG, **hooks)), "--yes")
+    service.cli("plugin", "add", str(write_plugin(tmp_path / "hog", HOG, **LITTLE)), "--yes")
     run, pid = service.json("plugin", "show", "echo")["run"], service.pid()
     with Client() as client:
         client.call("event.emit", name="deploy.failed", payload=FAILED)
     wait_for(
-        lambda: "memory" in service.cli("audit", "query", "--plugin", "hog", "--json", code=None), 90, "no OOM told"
+        lambda: "out of memory" in service.cli("audit", "query", "--plugin", "hog", "--json"),
+        seconds(10),
+        "nothing tells of it",
     )
     service.cli("plugin", "remove", "hog")
     assert service.pid() == pid and service.property("ActiveState") == "active"
     assert service.json("plugin", "show", "echo")["run"] == run
 
 
+def test_every_forbidden_call_is_on_record(service: Service, tmp_path: Path) -> None:
+    """The unit's own hardening must not answer a plugin's call before the cage's filter, which records it."""
+    names = [name for name, action, condition in rules("default") if action == DENY and condition is None]
+    numbers = {name: resolve_syscall(Arch.NATIVE, name) for name in names}
+    known = {name: number for name, number in numbers.items() if number is not None and number >= 0}
+    script = CALLER.replace("NUMBERS", repr(sorted(known.values())))
+    service.cli("plugin", "add", str(write_plugin(tmp_path / "caller", script, hooks=["deploy.failed"])), "--yes")
+    service.cli("event", "emit", "deploy.failed", json.dumps(FAILED), "--wait")
+    wanted = known.keys() | {"socket"}
+    wait_for(lambda: wanted <= _denied(service), seconds(5), "a forbidden call is on no record")
+    service.cli("plugin", "remove", "caller")
+
+
+def _denied(service: Service) -> set[str]:
+    records = service.cli("audit", "query", "--plugin", "caller", "--type", "syscall.denied", "--json").splitlines()
+    return {json.loads(record)["data"]["call"] for record in records}
+
+
 def test_flushing_the_hosts_rules_changes_nothing_for_a_cage(service: Service) -> None:
     inside = ["nsenter", "-n", "-t", str(service.json("plugin", "show", "echo")["pid"]), "nft", "-s", "list", "ruleset"]
     before = subprocess.run(inside, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["nft", "add", "table", "inet", "isolator_vm"], check=True)
     subprocess.run(["nft", "flush", "ruleset"], check=True)
+    assert not subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True).stdout
     assert before and subprocess.run(inside, capture_output=True, text=True, check=True).stdout == before
 
 
 def test_the_clock_jumps_a_day_forward_and_back(service: Service) -> None:
-    real = time.CLOCK_REALTIME
+    pid, real = service.pid(), time.CLOCK_REALTIME
     for name, days in (("tomorrow", 1), ("today", -1)):
         time.clock_settime(real, time.clock_gettime(real) + days * 86400)
         assert service.emit(name)
-        wait_for(lambda name=name: name in service.seen(), 60, f"not delivered after the clock jumped {days} day")
+        wait_for(lambda name=name: name in service.seen(), seconds(10), f"not delivered after {days} day")
         service.cli("audit", "verify")
-    assert service.property("NRestarts") in ("0", "1"), "only the test that kills it may restart it"
+    assert service.pid() == pid, "a clock that jumps ended the daemon"
 
 
-@pytest.mark.timeout(400)
-def test_a_full_disk_loses_nothing_that_was_accepted(shared_dir: Path, tmp_path: Path) -> None:
-    image, var = tmp_path / "disk", shared_dir / "var"
-    var.mkdir()
-    subprocess.run(["truncate", "-s", "192M", image], check=True)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, var], check=True)
-    d = Daemon(shared_dir)
+def test_a_full_disk_loses_nothing_that_was_accepted(service: Service) -> None:
+    pid = service.pid()
+    accepted = {name for name in (f"before-full{n}" for n in range(20)) if service.emit(name)}
+    filler = Path("/var/tmp/filler")
     try:
-        d.start(timeout=120)
-        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
-        d.cli("event", "emit", "deploy.completed", event("before"), "--wait")
-        filler = var / "filler"
-        full = subprocess.run(
-            ["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True, text=True, check=False
-        )
-        assert "No space left" in full.stderr
-        accepted, refused = {"dbefore"}, 0
-        with Client(d.root, timeout=5) as client:
-            for number in range(100):
-                payload = EVENT | {"deployment_id": f"d{number}", "url": "https://app.example/" + "x" * 1500}
-                try:
-                    client.call("event.emit", name="deploy.completed", payload=payload)
-                except IsolatorError:
-                    refused += 1
-                    break
-                accepted.add(f"d{number}")
-        assert refused, "the disk was not full"
-        filler.unlink()
-        assert d.process is not None and d.process.poll() is None, "a full disk ended the daemon"
-        wait_for(
-            lambda: d.cli("event", "emit", "deploy.completed", event("after"), code=None).returncode == 0,
-            90,
-            "no event",
-        )
-        seen = shared_dir / "var/lib/isolator/state/echo/mnt/state/seen"
-        wait_for(lambda: accepted | {"dafter"} <= set(seen.read_text().split()), 120, "an accepted event was lost")
-        d.cli("audit", "verify")
+        with filler.open("wb") as file:
+            _fill(file.fileno())
+        for number in range(2000):
+            name = f"full{number}"
+            if not service.emit(name, url="https://app.example/" + "x" * 1500):
+                break
+            accepted.add(name)
+        else:
+            pytest.fail("the disk was not full")
+        assert service.pid() == pid, "a full disk ended the daemon"
     finally:
-        if d.process is not None:
-            d.stop()
-        d.cli("uninstall", "--purge", "--yes")
-        subprocess.run(["umount", var], check=True)
+        filler.unlink()
+    wait_for(lambda: service.emit("room-again"), seconds(10), "it accepts no event")
+    wait_for(lambda: accepted | {"room-again"} <= set(service.seen()), seconds(30), "an accepted event was lost")
+    assert service.pid() == pid
+    service.cli("audit", "verify")
+
+
+def _fill(fd: int) -> None:
+    """Take every block of the file system, also those that are reserved for root, without writing them."""
+    size, step = 0, 1 << 30
+    while step >= 4096:
+        try:
+            os.posix_fallocate(fd, size, step)
+            size += step
+        except OSError:
+            step //= 2
