@@ -284,8 +284,7 @@ def test_a_watch_tells_of_a_change(make: Make) -> None:
 def test_reopen_after_the_broker_is_gone(make: Make) -> None:
     cage = make(LISTED)
     network.close_sockets(cage)
-    # The thread that loaded the rules may have had a copy of them (isolator.linux.nftables): it goes when the thread has
-    # ended for the kernel, too, which is a moment after Python's join.
+    # Right after the rules were loaded the kernel may take one more connection, for some tenths of a millisecond.
     deadline = time.monotonic() + seconds(10)
     while (answer := connect(cage, "198.18.0.5", 443)) == "ok" and time.monotonic() < deadline:
         pass
