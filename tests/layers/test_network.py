@@ -284,8 +284,8 @@ def test_a_watch_tells_of_a_change(make: Make) -> None:
 def test_reopen_after_the_broker_is_gone(make: Make) -> None:
     cage = make(LISTED)
     network.close_sockets(cage)
-    # The thread that loaded the rules has a copy of them (isolator.linux.nftables) until it has ended for the kernel, too:
-    # some tenths of a millisecond after Python's join.
+    # The thread that loaded the rules has a copy of them (isolator.linux.nftables) until it has ended for the kernel,
+    # too: some tenths of a millisecond after Python's join.
     deadline = time.monotonic() + seconds(10)
     while (answer := connect(cage, "198.18.0.5", 443)) == "ok" and time.monotonic() < deadline:
         pass
