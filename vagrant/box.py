@@ -41,7 +41,7 @@ _PACKAGES = (
     *("systemd-sysv", "libpam-systemd", "dbus", "udev", "kmod", "openssh-server", "sudo", "rsync", "ca-certificates"),
     *("python3", "nftables", "libnftables1", "libseccomp2", "iproute2", "e2fsprogs", "openssl", "util-linux"),
     *("mount", "procps", "passwd", "apparmor", "bubblewrap", "crun", "runc", "firejail"),
-    *("strace", "curl", "nodejs"),
+    *("strace", "curl", "nodejs", "zsh", "fish"),
 )
 # Periodic work of a long-lived machine only disturbs one that lives for minutes.
 _MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer")

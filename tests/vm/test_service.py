@@ -20,6 +20,7 @@ from tests.patience import seconds
 from tests.system.daemon import alive, event, wait_for, write_plugin
 from tests.vm import reboot_before
 from tests.vm.service import Service, needs_machine
+from tests.vm.shells import completed
 
 pytestmark = [pytest.mark.vm, needs_machine]
 
@@ -83,10 +84,9 @@ def test_installed_enabled_ready_and_watched(service: Service) -> None:
     subprocess.run(["systemd-analyze", "security", "--threshold=76", "isolator"], check=True, capture_output=True)
 
 
-def test_the_shell_completes_commands(service: Service) -> None:
-    ask = f". {COMPLETIONS['bash']}; COMP_WORDS=(isolator plugin sh) COMP_CWORD=2; _isolator_completion isolator"
-    found = subprocess.run(["bash", "-c", ask + '; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["show"]
+@pytest.mark.parametrize("shell", COMPLETIONS)
+def test_the_shells_complete_commands(service: Service, shell: str) -> None:
+    assert completed(shell, "isolator plugin sh", "show")
 
 
 def test_a_cage_has_all_controllers_and_every_limit(service: Service) -> None:
