@@ -30,7 +30,15 @@ def main() -> int:
     box, folder = Box(Path(sys.argv[1])), Path(sys.argv[2])
     options = parse(sys.argv[3:])
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    start: Start = partial(direct.boot if options.direct else libvirt.boot, cpus=options.cpus, memory_mb=options.memory)
+    boot = direct.boot if options.direct else libvirt.boot
+    return run(partial(boot, cpus=options.cpus, memory_mb=options.memory), box, folder, options)
+
+
+def run(start: Start, box: Box, folder: Path, options: Namespace) -> int:
+    """Every leg in a machine that ``start`` gives, in a second one if the first breaks down; the exit code.
+
+    ``folder`` (temporary) takes the merged report, and a folder of its own for each machine.
+    """
     for attempt in (1, 2):
         work = folder / str(attempt)
         work.mkdir()

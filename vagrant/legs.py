@@ -53,7 +53,8 @@ def legs_for(options: Namespace) -> list[Leg]:
     """The legs of one run, from the command line."""
     if options.command is not None:
         return [Leg("command", options.command)]
-    marked = [] if options.all else ["-m", "vm"]
+    # Every test takes as long as the patience of whoever waits: a few at a time, as ./dev test does it.
+    marked = ["-n", str(options.cpus), "--dist", "loadfile"] if options.all else ["-m", "vm"]
     tests = _pytest("tests", *marked, *options.pytest)
     if options.pytest:  # somebody is after certain tests
         return [tests]
