@@ -33,7 +33,8 @@ from isolator.launch.client import Clone, Launcher, clone_remedy
 from isolator.launch.plan import Plan
 from isolator.layers.base import CageSpec, Layer, Process
 from isolator.layers.capabilities import Capabilities
-from isolator.layers.cgroup import Cgroup, Events, Leaf, Subtree
+from isolator.layers.cgroup import Cgroup, Events, Leaf
+from isolator.layers.cgroup_subtree import Subtree
 from isolator.layers.filesystem import Filesystem
 from isolator.layers.landlock import Landlock
 from isolator.layers.namespaces import Namespaces

@@ -29,7 +29,7 @@ from isolator.ipc import Handler, Message
 from isolator.journal import Entry, Journal
 from isolator.launch.client import Launcher
 from isolator.layers import network as network_layer
-from isolator.layers.cgroup import open_subtree
+from isolator.layers.cgroup_subtree import open_subtree
 from isolator.ledger import ledger, missing, optional_controllers
 from isolator.lifecycle import Plugin
 from isolator.paths import Paths

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isolator.layers.base import CageSpec
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from isolator.oneoff import Workshop, close_all, run_spec
 from isolator.oneoff_services import Records
 from isolator.paths import Paths

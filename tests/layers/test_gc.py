@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from isolator.layers.user import LOCKS
 from isolator.paths import Paths
 from tests.layers.lab import COMMAND, isolator, leaves

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from tests.layers.lab import COMMAND, isolator, leaves
 
 
