@@ -80,7 +80,9 @@ async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(shop: Worksho
         assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
     fds = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
     held = {target.partition(":")[0] for fd, target in fds.items() if int(fd) > 2 and "landlock" not in target}
-    assert held == {"pipe", "socket"} and len(fds) <= 6, "its link, its status pipe, its ruleset; nothing of other cages"
+    assert held == {"pipe", "socket"} and len(fds) <= 6, (
+        "its link, its status pipe, its ruleset; nothing of other cages"
+    )
 
 
 async def test_one_whose_process_was_killed_is_not_used(shop: Workshop) -> None:
