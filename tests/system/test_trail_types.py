@@ -36,6 +36,7 @@ FIELDS = {
     "plugin.stopped": ENDED,
     "plugin.crashed": ENDED,
     "plugin.failed": "reason",
+    "plugin.quarantined": "reason crashes seconds",
     "plugin.health": "ok latency_us misses detail",
     "event.accepted": "event subject bytes sha256 plugins by",
     "event.dispatched": "attempt queued_us request_bytes request_sha256",
