@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
+from host.cli.main import cli
 from tests.host import scripts
 from tests.host.supervisor_double import REPO, Daemon
 
@@ -228,6 +233,70 @@ async def test_emit_fails_visibly(daemon: Daemon) -> None:
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", payload, "--wait")
     assert ran.code == 1
     assert "no      dead" in ran.out
+
+
+async def test_what_an_event_needs_is_easy_to_find(daemon: Daemon) -> None:
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "{}")
+    assert (ran.code, "see 'isolator event types deploy.completed'" in ran.err) == (2, True)
+    fields = (await isolator(daemon.root, "event", "types", "deploy.completed")).out.splitlines()
+    assert [line.split()[1] for line in fields if line.split()[0] in ("url", "finished_at", "branch")] == [
+        "required",
+        "filled",
+        "optional",
+    ]
+    (row,) = [r for r in (await isolator(daemon.root, "event", "types")).out.splitlines() if "deploy.completed" in r]
+    assert "duration_ms" in row and "finished_at" not in row
+    (entry,) = (await isolator(daemon.root, "event", "types", "deploy.completed", "--json")).json
+    assert entry["filled"] == "finished_at"
+
+
+async def test_that_there_is_nothing_to_show_is_said(daemon: Daemon) -> None:
+    for words in (("plugin", "list"), ("event", "list"), ("event", "dead")):
+        ran = await isolator(daemon.root, *words)
+        assert (ran.code, ran.out, ran.err[:3]) == (0, "", "no "), words
+
+
+def test_the_examples_of_every_help_can_be_typed() -> None:
+    shown = 0
+    for path, command in _commands(cli, click.Context(cli)):
+        for words in _examples(command.epilog or ""):
+            chosen, context, rest = _chosen(words)
+            chosen.make_parser(context).parse_args(list(rest))  # raises for an option that there is not
+            shown += 1
+        if isinstance(command, click.Group) or len(command.params) > 3:
+            assert "Example" in (command.epilog or ""), f"isolator {path} has no example"
+    assert shown > 30
+
+
+def _commands(command: click.Command, context: click.Context, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from _commands(found, context, f"{path} {name}".strip())
+
+
+def _examples(epilog: str) -> Iterator[list[str]]:
+    """The commands among the examples, each as its words after ``isolator``."""
+    text = epilog.replace("\b", "").replace("\n    ", " ")  # an example may go on in the next line
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True) if line.startswith("  ") else []
+        if "isolator" in words[:2]:
+            ends = [number for number, word in enumerate(words) if word in ("|", ">>", "<")]
+            yield words[words.index("isolator") + 1 : min(ends, default=len(words))]
+
+
+def _chosen(words: list[str]) -> tuple[click.Command, click.Context, list[str]]:
+    """Which command words are for, and the words that are its own."""
+    command: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(command, click.Group):
+        _, words, _ = command.make_parser(context).parse_args(list(words))
+        found = command.get_command(context, words[0]) if words else None
+        assert found is not None, f"no such command: {words}"
+        command, words, context = found, words[1:], click.Context(found, parent=context)
+    return command, context, words
 
 
 async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
