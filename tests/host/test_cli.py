@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from host.cli.main import cli
-from tests.host import scripts
+from tests import sidecars
 from tests.host.supervisor_double import REPO, Daemon
 
 MANIFEST: dict[str, Any] = {
@@ -67,7 +67,7 @@ def _folder(daemon: Daemon, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "plugin.json").write_text(json.dumps({**MANIFEST, **changes}))
     body = 'return {"message": os.environ["WEBHOOK_URL"] + os.environ["channel"]}'
-    (folder / "main.py").write_text(f"#!{sys.executable}\n" + scripts.oneshot(body))
+    (folder / "main.py").write_text(f"#!{sys.executable}\n" + sidecars.oneshot(body))
     return folder
 
 
@@ -163,7 +163,7 @@ async def test_a_typo_in_a_security_section_is_an_error_with_a_hint(daemon: Daem
 async def test_flags_without_a_manifest_make_one_and_config_becomes_secret(daemon: Daemon) -> None:
     binary = daemon.root / "indexer"
     body = 'return {"message": os.environ["api_key"]}'
-    binary.write_text(f"#!{sys.executable}\n" + scripts.oneshot(body))
+    binary.write_text(f"#!{sys.executable}\n" + sidecars.oneshot(body))
     ran = await isolator(
         daemon.root, *("plugin", "add", "--name", "indexer", "--binary", str(binary), "--hooks", "deploy.completed"),
         *("--config", "api_key=-", "--yes"), stdin="very-secret-key\n",
@@ -193,7 +193,7 @@ async def test_a_required_value_that_is_missing_is_said_and_holds_the_queue(daem
 
 async def test_logs_show_lines_redacted_and_follow(daemon: Daemon) -> None:
     body = 'print("secret is", os.environ["token"], "\\x1b[31m", flush=True)\nprint("warn", file=sys.stderr)\nreturn {}'
-    daemon.add("talker", scripts.oneshot(body), config_schema={"token": {"type": "string", "secret": True}})
+    daemon.add("talker", sidecars.oneshot(body), config_schema={"token": {"type": "string", "secret": True}})
     await daemon.ask("config.set", name="talker", config={"token": "s3cr3t-token"})
     await daemon.outcome(await daemon.emit())
     await daemon.poll(lambda: len((daemon.paths.plugin_log / "talker.log").read_text().splitlines()) == 2)
@@ -205,7 +205,7 @@ async def test_logs_show_lines_redacted_and_follow(daemon: Daemon) -> None:
 
 
 async def test_dead_letters_are_listed_and_replayed(daemon: Daemon) -> None:
-    daemon.add("no", scripts.oneshot('return {"status": "rejected", "message": "not for me"}'))
+    daemon.add("no", sidecars.oneshot('return {"status": "rejected", "message": "not for me"}'))
     emitted = await daemon.emit()
     await daemon.outcome(emitted)
     ran = await isolator(daemon.root, "event", "dead")
@@ -228,7 +228,7 @@ async def test_emit_fails_visibly(daemon: Daemon) -> None:
     assert ran.code == 2
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "@/no/such/file")
     assert ran.code == 3
-    daemon.add("no", scripts.oneshot('return {"status": "rejected"}'))
+    daemon.add("no", sidecars.oneshot('return {"status": "rejected"}'))
     payload = json.dumps({"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1})
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", payload, "--wait")
     assert ran.code == 1
@@ -311,7 +311,7 @@ async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
 
 
 async def test_the_key_can_be_rotated(daemon: Daemon) -> None:
-    daemon.add("keyed", scripts.OK)
+    daemon.add("keyed", sidecars.OK)
     await daemon.ask("config.set", name="keyed", config={"token": "abcdef"})
     before = (daemon.paths.host_lib / "key").read_bytes()
     ran = await isolator(daemon.root, "config", "rotate-key")

@@ -17,7 +17,7 @@ import pytest
 
 from host.control import CONNECTIONS
 from isolator.errors import UnavailableError
-from tests.host import scripts
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
 from tests.patience import seconds
 
@@ -51,7 +51,7 @@ async def _as(daemon: Daemon, uid: int, method: str, **params: Any) -> dict[str,
 
 
 async def test_each_role_may_do_its_own_and_no_more(daemon: Daemon) -> None:
-    daemon.add("one", scripts.OK)
+    daemon.add("one", sidecars.OK)
     payload = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}
     calls = {
         "plugin.list": {},
@@ -145,7 +145,7 @@ async def test_bad_parameters_are_usage_errors(daemon: Daemon, params: dict[str,
 
 
 async def test_a_caller_that_half_closes_still_gets_its_answer(daemon: Daemon) -> None:
-    daemon.add("slow", scripts.oneshot("time.sleep(0.5)\nreturn {}"))
+    daemon.add("slow", sidecars.oneshot("time.sleep(0.5)\nreturn {}"))
     emitted = await daemon.emit()
     request = {"jsonrpc": "2.0", "id": 1, "method": "event.wait", "params": {"id": emitted["id"], "timeout": 10}}
     (answer,) = await _raw(daemon, json.dumps(request).encode() + b"\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.sidecars import oneshot
 from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for, write_plugin
 
 BROKEN = "#!/bin/sh\nexit 7\n"
@@ -335,28 +336,18 @@ def test_policy_is_read_again_when_it_is_edited(running: Daemon, tmp_path: Path,
     wait_for(lambda: not (e := shown(running, name))["error"] and e["effective_digest"] == before["effective_digest"])
 
 
-FILLER = """\
-    #!/usr/bin/python3
-    import json, os, socket
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
+FILLER = oneshot("""
+fd = os.open("/state/full", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+try:
     while True:
-        connection, _ = server.accept()
-        request = json.loads(connection.recv(4096))
-        stored, fd = 0, os.open("/state/full", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            while True:
-                os.write(fd, bytes(16384))
-                os.fsync(fd)
-        except OSError as error:
-            reason = error.errno
-        stored = os.fstat(fd).st_size
-        os.close(fd)
-        reply = {"jsonrpc": "2.0", "id": request["id"], "result": {"status": "ok", "stored": stored, "errno": reason}}
-        connection.sendall(json.dumps(reply).encode() + b"\\n")
-        connection.close()
-"""
+        os.write(fd, bytes(16384))
+        os.fsync(fd)
+except OSError as error:
+    reason = error.errno
+stored = os.fstat(fd).st_size
+os.close(fd)
+return {"status": "ok", "stored": stored, "errno": reason}
+""")
 
 
 def test_the_state_folder_follows_the_policy(running: Daemon, tmp_path: Path, name: str) -> None:
