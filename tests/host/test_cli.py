@@ -140,7 +140,7 @@ async def test_nobody_there_to_agree_needs_approval_and_leaves_nothing(daemon: D
     ran = await isolator(daemon.root, "plugin", "add", str(folder))
     assert ran.code == 5
     assert ran.err.splitlines()[-1].startswith("isolator: plugin add: nobody is there to agree")
-    await daemon.until(lambda: not daemon._staged)
+    await daemon.until(lambda: not daemon.registrar.staged)
     assert (await isolator(daemon.root, "plugin", "list", "--json")).json == []
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from isolator.audit.text import printable
-from tests.egress.world import OTHER, WEB, world
+from tests.egress.internet import OTHER, WEB
+from tests.egress.world import world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 ENDED = "exit_code signal cause uptime stderr"
