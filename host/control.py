@@ -27,7 +27,8 @@ ROLES = ("viewer", "emitter", "operator")
 IN_FLIGHT = 256
 CONNECTIONS = 512
 BACKLOG = 1024
-"""Callers that may wait to be accepted: who cannot wait, as most runtimes cannot, is refused beyond that (EAGAIN)."""
+"""Callers that may wait to be accepted (listen(2): at most net.core.somaxconn); the next one that does not block gets
+EAGAIN, and most runtimes do not block."""
 
 
 @dataclass(eq=False)

@@ -160,7 +160,7 @@ def types(root: str | None, name: str | None, as_json: bool) -> None:
     for entry in found:
         fields = entry["schema"]["properties"]
         need = {key: "required" if key in entry["schema"].get("required", ()) else "optional" for key in fields}
-        if entry["filled"] is not None:
+        if entry.get("filled"):
             need[entry["filled"]] = "filled in"  # with the time, when it is left out
         if name is not None:
             rows += [[key, need[key], _kind(rule)] for key, rule in fields.items()]

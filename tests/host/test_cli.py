@@ -34,6 +34,11 @@ MANIFEST: dict[str, Any] = {
     "novelty": 1,
 }
 
+COMMAND = (
+    *(sys.executable, "-I", "-c"),
+    f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.cli.main import main; main()",
+)
+
 
 @dataclass
 class Ran:
@@ -48,9 +53,8 @@ class Ran:
 
 async def isolator(root: Path, *arguments: str, stdin: str = "", cwd: Path | None = None) -> Ran:
     """Run one command."""
-    main = f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.cli.main import main; main()"
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-c", main, "--root", str(root), *arguments),
+        *(*COMMAND, "--root", str(root), *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -297,6 +301,15 @@ def _chosen(words: list[str]) -> tuple[click.Command, click.Context, list[str]]:
         assert found is not None, f"no such command: {words}"
         command, words, context = found, words[1:], click.Context(found, parent=context)
     return command, context, words
+
+
+async def test_a_check_that_cannot_tell_says_so(daemon: Daemon) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "check", stdout=asyncio.subprocess.PIPE, user=65534, group=65534, extra_groups=[], cwd="/"
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 1
+    assert out.decode().splitlines()[-1] == "Not all of it can be told by this user: run it with sudo."
 
 
 async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
