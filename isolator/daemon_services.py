@@ -245,7 +245,7 @@ class DaemonServices:
         """A fresh listener on the control socket; all may connect, the caller's uid decides what it may do."""
         path = self._paths.control_socket
         path.unlink(missing_ok=True)
-        return _listen(path, mode=0o666, owner=0, backlog=128)
+        return _listen(path, mode=0o666, owner=0, backlog=1024)  # for as long as the host has not set its own
 
     def _metrics_listener(self) -> socket.socket:
         """Where Prometheus figures are read without a TCP port; root's alone."""

@@ -225,7 +225,10 @@ class Plugin:
         if count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
             self._set("failed")
-            self._around.audit.record("plugin.failed", plugin=self.name, reason=self.error)
+            record = self._around.audit.record
+            record("plugin.failed", plugin=self.name, reason=self.error)
+            why = f"crashed too often; waits for 'isolator plugin start {self.name}'"
+            record("plugin.quarantined", plugin=self.name, reason=why, crashes=count, seconds=limits.window)
             return None
         self.error = why
         self._set("backoff")

@@ -82,3 +82,16 @@ def leaves(root: Path) -> list[Path]:
     found = find_hierarchies()
     tops = [folder for folder in (found.unified, *found.v1.values()) if folder is not None]
     return [child for top in dict.fromkeys(tops) for child in top.glob(f"{name}*")]
+
+
+def caged(root: Path) -> list[int]:
+    """The processes in the one cage of a root that ``isolator run`` made: the v2 hierarchy has them all."""
+    unified = find_hierarchies().unified
+    assert unified is not None
+    files = [file for top in leaves(root) if top.is_relative_to(unified) for file in top.glob("run.*/cgroup.procs")]
+    return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
