@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isolator.audit.client import AuditClient
+from isolator.caged import End
 from isolator.egress.hardening import filter_file
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.ipc import MAX_PACKET, Channel, Handler, Message, pair
@@ -30,7 +31,7 @@ from isolator.paths import Paths
 from isolator.plugin_cage import Environment, host_api_folder
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.model import NetworkPolicy
-from isolator.sandbox import End, Tools
+from isolator.sandbox import Tools
 from isolator.services import Service, ServiceSpec
 
 HOST_MODULE = "host.serve"

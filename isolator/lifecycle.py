@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from isolator.caged import End
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
 from isolator.plugin_cage import Environment
 from isolator.plugin_run import Run, RunSurroundings, close_all, prepare_run
-from isolator.sandbox import End
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy

@@ -22,6 +22,7 @@ from typing import Any
 import isolator
 from isolator import recovery
 from isolator.audit.client import AWAY, AuditClient
+from isolator.caged import End
 from isolator.daemon_services import DaemonServices
 from isolator.denials import Denials
 from isolator.errors import IsolatorError
@@ -40,7 +41,7 @@ from isolator.policy_watch import PolicyWatch
 from isolator.registrar import Registrar
 from isolator.registration_ops import RegistrationOps
 from isolator.registrations import Registrations
-from isolator.sandbox import EVERY_LAYER, End, Tools
+from isolator.sandbox import EVERY_LAYER, Tools
 from isolator.socket_watch import SocketWatch
 from isolator.state import State
 

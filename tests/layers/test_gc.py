@@ -63,11 +63,9 @@ def test_what_a_killed_run_left_is_shown_then_removed(shared_dir: Path, victims:
             left = _left(shared_dir)
             assert any("run-" in path and path.endswith(".journal") for path in left)
             assert any("/isolator-" in path for path in left)
-            assert (LOCKS / str(uid)).exists()
             (shown,) = _gc(shared_dir, "--dry-run")
             assert shown["kind"] == "run"
             assert _left(shared_dir) == left, "a dry run changed something"
-            assert (LOCKS / str(uid)).exists()
             (removed,) = _gc(shared_dir)
             assert removed["name"] == shown["name"]
             assert _left(shared_dir) == []
@@ -76,7 +74,7 @@ def test_what_a_killed_run_left_is_shown_then_removed(shared_dir: Path, victims:
         finally:
             if stopped:
                 os.kill(launcher, 9)
-    # Somebody else on this machine may have borrowed the same uid since: then its lock is held.
+    # Whoever else runs something on this machine may take the uid of a dead run at any moment, and its lock with it.
     left_locks = json.loads(isolator(shared_dir, "gc", "--dry-run", "--json").stdout)
     assert {"kind": "uid lock", "name": str(uid), "detail": ""} not in left_locks
 
