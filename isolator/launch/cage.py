@@ -73,12 +73,17 @@ def become(plan: Plan, link: socket.socket, status: int) -> NoReturn:
         close_all_but({0, 1, 2, link.fileno(), status})
         step = "exec"
         init.run(plan, link, status)
-    except OSError as error:
-        detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-        _send(link, {"step": step, "errno": error.errno or 0, "detail": detail}, [])
     except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
-        _send(link, {"step": step, "errno": 0, "detail": f"{type(error).__name__}: {error}"}, [])
+        _send(link, failure(step, error), [])
     os._exit(125)
+
+
+def failure(step: str, error: BaseException) -> dict[str, Any]:
+    """What the supervisor is told of a step that failed."""
+    if isinstance(error, OSError):
+        detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        return {"step": step, "errno": error.errno or 0, "detail": detail}
+    return {"step": step, "errno": 0, "detail": f"{type(error).__name__}: {error}"}
 
 
 def _set_stdio(plan: Plan) -> None:

@@ -42,7 +42,7 @@ def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
         packet, fds = receive_packet(sock)
         if packet:
             _clone(Plan.unpack(packet, fds), sock, status)
-    except OSError as error:
+    except Exception as error:
         _fail(sock, "parked", error)
     finally:
         os._exit(0)  # whatever happened: nothing may escape into the launcher's loop, which this process is a copy of
@@ -64,6 +64,6 @@ def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
     send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
 
 
-def _fail(sock: socket.socket, step: str, error: OSError) -> None:
+def _fail(sock: socket.socket, step: str, error: Exception) -> None:
     with contextlib.suppress(OSError):  # the supervisor is gone
-        send_packet(sock, json.dumps({"step": step, "errno": error.errno, "detail": error.strerror}).encode())
+        send_packet(sock, json.dumps(cage.failure(step, error)).encode())
