@@ -71,11 +71,6 @@ class SqliteConsumer:
                 continue
             return delivery
 
-    async def sent(self, delivery: Delivery) -> None:
-        delivery.attempts += 1
-        self._queue.write(delivery, Result("in_flight"), 0.0)
-        await self._queue.store.committed()
-
     def done(self, delivery: Delivery, result: Result) -> None:
         if delivery.cancelled:
             return

@@ -213,6 +213,12 @@ class SqliteQueue:
             consumer = self._consumers[plugin] = SqliteConsumer(self, plugin)
         return consumer
 
+    async def sent(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            delivery.attempts += 1
+            self.write(delivery, Result("in_flight"), 0.0)
+        await self.store.committed()
+
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
         """Record where a delivery stands; within one transaction only its last state is written."""
         batch = self._outcomes
