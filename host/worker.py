@@ -82,9 +82,14 @@ class Shared:
     def _halted(self) -> bool:
         return self.halt_without_audit and self.audit.blocked is not None
 
+    @property
+    def can_dispatch(self) -> bool:
+        """Whether the trail and the database can be written; nothing is sent otherwise."""
+        return not self._halted() and self.queue.store.blocked is None
+
     async def may_dispatch(self) -> None:
-        """Return once the trail and the database can be written; nothing is sent before."""
-        while self._halted() or self.queue.store.blocked is not None:
+        """Return once ``can_dispatch``."""
+        while not self.can_dispatch:
             if self._halted():
                 await self.audit.writable()
             else:
@@ -106,7 +111,7 @@ class Worker:
         self._shared = shared
         self._consumer = shared.queue.consumer(name)
         self._outcomes = Outcomes(name, self._consumer, shared.audit, shared.redactor, shared.attempts)
-        self._consumer.on_soon = self._prepare
+        self._consumer.on_soon = self._make_ready
         self._prepared: asyncio.Task[tuple[socket.socket, str]] | None = None
         self._reachable: str | None = None
         self._news = asyncio.Event()
@@ -245,17 +250,23 @@ class Worker:
                 sock.close()
         return await self._connect(plugin)
 
-    def _prepare(self) -> None:
-        """An event for this idle plugin is being synced: connect meanwhile.
+    def _make_ready(self) -> bool:
+        """An event for this idle plugin is being synced: whether it can be sent at once then. Connect meanwhile.
 
         Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
         not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
         one goes over it.
         """
         plugin = self._shared.registry.get(self.name)
-        idle = self._prepared is None and not self.turn.locked() and self._run is not None
-        if idle and plugin is not None and plugin.mode == "oneshot" and self._run == self._reachable:
+        if plugin is None or self._run in (None, self._leaving) or not self._shared.can_dispatch:
+            return False
+        if plugin.mode == "stream":
+            return self.stream is not None and self.stream[0] == self._run and not self.stream[1].closed.is_set()
+        if self.turn.locked() or self._run != self._reachable:
+            return False
+        if self._prepared is None:
             self._prepared = asyncio.get_running_loop().create_task(self._connect(plugin))
+        return True
 
     def _drop_prepared(self) -> None:
         prepared, self._prepared = self._prepared, None

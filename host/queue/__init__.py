@@ -78,6 +78,8 @@ class Delivery:
     event: Event | None = None
     cancelled: bool = False
     taken: bool = False
+    counted: bool = False
+    """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     ready_at: float = 0.0
     """Loop time at which it could first be taken; only for latency figures."""
 

@@ -2,6 +2,8 @@
 
 ``accept`` writes the event and one delivery per subscriber in one transaction and returns once that is synced; only
 then do the deliveries enter their lanes, so nothing is ever dispatched that a power cut could still take back.
+An attempt is counted before it is sent. When an event is accepted for a plugin that waits for one, that is done in
+the event's own transaction: should the host die before it is sent, one attempt too many is counted, never too few.
 Outcomes are written in the same order in which they happen and ride along with the next sync: after a crash the
 log holds a prefix of what happened, so what is delivered twice is delivered twice *in order*.
 
@@ -48,6 +50,8 @@ class _Accept:
     asked: NewEvent
     event: Event
     taken: list[Subscriber]
+    counted: set[str]
+    """The plugins among them whose first attempt is counted with the event."""
     overflowed: list[Subscriber]
     done: Answer
     earlier: Event | None = None
@@ -120,6 +124,7 @@ class SqliteQueue:
             trace=event.trace,
         )
         taken, overflowed = [], []
+        counted: set[str] = set()
         for subscriber in subscribers:
             consumer = self._consumer(subscriber.plugin)
             if consumer.depth + consumer.reserved < self.limit:
@@ -127,11 +132,11 @@ class SqliteQueue:
                 taken.append(subscriber)
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if consumer.idle and event.dedupe_key is None and consumer.on_soon is not None:
-                    consumer.on_soon()
+                if consumer.idle and event.dedupe_key is None and consumer.on_soon():
+                    counted.add(subscriber.plugin)
             else:
                 overflowed.append(subscriber)
-        entry = _Accept(event, stored, taken, overflowed, done)
+        entry = _Accept(event, stored, taken, counted, overflowed, done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -157,11 +162,14 @@ class SqliteQueue:
             seq, at = event.seq, event.accepted
             row = (seq, event.id, event.name, event.time, at, event.expires, event.subject, event.payload)
             events.append((*row, asked.dedupe_key, event.trace, asked.by))
-            deliveries += [(seq, s.plugin, "queued", s.key, None, at) for s in entry.taken]
-            deliveries += [(seq, s.plugin, "dead", s.key, "queue_full", at) for s in entry.overflowed]
+            for s in entry.taken:
+                state, attempts = ("in_flight", 1) if s.plugin in entry.counted else ("queued", 0)
+                deliveries.append((seq, s.plugin, state, attempts, s.key, None, at))
+            deliveries += [(seq, s.plugin, "dead", 0, s.key, "queue_full", at) for s in entry.overflowed]
         db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?)", events)
         db.executemany(
-            "INSERT INTO deliveries (seq, plugin, state, key, detail, updated) VALUES (?,?,?,?,?,?)", deliveries
+            "INSERT INTO deliveries (seq, plugin, state, attempts, key, detail, updated) VALUES (?,?,?,?,?,?,?)",
+            deliveries,
         )
 
     def _inserted(self, batch: list[_Accept], error: Exception | None) -> None:
@@ -196,7 +204,12 @@ class SqliteQueue:
         for subscriber in entry.taken:
             consumer = self._consumer(subscriber.plugin)
             delivery = Delivery(
-                entry.event.seq, subscriber.plugin, subscriber.key, expires=now + entry.asked.ttl, ready_at=now
+                entry.event.seq,
+                subscriber.plugin,
+                subscriber.key,
+                expires=now + entry.asked.ttl,
+                counted=subscriber.plugin in entry.counted,
+                ready_at=now,
             )
             if consumer.depth < _CACHED:
                 delivery.event = entry.event
@@ -214,13 +227,18 @@ class SqliteQueue:
         return consumer
 
     async def sent(self, deliveries: Sequence[Delivery]) -> None:
+        fresh = [delivery for delivery in deliveries if not delivery.counted]
         for delivery in deliveries:
             delivery.attempts += 1
+            delivery.counted = False
+        for delivery in fresh:
             self.write(delivery, Result("in_flight"), 0.0)
-        await self.store.committed()
+        if fresh:
+            await self.store.committed()
 
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
         """Record where a delivery stands; within one transaction only its last state is written."""
+        delivery.counted = False
         batch = self._outcomes
         if batch is None:
             batch = self._outcomes = {}
