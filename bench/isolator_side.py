@@ -22,7 +22,7 @@ from bench.peers import CPU_PERCENT, TRUE
 from isolator.journal import Journal
 from isolator.launch.client import Launcher
 from isolator.layers.base import CageSpec
-from isolator.layers.cgroup import open_subtree
+from isolator.layers.cgroup_subtree import open_subtree
 from isolator.paths import Paths
 from isolator.policy.model import EffectivePolicy, ResourcePolicy
 from isolator.sandbox import EVERY_LAYER, Sandbox, Stdio, Tools

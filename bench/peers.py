@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.frame import Contender, Skipped
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from tests.patience import EMULATED
 
 TRUE = "/usr/bin/true"

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+import struct
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -28,18 +29,11 @@ class Client:
         self._early: list[dict[str, Any]] = []
         self._watched: int | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._sock.settimeout(timeout)
         try:
-            with reachable(str(self.path)) as path:
-                self._sock.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError):
+            self._connect(timeout)
+        except BaseException:
             self._sock.close()
-            raise UnavailableError(
-                "the daemon is not running", f"no {self.path}", "start it with 'isolator serve'"
-            ) from None
-        except PermissionError:
-            self._sock.close()
-            raise DeniedError(str(self.path), "you may not connect to the daemon", "use sudo") from None
+            raise
 
     def __enter__(self) -> Client:
         return self
@@ -52,7 +46,8 @@ class Client:
         self._next += 1
         number = self._next
         request = {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
-        self._sock.sendall(json.dumps(request, separators=(",", ":")).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it closed
+            self._sock.sendall(json.dumps(request, separators=(",", ":")).encode() + b"\n")
         while True:
             message = self._receive()
             if message is None:
@@ -86,6 +81,24 @@ class Client:
     def close(self) -> None:
         """Close the connection."""
         self._sock.close()
+
+    def _connect(self, timeout: float | None) -> None:
+        # Python's own time-out makes the socket non-blocking, and a full backlog would be EAGAIN at once (unix(7)).
+        # The kernel's makes it wait for its turn.
+        kernel = struct.pack("@ll", *divmod(int((timeout or 0) * 1e6), 1_000_000))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, kernel)
+        try:
+            with reachable(str(self.path)) as path:
+                self._sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise UnavailableError(
+                "the daemon is not running", f"no {self.path}", "start it with 'isolator serve'"
+            ) from None
+        except PermissionError:
+            raise DeniedError(str(self.path), "you may not connect to the daemon", "use sudo") from None
+        except BlockingIOError:
+            raise UnavailableError("the daemon", "too many callers are waiting", "try again") from None
+        self._sock.settimeout(timeout)
 
     def _receive(self) -> dict[str, Any] | None:
         while b"\n" not in self._buffer:

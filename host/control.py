@@ -20,12 +20,15 @@ from typing import Any, TypeVar
 
 from host.lines import LineProtocol
 from host.wire import WireError, line, parse_object, peer_of
-from isolator.errors import DeniedError, IsolatorError, UsageError
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 
 N = TypeVar("N", int, float)
 ROLES = ("viewer", "emitter", "operator")
 IN_FLIGHT = 256
 CONNECTIONS = 512
+BACKLOG = 1024
+"""Callers that may wait to be accepted (listen(2): at most net.core.somaxconn); the next one that does not block gets
+EAGAIN, and most runtimes do not block."""
 
 
 @dataclass(eq=False)
@@ -92,7 +95,9 @@ class ControlServer:
         listener.setblocking(False)
         # From 3.13 asyncio unlinks a listener's path when the server closes; this path is the supervisor's.
         options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-        self._server = await loop.create_unix_server(lambda: _Connection(self), sock=listener, **options)
+        self._server = await loop.create_unix_server(
+            lambda: _Connection(self), sock=listener, backlog=BACKLOG, **options
+        )
 
     def opened(self, connection: _Connection) -> bool:
         """Count a connection; False when there are too many."""
@@ -131,7 +136,8 @@ class _Connection(LineProtocol):
         self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self._cut)
         self._caller.drained.set()
         if not self._server.opened(self):
-            self._answer(None, error=IsolatorError("control socket", "too many connections", "close some"))
+            why = f"{CONNECTIONS} connections are open, more are not served"
+            self._answer(None, error=UnavailableError("control socket", why, "try again, or close some"))
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -136,7 +136,7 @@ class EventMethods:
     async def event_types(self, _: Mapping[str, Any], __: Caller) -> dict[str, Any]:
         """The catalogue with the JSON Schema of every payload."""
         types = [
-            {"name": t.name, "version": t.version, "order_by": t.order_by, "schema": t.schema()}
+            {"name": t.name, "version": t.version, "order_by": t.order_by, "filled": t.filled, "schema": t.schema()}
             for t in self._host.catalogue
         ]
         return {"types": types}

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ from isolator.paths import Paths
 LINE_LIMIT = 16 << 20
 TRAIL_LIMIT = 4 << 20
 RECONNECT_FIRST, RECONNECT_LONGEST = 0.05, 5.0
+CONNECT_PATIENCE = 30.0
+"""Seconds to wait for a daemon that has more callers than it has accepted."""
 
 ApiHandler = Callable[[str, dict[str, Any]], Awaitable[Any]]
 """Answers a plugin's call: (plugin name, params) → JSON value. Raises IsolatorError to refuse."""
@@ -213,7 +216,6 @@ class PluginHost:
                 return
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        # OSError: asyncio takes a full backlog (EAGAIN) for a connection, and finds out here that there is none.
         with contextlib.suppress(OSError, ValueError):
             async for data in reader:
                 message = json.loads(data)
@@ -296,13 +298,35 @@ class PluginHost:
 
 
 async def _connect(path: str, limit: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    # A raw socket: asyncio takes a full backlog (EAGAIN) for a connection.
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with reachable(path) as name:
-            return await asyncio.open_unix_connection(name, limit=limit)
-    except PermissionError:
-        raise DeniedError(path, "this user may not connect to the daemon", "let it reach that folder") from None
-    except OSError:
-        raise UnavailableError("the daemon is not running", f"no {path}", "start it with 'isolator serve'") from None
+        sock.setblocking(False)
+        await _connect_in_turn(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+    return await asyncio.open_unix_connection(sock=sock, limit=limit)
+
+
+async def _connect_in_turn(sock: socket.socket, path: str) -> None:
+    """Connect as soon as the backlog has room; no event tells when that is."""
+    end, pause = asyncio.get_running_loop().time() + CONNECT_PATIENCE, 0.001
+    while True:
+        try:
+            with reachable(path) as name:
+                sock.connect(name)
+            return
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > end:
+                raise UnavailableError("the daemon", "too many callers are waiting", "try again") from None
+        except PermissionError:
+            raise DeniedError(path, "this user may not connect to the daemon", "let it reach that folder") from None
+        except OSError:
+            why = f"no {path}"
+            raise UnavailableError("the daemon is not running", why, "start it with 'isolator serve'") from None
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 0.05)
 
 
 async def _follow(path: str, where: Mapping[str, int]) -> AsyncGenerator[bytes, None]:

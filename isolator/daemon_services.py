@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isolator.audit.client import AuditClient
+from isolator.caged import End
 from isolator.egress.hardening import filter_file
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.ipc import MAX_PACKET, Channel, Handler, Message, pair
@@ -30,7 +31,7 @@ from isolator.paths import Paths
 from isolator.plugin_cage import Environment, host_api_folder
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.model import NetworkPolicy
-from isolator.sandbox import End, Tools
+from isolator.sandbox import Tools
 from isolator.services import Service, ServiceSpec
 
 HOST_MODULE = "host.serve"
@@ -245,7 +246,7 @@ class DaemonServices:
         """A fresh listener on the control socket; all may connect, the caller's uid decides what it may do."""
         path = self._paths.control_socket
         path.unlink(missing_ok=True)
-        return _listen(path, mode=0o666, owner=0, backlog=128)
+        return _listen(path, mode=0o666, owner=0, backlog=1024)  # for as long as the host has not set its own
 
     def _metrics_listener(self) -> socket.socket:
         """Where Prometheus figures are read without a TCP port; root's alone."""

@@ -97,8 +97,6 @@ class Journal:
         """Open and lock it. ``wait``: its name is nobody else's, so who has it locked is only looking at it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._lock = threading.Lock()
-        """State folders are made ready in threads."""
         self._fd = _open_locked(path, wait=wait)
         content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         self.open = read_entries(content)

@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from isolator.caged import End
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
 from isolator.plugin_cage import Environment
 from isolator.plugin_run import Run, RunSurroundings, close_all, prepare_run
-from isolator.sandbox import End
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -225,7 +225,10 @@ class Plugin:
         if count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
             self._set("failed")
-            self._around.audit.record("plugin.failed", plugin=self.name, reason=self.error)
+            record = self._around.audit.record
+            record("plugin.failed", plugin=self.name, reason=self.error)
+            why = f"crashed too often; waits for 'isolator plugin start {self.name}'"
+            record("plugin.quarantined", plugin=self.name, reason=why, crashes=count, seconds=limits.window)
             return None
         self.error = why
         self._set("backoff")

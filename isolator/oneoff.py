@@ -60,7 +60,7 @@ class Workshop:
         """Launcher, journal and subtree; made on first use."""
         if self._tools is None:
             from isolator.journal import Entry, Journal
-            from isolator.layers.cgroup import open_subtree
+            from isolator.layers.cgroup_subtree import open_subtree
             from isolator.sandbox import Tools
 
             assert self._launcher is not None

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isolator.audit.sources.snapshots import OF_PROCESSES, snapshot
+from isolator.caged import End
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers import network as network_layer
 from isolator.layers.user import plugin_gid
 from isolator.linux.files import openat2
 from isolator.plugin_cage import SOCKET, Environment, plugin_spec
-from isolator.sandbox import End, Sandbox, Stdio, Tools
+from isolator.sandbox import Sandbox, Stdio, Tools
 from isolator.state import State
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isolator.journal import Entry, Journal
-from isolator.layers.cgroup import Leaf, find_hierarchies
+from isolator.layers.cgroup import Leaf
+from isolator.layers.cgroup_subtree import find_hierarchies
 from isolator.linux import mount
 from isolator.paths import Paths
 from isolator.spares import PREFIX

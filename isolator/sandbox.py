@@ -17,15 +17,14 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import socket
-import struct
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from isolator.caged import Caged, End
 from isolator.errors import ConfinementError
 from isolator.ipc import receive_packet, send_packet
 from isolator.journal import Entry, Journal
@@ -33,7 +32,8 @@ from isolator.launch.client import Clone, Launcher, clone_remedy
 from isolator.launch.plan import Plan
 from isolator.layers.base import CageSpec, Layer, Process
 from isolator.layers.capabilities import Capabilities
-from isolator.layers.cgroup import Cgroup, Events, Leaf, Subtree
+from isolator.layers.cgroup import Cgroup, Leaf
+from isolator.layers.cgroup_subtree import Subtree
 from isolator.layers.filesystem import Filesystem
 from isolator.layers.landlock import Landlock
 from isolator.layers.namespaces import Namespaces
@@ -80,22 +80,6 @@ class Stdio:
     stderr: int
 
 
-@dataclass(frozen=True)
-class End:
-    """How a cage ended. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
-
-    exit_code: int | None
-    signal: int | None
-    cause: str
-    uptime: float
-    events: Events = field(default_factory=Events)
-
-    @property
-    def returncode(self) -> int:
-        """As a shell shows it: the exit code, or 128 + the signal."""
-        return self.exit_code if self.exit_code is not None else 128 + (self.signal or 9)
-
-
 class Sandbox:
     """One cage; see the module's text.
 
@@ -129,33 +113,24 @@ class Sandbox:
         self._handover = handover
         self._spare: Spare | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._clone: Clone | None = None
+        self._caged: Caged | None = None
         self._process = Process(0)
-        self._exited = asyncio.Event()
-        """Pid 1 is gone: its namespaces are taken down, which takes milliseconds."""
-        self._ended = asyncio.Event()
-        """The sidecar has ended: pid 1 has said so, or is gone itself."""
-        self._started = 0.0
-        self._stopping = False
-        self._oom = -1
-        self._oom_seen = False
 
     @property
     def started(self) -> bool:
         """Whether there is a process."""
-        return self._clone is not None
+        return self._caged is not None
+
+    @property
+    def caged(self) -> Caged:
+        """The cage's processes, while there are any."""
+        assert self._caged is not None
+        return self._caged
 
     @property
     def pid(self) -> int:
         """Pid 1 of the cage as the host sees it."""
-        assert self._clone is not None
-        return self._clone.pid
-
-    @property
-    def pidfd(self) -> int:
-        """A descriptor of pid 1 of the cage."""
-        assert self._clone is not None
-        return self._clone.pidfd
+        return self.caged.pid
 
     @property
     def leaf(self) -> Leaf:
@@ -168,11 +143,6 @@ class Sandbox:
         """The cage's network, once there is one."""
         assert self._network.network is not None
         return self._network.network
-
-    @property
-    def uptime(self) -> float:
-        """Seconds since exec."""
-        return time.monotonic() - self._started
 
     async def __aenter__(self) -> Sandbox:
         return self
@@ -250,12 +220,12 @@ class Sandbox:
             raise self._failure(answer)
         spare.link.close()
         mark("exec")
-        self._started = time.monotonic()
+        self.caged.started = time.monotonic()
 
     async def _cloned_and_caged(self, spare: Spare, mark: _Stopwatch) -> None:
         """Wait for the parked process's word that it has cloned, and the cage's that it is one; either may be first."""
         caged = False
-        while self._clone is None or not caged:
+        while self._caged is None or not caged:
             answer, fds = await self._receive(spare)
             if "pid" in answer:
                 self._born(answer, fds, spare)
@@ -263,7 +233,7 @@ class Sandbox:
                 for layer in self._layers:
                     if layer.from_birth:
                         layer.confirm(self._process)
-                self._watch_oom()
+                self.caged.watch_memory()
                 mark("confirm groups")
             elif answer.get("step") == "caged":
                 caged = True
@@ -276,11 +246,9 @@ class Sandbox:
         mark("enter")
 
     def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
-        self._clone = Clone(int(str(answer["pid"])), fds[0])
-        self._process = Process(self._clone.pid)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._clone.pidfd, self._gone)
-        loop.add_reader(spare.status, self._reported)
+        clone = Clone(int(str(answer["pid"])), fds[0])
+        self._caged = Caged(clone, spare.status, self._cgroup.leaf)
+        self._process = Process(clone.pid)
 
     async def _given_up(self, spare: Spare) -> None:
         """The start ended without a word of the clone: learn of it, for it is a child of this process."""
@@ -334,101 +302,30 @@ class Sandbox:
             return ConfinementError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
         return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", "see 'isolator check'")
 
-    def _watch_oom(self) -> None:
-        """On v1 the kernel kills one process of a group that is out of memory; end the whole cage, as v2 does."""
-        memory = self.leaf.v1.get("memory") if self._cgroup in self._layers else None
-        if memory is None:
-            return
-        control = os.open(memory / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
-        self._oom = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        try:
-            (memory / "cgroup.event_control").write_text(f"{self._oom} {control}")
-        finally:
-            os.close(control)
-        asyncio.get_running_loop().add_reader(self._oom, self._out_of_memory)
-
-    def _out_of_memory(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._oom)
-        if self.leaf.populated():
-            self._oom_seen = True
-            self.leaf.kill()
-
-    def _gone(self) -> None:
-        asyncio.get_running_loop().remove_reader(self.pidfd)
-        self._exited.set()
-        self._reported()
-
-    def _reported(self) -> None:
-        assert self._spare is not None
-        asyncio.get_running_loop().remove_reader(self._spare.status)
-        self._ended.set()
-
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
+        self.caged.signal(number)
 
     async def wait(self) -> End:
         """Wait until the sidecar has ended, and say how and why. ``release`` ends what else is in the cage."""
-        await self._ended.wait()
-        raw = b""
-        assert self._spare is not None
-        with contextlib.suppress(BlockingIOError):
-            raw = os.read(self._spare.status, 4)
-        info = None
-        if len(raw) != 4:
-            # The pipe's end without a word: pid 1 was killed, and its own death is all there is to tell.
-            await self._exited.wait()
-            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-        if self._cgroup in self._layers:
-            events = self.leaf.events()
-            events = Events(max(events.oom_kills, int(self._oom_seen)), events.task_denials)
-        else:
-            events = Events()
-        if len(raw) == 4:
-            code: int | None = os.waitstatus_to_exitcode(struct.unpack("=i", raw)[0])
-        else:
-            code = -info.si_status if info and info.si_code != os.CLD_EXITED else 125
-        assert code is not None
-        number = -code if code < 0 else None
-        return End(None if code < 0 else code, number, self._cause(code, number, events), self.uptime, events)
-
-    def _cause(self, code: int, number: int | None, events: Events) -> str:
-        if events.oom_kills:
-            return "out of memory"
-        if self._stopping:
-            return "stopped"
-        if number == signal.SIGSYS:
-            return "forbidden ABI"
-        if events.task_denials and code != 0:
-            return "task limit"
-        return "signal" if number is not None else "exit"
+        return await self.caged.wait()
 
     async def stop(self, grace: float) -> None:
         """SIGTERM, then after ``grace`` seconds the whole group is killed. ``wait`` tells the rest."""
-        self._stopping = True
-        self.signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                await self._ended.wait()
-                return
-        self.kill()
+        await self.caged.stop(grace)
 
     def kill(self) -> None:
-        """End the whole cage at once: its group, and pid 1, in case somebody has moved processes to another group."""
-        if self._cgroup in self._layers:
-            self.leaf.kill()
-        self.signal(signal.SIGKILL)
+        """End the whole cage at once."""
+        self.caged.kill()
 
     def changed_outside(self) -> str:
         """What somebody changed about the groups of the running cage; empty when they are as they were made."""
-        if self._cgroup not in self._layers or self._exited.is_set():
+        if self._cgroup not in self._layers or self.caged.exited.is_set():
             return ""
         try:
             self._cgroup.confirm_again(self._process)
         except (ConfinementError, OSError) as error:
-            return "" if self._exited.is_set() or self._ended.is_set() else str(error)
+            return "" if self.caged.ended.is_set() else str(error)
         return ""
 
     async def release(self) -> None:
@@ -438,28 +335,18 @@ class Sandbox:
             if not self._loading.cancelled():
                 self._loading.exception()
             self._loading = None
-        loop = asyncio.get_running_loop()
-        if self._oom >= 0:
-            loop.remove_reader(self._oom)
-            os.close(self._oom)
-            self._oom = -1
-        if self._spare is not None and self._clone is None and not self._exited.is_set():
+        if self._spare is not None and self._caged is None:
             await self._given_up(self._spare)
-        if self._clone is not None:
-            self.kill()
-            await self._exited.wait()
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-            os.close(self.pidfd)
+        if self._caged is not None:
+            await self._caged.reap()
             self._tools.launcher.forget(self.spec.leaf)
-            self._clone = None
+            self._caged = None
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
         if self._spare is not None:
-            if self._spare.status >= 0:
-                loop.remove_reader(self._spare.status)
             await self._spare.release()
+            self._spare = None
         for layer in reversed(self._layers):
             if layer is self._cgroup and self._cgroup.leaf is not None:
                 await _empty(self._cgroup.leaf)

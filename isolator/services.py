@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from isolator.ipc import Channel, Handler, pair
 from isolator.journal import Entry, Journal
-from isolator.layers.cgroup import Leaf, Subtree
+from isolator.layers.cgroup import Leaf
+from isolator.layers.cgroup_subtree import Subtree
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 5.0
 _STEADY_SECONDS = 30.0

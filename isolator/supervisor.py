@@ -22,6 +22,7 @@ from typing import Any
 import isolator
 from isolator import recovery
 from isolator.audit.client import AWAY, AuditClient
+from isolator.caged import End
 from isolator.daemon_services import DaemonServices
 from isolator.denials import Denials
 from isolator.errors import IsolatorError
@@ -29,7 +30,7 @@ from isolator.ipc import Handler, Message
 from isolator.journal import Entry, Journal
 from isolator.launch.client import Launcher
 from isolator.layers import network as network_layer
-from isolator.layers.cgroup import open_subtree
+from isolator.layers.cgroup_subtree import open_subtree
 from isolator.ledger import ledger, missing, optional_controllers
 from isolator.lifecycle import Plugin
 from isolator.paths import Paths
@@ -40,7 +41,7 @@ from isolator.policy_watch import PolicyWatch
 from isolator.registrar import Registrar
 from isolator.registration_ops import RegistrationOps
 from isolator.registrations import Registrations
-from isolator.sandbox import EVERY_LAYER, End, Tools
+from isolator.sandbox import EVERY_LAYER, Tools
 from isolator.socket_watch import SocketWatch
 from isolator.state import State
 

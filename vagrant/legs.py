@@ -53,18 +53,27 @@ def legs_for(options: Namespace) -> list[Leg]:
     """The legs of one run, from the command line."""
     if options.command is not None:
         return [Leg("command", options.command)]
-    # Every test takes as long as the patience of whoever waits: a few at a time, as ./dev test does it.
-    marked = ["-n", str(options.cpus), "--dist", "loadfile"] if options.all else ["-m", "vm"]
-    tests = _pytest("tests", *marked, *options.pytest)
     if options.pytest:  # somebody is after certain tests
-        return [tests]
+        return [_pytest("tests", *([] if options.all else ["-m", "vm"]), *options.pytest)]
+    tests = [_pytest("tests", "-m", "vm", *_marked_files())]
+    if options.all:
+        # The marked ones have the machine to themselves: they set its clock and fill its disk. The others mostly wait.
+        tests.append(_pytest("others", "-m", "not vm", "-n", str(options.cpus), "--dist", "loadfile"))
     kept, before, after = "--leaks=off", "tests/vm/reboot_before.py", "tests/vm/reboot_after.py"
     reboots = [
         _pytest("reboot-1", kept, before),
         _pytest("reboot-2", kept, after, before, reboot=_ORDERLY),
         _pytest("reboot-3", kept, after, reboot=_POWER_CUT),
     ]
-    return reboots if options.reboots else [*reboots, tests]
+    return reboots if options.reboots else [*reboots, *tests]
+
+
+def _marked_files() -> list[str]:
+    """Where the marked tests are: to import all the others, only to find no mark in them, takes the better part of a
+    minute under emulation."""
+    tree = Path(__file__).parents[1]
+    files = [path for path in sorted(tree.glob("tests/**/test_*.py")) if "mark.vm" in path.read_text()]
+    return [str(path.relative_to(tree)) for path in files]
 
 
 def _pytest(name: str, *words: str, reboot: str | None = None) -> Leg:

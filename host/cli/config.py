@@ -8,7 +8,7 @@ from host.cli.output import AS_JSON, SETTINGS, print_json
 from host.client import Client
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(context_settings=SETTINGS, epilog="\b\nExample:\n  isolator config rotate-key")
 def config() -> None:
     """Manage the daemon's keys."""
 

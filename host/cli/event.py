@@ -25,7 +25,12 @@ def event() -> None:
     """Emit events and follow their deliveries."""
 
 
-@event.command()
+@event.command(
+    epilog='\b\nExamples:\n  isolator event emit project.created \'{"project_id": "p1", "name": "Shop"}\'\n'
+    "  isolator event emit deploy.completed @payload.json --wait\n"
+    "  isolator event emit deploy.completed - --dedupe-key deploy-d1 < payload.json\n\n"
+    "The fields of one: isolator event types NAME"
+)
 @click.argument("name")
 @click.argument("payload", metavar="[JSON | @FILE | -]", required=False)
 @click.option("--wait", is_flag=True, help="Wait for the outcome at every plugin; exit 1 unless all are ok.")
@@ -36,10 +41,16 @@ def event() -> None:
 def emit(
     root: str | None, name: str, payload: str | None, wait: bool, timeout: float, dedupe_key: str | None, as_json: bool
 ) -> int:
-    """Emit an event; it is safe on disk when this returns."""
+    """Emit an event; it is safe on disk when this returns.
+
+    The payload is a JSON object: as it stands, in a FILE, or (-) on standard input.
+    """
     fields = given.json_object(payload)
     with Client(root, timeout=timeout + 150) as client:
-        accepted = client.call("event.emit", name=name, payload=fields, dedupe_key=dedupe_key)
+        try:
+            accepted = client.call("event.emit", name=name, payload=fields, dedupe_key=dedupe_key)
+        except UsageError as error:
+            raise UsageError(error.what, error.why, error.remedy or f"see 'isolator event types {name}'") from None
         if not wait:
             if as_json:
                 print_json(accepted)
@@ -71,7 +82,10 @@ def list_events(root: str | None, limit: int, name: str | None, as_json: bool) -
     for row in events:
         states = [f"{d['plugin']} {d['state']}" for d in row["deliveries"]]
         rows.append([row["id"], row["name"], row["subject"], ago(row["accepted"]), ", ".join(states) or "nobody"])
-    table(["id", "event", "subject", "ago", "deliveries"], rows)
+    if rows:
+        table(["id", "event", "subject", "ago", "deliveries"], rows)
+    else:
+        click.echo("no events; emit one with 'isolator event emit'", err=True)
 
 
 @event.command()
@@ -144,12 +158,14 @@ def types(root: str | None, name: str | None, as_json: bool) -> None:
         return
     rows = []
     for entry in found:
-        required = set(entry["schema"].get("required", ()))
         fields = entry["schema"]["properties"]
+        need = {key: "required" if key in entry["schema"].get("required", ()) else "optional" for key in fields}
+        if entry.get("filled"):
+            need[entry["filled"]] = "filled in"  # with the time, when it is left out
         if name is not None:
-            rows += [[key, "required" if key in required else "optional", _kind(rule)] for key, rule in fields.items()]
+            rows += [[key, need[key], _kind(rule)] for key, rule in fields.items()]
         else:
-            rows.append([entry["name"], entry["order_by"], ", ".join(key for key in fields if key in required)])
+            rows.append([entry["name"], entry["order_by"], ", ".join(key for key in fields if need[key] == "required")])
     table(["field", "", "type"] if name is not None else ["event", "ordered by", "required"], rows)
 
 

@@ -28,7 +28,11 @@ def plugin() -> None:
     """Add, inspect, start, stop, update and remove plugins."""
 
 
-@plugin.command()
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
+    "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
+    "  isolator plugin add ./plugin --yes --config token=- < token.txt"
+)
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--name", metavar="N", help="Register a single binary under this name.")
 @click.option("--binary", metavar="P", help="The binary; it stays where it is.")
@@ -200,7 +204,7 @@ def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
 
 @plugin.command()
 @click.argument("name")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask; without a terminal nobody is asked.")
 @AS_JSON
 @click.pass_obj
 def remove(root: str | None, name: str, yes: bool, as_json: bool) -> None:
@@ -274,7 +278,7 @@ def _show_config(items: list[dict[str, Any]]) -> None:
         table(["config", "type", "value", "note"], rows)
 
 
-@plugin.command()
+@plugin.command(epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs slack -n 1000 --json")
 @click.argument("name")
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
 @click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0, 10_000))

@@ -33,7 +33,11 @@ _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="\b\nExamples:\n  isolator audit tail -f\n  isolator audit query --plugin slack --since 2h\n"
+    "  isolator audit story ev_01a2\n  isolator audit verify",
+)
 def audit() -> None:
     """Read and verify the audit trail."""
 
@@ -69,8 +73,12 @@ def query(
     wanted = reader.Query(plugin, types, event, _time(since), _time(until))
     found = (line for line, _ in reader.query(Paths.of(root).audit_log, wanted))
     lines = iter(deque(found, limit) if limit else found)
+    shown = 0
     while batch := list(islice(lines, 1000)):
         print_lines(batch, as_json)
+        shown += len(batch)
+    if not shown and not as_json:
+        click.echo("no record matches", err=True)
 
 
 @audit.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import textwrap
@@ -52,5 +53,6 @@ def render(controls: tuple[Control, ...]) -> list[str]:
 
 def _verdict(lacking: list[Control]) -> str:
     if lacking:
-        return f"Not ready: {len(lacking)} mandatory control(s) unavailable; no plugin starts on this host."
+        text = f"Not ready: {len(lacking)} mandatory control(s) unavailable; no plugin starts on this host."
+        return text if os.geteuid() == 0 else "Not all of it can be told by this user: run it with sudo."
     return "Ready: every mandatory control can be enforced on this host."

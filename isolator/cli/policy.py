@@ -35,7 +35,10 @@ _HOST_KEYS = {
 _POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls"}
 
 
-@click.group()
+@click.group(
+    epilog="\b\nExamples:\n  isolator policy check /etc/isolator/host.toml /etc/isolator/policies/*.toml\n"
+    "  isolator policy explain /etc/isolator/policies/slack.toml --manifest plugin.json",
+)
 def policy() -> None:
     """Check and explain policy files."""
 
@@ -47,7 +50,6 @@ def policy() -> None:
 def check(root: str | None, files: tuple[Path, ...], as_json: bool) -> None:
     """Check policy files, host.toml or plugin.json; every problem with its file and line.
 
-    \b
     Exit code: 0 all are good, 1 one is not, 3 one is not there, 4 one may be written by others than root.
     """
     results: list[dict[str, Any]] = []

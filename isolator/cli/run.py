@@ -18,9 +18,9 @@ from isolator.errors import ConfinementError, IsolatorError
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
+    from isolator.caged import End
     from isolator.policy.hostconfig import HostConfig
     from isolator.policy.model import EffectivePolicy
-    from isolator.sandbox import End
 
 
 @click.command(

@@ -17,7 +17,7 @@ from isolator.paths import Paths
 
 
 @click.command(epilog="\b\nExamples:\n  isolator serve\n  isolator --root /tmp/try serve")
-@click.option("--config", metavar="FILE", help="Read FILE instead of ETC/host.toml.")
+@click.option("--config", metavar="FILE", help="Read FILE instead of /etc/isolator/host.toml.")
 @click.pass_obj
 def serve(root: str | None, config: str | None) -> None:
     """Run the daemon in the foreground.

@@ -19,6 +19,7 @@ from pathlib import Path
 import prctl
 
 from isolator.layers import syscalls
+from isolator.layers.bpf import Equal
 from isolator.layers.seccomp import compiled_rules
 from isolator.linux import landlock, seccomp
 from isolator.linux.coredump import start_no_handler
@@ -54,20 +55,18 @@ def harden(program: bytes) -> None:
 
 def rules() -> Iterator[syscalls.Rule]:
     """The plugins' default profile, with refusals that nobody is asked about, and without what starts a program."""
-    for name, action, condition in syscalls.rules("default"):
+    for name, action, conditions in syscalls.rules("default"):
         if name not in _OWN:
-            yield name, syscalls.REFUSE if action == syscalls.DENY else action, condition
-    word = syscalls.WORD
+            yield name, syscalls.REFUSE if action == syscalls.DENY else action, conditions
     for family in (_AF_INET, _AF_INET6, _AF_NETLINK):
-        yield "socket", syscalls.ALLOW, syscalls.Condition(0, word, family)
-    for mask, value in syscalls.complement((_AF_INET, _AF_INET6, _AF_NETLINK)):
-        yield "socket", syscalls.REFUSE, syscalls.Condition(0, mask, value)
+        yield "socket", syscalls.ALLOW, (Equal(0, syscalls.WORD, family),)
+    yield "socket", syscalls.REFUSE, ()
     # The event loop wakes itself by a pair, which leads nowhere else.
-    yield "socketpair", syscalls.ALLOW, syscalls.Condition(0, word, _AF_UNIX)
-    yield "clone", syscalls.ALLOW, syscalls.Condition(0, _CLONE_THREAD, _CLONE_THREAD)
-    yield "clone", syscalls.REFUSE, syscalls.Condition(0, _CLONE_THREAD, 0)
+    yield "socketpair", syscalls.ALLOW, (Equal(0, syscalls.WORD, _AF_UNIX),)
+    yield "clone", syscalls.REFUSE, (Equal(0, _CLONE_THREAD, 0),)
+    yield "clone", syscalls.ALLOW, ()
     for name in ("fork", "vfork", "execve", "execveat"):
-        yield name, syscalls.REFUSE, None
+        yield name, syscalls.REFUSE, ()
 
 
 def _restrict_files() -> None:

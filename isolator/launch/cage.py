@@ -1,14 +1,14 @@
 """What the child does with itself, in order, between clone3 and pid 1's fork. Standard library only.
 
-It is born in its cgroups and has mount, ipc, uts and pid namespaces of its own, an empty bounding set and locked
-securebits already (isolator.launch.parked). Order matters, and each place has its reason:
+It is born in its cgroups, has mount, ipc, uts and pid namespaces of its own, and inherits what layers did ahead to the
+process that was parked (isolator.launch.parked). Order matters, and each place has its reason:
 
- 1. rlimits      before the uid changes, while hard limits can still be set
- 2. filesystem   fill the view; meanwhile the supervisor loads the cage's network rules
+ 1. rlimits      before the uid changes, while hard limits can still be set; most are set ahead
+ 2. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
  3. namespaces   cgroup namespace, own session, host name
  4. network      enter the network namespace
  5. user         no groups, then gid, then uid
- 6. capabilities every set to zero, ambient cleared
+ 6. capabilities every set to zero, ambient cleared; the bounding set was emptied ahead
  7. no_new_privs before Landlock and seccomp, which need it
  8. landlock     after the view exists, before seccomp forbids its calls
  9. guard        end with the supervisor: a change of ids would have taken that back
@@ -24,7 +24,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from isolator.ipc_packet import send_packet
@@ -32,21 +31,14 @@ from isolator.launch import init
 from isolator.launch.plan import Plan
 from isolator.layers import capabilities, filesystem, landlock, namespaces, netns, no_new_privs, rlimits, user
 from isolator.layers import seccomp as seccomp_layer
+from isolator.layers.base import Layer
 from isolator.linux.files import close_all_but
 
-Enter = Callable[[dict[str, Any], dict[str, int]], None]
-
-STEPS: tuple[tuple[str, Enter], ...] = (
-    ("rlimits", rlimits.Rlimits.enter),
-    ("filesystem", filesystem.Filesystem.enter),
-    ("namespaces", namespaces.Namespaces.enter),
-    ("network", netns.Network.enter),
-    ("user", user.User.enter),
-    ("capabilities", capabilities.Capabilities.enter),
-    ("no_new_privs", no_new_privs.NoNewPrivs.enter),
-    ("landlock", landlock.Landlock.enter),
-)
-"""(the plan's section, what applies it), in the order of the module's text; seccomp follows by itself."""
+STEPS: tuple[type[Layer], ...] = (
+    rlimits.Rlimits, filesystem.Filesystem, namespaces.Namespaces, netns.Network, user.User, capabilities.Capabilities,
+    no_new_privs.NoNewPrivs, landlock.Landlock,
+)  # fmt: skip
+"""The layers that a process applies to itself, in the order of the module's text; seccomp follows by itself."""
 
 
 class SetUpFailed(Exception):
@@ -59,9 +51,10 @@ def become(plan: Plan, link: socket.socket, status: int) -> NoReturn:
     took: dict[str, float] = {}
     try:
         mark = time.perf_counter()
-        for step, enter in STEPS:
+        for layer in STEPS:
+            step = layer.name
             if step in plan.sections:
-                enter(plan.sections[step], plan.fds)
+                layer.enter(plan.sections[step], plan.fds)
                 now = time.perf_counter()
                 took[step], mark = round((now - mark) * 1000, 3), now
         os.umask(plan.umask)
@@ -80,12 +73,17 @@ def become(plan: Plan, link: socket.socket, status: int) -> NoReturn:
         close_all_but({0, 1, 2, link.fileno(), status})
         step = "exec"
         init.run(plan, link, status)
-    except OSError as error:
-        detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-        _send(link, {"step": step, "errno": error.errno or 0, "detail": detail}, [])
     except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
-        _send(link, {"step": step, "errno": 0, "detail": f"{type(error).__name__}: {error}"}, [])
+        _send(link, failure(step, error), [])
     os._exit(125)
+
+
+def failure(step: str, error: BaseException) -> dict[str, Any]:
+    """What the supervisor is told of a step that failed."""
+    if isinstance(error, OSError):
+        detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        return {"step": step, "errno": error.errno or 0, "detail": detail}
+    return {"step": step, "errno": 0, "detail": f"{type(error).__name__}: {error}"}
 
 
 def _set_stdio(plan: Plan) -> None:

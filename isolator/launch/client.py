@@ -70,7 +70,12 @@ class Launcher:
         order = {"layers": sorted(layers), "last_capability": last_capability()}
         await self._send(json.dumps({"park": order}).encode(), [link, status])
         self._waiting.append(future)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:  # it came at that very moment
+                self._abandon(future.result())
+            raise
 
     async def keep(self, cage: str, cgroup: int) -> None:
         """From now on the launcher kills this group when the supervisor is gone.
@@ -121,17 +126,20 @@ class Launcher:
                 self._problem = ConfinementError("root of the cages", answer["detail"], "see 'isolator check'")
             return
         future = self._waiting.popleft()
-        if future.done():  # nobody waits for it any more; what was parked sees the end of its link and ends
-            for fd in fds:
-                os.close(fd)
+        if future.done():  # nobody waits for it any more
             if "pid" in answer:
-                self._loop.run_in_executor(None, os.waitpid, answer["pid"], 0)
+                self._abandon(Clone(answer["pid"], fds[0]))
         elif "pid" in answer:
             future.set_result(Clone(answer["pid"], fds[0]))
         else:
             future.set_exception(
                 ConfinementError("clone of a parked process", answer["detail"], clone_remedy(answer["errno"]))
             )
+
+    def _abandon(self, parked: Clone) -> None:
+        """Reap a process that nobody wants: it sees the end of its link, and ends."""
+        os.close(parked.pidfd)
+        self._loop.run_in_executor(None, os.waitpid, parked.pid, 0)
 
     def _lost(self) -> None:
         if self.closed.is_set():

@@ -1,6 +1,7 @@
 """A process that waits to become a cage: what is the same for every cage is done before anybody asks for one.
 
-The launcher clones it with mount, ipc and uts namespaces of its own. On a hybrid host the supervisor then puts it into
+The launcher clones it with mount, ipc and uts namespaces of its own, and its layers do to it what no plan changes
+(``Layer.enter_ahead``). On a hybrid host the supervisor then puts it into
 the v1 groups of the cage to come, whatever their limits will be: moving a process between v1 groups waits for an RCU
 grace period (6 to 16 ms), being born in them costs nothing. Then it waits for the plan on its link. When that comes,
 it clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in everything that it is in itself),
@@ -21,9 +22,8 @@ from typing import Any, NoReturn
 from isolator.ipc_packet import receive_packet, send_packet
 from isolator.launch import cage, init
 from isolator.launch.plan import Plan
-from isolator.layers import capabilities
 from isolator.linux.files import close_all_but
-from isolator.linux.namespaces import CLONE_PARENT, clone3, setdomainname
+from isolator.linux.namespaces import CLONE_PARENT, clone3
 
 
 def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
@@ -35,15 +35,14 @@ def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
     close_all_but({0, 1, 2, link, status})
     sock = socket.socket(fileno=link)
     try:
-        if "capabilities" in order["layers"]:
-            capabilities.enter_bounding_set({"last": order["last_capability"]}, {})
-        if "namespaces" in order["layers"]:
-            setdomainname("(none)")  # the host's would be inherited
+        for layer in cage.STEPS:
+            if layer.name in order["layers"]:
+                layer.enter_ahead(order)
         _rehearse()
         packet, fds = receive_packet(sock)
         if packet:
             _clone(Plan.unpack(packet, fds), sock, status)
-    except OSError as error:
+    except Exception as error:
         _fail(sock, "parked", error)
     finally:
         os._exit(0)  # whatever happened: nothing may escape into the launcher's loop, which this process is a copy of
@@ -65,6 +64,6 @@ def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
     send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
 
 
-def _fail(sock: socket.socket, step: str, error: OSError) -> None:
+def _fail(sock: socket.socket, step: str, error: Exception) -> None:
     with contextlib.suppress(OSError):  # the supervisor is gone
-        send_packet(sock, json.dumps({"step": step, "errno": error.errno, "detail": error.strerror}).encode())
+        send_packet(sock, json.dumps(cage.failure(step, error)).encode())

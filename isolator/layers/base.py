@@ -1,12 +1,13 @@
-"""What every layer is: one kernel mechanism, one kind of promise, the same six verbs.
+"""What every layer is: one kernel mechanism, one kind of promise, the same seven verbs.
 
-A layer object belongs to one cage. Its life, in order: ``prepare`` (supervisor; makes what exists outside the
-child and writes the child's part into the plan), ``enter`` (child, before exec; applies it to itself),
+A layer object belongs to one cage. Its life, in order: ``enter_ahead`` (the process that is parked to become a cage;
+before there is a plan, it applies what is the same for all of them), ``prepare`` (supervisor; makes what exists outside
+the child and writes the child's part into the plan), ``enter`` (child, before exec; applies it to itself),
 ``confirm`` (supervisor; reads back from the kernel that it is in force), ``release`` (supervisor; undoes
 ``prepare``; idempotent, also when half-made). ``check`` and ``describe`` need no cage.
 
-``enter`` runs in a process cloned from the launcher, so layer modules import only the standard library and
-``isolator.linux`` at the top; anything heavier is imported inside the verb that needs it.
+``enter_ahead`` and ``enter`` run in processes cloned from the launcher, so layer modules import only the standard
+library and ``isolator.linux`` at the top; anything heavier is imported inside the verb that needs it.
 """
 
 from __future__ import annotations
@@ -109,6 +110,10 @@ class Layer(ABC):
     @abstractmethod
     def describe(cls, policy: EffectivePolicy) -> str:
         """The promise in one plain sentence."""
+
+    @staticmethod  # noqa: B027  # on purpose: most layers begin with the plan
+    def enter_ahead(order: dict[str, Any]) -> None:
+        """Apply to the parked process what no plan changes, for the cage to inherit; ``order`` as for ``park``."""
 
     @abstractmethod
     def prepare(self, spec: CageSpec, plan: Plan) -> None:

@@ -24,12 +24,6 @@ _LOCKS = (1 << 1) | (1 << 3) | (1 << 5) | (1 << 7)
 _SECUREBITS = _NOROOT | _NO_CAP_AMBIENT_RAISE | _LOCKS | _NO_SETUID_FIXUP
 
 
-def enter_bounding_set(section: dict[str, Any], fds: dict[str, int]) -> None:
-    """Lock the securebits and empty the bounding set; needs CAP_SETPCAP."""
-    capability.drop_bounding_set(section["last"])
-    capability.set_securebits(_SECUREBITS)
-
-
 class Capabilities(Layer):
     """No capability, and no way to gain one."""
 
@@ -43,8 +37,13 @@ class Capabilities(Layer):
     def describe(cls, policy: EffectivePolicy) -> str:
         return "It has no capability of any kind and cannot gain one."
 
+    @staticmethod
+    def enter_ahead(order: dict[str, Any]) -> None:
+        capability.drop_bounding_set(order["last_capability"])
+        capability.set_securebits(_SECUREBITS)
+
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        plan.sections[self.name] = {"last": capability.last_capability()}
+        plan.sections[self.name] = {}
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:

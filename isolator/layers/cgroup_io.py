@@ -21,7 +21,8 @@ from isolator.layers.base import Control, mismatch
 from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
-    from isolator.layers.cgroup import Hierarchies, Leaf
+    from isolator.layers.cgroup import Leaf
+    from isolator.layers.cgroup_subtree import Hierarchies
     from isolator.policy.model import ResourcePolicy
 
 _V1 = {"blkio.throttle.read_bps_device": "io_read", "blkio.throttle.write_bps_device": "io_write"}

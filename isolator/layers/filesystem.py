@@ -45,6 +45,7 @@ _ETC_OF_CAGE = ("passwd", "group", "hosts", "hostname", "machine-id")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
 _PLACES = ("plugin", "state", "tmp", "proc", "dev/shm", "run/isolator", "etc")
+_SCRATCH_PLACES = ("tmp", "dev/shm")
 _OWN = ("plugin", "host", "config", "bin", "etc")
 """The folders in /run/isolator."""
 _STATIC = {
@@ -118,6 +119,11 @@ class Filesystem(Layer):
             f"/dev/shm ({_mib(fs.shm)}); nothing else of this host is visible."
         )
 
+    @staticmethod
+    def enter_ahead(order: dict[str, Any]) -> None:
+        os.chdir("/")
+        _make_own_places()
+
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
         moves: list[dict[str, Any]] = []
@@ -149,8 +155,8 @@ class Filesystem(Layer):
             "own_root": any(not _known(move["target"]) for move in moves),
             "moves": moves,
             "tmpfs": {
-                "tmp": f"size={fs.tmp},nr_inodes={fs.tmp_inodes},mode=1777",
-                "dev/shm": f"size={fs.shm},nr_inodes=1024,mode=1777",
+                "tmp": f"size={fs.tmp},nr_inodes={fs.tmp_inodes}",
+                "dev/shm": f"size={fs.shm},nr_inodes=1024",
             },
             "proc": "hidepid=invisible,subset=pid",
             "etc": _etc(spec),
@@ -161,11 +167,14 @@ class Filesystem(Layer):
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        root = _take_over_template(section) if section["own_root"] else -1
-        if root < 0:
-            os.chdir("/")
+        os.chdir("/")
+        root = -1
+        if section["own_root"]:
+            mount.unmount("/dev/shm")  # else it would come along with /dev
+            root = _take_over_template(section)
+            _make_own_places()
         for target, options in section["tmpfs"].items():
-            mount.mount("tmpfs", target, _MS_SCRATCH, options)
+            mount.remount(target, _MS_SCRATCH, options)
         mount.mount("proc", "proc", _MS_SCRATCH, section["proc"])
         _fill_own(section)
         for entry in section["moves"]:
@@ -247,11 +256,17 @@ def _take_over_template(section: dict[str, Any]) -> int:
     return root
 
 
-def _fill_own(section: dict[str, Any]) -> None:
-    """The cage's own small tmpfs in /run/isolator: its /etc files, its secret files, its mount points."""
+def _make_own_places() -> None:
+    """What a cage has to itself in memory, below the current directory; the plan says how much may go into it."""
+    for target in _SCRATCH_PLACES:
+        mount.mount("tmpfs", target, _MS_SCRATCH, "size=4k,nr_inodes=2,mode=1777")
     mount.mount("tmpfs", "run/isolator", _MS_SCRATCH, "size=2m,nr_inodes=128,mode=0755")
     for name in _OWN:
         os.mkdir(f"run/isolator/{name}", 0o755)
+
+
+def _fill_own(section: dict[str, Any]) -> None:
+    """Its /etc files and its secret files, in /run/isolator."""
     for name, text in section["etc"].items():
         _write(f"run/isolator/etc/{name}", text, 0o444)
     for name, text in section["secrets"].items():

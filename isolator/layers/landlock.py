@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isolator.layers.base import CageSpec, Control, Layer, Process
 from isolator.linux import landlock
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from isolator.launch.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
-WRITABLE = ("/state", "/tmp", "/dev/shm", "/run/isolator/plugin")
+_WRITABLE = ("/tmp", "/dev/shm")
+_WRITABLE_LATER = ("/state", "/run/isolator/plugin")
+"""What the plan mounts; each is a mount of its own, so that what is allowed on its mount point means nothing."""
 
 
 class Landlock(Layer):
@@ -50,17 +52,46 @@ class Landlock(Layer):
             plan.sections[self.name] = {"abi": landlock.abi()}
 
     @staticmethod
+    def enter_ahead(order: dict[str, Any]) -> None:
+        global _ahead
+        with contextlib.suppress(OSError):  # no Landlock: then the plan has no section for it
+            version = landlock.abi()
+            _ahead = _Ahead(_ruleset(version), os.stat("/"))
+
+    @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        rules = [("/", landlock.READ)]
-        for path in WRITABLE:
+        version = section["abi"]
+        if _ahead is not None and os.path.samestat(_ahead.root, os.stat("/")):
+            ruleset = _ahead.ruleset
+        else:
+            ruleset = _ruleset(version)
+        for path in _WRITABLE_LATER:
             if os.path.isdir(path):  # the child avoids importing pathlib
-                rules.append((path, landlock.READ | landlock.WRITE))
-        device = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
-        for name in ("null", "zero", "full", "random", "urandom"):
-            if os.path.exists(f"/dev/{name}"):
-                rules.append((f"/dev/{name}", device))
-        scoped = landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL
-        landlock.restrict(section["abi"], rules, scoped=scoped)
+                landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
+        landlock.restrict_self(ruleset)
 
     def confirm(self, process: Process) -> None:
         """The kernel shows a process's Landlock domain nowhere; ``restrict_self`` succeeding is its word."""
+
+
+class _Ahead(NamedTuple):
+    ruleset: int
+    root: os.stat_result
+    """Of which the ruleset speaks: a policy that names more paths to read gives the cage another one."""
+
+
+_ahead: _Ahead | None = None
+"""Of the process that was parked, and of the cage that it becomes."""
+
+
+def _ruleset(version: int) -> int:
+    """A ruleset with what every cage may do."""
+    ruleset = landlock.new_ruleset(version, scoped=landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL)
+    landlock.allow(ruleset, version, "/", landlock.READ)
+    for path in _WRITABLE:
+        landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
+    device = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
+    for name in ("null", "zero", "full", "random", "urandom"):
+        if os.path.exists(f"/dev/{name}"):
+            landlock.allow(ruleset, version, f"/dev/{name}", device)
+    return ruleset

@@ -43,6 +43,10 @@ class Namespaces(Layer):
     def describe(cls, policy: EffectivePolicy) -> str:
         return "It sees only its own processes, mounts, host name, IPC objects, control groups and network."
 
+    @staticmethod
+    def enter_ahead(order: dict[str, Any]) -> None:
+        ns.setdomainname("(none)")  # the host's would be inherited
+
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         plan.clone_flags |= ns.CLONE_NEWPID
         plan.sections[self.name] = {"hostname": spec.hostname}

@@ -1,7 +1,7 @@
 """The network layer of one cage: a namespace prepared ahead, with only ``lo``, its rules and the broker's listeners.
 
 What is in the namespace is the business of ``isolator.layers.network``, which needs libnftables; this module is
-what the child needs (entering it), and the six verbs around both.
+what the child needs (entering it), and the verbs around both.
 """
 
 from __future__ import annotations

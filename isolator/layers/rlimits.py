@@ -58,16 +58,17 @@ class Rlimits(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._wanted = {**_FIXED, "NOFILE": spec.policy.resources.nofile}
-        plan.sections[self.name] = {"limits": self._wanted}
+        plan.sections[self.name] = {"nofile": spec.policy.resources.nofile}
+
+    @staticmethod
+    def enter_ahead(order: dict[str, Any]) -> None:
+        start_no_handler()  # upwards, where sudo has left a limit of 0
+        for name, wanted in _FIXED.items():
+            _lower(getattr(resource, f"RLIMIT_{name}"), wanted)
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        start_no_handler()  # upwards, where sudo has left a limit of 0
-        for name, wanted in section["limits"].items():
-            number = getattr(resource, f"RLIMIT_{name}")
-            hard = resource.getrlimit(number)[1]
-            value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(number, (value, value))
+        _lower(resource.RLIMIT_NOFILE, section["nofile"])
 
     def confirm(self, process: Process) -> None:
         # Not prlimit(2): asking for another user's limits needs CAP_SYS_RESOURCE, which containers often lack.
@@ -83,3 +84,9 @@ class Rlimits(Layer):
         dumped = process.read(FILTER).strip()
         if int(dumped, 16):
             raise mismatch(self.name, FILTER, 0, dumped)
+
+
+def _lower(number: int, wanted: int) -> None:
+    hard = resource.getrlimit(number)[1]
+    value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(number, (value, value))

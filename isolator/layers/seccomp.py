@@ -1,4 +1,4 @@
-"""System calls: an allowlist compiled once with libseccomp and loaded as plain BPF.
+"""System calls: an allowlist, compiled once and loaded as plain BPF.
 
 allowed        what ordinary services need (isolator/layers/syscalls.py)
 denied         calls that are asked for only by an attack or by mistake: handed to a user-notify listener, which
@@ -8,7 +8,7 @@ unknown        ENOSYS, so that a newer C library falls back to what it used befo
 other ABIs     the process is killed (i386, x32): their numbers mean other calls
 
 The filter does not depend on the plugin, only on the profile, so it is compiled once and kept by the hash of its
-source. Compiling takes 4 to 14 ms, loading 0.3.
+source. libseccomp knows the numbers of the calls, isolator/layers/bpf.py makes the program.
 """
 
 from __future__ import annotations
@@ -107,8 +107,10 @@ def compiled(profile: str, cache: Path) -> bytes:
 
 def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
     """The same for rules that are no profile; ``name`` only tells the cache's files apart."""
+    from isolator.layers import syscalls
+
     given = list(rules)
-    return _kept(name, f"{name}:{given!r}", cache, lambda: compile_rules(given))
+    return _kept(name, f"{syscalls.fingerprint()}:{name}:{given!r}", cache, lambda: compile_rules(given))
 
 
 def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
@@ -138,7 +140,7 @@ def _store(path: Path, program: bytes) -> None:
 
 
 def compile_profile(profile: str) -> bytes:
-    """Compile a profile, or ``SEALING``, with libseccomp (needs its shared library)."""
+    """Compile a profile, or ``SEALING`` (needs libseccomp's shared library)."""
     from isolator.layers import syscalls
 
     if profile == SEALING:
@@ -152,46 +154,27 @@ def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> 
     ``otherwise_allowed`` is for a filter that is stacked on another one: what no rule names is left to that one.
     """
     import errno
-    import tempfile
 
     import pyseccomp as lib
 
-    from isolator.layers import syscalls
+    from isolator.layers import bpf, syscalls
 
-    program = lib.SyscallFilter(lib.ALLOW if otherwise_allowed else lib.ERRNO(errno.ENOSYS))
-    program.set_attr(lib.Attr.ACT_BADARCH, lib.KILL_PROCESS)
-    program.set_attr(lib.Attr.CTL_OPTIMIZE, 2)
-    program.set_attr(lib.Attr.CTL_NNP, 0)
-    for name, action, condition in rules:
+    answers = {
+        syscalls.ALLOW: seccomp.RET_ALLOW,
+        syscalls.DENY: seccomp.RET_USER_NOTIF,
+        syscalls.NO_FAMILY: seccomp.RET_ERRNO | errno.EAFNOSUPPORT,
+        syscalls.REFUSE: seccomp.RET_ERRNO | errno.EPERM,
+        syscalls.NO_PROTOCOL: seccomp.RET_ERRNO | errno.EPROTONOSUPPORT,
+        syscalls.INVALID: seccomp.RET_ERRNO | errno.EINVAL,
+        syscalls.PRETEND: seccomp.RET_ERRNO,
+    }
+    calls: dict[int, list[bpf.Judged]] = {}
+    for name, action, conditions in rules:
         try:
             number = lib.resolve_syscall(lib.Arch.NATIVE, name)
         except (ValueError, RuntimeError):
             continue  # this architecture or this libseccomp does not know the name: it stays unknown, ENOSYS
-        if number < 0:
-            continue
-        verdict = {
-            syscalls.ALLOW: lib.ALLOW,
-            syscalls.DENY: lib.NOTIFY,
-            syscalls.NOSYS: None,
-            syscalls.NO_FAMILY: lib.ERRNO(errno.EAFNOSUPPORT),
-            syscalls.REFUSE: lib.ERRNO(errno.EPERM),
-            syscalls.NO_PROTOCOL: lib.ERRNO(errno.EPROTONOSUPPORT),
-            syscalls.INVALID: lib.ERRNO(errno.EINVAL),
-            syscalls.PRETEND: lib.ERRNO(0),
-        }[action]
-        if verdict is None:
-            continue
-        conditions = condition if isinstance(condition, tuple) else () if condition is None else (condition,)
-        program.add_rule(
-            verdict, number,
-            *(
-                lib.Arg(one.index, lib.NE, 0)
-                if isinstance(one, syscalls.NotZero)
-                else lib.Arg(one.index, lib.MASKED_EQ, one.mask, one.value)
-                for one in conditions
-            ),
-        )  # fmt: skip
-    with tempfile.TemporaryFile() as out:
-        program.export_bpf(out)
-        out.seek(0)
-        return out.read()
+        if number >= 0:
+            calls.setdefault(number, []).append(bpf.Judged(answers[action], conditions))
+    otherwise = seccomp.RET_ALLOW if otherwise_allowed else seccomp.RET_ERRNO | errno.ENOSYS
+    return bpf.compile_calls(calls, otherwise=otherwise, arch=lib.system_arch())

@@ -1,8 +1,7 @@
 """The system-call profiles, as data: what is allowed, what is denied and recorded, and on which arguments.
 
-Arguments are compared under a 32-bit mask where the kernel uses only 32 bits: a 64-bit comparison lets
-``TIOCSTI + 2**32`` through (CVE-2019-10063). libseccomp has no "any value but these", so the complement of a
-set of values is written as the fewest (mask, value) pairs that cover it.
+The rules of one call are tried in their order, and the first that holds decides. Arguments are compared under a 32-bit
+mask where the kernel uses only 32 bits: a 64-bit comparison lets ``TIOCSTI + 2**32`` through (CVE-2019-10063).
 """
 
 from __future__ import annotations
@@ -10,30 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
-ALLOW, DENY, NOSYS, NO_FAMILY, REFUSE = "allow", "deny", "nosys", "no_family", "refuse"
+from isolator.layers import bpf
+from isolator.layers.bpf import AnyBit, Condition, Equal
+
+ALLOW, DENY, NO_FAMILY, REFUSE = "allow", "deny", "no_family", "refuse"
 NO_PROTOCOL, INVALID, PRETEND = "no_protocol", "invalid", "pretend"
 
-
-@dataclass(frozen=True)
-class Condition:
-    """Argument ``index`` under ``mask`` equals ``value``."""
-
-    index: int
-    mask: int
-    value: int
-
-
-@dataclass(frozen=True)
-class NotZero:
-    """Argument ``index`` is not 0 in any of its 64 bits: a pointer that is there."""
-
-    index: int
-
-
-Rule = tuple[str, str, Condition | NotZero | tuple[Condition | NotZero, ...] | None]
-"""(call, action, what must hold of its arguments: one thing, several at once, or nothing)."""
+Rule = tuple[str, str, tuple[Condition, ...]]
+"""(call, action, what must hold of its arguments, all of it)."""
 
 WORD = 0xFFFFFFFF
 
@@ -82,7 +67,7 @@ _DENIED_NAMES = """
 _DENIED = tuple(_DENIED_NAMES.split())
 """Answered EPERM and recorded by name."""
 
-_CLONE_NEW = (0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+_CLONE_NEW = 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 """Every namespace flag that clone(2) takes."""
 
 _TERMINAL_IOCTLS = (0x5412, 0x541C, 0x541D, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCCONS, TIOCSETD
@@ -112,10 +97,10 @@ _PRCTL = (
     0x59616D61,  # SET_PTRACER (crash reporters ask; there is nobody to trace)
 )  # fmt: skip
 _PERSONALITIES = (0x0, 0xFFFFFFFF, 0x0040000, 0x0008)  # default, query, ADDR_NO_RANDOMIZE, LINUX32 as asked by setarch
-_USES = (0x1, 0x10, 0x20)  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
+_USES = 0x1 | 0x10 | 0x20  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
 _F_NOTIFY = 1026
 _RLIMIT_CORE = 4
-_LONG = 0xFFFFFFFFFFFFFFFF
+_POINTER = 0xFFFFFFFFFFFFFFFF
 _MAP_HUGETLB, _MFD_HUGETLB = 0x40000, 0x4
 _MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
 _S_IFMT = 0o170000
@@ -127,10 +112,13 @@ def rules(profile: str) -> Iterator[Rule]:
     for name in _ALLOWED:
         if strict and name in _STRICT_ARGUMENTS:
             continue
-        yield name, ALLOW, None
+        yield name, ALLOW, ()
     for name in _DENIED:
-        yield name, DENY, None
-    yield from _clone()
+        yield name, DENY, ()
+    if strict:
+        yield from _strict()
+    # Threads and processes, but no namespaces. clone3 hides its flags behind a pointer: ENOSYS, libc falls back.
+    yield from _either("clone", AnyBit(0, _CLONE_NEW), DENY, ALLOW)
     yield from _only("ioctl", 1, _TERMINAL_IOCTLS, inside=DENY, outside=ALLOW)
     # Loading a further filter can only take something away; that is how the second one of ``strict`` comes about.
     prctl = (*_PRCTL, _PR_SET_SECCOMP) if strict else _PRCTL
@@ -141,27 +129,22 @@ def rules(profile: str) -> Iterator[Rule]:
     yield from _host_wide()
     yield from _huge_pages(strict=strict)
     for call, index in (("mknod", 1), ("mknodat", 2)):
-        for kind in range(0, _S_IFMT + 1, 0o010000):
-            action = DENY if kind in _MKNOD_DEVICES else ALLOW
-            yield call, action, Condition(index, _S_IFMT, kind)
-    if strict:
-        yield from _strict()
+        for kind in _MKNOD_DEVICES:
+            yield call, DENY, (Equal(index, _S_IFMT, kind),)
+        yield call, ALLOW, ()
 
 
 def _sockets() -> Iterator[Rule]:
     """TCP, UDP, ICMP and Unix sockets. Asking for another protocol makes the kernel load its module, for anybody."""
     for call in ("socket", "socketpair"):
-        yield call, ALLOW, Condition(0, WORD, _AF_UNIX)
+        yield call, ALLOW, (Equal(0, WORD, _AF_UNIX),)
         for family in _INTERNET:
-            of_family = Condition(0, WORD, family)
+            of_family = Equal(0, WORD, family)
             for protocol in _PROTOCOLS:
-                yield call, ALLOW, (of_family, Condition(2, WORD, protocol))
-            yield call, NO_PROTOCOL, (of_family, Condition(2, WORD, _MPTCP))
-            for mask, value in complement((*_PROTOCOLS, _MPTCP)):
-                yield call, DENY, (of_family, Condition(2, mask, value))
-        yield call, NO_FAMILY, Condition(0, WORD, _AF_NETLINK)
-        for mask, value in complement((_AF_UNIX, *_INTERNET, _AF_NETLINK)):
-            yield call, DENY, Condition(0, mask, value)
+                yield call, ALLOW, (of_family, Equal(2, WORD, protocol))
+            yield call, NO_PROTOCOL, (of_family, Equal(2, WORD, _MPTCP))
+        yield call, NO_FAMILY, (Equal(0, WORD, _AF_NETLINK),)
+        yield call, DENY, ()
 
 
 def _watches() -> Iterator[Rule]:
@@ -170,9 +153,7 @@ def _watches() -> Iterator[Rule]:
     A watch is on the inode, whichever mount it is seen through: opens of /usr/bin/* tell which programs the host and
     the other plugins run, and when.
     """
-    for bit in _USES:
-        yield "inotify_add_watch", DENY, Condition(2, bit, bit)
-    yield "inotify_add_watch", ALLOW, Condition(2, sum(_USES), 0)
+    yield from _either("inotify_add_watch", AnyBit(2, _USES), DENY, ALLOW)
     yield from _only("fcntl", 1, (_F_NOTIFY,), inside=DENY, outside=ALLOW)
 
 
@@ -184,25 +165,18 @@ def _host_wide() -> Iterator[Rule]:
     crash; 0 does not. So it stays as it is, and may be asked for. (The requests of Linux native AIO are counted
     against one limit for the whole host, so its calls are not known here at all.)
     """
-    yield "sync", PRETEND, None
-    yield "setrlimit", INVALID, Condition(0, WORD, _RLIMIT_CORE)
-    yield "prlimit64", ALLOW, (Condition(1, WORD, _RLIMIT_CORE), Condition(2, _LONG, 0))
-    yield "prlimit64", INVALID, (Condition(1, WORD, _RLIMIT_CORE), NotZero(2))
-    for mask, value in complement((_RLIMIT_CORE,)):
-        yield "setrlimit", ALLOW, Condition(0, mask, value)
-        yield "prlimit64", ALLOW, Condition(1, mask, value)
+    yield "sync", PRETEND, ()
+    yield "setrlimit", INVALID, (Equal(0, WORD, _RLIMIT_CORE),)
+    yield "setrlimit", ALLOW, ()
+    yield "prlimit64", INVALID, (Equal(1, WORD, _RLIMIT_CORE), AnyBit(2, _POINTER))
+    yield "prlimit64", ALLOW, ()
 
 
 def _huge_pages(*, strict: bool) -> Iterator[Rule]:
     """The host's reserved huge pages are counted against no memory cap, so nobody gets any."""
-    yield "mmap", REFUSE, (Condition(3, _MAP_HUGETLB, _MAP_HUGETLB), Condition(2, _BOTH, 0))
-    for value in (_PROT_WRITE, _PROT_EXEC):
-        yield "mmap", REFUSE, (Condition(3, _MAP_HUGETLB, _MAP_HUGETLB), Condition(2, _BOTH, value))
+    yield from _either("mmap", AnyBit(3, _MAP_HUGETLB), REFUSE, ALLOW)
     if not strict:
-        yield "mmap", REFUSE, (Condition(3, _MAP_HUGETLB, _MAP_HUGETLB), Condition(2, _BOTH, _BOTH))
-        yield "mmap", ALLOW, Condition(3, _MAP_HUGETLB, 0)
-        yield "memfd_create", REFUSE, Condition(1, _MFD_HUGETLB, _MFD_HUGETLB)
-        yield "memfd_create", ALLOW, Condition(1, _MFD_HUGETLB, 0)
+        yield from _either("memfd_create", AnyBit(1, _MFD_HUGETLB), REFUSE, ALLOW)
 
 
 _STRICT_ARGUMENTS = ("mprotect", "pkey_mprotect", "execveat", "fork", "vfork")
@@ -218,14 +192,11 @@ def _strict() -> Iterator[Rule]:
     What may be mapped executable is then a file of a mount that is not noexec: nothing the plugin can write to.
     Forks are the business of ``sealing_rules``: pid 1 lives under these rules and has to fork the sidecar.
     """
-    yield "mmap", DENY, Condition(2, _BOTH, _BOTH)
-    for value in (0, _PROT_WRITE, _PROT_EXEC):
-        yield "mmap", ALLOW, (Condition(3, _MAP_HUGETLB, 0), Condition(2, _BOTH, value))
+    yield "mmap", DENY, (Equal(2, _BOTH, _BOTH),)
     for call in ("mprotect", "pkey_mprotect"):
-        yield call, DENY, Condition(2, _PROT_EXEC, _PROT_EXEC)
-        yield call, ALLOW, Condition(2, _PROT_EXEC, 0)
+        yield from _either(call, AnyBit(2, _PROT_EXEC), DENY, ALLOW)
     for call in ("memfd_create", "execveat", "fork", "vfork"):
-        yield call, DENY, None
+        yield call, DENY, ()
 
 
 def sealing_rules() -> Iterator[Rule]:
@@ -237,47 +208,22 @@ def sealing_rules() -> Iterator[Rule]:
     recorded by name: a process has one listener, the first filter's.
     """
     for call in ("fork", "vfork"):
-        yield call, REFUSE, None
-    yield "clone", REFUSE, Condition(0, _CLONE_THREAD, 0)
-
-
-def _clone() -> Iterator[Rule]:
-    """Threads and processes, but no namespaces. clone3 hides its flags behind a pointer: ENOSYS, libc falls back."""
-    flags = _CLONE_NEW
-    yield "clone", ALLOW, Condition(0, sum(flags), 0)
-    for flag in flags:
-        yield "clone", DENY, Condition(0, flag, flag)
+        yield call, REFUSE, ()
+    yield "clone", REFUSE, (Equal(0, _CLONE_THREAD, 0),)
 
 
 def _only(call: str, index: int, values: Iterable[int], *, inside: str, outside: str) -> Iterator[Rule]:
-    values = tuple(values)
     for value in values:
-        yield call, inside, Condition(index, WORD, value)
-    for mask, value in complement(values):
-        yield call, outside, Condition(index, mask, value)
+        yield call, inside, (Equal(index, WORD, value),)
+    yield call, outside, ()
 
 
-def complement(values: Iterable[int], bits: int = 32) -> list[tuple[int, int]]:
-    """Disjoint (mask, value) pairs that together match every ``bits``-wide word that is not in ``values``."""
-    wanted = {value & ((1 << bits) - 1) for value in values}
-    pairs: list[tuple[int, int]] = []
-
-    def walk(prefix: int, depth: int, inside: set[int]) -> None:
-        if not inside:
-            pairs.append((((1 << depth) - 1) << (bits - depth), prefix))
-            return
-        if depth == bits:
-            return
-        bit = 1 << (bits - depth - 1)
-        walk(prefix, depth + 1, {v for v in inside if not v & bit})
-        walk(prefix | bit, depth + 1, {v for v in inside if v & bit})
-
-    walk(0, 0, wanted)
-    return pairs
+def _either(call: str, condition: Condition, holds: str, otherwise: str) -> Iterator[Rule]:
+    yield call, holds, (condition,)
+    yield call, otherwise, ()
 
 
 @functools.cache
 def fingerprint() -> str:
-    """Changes when any rule of any profile changes; part of the cache key of compiled programs."""
-    text = repr([sorted(map(repr, listed)) for listed in (rules("default"), rules("strict"), sealing_rules())])
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Changes when any rule of any profile changes, or what they are compiled to."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, bpf.__file__))).hexdigest()

@@ -53,20 +53,34 @@ def handled_rights(version: int) -> int:
 
 def restrict(version: int, rules: list[tuple[str, int]], *, scoped: int = 0) -> None:
     """Deny the calling thread everything that the rules (path, rights) do not allow; needs no_new_privs."""
-    handled = handled_rights(version)
-    attr = _Ruleset(handled, 0, scoped if version >= 6 else 0)
-    size = 8 if version < 4 else 16 if version < 6 else 24
-    ruleset = syscall("landlock_create_ruleset", ctypes.byref(attr), size, 0)
+    ruleset = new_ruleset(version, scoped=scoped)
     try:
         for path, rights in rules:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            try:
-                rule = _PathBeneath(rights & handled, fd)
-                syscall("landlock_add_rule", ruleset, _PATH_BENEATH, ctypes.byref(rule), 0)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, f"landlock rule for {path}") from None
-            finally:
-                os.close(fd)
-        syscall("landlock_restrict_self", ruleset, 0)
+            allow(ruleset, version, path, rights)
+        restrict_self(ruleset)
     finally:
         os.close(ruleset)
+
+
+def new_ruleset(version: int, *, scoped: int = 0) -> int:
+    """A descriptor of a ruleset that denies every file right, and the scopes where this ABI has them."""
+    attr = _Ruleset(handled_rights(version), 0, scoped if version >= 6 else 0)
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    return syscall("landlock_create_ruleset", ctypes.byref(attr), size, 0)
+
+
+def allow(ruleset: int, version: int, path: str, rights: int) -> None:
+    """Allow rights on what ``path`` is now, and below it."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = _PathBeneath(rights & handled_rights(version), fd)
+        syscall("landlock_add_rule", ruleset, _PATH_BENEATH, ctypes.byref(rule), 0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"landlock rule for {path}") from None
+    finally:
+        os.close(fd)
+
+
+def restrict_self(ruleset: int) -> None:
+    """Put a ruleset in force for the calling thread; needs no_new_privs."""
+    syscall("landlock_restrict_self", ruleset, 0)

@@ -33,6 +33,7 @@ _FSMOUNT_CLOEXEC = 1
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _MOVE_EMPTY_FROM = 0x4
 _MNT_DETACH = 2
+_MS_REMOUNT = 32
 
 
 class _MountAttr(ctypes.Structure):
@@ -99,6 +100,14 @@ def mount(kind: str, path: str, flags: int, options: str) -> None:
     call(
         libc.mount, f"mount of {kind} on {path}",
         kind.encode(), os.fsencode(path), kind.encode(), ctypes.c_ulong(flags), options.encode(),
+    )  # fmt: skip
+
+
+def remount(path: str, flags: int, options: str) -> None:
+    """Change the options of the file system that is mounted at ``path``; the flags are those of the mount anew."""
+    call(
+        libc.mount, f"change of the mount on {path}",
+        None, os.fsencode(path), None, ctypes.c_ulong(flags | _MS_REMOUNT), options.encode(),
     )  # fmt: skip
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import struct
-import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,9 +19,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.seal import load_public
 from isolator.audit.verify import verify
 from tests.audit.conftest import UID, Daemon
-
-EXT4_IOC_SHUTDOWN = 0x8004587D
-NO_LOG_FLUSH = 2
+from tests.disks import ext4_image, run, shut_down
 
 
 async def until(condition: Callable[[], bool], client: AuditClient) -> None:
@@ -38,10 +33,6 @@ async def until(condition: Callable[[], bool], client: AuditClient) -> None:
 async def settled(client: AuditClient) -> None:
     async with asyncio.timeout(30):
         await client.settled()
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
 
 
 def complete(daemon: Daemon, count: int) -> None:
@@ -59,12 +50,10 @@ def numbers(daemon: Daemon) -> list[int]:
 @contextlib.contextmanager
 def ext4(place: Path, size: int) -> Iterator[Callable[[], None]]:
     """A small ext4 mounted on ``place``; the value mounts it again after it was unmounted."""
-    with tempfile.NamedTemporaryFile(prefix="isolator-disk-") as image:
-        image.truncate(size)
-        run("mkfs.ext4", "-q", "-m", "0", image.name)
+    with ext4_image(size) as image:
 
         def mount() -> None:
-            run("mount", "-o", "loop", image.name, str(place))
+            run("mount", "-o", "loop", image, str(place))
             os.chown(place, UID, UID)
 
         mount()
@@ -159,9 +148,7 @@ async def disk_dies(daemon: Daemon) -> None:
         for number in range(500):
             host.record("event.accepted", number=number, filler="x" * 200)
         await settled(host)
-        fd = os.open(log, os.O_RDONLY)
-        fcntl.ioctl(fd, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
-        os.close(fd)
+        shut_down(log)
         acked = host.acked
         for number in range(500, 600):
             host.record("event.accepted", number=number)

@@ -189,6 +189,8 @@ async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> Non
     assert {r["type"] for r in found("--since", middle)} >= {"net.denied", "net.connect", "audit.seal"}
     assert len(found("--since", "1h", "--plugin", "p1")) == 51
     assert found("--until", "2020-01-01") == []
+    nothing = run(daemon, "query", "--until", "2020-01-01")
+    assert (nothing.stdout, nothing.stderr) == ("", "no record matches\n")
 
 
 async def test_verify_on_the_command_line(daemon: Daemon) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from isolator.policy.model import NetworkPolicy
 from tests.egress.conftest import MakeCage, listed
-from tests.egress.world import WEB, BrokerProcess, World
+from tests.egress.internet import WEB
+from tests.egress.world import BrokerProcess, World
 
 
 async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage, broker: BrokerProcess) -> None:

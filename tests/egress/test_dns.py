@@ -22,7 +22,8 @@ from isolator.egress.virtual import VirtualPool
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
 from tests.egress.conftest import MakeCage, listed
-from tests.egress.world import OTHER, WEB, BrokerProcess, Dns, World
+from tests.egress.internet import OTHER, WEB, Dns
+from tests.egress.world import BrokerProcess, World
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.egress.conftest import MakeCage, listed
-from tests.egress.world import METADATA, OTHER, PRIVATE, WEB, BrokerProcess, World
+from tests.egress.internet import METADATA, OTHER, PRIVATE, WEB
+from tests.egress.world import BrokerProcess, World
 
 RAW = """
 def raw(host, port, data, timeout=5):
@@ -216,7 +217,7 @@ async def test_other_cages_names_and_addresses_are_of_no_use(cages: MakeCage, br
 async def test_a_new_address_of_the_host_is_out_of_reach_at_once(
     cages: MakeCage, broker: BrokerProcess, pretend: World
 ) -> None:
-    from tests.egress.world import run_in
+    from tests.egress.internet import run_in
 
     cage = await cages(NetworkPolicy(mode="public"))
     assert await cage.client(f"print(tcp({OTHER!r}, 80).getpeername()[0])") == OTHER

@@ -12,7 +12,8 @@ from isolator.layers import network
 from isolator.linux import netns
 from isolator.policy.model import ListenRule, NetworkPolicy
 from tests.egress.conftest import MakeCage, listed
-from tests.egress.world import HOST, BrokerProcess, CageNet, World, run_client, run_in
+from tests.egress.internet import HOST, run_in
+from tests.egress.world import BrokerProcess, CageNet, World, run_client
 
 SERVE = """
 s = socket.create_server((ADDRESS, 3000), family=socket.AF_INET6 if ':' in ADDRESS else socket.AF_INET)

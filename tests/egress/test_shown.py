@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.egress.world import METADATA, OTHER, WEB, World
+from tests.egress.internet import METADATA, OTHER, WEB
+from tests.egress.world import World
 from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n'
@@ -33,7 +34,6 @@ REFUSED = (
     "http://rebind.example.com/",
 )
 EGRESS = ("hooks.example.com:443", "rebind.example.com:80", "metadata.example.com:80")
-
 PYTHON = """\
 import sys, urllib.request
 for url in sys.argv[1:]:

@@ -19,19 +19,9 @@ from isolator.egress.rules import Rules
 from isolator.layers import network
 from isolator.policy.model import NetworkPolicy
 from tests.egress.conftest import listed
+from tests.egress.internet import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
 from tests.egress.test_guarantees import RAW
-from tests.egress.world import (
-    GATEWAY,
-    HOST,
-    METADATA,
-    OTHER,
-    PRIVATE,
-    WEB,
-    BrokerProcess,
-    CageNet,
-    World,
-    run_client,
-)
+from tests.egress.world import BrokerProcess, CageNet, World, run_client
 
 Ruleset = Callable[[str], str]
 

@@ -13,51 +13,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import http.server
 import json
 import os
 import shutil
 import socket
-import socketserver
-import ssl
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dns.message
-import dns.rcode
-import dns.rdatatype
-import dns.rrset
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
-from isolator.audit.client import AuditClient
 from isolator.egress.hardening import filter_file
 from isolator.ipc import Channel, Message, pair
 from isolator.layers import network
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
+from tests.egress.internet import (
+    GATEWAY,
+    GATEWAY6,
+    HOST,
+    HOST6,
+    INSIDE6,
+    METADATA,
+    OTHER,
+    PRIVATE,
+    WEB,
+    WEB6,
+    Internet,
+    run_in,
+)
 
-WEB, OTHER, THIRD = "93.184.216.34", "1.2.3.4", "5.6.7.8"
-WEB6 = "2606:2800:220:1::34"
-METADATA, PRIVATE = "169.254.169.254", "10.9.9.9"
-INSIDE6 = ("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "fd00::1")
-"""Addresses that must not be reached, and are there to be reached: else nobody could tell why they are not."""
-HOST, GATEWAY = "45.0.0.2", "45.0.0.1"
-HOST6, GATEWAY6 = "2a00:1::2", "2a00:1::1"
 BROKER_UID, CLIENT_UID = 64901, 64902
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
 PRELUDE = """
 import socket, ssl, time, urllib.request, errno, sys, struct
 CA = 'CA_FILE'
@@ -77,240 +66,6 @@ def tcp(host, port, timeout=5):
     return socket.create_connection((host, port), timeout)
 """
 """What every client has at hand; ``CA_FILE`` is replaced by the pretend authority's certificate."""
-
-
-def run_in(fd: int, *command: str) -> None:
-    """Run a command in a network namespace; raises when it fails."""
-    netns.in_network(fd, lambda: subprocess.run(command, check=True, capture_output=True, text=True))
-
-
-class Dns:
-    """An authoritative-looking resolver: ``records[name]`` is a list of answers, or a function that makes one."""
-
-    def __init__(self, udp: socket.socket, tcp: socket.socket) -> None:
-        self.records: dict[str, list[str] | Callable[[], list[str]]] = {}
-        self.ttl = 60
-        self.asked: list[str] = []
-        self.silent = False
-        self.truncate = False
-        self._udp, self._tcp = udp, tcp
-        threading.Thread(target=self._serve, daemon=True).start()
-        threading.Thread(target=self._serve_tcp, daemon=True).start()
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                wire, peer = self._udp.recvfrom(4096)
-                if not wire:  # shut down
-                    return
-                reply = self._reply(wire)
-                if reply is not None:
-                    if self.truncate:
-                        message = dns.message.make_response(dns.message.from_wire(wire))
-                        message.flags |= dns.flags.TC
-                        reply = message.to_wire()
-                    self._udp.sendto(reply, peer)
-
-    def _serve_tcp(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._tcp.accept()
-                with connection, connection.makefile("rb") as stream:
-                    length = struct.unpack("!H", stream.read(2))[0]
-                    reply = self._reply(stream.read(length))
-                    if reply is not None:
-                        connection.sendall(struct.pack("!H", len(reply)) + reply)
-
-    def _reply(self, wire: bytes) -> bytes | None:
-        query = dns.message.from_wire(wire)
-        question = query.question[0]
-        name = question.name.to_text(omit_final_dot=True).lower()
-        self.asked.append(name)
-        if self.silent:
-            return None
-        reply = dns.message.make_response(query)
-        found = self.records.get(name)
-        if found is None:
-            reply.set_rcode(dns.rcode.NXDOMAIN)
-        else:
-            for item in found() if callable(found) else found:
-                kind = "AAAA" if ":" in item else "A" if item[0].isdigit() else "CNAME"
-                if kind == "CNAME" or kind == dns.rdatatype.to_text(question.rdtype):
-                    text = f"{item}." if kind == "CNAME" else item
-                    reply.answer.append(dns.rrset.from_text(question.name, self.ttl, "IN", kind, text))
-        return reply.to_wire()
-
-
-class _Http(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        body = f"host={self.headers['Host']} from={self.client_address[0]}".encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        return
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """A threaded server on a socket that was made elsewhere."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, sock: socket.socket, handler: Any, context: ssl.SSLContext | None = None) -> None:
-        super().__init__(("0.0.0.0", 0), handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = sock
-        self.server_address = sock.getsockname()
-        self.server_name, self.server_port = "pretend", sock.getsockname()[1]
-        self.context = context
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def get_request(self) -> tuple[Any, Any]:
-        connection, peer = self.socket.accept()
-        if self.context is not None:
-            connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        return connection, peer
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        return
-
-
-class _Echo(socketserver.BaseRequestHandler):
-    """Echoes until the end, then says how much it saw: shows that half-close works."""
-
-    def handle(self) -> None:
-        total = 0
-        while data := self.request.recv(65536):
-            total += len(data)
-            self.request.sendall(data)
-        self.request.sendall(f"[{total}]".encode())
-
-
-class _Banner(socketserver.BaseRequestHandler):
-    """Speaks first, like SSH, SMTP and many databases."""
-
-    def handle(self) -> None:
-        self.request.sendall(b"220 hello\r\n")
-        self.request.sendall(b"got " + self.request.recv(1000))
-
-
-class _Database(socketserver.BaseRequestHandler):
-    """Answers whatever it is asked."""
-
-    def handle(self) -> None:
-        self.request.recv(1000)
-        self.request.sendall(b"row: secret")
-
-
-class Internet:
-    """The far side of the veth, with its servers."""
-
-    def __init__(self, directory: Path) -> None:
-        self.fd = netns.in_new_network(netns.current_network)
-        self.directory = directory
-        self.servers: list[Any] = []
-
-    def start(self) -> None:
-        """Make the servers; the link is up already."""
-        self.dns = Dns(self.bound(WEB, 53, socket.SOCK_DGRAM), self.bound(WEB, 53))
-        context = _certificate(self.directory)
-        for family in ("0.0.0.0", "::"):
-            self.servers += [
-                Server(self.bound(family, 80), _Http),
-                Server(self.bound(family, 443), _Http, context),
-                Server(self.bound(family, 7), _Echo),
-                Server(self.bound(family, 25), _Banner),
-                Server(self.bound(family, 8080), _Http),
-                Server(self.bound(family, 853), _Http, context),
-            ]
-        self.dns.records.update(
-            {
-                "hooks.example.com": [WEB],
-                "other.example.com": [OTHER],
-                "six.example.com": [WEB6],
-                "both.example.com": [WEB6, WEB],
-                "metadata.example.com": [METADATA],
-                "private.example.com": [PRIVATE],
-                "mixed.example.com": [PRIVATE, WEB],
-                "host.example.com": [HOST],
-                "loopback.example.com": ["127.0.0.1"],
-                "gateway.example.com": [GATEWAY],
-                "alias.example.com": ["target.example.net"],
-                "target.example.net": [WEB],
-                "evilalias.example.com": ["inside.example.net"],
-                "inside.example.net": [PRIVATE],
-                "dead.example.com": [THIRD],
-                "mapped.example.com": [f"::ffff:{METADATA}"],
-                "nat64.example.com": ["64:ff9b::a9fe:a9fe"],
-                "6to4.example.com": ["2002:a9fe:a9fe::1"],
-            }
-        )
-
-    def serve_host(self, host_fd: int) -> None:
-        """What the host itself serves and no cage may reach: a web server, and a database on its loopback."""
-        self.servers += [
-            Server(self.bound("0.0.0.0", 80, fd=host_fd), _Http),
-            Server(self.bound("127.0.0.1", 5432, fd=host_fd), _Database),
-        ]
-
-    def bound(
-        self, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM, *, fd: int | None = None
-    ) -> socket.socket:
-        """A listening or bound socket inside the internet namespace, or that of ``fd``."""
-
-        def make() -> socket.socket:
-            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if ":" in address:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address, port))
-            if kind == socket.SOCK_STREAM:
-                sock.listen(256)
-            return sock
-
-        return netns.in_network(self.fd if fd is None else fd, make)
-
-    def stop(self) -> None:
-        """Close servers and namespace."""
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
-        for sock in (self.dns._udp, self.dns._tcp):
-            # A blocked accept or recvfrom does not notice a close, but it does notice a shutdown.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        os.close(self.fd)
-
-
-def _certificate(directory: Path) -> ssl.SSLContext:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pretend")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("*.example.com")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    (directory / "key.pem").chmod(0o600)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "ca.pem", directory / "key.pem")
-    return context
 
 
 @dataclass
@@ -538,4 +293,4 @@ async def run_client(world: World, fd: int, resolv: str, code: str, timeout: flo
     return out.decode().strip()
 
 
-__all__ = ["AuditClient", "BrokerProcess", "CageNet", "World", "world"]
+__all__ = ["WEB", "BrokerProcess", "CageNet", "World", "world"]

@@ -4,7 +4,7 @@ It speaks the supervisor's half of docs/internals.md over real SOCK_SEQPACKET pa
 unprivileged process that can be killed, and runs sidecars as plain processes of a user of their own with real Unix
 sockets and real pipes. There are no cages here: those are the supervisor's, and have tests of their own.
 
-It also plays the audit process: every record is kept in ``records`` and acknowledged.
+It also plays the audit process (``witness``): every record is kept in ``records`` and acknowledged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isolator.audit.record import FIGURES
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
 from isolator.ipc import Channel, Message, pair
 from isolator.paths import Paths
 from isolator.policy.effective import meet
-from isolator.policy.explain import proposal_json
 from isolator.policy.hostconfig import HostConfig
 from isolator.policy.request import parse_manifest_core
+from tests.host.registrar_double import RegistrarDouble
+from tests.host.witness import Witness
 
 HOST_UID = 64001
 PLUGIN_UID = 64002
@@ -62,15 +62,14 @@ class Sidecar:
         return self.folder / "run"
 
 
-class Daemon:
+class Daemon(Witness):
     """The double: start it, register scripts, talk to the host through its control socket."""
 
     def __init__(self, root: Path, *, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
         self.root = root
         self.paths = Paths.of(root)
         self.config = HostConfig.model_validate(config or {})
-        self.records: list[dict[str, Any]] = []
-        self.audit_acks = True
         self.host: asyncio.subprocess.Process | None = None
         self.channel: Channel | None = None
         self.sidecars: dict[str, Sidecar] = {}
@@ -78,12 +77,7 @@ class Daemon:
         self.first = ""
         """Python that the host process runs first, from its next start on."""
         self._code = root / "code"
-        self._audit: socket.socket | None = None
-        self._audit_received = 0
-        self._news = asyncio.Condition()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._staged: dict[str, tuple[dict[str, Any], bytes]] = {}
-        self._sources: dict[str, Path] = {}
+        self.registrar = RegistrarDouble(self)
         self._runs = 0
         self.hello_plugins: list[str] | None = None
 
@@ -117,21 +111,14 @@ class Daemon:
         )
         theirs.close()
         audit_theirs.close()
-        self._listen_to_audit(audit_ours)
+        self.listen_to_audit(audit_ours)
         handlers = {
             "run.ensure": self._ensure,
             "run.connect": self._connect,
             "run.stop": self._stop,
             "run.restart": self._restart,
-            "plugin.stage": self._stage,
-            "plugin.commit": self._commit,
-            "plugin.update": self._commit,
-            "plugin.discard": self._discard,
-            "plugin.remove": self._remove,
-            "plugin.enable": self._enable,
-            "plugin.disable": self._disable,
             "plugin.status": self._status,
-            "policy.explain": self._explain,
+            **self.registrar.handlers(),
         }
         self.channel = Channel(ours, handlers, name="host")
         self.paths.control_socket.unlink(missing_ok=True)
@@ -181,7 +168,7 @@ class Daemon:
                 raise AssertionError("the host did not end when its channel closed") from None
         for task in list(self._tasks):
             task.cancel()
-        self._close_audit()
+        self.close_audit()
 
     # Plugins
 
@@ -197,12 +184,13 @@ class Daemon:
             "hooks": hooks or ["deploy.completed"],
             **more,
         }
-        sidecar = self._make(manifest, uid)
+        sidecar = self.make(manifest, uid)
         (sidecar.folder / "main.py").write_text(script)
         self.changed(sidecar)
         return sidecar
 
-    def _make(self, manifest: dict[str, Any], uid: int) -> Sidecar:
+    def make(self, manifest: dict[str, Any], uid: int = PLUGIN_UID) -> Sidecar:
+        """A plugin of this manifest, with its folders."""
         folder = self.root / "plugins" / manifest["name"]
         sidecar = Sidecar(manifest["name"], folder, manifest, uid)
         sidecar.socket_folder.mkdir(parents=True)
@@ -271,7 +259,7 @@ class Daemon:
         sidecar.pipes = [out[0], err[0]]
         sidecar.state = "running"
         self._announce(sidecar)
-        self._keep(self._watch(sidecar, sidecar.process, sidecar.run))
+        self.keep(self._watch(sidecar, sidecar.process, sidecar.run))
 
     def _host_socket(self, sidecar: Sidecar) -> Path:
         return sidecar.folder / "host.sock"
@@ -292,7 +280,7 @@ class Daemon:
             pid=sidecar.process.pid,
         )
         listener.close()
-        self._wake()
+        self.wake()
 
     async def _watch(self, sidecar: Sidecar, process: asyncio.subprocess.Process, run: str) -> None:
         code = await process.wait()
@@ -313,7 +301,7 @@ class Daemon:
             state=sidecar.state,
             retry_in=BACKOFF if again else None,
         )
-        self._wake()
+        self.wake()
         if again:
             await asyncio.sleep(BACKOFF)
             async with sidecar.lock:
@@ -334,14 +322,15 @@ class Daemon:
 
     # What the host asks
 
-    def _find(self, message: Message) -> Sidecar:
+    def find(self, message: Message) -> Sidecar:
+        """The plugin that a message is about."""
         name = str(message.fields.get("name"))
         if name not in self.sidecars:
             raise NotFoundError(f"plugin {name}", "no such plugin")
         return self.sidecars[name]
 
     async def _ensure(self, message: Message) -> dict[str, Any]:
-        sidecar = self._find(message)
+        sidecar = self.find(message)
         if sidecar.state == "disabled":
             raise IsolatorError(f"plugin {sidecar.name}", "is disabled")
         if sidecar.state == "failed" and message.fields.get("reason") != "operator":
@@ -353,7 +342,7 @@ class Daemon:
         return {"run": sidecar.run, "pid": sidecar.process.pid}
 
     async def _connect(self, message: Message) -> Message:
-        sidecar = self._find(message)
+        sidecar = self.find(message)
         end = time.monotonic() + float(message.fields["deadline"])
         while True:
             if sidecar.run != message.fields["run"]:
@@ -376,161 +365,20 @@ class Daemon:
                 raise
 
     async def _stop(self, message: Message) -> dict[str, Any]:
-        await self.stop_sidecar(self._find(message), str(message.fields.get("reason")))
+        await self.stop_sidecar(self.find(message), str(message.fields.get("reason")))
         return {}
 
     async def _restart(self, message: Message) -> dict[str, Any]:
-        sidecar = self._find(message)
+        sidecar = self.find(message)
         await self.stop_sidecar(sidecar)
         async with sidecar.lock:
             await self._spawn(sidecar)
         return {"run": sidecar.run}
 
-    async def _stage(self, message: Message) -> Message:
-        fields = message.fields
-        if fields.get("update"):
-            fields = {"path": str(self._sources[fields["update"]]), **fields}
-        if fields.get("path"):
-            text = (Path(fields["path"]) / "plugin.json").read_bytes()
-        else:
-            text = json.dumps(
-                {
-                    "name": fields["name"],
-                    "version": "0.0.0+sha256.0123456789ab",
-                    "api_version": "1",
-                    "binary": "./" + Path(fields["binary"]).name,
-                    "hooks": fields["hooks"],
-                }
-            ).encode()
-        core = parse_manifest_core(text)
-        token = f"token{len(self._staged)}"
-        self._staged[token] = (fields, text)
-        file = os.memfd_create("plugin.json", os.MFD_CLOEXEC)
-        os.write(file, text)
-        proposal = proposal_json(meet(core, None, self.config), policy_file=f"/etc/{core.name}.toml")
-        answer = {
-            "token": token,
-            "name": core.name,
-            "digest": "1" * 64,
-            "synthesised": core.synthesised,
-            "proposal": proposal,
-            "registered": core.name in self.sidecars,
-            "differences": [],
-            "unchanged": False,
-        }
-        return Message(answer, [file])
-
-    async def _commit(self, message: Message) -> dict[str, Any]:
-        fields, text = self._staged.pop(message.fields["token"])
-        manifest = json.loads(text)
-        sidecar = self.sidecars.get(manifest["name"]) or self._make(manifest, PLUGIN_UID)
-        sidecar.manifest = manifest
-        source = Path(fields["path"]) / manifest["binary"] if fields.get("path") else Path(fields["binary"])
-        self._sources[sidecar.name] = source.parent
-        target = sidecar.folder / manifest["binary"]
-        shutil.copy(source, target)
-        target.chmod(0o755)
-        return {"plugin": self.entry(sidecar)}
-
-    async def _discard(self, message: Message) -> dict[str, Any]:
-        self._staged.pop(message.fields["token"], None)
-        self._wake()
-        return {}
-
-    async def _remove(self, message: Message) -> dict[str, Any]:
-        sidecar = self._find(message)
-        await self.stop_sidecar(sidecar)
-        del self.sidecars[sidecar.name]
-        shutil.rmtree(sidecar.folder)
-        return {}
-
-    async def _enable(self, message: Message) -> dict[str, Any]:
-        return await self._set_state(message, "stopped")
-
-    async def _disable(self, message: Message) -> dict[str, Any]:
-        return await self._set_state(message, "disabled")
-
-    async def _set_state(self, message: Message, state: str) -> dict[str, Any]:
-        sidecar = self._find(message)
-        await self.stop_sidecar(sidecar)
-        sidecar.state = state
-        self.changed(sidecar)
-        return {"plugin": self.entry(sidecar)}
-
     async def _status(self, _: Message) -> dict[str, Any]:
         return {"plugins": [self.entry(s) for s in self.sidecars.values()]}
 
-    async def _explain(self, message: Message) -> dict[str, Any]:
-        core = parse_manifest_core(json.dumps(self._find(message).manifest).encode())
-        return {"proposal": proposal_json(meet(core, None, self.config), policy_file="x.toml")}
-
-    # Audit
-
-    def _listen_to_audit(self, sock: socket.socket) -> None:
-        self._close_audit()
-        sock.setblocking(False)
-        self._audit, self._audit_received = sock, 0
-        asyncio.get_running_loop().add_reader(sock, self._audit_readable)
-
-    def _audit_readable(self) -> None:
-        assert self._audit is not None
-        while True:
-            try:
-                packet = self._audit.recv(1 << 18)
-            except BlockingIOError:
-                break
-            except OSError:
-                packet = b""
-            if not packet:
-                asyncio.get_running_loop().remove_reader(self._audit)
-                break
-            lines = packet.split(b"\n")
-            self._audit_received += len(lines)
-            self.records += [json.loads(line) for line in lines if not line.startswith(FIGURES)]
-        if self.audit_acks:
-            self.tell_audit({"acked": self._audit_received})
-        self._wake()
-
-    def tell_audit(self, message: dict[str, Any]) -> None:
-        """Say something to the host as the audit process would."""
-        assert self._audit is not None
-        with contextlib.suppress(OSError):
-            self._audit.send(json.dumps(message).encode())
-
-    def _close_audit(self) -> None:
-        if self._audit is not None:
-            asyncio.get_running_loop().remove_reader(self._audit)
-            self._audit.close()
-            self._audit = None
-
-    def of_type(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one type so far."""
-        return [r for r in self.records if r["type"] == kind]
-
-    # Waiting and asking
-
-    def _wake(self) -> None:
-        self._keep(self._notify())
-
-    async def _notify(self) -> None:
-        async with self._news:
-            self._news.notify_all()
-
-    def _keep(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def until(self, condition: Any, timeout: float = 15.0) -> None:
-        """Wait until something the double sees makes ``condition()`` true."""
-        async with asyncio.timeout(timeout), self._news:
-            await self._news.wait_for(condition)
-
-    async def poll(self, condition: Any, timeout: float = 15.0) -> None:
-        """Wait for something that nothing here can see coming, such as a file that a sidecar writes."""
-        async with asyncio.timeout(timeout):
-            while not condition():  # noqa: ASYNC110 # no event tells
-                await asyncio.sleep(0.01)
+    # Asking
 
     async def ask(self, method: str, **params: Any) -> dict[str, Any]:
         """One control call on a connection of its own; raises what the host raised."""
@@ -550,6 +398,13 @@ class Daemon:
         """Emit an event with required fields filled in."""
         payload = {"project_id": "p1", "deployment_id": "d1", "url": "https://a.example", "duration_ms": 5, **fields}
         return await self.ask("event.emit", name=name, payload=payload)
+
+    async def deliver(self, **fields: object) -> dict[str, Any]:
+        """Emit an event that one plugin gets: how its delivery stands in the end."""
+        row = await self.outcome(await self.emit(**fields))
+        (delivery,) = row["deliveries"]
+        assert isinstance(delivery, dict)
+        return delivery
 
     async def outcome(self, emitted: dict[str, Any], timeout: float = 15.0) -> dict[str, Any]:
         """The event once every delivery is final (or the time is up)."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from host import PluginHost
 from isolator.errors import IsolatorError, UnavailableError
-from tests.host import scripts
+from tests import sidecars
 from tests.host.supervisor_double import PLUGIN_UID, Daemon
 
 CALLER = """
@@ -33,7 +33,7 @@ def call(method, params=None, id=1):
 
 
 def _caller(body: str) -> str:
-    return CALLER + scripts.oneshot(body)
+    return CALLER + sidecars.oneshot(body)
 
 
 async def _reply(daemon: Daemon, **fields: Any) -> Any:
@@ -181,7 +181,7 @@ return {{"message": data.decode()}}
 
 
 async def test_another_user_is_turned_away(daemon: Daemon) -> None:
-    sidecar = daemon.add("mine", scripts.OK)
+    sidecar = daemon.add("mine", sidecars.OK)
     await daemon.outcome(await daemon.emit())
     path = daemon._host_socket(sidecar)
     path.chmod(0o666)
@@ -197,7 +197,7 @@ async def test_another_user_is_turned_away(daemon: Daemon) -> None:
 
 
 async def test_a_caller_that_never_reads_costs_a_bounded_amount(daemon: Daemon) -> None:
-    sidecar = daemon.add("mute", scripts.OK, permissions=["kv"])
+    sidecar = daemon.add("mute", sidecars.OK, permissions=["kv"])
     await daemon.outcome(await daemon.emit())
     path = daemon._host_socket(sidecar)
     pid = os.fork()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.host import scripts
+import click
+
+from host.cli.main import cli
+from tests import sidecars
 from tests.host.supervisor_double import REPO, Daemon
 
 MANIFEST: dict[str, Any] = {
@@ -29,6 +34,11 @@ MANIFEST: dict[str, Any] = {
     "novelty": 1,
 }
 
+COMMAND = (
+    *(sys.executable, "-I", "-c"),
+    f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.cli.main import main; main()",
+)
+
 
 @dataclass
 class Ran:
@@ -43,9 +53,8 @@ class Ran:
 
 async def isolator(root: Path, *arguments: str, stdin: str = "", cwd: Path | None = None) -> Ran:
     """Run one command."""
-    main = f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.cli.main import main; main()"
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-c", main, "--root", str(root), *arguments),
+        *(*COMMAND, "--root", str(root), *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -62,7 +71,7 @@ def _folder(daemon: Daemon, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "plugin.json").write_text(json.dumps({**MANIFEST, **changes}))
     body = 'return {"message": os.environ["WEBHOOK_URL"] + os.environ["channel"]}'
-    (folder / "main.py").write_text(f"#!{sys.executable}\n" + scripts.oneshot(body))
+    (folder / "main.py").write_text(f"#!{sys.executable}\n" + sidecars.oneshot(body))
     return folder
 
 
@@ -135,7 +144,7 @@ async def test_nobody_there_to_agree_needs_approval_and_leaves_nothing(daemon: D
     ran = await isolator(daemon.root, "plugin", "add", str(folder))
     assert ran.code == 5
     assert ran.err.splitlines()[-1].startswith("isolator: plugin add: nobody is there to agree")
-    await daemon.until(lambda: not daemon._staged)
+    await daemon.until(lambda: not daemon.registrar.staged)
     assert (await isolator(daemon.root, "plugin", "list", "--json")).json == []
 
 
@@ -158,7 +167,7 @@ async def test_a_typo_in_a_security_section_is_an_error_with_a_hint(daemon: Daem
 async def test_flags_without_a_manifest_make_one_and_config_becomes_secret(daemon: Daemon) -> None:
     binary = daemon.root / "indexer"
     body = 'return {"message": os.environ["api_key"]}'
-    binary.write_text(f"#!{sys.executable}\n" + scripts.oneshot(body))
+    binary.write_text(f"#!{sys.executable}\n" + sidecars.oneshot(body))
     ran = await isolator(
         daemon.root, *("plugin", "add", "--name", "indexer", "--binary", str(binary), "--hooks", "deploy.completed"),
         *("--config", "api_key=-", "--yes"), stdin="very-secret-key\n",
@@ -188,7 +197,7 @@ async def test_a_required_value_that_is_missing_is_said_and_holds_the_queue(daem
 
 async def test_logs_show_lines_redacted_and_follow(daemon: Daemon) -> None:
     body = 'print("secret is", os.environ["token"], "\\x1b[31m", flush=True)\nprint("warn", file=sys.stderr)\nreturn {}'
-    daemon.add("talker", scripts.oneshot(body), config_schema={"token": {"type": "string", "secret": True}})
+    daemon.add("talker", sidecars.oneshot(body), config_schema={"token": {"type": "string", "secret": True}})
     await daemon.ask("config.set", name="talker", config={"token": "s3cr3t-token"})
     await daemon.outcome(await daemon.emit())
     await daemon.poll(lambda: len((daemon.paths.plugin_log / "talker.log").read_text().splitlines()) == 2)
@@ -200,7 +209,7 @@ async def test_logs_show_lines_redacted_and_follow(daemon: Daemon) -> None:
 
 
 async def test_dead_letters_are_listed_and_replayed(daemon: Daemon) -> None:
-    daemon.add("no", scripts.oneshot('return {"status": "rejected", "message": "not for me"}'))
+    daemon.add("no", sidecars.oneshot('return {"status": "rejected", "message": "not for me"}'))
     emitted = await daemon.emit()
     await daemon.outcome(emitted)
     ran = await isolator(daemon.root, "event", "dead")
@@ -223,11 +232,84 @@ async def test_emit_fails_visibly(daemon: Daemon) -> None:
     assert ran.code == 2
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "@/no/such/file")
     assert ran.code == 3
-    daemon.add("no", scripts.oneshot('return {"status": "rejected"}'))
+    daemon.add("no", sidecars.oneshot('return {"status": "rejected"}'))
     payload = json.dumps({"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1})
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", payload, "--wait")
     assert ran.code == 1
     assert "no      dead" in ran.out
+
+
+async def test_what_an_event_needs_is_easy_to_find(daemon: Daemon) -> None:
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "{}")
+    assert (ran.code, "see 'isolator event types deploy.completed'" in ran.err) == (2, True)
+    fields = (await isolator(daemon.root, "event", "types", "deploy.completed")).out.splitlines()
+    assert [line.split()[1] for line in fields if line.split()[0] in ("url", "finished_at", "branch")] == [
+        "required",
+        "filled",
+        "optional",
+    ]
+    (row,) = [r for r in (await isolator(daemon.root, "event", "types")).out.splitlines() if "deploy.completed" in r]
+    assert "duration_ms" in row and "finished_at" not in row
+    (entry,) = (await isolator(daemon.root, "event", "types", "deploy.completed", "--json")).json
+    assert entry["filled"] == "finished_at"
+
+
+async def test_that_there_is_nothing_to_show_is_said(daemon: Daemon) -> None:
+    for words in (("plugin", "list"), ("event", "list"), ("event", "dead")):
+        ran = await isolator(daemon.root, *words)
+        assert (ran.code, ran.out, ran.err[:3]) == (0, "", "no "), words
+
+
+def test_the_examples_of_every_help_can_be_typed() -> None:
+    shown = 0
+    for path, command in _commands(cli, click.Context(cli)):
+        for words in _examples(command.epilog or ""):
+            chosen, context, rest = _chosen(words)
+            chosen.make_parser(context).parse_args(list(rest))  # raises for an option that there is not
+            shown += 1
+        if isinstance(command, click.Group) or len(command.params) > 3:
+            assert "Example" in (command.epilog or ""), f"isolator {path} has no example"
+    assert shown > 30
+
+
+def _commands(command: click.Command, context: click.Context, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from _commands(found, context, f"{path} {name}".strip())
+
+
+def _examples(epilog: str) -> Iterator[list[str]]:
+    """The commands among the examples, each as its words after ``isolator``."""
+    text = epilog.replace("\b", "").replace("\n    ", " ")  # an example may go on in the next line
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True) if line.startswith("  ") else []
+        if "isolator" in words[:2]:
+            ends = [number for number, word in enumerate(words) if word in ("|", ">>", "<")]
+            yield words[words.index("isolator") + 1 : min(ends, default=len(words))]
+
+
+def _chosen(words: list[str]) -> tuple[click.Command, click.Context, list[str]]:
+    """Which command words are for, and the words that are its own."""
+    command: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(command, click.Group):
+        _, words, _ = command.make_parser(context).parse_args(list(words))
+        found = command.get_command(context, words[0]) if words else None
+        assert found is not None, f"no such command: {words}"
+        command, words, context = found, words[1:], click.Context(found, parent=context)
+    return command, context, words
+
+
+async def test_a_check_that_cannot_tell_says_so(daemon: Daemon) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "check", stdout=asyncio.subprocess.PIPE, user=65534, group=65534, extra_groups=[], cwd="/"
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 1
+    assert out.decode().splitlines()[-1] == "Not all of it can be told by this user: run it with sudo."
 
 
 async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
@@ -242,7 +324,7 @@ async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
 
 
 async def test_the_key_can_be_rotated(daemon: Daemon) -> None:
-    daemon.add("keyed", scripts.OK)
+    daemon.add("keyed", sidecars.OK)
     await daemon.ask("config.set", name="keyed", config={"token": "abcdef"})
     before = (daemon.paths.host_lib / "key").read_bytes()
     ran = await isolator(daemon.root, "config", "rotate-key")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.host import scripts
+from host.control import CONNECTIONS
+from isolator.errors import UnavailableError
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
+from tests.patience import seconds
 
 CALL = """
 import json, socket, sys
@@ -45,7 +51,7 @@ async def _as(daemon: Daemon, uid: int, method: str, **params: Any) -> dict[str,
 
 
 async def test_each_role_may_do_its_own_and_no_more(daemon: Daemon) -> None:
-    daemon.add("one", scripts.OK)
+    daemon.add("one", sidecars.OK)
     payload = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}
     calls = {
         "plugin.list": {},
@@ -139,8 +145,35 @@ async def test_bad_parameters_are_usage_errors(daemon: Daemon, params: dict[str,
 
 
 async def test_a_caller_that_half_closes_still_gets_its_answer(daemon: Daemon) -> None:
-    daemon.add("slow", scripts.oneshot("time.sleep(0.5)\nreturn {}"))
+    daemon.add("slow", sidecars.oneshot("time.sleep(0.5)\nreturn {}"))
     emitted = await daemon.emit()
     request = {"jsonrpc": "2.0", "id": 1, "method": "event.wait", "params": {"id": emitted["id"], "timeout": 10}}
     (answer,) = await _raw(daemon, json.dumps(request).encode() + b"\n")
     assert answer["result"]["deliveries"][0]["state"] == "ok"
+
+
+async def test_a_burst_of_callers_is_served_whoever_cannot_wait(daemon: Daemon) -> None:
+    # Non-blocking callers (Go, Node, asyncio) get EAGAIN from a full backlog. A stopped host accepts none of them.
+    assert daemon.host is not None
+    daemon.host.send_signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        try:
+            callers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(300)]
+            for caller in callers:
+                caller.setblocking(False)
+                caller.connect(str(daemon.paths.control_socket))
+                caller.sendall(b'{"jsonrpc":"2.0","id":1,"method":"status"}\n')
+        finally:
+            daemon.host.send_signal(signal.SIGCONT)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(seconds(15)):
+            answers = await asyncio.gather(*(loop.sock_recv(caller, 1 << 16) for caller in callers))
+    assert all(json.loads(answer)["result"]["plugins"] == 0 for answer in answers)
+
+
+async def test_one_caller_too_many_is_told_to_try_again(daemon: Daemon) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(daemon.paths.control_socket))
+        with pytest.raises(UnavailableError, match="try again"):
+            await daemon.ask("status")

@@ -5,27 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import socket
-import time
 
 import pytest
 
 from isolator.errors import IsolatorError
-from tests.host import scripts
-from tests.host.stream_scripts import stream
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
 
 FAST_RETRY = 'return {"status": "retry", "retry_after_ms": 20}'
 
 
-async def _only(daemon: Daemon, **fields: object) -> dict[str, object]:
-    row = await daemon.outcome(await daemon.emit(**fields))
-    (delivery,) = row["deliveries"]
-    return delivery
-
-
 async def test_an_event_starts_the_plugin_and_reaches_it(daemon: Daemon) -> None:
-    daemon.add("greeter", scripts.oneshot('return {"status": "ok", "message": params["url"]}'))
+    daemon.add("greeter", sidecars.oneshot('return {"status": "ok", "message": params["url"]}'))
     emitted = await daemon.emit(url="https://shop.example")
     row = await daemon.outcome(emitted)
     (delivery,) = row["deliveries"]
@@ -38,7 +29,7 @@ async def test_an_event_starts_the_plugin_and_reaches_it(daemon: Daemon) -> None
 
 
 async def test_the_request_is_what_the_trail_says_it_is(daemon: Daemon) -> None:
-    daemon.add("echo", scripts.raw('data = connection.recv(65536)\nprint(data.decode(), end="", flush=True)\n'
+    daemon.add("echo", sidecars.raw('data = connection.recv(65536)\nprint(data.decode(), end="", flush=True)\n'
                'connection.sendall(b\'{"jsonrpc":"2.0","result":{},"id":1}\')\nconnection.close()'))  # fmt: skip
     emitted = await daemon.emit()
     await daemon.outcome(emitted)
@@ -53,7 +44,7 @@ async def test_the_request_is_what_the_trail_says_it_is(daemon: Daemon) -> None:
 
 
 async def test_the_older_spelling_is_received_by_who_subscribed_it(daemon: Daemon) -> None:
-    script = scripts.oneshot('return {"message": method}')
+    script = sidecars.oneshot('return {"message": method}')
     daemon.add("old", script, hooks=["on_deploy_complete"])
     daemon.add("new", script, hooks=["deploy.completed"])
     row = await daemon.outcome(await daemon.emit())
@@ -62,20 +53,20 @@ async def test_the_older_spelling_is_received_by_who_subscribed_it(daemon: Daemo
 
 
 async def test_skipped_counts_as_success(daemon: Daemon) -> None:
-    daemon.add("skipper", scripts.oneshot('return {"status": "skipped"}'))
-    assert (await _only(daemon))["state"] == "skipped"
+    daemon.add("skipper", sidecars.oneshot('return {"status": "skipped"}'))
+    assert (await daemon.deliver())["state"] == "skipped"
 
 
 @pytest.mark.parametrize("result", ['"just text"', "None", "[1, 2]", "17", "{}"])
 async def test_results_of_any_shape_are_accepted(daemon: Daemon, result: str) -> None:
-    daemon.add("shapes", scripts.oneshot(f"return {result}"))
-    assert (await _only(daemon))["state"] == "ok"
+    daemon.add("shapes", sidecars.oneshot(f"return {result}"))
+    assert (await daemon.deliver())["state"] == "ok"
 
 
 async def test_a_reply_that_ends_with_the_connection_needs_no_newline(daemon: Daemon) -> None:
     reply = '{"jsonrpc":"2.0","result":{"status":"ok"},"id":1}'
-    daemon.add("plain", scripts.raw(f"connection.recv(4096)\nconnection.sendall(b'{reply}')\nconnection.close()"))
-    assert (await _only(daemon))["state"] == "ok"
+    daemon.add("plain", sidecars.raw(f"connection.recv(4096)\nconnection.sendall(b'{reply}')\nconnection.close()"))
+    assert (await daemon.deliver())["state"] == "ok"
 
 
 async def test_retry_is_repeated_with_the_same_event_id(daemon: Daemon) -> None:
@@ -86,7 +77,7 @@ if len(seen) < 3:
     {FAST_RETRY}
 return {{"message": " ".join(seen)}}
 """
-    daemon.add("third-time", scripts.oneshot(body))
+    daemon.add("third-time", sidecars.oneshot(body))
     emitted = await daemon.emit()
     (delivery,) = (await daemon.outcome(emitted))["deliveries"]
     assert delivery["state"] == "ok"
@@ -98,7 +89,7 @@ return {{"message": " ".join(seen)}}
 async def test_attempts_end_in_a_dead_letter_that_can_be_replayed(daemon: Daemon) -> None:
     flag = daemon.root / "works"
     body = f'if os.path.exists({str(flag)!r}):\n    return {{"status": "ok"}}\n{FAST_RETRY}'
-    daemon.add("hopeless", scripts.oneshot(body), delivery={"attempts": 2})
+    daemon.add("hopeless", sidecars.oneshot(body), delivery={"attempts": 2})
     emitted = await daemon.emit()
     (delivery,) = (await daemon.outcome(emitted))["deliveries"]
     assert (delivery["state"], delivery["attempts"]) == ("dead", 2)
@@ -120,8 +111,8 @@ async def test_attempts_end_in_a_dead_letter_that_can_be_replayed(daemon: Daemon
 )
 async def test_error_codes_mean_what_they_say(daemon: Daemon, code: int, state: str) -> None:
     reply = f'b\'{{"jsonrpc":"2.0","error":{{"code":{code},"message":"so"}},"id":1}}\\n\''
-    daemon.add("coded", scripts.raw(f"connection.recv(4096)\nconnection.sendall({reply})\nconnection.close()"))
-    delivery = await _only(daemon)
+    daemon.add("coded", sidecars.raw(f"connection.recv(4096)\nconnection.sendall({reply})\nconnection.close()"))
+    delivery = await daemon.deliver()
     assert delivery["state"] == state
     assert delivery["attempts"] == 1
 
@@ -137,8 +128,8 @@ else:
 connection.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, **reply}).encode() + b"\\n")
 connection.close()
 """
-    daemon.add("busy", scripts.raw(body), delivery={"attempts": 2})
-    delivery = await _only(daemon)
+    daemon.add("busy", sidecars.raw(body), delivery={"attempts": 2})
+    delivery = await daemon.deliver()
     assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
 
 
@@ -160,10 +151,12 @@ async def test_two_majors_of_a_payload_are_served_at_once(daemon: Daemon, monkey
     await daemon.kill_host()
     daemon.first = NEW_MAJOR
     await daemon.start_host()
-    script = scripts.oneshot('return {"message": json.dumps({k: v for k, v in params.items() if k != "_meta"})}')
+    script = sidecars.oneshot('return {"message": json.dumps({k: v for k, v in params.items() if k != "_meta"})}')
     body = "send(id=id, result={'message': json.dumps({k: v for k, v in params.items() if k != '_meta'})})"
     daemon.add("old", script, hooks=["test.built"], api_version="1")
-    daemon.add("old-stream", stream(body), hooks=["test.built"], api_version="1.4", transport={"mode": "stream"})
+    daemon.add(
+        "old-stream", sidecars.stream(body), hooks=["test.built"], api_version="1.4", transport={"mode": "stream"}
+    )
     daemon.add("new", script, hooks=["test.built"], api_version="2")
     emitted = await daemon.ask("event.emit", name="test.built", payload={"project_id": "p", "seconds": 3})
     row = await daemon.outcome(emitted)
@@ -172,176 +165,12 @@ async def test_two_majors_of_a_payload_are_served_at_once(daemon: Daemon, monkey
     assert seen == {"old": older, "old-stream": older, "new": {"project_id": "p", "seconds": 3}}
 
 
-# What plugins do to their host
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "b'not json\\n'",
-        "b'\\xff\\xfe\\n'",
-        "b'[]\\n'",
-        'b\'{"jsonrpc":"2.0","id":1}\\n\'',
-        'b\'{"jsonrpc":"2.0","result":NaN,"id":1}\\n\'',
-        'b\'{"jsonrpc":"2.0","result":1e999,"id":1}\\n\'',
-        'b\'{"jsonrpc":"2.0","result":{},"id":77}\\n\'',
-        "b'{\"jsonrpc\":\"2.0\",\"result\":' + b'[' * 5000 + b']' * 5000 + b',\"id\":1}\\n'",
-        "b'{\"jsonrpc\":\"2.0\",\"result\":' + b'[' * 70 + b']' * 70 + b',\"id\":1}\\n'",
-        'b\'{"jsonrpc":"2.0","result":"\\\\ud800","id":1}\\n\'',
-        "b'\\n'",
-    ],
-)
-async def test_garbage_is_a_failed_attempt_and_harms_nobody(daemon: Daemon, answer: str) -> None:
-    daemon.add("liar", scripts.raw(f"connection.recv(4096)\nconnection.sendall({answer})\nconnection.close()"),
-               delivery={"attempts": 1})  # fmt: skip
-    daemon.add("honest", scripts.OK)
-    row = await daemon.outcome(await daemon.emit())
-    states = {d["plugin"]: d["state"] for d in row["deliveries"]}
-    assert states == {"liar": "dead", "honest": "ok"}
-    (bad,) = [r for r in daemon.of_type("event.response") if r["plugin"] == "liar"]
-    assert bad["data"]["outcome"] in ("failed", "unknown")
-
-
-async def test_a_reply_of_a_gigabyte_costs_the_host_nothing(daemon: Daemon) -> None:
-    body = """
-connection.recv(4096)
-block = b"x" * (1 << 20)
-try:
-    for _ in range(1024):
-        connection.sendall(block)
-    print("all sent", flush=True)
-except OSError:
-    print("cut off", flush=True)
-connection.close()
-"""
-    daemon.add("flood", scripts.raw(body), delivery={"attempts": 1})
-    before = _memory(daemon)
-    delivery = await _only(daemon)
-    assert delivery["state"] == "dead"
-    assert "65536" in str(delivery["detail"])
-    assert _memory(daemon) - before < 8 << 20
-
-
-async def test_a_reply_byte_by_byte_does_not_hold_up_others(daemon: Daemon) -> None:
-    drip = 'connection.recv(4096)\nwhile True:\n    connection.send(b" ")\n    time.sleep(0.01)'
-    daemon.add("drip", scripts.raw(drip), delivery={"timeout": "500ms", "attempts": 1})
-    daemon.add("good", scripts.OK)
-    began = time.monotonic()
-    emitted = await daemon.emit()
-    for _ in range(5):
-        last = await daemon.emit()
-    row = await daemon.outcome(emitted)
-    states = {d["plugin"]: d["state"] for d in row["deliveries"]}
-    assert states == {"drip": "dead", "good": "ok"}
-    assert time.monotonic() - began < 10
-    good = [d for d in (await daemon.ask("event.show", id=last["id"]))["deliveries"] if d["plugin"] == "good"]
-    assert good[0]["state"] == "ok"
-
-
-async def test_what_follows_the_first_line_is_ignored(daemon: Daemon) -> None:
-    reply = '{"jsonrpc":"2.0","result":{"status":"ok"},"id":1}'
-    more = f"b'{reply}' + b'\\n' + b'garbage\\n' * 1000"
-    daemon.add("chatty", scripts.raw(f"connection.recv(4096)\nconnection.sendall({more})\nconnection.close()"))
-    for _ in range(3):
-        assert (await _only(daemon))["state"] == "ok"
-
-
-@pytest.mark.parametrize(
-    "body", ["connection.close()", "connection.recv(10)\nconnection.sendall(b'{}')\nconnection.close()"]
-)
-async def test_closing_with_the_request_unread_is_one_failed_attempt(daemon: Daemon, body: str) -> None:
-    daemon.add("rude", scripts.raw(body), delivery={"attempts": 1})
-    delivery = await _only(daemon)
-    assert (delivery["state"], delivery["attempts"]) == ("dead", 1)
-
-
-async def test_silence_is_an_unknown_outcome_and_a_failed_attempt(daemon: Daemon) -> None:
-    silent = "connection.recv(4096)\nkept = globals().get('kept', []) + [connection]"
-    daemon.add("mute", scripts.raw(silent), delivery={"timeout": "200ms", "attempts": 1})
-    delivery = await _only(daemon)
-    assert delivery["state"] == "dead"
-    (record,) = daemon.of_type("event.response")
-    assert record["data"]["outcome"] == "unknown"
-    assert record["data"]["detail"] == "no reply in time"
-
-
-async def test_closing_without_a_reply_is_unknown_and_repeated(daemon: Daemon) -> None:
-    body = """
-count = globals().get("count", 0) + 1
-connection.recv(4096)
-if count > 1:
-    connection.sendall(b'{"jsonrpc":"2.0","result":{"status":"ok"},"id":1}\\n')
-connection.close()
-"""
-    daemon.add("moody", scripts.raw(body))
-    delivery = await _only(daemon)
-    assert (delivery["state"], delivery["attempts"]) == ("ok", 2)
-    assert [r["data"]["outcome"] for r in daemon.of_type("event.response")] == ["unknown", "ok"]
-
-
-async def test_a_plugin_that_dies_on_contact_without_a_request_is_never_probed(daemon: Daemon) -> None:
-    """E1: such a script ends when a connection closes unused; it must survive start and delivery."""
-    body = "data = connection.recv(4096)\nif not data:\n    sys.exit(3)\n"
-    body += 'connection.sendall(b\'{"jsonrpc":"2.0","result":{},"id":1}\\n\')\nconnection.close()'
-    daemon.add("touchy", scripts.raw(body))
-    for _ in range(20):
-        assert (await _only(daemon))["state"] == "ok"
-    assert daemon.sidecars["touchy"].starts == 1
-
-
-async def test_a_slow_starter_is_waited_for_and_that_is_no_attempt(daemon: Daemon) -> None:
-    daemon.add("slow", "import time\ntime.sleep(1.0)\n" + scripts.OK)
-    delivery = await _only(daemon)
-    assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
-
-
-async def test_a_plugin_that_never_listens_holds_only_itself(daemon: Daemon) -> None:
-    daemon.add("deaf", "import time\nwhile True:\n    time.sleep(60)\n")
-    daemon.add("good", scripts.OK)
-    emitted = await daemon.emit()
-    row = await daemon.outcome(emitted, timeout=1.0)
-    states = {d["plugin"]: (d["state"], d["attempts"]) for d in row["deliveries"]}
-    assert states == {"deaf": ("queued", 0), "good": ("ok", 1)}
-
-
-async def test_an_event_that_kills_the_plugin_twice_is_quarantined_and_the_rest_goes_on(daemon: Daemon) -> None:
-    daemon.add("fragile", scripts.oneshot('if params["deployment_id"] == "poison":\n    os._exit(9)\nreturn {}'))
-    poison = await daemon.emit(deployment_id="poison")
-    after = await daemon.emit(deployment_id="fine")
-    (delivery,) = (await daemon.outcome(after))["deliveries"]
-    assert delivery["state"] == "ok"
-    (delivery,) = (await daemon.outcome(poison))["deliveries"]
-    assert (delivery["state"], delivery["attempts"]) == ("quarantined", 2)
-    (record,) = daemon.of_type("event.quarantined")
-    assert record["event_id"] == poison["id"]
-
-
-async def test_a_socket_served_by_somebody_else_gets_nothing(daemon: Daemon) -> None:
-    path = daemon.root / "other.sock"
-    other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    other.bind(str(path))
-    other.listen(8)
-    other.setblocking(False)
-    daemon.foreign_listener = str(path)
-    daemon.add("thief", scripts.OK, delivery={"attempts": 1})
-    delivery = await _only(daemon)
-    assert delivery["state"] == "dead"
-    loop = asyncio.get_running_loop()
-    connection, _ = await loop.sock_accept(other)
-    assert await loop.sock_recv(connection, 100) == b""
-    connection.close()
-    other.close()
-    (record,) = daemon.of_type("plugin.health")
-    assert "uid 0" in record["data"]["detail"]
-    assert not daemon.of_type("event.dispatched")
-
-
 # Size
 
 
 async def test_a_large_event_loses_its_meta_then_its_optional_fields(daemon: Daemon) -> None:
-    daemon.add("small", scripts.oneshot('return {"message": ",".join(sorted(params))}'))
-    delivery = await _only(daemon, commit_message="x" * 1900, branch="b" * 200, url="https://a.example/" + "u" * 1900)
+    daemon.add("small", sidecars.oneshot('return {"message": ",".join(sorted(params))}'))
+    delivery = await daemon.deliver(commit_message="x" * 1900, branch="b" * 200, url="https://a.example/" + "u" * 1900)
     keys = json.loads(str(delivery["reply"]))["result"]["message"].split(",")
     assert delivery["state"] == "ok"
     assert "commit_message" not in keys
@@ -353,7 +182,7 @@ async def test_a_large_event_loses_its_meta_then_its_optional_fields(daemon: Dae
 async def test_required_fields_that_do_not_fit_are_a_dead_letter_and_never_sent(daemon: Daemon) -> None:
     schema = {"type": "object", "properties": {"blob": {"type": "string"}}, "required": ["blob"]}
     await daemon.ask("event.register", name="backup.failed", schema=schema)
-    daemon.add("small", scripts.OK, hooks=["backup.failed"])
+    daemon.add("small", sidecars.OK, hooks=["backup.failed"])
     emitted = await daemon.ask("event.emit", name="backup.failed", payload={"blob": "x" * 5000})
     (delivery,) = (await daemon.outcome(emitted))["deliveries"]
     assert (delivery["state"], delivery["detail"], delivery["attempts"]) == ("dead", "payload_too_large", 0)
@@ -376,7 +205,7 @@ if params["deployment_id"] == "1" and params["project_id"] == "a":
         return {{"status": "retry", "retry_after_ms": 150}}
 return {{}}
 """
-    daemon.add("orderly", scripts.oneshot(body))
+    daemon.add("orderly", sidecars.oneshot(body))
     emitted = [await daemon.emit(project_id=p, deployment_id=d) for d in "123" for p in "ab"]
     for event in emitted:
         await daemon.outcome(event)
@@ -390,8 +219,8 @@ return {{}}
 
 
 async def test_nothing_is_sent_while_the_trail_cannot_be_written(daemon: Daemon) -> None:
-    daemon.add("good", scripts.OK)
-    await _only(daemon)
+    daemon.add("good", sidecars.OK)
+    await daemon.deliver()
     daemon.tell_audit({"blocked": "no space left"})
     await _until_status(daemon, "audit_blocked", "no space left")
     emitted = await daemon.emit()
@@ -406,14 +235,14 @@ async def test_a_new_audit_process_gets_what_the_old_one_did_not_write(daemon: D
     from isolator.ipc import pair
 
     daemon.audit_acks = False
-    daemon.add("good", scripts.OK)
+    daemon.add("good", sidecars.OK)
     emitted = await daemon.emit()
     await daemon.outcome(emitted)
     await daemon.until(lambda: len(daemon.of_type("event.response")) == 1)
     daemon.records.clear()
     daemon.audit_acks = True
     ours, theirs = pair()
-    daemon._listen_to_audit(ours)
+    daemon.listen_to_audit(ours)
     assert daemon.channel is not None
     daemon.channel.notify("audit.source", fds=[theirs.fileno()])
     theirs.close()
@@ -425,7 +254,7 @@ async def test_a_new_audit_process_gets_what_the_old_one_did_not_write(daemon: D
 
 
 async def test_only_subscribed_events_are_dispatched(daemon: Daemon) -> None:
-    daemon.add("narrow", scripts.OK, hooks=["domain.added"])
+    daemon.add("narrow", sidecars.OK, hooks=["domain.added"])
     emitted = await daemon.emit()
     assert emitted["plugins"] == []
 
@@ -443,9 +272,3 @@ async def _until_status(daemon: Daemon, key: str, value: object) -> None:
             if (await daemon.ask("status"))[key] == value:
                 return
             await asyncio.sleep(0.01)
-
-
-def _memory(daemon: Daemon) -> int:
-    assert daemon.host is not None
-    with open(f"/proc/{daemon.host.pid}/statm") as file:  # noqa: PTH123 # proc
-        return int(file.read().split()[1]) * 4096

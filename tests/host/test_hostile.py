@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.host import scripts
-from tests.host.stream_scripts import stream
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
 
 NEIGHBOUR = {"project_id": "p", "domain": "a.example"}
@@ -230,7 +229,7 @@ DELIVERED = {"descriptors", "byte by byte", "its own socket, rebound for each ev
 @contextlib.asynccontextmanager
 async def unharmed(daemon: Daemon) -> AsyncIterator[None]:
     """Around a behaviour: a neighbour gets its events meanwhile, and the host is as it was."""
-    daemon.add("good", scripts.OK, hooks=["domain.added"])
+    daemon.add("good", sidecars.OK, hooks=["domain.added"])
     await daemon.outcome(await daemon.ask("event.emit", name="domain.added", payload=NEIGHBOUR))
     assert daemon.host is not None
     before = _figures(daemon.host.pid)
@@ -270,7 +269,7 @@ def _indent(body: str) -> str:
 
 @pytest.mark.parametrize("kind", ON_THE_HOST_API)
 async def test_on_the_host_api(daemon: Daemon, kind: str) -> None:
-    script = API + scripts.oneshot(_indent(ON_THE_HOST_API[kind]) + "\nreturn {}")
+    script = API + sidecars.oneshot(_indent(ON_THE_HOST_API[kind]) + "\nreturn {}")
     async with unharmed(daemon):
         daemon.add("hostile", script, permissions=["kv"])
         row = await daemon.outcome(await daemon.emit())
@@ -284,7 +283,7 @@ async def test_on_the_host_api(daemon: Daemon, kind: str) -> None:
 async def test_on_a_stream(daemon: Daemon, kind: str) -> None:
     more: dict[str, Any] = {"transport": {"mode": "stream"}, "delivery": {"timeout": "2s", "attempts": 1}}
     async with unharmed(daemon):
-        daemon.add("hostile", stream(_indent(ON_A_STREAM[kind])), hooks=["noise.made"], **more)
+        daemon.add("hostile", sidecars.stream(_indent(ON_A_STREAM[kind])), hooks=["noise.made"], **more)
         schema = {"type": "object", "properties": {"blob": {"type": "string"}}, "required": ["blob"]}
         await daemon.ask("event.register", name="noise.made", schema=schema)
         daemon.changed(daemon.sidecars["hostile"])
@@ -304,7 +303,7 @@ async def test_on_a_stream(daemon: Daemon, kind: str) -> None:
 async def test_on_one_shot(daemon: Daemon, kind: str) -> None:
     body = "connection.recv(4096)\n" + _indent(ON_ONE_SHOT[kind]) + "\nconnection.close()"
     async with unharmed(daemon):
-        daemon.add("hostile", scripts.raw(body), delivery={"attempts": 1})
+        daemon.add("hostile", sidecars.raw(body), delivery={"attempts": 1})
         emitted = [await daemon.emit() for _ in range(3)]
         rows = [(await daemon.outcome(e))["deliveries"][0] for e in emitted]
     wanted = ("ok", 1) if kind in DELIVERED else ("dead", 1)

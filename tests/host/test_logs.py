@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from host.logs import Logs
-from tests.host import scripts
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
 from tests.patience import seconds
 
@@ -31,8 +31,8 @@ def _lines(daemon: Daemon, name: str) -> list[dict[str, str]]:
 
 
 async def test_a_flood_is_dropped_and_counted_and_delivery_goes_on(daemon: Daemon) -> None:
-    daemon.add("flooder", FLOOD + scripts.OK)
-    daemon.add("good", scripts.OK)
+    daemon.add("flooder", FLOOD + sidecars.OK)
+    daemon.add("good", sidecars.OK)
     assert daemon.host is not None
     memory = Path(f"/proc/{daemon.host.pid}/statm")
     before = int(memory.read_text().split()[1])
@@ -51,7 +51,7 @@ async def test_a_flood_is_dropped_and_counted_and_delivery_goes_on(daemon: Daemo
 
 
 async def test_an_endless_line_is_cut(daemon: Daemon) -> None:
-    script = 'import sys\nsys.stdout.write("z" * 200_000 + "\\nend\\n")\nsys.stdout.flush()\n' + scripts.OK
+    script = 'import sys\nsys.stdout.write("z" * 200_000 + "\\nend\\n")\nsys.stdout.flush()\n' + sidecars.OK
     daemon.add("endless", script)
     await daemon.outcome(await daemon.emit())
     await daemon.poll(lambda: any(e["line"] == "end" for e in _lines(daemon, "endless")))
@@ -60,7 +60,7 @@ async def test_an_endless_line_is_cut(daemon: Daemon) -> None:
 
 
 async def test_bytes_that_are_no_text_are_kept_readable(daemon: Daemon) -> None:
-    daemon.add("binary", 'import os\nos.write(1, b"\\xff\\x00\\x1b[2J\\n")\n' + scripts.OK)
+    daemon.add("binary", 'import os\nos.write(1, b"\\xff\\x00\\x1b[2J\\n")\n' + sidecars.OK)
     await daemon.outcome(await daemon.emit())
     await daemon.poll(lambda: _lines(daemon, "binary"))
     (entry,) = _lines(daemon, "binary")
@@ -98,7 +98,7 @@ async def test_last_words_are_those_of_the_run_and_wait_for_the_end_of_its_pipe(
 
 async def test_who_follows_a_log_and_does_not_read_it_misses_lines_and_is_told(daemon: Daemon) -> None:
     script = 'for n in range(int(params["branch"])):\n    print(n, "x" * 30000, flush=True)\nreturn {}'
-    daemon.add("chatty", scripts.oneshot(script))
+    daemon.add("chatty", sidecars.oneshot(script))
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(str(daemon.paths.control_socket))
     sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"plugin.logs","params":{"name":"chatty","follow":true}}\n')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from host import PluginHost
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
+from tests.patience import seconds
 
 Wire = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -131,4 +133,29 @@ async def test_a_result_that_is_no_json_is_an_error_at_once(control: tuple[Contr
         answer = (await _read(reader))["params"]
         assert answer == {"call": 7, "error": {"code": -32603, "message": "the platform failed"}}
         assert isinstance(reported[0]["exception"], TypeError)
+        writer.close()
+
+
+async def test_a_full_backlog_is_waited_for(shared_dir: Path) -> None:
+    path = Paths.of(shared_dir).control_socket
+    path.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as before:
+        listener.bind(str(path))
+        listener.listen(0)  # room for one
+        before.connect(str(path))
+
+        async def status() -> dict[str, Any]:
+            async with PluginHost.connect(shared_dir) as host:
+                return await host.call("status")
+
+        asked = asyncio.create_task(status())
+        await asyncio.sleep(0.1)  # long enough for it to have found the backlog full
+        assert not asked.done()
+        listener.accept()[0].close()
+        listener.setblocking(False)
+        async with asyncio.timeout(seconds(10)):
+            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            reader, writer = await asyncio.open_unix_connection(sock=connection)
+            writer.write(_ok(await _read(reader)))
+            assert await asked == {}
         writer.close()

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.host.stream_scripts import OK, stream
+from tests import sidecars
 from tests.host.supervisor_double import Daemon, Sidecar
+from tests.sidecars import STREAM_OK, stream
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/python-stream-counter/stream-counter"
 
@@ -120,7 +121,7 @@ async def test_a_plugin_gets_only_what_it_says_it_handles(daemon: Daemon) -> Non
 async def test_a_breach_is_said_recorded_and_ends_the_connection(daemon: Daemon, breach: str, why: str) -> None:
     answer = "\nprint('host said', connection.makefile().readline(), flush=True)\nos._exit(0)"
     _add(daemon, "breaker", stream(breach + answer), delivery={"attempts": 1})
-    _add(daemon, "good", OK)
+    _add(daemon, "good", STREAM_OK)
     row = await daemon.outcome(await daemon.emit())
     states = {d["plugin"]: d["state"] for d in row["deliveries"]}
     assert states["good"] == "ok"
@@ -196,7 +197,7 @@ send(id=id, result={})
 
 
 async def test_a_stream_survives_the_restart_of_the_host(daemon: Daemon) -> None:
-    sidecar = _add(daemon, "steady", OK)
+    sidecar = _add(daemon, "steady", STREAM_OK)
     await _only(daemon)
     await daemon.kill_host()
     await daemon.start_host()
@@ -232,7 +233,7 @@ async def test_a_stream_plugin_that_stops_answering_pings_is_restarted(daemon: D
 
 async def test_nobody_is_declared_dead_because_everything_slept(daemon: Daemon) -> None:
     """As when a virtual machine is paused: nobody could answer in time, and that is nobody's fault."""
-    sidecar = _add(daemon, "fine", OK, health={"interval": "20ms", "timeout": "1s", "misses": 1})
+    sidecar = _add(daemon, "fine", STREAM_OK, health={"interval": "20ms", "timeout": "1s", "misses": 1})
     await _only(daemon)
     assert daemon.host is not None
     assert sidecar.process is not None
@@ -249,11 +250,9 @@ async def test_nobody_is_declared_dead_because_everything_slept(daemon: Daemon) 
 
 
 async def test_a_oneshot_plugin_is_pinged_only_when_it_asks(daemon: Daemon) -> None:
-    from tests.host import scripts
-
     body = 'print(method, flush=True)\nreturn {"status": "skipped"}'
-    daemon.add("plain", scripts.oneshot(body))
-    daemon.add("asks", scripts.oneshot(body), health={"ping": True, "interval": "100ms"})
+    daemon.add("plain", sidecars.oneshot(body))
+    daemon.add("asks", sidecars.oneshot(body), health={"ping": True, "interval": "100ms"})
     await daemon.outcome(await daemon.emit())
     log = daemon.paths.plugin_log / "asks.log"
     await daemon.poll(lambda: '"line":"ping"' in log.read_text())
@@ -261,9 +260,7 @@ async def test_a_oneshot_plugin_is_pinged_only_when_it_asks(daemon: Daemon) -> N
 
 
 async def test_an_idle_plugin_is_stopped_and_started_by_the_next_event(daemon: Daemon) -> None:
-    from tests.host import scripts
-
-    sidecar = daemon.add("idler", scripts.OK, activation={"idle": "200ms"})
+    sidecar = daemon.add("idler", sidecars.OK, activation={"idle": "200ms"})
     await daemon.outcome(await daemon.emit())
     await daemon.until(lambda: sidecar.state == "stopped")
     (delivery,) = (await daemon.outcome(await daemon.emit()))["deliveries"]

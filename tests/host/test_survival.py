@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from tests.host import scripts
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
 
 
@@ -23,7 +23,7 @@ with open({str(log)!r}, "a") as file:
 time.sleep({sleep})
 return {{}}
 """
-    return scripts.oneshot(body), log
+    return sidecars.oneshot(body), log
 
 
 async def test_the_queue_survives_kill_9_of_the_host(daemon: Daemon) -> None:
@@ -43,7 +43,7 @@ async def test_the_queue_survives_kill_9_of_the_host(daemon: Daemon) -> None:
 
 
 async def test_sidecars_go_on_running_while_the_host_is_replaced(daemon: Daemon) -> None:
-    sidecar = daemon.add("steady", scripts.OK)
+    sidecar = daemon.add("steady", sidecars.OK)
     await daemon.outcome(await daemon.emit())
     for _ in range(3):
         await daemon.kill_host()
@@ -70,7 +70,7 @@ async def test_what_was_in_flight_at_the_crash_is_an_attempt_and_comes_again_wit
 
 
 async def test_logs_go_on_after_the_host_was_killed(daemon: Daemon) -> None:
-    daemon.add("talker", scripts.LOGGED)
+    daemon.add("talker", sidecars.LOGGED)
     await daemon.outcome(await daemon.emit())
     await daemon.kill_host()
     await daemon.start_host()
@@ -91,7 +91,7 @@ async def test_a_restarted_sidecar_gets_what_is_next(daemon: Daemon) -> None:
 
 
 async def test_a_disabled_plugin_keeps_its_events(daemon: Daemon) -> None:
-    daemon.add("rests", scripts.OK)
+    daemon.add("rests", sidecars.OK)
     await daemon.ask("plugin.disable", name="rests")
     emitted = await daemon.emit()
     row = await daemon.outcome(emitted, timeout=0.5)
@@ -102,12 +102,12 @@ async def test_a_disabled_plugin_keeps_its_events(daemon: Daemon) -> None:
 
 
 async def test_a_removed_plugin_leaves_no_config_and_no_queue_for_its_namesake(daemon: Daemon) -> None:
-    daemon.add("again", scripts.OK)
+    daemon.add("again", sidecars.OK)
     await daemon.ask("plugin.disable", name="again")
     await daemon.emit()
     await daemon.ask("config.set", name="again", config={"token": "old-secret"})
     await daemon.ask("plugin.remove", name="again")
-    sidecar = daemon.add("again", scripts.OK)
+    sidecar = daemon.add("again", sidecars.OK)
     assert (await daemon.ask("config.list", name="again"))["items"] == []
     (delivery,) = (await daemon.outcome(await daemon.emit()))["deliveries"]
     assert delivery["state"] == "ok"

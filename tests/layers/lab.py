@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isolator.layers.base import CageSpec
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from isolator.oneoff import Workshop, close_all, run_spec
 from isolator.oneoff_services import Records
 from isolator.paths import Paths
@@ -82,3 +82,16 @@ def leaves(root: Path) -> list[Path]:
     found = find_hierarchies()
     tops = [folder for folder in (found.unified, *found.v1.values()) if folder is not None]
     return [child for top in dict.fromkeys(tops) for child in top.glob(f"{name}*")]
+
+
+def caged(root: Path) -> list[int]:
+    """The processes in the one cage of a root that ``isolator run`` made: the v2 hierarchy has them all."""
+    unified = find_hierarchies().unified
+    assert unified is not None
+    files = [file for top in leaves(root) if top.is_relative_to(unified) for file in top.glob("run.*/cgroup.procs")]
+    return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -10,9 +10,9 @@ import pytest
 
 from isolator.errors import ConfinementError
 from isolator.journal import Journal
-from isolator.layers import cgroup, cgroup_io
+from isolator.layers import cgroup_io, cgroup_subtree
 from isolator.layers.base import Bind, CageSpec
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from isolator.policy.model import ResourcePolicy
 from isolator.state import State
 from tests.layers.lab import cage, policy
@@ -108,12 +108,12 @@ async def test_a_cap_that_cannot_be_kept_stops_the_start(shared_dir: Path, monke
     with pytest.raises(ConfinementError, match=r"disk bandwidth cap of device 60:7: .*may_degrade"):
         async with cage(shared_dir, ["true"], limits):
             pass
-    subtrees = cgroup.open_subtree
+    subtrees = cgroup_subtree.open_subtree
 
-    def permitted(name: str, **_: object) -> cgroup.Subtree:
+    def permitted(name: str, **_: object) -> cgroup_subtree.Subtree:
         return subtrees(name, optional=frozenset({"io"}))
 
-    monkeypatch.setattr(cgroup, "open_subtree", permitted)
+    monkeypatch.setattr(cgroup_subtree, "open_subtree", permitted)
     async with cage(shared_dir, ["true"], limits) as one:
         assert (await one.sandbox.wait()).returncode == 0
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.layers.cgroup import find_hierarchies
-from tests.layers.lab import COMMAND, isolator, leaves
+from tests.layers.lab import COMMAND, caged, children, isolator, leaves
 
 
 def test_output_input_and_exit_code(shared_dir: Path) -> None:
@@ -156,7 +155,7 @@ def test_nothing_survives_a_killed_run(shared_dir: Path) -> None:
     with _running(shared_dir, "bash", "-c", "sleep 300 & echo $$; wait") as process:
         assert process.stdout is not None
         process.stdout.readline()
-        pids = _processes(shared_dir)
+        pids = caged(shared_dir)
         assert len(pids) == 3  # pid 1 of the cage, bash, sleep
         process.kill()
         process.wait()
@@ -168,8 +167,8 @@ def test_nothing_survives_when_the_launcher_is_killed_too(shared_dir: Path) -> N
     with _running(shared_dir, "bash", "-c", "sleep 300 & echo $$; wait") as process:
         assert process.stdout is not None
         process.stdout.readline()
-        pids = _processes(shared_dir)
-        launcher = next(pid for pid in _children(process.pid) if pid not in pids)
+        pids = caged(shared_dir)
+        launcher = next(pid for pid in children(process.pid) if pid not in pids)
         os.kill(process.pid, signal.SIGSTOP)  # so that it cannot take the cage down in an orderly way
         os.kill(launcher, signal.SIGKILL)
         os.kill(process.pid, signal.SIGKILL)
@@ -180,18 +179,6 @@ def test_nothing_survives_when_the_launcher_is_killed_too(shared_dir: Path) -> N
 
 def _running(root: Path, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*COMMAND, "--root", str(root), "run", "--", *command], stdout=subprocess.PIPE, text=True)
-
-
-def _processes(root: Path) -> list[int]:
-    """The processes in the leaf of the one cage of a root: the v2 hierarchy has them all."""
-    unified = find_hierarchies().unified
-    assert unified is not None
-    files = [file for top in leaves(root) if top.is_relative_to(unified) for file in top.glob("run.*/cgroup.procs")]
-    return [int(pid) for file in files for pid in file.read_text().split()]
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _wait_gone(pids: list[int]) -> None:

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from isolator.policy.grant import PluginPolicy
-from isolator.policy.load import parse_plugin_policy
-from isolator.policy.request import ManifestCore, parse_manifest_core
+from isolator.policy.hostconfig import HostConfig
+from isolator.policy.load import parse_host_config, parse_plugin_policy
+from isolator.policy.request import ManifestCore, parse_manifest, parse_manifest_core, synthesise_manifest
 
 MANIFEST: dict[str, Any] = {
     "name": "slack-deploy-notifier",
@@ -56,6 +57,14 @@ profile = "default"
 """
 """The policy of the design, whole."""
 
+DEFAULT = HostConfig()
+"""A host whose operator has said nothing."""
+
+OPEN = parse_host_config(
+    b"[inbound]\nports = ['8000-8099']\n[network]\nexceptions = ['10.0.0.5:5432']", source="host.toml"
+)
+"""One that lets ports be forwarded in, and an address of its own network be reached."""
+
 
 def manifest(**changes: Any) -> ManifestCore:
     """The design's manifest with top-level keys replaced; None removes one."""
@@ -71,3 +80,8 @@ def asking(**sandbox: Any) -> ManifestCore:
 def policy(text: str = POLICY) -> PluginPolicy:
     """A policy as if read from ``policies/p.toml``."""
     return parse_plugin_policy(text.encode(), source="policies/p.toml")
+
+
+def synthesised() -> ManifestCore:
+    """What stands for the manifest of a single binary."""
+    return parse_manifest(synthesise_manifest("google-indexer", "ab" * 32, "indexer", ["deploy.completed"]))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.patience import seconds
+from tests.sidecars import raw
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 
@@ -169,22 +170,8 @@ ANSWERS = {
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_bad_answers_hurt_nobody_else(running: Daemon, tmp_path: Path, kind: str) -> None:
-    script = f"""\
-    #!/usr/bin/python3
-    import os, socket
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
-    while True:
-        connection, _ = server.accept()
-        connection.recv(4096)
-        try:
-            {ANSWERS[kind]}
-        except OSError:
-            pass
-        connection.close()
-    """
-    bad, good = write_plugin(tmp_path / f"bad-{kind}", script), write_plugin(tmp_path / f"good-{kind}")
+    answer = f"connection.recv(4096)\ntry:\n    {ANSWERS[kind]}\nexcept OSError:\n    pass\nconnection.close()"
+    bad, good = write_plugin(tmp_path / f"bad-{kind}", raw(answer)), write_plugin(tmp_path / f"good-{kind}")
     for folder in (bad, good):
         running.cli("plugin", "add", str(folder), "--yes")
     try:

@@ -30,7 +30,7 @@ from isolator import recovery
 from isolator.journal import Entry, Journal
 from isolator.launch.client import Launcher
 from isolator.layers import seccomp
-from isolator.layers.cgroup import open_subtree
+from isolator.layers.cgroup_subtree import open_subtree
 from isolator.lifecycle import Plugin
 from isolator.linux import loop, mount, netns, nftables
 from isolator.paths import Paths

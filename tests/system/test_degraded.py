@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.layers.cgroup import find_hierarchies
+from isolator.layers.cgroup_subtree import find_hierarchies
 from isolator.ledger import MAY_DEGRADE, ledger
 from tests.system import daemon as system
 from tests.system.daemon import Daemon, event, write_plugin

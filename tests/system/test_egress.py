@@ -13,7 +13,8 @@ from typing import Any
 import dns.message
 import pytest
 
-from tests.egress.world import OTHER, WEB, World, world
+from tests.egress.internet import OTHER, WEB
+from tests.egress.world import World, world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n[restart]\nbackoff_min = "0.1s"\n'

@@ -16,50 +16,28 @@ import pytest
 from host.client import Client
 from isolator.errors import IsolatorError
 from tests.patience import seconds
+from tests.sidecars import raw, stream
 from tests.system.daemon import EVENT, Daemon, alive, daemon, kill_9, wait_for, write_plugin
 
 KILLS = 100
 
-ONESHOT = """\
-    #!/usr/bin/python3
-    import json, os, socket
-    path = os.environ["PLUGIN_SOCKET"]
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(path)
-    server.listen(1)
-    while True:
-        connection, _ = server.accept()
-        try:
-            meta = json.loads(connection.recv(4096))["params"]["_meta"]
-            with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "a") as seen:
-                seen.write(f"{meta['id']} {meta['attempt']}\\n")
-            connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
-        except (OSError, ValueError):
-            pass
-        connection.close()
+NOTE = """
+def note(meta):
+    with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "a") as seen:
+        seen.write(f"{meta['id']} {meta['attempt']}\\n")
 """
-STREAM = """\
-    #!/usr/bin/python3
-    import json, os, socket
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
-    while True:
-        connection, _ = server.accept()
-        try:
-            for line in connection.makefile("rb"):
-                request = json.loads(line)
-                if request["method"] == "host.hello":
-                    result = {"protocol": "1"}
-                else:
-                    meta, result = request["params"]["_meta"], {"status": "ok"}
-                    with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "a") as seen:
-                        seen.write(f"{meta['id']} {meta['attempt']}\\n")
-                reply = {"jsonrpc": "2.0", "id": request["id"], "result": result}
-                connection.sendall(json.dumps(reply).encode() + b"\\n")
-        except (OSError, ValueError):
-            pass
-"""
+ONESHOT = raw(
+    """
+try:
+    note(json.loads(connection.recv(4096))["params"]["_meta"])
+    connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
+except (OSError, ValueError):
+    pass
+connection.close()
+""",
+    first=NOTE,
+)
+STREAM = stream('note(params["_meta"])\nsend(id=id, result={"status": "ok"})', first=NOTE)
 
 
 class Impatient(Daemon):

@@ -6,41 +6,21 @@ import json
 from pathlib import Path
 
 from tests.patience import seconds
+from tests.sidecars import oneshot, stream
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
-TIDY = """\
-    #!/usr/bin/python3
-    import json, os, socket, time
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
-    connection, _ = server.accept()
-    for line in connection.makefile("rb"):
-        request = json.loads(line)
-        result = {}
-        if request["method"] == "host.hello":
-            result = {"protocol": "1", "capabilities": ["shutdown", "config.changed"]}
-        elif request["method"] == "shutdown":
-            print("shutdown", request["params"]["reason"], flush=True)
-        elif request["method"] == "config.changed":
-            print("changed", *request["params"]["keys"], flush=True)
-            continue
-        connection.sendall(json.dumps({"jsonrpc": "2.0", "result": result, "id": request.get("id")}).encode() + b"\\n")
-"""
-SLOW = """\
-    #!/usr/bin/python3
-    import os, socket, time
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PLUGIN_SOCKET"])
-    server.listen(1)
-    while True:
-        connection, _ = server.accept()
-        connection.recv(4096)
-        print("working", flush=True)
-        time.sleep(0.7)
-        connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
-        connection.close()
-"""
+TIDY = stream(
+    """
+if method == "shutdown":
+    print("shutdown", params["reason"], flush=True)
+if method == "config.changed":
+    print("changed", *params["keys"], flush=True)
+else:
+    send(id=id, result={})
+""",
+    hello='{"protocol": "1", "capabilities": ["shutdown", "config.changed"]}',
+)
+SLOW = oneshot('print("working", flush=True)\ntime.sleep(0.7)\nreturn {"status": "ok"}')
 
 
 def _lines(d: Daemon, name: str) -> list[str]:

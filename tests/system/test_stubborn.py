@@ -8,19 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.patience import seconds
+from tests.sidecars import oneshot
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
-SERVE = """
-server = socket.socket(socket.AF_UNIX)
-server.bind(os.environ["PLUGIN_SOCKET"])
-server.listen(1)
-while True:
-    connection, _ = server.accept()
-    connection.recv(4096)
-    connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
-    connection.close()
-"""
-HEAD = "#!/usr/bin/python3\nimport os, signal, socket, sys, time\n"
 IGNORES = """
 for number in range(1, 65):
     try:
@@ -41,7 +31,11 @@ if os.fork() == 0:
 """
 KINDS = {"ignores": IGNORES, "stops": STOPS}
 """What ignores all that can be ignored, its child's child too; and what, stopped, receives no signal but SIGKILL."""
-DAEMONISES = HEAD + "if os.fork():\n    sys.exit(0)\nos.setsid()\nif os.fork():\n    os._exit(0)\n" + SERVE
+DAEMONISES = "if os.fork():\n    sys.exit(0)\nos.setsid()\nif os.fork():\n    os._exit(0)\n"
+
+
+def _script(first: str) -> str:
+    return oneshot('return {"status": "ok"}', first=first)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def _of_user(uid: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stop_ends_it_whole(running: Daemon, tmp_path: Path, kind: str) -> None:
-    running.cli("plugin", "add", str(write_plugin(tmp_path / kind, HEAD + KINDS[kind] + SERVE)), "--yes")
+    running.cli("plugin", "add", str(write_plugin(tmp_path / kind, _script(KINDS[kind]))), "--yes")
     try:
         running.cli("event", "emit", "deploy.completed", event(1), "--wait")
         shown = running.json("plugin", "show", kind)
@@ -85,7 +79,7 @@ def test_a_stop_ends_it_whole(running: Daemon, tmp_path: Path, kind: str) -> Non
 
 def test_one_that_goes_into_the_background_is_told_that_it_ended(running: Daemon, tmp_path: Path) -> None:
     """What was started is what runs: a child that outlives it would be a process that nobody watches."""
-    running.cli("plugin", "add", str(write_plugin(tmp_path / "daemonises", DAEMONISES)), "--yes")
+    running.cli("plugin", "add", str(write_plugin(tmp_path / "daemonises", _script(DAEMONISES))), "--yes")
     try:
         uid = running.json("plugin", "show", "daemonises")["uid"]
         running.cli("plugin", "start", "daemonises", code=None)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import socket
-import struct
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +16,8 @@ from typing import Any
 from host.client import Client
 from isolator.audit import files
 from isolator.audit.record import parse
-from tests.audit.storage_faults import EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH
+from tests.disks import ext4_image, run, shut_down
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
 
 
 @contextlib.contextmanager
@@ -45,10 +38,8 @@ def stopped_daemon(host_toml: str = "") -> Iterator[tuple[Daemon, Path]]:
 @contextlib.contextmanager
 def disk(size: int) -> Iterator[str]:
     """A loop device with an ext4; one for all its mounts, as a new one could find the old one's still there."""
-    with tempfile.NamedTemporaryFile(prefix="isolator-disk-") as image:
-        image.truncate(size)
-        run("mkfs.ext4", "-q", "-m", "0", image.name)
-        found = subprocess.run(["losetup", "--find", "--show", image.name], capture_output=True, text=True, check=True)
+    with ext4_image(size) as image:
+        found = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
         try:
             yield found.stdout.strip()
         finally:
@@ -182,9 +173,7 @@ def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -
         following = Client(d.root)
         first = following.call("audit.follow")["after"] + 1
         prepare(d, tmp_path)
-        fd = os.open(folder, os.O_RDONLY)
-        fcntl.ioctl(fd, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
-        os.close(fd)
+        shut_down(folder)
         wait_for(lambda: blocked(d))
         alarm_is_given(d, "Input/output error", "nothing is started or dispatched")
         wanted = {"dbefore"} | emit(d, 1, 2)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from isolator.audit.text import printable
-from tests.egress.world import OTHER, WEB, world
+from tests.egress.internet import OTHER, WEB
+from tests.egress.world import world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 ENDED = "exit_code signal cause uptime stderr"
@@ -36,6 +37,7 @@ FIELDS = {
     "plugin.stopped": ENDED,
     "plugin.crashed": ENDED,
     "plugin.failed": "reason",
+    "plugin.quarantined": "reason crashes seconds",
     "plugin.health": "ok latency_us misses detail",
     "event.accepted": "event subject bytes sha256 plugins by",
     "event.dispatched": "attempt queued_us request_bytes request_sha256",

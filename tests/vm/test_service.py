@@ -14,7 +14,7 @@ import pytest
 from pyseccomp import Arch, resolve_syscall
 
 from host.client import Client
-from isolator.cli.install import COMPLETIONS
+from isolator.cli.install import COMPLETIONS, LINK
 from isolator.layers.syscalls import DENY, rules
 from tests.patience import seconds
 from tests.system.daemon import alive, event, wait_for, write_plugin
@@ -37,6 +37,14 @@ HOG = """\
     server.accept()
     block = bytearray(b"x") * (1 << 30)
 """
+
+INSTALLED = (
+    Path("/etc/systemd/system/isolator.service"), Path("/etc/systemd/system/multi-user.target.wants/isolator.service"),
+    Path("/opt/isolator"), LINK, *COMPLETIONS.values(),
+    *(Path(f"{parent}/isolator") for parent in ("/etc", "/var/lib", "/var/log", "/run")),
+)  # fmt: skip
+"""Everything outside the clone that an installed service is made of."""
+HOST_TOML, NOTE = Path("/etc/isolator/host.toml"), "# a note of the operator's own\n"
 
 # Makes each call it is told of, without an argument that could do anything, and answers.
 CALLER = """\
@@ -64,22 +72,27 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     else:
         subprocess.run(["isolator", "install"], check=True, timeout=seconds(30))
     try:
+        with HOST_TOML.open("a") as file:
+            file.write(NOTE)
         made.cli("plugin", "add", str(write_plugin(tmp_path_factory.mktemp("plugins") / "echo")), "--yes")
         made.cli("event", "emit", "deploy.completed", event("first"), "--wait")
         yield made
     finally:
         print(made.journal())
         subprocess.run(["isolator", "uninstall", "--purge", "--yes"], check=True)
+        assert not [path for path in INSTALLED if path.exists() or path.is_symlink()]
+        assert "isolator" not in Path("/etc/passwd").read_text(), "a system user was left"
 
 
 def test_installed_enabled_ready_and_watched(service: Service) -> None:
+    assert all(path.exists() for path in INSTALLED)
     assert service.property("ActiveState") == "active"
     assert service.property("UnitFileState") == "enabled", "it would not start at boot"
     assert service.property("Type") == "notify" and service.property("WatchdogUSec") == "30s"
     assert service.property("Delegate") == "yes" and service.property("NRestarts") == "0"
     executable = Path(f"/proc/{service.pid()}/cmdline").read_bytes().split(b"\0")[0].decode()
     assert re.match(r"/opt/isolator/env\.\w+/bin/python3", executable), "it must not run from a copy that may vanish"
-    assert "[ceiling]" in Path("/etc/isolator/host.toml").read_text()
+    assert "[ceiling]" in HOST_TOML.read_text()
     # Hardened as far as a builder of cages can be (isolator/cli/unit.py); a unit without a word on it scores 9.6.
     subprocess.run(["systemd-analyze", "security", "--threshold=76", "isolator"], check=True, capture_output=True)
 
@@ -125,21 +138,27 @@ def test_run_from_a_session_and_from_a_unit(service: Service) -> None:
     assert after.stdout == before.stdout, "a scope was left"
 
 
-@pytest.mark.parametrize("how", ["restart", "kill"])
+INTERRUPTIONS = {
+    "restart": ["systemctl", "restart", "--no-block", "isolator"],
+    "kill": ["systemctl", "kill", "-s", "KILL", "isolator"],
+    "upgrade": ["isolator", "install"],
+}
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_nothing_accepted_is_lost(service: Service, how: str) -> None:
     old, before = service.pid(), service.processes()
     accepted = {f"{how}{n}" for n in range(20) if service.emit(f"{how}{n}")}
-    if how == "restart":
-        subprocess.run(["systemctl", "restart", "--no-block", "isolator"], check=True)
-    else:
-        subprocess.run(["systemctl", "kill", "-s", "KILL", "isolator"], check=True)
+    interruption = subprocess.Popen(INTERRUPTIONS[how])
     accepted |= {f"{how}{n}" for n in range(20, 40) if service.emit(f"{how}{n}")}
     service.wait_active(besides=old)
+    assert interruption.wait(timeout=seconds(30)) == 0
     wait_for(lambda: service.emit(f"{how}-after"), seconds(10), "it accepts no event")
     accepted.add(f"{how}-after")
     assert len(accepted) > 20
     wait_for(lambda: accepted <= set(service.seen()), seconds(15), "an accepted event was lost")
     assert not [pid for pid in before if alive(pid)], "a process outlived its daemon"
+    assert HOST_TOML.read_text().endswith(NOTE), "what the operator wrote is gone"
     service.cli("audit", "verify")
 
 
@@ -160,7 +179,10 @@ def test_one_plugin_out_of_memory_leaves_the_others(service: Service, tmp_path: 
 
 def test_every_forbidden_call_is_on_record(service: Service, tmp_path: Path) -> None:
     """The unit's own hardening must not answer a plugin's call before the cage's filter, which records it."""
-    names = [name for name, action, condition in rules("default") if action == DENY and condition is None]
+    actions: dict[str, list[str]] = {}
+    for name, action, _ in rules("default"):
+        actions.setdefault(name, []).append(action)
+    names = [name for name, all_of_it in actions.items() if all_of_it == [DENY]]
     numbers = {name: resolve_syscall(Arch.NATIVE, name) for name in names}
     known = {name: number for name, number in numbers.items() if number is not None and number >= 0}
     script = CALLER.replace("NUMBERS", repr(sorted(known.values())))

@@ -1,0 +1,1 @@
+"""From one version of a plugin to the next, in a whole daemon."""

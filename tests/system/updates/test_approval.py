@@ -1,0 +1,109 @@
+"""What asks for more than before, or was changed, waits for an operator."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from tests.system.daemon import Daemon, daemon
+from tests.system.updates.plugins import BROKEN, add, answers, make, of_type, shown, version_that_answers
+
+MORE = {"sandbox": {"network": {"egress": [{"host": "api.example.com", "ports": [443]}]}}}
+LESS: dict[str, Any] = {"sandbox": {"network": {"egress": []}}}
+
+
+def test_a_version_that_asks_for_more_waits(tmp_path: Path) -> None:
+    with daemon() as d:
+        name = "waiter"
+        add(d, make(tmp_path / name, "1.0.0", **LESS))
+        before = shown(d, name)
+        more = make(tmp_path / "more" / name, "2.0.0", **MORE)
+        result = d.cli("plugin", "update", name, str(more), code=5)
+        assert "connections to api.example.com:443" in result.stdout
+        assert result.stderr.count("\n") == 1 and f"isolator plugin approve {name}" in result.stderr
+        now = shown(d, name)
+        assert (now["version"], now["run"]) == ("1.0.0", before["run"])
+        assert now["pending"]["version"] == "2.0.0"
+        assert now["pending"]["differences"] == ["connections to api.example.com:443"]
+        assert "asks for more" in d.cli("plugin", "list").stdout
+        answer = d.json("plugin", "update", name, str(more), code=5)
+        assert answer["pending"] is True and answer["differences"]
+
+        shutil.rmtree(more)  # what was staged is in the store
+        assert d.stop() == 0
+        d.start()
+        now = shown(d, name)
+        assert (now["version"], now["pending"]["version"]) == ("1.0.0", "2.0.0")
+        assert version_that_answers(d, name, "old") == "1.0.0"
+        d.cli("plugin", "approve", name, code=5)  # nobody is there to agree
+        result = d.cli("plugin", "approve", name, "--yes")
+        assert "api.example.com" in result.stdout
+        now = shown(d, name)
+        assert (now["version"], now["state"], now["pending"]) == ("2.0.0", "running", None)
+        policy = (d.root / f"etc/isolator/policies/{name}.toml").read_text()
+        assert "api.example.com:443" in policy  # nobody had edited it, so to approve is to grant
+        rules = d.json("plugin", "explain", name)["effective"]["network"]["egress"]
+        assert [rule["host"] for rule in rules] == ["api.example.com"]
+        assert of_type(d, name, "plugin.pending") and of_type(d, name, "plugin.approved")
+        assert "nothing waits" in d.cli("plugin", "approve", name, "--yes", code=2).stderr
+
+
+def test_approving_does_not_touch_an_edited_policy(running: Daemon, tmp_path: Path, name: str) -> None:
+    add(running, make(tmp_path / name, "1.0.0", **LESS), start=False)
+    policy = running.root / f"etc/isolator/policies/{name}.toml"
+    mine = "# mine\n" + policy.read_text()
+    policy.write_text(mine)
+    running.cli("plugin", "update", name, str(make(tmp_path / "more" / name, "2.0.0", **MORE)), code=5)
+    result = running.cli("plugin", "approve", name, "--yes")
+    assert "egress = [" in result.stdout  # the line that would grant it
+    assert policy.read_text() == mine and shown(running, name)["version"] == "2.0.0"
+    assert running.json("plugin", "explain", name)["effective"]["network"]["egress"] == []
+
+
+def test_yes_approves_at_once_and_a_failure_takes_the_grant_back(running: Daemon, tmp_path: Path, name: str) -> None:
+    add(running, make(tmp_path / name, "1.0.0", **LESS))
+    policy = running.root / f"etc/isolator/policies/{name}.toml"
+    before = policy.read_text()
+    broken = make(tmp_path / "broken" / name, "2.0.0", BROKEN, **MORE)
+    result = running.cli("plugin", "update", name, str(broken), "--yes", code=1)
+    assert "exit code 7" in result.stderr
+    now = shown(running, name)
+    assert (now["version"], now["state"], now["pending"]) == ("1.0.0", "running", None)
+    assert policy.read_text() == before
+    running.cli("plugin", "update", name, str(make(tmp_path / "more" / name, "2.0.1", **MORE)), "--yes")
+    assert shown(running, name)["version"] == "2.0.1" and "api.example.com" in policy.read_text()
+    running.cli("plugin", "rollback", name)
+    now = shown(running, name)
+    assert (now["version"], now["state"]) == ("1.0.0", "running")
+    assert running.json("plugin", "explain", name)["effective"]["network"]["egress"] == []
+
+
+def test_a_binary_that_was_changed_runs_only_after_approval(
+    running: Daemon, tmp_path: Path, name: str, shared_dir: Path
+) -> None:
+    binary = shared_dir / "tool"
+    binary.write_text(textwrap.dedent(answers("one")))
+    binary.chmod(0o755)
+    running.root.chmod(0o755)
+    place = Path("/usr/local/lib/isolator-test-binary")
+    place.mkdir()
+    try:
+        binary = shutil.move(binary, place / "tool")
+        running.cli("plugin", "add", "--name", name, "--binary", str(binary), "--hooks", "deploy.completed", "--yes")
+        assert version_that_answers(running, name, "1") == "one"
+        running.cli("plugin", "stop", name)
+        binary.write_text(textwrap.dedent(answers("two")))
+        result = running.cli("plugin", "start", name, code=1)
+        assert "has changed since it was approved" in result.stderr
+        running.cli("plugin", "stop", name)
+        assert "another file" in running.cli("plugin", "approve", name, "--yes").stdout
+        assert version_that_answers(running, name, "2") == "two"
+        result = running.cli("plugin", "rollback", name, code=2)
+        assert "is not the earlier file" in result.stderr
+        binary.write_text(textwrap.dedent(answers("three")))
+        running.cli("plugin", "update", name)
+        assert version_that_answers(running, name, "3") == "three"
+    finally:
+        shutil.rmtree(place)
