@@ -36,18 +36,30 @@ class Attempts:
         self._wait_for_trail = wait_for_trail
         self._loop = asyncio.get_running_loop()
         self._gathered: list[Attempt] = []
+        self._scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, attempt: Attempt) -> None:
         """Have it counted, recorded and sent, in the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
-        if len(self._gathered) == 1:
+        self.soon()
+
+    def soon(self) -> None:
+        """Begin in the loop's next turn what has gathered by then.
+
+        Called as workers are woken, that saves a turn: what they begin in the next one is sent in the same.
+        """
+        if not self._scheduled:
+            self._scheduled = True
             task = self._loop.create_task(self._begin(), name="attempts")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _begin(self) -> None:
+        self._scheduled = False
         attempts, self._gathered = self._gathered, []
+        if not attempts:
+            return
         await self._queue.sent([attempt.delivery for attempt in attempts])
         for attempt in attempts:
             self._record(attempt)

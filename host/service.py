@@ -204,6 +204,7 @@ class Host:
         self.watches = Watches(self.registry, self.supervisor, self.audit)
         self._may_continue = self.settings.audit.disk_full == "continue"
         self.attempts = Attempts(self.queue, self.audit, wait_for_trail=not self._may_continue)
+        self.queue.on_ready = self.attempts.soon
         self.dispatcher = Dispatcher(
             Shared(
                 supervisor=self.supervisor,

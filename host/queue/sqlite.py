@@ -81,6 +81,8 @@ class SqliteQueue:
         self.limit = limit
         self.on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None
         """Called once per accepted event when it is safe, before anything of it can be dispatched."""
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called when events have entered their lanes: the workers that waited for them run in the loop's next turn."""
         self.on_expired: Callable[[Delivery], None] = lambda _: None
         self._keep = (keep_events, keep_seconds, keep_dead)
         self._loop = asyncio.get_running_loop()
@@ -179,12 +181,13 @@ class SqliteQueue:
         for entry in batch:
             for subscriber in entry.taken:
                 self._consumer(subscriber.plugin).reserved -= 1
-            accepted = entry.accepted()
-            if error is None and not accepted.duplicate:
-                self.on_accepted(entry.asked, accepted)
+            if error is None and entry.earlier is None:
+                self.on_accepted(entry.asked, entry.accepted())
                 self._enter_lanes(entry, now)
-            # Later in this turn: first the workers that wait for it.
-            self._loop.call_soon(entry.done, accepted if error is None else None, error)
+        # The next turn: first the workers that waited for these events, then what they begin, then the answers.
+        self.on_ready()
+        for entry in batch:
+            self._loop.call_soon(entry.done, entry.accepted() if error is None else None, error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0

@@ -18,7 +18,7 @@ from host.queue.sqlite import SqliteQueue
 from host.store import Store
 from isolator.audit.client import AuditClient
 from isolator.ipc import pair
-from tests.host import scripts, stream_scripts
+from tests import sidecars
 from tests.host.supervisor_double import Daemon
 from tests.patience import seconds
 
@@ -70,6 +70,28 @@ async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_come_be
     assert found == [(before + 1, NAMES)]
     with pytest.raises(BlockingIOError):
         theirs.recv(1)
+    await attempts.close()
+    theirs.close()
+
+
+async def test_who_waits_is_sent_the_event_in_the_turn_after_it_is_safe_and_before_the_answer(store: Store) -> None:
+    queue = SqliteQueue(store)
+    ours, theirs = pair()
+    attempts = Attempts(queue, AuditClient(ours), wait_for_trail=True)
+    queue.on_ready = attempts.soon
+    sent: list[str] = []
+
+    async def work(name: str) -> None:
+        delivery = await queue.consumer(name).take()
+        attempts.begin(Attempt(delivery, "run", b"request", lambda: sent.append(name)))
+
+    workers = [asyncio.create_task(work(name)) for name in NAMES]
+    await asyncio.sleep(0)
+    answered: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    subscribers = [Subscriber(name, None) for name in NAMES]
+    queue.submit(NewEvent("deploy.completed", "{}"), subscribers, lambda _, __: answered.set_result(list(sent)))
+    assert await answered == NAMES
+    await asyncio.gather(*workers)
     await attempts.close()
     theirs.close()
 
@@ -171,8 +193,8 @@ async def test_killed_between_the_count_and_the_writes_loses_nothing_and_sends_n
     note = f'open({str(seen)!r}, "a").write(os.environ["PLUGIN_NAME"] + " " + params["_meta"]["id"] + "\\n")'
     answer = "if id is not None:\n    send(id=id, result={'status': 'ok'})"
     for number in range(3):
-        daemon.add(f"oneshot-{number}", scripts.oneshot(f"{note}\nreturn {{}}"))
-        script = stream_scripts.stream(f"{note}\n{answer}")
+        daemon.add(f"oneshot-{number}", sidecars.oneshot(f"{note}\nreturn {{}}"))
+        script = sidecars.stream(f"{note}\n{answer}")
         daemon.add(f"stream-{number}", script, transport={"mode": "stream"})
     await daemon.outcome(await daemon.emit())
     seen.write_text("")
