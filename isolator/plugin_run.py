@@ -140,7 +140,11 @@ class Run:
 
     async def _stop_when(self, halt: asyncio.Event, leave: Callable[[], Awaitable[None]]) -> None:
         await halt.wait()
-        await leave()
+        try:
+            await leave()
+        except Exception as error:  # whatever it was, the run is stopped
+            context = {"message": f"{self.plugin} was stopped without a leave", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
         self.look()
         await self.sandbox.stop(self.effective.restart.stop_grace)
 

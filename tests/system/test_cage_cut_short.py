@@ -43,6 +43,7 @@ from isolator.staging import Source
 from isolator.state import State
 from tests.patience import seconds
 from tests.registration.test_cut_short import EFFECTS, WRITES
+from tests.sidecars import raw
 from tests.system.daemon import alive, wait_for, write_plugin
 
 NAME = "cut-cage"
@@ -84,6 +85,11 @@ class _Around:
 
     def run_started(self, plugin: Plugin, pipes: list[int]) -> None: ...
 
+    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None: ...
+
+    async def last_words(self, name: str, run: str) -> list[str]:
+        return []
+
     def run_ended(self, *_: Any, **__: Any) -> None: ...
 
     def changed(self, plugin: Plugin) -> None: ...
@@ -96,10 +102,8 @@ class _World:
         self.paths = Paths.of(root / "root")
         for folder in (self.paths.policies, self.paths.plugins, self.paths.state, self.paths.run, self.paths.cache):
             folder.mkdir(parents=True, exist_ok=True)
-        self.folder = write_plugin(
-            root / "plugins" / NAME, "#!/bin/sh\nexec sleep 1000\n",
-            sandbox={"network": {"egress": []}, "filesystem": {"state": "2M"}},
-        )  # fmt: skip
+        sandbox = {"network": {"egress": []}, "filesystem": {"state": "2M"}}
+        self.folder = write_plugin(root / "plugins" / NAME, raw("connection.close()"), sandbox=sandbox)
         self.registrar = Registrar(self.paths, HostConfig())
         self.registrar.add(self.registrar.stage(Source(path=str(self.folder))).staged.token)
         self.uid = self.registrar.store.load(NAME).uid
