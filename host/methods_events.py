@@ -17,7 +17,7 @@ from host.api import PLATFORM_TIMEOUT, ApiError, Context
 from host.channel import RETRY_LATER
 from host.control import Caller, Method, Reply, number, text
 from host.events import from_schema
-from host.queue import FINAL, Accepted, EventRow
+from host.queue import FINAL, Accepted, DeliveryRow, EventRow
 from isolator.errors import UsageError
 from isolator.policy.names import parse_permission
 
@@ -91,7 +91,7 @@ class EventMethods:
     async def event_list(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """The newest events."""
         rows = await self._host.queue.list_events(limit=number(params, "limit", 50, 10_000), name=params.get("event"))
-        return {"events": [dataclasses.asdict(row) for row in rows]}
+        return {"events": [{**_fields(row), "deliveries": [_fields(d) for d in row.deliveries]} for row in rows]}
 
     async def event_show(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """One event with its deliveries."""
@@ -99,18 +99,18 @@ class EventMethods:
 
     def _with_reasons(self, row: EventRow) -> dict[str, Any]:
         """The event as it is shown; a delivery that waits says what for."""
-        shown = dataclasses.asdict(row)
-        for delivery in shown["deliveries"]:
+        deliveries = [_fields(delivery) for delivery in row.deliveries]
+        for delivery in deliveries:
             if delivery["state"] not in FINAL:
                 delivery["holding"] = self._host.dispatcher.status(delivery["plugin"])["holding"]
-        return shown
+        return {**_fields(row), "deliveries": deliveries}
 
     async def event_dead(self, params: Mapping[str, Any], _: Caller) -> dict[str, Any]:
         """Deliveries that were given up."""
         rows = await self._host.queue.list_dead(
             plugin=params.get("plugin"), limit=number(params, "limit", 1000, 100_000)
         )
-        return {"deliveries": [dataclasses.asdict(row) for row in rows]}
+        return {"deliveries": [_fields(row) for row in rows]}
 
     async def event_replay(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Queue what was given up again; with ``plugin`` also what succeeded there."""
@@ -202,3 +202,8 @@ class EventMethods:
             code = error.get("code")
             raise ApiError(code if isinstance(code, int) else -32603, str(error.get("message", "failed"))[:400])
         return answer.get("result")
+
+
+def _fields(row: EventRow | DeliveryRow) -> dict[str, Any]:
+    """The fields by name; ``dataclasses.asdict`` copies deeply, which takes a millisecond for fifty deliveries."""
+    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}

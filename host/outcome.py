@@ -7,9 +7,9 @@ when an event is quarantined because the plugin dies of it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable
 
+from host.attempts import Attempt, Attempts
 from host.channel import Outcome
 from host.queue import Delivery, Result, State
 from host.queue.consumer import SqliteConsumer, backoff
@@ -32,11 +32,10 @@ class Outcomes:
         consumer: SqliteConsumer,
         audit: AuditClient,
         redactor: Callable[[str], Redactor],
-        *,
-        wait_for_trail: bool,
+        attempts: Attempts,
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
-        self._wait_for_trail = wait_for_trail
+        self._attempts = attempts
         self._died: set[str] = set()
         self._suspect: tuple[str, Delivery, float] | None = None
         self._in_flight: dict[int, str] = {}
@@ -44,32 +43,16 @@ class Outcomes:
         self.careful: set[int] = set()
         """Events that were in flight together when the plugin crashed: each goes alone until it is cleared."""
 
-    async def dispatched(self, delivery: Delivery, run: str, request: bytes) -> None:
-        """An attempt begins. It is on record in queue and trail before the first byte is in the plugin's hands.
+    def begin(self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None]) -> None:
+        """Begin an attempt: ``send`` is called when it may be written, and must not raise; ``concluded`` comes last."""
 
-        So nothing is ever delivered more often than its attempts say, whoever is killed.
-        """
-        assert delivery.event is not None
-        await self._consumer.sent(delivery)
-        waited = asyncio.get_running_loop().time() - delivery.ready_at if delivery.ready_at else None
-        self._audit.record(
-            "event.dispatched",
-            plugin=self._name,
-            run=run,
-            event_id=delivery.event.id,
-            delivery_id=delivery.id,
-            urgent=True,
-            attempt=delivery.attempts,
-            queued_us=int(waited * 1e6) if waited is not None else None,
-            request_bytes=len(request),
-            request_sha256=hashlib.sha256(request).hexdigest(),
-        )
-        if self._wait_for_trail:
-            await self._audit.handed_over()
-        delivery.ready_at = 0.0
-        if self._in_flight:
-            self._overlapped |= {*self._in_flight, delivery.seq}
-        self._in_flight[delivery.seq] = run
+        def written() -> None:
+            if self._in_flight:
+                self._overlapped |= {*self._in_flight, delivery.seq}
+            self._in_flight[delivery.seq] = run
+            send()
+
+        self._attempts.begin(Attempt(delivery, run, request, written))
 
     def concluded(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from host.api import HostApi
+from host.attempts import Attempts
 from host.control import ControlServer
 from host.dispatch import Dispatcher
 from host.events import Catalogue, from_schema
@@ -155,6 +156,7 @@ class Host:
         self.trail.close()
         await self.watches.close()
         await self.dispatcher.close()
+        await self.attempts.close()
         self.api.close()
         self.logs.close()
         await self.store.close()
@@ -201,10 +203,13 @@ class Host:
         self.api = HostApi(self.registry, self.audit, self.store, self.logs)
         self.watches = Watches(self.registry, self.supervisor, self.audit)
         self._may_continue = self.settings.audit.disk_full == "continue"
+        self.attempts = Attempts(self.queue, self.audit, wait_for_trail=not self._may_continue)
+        self.queue.on_ready = self.attempts.soon
         self.dispatcher = Dispatcher(
             Shared(
                 supervisor=self.supervisor,
                 queue=self.queue,
+                attempts=self.attempts,
                 registry=self.registry,
                 catalogue=self.catalogue,
                 audit=self.audit,

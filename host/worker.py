@@ -22,10 +22,11 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from host.attempts import Attempts
 from host.channel import (
     STREAM_MESSAGE,
     LostError,
@@ -36,7 +37,7 @@ from host.channel import (
     params_text,
     read_reply,
 )
-from host.channel.oneshot import exchange
+from host.channel.oneshot import Exchange
 from host.channel.stream import Greeting, Reply, StreamConnection, open_stream
 from host.events import Catalogue
 from host.outcome import Outcomes
@@ -69,6 +70,7 @@ class Shared:
 
     supervisor: Caller
     queue: SqliteQueue
+    attempts: Attempts
     registry: Registry
     catalogue: Catalogue
     audit: AuditClient
@@ -80,9 +82,14 @@ class Shared:
     def _halted(self) -> bool:
         return self.halt_without_audit and self.audit.blocked is not None
 
+    @property
+    def can_dispatch(self) -> bool:
+        """Whether the trail and the database can be written; nothing is sent otherwise."""
+        return not self._halted() and self.queue.store.blocked is None
+
     async def may_dispatch(self) -> None:
-        """Return once the trail and the database can be written; nothing is sent before."""
-        while self._halted() or self.queue.store.blocked is not None:
+        """Return once ``can_dispatch``."""
+        while not self.can_dispatch:
             if self._halted():
                 await self.audit.writable()
             else:
@@ -103,10 +110,8 @@ class Worker:
         self.stream: tuple[str, StreamConnection, Greeting] | None = None
         self._shared = shared
         self._consumer = shared.queue.consumer(name)
-        self._outcomes = Outcomes(
-            name, self._consumer, shared.audit, shared.redactor, wait_for_trail=shared.halt_without_audit
-        )
-        self._consumer.on_soon = self._prepare
+        self._outcomes = Outcomes(name, self._consumer, shared.audit, shared.redactor, shared.attempts)
+        self._consumer.on_soon = self._make_ready
         self._prepared: asyncio.Task[tuple[socket.socket, str]] | None = None
         self._reachable: str | None = None
         self._news = asyncio.Event()
@@ -117,7 +122,8 @@ class Worker:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._pause = HOLD_FIRST
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._replies: set[Reply] = set()
+        """Of a stream plugin's requests, from before they are sent."""
         self._slot = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._work(), name=f"dispatch {name}")
 
@@ -129,7 +135,7 @@ class Worker:
     @property
     def busy(self) -> bool:
         """Whether a request is unanswered or a delivery waits."""
-        return bool(self._tasks) or self.turn.locked() or self._consumer.depth > 0
+        return bool(self._replies) or self.turn.locked() or self._consumer.depth > 0
 
     def news(self) -> None:
         """Something changed about the plugin: look again."""
@@ -152,10 +158,11 @@ class Worker:
 
     async def close(self) -> None:
         """Stop; what is in flight counts as an attempt with an unknown outcome at the next start."""
-        for task in (self._task, *self._tasks):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        for reply in self._replies:
+            reply.cancel()
         self._drop_prepared()
         if self.stream is not None:
             self.stream[1].close()
@@ -217,16 +224,19 @@ class Worker:
             if foreign is not None:
                 self._outcomes.refused(plugin, delivery, foreign)
                 return
-            with self._sending(run):
-                await self._outcomes.dispatched(delivery, run, request)
-                self.status = "in_flight"
-                began = time.perf_counter_ns()
-                broken = False
-                try:
-                    outcome = read_reply(await exchange(sock, request, plugin.timeout))
-                except LostError as error:
-                    outcome, broken = Outcome("unknown", detail=str(error)), error.crash
-                latency = (time.perf_counter_ns() - began) // 1000
+            self._expect(run)
+            exchange = Exchange(sock, request, plugin.timeout)
+            self._outcomes.begin(delivery, run, request, exchange.send)
+            self.status = "in_flight"
+            broken = False
+            try:
+                outcome = read_reply(await exchange.reply)
+            except LostError as error:
+                outcome, broken = Outcome("unknown", detail=str(error)), error.crash
+            finally:
+                exchange.close()
+                self._answered()
+            latency = (time.perf_counter_ns() - exchange.sent_ns) // 1000
         self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
 
     async def connection(self, plugin: Plugin) -> tuple[socket.socket, str]:
@@ -240,17 +250,23 @@ class Worker:
                 sock.close()
         return await self._connect(plugin)
 
-    def _prepare(self) -> None:
-        """An event for this idle plugin is being synced: connect meanwhile.
+    def _make_ready(self) -> bool:
+        """An event for this idle plugin is being synced: whether it can be sent at once then. Connect meanwhile.
 
         Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
         not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
         one goes over it.
         """
         plugin = self._shared.registry.get(self.name)
-        idle = self._prepared is None and not self.turn.locked() and self._run is not None
-        if idle and plugin is not None and plugin.mode == "oneshot" and self._run == self._reachable:
+        if plugin is None or self._run in (None, self._leaving) or not self._shared.can_dispatch:
+            return False
+        if plugin.mode == "stream":
+            return self.stream is not None and self.stream[0] == self._run and not self.stream[1].closed.is_set()
+        if self.turn.locked() or self._run != self._reachable:
+            return False
+        if self._prepared is None:
             self._prepared = asyncio.get_running_loop().create_task(self._connect(plugin))
+        return True
 
     def _drop_prepared(self) -> None:
         prepared, self._prepared = self._prepared, None
@@ -310,50 +326,50 @@ class Worker:
         if len(request) > STREAM_MESSAGE:
             self._outcomes.given_up(delivery, "payload_too_large")
             return
-        await self._free_slot(plugin, delivery)
+        await self._free_slot(plugin)
         await connection.read(plugin.timeout)
         if connection.closed.is_set():
             raise NotSentError(connection.why)
-        with contextlib.ExitStack() as sending:
-            sending.enter_context(self._sending(run))
-            await self._outcomes.dispatched(delivery, run, request)
-            self.status = "in_flight"
-            # Written in this turn of the loop: in the next one the attempt is written to the database first.
-            began = time.perf_counter_ns()
-            reply = connection.write(number, request)
-            task = asyncio.get_running_loop().create_task(
-                self._exchange_stream(plugin, delivery, connection, run, (number, reply), began)
-            )
-            self._tasks.add(task)
-            task.add_done_callback(self._slot_free)
-            answered = sending.pop_all()
-            task.add_done_callback(lambda _: answered.close())
+        self._send_stream(plugin, delivery, connection, run, number, request)
 
-    async def _exchange_stream(
-        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, request: tuple[str, Reply],
-        began: int,
-    ) -> None:  # fmt: skip
-        number, reply = request
-        broken = False
-        try:
-            _, data = await connection.reply(number, reply, plugin.timeout)
-            outcome = read_reply(data, expect=number)
-        except (LostError, NotSentError) as error:
-            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
-        latency = (time.perf_counter_ns() - began) // 1000
-        self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
+    def _send_stream(
+        self, plugin: Plugin, delivery: Delivery, connection: StreamConnection, run: str, number: str, request: bytes
+    ) -> None:
+        sent_ns = 0
 
-    async def _free_slot(self, plugin: Plugin, delivery: Delivery) -> None:
+        def send() -> None:
+            nonlocal sent_ns
+            sent_ns = time.perf_counter_ns()
+            connection.write(number, request, plugin.timeout, reply)
+
+        def replied(reply: Reply) -> None:
+            self._replies.discard(reply)
+            self._slot.set()
+            self._answered()
+            if reply.cancelled():  # the worker ends
+                return
+            broken = False
+            try:
+                outcome = read_reply(reply.result()[1], expect=number)
+            except (LostError, NotSentError) as error:
+                outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
+            latency = (time.perf_counter_ns() - sent_ns) // 1000
+            self._outcomes.concluded(plugin, delivery, run, outcome, latency, broken=broken)
+
+        self._expect(run)
+        reply: Reply = asyncio.get_running_loop().create_future()
+        reply.add_done_callback(replied)
+        self._replies.add(reply)
+        self._outcomes.begin(delivery, run, request, send)
+        self.status = "in_flight"
+
+    async def _free_slot(self, plugin: Plugin) -> None:
         """Wait until one more request may be in flight; a suspect of a crash waits until it is alone."""
         spec = plugin.manifest
         most = min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
-        while len(self._tasks) >= (1 if self._outcomes.careful else most):
+        while len(self._replies) >= (1 if self._outcomes.careful else most):
             self._slot.clear()
             await self._slot.wait()
-
-    def _slot_free(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._slot.set()
 
     async def _connected(self, plugin: Plugin) -> tuple[StreamConnection, str, Greeting]:
         """The stream to the present run, opened and greeted if there is none."""
@@ -391,19 +407,17 @@ class Worker:
 
     # Leaving
 
-    @contextlib.contextmanager
-    def _sending(self, run: str) -> Iterator[None]:
-        """Around one request, from just before it is sent until it is answered; raises when the run is to end."""
+    def _expect(self, run: str) -> None:
+        """One more request, over when ``_answered`` is called; raises when the run is to end."""
         if run == self._leaving:
             raise NotSentError("the plugin is being stopped")
         self._unanswered += 1
         self._quiet.clear()
-        try:
-            yield
-        finally:
-            self._unanswered -= 1
-            if not self._unanswered:
-                self._quiet.set()
+
+    def _answered(self) -> None:
+        self._unanswered -= 1
+        if not self._unanswered:
+            self._quiet.set()
 
     async def take_leave(self, run: str, reason: str) -> None:
         """The run is about to be stopped; returns when it may be, after ``LEAVE_GRACE`` at the latest."""

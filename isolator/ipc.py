@@ -68,6 +68,8 @@ class Channel:
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._next = 0
         self._out: deque[tuple[bytes, list[int]]] = deque()
+        self._full = False
+        """The peer's buffer was, and the loop tells us when it is not."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop.add_reader(sock, self._readable)
 
@@ -131,13 +133,16 @@ class Channel:
                 send_packet(self._sock, payload, fds)
             except BlockingIOError:
                 self._loop.add_writer(self._sock, self._flush)
+                self._full = True
                 return
             except OSError:
                 self.close()
                 return
             self._out.popleft()
             _close_all(fds)
-        self._loop.remove_writer(self._sock)
+        if self._full:
+            self._loop.remove_writer(self._sock)
+            self._full = False
 
     def _readable(self) -> None:
         for _ in range(64):

@@ -72,36 +72,34 @@ class StreamConnection(LineProtocol):
         Raises NotSentError when the connection is already over, LostError afterwards.
         """
         number = os.urandom(8).hex()
-        data = line({"jsonrpc": "2.0", "method": method, "params": params, "id": number})
-        return await self.send_request(number, data, timeout)
+        reply: Reply = self._loop.create_future()
+        self.write(number, line({"jsonrpc": "2.0", "method": method, "params": params, "id": number}), timeout, reply)
+        return await reply
 
-    async def send_request(self, number: str, data: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
-        """As ``request`` for a line that is already made."""
-        return await self.reply(number, self.write(number, data), timeout)
-
-    def write(self, number: str, data: bytes) -> Reply:
-        """Send a request at once; what is returned goes to ``reply``."""
-        future: Reply = asyncio.get_running_loop().create_future()
+    def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
+        """Send a line that is a request at once; ``reply`` gets what ``request`` would return or raise."""
+        if reply.done():
+            return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
-            future.set_exception(NotSentError(self.why or "the connection is closed"))
-        else:
-            self._pending[number] = future
-            self.transport.write(data)
-        return future
+            reply.set_exception(NotSentError(self.why or "the connection is closed"))
+            return
+        self._pending[number] = reply
+        self.transport.write(data)
+        timer = self._loop.call_later(timeout, _expire, reply)
+        reply.add_done_callback(lambda _: self._settled(number, timer))
 
-    async def reply(self, number: str, future: Reply, timeout: float) -> tuple[dict[str, Any], bytes]:
-        """Wait for the reply to a request that was sent; raises LostError, or NotSentError when it was not."""
-        timer = asyncio.get_running_loop().call_later(timeout, _expire, future)
-        try:
-            return await future
-        finally:
-            timer.cancel()
-            if self._pending.pop(number, None) is not None and not self.closed.is_set():
-                self.notify("$/cancel", {"id": number})
-                self._late(number)
+    def _settled(self, number: str, timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        if number in self._pending and not self.closed.is_set():
+            # Given up. It stays among the pending: its reply may still come, and is no breach then.
+            self.notify("$/cancel", {"id": number})
+            if len(self._pending) > 1000:
+                self.abort("too many requests were never answered")
 
     async def read(self, timeout: float) -> None:
         """Wait until the plugin has read what it was sent; one that does not in ``timeout`` seconds is cut off."""
+        if self._read.is_set():
+            return
         try:
             async with asyncio.timeout(timeout):
                 await self._read.wait()
@@ -212,15 +210,6 @@ class StreamConnection(LineProtocol):
         answer = await self._call(str(message["method"]), message.get("params"))
         if message.get("id") is not None:
             self.send(line({"jsonrpc": "2.0", "id": message["id"], **answer}))
-
-    def _late(self, number: str) -> None:
-        """Remember a request that was given up: its reply may still come and is no breach then."""
-        if len(self._pending) > 1000:
-            self.abort("too many requests were never answered")
-            return
-        future: Reply = asyncio.get_running_loop().create_future()
-        future.cancel()
-        self._pending[number] = future
 
     def _over(self) -> None:
         self.closed.set()

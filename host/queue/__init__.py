@@ -78,6 +78,8 @@ class Delivery:
     event: Event | None = None
     cancelled: bool = False
     taken: bool = False
+    counted: bool = False
+    """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     ready_at: float = 0.0
     """Loop time at which it could first be taken; only for latency figures."""
 
@@ -109,9 +111,6 @@ class Consumer(Protocol):
     async def take(self) -> Delivery:
         """The next delivery that may be sent now, with its event loaded."""
 
-    async def sent(self, delivery: Delivery) -> None:
-        """An attempt begins; when this returns a crash of the host counts it, so that it may be sent."""
-
     def done(self, delivery: Delivery, result: Result) -> None:
         """Final: ok, skipped, dead, expired or quarantined."""
 
@@ -130,6 +129,9 @@ class Queue(Protocol):
 
     def consumer(self, plugin: str) -> Consumer:
         """The lane of one plugin."""
+
+    async def sent(self, deliveries: Sequence[Delivery]) -> None:
+        """Attempts begin, of any plugins; when this returns a crash of the host counts them: they may be sent."""
 
     async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
         """Queue finished deliveries again (those that are dead when no plugin is named); returns the plugins."""

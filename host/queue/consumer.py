@@ -35,8 +35,11 @@ class SqliteConsumer:
         self._timer: asyncio.TimerHandle | None = None
         self.reserved = 0
         """Deliveries written but not yet synced: they count against the limit."""
-        self.on_soon: Callable[[], None] | None = None
-        """Called when a delivery for an idle plugin is being written and will be there shortly."""
+        self.on_soon: Callable[[], bool] = lambda: False
+        """Called when a delivery for an idle plugin is being written and will be there shortly.
+
+        Answers whether it will be tried as soon as it is there: then its attempt is counted with it.
+        """
 
     @property
     def depth(self) -> int:
@@ -71,11 +74,6 @@ class SqliteConsumer:
                 continue
             return delivery
 
-    async def sent(self, delivery: Delivery) -> None:
-        delivery.attempts += 1
-        self._queue.write(delivery, Result("in_flight"), 0.0)
-        await self._queue.store.committed()
-
     def done(self, delivery: Delivery, result: Result) -> None:
         if delivery.cancelled:
             return
@@ -95,6 +93,8 @@ class SqliteConsumer:
     def release(self, delivery: Delivery) -> None:
         if delivery.cancelled:
             return
+        if delivery.counted:
+            self._queue.write(delivery, Result("queued"), 0.0)
         self._lane.put_back(delivery, delivery.due)
         self._wake()
 

@@ -2,6 +2,8 @@
 
 ``accept`` writes the event and one delivery per subscriber in one transaction and returns once that is synced; only
 then do the deliveries enter their lanes, so nothing is ever dispatched that a power cut could still take back.
+An attempt is counted before it is sent. When an event is accepted for a plugin that waits for one, that is done in
+the event's own transaction: should the host die before it is sent, one attempt too many is counted, never too few.
 Outcomes are written in the same order in which they happen and ride along with the next sync: after a crash the
 log holds a prefix of what happened, so what is delivered twice is delivered twice *in order*.
 
@@ -48,6 +50,8 @@ class _Accept:
     asked: NewEvent
     event: Event
     taken: list[Subscriber]
+    counted: set[str]
+    """The plugins among them whose first attempt is counted with the event."""
     overflowed: list[Subscriber]
     done: Answer
     earlier: Event | None = None
@@ -77,6 +81,8 @@ class SqliteQueue:
         self.limit = limit
         self.on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None
         """Called once per accepted event when it is safe, before anything of it can be dispatched."""
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called when events have entered their lanes: the workers that waited for them run in the loop's next turn."""
         self.on_expired: Callable[[Delivery], None] = lambda _: None
         self._keep = (keep_events, keep_seconds, keep_dead)
         self._loop = asyncio.get_running_loop()
@@ -120,6 +126,7 @@ class SqliteQueue:
             trace=event.trace,
         )
         taken, overflowed = [], []
+        counted: set[str] = set()
         for subscriber in subscribers:
             consumer = self._consumer(subscriber.plugin)
             if consumer.depth + consumer.reserved < self.limit:
@@ -127,11 +134,11 @@ class SqliteQueue:
                 taken.append(subscriber)
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if consumer.idle and event.dedupe_key is None and consumer.on_soon is not None:
-                    consumer.on_soon()
+                if consumer.idle and event.dedupe_key is None and consumer.on_soon():
+                    counted.add(subscriber.plugin)
             else:
                 overflowed.append(subscriber)
-        entry = _Accept(event, stored, taken, overflowed, done)
+        entry = _Accept(event, stored, taken, counted, overflowed, done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -157,11 +164,14 @@ class SqliteQueue:
             seq, at = event.seq, event.accepted
             row = (seq, event.id, event.name, event.time, at, event.expires, event.subject, event.payload)
             events.append((*row, asked.dedupe_key, event.trace, asked.by))
-            deliveries += [(seq, s.plugin, "queued", s.key, None, at) for s in entry.taken]
-            deliveries += [(seq, s.plugin, "dead", s.key, "queue_full", at) for s in entry.overflowed]
+            for s in entry.taken:
+                state, attempts = ("in_flight", 1) if s.plugin in entry.counted else ("queued", 0)
+                deliveries.append((seq, s.plugin, state, attempts, s.key, None, at))
+            deliveries += [(seq, s.plugin, "dead", 0, s.key, "queue_full", at) for s in entry.overflowed]
         db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?)", events)
         db.executemany(
-            "INSERT INTO deliveries (seq, plugin, state, key, detail, updated) VALUES (?,?,?,?,?,?)", deliveries
+            "INSERT INTO deliveries (seq, plugin, state, attempts, key, detail, updated) VALUES (?,?,?,?,?,?,?)",
+            deliveries,
         )
 
     def _inserted(self, batch: list[_Accept], error: Exception | None) -> None:
@@ -171,12 +181,13 @@ class SqliteQueue:
         for entry in batch:
             for subscriber in entry.taken:
                 self._consumer(subscriber.plugin).reserved -= 1
-            accepted = entry.accepted()
-            if error is None and not accepted.duplicate:
-                self.on_accepted(entry.asked, accepted)
+            if error is None and entry.earlier is None:
+                self.on_accepted(entry.asked, entry.accepted())
                 self._enter_lanes(entry, now)
-            # Later in this turn: first the workers that wait for it.
-            self._loop.call_soon(entry.done, accepted if error is None else None, error)
+        # The next turn: first the workers that waited for these events, then what they begin, then the answers.
+        self.on_ready()
+        for entry in batch:
+            self._loop.call_soon(entry.done, entry.accepted() if error is None else None, error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
@@ -196,7 +207,12 @@ class SqliteQueue:
         for subscriber in entry.taken:
             consumer = self._consumer(subscriber.plugin)
             delivery = Delivery(
-                entry.event.seq, subscriber.plugin, subscriber.key, expires=now + entry.asked.ttl, ready_at=now
+                entry.event.seq,
+                subscriber.plugin,
+                subscriber.key,
+                expires=now + entry.asked.ttl,
+                counted=subscriber.plugin in entry.counted,
+                ready_at=now,
             )
             if consumer.depth < _CACHED:
                 delivery.event = entry.event
@@ -213,8 +229,19 @@ class SqliteQueue:
             consumer = self._consumers[plugin] = SqliteConsumer(self, plugin)
         return consumer
 
+    async def sent(self, deliveries: Sequence[Delivery]) -> None:
+        fresh = [delivery for delivery in deliveries if not delivery.counted]
+        for delivery in deliveries:
+            delivery.attempts += 1
+            delivery.counted = False
+        for delivery in fresh:
+            self.write(delivery, Result("in_flight"), 0.0)
+        if fresh:
+            await self.store.committed()
+
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
         """Record where a delivery stands; within one transaction only its last state is written."""
+        delivery.counted = False
         batch = self._outcomes
         if batch is None:
             batch = self._outcomes = {}

@@ -111,6 +111,10 @@ class AuditClient:
         """Wait until at most ``within`` records are not yet durably written, or, if asked to, until none can be."""
         await self._until(lambda: self.unsettled <= within or (or_blocked and self.blocked is not None))
 
+    def hand_over(self) -> None:
+        """Give the kernel what it has room for, at once."""
+        self._flush()
+
     async def handed_over(self) -> None:
         """Wait until the kernel holds every record so far: whatever is caused now is recorded after them."""
         self._flush()

@@ -40,6 +40,9 @@ _PACKETS = 16
 _DRAIN = 4096
 """More packets than a socket's buffer can hold: reading so many empties it of what was there before."""
 _RETRY = 0.5
+_GATHER = 0.005
+"""Seconds from one commit to the next: under load they cost more than the records do, and their syncs compete with
+those of the host's database. Nobody waits for a commit, but for the last one."""
 _HOST_WAIT = 1.0
 _STALLED = 10.0
 """A commit that takes longer counts as blocked until it ends."""
@@ -307,6 +310,7 @@ class Writer:
                 self._chain.seal(utc_now())
             if not await self._commit():
                 return
+            await asyncio.sleep(_GATHER)
             if self._stopping.is_set():
                 if not self._chain.bytes and not self._chain.unsealed:
                     return

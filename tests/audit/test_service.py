@@ -46,6 +46,20 @@ async def test_what_is_acknowledged_is_on_disk_and_fits(daemon: Daemon) -> None:
     assert [r["seq"] for r in daemon.records()] == list(range(1, 2504))
 
 
+async def test_records_that_trickle_in_share_commits(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    acknowledged, began = {0}, time.monotonic()
+    for number in range(200):
+        host.record("event.accepted", event_id=str(number), urgent=True)
+        await asyncio.sleep(0.001)
+        acknowledged.add(host.acked)
+    commits = len(acknowledged) - 1
+    assert 0 < commits <= (time.monotonic() - began) / 0.005 + 2
+    await settled(host)
+    assert [r["event_id"] for r in daemon.of_type("event.accepted")] == [str(number) for number in range(200)]
+
+
 async def test_the_files_belong_to_the_writer_and_the_key_to_it_alone(daemon: Daemon) -> None:
     await daemon.start()
     await daemon.stop()

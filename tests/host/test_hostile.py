@@ -204,9 +204,8 @@ ON_ONE_SHOT = {
         server.listen(1)
         continue
         """,
+    # Before it answers: the next event's connection would come in between, and be closed as one of its own.
     "its own backlog, filled": """
-        connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{}}\\n')
-        connection.close()
         own = []
         for _ in range(4):
             sock = socket.socket(socket.AF_UNIX)
@@ -216,6 +215,8 @@ ON_ONE_SHOT = {
                 own.append(sock)
             except OSError:
                 break
+        connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{}}\\n')
+        connection.close()
         time.sleep(0.5)
         for sock in own:
             server.accept()[0].close()

@@ -76,10 +76,10 @@ async def test_what_waits_is_there_again_after_a_restart(tmp_path: Path) -> None
     ids = [(await queue.accept(_event(str(n)), [Subscriber("p", "k")])).event.id for n in range(3)]
     consumer = queue.consumer("p")
     first = await consumer.take()
-    await consumer.sent(first)
+    await queue.sent([first])
     consumer.done(first, Result("ok"))
     second = await consumer.take()
-    await consumer.sent(second)
+    await queue.sent([second])
     await store.close()
 
     store = Store(tmp_path / "host.db")
@@ -230,7 +230,7 @@ async def test_nothing_is_sent_before_its_attempt_is_on_record(store: Store) -> 
     delivery = await consumer.take()
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        sent = asyncio.create_task(consumer.sent(delivery))
+        sent = asyncio.create_task(queue.sent([delivery]))
         await asyncio.sleep(0.05)
         assert store.blocked is not None
         assert not sent.done()
@@ -245,7 +245,7 @@ async def test_a_full_disk_refuses_events_keeps_outcomes_and_recovers(small_disk
     accepted = await queue.accept(_event(), [Subscriber("p", "k")])
     consumer = queue.consumer("p")
     delivery = await consumer.take()
-    await consumer.sent(delivery)
+    await queue.sent([delivery])
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
@@ -294,7 +294,7 @@ async def test_who_waits_right_after_the_outcome_hears_of_it(store: Store) -> No
     accepted = await queue.accept(_event(), [Subscriber("p", "k")])
     consumer = queue.consumer("p")
     delivery = await consumer.take()
-    await consumer.sent(delivery)
+    await queue.sent([delivery])
     consumer.done(delivery, Result("ok"))  # told, but not written before the loop's next turn
     async with asyncio.timeout(5):  # not wait_for: a task of its own would begin after that turn
         row = await queue.wait(accepted.event.id, timeout=30)

@@ -1,0 +1,232 @@
+"""How attempts begin: counted and on record before anything is sent, together, and whoever is killed in between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from host.attempts import Attempt, Attempts
+from host.queue import Delivery, NewEvent, Subscriber
+from host.queue.sqlite import SqliteQueue
+from host.store import Store
+from isolator.audit.client import AuditClient
+from isolator.ipc import pair
+from tests import sidecars
+from tests.host.supervisor_double import Daemon
+from tests.patience import seconds
+
+EVENT = {"project_id": "p1", "deployment_id": "d2", "url": "https://a.example", "duration_ms": 5}
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = Store(tmp_path / "host.db")
+    yield opened
+    await opened.close()
+
+
+async def _taken(queue: SqliteQueue) -> list[Delivery]:
+    await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber(name, None) for name in NAMES])
+    return [await queue.consumer(name).take() for name in NAMES]
+
+
+def _rows(store: Store) -> dict[str, tuple[str, int]]:
+    """State and attempts by plugin, as another process finds them on disk."""
+    with contextlib.closing(sqlite3.connect(store.path)) as other:
+        found = other.execute("SELECT plugin, state, attempts FROM deliveries ORDER BY plugin")
+        return {plugin: (state, attempts) for plugin, state, attempts in found}
+
+
+async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_come_before_what_is_sent(
+    store: Store,
+) -> None:
+    queue = SqliteQueue(store)
+    ours, theirs = pair()
+    attempts = Attempts(queue, AuditClient(ours), wait_for_trail=True)
+    all_sent = asyncio.Event()
+    found: list[tuple[int, list[str]]] = []
+    theirs.setblocking(False)
+
+    def send() -> None:
+        if not found:
+            lines = [json.loads(line) for line in theirs.recv(1 << 16).splitlines()]
+            found.append((store.commits, [line["plugin"] for line in lines]))
+            assert list(_rows(store).values()) == [("in_flight", 1)] * 3
+        else:
+            all_sent.set()
+
+    deliveries, before = await _taken(queue), store.commits
+    for delivery in deliveries:
+        attempts.begin(Attempt(delivery, "run", b"request", send))
+    await asyncio.wait_for(all_sent.wait(), seconds(5))
+    assert found == [(before + 1, NAMES)]
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1)
+    await attempts.close()
+    theirs.close()
+
+
+async def test_who_waits_is_sent_the_event_in_the_turn_after_it_is_safe_and_before_the_answer(store: Store) -> None:
+    queue = SqliteQueue(store)
+    ours, theirs = pair()
+    attempts = Attempts(queue, AuditClient(ours), wait_for_trail=True)
+    queue.on_ready = attempts.soon
+    sent: list[str] = []
+
+    async def work(name: str) -> None:
+        delivery = await queue.consumer(name).take()
+        attempts.begin(Attempt(delivery, "run", b"request", lambda: sent.append(name)))
+
+    workers = [asyncio.create_task(work(name)) for name in NAMES]
+    await asyncio.sleep(0)
+    answered: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    subscribers = [Subscriber(name, None) for name in NAMES]
+    queue.submit(NewEvent("deploy.completed", "{}"), subscribers, lambda _, __: answered.set_result(list(sent)))
+    assert await answered == NAMES
+    await asyncio.gather(*workers)
+    await attempts.close()
+    theirs.close()
+
+
+async def test_nothing_is_sent_before_the_kernel_has_its_record(store: Store) -> None:
+    queue = SqliteQueue(store)
+    ours, theirs = pair()
+    audit = AuditClient(ours)
+    attempts = Attempts(queue, audit, wait_for_trail=True)
+    sent: list[str] = []
+    deliveries = await _taken(queue)
+    while not audit._stuck:  # fill the socket
+        audit.record("net.query", text="x" * 10_000)
+        audit.hand_over()
+    for delivery in deliveries:
+        attempts.begin(Attempt(delivery, "run", b"request", lambda name=delivery.plugin: sent.append(name)))
+    await asyncio.sleep(0.1)
+    assert sent == []
+    assert {attempt for _, attempt in _rows(store).values()} == {1}
+    theirs.setblocking(False)
+    while len(sent) < 3:
+        with contextlib.suppress(BlockingIOError):
+            theirs.recv(1 << 20)
+        await asyncio.sleep(0)
+    assert sent == NAMES
+    await attempts.close()
+    theirs.close()
+
+
+async def test_who_waits_for_an_event_has_its_attempt_counted_with_it(store: Store) -> None:
+    queue = SqliteQueue(store)
+    consumers = {name: queue.consumer(name) for name in NAMES}
+    consumers["b"].on_soon = consumers["c"].on_soon = lambda: True
+    takes = {name: asyncio.create_task(consumer.take()) for name, consumer in consumers.items()}
+    await asyncio.sleep(0)
+    await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber(name, None) for name in NAMES])
+    assert _rows(store) == {
+        "a": ("queued", 0),
+        "b": ("in_flight", 1),
+        "c": ("in_flight", 1),
+    }
+    first, second, third = [await task for task in takes.values()]
+    commits = store.commits
+    await queue.sent([second])
+    assert (second.attempts, store.commits) == (1, commits)
+    await queue.sent([first])
+    assert (first.attempts, store.commits) == (1, commits + 1)
+    consumers["c"].release(third)  # it could not be sent after all: nothing was tried
+    assert third.attempts == 0
+    await store.committed()
+    assert _rows(store) == {
+        "a": ("in_flight", 1),
+        "b": ("in_flight", 1),
+        "c": ("queued", 0),
+    }
+    again = await consumers["c"].take()
+    await queue.sent([again])
+    assert _rows(store)["c"] == ("in_flight", 1)
+
+
+async def test_a_duplicate_counts_nothing(store: Store) -> None:
+    queue = SqliteQueue(store)
+    consumer = queue.consumer("a")
+    consumer.on_soon = lambda: True
+    event = NewEvent("deploy.completed", "{}", dedupe_key="once")
+    take = asyncio.create_task(consumer.take())
+    await asyncio.sleep(0)
+    await queue.accept(event, [Subscriber("a", None)])
+    assert (await queue.accept(event, [Subscriber("a", None)])).duplicate
+    delivery = await take
+    await queue.sent([delivery])
+    assert _rows(store)["a"] == ("in_flight", 1)
+
+
+DIES = """
+import os, signal
+from isolator.audit.client import AuditClient
+handed_over = AuditClient.handed_over
+async def killed(self):
+    if os.path.exists({armed!r}):
+        {records_first}
+        os.kill(os.getpid(), signal.SIGKILL)
+    await handed_over(self)
+AuditClient.handed_over = killed
+"""
+
+
+@pytest.mark.parametrize("key", [{}, {"dedupe_key": "once"}], ids=["counted with the event", "counted after it"])
+@pytest.mark.parametrize("records_first", ["pass", "await handed_over(self)"], ids=["unrecorded", "recorded"])
+async def test_killed_between_the_count_and_the_writes_loses_nothing_and_sends_nothing_uncounted(
+    daemon: Daemon, records_first: str, key: dict[str, str]
+) -> None:
+    await daemon.kill_host()
+    armed, seen = daemon.root / "armed", daemon.root / "seen"
+    daemon.first = DIES.format(armed=str(armed), records_first=records_first)
+    seen.touch()
+    seen.chmod(0o666)
+    await daemon.start_host()
+    note = f'open({str(seen)!r}, "a").write(os.environ["PLUGIN_NAME"] + " " + params["_meta"]["id"] + "\\n")'
+    answer = "if id is not None:\n    send(id=id, result={'status': 'ok'})"
+    for number in range(3):
+        daemon.add(f"oneshot-{number}", sidecars.oneshot(f"{note}\nreturn {{}}"))
+        script = sidecars.stream(f"{note}\n{answer}")
+        daemon.add(f"stream-{number}", script, transport={"mode": "stream"})
+    await daemon.outcome(await daemon.emit())
+    seen.write_text("")
+    armed.touch()
+    with contextlib.suppress(OSError, ValueError):  # the answer may or may not come before the host dies
+        await daemon.ask("event.emit", name="deploy.completed", payload=EVENT, **key)
+    assert daemon.host is not None
+    await asyncio.wait_for(daemon.host.wait(), seconds(10))
+    assert seen.read_text() == ""
+    armed.unlink()
+    assert daemon.channel is not None
+    daemon.channel.close()
+    copy = shutil.copytree(daemon.paths.host_lib, daemon.root / "copy")  # the host itself is to recover the log
+    with contextlib.closing(sqlite3.connect(copy / "host.db")) as found:
+        stood = found.execute("SELECT plugin, state, attempts FROM deliveries WHERE seq=2").fetchall()
+    counted = {plugin: attempts for plugin, _, attempts in stood}
+    assert len(counted) == 6
+    assert {(state, attempts) for _, state, attempts in stood} <= {("in_flight", 1), ("queued", 0)}
+    assert set(counted.values()) == {1} or (key and 1 in counted.values())
+    await daemon.start_host()
+    (event, _) = (await daemon.ask("event.list"))["events"]
+    row = await daemon.outcome(event)
+    assert {d["plugin"]: (d["state"], d["attempts"]) for d in row["deliveries"]} == {
+        plugin: ("ok", attempts + 1) for plugin, attempts in counted.items()
+    }
+    assert sorted(seen.read_text().splitlines()) == [f"{plugin} {event['id']}" for plugin in sorted(counted)]
+    # Those that did not begin in the turn in which it died have no record of their first attempt.
+    records = [r for r in daemon.of_type("event.dispatched") if r["event_id"] == event["id"]]
+    told = {(r["plugin"], r["data"]["attempt"]) for r in records}
+    assert len(told) == len(records)
+    again = {(plugin, attempts + 1) for plugin, attempts in counted.items()}
+    lost = told - again
+    assert again <= told
+    assert lost <= {(plugin, 1) for plugin, attempts in counted.items() if attempts}
+    assert bool(lost) == (records_first != "pass")
