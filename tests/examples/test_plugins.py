@@ -52,7 +52,11 @@ def webhook(tmp_path: Path) -> Iterator[Webhook]:
         def log_message(self, format: str, *args: Any) -> None:
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        address_family, *_, address = socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)[0]
+        """Where a program goes first, and some nowhere else."""
+
+    server = Server(Server.address[:2], Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     hook = Webhook(f"https://localhost:{server.server_port}/services/secret", str(tmp_path / "ca.pem"))
     thread = threading.Thread(target=server.serve_forever)

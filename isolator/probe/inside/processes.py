@@ -98,18 +98,22 @@ def kill_init(promise: Promise) -> str:
         os._exit(0)
     os.waitpid(child, 0)
     orphan = int(os.read(read, 16))
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline:
-        try:
-            os.kill(promise.init, 0)
-        except ProcessLookupError:
+        if not _is_there(promise.init):
             return "it is gone"
-        try:
-            os.kill(orphan, 0)
-        except ProcessLookupError:
-            raise Held("the signals have no effect on it") from None
-        os.sched_yield()
-    return "it does not reap orphans any more"
+        time.sleep(0.01)
+    if _is_there(orphan):
+        return "it does not reap orphans any more"
+    raise Held("the signals have no effect on it")
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @attempt("namespaces", "find processes of other users")
