@@ -19,6 +19,13 @@ from tests.layers.lab import COMMAND, caged, children, isolator, leaves
 _WAITING = ("sh", "-c", "echo ready; exec sleep 300")
 
 
+@pytest.fixture(autouse=True)
+def _cleared(shared_dir: Path) -> Iterator[None]:
+    """Also what a test that failed has left."""
+    yield
+    _gc(shared_dir)
+
+
 @contextlib.contextmanager
 def _run(root: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
     """A running ``isolator run``, the pid of its launcher, and the uid of its cage; killed at the end."""
@@ -86,7 +93,6 @@ def test_a_running_one_is_not_touched(shared_dir: Path) -> None:
         assert (_left(shared_dir), caged(shared_dir)) == before
         assert process.poll() is None
         assert (LOCKS / str(uid)).exists()
-    _gc(shared_dir)
 
 
 def test_a_dead_one_beside_a_running_one(shared_dir: Path) -> None:
@@ -99,7 +105,6 @@ def test_a_dead_one_beside_a_running_one(shared_dir: Path) -> None:
             assert alive.poll() is None
             assert not set(left) & set(_left(shared_dir))
             assert len(caged(shared_dir)) == 2  # its pid 1 and sleep
-    _gc(shared_dir)
 
 
 def test_groups_without_a_journal(shared_dir: Path) -> None:
