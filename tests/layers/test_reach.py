@@ -49,14 +49,20 @@ def _waits(file: Path) -> bool:
 
 def test_sync_flushes_nobody_elses_files(shared_dir: Path, elsewhere: Path) -> None:
     file = elsewhere / "file"
-    with _setting("/proc/sys/vm/dirty_writeback_centisecs", "100000"):  # nor does the kernel by itself
-        file.write_bytes(b"x" * 65536)
-        done = isolator(shared_dir, "run", "--", "python3", "-c", "import os; os.sync(); print('done')")
-        assert done.stdout == "done\n", done.stderr
-        assert "denied" not in done.stderr
-        assert _waits(file), "a cage made the host write another file system's data"
+    assert any(_waits_after_a_sync(shared_dir, file) for _ in range(5)), "a cage made the host write another's data"
     os.sync()
     assert not _waits(file), "nothing was waiting to be written: the test cannot fail"
+
+
+def _waits_after_a_sync(root: Path, file: Path) -> bool:
+    """Have a cage call sync(2). Others on this machine may, too; but not each time."""
+    with _setting("/proc/sys/vm/dirty_writeback_centisecs", "100000"):  # nor does the kernel by itself
+        file.unlink(missing_ok=True)  # a file that is emptied and written anew is not kept waiting
+        file.write_bytes(b"x" * 65536)
+        done = isolator(root, "run", "--", "python3", "-c", "import os; os.sync(); print('done')")
+        assert done.stdout == "done\n", done.stderr
+        assert "denied" not in done.stderr
+        return _waits(file)
 
 
 WATCHES = """
