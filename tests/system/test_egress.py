@@ -123,7 +123,10 @@ def test_flushed_rules_end_the_run_and_let_nothing_out(busy: Daemon, pretend: Wo
     subprocess.run(["nsenter", f"--net=/proc/{pid}/ns/net", "nft", "flush", "ruleset"], check=True)
     ended = wait_for(lambda: records(busy, "plugin.crashed") + records(busy, "plugin.stopped"), what="it went on")
     assert (ended[0]["run"], ended[0]["data"]["cause"]) == (started["run"], "its network rules were changed")
-    assert [r for r in records(busy, "net.denied") if r["data"]["rule"] == "ruleset-changed"]
+    wait_for(
+        lambda: [r for r in records(busy, "net.denied") if r["data"]["rule"] == "ruleset-changed"],
+        what="the change itself is not on record",
+    )
     again = wait_for(lambda: records(busy, "plugin.started")[1:], what="it was not started again")[0]
     rules = subprocess.run(
         ["nsenter", f"--net=/proc/{again['data']['pid']}/ns/net", "nft", "list", "ruleset"],
