@@ -192,11 +192,12 @@ ON_ONE_SHOT = {
         for byte in b'{"jsonrpc":"2.0","id":1,"result":{}}\\n':
             connection.send(bytes((byte,)))
         """,
+    # Gone before it answers: else the next event's connection would be among those that it closes.
     "its own socket, rebound for each event": """
-        connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{}}\\n')
-        connection.close()
         server.close()
         os.unlink(path)
+        connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{}}\\n')
+        connection.close()
         time.sleep(0.2)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         server.bind(path)
