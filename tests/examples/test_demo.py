@@ -83,6 +83,7 @@ class TestLeftovers:
         code = f"import sys; sys.path.insert(0, {leftovers.__file__.rpartition('/')[0]!r})\n"
         code += "import leftovers, pathlib, subprocess\n"
         code += "other = subprocess.Popen(['cat'], stdin=subprocess.PIPE)\n"
+        code += "while not pathlib.Path(f'/proc/{other.pid}/cmdline').read_bytes(): pass\n"  # it has no name before
         code += f"print(other.pid, list(leftovers.processes(pathlib.Path({str(tmp_path)!r}), set(), own_network=True)))"
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         run = subprocess.run(

@@ -106,9 +106,15 @@ class Daemon:
         return json.loads(self.cli(*words, "--json", code=code).stdout)
 
     def records(self) -> list[dict[str, Any]]:
-        """The whole trail."""
-        lines = (self.root / "var/log/isolator/audit/audit.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        """The whole trail; what has just happened is in it a few milliseconds later, when the writer commits again."""
+        path = self.root / "var/log/isolator/audit/audit.jsonl"
+        written, end = path.read_bytes(), time.monotonic() + seconds(1)
+        while time.monotonic() < end:
+            time.sleep(seconds(0.02))
+            before, written = written, path.read_bytes()
+            if written == before:
+                break
+        return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
     def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
         """The pid of one of this daemon's processes, found among the supervisor's children."""
