@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def emit(d: Daemon, count: int) -> None:
 
 
 def written(d: Daemon) -> list[str]:
-    """Every line of the trail."""
+    """Every line of the trail, with what happened just now: that is committed some milliseconds later."""
+    time.sleep(seconds(0.02))
     paths = files.trail(d.root / "var/log/isolator/audit")
     return [line for path in paths for line in path.read_text("ascii").splitlines()]
 
