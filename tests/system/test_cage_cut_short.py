@@ -265,3 +265,13 @@ def test_nothing_is_left_whichever_step_it_dies_at(world: _World) -> None:
     assert reported > len(steps) // 2, "hardly a kill left anything: what is tested here?"
     assert not world.outside() and not world.caged() and not world.loops()
     assert pwd.getpwuid(world.uid)
+
+
+def test_it_is_stopped_although_taking_leave_fails(world: _World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: Any) -> None:
+        raise RuntimeError("whatever it was")
+
+    monkeypatch.setattr(_Around, "run_stopping", fails)
+    life = world.live(lambda _: None, lambda: None, lambda: None)
+    asyncio.run(asyncio.wait_for(life, seconds(8)))
+    assert not world.outside() and not world.caged()

@@ -102,7 +102,7 @@ def kill_init(promise: Promise) -> str:
     while time.monotonic() < deadline:
         if not _is_there(promise.init):
             return "it is gone"
-        time.sleep(0.01)
+        time.sleep(0.01)  # nothing tells of the end of a process that is nobody's child here
     if _is_there(orphan):
         return "it does not reap orphans any more"
     raise Held("the signals have no effect on it")
