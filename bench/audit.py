@@ -24,11 +24,11 @@ from typing import Any
 
 import isolator
 from bench.frame import Contender, Report, Series, interleave
-from isolator import ipc
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.seal import load_public
 from isolator.audit.verify import verify
+from isolator.ipc import channel as ipc
 from isolator.paths import Paths
 
 BATCH = 2000

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench import isolator_side
 from bench.frame import Report, interleave
 from bench.peers import peers
-from isolator.layers.seccomp import compiled
+from isolator.layers.seccomp.layer import compiled
 
 
 def measure(rounds: int) -> Report:

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.frame import Report, Series, Skipped
-from host.client import Client
-from tests.patience import EMULATED
+from host.client.client import Client
+from tests.support.timeouts import EMULATED
 from tests.system.daemon import Daemon, daemon, write_plugin
 
 HOST_TOML = """

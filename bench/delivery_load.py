@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.delivery import ONESHOT, STREAM, Subject, Trail, payload, settle
-from host.client import Client
+from host.client.client import Client
 from tests.system.daemon import Daemon, write_plugin
 
 MANY = 50
@@ -62,7 +62,7 @@ def under_load(running: Daemon, client: Client, subjects: Sequence[Subject]) -> 
 def _sustained(running: Daemon, client: Client, subject: Subject, count: int) -> str:
     subject.clear()
     pids = {
-        "host": running.service_pid("host.serve"),
+        "host": running.service_pid("host.service"),
         "audit": running.service_pid("isolator.audit.service"),
         "supervisor": running.process.pid if running.process is not None else 0,
     }

@@ -119,7 +119,7 @@ def table(report: Report) -> str:
 
 
 def to_json(report: Report) -> dict[str, object]:
-    """The report with every sample, for tools."""
+    """The report with every sample, for runtime."""
     bases = [series for series in report.series if series.name in report.baselines]
     summary = {
         series.name: {

@@ -3,8 +3,8 @@
 What is timed is a complete cage: journalled, network namespace with its ruleset, cgroup leaf with caps, clone, the
 child's layers, every layer confirmed from the kernel, exec of ``/usr/bin/true``, its end, and everything removed again.
 
-There are two contenders. A daemon at rest has what is the same for every cage waiting (isolator.spares), and makes it
-anew a moment after each start: the one finds it so. The other finds nothing, as the second start of a burst does.
+There are two contenders. A daemon at rest keeps a warm pool (isolator.cage.warm_pool) and refills it a moment after
+each start: the first contender finds it full. The second finds it empty, as the second start of a burst does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 
 from bench.frame import Contender
 from bench.peers import CPU_PERCENT, TRUE
-from isolator.journal import Journal
-from isolator.launch.client import Launcher
+from isolator.cage.cage import Cage, Stdio
+from isolator.cage.runtime import CageRuntime
+from isolator.launcher.client import Launcher
 from isolator.layers.base import CageSpec
-from isolator.layers.cgroup_subtree import open_subtree
+from isolator.layers.cgroup.subtree import open_subtree
+from isolator.layers.ledger import EVERY_LAYER
 from isolator.paths import Paths
 from isolator.policy.model import EffectivePolicy, ResourcePolicy
-from isolator.sandbox import EVERY_LAYER, Sandbox, Stdio, Tools
+from isolator.recovery.journal import Journal
 
 NAME = "isolator"
 COLD = "isolator, nothing made ahead"
@@ -40,10 +42,10 @@ def cages(work: Path) -> Iterator[tuple[list[Contender], dict[str, list[float]]]
     steps: dict[str, list[float]] = {}
     with asyncio.Runner() as runner:
 
-        async def open_tools() -> Tools:
-            return Tools(Launcher(), Journal(paths.journal), open_subtree(paths.named("isolator-bench")))
+        async def open_runtime() -> CageRuntime:
+            return CageRuntime(Launcher(), Journal(paths.journal), open_subtree(paths.named("isolator-bench")))
 
-        tools = runner.run(open_tools())
+        runtime = runner.run(open_runtime())
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         stdio = Stdio(null, null, null)
         policy = EffectivePolicy(plugin="bench", resources=ResourcePolicy(cpu=CPU_PERCENT * 10))
@@ -52,7 +54,7 @@ def cages(work: Path) -> Iterator[tuple[list[Contender], dict[str, list[float]]]
             run = f"r{next(numbers)}"
             spec = CageSpec("bench", run, _UID, _UID, "bench", policy, paths, [TRUE], {"PATH": "/usr/bin:/bin"})
             began = time.perf_counter()
-            async with Sandbox(spec, tools, stdio) as cage:
+            async with Cage(spec, runtime, stdio) as cage:
                 await cage.start()
                 started = time.perf_counter()
                 end = await cage.wait()
@@ -65,8 +67,8 @@ def cages(work: Path) -> Iterator[tuple[list[Contender], dict[str, list[float]]]
                 noted.setdefault(step, []).append(took)
 
         async def make_ahead() -> None:
-            tools.spares.begin(EVERY_LAYER)
-            await tools.spares.filled()
+            runtime.pool.begin(EVERY_LAYER)
+            await runtime.pool.filled()
 
         try:
             yield (
@@ -82,9 +84,9 @@ def cages(work: Path) -> Iterator[tuple[list[Contender], dict[str, list[float]]]
             os.close(null)
 
             async def close() -> None:
-                await tools.spares.close()
-                tools.launcher.close()
-                tools.subtree.remove()
-                tools.journal.close()
+                await runtime.pool.close()
+                runtime.launcher.close()
+                runtime.subtree.remove()
+                runtime.journal.close()
 
             runner.run(close())

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from bench.frame import Report, Series, Skipped
 from bench.peers import bubblewrap
-from host.client import Client
-from isolator.layers.seccomp import compiled
+from host.client.client import Client
+from isolator.layers.seccomp.layer import compiled
 from tests.system.daemon import Daemon, daemon, write_plugin
 
 COUNT = 200
@@ -131,9 +131,9 @@ def _at_once(once: Callable[[], None]) -> float:
 def _memory(running: Daemon) -> dict[str, float]:
     """KiB of each of the daemon's processes."""
     assert running.process is not None
-    modules = {"audit": "isolator.audit.service", "broker": "isolator.egress.service", "host": "host.serve"}
+    modules = {"audit": "isolator.audit.service", "broker": "isolator.broker.service", "host": "host.service"}
     pids = {name: running.service_pid(module) for name, module in modules.items()}
-    pids |= {"supervisor": running.process.pid, "launcher": running.service_pid("isolator.launch.launcher")}
+    pids |= {"supervisor": running.process.pid, "launcher": running.service_pid("isolator.launcher.server")}
     return {name: _pss(pid) for name, pid in pids.items()}
 
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.frame import Contender, Skipped
-from isolator.layers.cgroup_subtree import find_hierarchies
-from tests.patience import EMULATED
+from isolator.layers.cgroup.subtree import find_hierarchies
+from tests.support.timeouts import EMULATED
 
 TRUE = "/usr/bin/true"
 _NOBODY = 65534

@@ -10,7 +10,7 @@ import time
 from bench.delivery import HOST_TOML, STREAM, Subject
 from bench.delivery_load import memory, pour
 from bench.frame import Report, Series
-from host.client import Client
+from host.client.client import Client
 from tests.system.daemon import daemon
 
 BATCH = 5000
@@ -24,7 +24,7 @@ def measure(rounds: int) -> Report:
         subject = Subject(running, "stream", "deploy.started", STREAM, transport={"mode": "stream"})
         assert running.process is not None
         pids = {
-            "host": running.service_pid("host.serve"),
+            "host": running.service_pid("host.service"),
             "audit": running.service_pid("isolator.audit.service"),
             "supervisor": running.process.pid,
         }

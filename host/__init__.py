@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from host.plugin_host import Delivered, Emitted, PluginHost, Recorded
+    from host.client.plugin_host import Delivered, Emitted, PluginHost, Recorded
 
 __all__ = ["Delivered", "Emitted", "PluginHost", "Recorded"]
 
@@ -16,7 +16,7 @@ __all__ = ["Delivered", "Emitted", "PluginHost", "Recorded"]
 def __getattr__(name: str) -> Any:
     """Import the library on first use: the command line imports this package and must stay light."""
     if name in __all__:
-        from host import plugin_host
+        from host.client import plugin_host
 
         return getattr(plugin_host, name)
     raise AttributeError(f"module 'host' has no attribute {name!r}")

@@ -1,341 +1,74 @@
-"""The host: everything that serves the platform, composed, and its half of the conversation with the supervisor.
+"""The host process: ``python3 -I -m host.service --channel-fd N --audit-fd M``, started by the supervisor.
 
-Order at start: database (recovered before anything else), registry, secrets, queue, dispatch, control socket; the
-answer to ``hello`` means that commands and events are accepted. The host owns no privilege and no process: when it
-dies its supervisor starts another, the sidecars go on running, and what was accepted is still in the queue.
+It runs as a user of its own without any privilege, and ends when its channel closes.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import contextlib
-import hashlib
-import json
+import gc
 import os
+import signal
 import socket
 import sys
-from collections.abc import Mapping
-from typing import Any
 
-from host.api import HostApi
-from host.attempts import Attempts
-from host.control import ControlServer
-from host.dispatch import Dispatcher
-from host.events import Catalogue, from_schema
-from host.health import Watches
-from host.logs import Logs
-from host.methods import MAX_EXCHANGE, Methods
-from host.queue import DEFAULT_TTL, Accepted, Delivery, NewEvent
-from host.queue.sqlite import Answer, SqliteQueue
-from host.registry import Plugin, Registry, load_event_types
-from host.secrets import ConfigStore
-from host.store import Store
-from host.trail import TrailStreams
-from host.worker import Shared
+import prctl
+
+from host.host import Host
 from isolator.audit.client import AuditClient
-from isolator.errors import IsolatorError, UsageError
-from isolator.ipc import Channel, Message
-from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig, without_trail
-
-AUDIT_AHEAD = 8000
-"""Records not yet written beyond which accepting waits for the trail."""
+from isolator.errors import IsolatorError
+from isolator.ipc.channel import Channel
 
 
-QUEUE_BEAT = 2.0
-"""Seconds between two looks at the queues' lengths for the metrics."""
+async def serve(channel_fd: int, audit_fd: int | None) -> int:
+    """Serve until the supervisor goes away or says SIGTERM."""
+    loop = asyncio.get_running_loop()
+    channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
+    audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None)
+    host = Host(channel, audit)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    closed = asyncio.create_task(channel.closed.wait())
+    stopped = asyncio.create_task(stop.wait())
+    frozen = asyncio.create_task(_settle(host))
+    await asyncio.wait((closed, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for task in (closed, stopped, frozen):
+        task.cancel()
+    await host.close()
+    channel.close()
+    audit.close()
+    return 0
 
 
-class Host:
-    """One running host process."""
-
-    def __init__(self, channel: Channel, audit: AuditClient) -> None:
-        self.supervisor = channel
-        self.audit = audit
-        self.catalogue = Catalogue()
-        self._told_queues: dict[str, int] | None = None
-        self.started = asyncio.Event()
-        self._starts: set[asyncio.Task[None]] = set()
-        for op, handler in {
-            "hello": self._hello,
-            "plugin.changed": self._plugin_changed,
-            "run.environment": self._run_environment,
-            "run.started": self._run_started,
-            "run.stopping": self._run_stopping,
-            "run.ended": self._run_ended,
-            "run.last_words": self._run_last_words,
-            "audit.source": self._audit_source,
-        }.items():
-            channel.handle(op, handler)
-
-    def emit(
-        self,
-        name: str,
-        payload: Mapping[str, Any],
-        done: Answer,
-        *,
-        by: str | None = None,
-        dedupe_key: str | None = None,
-        ttl: float | None = None,
-        trace: str | None = None,
-    ) -> None:
-        """Validate and accept one event; ``done(accepted, error)`` when it and its deliveries are safe."""
-        checked = self.catalogue.validate(name, payload)
-        subscribers = self.registry.subscribers(checked.type, checked.fields)
-        subject = str(checked.fields.get(checked.type.order_by or "project_id", ""))
-        lifetime = DEFAULT_TTL if ttl is None else ttl
-        event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, lifetime, trace, by)
-        self.queue.submit(event, subscribers, done)
-
-    async def room_in_the_trail(self) -> None:
-        """Return once accepting more would not run too far ahead of the trail."""
-        await self.audit.settled(within=AUDIT_AHEAD // 2, or_blocked=self._may_continue)
-
-    def trail_is_far_behind(self) -> bool:
-        """Whether accepting should wait for the trail."""
-        if self._may_continue and self.audit.blocked is not None:
-            return False
-        return self.audit.sent - self.audit.acked > AUDIT_AHEAD
-
-    def alarms(self) -> list[str]:
-        """What keeps the daemon from its work until a person mends it, one line each."""
-        found = []
-        if self.audit.blocked is not None:
-            found.append(f"{self.audit.blocked}; {without_trail(self.settings.audit.disk_full)}")
-        if self.store.blocked is not None:
-            found.append(f"the database cannot be written: {self.store.blocked}; nothing is accepted or dispatched")
-        return found
-
-    async def removed(self, name: str) -> None:
-        """Forget a removed plugin wholly; safe to repeat."""
-        await self.watches.forget(name)
-        await self.dispatcher.plugin_removed(name)
-        self.api.forget(name)
-        dropped = self.queue.unfinished(name)
-        await self.queue.purge(name)
-        await self.config.forget(name)
-        await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
-        self.logs.remove(name)
-        self.registry.remove(name)
-        for event_id, attempts in dropped:
-            self._record_dead(name, event_id, "the plugin was removed", attempts)
-            if self.audit.unsettled > AUDIT_AHEAD:
-                await self.audit.settled(within=AUDIT_AHEAD // 2, or_blocked=True)
-
-    async def put(self, entry: Mapping[str, Any]) -> Plugin:
-        """Take over one plugin entry of the supervisor."""
-        plugin = self.registry.put(entry)
-        if not entry.get("on_trial"):
-            self.config.settle(plugin.name, plugin.digest)
-        self.dispatcher.plugin_changed(plugin)
-        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
-        return plugin
-
-    def start_if_eager(self, plugin: Plugin) -> None:
-        """Start a plugin that does not wait for its first event, unless it runs or cannot; failures show with it."""
-        manifest = plugin.manifest
-        if manifest is None or manifest.activation.start != "eager" or plugin.state != "stopped":
-            return
-        if not self.config.missing(plugin.name, manifest, plugin.digest):
-            task = asyncio.get_running_loop().create_task(self._start(plugin.name), name=f"start {plugin.name}")
-            self._starts.add(task)
-            task.add_done_callback(self._starts.discard)
-
-    async def _start(self, name: str) -> None:
-        with contextlib.suppress(IsolatorError):
-            await self.supervisor.call("run.ensure", name=name, reason="eager")
-
-    async def close(self) -> None:
-        """Stop serving; what is accepted stays in the queue."""
-        if not self.started.is_set():
-            return
-        self._queues.cancel()
-        for task in self._starts:
-            task.cancel()
-        await self.control.close()
-        self.trail.close()
-        await self.watches.close()
-        await self.dispatcher.close()
-        await self.attempts.close()
-        self.api.close()
-        self.logs.close()
-        await self.store.close()
-
-    def _drop_unsettled(self) -> None:
-        """Forget values of versions that failed while this process was not there to hear of it.
-
-        Not at once: an update that an earlier process asked for may still be carried out.
-        """
-        for name, digest in self.config.unsettled():
-            asyncio.get_running_loop().call_later(MAX_EXCHANGE, self._drop_if_unsettled, name, digest)
-
-    def _drop_if_unsettled(self, name: str, digest: str) -> None:
-        plugin = self.registry.get(name)
-        if plugin is None or digest not in plugin.versions:
-            self.config.drop_next(name, digest)
-
-    # What the supervisor says
-
-    async def _hello(self, message: Message) -> dict[str, Any]:
-        if self.started.is_set():
-            raise UsageError("hello", "was already said")
-        self.paths = Paths.of(message.fields["root"])
-        self.settings = HostConfig.model_validate(_as_object(message.fields.get("config")))
-        for folder in (self.paths.host_lib, self.paths.plugin_log):
-            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
-        database, key = self.paths.host_lib / "host.db", self.paths.host_lib / "key"
-        lost = key.exists() and not database.exists()
-        self.store = Store(database)
-        self.config = ConfigStore(self.store, key)
-        if lost:
-            self._warn(f"{database} is gone, a new one was made: queued events, config and stored values are lost")
-            self.audit.record("config.changed", names=[], lost=True, why=f"{database} is gone")
-        if self.config.problem is not None:
-            self._warn(self.config.problem)
-        for name, schema, order_by, version in load_event_types(self.store):
-            self.catalogue.register(from_schema(name, schema, order_by, version))
-        self.registry = Registry(self.catalogue, self.store)
-        self.queue = SqliteQueue(self.store)
-        self.queue.on_accepted = self._record_accepted
-        self.queue.on_expired = self._record_expired
-        self.logs = Logs(self.paths.plugin_log, self.config.redactor)
-        self.api = HostApi(self.registry, self.audit, self.store, self.logs)
-        self.watches = Watches(self.registry, self.supervisor, self.audit)
-        self._may_continue = self.settings.audit.disk_full == "continue"
-        self.attempts = Attempts(self.queue, self.audit, wait_for_trail=not self._may_continue)
-        self.queue.on_ready = self.attempts.soon
-        self.dispatcher = Dispatcher(
-            Shared(
-                supervisor=self.supervisor,
-                queue=self.queue,
-                attempts=self.attempts,
-                registry=self.registry,
-                catalogue=self.catalogue,
-                audit=self.audit,
-                redactor=self.config.redactor,
-                api=self.api.call,
-                halt_without_audit=not self._may_continue,
-            )
-        )
-        for entry in _plugins(message):
-            await self.put(entry)
-        self._drop_unsettled()
-        self.methods = Methods(self)
-        self.trail = TrailStreams(self.paths.audit_log, self.audit)
-        verbs = {**self.methods.table(), **self.trail.table()}
-        self.control = ControlServer(verbs, self.settings.role_of, self.audit.record)
-        if message.fds:
-            await self.control.start(socket.socket(fileno=message.fds.pop(0)))
-        self._queues = asyncio.get_running_loop().create_task(self._tell_queues(), name="queue figures")
-        self.started.set()
-        if message.fields.get("fresh"):
-            for plugin in self.registry:
-                self.start_if_eager(plugin)
-        return {}
-
-    @staticmethod
-    def _warn(what: str) -> None:
-        print(f"isolator: {what}", file=sys.stderr, flush=True)
-
-    async def _plugin_changed(self, message: Message) -> None:
-        removed = message.fields.get("removed")
-        if removed is not None:
-            await self.removed(str(removed))
-        else:
-            await self.put(message.fields["plugin"])
-
-    async def _run_environment(self, message: Message) -> dict[str, Any]:
-        name = str(message.fields["name"])
-        plugin = self.registry.get(name)
-        environment = (
-            self.config.environment(name, plugin.manifest, plugin.digest)
-            if plugin is not None
-            else self.config.environment(name, None)
-        )
-        if environment.secrets:
-            self.audit.record("secret.injected", plugin=name, names=list(environment.secrets))
-        return {"env": environment.env, "files": environment.files, "secrets": list(environment.secrets)}
-
-    async def _run_started(self, message: Message) -> None:
-        name, run = str(message.fields["name"]), str(message.fields["run"])
-        if len(message.fds) >= 2:
-            stdout, stderr = message.fds.pop(0), message.fds.pop(0)
-            self.logs.attach(name, run, stdout, stderr)
-        if message.fds:
-            self.api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
-        self.registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
-        self.dispatcher.run_started(name, run)
-
-    async def _run_stopping(self, message: Message) -> dict[str, Any]:
-        f = message.fields
-        await self.dispatcher.take_leave(str(f["name"]), str(f["run"]), str(f.get("reason", "")))
-        return {}
-
-    async def _run_ended(self, message: Message) -> None:
-        fields = message.fields
-        name, run = str(fields["name"]), str(fields["run"])
-        plugin = self.registry.get(name)
-        if plugin is not None and plugin.run in (run, None):
-            self.registry.note_run(name, run=None, pid=None, state=str(fields.get("state", "stopped")))
-        self.dispatcher.run_ended(name, run, expected=bool(fields.get("expected")))
-
-    async def _run_last_words(self, message: Message) -> dict[str, Any]:
-        return {"stderr": await self.logs.last_words(str(message.fields["name"]), str(message.fields["run"]))}
-
-    async def _audit_source(self, message: Message) -> None:
-        if message.fds:
-            self.audit.replace(socket.socket(fileno=message.fds.pop(0)))
-            self._told_queues = None
-
-    # What the trail and the metrics are told of the queue
-
-    async def _tell_queues(self) -> None:
-        while True:
-            depths = self.queue.depths()
-            if depths != self._told_queues:
-                self.audit.figures(queue=depths)
-                self._told_queues = depths
-            await asyncio.sleep(QUEUE_BEAT)
-
-    def _record_accepted(self, asked: NewEvent, accepted: Accepted) -> None:
-        event = accepted.event
-        data = event.payload.encode()
-        self.audit.record(
-            "event.accepted",
-            event_id=event.id,
-            event=event.name,
-            subject=event.subject,
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            plugins=list(accepted.plugins),
-            by=asked.by,
-        )
-        for name in accepted.overflowed:
-            self._record_dead(name, event.id, "queue_full", 0)
-
-    def _record_expired(self, delivery: Delivery) -> None:
-        event_id = delivery.event.id if delivery.event is not None else None
-        self._record_dead(delivery.plugin, event_id, "expired", delivery.attempts)
-
-    def _record_dead(self, plugin: str, event_id: str | None, reason: str, attempts: int) -> None:
-        delivery_id = f"{event_id}.{plugin}" if event_id else None
-        self.audit.record(
-            "event.dead", plugin=plugin, event_id=event_id, delivery_id=delivery_id, reason=reason, attempts=attempts
-        )
+async def _settle(host: Host) -> None:
+    """After the start-up no object of it will ever be garbage: keep the collector from walking them all again."""
+    await host.started.wait()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
-def _plugins(message: Message) -> list[dict[str, Any]]:
-    """The plugin entries of a ``hello``; many of them come as a file behind the listener."""
-    entries = message.fields.get("plugins", ())
-    if entries is None and len(message.fds) > 1:
-        with os.fdopen(message.fds.pop(1), "rb") as file:
-            file.seek(0)
-            entries = json.load(file)
-    return list(entries or ())
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="host.service")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--audit-fd", type=int)
+    arguments = parser.parse_args()
+    if os.geteuid() == 0:
+        # What plugins send is parsed here: this process must never be one that can do harm.
+        os.write(2, b"isolator: host.service: refuses to run as root; it is started by 'isolator serve'\n")
+        sys.exit(2)
+    os.umask(0o027)
+    # This process knows every secret: no dump of it, and no debugger of the same uid.
+    prctl.set_dumpable(False)
+    try:
+        sys.exit(asyncio.run(serve(arguments.channel_fd, arguments.audit_fd)))
+    except IsolatorError as error:
+        os.write(2, f"isolator: {error}\n".encode())
+        sys.exit(1)
 
 
-def _as_object(config: Any) -> dict[str, Any]:
-    if isinstance(config, str):
-        config = HostConfig.model_validate_json(config).model_dump()
-    return dict(config or {})
+if __name__ == "__main__":
+    main()

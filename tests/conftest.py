@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
-from tests.patience import seconds
+from tests.support.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
+from tests.support.timeouts import seconds
 
 # A hung test fails by itself, with a traceback, and its clean-up runs. Read by pytest-timeout when it is configured.
 os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(300)))

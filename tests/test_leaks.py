@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.leaks import MARKER, HostState, RunLock, wait_until_clean
+from tests.support.leaks import MARKER, HostState, RunLock, wait_until_clean
 
 pytest_plugins = ["pytester"]
 

@@ -12,7 +12,7 @@ import asyncio
 import socket
 import time
 
-from host.channel import ONESHOT_REPLY, LostError
+from host.channel.reply import ONESHOT_REPLY, LostError
 
 
 class Exchange:

@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
-from host.lines import Budget, LineProtocol
-from host.wire import WireError, line, parse_object
+from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
+from host.wire.lines import Budget, LineProtocol
+from host.wire.strict import WireError, line, parse_object
 from isolator import __version__
 
 PROTOCOLS = ("1",)

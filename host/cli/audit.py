@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from host.client import Client
+from host.client.client import Client
 from isolator.audit import files, reader
 from isolator.cli.audit import AS_JSON, audit, print_lines, readable
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError

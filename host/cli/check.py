@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from host.cli.output import AS_JSON, SETTINGS, show_alarms
-from host.client import Client
+from host.client.client import Client
 from isolator.cli.check import show
 from isolator.errors import IsolatorError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from host.cli.output import AS_JSON, SETTINGS, print_json
-from host.client import Client
+from host.client.client import Client
 
 
 @click.group(context_settings=SETTINGS, epilog="\b\nExample:\n  isolator config rotate-key")

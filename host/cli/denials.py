@@ -14,7 +14,7 @@ import click
 
 from host.cli.output import safe
 from isolator.audit.record import Record
-from isolator.egress.advice import Advice, advise
+from isolator.policy.meet.advice import Advice, advise
 from isolator.policy.model import EffectivePolicy
 
 TYPES = ("net.denied", "net.query", "syscall.denied", "fs.denied", "api.called")

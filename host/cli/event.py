@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from host.cli import given
+from host.cli import inputs as given
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
-from host.client import Client
+from host.client.client import Client
 from isolator.errors import UsageError
 
 _FINE = ("ok", "skipped")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli import given
+from host.cli import inputs as given
 from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, show_alarms, table
-from host.cli.registering import HISTORY_HINT, approve_plugin, register, show_proposal, update_plugin
-from host.client import Client
+from host.cli.registration import HISTORY_HINT, approve_plugin, register, show_proposal, update_plugin
+from host.client.client import Client
 from isolator.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from host.queue import Delivery, Result
+from host.queue.interface import Delivery, Result
 from host.queue.lane import Lane
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def backoff(attempts: int, *, spread: float = 0.2) -> float:
 
 
 class SqliteConsumer:
-    """One plugin's deliveries; see ``host.queue.Consumer``."""
+    """One plugin's deliveries; see ``host.queue.interface.Consumer``."""
 
     def __init__(self, queue: SqliteQueue, plugin: str) -> None:
         self._queue = queue

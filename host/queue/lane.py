@@ -14,7 +14,7 @@ import heapq
 import itertools
 from collections import deque
 
-from host.queue import Delivery
+from host.queue.interface import Delivery
 
 
 class Lane:

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from typing import Any
 
-from host.queue import DeliveryRow, Event, EventRow
+from host.queue.interface import DeliveryRow, Event, EventRow
 
 EVENT = "SELECT seq, id, name, time, accepted, expires, payload, subject, trace FROM events"
 DELIVERY = (

@@ -26,10 +26,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from host.database import Store
 from host.events import format_time
-from host.queue import FINAL, Accepted, Delivery, DeliveryRow, Event, EventRow, NewEvent, Result, Subscriber, rows
+from host.queue import rows
 from host.queue.consumer import SqliteConsumer, backoff
-from host.store import Store
+from host.queue.interface import (
+    FINAL,
+    Accepted,
+    Delivery,
+    DeliveryRow,
+    Event,
+    EventRow,
+    NewEvent,
+    Result,
+    Subscriber,
+)
 from isolator.errors import NotFoundError
 
 PENDING = "('queued', 'retry', 'in_flight')"
@@ -66,7 +77,7 @@ class _Accept:
 
 
 class SqliteQueue:
-    """See ``host.queue.Queue``."""
+    """See ``host.queue.interface.Queue``."""
 
     def __init__(
         self,

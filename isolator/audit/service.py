@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from isolator import ipc
 from isolator.audit.log import Limits
 from isolator.audit.metrics import serve_metrics
 from isolator.audit.record import SOURCES
 from isolator.audit.writer import Writer
 from isolator.errors import IsolatorError, UsageError
+from isolator.ipc import channel as ipc
 from isolator.paths import Paths
 
 

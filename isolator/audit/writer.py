@@ -26,12 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from isolator import ipc
 from isolator.audit.cause import Causes
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Trail
 from isolator.audit.metrics import Metrics
 from isolator.audit.record import FIGURES, SOURCES, Incoming, RejectedError, parse_incoming
+from isolator.ipc import channel as ipc
 from isolator.paths import Paths
 
 MAX_WAITING = 8 << 20

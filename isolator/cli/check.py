@@ -18,9 +18,10 @@ _WIDTH = 80
 
 def show(alarms: Sequence[str], *, as_json: bool) -> None:
     """Print the ledger and what a running daemon complains about; exits 1 when nothing could start here."""
-    from isolator.ledger import ledger, missing
+    from isolator.layers.ledger import ledger, missing
+    from isolator.volume import volume
 
-    controls = ledger()
+    controls = ledger(volume.check)
     lacking = missing()
     ready = not lacking and not alarms
     if as_json:

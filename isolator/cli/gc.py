@@ -22,8 +22,9 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     That is what a killed daemon left, unless one runs on the same root (it looks after its own), and what a killed
     'isolator run' left. What runs is never touched: whatever made it holds a lock.
     """
-    from isolator import abandoned, recovery
-    from isolator.journal import peek
+    from isolator.recovery import daemon as recovery
+    from isolator.recovery import standalone as abandoned
+    from isolator.recovery.journal import peek
 
     paths = Paths.of(root)
     try:
@@ -50,8 +51,8 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
 
 
 def _clear_after_daemon(paths: Paths) -> None:
-    from isolator import recovery
-    from isolator.journal import Journal
+    from isolator.recovery import daemon as recovery
+    from isolator.recovery.journal import Journal
 
     journal = Journal(paths.journal)
     try:

@@ -106,8 +106,8 @@ def _systemctl(*words: str, check: bool = True) -> None:
 
 def _refuse_unfit_host(paths: Paths) -> None:
     """What would keep the daemon from starting is said here, before anything is changed."""
-    from isolator.ledger import missing
-    from isolator.policy.load import load_host_config
+    from isolator.layers.ledger import missing
+    from isolator.policy.parse.load import load_host_config
 
     config = load_host_config(paths.host_toml)
     for control in missing(frozenset(config.may_degrade)):
@@ -172,10 +172,11 @@ def _remove_program() -> None:
 
 
 def _purge(paths: Paths) -> None:
-    from isolator import abandoned, recovery
-    from isolator.journal import Journal
     from isolator.layers.user import remove_user
-    from isolator.store import Store
+    from isolator.recovery import daemon as recovery
+    from isolator.recovery import standalone as abandoned
+    from isolator.recovery.journal import Journal
+    from isolator.registration.store import Store
 
     journal = Journal(paths.journal)  # refused while a daemon runs here
     try:

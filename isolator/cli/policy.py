@@ -18,8 +18,8 @@ from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageErro
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
-    from isolator.policy.effective import Line, Proposal
-    from isolator.policy.hostconfig import HostConfig
+    from isolator.policy.host import HostConfig
+    from isolator.policy.meet.proposal import Line, Proposal
 
 _HOST_KEYS = {
     "uid_range",
@@ -92,7 +92,7 @@ def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) 
     FILE is a plugin's policy; or a plugin.json, for what it would be granted by default; or a host.toml, for what a
     plugin may do when nothing is said.
     """
-    from isolator.policy.explain import proposal_json
+    from isolator.policy.meet.explain import proposal_json
 
     proposal = _proposal(root, file, manifest)
     if as_json:
@@ -104,7 +104,7 @@ def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) 
 
 def proposal_text(proposal: Proposal) -> list[str]:
     """A proposal as lines for a terminal: the sentences, the table, and how to grant what is pending."""
-    from isolator.policy.explain import sentences
+    from isolator.policy.meet.explain import sentences
 
     text = [f"{proposal.effective.plugin}  (effective policy {proposal.effective.digest()[:16]})", ""]
     text += [f"  {layer:<13} {sentence}" for layer, sentence in sentences(proposal.effective).items()]
@@ -129,9 +129,9 @@ def _table(lines: tuple[Line, ...]) -> list[str]:
 
 
 def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
-    from isolator.policy.effective import meet, policy_alone
     from isolator.policy.grant import PluginPolicy
-    from isolator.policy.load import invoker, load_host_config, load_plugin_policy
+    from isolator.policy.meet.effective import meet, policy_alone
+    from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
     from isolator.policy.request import parse_manifest_core
 
     kind = _kind(file)
@@ -152,14 +152,14 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
 
 
 def _host(root: str | None) -> HostConfig:
-    from isolator.policy.load import invoker, load_host_config
+    from isolator.policy.parse.load import invoker, load_host_config
 
     return load_host_config(Paths.of(root).host_toml, also_owner=invoker())
 
 
 def _check(path: Path, host: HostConfig | None) -> HostConfig | None:
     """Raise what is wrong with one file; the settings when it is a ``host.toml``."""
-    from isolator.policy.load import invoker, load_host_config, load_plugin_policy
+    from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
     from isolator.policy.request import parse_manifest_core
 
     kind = _kind(path)

@@ -19,9 +19,9 @@ from isolator.paths import Paths
 
 if TYPE_CHECKING:
     from isolator.layers.base import CageSpec
-    from isolator.oneoff import Workshop
-    from isolator.policy.hostconfig import HostConfig
+    from isolator.policy.host import HostConfig
     from isolator.probe.run import Finding, Target
+    from isolator.standalone.session import StandaloneSession
 
 _WIDTH = 80
 _MARKS = {"held": "held", "through": "GOT THROUGH", "broken": "NO RESULT"}
@@ -64,19 +64,19 @@ def prove(root: str | None, plugin: str | None, policy_file: Path | None, as_jso
 
 
 async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_json: bool) -> list[Finding]:
-    from isolator.oneoff import Workshop
+    from isolator.standalone.session import StandaloneSession
 
-    async with Workshop(paths) as shop:
-        from isolator.oneoff_services import Records
-        from isolator.policy.load import load_host_config
+    async with StandaloneSession(paths) as session:
+        from isolator.policy.parse.load import load_host_config
         from isolator.probe.run import attack
+        from isolator.standalone.broker import Records
 
         host = load_host_config(paths.host_toml)
-        making = plugin_target(shop, host, plugin) if plugin else policy_target(shop, host, policy_file)
+        making = plugin_target(session, host, plugin) if plugin else policy_target(session, host, policy_file)
         findings = []
         with contextlib.closing(Records(None, "prove", quiet=True)) as records, making as target:
             table = _Table()
-            async for finding in attack(shop, target, records):
+            async for finding in attack(session, target, records):
                 findings.append(finding)
                 if not as_json:
                     table.add(finding)
@@ -84,41 +84,41 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
 
 
 @contextlib.contextmanager
-def policy_target(shop: Workshop, host: HostConfig, policy_file: Path | None) -> Iterator[Target]:
+def policy_target(session: StandaloneSession, host: HostConfig, policy_file: Path | None) -> Iterator[Target]:
     """A cage as ``isolator run`` makes it."""
-    from isolator.oneoff import run_spec
-    from isolator.policy.effective import policy_for_run
+    from isolator.policy.meet.effective import policy_for_run
     from isolator.probe.run import Target
+    from isolator.standalone.session import run_spec
 
     policy = policy_for_run(host, policy_file)
-    lease = shop.lease(host)
+    lease = session.lease(host)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
-        return run_spec(shop.paths, policy, argv, run, lease.uid, owned)
+        return run_spec(session.paths, policy, argv, run, lease.uid, owned)
 
     yield Target(spec, host, inline=policy.syscalls == "strict")
 
 
 @contextlib.contextmanager
-def plugin_target(shop: Workshop, host: HostConfig, name: str) -> Iterator[Target]:
+def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> Iterator[Target]:
     """A cage like a plugin's, with an empty state folder of the same size in place of its own."""
     import secrets
 
-    from isolator.plugin_cage import Environment, plugin_spec
     from isolator.probe.run import Target
-    from isolator.registrar import Registrar
-    from isolator.state import State
+    from isolator.registration.registrar import Registrar
+    from isolator.supervisor.cage_spec import Environment, plugin_spec
+    from isolator.volume.volume import Volume
 
-    loaded = Registrar(shop.paths, host).load(name)
+    loaded = Registrar(session.paths, host).load(name)
     if loaded.proposal is None:
         raise UsageError(f"plugin {name}", loaded.error, f"isolator plugin show {name}")
     effective = loaded.proposal.effective
-    base = shop.paths.lib / f"prove-{secrets.token_hex(5)}"
-    shop.permit(host)
-    state = State(base, name, shop.tools.journal)
+    base = session.paths.lib / f"prove-{secrets.token_hex(5)}"
+    session.permit(host)
+    state = Volume(base, name, session.runtime.journal)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
-        return plugin_spec(loaded.registration, effective, argv, shop.paths, run, Environment(), state, owned)
+        return plugin_spec(loaded.registration, effective, argv, session.paths, run, Environment(), state, owned)
 
     try:
         yield Target(spec, host, inline=effective.syscalls == "strict")
@@ -137,7 +137,7 @@ class _Table:
 
     def add(self, finding: Finding) -> None:
         """Print one finding."""
-        from isolator.probe.inside.kit import ATTEMPTS
+        from isolator.probe.attacks.kit import ATTEMPTS
 
         # What may take the cage down comes last, each in one of its own.
         layer = f"{finding.layer}, a cage for each" if ATTEMPTS[finding.name].alone else finding.layer

@@ -18,8 +18,8 @@ from isolator.errors import ConfinementError, IsolatorError
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
-    from isolator.caged import End
-    from isolator.policy.hostconfig import HostConfig
+    from isolator.cage.processes import CageExit
+    from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
 
 
@@ -68,8 +68,8 @@ def run(
         paths = Paths.of(root)
 
         def load() -> tuple[HostConfig, EffectivePolicy]:
-            from isolator.policy.effective import policy_for_run
-            from isolator.policy.load import load_host_config
+            from isolator.policy.meet.effective import policy_for_run
+            from isolator.policy.parse.load import load_host_config
 
             host = load_host_config(paths.host_toml)
             return host, policy_for_run(
@@ -88,7 +88,7 @@ def run(
     raise SystemExit(end.returncode)
 
 
-def _summary(end: End) -> dict[str, Any]:
+def _summary(end: CageExit) -> dict[str, Any]:
     return {
         "exit_code": end.exit_code,
         "signal": end.signal,
@@ -101,20 +101,20 @@ def _summary(end: End) -> dict[str, Any]:
 
 async def _run(
     paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], command: list[str], audit: Path | None
-) -> End:
-    from isolator.oneoff import Workshop, close_all, run_spec
+) -> CageExit:
+    from isolator.standalone.session import StandaloneSession, close_all, run_spec
 
     # The launcher starts on the other core while the policy's modules load here.
-    async with Workshop(paths) as shop:
+    async with StandaloneSession(paths) as session:
         host, policy = load()
-        from isolator.oneoff_services import Records
-        from isolator.sandbox import Stdio
+        from isolator.cage.cage import Stdio
+        from isolator.standalone.broker import Records
 
         run_id = secrets.token_hex(5)
         with contextlib.ExitStack() as stack:
             records = Records(audit, run_id)
             stack.callback(records.close)
-            lease = shop.lease(host)
+            lease = session.lease(host)
             owned: list[int] = []
             stack.callback(close_all, owned)
             spec = run_spec(paths, policy, command, run_id, lease.uid, owned)
@@ -123,12 +123,12 @@ async def _run(
             loop = asyncio.get_running_loop()
             for number in _FORWARDED:
                 loop.add_signal_handler(number, early.append, number)
-            async with shop.cage(spec, host, Stdio(0, 1, 2), records) as sandbox:
+            async with session.cage(spec, host, Stdio(0, 1, 2), records) as cage:
                 for number in _FORWARDED:
-                    loop.add_signal_handler(number, sandbox.signal, number)
+                    loop.add_signal_handler(number, cage.signal, number)
                 for missed in early:
-                    sandbox.signal(missed)
-                end = await sandbox.wait()
+                    cage.signal(missed)
+                end = await cage.wait()
                 records.record("plugin.stopped", **_summary(end))
                 return end
 

@@ -25,8 +25,8 @@ def serve(root: str | None, config: str | None) -> None:
     Prints 'isolator: ready' on stdout when it accepts commands (and tells systemd). SIGTERM or ^C stops it and
     every plugin cleanly.
     """
-    from isolator.policy.load import load_host_config
-    from isolator.supervisor import Supervisor, log_line
+    from isolator.policy.parse.load import load_host_config
+    from isolator.supervisor.supervisor import Supervisor, log_line
 
     paths = Paths.of(root)
     host_config = load_host_config(Path(config) if config else paths.host_toml)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
 

@@ -13,7 +13,7 @@ from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import capability
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")

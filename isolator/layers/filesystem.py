@@ -34,7 +34,7 @@ from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import mount
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")

@@ -14,7 +14,7 @@ from isolator.layers.base import CageSpec, Control, Layer, Process
 from isolator.linux import landlock
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 _WRITABLE = ("/tmp", "/dev/shm")

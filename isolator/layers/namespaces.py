@@ -15,7 +15,7 @@ from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux import namespaces as ns
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 BEFORE_THE_PLAN = ("mnt", "ipc", "uts")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 

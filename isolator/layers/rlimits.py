@@ -9,7 +9,7 @@ from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.linux.coredump import FILTER, start_no_handler
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 _FIXED = {

@@ -19,7 +19,7 @@ from isolator.errors import ConfinementError, IsolatorError
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 
 if TYPE_CHECKING:
-    from isolator.launch.plan import Plan
+    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 LOCKS = Path("/run/lock/isolator")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from isolator.policy.hostconfig import Profile
+from isolator.policy.host import Profile
 from isolator.policy.model import EgressRule, Frozen, ListenRule
 
 

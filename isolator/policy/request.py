@@ -1,7 +1,8 @@
 """What an author requests: the manifest's ``sandbox`` and the few other fields that decide about security.
 
-The supervisor reads this much of ``plugin.json`` and no more; the host reads the whole file (``host/manifest.py``)
-and warns about unknown top-level keys. Everything here is a *request*: nothing is granted by being asked for.
+The supervisor reads this much of ``plugin.json`` and no more; the host reads the whole file
+(``host/plugins/manifest.py``) and warns about unknown top-level keys. Everything here is a
+*request*: nothing is granted by being asked for.
 ``None`` always means "the manifest is silent", which is not the same as an empty list (``egress: []`` is no network).
 """
 
@@ -14,9 +15,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from isolator.policy import names
-from isolator.policy.fields import BY_NAME
+from isolator.policy.limits import BY_NAME
 from isolator.policy.model import Frozen
-from isolator.policy.strict import Path, Table, load_json_with_lines, load_strict_json, printable, prose
+from isolator.policy.parse.strict import Path, Table, load_json_with_lines, load_strict_json, printable, prose
 
 __all__ = [
     "MANIFEST_NAME",

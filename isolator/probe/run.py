@@ -21,14 +21,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import Bind, CageSpec
-from isolator.oneoff import Workshop, close_all
-from isolator.oneoff_services import Records
+from isolator.layers.ledger import LAYERS
 from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig
-from isolator.probe.inside import battery
-from isolator.probe.inside.kit import ATTEMPTS, Attempt, Promise
-from isolator.sandbox import LAYERS, Sandbox, Stdio
+from isolator.policy.host import HostConfig
+from isolator.probe.attacks import battery
+from isolator.probe.attacks.kit import ATTEMPTS, Attempt, Promise
+from isolator.standalone.broker import Records
+from isolator.standalone.session import StandaloneSession, close_all
 
 PLACE = "/run/isolator/probe"
 _MAIN = f"import sys; sys.path.insert(0, {os.path.dirname(PLACE)!r}); from probe.battery import main; main()"
@@ -65,12 +66,12 @@ class Target:
     host: HostConfig
     inline: bool = False
     """The cage may start no process: each attempt is made by the one it has, in a cage of its own."""
-    sandbox: type[Sandbox] = Sandbox
+    cage_type: type[Cage] = Cage
     further: dict[str, Any] = field(default_factory=dict)
 
 
 async def attack(
-    shop: Workshop, target: Target, records: Records, names: Sequence[str] | None = None
+    session: StandaloneSession, target: Target, records: Records, names: Sequence[str] | None = None
 ) -> AsyncIterator[Finding]:
     """Make the attempts (all of them by default), layer by layer, yielding each finding as it comes."""
     chosen = [ATTEMPTS[name] for name in (names if names is not None else ATTEMPTS)]
@@ -80,25 +81,25 @@ async def attack(
         waiting = shared
         while waiting:
             done = 0
-            async for finding in _cage(shop, target, records, waiting, bait):
+            async for finding in _cage(session, target, records, waiting, bait):
                 done += 1
                 yield finding
             waiting = waiting[done:]
         for attempt in chosen:
             if attempt not in shared:
-                async for finding in _cage(shop, target, records, [attempt], bait):
+                async for finding in _cage(session, target, records, [attempt], bait):
                     yield finding
 
 
 async def _cage(
-    shop: Workshop, target: Target, records: Records, attempts: list[Attempt], bait: dict[str, Any]
+    session: StandaloneSession, target: Target, records: Records, attempts: list[Attempt], bait: dict[str, Any]
 ) -> AsyncIterator[Finding]:
     """One cage for these attempts; ends early, after a finding about it, when the cage does."""
     owned: list[int] = []
     try:
         run = secrets.token_hex(5)
         spec = target.spec(run, [], owned)
-        spec.argv = ["/usr/bin/python3", "-I", "-c", _MAIN, _task(spec, shop.paths, attempts, bait, target)]
+        spec.argv = ["/usr/bin/python3", "-I", "-c", _MAIN, _task(spec, session.paths, attempts, bait, target)]
         probe = os.open(Path(battery.__file__).parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         owned.append(probe)
         spec.binds = [*spec.binds, Bind(PLACE, probe)]
@@ -109,7 +110,7 @@ async def _cage(
             stdio = Stdio(terminal, out_end, problem_end)
             async with (
                 asyncio.timeout(_PATIENCE),
-                shop.cage(spec, target.host, stdio, records, sandbox=target.sandbox, **target.further) as sandbox,
+                session.cage(spec, target.host, stdio, records, cage_type=target.cage_type, **target.further) as cage,
             ):
                 os.close(out_end)
                 os.close(problem_end)
@@ -119,7 +120,7 @@ async def _cage(
                     left.pop(0)
                     yield _finding(json.loads(line))
                 if left:
-                    end = await sandbox.wait()
+                    end = await cage.wait()
                     yield _unanswered(left[0], target, end.cause, end.returncode, await problem.read(4096))
         finally:
             for fd in (out_end, problem_end):

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from isolator import ipc
 from isolator.audit.client import AuditClient
+from isolator.ipc import channel as ipc
 from isolator.paths import Paths
 
 CODE = Path(__file__).resolve().parents[2]

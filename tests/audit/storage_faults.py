@@ -19,8 +19,8 @@ from isolator.audit.client import AuditClient
 from isolator.audit.seal import load_public
 from isolator.audit.verify import verify
 from tests.audit.conftest import UID, Daemon
-from tests.disks import ext4_image, run, shut_down
-from tests.patience import seconds
+from tests.support.disks import ext4_image, run, shut_down
+from tests.support.timeouts import seconds
 
 
 async def until(condition: Callable[[], bool], client: AuditClient) -> None:

@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from isolator import ipc
 from isolator.audit import client as module
 from isolator.audit.client import AuditClient
+from isolator.ipc import channel as ipc
 
 
 class Writer:

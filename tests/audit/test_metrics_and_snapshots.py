@@ -16,9 +16,9 @@ import pytest
 from isolator.audit.client import AuditClient
 from isolator.audit.metrics import MAX_LABELS, Metrics
 from isolator.audit.record import Incoming
-from isolator.audit.sources.snapshots import snapshot
-from isolator.layers.cgroup import Leaf
-from isolator.layers.cgroup_subtree import open_subtree
+from isolator.audit.snapshots import snapshot
+from isolator.layers.cgroup.leaf import Leaf
+from isolator.layers.cgroup.subtree import open_subtree
 from isolator.policy.model import ResourcePolicy
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import settled

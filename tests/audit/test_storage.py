@@ -15,7 +15,7 @@ from isolator.audit.client import AuditClient
 from tests.audit.conftest import UID, Daemon
 from tests.audit.storage_faults import FAULTS
 from tests.audit.test_service import check, settled
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -18,20 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isolator.journal import Journal
-from isolator.launch import client
-from isolator.launch.plan import Plan
+from isolator.cage.cage import Cage
+from isolator.launcher import client
 from isolator.layers.base import Bind, CageSpec, Layer, Process
+from isolator.layers.plan import Plan
 from isolator.linux import mount, netns, nftables
-from isolator.oneoff import Workshop, run_spec
-from isolator.oneoff_services import Records
 from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig
+from isolator.policy.host import HostConfig
 from isolator.policy.model import EffectivePolicy, FilesystemPolicy, NetworkPolicy, ResourcePolicy
-from isolator.probe.inside import battery
+from isolator.probe.attacks import battery
 from isolator.probe.run import Finding, Target, attack
-from isolator.sandbox import Sandbox
-from isolator.state import State
+from isolator.recovery.journal import Journal
+from isolator.standalone.broker import Records
+from isolator.standalone.session import StandaloneSession, run_spec
+from isolator.volume.volume import Volume
 
 MIB = 1 << 20
 
@@ -57,8 +57,8 @@ class Weakness:
     """Statements that the launcher runs before it builds what all cages have in common."""
 
 
-class Loose(Sandbox):
-    """A sandbox whose plan can be weakened after the layers have made it; nobody reads back what was weakened."""
+class Loose(Cage):
+    """A cage whose plan can be weakened after the layers have made it; nobody reads back what was weakened."""
 
     def __init__(self, *args: Any, weakness: Weakness, **others: Any) -> None:
         super().__init__(*args, without=weakness.without, **others)
@@ -71,8 +71,8 @@ class Loose(Sandbox):
 class _Edits(Layer):
     name = "edits"
 
-    def __init__(self, sandbox: Loose, edits: tuple[Edit, ...]) -> None:
-        self._sandbox, self._edits = sandbox, edits
+    def __init__(self, cage: Loose, edits: tuple[Edit, ...]) -> None:
+        self._cage, self._edits = cage, edits
 
     @classmethod
     def check(cls) -> list[Any]:
@@ -84,7 +84,7 @@ class _Edits(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         for edit in self._edits:
-            edit(plan, self._sandbox)
+            edit(plan, self._cage)
 
     @staticmethod
     def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
@@ -102,7 +102,7 @@ from isolator.linux import mount, namespaces
 def private_copy_of_the_host():
     namespaces.unshare(namespaces.CLONE_NEWNS)
     mount.set_propagation("/", mount.MS_PRIVATE)
-isolator.launch.launcher.build_template = private_copy_of_the_host
+isolator.launcher.server.build_template = private_copy_of_the_host
 """
 SET_ID_FILES = """
 from isolator.layers import filesystem
@@ -127,7 +127,7 @@ def _template(statements: str) -> Iterator[None]:
 def battery_of_the_host(plan: Plan, _: Loose) -> None:
     """Without a view of its own the cage finds the battery where it lies on the host."""
     folder = Path(battery.__file__).parents[1]
-    plan.argv[3] = f"import sys; sys.path.insert(0, {str(folder)!r}); from inside.battery import main; main()"
+    plan.argv[3] = f"import sys; sys.path.insert(0, {str(folder)!r}); from attacks.battery import main; main()"
 
 
 def host_pids(plan: Plan, _: Loose) -> None:
@@ -157,8 +157,8 @@ def leaked_environment(plan: Plan, _: Loose) -> None:
     plan.env["LEAKED"] = os.environ["ISOLATOR_PROBE"]
 
 
-def no_rules(_: Plan, sandbox: Loose) -> None:
-    load = sandbox._network.load
+def no_rules(_: Plan, cage: Loose) -> None:
+    load = cage._network.load
 
     def flush() -> None:
         with nftables.Nftables() as nft:
@@ -166,9 +166,9 @@ def no_rules(_: Plan, sandbox: Loose) -> None:
 
     def load_and_flush(spec: CageSpec) -> None:
         load(spec)
-        netns.in_network(sandbox.network.netns_fd, flush)
+        netns.in_network(cage.network.netns_fd, flush)
 
-    sandbox._network.load = load_and_flush
+    cage._network.load = load_and_flush
 
 
 # --- the pretend host ----------------------------------------------------------------------------------------
@@ -228,16 +228,16 @@ class Range:
             folder.mkdir(parents=True, exist_ok=True)
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(_template(weakness.template))
-            shop = await stack.enter_async_context(Workshop(paths))
-            lease = shop.lease(self.host)
-            with self._furniture(lease.uid, shop.tools.journal, weakness) as furnish:
+            session = await stack.enter_async_context(StandaloneSession(paths))
+            lease = session.lease(self.host)
+            with self._furniture(lease.uid, session.runtime.journal, weakness) as furnish:
 
                 def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
                     return furnish(run_spec(paths, self.policy, argv, run, lease.uid, owned), owned)
 
-                target = Target(spec, self.host, sandbox=Loose, further={"weakness": weakness})
+                target = Target(spec, self.host, cage_type=Loose, further={"weakness": weakness})
                 with contextlib.closing(Records(None, "probe", quiet=True)) as records:
-                    return {f.name: f async for f in attack(shop, target, records, names)}
+                    return {f.name: f async for f in attack(session, target, records, names)}
 
     @contextlib.contextmanager
     def _furniture(self, uid: int, journal: Journal, weakness: Weakness) -> Iterator[Callable[..., CageSpec]]:
@@ -245,7 +245,7 @@ class Range:
         plugin = self.root / "plugin"
         plugin.mkdir(exist_ok=True)
         os.chown(plugin, uid, uid)
-        state = State(self.root / "state", "probe", journal)
+        state = Volume(self.root / "state", "probe", journal)
         plain = self.root / "plain"
         plain.mkdir(exist_ok=True)
         os.chown(plain, uid, uid)

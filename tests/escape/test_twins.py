@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.probe.inside.battery import ATTEMPTS
+from isolator.probe.attacks.battery import ATTEMPTS
 from isolator.probe.run import Finding
 from tests.escape import cages
 from tests.escape.cages import Range, Weakness

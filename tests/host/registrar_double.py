@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isolator.ipc import Message
-from isolator.policy.effective import meet
-from isolator.policy.explain import proposal_json
+from isolator.ipc.channel import Message
+from isolator.policy.meet.effective import meet
+from isolator.policy.meet.explain import proposal_json
 from isolator.policy.request import parse_manifest_core
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
-from isolator.ipc import Channel, Message, pair
+from isolator.ipc.channel import Channel, Message, pair
 from isolator.paths import Paths
-from isolator.policy.effective import meet
-from isolator.policy.hostconfig import HostConfig
+from isolator.policy.host import HostConfig
+from isolator.policy.meet.effective import meet
 from isolator.policy.request import parse_manifest_core
 from tests.host.registrar_double import RegistrarDouble
 from tests.host.witness import Witness
@@ -98,7 +98,7 @@ class Daemon(Witness):
         """Start the host process and say hello, with the runs that are there."""
         ours, theirs = pair()
         audit_ours, audit_theirs = pair()
-        main = f"import sys; sys.path.insert(0, sys.argv.pop(1))\n{self.first}\nfrom host.serve import main; main()"
+        main = f"import sys; sys.path.insert(0, sys.argv.pop(1))\n{self.first}\nfrom host.service import main; main()"
         self.host = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-c", main, str(self._code)),
             *("--channel-fd", str(theirs.fileno()), "--audit-fd", str(audit_theirs.fileno())),

@@ -16,8 +16,8 @@ from pydantic import BaseModel
 
 from host import PluginHost
 from isolator.errors import IsolatorError, UnavailableError
-from tests import sidecars
 from tests.host.supervisor_double import PLUGIN_UID, Daemon
+from tests.support import sidecars
 
 CALLER = """
 import json, os, socket, sys

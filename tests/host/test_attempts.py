@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from host.attempts import Attempt, Attempts
-from host.queue import Delivery, NewEvent, Subscriber
+from host.database import Store
+from host.delivery.attempts import Attempt, Attempts
+from host.queue.interface import Delivery, NewEvent, Subscriber
 from host.queue.sqlite import SqliteQueue
-from host.store import Store
 from isolator.audit.client import AuditClient
-from isolator.ipc import pair
-from tests import sidecars
+from isolator.ipc.channel import pair
 from tests.host.supervisor_double import Daemon
-from tests.patience import seconds
+from tests.support import sidecars
+from tests.support.timeouts import seconds
 
 EVENT = {"project_id": "p1", "deployment_id": "d2", "url": "https://a.example", "duration_ms": 5}
 NAMES = ["a", "b", "c"]

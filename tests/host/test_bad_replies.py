@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests import sidecars
 from tests.host.supervisor_double import Daemon
+from tests.support import sidecars
 
 
 @pytest.mark.parametrize(

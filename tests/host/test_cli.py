@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from host.cli.main import cli
-from tests import sidecars
 from tests.host.supervisor_double import REPO, Daemon
+from tests.support import sidecars
 
 MANIFEST: dict[str, Any] = {
     "name": "notifier",
@@ -314,7 +314,7 @@ async def test_a_check_that_cannot_tell_says_so(daemon: Daemon) -> None:
 
 async def test_light_commands_import_nothing_heavy(daemon: Daemon) -> None:
     script = (
-        f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.client import Client;"
+        f"import sys; sys.path.insert(0, {str(REPO)!r}); from host.client.client import Client;"
         f"Client({str(daemon.root)!r}).call('status');"
         "print([m for m in ('pydantic', 'rich', 'pyroute2', 'asyncio', 'cryptography') if m in sys.modules])"
     )

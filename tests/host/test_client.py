@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from host.client import Client
+from host.client.client import Client
 from isolator.errors import UnavailableError
 from isolator.paths import Paths
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 
 
 @pytest.fixture

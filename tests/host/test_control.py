@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from host.control import CONNECTIONS
+from host.control.server import CONNECTIONS
 from isolator.errors import UnavailableError
-from tests import sidecars
 from tests.host.supervisor_double import Daemon
-from tests.patience import seconds
+from tests.support import sidecars
+from tests.support.timeouts import seconds
 
 CALL = """
 import json, socket, sys

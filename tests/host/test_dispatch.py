@@ -9,8 +9,8 @@ import json
 import pytest
 
 from isolator.errors import IsolatorError
-from tests import sidecars
 from tests.host.supervisor_double import Daemon
+from tests.support import sidecars
 
 FAST_RETRY = 'return {"status": "retry", "retry_after_ms": 20}'
 
@@ -232,7 +232,7 @@ async def test_nothing_is_sent_while_the_trail_cannot_be_written(daemon: Daemon)
 
 
 async def test_a_new_audit_process_gets_what_the_old_one_did_not_write(daemon: Daemon) -> None:
-    from isolator.ipc import pair
+    from isolator.ipc.channel import pair
 
     daemon.audit_acks = False
     daemon.add("good", sidecars.OK)

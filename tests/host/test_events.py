@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from host.channel import ONESHOT_REQUEST, build_params, oneshot_request
+from host.channel.reply import ONESHOT_REQUEST, build_params, oneshot_request
 from host.events import BUILT_IN, Catalogue, EventType, Payload, from_schema
-from host.queue import Event
+from host.queue.interface import Event
 from isolator.errors import NotFoundError, UsageError
 
 DEPLOY: dict[str, Any] = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}

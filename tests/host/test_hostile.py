@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests import sidecars
 from tests.host.supervisor_double import Daemon
+from tests.support import sidecars
 
 NEIGHBOUR = {"project_id": "p", "domain": "a.example"}
 GROWTH = 24 << 20

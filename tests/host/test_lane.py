@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from host.queue import Delivery
+from host.queue.interface import Delivery
 from host.queue.lane import Lane
 
 STEPS = st.lists(

@@ -9,10 +9,10 @@ import socket
 import time
 from pathlib import Path
 
-from host.logs import Logs
-from tests import sidecars
+from host.plugins.logs import Logs
 from tests.host.supervisor_double import Daemon
-from tests.patience import seconds
+from tests.support import sidecars
+from tests.support.timeouts import seconds
 
 FLOOD = """
 import os, threading, time

@@ -14,7 +14,7 @@ import pytest
 from host import PluginHost
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 
 Wire = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

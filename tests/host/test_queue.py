@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from host.queue import NewEvent, Result, Subscriber
+from host.database import SCHEMA_VERSION, Store
 from host.queue.consumer import backoff
+from host.queue.interface import NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
-from host.store import SCHEMA_VERSION, Store
 from isolator.errors import IsolatorError, UnavailableError
 
 

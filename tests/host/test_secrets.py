@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from host import manifest as manifests
-from host.manifest import Manifest, environment_names
-from host.secrets import FILES_AT, REDACTED, ConfigStore, KeyFile, Redactor
-from host.store import Store
+from host.database import Store
+from host.plugins import manifest as manifests
+from host.plugins.manifest import Manifest, environment_names
+from host.plugins.secrets import FILES_AT, REDACTED, ConfigStore, KeyFile, Redactor
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 
 

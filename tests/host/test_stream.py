@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests import sidecars
 from tests.host.supervisor_double import Daemon, Sidecar
-from tests.sidecars import STREAM_OK, stream
+from tests.support import sidecars
+from tests.support.sidecars import STREAM_OK, stream
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/python-stream-counter/stream-counter"
 

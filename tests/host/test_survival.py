@@ -9,8 +9,8 @@ import os
 import signal
 from pathlib import Path
 
-from tests import sidecars
 from tests.host.supervisor_double import Daemon
+from tests.support import sidecars
 
 
 def _recorder(daemon: Daemon, sleep: float = 0.0) -> tuple[str, Path]:

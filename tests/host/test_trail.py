@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from host import trail
-from host.control import ControlServer
-from host.trail import TrailStreams
-from isolator import ipc
+from host.control import follow as trail
+from host.control.follow import TrailStreams
+from host.control.server import ControlServer
 from isolator.audit.client import AuditClient
 from isolator.audit.log import Limits
+from isolator.ipc import channel as ipc
 from tests.audit.test_verify import Written
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 
 
 @pytest.fixture

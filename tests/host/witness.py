@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 from isolator.audit.record import FIGURES
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 
 
 class Witness:

@@ -1,4 +1,4 @@
-"""Cages for tests that want one to look at: a whole one by default, or one whose sandbox is a subclass."""
+"""Cages for tests that want one to look at: a whole one by default, or one whose cage is a subclass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import CageSpec
-from isolator.layers.cgroup_subtree import find_hierarchies
-from isolator.oneoff import Workshop, close_all, run_spec
-from isolator.oneoff_services import Records
+from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig
+from isolator.policy.host import HostConfig
 from isolator.policy.model import EffectivePolicy, NetworkPolicy
-from isolator.sandbox import Sandbox, Stdio
+from isolator.standalone.broker import Records
+from isolator.standalone.session import StandaloneSession, close_all, run_spec
 
 COMMAND = [sys.executable, "-I", "-c", "from host.cli.main import main; main()"]
 """The command line, by the interpreter that runs the tests."""
@@ -30,11 +30,11 @@ def policy(**fields: object) -> EffectivePolicy:
 
 
 @dataclass
-class Cage:
+class StartedCage:
     """A started cage and the file that its output goes to."""
 
-    sandbox: Sandbox
-    shop: Workshop
+    cage: Cage
+    session: StandaloneSession
     out: Path
 
     def text(self) -> str:
@@ -47,23 +47,23 @@ async def cage(
     argv: list[str],
     effective: EffectivePolicy | None = None,
     *,
-    sandbox: type[Sandbox] = Sandbox,
+    cage_type: type[Cage] = Cage,
     change: Callable[[CageSpec], None] = lambda spec: None,
-) -> AsyncIterator[Cage]:
+) -> AsyncIterator[StartedCage]:
     """One cage; standard input is /dev/null, output and errors go to one file."""
     host = HostConfig()
     out = root / "out"
     owned = [os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC), os.open("/dev/null", os.O_RDONLY)]
     try:
-        async with Workshop(Paths.of(root)) as shop:
-            lease = shop.lease(host)
+        async with StandaloneSession(Paths.of(root)) as session:
+            lease = session.lease(host)
             run = secrets.token_hex(5)
-            spec = run_spec(shop.paths, effective or policy(), argv, run, lease.uid, owned)
+            spec = run_spec(session.paths, effective or policy(), argv, run, lease.uid, owned)
             change(spec)
             records = Records(None, run, quiet=True)
             stdio = Stdio(owned[1], owned[0], owned[0])
-            async with shop.cage(spec, host, stdio, records, sandbox=sandbox) as started:
-                yield Cage(started, shop, out)
+            async with session.cage(spec, host, stdio, records, cage_type=cage_type) as started:
+                yield StartedCage(started, session, out)
     finally:
         close_all(owned)
 

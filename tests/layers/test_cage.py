@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from isolator import sandbox as sandbox_module
+from isolator.cage import cage as cage_module
+from isolator.cage.cage import Cage
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.linux.inotify import IN_MODIFY, Inotify
 from isolator.policy.model import ResourcePolicy
-from isolator.sandbox import Sandbox
-from tests.layers.lab import Cage, cage, leaves, policy
+from tests.layers.lab import StartedCage, cage, leaves, policy
 
 MIB = 1 << 20
 
@@ -23,7 +23,7 @@ MIB = 1 << 20
 async def _end(root: Path, *argv: str, **fields: object) -> tuple[int, str, str]:
     """(return code, cause, output) of one command."""
     async with cage(root, list(argv), policy(**fields)) as one:
-        end = await one.sandbox.wait()
+        end = await one.cage.wait()
         return end.returncode, end.cause, one.text()
 
 
@@ -60,29 +60,29 @@ async def test_a_file_that_cannot_be_executed(shared_dir: Path, content: str, mo
 
 
 async def test_a_cage_that_is_not_built_in_time(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_module, "_SET_UP_SECONDS", 0.3)
+    monkeypatch.setattr(cage_module, "_SET_UP_SECONDS", 0.3)
 
-    class Stuck(Sandbox):
+    class Stuck(Cage):
         def _born(self, *args: object) -> None:
             super()._born(*args)
             os.kill(self.pid, signal.SIGSTOP)
 
     with pytest.raises(ConfinementError, match="not built in"):
-        async with cage(shared_dir, ["true"], sandbox=Stuck):
+        async with cage(shared_dir, ["true"], cage_type=Stuck):
             pass
     assert not leaves(shared_dir)
 
 
 async def test_a_child_that_dies_while_it_is_built(shared_dir: Path) -> None:
-    class Dying(Sandbox):
+    class Dying(Cage):
         def _born(self, *args: object) -> None:
             super()._born(*args)
             os.kill(self.pid, signal.SIGKILL)
 
     # It may have entered all its layers by the time it dies: then it is an end like any other.
     with contextlib.suppress(ConfinementError, OSError):
-        async with cage(shared_dir, ["sleep", "300"], sandbox=Dying) as one:
-            end = await one.sandbox.wait()
+        async with cage(shared_dir, ["sleep", "300"], cage_type=Dying) as one:
+            end = await one.cage.wait()
             assert (end.signal, end.cause) == (signal.SIGKILL, "signal")
     assert not leaves(shared_dir)
 
@@ -91,7 +91,7 @@ async def test_a_child_that_dies_while_it_is_built(shared_dir: Path) -> None:
 async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
     """The read-back sees a limit that somebody changed between writing it and exec."""
 
-    class Tampered(Sandbox):
+    class Tampered(Cage):
         async def _build(self, *args: object) -> None:
             for path in self.leaf.values(self.spec.policy.resources):
                 if path.name == "pids.max":
@@ -99,7 +99,7 @@ async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
             await super()._build(*args)
 
     with pytest.raises(ConfinementError, match=r"pids\.max is max"):
-        async with cage(shared_dir, ["sh", "-c", "echo ran"], sandbox=Tampered):
+        async with cage(shared_dir, ["sh", "-c", "echo ran"], cage_type=Tampered):
             pass
     assert (shared_dir / "out").read_text() == ""
     assert not leaves(shared_dir)
@@ -109,7 +109,7 @@ async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
 async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
     """A plan without the user section would leave root: the user layer's read-back refuses."""
 
-    class Lost(Sandbox):
+    class Lost(Cage):
         async def _build(self, *args: object) -> None:
             await super()._build(*args)
 
@@ -125,7 +125,7 @@ async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
             user.prepare = forget
 
     with pytest.raises(ConfinementError, match="layer user: Uid is"):
-        async with cage(shared_dir, ["true"], sandbox=Lost):
+        async with cage(shared_dir, ["true"], cage_type=Lost):
             pass
 
 
@@ -167,7 +167,7 @@ async def test_the_task_limit(shared_dir: Path) -> None:
     assert code != 0
 
 
-async def _ready(one: Cage) -> None:
+async def _ready(one: StartedCage) -> None:
     """Wait until it has written "ready"; inotify tells of each write."""
     with contextlib.closing(Inotify()) as watch:
         watch.watch(str(one.out), IN_MODIFY)
@@ -186,8 +186,8 @@ async def test_a_stop_asks_first(shared_dir: Path) -> None:
     script = "trap 'echo asked; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
     async with cage(shared_dir, ["bash", "-c", script]) as one:
         await _ready(one)
-        await one.sandbox.stop(10)
-        end = await one.sandbox.wait()
+        await one.cage.stop(10)
+        end = await one.cage.wait()
         assert (end.exit_code, end.cause, one.text()) == (3, "stopped", "ready\nasked\n")
 
 
@@ -195,24 +195,24 @@ async def test_a_stop_does_not_ask_twice(shared_dir: Path) -> None:
     script = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
     async with cage(shared_dir, ["bash", "-c", script]) as one:
         await _ready(one)
-        await one.sandbox.stop(0.2)
-        end = await one.sandbox.wait()
+        await one.cage.stop(0.2)
+        end = await one.cage.wait()
         assert (end.signal, end.cause) == (signal.SIGKILL, "stopped")
 
 
 @pytest.mark.vm
 async def test_what_it_started_ends_with_it(shared_dir: Path) -> None:
     async with cage(shared_dir, ["bash", "-c", "setsid sleep 300 & setsid nohup sleep 300 & exit 0"]) as one:
-        leaf = one.sandbox.leaf
-        await one.sandbox.wait()
+        leaf = one.cage.leaf
+        await one.cage.wait()
         assert leaf.wait_empty(5)
 
 
 async def test_pid_1_of_the_cage_is_killed(shared_dir: Path) -> None:
     async with cage(shared_dir, ["sleep", "300"]) as one:
-        leaf = one.sandbox.leaf
-        os.kill(one.sandbox.pid, signal.SIGKILL)
-        end = await one.sandbox.wait()
+        leaf = one.cage.leaf
+        os.kill(one.cage.pid, signal.SIGKILL)
+        end = await one.cage.wait()
         assert (end.signal, end.cause) == (signal.SIGKILL, "signal")
         assert leaf.wait_empty(5)
 
@@ -251,20 +251,20 @@ def _is_open(number: str) -> bool:
 
 async def test_releasing_twice_is_harmless(shared_dir: Path) -> None:
     async with cage(shared_dir, ["sleep", "300"]) as one:
-        await one.sandbox.release()
-        await one.sandbox.release()
-        assert one.sandbox.started is False
+        await one.cage.release()
+        await one.cage.release()
+        assert one.cage.started is False
 
 
 async def test_a_dead_launcher_takes_no_cage_with_it(shared_dir: Path) -> None:
     """The cages are the supervisor's children: it still sees their end, and is told that no new one can start."""
     async with cage(shared_dir, ["sleep", "300"]) as one:
-        launcher = one.shop.tools.launcher
+        launcher = one.session.runtime.launcher
         os.kill(launcher.pid, signal.SIGKILL)
         async with asyncio.timeout(10):
             await launcher.closed.wait()
-        one.sandbox.signal(signal.SIGTERM)
-        end = await one.sandbox.wait()
+        one.cage.signal(signal.SIGTERM)
+        end = await one.cage.wait()
         assert end.signal == signal.SIGTERM
         with pytest.raises(UnavailableError, match="launcher"):
             await launcher.park(-1, -1, layers=frozenset())

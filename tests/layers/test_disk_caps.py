@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from isolator.errors import ConfinementError
-from isolator.journal import Journal
-from isolator.layers import cgroup_io, cgroup_subtree
 from isolator.layers.base import Bind, CageSpec
-from isolator.layers.cgroup_subtree import find_hierarchies
+from isolator.layers.cgroup import disk as cgroup_io
+from isolator.layers.cgroup import subtree as cgroup_subtree
+from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.policy.model import ResourcePolicy
-from isolator.state import State
+from isolator.recovery.journal import Journal
+from isolator.volume.volume import Volume
 from tests.layers.lab import cage, policy
 
 MIB = 1 << 20
@@ -51,12 +52,12 @@ async def _took(root: Path, script: str, limits: ResourcePolicy) -> float:
         spec.binds = [*spec.binds, Bind("/state", folder, writable=True, executable=False)]
 
     with contextlib.closing(Journal(root / "run/state.journal")) as journal:
-        state = State(root / "state", "capped", journal)
+        state = Volume(root / "state", "capped", journal)
         folder = state.open(size=8 * MIB, inodes=64, uid=74999, gid=74999)
         os.chmod(f"/proc/self/fd/{folder}", 0o777)
         try:
             async with cage(root, ["python3", "-c", script], change=furnish) as one:
-                end = await one.sandbox.wait()
+                end = await one.cage.wait()
                 assert end.returncode == 0, one.text()
                 return float(one.text())
         finally:
@@ -94,7 +95,7 @@ print(got / (time.monotonic() - start))
             spec.policy = policy(resources=limits)
 
         async with cage(shared_dir, ["python3", "-c", script], change=furnish) as one:
-            await one.sandbox.wait()
+            await one.cage.wait()
             return float(one.text())
 
     free, capped = await rate(ResourcePolicy()), await rate(ResourcePolicy(io_read=MIB))
@@ -115,7 +116,7 @@ async def test_a_cap_that_cannot_be_kept_stops_the_start(shared_dir: Path, monke
 
     monkeypatch.setattr(cgroup_subtree, "open_subtree", permitted)
     async with cage(shared_dir, ["true"], limits) as one:
-        assert (await one.sandbox.wait()).returncode == 0
+        assert (await one.cage.wait()).returncode == 0
 
 
 async def test_a_cap_that_is_not_there_is_noticed(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

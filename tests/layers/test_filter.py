@@ -13,9 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isolator.egress import hardening
-from isolator.layers import seccomp
-from isolator.layers.bpf import AUDIT_ARCH_X86_64, RET_KILL_PROCESS, AnyBit, Condition, Equal, Judged, compile_calls
+from isolator.broker import hardening
+from isolator.layers.seccomp import layer as seccomp
+from isolator.layers.seccomp.bpf import (
+    AUDIT_ARCH_X86_64,
+    RET_KILL_PROCESS,
+    AnyBit,
+    Condition,
+    Equal,
+    Judged,
+    compile_calls,
+)
 
 ARM64 = 0xC00000B7
 NO_CALL = 0xFFFFFFFF
@@ -83,7 +91,7 @@ def test_a_filter_answers_as_its_rules_say(name: str, monkeypatch: pytest.Monkey
         seen.update(calls)
         return compile_calls(calls, otherwise=otherwise, arch=arch)
 
-    monkeypatch.setattr("isolator.layers.bpf.compile_calls", noted)
+    monkeypatch.setattr("isolator.layers.seccomp.bpf.compile_calls", noted)
     program = seccomp.compile_rules(hardening.rules()) if name == "broker" else seccomp.compile_profile(name)
     assert len(seen) > (2 if name == seccomp.SEALING else 300)
     otherwise = carry_out(program, 5000, NONE)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from isolator.egress import nflog
+from isolator.broker import nflog
 from isolator.errors import ConfinementError, UsageError
-from isolator.layers import network
+from isolator.layers.network import namespace as network
 from isolator.linux import netlink, netns
 from isolator.policy.model import EgressRule, NetworkPolicy
-from tests.egress.conftest import listed
-from tests.patience import seconds
+from tests.broker.conftest import listed
+from tests.support.timeouts import seconds
 
 PUBLIC = NetworkPolicy(mode="public")
 LISTED = listed("hooks.example.com:443", "9.9.9.0/24:8080", "2620:fe::/48:8080")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from isolator.journal import Journal
-from isolator.state import State
+from isolator.recovery.journal import Journal
+from isolator.volume.volume import Volume
 from tests.layers.lab import isolator
 from tests.system.daemon import wait_for
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.vm
 def elsewhere(shared_dir: Path) -> Iterator[Path]:
     """A file system of the host that no cage sees, on a device of its own."""
     with contextlib.closing(Journal(shared_dir / "run/journal")) as journal:
-        state = State(shared_dir / "elsewhere", "elsewhere", journal)
+        state = Volume(shared_dir / "elsewhere", "elsewhere", journal)
         os.close(state.open(size=1 << 20, inodes=64, uid=0, gid=0))
         yield shared_dir / "elsewhere/elsewhere/mnt/state"
         state.remove()

@@ -13,46 +13,48 @@ from pathlib import Path
 
 import pytest
 
-from isolator import recovery
+from isolator.cage.cage import Cage, Stdio
+from isolator.cage.runtime import CageRuntime
+from isolator.cage.warm_pool import PREFIX
 from isolator.errors import ConfinementError
-from isolator.ipc import pair
-from isolator.journal import Entry
-from isolator.launch.client import Launcher
-from isolator.layers import network as network_layer
-from isolator.layers.cgroup import Leaf
-from isolator.oneoff import Workshop, run_spec
+from isolator.ipc.channel import pair
+from isolator.launcher.client import Launcher
+from isolator.layers.cgroup.leaf import Leaf
+from isolator.layers.ledger import EVERY_LAYER
+from isolator.layers.network import namespace as network_layer
 from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig
-from isolator.sandbox import EVERY_LAYER, Sandbox, Stdio, Tools
-from isolator.spares import PREFIX
+from isolator.policy.host import HostConfig
+from isolator.recovery import daemon as recovery
+from isolator.recovery.journal import Entry
+from isolator.standalone.session import StandaloneSession, run_spec
 from tests.layers.lab import leaves, policy
 
 
 @pytest.fixture
-async def shop(shared_dir: Path) -> AsyncIterator[Workshop]:
-    async with Workshop(Paths.of(shared_dir)) as shop:
-        yield shop
+async def session(shared_dir: Path) -> AsyncIterator[StandaloneSession]:
+    async with StandaloneSession(Paths.of(shared_dir)) as session:
+        yield session
     assert not leaves(shared_dir)
 
 
 @contextlib.asynccontextmanager
-async def _cage(shop: Workshop, *argv: str) -> AsyncIterator[Sandbox]:
-    lease = shop.lease(HostConfig())
+async def _cage(session: StandaloneSession, *argv: str) -> AsyncIterator[Cage]:
+    lease = session.lease(HostConfig())
     null = os.open("/dev/null", os.O_RDWR)
     try:
-        spec = run_spec(shop.paths, policy(), list(argv), secrets.token_hex(5), lease.uid, [])
-        async with Sandbox(spec, shop.tools, Stdio(null, null, null)) as cage:
+        spec = run_spec(session.paths, policy(), list(argv), secrets.token_hex(5), lease.uid, [])
+        async with Cage(spec, session.runtime, Stdio(null, null, null)) as cage:
             yield cage
     finally:
         os.close(null)
 
 
-async def _ahead(tools: Tools) -> int:
+async def _ahead(runtime: CageRuntime) -> int:
     """Have one made; its parked process."""
-    tools.spares.begin(EVERY_LAYER)
-    await tools.spares.filled()
-    assert tools.spares._waiting is not None
-    return _pid((await tools.spares._waiting).pidfd)
+    runtime.pool.begin(EVERY_LAYER)
+    await runtime.pool.filled()
+    assert runtime.pool._waiting is not None
+    return _pid((await runtime.pool._waiting).pidfd)
 
 
 def _pid(pidfd: int) -> int:
@@ -60,23 +62,23 @@ def _pid(pidfd: int) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("Pid:")))
 
 
-async def test_a_start_uses_what_was_made_ahead_once(shop: Workshop) -> None:
-    await _ahead(shop.tools)
-    assert shop.tools.spares._waiting is not None
-    network = (await shop.tools.spares._waiting).network
-    async with _cage(shop, "true") as cage:
+async def test_a_start_uses_what_was_made_ahead_once(session: StandaloneSession) -> None:
+    await _ahead(session.runtime)
+    assert session.runtime.pool._waiting is not None
+    network = (await session.runtime.pool._waiting).network
+    async with _cage(session, "true") as cage:
         await cage.start()
         assert cage.network is network
-        assert shop.tools.spares._waiting is None
+        assert session.runtime.pool._waiting is None
         assert (await cage.wait()).exit_code == 0
 
 
-async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(shop: Workshop) -> None:
-    pid = await _ahead(shop.tools)
+async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: StandaloneSession) -> None:
+    pid = await _ahead(session.runtime)
     groups = Path(f"/proc/{pid}/cgroup").read_text()
-    if shop.tools.subtree.v1:
+    if session.runtime.subtree.v1:
         assert f"/{PREFIX}" in groups
-        assert any(name.startswith(PREFIX) for name in shop.tools.journal.open), "it is journalled"
+        assert any(name.startswith(PREFIX) for name in session.runtime.journal.open), "it is journalled"
     for kind in ("mnt", "ipc", "uts"):
         assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
     fds = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
@@ -86,28 +88,30 @@ async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(shop: Worksho
     )
 
 
-async def test_one_whose_process_was_killed_is_not_used(shop: Workshop) -> None:
-    pid = await _ahead(shop.tools)
+async def test_one_whose_process_was_killed_is_not_used(session: StandaloneSession) -> None:
+    pid = await _ahead(session.runtime)
     with os.fdopen(os.pidfd_open(pid), "rb") as pidfd:
         os.kill(pid, signal.SIGKILL)
         assert select.select([pidfd], [], [], 10)[0]
-    async with _cage(shop, "true") as cage:
+    async with _cage(session, "true") as cage:
         await cage.start()
         assert (await cage.wait()).exit_code == 0
 
 
-async def test_one_whose_process_dies_at_the_last_moment_fails_the_start_and_leaves_nothing(shop: Workshop) -> None:
-    pid = await _ahead(shop.tools)
+async def test_one_whose_process_dies_at_the_last_moment_fails_the_start_and_leaves_nothing(
+    session: StandaloneSession,
+) -> None:
+    pid = await _ahead(session.runtime)
 
-    class Late(Sandbox):
+    class Late(Cage):
         async def _build(self, *args: object) -> None:
             raise ConfinementError("test", "given up before a word of the clone")
 
     os.kill(pid, signal.SIGSTOP)
     null = os.open("/dev/null", os.O_RDWR)
     try:
-        spec = run_spec(shop.paths, policy(), ["true"], secrets.token_hex(5), shop.lease(HostConfig()).uid, [])
-        async with Late(spec, shop.tools, Stdio(null, null, null)) as cage:
+        spec = run_spec(session.paths, policy(), ["true"], secrets.token_hex(5), session.lease(HostConfig()).uid, [])
+        async with Late(spec, session.runtime, Stdio(null, null, null)) as cage:
             with pytest.raises(ConfinementError, match="given up"):
                 await cage.start()
             os.kill(pid, signal.SIGCONT)  # it reads the plan now, clones, and the clone has to be found
@@ -115,11 +119,11 @@ async def test_one_whose_process_dies_at_the_last_moment_fails_the_start_and_lea
         os.close(null)
 
 
-async def test_a_start_that_is_cancelled_leaves_nothing(shop: Workshop) -> None:
+async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSession) -> None:
     """At every await: the n-th turn of the event loop, until the start is quicker."""
-    await _ahead(shop.tools)
+    await _ahead(session.runtime)
     for turns in range(1, 400, 3):
-        async with _cage(shop, "sleep", "300") as cage:
+        async with _cage(session, "sleep", "300") as cage:
             start = asyncio.create_task(cage.start())
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -128,13 +132,13 @@ async def test_a_start_that_is_cancelled_leaves_nothing(shop: Workshop) -> None:
             await asyncio.wait([start])
         if done:
             break
-    assert all(name == "subtree" for name in shop.tools.journal.open)
+    assert all(name == "subtree" for name in session.runtime.journal.open)
 
 
-async def test_one_that_comes_as_its_start_is_cancelled_is_reaped(shop: Workshop) -> None:
-    await _ahead(shop.tools)
+async def test_one_that_comes_as_its_start_is_cancelled_is_reaped(session: StandaloneSession) -> None:
+    await _ahead(session.runtime)
     launcher, loop, (link, its_link), (status, its_status) = (
-        shop.tools.launcher, asyncio.get_running_loop(), pair(), os.pipe(),
+        session.runtime.launcher, asyncio.get_running_loop(), pair(), os.pipe(),
     )  # fmt: skip
     before = _pidfds()
     parking = asyncio.create_task(launcher.park(its_link.fileno(), its_status, layers=frozenset()))
@@ -160,44 +164,48 @@ def _pidfds() -> list[str]:
     return [target for target in links if "pidfd" in target]
 
 
-async def test_it_is_not_used_with_another_launcher(shop: Workshop) -> None:
-    await _ahead(shop.tools)
-    shop.tools.launcher.close()
-    shop.tools.launcher = Launcher()
+async def test_it_is_not_used_with_another_launcher(session: StandaloneSession) -> None:
+    await _ahead(session.runtime)
+    session.runtime.launcher.close()
+    session.runtime.launcher = Launcher()
     try:
-        async with _cage(shop, "true") as cage:
+        async with _cage(session, "true") as cage:
             await cage.start()
             assert (await cage.wait()).exit_code == 0
     finally:
-        shop.tools.launcher.close()
+        session.runtime.launcher.close()
 
 
-async def test_a_network_without_rules_never_gets_a_process(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_network_without_rules_never_gets_a_process(
+    session: StandaloneSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object, **others: object) -> None:
         raise ConfinementError("network", "no rules today")
 
     monkeypatch.setattr(network_layer, "load", broken)
-    async with _cage(shop, "true") as cage:
+    async with _cage(session, "true") as cage:
         with pytest.raises(ConfinementError, match="no rules today"):
             await cage.start()
 
 
-async def test_rules_that_were_not_loaded_are_noticed(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rules_that_were_not_loaded_are_noticed(
+    session: StandaloneSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(network_layer, "load", lambda *args, **others: None)
-    async with _cage(shop, "true") as cage:
+    async with _cage(session, "true") as cage:
         with pytest.raises(ConfinementError, match="ruleset"):
             await cage.start()
 
 
-async def test_what_a_killed_daemon_had_ready_is_found_and_named(shop: Workshop) -> None:
-    tools = shop.tools
-    if not tools.subtree.v1:
+async def test_what_a_killed_daemon_had_ready_is_found_and_named(session: StandaloneSession) -> None:
+    runtime = session.runtime
+    if not runtime.subtree.v1:
         pytest.skip("on cgroup v2 nothing of it is outside a process")
-    groups = Leaf.under(tools.subtree, f"{PREFIX}0123")
+    groups = Leaf.under(runtime.subtree, f"{PREFIX}0123")
     groups.create_v1()
-    entry = Entry(f"{PREFIX}0123", "leaf", tuple(map(str, dict.fromkeys(groups.v1.values()))))
+    entry = Entry(f"{PREFIX}0123", "spare", tuple(map(str, dict.fromkeys(groups.v1.values()))))
     try:
-        found = recovery.find(shop.paths, {entry.name: entry})
+        found = recovery.find(session.paths, {entry.name: entry})
         assert [(left.kind, left.name) for left in found if left.name == entry.name] == [("spare", entry.name)]
     finally:
         groups.remove()

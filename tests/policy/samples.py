@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from isolator.policy.grant import PluginPolicy
-from isolator.policy.hostconfig import HostConfig
-from isolator.policy.load import parse_host_config, parse_plugin_policy
+from isolator.policy.host import HostConfig
+from isolator.policy.parse.load import parse_host_config, parse_plugin_policy
 from isolator.policy.request import ManifestCore, parse_manifest, parse_manifest_core, synthesise_manifest
 
 MANIFEST: dict[str, Any] = {

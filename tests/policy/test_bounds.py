@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.policy import names
-from isolator.policy.bounds import Bounds, Egress, egress_within, host_covers, meet, meet_egress, normal_egress
-from isolator.policy.hostconfig import Limits
+from isolator.policy.host import Limits
+from isolator.policy.meet.bounds import Bounds, Egress, egress_within, host_covers, meet, meet_egress, normal_egress
 from isolator.policy.model import EgressRule
 
 PORTS = (22, 80, 443)

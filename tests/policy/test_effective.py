@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from isolator.policy.effective import Line, Proposal, asks_more, meet, policy_for_run
-from isolator.policy.explain import sentences
-from isolator.policy.load import check_ceiling, parse_host_config
+from isolator.policy.meet.effective import asks_more, meet, policy_for_run
+from isolator.policy.meet.explain import sentences
+from isolator.policy.meet.proposal import Line, Proposal
 from isolator.policy.model import EffectivePolicy
+from isolator.policy.parse.load import check_ceiling, parse_host_config
 from isolator.policy.units import format_rate, parse_size
 from tests.policy.samples import DEFAULT, OPEN, asking, manifest, policy, synthesised
 

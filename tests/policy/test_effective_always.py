@@ -7,13 +7,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isolator.policy.bounds import Egress, egress_within
-from isolator.policy.effective import asks_more, meet, policy_alone
-from isolator.policy.explain import LAYERS, proposal_json
-from isolator.policy.hostconfig import HostConfig, Limits
-from isolator.policy.load import check_ceiling, parse_host_config, parse_plugin_policy
+from isolator.policy.host import HostConfig, Limits
+from isolator.policy.meet.bounds import Egress, egress_within
+from isolator.policy.meet.effective import asks_more, meet, policy_alone
+from isolator.policy.meet.explain import LAYERS, proposal_json
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from isolator.policy.names import covers_hook, covers_permission, path_covers
+from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
 from isolator.policy.request import ManifestCore
 from tests.policy.samples import DEFAULT, OPEN, manifest, policy, synthesised
 

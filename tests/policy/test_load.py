@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError
-from isolator.policy.hostconfig import HostConfig
-from isolator.policy.load import (
+from isolator.policy.host import HostConfig
+from isolator.policy.model import AddressException, EgressRule
+from isolator.policy.parse.load import (
     check_ceiling,
     load_host_config,
     load_plugin_policy,
     parse_host_config,
     parse_plugin_policy,
 )
-from isolator.policy.model import AddressException, EgressRule
 from tests.policy.samples import POLICY, policy
 
 HOST = """\

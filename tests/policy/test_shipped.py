@@ -7,8 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from isolator.policy.hostconfig import HostConfig
-from isolator.policy.load import check_ceiling, parse_host_config, parse_plugin_policy
+from isolator.policy.host import HostConfig
+from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
 
 SHIPPED = Path(__file__).parents[2] / "policies"
 

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isolator.policy.toml_lines import parse_toml
+from isolator.policy.parse.toml_lines import parse_toml
 
 TRICKY = (
     r'''# a comment with [brackets] and "quotes"

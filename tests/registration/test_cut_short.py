@@ -21,10 +21,10 @@ import pytest
 
 from isolator.layers.user import user_name
 from isolator.paths import Paths
-from isolator.policy.hostconfig import HostConfig
-from isolator.registrar import Registrar
-from isolator.staging import Source
-from isolator.store import Registration
+from isolator.policy.host import HostConfig
+from isolator.registration.registrar import Registrar
+from isolator.registration.staging import Source
+from isolator.registration.store import Registration
 from tests.system.daemon import write_plugin
 
 NAME = "cut-short"

@@ -7,8 +7,8 @@ import json
 import os
 from pathlib import Path
 
-from isolator.discovery import MOST, scan
-from isolator.watch import FolderWatch
+from isolator.linux.folder_watch import FolderWatch
+from isolator.registration.discovery import MOST, scan
 from tests.system.daemon import write_plugin
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isolator import staging
 from isolator.errors import IsolatorError, NotFoundError, UsageError
-from isolator.staging import Source, Staged, discard, stage
-from isolator.store import Registration, Release, Store
+from isolator.registration import staging
+from isolator.registration.staging import Source, Staged, discard, stage
+from isolator.registration.store import Registration, Release, Store
 from tests.system.daemon import write_plugin
 
 

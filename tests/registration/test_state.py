@@ -16,9 +16,9 @@ import pytest
 
 import isolator
 from isolator.errors import ConfinementError
-from isolator.journal import Journal
 from isolator.linux import loop
-from isolator.state import State
+from isolator.recovery.journal import Journal
+from isolator.volume.volume import Volume
 
 MIB = 1 << 20
 UID = 65533
@@ -32,7 +32,7 @@ class World:
         self.base = base / "state"
         self.base.mkdir()
         self.journal = Journal((run or base) / "run/journal")
-        self.state = State(self.base, NAME, self.journal)
+        self.state = Volume(self.base, NAME, self.journal)
         self.image = self.base / NAME / "image"
 
     def open(self, size: int, inodes: int = 1024) -> int:
@@ -166,7 +166,7 @@ def test_what_cannot_be_mended_is_told(world: World) -> None:
 
 
 def test_an_image_that_is_still_held_is_not_attached_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isolator.state._DETACH_SECONDS", 0.2)
+    monkeypatch.setattr("isolator.volume.volume._DETACH_SECONDS", 0.2)
     folder = world.ready(4 * MIB)
     held = os.open(folder, os.O_RDONLY)
     world.state.close()  # lazily: somebody is still in it
@@ -215,13 +215,13 @@ def test_no_loop_devices(shared_dir: Path) -> None:
     """In a mount namespace whose /dev has none."""
     script = (
         "import sys; from pathlib import Path\n"
-        "from isolator.state import State, check\n"
-        "from isolator.journal import Journal\n"
+        "from isolator.volume.volume import Volume, check\n"
+        "from isolator.recovery.journal import Journal\n"
         "from isolator.errors import ConfinementError\n"
         "base = Path(sys.argv[1]); journal = Journal(base / 'run/journal')\n"
         "print(check().state)\n"
         "try:\n"
-        "    State(base / 'state', 'one', journal).open(size=1 << 20, inodes=64, uid=65533, gid=65533)\n"
+        "    Volume(base / 'state', 'one', journal).open(size=1 << 20, inodes=64, uid=65533, gid=65533)\n"
         "except ConfinementError as error:\n"
         "    print(error)\n"
         "journal.close()\n"

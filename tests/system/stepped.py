@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isolator import sandbox, services
-from isolator.journal import Journal
-from isolator.layers.cgroup import Cgroup
-from isolator.lifecycle import Plugin
-from isolator.plugin_run import Run
-from isolator.supervisor import Supervisor
+from isolator.cage import cage
+from isolator.layers.cgroup.layer import Cgroup
+from isolator.recovery.journal import Journal
+from isolator.supervisor import service as services
+from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.run import Run
+from isolator.supervisor.supervisor import Supervisor
 from tests.system.daemon import Daemon
 
 PLUGIN = "echo"
@@ -75,7 +76,7 @@ def main() -> None:
         if victim == "supervisor":
             signal.raise_signal(signal.SIGKILL)
         one = supervisors[0]
-        pid = one.tools.launcher.pid if victim == "launcher" else one._running()._services[victim].pid
+        pid = one.runtime.launcher.pid if victim == "launcher" else one._running()._services[victim].pid
         assert pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -103,13 +104,13 @@ def main() -> None:
 
         setattr(owner, name, call_async if inspect.iscoroutinefunction(whole) else call)
 
-    stopwatch = sandbox._Stopwatch.__call__
+    stopwatch = cage._Stopwatch.__call__
 
     def tick(self: Any, step: str) -> None:
         stopwatch(self, step)
         reached(step)
 
-    sandbox._Stopwatch.__call__ = tick  # type: ignore[method-assign]
+    cage._Stopwatch.__call__ = tick  # type: ignore[method-assign]
     made = Supervisor.__init__
 
     def remember(self: Supervisor, *arguments: Any, **further: Any) -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     Supervisor.__init__ = remember  # type: ignore[method-assign]
     around(Plugin, "_started", after="told")
     around(Plugin, "_record_end", before="ended", after="recorded")
-    around(sandbox.Sandbox, "release", before="release")
+    around(cage.Cage, "release", before="release")
     around(Cgroup, "release", after="groups gone")
     around(Journal, "gone", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))
     around(Supervisor, "detach_network", after="network gone")

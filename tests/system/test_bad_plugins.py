@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import seconds
-from tests.sidecars import raw
+from tests.support.sidecars import raw
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 

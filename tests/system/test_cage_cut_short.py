@@ -25,25 +25,25 @@ from typing import Any
 
 import pytest
 
-from isolator import journal as journal_module
-from isolator import recovery
-from isolator.journal import Entry, Journal
-from isolator.launch.client import Launcher
-from isolator.layers import seccomp
-from isolator.layers.cgroup_subtree import open_subtree
-from isolator.lifecycle import Plugin
+from isolator.cage.runtime import CageRuntime
+from isolator.launcher.client import Launcher
+from isolator.layers.cgroup.subtree import open_subtree
+from isolator.layers.seccomp import layer as seccomp
 from isolator.linux import loop, mount, netns, nftables
 from isolator.paths import Paths
-from isolator.plugin_cage import Environment
-from isolator.policy.hostconfig import HostConfig
-from isolator.registrar import Registrar
-from isolator.sandbox import Tools
-from isolator.socket_watch import SocketWatch
-from isolator.staging import Source
-from isolator.state import State
-from tests.patience import seconds
+from isolator.policy.host import HostConfig
+from isolator.recovery import daemon as recovery
+from isolator.recovery import journal as journal_module
+from isolator.recovery.journal import Entry, Journal
+from isolator.registration.registrar import Registrar
+from isolator.registration.staging import Source
+from isolator.supervisor.cage_spec import Environment
+from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.socket_watch import SocketWatch
+from isolator.volume.volume import Volume
 from tests.registration.test_cut_short import EFFECTS, WRITES
-from tests.sidecars import raw
+from tests.support.sidecars import raw
+from tests.support.timeouts import seconds
 from tests.system.daemon import alive, wait_for, write_plugin
 
 NAME = "cut-cage"
@@ -68,7 +68,7 @@ class _Deaf:
 class _Around:
     """What a plugin's life needs of the supervisor, without services."""
 
-    tools: Tools
+    runtime: CageRuntime
     paths: Paths
     audit: Any
     denials: Any
@@ -119,13 +119,13 @@ class _World:
         journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         launcher = Launcher()
         tell(launcher.pid)
-        around = _Around(Tools(launcher, journal, subtree), self.paths, _Deaf(), _Deaf(), SocketWatch())
+        around = _Around(CageRuntime(launcher, journal, subtree), self.paths, _Deaf(), _Deaf(), SocketWatch())
         plugin = Plugin(around, self.registrar.load(NAME))
         begin()
         plugin.begin("operator")
         await plugin.up()
         await plugin.stop("asked")
-        State(self.paths.state, NAME, journal).close()
+        Volume(self.paths.state, NAME, journal).close()
         end()
         assert not plugin.error, plugin.error
         launcher.close()

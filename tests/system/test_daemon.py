@@ -11,7 +11,7 @@ import pytest
 from isolator.paths import Paths
 from tests.system.daemon import ECHO, alive, daemon, event, wait_for, write_plugin
 
-SERVICES = ("isolator.audit.service", "isolator.egress.service", "host.serve", "isolator.launch.launcher")
+SERVICES = ("isolator.audit.service", "isolator.broker.service", "host.service", "isolator.launcher.server")
 
 
 def test_whole_life(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 

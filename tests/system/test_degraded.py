@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from isolator.layers.cgroup_subtree import find_hierarchies
-from isolator.ledger import MAY_DEGRADE, ledger
+from isolator.layers.cgroup.subtree import find_hierarchies
+from isolator.layers.ledger import LAYERS, ledger
+from isolator.policy.host import MAY_DEGRADE
 from tests.system import daemon as system
 from tests.system.daemon import Daemon, event, write_plugin
 
@@ -91,6 +92,7 @@ def test_a_daemon_without_a_controller(lacking: Daemon, tmp_path: Path) -> None:
 
 def test_every_name_that_may_be_listed_is_one_of_the_ledger() -> None:
     keys = {control.key for control in ledger()}
+    assert sorted(MAY_DEGRADE) == sorted(key for layer in LAYERS for key in layer.may_degrade)
     assert keys >= set(MAY_DEGRADE)
     shipped = (Path(__file__).parents[2] / "policies/host.toml").read_text()
     documented = (Path(__file__).parents[2] / "docs/policy.md").read_text()

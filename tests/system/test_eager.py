@@ -24,9 +24,9 @@ def test_eager_is_up_with_the_daemon(tmp_path: Path) -> None:
         _state(d, "running")
         # Who stopped it wants it stopped; that the host comes back is no reason to start it.
         d.cli("plugin", "stop", "early")
-        host = d.service_pid("host.serve")
+        host = d.service_pid("host.service")
         kill_9(host)
-        wait_for(lambda: not alive(host) and d.service_pid("host.serve", missing_ok=True) not in (0, host))
+        wait_for(lambda: not alive(host) and d.service_pid("host.service", missing_ok=True) not in (0, host))
         wait_for(lambda: d.cli("plugin", "list", code=None).returncode == 0)
         assert d.json("plugin", "show", "early")["state"] == "stopped"
         d.cli("plugin", "disable", "early")

@@ -13,8 +13,8 @@ from typing import Any
 import dns.message
 import pytest
 
-from tests.egress.internet import OTHER, WEB
-from tests.egress.world import World, world
+from tests.broker.internet import OTHER, WEB
+from tests.broker.world import World, world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n[restart]\nbackoff_min = "0.1s"\n'
@@ -99,7 +99,7 @@ def records(d: Daemon, type: str) -> list[dict[str, Any]]:
 
 def test_broker_killed_under_traffic(busy: Daemon) -> None:
     run = busy.json("plugin", "show", "busy")["run"]
-    broker = busy.service_pid("isolator.egress.service")
+    broker = busy.service_pid("isolator.broker.service")
     before = len(lines(busy))
     kill_9(broker)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from isolator import recovery
 from isolator.layers.user import user_name
 from isolator.paths import Paths
-from tests.patience import seconds
+from isolator.recovery import daemon as recovery
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, alive, daemon, event, wait_for, write_plugin
 
 HOST_TOML = """

@@ -24,12 +24,12 @@ from typing import Any
 
 import pytest
 
-from host.client import Client
-from isolator import recovery
+from host.client.client import Client
 from isolator.errors import IsolatorError
 from isolator.linux import netns
 from isolator.paths import Paths
-from tests.patience import seconds
+from isolator.recovery import daemon as recovery
+from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, alive, event, wait_for, write_plugin
 from tests.system.stepped import PLUGIN, START, STEPS, STOP, SteppedDaemon
 

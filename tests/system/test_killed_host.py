@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from host.client import Client
+from host.client.client import Client
 from isolator.errors import IsolatorError
-from tests.patience import seconds
-from tests.sidecars import raw, stream
+from tests.support.sidecars import raw, stream
+from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, Daemon, alive, daemon, kill_9, wait_for, write_plugin
 
 KILLS = 100
@@ -45,7 +45,7 @@ class Impatient(Daemon):
 
     def command(self) -> list[str]:
         program = (
-            "import sys; import isolator.services as services; services._BACKOFF_LAST = services._BACKOFF_FIRST;"
+            "import sys; import isolator.supervisor.service as service; service._BACKOFF_LAST = service._BACKOFF_FIRST;"
             " from host.cli.main import main; sys.exit(main())"
         )
         return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
@@ -93,12 +93,12 @@ def test_kill_9_of_the_host_a_hundred_times_under_load(tmp_path: Path) -> None:
         with Load(d.root) as load:
             for _ in range(KILLS):
                 before = len(load.accepted)
-                pid = wait_for(lambda: d.service_pid("host.serve", missing_ok=True))
+                pid = wait_for(lambda: d.service_pid("host.service", missing_ok=True))
                 wait_for(lambda before=before: len(load.accepted) > before, what=d.log.read_text())
                 time.sleep(random.uniform(0.0, 0.1))
                 kill_9(pid)
                 wait_for(lambda pid=pid: not alive(pid))
-        wait_for(lambda: d.service_pid("host.serve", missing_ok=True))
+        wait_for(lambda: d.service_pid("host.service", missing_ok=True))
         with wait_for(lambda: _connected(d)) as client:
             rows = [client.call("event.wait", id=event, timeout=seconds(60)) for event in load.accepted]
         assert len(rows) >= KILLS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.patience import seconds
-from tests.sidecars import oneshot, stream
+from tests.support.sidecars import oneshot, stream
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 TIDY = stream(

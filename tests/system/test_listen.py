@@ -64,7 +64,7 @@ def test_a_forwarded_port_lives_and_dies_with_the_plugin(tmp_path: Path, network
         d.cli("event", "emit", "deploy.completed", event(1), "--wait")
         wait_for(lambda: talk(network) == b"you said hello", what="nothing came through the port")
         run = d.json("plugin", "show", "web")["run"]
-        kill_9(d.service_pid("isolator.egress.service"))
+        kill_9(d.service_pid("isolator.broker.service"))
         wait_for(lambda: talk(network) == b"you said hello", what="the port did not come back with the broker")
         assert d.json("plugin", "show", "web")["run"] == run, "the sidecar was restarted for no reason"
         d.cli("plugin", "stop", "web")

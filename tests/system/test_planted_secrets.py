@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, alive, daemon, event, wait_for, write_plugin
 
 TOKEN = "tok-7f3a/SECRET+value=1"
@@ -161,7 +161,7 @@ def test_other_users_see_nothing_of_them(planted: Daemon) -> None:
 
 def test_no_dump_holds_them(planted: Daemon) -> None:
     """Neither of the sidecar that aborted nor of the host, which knows them all."""
-    host = planted.service_pid("host.serve")
+    host = planted.service_pid("host.service")
     for pid in (*_group_of(planted.json("plugin", "show", "leaky")["pid"]), host, planted.process.pid):  # type: ignore[union-attr]
         assert int(Path(f"/proc/{pid}/coredump_filter").read_text(), 16) == 0, pid
     for pid in _group_of(planted.json("plugin", "show", "leaky")["pid"]):
@@ -170,7 +170,7 @@ def test_no_dump_holds_them(planted: Daemon) -> None:
     assert Path(f"/proc/{host}/mem").stat().st_uid == 0, "the host can be read by other processes of its user"
     os.kill(host, signal.SIGABRT)
     wait_for(lambda: not alive(host))
-    wait_for(lambda: planted.service_pid("host.serve", missing_ok=True) not in (0, host), seconds(30))
+    wait_for(lambda: planted.service_pid("host.service", missing_ok=True) not in (0, host), seconds(30))
     assert not [path for path in planted.root.rglob("core*") if path.is_file()]
     assert not list(Path("/").glob("core*"))
 

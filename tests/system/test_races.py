@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from isolator.linux.inotify import IN_CREATE, IN_DELETE, IN_MODIFY, IN_MOVED_TO, Inotify
-from isolator.socket_watch import SocketWatch
-from tests.patience import seconds
+from isolator.supervisor.socket_watch import SocketWatch
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 NAME = "racer"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import seconds
-from tests.sidecars import oneshot
+from tests.support.sidecars import oneshot
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 IGNORES = """

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from host.client import Client
+from host.client.client import Client
 from isolator.audit import files
 from isolator.audit.record import parse
-from tests.disks import ext4_image, run, shut_down
+from tests.support.disks import ext4_image, run, shut_down
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from host import PluginHost
-from host.client import Client
-from host.trail import BLOCK
+from host.client.client import Client
+from host.control.follow import BLOCK
 from isolator.audit import files
 from isolator.errors import IsolatorError, UsageError
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, Daemon, daemon, wait_for
 
 VIEWER, STRANGER = 61998, 61997
@@ -177,7 +177,7 @@ def raw(d: Daemon, **params: int) -> socket.socket:
 
 def test_who_reads_nothing_costs_no_memory_no_file_and_nobody_else_time(d: Daemon) -> None:
     emit(d, 3000)
-    host = d.service_pid("host.serve")
+    host = d.service_pid("host.service")
     before = resident(host)
     stalled = [raw(d, after=0) for _ in range(20)]
     wait_for(lambda: len([s for s in stalled if len(s.recv(64, socket.MSG_PEEK)) == 64]) == 20)

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from isolator.audit.text import printable
-from tests.egress.internet import OTHER, WEB
-from tests.egress.world import world
+from tests.broker.internet import OTHER, WEB
+from tests.broker.world import world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 ENDED = "exit_code signal cause uptime stderr"
@@ -191,7 +191,7 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     wait_for(lambda: of(d, "plugin.rejected"))
     wait_for(lambda: 'isolator_queue_depth{plugin="actor"} 0.0\n' in scrape(d))
     (d.root / FIGURES).write_text(scrape(d))
-    kill_9(d.service_pid("isolator.egress.service"))
+    kill_9(d.service_pid("isolator.broker.service"))
     wait_for(lambda: [r for r in of(d, "audit.gap") if r["data"].get("source") == "broker"])
     return events
 

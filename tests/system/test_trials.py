@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for, write_plugin
 
 NAME = "tried"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from isolator.audit.files import trail
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for
 from tests.vm.reboot_before import BOOT, PLUGIN, accepted
 from tests.vm.service import Service, needs_machine

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for, write_plugin
 from tests.vm.service import Service, needs_machine
 

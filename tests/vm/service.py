@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from host.client import Client
+from host.client.client import Client
 from isolator.errors import IsolatorError
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, wait_for
 
 _DISPOSABLE = Path("/etc/systemd/system/isolator-vm-ready.service")  # the box of ./dev vm, and nothing else, has it

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 from isolator.cli.install import COMPLETIONS
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 
 _READY = b"now-it-is-ready\r\n"
 _SET_UP = b"autoload -Uz compinit; compinit -u; echo now-'it'-is-ready\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import seconds
+from tests.support.timeouts import seconds
 from tests.vm.service import needs_machine
 
 pytestmark = [pytest.mark.vm, needs_machine]

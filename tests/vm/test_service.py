@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from pyseccomp import Arch, resolve_syscall
 
-from host.client import Client
+from host.client.client import Client
 from isolator.cli.install import COMPLETIONS, LINK
-from isolator.layers.syscalls import DENY, rules
-from tests.patience import seconds
+from isolator.layers.seccomp.profiles import DENY, rules
+from tests.support.timeouts import seconds
 from tests.system.daemon import alive, event, wait_for, write_plugin
 from tests.vm import reboot_before
 from tests.vm.service import Service, needs_machine

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from tests.sidecars import oneshot
+from tests.support.sidecars import oneshot
 from tests.system.daemon import Daemon, daemon, event, wait_for
 from tests.system.updates.plugins import add, make, of_type, shown
 

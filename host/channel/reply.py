@@ -1,0 +1,178 @@
+"""How a request reaches a sidecar and what its answer means.
+
+``oneshot`` connects per event and sends one line; ``stream`` keeps one connection with many requests in flight. Both
+raise ``NotSentError`` when the plugin cannot have seen a byte (no attempt is counted) and ``LostError`` when it may
+have (the outcome is unknown: at least once means it is delivered again).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from host.events import EventType
+from host.queue.interface import Event
+from host.wire.strict import WireError, dumps, parse_object
+
+ONESHOT_REQUEST = 4096
+"""Bytes of a one-shot request, newline included: scripts of that kind call recv(4096) once."""
+ONESHOT_REPLY = 64 * 1024
+STREAM_MESSAGE = 1 << 20
+
+RETRY_LATER, PERMANENT, UNSUPPORTED_PROTOCOL, PAYLOAD_TOO_LARGE, DEADLINE_EXCEEDED = range(-31000, -31005, -1)
+BUSY, DUPLICATE, CONFIG_INVALID = range(-31006, -31009, -1)
+PERMISSION_DENIED, QUOTA_EXCEEDED = -31010, -31011
+
+# What no repetition mends: the standard "unknown method" and "bad params", and the plugin's own permanent refusals.
+_PERMANENT = {PERMANENT, UNSUPPORTED_PROTOCOL, PAYLOAD_TOO_LARGE, CONFIG_INVALID, -32601, -32602}
+
+Kind = Literal["ok", "skipped", "retry", "busy", "rejected", "failed", "unknown"]
+
+
+class NotSentError(Exception):
+    """Nothing reached the plugin."""
+
+
+class LostError(Exception):
+    """The request may have reached the plugin and no answer came; ``crash`` if the connection broke."""
+
+    def __init__(self, why: str, *, crash: bool = False) -> None:
+        super().__init__(why)
+        self.crash = crash
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one attempt came to. ``text`` is the plugin's answer, not yet redacted."""
+
+    kind: Kind
+    status: str | None = None
+    detail: str | None = None
+    text: str = ""
+    size: int = 0
+    sha256: str | None = None
+    retry_after: float | None = None
+    """Seconds; at most ten minutes."""
+
+
+def build_params(
+    event: Event, event_type: EventType | None, major: int, payload: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The payload as a plugin of that major knows it."""
+    fields = dict(payload) if payload is not None else parse_object(event.payload.encode())
+    return event_type.translate(fields, major) if event_type is not None else fields
+
+
+def params_text(event: Event, event_type: EventType | None, major: int, meta: Mapping[str, Any] | None = None) -> str:
+    """The same as JSON, with ``_meta`` when given; an untranslated payload is taken as it was accepted."""
+    plain = event_type is None or major >= event_type.version
+    body = event.payload if plain else dumps(build_params(event, event_type, major))
+    if meta is None:
+        return body
+    return f'{body[:-1]}{"" if body == "{}" else ","}"_meta":{dumps(meta)}}}'
+
+
+def meta_of(event: Event, attempt: int, timeout: float) -> dict[str, Any]:
+    """``params._meta`` of one attempt."""
+    meta: dict[str, Any] = {
+        "id": event.id,
+        "type": event.name,
+        "time": event.time,
+        "attempt": attempt,
+        "deadline_ms": round(timeout * 1000),
+    }
+    if event.trace is not None:
+        meta["traceparent"] = event.trace
+    return meta
+
+
+def oneshot_request(
+    event: Event, hook: str, event_type: EventType | None, *, attempt: int, timeout: float, major: int, meta: bool
+) -> bytes | None:
+    """The one line to send, at most ``ONESHOT_REQUEST`` bytes; None if even the required fields do not fit.
+
+    ``_meta`` is dropped first, then the optional fields in the event's published order. The JSON-RPC id is always 1:
+    there is one request per connection, and scripts that answer with a fixed id are many.
+    """
+    head = f'{{"jsonrpc":"2.0","method":"{hook}","params":'
+    tail = ',"id":1}\n'
+    if meta:
+        line = (head + params_text(event, event_type, major, meta_of(event, attempt, timeout)) + tail).encode()
+        if len(line) <= ONESHOT_REQUEST:
+            return line
+    line = (head + params_text(event, event_type, major) + tail).encode()
+    if len(line) <= ONESHOT_REQUEST:
+        return line
+    fields = build_params(event, event_type, major)
+    for name in event_type.optional_fields() if event_type is not None else ():
+        if fields.pop(name, None) is not None:
+            line = (head + dumps(fields) + tail).encode()
+            if len(line) <= ONESHOT_REQUEST:
+                return line
+    return None
+
+
+def read_reply(data: bytes, *, expect: object = 1) -> Outcome:
+    """The outcome that one reply means; anything that is not a JSON-RPC reply to our request is a failed attempt."""
+    size, digest = len(data), hashlib.sha256(data).hexdigest()
+    text = data.decode("utf-8", "replace")
+    try:
+        message = parse_object(data.strip())
+    except WireError as error:
+        return Outcome("failed", "bad_reply", str(error), text, size, digest)
+    if message.get("id", expect) not in (expect, None):
+        return Outcome("failed", "bad_reply", "the reply has another request's id", text, size, digest)
+    kind, status, detail, retry_after = interpret(message)
+    return Outcome(kind, status, detail, text, size, digest, retry_after)
+
+
+def interpret(message: Mapping[str, Any]) -> tuple[Kind, str | None, str | None, float | None]:
+    """(kind, status, detail, seconds to wait) of a JSON-RPC reply."""
+    error = message.get("error")
+    if error is not None:
+        return _interpret_error(error)
+    if "result" not in message:
+        return "failed", "bad_reply", "the reply has neither result nor error", None
+    result = message["result"]
+    if not isinstance(result, dict):
+        return "ok", "ok", None, None
+    status = result.get("status")
+    detail = _text(result.get("message"))
+    if status == "retry":
+        return "retry", "retry", detail, _seconds(result.get("retry_after_ms"))
+    if status == "rejected":
+        return "rejected", "rejected", detail, None
+    if status == "skipped":
+        return "skipped", "skipped", detail, None
+    return "ok", _text(status) or "ok", detail, None
+
+
+def _interpret_error(error: Any) -> tuple[Kind, str | None, str | None, float | None]:
+    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
+        return "failed", "bad_reply", "the error has no code", None
+    code = error["code"]
+    detail = f"{code}: {_text(error.get('message')) or 'no message'}"
+    data = error.get("data")
+    wait = _seconds(data.get("retry_after_ms")) if isinstance(data, dict) else None
+    if code == DUPLICATE:
+        return "ok", "duplicate", detail, None
+    if code == BUSY:
+        return "busy", "busy", detail, wait
+    if code in _PERMANENT:
+        return "rejected", "error", detail, None
+    return "retry", "error", detail, wait
+
+
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str) or not value:
+        return None
+    printable = "".join(c if c.isprintable() else " " for c in value[:400])
+    return printable
+
+
+def _seconds(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        return None
+    return float(min(value / 1000, 600.0))

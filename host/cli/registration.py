@@ -1,0 +1,189 @@
+"""Registering and updating at the command line: show what a plugin asks for and would get, ask, do it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from host.cli.output import paragraph, print_json, room, safe, table
+from isolator.errors import NeedsApprovalError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from host.client.client import Client
+
+HISTORY_HINT = (
+    "isolator: hint: secrets given as K=V stay in the shell's history; K=@FILE or K=- does not leave them there"
+)
+
+_WIDE = 110
+"""Columns from which the grant has a column of its own."""
+_NAMES = ("hooks", "permissions", "egress", "listen", "read")
+
+
+def register(
+    client: Client,
+    request: Mapping[str, Any],
+    values: dict[str, str],
+    spelled_out: list[str],
+    *,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Register a new plugin; raises NeedsApprovalError when nobody agrees."""
+    staged = client.call("plugin.stage", **request, config=values)
+    name = staged["name"]
+    if staged.get("registered"):
+        raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
+    if not as_json:
+        _show_staged(staged)
+    _hint(staged, spelled_out)
+    if not yes:
+        _ask("plugin add", f"Register {name} with exactly this?")
+    done = client.call("plugin.commit", token=staged["token"], config=values)
+    if as_json:
+        print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
+        return
+    click.echo(f"added {name} {done['plugin']['version']}; it starts with its first event")
+    _tell_missing(name, done["missing"])
+
+
+def update_plugin(
+    client: Client,
+    request: Mapping[str, Any],
+    values: dict[str, str],
+    spelled_out: list[str],
+    *,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Exchange a version; raises NeedsApprovalError when it asks for more and nobody agrees: then it waits."""
+    staged = client.call("plugin.stage", **request, config=values)
+    name, more = staged["name"], staged["differences"]
+    if not as_json:
+        _show_staged(staged)
+        _show_differences(name, more)
+    _hint(staged, spelled_out)
+    agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
+    done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
+    if as_json:
+        print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
+    if done.get("pending"):
+        raise NeedsApprovalError(
+            f"{name} {staged['version']}",
+            f"asks for more than {done['plugin']['version']}, which stays in use: {'; '.join(map(safe, more))}",
+            f"isolator plugin approve {name}",
+        )
+    if not as_json:
+        unchanged = done.get("unchanged")
+        click.echo(f"{name} {done['plugin']['version']} {'is in use already' if unchanged else 'is in use now'}")
+        _tell_missing(name, done["missing"])
+
+
+def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> None:
+    """Approve what waits of a registered plugin, exactly as it is shown."""
+    proposal = client.call("plugin.explain", name=name)["proposal"]
+    if not as_json:
+        click.echo(f"{name} {safe(proposal['version'])}\n")
+        show_proposal(proposal)
+        _show_differences(name, proposal["differences"])
+        if proposal["changed_binary"]:
+            click.echo("Its binary is another file than the one that was approved.\n")
+    if not yes:
+        _ask("plugin approve", f"Approve {name} with exactly this?")
+    answer = client.call("plugin.approve", name=name, digest=proposal["digest"])
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"approved {name}; {answer['plugin']['version']} is in use now")
+
+
+def _show_differences(name: str, more: Sequence[str]) -> None:
+    if more:
+        click.echo(f"More than {name} was granted so far:")
+        for phrase in more:
+            click.echo(f"  + {safe(phrase)}")
+        click.echo()
+
+
+def _hint(staged: Mapping[str, Any], spelled_out: list[str]) -> None:
+    if {key.lower() for key in staged["secrets_given"]} & {key.lower() for key in spelled_out}:
+        click.echo(HISTORY_HINT, err=True)
+
+
+def _tell_missing(name: str, missing: Sequence[str]) -> None:
+    for key in missing:
+        remedy = f"isolator plugin config {name} set {key}=VALUE"
+        click.echo(f"isolator: {name} cannot start before {key} is set: {remedy}", err=True)
+
+
+def _ask(what: str, question: str) -> None:
+    """Yes from a person at a terminal, or NeedsApprovalError."""
+    if not sys.stdin.isatty():
+        raise NeedsApprovalError(what, "nobody is there to agree", "add --yes to agree to what is shown")
+    if not click.confirm(question):
+        raise NeedsApprovalError(what, "not agreed", "nothing was changed")
+
+
+def _show_staged(staged: Mapping[str, Any]) -> None:
+    what = "flags only, no manifest" if staged["synthesised"] else "plugin.json"
+    click.echo(f"{staged['name']} {staged['version']} ({what}, {staged['mode']})")
+    if staged["description"]:
+        click.echo(f"  {safe(staged['description'])}")
+    click.echo()
+    show_proposal(staged["proposal"])
+    for field in staged["config"]:
+        marks = [field["type"], *(["secret"] if field["secret"] else []), *(["required"] if field["required"] else [])]
+        click.echo(f"config {field['key']}: {', '.join(marks)}")
+    for warning in staged["warnings"]:
+        click.echo(f"isolator: warning: {safe(warning)}", err=True)
+
+
+def show_proposal(proposal: Mapping[str, Any]) -> None:
+    """What is asked for, granted and in effect, line by line, and each layer's promise."""
+    columns = room()
+    narrow = columns is not None and columns < _WIDE
+    rows = []
+    for line in proposal["lines"]:
+        source = _source(line, proposal["policy_file"])
+        cells = [line["field"], line["requested"], line["granted"], line["effective"], line["verdict"], source]
+        if narrow:
+            # Of a name there is all or nothing, and what was granted stands in the policy at the line that is named.
+            effect = line["effective"]
+            if line["field"] in _NAMES and effect == line["requested"] != "none":
+                effect = "yes"
+            cells[2:4] = [effect]
+        rows.append(cells)
+    table(["item", "requested", *([] if narrow else ["granted"]), "effective", "verdict", "from"], rows)
+    refused = [line for line in proposal["lines"] if line["verdict"] == "refused" and line.get("reason")]
+    if refused:
+        click.echo()
+        paragraph(
+            "; ".join(f"{line['field']} {safe(line['requested'])}: {line['reason']}" for line in refused), "Refused: "
+        )
+    additions = [line for line in proposal["lines"] if line.get("add")]
+    if additions:
+        click.echo("\nTo grant what is pending, write in the policy:")
+        section = None
+        for line in additions:
+            if line.get("section") != section:
+                section = line.get("section")
+                click.echo(f"  [{safe(section)}]")
+            click.echo(f"  {safe(line['add'])}")
+    click.echo()
+    for sentence in proposal["sentences"].values():
+        paragraph(safe(sentence), "- ")
+    click.echo(f"\npolicy: {proposal['policy_file']}\neffective sha256:\n  {proposal['effective_digest']}\n")
+
+
+def _source(line: Mapping[str, Any], policy_file: str | None) -> str:
+    """Where a line was decided, as short as can be: the policy itself is named once, below the table."""
+    source = str(line["source"])
+    file, colon, number = source.rpartition(":")
+    if colon and number.isdecimal():
+        source = f"policy:{number}" if file == policy_file else f"{Path(file).name}:{number}"
+    return source

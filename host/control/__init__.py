@@ -1,0 +1,1 @@
+"""Control socket: its server and its verbs."""

@@ -1,0 +1,94 @@
+"""How an attempt begins: counted in the database and on record in the trail before its first byte is sent.
+
+So nothing is ever delivered more often than its attempts say, whoever is killed, and whatever a plugin does with an
+event is recorded after it. The attempts of all plugins that are ready in one turn of the event loop begin together:
+one transaction counts them, one packet hands their records over, and then all of them are written at once. An event
+for fifty plugins waits for each of these things once and not for each of them fifty times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from host.queue.interface import Delivery
+from host.queue.sqlite import SqliteQueue
+from isolator.audit.client import AuditClient
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One delivery that is about to be tried; ``send`` writes the request at once and never raises."""
+
+    delivery: Delivery
+    run: str
+    request: bytes
+    send: Callable[[], None]
+
+
+class Attempts:
+    """The attempts of all workers."""
+
+    def __init__(self, queue: SqliteQueue, audit: AuditClient, *, wait_for_trail: bool) -> None:
+        self._queue, self._audit = queue, audit
+        self._wait_for_trail = wait_for_trail
+        self._loop = asyncio.get_running_loop()
+        self._gathered: list[Attempt] = []
+        self._scheduled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, attempt: Attempt) -> None:
+        """Have it counted, recorded and sent, in the loop's next turn if database and trail can be written."""
+        self._gathered.append(attempt)
+        self.soon()
+
+    def soon(self) -> None:
+        """Begin in the loop's next turn what has gathered by then.
+
+        Called as workers are woken, that saves a turn: what they begin in the next one is sent in the same.
+        """
+        if not self._scheduled:
+            self._scheduled = True
+            task = self._loop.create_task(self._begin(), name="attempts")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _begin(self) -> None:
+        self._scheduled = False
+        attempts, self._gathered = self._gathered, []
+        if not attempts:
+            return
+        await self._queue.sent([attempt.delivery for attempt in attempts])
+        for attempt in attempts:
+            self._record(attempt)
+        if self._wait_for_trail:
+            await self._audit.handed_over()
+        else:
+            self._audit.hand_over()
+        for attempt in attempts:
+            attempt.send()
+
+    def _record(self, attempt: Attempt) -> None:
+        delivery = attempt.delivery
+        assert delivery.event is not None
+        waited = self._loop.time() - delivery.ready_at if delivery.ready_at else None
+        delivery.ready_at = 0.0
+        self._audit.record(
+            "event.dispatched",
+            plugin=delivery.plugin,
+            run=attempt.run,
+            event_id=delivery.event.id,
+            delivery_id=delivery.id,
+            attempt=delivery.attempts,
+            queued_us=int(waited * 1e6) if waited is not None else None,
+            request_bytes=len(attempt.request),
+            request_sha256=hashlib.sha256(attempt.request).hexdigest(),
+        )
+
+    async def close(self) -> None:
+        """Begin no more; what was counted is an attempt of unknown outcome at the next start."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

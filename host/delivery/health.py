@@ -1,0 +1,155 @@
+"""Is the sidecar well, and is it needed? One task per plugin that asks for either.
+
+Stream plugins are pinged every 30 s; three misses in a row restart the sidecar. One-shot plugins are pinged only when
+their manifest asks for it (a script that ignores ``method`` would act on a ping as on an event), never while a request
+is in flight, and any well-formed JSON-RPC reply is a pong. A plugin is never declared dead because *this* process
+slept: a round in which the clock moved much further than was waited for is void.
+
+A plugin with an idle time is stopped when it had nothing to do for that long; the next event starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from host.channel.oneshot import exchange
+from host.channel.reply import LostError, NotSentError
+from host.delivery.worker import Worker
+from host.plugins.registry import Plugin, Registry
+from host.wire.strict import WireError, line, parse_object
+from isolator.audit.client import AuditClient
+from isolator.errors import IsolatorError
+from isolator.ipc.channel import Channel
+
+_PING = line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1})
+OVERSLEPT = 1.0
+"""Seconds by which a round may be late before its result is void."""
+
+
+class Watch:
+    """Health and idleness of one plugin."""
+
+    def __init__(self, worker: Worker, registry: Registry, supervisor: Channel, audit: AuditClient) -> None:
+        self._worker, self._registry, self._supervisor, self._audit = worker, registry, supervisor, audit
+        self._misses = 0
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._watch(), name=f"watch {worker.name}")
+
+    @staticmethod
+    def wanted(plugin: Plugin) -> bool:
+        """Whether the plugin's manifest makes a watch necessary."""
+        spec = plugin.manifest
+        return spec is not None and (pings(plugin) or spec.activation.idle is not None)
+
+    async def close(self) -> None:
+        """Stop watching."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _watch(self) -> None:
+        while True:
+            plugin = self._registry.get(self._worker.name)
+            spec = plugin.manifest if plugin is not None else None
+            if plugin is None or spec is None:
+                return
+            idle = spec.activation.idle
+            wait = min(spec.health.interval if pings(plugin) else 3600.0, idle if idle is not None else 3600.0)
+            before = self._loop.time()
+            await asyncio.sleep(wait)
+            if self._loop.time() - before > wait + OVERSLEPT:
+                self._misses = 0
+                continue
+            with contextlib.suppress(IsolatorError):
+                if idle is not None and self._worker.run is not None and self._idle_for() >= idle:
+                    await self._supervisor.call("run.stop", name=plugin.name, reason="idle")
+                elif pings(plugin) and self._worker.run is not None:
+                    await self._ping(plugin)
+
+    def _idle_for(self) -> float:
+        return 0.0 if self._worker.busy else self._loop.time() - self._worker.last_used
+
+    async def _ping(self, plugin: Plugin) -> None:
+        assert plugin.manifest is not None
+        health, run = plugin.manifest.health, self._worker.run
+        before, began = self._loop.time(), time.perf_counter_ns()
+        why = await self._ask(plugin, health.timeout)
+        if self._worker.run != run or self._loop.time() - before > health.timeout + OVERSLEPT:
+            return
+        latency = (time.perf_counter_ns() - began) // 1000
+        if why is None:
+            if self._misses:
+                self._audit.record("plugin.health", plugin=plugin.name, run=run, ok=True, latency_us=latency, misses=0)
+            self._misses = 0
+            return
+        self._misses += 1
+        self._audit.record(
+            "plugin.health", plugin=plugin.name, run=run, ok=False, latency_us=latency, misses=self._misses, detail=why
+        )
+        if self._misses >= health.misses:
+            self._misses = 0
+            await self._supervisor.call("run.restart", name=plugin.name, reason=f"{health.misses} pings were missed")
+
+    async def _ask(self, plugin: Plugin, timeout: float) -> str | None:
+        """Why there was no pong, or None."""
+        worker = self._worker
+        try:
+            if plugin.mode == "stream":
+                # A stream that nobody opened yet is nobody's to lose; one that has a request to answer has its
+                # deadline, and may well be too busy for a ping.
+                stream = worker.stream[1] if worker.stream is not None else None
+                if stream is not None and not stream.closed.is_set() and not stream.in_flight:
+                    await stream.request("ping", {}, timeout)
+                return None
+            if worker.busy:
+                return None
+            async with worker.turn:
+                sock, _ = await worker.connection(plugin)
+                with sock:
+                    reply = await exchange(
+                        sock, line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1}), timeout
+                    )
+            parse_object(reply)
+            return None
+        except (LostError, NotSentError, WireError) as error:
+            return str(error)
+
+
+def pings(plugin: Plugin) -> bool:
+    """Whether this plugin is pinged: as its manifest says, else stream plugins are."""
+    if plugin.manifest is None:
+        return False
+    wanted = plugin.manifest.health.ping
+    return plugin.mode == "stream" if wanted is None else wanted
+
+
+class Watches:
+    """The watches by plugin."""
+
+    def __init__(self, registry: Registry, supervisor: Channel, audit: AuditClient) -> None:
+        self._registry, self._supervisor, self._audit = registry, supervisor, audit
+        self._watches: dict[str, tuple[object, Watch]] = {}
+
+    async def update(self, plugin: Plugin, worker: Worker) -> None:
+        """Start, replace or end the watch of a plugin whose entry changed."""
+        spec = plugin.manifest
+        key = (spec.health, spec.activation, plugin.mode) if spec is not None and Watch.wanted(plugin) else None
+        current = self._watches.get(plugin.name)
+        if current is not None and current[0] == key:
+            return
+        await self.forget(plugin.name)
+        if key is not None:
+            self._watches[plugin.name] = (key, Watch(worker, self._registry, self._supervisor, self._audit))
+
+    async def forget(self, name: str) -> None:
+        """End the watch of a plugin."""
+        watch = self._watches.pop(name, None)
+        if watch is not None:
+            await watch[1].close()
+
+    async def close(self) -> None:
+        """End every watch."""
+        for name in list(self._watches):
+            await self.forget(name)

@@ -1,0 +1,400 @@
+"""The host API: what a plugin may ask, over ``PLUGIN_HOST_SOCKET`` or the stream connection.
+
+Who calls is known by the socket it came through and by the uid that the kernel reports, never by what it claims. Every
+method needs one permission, which the effective policy grants or not. Isolator brings ``whoami``, ``log.write`` and the
+private key-value store; the platform registers the rest (``projects.get`` …) over the control socket and answers
+them itself. Calls are limited to 200 a second per plugin, and every one is in the trail with its verdict; refusals
+because of the rate are counted and recorded once a second, or a flood would only move into the trail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL
+from host.channel.stream import PROTOCOLS
+from host.database import Store
+from host.plugins.logs import Logs
+from host.plugins.registry import Plugin, Registry
+from host.wire.lines import Acceptor, Budget, LineProtocol
+from host.wire.strict import WireError, dumps, line, parse_object, peer_of
+from isolator.audit.client import AuditClient
+from isolator.errors import IsolatorError
+from isolator.policy.names import covers_permission
+
+RATE, BURST = 200.0, 400.0
+REFUSAL = 0.25
+"""Seconds before a caller hears that it calls too often: to ask again at once is of no use to it, and costs us."""
+CONNECTIONS, IN_FLIGHT = 16, 16
+CONNECTS_A_SECOND, CONNECTS_AT_ONCE = 50.0, 50.0
+BYTES_A_SECOND, BYTES_AT_ONCE = 1 << 20, 4 << 20
+"""What one plugin may send on all its connections: parsing it is not free."""
+KV_KEYS, KV_KEY, KV_VALUE, KV_TOTAL = 1024, 256, 64 * 1024, 1 << 20
+LEVELS = ("debug", "info", "warning", "error")
+PLATFORM_TIMEOUT = 10.0
+
+
+class ApiError(Exception):
+    """An answer that is an error: JSON-RPC code, text, data."""
+
+    def __init__(self, code: int, message: str, **data: Any) -> None:
+        super().__init__(message)
+        self.code, self.data = code, data
+
+
+@dataclass(frozen=True)
+class Context:
+    """Who calls."""
+
+    plugin: Plugin
+    run: str | None
+
+
+Handler = Callable[[Context, Mapping[str, Any]], Awaitable[Any]]
+
+
+@dataclass
+class _Limits:
+    """What one plugin may ask in a second, whatever number of connections it asks on."""
+
+    calls: Budget = field(default_factory=lambda: Budget(RATE, BURST))
+    connects: Budget = field(default_factory=lambda: Budget(CONNECTS_A_SECOND, CONNECTS_AT_ONCE))
+    bytes: Budget = field(default_factory=lambda: Budget(BYTES_A_SECOND, BYTES_AT_ONCE))
+    refused: int = 0
+    reported: float = 0.0
+
+
+@dataclass(frozen=True)
+class ApiMethod:
+    """One method and the permission it needs; None needs none."""
+
+    permission: str | None
+    handler: Handler
+
+
+@dataclass
+class HostApi:
+    """Every method that plugins may call."""
+
+    registry: Registry
+    audit: AuditClient
+    store: Store
+    logs: Logs
+    methods: dict[str, ApiMethod] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._limits: dict[str, _Limits] = {}
+        self._listeners: dict[str, Acceptor] = {}
+        self._connections: dict[str, set[_Connection]] = {}
+        kv = KeyValue(self.store)
+        self.methods |= {
+            "plugin.hello": ApiMethod(None, _hello),
+            "whoami": ApiMethod(None, _whoami),
+            "log.write": ApiMethod("log", self._log_write),
+            "kv.get": ApiMethod("kv", kv.get),
+            "kv.set": ApiMethod("kv", kv.set),
+            "kv.delete": ApiMethod("kv", kv.delete),
+            "kv.list": ApiMethod("kv", kv.list),
+        }
+
+    def register(self, name: str, permission: str, handler: Handler) -> Callable[[], None]:
+        """Add a method of the platform's until the returned function is called; raises IsolatorError when taken."""
+        if name in self.methods:
+            raise IsolatorError(f"method {name}", "is registered already", "one platform process serves each method")
+        method = self.methods[name] = ApiMethod(permission, handler)
+
+        def remove() -> None:
+            if self.methods.get(name) is method:
+                del self.methods[name]
+
+        return remove
+
+    def serve(self, name: str, run: str, listener: socket.socket) -> None:
+        """Accept the calls of one plugin's run; an earlier listener of the same plugin ends."""
+        self.forget(name)
+        limits = self.limits(name)
+        self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits.bytes), limits.connects)
+
+    def limits(self, name: str) -> _Limits:
+        """One plugin's limits, which a new run does not refill."""
+        return self._limits.setdefault(name, _Limits())
+
+    def forget(self, name: str) -> None:
+        """Close a plugin's listener and connections."""
+        listener = self._listeners.pop(name, None)
+        if listener is not None:
+            listener.close()
+        for connection in list(self._connections.pop(name, ())):
+            connection.close()
+
+    def close(self) -> None:
+        """Close every listener."""
+        for name in list(self._listeners):
+            self.forget(name)
+
+    def admit(self, connection: _Connection, uid: int) -> str | None:
+        """Why a new connection is refused, or None."""
+        plugin = self.registry.get(connection.name)
+        if plugin is None or plugin.uid != uid:
+            self.audit.record(
+                "api.called", plugin=connection.name, run=connection.run, method="connect", verdict="denied", uid=uid
+            )
+            return f"this socket belongs to {connection.name}; uid {uid} is not its user"
+        open_now = self._connections.setdefault(connection.name, set())
+        if len(open_now) >= CONNECTIONS:
+            return f"more than {CONNECTIONS} connections"
+        open_now.add(connection)
+        return None
+
+    def dropped(self, connection: _Connection) -> None:
+        """A connection is gone."""
+        self._connections.get(connection.name, set()).discard(connection)
+
+    def breach(self, name: str, run: str | None, why: str) -> None:
+        """A plugin broke the protocol on one of its connections."""
+        self.audit.record("plugin.health", plugin=name, run=run, ok=False, detail=f"protocol: {why}")
+
+    async def call(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
+        """Answer one request: ``{"result": …}`` or ``{"error": {code, message, data}}``."""
+        began = time.perf_counter_ns()
+        verdict, permission = "granted", None
+        try:
+            plugin = self.registry.get(name)
+            if plugin is None:
+                raise ApiError(-32600, "the plugin is not registered")
+            self._charge(name, run)
+            found = self.methods.get(method)
+            if found is None:
+                verdict = "unknown"
+                raise ApiError(-32601, f"no method {method[:80]}", known=sorted(self.methods))
+            permission = found.permission
+            granted = plugin.effective.permissions if plugin.effective is not None else ()
+            if permission is not None and not any(covers_permission(g, permission) for g in granted):
+                verdict = "denied"
+                raise _not_permitted(plugin, method, permission)
+            if params is None:
+                params = {}
+            if not isinstance(params, dict):
+                raise ApiError(-32602, "params must be an object")
+            answer: dict[str, Any] = {"result": await found.handler(Context(plugin, run), params)}
+        except _Limited as limited:
+            await asyncio.sleep(REFUSAL)
+            return {"error": {"code": RETRY_LATER, "message": str(limited), "data": {"retry_after_ms": 100}}}
+        except ApiError as error:
+            verdict = "failed" if verdict == "granted" else verdict
+            answer = {"error": {"code": error.code, "message": str(error), "data": error.data}}
+        except IsolatorError as error:
+            verdict = "failed"
+            answer = {"error": {"code": RETRY_LATER, "message": str(error), "data": {"retry_after_ms": 1000}}}
+        latency = (time.perf_counter_ns() - began) // 1000
+        self.audit.record(
+            "api.called",
+            plugin=name,
+            run=run,
+            method=method[:80],
+            permission=permission,
+            verdict=verdict,
+            latency_us=latency,
+        )
+        return answer
+
+    def _charge(self, name: str, run: str | None) -> None:
+        now, limits = time.monotonic(), self.limits(name)
+        if limits.refused and now - limits.reported >= 1.0:
+            refused, limits.refused, limits.reported = limits.refused, 0, now
+            self.audit.record("api.called", plugin=name, run=run, method="*", verdict="limited", count=refused)
+        if not limits.calls.try_take():
+            limits.refused += 1
+            raise _Limited(f"more than {RATE:g} calls a second")
+
+    async def _log_write(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+        level, message = params.get("level", "info"), params.get("message")
+        if level not in LEVELS or not isinstance(message, str):
+            raise ApiError(-32602, f"log.write needs message (text) and level ({', '.join(LEVELS)})")
+        log = self.logs.of(context.plugin.name)
+        data = message.encode("utf-8", "replace")[: 64 * 1024]
+        if log.allowance() < len(data):
+            log.drop(len(data))
+            raise ApiError(QUOTA_EXCEEDED, "more log than 1 MiB a second")
+        log.keep(context.run, level, data)
+        return {}
+
+
+def _not_permitted(plugin: Plugin, method: str, permission: str) -> ApiError:
+    """The refusal, with every line that it takes: a grant alone does nothing for what the manifest does not ask for."""
+    requested = plugin.manifest.core.permissions if plugin.manifest is not None else ()
+    asked = any(covers_permission(r, permission) for r in requested)
+    return ApiError(
+        PERMISSION_DENIED,
+        f"{method} needs the permission {permission}" + ("" if asked else ", which the manifest does not ask for"),
+        permission=permission,
+        grant=f'permissions = ["{permission}"]',
+        policy=f"policies/{plugin.name}.toml [grant]",
+        **({} if asked else {"manifest": f'"permissions": ["{permission}"]'}),
+    )
+
+
+class _Limited(Exception):
+    """Too many calls a second."""
+
+
+class KeyValue:
+    """A small private store per plugin: 1024 keys, 64 KiB a value, 1 MiB in all; a value may expire."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def get(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+        """``{key}`` → ``{value, found}``; the value is null when there is none."""
+        where = (context.plugin.name, _key(params))
+        row = self._store.read(
+            lambda db: db.execute("SELECT value, expires FROM kv WHERE plugin=? AND key=?", where).fetchone()
+        )
+        found = row is not None and (row[1] is None or row[1] > time.time())
+        return {"value": json.loads(row[0]) if found else None, "found": found}
+
+    async def set(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+        """``{key, value, ttl?}`` (seconds); safe on disk when answered."""
+        name, key = context.plugin.name, _key(params)
+        if "value" not in params:
+            raise ApiError(-32602, "value is missing")
+        text = dumps(params["value"])
+        if len(text.encode()) > KV_VALUE:
+            raise ApiError(QUOTA_EXCEEDED, f"a value may have {KV_VALUE} bytes")
+        ttl = params.get("ttl")
+        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < 1e9):
+            raise ApiError(-32602, "ttl must be seconds")
+        now = time.time()
+        expires = now + ttl if ttl is not None else None
+
+        def write(db: sqlite3.Connection) -> str | None:
+            db.execute("DELETE FROM kv WHERE plugin=? AND expires <= ?", (name, now))
+            count, size = db.execute(
+                "SELECT count(*), coalesce(sum(length(CAST(value AS BLOB)) + length(CAST(key AS BLOB))), 0)"
+                " FROM kv WHERE plugin=? AND key<>?",
+                (name, key),
+            ).fetchone()
+            if count >= KV_KEYS:
+                return f"at most {KV_KEYS} keys"
+            if size + len(text.encode()) + len(key.encode()) > KV_TOTAL:
+                return f"at most {KV_TOTAL} bytes in all"
+            db.execute("INSERT OR REPLACE INTO kv VALUES (?,?,?,?)", (name, key, text, expires))
+            return None
+
+        refused = await self._store.run(write)
+        if refused is not None:
+            raise ApiError(QUOTA_EXCEEDED, refused)
+        return {}
+
+    async def delete(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+        """``{key}`` → ``{deleted}``."""
+        where = (context.plugin.name, _key(params))
+        count = await self._store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=? AND key=?", where).rowcount)
+        return {"deleted": bool(count)}
+
+    async def list(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+        """``{prefix?}`` → ``{keys}``, in order."""
+        prefix = params.get("prefix", "")
+        if not isinstance(prefix, str):
+            raise ApiError(-32602, "prefix must be text")
+        rows = self._store.read(
+            lambda db: db.execute(
+                "SELECT key FROM kv WHERE plugin=? AND substr(key, 1, ?)=? AND (expires IS NULL OR expires>?)"
+                " ORDER BY key",
+                (context.plugin.name, len(prefix), prefix, time.time()),
+            ).fetchall()
+        )
+        return {"keys": [key for (key,) in rows]}
+
+
+class _Connection(LineProtocol):
+    """One connection of a plugin to its host socket."""
+
+    limit = 256 * 1024
+    write_high = 256 * 1024
+
+    def __init__(self, api: HostApi, name: str, run: str, budget: Budget) -> None:
+        super().__init__()
+        self.name, self.run, self.budget = name, run, budget
+        self._api = api
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        refused = self._api.admit(self, peer_of(transport.get_extra_info("socket"))[1])
+        if refused is not None:
+            self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": PERMISSION_DENIED, "message": refused}}))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._api.dropped(self)
+        for task in self._tasks:
+            task.cancel()
+
+    def line_received(self, data: bytes) -> None:
+        try:
+            message = parse_object(data)
+            if not isinstance(message.get("method"), str):
+                raise WireError("not a request", -32600)
+        except WireError as error:
+            self._break(str(error), error.code)
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._served)
+        if len(self._tasks) >= IN_FLIGHT:
+            self.hold("in flight")
+
+    def too_long(self) -> None:
+        self._break(f"a message is longer than {self.limit} bytes", -31003)
+
+    def _break(self, why: str, code: int) -> None:
+        self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": why}}))
+        self._api.breach(self.name, self.run, why)
+        self.close()
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if len(self._tasks) < IN_FLIGHT:
+            self.unhold("in flight")
+
+    async def _serve(self, message: dict[str, Any]) -> None:
+        answer = await self._api.call(self.name, self.run, message["method"], message.get("params"))
+        if message.get("id") is not None:
+            self.send(line({"jsonrpc": "2.0", "id": message["id"], **answer}))
+
+
+async def _hello(context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = str(params.get("api_version", "1"))
+    if wanted.partition(".")[0] not in PROTOCOLS:
+        raise ApiError(UNSUPPORTED_PROTOCOL, f"api_version {wanted[:20]} is not spoken", supported=list(PROTOCOLS))
+    name = params.get("name")
+    if name is not None and name != context.plugin.name:
+        raise ApiError(-32602, f"this socket belongs to {context.plugin.name}")
+    return {"protocol": PROTOCOLS[-1], **await _whoami(context, params)}
+
+
+async def _whoami(context: Context, _: Mapping[str, Any]) -> dict[str, Any]:
+    plugin = context.plugin
+    return {
+        "name": plugin.name,
+        "version": plugin.version,
+        "run": context.run,
+        "hooks": sorted(plugin.hooks.values()),
+        "permissions": list(plugin.effective.permissions) if plugin.effective is not None else [],
+    }
+
+
+def _key(params: Mapping[str, Any]) -> str:
+    key = params.get("key")
+    if not isinstance(key, str) or not 0 < len(key.encode()) <= KV_KEY:
+        raise ApiError(-32602, f"key must be text of 1 to {KV_KEY} bytes")
+    return key

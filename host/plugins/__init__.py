@@ -1,0 +1,1 @@
+"""Plugins as the host knows them: registry, manifest, config and secrets, logs."""

@@ -1,0 +1,283 @@
+"""The sidecars' stdout and stderr: read, cut, redacted, stored, never a reason to wait or to grow.
+
+Each pipe is read whenever there is something in it. Lines are cut at 64 KiB. A plugin may write 1 MiB a second (both
+pipes together); what exceeds that is counted and thrown away without being looked at: the pipe is then emptied in
+the kernel (``splice`` to ``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing and the
+plugin's own writes are what slows down. The count appears in the log as a line of its own.
+
+Stored as JSON lines ``{"time","run","stream","line"}`` in one file per plugin, rotated at 4 MiB, three kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from host.plugins.secrets import Redactor
+from host.wire.strict import dumps
+from isolator.audit.client import utc_now
+
+MAX_LINE = 64 * 1024
+RATE = 1 << 20
+"""Bytes kept per plugin and second."""
+FLOOD_BEAT = 0.01
+ROTATE_AT, KEPT = 4 << 20, 3
+_SPLICE = 1 << 20
+UNREAD_LOG = 1 << 18
+"""Bytes that wait for who follows a log and does not read it."""
+LAST_WORDS, LAST_WORD, LAST_WORDS_SECONDS = 5, 400, 0.5
+"""Lines of stderr that are told when a run has ended, their length, and the patience with a pipe that has no end."""
+
+Follower = Callable[[dict[str, Any]], None]
+
+
+class Reader(Protocol):
+    """The part of ``host.control.server.Caller`` that a follower needs."""
+
+    @property
+    def drained(self) -> asyncio.Event: ...
+
+    @property
+    def notify(self) -> Callable[[str, Mapping[str, Any]], None]: ...
+
+
+def bounded(reader: Reader) -> Follower:
+    """A follower that passes lines on, but for those that come while the ones before are unread: they are counted."""
+    unread = 0
+
+    def tell(entry: dict[str, Any]) -> None:
+        nonlocal unread
+        if not reader.drained.is_set():
+            unread += 1
+            return
+        if unread:
+            reader.notify("log", {**entry, "stream": "isolator", "line": f"[{unread} lines dropped: read too slowly]"})
+            unread = 0
+        reader.notify("log", entry)
+
+    return tell
+
+
+class PluginLog:
+    """One plugin's log: its file, its budget, those who follow it."""
+
+    def __init__(self, folder: Path, name: str, redactor: Callable[[str], Redactor]) -> None:
+        self.name = name
+        self.path = folder / f"{name}.log"
+        self.dropped = 0
+        """Bytes thrown away since the host started."""
+        self.last: deque[tuple[str | None, str]] = deque(maxlen=20)
+        """The newest lines of stderr, each with its run, for the cause of a crash."""
+        self._redactor = redactor
+        self._followers: set[Follower] = set()
+        self._budget, self._second = RATE, 0.0
+        self._unreported = 0
+        self._fd: int | None = None
+        self._size = 0
+        self._loop = asyncio.get_running_loop()
+
+    def follow(self, follower: Follower) -> Callable[[], None]:
+        """Call ``follower`` with every new line until the returned function is called."""
+        self._followers.add(follower)
+        return lambda: self._followers.discard(follower)
+
+    def allowance(self) -> int:
+        """Bytes that may still be kept in this second."""
+        now = self._loop.time()
+        if now - self._second >= 1.0:
+            self._second, self._budget = now, RATE
+            if self._unreported:
+                dropped, self._unreported = self._unreported, 0
+                self._store(None, "isolator", f"[{dropped} bytes dropped: more than {RATE} bytes a second]")
+        return self._budget
+
+    def keep(self, run: str | None, stream: str, line: bytes) -> None:
+        """Store one line."""
+        self._budget -= len(line) + 1
+        text = self._redactor(self.name)(line.decode("utf-8", "replace"))
+        if stream == "stderr":
+            self.last.append((run, text[:LAST_WORD]))
+        self._store(run, stream, text)
+
+    def drop(self, count: int) -> None:
+        """Count bytes that were thrown away."""
+        self.dropped += count
+        self._unreported += count
+
+    def read(self, limit: int) -> list[bytes]:
+        """The last ``limit`` stored lines, as JSON."""
+        lines: deque[bytes] = deque(maxlen=limit)
+        for path in (*reversed([self._old(n) for n in range(1, KEPT)]), self.path):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                lines.extend(line for line in file if line.endswith(b"\n"))
+        return list(lines)
+
+    def remove(self) -> None:
+        """Delete the files of a removed plugin."""
+        self.close()
+        for path in (self.path, *(self._old(n) for n in range(1, KEPT))):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _old(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def _store(self, run: str | None, stream: str, text: str) -> None:
+        entry = {"time": utc_now(), "run": run, "stream": stream, "line": text}
+        for follower in list(self._followers):
+            follower(entry)
+        data = dumps(entry).encode("utf-8", "backslashreplace") + b"\n"
+        # The log is a help, not a record: a full disk must not stop deliveries. The trail has its own rules.
+        with contextlib.suppress(OSError):
+            if self._fd is not None and self._size + len(data) > ROTATE_AT:
+                self._rotate()
+            if self._fd is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._fd = os.open(self.path, flags, 0o640)
+                self._size = os.fstat(self._fd).st_size
+            self._size += os.write(self._fd, data)
+
+    def _rotate(self) -> None:
+        self.close()
+        for number in range(KEPT - 1, 0, -1):
+            source = self._old(number - 1) if number > 1 else self.path
+            with contextlib.suppress(FileNotFoundError):
+                source.replace(self._old(number))
+
+
+class _Pipe:
+    """One read end; owns its descriptor."""
+
+    def __init__(
+        self, log: PluginLog, run: str, stream: str, fd: int, null: int, gone: Callable[[_Pipe], None]
+    ) -> None:
+        self._log, self._fd, self._null, self._gone = log, fd, null, gone
+        self.run, self.stream = run, stream
+        self.ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._partial = bytearray()
+        self._beat: asyncio.TimerHandle | None = None
+        os.set_blocking(fd, False)
+        self._loop.add_reader(fd, self._readable)
+
+    def _readable(self) -> None:
+        allowed = self._log.allowance()
+        if allowed <= 0:
+            self._loop.remove_reader(self._fd)
+            self._flooded()
+            return
+        try:
+            chunk = os.read(self._fd, min(MAX_LINE, allowed))
+        except BlockingIOError:
+            return
+        except OSError:
+            chunk = b""
+        if not chunk:
+            self.close()
+            return
+        self._partial += chunk
+        for line in self._lines():
+            self._log.keep(self.run, self.stream, line)
+
+    def _lines(self) -> Iterator[bytes]:
+        *lines, rest = bytes(self._partial).split(b"\n")
+        while len(rest) >= MAX_LINE:
+            lines.append(rest[:MAX_LINE])
+            rest = rest[MAX_LINE:]
+        self._partial[:] = rest
+        for line in lines:
+            yield line[:MAX_LINE]
+
+    def _flooded(self) -> None:
+        """Empty the pipe unseen, once per beat, until there is an allowance again."""
+        self._beat = None
+        if self._log.allowance() > 0:
+            self._loop.add_reader(self._fd, self._readable)
+            return
+        try:
+            count = os.splice(self._fd, self._null, _SPLICE, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            count = -1
+        except OSError:
+            count = 0
+        if count == 0:
+            self.close()
+            return
+        if count > 0:
+            # The line that was begun is not the line that will end.
+            self._log.drop(count + len(self._partial))
+            self._partial.clear()
+        self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        if self._beat is not None:
+            self._beat.cancel()
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        if self._partial:
+            self._log.keep(self.run, self.stream, bytes(self._partial))
+            self._partial.clear()
+        self.ended.set()
+        self._gone(self)
+
+
+class Logs:
+    """Every plugin's log."""
+
+    def __init__(self, folder: Path, redactor: Callable[[str], Redactor]) -> None:
+        self._folder = folder
+        self._redactor = redactor
+        self._logs: dict[str, PluginLog] = {}
+        self._pipes: dict[str, set[_Pipe]] = {}
+        self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+    def of(self, name: str) -> PluginLog:
+        """The log of one plugin."""
+        log = self._logs.get(name)
+        if log is None:
+            log = self._logs[name] = PluginLog(self._folder, name, self._redactor)
+        return log
+
+    async def last_words(self, name: str, run: str) -> list[str]:
+        """The last lines that a run which has ended wrote to stderr, once its pipe is read to the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                for pipe in [p for p in self._pipes.get(name, ()) if (p.run, p.stream) == (run, "stderr")]:
+                    await pipe.ended.wait()
+        return [text for of, text in self.of(name).last if of == run][-LAST_WORDS:]
+
+    def attach(self, name: str, run: str, stdout: int, stderr: int) -> None:
+        """Read the two pipes of a new run; takes over the descriptors."""
+        log = self.of(name)
+        pipes = self._pipes.setdefault(name, set())
+        for stream, fd in (("stdout", stdout), ("stderr", stderr)):
+            pipes.add(_Pipe(log, run, stream, fd, self._null, pipes.discard))
+
+    def remove(self, name: str) -> None:
+        """Forget a removed plugin."""
+        for pipe in list(self._pipes.pop(name, ())):
+            pipe.close()
+        self.of(name).remove()
+        del self._logs[name]
+
+    def close(self) -> None:
+        """Close everything."""
+        for pipes in self._pipes.values():
+            for pipe in list(pipes):
+                pipe.close()
+        for log in self._logs.values():
+            log.close()
+        os.close(self._null)

@@ -1,0 +1,286 @@
+"""The whole manifest: what the supervisor reads of it (``ManifestCore``) and what only the host needs.
+
+The core decides about security and is parsed by the supervisor too, with the same code; here ``transport``,
+``delivery``, ``activation``, ``health`` and ``config_schema`` are read as strictly, because a typo in any of them
+changes what the plugin receives. Unknown top-level keys are a warning: newer authors, older hosts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from isolator.errors import UsageError
+from isolator.policy.model import Frozen
+from isolator.policy.parse.strict import Table, load_json_with_lines, printable, prose
+from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore, parse_manifest
+from isolator.policy.units import parse_duration
+
+ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
+
+MAX_VALUE = 8 * 1024
+MAX_FILE = 32 * 1024
+MAX_CONFIG = 96 * 1024
+"""Bytes of all values of one plugin: they travel to the supervisor in one packet."""
+
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+
+# Names that decide how a program is loaded, found or resolved, or that belong to the cage. A config value under one
+# of these would be code execution or a lie about the cage, so they are refused in either spelling.
+_RESERVED = re.compile(
+    r"PATH|HOME|LANG|TZ|TMPDIR|SHELL|USER|LOGNAME|PWD|OLDPWD|IFS|ENV|BASH_ENV|SHELLOPTS|BASHOPTS|PS4|"
+    r"CDPATH|PROMPT_COMMAND|NODE_OPTIONS|NODE_PATH|NODE_EXTRA_CA_CERTS|GCONV_PATH|LOCPATH|NLSPATH|"
+    r"HOSTALIASES|RES_OPTIONS|LOCALDOMAIN|RESOLV_HOST_CONF|GETCONF_DIR|GLIBC_TUNABLES|OPENSSL_CONF|"
+    r"OPENSSL_MODULES|OPENSSL_ENGINES|JAVA_TOOL_OPTIONS|_JAVA_OPTIONS|JDK_JAVA_OPTIONS|CLASSPATH|GODEBUG|"
+    r"GOTRACEBACK|RUST_BACKTRACE|NOTIFY_SOCKET|LISTEN_FDS|LISTEN_PID|TERM|TERMINFO|TERMINFO_DIRS"
+    r"|(LD_|DYLD_|PYTHON|PLUGIN_|ISOLATOR_|LC_|MALLOC_|BASH_FUNC_|PERL5|RUBY).*"
+)
+
+
+class ConfigField(Frozen):
+    """One entry of ``config_schema``."""
+
+    key: str
+    type: ConfigType = "string"
+    required: bool = False
+    secret: bool = False
+    default: str | None = None
+    """As text, the way it is injected."""
+    values: tuple[str, ...] = ()
+    """The choices of an enum."""
+    description: str = ""
+
+
+class Transport(Frozen):
+    """How requests reach the sidecar; declared, never probed."""
+
+    mode: Literal["oneshot", "stream"] = "oneshot"
+    meta: Literal["fit", "never"] = "fit"
+    """Whether ``_meta`` goes along in one-shot requests when it fits."""
+    max_in_flight: int = 16
+    """Stream mode: requests that may be unanswered at a time."""
+
+
+class DeliverySpec(Frozen):
+    """What the author asks of delivery; the operator's figures are in the effective policy."""
+
+    order_by: str | None = None
+    """None: as the event says; ``none``: no order; else a payload field."""
+    concurrency: int = 16
+    """Stream mode: keys in parallel."""
+    expires: float | None = None
+
+
+class Activation(Frozen):
+    """When the sidecar starts and stops by itself."""
+
+    start: Literal["lazy", "eager"] = "lazy"
+    idle: float | None = None
+    """Seconds without an event after which it is stopped; None: never."""
+
+
+class Health(Frozen):
+    """``ping`` None: the mode's default (stream: yes, oneshot: no)."""
+
+    ping: bool | None = None
+    interval: float = 30.0
+    timeout: float = 2.0
+    misses: int = 3
+
+
+class Manifest(Frozen):
+    """A whole ``plugin.json``."""
+
+    core: ManifestCore
+    transport: Transport = Transport()
+    delivery: DeliverySpec = DeliverySpec()
+    activation: Activation = Activation()
+    health: Health = Health()
+    config: tuple[ConfigField, ...] | None = None
+    """None: no schema, so any key given at registration is an implicit secret string."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd but harmless, one line each."""
+        return tuple(f'unknown key "{key}" is ignored' for key in self.core.extra)
+
+    def field(self, key: str) -> ConfigField | None:
+        """The schema's entry for a key."""
+        return next((field for field in self.config or () if field.key == key), None)
+
+
+def parse(text: bytes, *, name: str = MANIFEST_NAME) -> Manifest:
+    """Parse a whole manifest; raises UsageError with file, line, key and what to do."""
+    data, lines = load_json_with_lines(text, max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=name)
+    return from_data(data, lines=lines, name=name)
+
+
+def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, name: str = MANIFEST_NAME) -> Manifest:
+    """As ``parse`` for an object that is already parsed; without ``lines`` errors name keys only."""
+    where = dict(lines or {})
+    core = parse_manifest(data, lines=where, name=name)
+    top = Table(data, name=name, lines=where)
+    return Manifest(
+        core=core,
+        transport=_transport(top.table("transport")),
+        delivery=_delivery(top.table("delivery")),
+        activation=_activation(top.table("activation")),
+        health=_health(top.table("health")),
+        config=_config(top.table("config_schema")) if "config_schema" in top else None,
+    )
+
+
+def environment_names(key: str) -> tuple[str, ...]:
+    """The variables a config key is injected under: as spelled, and in UPPER_SNAKE."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
+    upper = re.sub(r"[^A-Z0-9_]", "_", snake.upper())
+    return (key,) if upper == key else (key, upper)
+
+
+def check_key(key: str) -> str:
+    """A config key that can be a variable; raises ValueError for a bad or reserved one."""
+    if not _KEY.fullmatch(key):
+        raise ValueError("must be letters, digits, '_', '-' or '.', starting with a letter")
+    for variable in environment_names(key):
+        if _RESERVED.fullmatch(variable.upper()):
+            raise ValueError(f"{variable.upper()} is a reserved variable; choose another key")
+    return key
+
+
+def check_value(field: ConfigField, text: str) -> str:
+    """A config value as it will be injected; raises UsageError."""
+    limit = MAX_FILE if field.type == "file" else MAX_VALUE
+    what = f"config {field.key}"
+    if len(text.encode("utf-8", "surrogateescape")) > limit:
+        raise UsageError(what, f"is longer than {limit} bytes")
+    if "\0" in text:
+        raise UsageError(what, "contains a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(what, "is not valid UTF-8") from None
+    if field.type == "file":
+        return text
+    text = text.removesuffix("\n")
+    if "\n" in text or "\r" in text:
+        raise UsageError(what, "contains a line break", 'declare it as {"type": "file"}')
+    if field.type == "integer" and not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise UsageError(what, "must be a whole number")
+    if field.type == "number" and not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
+        raise UsageError(what, "must be a number")
+    if field.type == "boolean":
+        truth = {"true": "true", "1": "true", "yes": "true", "on": "true"}
+        truth |= {"false": "false", "0": "false", "no": "false", "off": "false"}
+        if text.lower() not in truth:
+            raise UsageError(what, "must be true or false")
+        text = truth[text.lower()]
+    if field.type == "enum" and text not in field.values:
+        raise UsageError(what, "must be one of " + ", ".join(field.values))
+    return text
+
+
+def _transport(table: Table) -> Transport:
+    mode = table.choice("mode", ("oneshot", "stream"), "oneshot")
+    meta = table.choice("meta", ("fit", "never"), "fit")
+    spec = Transport.model_validate(
+        {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}
+    )
+    table.finish()
+    return spec
+
+
+def _delivery(table: Table) -> DeliverySpec:
+    for checked_by_core in ("timeout", "attempts"):
+        table.take(checked_by_core)
+    spec = DeliverySpec(
+        order_by=table.text("order_by", "") or None,
+        concurrency=table.integer("concurrency", 16, low=1, high=256),
+        expires=table.parsed("expires", _duration, None),
+    )
+    table.finish()
+    return spec
+
+
+def _activation(table: Table) -> Activation:
+    start = table.choice("start", ("lazy", "eager"), "lazy")
+    idle = None if table.data.get("idle") == "never" else table.parsed("idle", _duration, None)
+    table.take("idle")
+    table.finish()
+    return Activation.model_validate({"start": start, "idle": idle})
+
+
+def _health(table: Table) -> Health:
+    spec = Health(
+        ping=table.boolean("ping", None),
+        interval=table.parsed("interval", _duration, 30.0),
+        timeout=table.parsed("timeout", _duration, 2.0),
+        misses=table.integer("misses", 3, low=1, high=100),
+    )
+    table.finish()
+    return spec
+
+
+def _duration(value: Any) -> float:
+    seconds = parse_duration(value)
+    if seconds <= 0:
+        raise ValueError("must be more than nothing")
+    return seconds
+
+
+def _config(table: Table) -> tuple[ConfigField, ...]:
+    fields: list[ConfigField] = []
+    taken: dict[str, str] = {}
+    if len(table.data) > 64:
+        raise UsageError(table.where(), f"config_schema: {len(table.data)} keys; at most 64")
+    for key in table.data:
+        try:
+            check_key(key)
+        except ValueError as error:
+            table.fail(key, str(error))
+        for variable in environment_names(key):
+            if variable in taken:
+                table.fail(key, f'becomes the same variable {variable} as "{taken[variable]}"')
+            taken[variable] = key
+        fields.append(_config_field(table, key))
+    return tuple(fields)
+
+
+def _config_field(table: Table, key: str) -> ConfigField:
+    if isinstance(table.data[key], str):
+        entry = Table({"type": table.take(key)}, name=table.name, lines=table.lines, path=(*table.path, key))
+    else:
+        entry = table.table(key)
+    values = entry.strings("values", lambda value: value) or entry.strings("enum", lambda value: value) or ()
+    kind = entry.choice("type", ("string", "integer", "number", "boolean", "enum", "file"), None)
+    if kind is None:
+        kind = "enum" if values else "string"
+    if kind == "enum" and not values:
+        entry.fail("values", "an enum needs its values", 'write "values": ["a", "b"]')
+    default = entry.take("default")
+    field = ConfigField.model_validate(
+        {
+            "key": key,
+            "type": kind,
+            "required": entry.boolean("required", False),
+            "secret": entry.boolean("secret", False),
+            "values": values,
+            "description": entry.parsed("description", prose, ""),
+        }
+    )
+    entry.finish()
+    if default is None:
+        return field
+    if field.secret:
+        entry.fail("default", "a secret cannot have a default: everybody could read it here")
+    if isinstance(default, bool):
+        text = "true" if default else "false"
+    elif isinstance(default, (int, float)):
+        text = str(default)
+    else:
+        text = printable(default, MAX_VALUE) if field.type != "file" else str(default)
+    try:
+        text = check_value(field, text)
+    except UsageError as error:
+        entry.fail("default", error.why)
+    return field.model_copy(update={"default": text})

@@ -1,0 +1,191 @@
+"""Which plugins there are, as the supervisor says; what the host knows about each; who gets which event.
+
+The supervisor is the source of truth. The host keeps one row per name so that, after a time when it was not
+running, it can tell a plugin it knows from a new one of the same name: config and queue of a removed plugin must never
+reach another that takes its name.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from host.database import Store
+from host.events import Catalogue, EventType
+from host.plugins import manifest as manifests
+from host.plugins.manifest import Manifest
+from host.queue.interface import Subscriber
+from isolator.errors import IsolatorError, NotFoundError
+from isolator.policy.model import EffectivePolicy
+
+NO_ORDER = "none"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One plugin entry of the supervisor, parsed; ``raw`` is the entry itself."""
+
+    name: str
+    version: str
+    digest: str
+    state: str
+    error: str | None
+    uid: int | None
+    run: str | None
+    pid: int | None
+    effective: EffectivePolicy | None
+    manifest: Manifest | None
+    raw: dict[str, Any] = field(repr=False)
+    hooks: Mapping[str, str] = field(default_factory=dict)
+    """Canonical event name → the spelling the plugin subscribed by."""
+
+    @property
+    def versions(self) -> set[str]:
+        """Digests of the version in use and of the one that waits for approval."""
+        waiting = self.raw.get("pending")
+        return {self.digest, *([str(waiting["digest"])] if waiting else [])}
+
+    @property
+    def mode(self) -> str:
+        return self.manifest.transport.mode if self.manifest is not None else "oneshot"
+
+    @property
+    def major(self) -> int:
+        """Major of the plugin's ``api_version``."""
+        return int(self.manifest.core.api_version.partition(".")[0]) if self.manifest is not None else 1
+
+    @property
+    def timeout(self) -> float:
+        return self.effective.delivery_timeout if self.effective is not None else 10.0
+
+    @property
+    def attempts(self) -> int:
+        return self.effective.delivery_attempts if self.effective is not None else 12
+
+
+class Registry:
+    """The plugins of this daemon by name."""
+
+    def __init__(self, catalogue: Catalogue, store: Store) -> None:
+        self._catalogue = catalogue
+        self._store = store
+        self._plugins: dict[str, Plugin] = {}
+        self._subscribers: dict[str, list[Plugin]] = {}
+
+    def __iter__(self) -> Iterator[Plugin]:
+        return iter(list(self._plugins.values()))
+
+    def get(self, name: str) -> Plugin | None:
+        """The plugin of that name, or None."""
+        return self._plugins.get(name)
+
+    def need(self, name: str) -> Plugin:
+        """The plugin of that name; raises NotFoundError."""
+        plugin = self._plugins.get(name)
+        if plugin is None:
+            raise NotFoundError(f"plugin {name}", "is not registered", "see 'isolator plugin list'")
+        return plugin
+
+    def put(self, entry: Mapping[str, Any]) -> Plugin:
+        """Take over one entry of the supervisor's."""
+        plugin = self._parse(dict(entry))
+        self._plugins[plugin.name] = plugin
+        self._subscribe()
+        row = (plugin.name, plugin.digest, plugin.version, time.time())
+        self._store.submit(
+            lambda db: db.execute(
+                "INSERT INTO plugins VALUES (?,?,?,?) ON CONFLICT(name) DO UPDATE SET"
+                " digest=excluded.digest, version=excluded.version",
+                row,
+            )
+        )
+        return plugin
+
+    def remove(self, name: str) -> None:
+        """The supervisor removed it."""
+        self._plugins.pop(name, None)
+        self._subscribe()
+        self._store.submit(lambda db: db.execute("DELETE FROM plugins WHERE name=?", (name,)))
+
+    def note_run(self, name: str, *, run: str | None, pid: int | None, state: str) -> None:
+        """A sidecar started or ended."""
+        plugin = self._plugins.get(name)
+        if plugin is not None:
+            raw = {**plugin.raw, "run": run, "pid": pid, "state": state}
+            self._plugins[name] = replace(plugin, run=run, pid=pid, state=state, raw=raw)
+            self._subscribe()
+
+    def known(self) -> set[str]:
+        """Names that have a row, registered at present or not."""
+        return {name for (name,) in self._store.read(lambda db: db.execute("SELECT name FROM plugins").fetchall())}
+
+    def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
+        """Who gets this event, each with the key that orders it there."""
+        found = []
+        for plugin in self._subscribers.get(event_type.name, ()):
+            order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
+            by = event_type.order_by if order_by is None else None if order_by == NO_ORDER else order_by
+            value = payload.get(by) if by is not None else None
+            found.append(Subscriber(plugin.name, None if value is None else f"{by}={value}"))
+        return found
+
+    def _subscribe(self) -> None:
+        subscribers: dict[str, list[Plugin]] = {}
+        for plugin in self._plugins.values():
+            # A plugin that waits for approval has been granted nothing yet; one that is stopped, failed or disabled
+            # keeps its subscription: what it misses waits for it.
+            if plugin.state in ("pending", "rejected"):
+                continue
+            for event in plugin.hooks:
+                subscribers.setdefault(event, []).append(plugin)
+        self._subscribers = subscribers
+
+    def _parse(self, entry: dict[str, Any]) -> Plugin:
+        error = entry.get("error")
+        before = self._plugins.get(str(entry["name"]))
+        same = before is not None and all(before.raw.get(key) == entry.get(key) for key in ("manifest", "effective"))
+        if before is not None and same:
+            # Most changes are of the state alone, and they come in bursts.
+            effective, manifest, problem = before.effective, before.manifest, None
+        else:
+            effective = EffectivePolicy.model_validate(entry["effective"]) if entry.get("effective") else None
+            manifest, problem = _manifest_of(entry)
+        hooks = {self._catalogue.canonical(hook): hook for hook in (effective.hooks if effective is not None else ())}
+        return Plugin(
+            name=str(entry["name"]),
+            version=str(entry.get("version", "")),
+            digest=str(entry.get("digest", "")),
+            state=str(entry.get("state", "stopped")),
+            error=str(error) if error else problem,
+            uid=entry.get("uid"),
+            run=entry.get("run"),
+            pid=entry.get("pid"),
+            effective=effective,
+            manifest=manifest,
+            raw=entry,
+            hooks=hooks,
+        )
+
+
+def _manifest_of(entry: Mapping[str, Any]) -> tuple[Manifest | None, str | None]:
+    """The entry's manifest, or why it cannot be read."""
+    if not entry.get("manifest"):
+        return None, None
+    try:
+        return manifests.from_data(entry["manifest"]), None
+    except IsolatorError as error:
+        return None, str(error)
+
+
+def load_event_types(store: Store) -> list[tuple[str, dict[str, Any], str | None, int]]:
+    """The platform's own events as they were registered: name, JSON Schema, order_by, version."""
+
+    def query(db: sqlite3.Connection) -> list[tuple[str, dict[str, Any], str | None, int]]:
+        rows = db.execute("SELECT name, schema, order_by, version FROM event_types").fetchall()
+        return [(name, json.loads(schema), order_by, version) for name, schema, order_by, version in rows]
+
+    return store.read(query)

@@ -1,0 +1,357 @@
+"""Config and secrets: encrypted at rest, typed by the schema, injected as variables, kept out of every listing.
+
+Each value is sealed with AES-256-GCM under a key that lies beside the database in a file of the host's user, mode
+0600. The plugin's name and the key's name are authenticated with the value, so that a row moved to another plugin does
+not open. ``rotate`` keeps old and new key in the file until every row is sealed with the new one, so that a crash at
+any instant leaves all rows readable.
+
+Values given with an update belong to that version until it has proved itself: they are kept apart under its digest,
+count while it is the version in use, and become the plugin's config when it is settled. When it fails or is never
+approved, the config is what it was before, whoever was killed meanwhile.
+
+Redaction is by value: wherever text of a plugin is stored or shown, each secret value (of at least four characters),
+as it is, JSON-escaped, percent-encoded or base64-encoded, becomes ``[redacted]``. That protects from accidents; a
+plugin that *wants* to print its own secret can always spell it differently.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import sqlite3
+import time
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from host.database import Store
+from host.plugins.keyfile import KeyFile
+from host.plugins.manifest import MAX_CONFIG, ConfigField, Manifest, check_key, check_value, environment_names
+from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.policy.parse.strict import did_you_mean
+
+FILES_AT = "/run/isolator/config"
+"""Where the cage shows values of type ``file``, one 0400 file each, named by its key."""
+REDACTED = "[redacted]"
+_SHORTEST = 4
+
+
+class Redactor:
+    """Replaces every known secret value in a text."""
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        forms: set[str] = set()
+        for value in values:
+            pieces = {value, *(line for line in value.splitlines() if len(line) >= 12)} if "\n" in value else {value}
+            for piece in pieces:
+                if len(piece) < _SHORTEST:
+                    continue
+                forms |= {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]}
+                forms |= {urllib.parse.quote(piece, safe=""), urllib.parse.quote(piece)}
+                forms.add(base64.b64encode(piece.encode()).decode().rstrip("="))
+        # Longest first: a value that contains another must not be left half shown.
+        ordered = sorted((f for f in forms if len(f) >= _SHORTEST), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    def __call__(self, text: str) -> str:
+        return self._pattern.sub(REDACTED, text) if self._pattern is not None else text
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a sidecar gets of its config; ``secrets`` are the names of the variables that hold secrets."""
+
+    env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConfigItem:
+    """One line of a listing; ``value`` is None for secrets, always."""
+
+    key: str
+    type: str
+    secret: bool
+    required: bool
+    is_set: bool
+    value: str | None
+    default: str | None = None
+
+
+@dataclass
+class _Value:
+    text: str
+    secret: bool
+    type: str
+
+
+class ConfigStore:
+    """Every plugin's config, decrypted in memory and sealed on disk."""
+
+    def __init__(self, store: Store, key_file: Path) -> None:
+        self._store = store
+        self._keys = KeyFile(key_file)
+        self._values: dict[str, dict[str, _Value]] = {}
+        self._next: dict[str, dict[str, dict[str, _Value]]] = {}
+        """Per plugin and digest: what was given with a version that is not settled."""
+        self._redactors: dict[str, Redactor] = {}
+        self.broken: dict[str, IsolatorError] = {}
+        """Plugins whose config cannot be read, with the reason; they are not started."""
+        rows = store.read(
+            lambda db: db.execute(
+                "SELECT plugin, NULL, key, secret, type, value FROM config"
+                " UNION ALL SELECT plugin, digest, key, secret, type, value FROM config_next"
+            ).fetchall()
+        )
+        self._unusable: IsolatorError | None = None
+        try:
+            if not self._keys.load():
+                if rows:
+                    raise IsolatorError(
+                        str(key_file), "is missing", "restore it from a backup, or set all config again"
+                    )
+                self._keys.save([os.urandom(32)])
+        except IsolatorError as error:
+            self._unusable = error
+        self.problem = str(self._unusable) if self._unusable is not None else None
+        """What is wrong with the key file, if it is of no use."""
+        for plugin, digest, key, secret, kind, sealed in rows:
+            try:
+                if self._unusable is not None:
+                    raise self._unusable
+                text = self._keys.open(plugin, key, sealed)
+                values = self._values if digest is None else self._next.setdefault(plugin, {})
+                values.setdefault(plugin if digest is None else digest, {})[key] = _Value(text, bool(secret), kind)
+            except IsolatorError as error:
+                self.broken[plugin] = error
+
+    def redactor(self, plugin: str) -> Redactor:
+        """Replaces this plugin's secret values."""
+        redactor = self._redactors.get(plugin)
+        if redactor is None:
+            sets = [self._values.get(plugin, {}), *self._next.get(plugin, {}).values()]
+            redactor = self._redactors[plugin] = Redactor(
+                v.text for values in sets for v in values.values() if v.secret
+            )
+        return redactor
+
+    def check(self, manifest: Manifest, values: Mapping[str, str]) -> dict[str, tuple[ConfigField, str]]:
+        """The values as they would be stored; raises UsageError or NotFoundError."""
+        checked = {}
+        for key, text in values.items():
+            if manifest.config is None:
+                try:
+                    spec = ConfigField(key=check_key(key), secret=True)
+                except ValueError as error:
+                    raise UsageError(f"config {key}", str(error)) from None
+            else:
+                found = manifest.field(key) or _by_variable(manifest, key)
+                if found is None:
+                    known = tuple(f.key for f in manifest.config)
+                    raise NotFoundError(f"config {key}", "is not in the plugin's schema", did_you_mean(key, known))
+                spec = found
+            checked[spec.key] = (spec, check_value(spec, text))
+        return checked
+
+    async def set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False) -> None:
+        """Store values; ``replace`` forgets all others first (a plugin of that name is new)."""
+        if self._unusable is not None:
+            raise self._unusable
+        checked = self.check(manifest, values)
+        current = {} if replace else dict(self._values.get(plugin, {}))
+        for key, (spec, text) in checked.items():
+            current[key] = _Value(text, spec.secret, spec.type)
+        _check_size(plugin, current)
+        now = time.time()
+        rows = [
+            (plugin, key, spec.secret, spec.type, self._keys.seal(plugin, key, text), now)
+            for key, (spec, text) in checked.items()
+        ]
+
+        def write(db: sqlite3.Connection) -> None:
+            if replace:
+                db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
+            db.executemany("INSERT OR REPLACE INTO config VALUES (?,?,?,?,?,?)", rows)
+
+        await self._store.run(write)
+        self._values[plugin] = current
+        self._redactors.pop(plugin, None)
+        self.broken.pop(plugin, None)
+
+    async def set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
+        """Keep values for the version of that digest, in place of what an earlier attempt at it was given."""
+        if self._unusable is not None:
+            raise self._unusable
+        checked = self.check(manifest, values)
+        given = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
+        _check_size(plugin, {**self._values.get(plugin, {}), **given})
+        now = time.time()
+        rows = [
+            (plugin, digest, key, value.secret, value.type, self._keys.seal(plugin, key, value.text), now)
+            for key, value in given.items()
+        ]
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+            db.executemany("INSERT INTO config_next VALUES (?,?,?,?,?,?,?)", rows)
+
+        await self._store.run(write)
+        versions = self._next.setdefault(plugin, {})
+        versions.pop(digest, None)
+        if given:
+            versions[digest] = given
+        self._redactors.pop(plugin, None)
+
+    def settle(self, plugin: str, digest: str) -> None:
+        """The version of that digest is here to stay: what came with it is the plugin's config now."""
+        given = self._next.get(plugin, {}).pop(digest, None)
+        if given is None:
+            return
+        self._values[plugin] = {**self._values.get(plugin, {}), **given}
+
+        def move(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT OR REPLACE INTO config SELECT plugin, key, secret, type, value, updated FROM config_next"
+                " WHERE plugin=? AND digest=?",
+                (plugin, digest),
+            )
+            db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+
+        self._store.submit(move)
+
+    def drop_next(self, plugin: str, digest: str) -> None:
+        """The version of that digest did not stay: forget what came with it."""
+        if self._next.get(plugin, {}).pop(digest, None) is not None:
+            self._redactors.pop(plugin, None)
+            self._store.submit(
+                lambda db: db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+            )
+
+    def unsettled(self) -> list[tuple[str, str]]:
+        """(plugin, digest) of the versions for which values are kept."""
+        return [(plugin, digest) for plugin, versions in self._next.items() for digest in versions]
+
+    async def unset(self, plugin: str, key: str) -> None:
+        """Forget one value; raises NotFoundError."""
+        if key not in self._values.get(plugin, {}):
+            raise NotFoundError(f"config {key} of {plugin}", "is not set")
+        await self._store.run(lambda db: db.execute("DELETE FROM config WHERE plugin=? AND key=?", (plugin, key)))
+        del self._values[plugin][key]
+        self._redactors.pop(plugin, None)
+
+    async def forget(self, plugin: str) -> None:
+        """Forget everything of a removed plugin."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
+            db.execute("DELETE FROM config_next WHERE plugin=?", (plugin,))
+
+        await self._store.run(delete)
+        self._values.pop(plugin, None)
+        self._next.pop(plugin, None)
+        self._redactors.pop(plugin, None)
+        self.broken.pop(plugin, None)
+
+    def listing(self, plugin: str, manifest: Manifest | None) -> list[ConfigItem]:
+        """Every key of the schema and every key that is set; secrets without their value."""
+        values = self._values.get(plugin, {})
+        items = []
+        fields = {f.key: f for f in (manifest.config or ()) if manifest is not None} if manifest is not None else {}
+        for key in sorted({*fields, *values}):
+            spec, value = fields.get(key), values.get(key)
+            secret = (value.secret if value else False) or (spec.secret if spec else False)
+            items.append(
+                ConfigItem(
+                    key=key,
+                    type=spec.type if spec else value.type if value else "string",
+                    secret=secret,
+                    required=spec.required if spec else False,
+                    is_set=value is not None,
+                    value=None if secret or value is None else value.text,
+                    default=spec.default if spec else None,
+                )
+            )
+        return items
+
+    def _in_use(self, plugin: str, digest: str) -> dict[str, _Value]:
+        return {**self._values.get(plugin, {}), **self._next.get(plugin, {}).get(digest, {})}
+
+    def missing(self, plugin: str, manifest: Manifest, digest: str = "") -> list[str]:
+        """Required keys without a value, for the version of that digest."""
+        values = self._in_use(plugin, digest)
+        return [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in values]
+
+    def environment(self, plugin: str, manifest: Manifest | None, digest: str = "") -> Environment:
+        """What the next start of the version of that digest gets; raises IsolatorError when something is missing."""
+        if plugin in self.broken:
+            raise self.broken[plugin]
+        values = self._in_use(plugin, digest)
+        if manifest is not None and manifest.config is not None:
+            missing = self.missing(plugin, manifest, digest)
+            if missing:
+                raise UsageError(
+                    f"config of {plugin}",
+                    f"{', '.join(missing)} is required and not set",
+                    f"isolator plugin config {plugin} set {missing[0]}=VALUE",
+                )
+            fields = {f.key: f for f in manifest.config}
+            values = {key: value for key, value in values.items() if key in fields}
+            for key, spec in fields.items():
+                if key not in values and spec.default is not None:
+                    values[key] = _Value(spec.default, spec.secret, spec.type)
+        env: dict[str, str] = {}
+        files: dict[str, str] = {}
+        hidden: list[str] = []
+        for key, value in sorted(values.items()):
+            text = value.text
+            if value.type == "file":
+                files[key] = text
+                text = f"{FILES_AT}/{key}"
+            for variable in environment_names(key):
+                env[variable] = text
+                if value.secret:
+                    hidden.append(variable)
+        return Environment(env, files, tuple(hidden))
+
+    async def rotate(self) -> int:
+        """Make a new key and seal every value with it; returns how many. Safe to interrupt at any instant."""
+        if self._unusable is not None:
+            raise self._unusable
+        old = self._keys.keys
+        self._keys.save([os.urandom(32), *old])
+        now = time.time()
+        rows = [
+            (self._keys.seal(plugin, key, value.text), now, plugin, key)
+            for plugin, values in self._values.items()
+            for key, value in values.items()
+        ]
+        rows_next = [
+            (self._keys.seal(plugin, key, value.text), plugin, digest, key)
+            for plugin, versions in self._next.items()
+            for digest, values in versions.items()
+            for key, value in values.items()
+        ]
+
+        def write(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE config SET value=?, updated=? WHERE plugin=? AND key=?", rows)
+            db.executemany("UPDATE config_next SET value=? WHERE plugin=? AND digest=? AND key=?", rows_next)
+
+        await self._store.run(write)
+        # Rows that could not be opened before cannot be sealed anew: the old keys stay while there are any.
+        if not self.broken:
+            self._keys.save(self._keys.keys[:1])
+        return len(rows) + len(rows_next)
+
+
+def _check_size(plugin: str, values: Mapping[str, _Value]) -> None:
+    if sum(len(value.text.encode()) + len(key) for key, value in values.items()) * 2 > MAX_CONFIG:
+        raise UsageError(f"config of {plugin}", f"is larger than {MAX_CONFIG // 2} bytes in all")
+
+
+def _by_variable(manifest: Manifest, name: str) -> ConfigField | None:
+    """``--config SLACK_WEBHOOK_URL=…`` means the key ``slack_webhook_url``."""
+    return next((f for f in manifest.config or () if name in environment_names(f.key)), None)

@@ -1,1 +1,0 @@
-"""Where audit records come from besides the daemon's own processes."""

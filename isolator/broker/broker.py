@@ -1,0 +1,99 @@
+"""All cages of one broker, and the operations that the supervisor calls on them (docs/internals.md, S → B)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import replace
+from functools import partial
+
+from isolator.audit.client import AuditClient
+from isolator.broker.host_addresses import HostAddresses
+from isolator.broker.outbound import Outbound, Shared
+from isolator.broker.relay import Scratch
+from isolator.broker.resolver import HostResolvers
+from isolator.errors import UnavailableError, UsageError
+from isolator.ipc.channel import Channel, Message
+from isolator.policy.model import NetworkPolicy
+
+SOCKETS = 5
+HANDING_OVER = 2.0
+
+
+class Broker:
+    """Holds the cages by run. ``close`` ends them all."""
+
+    def __init__(self, audit: AuditClient) -> None:
+        self.cages: dict[str, Outbound] = {}
+        self.audit = audit
+        self._host = HostAddresses()
+        self.supervisor: Channel | None = None
+        """Whom to ask for sockets inside cages; set when the channel is there."""
+        self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def hello(self, message: Message) -> dict[str, object]:
+        """The supervisor's first call; answered when the host's addresses are known."""
+        audit_first = message.fields.get("config", {}).get("audit", {}).get("disk_full", "stop") == "stop"
+        self._shared = replace(self._shared, audit_first=audit_first)
+        await self._host.watch()
+        return {}
+
+    async def attach(self, message: Message) -> dict[str, object]:
+        """Take over the sockets of a run and serve it; a run that is attached already is replaced.
+
+        Five of the cage's own, then a listener of the host's for each of the policy's ``listen`` rules.
+        """
+        policy = NetworkPolicy.model_validate(message.fields["policy"])
+        expected = SOCKETS + len(policy.listen)
+        if len(message.fds) != expected:
+            raise UsageError("cage.attach", f"{len(message.fds)} descriptors instead of {expected}")
+        run = str(message.fields["run"])
+        cage = Outbound(run, str(message.fields["plugin"]), policy, self._shared, partial(self._sockets, run))
+        await self._drop(run)
+        fds, message.fds = message.fds, []
+        sockets = [socket.socket(fileno=fd) for fd in fds]
+        self.cages[run] = cage
+        await cage.start(sockets)
+        return {}
+
+    async def detach(self, message: Message) -> dict[str, object]:
+        """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
+        await self._drop(str(message.fields["run"]))
+        with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
+            async with asyncio.timeout(HANDING_OVER):
+                await self.audit.handed_over()
+        return {}
+
+    async def audit_source(self, message: Message) -> dict[str, object]:
+        """Go on recording to a new audit process."""
+        if message.fds:
+            self.audit.replace(socket.socket(fileno=message.fds.pop(0)))
+        return {}
+
+    async def close(self) -> None:
+        """End every cage."""
+        self._ticker.cancel()
+        for run in list(self.cages):
+            await self._drop(run)
+        self._host.close()
+
+    async def _sockets(self, run: str, count: int, version: int) -> list[socket.socket]:
+        """Unconnected sockets inside a run's network, from the supervisor; raises IsolatorError."""
+        if self.supervisor is None:
+            raise UnavailableError("the supervisor", "is not there yet", "try again")
+        answer = await self.supervisor.call("cage.sockets", run=run, count=count, version=version, timeout=5)
+        fds, answer.fds = answer.fds, []
+        return [socket.socket(fileno=fd) for fd in fds]
+
+    async def _drop(self, run: str) -> None:
+        cage = self.cages.pop(run, None)
+        if cage is not None:
+            await cage.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for cage in list(self.cages.values()):
+                cage.tick()

@@ -1,0 +1,67 @@
+"""Connecting to the first address that answers, each one checked beforehand by the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Sequence
+
+from isolator.policy.destinations import Address
+
+STAGGER = 0.25
+"""Seconds that one address has before the next is tried beside it (RFC 8305)."""
+TIMEOUT = 10.0
+
+
+async def dial(addresses: Sequence[Address], port: int) -> tuple[socket.socket, Address]:
+    """A connected socket and the address it went to; raises OSError (ETIMEDOUT after ``TIMEOUT``)."""
+    loop = asyncio.get_running_loop()
+    if len(addresses) == 1:
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                return await _connect(addresses[0], port), addresses[0]
+        except TimeoutError as late:
+            raise OSError(errno.ETIMEDOUT, "no answer in time") from late
+    waiting = list(addresses)
+    running: dict[asyncio.Task[socket.socket], Address] = {}
+    failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
+    end = loop.time() + TIMEOUT
+    try:
+        while waiting or running:
+            if waiting:
+                address = waiting.pop(0)
+                running[loop.create_task(_connect(address, port))] = address
+            left = end - loop.time()
+            pause = min(STAGGER, left) if waiting else left
+            done, _ = await asyncio.wait(running, timeout=max(pause, 0), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                address = running.pop(task)
+                error = task.exception()
+                if error is None:
+                    return task.result(), address
+                if not isinstance(error, OSError):
+                    raise error
+                failure = error
+            if loop.time() >= end:
+                raise OSError(errno.ETIMEDOUT, "no answer in time")
+        raise failure
+    finally:
+        for task in running:
+            task.cancel()
+        for result in await asyncio.gather(*running, return_exceptions=True):
+            if isinstance(result, socket.socket):
+                result.close()
+
+
+async def _connect(address: Address, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+    except BaseException:  # cancelled too: the socket has no other owner yet
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,80 @@
+"""What the broker gives up before it reads the first byte: it is the one process that parses what plugins send to the
+network, so it must be worth nothing to whoever breaks it.
+
+It is started without capabilities, groups and any way to gain privileges. Here it also loses: new programs and
+processes (threads stay), Unix sockets (the control socket, other services, the system's own), every call that the
+plugins' own profile refuses, and, where the kernel has Landlock, each right on files but reading and, from ABI 6,
+signals to anybody else. What it needs is left: INET sockets, routing netlink to know the host's addresses, reading
+``/etc/resolv.conf`` again when it changes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import prctl
+
+from isolator.layers.seccomp import profiles as syscalls
+from isolator.layers.seccomp.bpf import Equal
+from isolator.layers.seccomp.layer import compiled_rules
+from isolator.linux import landlock, seccomp
+from isolator.linux.coredump import start_no_handler
+
+THREADS = 64
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_CLONE_THREAD = 0x10000
+_OWN = frozenset({"socket", "socketpair", "clone", "fork", "vfork", "execve", "execveat"})
+
+
+def filter_file(cache: Path) -> int:
+    """A descriptor of the compiled filter, for the broker to inherit: it could not load the compiler any more."""
+    fd = os.memfd_create("broker.bpf", os.MFD_CLOEXEC)
+    os.write(fd, compiled_rules("broker", rules(), cache))
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def harden(program: bytes) -> None:
+    """Give all of it up, for good; to be called while there is one thread. Raises OSError."""
+    start_no_handler()
+    resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Two descriptors for each flow of each cage.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    prctl.set_no_new_privs(True)
+    # Neither core dumps nor a debugger of the same uid.
+    prctl.set_dumpable(False)
+    _restrict_files()
+    seccomp.load_filter(program, listener=False)
+
+
+def rules() -> Iterator[syscalls.Rule]:
+    """The plugins' default profile, with refusals that nobody is asked about, and without what starts a program."""
+    for name, action, conditions in syscalls.rules("default"):
+        if name not in _OWN:
+            yield name, syscalls.REFUSE if action == syscalls.DENY else action, conditions
+    for family in (_AF_INET, _AF_INET6, _AF_NETLINK):
+        yield "socket", syscalls.ALLOW, (Equal(0, syscalls.WORD, family),)
+    yield "socket", syscalls.REFUSE, ()
+    # The event loop wakes itself by a pair, which leads nowhere else.
+    yield "socketpair", syscalls.ALLOW, (Equal(0, syscalls.WORD, _AF_UNIX),)
+    yield "clone", syscalls.REFUSE, (Equal(0, _CLONE_THREAD, 0),)
+    yield "clone", syscalls.ALLOW, ()
+    for name in ("fork", "vfork", "execve", "execveat"):
+        yield name, syscalls.REFUSE, ()
+
+
+def _restrict_files() -> None:
+    try:
+        version = landlock.abi()
+    except OSError as error:
+        if error.errno in {errno.ENOSYS, errno.EOPNOTSUPP}:
+            return  # a second wall: the user owns no file and the ledger tells of the kernel
+        raise
+    scoped = landlock.SCOPE_SIGNAL | landlock.SCOPE_ABSTRACT_UNIX_SOCKET
+    landlock.restrict(version, [("/", landlock.READ_FILE | landlock.READ_DIR)], scoped=scoped)

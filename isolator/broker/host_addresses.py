@@ -1,0 +1,105 @@
+"""The host's own addresses and gateways, kept current: no cage may reach them, whatever is granted.
+
+Whether an address is the host's own is asked of the kernel for each connection, so a new address has no moment in which
+it could be reached. Gateways are read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is
+subscribed to changes says when to read again. The reading happens in a thread: pyroute2 runs an event loop of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from isolator.linux.netlink import RouteQuery
+from isolator.policy.destinations import Address, parse_address, spellings
+
+_GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+_DEBOUNCE = 0.05
+
+
+class HostAddresses:
+    """Answers ``owner``; gateways are known after ``watch``, which also keeps them current on the running loop."""
+
+    def __init__(self) -> None:
+        self._own: frozenset[Address] = frozenset()
+        self._gateways: frozenset[Address] = frozenset()
+        self._routes = RouteQuery()
+        self._socket: socket.socket | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def owner(self, address: Address) -> str | None:
+        """The rule that refuses ``address`` (``host-address``, ``gateway``), or None; any spelling counts."""
+        for item in spellings(address):
+            if item in self._own or self._routes.is_own(str(item)):
+                return "host-address"
+            if item in self._gateways:
+                return "gateway"
+        return None
+
+    def refresh(self) -> None:
+        """Read addresses, broadcast addresses and gateways from the kernel; raises OSError."""
+        from pyroute2 import IPRoute  # 200 ms: only the broker pays for it
+
+        own: set[Address] = set()
+        gateways: set[Address] = set()
+        with IPRoute() as ipr:
+            for message in ipr.get_addr():
+                attributes = dict(message["attrs"])
+                own.update(_parsed(attributes, "IFA_ADDRESS", "IFA_LOCAL", "IFA_BROADCAST"))
+                if "IFA_LOCAL" in attributes and attributes.get("IFA_ADDRESS") != attributes["IFA_LOCAL"]:
+                    # On a point-to-point link IFA_ADDRESS is the other end: as close as a gateway.
+                    gateways.update(_parsed(attributes, "IFA_ADDRESS"))
+            for message in ipr.get_routes():
+                gateways.update(_hops(dict(message["attrs"])))
+        self._own, self._gateways = frozenset(own), frozenset(gateways)
+
+    async def watch(self) -> None:
+        """Read now, and again after each change, on the running event loop; raises OSError."""
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)
+        self._socket.bind((0, _GROUPS))
+        # Subscribed before the first reading: no change falls between the two.
+        asyncio.get_running_loop().add_reader(self._socket, self._changed)
+        await asyncio.to_thread(self.refresh)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._routes.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _changed(self) -> None:
+        # What changed does not matter, nor that some of it was lost (ENOBUFS): all is read again.
+        with contextlib.suppress(OSError):
+            while self._socket is not None and self._socket.recv(65536):
+                pass
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_DEBOUNCE, self._due)
+
+    def _due(self) -> None:
+        self._timer = None
+        self._task = asyncio.get_running_loop().create_task(asyncio.to_thread(self.refresh))
+
+
+def _parsed(attributes: dict[str, Any], *names: str) -> Iterator[Address]:
+    for name in names:
+        address = parse_address(str(attributes.get(name, "")))
+        if address is not None:
+            yield address
+
+
+def _hops(attributes: dict[str, Any]) -> Iterator[Address]:
+    yield from _parsed(attributes, "RTA_GATEWAY")
+    via = attributes.get("RTA_VIA")
+    if isinstance(via, dict):
+        yield from _parsed({"via": via.get("addr")}, "via")
+    for hop in attributes.get("RTA_MULTIPATH") or ():
+        yield from _hops(dict(hop["attrs"]))

@@ -1,0 +1,57 @@
+"""The broker's process: ``python -I -m isolator.broker.service --channel-fd N --filter-fd F [--audit-fd M]``.
+
+Started by the supervisor as an unprivileged user without capabilities, in the host's network namespace. It makes no
+sockets inside cages and cannot: it is handed them. It ends when its channel closes, and then every cage's listeners
+are gone with it, so their connects are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+
+from isolator.audit.client import AuditClient
+from isolator.broker.broker import Broker
+from isolator.broker.hardening import harden
+from isolator.ipc.channel import Channel
+
+
+async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
+    """Serve the supervisor's calls until it goes away."""
+    audit = AuditClient(audit_socket)
+    broker = Broker(audit)
+    channel = Channel(
+        channel_socket,
+        {
+            "hello": broker.hello,
+            "cage.attach": broker.attach,
+            "cage.detach": broker.detach,
+            "audit.source": broker.audit_source,
+        },
+        name="supervisor",
+    )
+    broker.supervisor = channel
+    try:
+        await channel.closed.wait()
+    finally:
+        await broker.close()
+        audit.close()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="isolator.broker.service")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--filter-fd", type=int, required=True)
+    parser.add_argument("--audit-fd", type=int)
+    arguments = parser.parse_args()
+    with os.fdopen(arguments.filter_fd, "rb") as program:
+        harden(program.read())
+    audit = socket.socket(fileno=arguments.audit_fd) if arguments.audit_fd is not None else None
+    asyncio.run(serve(socket.socket(fileno=arguments.channel_fd), audit))
+
+
+if __name__ == "__main__":
+    main()

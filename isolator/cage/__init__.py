@@ -1,0 +1,1 @@
+"""One cage, from clone to the last trace removed."""

@@ -1,0 +1,366 @@
+"""One cage: the layers composed around one process, from start to the last trace removed.
+
+    async with Cage(spec, runtime, stdio) as cage:
+        await cage.start()
+        end = await cage.wait()
+
+Start, in order: a spare is taken (isolator.cage.warm_pool: a parked process, its groups, a network without rules);
+every layer prepares; the parked process is sent the plan and clones the cage; the child applies the layers to itself
+and reports, while the network's rules are loaded; every layer is confirmed from the kernel; only then may it exec.
+Whatever fails on the way destroys all of it and raises ConfinementError with the step and the kernel's reason. Leaving
+the context kills what is left, and releases the layers in reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from isolator.cage.processes import CageExit, CageProcesses
+from isolator.cage.runtime import CageRuntime
+from isolator.cage.warm_pool import Spare
+from isolator.errors import ConfinementError
+from isolator.ipc.channel import receive_packet, send_packet
+from isolator.launcher.client import Clone, clone_remedy
+from isolator.layers.base import CageSpec, Layer, Process
+from isolator.layers.capabilities import Capabilities
+from isolator.layers.cgroup.layer import Cgroup
+from isolator.layers.cgroup.leaf import Leaf
+from isolator.layers.filesystem import Filesystem
+from isolator.layers.landlock import Landlock
+from isolator.layers.namespaces import Namespaces
+from isolator.layers.network.layer import Network
+from isolator.layers.no_new_privs import NoNewPrivs
+from isolator.layers.plan import Plan
+from isolator.layers.rlimits import Rlimits
+from isolator.layers.seccomp.layer import Seccomp
+from isolator.layers.user import User
+from isolator.recovery.journal import Entry
+
+if TYPE_CHECKING:
+    from isolator.layers.network.namespace import CageNetwork
+
+
+_SET_UP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Stdio:
+    """The three standard descriptors of the sidecar; they stay the caller's."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class Cage:
+    """One cage; see the module's text.
+
+    ``handover`` is given the cage's network once its rules are in force, and awaited before the exec: it takes the
+    broker's sockets. ``without`` names layers to leave out, for tests of their absence.
+    """
+
+    def __init__(
+        self,
+        spec: CageSpec,
+        runtime: CageRuntime,
+        stdio: Stdio,
+        *,
+        without: frozenset[str] = frozenset(),
+        handover: Callable[[CageNetwork], Awaitable[None]] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.listener = -1
+        """The seccomp listener of the cage's denied calls, from ``start`` on; the caller takes it over."""
+        self.steps: dict[str, float] = {}
+        """Milliseconds by step of the start."""
+        self._runtime = runtime
+        self._stdio = stdio
+        self._cgroup = Cgroup(runtime.subtree)
+        self._network = Network()
+        every: list[Layer] = [
+            self._cgroup, Namespaces(), Rlimits(), Filesystem(), User(), Capabilities(), NoNewPrivs(), Landlock(),
+            Seccomp(), self._network,
+        ]  # fmt: skip
+        self._layers = [layer for layer in every if layer.name not in without]
+        self._handover = handover
+        self._spare: Spare | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._caged: CageProcesses | None = None
+        self._process = Process(0)
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a process."""
+        return self._caged is not None
+
+    @property
+    def caged(self) -> CageProcesses:
+        """The cage's processes, while there are any."""
+        assert self._caged is not None
+        return self._caged
+
+    @property
+    def pid(self) -> int:
+        """Pid 1 of the cage as the host sees it."""
+        return self.caged.pid
+
+    @property
+    def leaf(self) -> Leaf:
+        """The cage's control groups."""
+        assert self._cgroup.leaf is not None
+        return self._cgroup.leaf
+
+    @property
+    def network(self) -> CageNetwork:
+        """The cage's network, once there is one."""
+        assert self._network.network is not None
+        return self._network.network
+
+    async def __aenter__(self) -> Cage:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.release()
+
+    async def start(self) -> None:
+        """Build the cage and exec; returns when exec has happened."""
+        mark = _Stopwatch(self.steps)
+        spec, runtime = self.spec, self._runtime
+        layers = frozenset(layer.name for layer in self._layers)
+        spare = self._spare = await runtime.pool.take(layers)
+        self._network.network, self._cgroup.ahead = spare.network, spare.groups
+        mark("spare")
+        try:
+            leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
+            runtime.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+            mark("journal")
+            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
+            plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+            try:
+                for layer in self._layers:
+                    layer.prepare(spec, plan)
+                    mark(f"prepare {layer.name}")
+                if spare.groups is not None:
+                    spare.given_over()
+                packet, fds = plan.pack()
+                with contextlib.suppress(BrokenPipeError):  # it has died: the end of its link says so below
+                    send_packet(spare.link, packet, fds)
+                if "cgroup" in plan.fds:
+                    await runtime.launcher.keep(spec.leaf, plan.fds["cgroup"])
+            finally:
+                plan.close_given()
+            if self._network in self._layers:
+                self._loading = asyncio.create_task(self._load_network())
+            mark("send")
+            await self._build(spare, mark)
+        finally:
+            if runtime.keep_warm:
+                runtime.pool.refill(layers)
+
+    async def _load_network(self) -> None:
+        await asyncio.to_thread(self._network.load, self.spec)
+        if self._handover is not None:
+            await self._handover(self.network)
+
+    async def _build(self, spare: Spare, mark: _Stopwatch) -> None:
+        try:
+            async with asyncio.timeout(_SET_UP_SECONDS):
+                await self._cloned_and_caged(spare, mark)
+                await spare.ended()  # it counts as a task of the cage until then
+        except TimeoutError:
+            raise self._too_slow() from None
+        if self._loading is not None:
+            await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
+        mark("network")
+        for layer in self._layers:
+            if not layer.from_birth:
+                layer.confirm(self._process)
+        if self._cgroup in self._layers:
+            self._cgroup.cap_processor()
+            if self._cgroup.caps_disks:
+                await asyncio.to_thread(self._cgroup.cap_disks, self.pid)
+        mark("confirm")
+        send_packet(spare.link, b"x")
+        try:
+            async with asyncio.timeout(_SET_UP_SECONDS):
+                answer, _ = await self._receive(spare)
+        except TimeoutError:
+            raise self._too_slow() from None
+        if answer:
+            raise self._failure(answer)
+        spare.link.close()
+        mark("exec")
+        self.caged.started = time.monotonic()
+
+    async def _cloned_and_caged(self, spare: Spare, mark: _Stopwatch) -> None:
+        """Wait for the parked process's word that it has cloned, and the cage's that it is one; either may be first."""
+        caged = False
+        while self._caged is None or not caged:
+            answer, fds = await self._receive(spare)
+            if "pid" in answer:
+                self._born(answer, fds, spare)
+                mark("clone")
+                for layer in self._layers:
+                    if layer.from_birth:
+                        layer.confirm(self._process)
+                self.caged.watch_memory()
+                mark("confirm groups")
+            elif answer.get("step") == "caged":
+                caged = True
+                self.listener = fds[0] if fds else -1
+                took = answer.get("took")
+                if isinstance(took, dict):
+                    self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
+            else:
+                raise self._failure(answer)
+        mark("enter")
+
+    def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
+        clone = Clone(int(str(answer["pid"])), fds[0])
+        self._caged = CageProcesses(clone, spare.status, self._cgroup.leaf)
+        self._process = Process(clone.pid)
+
+    async def _given_up(self, spare: Spare) -> None:
+        """The start ended without a word of the clone: learn of it, for it is a child of this process."""
+        with contextlib.suppress(OSError):
+            spare.link.shutdown(socket.SHUT_WR)  # nothing more comes: what still waits there ends
+        await spare.ended()
+        with contextlib.suppress(OSError):
+            while True:
+                packet, fds = receive_packet(spare.link)
+                answer = json.loads(packet) if packet else {}
+                if "pid" in answer:
+                    self._born(answer, fds, spare)
+                else:
+                    for fd in fds:
+                        os.close(fd)
+                if not packet:
+                    break
+
+    async def _receive(self, spare: Spare) -> tuple[dict[str, object], list[int]]:
+        """The next word on the link; empty when the cage exec'd (or died, which ``wait`` tells apart)."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                packet, fds = receive_packet(spare.link)
+            except BlockingIOError:
+                ready = loop.create_future()
+                loop.add_reader(spare.link, _resolve, ready)
+                try:
+                    await ready
+                finally:
+                    loop.remove_reader(spare.link)
+                continue
+            return (json.loads(packet) if packet else {}), fds
+
+    def _too_slow(self) -> ConfinementError:
+        return ConfinementError(
+            f"cage of {self.spec.name}", f"not built in {_SET_UP_SECONDS:g} s", "the host may be overloaded"
+        )
+
+    def _failure(self, answer: dict[str, object]) -> ConfinementError:
+        if not answer:
+            return ConfinementError(
+                f"cage of {self.spec.name}", "it died while it was being built", "see the kernel log"
+            )
+        step, detail = answer.get("step"), str(answer.get("detail"))
+        if step == "clone3":
+            number = answer.get("errno")
+            remedy = clone_remedy(number if isinstance(number, int) else 0)
+            return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
+        if step == "exec":
+            return ConfinementError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
+        return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", "see 'isolator check'")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
+        self.caged.signal(number)
+
+    async def wait(self) -> CageExit:
+        """Wait until the sidecar has ended, and say how and why. ``release`` ends what else is in the cage."""
+        return await self.caged.wait()
+
+    async def stop(self, grace: float) -> None:
+        """SIGTERM, then after ``grace`` seconds the whole group is killed. ``wait`` tells the rest."""
+        await self.caged.stop(grace)
+
+    def kill(self) -> None:
+        """End the whole cage at once."""
+        self.caged.kill()
+
+    def detect_drift(self) -> str:
+        """What somebody changed about the groups of the running cage; empty when they are as they were made."""
+        if self._cgroup not in self._layers or self.caged.exited.is_set():
+            return ""
+        try:
+            self._cgroup.confirm_again(self._process)
+        except (ConfinementError, OSError) as error:
+            return "" if self.caged.ended.is_set() else str(error)
+        return ""
+
+    async def release(self) -> None:
+        """Kill what is left and undo every layer, in reverse order; idempotent."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+            if not self._loading.cancelled():
+                self._loading.exception()
+            self._loading = None
+        if self._spare is not None and self._caged is None:
+            await self._given_up(self._spare)
+        if self._caged is not None:
+            await self._caged.reap()
+            self._runtime.launcher.forget(self.spec.leaf)
+            self._caged = None
+        if self.listener >= 0:
+            os.close(self.listener)
+            self.listener = -1
+        if self._spare is not None:
+            await self._spare.release()
+            self._spare = None
+        for layer in reversed(self._layers):
+            if layer is self._cgroup and self._cgroup.leaf is not None:
+                await _empty(self._cgroup.leaf)
+            layer.release()
+        self._runtime.journal.gone(self.spec.leaf)
+
+
+async def _empty(leaf: Leaf) -> None:
+    """Wait without blocking the loop until a killed leaf has no process, zombie included, left."""
+    if leaf.populated():
+        await asyncio.to_thread(leaf.wait_empty, 5.0)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class _Stopwatch:
+    def __init__(self, steps: dict[str, float]) -> None:
+        self._steps, self._last = steps, time.perf_counter()
+
+    def __call__(self, step: str) -> None:
+        now = time.perf_counter()
+        self._steps[step] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+def _exec_remedy(number: object) -> str:
+    import errno
+
+    return {
+        errno.ENOENT: "check the name; only /usr, the plugin's files and the folders named in the policy are visible",
+        errno.EACCES: "make it executable (chmod +x) and readable by everyone",
+        errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",
+    }.get(number if isinstance(number, int) else 0, "check the program")

@@ -1,0 +1,160 @@
+"""A cage's processes from their birth to the end of the last: pid 1, which is a child of this process, and the sidecar.
+
+Whatever is known of an end comes from the kernel (pidfd, counters of the control groups) or from pid 1 of the cage
+(isolator.launcher.init), which writes the sidecar's raw wait status into a pipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass, field
+
+from isolator.launcher.client import Clone
+from isolator.layers.cgroup.leaf import Events, Leaf
+
+
+@dataclass(frozen=True)
+class CageExit:
+    """How a cage ended. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
+
+    exit_code: int | None
+    signal: int | None
+    cause: str
+    uptime: float
+    events: Events = field(default_factory=Events)
+
+    @property
+    def returncode(self) -> int:
+        """As a shell shows it: the exit code, or 128 + the signal."""
+        return self.exit_code if self.exit_code is not None else 128 + (self.signal or 9)
+
+
+class CageProcesses:
+    """Owns the pidfd; ``status``, the non-blocking end of pid 1's pipe, stays the caller's until ``reap``.
+
+    ``leaf`` is None for a cage without control groups, which only tests build.
+    """
+
+    def __init__(self, clone: Clone, status: int, leaf: Leaf | None) -> None:
+        self.pid, self.pidfd = clone.pid, clone.pidfd
+        self.exited = asyncio.Event()
+        """Pid 1 is gone: its namespaces are taken down, which takes milliseconds."""
+        self.ended = asyncio.Event()
+        """The sidecar has ended: pid 1 has said so, or is gone itself."""
+        self.started = 0.0
+        """When the sidecar was exec'd, by the monotonic clock; 0 before that."""
+        self._status = status
+        self._leaf = leaf
+        self._stopping = False
+        self._oom = -1
+        self._oom_seen = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.pidfd, self._gone)
+        self._loop.add_reader(status, self._reported)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since exec."""
+        return time.monotonic() - self.started
+
+    def watch_memory(self) -> None:
+        """On v1 the kernel kills one process of a group that is out of memory; end the whole cage, as v2 does."""
+        memory = self._leaf.v1.get("memory") if self._leaf is not None else None
+        if memory is None:
+            return
+        control = os.open(memory / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+        self._oom = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            (memory / "cgroup.event_control").write_text(f"{self._oom} {control}")
+        finally:
+            os.close(control)
+        self._loop.add_reader(self._oom, self._out_of_memory)
+
+    def _out_of_memory(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._oom)
+        assert self._leaf is not None
+        if self._leaf.populated():
+            self._oom_seen = True
+            self._leaf.kill()
+
+    def _gone(self) -> None:
+        self._loop.remove_reader(self.pidfd)
+        self.exited.set()
+        self._reported()
+
+    def _reported(self) -> None:
+        self._loop.remove_reader(self._status)
+        self.ended.set()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill(self) -> None:
+        """End the whole cage at once: its group, and pid 1, in case somebody has moved processes to another group."""
+        if self._leaf is not None:
+            self._leaf.kill()
+        self.signal(signal.SIGKILL)
+
+    async def stop(self, grace: float) -> None:
+        """SIGTERM, then after ``grace`` seconds the whole group is killed. ``wait`` tells the rest."""
+        self._stopping = True
+        self.signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self.ended.wait()
+                return
+        self.kill()
+
+    async def wait(self) -> CageExit:
+        """Wait until the sidecar has ended, and say how and why. What else is in the cage may still run."""
+        await self.ended.wait()
+        raw = b""
+        with contextlib.suppress(BlockingIOError):
+            raw = os.read(self._status, 4)
+        if len(raw) == 4:
+            code = os.waitstatus_to_exitcode(struct.unpack("=i", raw)[0])
+        else:
+            # The pipe's end without a word: pid 1 was killed, and its own death is all there is to tell.
+            await self.exited.wait()
+            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+            code = -info.si_status if info and info.si_code != os.CLD_EXITED else 125
+        events = self._events()
+        number = -code if code < 0 else None
+        return CageExit(None if code < 0 else code, number, self._cause(code, number, events), self.uptime, events)
+
+    def _events(self) -> Events:
+        if self._leaf is None:
+            return Events()
+        events = self._leaf.events()
+        return Events(max(events.oom_kills, int(self._oom_seen)), events.task_denials)
+
+    def _cause(self, code: int, number: int | None, events: Events) -> str:
+        if events.oom_kills:
+            return "out of memory"
+        if self._stopping:
+            return "stopped"
+        if number == signal.SIGSYS:
+            return "forbidden ABI"
+        if events.task_denials and code != 0:
+            return "task limit"
+        return "signal" if number is not None else "exit"
+
+    async def reap(self) -> None:
+        """Kill what is left, wait for pid 1, and let go of all descriptors."""
+        self.kill()
+        await self.exited.wait()
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        self._loop.remove_reader(self._status)
+        os.close(self.pidfd)
+        if self._oom >= 0:
+            self._loop.remove_reader(self._oom)
+            os.close(self._oom)

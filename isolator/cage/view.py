@@ -1,0 +1,20 @@
+"""Parts of every cage's view of the host: where programs are looked for, and the folders that a policy opens."""
+
+from __future__ import annotations
+
+import errno
+
+from isolator.errors import ConfinementError
+
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def open_read_path(path: str) -> int:
+    """An O_PATH descriptor of a path that a policy lets a plugin read; no component may be a link."""
+    from isolator.linux.files import open_nofollow
+
+    try:
+        return open_nofollow(path)
+    except OSError as error:
+        why = "a component is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfinementError(f"read path {path}", why or "", "name the real path in the policy") from None

@@ -1,0 +1,178 @@
+"""The supervisor's side of the launcher: start it, have processes parked, receive pids."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import isolator
+from isolator.errors import ConfinementError, UnavailableError
+from isolator.ipc.channel import pair, receive_packet, send_packet
+from isolator.linux.capability import last_capability
+
+_BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A child of this process that somebody else cloned, held by its pidfd."""
+
+    pid: int
+    pidfd: int
+
+
+class Launcher:
+    """One launcher process. Answers come in the order of the questions."""
+
+    def __init__(self) -> None:
+        mine, theirs = pair()
+        self._sock = mine
+        self._waiting: deque[asyncio.Future[Clone]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self.closed = asyncio.Event()
+        self._ready = False
+        self._problem: ConfinementError | None = None
+        self._process = subprocess.Popen(
+            # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by explicit paths.
+            [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), *_import_paths()],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            cwd="/",
+            close_fds=True,
+        )
+        theirs.close()
+        mine.setblocking(False)
+        self._loop.add_reader(mine, self._readable)
+
+    @property
+    def pid(self) -> int:
+        """The launcher's pid (to be put into its group)."""
+        return self._process.pid
+
+    async def park(self, link: int, status: int, *, layers: frozenset[str]) -> Clone:
+        """Have a process parked that will become a cage with these layers (isolator.launcher.prefork).
+
+        The descriptors, its end of the link and of the status pipe, stay the caller's. Raises ConfinementError, or
+        UnavailableError when the launcher is not running.
+        """
+        if self._problem is not None:
+            raise self._problem
+        if self.closed.is_set():
+            raise UnavailableError("launcher", "not running at the moment", "try again")
+        future: asyncio.Future[Clone] = self._loop.create_future()
+        order = {"layers": sorted(layers), "last_capability": last_capability()}
+        await self._send(json.dumps({"park": order}).encode(), [link, status])
+        self._waiting.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:  # it came at that very moment
+                self._abandon(future.result())
+            raise
+
+    async def keep(self, cage: str, cgroup: int) -> None:
+        """From now on the launcher kills this group when the supervisor is gone.
+
+        Until it has read this, only the cage's own pid 1 watches over that (``init.guard``).
+        """
+        await self._send(json.dumps({"keep": cage}).encode(), [cgroup])
+
+    def forget(self, cage: str) -> None:
+        """The cage is gone: its group need not be killed any more."""
+        if not self.closed.is_set():
+            task = self._loop.create_task(self._send(json.dumps({"forget": cage}).encode(), []))
+            task.add_done_callback(lambda done: done.exception())
+
+    def close(self) -> None:
+        """End the launcher; it kills what it still knows of."""
+        self._lost()
+        self._process.wait()
+
+    async def _send(self, packet: bytes, fds: list[int]) -> None:
+        while True:
+            try:
+                send_packet(self._sock, packet, fds)
+                return
+            except BlockingIOError:
+                ready = self._loop.create_future()
+                self._loop.add_writer(self._sock, _resolve, ready)
+                await ready
+                self._loop.remove_writer(self._sock)
+            except OSError:
+                self._lost()
+                raise UnavailableError("launcher", "it has died", "the supervisor starts it again") from None
+
+    def _readable(self) -> None:
+        try:
+            packet, fds = receive_packet(self._sock)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet, fds = b"", []
+        if not packet:
+            self._lost()
+            return
+        answer = json.loads(packet)
+        if not self._ready:
+            self._ready = True
+            if "ready" not in answer:
+                self._problem = ConfinementError("root of the cages", answer["detail"], "see 'isolator check'")
+            return
+        future = self._waiting.popleft()
+        if future.done():  # nobody waits for it any more
+            if "pid" in answer:
+                self._abandon(Clone(answer["pid"], fds[0]))
+        elif "pid" in answer:
+            future.set_result(Clone(answer["pid"], fds[0]))
+        else:
+            future.set_exception(
+                ConfinementError("clone of a parked process", answer["detail"], clone_remedy(answer["errno"]))
+            )
+
+    def _abandon(self, parked: Clone) -> None:
+        """Reap a process that nobody wants: it sees the end of its link, and ends."""
+        os.close(parked.pidfd)
+        self._loop.run_in_executor(None, os.waitpid, parked.pid, 0)
+
+    def _lost(self) -> None:
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for future in self._waiting:
+            if not future.done():
+                error = self._problem or UnavailableError("launcher", "it has died", "the supervisor starts it again")
+                future.set_exception(error)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def clone_remedy(number: int) -> str:
+    """What to try for an errno of clone3."""
+    import errno
+
+    return {
+        errno.EPERM: "run as root, outside a container that forbids namespaces",
+        errno.ENOSYS: "use kernel 5.7 or newer",
+        errno.EAGAIN: "the host is out of process ids",
+        errno.EBUSY: "the cgroup leaf distributes controllers; run 'isolator gc'",
+    }.get(number, "see 'isolator check'")
+
+
+def _import_paths() -> list[str]:
+    import prctl
+
+    # prctl last: its folder is site-packages, and nothing else of it shall win over the standard library.
+    return list(dict.fromkeys([str(Path(isolator.__file__).parents[1]), str(Path(prctl.__file__).parent)]))

@@ -1,0 +1,98 @@
+"""What the child does with itself, in order, between clone3 and pid 1's fork. Standard library only.
+
+It is born in its cgroups, has mount, ipc, uts and pid namespaces of its own, and inherits what layers did ahead to the
+process that was parked (isolator.launcher.prefork). Order matters, and each place has its reason:
+
+ 1. rlimits      before the uid changes, while hard limits can still be set; most are set ahead
+ 2. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
+ 3. namespaces   cgroup namespace, own session, host name
+ 4. network      enter the network namespace
+ 5. user         no groups, then gid, then uid
+ 6. capabilities every set to zero, ambient cleared; the bounding set was emptied ahead
+ 7. no_new_privs before Landlock and seccomp, which need it
+ 8. landlock     after the view exists, before seccomp forbids its calls
+ 9. guard        end with the supervisor: a change of ids would have taken that back
+10. seccomp      last layer; the listener goes to the supervisor
+11. report ``caged`` and wait for ``x``: the supervisor reads everything back first, the network's rules too
+12. close every inherited descriptor: last of all, or listeners of other cages leak in
+13. become pid 1 (isolator.launcher.init), which starts the sidecar
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from typing import Any, NoReturn
+
+from isolator.ipc.packet import send_packet
+from isolator.launcher import init
+from isolator.layers import capabilities, filesystem, landlock, namespaces, no_new_privs, rlimits, user
+from isolator.layers.base import Layer
+from isolator.layers.network import layer as netns
+from isolator.layers.plan import Plan
+from isolator.layers.seccomp import layer as seccomp_layer
+from isolator.linux.files import close_all_but
+
+STEPS: tuple[type[Layer], ...] = (
+    rlimits.Rlimits, filesystem.Filesystem, namespaces.Namespaces, netns.Network, user.User, capabilities.Capabilities,
+    no_new_privs.NoNewPrivs, landlock.Landlock,
+)  # fmt: skip
+"""The layers that a process applies to itself, in the order of the module's text; seccomp follows by itself."""
+
+
+class SetUpFailed(Exception):
+    """A step failed; carries what the supervisor shows."""
+
+
+def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
+    """Turn the calling process, a fresh clone, into the cage that ``plan`` describes; never returns."""
+    step = "start"
+    took: dict[str, float] = {}
+    try:
+        mark = time.perf_counter()
+        for layer in STEPS:
+            step = layer.name
+            if step in plan.sections:
+                layer.enter(plan.sections[step], plan.fds)
+                now = time.perf_counter()
+                took[step], mark = round((now - mark) * 1000, 3), now
+        os.umask(plan.umask)
+        step = "working directory"
+        os.chdir(plan.cwd)
+        step = "standard streams"
+        _set_stdio(plan)
+        init.guard()
+        step = "seccomp"
+        listener = seccomp_layer.load(plan.sections["seccomp"]) if "seccomp" in plan.sections else -1
+        took[step] = round((time.perf_counter() - mark) * 1000, 3)
+        _send(link, {"step": "caged", "took": took}, [listener] if listener >= 0 else [])
+        if link.recv(1) != b"x":
+            os._exit(125)  # the supervisor gave up on this cage
+        step = "descriptors"
+        close_all_but({0, 1, 2, link.fileno(), status})
+        step = "exec"
+        init.run(plan, link, status)
+    except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
+        _send(link, failure(step, error), [])
+    os._exit(125)
+
+
+def failure(step: str, error: BaseException) -> dict[str, Any]:
+    """What the supervisor is told of a step that failed."""
+    if isinstance(error, OSError):
+        detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        return {"step": step, "errno": error.errno or 0, "detail": detail}
+    return {"step": step, "errno": 0, "detail": f"{type(error).__name__}: {error}"}
+
+
+def _set_stdio(plan: Plan) -> None:
+    # High numbers first, so that no dup2 overwrites a descriptor that is still needed.
+    spare = [os.dup(plan.fds[name]) for name in ("stdin", "stdout", "stderr")]
+    for number, fd in enumerate(spare):
+        os.dup2(fd, number, inheritable=True)
+
+
+def _send(link: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+    send_packet(link, json.dumps(message).encode(), fds)

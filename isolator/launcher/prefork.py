@@ -1,0 +1,69 @@
+"""A process that waits to become a cage: what is the same for every cage is done before anybody asks for one.
+
+The launcher clones it with mount, ipc and uts namespaces of its own, and its layers do to it what no plan changes
+(``Layer.enter_ahead``). On a hybrid host the supervisor then puts it into
+the v1 groups of the cage to come, whatever their limits will be: moving a process between v1 groups waits for an RCU
+grace period (6 to 16 ms), being born in them costs nothing. Then it waits for the plan on its link. When that comes,
+it clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in everything that it is in itself),
+answers with the pid and the pidfd, and ends: pid 1 keeps the link.
+
+When the supervisor goes away, so does the link, and the parked process ends; nothing of a plugin ever ran in it.
+Standard library and ``isolator.linux`` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from typing import Any, NoReturn
+
+from isolator.ipc.packet import receive_packet, send_packet
+from isolator.launcher import enter, init
+from isolator.layers.plan import Plan
+from isolator.linux.files import close_all_but
+from isolator.linux.namespaces import CLONE_PARENT, clone3
+
+
+def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
+    """Wait for the plan on ``link`` and become its cage; never returns.
+
+    ``order``: ``layers``, the names of those that the cage will have, and ``last_capability``.
+    """
+    init.guard()
+    close_all_but({0, 1, 2, link, status})
+    sock = socket.socket(fileno=link)
+    try:
+        for layer in enter.STEPS:
+            if layer.name in order["layers"]:
+                layer.enter_ahead(order)
+        _rehearse()
+        packet, fds = receive_packet(sock)
+        if packet:
+            _clone(Plan.unpack(packet, fds), sock, status)
+    except Exception as error:
+        _fail(sock, "parked", error)
+    finally:
+        os._exit(0)  # whatever happened: nothing may escape into the launcher's loop, which this process is a copy of
+
+
+def _rehearse() -> None:
+    """Take the page faults of reading a plan now: what is shared with the launcher is copied when it is first used."""
+    Plan.unpack(Plan(cage="", argv=[], env={}, sections={"rehearsal": {"text": "x" * 8192}}).pack()[0], [])
+
+
+def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
+    try:
+        pid, pidfd = clone3(plan.clone_flags | CLONE_PARENT, cgroup_fd=plan.fds.pop("cgroup", -1))
+    except OSError as error:
+        _fail(sock, "clone3", error)
+        return
+    if pid == 0:
+        enter.enter_cage(plan, sock, status)
+    send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
+
+
+def _fail(sock: socket.socket, step: str, error: Exception) -> None:
+    with contextlib.suppress(OSError):  # the supervisor is gone
+        send_packet(sock, json.dumps(enter.failure(step, error)).encode())

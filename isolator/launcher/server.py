@@ -1,0 +1,114 @@
+"""The launcher: a small, single-threaded root process that clones the cages.
+
+The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
+threads' locks held in the child. This process is started before any of that, imports only the standard library,
+``isolator.linux`` and python-prctl, and does one thing: clone3 with CLONE_PARENT (so that the child is the
+*supervisor's* child, which waits for it by pidfd) a process that waits for a cage's plan (isolator.launcher.prefork).
+
+It holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the socket
+closes, however that came about, it kills those cgroups and ends.
+
+Packets, supervisor → launcher: ``{"park": ORDER}`` with the link and the status pipe, answered by ``{"pid": N}`` with
+the pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import prctl  # noqa: F401  # the layers use it after the cage's root has replaced the one it is found in
+
+from isolator.ipc.packet import receive_packet, send_packet
+from isolator.launcher import prefork as parked
+from isolator.layers.filesystem import build_template
+from isolator.layers.namespaces import BEFORE_THE_PLAN
+from isolator.linux.coredump import leave_memory_out
+from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
+
+
+def serve(sock: socket.socket) -> None:
+    """Answer plans until the supervisor goes away, then kill every cage that is left."""
+    cgroups: dict[str, int] = {}
+    while True:
+        try:
+            packet, fds = receive_packet(sock)
+        except OSError:
+            packet, fds = b"", []
+        if not packet:
+            break
+        body = json.loads(packet)
+        if "park" in body:
+            _park(sock, body["park"], fds)
+        elif "keep" in body:
+            cgroups[body["keep"]] = fds[0]
+        else:
+            fd = cgroups.pop(body["forget"], -1)
+            if fd >= 0:
+                os.close(fd)
+    for fd in cgroups.values():
+        _kill(fd)
+
+
+def _park(sock: socket.socket, order: dict[str, Any], fds: list[int]) -> None:
+    link, status = fds
+    flags = 0
+    if "namespaces" in order["layers"]:
+        for kind in BEFORE_THE_PLAN:
+            flags |= NAMESPACE_FILES[kind]
+    try:
+        pid, pidfd = clone3(flags | CLONE_PARENT)
+    except OSError as error:
+        answer = {"step": "clone3", "errno": error.errno, "detail": error.strerror}
+        send_packet(sock, json.dumps(answer).encode())
+    else:
+        if pid == 0:
+            parked.park(order, link, status)
+        send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
+        os.close(pidfd)
+    finally:
+        os.close(link)
+        os.close(status)
+
+
+def _kill(cgroup: int) -> None:
+    try:
+        fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup)
+    except OSError:
+        return  # already removed
+    try:
+        os.write(fd, b"1")
+    except OSError:
+        pass  # nothing in it any more
+    finally:
+        os.close(fd)
+
+
+def main() -> None:
+    """Entry point: ``launcher.py FD``; the supervisor set sys.path by its arguments."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the end of the socket ends this process, never a terminal's ^C
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    # What exists now is shared by every cage's pid 1; without this the collector would touch, and so copy, all of it.
+    try:
+        leave_memory_out()  # every cage inherits it
+        build_template()
+        os.umask(0o022)
+    except OSError as error:
+        detail = f"{error.filename}: {error.strerror}"
+        send_packet(sock, json.dumps({"step": "template", "errno": error.errno, "detail": detail}).encode())
+        return
+    try:
+        send_packet(sock, b'{"ready": true}')
+    except BrokenPipeError:
+        return  # a command line that was wrong: whoever started this process is gone
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    serve(sock)

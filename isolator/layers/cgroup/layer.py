@@ -1,0 +1,160 @@
+"""Control groups: memory, cpu and task caps, membership, and the kill that nothing survives.
+
+cgroup v2 keeps membership, ``cgroup.kill`` and, where it has the controllers, the limits. On hybrid hosts
+(controllers bound to v1 hierarchies) each controller is found where it is mounted and enforced there; nothing above
+this module knows. One leaf per run, ``BASE/NAME.RUN``: a v2 leaf that has once seen ``cgroup.kill`` kills
+every later CLONE_INTO_CGROUP child at once. A cage is born in all of its groups: in the v2 leaf by CLONE_INTO_CGROUP,
+in the v1 ones because the process that clones it was put there ahead, when they did not have the cage's name yet.
+
+Everything is made below the daemon's own groups (isolator.layers.cgroup.subtree).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isolator.errors import ConfinementError
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.cgroup import disk
+from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_file
+from isolator.layers.cgroup.subtree import LIMITING, Subtree, find_hierarchies
+
+if TYPE_CHECKING:
+    from isolator.layers.plan import Plan
+    from isolator.policy.model import EffectivePolicy
+
+
+class Cgroup(Layer):
+    """Caps on memory, cpu and tasks."""
+
+    name = "cgroup"
+    may_degrade = tuple(f"cgroup.{controller}" for controller in (*LIMITING, "io"))
+
+    from_birth = True
+
+    def __init__(self, subtree: Subtree) -> None:
+        self._subtree = subtree
+        self.leaf: Leaf | None = None
+        self.ahead: Leaf | None = None
+        """The v1 groups that the parked process is in; they become the leaf's."""
+        self._disks: list[str] = []
+        self._caps: dict[Path, str] = {}
+        """What each file of the leaf must say."""
+        self._processor_caps: dict[Path, str] = {}
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        found = find_hierarchies()
+        if found.unified is None:
+            remedy = "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd"
+            return [Control("control groups", cls.name, "unavailable", "no cgroup v2 hierarchy is mounted", remedy)]
+        controls = []
+        if not (found.unified / "cgroup.kill").exists() and (found.unified / "cgroup.type").exists():
+            controls.append(
+                Control("kill of a whole cage", cls.name, "unavailable", "no cgroup.kill", "kernel 5.14", part="kill")
+            )
+        names = {"memory": "memory cap", "cpu": "cpu cap", "pids": "task cap"}
+        for controller, label in names.items():
+            if controller in found.v2:
+                controls.append(Control(label, cls.name, "enforced", "cgroup v2", part=controller))
+            elif controller in found.v1:
+                controls.append(Control(label, cls.name, "enforced", "cgroup v1 (hybrid host)", part=controller))
+            else:
+                remedy = "boot with cgroup_enable=memory, or ask the container's operator for it"
+                why = f"no {controller} controller"
+                controls.append(Control(label, cls.name, "unavailable", why, remedy, part=controller))
+        return [*controls, disk.check(found)]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        r = policy.resources
+        return f"It can use {r.memory >> 20} MiB of memory, {r.cpu / 10:g} % of one core and {r.tasks} tasks at once."
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        self._limits = spec.policy.resources
+        self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
+        if self.caps_disks:
+            self._disks = disk.devices([*(bind.fd for bind in spec.binds), "/usr"])
+        if self.ahead is not None:
+            self.ahead.rename_v1(self.leaf)
+        self._caps = self.leaf.create(self._limits)
+        plan.give("cgroup", self.leaf.open_folder())
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        """Nothing: the child is born in its groups."""
+
+    def confirm(self, process: Process) -> None:
+        assert self.leaf is not None
+        # "N:controllers:path" a line; the leaf's name carries the run, so there is only one group of that name.
+        place = f"/{self._subtree.unified.name}/{self.leaf.unified.name}"
+        inside = {
+            controller
+            for controllers, path in (line.split(":", 2)[1:] for line in process.read("cgroup").splitlines())
+            if path.endswith(place)
+            for controller in controllers.split(",")
+        }
+        for controller in ("", *self.leaf.v1):
+            if controller not in inside:
+                raise mismatch(self.name, f"{controller or 'v2'} group", place, "another")
+        if (found := process.read("oom_score_adj").strip()) != OOM_SCORE_ADJ:
+            raise mismatch(self.name, "oom_score_adj", OOM_SCORE_ADJ, found)
+        self._confirm_all(self._caps)
+
+    def cap_processor(self) -> None:
+        """Put the processor's cap in force and read it back: after the child has entered its layers, before its exec.
+
+        Before, it would be our own work that is throttled: under the usual 25 % a start takes twice as long.
+        """
+        assert self.leaf is not None
+        self._processor_caps = self.leaf.cap_processor(self._limits)
+        self._confirm_all(self._processor_caps)
+
+    def confirm_again(self, process: Process) -> None:
+        """All of it, of a cage that runs."""
+        self.confirm(process)
+        self._confirm_all(self._processor_caps)
+
+    @property
+    def caps_disks(self) -> bool:
+        """Whether the policy asks for ``cap_disks``."""
+        return has_disk_caps(self._limits)
+
+    def cap_disks(self, pid: int) -> None:
+        """Put the caps on disks in force for the cage of pid 1 ``pid``, and read them back; blocks, just before exec.
+
+        Entering one more v1 group waits for an RCU grace period: only a cage with such a cap pays for it.
+        """
+        assert self.leaf is not None
+        try:
+            disk.apply(self.leaf, self._limits, self._disks, pid)
+        except ConfinementError:
+            if "io" not in self._subtree.optional:
+                raise
+            return
+        disk.confirm(self.leaf, self._limits, self._disks, pid)
+
+    def _confirm_all(self, values: dict[Path, str]) -> None:
+        for path, wanted in values.items():
+            try:
+                found = read_file(path).strip()
+            except FileNotFoundError:
+                if path.name in OPTIONAL:
+                    continue
+                raise mismatch(self.name, str(path), wanted, "missing") from None
+            if found != wanted and not _same_pages(found, wanted) and path.name not in OPTIONAL:
+                raise mismatch(self.name, str(path), wanted, found)
+
+    def release(self) -> None:
+        if self.leaf is not None:
+            self.leaf.kill()
+            self.leaf.wait_empty(5.0)
+            self.leaf.remove()
+            self.leaf = None
+
+
+def _same_pages(found: str, wanted: str) -> bool:
+    """The kernel rounds sizes down to whole pages."""
+    return found.isdigit() and wanted.isdigit() and 0 <= int(wanted) - int(found) < os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,283 @@
+"""The groups of one run: made, limited, entered, killed, removed.
+
+One leaf per run, ``BASE/NAME.RUN``: a v2 leaf that has once seen ``cgroup.kill`` kills every later CLONE_INTO_CGROUP
+child at once. On hybrid hosts a leaf has one more group for each controller that is bound to a v1 hierarchy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isolator.errors import ConfinementError
+from isolator.layers.base import mismatch
+from isolator.policy.units import NO_CAP
+
+if TYPE_CHECKING:
+    from isolator.layers.cgroup.subtree import Subtree
+    from isolator.policy.model import ResourcePolicy
+
+PERIOD_US = 10_000
+"""A short period: under the usual 100 ms a throttled plugin freezes for up to 75 ms at a time."""
+
+
+OOM_SCORE_ADJ = "500"
+"""Of every process in a cage: a plugin goes before anything of the host's."""
+
+
+_MIN_QUOTA_US = 1_000  # the kernel refuses less
+
+
+@dataclass(frozen=True)
+class Events:
+    """The kernel's own counters of one leaf."""
+
+    oom_kills: int = 0
+    task_denials: int = 0
+
+
+@dataclass
+class Leaf:
+    """The groups of one run: the v2 one, and on hybrid hosts one for each v1 controller."""
+
+    unified: Path
+    v1: dict[str, Path] = field(default_factory=dict)
+    on_v2: frozenset[str] = frozenset()
+    blkio: Path | None = None
+    """One more v1 group, where the limits ask for it: it is entered just before the exec."""
+
+    @classmethod
+    def under(cls, subtree: Subtree, name: str, limits: ResourcePolicy | None = None) -> Leaf:
+        """The leaf ``name`` of a subtree (not made yet), with what its limits need."""
+        v1 = {controller: path / name for controller, path in subtree.v1.items()}
+        blkio = subtree.blkio / name if subtree.blkio is not None and has_disk_caps(limits) else None
+        return cls(subtree.unified / name, v1, subtree.on_v2, blkio)
+
+    def folders(self) -> list[Path]:
+        """Every folder that ``create`` makes."""
+        return [self.unified, *dict.fromkeys(self.v1.values()), *([self.blkio] if self.blkio else [])]
+
+    def create(self, limits: ResourcePolicy | None) -> dict[Path, str]:
+        """Make the groups and write the limits but the processor's, before anything of a cage is in them.
+
+        Returns what was written, by file.
+        """
+        self.create_v1()
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.unified)  # this and the next few are a quarter of a start's preparation
+        if self.blkio is not None:
+            self.blkio.mkdir(exist_ok=True)
+        return _write_all(self.values(limits)) if limits is not None else {}
+
+    def cap_processor(self, limits: ResourcePolicy) -> dict[Path, str]:
+        """Write the limits of the processor; returns what was written, by file."""
+        return _write_all(self.cpu_values(limits))
+
+    def create_v1(self) -> None:
+        """Make the groups in the v1 hierarchies alone; those that are there stay."""
+        for folder in dict.fromkeys(self.v1.values()):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)
+
+    def rename_v1(self, other: Leaf) -> None:
+        """Give the v1 groups, with what is in them, the names that those of ``other`` are to have (v2 cannot)."""
+        for mine, its in dict(zip(self.v1.values(), other.v1.values(), strict=True)).items():
+            os.rename(mine, its)
+
+    def values(self, limits: ResourcePolicy) -> dict[Path, str]:
+        """Each file and what is written to it, in order; nothing for a controller that this host lacks.
+
+        What caps the processor is apart, in ``cpu_values``.
+        """
+        tasks = str(limits.tasks + 1)  # pid 1 of the cage is ours
+        values: dict[Path, str] = {}
+        if "memory" in self.on_v2:
+            values[self.unified / "memory.max"] = str(limits.memory)
+            # Without swap there is nothing to reclaim above memory.high from a plugin that allocates without end:
+            # the kernel only puts it to sleep, up to 2 s for every 128 KiB, and it hangs instead of being ended.
+            values[self.unified / "memory.high"] = str(limits.memory_high) if limits.swap else "max"
+            values[self.unified / "memory.swap.max"] = str(limits.swap)
+            values[self.unified / "memory.zswap.max"] = "0"
+            values[self.unified / "memory.oom.group"] = "1"
+        elif "memory" in self.v1:
+            memory = self.v1["memory"]
+            values[memory / "memory.limit_in_bytes"] = str(limits.memory)
+            values[memory / "memory.memsw.limit_in_bytes"] = str(limits.memory + limits.swap)
+            values[memory / "memory.swappiness"] = "0" if limits.swap == 0 else "60"
+            # Socket buffers are counted apart in v1: without this, as much again slips past the cap.
+            values[memory / "memory.kmem.tcp.limit_in_bytes"] = str(limits.memory // 8)
+        pids = self._pids()
+        if pids is not None:
+            values[pids / "pids.max"] = tasks
+        return values
+
+    def cpu_values(self, limits: ResourcePolicy) -> dict[Path, str]:
+        """As ``values``, for the processor."""
+        quota, period = cpu_quota(limits.cpu)
+        if "cpu" in self.on_v2:
+            return {self.unified / "cpu.max": f"{quota} {period}"}
+        if "cpu" in self.v1:
+            cpu = self.v1["cpu"]
+            return {cpu / "cpu.cfs_period_us": str(period), cpu / "cpu.cfs_quota_us": str(quota)}
+        return {}
+
+    def attach_v1(self, pid: int) -> None:
+        """Put the process that will clone a cage into the v1 groups; blocks for an RCU grace period or two.
+
+        It also becomes what the kernel kills first when the whole host is out of memory: its child would inherit the
+        daemon's own protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE a cage cannot set
+        this back.
+        """
+        self._join(pid)
+        _write(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
+
+    def _join(self, pid: int) -> None:
+        folders = list(dict.fromkeys(self.v1.values()))
+        for folder in folders:
+            (folder / "cgroup.procs").write_text(str(pid))
+        for folder in folders:
+            if str(pid) not in (folder / "cgroup.procs").read_text().split():
+                raise mismatch("cgroup", str(folder), f"the group of {pid}", "not")
+
+    def enter(self, pid: int) -> None:
+        """Put a running process into every group of the leaf."""
+        (self.unified / "cgroup.procs").write_text(str(pid))
+        self._join(pid)
+
+    def processes(self) -> list[int]:
+        """The pids in the leaf, as seen from our pid namespace."""
+        try:
+            return [int(pid) for pid in (self.unified / "cgroup.procs").read_text().split()]
+        except FileNotFoundError:
+            return []
+
+    def kill(self) -> None:
+        """Kill every process of the leaf at once; no error when it is empty or gone (or a v1 group, which cannot)."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.unified / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, b"1")
+            finally:
+                os.close(fd)
+
+    def populated(self) -> bool:
+        """Whether any process, a zombie included, is left in the leaf."""
+        try:
+            return "populated 1" in read_file(self.unified / "cgroup.events")
+        except FileNotFoundError:
+            return False
+
+    def wait_empty(self, timeout: float) -> bool:
+        """Block until the leaf is empty (cgroup.events wakes poll); False when it is not in ``timeout`` seconds."""
+        try:
+            fd = os.open(self.unified / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLPRI)
+            deadline = time.monotonic() + timeout
+            while b"populated 1" in os.pread(fd, 4096, 0):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                poll.poll(left * 1000)
+            return True
+        except OSError:
+            return True  # removed meanwhile
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the groups; they must be empty. A v1 group may stay busy for a moment after its last process."""
+        for folder in self.folders():
+            for _ in range(50):
+                try:
+                    folder.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                    time.sleep(0.002)  # no event tells when a v1 group has become idle
+
+    def events(self) -> Events:
+        """Deaths by memory and forks refused so far, from the kernel's counters."""
+        oom = 0
+        if "memory" in self.on_v2:
+            oom = _counter(self.unified / "memory.events", "oom_kill")
+        elif "memory" in self.v1:
+            oom = _counter(self.v1["memory"] / "memory.oom_control", "oom_kill")
+        pids = self._pids()
+        return Events(oom, _counter(pids / "pids.events", "max") if pids is not None else 0)
+
+    def _pids(self) -> Path | None:
+        return self.unified if "pids" in self.on_v2 else self.v1.get("pids")
+
+    def open_folder(self) -> int:
+        """A descriptor of the v2 leaf, for CLONE_INTO_CGROUP."""
+        return os.open(self.unified, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+OPTIONAL = frozenset(
+    {"memory.memsw.limit_in_bytes", "memory.kmem.tcp.limit_in_bytes", "memory.swappiness",
+     "memory.swap.max", "memory.zswap.max"}
+)  # fmt: skip
+"""Absent on kernels without swap accounting, without swap, or without that controller file; reported by ``check``."""
+
+
+def cpu_quota(permille: int) -> tuple[int, int]:
+    """(quota, period) in µs for thousandths of a core; a tiny share gets a longer period, not a refusal."""
+    period = PERIOD_US
+    while permille * period // 1000 < _MIN_QUOTA_US and period < 1_000_000:
+        period *= 2
+    return max(permille * period // 1000, _MIN_QUOTA_US), min(period, 1_000_000)
+
+
+def _counter(path: Path, key: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in read_file(path).splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+    return 0
+
+
+def has_disk_caps(limits: ResourcePolicy | None) -> bool:
+    """Whether a policy has any such cap."""
+    return limits is not None and min(limits.io_read, limits.io_write) < NO_CAP
+
+
+def _write_all(values: dict[Path, str]) -> dict[Path, str]:
+    for path, value in values.items():
+        try:
+            _write(path, value)
+        except OSError as error:
+            if path.name in OPTIONAL:
+                continue
+            raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
+    return values
+
+
+def _write(path: Path | str, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def read_file(path: Path) -> str:
+    """Read a file of a control group: at most 4 KiB, in one call."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).decode()
+    finally:
+        os.close(fd)

@@ -1,0 +1,344 @@
+"""The network layer: a namespace with only ``lo`` per cage, its ruleset, and the sockets the broker serves it by.
+
+``make`` makes the namespace and the sockets, which are the same for every cage, in a thread of its own that unshares
+the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. Until ``load`` has put the policy's
+ruleset into it nothing may run there. The cage's process enters it with ``setns``; the broker gets the sockets, made
+inside but served from outside; whatever is not one of those sockets has no way out. When the last descriptor is closed
+the kernel removes the namespace with everything in it, so there is nothing to clear after a crash.
+
+The kernel numbers each change of a namespace's rules (the generation): ``confirm`` asks whether it is still the one
+that loading made. ``watch`` tells of a change when it happens, and reads back what the rules are, so that a change
+which was undone is told apart from one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isolator.errors import ConfinementError, UnavailableError
+from isolator.layers.network.ruleset import PORT, TABLE, render
+from isolator.linux import netlink, netns, nftables
+from isolator.policy.destinations import Rules
+from isolator.policy.model import ListenRule, NetworkPolicy
+
+RESOLVER = "127.0.0.53"
+"""What a cage's ``/etc/resolv.conf`` has to name."""
+BACKLOG = 128
+INSTALL = "apt-get install libnftables1"
+
+# The owner of a redirected connection's buffers is the broker, not the cage's cgroup: without a cap, 64 flows could
+# pin 64 times 33 MB there. Per namespace since Linux 4.15.
+_SYSCTLS = {
+    "net/ipv4/ip_unprivileged_port_start": "0",
+    "net/ipv4/tcp_rmem": "4096 131072 2097152",
+    "net/ipv4/tcp_wmem": "4096 65536 2097152",
+}
+
+
+@dataclass
+class CageNetwork:
+    """A prepared network. Whoever holds it owns its descriptors; ``release`` closes them."""
+
+    netns_fd: int
+    sockets: list[int]
+    """TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG: for the broker, in every mode."""
+    generations: netlink.Generations
+    """Asks for the generation of the namespace's ruleset, from whichever namespace the caller is in."""
+    inode: int
+    """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
+    ruleset: str = ""
+    """The ruleset as the kernel gave it back while nobody had changed it; from ``watch`` on."""
+    generation: int = 0
+    """The kernel's number of that ruleset."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Milliseconds by step."""
+
+
+def make() -> CageNetwork:
+    """Make a namespace and the broker's sockets; raises ConfinementError.
+
+    Safe in any thread; the caller's namespace does not change. It has no ruleset yet: see ``load``.
+    """
+    try:
+        return netns.in_new_network(_build)
+    except OSError as error:
+        raise ConfinementError("network", str(error), _remedy(error)) from error
+
+
+def load(network: CageNetwork, policy: NetworkPolicy, *, prefix: str) -> None:
+    """Put the policy's ruleset in force; raises ConfinementError. Safe in any thread.
+
+    ``prefix`` stands in front of each logged denial.
+    """
+    steps = _Steps(network.timings)
+    text = _ruleset(policy, prefix)
+    steps.done("render")
+    try:
+        netns.in_network(network.netns_fd, lambda: _load(network, text, steps))
+    except OSError as error:
+        raise ConfinementError("network", str(error), _remedy(error)) from error
+
+
+def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
+    """``make`` and ``load``; raises ConfinementError."""
+    network = make()
+    try:
+        load(network, policy, prefix=prefix)
+    except BaseException:
+        release(network)
+        raise
+    return network
+
+
+def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
+    """Fresh listeners and NFLOG socket for a new broker, in the order of ``sockets``; raises ConfinementError.
+
+    The old broker's must be gone: the addresses are the same.
+    """
+    try:
+        return netns.in_network(network.netns_fd, lambda: _detach(_open_sockets()))
+    except OSError as error:
+        raise ConfinementError("network", f"fresh listeners: {error}", "is the old broker still running?") from error
+
+
+def host_listeners(policy: NetworkPolicy) -> list[int]:
+    """A listener in the caller's own namespace for each of the policy's ``listen`` rules, in their order.
+
+    They belong after ``sockets`` in what the broker is handed. Raises UnavailableError when a port is taken.
+    """
+    opened: list[socket.socket] = []
+    try:
+        for rule in policy.listen:
+            opened.append(_host_listener(rule))
+    except UnavailableError:
+        for sock in opened:
+            sock.close()
+        raise
+    return _detach(opened)
+
+
+def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[int]:
+    """Unconnected TCP sockets that live inside the cage's network; raises UnavailableError when it is gone.
+
+    Connecting one reaches the cage's own loopback, whoever does it, and nothing else that the ruleset does not allow:
+    it is how the broker, outside, gets a connection to a port of the cage. Loopback traffic needs no rule of its own.
+    """
+    gone = UnavailableError("the cage's network", "has ended", "nothing is to be done")
+    try:
+        fd = os.dup(network.netns_fd)
+    except OSError:
+        raise gone from None
+    try:
+        if os.fstat(fd).st_ino != network.inode:
+            raise gone
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        return netns.in_network(fd, lambda: _detach([socket.socket(family) for _ in range(count)]))
+    except OSError as error:
+        raise UnavailableError("sockets in the cage's network", error.strerror or str(error), "try again") from None
+    finally:
+        os.close(fd)
+
+
+def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
+    """Read back that the ruleset is the one that was loaded; raises ConfinementError when it is not."""
+    try:
+        generation = network.generations.current()
+        if generation == network.generation:
+            return
+        found = netns.in_network(network.netns_fd, _list_ruleset)
+    except OSError as error:
+        raise ConfinementError("network", f"the ruleset cannot be read back: {error}", _remedy(error)) from error
+    if not network.ruleset or found != network.ruleset:
+        lost = "it is empty" if TABLE not in found else "it was changed"
+        raise ConfinementError("network", f"the cage's ruleset is not the one that was loaded: {lost}")
+    network.generation = generation
+
+
+def watch(network: CageNetwork) -> socket.socket:
+    """A non-blocking socket that becomes readable when the cage's ruleset changes; then drain it and ``confirm``."""
+
+    def inside() -> socket.socket:
+        watching = netlink.watch_ruleset()
+        found = _list_ruleset()
+        if network.generations.current() == network.generation:
+            network.ruleset = found
+        return watching
+
+    return netns.in_network(network.netns_fd, inside)
+
+
+def release(network: CageNetwork) -> None:
+    """Close every descriptor that is still held; idempotent. The namespace goes when its last process and socket do."""
+    close_sockets(network)
+    network.generations.close()
+    if network.netns_fd >= 0:
+        fd, network.netns_fd = network.netns_fd, -1
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def close_sockets(network: CageNetwork) -> None:
+    """Close the broker's sockets here, once it has its own: a kept copy would let connects hang if the broker dies."""
+    while network.sockets:
+        with contextlib.suppress(OSError):
+            os.close(network.sockets.pop())
+
+
+def check() -> list[tuple[str, str, str, str]]:
+    """``(control, state, reason, remedy)`` for what this layer needs, tried for real in a throw-away namespace."""
+    missing = nftables.available()
+    if missing is not None:
+        return [("network", "unavailable", f"libnftables cannot be loaded: {missing}", INSTALL)]
+    try:
+        network = prepare(NetworkPolicy(mode="public"), prefix="check")
+    except ConfinementError as error:
+        return [("network", "unavailable", error.why, error.remedy)]
+    entries = [("network", "enforced", "a namespace with lo alone, nftables", "")]
+    try:
+        confirm(network, NetworkPolicy(mode="public"))
+    except ConfinementError as error:
+        entries = [("network", "unavailable", error.why, error.remedy)]
+    finally:
+        release(network)
+    if not _has_ipv6():
+        entries.append(("network-ipv6", "enforced", "this kernel has no IPv6; cages have none either", ""))
+    return entries
+
+
+def describe(policy: NetworkPolicy) -> str:
+    """The promise in one plain sentence."""
+    if policy.mode == "none":
+        return "It has no network at all: every name and every connection is refused."
+    reach = [f"{rule.host}:{','.join(map(str, rule.ports))}" for rule in policy.egress]
+    limits = f"at most {policy.connects_per_second} new connections a second and {policy.connects_open} open"
+    if policy.mode == "listed":
+        if not reach:
+            return "It has no network at all: every name and every connection is refused."
+        return f"It can reach {_and(reach)} by TCP and nothing else, {limits}."
+    extra = f", and {_and(reach)}" if reach else ""
+    return (
+        f"It can reach any public address by TCP on ports 80 and 443{extra}, {limits}; "
+        "private, local and cloud-metadata addresses are refused, and so is everything but TCP."
+    )
+
+
+class _Steps:
+    def __init__(self, timings: dict[str, float]) -> None:
+        self._timings, self._at = timings, time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self._timings[name] = round((now - self._at) * 1000, 3)
+        self._at = now
+
+
+def _build() -> CageNetwork:
+    """In the new namespace's thread."""
+    timings: dict[str, float] = {}
+    steps = _Steps(timings)
+    with contextlib.ExitStack() as undo:
+        fd = netns.current_network()
+        undo.callback(os.close, fd)
+        netlink.bring_up_loopback()
+        for name, value in _SYSCTLS.items():
+            Path("/proc/sys", name).write_text(value)
+        steps.done("loopback")
+        generations = netlink.Generations()
+        undo.callback(generations.close)
+        sockets = _open_sockets()
+        steps.done("sockets")
+        undo.pop_all()
+    return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino, timings=timings)
+
+
+@functools.lru_cache(maxsize=64)
+def _ruleset(policy: NetworkPolicy, prefix: str) -> str:
+    return render(Rules(policy), prefix)
+
+
+def _load(network: CageNetwork, text: str, steps: _Steps) -> None:
+    """In a thread that is in the namespace: one transaction, which the kernel takes whole or not at all."""
+    with nftables.Nftables() as nft:
+        nft.run(text)
+    network.generation = network.generations.current()
+    steps.done("ruleset")
+
+
+def _list_ruleset() -> str:
+    with nftables.Nftables() as nft:
+        return nft.run("list ruleset")
+
+
+def _open_sockets() -> list[socket.socket]:
+    opened: list[socket.socket] = []
+    try:
+        opened.append(_listener(socket.AF_INET, "127.0.0.1", PORT))
+        # Without IPv6 something takes the place of its listener: the order is the contract.
+        opened.append(_listener(socket.AF_INET6, "::1", PORT) if _has_ipv6() else socket.socket(socket.AF_UNIX))
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        opened.append(udp)
+        udp.bind((RESOLVER, 53))
+        opened.append(_listener(socket.AF_INET, RESOLVER, 53))
+        opened.append(netlink.open_nflog())
+    except OSError:
+        for sock in opened:
+            sock.close()
+        raise
+    return opened
+
+
+def _listener(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # The connections of the broker before this one may still be in TIME_WAIT.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _host_listener(rule: ListenRule) -> socket.socket:
+    family = socket.AF_INET6 if ":" in rule.address else socket.AF_INET
+    try:
+        return _listener(family, rule.address, rule.port)
+    except OSError as error:
+        why = {
+            errno.EADDRINUSE: "another program listens there already",
+            errno.EADDRNOTAVAIL: "this host has no such address",
+        }.get(error.errno or 0, error.strerror or str(error))
+        where = f"[{rule.address}]" if ":" in rule.address else rule.address
+        raise UnavailableError(
+            f"listening on {where}:{rule.port}", why, "stop it, or grant another port in the policy's listen"
+        ) from None
+
+
+def _detach(sockets: list[socket.socket]) -> list[int]:
+    return [sock.detach() for sock in sockets]
+
+
+def _has_ipv6() -> bool:
+    return Path("/proc/sys/net/ipv6").exists()
+
+
+def _remedy(error: OSError) -> str:
+    if isinstance(error, nftables.NftablesError):
+        return "the kernel needs nf_tables with nat, reject, log, limit, connlimit and numgen"
+    if nftables.available() is not None:
+        return INSTALL
+    return "run as root on a kernel with network namespaces and nf_tables"
+
+
+def _and(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

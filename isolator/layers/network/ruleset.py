@@ -1,0 +1,98 @@
+"""The nftables ruleset of one cage's network namespace, as text for one transaction.
+
+The namespace has only ``lo``, to which every address is local (see ``isolator.linux.netlink``).
+In the output hook, in order:
+
+1. the cage's own loopback traffic is not tracked: it is free, and cannot fill the connection table;
+2. TCP to what the policy may reach is redirected to the broker's listener, up to a rate and a number of open
+   connections (in the nat chain, where a refusal still shows the original destination);
+3. everything that was not redirected is refused: TCP by a reset, the rest by EPERM.
+
+Each refusal is logged to NFLOG with ``PREFIX:KIND``. Under a flood only each 64th record is, marked ``PREFIX:KIND/64``,
+so a count can be kept while the cage cannot drown the broker in records. The broker's listener is closed to
+direct connections: only a redirected one carries the ``dnat`` status.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address
+
+from isolator.linux.netlink import NFLOG_GROUP
+from isolator.policy.destinations import Range, Rules
+
+TABLE = "isolator"
+PORT = 65053
+"""Where redirected TCP arrives, on 127.0.0.1 and ::1 of the cage; above the ephemeral ports."""
+SAMPLE = 64
+
+
+def clean_prefix(prefix: str) -> str:
+    """``prefix`` as it may stand in a rule: at most 90 letters, digits and ``.:_-`` (the kernel keeps 127)."""
+    return re.sub(r"[^A-Za-z0-9.:_-]", "_", prefix)[:90]
+
+
+def render(rules: Rules, prefix: str) -> str:
+    """The whole ruleset; loading it replaces what was there."""
+    policy = rules.policy
+    prefix = clean_prefix(prefix)
+    admit = [
+        f"limit rate over {policy.connects_per_second}/second burst {policy.connect_burst} packets goto over_rate",
+        f"ct count over {policy.connects_open} goto over_open",
+        f"meta l4proto 6 redirect to :{PORT}",
+    ]
+    # Two rules, not one: nft 1.0.6 merges ``sport != P dport != P`` into one comparison of both, which means "or".
+    untracked = [
+        f"tcp sport {PORT} accept",
+        f"tcp dport {PORT} accept",
+        "ip daddr 127.0.0.0/8 notrack",
+        "ip6 daddr ::1 notrack",
+    ]
+    final = [
+        "ct state untracked accept",
+        "ct state established,related accept",
+        "ct status dnat accept",
+        "ct state invalid drop",
+        "goto refused",
+    ]
+    chains = [
+        _chain("stop", ["meta l4proto 6 reject with tcp reset", "drop"]),
+        *(_chain(kind, _logged(prefix, kind)) for kind in ("refused", "over_rate", "over_open")),
+        _chain("admit", admit),
+        _chain("untracked", untracked, "type filter hook output priority -300; policy accept;"),
+        _chain("diverted", list(_diverted(rules)), "type nat hook output priority -100; policy accept;"),
+        _chain("final", final, "type filter hook output priority 0; policy drop;"),
+    ]
+    return f"flush ruleset\ntable inet {TABLE} {{\n{''.join(chains)}}}\n"
+
+
+def _diverted(rules: Rules) -> Iterable[str]:
+    for group in rules.virtual_groups:
+        yield f"ip daddr {group.network} tcp dport {_ports(group.ports)} goto admit"
+    for version, key in ((4, "ip"), (6, "ip6")):
+        for ports, ranges in rules.literal_ranges(version):
+            yield f"{key} daddr {_addresses(ranges, version)} tcp dport {_ports(ports)} goto admit"
+
+
+def _logged(prefix: str, kind: str) -> list[str]:
+    log = f"group {NFLOG_GROUP} snaplen 96 queue-threshold 1"
+    return [
+        f'limit rate 20/second burst 40 packets log prefix "{prefix}:{kind}" {log} goto stop',
+        f'numgen inc mod {SAMPLE} == 0 log prefix "{prefix}:{kind}/{SAMPLE}" {log}',
+        "goto stop",
+    ]
+
+
+def _chain(name: str, rules: Iterable[str], hook: str = "") -> str:
+    body = "".join(f"  {line}\n" for line in ([hook] if hook else []) + list(rules))
+    return f" chain {name} {{\n{body} }}\n"
+
+
+def _ports(ports: frozenset[int]) -> str:
+    return "{ " + ", ".join(map(str, sorted(ports))) + " }"
+
+
+def _addresses(ranges: list[Range], version: int) -> str:
+    kind = IPv4Address if version == 4 else IPv6Address
+    return "{ " + ", ".join(f"{kind(a)}-{kind(b)}" if a != b else str(kind(a)) for a, b in ranges) + " }"

@@ -1,0 +1,181 @@
+"""System calls: an allowlist, compiled once and loaded as plain BPF.
+
+allowed        what ordinary services need (isolator/layers/seccomp/profiles.py)
+denied         calls that are asked for only by an attack or by mistake: handed to a user-notify listener, which
+               answers EPERM and writes an audit record with the call's name. Notify only ever denies: a decision
+               to allow on the strength of a pointer could be changed under the supervisor's eyes
+unknown        ENOSYS, so that a newer C library falls back to what it used before
+other ABIs     the process is killed (i386, x32): their numbers mean other calls
+
+The filter does not depend on the plugin, only on the profile, so it is compiled once and kept by the hash of its
+source. libseccomp knows the numbers of the calls, isolator/layers/seccomp/bpf.py makes the program.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.linux import seccomp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from isolator.layers.plan import Plan
+    from isolator.layers.seccomp.profiles import Rule
+    from isolator.policy.model import EffectivePolicy
+
+
+SEALING = "strict-sealing"
+"""The second program of the profile ``strict``, stacked on the first one in the sidecar's own process."""
+
+
+class Seccomp(Layer):
+    """Only the calls of the profile; refusals are recorded by name."""
+
+    name = "seccomp"
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        try:
+            available = seccomp.action_available(seccomp.RET_USER_NOTIF)
+        except OSError as error:
+            return [
+                Control("system call filter", cls.name, "unavailable", str(error.strerror), "enable CONFIG_SECCOMP")
+            ]
+        try:
+            import pyseccomp  # noqa: F401
+        except (ImportError, RuntimeError) as error:
+            remedy = "apt-get install libseccomp2"
+            return [Control("system call filter", cls.name, "unavailable", str(error), remedy)]
+        if not available:
+            return [
+                Control(
+                    "system call filter", cls.name, "unavailable", "no user notification", "use kernel 5.0 or newer"
+                )
+            ]
+        return [Control("system call filter", cls.name, "enforced", "allowlist, denied calls recorded by name")]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        extra = "; it can start no other process, and no memory of it is both writable and executable"
+        return (
+            "It can make only the system calls that ordinary services need"
+            f"{extra if policy.syscalls == 'strict' else ''}; others are refused and recorded."
+        )
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        program = compiled(spec.policy.syscalls, spec.cache)
+        plan.sections[self.name] = {"program": base64.b64encode(program).decode()}
+        if spec.policy.syscalls == "strict":
+            plan.sections[self.name]["sealing"] = base64.b64encode(compiled(SEALING, spec.cache)).decode()
+
+    @staticmethod
+    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
+        load(section)
+
+    def confirm(self, process: Process) -> None:
+        found = process.status.get("Seccomp")
+        if found != "2":
+            raise mismatch(self.name, "Seccomp", "2 (filter)", found)
+
+
+def load(section: dict[str, Any]) -> int:
+    """Load the section's program into the calling process; returns the listener of its denied calls."""
+    return seccomp.load_filter(base64.b64decode(section["program"]), listener=True)
+
+
+def seal(section: dict[str, Any]) -> None:
+    """Load the section's second program, if it has one: called by the sidecar's process just before its exec."""
+    if "sealing" in section:
+        seccomp.add_filter(base64.b64decode(section["sealing"]))
+
+
+_compiled: dict[str, bytes] = {}
+
+
+def compiled(profile: str, cache: Path) -> bytes:
+    """The BPF program of a profile, from memory, from the root-owned cache, or compiled now."""
+    from isolator.layers.seccomp import profiles as syscalls
+
+    return _kept(profile, f"{syscalls.fingerprint()}:{profile}", cache, lambda: compile_profile(profile))
+
+
+def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
+    """The same for rules that are no profile; ``name`` only tells the cache's files apart."""
+    from isolator.layers.seccomp import profiles as syscalls
+
+    given = list(rules)
+    return _kept(name, f"{syscalls.fingerprint()}:{name}:{given!r}", cache, lambda: compile_rules(given))
+
+
+def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
+    import hashlib
+
+    digest = hashlib.sha256(source.encode()).hexdigest()[:32]
+    if digest not in _compiled:
+        path = cache / f"seccomp-{name}-{digest}.bpf"
+        try:
+            program = path.read_bytes()
+        except OSError:
+            program = make()
+            _store(path, program)
+        _compiled[digest] = program
+    return _compiled[digest]
+
+
+def _store(path: Path, program: bytes) -> None:
+    import tempfile
+
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(fd, "wb") as out:
+            out.write(program)
+        os.replace(temporary, path)  # both names are in the same root-owned folder
+
+
+def compile_profile(profile: str) -> bytes:
+    """Compile a profile, or ``SEALING`` (needs libseccomp's shared library)."""
+    from isolator.layers.seccomp import profiles as syscalls
+
+    if profile == SEALING:
+        return compile_rules(syscalls.sealing_rules(), otherwise_allowed=True)
+    return compile_rules(syscalls.rules(profile))
+
+
+def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> bytes:
+    """Compile any rules to BPF; what no rule names is answered ENOSYS, what is denied is handed to a listener.
+
+    ``otherwise_allowed`` is for a filter that is stacked on another one: what no rule names is left to that one.
+    """
+    import errno
+
+    import pyseccomp as lib
+
+    from isolator.layers.seccomp import bpf
+    from isolator.layers.seccomp import profiles as syscalls
+
+    answers = {
+        syscalls.ALLOW: seccomp.RET_ALLOW,
+        syscalls.DENY: seccomp.RET_USER_NOTIF,
+        syscalls.NO_FAMILY: seccomp.RET_ERRNO | errno.EAFNOSUPPORT,
+        syscalls.REFUSE: seccomp.RET_ERRNO | errno.EPERM,
+        syscalls.NO_PROTOCOL: seccomp.RET_ERRNO | errno.EPROTONOSUPPORT,
+        syscalls.INVALID: seccomp.RET_ERRNO | errno.EINVAL,
+        syscalls.PRETEND: seccomp.RET_ERRNO,
+    }
+    calls: dict[int, list[bpf.Judged]] = {}
+    for name, action, conditions in rules:
+        try:
+            number = lib.resolve_syscall(lib.Arch.NATIVE, name)
+        except (ValueError, RuntimeError):
+            continue  # this architecture or this libseccomp does not know the name: it stays unknown, ENOSYS
+        if number >= 0:
+            calls.setdefault(number, []).append(bpf.Judged(answers[action], conditions))
+    otherwise = seccomp.RET_ALLOW if otherwise_allowed else seccomp.RET_ERRNO | errno.ENOSYS
+    return bpf.compile_calls(calls, otherwise=otherwise, arch=lib.system_arch())

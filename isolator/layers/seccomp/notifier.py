@@ -1,0 +1,160 @@
+"""Answers the calls that seccomp handed over: always EPERM, at a capped rate, and counted by name.
+
+One thread for all cages: receiving a notification can block when its caller dies at that moment (on kernels before
+6.6), and must not hold up the event loop. A plugin that floods only makes itself wait: its listener is looked at
+again when its allowance has grown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isolator.linux import seccomp
+
+ANSWERS_PER_SECOND = 500
+REPORT_SECONDS = 1.0
+
+
+@dataclass
+class Denied:
+    """How often one call was denied since the last report, and when (CLOCK_MONOTONIC, ns) for the first and last time.
+
+    The report comes later than what it tells of, up to a second for repetitions: without these times the trail would
+    name the event that is in flight by then.
+    """
+
+    call: str
+    first_ns: int
+    last_ns: int
+    count: int = 0
+
+
+Report = Callable[[Denied], None]
+"""Called on the event loop."""
+
+
+class _Watched:
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.allowance = float(ANSWERS_PER_SECOND)
+        self.refilled = time.monotonic()
+        self.counts: dict[int, Denied] = {}
+        self.reported: dict[int, float] = {}
+        self.paused = False
+
+
+class SeccompNotifier:
+    """Watches the listeners of running cages."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._cages: dict[int, _Watched] = {}
+        self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._serve, name="denials", daemon=True)
+        self._thread.start()
+
+    def watch(self, listener: int, report: Report) -> None:
+        """Answer a cage's denied calls; takes the listener over and closes it when the cage has ended."""
+        with self._lock:
+            self._cages[listener] = _Watched(report)
+            self._epoll.register(listener, select.EPOLLIN)
+
+    def close(self) -> None:
+        """Stop answering; calls that wait are refused by the kernel when their listener closes."""
+        self._stopped = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        for listener in list(self._cages):
+            self._drop(listener)
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _serve(self) -> None:
+        while not self._stopped:
+            busy = any(cage.counts or cage.paused for cage in self._cages.values())
+            for fd, events in self._epoll.poll(0.1 if busy else -1):
+                if fd == self._wake:
+                    continue
+                if events & select.EPOLLIN:
+                    self._answer(fd)
+                elif events & (select.EPOLLHUP | select.EPOLLERR):
+                    self._drop(fd)
+            now = time.monotonic()
+            with self._lock:
+                cages = list(self._cages.items())
+            for listener, cage in cages:
+                self._report(cage, now)
+                if cage.paused and self._refill(cage, now) >= 1:
+                    cage.paused = False
+                    self._epoll.modify(listener, select.EPOLLIN)
+
+    def _answer(self, listener: int) -> None:
+        cage = self._cages[listener]
+        if self._refill(cage, time.monotonic()) < 1:
+            cage.paused = True
+            self._epoll.modify(listener, 0)  # EPOLLHUP is still told
+            return
+        try:
+            notification = seccomp.receive(listener)
+            if notification is None:
+                return
+            cage.allowance -= 1
+            # Before the answer: the plugin cannot have gone on, so the event that it works on is still in flight.
+            now = time.monotonic_ns()
+            denied = cage.counts.setdefault(notification.number, Denied(call_name(notification.number), now, now))
+            denied.last_ns, denied.count = now, denied.count + 1
+            seccomp.deny(listener, notification, errno.EPERM)
+        except OSError:
+            self._drop(listener)
+
+    def _refill(self, cage: _Watched, now: float) -> float:
+        cage.allowance = min(ANSWERS_PER_SECOND, cage.allowance + (now - cage.refilled) * ANSWERS_PER_SECOND)
+        cage.refilled = now
+        return cage.allowance
+
+    def _report(self, cage: _Watched, now: float, *, last: bool = False) -> None:
+        """The first refusal of a call is told at once, repetitions at most once a second."""
+        for number in list(cage.counts):
+            if last or now - cage.reported.get(number, -REPORT_SECONDS) >= REPORT_SECONDS:
+                denied = cage.counts.pop(number)
+                cage.reported[number] = now
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(cage.report, denied)
+
+    def _drop(self, listener: int) -> None:
+        with self._lock:
+            cage = self._cages.pop(listener, None)
+        if cage is None:
+            return
+        self._report(cage, time.monotonic(), last=True)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(listener)
+        os.close(listener)
+
+
+_names: dict[int, str] = {}
+
+
+def call_name(number: int) -> str:
+    """The name of a system call of this architecture, or ``syscall_N``."""
+    if not _names:
+        import pyseccomp
+
+        from isolator.layers.seccomp import profiles as syscalls
+
+        for name in {rule[0] for rule in syscalls.rules("default")}:
+            with contextlib.suppress(ValueError, RuntimeError):
+                _names[pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)] = name
+    return _names.get(number, f"syscall_{number}")

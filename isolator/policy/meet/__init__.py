@@ -1,0 +1,1 @@
+"""The meet of request, grant and ceiling, and its explanation."""

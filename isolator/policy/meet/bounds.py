@@ -1,0 +1,138 @@
+"""What the ceiling, a grant and a request have in common: bounds, and the meet of two of them.
+
+Each source of authority becomes one ``Bounds``; the effective policy is the meet of all. ``meet`` keeps only what both
+sides allow, field by field, so it is commutative in what it allows, idempotent, and can only narrow: whatever it
+allows, each side allows. That is the property the whole policy rests on, and the tests state it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from isolator.policy import names
+from isolator.policy.addresses import as_network, subnet
+from isolator.policy.host import CEILING, Ceiling, Limits
+from isolator.policy.model import EgressRule
+
+PUBLIC_PORTS = (80, 443)
+"""TCP ports of the ``public`` mode."""
+
+
+@dataclass(frozen=True)
+class Egress:
+    """A set of destinations: ``everything``, or any public address (``public``), and the rules."""
+
+    everything: bool = False
+    public: bool = False
+    rules: tuple[EgressRule, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one source of authority allows at most. The defaults allow everything."""
+
+    limits: Limits
+    hooks: tuple[str, ...] = ("*",)
+    permissions: tuple[str, ...] = ("*",)
+    egress: Egress = Egress(everything=True)
+    allow_no_sni: bool = True
+    read: tuple[str, ...] = ("/",)
+    strict: bool = False
+
+
+def meet(a: Bounds, b: Bounds) -> Bounds:
+    """What both allow. Where two spellings of a name mean the same, ``b``'s stays."""
+    return Bounds(
+        limits=meet_limits(a.limits, b.limits),
+        hooks=_meet_patterns(a.hooks, b.hooks, names.covers_hook),
+        permissions=_meet_patterns(a.permissions, b.permissions, names.covers_permission),
+        egress=meet_egress(a.egress, b.egress),
+        allow_no_sni=a.allow_no_sni and b.allow_no_sni,
+        read=_meet_patterns(a.read, b.read, names.path_covers),
+        strict=a.strict or b.strict,
+    )
+
+
+def meet_limits(a: Limits, b: Limits) -> Limits:
+    """The smaller of each pair of numbers."""
+    return Limits(**{name: min(getattr(a, name), getattr(b, name)) for name in Limits.model_fields})
+
+
+def _meet_patterns(a: Iterable[str], b: Iterable[str], covers: Callable[[str, str], bool]) -> tuple[str, ...]:
+    """Patterns of these kinds are nested or disjoint, so the meet of two of them is the narrower one, or nothing."""
+    a, b = tuple(a), tuple(b)
+    both = [y for y in b if any(covers(x, y) for x in a)] + [x for x in a if any(covers(y, x) for y in b)]
+    kept: list[str] = []
+    for index, name in enumerate(both):
+        others = kept + both[index + 1 :]
+        # Of two spellings of one name the first is kept; of a wider and a narrower pattern, the wider.
+        if not any(covers(o, name) and (o in kept or not covers(name, o)) for o in others):
+            kept.append(name)
+    return tuple(sorted(kept))
+
+
+def meet_egress(a: Egress, b: Egress) -> Egress:
+    """The destinations in both sets."""
+    if a.everything or b.everything:
+        return normal_egress(b if a.everything else a)
+    rules = [rule for x in a.rules for y in b.rules if (rule := _meet_rules(x, y))]
+    for public, listed in ((a, b), (b, a)):
+        if public.public:
+            rules += [rule for x in listed.rules if (rule := _with_ports(x, PUBLIC_PORTS))]
+    return normal_egress(Egress(public=a.public and b.public, rules=tuple(rules)))
+
+
+def normal_egress(egress: Egress) -> Egress:
+    """One spelling for one set: ports of a host together, nothing that a wider rule covers already, sorted."""
+    ports: dict[str, set[int]] = {}
+    for rule in egress.rules:
+        ports.setdefault(rule.host, set()).update(rule.ports)
+    kept = []
+    for host in sorted(ports):
+        covered = {p for other, theirs in ports.items() if other != host and host_covers(other, host) for p in theirs}
+        left = ports[host] - covered
+        # A name at a public port says nothing new beside "public"; an address might be an exception of the host.
+        if egress.public and as_network(host) is None:
+            left -= set(PUBLIC_PORTS)
+        if left:
+            kept.append(EgressRule(host=host, ports=names.sorted_ports(left)))
+    return Egress(everything=egress.everything, public=egress.public, rules=tuple(kept))
+
+
+def ceiling_egress(ceiling: Ceiling) -> Egress:
+    """Destinations that the ceiling leaves open; the always-blocked list is applied on top of the result."""
+    if ceiling.egress is None:
+        return Egress(everything=True)
+    return normal_egress(Egress(public=ceiling.egress_public, rules=ceiling.egress))
+
+
+def egress_within(inner: Egress, outer: Egress) -> bool:
+    """Does ``outer`` allow all that ``inner`` allows?"""
+    return meet_egress(outer, inner) == normal_egress(inner)
+
+
+def host_covers(outer: str, inner: str) -> bool:
+    """Does one rule's host cover another's? A wildcard stands for one or more whole labels."""
+    if outer == inner:
+        return True
+    outer_network, inner_network = as_network(outer), as_network(inner)
+    if outer_network is not None and inner_network is not None:
+        return subnet(inner_network, outer_network)
+    # The suffix keeps its dot, so "*.slack.com" covers neither "slack.com" nor "evilslack.com".
+    return outer.startswith("*.") and inner_network is None and inner.removeprefix("*").endswith(outer[1:])
+
+
+def _meet_rules(a: EgressRule, b: EgressRule) -> EgressRule | None:
+    if host_covers(a.host, b.host):
+        return _with_ports(b, a.ports)
+    return _with_ports(a, b.ports) if host_covers(b.host, a.host) else None
+
+
+def _with_ports(rule: EgressRule, ports: Iterable[int]) -> EgressRule | None:
+    common = set(rule.ports) & set(ports)
+    return EgressRule(host=rule.host, ports=names.sorted_ports(common)) if common else None
+
+
+UNBOUNDED = Limits(**{name: max(getattr(CEILING, name), 1 << 52) for name in Limits.model_fields})
+"""Numbers that bound nothing: the part of a layer that does not speak of them."""

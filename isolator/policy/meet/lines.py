@@ -1,0 +1,283 @@
+"""Line by line: what was asked, what was granted, what came of it, where it comes from, and what to add to grant it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from isolator.policy import names
+from isolator.policy.addresses import never_reachable
+from isolator.policy.grant import PluginPolicy
+from isolator.policy.host import HostConfig
+from isolator.policy.limits import NUMBERS, Number, asked
+from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within, meet_egress, normal_egress
+from isolator.policy.meet.proposal import DEFAULT_GRANT, Line, Verdict
+from isolator.policy.meet.sides import grant_bounds, request_bounds
+from isolator.policy.model import EffectivePolicy, EgressRule
+from isolator.policy.units import NO_CAP
+
+if TYPE_CHECKING:
+    from isolator.policy.request import ManifestCore
+
+PUBLIC = "any public address, TCP 80 and 443"
+MANIFEST = "plugin.json"
+DEFAULT = "default"
+_ALWAYS_SHOWN = ("memory", "cpu", "tasks", "nofile", "state", "tmp", "delivery_timeout", "delivery_attempts")
+
+
+def explain_lines(
+    core: ManifestCore, grant: PluginPolicy, host: HostConfig, effective: EffectivePolicy
+) -> tuple[Line, ...]:
+    """Every line of ``explain``, in the order in which people ask: events, permissions, network, numbers, folders."""
+    explainer = _Explainer(core, grant, host, effective)
+    return tuple(explainer.lines())
+
+
+def toml_list(key: str, values: Iterable[str]) -> str:
+    """``key = ["a", "b"]``; JSON's escapes are TOML's, and control characters were refused when the names were read."""
+    return f"{key} = [{', '.join(json.dumps(value, ensure_ascii=False) for value in values)}]"
+
+
+def egress_texts(egress: Egress) -> list[str]:
+    """The set as it stands in a policy file's list."""
+    return [*(["public"] if egress.public else []), *map(names.format_egress, egress.rules)]
+
+
+class _Explainer:
+    def __init__(self, core: ManifestCore, grant: PluginPolicy, host: HostConfig, effective: EffectivePolicy) -> None:
+        self.core, self.grant, self.host, self.effective = core, grant, host, effective
+        self._file = "" if grant.source == DEFAULT_GRANT else grant.source
+        self.allowed = grant_bounds(grant, host, unwritten=core.synthesised)
+        self.wanted = request_bounds(core, host, unwritten=core.synthesised)
+
+    def lines(self) -> Iterator[Line]:
+        yield from self._names("hooks", self.core.hooks, self.grant.hooks, self.effective.hooks, names.covers_hook)
+        yield from self._names(
+            "permissions",
+            self.core.permissions,
+            self.grant.permissions,
+            self.effective.permissions,
+            names.covers_permission,
+        )
+        yield from self._egress()
+        yield from self._no_sni()
+        yield from self._listen()
+        for number in NUMBERS:
+            said = getattr(self.grant.limits, number.name)
+            if number.name in _ALWAYS_SHOWN or said is not None or self._is_capped(number):
+                yield self._number(number, said)
+        yield from self._read()
+        yield self._syscalls()
+
+    def _line(
+        self,
+        field: str,
+        requested: str | None,
+        granted: str | None,
+        effective: str,
+        verdict: Verdict,
+        *,
+        key: str,
+        source: str | None = None,
+        add: str = "",
+        reason: str = "",
+    ) -> Line:
+        """A line; ``key`` is the dotted key of the policy file that decides about it."""
+        if source is None:
+            source = self.grant.where.get(key) or (DEFAULT_GRANT if self.grant.source == DEFAULT_GRANT else DEFAULT)
+        if verdict != "pending":
+            add = ""
+        return Line(
+            field=field,
+            requested=requested,
+            granted=granted,
+            effective=effective,
+            verdict=verdict,
+            source=source,
+            add=add,
+            section=key.partition(".")[0] if add else "",
+            at=self.grant.where.get(key.partition("[")[0], self._file) if add else "",
+            reason=reason,
+        )
+
+    def _ceiling_source(self, key: str) -> str:
+        return self.host.where.get(f"ceiling.{key}") or "ceiling"
+
+    def _names(
+        self,
+        kind: str,
+        wanted: tuple[str, ...],
+        granted: tuple[str, ...] | None,
+        effective: tuple[str, ...],
+        covers: Callable[[str, str], bool],
+    ) -> Iterator[Line]:
+        """Events or permissions: one line for each that is asked for."""
+        most: tuple[str, ...] = getattr(self.host.ceiling, kind)
+        for name in wanted:
+            pattern = next(((i, g) for i, g in enumerate(granted or ()) if covers(g, name)), None)
+            given = pattern[1] if pattern else None
+            key = f"grant.{kind}[{pattern[0]}]" if pattern else f"grant.{kind}"
+            if any(covers(e, name) for e in effective):
+                yield self._line(kind, name, given, name, "granted", key=key)
+            elif not any(covers(m, name) for m in most):
+                source = self._ceiling_source(kind)
+                yield self._line(kind, name, given, "no", "refused", key=key, source=source, reason="over the ceiling")
+            else:
+                add = toml_list(kind, (*(granted or ()), name))
+                yield self._line(kind, name, None, "no", "pending", key=f"grant.{kind}", add=add)
+
+    def _egress(self) -> Iterator[Line]:
+        network, granted = self.effective.network, self.allowed.egress
+        given = ", ".join(egress_texts(granted)) or "none"
+        request = self.core.sandbox.network
+        if request is not None and request.egress is not None:
+            if not request.egress:
+                yield self._line("egress", "none", given, "none", "granted", key="grant.egress", source=MANIFEST)
+            for entry in request.egress:
+                yield self._destination(EgressRule(host=entry.host, ports=entry.ports), entry.reason)
+            return
+        shown = [*([PUBLIC] if network.mode == "public" else []), *map(names.format_egress, network.egress)]
+        requested = None if self.core.synthesised else PUBLIC
+        yield self._line("egress", requested, given, ", ".join(shown) or "none", "granted", key="grant.egress")
+
+    def _destination(self, rule: EgressRule, reason: str) -> Line:
+        text = names.format_egress(rule)
+        one = Egress(rules=(rule,))
+        kept = meet_egress(meet_egress(ceiling_egress(self.host.ceiling), self.allowed.egress), one)
+        rules = tuple(r for r in kept.rules if never_reachable(r, self.host.exceptions) is None)
+        shown = ", ".join(map(names.format_egress, rules)) or "no"
+        given = self._covering(rule)
+        key = f"grant.egress[{given[0]}]" if given else "grant.egress"
+        granted = given[1] if given else ("public" if self.allowed.egress.public and rules else None)
+        blocked = never_reachable(rule, self.host.exceptions)
+        if blocked:
+            why = f"never reachable: {blocked}"
+            return self._line("egress", text, granted, "no", "refused", key=key, source="always blocked", reason=why)
+        if egress_within(one, Egress(rules=rules)):
+            return self._line("egress", text, granted, shown, "granted", key=key, reason=reason)
+        if not egress_within(one, ceiling_egress(self.host.ceiling)):
+            source = self._ceiling_source("egress")
+            why = "over the ceiling"
+            return self._line("egress", text, granted, shown, "refused", key=key, source=source, reason=why)
+        merged = normal_egress(Egress(public=self.allowed.egress.public, rules=(*self.allowed.egress.rules, rule)))
+        add = toml_list("egress", egress_texts(merged))
+        return self._line("egress", text, granted, shown, "pending", key="grant.egress", add=add, reason=reason)
+
+    def _covering(self, rule: EgressRule) -> tuple[int, str] | None:
+        """The first granted rule that has something in common with ``rule``: its place in the list and its text."""
+        for index, granted in enumerate(self.grant.egress or ()):
+            if meet_egress(Egress(rules=(granted,)), Egress(rules=(rule,))).rules:
+                return index, names.format_egress(granted)
+        return None
+
+    def _no_sni(self) -> Iterator[Line]:
+        request = self.core.sandbox.network
+        if not self.grant.allow_no_sni and not (request and request.allow_no_sni):
+            return
+        asked_for = None if self.core.synthesised else "yes" if self.wanted.allow_no_sni else "no"
+        given = "yes" if self.grant.allow_no_sni else None
+        key, add = "grant.allow_no_sni", "allow_no_sni = true"
+        if self.effective.network.allow_no_sni or not self.wanted.allow_no_sni or self.effective.network.mode == "none":
+            shown = "yes" if self.effective.network.allow_no_sni else "no"
+            yield self._line("allow_no_sni", asked_for, given, shown, "granted", key=key)
+        elif not self.host.ceiling.allow_no_sni:
+            source = self._ceiling_source("allow_no_sni")
+            yield self._line("allow_no_sni", "yes", given, "no", "refused", key=key, source=source)
+        else:
+            yield self._line("allow_no_sni", "yes", given, "no", "pending", key=key, add=add)
+
+    def _listen(self) -> Iterator[Line]:
+        request = self.core.sandbox.network
+        wanted = request.listen if request is not None else None
+        present = [names.format_listen(rule) for rule in self.grant.listen or ()]
+        kept = {rule.cage_port: names.format_listen(rule) for rule in self.effective.network.listen}
+        for index, rule in enumerate(self.grant.listen or ()):
+            if wanted is None and rule in self.effective.network.listen:
+                text = names.format_listen(rule)
+                yield self._line("listen", None, text, text, "granted", key=f"grant.listen[{index}]")
+        for entry in wanted or ():
+            text = f"port {entry.port}"
+            if entry.port in kept:
+                shown = kept[entry.port]
+                key = f"grant.listen[{present.index(shown)}]"
+                yield self._line("listen", text, shown, shown, "granted", key=key, reason=entry.reason)
+            elif not (self.host.inbound.ports and self.host.inbound.addresses):
+                source = self.host.where.get("inbound.ports") or "ceiling"
+                why = "this host forwards no ports; see [inbound] in host.toml"
+                yield self._line("listen", text, None, "no", "refused", key="grant.listen", source=source, reason=why)
+            else:
+                address = self.host.inbound.addresses[0]
+                port = entry.port if self.host.inbound.allows(address, entry.port) else self.host.inbound.ports[0][0]
+                shown = f"[{address}]" if ":" in address else address
+                add = toml_list("listen", [*present, f"{shown}:{port}:{entry.port}"])
+                yield self._line(
+                    "listen", text, None, "no", "pending", key="grant.listen", add=add, reason=entry.reason
+                )
+
+    def _number(self, number: Number, said: float | None) -> Line:
+        wanted = asked(self.core, number)
+        key = f"{number.section}.{number.key}"
+        most = getattr(self.host.ceiling.limits, number.name)
+        allowed = getattr(self.allowed.limits, number.name)
+        value = min(most, allowed, getattr(self.wanted.limits, number.name))
+        given = number.show(said) if said is not None else None
+        field, shown = number.name, number.show(value)
+        if wanted is not None and value < wanted:
+            if wanted > most:
+                why = f"over the ceiling, {number.show(most)}"
+                source = self._ceiling_source(number.name) if value == most else None
+                return self._line(
+                    field, number.show(wanted), given, shown, "refused", key=key, source=source, reason=why
+                )
+            return self._line(field, number.show(wanted), given, shown, "pending", key=key, add=number.toml(wanted))
+        source = MANIFEST if wanted == value and said != value else None
+        if source is None and value != allowed:
+            # The manifest says nothing, and its default or the ceiling is less than what is granted.
+            source = self._ceiling_source(number.name) if value == most else self._default_source(number)
+        elif source is None and said is None:
+            source = self._default_source(number)
+        requested = number.show(wanted) if wanted is not None else None
+        return self._line(field, requested, given, shown, "granted", key=key, source=source)
+
+    def _is_capped(self, number: Number) -> bool:
+        """Whether it is a rate, which has no cap unless somebody says so, and somebody does."""
+        if number.kind != "rate":
+            return False
+        return getattr(self.effective.resources, number.name) < NO_CAP or asked(self.core, number) is not None
+
+    def _default_source(self, number: Number) -> str:
+        return self.host.where.get(f"defaults.{number.name}") or DEFAULT
+
+    def _read(self) -> Iterator[Line]:
+        wanted, granted = self.core.sandbox.filesystem.read, self.grant.read or ()
+        if wanted is None:
+            for index, path in enumerate(granted):
+                if path in self.effective.filesystem.read:
+                    yield self._line("read", None, path, path, "granted", key=f"filesystem.read[{index}]")
+        for path in wanted or ():
+            kept = [p for p in self.effective.filesystem.read if names.path_covers(path, p)]
+            covering = next((i for i, g in enumerate(granted) if names.path_covers(g, path)), None)
+            if path in kept or any(names.path_covers(p, path) for p in self.effective.filesystem.read):
+                key = f"filesystem.read[{covering}]" if covering is not None else "filesystem.read"
+                given = granted[covering] if covering is not None else None
+                yield self._line("read", path, given, path, "granted", key=key)
+            elif not any(names.path_covers(most, path) for most in self.host.ceiling.read):
+                source = self._ceiling_source("read")
+                shown = ", ".join(kept) or "no"
+                yield self._line("read", path, None, shown, "refused", key="filesystem.read", source=source)
+            else:
+                add = toml_list("read", (*granted, path))
+                given = ", ".join(kept) or None
+                yield self._line("read", path, given, given or "no", "pending", key="filesystem.read", add=add)
+
+    def _syscalls(self) -> Line:
+        wanted, given, got = self.core.sandbox.syscalls, self.grant.syscalls, self.effective.syscalls
+        key = "syscalls.profile"
+        if wanted == "default" and got == "strict":
+            if self.host.ceiling.syscalls == "strict":
+                source = self._ceiling_source("syscalls")
+                return self._line("syscalls", wanted, given, got, "refused", key=key, source=source)
+            return self._line("syscalls", wanted, given, got, "pending", key=key, add='profile = "default"')
+        origin = MANIFEST if wanted == got == "strict" and given != got else None
+        return self._line("syscalls", wanted, given, got, "granted", key=key, source=origin)

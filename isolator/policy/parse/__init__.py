@@ -1,0 +1,1 @@
+"""Readers of manifests, policy files and ``host.toml``."""

@@ -1,0 +1,191 @@
+"""The content of ``host.toml``, key by key. ``policies/host.toml`` is the commented example of every one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from isolator.policy import names
+from isolator.policy.host import (
+    CEILING,
+    MAY_DEGRADE,
+    AuditSettings,
+    Ceiling,
+    HostConfig,
+    Inbound,
+    Limits,
+    Metrics,
+    Roles,
+)
+from isolator.policy.limits import BY_NAME
+from isolator.policy.model import AddressException, RestartPolicy
+from isolator.policy.parse.strict import Table, did_you_mean, printable
+from isolator.policy.parse.toml_file import document, duration_between, egress_of, numbers_of, restart_of, where_of
+from isolator.policy.units import parse_size
+
+
+def parse_host_config(text: bytes, *, source: str) -> HostConfig:
+    """The content of ``host.toml``."""
+    top = document(text, source)
+    ceiling, defaults, network = top.table("ceiling"), top.table("defaults"), top.table("network")
+    inbound, roles, audit = top.table("inbound"), top.table("roles"), top.table("audit")
+    metrics, restart = top.table("metrics"), top.table("restart")
+    most = CEILING.model_copy(update=numbers_of(ceiling, None))
+    usual = numbers_of(defaults, None)
+    for name, value in usual.items():
+        if value > getattr(most, name):
+            shown = BY_NAME[name].show
+            defaults.fail(name, f"{shown(value)} is over the ceiling, {shown(getattr(most, name))}")
+    egress, public = egress_of(ceiling, "egress")
+    base = Ceiling()
+    stop_grace = Limits(**usual).stop_grace  # type: ignore[arg-type]  # numbers_of() gives ints where ints belong
+    config = HostConfig(
+        uid_range=_uid_range(top),
+        plugin_dirs=top.strings("plugin_dirs", _absolute) or (),
+        may_degrade=top.strings("may_degrade", _control) or (),
+        ceiling=Ceiling(
+            limits=most,
+            hooks=_or(ceiling.strings("hooks", names.parse_hook_grant), base.hooks),
+            permissions=_or(ceiling.strings("permissions", names.parse_permission_grant), base.permissions),
+            egress=None if public else egress,
+            egress_public=public or egress is None,
+            read=_or(ceiling.strings("read", _absolute), base.read),
+            syscalls=ceiling.choice("syscalls", ("default", "strict"), base.syscalls),  # type: ignore[arg-type]  # checked
+            allow_no_sni=ceiling.boolean("allow_no_sni", base.allow_no_sni),
+        ),
+        defaults=Limits(**usual),  # type: ignore[arg-type]  # as above
+        default_syscalls=defaults.choice("syscalls", ("default", "strict"), "default"),  # type: ignore[arg-type]  # checked
+        restart=RestartPolicy(**restart_of(restart), stop_grace=stop_grace),
+        roles=Roles(
+            viewer=roles.items("viewer", _uid) or (),
+            emitter=roles.items("emitter", _uid) or (),
+            operator=_or(roles.items("operator", _uid), (0,)),
+        ),
+        exceptions=_exceptions(network),
+        resolvers=network.strings("resolvers", _resolver, limit=8) or (),
+        inbound=Inbound(
+            addresses=_or(inbound.strings("addresses", _address), Inbound().addresses),
+            ports=inbound.items("ports", _port_range) or (),
+        ),
+        audit=_audit(audit),
+        metrics=_metrics(metrics),
+        source=source,
+        where=where_of(top),
+    )
+    for table in (ceiling, defaults, network, inbound, roles, audit, metrics, restart, top):
+        table.finish()
+    return config
+
+
+def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:
+    return default if value is None else value
+
+
+def _audit(table: Table) -> AuditSettings:
+    base = AuditSettings()
+    disk_full = table.choice("disk_full", ("stop", "continue"), base.disk_full)
+    return AuditSettings(
+        disk_full=disk_full,  # type: ignore[arg-type]  # choice() checks it
+        rotate_size=table.parsed("rotate_size", _size(1 << 16), base.rotate_size),
+        rotate_age=table.parsed("rotate_age", duration_between(60, 366 * 86400), base.rotate_age),
+        keep_files=table.integer("keep_files", base.keep_files, high=1_000_000),
+        seal_records=table.integer("seal_records", base.seal_records, low=1, high=1_000_000),
+        seal_interval=table.parsed("seal_interval", duration_between(1, 86400), base.seal_interval),
+        snapshot_interval=table.parsed("snapshot_interval", duration_between(1, 86400), base.snapshot_interval),
+    )
+
+
+def _metrics(table: Table) -> Metrics:
+    def loopback(value: Any) -> str:
+        text = _address(printable(value, 64))
+        if not ip_address(text).is_loopback:
+            raise ValueError(f"{text} is not a loopback address; publish it with a proxy that authenticates")
+        return text
+
+    return Metrics(
+        address=table.parsed("address", loopback, Metrics().address), port=table.parsed("port", names.parse_port, None)
+    )
+
+
+def _size(low: int) -> Any:
+    def check(value: Any) -> int:
+        size = parse_size(value)
+        if size < low:
+            raise ValueError(f"must be at least {low} bytes")
+        return size
+
+    return check
+
+
+def _uid(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32 - 1:
+        raise ValueError("must be a uid (a number; see id -u NAME)")
+    return value
+
+
+def _uid_range(top: Table) -> tuple[int, int]:
+    found = top.items("uid_range", _uid)
+    if found is None:
+        return HostConfig().uid_range
+    if len(found) != 2 or found[0] >= found[1]:
+        top.fail("uid_range", "must be two numbers, first and last", "uid_range = [70000, 74999]")
+    # Below lie people and the system's own users (login.defs), which a plugin must never share a uid with.
+    if found[0] < 60000 or found[1] >= 2**31 or found[0] <= 65535 <= found[1] + 1:
+        top.fail("uid_range", "must lie above 60000, away from people and system users, and leave out 65534 (nobody)")
+    return found[0], found[1]
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/") or ".." in text.split("/"):
+        raise ValueError(f'"{text}" is not an absolute path without ".."')
+    return "/" + "/".join(part for part in text.split("/") if part not in ("", "."))
+
+
+def _control(text: str) -> str:
+    if text not in MAY_DEGRADE:
+        raise ValueError(f'"{text}" is not a control that may degrade; {did_you_mean(text, MAY_DEGRADE)}')
+    return text
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        raise ValueError(f'"{text}" is not an address') from None
+
+
+def _resolver(text: str) -> str:
+    """``ADDRESS`` or ``ADDRESS:PORT``, IPv6 in brackets when a port follows."""
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        rule = names.parse_egress(text)
+    if len(rule.ports) != 1 or "/" in rule.host:
+        raise ValueError(f'"{text}" is not ADDRESS or ADDRESS:PORT')
+    address = _address(rule.host)
+    return f"[{address}]:{rule.ports[0]}" if ":" in address else f"{address}:{rule.ports[0]}"
+
+
+def _port_range(value: Any) -> tuple[int, int]:
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,5})-(\d{1,5})", value, re.ASCII)):
+        first, last = names.parse_port(int(match[1])), names.parse_port(int(match[2]))
+        if first <= last:
+            return first, last
+    elif isinstance(value, int):
+        return names.parse_port(value), value
+    raise ValueError('must be a port or a range like "8000-8099"')
+
+
+def _exceptions(network: Table) -> tuple[AddressException, ...]:
+    def parse(text: str) -> tuple[AddressException, ...]:
+        rule = names.parse_egress(text)
+        try:
+            cidr = str(ip_network(rule.host))
+        except ValueError:
+            raise ValueError(f'"{text}": an exception is an address or a CIDR with its port, never a name') from None
+        return tuple(AddressException(cidr=cidr, port=port) for port in rule.ports)
+
+    found: Iterable[tuple[AddressException, ...]] = network.strings("exceptions", parse, limit=256) or ()
+    return tuple(exception for group in found for exception in group)

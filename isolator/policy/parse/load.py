@@ -1,0 +1,141 @@
+"""Reading ``host.toml`` and ``policies/NAME.toml``: what they say, at which line, and whether the host allows it.
+
+Every value keeps its ``FILE:LINE``; every error is one line that begins with it. Who may have written the files, and
+how they are read, is ``toml_file.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import NotFoundError, UsageError
+from isolator.policy import names
+from isolator.policy.addresses import never_reachable
+from isolator.policy.grant import GrantedLimits, GrantedRestart, PluginPolicy
+from isolator.policy.host import HostConfig
+from isolator.policy.limits import NUMBERS
+from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
+from isolator.policy.parse.host_file import parse_host_config
+from isolator.policy.parse.toml_file import document, egress_of, invoker, numbers_of, read_trusted, restart_of, where_of
+
+__all__ = [
+    "HostConfig",
+    "PluginPolicy",
+    "check_ceiling",
+    "invoker",
+    "load_host_config",
+    "load_plugin_policy",
+    "parse_host_config",
+    "parse_plugin_policy",
+    "read_trusted",
+]
+
+
+def load_host_config(path: Path | str, *, also_owner: int | None = None) -> HostConfig:
+    """``host.toml``; the defaults when there is no such file. Raises UsageError or DeniedError with file and line."""
+    try:
+        return parse_host_config(read_trusted(path, also_owner=also_owner), source=str(path))
+    except NotFoundError:
+        return HostConfig()
+
+
+def load_plugin_policy(
+    path: Path | str, host: HostConfig | None = None, *, also_owner: int | None = None
+) -> PluginPolicy:
+    """One plugin's policy file. With ``host``, whatever exceeds its ceiling is refused with file and line.
+
+    Raises NotFoundError when there is no such file, DeniedError when others can write it, UsageError for its content.
+    """
+    policy = parse_plugin_policy(read_trusted(path, also_owner=also_owner), source=str(path))
+    if host is not None:
+        check_ceiling(policy, host)
+    return policy
+
+
+def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
+    """A policy file's content; ``source`` is what errors and ``explain`` call it."""
+    top = document(text, source)
+    grant, limits, filesystem = top.table("grant"), top.table("limits"), top.table("filesystem")
+    syscalls, restart, delivery = top.table("syscalls"), top.table("restart"), top.table("delivery")
+    egress, public = egress_of(grant, "egress")
+    numbers: dict[str, Any] = {}
+    for table, section in (
+        (limits, "limits"),
+        (filesystem, "filesystem"),
+        (restart, "restart"),
+        (delivery, "delivery"),
+    ):
+        numbers |= numbers_of(table, section)
+    policy = PluginPolicy(
+        source=source,
+        hooks=grant.strings("hooks", names.parse_hook_grant),
+        permissions=grant.strings("permissions", names.parse_permission_grant),
+        egress=egress,
+        egress_public=public,
+        listen=grant.strings("listen", names.parse_listen, limit=32),
+        allow_no_sni=grant.boolean("allow_no_sni", None),
+        limits=GrantedLimits(**numbers),
+        restart=GrantedRestart(**restart_of(restart)),
+        read=filesystem.strings("read", names.parse_read_path),
+        syscalls=syscalls.choice("profile", ("default", "strict"), None),  # type: ignore[arg-type]  # choice() checks it
+        where=where_of(top),
+    )
+    for table in (grant, limits, filesystem, syscalls, restart, delivery, top):
+        table.finish()
+    return policy
+
+
+def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
+    """Refuse a policy that grants more than the host allows at all, at the line that does so."""
+    ceiling = host.ceiling
+    edit = f"lower it, or raise the ceiling in {host.source or 'host.toml'}"
+
+    def refuse(key: str, why: str, remedy: str = edit) -> None:
+        raise UsageError(policy.at(key), f"{key}: {why}", remedy)
+
+    for number in NUMBERS:
+        granted, most = getattr(policy.limits, number.name), getattr(ceiling.limits, number.name)
+        if granted is not None and granted > most:
+            refuse(f"{number.section}.{number.key}", f"{number.show(granted)} is over the ceiling, {number.show(most)}")
+    if policy.syscalls == "default" and ceiling.syscalls == "strict":
+        refuse("syscalls.profile", '"default" is over the ceiling, "strict"')
+    if policy.allow_no_sni and not ceiling.allow_no_sni:
+        refuse("grant.allow_no_sni", "the ceiling forbids it")
+    for index, hook in enumerate(policy.hooks or ()):
+        if not any(names.covers_hook(most, hook) for most in ceiling.hooks):
+            refuse(f"grant.hooks[{index}]", f"{hook} is over the ceiling, {', '.join(ceiling.hooks) or 'none'}")
+    for index, name in enumerate(policy.permissions or ()):
+        if not any(names.covers_permission(allowed, name) for allowed in ceiling.permissions):
+            refuse(
+                f"grant.permissions[{index}]", f"{name} is over the ceiling, {', '.join(ceiling.permissions) or 'none'}"
+            )
+    if policy.egress_public and not ceiling.egress_public:
+        refuse("grant.egress", '"public" is over the ceiling')
+    for rule in policy.egress or ():
+        blocked = never_reachable(rule, host.exceptions)
+        if not blocked and not egress_within(Egress(rules=(rule,)), ceiling_egress(ceiling)):
+            text = names.format_egress(rule)
+            refuse(_element(policy, "grant.egress", text), f"{text} is over the ceiling")
+        if blocked:
+            refuse(
+                _element(policy, "grant.egress", names.format_egress(rule)),
+                f"{names.format_egress(rule)} is never reachable ({blocked})",
+                "to open it for this host, list it in [network] exceptions of host.toml",
+            )
+    for index, listen in enumerate(policy.listen or ()):
+        if not host.inbound.allows(listen.address, listen.port):
+            refuse(
+                f"grant.listen[{index}]",
+                f"{listen.address} port {listen.port} is not open to plugins",
+                "allow it in [inbound] of host.toml",
+            )
+    for index, path in enumerate(policy.read or ()):
+        if not any(names.path_covers(allowed, path) for allowed in ceiling.read):
+            refuse(f"filesystem.read[{index}]", f"{path} is outside what the ceiling lets plugins read")
+
+
+def _element(policy: PluginPolicy, key: str, text: str) -> str:
+    """The path of the list element that gave a rule; the list itself when it cannot be told."""
+    rules = [names.format_egress(rule) for rule in policy.egress or ()]
+    return f"{key}[{rules.index(text)}]" if not policy.egress_public and text in rules else key

@@ -1,0 +1,136 @@
+"""A TOML file that only root can write, and the pieces that host.toml and the policy files have in common.
+
+These files decide what untrusted code may do, so they are believed only if nobody but root can write them: the file
+is opened without following a link and its owner, type and mode are checked on the open descriptor, so that what was
+checked is what is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import DeniedError, NotFoundError, UsageError
+from isolator.policy import names
+from isolator.policy.limits import NUMBERS
+from isolator.policy.model import EgressRule
+from isolator.policy.parse.strict import Table
+from isolator.policy.parse.toml_lines import parse_toml
+from isolator.policy.units import parse_duration
+
+MAX_BYTES = 256 * 1024
+_AT = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+
+
+def read_trusted(path: Path | str, *, also_owner: int | None = None, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a file that only root can write.
+
+    ``also_owner`` admits one more owner: the person at the command line who names a file of their own.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that somebody put there must not hang the daemon.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise NotFoundError(str(path), "no such file") from None
+        if error.errno == errno.ELOOP:
+            raise DeniedError(str(path), "is a symbolic link", "name the file itself") from None
+        raise DeniedError(str(path), error.strerror or str(error), "run as root") from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise DeniedError(str(path), "is not a regular file", "name a TOML file")
+        if status.st_uid not in (0, also_owner):
+            raise DeniedError(str(path), f"belongs to uid {status.st_uid}, not to root", f"chown root {path}")
+        # Distributions with user-private groups make files 0664; such a group is its owner alone.
+        loose = stat.S_IWOTH if also_owner and status.st_uid == status.st_gid == also_owner else stat.S_IWOTH | 0o020
+        if status.st_mode & loose:
+            mode = stat.S_IMODE(status.st_mode)
+            raise DeniedError(str(path), f"others can write it (mode {mode:04o})", f"chmod go-w {path}")
+        chunks = bytearray()
+        while len(chunks) <= max_bytes and (chunk := os.read(fd, 65536)):
+            chunks += chunk
+        if len(chunks) > max_bytes:
+            raise UsageError(str(path), f"larger than {max_bytes} bytes", "split or shorten it")
+        return bytes(chunks)
+    finally:
+        os.close(fd)
+
+
+def invoker() -> int:
+    """The person at the terminal, through sudo too: their own files are believed there, never by the daemon."""
+    if os.geteuid() == 0:
+        uid = os.environ.get("SUDO_UID", "")
+        return int(uid) if uid.isascii() and uid.isdigit() else 0
+    return os.geteuid()
+
+
+def document(text: bytes, source: str) -> Table:
+    try:
+        data, lines = parse_toml(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{source}:{line}", "not UTF-8", "save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        match = _AT.search(str(error))
+        line = int(match[1]) if match and match[1] else max(1, len(text.splitlines()))
+        raise UsageError(f"{source}:{line}", f"not TOML: {_AT.sub('', str(error))}") from None
+    except RecursionError:
+        raise UsageError(source, "nested too deeply", "flatten it") from None
+    return Table(data, name=source, lines=lines)
+
+
+def where_of(top: Table) -> dict[str, str]:
+    bare = Table({}, name=top.name, lines=top.lines)
+    return {bare.dotted(*path): f"{top.name}:{line}" for path, line in top.lines.items()}
+
+
+def egress_of(table: Table, key: str) -> tuple[tuple[EgressRule, ...] | None, bool]:
+    """Rules of a list and whether it holds "public"; also plain ``key = "public"``."""
+    if table.data.get(key) == "public":
+        table.take(key)
+        return (), True
+    entries = table.strings(key, lambda text: None if text == "public" else names.parse_egress(text), limit=256)
+    if entries is None:
+        return None, False
+    return tuple(entry for entry in entries if entry is not None), None in entries
+
+
+def numbers_of(table: Table, section: str | None) -> dict[str, float]:
+    """The numbers that a table sets, by field of ``Limits``; ``section`` None takes all of them by their flat names."""
+    found: dict[str, float] = {}
+    for number in NUMBERS:
+        key = number.name if section is None else number.key
+        if section in (None, number.section):
+            value = table.parsed(key, number.check, None)
+            if value is not None:
+                found[number.name] = value
+    return found
+
+
+def restart_of(table: Table) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "backoff_min": table.parsed("backoff_min", duration_between(0.1, 3600), None),
+        "backoff_max": table.parsed("backoff_max", duration_between(0.1, 86400), None),
+        "crashes": table.integer("crashes", None, low=1, high=1000),
+        "window": table.parsed("window", duration_between(1, 86400), None),
+    }
+    low, high = found["backoff_min"], found["backoff_max"]
+    if low is not None and high is not None and low > high:
+        table.fail("backoff_min", "is more than backoff_max")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def duration_between(low: float, high: float) -> Any:
+    def check(value: Any) -> float:
+        seconds = parse_duration(value)
+        if not low <= seconds <= high:
+            raise ValueError(f"must be {low:g} to {high:g} seconds")
+        return seconds
+
+    return check

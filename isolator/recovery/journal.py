@@ -1,0 +1,138 @@
+"""What was made outside a process, written down before it is made.
+
+One JSON line an entry, in the run directory: after a reboot it is gone, and so are the groups and mounts it names.
+``make`` comes before the thing exists, ``gone`` after it was removed; what has the first without the second is
+left over from a daemon that was killed. Entries are recognised by boot id and full path, never by a pid.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from isolator.errors import IsolatorError
+
+_COMPACT_LINES = 4000
+
+
+@functools.cache
+def boot_id() -> str:
+    """The kernel's id of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something outside the daemon: the groups of one leaf (a cage or a service), or a mount with its loop device."""
+
+    name: str
+    kind: str
+    """``leaf``, ``service``, ``spare`` (groups of a cage, a service, the warm pool), ``mount`` or ``subtree``."""
+    folders: tuple[str, ...] = ()
+    """The cgroup folders, v2 first; for a mount its mount point."""
+    boot: str = field(default_factory=boot_id)
+
+
+def read_entries(content: bytes) -> dict[str, Entry]:
+    """The entries of this boot that a journal's content leaves open, by name."""
+    here = boot_id()
+    found: dict[str, Entry] = {}
+    for line in content.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the torn last line of a killed daemon: its "make" had no effect yet
+        if "gone" in record:
+            found.pop(record["gone"], None)
+        elif record.get("boot") == here:
+            record["folders"] = tuple(record["folders"])
+            found[record["name"]] = Entry(**record)
+    return found
+
+
+def peek(path: Path) -> dict[str, Entry] | None:
+    """The open entries of a daemon that is dead, changing nothing; None while a daemon has the journal locked."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return {}
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return read_entries(os.pread(fd, os.fstat(fd).st_size, 0))
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _open_locked(path: Path, *, wait: bool) -> int:
+    """Open (or make) the file and take its lock; raises IsolatorError when another daemon has it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever had the lock may have removed the file since we opened it: then it keeps nobody off this root.
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
+                return fd
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(fd)
+            raise IsolatorError(
+                f"daemon on {path.parent}", "another one is running there",
+                "stop it first, or use another --root",
+            ) from None  # fmt: skip
+        os.close(fd)
+
+
+class Journal:
+    """The open entries of one daemon. Holds the lock that keeps a second daemon off the same root."""
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        """Open and lock it. ``wait``: its name is nobody else's, so who has it locked is only looking at it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._fd = _open_locked(path, wait=wait)
+        content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        self.open = read_entries(content)
+        self._lock = threading.Lock()
+        """State folders are made ready in threads."""
+        self._lines = content.count(b"\n")
+        if content and not content.endswith(b"\n"):
+            os.write(self._fd, b"\n")  # or the next entry would continue the torn last line
+
+    def make(self, entry: Entry) -> None:
+        """Write down what is about to be made."""
+        with self._lock:
+            self.open[entry.name] = entry
+            self._append(entry.__dict__)
+
+    def gone(self, name: str) -> None:
+        """Write down that it was removed."""
+        with self._lock:
+            if self.open.pop(name, None) is not None:
+                self._append({"gone": name})
+                if self._lines > _COMPACT_LINES and len(self.open) * 4 < self._lines:
+                    self._compact()
+
+    def close(self) -> None:
+        """Release the lock; the file goes too when nothing is open."""
+        if not self.open:
+            self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _append(self, record: dict[str, object]) -> None:
+        # Written in one call and not synced: it must survive the daemon's death, not the machine's.
+        os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self._lines += 1
+
+    def _compact(self) -> None:
+        lines = [json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n" for entry in self.open.values()]
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, b"".join(lines))
+        self._lines = len(lines)

@@ -1,0 +1,1 @@
+"""Registration: from a stranger's folder to an approved plugin on disk."""

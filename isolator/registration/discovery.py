@@ -1,0 +1,214 @@
+"""What lies in the folders that ``host.toml`` lists as ``plugin_dirs``: found, shown, and never run before approval.
+
+Each folder in one of them that holds a ``plugin.json`` is an entry: *pending* when its manifest can be read, else
+*rejected* with the reason. Nothing but the manifest is read, and nothing is believed: approving copies the folder into
+the store like any other registration, so it does not matter who can write here. An entry goes when its folder goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import IsolatorError, UsageError
+from isolator.linux.files import openat2
+from isolator.linux.folder_watch import FolderWatch
+from isolator.policy.request import MAX_BYTES, ManifestCore, parse_manifest_core
+from isolator.registration.staging import MANIFEST, NAME
+
+MOST = 256
+"""Entries that are looked at in one folder; whoever can write there must not keep the daemon busy with more."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One folder with a manifest. ``name`` is the manifest's, or one to show it by when it has none of its own."""
+
+    name: str
+    folder: str
+    error: str = ""
+    version: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    core: ManifestCore | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """As the host and the command line see it (docs/internals.md)."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "digest": "",
+            "state": "rejected" if self.error else "pending",
+            "error": self.error,
+            "found": self.folder,
+            "run": None,
+            "pid": None,
+            "uid": None,
+            "started_at": None,
+            "restarts": 0,
+            "effective": None,
+            "effective_digest": None,
+            "manifest": self.manifest or None,
+        }
+
+
+def scan(folders: Iterable[str], registered: Mapping[str, str]) -> list[Found]:
+    """Every entry. ``registered``: the names in use, each with the folder it was registered from."""
+    found: list[Found] = []
+    taken = dict(registered)
+    sources = {source for source in registered.values() if source}
+    for folder in folders:
+        for place, child in _candidates(folder):
+            if place in sources:
+                os.close(child)
+                continue
+            try:
+                entry = _read(place, child, taken)
+            finally:
+                os.close(child)
+            if entry is not None:
+                taken.setdefault(entry.name, place)
+                found.append(entry)
+    return found
+
+
+class Discovery:
+    """The entries of one daemon, kept up to date. ``report`` is told what came, changed and went."""
+
+    def __init__(
+        self,
+        folders: tuple[str, ...],
+        registered: Callable[[], Mapping[str, str]],
+        report: Callable[[dict[str, Found], list[str]], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self.found: dict[str, Found] = {}
+        self._folders, self._registered, self._report, self._log = folders, registered, report, log
+        self._watch: FolderWatch | None = None
+        self._again = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look for the first time, and keep looking."""
+        if not self._folders:
+            return
+        for folder in self._folders:
+            if not Path(folder).is_dir():
+                self._log(f"plugin_dirs: {folder} is not a folder (yet)")
+        self._watch = FolderWatch(lambda _: self._again.set())
+        await self._look()
+        self._task = asyncio.create_task(self._keep(), name="discovery")
+
+    def look_again(self) -> None:
+        """What is registered has changed."""
+        self._again.set()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._watch is not None:
+            self._watch.close()
+
+    async def _keep(self) -> None:
+        while True:
+            await self._again.wait()
+            self._again.clear()
+            await self._look()
+
+    async def _look(self) -> None:
+        assert self._watch is not None
+        # Watched before they are read: what changes meanwhile gives another look.
+        self._watch.set(await asyncio.to_thread(_watched, self._folders))
+        entries = await asyncio.to_thread(scan, self._folders, self._registered())
+        # Registered while the folders were being read: it is not to be found any more.
+        known = self._registered()
+        now = {entry.name: entry for entry in entries if entry.name not in known}
+        if len(now) < len(entries):
+            self._again.set()
+        changed = {name: entry for name, entry in now.items() if self.found.get(name) != entry}
+        gone = [name for name in self.found if name not in now and name not in known]
+        self.found = now
+        self._report(changed, gone)
+
+
+def _candidates(folder: str) -> Iterable[tuple[str, int]]:
+    """(path, descriptor) of each folder in ``folder``; links are none of them. The caller closes the descriptors."""
+    try:
+        base = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        real = os.path.realpath(folder)
+        for name in sorted(os.listdir(base))[:MOST]:
+            if name.startswith("."):
+                continue
+            with contextlib.suppress(OSError):
+                child = openat2(base, name, os.O_RDONLY | os.O_DIRECTORY)
+                yield os.path.join(real, name), child
+    finally:
+        os.close(base)
+
+
+def _read(place: str, child: int, taken: Mapping[str, str]) -> Found | None:
+    """The entry of one folder; None when it holds no manifest."""
+    shown = f"{place}/{MANIFEST}"
+    name = os.path.basename(place)
+    if not NAME.match(name) or name in taken:
+        name = f"found-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+    try:
+        text = _manifest(child, shown)
+        if text is None:
+            return None
+        core = parse_manifest_core(text, name=shown)
+        if core.name in taken:
+            other = taken[core.name]
+            raise UsageError(
+                shown, f'the name "{core.name}" is taken' + (f" by {other}" if other else ""), "choose another name"
+            )
+        return Found(core.name, place, version=core.version, manifest=json.loads(text), core=core)
+    except IsolatorError as error:
+        return Found(name, place, error=str(error))
+
+
+def _manifest(child: int, shown: str) -> bytes | None:
+    try:
+        # O_NONBLOCK: whoever may write here may put a FIFO there.
+        fd = openat2(child, MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = "a symbolic link" if error.errno == errno.ELOOP else error.strerror or "cannot be opened"
+        raise UsageError(shown, why, "put the file itself there") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UsageError(shown, "not a regular file", "put a JSON file there")
+        data = bytearray()
+        while len(data) <= MAX_BYTES and (chunk := os.read(fd, MAX_BYTES)):
+            data += chunk
+        return bytes(data)
+    finally:
+        os.close(fd)
+
+
+def _watched(folders: Iterable[str]) -> list[str]:
+    """The folders to watch: each, the folders in it, and in place of one that is missing what is above it."""
+    watched = []
+    for folder in folders:
+        place = Path(os.path.realpath(folder))
+        while not place.is_dir() and place != place.parent:
+            place = place.parent
+        watched.append(str(place))
+        if place == Path(os.path.realpath(folder)):
+            for path, child in _candidates(folder):
+                os.close(child)
+                watched.append(path)
+    return watched

@@ -1,0 +1,428 @@
+"""Registration: from a stranger's folder to a plugin that an operator has agreed to, and from one version to the next.
+
+``stage`` copies and reads, makes nothing that lasts, and says what an operator has to be shown. Then ``add`` makes the
+user, writes the policy file that was shown and puts the files in their place; ``hold`` keeps a newer version that asks
+for more until it is approved; ``use`` makes a version the one in use, and ``put_back`` the one before. ``remove``
+forgets everything. Who may run when is not known here (``registration_ops.py``).
+
+Killed at any instant, a daemon finds on its next start either the old or the new state: ``recover`` undoes what was
+begun before its one decisive rename, and finishes what was begun after it (see ``store.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
+from isolator.layers.user import add_user, refuse_existing, remove_user, user_name
+from isolator.paths import Paths
+from isolator.policy.host import HostConfig
+from isolator.policy.meet.effective import asks_more, meet
+from isolator.policy.meet.explain import proposal_json
+from isolator.policy.meet.proposal import Proposal
+from isolator.policy.parse.load import load_plugin_policy
+from isolator.policy.request import ManifestCore, parse_manifest_core
+from isolator.registration import policy_files, staging
+from isolator.registration.staging import Source, Staged, check_staged, hash_binary
+from isolator.registration.store import KEPT, Intent, Registration, Release, Store
+
+_MAX_STAGED = 64
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A registration with everything that its files and policies say now; ``error`` when they are unusable."""
+
+    registration: Registration
+    manifest: dict[str, Any]
+    proposal: Proposal | None
+    argv: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A staged plugin with what an operator is shown of it."""
+
+    staged: Staged
+    core: ManifestCore
+    proposal: Proposal
+    source: Source
+    release: Release
+    more: tuple[str, ...] = ()
+    """What it asks for beyond the version in use."""
+
+
+class Registrar:
+    """The registered plugins of one daemon and the staged ones."""
+
+    def __init__(self, paths: Paths, host: HostConfig) -> None:
+        self._paths, self._host = paths, host
+        self.store = Store(paths.plugins)
+        self._staged: dict[str, Candidate] = {}
+        self._lock = threading.Lock()
+        """Of ``_staged`` and of the machine's list of users: commands for different plugins run in threads."""
+
+    def recover(self, forget_state: Callable[[str], None]) -> list[str]:
+        """Undo or finish what a killed daemon had begun; returns one line for each. Nothing may run yet.
+
+        ``forget_state`` deletes what a plugin of that name has stored.
+        """
+        done = []
+        for intent in self.store.intents():
+            try:
+                took_effect = self.store.load(intent.name).serial >= intent.serial
+            except NotFoundError:
+                took_effect = False
+            if took_effect:
+                self.store.end(intent.name)
+                continue
+            self._undo(intent)
+            done.append(f"undid a change of plugin {intent.name}")
+        done += [
+            f"finished the removal of plugin {registration.name}"
+            for registration in self.store.removed()
+            if self.finish_removal(registration.name, forget_state)
+        ]
+        self.store.prune_all()
+        policy_files.clear(self._paths.policies)
+        return done
+
+    def names(self) -> list[str]:
+        """Every registered name."""
+        return self.store.names()
+
+    def load(self, name: str) -> Loaded:
+        """Read a registration, its manifest and its policy; what is broken is told, not raised."""
+        return self.read(self.store.load(name))
+
+    def read(self, registration: Registration) -> Loaded:
+        """The same for a registration that is (or is about to be) in use."""
+        name = registration.name
+        text = b"{}"
+        try:
+            text = self.store.manifest(name, registration.release)
+            core = parse_manifest_core(text, name=f"{name}/plugin.json")
+            proposal = self.granted(core)
+            return Loaded(registration, json.loads(text), proposal, _argv(registration.release, core))
+        except (IsolatorError, OSError, ValueError) as error:
+            manifest: dict[str, Any] = {}
+            with contextlib.suppress(ValueError):
+                manifest = json.loads(text)
+            return Loaded(registration, manifest, None, error=str(error))
+
+    def granted(self, core: ManifestCore) -> Proposal:
+        """What the policy file grants this manifest; raises when there is none, or it is of no use."""
+        proposal = self._meet(core)
+        if proposal.needs_approval:
+            raise NeedsApprovalError(
+                f"policy {self.policy_file(core.name)}", "the file is gone",
+                f"put it back, or isolator plugin approve {core.name}",
+            )  # fmt: skip
+        return proposal
+
+    # --- what is staged --------------------------------------------------------------------------------------
+
+    def stage(self, source: Source, *, update: str | None = None) -> Candidate:
+        """Copy and read a plugin. ``update`` names the registered one that it is a newer version of."""
+        registration = self.store.load(update) if update is not None else None
+        if registration is not None and source == Source():
+            source = registration.source
+        staged = staging.stage(self._paths.plugins, source)
+        try:
+            shown = source.path or source.binary
+            core = parse_manifest_core(staged.manifest, name=f"{shown}/plugin.json")
+            if registration is not None and core.name != registration.name:
+                raise UsageError(
+                    f"plugin update {registration.name}", f"{shown} holds {core.name}",
+                    "add that as a plugin of its own: isolator plugin add",
+                )  # fmt: skip
+            check_staged(staged, core.binary, source.path or str(Path(shown).parent))
+            more: tuple[str, ...] = ()
+            if registration is not None:
+                more = self._more(registration, core)
+            release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256)
+            proposal = self._proposed(registration, core) if more and registration else self._meet(core)
+        except BaseException:
+            staging.discard(staged)
+            raise
+        candidate = Candidate(staged, core, proposal, source, release, more)
+        with self._lock:
+            self._staged[staged.token] = candidate
+            expired = list(self._staged)[:-_MAX_STAGED]
+        for token in expired:
+            self.discard(token)
+        return candidate
+
+    def candidate(self, token: str) -> Candidate:
+        """What was staged; raises NotFoundError when it was discarded meanwhile."""
+        candidate = self._staged.get(token)
+        if candidate is None:
+            raise NotFoundError("what was staged", "has expired", "run the command again")
+        return candidate
+
+    def discard(self, token: str) -> None:
+        """Forget a staged plugin."""
+        with self._lock:
+            candidate = self._staged.pop(token, None)
+        if candidate is not None:
+            staging.discard(candidate.staged)
+
+    # --- what changes the registrations ----------------------------------------------------------------------
+
+    def add(self, token: str) -> Registration:
+        """Register a staged plugin under a name that is free."""
+        candidate = self.candidate(token)
+        name = candidate.staged.name
+        try:
+            if name in self.names():
+                raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
+            self._still_as_shown(candidate)
+            user = user_name(name, self._paths.instance)
+            refuse_existing(user)  # before anything that would be undone: a stranger's user must not go with it
+            text = candidate.proposal.policy_text
+            intent = Intent(name, 1, user=user, policy_sha256=policy_files.digest(text))
+            self.store.begin(intent)
+            try:
+                self.store.keep(candidate.staged)
+                if text is not None:
+                    policy_files.write(self.policy_file(name), text)
+                with self._lock:
+                    uid = add_user(user, self._host.uid_range, comment=f"Isolator plugin {name}")
+                registration = Registration(
+                    name, user, uid, candidate.release, source=candidate.source, serial=1,
+                    policy_sha256=intent.policy_sha256,
+                )  # fmt: skip
+                self.store.save(registration)
+            except BaseException:
+                self._undo(intent)
+                raise
+            self.store.end(name)
+            return registration
+        finally:
+            self.discard(token)
+
+    def hold(self, token: str) -> Registration:
+        """Keep a staged newer version until it is approved."""
+        candidate = self.candidate(token)
+        now = self.store.load(candidate.staged.name)
+        try:
+            self.store.keep(candidate.staged)
+            return self._save(replace(now, pending=candidate.release, source=candidate.source))
+        finally:
+            self.discard(token)
+
+    def accept(self, token: str) -> tuple[Release, Source]:
+        """Put the files of a staged newer version in their place; ``use`` makes it the one in use."""
+        candidate = self.candidate(token)
+        try:
+            self.store.keep(candidate.staged)
+            return candidate.release, candidate.source
+        finally:
+            self.discard(token)
+
+    def use(
+        self, now: Registration, release: Release, *, source: Source | None = None, policy_text: str | None = None
+    ) -> Registration:
+        """Make ``release`` the version in use, with ``policy_text`` as its policy file when one is given."""
+        previous = tuple(r for r in (now.release, *now.previous) if r.digest != release.digest)[:KEPT]
+        after = replace(now, release=release, previous=previous, pending=None, source=source or now.source)
+        return self._change(now, after, policy_text)
+
+    def earlier(self, now: Registration) -> Release:
+        """The version to go back to; raises what keeps it from being used."""
+        if not now.previous:
+            raise NotFoundError(f"plugin {now.name}", "there is no earlier version to go back to")
+        release = now.previous[0]
+        if release.kind == "binary" and hash_binary(Path(release.binary_path)) != release.binary_sha256:
+            raise UsageError(
+                f"plugin {now.name}", f"{release.binary_path} is not the earlier file: a binary stays where it is",
+                f"put the earlier file there, then isolator plugin approve {now.name}",
+            )  # fmt: skip
+        return release
+
+    def roll_back(self, now: Registration) -> Registration:
+        """Make the version before the one in use; the present one becomes the one before."""
+        return self._save(replace(now, release=now.previous[0], previous=(now.release, *now.previous[1:])))
+
+    def put_back(self, before: Registration, now: Registration, policy_text: str | None) -> Registration:
+        """Undo ``use`` or ``roll_back``: the version that failed is not kept. ``policy_text``: the file as it was."""
+        after = replace(before, pending=None if before.pending == now.release else before.pending)
+        return self._change(now, after, policy_text)
+
+    def grant(self, now: Registration) -> Registration:
+        """Write the policy file of a plugin that has none any more, as ``explain`` showed it."""
+        proposal = self._meet(self._core(now, now.release))
+        return self._change(now, now, proposal.policy_text)
+
+    def set_enabled(self, name: str, *, enabled: bool) -> Registration:
+        """Enable or disable a plugin."""
+        return self._save(replace(self.store.load(name), enabled=enabled))
+
+    def prune(self, now: Registration) -> None:
+        """Delete versions that nothing refers to any more."""
+        self.store.prune(now.name, now.kept)
+
+    def remove(self, registration: Registration, forget_state: Callable[[str], None]) -> None:
+        """Remove state, policy, user and files; its processes must be gone."""
+        self.store.mark_removed(registration.name)
+        forget_state(registration.name)
+        self._forget(registration)
+
+    def finish_removal(self, name: str, forget_state: Callable[[str], None]) -> bool:
+        """Remove what an interrupted removal has left of a plugin; False when there is nothing."""
+        left = [registration for registration in self.store.removed() if registration.name == name]
+        for registration in left:
+            forget_state(name)
+            self._forget(registration)
+        return bool(left)
+
+    # --- what an operator is shown ---------------------------------------------------------------------------
+
+    def shown(self, candidate: Candidate) -> dict[str, Any]:
+        """The proposal of what was staged (see docs/internals.md)."""
+        return proposal_json(candidate.proposal, policy_file=str(self.policy_file(candidate.staged.name)))
+
+    def explain(self, name: str) -> dict[str, Any]:
+        """The proposal of a registered plugin as of now; of the version that waits for approval if there is one."""
+        now = self.store.load(name)
+        release = now.pending or now.release
+        core = self._core(now, release)
+        proposal = self._proposed(now, core) if now.pending else self._meet(core)
+        shown = proposal_json(proposal, policy_file=str(self.policy_file(name)))
+        return {
+            **shown,
+            "version": release.version,
+            "digest": release.digest,
+            "differences": list(self._more(now, core)) if now.pending else [],
+            "changed_binary": self.binary_changed(now),
+        }
+
+    def waiting(self, registration: Registration) -> dict[str, Any] | None:
+        """What waits for approval, for listings."""
+        pending = registration.pending
+        if pending is None:
+            return None
+        try:
+            more = self._more(registration, self._core(registration, pending))
+        except (IsolatorError, OSError) as error:
+            more = (str(error),)
+        return {"version": pending.version, "digest": pending.digest, "differences": list(more)}
+
+    def proposed_policy(self, now: Registration) -> str | None:
+        """The policy text that approving the waiting version writes; None: the file is an operator's own."""
+        assert now.pending is not None
+        return self._proposed(now, self._core(now, now.pending)).policy_text
+
+    def policy_text(self, name: str) -> str | None:
+        """The policy file as it is."""
+        return policy_files.read(self.policy_file(name))
+
+    def policy_file(self, name: str) -> Path:
+        """Where a plugin's policy is."""
+        return self._paths.policies / f"{name}.toml"
+
+    def propose(self, core: ManifestCore) -> dict[str, Any]:
+        """The proposal for a manifest that was found and is not registered."""
+        return proposal_json(self._meet(core), policy_file=str(self.policy_file(core.name)))
+
+    def binary_changed(self, now: Registration) -> bool:
+        """Whether a binary registered by path is another one than was approved."""
+        if now.release.kind != "binary":
+            return False
+        try:
+            return hash_binary(Path(now.release.binary_path)) != now.release.binary_sha256
+        except (IsolatorError, OSError):
+            return False
+
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _core(self, registration: Registration, release: Release) -> ManifestCore:
+        text = self.store.manifest(registration.name, release)
+        return parse_manifest_core(text, name=f"{registration.name}/plugin.json")
+
+    def _more(self, registration: Registration, core: ManifestCore) -> tuple[str, ...]:
+        try:
+            before = self._core(registration, registration.release)
+        except (IsolatorError, OSError) as error:
+            return (f"all of it: the version in use cannot be read ({error})",)
+        return asks_more(before, core, self._host)
+
+    def _meet(self, core: ManifestCore) -> Proposal:
+        try:
+            grant = load_plugin_policy(self.policy_file(core.name), self._host)
+        except NotFoundError:
+            return meet(core, None, self._host)
+        return meet(core, grant, self._host)
+
+    def _proposed(self, now: Registration, core: ManifestCore) -> Proposal:
+        """What approving a version that asks for more gives it.
+
+        A policy file that nobody has edited since it was written here is written anew, so that to approve is to grant.
+        An operator's own stays as it is: what it does not grant is shown as pending.
+        """
+        text = self.policy_text(now.name)
+        ours = text is None or (now.policy_sha256 and policy_files.digest(text) == now.policy_sha256)
+        return meet(core, None, self._host) if ours else self._meet(core)
+
+    def _still_as_shown(self, candidate: Candidate) -> None:
+        proposal = self._meet(candidate.core)
+        shown = candidate.proposal
+        if (proposal.needs_approval, proposal.effective) != (shown.needs_approval, shown.effective):
+            raise UsageError(
+                f"policy {self.policy_file(candidate.core.name)}", "has changed since it was shown",
+                "look at it again: repeat the command",
+            )  # fmt: skip
+
+    def _save(self, after: Registration) -> Registration:
+        after = replace(after, serial=after.serial + 1)
+        self.store.save(after)
+        return after
+
+    def _change(self, now: Registration, after: Registration, policy_text: str | None) -> Registration:
+        after = replace(after, serial=now.serial + 1)
+        if policy_text is None:
+            self.store.save(after)
+            return after
+        after = replace(after, policy_sha256=policy_files.digest(policy_text))
+        before = self.policy_text(now.name)
+        intent = Intent(now.name, after.serial, policy_before=before, policy_sha256=after.policy_sha256)
+        self.store.begin(intent)
+        try:
+            policy_files.write(self.policy_file(now.name), policy_text)
+            self.store.save(after)
+        except BaseException:
+            self._undo(intent)
+            raise
+        self.store.end(now.name)
+        return after
+
+    def _undo(self, intent: Intent) -> None:
+        text = self.policy_text(intent.name)
+        if intent.policy_sha256 and text is not None and policy_files.digest(text) == intent.policy_sha256:
+            if intent.policy_before is None:
+                self.policy_file(intent.name).unlink()
+            else:
+                policy_files.write(self.policy_file(intent.name), intent.policy_before)
+        if intent.serial == 1:
+            remove_user(intent.user)
+            self.store.delete(intent.name)
+        else:
+            self.store.end(intent.name)
+
+    def _forget(self, registration: Registration) -> None:
+        self.policy_file(registration.name).unlink(missing_ok=True)
+        remove_user(registration.user)
+        self.store.delete(registration.name)
+
+
+def _argv(release: Release, core: ManifestCore) -> list[str]:
+    if release.kind == "binary":
+        return [f"/run/isolator/bin/{Path(release.binary_path).name}", *core.args]
+    return [f"/plugin/{core.binary.removeprefix('./')}", *core.args]

@@ -1,0 +1,350 @@
+"""Staging: a bounded copy of what a stranger offers, read but not yet agreed to.
+
+The copy follows no link, opens nothing that is not a regular file or a folder, and is bounded in size, number and
+depth; its digest is the SHA-256 over names, modes and contents. A binary that is registered by path stays where it is:
+only its manifest is staged, beside the SHA-256 of what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from isolator.errors import UsageError
+from isolator.linux.files import open_nofollow, openat2
+from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
+from isolator.registration.program import check_descriptor, check_program
+
+MANIFEST = "plugin.json"
+NAME = re.compile(r"^[a-z][a-z0-9-]{1,62}$")
+MAX_FILES = 50_000
+MAX_BYTES = 2 << 30
+MAX_DEPTH = 64
+PREFIX = ".staging-"
+"""What the store's staging folders begin with; the store removes them when a daemon starts."""
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an operator named: a folder (``path``), or a binary with what belongs to it. Empty means not given."""
+
+    path: str = ""
+    name: str = ""
+    binary: str = ""
+    hooks: tuple[str, ...] = ()
+    files: str = ""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A plugin that was copied and read but not yet agreed to."""
+
+    token: str
+    name: str
+    digest: str
+    folder: Path
+    manifest: bytes
+    synthesised: bool
+    kind: Literal["folder", "binary"] = "folder"
+    binary_path: str = ""
+    binary_sha256: str = ""
+
+
+def stage(base: Path, source: Source) -> Staged:
+    """Copy what ``source`` names into a new folder below ``base``; raises UsageError for what cannot be a plugin."""
+    stager = _Stager(base)
+    if source.path:
+        return stager.stage_folder(Path(source.path))
+    if source.name and source.binary:
+        files = Path(source.files) if source.files else None
+        return stager.stage_binary(source.name, Path(source.binary), list(source.hooks), files)
+    raise UsageError("plugin add", "name a folder, or give --name, --binary and --hooks", "see --help")
+
+
+def discard(staged: Staged) -> None:
+    """Delete what was staged."""
+    shutil.rmtree(staged.folder, ignore_errors=True)
+
+
+class _Stager:
+    def __init__(self, base: Path) -> None:
+        self._base = base
+
+    def stage_folder(self, path: Path) -> Staged:
+        """Copy a folder and read its manifest; nothing is registered yet."""
+        source = _open_folder(path)
+        token, target = self._new_staging()
+        try:
+            digest = _Copy(str(path)).folder(source, target)
+            manifest = _read_manifest(target, path)
+            name = _name_in(manifest, path)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        finally:
+            os.close(source)
+        return Staged(token, name, digest, target, manifest, synthesised=False)
+
+    def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
+        """Register a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
+
+        A ``plugin.json`` beside the binary whose name fits is read first, and flags only narrow its hooks.
+        """
+        if not NAME.match(name):
+            raise UsageError(f"plugin name {name!r}", "not [a-z][a-z0-9-]{1,62}", "choose another --name")
+        binary = _resolve(binary)
+        beside = binary.parent / MANIFEST
+        if files is None and beside.exists():
+            staged = self.stage_folder(binary.parent)
+            return self._narrowed(staged, name, binary, hooks)
+        fd = open_binary(binary)
+        try:
+            sha256 = hash_descriptor(fd)
+        finally:
+            os.close(fd)
+        token, target = self._new_staging()
+        try:
+            digest, kind, program = "", "binary", f"./{binary.name}"
+            if files is not None:
+                source = _open_folder(files)
+                try:
+                    digest = _Copy(str(files)).folder(source, target)
+                finally:
+                    os.close(source)
+                files = _resolve(files)
+                if binary.is_relative_to(files):
+                    kind, program = "folder", f"./{binary.relative_to(files)}"
+            manifest = _synthesise(name, sha256, program, hooks)
+            _write_new(target / MANIFEST, manifest, 0o644)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        digest = hashlib.sha256(b"\0".join([digest.encode(), sha256.encode(), manifest])).hexdigest()
+        if kind == "folder":
+            return Staged(token, name, digest, target, manifest, synthesised=True)
+        return Staged(token, name, digest, target, manifest, True, "binary", str(binary), sha256)
+
+    def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
+        try:
+            body = json.loads(staged.manifest)
+            if staged.name != name:
+                raise UsageError(
+                    f"--name {name}", f"{binary.parent / MANIFEST} calls it {staged.name}",
+                    f"use --name {staged.name} or move the binary away from that file",
+                )  # fmt: skip
+            wanted = (binary.parent / str(body.get("binary", ""))).resolve()
+            if wanted != binary:
+                raise UsageError(
+                    f"--binary {binary}", f"{binary.parent / MANIFEST} names {wanted}", "register that one"
+                )
+            unknown = [hook for hook in hooks if hook not in body.get("hooks", [])]
+            if unknown:
+                raise UsageError(
+                    f"--hooks {','.join(unknown)}", "the manifest beside the binary does not list them",
+                    "flags only narrow a manifest; add them there",
+                )  # fmt: skip
+        except BaseException:
+            discard(staged)
+            raise
+        if hooks and hooks != body["hooks"]:
+            manifest = json.dumps({**body, "hooks": hooks}, indent=2).encode()
+            (staged.folder / MANIFEST).write_bytes(manifest)
+            digest = hashlib.sha256(staged.digest.encode() + manifest).hexdigest()
+            return replace(staged, manifest=manifest, digest=digest)
+        return staged
+
+    def _new_staging(self) -> tuple[str, Path]:
+        token = secrets.token_hex(8)
+        folder = self._base / f"{PREFIX}{token}"
+        folder.mkdir(mode=0o755)
+        folder.chmod(0o755)
+        return token, folder
+
+
+@dataclass
+class _Copy:
+    """One bounded copy of a stranger's folder."""
+
+    what: str
+    files: int = 0
+    size: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def folder(self, source: int, target: Path, *, depth: int = 0, prefix: str = "") -> str:
+        """Copy everything below ``source``; returns the digest so far (the whole one at depth 0)."""
+        if depth > MAX_DEPTH:
+            raise UsageError(f"{self.what}/{prefix}", f"deeper than {MAX_DEPTH} folders", "flatten it")
+        for name in sorted(os.listdir(source)):  # by descriptor
+            self.files += 1
+            if self.files > MAX_FILES:
+                raise UsageError(self.what, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
+            path = f"{prefix}{name}"
+            info = os.stat(name, dir_fd=source, follow_symlinks=False)
+            if stat.S_ISDIR(info.st_mode):
+                if name == ".git":
+                    continue
+                self._note("d", path)
+                (target / name).mkdir()
+                (target / name).chmod(0o755)
+                fd = openat2(source, name, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    self.folder(fd, target / name, depth=depth + 1, prefix=f"{path}/")
+                finally:
+                    os.close(fd)
+            elif stat.S_ISLNK(info.st_mode):
+                self._link(source, name, target, path, depth)
+            elif stat.S_ISREG(info.st_mode):
+                self._file(source, name, target / name, path)
+            else:
+                raise UsageError(f"{self.what}/{path}", "not a regular file, a folder or a link", "remove it")
+        return self.digest.hexdigest()
+
+    def _note(self, *words: str) -> None:
+        # With lengths: a file name may hold any byte, and two different folders must never have the same digest.
+        for word in (str(len(words)), *words):
+            data = word.encode(errors="surrogateescape")
+            self.digest.update(len(data).to_bytes(8, "big") + data)
+
+    def _link(self, source: int, name: str, target: Path, path: str, depth: int) -> None:
+        goal = os.readlink(name, dir_fd=source)
+        # Harmless in the cage, but outside it other tools (a backup, a copy) would follow it out of the store.
+        steps = os.path.normpath(os.path.join(os.path.dirname(path), goal))
+        if goal.startswith("/") or steps == ".." or steps.startswith("../"):
+            raise UsageError(f"{self.what}/{path}", f"a link out of the folder, to {goal}", "copy the file itself")
+        self._note("l", path, goal)
+        (target / name).symlink_to(goal)
+
+    def _file(self, source: int, name: str, target: Path, path: str) -> None:
+        # O_NONBLOCK: what was a file a moment ago may be a FIFO now, and opening it would block for ever.
+        fd = openat2(source, name, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise UsageError(f"{self.what}/{path}", "changed while it was being read", "try again")
+            executable = bool(info.st_mode & 0o111)
+            content = hashlib.sha256()
+            with target.open("xb") as out:
+                while chunk := os.read(fd, _CHUNK):
+                    self.size += len(chunk)
+                    if self.size > MAX_BYTES:
+                        raise UsageError(self.what, f"more than {MAX_BYTES >> 20} MiB", "leave out what is not needed")
+                    content.update(chunk)
+                    out.write(chunk)
+                os.fchmod(out.fileno(), 0o755 if executable else 0o644)
+            self._note("x" if executable else "f", path, content.hexdigest())
+        finally:
+            os.close(fd)
+
+
+def open_binary(path: Path) -> int:
+    """Open a binary that stays where it is; it and every folder above must be root's and writable by nobody else."""
+    for folder in [*reversed(path.parents), path]:
+        info = folder.lstat()
+        wanted = "regular file" if folder == path else "folder"
+        if folder == path and not stat.S_ISREG(info.st_mode):
+            raise UsageError(str(folder), f"not a {wanted}", "name the binary itself")
+        sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX and not info.st_uid
+        if (
+            info.st_uid != 0
+            or (info.st_mode & 0o022 and not sticky)
+            or (sticky and folder != path and info.st_mode & 2)
+        ):
+            raise UsageError(
+                str(folder), "others than root can change it, and so what would run",
+                f"chown root, chmod go-w, or register the folder instead: isolator plugin add {path.parent}",
+            )  # fmt: skip
+    if not path.stat().st_mode & 0o111:
+        raise UsageError(str(path), "not executable", f"chmod +x {path}")
+    try:
+        return open_nofollow(str(path), os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(str(path), error.strerror or "", "name the file itself, not a link to it") from None
+
+
+def hash_descriptor(fd: int) -> str:
+    """SHA-256 of an open file."""
+    digest = hashlib.sha256()
+    offset = 0
+    while chunk := os.pread(fd, _CHUNK, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()
+
+
+def hash_binary(path: Path) -> str:
+    """SHA-256 of a binary that stays where it is; raises UsageError when others could change it."""
+    fd = open_binary(path)
+    try:
+        return hash_descriptor(fd)
+    finally:
+        os.close(fd)
+
+
+def check_staged(staged: Staged, binary: str, shown: str) -> None:
+    """Raise UsageError unless what was staged can be executed; ``binary`` as its manifest names it."""
+    if staged.kind == "binary":
+        fd = open_binary(Path(staged.binary_path))
+        try:
+            check_descriptor(fd, shown=staged.binary_path)
+        finally:
+            os.close(fd)
+    else:
+        check_program(staged.folder, binary, shown=f"{shown}/{binary.removeprefix('./')}")
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(str(path), getattr(error, "strerror", None) or "cannot be found", "check the path") from None
+
+
+def _open_folder(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(str(path), error.strerror or "", "name a folder that has a plugin.json") from None
+
+
+def _read_manifest(folder: Path, source: Path) -> bytes:
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise UsageError(
+            f"{source / MANIFEST}", "not there (or not a regular file)",
+            "write one (see 'isolator new'), or register with --name, --binary and --hooks",
+        )  # fmt: skip
+    with path.open("rb") as file:
+        return file.read(MAX_MANIFEST + 1)  # one byte too many is refused by who parses it
+
+
+def _name_in(manifest: bytes, path: Path) -> str:
+    from isolator.policy.request import parse_manifest_core
+
+    return parse_manifest_core(manifest, name=str(path / MANIFEST)).name
+
+
+def _synthesise(name: str, sha256: str, program: str, hooks: list[str]) -> bytes:
+    from isolator.policy.request import synthesise_manifest
+
+    return json.dumps(synthesise_manifest(name, sha256, program, hooks), indent=2).encode()
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        os.write(fd, content)
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Cages without a daemon: ``isolator run`` and ``isolator prove``."""

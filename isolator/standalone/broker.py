@@ -1,0 +1,228 @@
+"""What a cage without a daemon needs in its place: a broker of its own, and somewhere for its records to go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from isolator.audit.client import utc_now
+from isolator.errors import UsageError
+from isolator.ipc.channel import MAX_FDS, Channel, Handler, Message, pair, receive_packet
+
+if TYPE_CHECKING:
+    from isolator.layers.network.namespace import CageNetwork
+    from isolator.paths import Paths
+    from isolator.policy.host import HostConfig
+    from isolator.policy.model import EffectivePolicy
+
+_DENIALS = ("net.denied", "syscall.denied", "fs.denied")
+_SHOWN_PER_KIND = 5
+
+
+class Records:
+    """The records of one run: all of them in a file when one was named, else only denials, on stderr (not if quiet)."""
+
+    def __init__(self, path: Path | None, run: str, *, quiet: bool = False) -> None:
+        self._run, self._quiet = run, quiet
+        self._out: IO[str] | None = None
+        self._shown: dict[str, int] = {}
+        if path is not None:
+            try:
+                self._out = path.open("a")
+            except OSError as error:
+                raise UsageError(f"--audit {path}", error.strerror or "", "name a file that can be written") from None
+
+    def record(self, type: str, /, **data: Any) -> None:
+        """One record of this process's own."""
+        self.write({"time": utc_now(), "type": type, "plugin": "run", "run": self._run, "data": data})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record, of whichever process."""
+        if self._out is not None:
+            self._out.write(json.dumps(record, ensure_ascii=True) + "\n")
+            self._out.flush()
+        elif record["type"] in _DENIALS and not self._quiet:
+            self._show(record["type"], record["data"])
+
+    def _show(self, kind: str, data: dict[str, Any]) -> None:
+        text = _denial(kind, data)
+        count = self._shown[text] = self._shown.get(text, 0) + 1
+        if count == 1 and len(self._shown) <= _SHOWN_PER_KIND * len(_DENIALS):
+            print(f"isolator: denied: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._out is not None:
+            self._out.close()
+
+
+def _denial(kind: str, data: dict[str, Any]) -> str:
+    if kind == "syscall.denied":
+        return f"system call {data.get('call')}"
+    if kind == "net.denied":
+        place = data.get("name") or data.get("address") or "?"
+        port = f":{data['port']}" if data.get("port") else ""
+        return f"connection to {ascii(str(place))[1:-1]}{port} ({data.get('rule')})"
+    return f"access to {ascii(str(data.get('path')))[1:-1]}"
+
+
+@contextlib.asynccontextmanager
+async def broker_for(
+    network: CageNetwork, policy: EffectivePolicy, run: str, paths: Paths, config: HostConfig, records: Records
+) -> AsyncIterator[None]:
+    """A broker process of its own for one cage, under a free uid; takes over the network's sockets.
+
+    A cage that may reach nothing needs nobody to carry its connections, only somebody to read and record what it was
+    refused: its broker, a third of a second of another Python, is started when there is something to read.
+    """
+    from isolator.layers.network import namespace as network_layer
+
+    outside = network_layer.host_listeners(policy.network)
+    sockets, network.sockets = [*network.sockets, *outside], []
+
+    async def inside(message: Message) -> Message:
+        count, version = int(message.fields.get("count", 1)), int(message.fields.get("version", 4))
+        return Message({}, network_layer.connectors(network, min(count, MAX_FDS), version=version))
+
+    def broker() -> contextlib.AbstractAsyncContextManager[None]:
+        return _broker(sockets, policy, run, paths, config, records, {"cage.sockets": inside} if outside else {})
+
+    lazy = policy.network.mode != "public" and not policy.network.egress
+    try:
+        async with _when_readable(sockets, broker) if lazy else broker():
+            yield
+    finally:
+        _close(sockets)
+
+
+@contextlib.asynccontextmanager
+async def _when_readable(
+    sockets: list[int], start: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+) -> AsyncIterator[None]:
+    """Enter ``start`` when any of the sockets becomes readable, at the latest before this context is left."""
+    loop = asyncio.get_running_loop()
+    # Without IPv6 an unconnected Unix socket stands in for its listener; polled, it would look as if it had ended.
+    watched = [fd for fd in sockets if not _is_stand_in(fd)]
+    starting: asyncio.Task[None] | None = None
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def begin() -> None:
+            await stack.enter_async_context(start())
+
+        def wake() -> None:
+            nonlocal starting
+            if starting is None:
+                for fd in watched:
+                    loop.remove_reader(fd)
+                starting = loop.create_task(begin())
+
+        for fd in watched:
+            loop.add_reader(fd, wake)
+        try:
+            yield
+            if starting is None and select.select(watched, (), (), 0)[0]:
+                wake()
+        finally:
+            if starting is not None:
+                await starting
+            else:
+                for fd in watched:
+                    loop.remove_reader(fd)
+
+
+def _is_stand_in(fd: int) -> bool:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.family == socket.AF_UNIX
+
+
+def _close(sockets: list[int]) -> None:
+    while sockets:
+        os.close(sockets.pop())
+
+
+@contextlib.asynccontextmanager
+async def _broker(
+    sockets: list[int],
+    policy: EffectivePolicy,
+    run: str,
+    paths: Paths,
+    config: HostConfig,
+    records: Records,
+    handlers: Mapping[str, Handler],
+) -> AsyncIterator[None]:
+    import subprocess
+
+    from isolator.broker.hardening import filter_file
+    from isolator.layers.user import UidLease
+    from isolator.linux.unprivileged import service_command
+
+    lease = UidLease(config.uid_range)
+    mine, theirs = pair()
+    audit, audit_theirs = pair()
+    program = filter_file(paths.cache)
+    try:
+        inherited = {"channel": theirs.fileno(), "audit": audit_theirs.fileno(), "filter": program}
+        command = service_command("isolator.broker.service", lease.uid, lease.uid, inherited)
+        process = subprocess.Popen(
+            command, pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        theirs.close()
+        audit_theirs.close()
+        os.close(program)
+    reader = _Reader(audit, records)
+    channel = Channel(mine, handlers, name="broker")
+    try:
+        await channel.call("hello", root=str(paths.root), config=config.model_dump(mode="json"), timeout=20)
+        await channel.call("cage.attach", fds=sockets, run=run, plugin=policy.plugin,
+                           policy=policy.network.model_dump(mode="json"), timeout=10)  # fmt: skip
+        _close(sockets)  # a kept copy would let connects hang instead of being refused when the broker dies
+        yield
+        with contextlib.suppress(Exception):  # it may have died; what it had to say is said
+            await channel.call("cage.detach", run=run, timeout=5)
+        reader.drain()
+    finally:
+        channel.close()
+        reader.close()
+        await asyncio.to_thread(process.wait)
+        lease.release()
+
+
+class _Reader:
+    """Takes the broker's records as the audit process would, and acknowledges them."""
+
+    def __init__(self, sock: socket.socket, records: Records) -> None:
+        sock.setblocking(False)
+        self._sock, self._records, self._count = sock, records, 0
+        asyncio.get_running_loop().add_reader(sock, self.drain)
+
+    def drain(self) -> None:
+        """Read what is there."""
+        while self._sock.fileno() >= 0:
+            try:
+                packet, _ = receive_packet(self._sock)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                self.close()
+                return
+            for line in packet.split(b"\n"):
+                self._count += 1
+                self._records.write(json.loads(line))
+            with contextlib.suppress(OSError):
+                self._sock.send(json.dumps({"acked": self._count}).encode(), socket.MSG_NOSIGNAL)
+
+    def close(self) -> None:
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()

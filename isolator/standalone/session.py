@@ -1,0 +1,179 @@
+"""Cages without a daemon: what ``isolator run`` and ``isolator prove`` share.
+
+    async with StandaloneSession(paths) as session:
+        async with session.cage(spec, host, stdio, records) as cage:
+            end = await cage.wait()
+
+A workshop is what a supervisor is to its cages, for as long as one command lasts: a launcher, a journal, a cgroup
+subtree and free uids of its own. Each cage gets its network and its broker. Leaving either context removes all of it.
+The modules that take long to load are imported where they are needed: the launcher, another Python, starts meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from isolator.errors import ConfinementError
+from isolator.launcher.client import Launcher
+from isolator.linux.coredump import let_children_start_no_handler
+
+if TYPE_CHECKING:
+    from isolator.cage.cage import Cage, Stdio
+    from isolator.cage.runtime import CageRuntime
+    from isolator.layers.base import CageSpec
+    from isolator.layers.network.namespace import CageNetwork
+    from isolator.layers.user import UidLease
+    from isolator.paths import Paths
+    from isolator.policy.host import HostConfig
+    from isolator.policy.model import EffectivePolicy
+    from isolator.standalone.broker import Records
+
+
+class StandaloneSession:
+    """The runtime of a few cages; an async context manager."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+        self._stack = contextlib.AsyncExitStack()
+        self._launcher: Launcher | None = None
+        self._runtime: CageRuntime | None = None
+        self._optional: frozenset[str] = frozenset()
+        """The controllers that this host may lack."""
+
+    async def __aenter__(self) -> StandaloneSession:
+        let_children_start_no_handler()
+        self._launcher = Launcher()
+        self._stack.callback(self._launcher.close)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    @property
+    def runtime(self) -> CageRuntime:
+        """Launcher, journal and subtree; made on first use."""
+        if self._runtime is None:
+            from isolator.cage.runtime import CageRuntime
+            from isolator.layers.cgroup.subtree import open_subtree
+            from isolator.recovery.journal import Entry, Journal
+
+            assert self._launcher is not None
+            run = secrets.token_hex(5)
+            journal = Journal(self.paths.run / f"run-{run}.journal", wait=True)
+            self._stack.callback(journal.close)
+            subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}", optional=self._optional)
+            # Found by its name until here; from here on also when this process's group cannot be searched.
+            journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+            self._stack.callback(journal.gone, "subtree")
+            self._stack.callback(subtree.remove)
+            self._runtime = CageRuntime(self._launcher, journal, subtree)
+            self._stack.push_async_callback(self._runtime.pool.close)
+        return self._runtime
+
+    def permit(self, host: HostConfig) -> None:
+        """Do without what the host's configuration says may be missing; before ``runtime`` is first used."""
+        from isolator.layers.ledger import optional_controllers
+
+        self._optional = optional_controllers(host.may_degrade)
+
+    def lease(self, host: HostConfig) -> UidLease:
+        """A free uid of the reserved range, until the workshop closes."""
+        from isolator.layers.user import UidLease
+
+        self.permit(host)
+        lease = UidLease(host.uid_range)
+        self._stack.callback(lease.release)
+        return lease
+
+    @contextlib.asynccontextmanager
+    async def cage(
+        self,
+        spec: CageSpec,
+        host: HostConfig,
+        stdio: Stdio,
+        records: Records,
+        *,
+        cage_type: type[Cage] | None = None,
+        **further: Any,
+    ) -> AsyncIterator[Cage]:
+        """One started cage; killed, and every trace of it removed, when the context is left.
+
+        ``cage_type`` and ``further`` are for tests, which leave layers out. Raises ConfinementError when this host
+        lacks a mandatory control.
+        """
+        from isolator.cage.cage import Cage
+        from isolator.layers.ledger import ledger, missing, not_enforced
+        from isolator.layers.network.layer import Network
+        from isolator.layers.seccomp.notifier import SeccompNotifier
+        from isolator.standalone.broker import broker_for
+        from isolator.volume import volume
+
+        # The network layer is not asked: what it would try, in a namespace made for that, is about to be done anyway.
+        lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name}))
+        if lacking:
+            raise ConfinementError(f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy)
+        runtime = self.runtime
+        async with contextlib.AsyncExitStack() as stack:
+            # Ends after the cage: it has still to say what became of the connections.
+            brokers = await stack.enter_async_context(contextlib.AsyncExitStack())
+
+            async def hand_over(network: CageNetwork) -> None:
+                await brokers.enter_async_context(broker_for(network, spec.policy, spec.run, self.paths, host, records))
+
+            denials = SeccompNotifier()
+            stack.callback(denials.close)
+            built = (cage_type or Cage)(spec, runtime, stdio, handover=hand_over, **further)
+            await stack.enter_async_context(built)
+            await built.start()
+            records.record(
+                "plugin.started", pid=built.pid, uid=spec.uid, policy_sha256=spec.policy.digest(),
+                milliseconds=built.steps, degraded=not_enforced(ledger(volume.check)),
+            )  # fmt: skip
+            if built.listener >= 0:
+                denials.watch(
+                    built.listener,
+                    lambda denied: records.record("syscall.denied", call=denied.call, count=denied.count),
+                )
+                built.listener = -1
+            yield built
+
+
+def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, uid: int, owned: list[int]) -> CageSpec:
+    """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close."""
+    from isolator.cage.view import PATH, open_read_path
+    from isolator.layers.base import Bind, CageSpec
+
+    binds = []
+    for path in policy.filesystem.read:
+        owned.append(open_read_path(path))
+        binds.append(Bind(path, owned[-1]))
+    return CageSpec(
+        name="run",
+        run=run,
+        uid=uid,
+        gid=uid,
+        user="cage",
+        policy=policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})}),
+        paths=paths,
+        argv=argv,
+        env={
+            "PATH": f"{PATH}:/usr/sbin:/sbin",
+            "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
+            **({"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}),
+        },
+        cwd="/",
+        binds=binds,
+    )  # fmt: skip
+
+
+def close_all(fds: list[int]) -> None:
+    """Close the descriptors of a list and empty it."""
+    while fds:
+        os.close(fds.pop())

@@ -1,0 +1,1 @@
+"""Supervisor (PROCESS S, root): decides which plugins run, and composes cages, services and registrations."""

@@ -1,0 +1,118 @@
+"""How a plugin's cage differs from any other: its user, its files, its state, its socket, its environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isolator.cage.view import PATH, open_read_path
+from isolator.errors import DeniedError
+from isolator.layers.base import Bind, CageSpec
+from isolator.layers.user import plugin_gid
+from isolator.linux import mount
+from isolator.registration import store as plugin_store
+from isolator.registration.staging import hash_descriptor, open_binary
+
+if TYPE_CHECKING:
+    from isolator.paths import Paths
+    from isolator.policy.model import EffectivePolicy
+    from isolator.volume.volume import Volume
+
+SOCKET = "plugin.sock"
+
+
+@dataclass
+class Environment:
+    """What the host says a run gets: its config as variables and secret files."""
+
+    env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def plugin_spec(
+    registration: plugin_store.Registration,
+    effective: EffectivePolicy,
+    argv: list[str],
+    paths: Paths,
+    run: str,
+    environment: Environment,
+    state: Volume,
+    owned: list[int],
+) -> CageSpec:
+    """The cage of one run. What it opens is appended to ``owned``, half-way too; the caller closes it all.
+
+    Raises DeniedError when a binary registered by path is not the one that was approved any more.
+    """
+    name = registration.name
+    uid, gid = registration.uid, plugin_gid(registration.user, registration.uid)
+    store = plugin_store.Store(paths.plugins)
+    binds: list[Bind] = []
+
+    def bind(target: str, fd: int, *, writable: bool = False) -> None:
+        owned.append(fd)
+        binds.append(Bind(target, fd, writable=writable, executable=not writable))
+
+    bind("/plugin", os.open(store.folder(name, registration.release), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    release = registration.release
+    if release.kind == "binary":
+        fd = open_binary(Path(release.binary_path))
+        found = hash_descriptor(fd)
+        bind(f"/run/isolator/bin/{Path(release.binary_path).name}", fd)
+        if found != release.binary_sha256:
+            raise DeniedError(
+                release.binary_path, "has changed since it was approved",
+                f"isolator plugin approve {name}, if you trust the new one",
+            )  # fmt: skip
+    for path in effective.filesystem.read:
+        bind(path, open_read_path(path))
+    bind("/run/isolator/host", os.open(host_api_folder(paths, name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    if effective.filesystem.state:
+        fs = effective.filesystem
+        bind("/state", state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=gid), writable=True)
+    options = {"size": "64k", "nr_inodes": "16", "mode": "0700", "uid": str(uid), "gid": str(gid)}
+    attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
+    directory = mount.new_filesystem("tmpfs", options, attributes=attributes)
+    owned.append(directory)
+    return CageSpec(
+        name=name,
+        run=run,
+        uid=uid,
+        gid=gid,
+        user=registration.user,
+        policy=effective,
+        paths=paths,
+        argv=list(argv),
+        env=sidecar_environment(name, effective, environment),
+        cwd="/plugin",
+        hostname=name[:63],
+        binds=binds,
+        mounts={"/run/isolator/plugin": directory},
+        files=environment.files,
+    )
+
+
+def host_api_folder(paths: Paths, name: str) -> Path:
+    """The folder on the host side that holds a plugin's host-API socket; bound whole, so it survives the host."""
+    folder = paths.run / "hostapi" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
+    return folder
+
+
+def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environment) -> dict[str, str]:
+    """Everything a sidecar finds in its environment (protocol.md): nothing is inherited."""
+    state = "/state" if policy.filesystem.state else ""
+    return {
+        **environment.env,
+        "PATH": PATH,
+        "HOME": state or "/tmp",
+        "LANG": "C.UTF-8",
+        "TZ": os.environ.get("TZ", "UTC"),
+        "TMPDIR": "/tmp",
+        "PLUGIN_NAME": name,
+        "PLUGIN_SOCKET": f"/run/isolator/plugin/{SOCKET}",
+        "PLUGIN_HOST_SOCKET": "/run/isolator/host/host.sock",
+        **({"PLUGIN_STATE_DIR": state} if state else {}),
+    }

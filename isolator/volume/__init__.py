@@ -1,0 +1,1 @@
+"""Persistent ``/state`` of a plugin: one capped ext4 image each."""

@@ -1,0 +1,141 @@
+"""A plugin's persistent state: one ext4 image per plugin, its size and inode count capped on any file system.
+
+The image is mounted once on the host side (attaching one image twice would corrupt it) and bound into the cage. While
+it is not mounted it can be resized, when the policy grants another size than before.
+The mount is journalled; the loop device frees itself when it is unmounted. The mount point lies in a root-owned 0700
+folder: the host's users do not reach what a plugin writes, and root never follows a path inside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+from isolator.errors import ConfinementError
+from isolator.layers.base import Control
+from isolator.linux import loop, mount
+from isolator.recovery.journal import Entry, Journal
+from isolator.volume.ext4 import TOOLS, Ext4Image, Size
+
+
+def check() -> Control:
+    """Whether this host can cap a state folder."""
+    label, layer = "state size cap", "state"
+    if not Path("/dev/loop-control").exists():
+        remedy = "modprobe loop, or run outside a container without loop devices"
+        return Control(label, layer, "unavailable", "no loop devices (/dev/loop-control)", remedy, mandatory=False)
+    if shutil.which("mkfs.ext4", path=TOOLS) is None:
+        return Control(label, layer, "unavailable", "no mkfs.ext4", "apt-get install e2fsprogs", mandatory=False)
+    return Control(label, layer, "enforced", "an ext4 image per plugin on a loop device", mandatory=False)
+
+
+_DETACH_SECONDS = 5.0
+
+
+class Volume:
+    """The state of one plugin below ``base``."""
+
+    def __init__(self, base: Path, name: str, journal: Journal) -> None:
+        self._folder = base / name
+        self._image = Ext4Image(self._folder / "image", name)
+        self._place = self._folder / "mnt"
+        self._name = f"state {name}"
+        self._journal = journal
+
+    @property
+    def mounted(self) -> bool:
+        """Whether the image is mounted at its place."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._place.stat().st_dev != self._folder.stat().st_dev
+        return False
+
+    def ready(self, size: int) -> bool:
+        """Whether it is mounted and has this size."""
+        granted = self._image.granted
+        return self.mounted and (granted is None or granted.size == size)
+
+    def open(self, *, size: int, inodes: int, uid: int, gid: int) -> int:
+        """Make and mount what is missing; returns an O_PATH descriptor of the folder to bind into the cage.
+
+        ``size`` in bytes. No cage of the plugin may run: if the size is another one than before, it is resized.
+        """
+        wanted = Size(size, inodes)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.chmod(0o700)
+            self._place.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfinementError(self._name, error.strerror or str(error), "is the disk full?") from None
+        granted = self._image.granted
+        changed = granted is not None and granted.size != size
+        if self.mounted and changed:
+            self.close()
+        if not self.mounted:
+            self._wait_until_detached()
+            if not self._image.path.exists():
+                self._image.make(wanted, uid, gid)
+            else:
+                self._image.check()
+                if granted is not None and changed:
+                    self._image.resize(granted, wanted)
+            self._journal.make(Entry(self._name, "mount", (str(self._place),)))
+            self._mount()
+        return os.open(self._place / "state", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Unmount; no error when it is not mounted."""
+        if self.mounted:
+            with contextlib.suppress(OSError):
+                mount.unmount(str(self._place))
+            if self.mounted:
+                mount.unmount(str(self._place), lazy=True)
+        self._journal.gone(self._name)
+
+    def remove(self) -> None:
+        """Unmount and delete everything the plugin has stored."""
+        self.close()
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def _wait_until_detached(self) -> None:
+        """An image that something still holds (a cage that is just ending) must not be attached a second time."""
+        deadline = time.monotonic() + _DETACH_SECONDS
+        while (device := loop.device_of(self._image.path)) is not None:
+            if time.monotonic() > deadline:
+                raise ConfinementError(
+                    self._name, f"{device} still holds the image of an earlier run", f"see 'losetup {device}'"
+                )
+            time.sleep(0.02)  # nothing tells when a loop device clears itself
+
+    def _mount(self) -> None:
+        backing = os.open(self._image.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            device, path = loop.attach(backing)
+        except OSError as error:
+            raise ConfinementError(self._name, f"no loop device: {error.strerror}", "see 'losetup -a'") from None
+        finally:
+            os.close(backing)
+        try:
+            attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
+            fd = mount.new_filesystem("ext4", {"source": path, "errors": "remount-ro"}, attributes=attributes)
+            try:
+                self._make_state_folder(fd)
+                mount.attach(fd, str(self._place))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise ConfinementError(
+                self._name, f"mount: {error.strerror}", f"check it with 'e2fsck {self._image.path}'"
+            ) from None
+        finally:
+            os.close(device)
+
+    def _make_state_folder(self, root: int) -> None:
+        """The plugin owns ``state`` in the image, not its root: ``lost+found`` stays out of its sight."""
+        owner = os.fstat(root)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir("state", 0o700, dir_fd=root)
+            os.chown("state", owner.st_uid, owner.st_gid, dir_fd=root, follow_symlinks=False)

@@ -1,0 +1,49 @@
+"""Fixtures: one pretend internet per module, one broker and any number of cages per test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+
+from isolator.policy.model import EgressRule, NetworkPolicy
+from tests.broker.world import BrokerProcess, CageNet, World, world
+
+MakeCage = Callable[..., Awaitable[CageNet]]
+
+
+def listed(*rules: str, **fields: object) -> NetworkPolicy:
+    """A policy that lists ``HOST:PORT[,PORT]`` rules."""
+    parsed = []
+    for rule in rules:
+        host, _, ports = rule.rpartition(":")
+        parsed.append(EgressRule(host=host, ports=tuple(map(int, ports.split(",")))))
+    return NetworkPolicy.model_validate({"mode": "listed", "egress": tuple(parsed), **fields})
+
+
+@pytest.fixture(scope="module")
+def pretend() -> Iterator[World]:
+    with world() as made:
+        yield made
+
+
+@pytest.fixture
+async def broker(pretend: World) -> AsyncIterator[BrokerProcess]:
+    started = await BrokerProcess.start(pretend)
+    pretend.internet.dns.asked.clear()
+    yield started
+    await started.stop()
+
+
+@pytest.fixture
+async def cages(broker: BrokerProcess) -> AsyncIterator[MakeCage]:
+    made: list[CageNet] = []
+
+    async def make(policy: NetworkPolicy, run: str = "r1") -> CageNet:
+        cage = await CageNet.attach(broker, policy, run)
+        made.append(cage)
+        return cage
+
+    yield make
+    for cage in made:
+        await cage.detach()

@@ -1,0 +1,84 @@
+"""The whole way out, with a real broker process and real namespaces: what is reached, what is not, what is recorded."""
+
+from __future__ import annotations
+
+import pytest
+
+from isolator.policy.model import NetworkPolicy
+from tests.broker.conftest import MakeCage, listed
+from tests.broker.internet import WEB
+from tests.broker.world import BrokerProcess, World
+
+
+async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("hooks.example.com:443"))
+    assert await cage.client("print(get('https://hooks.example.com/'))") == "host=hooks.example.com from=45.0.0.2"
+    assert (await broker.wait_for("net.query", name="hooks.example.com", type="A"))["verdict"] == "allowed"
+    connect = await broker.wait_for("net.connect")
+    flow = connect.pop("flow")
+    assert connect == {
+        "name": "hooks.example.com",
+        "address": WEB,
+        "port": 443,
+        "verdict": "allowed",
+        "rule": "hooks.example.com:443",
+    }
+    closed = await broker.wait_for("net.closed", flow=flow)
+    assert closed["sent"] > 200 and closed["received"] > 200 and closed["duration_ms"] > 0
+    assert {record["plugin"] for record in broker.records} == {"tester"}
+    assert {record["run"] for record in broker.records} == {"r1"}
+
+
+async def test_a_name_that_is_not_listed_never_leaves_the_host(
+    cages: MakeCage, broker: BrokerProcess, pretend: World
+) -> None:
+    cage = await cages(listed("hooks.example.com:443"))
+    script = """
+start = time.monotonic()
+try:
+    socket.getaddrinfo('secret-data.other.example.com', 443)
+except socket.gaierror as error:
+    print(error.errno == socket.EAI_NONAME, time.monotonic() - start < 2)
+"""
+    assert await cage.client(script) == "True True"
+    assert pretend.internet.dns.asked == []
+    query = await broker.wait_for("net.query", name="secret-data.other.example.com", type="A")
+    assert (query["verdict"], query["rule"]) == ("denied", "not-granted")
+
+
+@pytest.mark.parametrize("policy", [NetworkPolicy(mode="none"), listed()])
+async def test_no_network_refuses_everything_at_once(
+    cages: MakeCage, broker: BrokerProcess, pretend: World, policy: NetworkPolicy
+) -> None:
+    cage = await cages(policy)
+    script = f"""
+print(attempt(tcp, {WEB!r}, 443), attempt(tcp, '2606:2800:220:1::34', 443), attempt(tcp, '198.18.0.1', 443))
+try:
+    socket.getaddrinfo('hooks.example.com', 443)
+except socket.gaierror as error:
+    print(error.errno == socket.EAI_NONAME)
+"""
+    assert await cage.client(script) == "ECONNREFUSED ECONNREFUSED ECONNREFUSED\nTrue"
+    await broker.wait_for("net.denied", address=WEB, port=443, protocol="tcp")
+    assert pretend.internet.dns.asked == []
+
+
+async def test_public_mode_reaches_the_public_and_nothing_private(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(NetworkPolicy(mode="public"))
+    script = """
+print(get('http://other.example.com/'))
+print(tcp('1.2.3.4', 80).getpeername())
+print(tcp('2606:2800:220:1::34', 80).getpeername()[:2])
+for address in ('169.254.169.254', '10.9.9.9', '45.0.0.2:8080', '::ffff:169.254.169.254', '127.1.2.3', '172.31.0.1',
+                '100.100.100.200', '64:ff9b::a9fe:a9fe', '2002:a9fe:a9fe::', 'fd00::1', 'fe80::1', '::ffff:10.9.9.9'):
+    host, port = (address.split(':')[0], 8080) if address.endswith(':8080') else (address, 80)
+    print(address, attempt(tcp, host, port))
+"""
+    lines = (await cage.client(script)).splitlines()
+    assert lines[0] == "host=other.example.com from=45.0.0.2"
+    assert lines[1:3] == ["('1.2.3.4', 80)", "('2606:2800:220:1::34', 80)"]
+    refused = dict(line.split(" ", 1) for line in lines[3:])
+    assert set(refused.values()) <= {"ECONNREFUSED", "EINVAL", "ENETUNREACH"}, refused
+    assert len(refused) == 12
+    denied = await broker.wait_for("net.denied", address="169.254.169.254", port=80)
+    assert denied["rule"] == "blocked-address"

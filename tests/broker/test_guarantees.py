@@ -1,0 +1,289 @@
+"""Attempts to get out through the broker, each against a real one: what a granted name must not become."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from isolator.policy.model import AddressException, NetworkPolicy
+from tests.broker.conftest import MakeCage, listed
+from tests.broker.internet import METADATA, OTHER, PRIVATE, WEB
+from tests.broker.world import BrokerProcess, World
+
+RAW = """
+def raw(host, port, data, timeout=5):
+    try:
+        with socket.create_connection((host, port), timeout) as s:
+            s.sendall(data)
+            got = s.recv(200)
+            return got.decode() if got else 'closed'
+    except OSError as e:
+        return name_of(e)
+def tls(host, sni, port=443):
+    context = ssl.create_default_context(cafile=CA)
+    context.check_hostname = False
+    try:
+        with socket.create_connection((host, port), 5) as s:
+            with context.wrap_socket(s, server_hostname=sni) as t:
+                t.sendall(b'GET / HTTP/1.1\\r\\nHost: inner.example\\r\\n\\r\\n')
+                return t.recv(20).decode()[:15]
+    except OSError as e:
+        return name_of(e)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("metadata.example.com", "blocked-address"),
+        ("private.example.com", "blocked-address"),
+        ("mapped.example.com", "blocked-address"),
+        ("nat64.example.com", "blocked-address"),
+        ("6to4.example.com", "blocked-address"),
+        ("evilalias.example.com", "blocked-address"),
+        ("host.example.com", "host-address"),
+        ("gateway.example.com", "gateway"),
+    ],
+)
+async def test_a_granted_name_that_leads_inside_is_refused(
+    cages: MakeCage, broker: BrokerProcess, name: str, rule: str
+) -> None:
+    cage = await cages(listed("*.example.com:80,443"))
+    script = f"""
+try:
+    print(socket.getaddrinfo({name!r}, 80))
+except socket.gaierror as error:
+    print(error.errno == socket.EAI_NONAME)
+"""
+    assert await cage.client(script) == "True"
+    await broker.wait_for("net.query", name=name, verdict="denied", rule=rule)
+
+
+async def test_a_name_that_changes_its_address_after_the_answer_is_refused(
+    cages: MakeCage, broker: BrokerProcess, pretend: World
+) -> None:
+    # DNS rebinding: public for the question, private for the connection.
+    answers = itertools.chain([[WEB], [WEB]], itertools.repeat([METADATA]))
+    pretend.internet.dns.records["rebind.example.com"] = lambda: next(answers)
+    pretend.internet.dns.ttl = 0
+    try:
+        cage = await cages(listed("rebind.example.com:80"))
+        script = (
+            RAW + "print(raw('rebind.example.com', 80, b'GET / HTTP/1.1\\r\\nHost: rebind.example.com\\r\\n\\r\\n'))"
+        )
+        assert await cage.client(script) == "ECONNRESET"
+        denied = await broker.wait_for("net.denied", name="rebind.example.com", address=METADATA, port=80)
+        assert denied["rule"] == "blocked-address"
+        assert not [r for r in broker.records if r["type"] == "net.connect"]
+    finally:
+        pretend.internet.dns.ttl = 60
+
+
+async def test_only_the_public_one_of_mixed_addresses_is_dialled(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("mixed.example.com:80"))
+    assert "host=mixed" in await cage.client("print(get('http://mixed.example.com/'))")
+    assert (await broker.wait_for("net.connect"))["address"] == WEB
+
+
+async def test_a_chain_of_aliases_is_followed(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("alias.example.com:80"))
+    assert "host=alias" in await cage.client("print(get('http://alias.example.com/'))")
+    assert (await broker.wait_for("net.connect"))["name"] == "alias.example.com"
+
+
+async def test_an_exception_opens_one_address_and_port(cages: MakeCage) -> None:
+    policy = listed("private.example.com:80,443", exceptions=(AddressException(cidr=f"{PRIVATE}/32", port=80),))
+    cage = await cages(policy)
+    script = RAW + "print(get('http://private.example.com/')[:12], tls('private.example.com', 'private.example.com'))"
+    assert await cage.client(script) == "host=private ECONNRESET"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "rule"),
+    [
+        ("tls('hooks.example.com', 'other.example.com')", "sni-mismatch"),
+        ("tls('hooks.example.com', None)", "no-sni"),
+        ("raw('hooks.example.com', 443, b'SSH-2.0-x\\r\\n')", "not-tls"),
+        ("raw('hooks.example.com', 443, b'GET / HTTP/1.1\\r\\nHost: hooks.example.com\\r\\n\\r\\n')", "not-tls"),
+        ("raw('hooks.example.com', 80, b'GET / HTTP/1.1\\r\\nHost: other.example.com\\r\\n\\r\\n')", "host-mismatch"),
+        ("raw('hooks.example.com', 80, b'GET http://e.net/ HTTP/1.1\\r\\nHost: hooks.example.com\\r\\n\\r\\n')",
+         "host-mismatch"),
+        ("raw('hooks.example.com', 80, b'GET / HTTP/1.0\\r\\n\\r\\n')", "no-host"),
+        ("raw('hooks.example.com', 80, b'\\x01\\x02')", "not-http"),
+        ("raw('hooks.example.com', 80, b'GET / HTTP/1.1\\r\\n x\\r\\n\\r\\n')", "malformed"),
+        ("raw('hooks.example.com', 8080, b'GET / HTTP/1.1\\r\\nHost: other.example.com\\r\\n\\r\\n')", "host-mismatch"),
+    ],
+)  # fmt: skip
+async def test_the_first_bytes_must_fit_the_name(
+    cages: MakeCage, broker: BrokerProcess, attempt: str, rule: str
+) -> None:
+    cage = await cages(listed("hooks.example.com:80,443,8080"))
+    assert await cage.client(f"{RAW}print({attempt})") in {"ECONNRESET", "closed"}
+    denied = await broker.wait_for("net.denied", rule=rule)
+    assert denied["name"] == "hooks.example.com" and denied["address"] == WEB
+
+
+async def test_no_server_name_can_be_allowed(cages: MakeCage) -> None:
+    cage = await cages(listed("hooks.example.com:443", allow_no_sni=True))
+    script = RAW + "print(tls('hooks.example.com', None), tls('hooks.example.com', 'other.example.com'))"
+    assert await cage.client(script) == "HTTP/1.1 200 OK ECONNRESET"
+
+
+async def test_an_address_granted_as_such_needs_no_name(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed(f"{WEB}:443", "2606:2800:220::/48:80"))
+    script = (
+        RAW
+        + f"""
+print(tls({WEB!r}, 'anything.example.net'))
+print(tcp('2606:2800:220:1::34', 80).getpeername()[1], attempt(tcp, {OTHER!r}, 443), attempt(tcp, {WEB!r}, 80))
+"""
+    )
+    assert await cage.client(script) == "HTTP/1.1 200 OK\n80 ECONNREFUSED ECONNREFUSED"
+    assert (await broker.wait_for("net.connect", port=443))["rule"] == f"{WEB}:443"
+
+
+async def test_a_virtual_address_that_was_never_answered_is_refused(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("*.example.com:443"))
+    assert await cage.client(RAW + "print(raw('198.18.3.3', 443, b'x'))") == "ECONNRESET"
+    await broker.wait_for("net.denied", address="198.18.3.3", rule="unallocated")
+
+
+async def test_a_wrong_port_of_a_granted_name_is_refused_before_it_connects(
+    cages: MakeCage, broker: BrokerProcess
+) -> None:
+    cage = await cages(listed("hooks.example.com:443", "other.example.com:80"))
+    assert await cage.client("print(attempt(tcp, 'hooks.example.com', 80))") == "ECONNREFUSED"
+    await broker.wait_for("net.denied", name="hooks.example.com", port=80, rule="port")
+
+
+async def test_a_protocol_where_the_server_speaks_first(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("hooks.example.com:25"))
+    script = """
+s = tcp('hooks.example.com', 25)
+print(s.recv(100))
+s.sendall(b'EHLO me\\r\\n')
+print(s.recv(100))
+"""
+    assert await cage.client(script) == "b'220 hello\\r\\n'\nb'got EHLO me\\r\\n'"
+
+
+async def test_half_close_and_every_byte_arrives(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("hooks.example.com:7"))
+    script = """
+import threading, hashlib, os
+s = tcp('hooks.example.com', 7, 20)
+data = os.urandom(1 << 20) * 24
+def send():
+    s.sendall(data)
+    s.shutdown(socket.SHUT_WR)
+threading.Thread(target=send).start()
+got = bytearray()
+while part := s.recv(1 << 20):
+    got += part
+tail = f'[{len(data)}]'.encode()
+print(bytes(got) == data + tail)
+"""
+    assert await cage.client(script) == "True"
+    size = 24 << 20
+    closed = await broker.wait_for("net.closed")
+    assert closed["sent"] == size and closed["received"] == size + len(f"[{size}]")
+    assert closed["reason"] == "closed"
+
+
+async def test_a_server_that_is_not_there_resets_and_is_recorded_as_failed(
+    cages: MakeCage, broker: BrokerProcess
+) -> None:
+    cage = await cages(listed("hooks.example.com:9999"))
+    assert await cage.client(RAW + "print(raw('hooks.example.com', 9999, b'x'))") == "ECONNRESET"
+    failed = await broker.wait_for("net.connect", verdict="failed")
+    assert failed["error"] == "econnrefused" and failed["name"] == "hooks.example.com"
+
+
+async def test_ipv6_only_names_and_both(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("six.example.com:80", "both.example.com:443"))
+    script = "print(get('http://six.example.com/'))\nprint(get('https://both.example.com/')[:9])"
+    assert await cage.client(script) == "host=six.example.com from=2a00:1::2\nhost=both"
+
+
+async def test_other_cages_names_and_addresses_are_of_no_use(cages: MakeCage, broker: BrokerProcess) -> None:
+    one = await cages(listed("hooks.example.com:443"), "r1")
+    two = await cages(listed("other.example.com:443"), "r2")
+    address = await one.client("print(socket.gethostbyname('hooks.example.com'))")
+    assert await two.client(RAW + f"print(tls({address!r}, 'hooks.example.com'))") == "ECONNRESET"
+    await broker.wait_for("net.denied", address=address, rule="unallocated")
+
+
+async def test_a_new_address_of_the_host_is_out_of_reach_at_once(
+    cages: MakeCage, broker: BrokerProcess, pretend: World
+) -> None:
+    from tests.broker.internet import run_in
+
+    cage = await cages(NetworkPolicy(mode="public"))
+    assert await cage.client(f"print(tcp({OTHER!r}, 80).getpeername()[0])") == OTHER
+    run_in(pretend.host_fd, "ip", "addr", "add", f"{OTHER}/32", "dev", "lo")
+    try:
+        assert await cage.client(f"{RAW}print(raw({OTHER!r}, 80, b'x'))") == "ECONNRESET"
+        await broker.wait_for("net.denied", address=OTHER, rule="host-address")
+    finally:
+        run_in(pretend.host_fd, "ip", "addr", "del", f"{OTHER}/32", "dev", "lo")
+
+
+async def test_kernel_denials_reach_the_trail_once_and_counted(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("hooks.example.com:443"))
+    script = """
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(2000):
+    try:
+        s.sendto(b'x', ('8.8.8.8', 53))
+    except OSError as e:
+        pass
+print('sent')
+"""
+    await cage.client(script)
+    await broker.wait_for("net.denied", address="8.8.8.8", port=53, protocol="udp", rule="protocol-udp")
+    await broker.detach("r1")
+    denied = [r["data"] for r in broker.records if r["type"] == "net.denied"]
+    assert len(denied) <= 20
+    assert sum(item.get("count", 1) for item in denied) > 1900
+
+
+async def test_a_broker_that_dies_leaves_the_cage_closed_and_a_new_one_opens_it(
+    cages: MakeCage, broker: BrokerProcess, pretend: World
+) -> None:
+    from isolator.layers.network import namespace as network
+
+    cage = await cages(listed("hooks.example.com:443"))
+    address = await cage.client("print(socket.gethostbyname('hooks.example.com'))")
+    broker.process.kill()
+    await broker.process.wait()
+    assert await cage.client(f"print(attempt(tcp, {address!r}, 443))") == "ECONNREFUSED"
+    second = await BrokerProcess.start(pretend)
+    try:
+        cage.network.sockets = network.reopen(cage.network, cage.policy)
+        await cage.hand_over(second)
+        # Exact names keep their address: no new question is needed.
+        assert await cage.client(f"{RAW}print(tls({address!r}, 'hooks.example.com'))") == "HTTP/1.1 200 OK"
+    finally:
+        await second.stop()
+
+
+async def test_detach_ends_flows_and_tells_about_them_first(cages: MakeCage, broker: BrokerProcess) -> None:
+    import asyncio
+
+    cage = await cages(listed("hooks.example.com:25"))
+    client = asyncio.create_task(
+        cage.client("s = tcp('hooks.example.com', 25)\ns.recv(100)\nprint(attempt(s.recv, 100))")
+    )
+    await broker.wait_for("net.connect")
+    await broker.detach("r1")
+    closed = [r["data"] for r in broker.records if r["type"] == "net.closed"]
+    assert [item["reason"] for item in closed] == ["cage ended"]
+    assert await client == "ECONNRESET"
+
+
+async def test_attaching_with_too_few_sockets_is_an_error(broker: BrokerProcess) -> None:
+    from isolator.errors import UsageError
+
+    with pytest.raises(UsageError):
+        await broker.channel.call("cage.attach", run="x", plugin="p", policy={}, timeout=5)

@@ -1,0 +1,208 @@
+"""Rules: names and wildcards, the always-blocked list against Python's own ipaddress, and the ranges of the ruleset."""
+
+from __future__ import annotations
+
+import ipaddress
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isolator.broker.virtual import KEEP, VirtualPool
+from isolator.errors import UsageError
+from isolator.policy.addresses import BLOCKED4, BLOCKED6
+from isolator.policy.destinations import VIRTUAL, Rules, always_blocked, normal_name, parse_grant, spellings
+from isolator.policy.model import AddressException, NetworkPolicy
+from tests.broker.conftest import listed
+
+# Addresses near the borders of blocks are the interesting ones; uniform ones almost never meet a /24.
+borders4 = [int(n[i]) + d for n in BLOCKED4 for i in (0, -1) for d in (-1, 0, 1) if 0 <= int(n[i]) + d < 1 << 32]
+borders6 = [int(n[i]) + d for n in BLOCKED6 for i in (0, -1) for d in (-1, 0, 1)]
+v4 = st.one_of(st.sampled_from(borders4), st.integers(0, (1 << 32) - 1)).map(IPv4Address)
+v6 = st.one_of(
+    st.sampled_from(borders6),
+    st.integers(0, (1 << 128) - 1),
+    st.integers(0x2000 << 112, (0x4000 << 112) - 1),
+).map(IPv6Address)
+
+
+@given(v4)
+def test_no_ipv4_address_that_python_calls_private_is_open(address: IPv4Address) -> None:
+    ours = always_blocked(address)
+    theirs = not address.is_global or address.is_multicast
+    if address in ipaddress.ip_network("192.0.0.0/24"):
+        assert ours  # Python opens two anycast addresses in it
+    elif address in ipaddress.ip_network("192.88.99.0/24") or address == ip_address("168.63.129.16"):
+        assert ours  # ours alone
+    else:
+        assert ours == theirs
+
+
+@given(v6)
+def test_no_ipv6_address_that_python_calls_private_is_open(address: IPv6Address) -> None:
+    if address.ipv4_mapped is not None or address in ipaddress.ip_network("64:ff9b::/96"):
+        return
+    if not always_blocked(address):
+        assert address.is_global
+        assert address in ipaddress.ip_network("2000::/3")
+
+
+@given(v4)
+def test_every_ipv6_spelling_of_a_blocked_ipv4_address_is_blocked(address: IPv4Address) -> None:
+    if not always_blocked(address):
+        return
+    number = int(address)
+    mapped = IPv6Address(0xFFFF << 32 | number)
+    nat64 = IPv6Address(0x64FF9B << 96 | number)
+    six_to_four = IPv6Address(0x2002 << 112 | number << 80)
+    compatible = IPv6Address(number)
+    for spelling in (mapped, nat64, six_to_four, compatible):
+        assert always_blocked(spelling), spelling
+    for spelling in (mapped, nat64, six_to_four):
+        assert address in spellings(spelling)
+
+
+@given(v4, st.sampled_from([80, 443, 5432]))
+def test_the_rulesets_ranges_say_the_same_as_the_check(address: IPv4Address, port: int) -> None:
+    policy = NetworkPolicy(
+        mode="public",
+        exceptions=(AddressException(cidr="10.9.9.0/24", port=443), AddressException(cidr="198.18.1.0/24", port=80)),
+    )
+    rules = Rules(policy)
+    number = int(address)
+    in_ranges = any(
+        port in ports and any(a <= number <= b for a, b in ranges) for ports, ranges in rules.literal_ranges(4)
+    )
+    assert in_ranges == (rules.literal(address, port).allowed and address not in VIRTUAL)
+
+
+@given(v6, st.sampled_from([80, 443]))
+def test_the_rulesets_ipv6_ranges_never_exceed_the_check(address: IPv6Address, port: int) -> None:
+    rules = Rules(NetworkPolicy(mode="public"))
+    number = int(address)
+    if any(port in ports and any(a <= number <= b for a, b in ranges) for ports, ranges in rules.literal_ranges(6)):
+        assert rules.literal(address, port).allowed
+
+
+def test_an_exception_opens_exactly_its_addresses_and_its_port() -> None:
+    rules = Rules(NetworkPolicy(mode="public", exceptions=(AddressException(cidr="10.9.9.0/30", port=443),)))
+    assert rules.literal(ip_address("10.9.9.3"), 443).allowed
+    assert not rules.literal(ip_address("10.9.9.4"), 443).allowed
+    assert not rules.literal(ip_address("10.9.9.3"), 80).allowed
+    assert not rules.blocked(ip_address("::ffff:10.9.9.1"), 443)
+
+
+def test_an_exception_grants_nothing_by_itself() -> None:
+    rules = Rules(listed("hooks.example.com:443", exceptions=(AddressException(cidr="10.9.9.0/30", port=443),)))
+    assert not rules.literal(ip_address("10.9.9.3"), 443).allowed
+    assert rules.literal_ranges(4) == []
+
+
+def test_a_grant_of_a_blocked_network_opens_nothing() -> None:
+    rules = Rules(listed("10.0.0.0/8:443", "0.0.0.0/0:443"))
+    assert not rules.literal(ip_address("10.1.1.1"), 443).allowed
+    assert rules.literal(ip_address("1.1.1.1"), 443).allowed
+    assert not any(a <= int(ip_address("10.1.1.1")) <= b for _, ranges in rules.literal_ranges(4) for a, b in ranges)
+
+
+@pytest.mark.parametrize(
+    ("name", "granted"),
+    [
+        ("example.com", False),
+        ("a.example.com", True),
+        ("a.b.example.com", True),
+        ("evilexample.com", False),
+        ("a.example.com.evil.net", False),
+        ("aexample.com", False),
+    ],
+)
+def test_a_wildcard_stands_for_whole_labels(name: str, granted: bool) -> None:
+    assert bool(Rules(listed("*.example.com:443")).name_ports(name)) is granted
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "a..b", "-a.com", "a-.com", "a" * 64 + ".com", "1.2.3.4", "127.1", "0x7f.1", "a b.com", "ä.de",
+     "a/b.com", "a.com\n", "a.com\0", "*.a.com", ".".join(["a" * 60] * 5)],
+)  # fmt: skip
+def test_what_is_no_host_name(text: str) -> None:
+    assert normal_name(text) is None
+
+
+def test_names_have_one_form() -> None:
+    assert normal_name("Hooks.EXAMPLE.com.") == "hooks.example.com"
+    assert normal_name("_srv.a-b.xn--bcher-kva.example") == "_srv.a-b.xn--bcher-kva.example"
+
+
+@pytest.mark.parametrize("host", ["", "*", "*.", "a*.b.com", "10.0.0.1/8", "http://a.com", "a.com:443", "a.*.com"])
+def test_an_egress_rule_that_makes_no_sense_is_refused(host: str) -> None:
+    with pytest.raises(UsageError):
+        parse_grant(host, (443,))
+
+
+def test_ports_are_between_1_and_65535() -> None:
+    for ports in ((), (0,), (65536,)):
+        with pytest.raises(UsageError):
+            parse_grant("a.com", ports)
+
+
+@given(st.text())
+def test_normal_name_takes_anything(text: str) -> None:
+    name = normal_name(text)
+    assert name is None or (normal_name(name) == name and len(name) <= 253)
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_exact_names_have_the_same_virtual_address_in_every_broker() -> None:
+    rules = Rules(listed("a.com:443", "b.com:443,8443", "*.c.com:22"))
+    one, two = VirtualPool(rules, _Clock()), VirtualPool(rules, _Clock())
+    assert one.lookup("a.com") == two.lookup("a.com")
+    assert one.lookup("b.com") == two.lookup("b.com")
+    address = one.lookup("a.com")
+    assert address is not None
+    entry = one.entry(address)
+    assert entry is not None and entry.name == "a.com"
+
+
+def test_a_virtual_address_lies_in_the_group_of_its_ports() -> None:
+    rules = Rules(listed("a.com:443", "b.com:443,8443", "*.c.com:22"))
+    pool = VirtualPool(rules, _Clock())
+    for name in ("a.com", "b.com", "x.c.com"):
+        address = pool.lookup(name)
+        group = next(group for group in rules.virtual_groups if address in group.network)
+        assert group.ports == rules.name_ports(name)
+
+
+def test_the_pool_is_bounded_and_keeps_what_is_in_use() -> None:
+    clock = _Clock()
+    pool = VirtualPool(Rules(NetworkPolicy(mode="public")), clock, capacity=3)
+    first = [pool.lookup(f"n{i}.com") for i in range(3)]
+    assert len(set(first)) == 3
+    assert pool.lookup("n3.com") is None  # all were answered a moment ago
+    clock.now = KEEP + 1
+    used = pool.entry(first[0]) if first[0] else None
+    assert used is not None
+    used.flows = 1
+    assert pool.lookup("n3.com") is not None
+    assert pool.lookup("n0.com") == first[0]
+    assert first[1] is not None and pool.entry(first[1]) is None
+    assert len(pool) == 3
+
+
+@given(st.lists(st.integers(0, 5000), max_size=300))
+def test_no_two_names_ever_share_a_virtual_address(names: list[int]) -> None:
+    pool = VirtualPool(Rules(NetworkPolicy(mode="public")), _Clock(), capacity=100)
+    seen: dict[object, str] = {}
+    for number in names:
+        name = f"n{number}.com"
+        address = pool.lookup(name)
+        if address is not None:
+            assert seen.setdefault(address, name) == name
+            assert address in VIRTUAL

@@ -1,0 +1,193 @@
+"""First bytes: real hellos are read, broken ones refused, and nothing else ever comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from isolator.broker.guard import objection
+from isolator.broker.sniff import LIMIT, Hello, Malformed, sniff
+
+
+def hello(name: str | None) -> bytes:
+    """What Python's own TLS client sends first."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+REAL = hello("hooks.example.com")
+REQUEST = b"GET /x HTTP/1.1\r\nUser-Agent: t\r\nHost: Hooks.Example.com:80\r\n\r\nbody"
+
+
+def with_extension(data: bytes, kind: int, content: bytes) -> bytes:
+    """The hello with one more extension at the end."""
+    extra = kind.to_bytes(2, "big") + len(content).to_bytes(2, "big") + content
+    body = bytearray(data)
+    at = 5 + 4 + 34
+    at += 1 + body[at]
+    at += 2 + int.from_bytes(body[at : at + 2], "big")
+    at += 1 + body[at]
+    for place, size in ((at, 2), (6, 3), (3, 2)):
+        number = int.from_bytes(body[place : place + size], "big") + len(extra)
+        body[place : place + size] = number.to_bytes(size, "big")
+    return bytes(body) + extra
+
+
+def test_a_real_client_hello() -> None:
+    assert sniff(REAL) == Hello("tls", ("hooks.example.com",))
+    assert sniff(hello(None)) == Hello("tls")
+
+
+def test_every_prefix_of_a_hello_needs_more() -> None:
+    for length in range(len(REAL)):
+        assert sniff(REAL[:length]) is None
+
+
+def test_a_hello_spread_over_many_records() -> None:
+    message = REAL[5:]
+    parts = [message[i : i + 40] for i in range(0, len(message), 40)]
+    data = b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)
+    assert sniff(data) == sniff(REAL)
+
+
+def test_encrypted_hello_is_seen() -> None:
+    found = sniff(with_extension(REAL, 0xFE0D, b"secret"))
+    assert found == Hello("tls", ("hooks.example.com",), encrypted=True)
+
+
+def test_two_server_names_are_both_seen() -> None:
+    entry = b"\0" + len(b"evil.net").to_bytes(2, "big") + b"evil.net"
+    found = sniff(with_extension(REAL, 0, len(entry).to_bytes(2, "big") + entry))
+    assert found is not None and set(found.names) == {"hooks.example.com", "evil.net"}
+    assert objection(found, "hooks.example.com", 443, allow_no_sni=True) == "sni-mismatch"
+
+
+def test_a_real_request() -> None:
+    assert sniff(REQUEST) == Hello("http", ("hooks.example.com",))
+    for length in range(REQUEST.index(b"\r\n\r\n") + 4):
+        assert sniff(REQUEST[:length]) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (b"GET http://evil.net/ HTTP/1.1\r\nHost: a.com\r\n\r\n", ("evil.net", "a.com")),
+        (b"GET http://a.com@evil.net:80/ HTTP/1.1\r\nHost: a.com\r\n\r\n", ("evil.net", "a.com")),
+        (b"GET / HTTP/1.1\r\nHost: a.com\r\nhOsT: evil.net\r\n\r\n", ("a.com", "evil.net")),
+        (b"\r\n\r\nGET / HTTP/1.1\r\nHost: evil.net\r\n\r\n", ("evil.net",)),
+        (b"CONNECT evil.net:443 HTTP/1.1\r\n\r\n", ("evil.net",)),
+        (b"GET / HTTP/1.1\nHost: evil.net\n\n", ("evil.net",)),
+        (b"GET / HTTP/1.0\r\n\r\n", ()),
+        (b"GET / HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n\r\n", ("[2001:db8::1]",)),
+    ],
+)
+def test_every_host_of_a_request_is_seen(data: bytes, names: tuple[str, ...]) -> None:
+    assert sniff(data) == Hello("http", names)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: a.com\r\n X: folded\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost : a.com\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: y\rHost: evil.net\r\n\r\n",
+        b"GET / x HTTP/1.1\r\nHost: a.com\r\n\r\n",
+        b"get / http/1.1 \r\nHost: a.com\r\n\r\n",
+        b"\x16\x03\x01\x00\x00",
+        b"\x16\x03\x01\x40\x01" + b"\x01" + b"\xff" * 40,
+        b"\x16\x03\x01\x00\x04\x02\x00\x00\x00",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (LIMIT // 6),
+    ],
+)
+def test_what_breaks_the_rules_is_malformed(data: bytes) -> None:
+    with pytest.raises(Malformed):
+        sniff(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"EHLO me\r\n", b"SSH-2.0-x\r\n", b"\0\0\0\x08\x04\xd2\x16\x2f", b"AMQP\0\0\x09\x01", b"PING\r\n", b"*1\r\n",
+     b"x", b"hello",
+     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x02\x00"],
+)  # fmt: skip
+def test_other_protocols_are_other(data: bytes) -> None:
+    assert sniff(data) == Hello("other")
+
+
+TLS, HTTP, OTHER = Hello("tls", ("a.com",)), Hello("http", ("a.com",)), Hello("other")
+
+
+@pytest.mark.parametrize(
+    ("found", "name", "port", "lax", "rule"),
+    [
+        (TLS, "a.com", 443, False, None),
+        (TLS, "b.com", 443, True, "sni-mismatch"),
+        (TLS, "b.com", 8443, True, "sni-mismatch"),
+        (Hello("tls"), "a.com", 443, False, "no-sni"),
+        (Hello("tls"), "a.com", 443, True, None),
+        (Hello("tls"), "a.com", 9000, False, "no-sni"),
+        (Hello("tls", ("a.com",), True), "a.com", 443, False, "encrypted-hello"),
+        (Hello("tls", ("a.com",), True), "a.com", 443, True, None),
+        (HTTP, "a.com", 80, False, None),
+        (HTTP, "b.com", 80, True, "host-mismatch"),
+        (HTTP, "b.com", 9000, False, "host-mismatch"),
+        (HTTP, "a.com", 443, False, "not-tls"),
+        (Hello("http"), "a.com", 80, False, "no-host"),
+        (Hello("http", ("a.com", "b.com")), "a.com", 80, True, "host-mismatch"),
+        (OTHER, "a.com", 443, False, "not-tls"),
+        (OTHER, "a.com", 80, False, "not-http"),
+        (OTHER, "a.com", 22, False, None),
+    ],
+)
+def test_the_guard(found: Hello, name: str, port: int, lax: bool, rule: str | None) -> None:
+    assert objection(found, name, port, allow_no_sni=lax) == rule
+
+
+def only_known_outcomes(data: bytes) -> None:
+    try:
+        found = sniff(data)
+    except Malformed:
+        return
+    assert found is None or isinstance(found, Hello)
+    if found is None:
+        assert len(data) < LIMIT + 10
+
+
+@given(st.binary(max_size=2000))
+@example(b"\x16\x03")
+def test_any_bytes(data: bytes) -> None:
+    only_known_outcomes(data)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(REAL) - 1), st.integers(0, 255)), max_size=12), st.integers(0, len(REAL)))
+def test_a_hello_with_any_bytes_changed(changes: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(REAL)
+    for place, value in changes:
+        data[place] = value
+    only_known_outcomes(bytes(data[:cut] if cut % 2 else data))
+
+
+@given(st.lists(st.tuples(st.integers(0, len(REQUEST) - 1), st.integers(0, 255)), max_size=12))
+def test_a_request_with_any_bytes_changed(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(REQUEST)
+    for place, value in changes:
+        data[place] = value
+    only_known_outcomes(bytes(data))
+
+
+@given(st.binary(max_size=LIMIT * 2))
+def test_the_reader_asks_for_more_only_up_to_its_limit(tail: bytes) -> None:
+    for head in (b"\x16\x03\x01\x3f\xff\x01\x00\x3f\x00", b"GET / HTTP/1.1\r\n"):
+        data = head + tail
+        if len(data) > LIMIT + 5:
+            with contextlib.suppress(Malformed):
+                assert sniff(data) is not None

@@ -1,0 +1,399 @@
+"""Each guarantee of the way out, and its twin: with that one check switched off the same attempt succeeds.
+
+A test that cannot fail proves nothing. Checks in the broker are switched off by starting it through ``weakened.py``,
+rules of the kernel by loading the ruleset without them. Where two checks each stop an attempt alone, the twin is
+named with both, and each of them alone is shown to be enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from isolator.layers.network import namespace as network
+from isolator.layers.network import ruleset
+from isolator.policy.destinations import Rules
+from isolator.policy.model import NetworkPolicy
+from tests.broker.conftest import listed
+from tests.broker.internet import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
+from tests.broker.test_guarantees import RAW
+from tests.broker.world import BrokerProcess, CageNet, World, run_client
+
+Ruleset = Callable[[str], str]
+
+
+@asynccontextmanager
+async def cage(
+    world: World, policy: NetworkPolicy, *, off: Sequence[str] = (), change: Ruleset | None = None
+) -> AsyncIterator[tuple[CageNet, BrokerProcess]]:
+    """A cage and its broker, without the checks in ``off`` and with a ruleset that ``change`` has rewritten."""
+    world.internet.dns.asked.clear()
+    broker = await BrokerProcess.start(world, off=off)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if change is not None:
+                patch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
+            made = await CageNet.attach(broker, policy)
+        try:
+            yield made, broker
+        finally:
+            await made.detach()
+    finally:
+        await broker.stop()
+
+
+def without(*lines: str) -> Ruleset:
+    """Take out every rule that contains one of these; fails when there is none, or the twin would prove nothing."""
+
+    def change(text: str) -> str:
+        for line in lines:
+            assert line in text, f"{line!r} is not in the ruleset"
+        return "".join(row for row in text.splitlines(keepends=True) if not any(line in row for line in lines))
+
+    return change
+
+
+def everything_diverted(text: str) -> str:
+    """Send all TCP to the broker, whatever the policy may reach."""
+    hook = "type nat hook output priority -100; policy accept;"
+    assert hook in text
+    return text.replace(hook, f"{hook}\n  ip daddr != 127.0.0.0/8 meta l4proto 6 goto admit", 1)
+
+
+def get(host: str) -> str:
+    """Code that asks ``host`` on port 80, and prints the answer's first words or what went wrong."""
+    return (
+        f"try:\n    print(get('http://{host}/')[:9])\n"
+        "except OSError as e:\n    e = getattr(e, 'reason', e)\n"
+        "    print('no such name' if isinstance(e, socket.gaierror) else name_of(e))"
+    )
+
+
+# --- where a granted name may lead ---------------------------------------------------------------------------
+
+
+INSIDE = {
+    "metadata.example.com": "blocked",
+    "private.example.com": "blocked",
+    "mapped.example.com": "blocked",
+    "nat64.example.com": "blocked",
+    "6to4.example.com": "blocked",
+    "evilalias.example.com": "blocked",
+    "host.example.com": "host",
+    "gateway.example.com": "host",
+}
+
+
+@pytest.mark.parametrize(("name", "check"), INSIDE.items())
+async def test_a_name_that_leads_inside(pretend: World, name: str, check: str) -> None:
+    reached = f"host={name}"[:9]
+    async with cage(pretend, listed("*.example.com:80")) as (caged, _):
+        assert await caged.client(get(name)) == "no such name"
+    async with cage(pretend, listed("*.example.com:80"), off=[check]) as (caged, _):
+        assert await caged.client(get(name)) == reached
+
+
+async def test_a_name_that_leads_to_the_hosts_loopback_is_stopped_twice(pretend: World) -> None:
+    policy = listed("loopback.example.com:5432")
+    ask = f"{RAW}print(raw('loopback.example.com', 5432, b'select secret'))"
+    for off in ([], ["blocked"], ["host"]):
+        async with cage(pretend, policy, off=off) as (caged, _):
+            with pytest.raises(AssertionError, match="Name or service"):
+                await caged.client(ask.replace("except OSError", "except BlockingIOError"))
+    async with cage(pretend, policy, off=["blocked", "host"]) as (caged, _):
+        assert await caged.client(ask) == "row: secret"
+
+
+LITERALS = [METADATA, PRIVATE, f"::ffff:{METADATA}", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "fd00::1"]
+
+
+@pytest.mark.parametrize("address", LITERALS)
+async def test_an_address_inside_is_stopped_by_kernel_and_broker(pretend: World, address: str) -> None:
+    host = f"[{address}]" if ":" in address else address
+    ask = get(host)
+    change = everything_diverted if ":" not in address or address.startswith("::ffff") else _diverted6
+    async with cage(pretend, NetworkPolicy(mode="public")) as (caged, _):
+        assert await caged.client(ask) in {"ECONNREFUSED", "ENETUNREACH"}
+    async with cage(pretend, NetworkPolicy(mode="public"), change=change) as (caged, _):
+        assert await caged.client(ask) in {"ECONNRESET", "RemoteDisconnected"}
+    async with cage(pretend, NetworkPolicy(mode="public"), off=["blocked"]) as (caged, _):
+        assert await caged.client(ask) in {"ECONNREFUSED", "ENETUNREACH"}
+    async with cage(pretend, NetworkPolicy(mode="public"), off=["blocked"], change=change) as (caged, _):
+        assert (await caged.client(ask)).startswith("host=")
+
+
+def _diverted6(text: str) -> str:
+    return everything_diverted(text).replace("ip daddr != 127.0.0.0/8 meta", "ip6 daddr != ::1 meta", 1)
+
+
+@pytest.mark.parametrize("address", [HOST, GATEWAY])
+async def test_the_hosts_own_address_as_written(pretend: World, address: str) -> None:
+    ask = f"{RAW}print(raw({address!r}, 80, b'GET / HTTP/1.0\\r\\n\\r\\n')[:12])"
+    async with cage(pretend, NetworkPolicy(mode="public")) as (caged, _):
+        assert await caged.client(ask) == "ECONNRESET"
+    async with cage(pretend, NetworkPolicy(mode="public"), off=["host"]) as (caged, _):
+        assert await caged.client(ask) == "HTTP/1.1 200"
+
+
+async def test_rebinding(pretend: World) -> None:
+    pretend.internet.dns.ttl = 0
+    try:
+        for off, expected in (([], "ECONNRESET"), (["dial"], "host=rebi")):
+            answers = itertools.chain([[WEB], [WEB]], itertools.repeat([METADATA]))
+            pretend.internet.dns.records["rebind.example.com"] = lambda answers=answers: next(answers)  # type: ignore[misc]
+            async with cage(pretend, listed("rebind.example.com:80"), off=off) as (caged, _):
+                found = await caged.client(get("rebind.example.com"))
+                assert found.replace("RemoteDisconnected", "ECONNRESET") == expected
+    finally:
+        pretend.internet.dns.ttl = 60
+
+
+async def test_a_virtual_address_nobody_was_told(pretend: World) -> None:
+    ask = f"{RAW}print(raw('198.18.3.3', 80, b'GET / HTTP/1.0\\r\\nHost: hooks.example.com\\r\\n\\r\\n')[:12])"
+    for off, expected in (([], "ECONNRESET"), (["allocated"], "HTTP/1.1 200")):
+        async with cage(pretend, listed("hooks.example.com:80"), off=off) as (caged, _):
+            assert await caged.client(ask) == expected
+
+
+# --- what leaves the host ------------------------------------------------------------------------------------
+
+
+async def test_a_name_that_is_not_granted_never_leaves_the_host(pretend: World) -> None:
+    ask = get("other.example.com")
+    async with cage(pretend, listed("hooks.example.com:80")) as (caged, _):
+        assert await caged.client(ask) == "no such name"
+        assert pretend.internet.dns.asked == []
+    async with cage(pretend, listed("hooks.example.com:80"), off=["granted-names"]) as (caged, _):
+        assert await caged.client(ask) == "host=othe"
+        assert "other.example.com" in pretend.internet.dns.asked
+
+
+DNS_QUESTION = r"b'\x12\x34\x01\0\0\1\0\0\0\0\0\0\5other\7example\3com\0\0\1\0\1'"
+UDP_QUESTION = f"""
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(3)
+try:
+    s.sendto({DNS_QUESTION}, ({WEB!r}, 53))
+    print(s.recv(500)[:2] == b'\\x12\\x34')
+except OSError as e:
+    print(name_of(e))
+"""
+
+
+async def test_an_outside_resolver_over_udp_is_refused_at_once_and_has_no_way(pretend: World) -> None:
+    async with cage(pretend, NetworkPolicy(mode="public")) as (caged, broker):
+        assert await caged.client(UDP_QUESTION) == "EPERM"
+        await broker.wait_for("net.denied", rule="protocol-udp", address=WEB, port=53)
+    # Without the ruleset there is still no interface: it is not refused any more, but nobody answers.
+    async with cage(pretend, NetworkPolicy(mode="public"), change=without("goto refused", "policy drop")) as (caged, _):
+        assert await caged.client(UDP_QUESTION) in {"TimeoutError", "ECONNREFUSED"}
+        assert pretend.internet.dns.asked == []
+    # Without the namespace, on the host itself, the same question is answered.
+    assert await run_client(pretend, pretend.host_fd, "host-resolv.conf", UDP_QUESTION) == "True"
+    assert "other.example.com" in pretend.internet.dns.asked
+
+
+OUTSIDE = {
+    "tcp": (53, f"raw({WEB!r}, 53, b'\\0\\x23' + {DNS_QUESTION})"),
+    "tls": (853, f"tls({WEB!r}, 'dns.example.com', 853)"),
+    "https": (443, f"tls({WEB!r}, 'dns.example.com')"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+async def test_an_outside_resolver_over_tcp(pretend: World, kind: str) -> None:
+    port, attempt = OUTSIDE[kind]
+    ask = f"{RAW}{RAW_BYTES}print(len({attempt}) > 12 and not {attempt}.startswith('E'))"
+    policy = listed("hooks.example.com:443")
+    async with cage(pretend, policy) as (caged, broker):
+        assert await caged.client(ask) == "False"
+        assert (await broker.wait_for("net.denied", address=WEB, port=port))["rule"] == "not-granted"
+    async with cage(pretend, policy, change=everything_diverted) as (caged, _):
+        assert await caged.client(ask) == "False"
+    async with cage(pretend, policy, off=["granted-literals"]) as (caged, _):
+        assert await caged.client(ask) == "False"
+    async with cage(pretend, policy, off=["granted-literals"], change=everything_diverted) as (caged, _):
+        assert await caged.client(ask) == "True"
+
+
+RAW_BYTES = """
+def raw(host, port, data):
+    try:
+        with socket.create_connection((host, port), 5) as s:
+            s.sendall(data)
+            return repr(s.recv(200))
+    except OSError as e:
+        return name_of(e)
+"""
+
+
+# --- what a connection is used for ---------------------------------------------------------------------------
+
+HELLO = """
+def hello(*extensions):
+    body = b'\\x03\\x03' + bytes(32) + b'\\0' + b'\\0\\2\\x13\\1' + b'\\1\\0'
+    block = b''.join(struct.pack('!HH', kind, len(data)) + data for kind, data in extensions)
+    body += struct.pack('!H', len(block)) + block
+    message = b'\\1' + struct.pack('!I', len(body))[1:] + body
+    return b'\\x16\\3\\1' + struct.pack('!H', len(message)) + message
+def name(text):
+    return (0, struct.pack('!HBH', len(text) + 3, 0, len(text)) + text)
+"""
+FIRST = [
+    ("sni-mismatch", 443, "tls('hooks.example.com', 'other.example.com')"),
+    ("no-sni", 443, "tls('hooks.example.com', None)"),
+    ("encrypted-hello", 443, "raw('hooks.example.com', 443, hello(name(b'hooks.example.com'), (0xfe0d, b'x' * 40)))"),
+    ("not-tls", 443, "raw('hooks.example.com', 443, b'SSH-2.0-x\\r\\n')"),
+    ("host-mismatch", 80, "raw('hooks.example.com', 80, b'GET / HTTP/1.1\\r\\nHost: other.example.com\\r\\n\\r\\n')"),
+    ("host-mismatch", 80,
+     "raw('hooks.example.com', 80, b'GET http://e.net/ HTTP/1.1\\r\\nHost: hooks.example.com\\r\\n\\r\\n')"),
+    ("no-host", 80, "raw('hooks.example.com', 80, b'GET / HTTP/1.0\\r\\n\\r\\n')"),
+    ("not-http", 80, "raw('hooks.example.com', 80, b'\\x01\\x02\\r\\n\\r\\n')"),
+    ("host-mismatch", 8080,
+     "raw('hooks.example.com', 8080, b'GET / HTTP/1.1\\r\\nHost: other.example.com\\r\\n\\r\\n')"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "port", "attempt"), FIRST)
+async def test_the_first_bytes(pretend: World, rule: str, port: int, attempt: str) -> None:
+    ask = f"{RAW}{HELLO}print({attempt})"
+    policy = listed("hooks.example.com:80,443,8080")
+    async with cage(pretend, policy) as (caged, broker):
+        assert await caged.client(ask) in {"ECONNRESET", "closed"}
+        await broker.wait_for("net.denied", rule=rule, port=port)
+    async with cage(pretend, policy, off=[f"first:{rule}"]) as (caged, broker):
+        await caged.client(ask)
+        # What the server makes of it is its own affair: it was reached, and the bytes went there.
+        closed = await broker.wait_for("net.closed", name="hooks.example.com", port=port)
+        assert closed["sent"] > 0
+        assert not [r for r in broker.records if r["type"] == "net.denied"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "attempt"),
+    [
+        ("malformed", "raw('hooks.example.com', 80, b'GET / HTTP/1.1\\r\\n x\\r\\n\\r\\n')"),
+        ("malformed", "raw('hooks.example.com', 443, b'\\x16\\3\\1\\0\\x05\\2\\0\\0\\1x')"),
+    ],
+)
+async def test_what_cannot_be_read_is_not_passed_on(pretend: World, rule: str, attempt: str) -> None:
+    for off in ([], ["sniff"]):
+        async with cage(pretend, listed("hooks.example.com:80,443"), off=off) as (caged, broker):
+            await caged.client(f"{RAW}print({attempt})")
+            if off:
+                assert (await broker.wait_for("net.closed"))["sent"] > 0
+            else:
+                await broker.wait_for("net.denied", rule=rule)
+                assert not [r for r in broker.records if r["type"] == "net.connect"]
+
+
+# --- everything but TCP --------------------------------------------------------------------------------------
+
+PACKETS = {
+    "udp": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('8.8.8.8', 443))",
+    "udp6": "socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).sendto(b'x', ('2001:4860:4860::8888', 443))",
+    "multicast": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('224.0.0.251', 5353))",
+    "icmp": "socket.socket(2, socket.SOCK_RAW, 1).sendto(b'\\x08\\0\\xf7\\xff' + bytes(4), ('9.9.9.9', 0))",
+    "raw": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 99).sendto(b'x', ('8.8.8.8', 0))",
+}
+
+
+@pytest.mark.parametrize("kind", PACKETS)
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+def test_other_protocols_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, kind: str, on: bool) -> None:
+    import socket
+
+    from isolator.linux import netns
+
+    if not on:
+        change = without("goto refused", "policy drop")
+        monkeypatch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
+    made = network.prepare(NetworkPolicy(mode="public"), prefix="twin")
+
+    def send() -> str:
+        try:
+            # As root: a plugin may not even make some of these sockets.
+            eval(PACKETS[kind], {"socket": socket})
+        except OSError as error:
+            return type(error).__name__
+        return "sent"
+
+    try:
+        assert netns.in_network(made.netns_fd, send) == ("PermissionError" if on else "sent")
+    finally:
+        network.release(made)
+
+
+# --- how much ------------------------------------------------------------------------------------------------
+
+STORM = """
+address = socket.gethostbyname('hooks.example.com')  # once: questions have a rate of their own
+got = [attempt(tcp, address, 25) for _ in range(COUNT)]
+print(sum(not isinstance(one, str) for one in got))
+"""
+
+
+async def test_the_rate_of_connections(pretend: World) -> None:
+    policy = listed("hooks.example.com:25", connects_open=512)
+    storm = STORM.replace("COUNT", "120")
+    async with cage(pretend, policy) as (caged, broker):
+        assert 40 <= int(await caged.client(storm)) < 100
+        await broker.wait_for("net.denied", rule="rate")
+    async with cage(pretend, policy, change=without("goto over_rate")) as (caged, _):
+        assert int(await caged.client(storm)) == 120
+
+
+async def test_the_number_of_open_connections_is_kept_by_kernel_and_broker(pretend: World) -> None:
+    policy = listed("hooks.example.com:25", connects_open=8, connect_burst=400, connects_per_second=400)
+    # What the broker refuses is seen by the client as a reset after its connect: count what is served.
+    storm = """
+kept = [s for s in (attempt(tcp, 'hooks.example.com', 25) for _ in range(30)) if not isinstance(s, str)]
+print(sum(attempt(s.recv, 3) == b'220' for s in kept))
+"""
+    for off, change in (([], None), (["open"], None), ([], without("goto over_open"))):
+        async with cage(pretend, policy, off=off, change=change) as (caged, broker):
+            assert int(await caged.client(storm)) <= 8
+            await broker.wait_for("net.denied", rule="too-many-open")
+    async with cage(pretend, policy, off=["open"], change=without("goto over_open")) as (caged, _):
+        assert int(await caged.client(storm)) == 30
+
+
+async def test_the_rate_of_questions(pretend: World) -> None:
+    storm = f"""
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(5)
+refused = 0
+for _ in range(250):
+    s.sendto({DNS_QUESTION}, ('127.0.0.53', 53))
+    refused += s.recv(500)[3] & 15 == 5
+print(refused)
+"""
+    for off in ([], ["dns-rate"]):
+        async with cage(pretend, listed("hooks.example.com:80"), off=off) as (caged, _):
+            assert (int(await caged.client(storm)) > 50) is not bool(off)
+
+
+async def test_nothing_is_let_out_unrecorded(pretend: World) -> None:
+    for off, expected in (([], False), (["recordable"], True)):
+        async with cage(pretend, listed(f"{OTHER}:80"), off=off) as (caged, broker):
+            broker.audit.send(b'{"blocked": "the disk is full"}')
+            await asyncio.sleep(0.2)  # nothing answers such a packet
+            ask = f"{RAW}print(raw({OTHER!r}, 80, b'GET / HTTP/1.0\\r\\n\\r\\n').startswith('HTTP/1.1 200'))"
+            assert await caged.client(ask) == str(expected)
+
+
+def test_the_switches_switch_something() -> None:
+    """Every check that ``weakened`` knows is used here."""
+    from pathlib import Path
+
+    from tests.broker import weakened
+
+    text = Path(__file__).read_text() + Path(__file__).with_name("test_guarantees.py").read_text()
+    for line in (weakened.__doc__ or "").splitlines():
+        if line.startswith("``") and not line.startswith("``python"):
+            check = line.split("``")[1].split(":")[0]
+            assert f'"{check}' in text, f"{check} is never switched off"
