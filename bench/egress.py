@@ -20,7 +20,7 @@ from bench.frame import Report, Series
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import listed
-from tests.broker.world import WEB, BrokerProcess, CageNet, World, world
+from tests.support.pretend_internet import WEB, BrokerProcess, CageNet, World, world
 
 ENDS = Path(__file__).with_name("egress_ends.py")
 CONNECTS = 100

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 
 from isolator.policy.model import EgressRule, NetworkPolicy
-from tests.broker.world import BrokerProcess, CageNet, World, world
+from tests.support.pretend_internet import BrokerProcess, CageNet, World, world
 
 MakeCage = Callable[..., Awaitable[CageNet]]
 

@@ -6,8 +6,8 @@ import pytest
 
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
-from tests.broker.internet import WEB
-from tests.broker.world import BrokerProcess, World
+from tests.support.internet_servers import WEB
+from tests.support.pretend_internet import BrokerProcess, World
 
 
 async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage, broker: BrokerProcess) -> None:

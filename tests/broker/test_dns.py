@@ -22,8 +22,8 @@ from isolator.linux import netns
 from isolator.policy.destinations import VIRTUAL, Rules, parse_address
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
-from tests.broker.internet import OTHER, WEB, Dns
-from tests.broker.world import BrokerProcess, World
+from tests.support.internet_servers import OTHER, WEB, Dns
+from tests.support.pretend_internet import BrokerProcess, World
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
-from tests.broker.internet import METADATA, OTHER, PRIVATE, WEB
-from tests.broker.world import BrokerProcess, World
+from tests.support.internet_servers import METADATA, OTHER, PRIVATE, WEB
+from tests.support.pretend_internet import BrokerProcess, World
 
 RAW = """
 def raw(host, port, data, timeout=5):
@@ -217,7 +217,7 @@ async def test_other_cages_names_and_addresses_are_of_no_use(cages: MakeCage, br
 async def test_a_new_address_of_the_host_is_out_of_reach_at_once(
     cages: MakeCage, broker: BrokerProcess, pretend: World
 ) -> None:
-    from tests.broker.internet import run_in
+    from tests.support.internet_servers import run_in
 
     cage = await cages(NetworkPolicy(mode="public"))
     assert await cage.client(f"print(tcp({OTHER!r}, 80).getpeername()[0])") == OTHER

@@ -11,7 +11,7 @@ import pytest
 from isolator.broker.hardening import rules
 from isolator.layers.seccomp.layer import compile_rules
 from tests.broker.conftest import MakeCage, listed
-from tests.broker.world import BROKER_UID, BrokerProcess, World
+from tests.support.pretend_internet import BROKER_UID, BrokerProcess, World
 
 ATTEMPTS = {
     "exec": "os.execv('/bin/true', ['true'])",

@@ -12,8 +12,8 @@ from isolator.layers.network import namespace as network
 from isolator.linux import netns
 from isolator.policy.model import ListenRule, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
-from tests.broker.internet import HOST, run_in
-from tests.broker.world import BrokerProcess, CageNet, World, run_client
+from tests.support.internet_servers import HOST, run_in
+from tests.support.pretend_internet import BrokerProcess, CageNet, World, run_client
 
 SERVE = """
 s = socket.create_server((ADDRESS, 3000), family=socket.AF_INET6 if ':' in ADDRESS else socket.AF_INET)

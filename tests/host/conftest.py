@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from host.queue.interface import Delivery, NewEvent, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import pair
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
 

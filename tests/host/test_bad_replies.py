@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from host.cli.main import cli
-from tests.host.supervisor_double import REPO, Daemon
+from tests.host.fake_supervisor import REPO, Daemon
 from tests.support import sidecars
 
 MANIFEST: dict[str, Any] = {

@@ -17,7 +17,7 @@ import pytest
 
 from host.control.server import CONNECTIONS
 from isolator.errors import UnavailableError
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
 

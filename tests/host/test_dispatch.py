@@ -9,7 +9,7 @@ import json
 import pytest
 
 from isolator.errors import IsolatorError
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
 FAST_RETRY = 'return {"status": "retry", "retry_after_ms": 20}'

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
 NEIGHBOUR = {"project_id": "p", "domain": "a.example"}

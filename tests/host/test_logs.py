@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from host.plugins.logs import Logs
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from host.cli.new import LANGUAGES
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.host.test_cli import isolator
 
 NEEDS = {"python": "/usr/bin/python3", "node": "node", "go": "go", "rust": "rustc", "sh": "perl"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.supervisor_double import Daemon, Sidecar
+from tests.host.fake_supervisor import Daemon, Sidecar
 from tests.support import sidecars
 from tests.support.sidecars import STREAM_OK, stream
 

@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from tests.host.supervisor_double import Daemon
+from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
 

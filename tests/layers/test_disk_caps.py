@@ -16,7 +16,7 @@ from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.policy.model import ResourcePolicy
 from isolator.recovery.journal import Journal
 from isolator.volume.volume import Volume
-from tests.layers.lab import cage, policy
+from tests.support.cage_fixture import cage, policy
 
 MIB = 1 << 20
 RATE = 4 * MIB

@@ -13,8 +13,8 @@ from typing import Any
 import dns.message
 import pytest
 
-from tests.broker.internet import OTHER, WEB
-from tests.broker.world import World, world
+from tests.support.internet_servers import OTHER, WEB
+from tests.support.pretend_internet import World, world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n[restart]\nbackoff_min = "0.1s"\n'

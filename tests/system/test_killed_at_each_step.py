@@ -31,7 +31,7 @@ from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, alive, event, wait_for, write_plugin
-from tests.system.stepped import PLUGIN, START, STEPS, STOP, SteppedDaemon
+from tests.system.kill_points import PLUGIN, START, STEPS, STOP, SteppedDaemon
 
 FOR_THE_SUPERVISOR = ("recorded", "journal gone", "clone", "network", "told")
 PLACE, PORT = "10.99.0.1", 4444

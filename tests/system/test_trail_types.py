@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from isolator.audit.text import printable
-from tests.broker.internet import OTHER, WEB
-from tests.broker.world import world
+from tests.support.internet_servers import OTHER, WEB
+from tests.support.pretend_internet import world
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 ENDED = "exit_code signal cause uptime stderr"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker.internet import METADATA, OTHER, WEB
-from tests.broker.world import World
+from tests.support.internet_servers import METADATA, OTHER, WEB
+from tests.support.pretend_internet import World
 from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n'

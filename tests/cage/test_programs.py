@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers.lab import isolator
+from tests.support.cage_fixture import isolator
 
 PYTHON = """
 import json, os, socket, sqlite3, ssl, subprocess, tempfile, threading

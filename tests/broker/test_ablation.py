@@ -19,9 +19,9 @@ from isolator.layers.network import ruleset
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import listed
-from tests.broker.internet import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
 from tests.broker.test_guarantees import RAW
-from tests.broker.world import BrokerProcess, CageNet, World, run_client
+from tests.support.internet_servers import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
+from tests.support.pretend_internet import BrokerProcess, CageNet, World, run_client
 
 Ruleset = Callable[[str], str]
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from host import PluginHost
 from isolator.errors import IsolatorError, UnavailableError
-from tests.host.supervisor_double import PLUGIN_UID, Daemon
+from tests.host.fake_supervisor import PLUGIN_UID, Daemon
 from tests.support import sidecars
 
 CALLER = """

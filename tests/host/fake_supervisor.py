@@ -30,8 +30,8 @@ from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
 from isolator.policy.request import parse_manifest_core
-from tests.host.registrar_double import RegistrarDouble
-from tests.host.witness import Witness
+from tests.host.audit_fake import Witness
+from tests.host.fake_registrar import RegistrarDouble
 
 HOST_UID = 64001
 PLUGIN_UID = 64002

@@ -14,7 +14,7 @@ import pytest
 
 from isolator.layers.user import LOCKS
 from isolator.paths import Paths
-from tests.layers.lab import COMMAND, caged, children, isolator, leaves
+from tests.support.cage_fixture import COMMAND, caged, children, isolator, leaves
 
 _WAITING = ("sh", "-c", "echo ready; exec sleep 300")
 

@@ -15,7 +15,7 @@ from isolator.cage.cage import Cage
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.linux.inotify import IN_MODIFY, Inotify
 from isolator.policy.model import ResourcePolicy
-from tests.layers.lab import StartedCage, cage, leaves, policy
+from tests.support.cage_fixture import StartedCage, cage, leaves, policy
 
 MIB = 1 << 20
 

@@ -15,7 +15,7 @@ from isolator.policy.meet.explain import proposal_json
 from isolator.policy.request import parse_manifest_core
 
 if TYPE_CHECKING:
-    from tests.host.supervisor_double import Daemon
+    from tests.host.fake_supervisor import Daemon
 
 
 class RegistrarDouble:

@@ -27,7 +27,7 @@ from isolator.policy.host import HostConfig
 from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Entry
 from isolator.standalone.session import StandaloneSession, run_spec
-from tests.layers.lab import leaves, policy
+from tests.support.cage_fixture import leaves, policy
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from isolator.ipc.channel import Channel, Message, pair
 from isolator.layers.network import namespace as network
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
-from tests.broker.internet import (
+from tests.support.internet_servers import (
     GATEWAY,
     GATEWAY6,
     HOST,
@@ -92,7 +92,7 @@ def world() -> Iterator[World]:
     directory.chmod(0o755)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "isolator", directory / "isolator", ignore=ignored)
-    shutil.copy(Path(__file__).with_name("weakened.py"), directory)
+    shutil.copy(Path(__file__).parents[1] / "broker/weakened.py", directory)
     (directory / "resolv.conf").write_text(f"nameserver {network.RESOLVER}\noptions timeout:3 attempts:1\n")
     (directory / "host-resolv.conf").write_text(f"nameserver {WEB}\n")
     internet = Internet(directory)

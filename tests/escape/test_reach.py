@@ -13,7 +13,7 @@ import pytest
 
 from isolator.recovery.journal import Journal
 from isolator.volume.volume import Volume
-from tests.layers.lab import isolator
+from tests.support.cage_fixture import isolator
 from tests.system.daemon import wait_for
 
 pytestmark = pytest.mark.vm

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers.lab import COMMAND, caged, children, isolator, leaves
+from tests.support.cage_fixture import COMMAND, caged, children, isolator, leaves
 
 
 def test_output_input_and_exit_code(shared_dir: Path) -> None:

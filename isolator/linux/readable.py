@@ -1,0 +1,22 @@
+"""Await a descriptor in the running event loop: data to read, or the end of a process (pidfd)."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+async def readable(fd: int) -> None:
+    """Wait until ``fd`` is readable; a pidfd is once its process has ended. No other reader of ``fd`` may be set."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(fd, resolve, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+def resolve(future: asyncio.Future[None]) -> None:
+    """Set a future's result unless it is done (a callback may come twice in one turn of the loop)."""
+    if not future.done():
+        future.set_result(None)

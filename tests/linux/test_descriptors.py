@@ -1,0 +1,43 @@
+"""Owners of descriptors: what is owned is closed exactly once, what was given up stays open."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from isolator.linux.descriptors import FdSet, close_all
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_descriptors_of_a_set_are_closed_when_the_block_is_left_by_an_error() -> None:
+    with pytest.raises(RuntimeError), FdSet() as owned:
+        fds = [owned.add(fd) for fd in os.pipe()]
+        raise RuntimeError
+    assert not any(map(is_open, fds))
+
+
+def test_released_descriptors_stay_open() -> None:
+    with FdSet(os.pipe()) as owned:
+        reading, writing = owned.release_all()
+        assert len(owned) == 0
+    assert is_open(reading) and is_open(writing)
+    with FdSet([reading, writing]) as owned:
+        assert owned.release(writing) == writing
+    assert not is_open(reading) and is_open(writing)
+    os.close(writing)
+
+
+def test_close_all_empties_a_list_and_passes_over_what_is_closed() -> None:
+    fds = list(os.pipe())
+    os.close(fds[0])
+    still = fds[1]
+    close_all(fds)
+    assert fds == [] and not is_open(still)
