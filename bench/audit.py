@@ -131,7 +131,7 @@ _SERVER = """
 import asyncio, os, socket, sys
 from pathlib import Path
 from host.control import ControlServer
-from host.trail import TrailStreams
+from host.control.follow import TrailStreams
 from isolator.audit.client import AuditClient
 async def main():
     audit = AuditClient(socket.socket(fileno=int(sys.argv[1])))

@@ -1,1 +1,1 @@
-"""One cage, from clone to the last trace removed."""
+"""A cage, from clone to the last trace removed."""

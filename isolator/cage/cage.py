@@ -1,4 +1,4 @@
-"""One cage: the layers composed around one process, from start to the last trace removed.
+"""A cage: the layers composed around one process, from start to the last trace removed.
 
     async with Cage(spec, runtime, stdio) as cage:
         await cage.start()
@@ -43,6 +43,8 @@ from isolator.layers.plan import Plan
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
+from isolator.linux.descriptors import close_all
+from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
 
 if TYPE_CHECKING:
@@ -62,9 +64,9 @@ class Stdio:
 
 
 class Cage:
-    """One cage; see the module's text.
+    """A cage, from ``start`` to ``release``.
 
-    ``handover`` is given the cage's network once its rules are in force, and awaited before the exec: it takes the
+    ``handover`` receives the cage's network once its rules are in force, and awaited before the exec: it takes the
     broker's sockets. ``without`` names layers to leave out, for tests of their absence.
     """
 
@@ -94,24 +96,24 @@ class Cage:
         self._handover = handover
         self._spare: Spare | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._caged: CageProcesses | None = None
+        self._processes: CageProcesses | None = None
         self._process = Process(0)
 
     @property
     def started(self) -> bool:
         """Whether there is a process."""
-        return self._caged is not None
+        return self._processes is not None
 
     @property
-    def caged(self) -> CageProcesses:
+    def processes(self) -> CageProcesses:
         """The cage's processes, while there are any."""
-        assert self._caged is not None
-        return self._caged
+        assert self._processes is not None
+        return self._processes
 
     @property
     def pid(self) -> int:
         """Pid 1 of the cage as the host sees it."""
-        return self.caged.pid
+        return self.processes.pid
 
     @property
     def leaf(self) -> Leaf:
@@ -143,7 +145,7 @@ class Cage:
         mark("spare")
         try:
             leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
-            runtime.journal.make(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+            runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
             mark("journal")
             plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
             plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
@@ -152,9 +154,9 @@ class Cage:
                     layer.prepare(spec, plan)
                     mark(f"prepare {layer.name}")
                 if spare.groups is not None:
-                    spare.given_over()
+                    spare.hand_over_groups()
                 packet, fds = plan.pack()
-                with contextlib.suppress(BrokenPipeError):  # it has died: the end of its link says so below
+                with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link shows below
                     send_packet(spare.link, packet, fds)
                 if "cgroup" in plan.fds:
                     await runtime.launcher.keep(spec.leaf, plan.fds["cgroup"])
@@ -176,7 +178,7 @@ class Cage:
     async def _build(self, spare: Spare, mark: _Stopwatch) -> None:
         try:
             async with asyncio.timeout(_SET_UP_SECONDS):
-                await self._cloned_and_caged(spare, mark)
+                await self._wait_caged(spare, mark)
                 await spare.ended()  # it counts as a task of the cage until then
         except TimeoutError:
             raise self._too_slow() from None
@@ -201,12 +203,12 @@ class Cage:
             raise self._failure(answer)
         spare.link.close()
         mark("exec")
-        self.caged.started = time.monotonic()
+        self.processes.started = time.monotonic()
 
-    async def _cloned_and_caged(self, spare: Spare, mark: _Stopwatch) -> None:
-        """Wait for the parked process's word that it has cloned, and the cage's that it is one; either may be first."""
+    async def _wait_caged(self, spare: Spare, mark: _Stopwatch) -> None:
+        """Wait for two messages in either order: the clone's pid from the parked process, "caged" from the cage."""
         caged = False
-        while self._caged is None or not caged:
+        while self._processes is None or not caged:
             answer, fds = await self._receive(spare)
             if "pid" in answer:
                 self._born(answer, fds, spare)
@@ -214,7 +216,7 @@ class Cage:
                 for layer in self._layers:
                     if layer.from_birth:
                         layer.confirm(self._process)
-                self.caged.watch_memory()
+                self.processes.watch_memory()
                 mark("confirm groups")
             elif answer.get("step") == "caged":
                 caged = True
@@ -228,11 +230,11 @@ class Cage:
 
     def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
         clone = Clone(int(str(answer["pid"])), fds[0])
-        self._caged = CageProcesses(clone, spare.status, self._cgroup.leaf)
+        self._processes = CageProcesses(clone, spare.status, self._cgroup.leaf)
         self._process = Process(clone.pid)
 
-    async def _given_up(self, spare: Spare) -> None:
-        """The start ended without a word of the clone: learn of it, for it is a child of this process."""
+    async def _reap_late_clone(self, spare: Spare) -> None:
+        """Drain the link after a start that failed before the clone's pid arrived: the clone is a child to reap."""
         with contextlib.suppress(OSError):
             spare.link.shutdown(socket.SHUT_WR)  # nothing more comes: what still waits there ends
         await spare.ended()
@@ -243,24 +245,17 @@ class Cage:
                 if "pid" in answer:
                     self._born(answer, fds, spare)
                 else:
-                    for fd in fds:
-                        os.close(fd)
+                    close_all(fds)
                 if not packet:
                     break
 
     async def _receive(self, spare: Spare) -> tuple[dict[str, object], list[int]]:
-        """The next word on the link; empty when the cage exec'd (or died, which ``wait`` tells apart)."""
-        loop = asyncio.get_running_loop()
+        """Receive the next message of the link; empty after exec (or death, which ``wait`` tells apart)."""
         while True:
             try:
                 packet, fds = receive_packet(spare.link)
             except BlockingIOError:
-                ready = loop.create_future()
-                loop.add_reader(spare.link, _resolve, ready)
-                try:
-                    await ready
-                finally:
-                    loop.remove_reader(spare.link)
+                await readable(spare.link.fileno())
                 continue
             return (json.loads(packet) if packet else {}), fds
 
@@ -285,28 +280,28 @@ class Cage:
 
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
-        self.caged.signal(number)
+        self.processes.signal(number)
 
     async def wait(self) -> CageExit:
-        """Wait until the sidecar has ended, and say how and why. ``release`` ends what else is in the cage."""
-        return await self.caged.wait()
+        """Wait until the sidecar has ended; returns how and why. ``release`` ends the rest of the cage."""
+        return await self.processes.wait()
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM, then after ``grace`` seconds the whole group is killed. ``wait`` tells the rest."""
-        await self.caged.stop(grace)
+        """Send SIGTERM; after ``grace`` seconds kill the whole group. ``wait`` returns the outcome."""
+        await self.processes.stop(grace)
 
     def kill(self) -> None:
         """End the whole cage at once."""
-        self.caged.kill()
+        self.processes.kill()
 
     def detect_drift(self) -> str:
-        """What somebody changed about the groups of the running cage; empty when they are as they were made."""
-        if self._cgroup not in self._layers or self.caged.exited.is_set():
+        """Compare the groups of the running cage with their making; returns the first difference, or nothing."""
+        if self._cgroup not in self._layers or self.processes.exited.is_set():
             return ""
         try:
             self._cgroup.confirm_again(self._process)
         except (ConfinementError, OSError) as error:
-            return "" if self.caged.ended.is_set() else str(error)
+            return "" if self.processes.ended.is_set() else str(error)
         return ""
 
     async def release(self) -> None:
@@ -316,12 +311,12 @@ class Cage:
             if not self._loading.cancelled():
                 self._loading.exception()
             self._loading = None
-        if self._spare is not None and self._caged is None:
-            await self._given_up(self._spare)
-        if self._caged is not None:
-            await self._caged.reap()
+        if self._spare is not None and self._processes is None:
+            await self._reap_late_clone(self._spare)
+        if self._processes is not None:
+            await self._processes.reap()
             self._runtime.launcher.forget(self.spec.leaf)
-            self._caged = None
+            self._processes = None
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
@@ -332,18 +327,13 @@ class Cage:
             if layer is self._cgroup and self._cgroup.leaf is not None:
                 await _empty(self._cgroup.leaf)
             layer.release()
-        self._runtime.journal.gone(self.spec.leaf)
+        self._runtime.journal.forget(self.spec.leaf)
 
 
 async def _empty(leaf: Leaf) -> None:
     """Wait without blocking the loop until a killed leaf has no process, zombie included, left."""
     if leaf.populated():
         await asyncio.to_thread(leaf.wait_empty, 5.0)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class _Stopwatch:

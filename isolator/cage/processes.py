@@ -1,4 +1,4 @@
-"""A cage's processes from their birth to the end of the last: pid 1, which is a child of this process, and the sidecar.
+"""Processes of a cage, from birth to the end of the last: pid 1, which is a child of this process, and the sidecar.
 
 Whatever is known of an end comes from the kernel (pidfd, counters of the control groups) or from pid 1 of the cage
 (isolator.launcher.init), which writes the sidecar's raw wait status into a pipe.
@@ -20,7 +20,7 @@ from isolator.layers.cgroup.leaf import Events, Leaf
 
 @dataclass(frozen=True)
 class CageExit:
-    """How a cage ended. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
+    """End of a cage. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
 
     exit_code: int | None
     signal: int | None
@@ -30,7 +30,7 @@ class CageExit:
 
     @property
     def returncode(self) -> int:
-        """As a shell shows it: the exit code, or 128 + the signal."""
+        """Exit code as a shell shows it: the code, or 128 + the signal."""
         return self.exit_code if self.exit_code is not None else 128 + (self.signal or 9)
 
 
@@ -43,18 +43,18 @@ class CageProcesses:
     def __init__(self, clone: Clone, status: int, leaf: Leaf | None) -> None:
         self.pid, self.pidfd = clone.pid, clone.pidfd
         self.exited = asyncio.Event()
-        """Pid 1 is gone: its namespaces are taken down, which takes milliseconds."""
+        """Set once pid 1 has ended: the kernel takes its namespaces down, which takes milliseconds."""
         self.ended = asyncio.Event()
-        """The sidecar has ended: pid 1 has said so, or is gone itself."""
+        """Set once the sidecar has ended: pid 1 has reported it, or has ended itself."""
         self.started = 0.0
-        """When the sidecar was exec'd, by the monotonic clock; 0 before that."""
+        """Time of the sidecar's exec, by the monotonic clock; 0 before that."""
         self._status = status
         self._leaf = leaf
         self._stopping = False
         self._oom = -1
         self._oom_seen = False
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self.pidfd, self._gone)
+        self._loop.add_reader(self.pidfd, self._pid1_ended)
         self._loop.add_reader(status, self._reported)
 
     @property
@@ -63,7 +63,7 @@ class CageProcesses:
         return time.monotonic() - self.started
 
     def watch_memory(self) -> None:
-        """On v1 the kernel kills one process of a group that is out of memory; end the whole cage, as v2 does."""
+        """End the whole cage when it is out of memory, as v2 does: v1 kills one process of the group."""
         memory = self._leaf.v1.get("memory") if self._leaf is not None else None
         if memory is None:
             return
@@ -83,7 +83,7 @@ class CageProcesses:
             self._oom_seen = True
             self._leaf.kill()
 
-    def _gone(self) -> None:
+    def _pid1_ended(self) -> None:
         self._loop.remove_reader(self.pidfd)
         self.exited.set()
         self._reported()
@@ -104,7 +104,7 @@ class CageProcesses:
         self.signal(signal.SIGKILL)
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM, then after ``grace`` seconds the whole group is killed. ``wait`` tells the rest."""
+        """Send SIGTERM; after ``grace`` seconds kill the whole group. ``wait`` returns the outcome."""
         self._stopping = True
         self.signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
@@ -114,7 +114,7 @@ class CageProcesses:
         self.kill()
 
     async def wait(self) -> CageExit:
-        """Wait until the sidecar has ended, and say how and why. What else is in the cage may still run."""
+        """Wait until the sidecar has ended; returns how and why. The rest of the cage may still run."""
         await self.ended.wait()
         raw = b""
         with contextlib.suppress(BlockingIOError):
@@ -122,7 +122,7 @@ class CageProcesses:
         if len(raw) == 4:
             code = os.waitstatus_to_exitcode(struct.unpack("=i", raw)[0])
         else:
-            # The pipe's end without a word: pid 1 was killed, and its own death is all there is to tell.
+            # The pipe ended empty: pid 1 was killed, and its own death is all that is known.
             await self.exited.wait()
             info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
             code = -info.si_status if info and info.si_code != os.CLD_EXITED else 125
@@ -148,7 +148,7 @@ class CageProcesses:
         return "signal" if number is not None else "exit"
 
     async def reap(self) -> None:
-        """Kill what is left, wait for pid 1, and let go of all descriptors."""
+        """Kill the rest, wait for pid 1, and close all descriptors."""
         self.kill()
         await self.exited.wait()
         with contextlib.suppress(ChildProcessError):

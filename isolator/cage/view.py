@@ -1,4 +1,4 @@
-"""Parts of every cage's view of the host: where programs are looked for, and the folders that a policy opens."""
+"""A cage's view of the host: the search path for programs, and the folders that a policy opens."""
 
 from __future__ import annotations
 

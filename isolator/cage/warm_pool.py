@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import pair
 from isolator.layers.cgroup.leaf import Leaf
+from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from isolator.launcher.client import Launcher
     from isolator.layers.cgroup.subtree import Subtree
     from isolator.layers.network.namespace import CageNetwork
-    from isolator.recovery.journal import Journal
+    from isolator.linux.readable import readable
+from isolator.recovery.journal import Journal
 
 PREFIX = "_spare."
 """Begins the names of the groups; a plugin's name begins with a letter."""
@@ -41,7 +43,7 @@ _REST_SECONDS = 0.1
 
 @dataclass
 class Spare:
-    """One; whoever takes it owns all of it, and calls ``release`` when it has taken over what it wants."""
+    """A parked process with its groups and network. Its taker owns all of it, and calls ``release`` for the rest."""
 
     name: str
     layers: frozenset[str]
@@ -49,14 +51,14 @@ class Spare:
     launcher: Launcher
     journal: Journal
     link: socket.socket
-    """To the parked process, and then to the cage that it becomes; non-blocking."""
+    """Socket to the parked process, later to the cage that it becomes; non-blocking."""
     status: int
     """The pipe's end on which pid 1 of the cage reports; non-blocking."""
     pidfd: int
-    """Of the parked process, until it has ended; then -1."""
+    """Pidfd of the parked process until it has ended; then -1."""
     network: CageNetwork | None = None
     groups: Leaf | None = None
-    """The v1 groups that it is in, where there are any, until a cage has taken them over."""
+    """The v1 groups of the parked process, where there are any, until a cage has taken them over."""
 
     @property
     def usable(self) -> bool:
@@ -66,16 +68,10 @@ class Spare:
         return not self.launcher.closed.is_set() and not waits.poll(0)
 
     async def ended(self) -> None:
-        """Wait until the parked process is gone: it goes as soon as it has cloned the cage, or lost its link."""
+        """Wait for the end of the parked process: it ends once it has cloned the cage, or lost its link."""
         if self.pidfd < 0:
             return
-        loop = asyncio.get_running_loop()
-        gone = loop.create_future()
-        loop.add_reader(self.pidfd, _resolve, gone)
-        try:
-            await gone
-        finally:
-            loop.remove_reader(self.pidfd)
+        await readable(self.pidfd)
         self._reap()
 
     def _reap(self) -> None:
@@ -84,13 +80,13 @@ class Spare:
         os.close(self.pidfd)
         self.pidfd = -1
 
-    def given_over(self) -> None:
-        """The groups have become those of a cage."""
+    def hand_over_groups(self) -> None:
+        """Give up the groups: they have become those of a cage."""
         self.groups = None
-        self.journal.gone(self.name)
+        self.journal.forget(self.name)
 
     async def release(self) -> None:
-        """End and remove what nobody has taken over; idempotent."""
+        """End and remove every part that nobody has taken over; idempotent."""
         self.link.close()
         await self.ended()
         if self.status >= 0:
@@ -102,7 +98,7 @@ class Spare:
             network_layer.release(self.network)
         if self.groups is not None:
             self.groups.remove()
-            self.given_over()
+            self.hand_over_groups()
 
 
 class WarmPool:
@@ -151,7 +147,7 @@ class WarmPool:
             self._rest = asyncio.get_running_loop().call_later(_REST_SECONDS, self.begin, layers)
 
     async def filled(self) -> None:
-        """Wait until one is there; for benchmarks and tests."""
+        """Wait until a spare is there (benchmarks and tests)."""
         if self._waiting is not None:
             await asyncio.wait([self._waiting])
 
@@ -213,7 +209,7 @@ async def _make_spare(launcher: Launcher, journal: Journal, subtree: Subtree, la
         if making is not None:
             undo.push_async_callback(_release_network, making)
         if groups is not None:
-            journal.make(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))
+            journal.record(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))
             spare.groups = groups
             groups.create_v1()
             attaching = asyncio.create_task(asyncio.to_thread(groups.attach_v1, parked.pid))
@@ -235,11 +231,6 @@ async def _release_network(making: asyncio.Task[CageNetwork]) -> None:
 
 
 def _retrieved(task: asyncio.Task[Spare]) -> None:
-    """A failure ahead of time is told by the next start, which tries again."""
+    """Take note of a failure ahead of time: the next start tries again, and reports it."""
     if not task.cancelled():
         task.exception()
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -24,11 +24,11 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     """
     from isolator.recovery import daemon as recovery
     from isolator.recovery import standalone as abandoned
-    from isolator.recovery.journal import peek
+    from isolator.recovery.journal import read_unlocked
 
     paths = Paths.of(root)
     try:
-        entries = peek(paths.journal)
+        entries = read_unlocked(paths.journal)
         found = recovery.find(paths, entries) if entries is not None else []
         found += abandoned.find(paths)
         if found and not dry_run:

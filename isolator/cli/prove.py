@@ -69,7 +69,7 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
     async with StandaloneSession(paths) as session:
         from isolator.policy.parse.load import load_host_config
         from isolator.probe.run import attack
-        from isolator.standalone.broker import Records
+        from isolator.standalone.records import Records
 
         host = load_host_config(paths.host_toml)
         making = plugin_target(session, host, plugin) if plugin else policy_target(session, host, policy_file)

@@ -102,13 +102,14 @@ def _summary(end: CageExit) -> dict[str, Any]:
 async def _run(
     paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], command: list[str], audit: Path | None
 ) -> CageExit:
-    from isolator.standalone.session import StandaloneSession, close_all, run_spec
+    from isolator.linux.descriptors import close_all
+    from isolator.standalone.session import StandaloneSession, run_spec
 
     # The launcher starts on the other core while the policy's modules load here.
     async with StandaloneSession(paths) as session:
         host, policy = load()
         from isolator.cage.cage import Stdio
-        from isolator.standalone.broker import Records
+        from isolator.standalone.records import Records
 
         run_id = secrets.token_hex(5)
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Being told that something in a set of folders has changed, once it has settled.
+"""Watch folders and report changes, debounced.
 
 Editors and copies change a file in several steps; what is told after ``SETTLE`` seconds without a change (but at most
 ``LONGEST`` after the first) is what was meant. Names are only a hint where to look: between an event and the look at

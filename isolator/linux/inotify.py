@@ -27,7 +27,7 @@ _HEADER = struct.Struct("iIII")
 
 @dataclass(frozen=True)
 class Event:
-    """One change: ``name`` is the entry in the watched directory, empty for the directory itself."""
+    """A change: ``name`` is the entry in the watched directory, empty for the directory itself."""
 
     watch: int
     mask: int
@@ -48,12 +48,12 @@ class Inotify:
         return call(libc.inotify_add_watch, f"watch of {path}", self._fd, os.fsencode(path), ctypes.c_uint32(mask))
 
     def unwatch(self, number: int) -> None:
-        """End a watch; no error when the kernel has ended it, as it does when the folder is gone."""
+        """End a watch; no error when the kernel has ended it, as it does with the folder."""
         with contextlib.suppress(OSError):
             call(libc.inotify_rm_watch, "inotify_rm_watch", self._fd, number)
 
     def read(self) -> list[Event]:
-        """Every event that waits; empty when none does."""
+        """Read every waiting event; empty when there is none."""
         try:
             data = os.read(self._fd, 65536)
         except BlockingIOError:

@@ -40,7 +40,7 @@ def abi() -> int:
 
 
 def handled_rights(version: int) -> int:
-    """Every file right that this ABI can deny."""
+    """File rights that this ABI can deny."""
     rights = (1 << 13) - 1
     if version >= 2:
         rights |= REFER

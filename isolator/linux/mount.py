@@ -96,7 +96,7 @@ def attach(fd: int, path: str, *, directory: int = AT_FDCWD) -> None:
 
 
 def mount(kind: str, path: str, flags: int, options: str) -> None:
-    """Mount a new file system with one call (mount(2)); for paths that nobody else can change."""
+    """Mount a new file system with one call (mount(2)), at a path that nobody else can change."""
     call(
         libc.mount, f"mount of {kind} on {path}",
         kind.encode(), os.fsencode(path), kind.encode(), ctypes.c_ulong(flags), options.encode(),

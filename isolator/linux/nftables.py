@@ -94,7 +94,7 @@ class Nftables:
 
 
 def _have_low_numbers() -> None:
-    """See the module's text. What the thread opens from here on is its own, and closed when it ends.
+    """Unshare the thread's descriptor table: descriptors opened from here on are its own, and close with it.
 
     Always, and not only when numbers are high: other threads may open hundreds between the look and the use.
     """

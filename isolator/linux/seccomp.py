@@ -29,7 +29,7 @@ class _Program(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Notification:
-    """One call that the filter handed over; ``pid`` is in the reader's pid namespace."""
+    """A call that the filter handed over; ``pid`` is in the reader's pid namespace."""
 
     id: int
     pid: int
@@ -75,7 +75,7 @@ def action_available(action: int) -> bool:
 
 
 def receive(listener: int) -> Notification | None:
-    """Take one waiting notification; None when the caller has gone meanwhile."""
+    """Take one waiting notification; None when the caller has ended meanwhile."""
     buffer = bytearray(_NOTIFICATION.size)
     try:
         fcntl.ioctl(listener, _RECV, buffer)

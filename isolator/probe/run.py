@@ -1,4 +1,4 @@
-"""Builds the cages that the battery runs in and reads its answers.
+"""Build the cages that the battery runs in, and read its answers.
 
 Nearly all attempts share one cage. Those that may take it down with them (they go for its memory) get one each: there
 the kernel's verdict, told by how the cage ended, is the answer. When another attempt ends the cage, that is reported
@@ -24,12 +24,13 @@ from typing import Any, Literal
 from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.ledger import LAYERS
+from isolator.linux.descriptors import close_all
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.probe.attacks import battery
 from isolator.probe.attacks.kit import ATTEMPTS, Attempt, Promise
-from isolator.standalone.broker import Records
-from isolator.standalone.session import StandaloneSession, close_all
+from isolator.standalone.records import Records
+from isolator.standalone.session import StandaloneSession
 
 PLACE = "/run/isolator/probe"
 _MAIN = f"import sys; sys.path.insert(0, {os.path.dirname(PLACE)!r}); from probe.battery import main; main()"
@@ -45,7 +46,7 @@ SpecFactory = Callable[[str, list[str], list[int]], CageSpec]
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one attempt. ``broken`` is a fault of the attempt itself; it proves nothing."""
+    """Outcome of one attempt. ``broken`` is a fault of the attempt itself; it proves nothing."""
 
     name: str
     layer: str
@@ -60,7 +61,7 @@ class Finding:
 
 @dataclass
 class Target:
-    """What is attacked: how to make the cage, and for tests which parts of it to leave out."""
+    """Target of an attack: the recipe of the cage, and for tests the parts of it to leave out."""
 
     spec: SpecFactory
     host: HostConfig
@@ -94,7 +95,7 @@ async def attack(
 async def _cage(
     session: StandaloneSession, target: Target, records: Records, attempts: list[Attempt], bait: dict[str, Any]
 ) -> AsyncIterator[Finding]:
-    """One cage for these attempts; ends early, after a finding about it, when the cage does."""
+    """Build a cage for these attempts; ends early, after a finding about it, when the cage does."""
     owned: list[int] = []
     try:
         run = secrets.token_hex(5)

@@ -1,4 +1,4 @@
-"""Clearing what an earlier daemon left: killed in the middle of anything, it could not do it itself.
+"""Clear what a killed daemon left.
 
 What is left is found in three places, and each names it beyond doubt: the journal (this boot, full paths), the
 daemon's own cgroup subtree (its name carries the instance), and the mounts below the state folder. Nothing is
@@ -20,12 +20,12 @@ from isolator.paths import Paths
 from isolator.recovery.journal import Entry, Journal
 
 _KINDS = {"leaf": "cage", "service": "service", "spare": "spare"}
-"""How an entry of the journal that names control groups is shown."""
+"""Names for people of the journal's entries that are control groups."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """One thing that was left: ``cage NAME.RUN``, ``service NAME``, ``spare NAME``, ``group PATH``, ``mount PATH``,
+    """A leftover: ``cage NAME.RUN``, ``service NAME``, ``spare NAME``, ``group PATH``, ``mount PATH``,
     ``run TOKEN``, ``uid lock UID``."""
 
     kind: str
@@ -34,7 +34,7 @@ class Leftover:
 
 
 def find(paths: Paths, entries: Mapping[str, Entry]) -> list[Leftover]:
-    """Everything that an earlier daemon of this root left behind, given its journal's entries; changes nothing."""
+    """Everything that an earlier daemon of this root left behind, by its journal's ``entries``; changes nothing."""
     found: list[Leftover] = []
     seen: set[str] = set()
     for entry in entries.values():
@@ -71,19 +71,19 @@ def clear(paths: Paths, journal: Journal) -> list[Leftover]:
         leaf.remove()
     for entry in list(journal.open.values()):
         if entry.kind == "subtree" or entry.kind in _KINDS:
-            journal.gone(entry.name)
+            journal.forget(entry.name)
     for place in mounts_below(paths.state):
         with contextlib.suppress(OSError):
             mount.unmount(place, lazy=True)
     for entry in list(journal.open.values()):
         if entry.kind == "mount":
-            journal.gone(entry.name)
+            journal.forget(entry.name)
     shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
     return found
 
 
 def subtree_folders(paths: Paths) -> list[Path]:
-    """Where this instance's cgroup subtree is or would be, in every hierarchy."""
+    """Folders of this instance's cgroup subtree in every hierarchy, whether they exist or not."""
     found = find_hierarchies()
     name = paths.named("isolator")
     folders = []
@@ -101,7 +101,7 @@ def mounts_below(folder: Path) -> list[str]:
 
 
 def process_count(group: Path) -> int:
-    """How many processes are in a group itself; none when it is gone."""
+    """Number of processes in a group itself; 0 when the group does not exist."""
     return len(Leaf(group).processes())
 
 

@@ -1,8 +1,8 @@
-"""What was made outside a process, written down before it is made.
+"""Journal of everything that is made outside a process, written before it is made.
 
 One JSON line an entry, in the run directory: after a reboot it is gone, and so are the groups and mounts it names.
-``make`` comes before the thing exists, ``gone`` after it was removed; what has the first without the second is
-left over from a daemon that was killed. Entries are recognised by boot id and full path, never by a pid.
+``record`` comes before the thing exists, ``forget`` after its removal; an entry with the first and without the second
+is left over from a daemon that was killed. Entries are recognised by boot id and full path, never by a pid.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.linux.lock import lock_file
 
 _COMPACT_LINES = 4000
 
@@ -28,7 +29,7 @@ def boot_id() -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something outside the daemon: the groups of one leaf (a cage or a service), or a mount with its loop device."""
+    """A thing outside the daemon: the groups of one leaf (a cage or a service), or a mount with its loop device."""
 
     name: str
     kind: str
@@ -46,7 +47,7 @@ def read_entries(content: bytes) -> dict[str, Entry]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the torn last line of a killed daemon: its "make" had no effect yet
+            continue  # the torn last line of a killed daemon: what it announced was not made yet
         if "gone" in record:
             found.pop(record["gone"], None)
         elif record.get("boot") == here:
@@ -55,7 +56,7 @@ def read_entries(content: bytes) -> dict[str, Entry]:
     return found
 
 
-def peek(path: Path) -> dict[str, Entry] | None:
+def read_unlocked(path: Path) -> dict[str, Entry] | None:
     """The open entries of a daemon that is dead, changing nothing; None while a daemon has the journal locked."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -72,22 +73,13 @@ def peek(path: Path) -> dict[str, Entry] | None:
 
 def _open_locked(path: Path, *, wait: bool) -> int:
     """Open (or make) the file and take its lock; raises IsolatorError when another daemon has it."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever had the lock may have removed the file since we opened it: then it keeps nobody off this root.
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
-                return fd
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(fd)
-            raise IsolatorError(
-                f"daemon on {path.parent}", "another one is running there",
-                "stop it first, or use another --root",
-            ) from None  # fmt: skip
-        os.close(fd)
+    fd = lock_file(path, wait=wait)
+    if fd is None:
+        raise IsolatorError(
+            f"daemon on {path.parent}", "another one is running there",
+            "stop it first, or use another --root",
+        )  # fmt: skip
+    return fd
 
 
 class Journal:
@@ -106,14 +98,14 @@ class Journal:
         if content and not content.endswith(b"\n"):
             os.write(self._fd, b"\n")  # or the next entry would continue the torn last line
 
-    def make(self, entry: Entry) -> None:
-        """Write down what is about to be made."""
+    def record(self, entry: Entry) -> None:
+        """Write down an entry before its thing is made."""
         with self._lock:
             self.open[entry.name] = entry
             self._append(entry.__dict__)
 
-    def gone(self, name: str) -> None:
-        """Write down that it was removed."""
+    def forget(self, name: str) -> None:
+        """Write down that the thing of an entry was removed."""
         with self._lock:
             if self.open.pop(name, None) is not None:
                 self._append({"gone": name})

@@ -1,4 +1,4 @@
-"""Clearing what a killed ``isolator run`` (or ``prove``) left: a command without a daemon has nobody else to do it.
+"""Clear what a killed ``isolator run`` (or ``prove``) left: a command without a daemon has no other cleaner.
 
 Every such command holds the lock of a journal of its own, ``run-TOKEN.journal``, from before it makes anything until
 after it has removed everything, and its control groups carry the same token: ``isolator[-ID]-run-TOKEN``. A journal
@@ -12,11 +12,9 @@ The groups lie below whichever group the dead command was in, so they are looked
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
-import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +23,8 @@ from pathlib import Path
 from isolator.layers import user
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.linux import mount
+from isolator.linux.descriptors import close_all
+from isolator.linux.lock import lock_file
 from isolator.paths import Paths
 from isolator.recovery.daemon import Leftover, mounts_below, process_count
 from isolator.recovery.journal import read_entries
@@ -35,13 +35,13 @@ _EMPTY_SECONDS = 10.0
 
 @dataclass
 class _Run:
-    """What one dead command left: its journal (when it still exists) and its groups, inner ones last."""
+    """Remains of one dead command: its journal (when it still exists) and its groups, inner ones last."""
 
     token: str
     journal: Path | None
     tops: list[Path] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
-    """Where ``prove`` kept the state of its cage, perhaps still mounted."""
+    """Folders in which ``prove`` kept the state of its cage, perhaps still mounted."""
 
 
 def find(paths: Paths) -> list[Leftover]:
@@ -98,7 +98,7 @@ def _dead_runs(paths: Paths) -> Iterator[list[_Run]]:
             if match is None:
                 continue
             fd = _lock(path)
-            if fd < 0:
+            if fd is None:
                 living.add(match[1])
                 continue
             held.append(fd)
@@ -126,8 +126,7 @@ def _dead_runs(paths: Paths) -> Iterator[list[_Run]]:
             run.tops = list(dict.fromkeys(run.tops))
         yield list(runs.values())
     finally:
-        for fd in held:
-            os.close(fd)
+        close_all(held)
 
 
 @contextlib.contextmanager
@@ -137,29 +136,21 @@ def _free_uids() -> Iterator[list[Path]]:
     free: list[Path] = []
     try:
         for path in sorted(user.LOCKS.iterdir()) if user.LOCKS.is_dir() else ():
-            fd = _lock(path) if path.name.isdigit() else -1
-            if fd >= 0:
+            fd = _lock(path) if path.name.isdigit() else None
+            if fd is not None:
                 held.append(fd)
                 free.append(path)
         yield free
     finally:
-        for fd in held:
-            os.close(fd)
+        close_all(held)
 
 
-def _lock(path: Path) -> int:
-    """A descriptor that holds the lock of a regular file, or -1: somebody holds it, or it is gone or something else."""
+def _lock(path: Path) -> int | None:
+    """Take the lock of a file that is there; None when somebody holds it, or when it is no regular file."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return lock_file(path, create=False)
     except OSError:
-        return -1
-    with contextlib.suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = os.stat(path).st_ino == os.fstat(fd).st_ino  # beside fstat, on one line
-        if same and stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-    os.close(fd)
-    return -1
+        return None
 
 
 def _top(paths: Paths, token: str) -> str:
@@ -167,7 +158,7 @@ def _top(paths: Paths, token: str) -> str:
 
 
 def _group_tops(paths: Paths) -> list[Path]:
-    """Every ``isolator[-ID]-run-TOKEN`` group of this root, in every hierarchy, wherever the command was started."""
+    """Find every ``isolator[-ID]-run-TOKEN`` group of this root, in every hierarchy, wherever its command ran."""
     name = re.compile(rf"{re.escape(_top(paths, ''))}[0-9a-f]{{10}}")
     found: list[Path] = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -188,5 +179,5 @@ def _populated(top: Path) -> bool:
 
 
 def _leaves(run: _Run) -> list[Leaf]:
-    """Its groups, inner ones first, so that they can be removed in this order."""
+    """Groups of a command, inner ones first, so that they can be removed in this order."""
     return [Leaf(Path(folder)) for top in run.tops for folder, _, _ in os.walk(top, topdown=False)]

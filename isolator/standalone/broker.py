@@ -1,4 +1,4 @@
-"""What a cage without a daemon needs in its place: a broker of its own, and somewhere for its records to go."""
+"""Broker of a cage without a daemon: a process of its own, started when it is needed."""
 
 from __future__ import annotations
 
@@ -8,69 +8,18 @@ import json
 import os
 import select
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from isolator.audit.client import utc_now
-from isolator.errors import UsageError
 from isolator.ipc.channel import MAX_FDS, Channel, Handler, Message, pair, receive_packet
+from isolator.linux.descriptors import close_all
+from isolator.standalone.records import Records
 
 if TYPE_CHECKING:
     from isolator.layers.network.namespace import CageNetwork
     from isolator.paths import Paths
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
-
-_DENIALS = ("net.denied", "syscall.denied", "fs.denied")
-_SHOWN_PER_KIND = 5
-
-
-class Records:
-    """The records of one run: all of them in a file when one was named, else only denials, on stderr (not if quiet)."""
-
-    def __init__(self, path: Path | None, run: str, *, quiet: bool = False) -> None:
-        self._run, self._quiet = run, quiet
-        self._out: IO[str] | None = None
-        self._shown: dict[str, int] = {}
-        if path is not None:
-            try:
-                self._out = path.open("a")
-            except OSError as error:
-                raise UsageError(f"--audit {path}", error.strerror or "", "name a file that can be written") from None
-
-    def record(self, type: str, /, **data: Any) -> None:
-        """One record of this process's own."""
-        self.write({"time": utc_now(), "type": type, "plugin": "run", "run": self._run, "data": data})
-
-    def write(self, record: dict[str, Any]) -> None:
-        """One record, of whichever process."""
-        if self._out is not None:
-            self._out.write(json.dumps(record, ensure_ascii=True) + "\n")
-            self._out.flush()
-        elif record["type"] in _DENIALS and not self._quiet:
-            self._show(record["type"], record["data"])
-
-    def _show(self, kind: str, data: dict[str, Any]) -> None:
-        text = _denial(kind, data)
-        count = self._shown[text] = self._shown.get(text, 0) + 1
-        if count == 1 and len(self._shown) <= _SHOWN_PER_KIND * len(_DENIALS):
-            print(f"isolator: denied: {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._out is not None:
-            self._out.close()
-
-
-def _denial(kind: str, data: dict[str, Any]) -> str:
-    if kind == "syscall.denied":
-        return f"system call {data.get('call')}"
-    if kind == "net.denied":
-        place = data.get("name") or data.get("address") or "?"
-        port = f":{data['port']}" if data.get("port") else ""
-        return f"connection to {ascii(str(place))[1:-1]}{port} ({data.get('rule')})"
-    return f"access to {ascii(str(data.get('path')))[1:-1]}"
 
 
 @contextlib.asynccontextmanager
@@ -99,7 +48,7 @@ async def broker_for(
         async with _when_readable(sockets, broker) if lazy else broker():
             yield
     finally:
-        _close(sockets)
+        close_all(sockets)
 
 
 @contextlib.asynccontextmanager
@@ -142,11 +91,6 @@ def _is_stand_in(fd: int) -> bool:
         return sock.family == socket.AF_UNIX
 
 
-def _close(sockets: list[int]) -> None:
-    while sockets:
-        os.close(sockets.pop())
-
-
 @contextlib.asynccontextmanager
 async def _broker(
     sockets: list[int],
@@ -184,7 +128,7 @@ async def _broker(
         await channel.call("hello", root=str(paths.root), config=config.model_dump(mode="json"), timeout=20)
         await channel.call("cage.attach", fds=sockets, run=run, plugin=policy.plugin,
                            policy=policy.network.model_dump(mode="json"), timeout=10)  # fmt: skip
-        _close(sockets)  # a kept copy would let connects hang instead of being refused when the broker dies
+        close_all(sockets)  # a kept copy would let connects hang instead of being refused when the broker dies
         yield
         with contextlib.suppress(Exception):  # it may have died; what it had to say is said
             await channel.call("cage.detach", run=run, timeout=5)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from isolator.paths import Paths
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
-    from isolator.standalone.broker import Records
+    from isolator.standalone.records import Records
 
 
 class StandaloneSession:
@@ -70,15 +70,15 @@ class StandaloneSession:
             self._stack.callback(journal.close)
             subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}", optional=self._optional)
             # Found by its name until here; from here on also when this process's group cannot be searched.
-            journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
-            self._stack.callback(journal.gone, "subtree")
+            journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+            self._stack.callback(journal.forget, "subtree")
             self._stack.callback(subtree.remove)
             self._runtime = CageRuntime(self._launcher, journal, subtree)
             self._stack.push_async_callback(self._runtime.pool.close)
         return self._runtime
 
     def permit(self, host: HostConfig) -> None:
-        """Do without what the host's configuration says may be missing; before ``runtime`` is first used."""
+        """Do without the controllers that host.toml lets be missing; call it before ``runtime`` is used."""
         from isolator.layers.ledger import optional_controllers
 
         self._optional = optional_controllers(host.may_degrade)
@@ -103,7 +103,7 @@ class StandaloneSession:
         cage_type: type[Cage] | None = None,
         **further: Any,
     ) -> AsyncIterator[Cage]:
-        """One started cage; killed, and every trace of it removed, when the context is left.
+        """A started cage; killed, and every trace of it removed, when the context is left.
 
         ``cage_type`` and ``further`` are for tests, which leave layers out. Raises ConfinementError when this host
         lacks a mandatory control.
@@ -171,9 +171,3 @@ def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, u
         cwd="/",
         binds=binds,
     )  # fmt: skip
-
-
-def close_all(fds: list[int]) -> None:
-    """Close the descriptors of a list and empty it."""
-    while fds:
-        os.close(fds.pop())

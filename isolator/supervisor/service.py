@@ -92,7 +92,7 @@ class ChildProcess:
     async def _launch(self) -> None:
         spec = self.spec
         leaf = Leaf(self._subtree.unified / f"service.{spec.name}")
-        self._journal.make(Entry(f"service.{spec.name}", "service", tuple(map(str, leaf.folders()))))
+        self._journal.record(Entry(f"service.{spec.name}", "service", tuple(map(str, leaf.folders()))))
         leaf.create(None)
         self._leaf = leaf
         mine, theirs = pair()
@@ -148,7 +148,7 @@ class ChildProcess:
         if self._leaf is not None:
             await asyncio.to_thread(self._leaf.wait_empty, 5.0)
             self._leaf.remove()
-            self._journal.gone(f"service.{self.spec.name}")
+            self._journal.forget(f"service.{self.spec.name}")
             self._leaf = None
 
 

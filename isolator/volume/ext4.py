@@ -1,4 +1,4 @@
-"""The ext4 image that holds one plugin's state: made so that its data area is what was granted, checked, resized.
+"""The ext4 image that holds one plugin's state: made with the granted data area, checked, resized.
 
 A file system keeps part of its size for itself: inode tables, bitmaps, folders of its own, and blocks that the kernel
 holds back (2 %, at most 4096). So an image is made with an estimate, its superblock is asked how much is left for data,
@@ -25,13 +25,13 @@ BLOCK = 4096
 _HELD_BACK_SHARE, _HELD_BACK_MOST = 50, 4096  # ext4_calculate_resv_clusters()
 _SUPERBLOCK, _MAGIC, _CLEAN = 1024, 0xEF53, 1
 _OWN_INODES = 12
-"""Those that every ext4 has for itself, ``lost+found`` included, and that of ``state``."""
+"""Inodes that every ext4 has for itself, ``lost+found`` included, and that of ``state``."""
 _ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a plugin may fill: bytes of data, number of files."""
+    """Capacity for the plugin: bytes of data, number of files."""
 
     size: int
     inodes: int

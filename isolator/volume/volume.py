@@ -53,7 +53,7 @@ class Volume:
         return False
 
     def ready(self, size: int) -> bool:
-        """Whether it is mounted and has this size."""
+        """Whether the image is mounted and has this size."""
         granted = self._image.granted
         return self.mounted and (granted is None or granted.size == size)
 
@@ -81,7 +81,7 @@ class Volume:
                 self._image.check()
                 if granted is not None and changed:
                     self._image.resize(granted, wanted)
-            self._journal.make(Entry(self._name, "mount", (str(self._place),)))
+            self._journal.record(Entry(self._name, "mount", (str(self._place),)))
             self._mount()
         return os.open(self._place / "state", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
@@ -92,7 +92,7 @@ class Volume:
                 mount.unmount(str(self._place))
             if self.mounted:
                 mount.unmount(str(self._place), lazy=True)
-        self._journal.gone(self._name)
+        self._journal.forget(self._name)
 
     def remove(self) -> None:
         """Unmount and delete everything the plugin has stored."""

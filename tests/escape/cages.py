@@ -29,7 +29,7 @@ from isolator.policy.model import EffectivePolicy, FilesystemPolicy, NetworkPoli
 from isolator.probe.attacks import battery
 from isolator.probe.run import Finding, Target, attack
 from isolator.recovery.journal import Journal
-from isolator.standalone.broker import Records
+from isolator.standalone.records import Records
 from isolator.standalone.session import StandaloneSession, run_spec
 from isolator.volume.volume import Volume
 
@@ -97,7 +97,7 @@ class _Edits(Layer):
 # --- edits of the template -----------------------------------------------------------------------------------
 
 HOST_VIEW = """
-import isolator.launch.launcher
+import isolator.launcher.server
 from isolator.linux import mount, namespaces
 def private_copy_of_the_host():
     namespaces.unshare(namespaces.CLONE_NEWNS)

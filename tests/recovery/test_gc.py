@@ -145,12 +145,12 @@ def test_a_link_or_a_stranger_in_the_run_folder_is_left_alone(shared_dir: Path) 
 
 _HOLD = """
 import asyncio, os, sys
-from isolator.oneoff import StandaloneSession
+from isolator.standalone.session import StandaloneSession
 from isolator.paths import Paths
-from isolator.state import State
+from isolator.volume.volume import Volume
 async def main():
     async with StandaloneSession(Paths.of(sys.argv[1])) as session:
-        state = State(session.paths.lib / "prove-0123456789", "echo", session.runtime.journal)
+        state = Volume(session.paths.lib / "prove-0123456789", "echo", session.runtime.journal)
         os.close(state.open(size=2 << 20, inodes=64, uid=70000, gid=70000))
         print("ready", flush=True)
         await asyncio.sleep(300)

@@ -14,11 +14,12 @@ from pathlib import Path
 from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import CageSpec
 from isolator.layers.cgroup.subtree import find_hierarchies
+from isolator.linux.descriptors import close_all
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.model import EffectivePolicy, NetworkPolicy
-from isolator.standalone.broker import Records
-from isolator.standalone.session import StandaloneSession, close_all, run_spec
+from isolator.standalone.records import Records
+from isolator.standalone.session import StandaloneSession, run_spec
 
 COMMAND = [sys.executable, "-I", "-c", "from host.cli.main import main; main()"]
 """The command line, by the interpreter that runs the tests."""

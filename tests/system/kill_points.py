@@ -122,7 +122,7 @@ def main() -> None:
     around(Plugin, "_record_end", before="ended", after="recorded")
     around(cage.Cage, "release", before="release")
     around(Cgroup, "release", after="groups gone")
-    around(Journal, "gone", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))
+    around(Journal, "forget", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))
     around(Supervisor, "detach_network", after="network gone")
     around(Run, "take_down", after="all gone")
     # Services that die one after the other all day: only the pause between their starts is shortened.

@@ -116,7 +116,7 @@ class _World:
         """One daemon's worth: bring up what a cage needs, start the plugin, stop it, take everything down."""
         journal = Journal(self.paths.journal)
         subtree = open_subtree(self.paths.named("isolator"))
-        journal.make(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+        journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         launcher = Launcher()
         tell(launcher.pid)
         around = _Around(CageRuntime(launcher, journal, subtree), self.paths, _Deaf(), _Deaf(), SocketWatch())
@@ -130,7 +130,7 @@ class _World:
         assert not plugin.error, plugin.error
         launcher.close()
         subtree.remove()
-        journal.gone("subtree")
+        journal.forget("subtree")
         journal.close()
 
     # --- what is there ---------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_nothing_is_left_whichever_step_it_dies_at(world: _World) -> None:
             break
         steps.append(at)
         left = world.outside()
-        shown = recovery.find(world.paths, journal_module.peek(world.paths.journal) or {})
+        shown = recovery.find(world.paths, journal_module.read_unlocked(world.paths.journal) or {})
         with contextlib.closing(Journal(world.paths.journal)) as journal:
             said = recovery.clear(world.paths, journal)
             assert {(one.kind, one.name) for one in said} == {(one.kind, one.name) for one in shown}, at

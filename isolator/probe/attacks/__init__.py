@@ -1,1 +1,1 @@
-"""What is bound into a cage and attacks it from inside; imports only the standard library and itself."""
+"""Attacks on a cage from inside, bound into it; imports only the standard library and itself."""

@@ -1,4 +1,4 @@
-"""The battery: makes the attempts it is told to, each in a process of its own, and prints one JSON line for each.
+"""Battery: makes the attempts that its arguments name, each in a process of its own; prints one JSON line for each.
 
     python3 -I -c 'import sys; sys.path.insert(0, "/run/isolator"); from probe.battery import main; main()' JSON
 
@@ -87,7 +87,7 @@ def _blank(attempt: Attempt) -> dict[str, Any]:
 
 
 def _make(attempt: Attempt, promise: Promise, write: int) -> None:
-    """In the child: make the attempt, report, and end without any of Python's own clean-up."""
+    """Make the attempt in the child, report, and end without Python's own clean-up."""
     os.setpgid(0, 0)
     os.write(write, json.dumps(_outcome(attempt, promise)).encode())
     os._exit(0)

@@ -16,7 +16,7 @@ from .kit import Held, Promise, attempt, libc, set_limit, syscall
 
 _MIB = 1 << 20
 _BEYOND = 1.25
-"""How far over a cap counts as through: what the kernel rounds and keeps per processor is not an escape."""
+"""Excess over a cap that counts as through: the kernel's rounding and per-processor stock are no escape."""
 
 
 @attempt("cgroup", "use more memory than granted", alone=True, seconds=30)

@@ -1,4 +1,4 @@
-"""What every attempt uses: raw system calls, the promise to test against, and how an attempt is declared.
+"""Kit of every attempt: raw system calls, the promise to test against, and how an attempt is declared.
 
 An attempt is a function that really tries one escape. It returns a sentence when it got through, and raises OSError
 or ``Held`` when it was stopped. Anything else that it raises is a fault of the attempt, and never counts as held.
@@ -71,7 +71,7 @@ NUMBERS = {**_NEW, **{name: pair[0] if X86 else pair[1] for name, pair in _OLD.i
 
 
 def syscall(name: str, *args: object) -> int:
-    """One system call; integers are passed as full 64-bit words, bytes as a pointer. Raises OSError."""
+    """Make a system call; integers are passed as full 64-bit words, bytes as a pointer. Raises OSError."""
     words = [
         ctypes.c_long(a) if isinstance(a, int) else ctypes.c_char_p(a) if isinstance(a, bytes) else a for a in args
     ]
@@ -96,7 +96,7 @@ class Held(Exception):
 
 @dataclass(frozen=True)
 class Promise:
-    """What the cage's policy promises, and what must not be found in it. Sizes: bytes; cpu: thousandths of a core."""
+    """Promises of the cage's policy, and bait that must not be found. Sizes in bytes, cpu in thousandths of a core."""
 
     uid: int = 0
     gid: int = 0
@@ -125,12 +125,12 @@ class Promise:
     init: int = 1
     """Pid 1 of the cage, as the cage sees it."""
     descriptors: list[int] = field(default_factory=list)
-    """What was open when the battery began."""
+    """Descriptors that were open when the battery began."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One escape to try: which layer is the first to stop it, what it is in plain words, and how long it may take."""
+    """An escape to try: the first layer to stop it, its description in plain words, its time limit."""
 
     name: str
     layer: str
@@ -138,7 +138,7 @@ class Attempt:
     run: Callable[[Promise], str]
     seconds: float
     alone: bool
-    """It may take the whole cage down with it, so it gets one of its own."""
+    """The attempt may take the whole cage down with it, so it gets a cage of its own."""
 
 
 ATTEMPTS: dict[str, Attempt] = {}

@@ -1,0 +1,62 @@
+"""Records of a cage without a daemon: all of them in a file when one was named, else only denials, on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from isolator.audit.client import utc_now
+from isolator.errors import UsageError
+
+_DENIALS = ("net.denied", "syscall.denied", "fs.denied")
+
+
+_SHOWN_PER_KIND = 5
+
+
+class Records:
+    """The records of one run: all of them in a file when one was named, else only denials, on stderr (not if quiet)."""
+
+    def __init__(self, path: Path | None, run: str, *, quiet: bool = False) -> None:
+        self._run, self._quiet = run, quiet
+        self._out: IO[str] | None = None
+        self._shown: dict[str, int] = {}
+        if path is not None:
+            try:
+                self._out = path.open("a")
+            except OSError as error:
+                raise UsageError(f"--audit {path}", error.strerror or "", "name a file that can be written") from None
+
+    def record(self, type: str, /, **data: Any) -> None:
+        """Write a record of this process's own."""
+        self.write({"time": utc_now(), "type": type, "plugin": "run", "run": self._run, "data": data})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record, of whichever process."""
+        if self._out is not None:
+            self._out.write(json.dumps(record, ensure_ascii=True) + "\n")
+            self._out.flush()
+        elif record["type"] in _DENIALS and not self._quiet:
+            self._show(record["type"], record["data"])
+
+    def _show(self, kind: str, data: dict[str, Any]) -> None:
+        text = _denial(kind, data)
+        count = self._shown[text] = self._shown.get(text, 0) + 1
+        if count == 1 and len(self._shown) <= _SHOWN_PER_KIND * len(_DENIALS):
+            print(f"isolator: denied: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._out is not None:
+            self._out.close()
+
+
+def _denial(kind: str, data: dict[str, Any]) -> str:
+    if kind == "syscall.denied":
+        return f"system call {data.get('call')}"
+    if kind == "net.denied":
+        place = data.get("name") or data.get("address") or "?"
+        port = f":{data['port']}" if data.get("port") else ""
+        return f"connection to {ascii(str(place))[1:-1]}{port} ({data.get('rule')})"
+    return f"access to {ascii(str(data.get('path')))[1:-1]}"
