@@ -379,7 +379,7 @@ def test_the_promise_in_one_sentence(policy: NetworkPolicy, words: str) -> None:
 
 MANY_FILES = """
 import os, resource
-from isolator.layers import network
+from isolator.layers.network import namespace as network
 from isolator.policy.model import NetworkPolicy
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 while os.dup(0) < 1500:
