@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from docs.generate.floors import floors
 from docs.generate.replace import Part
 
-PARTS: tuple[Part, ...] = ()
+PARTS: tuple[Part, ...] = (Part("docs/architecture.md", "floors", floors),)

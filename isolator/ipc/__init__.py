@@ -1,0 +1,1 @@
+"""Channels between the processes, and the types of their messages."""
