@@ -22,6 +22,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from isolator.audit.schema import AuditGap, RecordData
 from isolator.ipc.channel import MAX_PACKET
 
 MAX_PENDING = 20_000
@@ -36,7 +37,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).
 
 def utc_now() -> str:
     """The current time as the trail spells it: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.now(UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 class AuditClient:
@@ -65,7 +66,7 @@ class AuditClient:
 
     def record(
         self,
-        type: str,
+        record: RecordData,
         /,
         *,
         plugin: str | None = None,
@@ -75,7 +76,6 @@ class AuditClient:
         urgent: bool = False,
         happened_ns: int | None = None,
         since_ns: int | None = None,
-        **data: Any,
     ) -> None:
         """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``handed_over``).
 
@@ -87,8 +87,8 @@ class AuditClient:
             return
         if self.lost:
             lost, self.lost = self.lost, 0
-            self.record("audit.gap", count=lost, why="the sender's buffer was full")
-        line = self._line(type, plugin, run, event_id, delivery_id, data, happened_ns, since_ns)
+            self.record(AuditGap(count=lost, why="the sender's buffer was full"))
+        line = self._line(record, plugin, run, event_id, delivery_id, happened_ns, since_ns)
         self._pending.append(line)
         if urgent:
             self._flush()
@@ -149,37 +149,38 @@ class AuditClient:
 
     def _line(
         self,
-        type: str,
+        record: RecordData,
         plugin: str | None,
         run: str | None,
         event_id: str | None,
         delivery_id: str | None,
-        data: dict[str, Any],
         happened: int | None,
         since: int | None,
     ) -> bytes:
         self._number += 1
-        record: dict[str, Any] = {
+        type = record.TYPE
+        sent: dict[str, Any] = {
             "time": utc_now(),
             "type": type,
             "plugin": plugin,
             "run": run,
             "event_id": event_id,
             "delivery_id": delivery_id,
-            "data": data,
+            "data": record.data,
             "n": f"{self._session}:{self._number}",
             "mono": time.monotonic_ns() if happened is None else happened,
         }
         if since is not None:
-            record["since"] = since
+            sent["since"] = since
         try:
-            line = _encode(record).encode()
+            line = _encode(sent).encode()
             if len(line) < MAX_PACKET:
                 return line
             why = f"{type}: {len(line)} bytes are too long for a record"
         except (TypeError, ValueError, RecursionError) as error:
             why = f"{type}: cannot be written as JSON ({error})"
-        return _encode(record | {"type": "audit.gap", "data": {"count": 1, "why": why[:512]}}).encode()
+        gap = AuditGap(count=1, why=why[:512])
+        return _encode(sent | {"type": gap.TYPE, "data": gap.data}).encode()
 
     def _flush(self) -> None:
         self._scheduled = False
