@@ -22,6 +22,14 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from isolator.audit.schema import (
+    PluginCrashed,
+    PluginFailed,
+    PluginQuarantined,
+    PluginStarted,
+    PluginStopped,
+    SyscallDenied,
+)
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
 from isolator.supervisor.cage_spec import Environment
@@ -226,9 +234,9 @@ class Plugin:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
             self._set("failed")
             record = self._around.audit.record
-            record("plugin.failed", plugin=self.name, reason=self.error)
+            record(PluginFailed(reason=self.error), plugin=self.name)
             why = f"crashed too often; waits for 'isolator plugin start {self.name}'"
-            record("plugin.quarantined", plugin=self.name, reason=why, crashes=count, seconds=limits.window)
+            record(PluginQuarantined(reason=why, crashes=count, seconds=limits.window), plugin=self.name)
             return None
         self.error = why
         self._set("backoff")
@@ -258,7 +266,8 @@ class Plugin:
             return run_id, end, ""
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
             why = _why(error)
-            self._around.audit.record("plugin.crashed", plugin=self.name, run=run_id, cause="did not start", reason=why)
+            crashed = PluginCrashed(cause="did not start", reason=why)
+            self._around.audit.record(crashed, plugin=self.name, run=run_id)
             return run_id, None, why
         finally:
             self.run = None
@@ -291,11 +300,7 @@ class Plugin:
         run.started_at = utc_now()
         close_all(run.loose)
         audit = self._around.audit
-        audit.record(
-            "plugin.started",
-            plugin=self.name,
-            run=run.id,
-            urgent=True,
+        started = PluginStarted(
             reason=reason,
             pid=run.cage.pid,
             uid=spec.uid,
@@ -308,17 +313,16 @@ class Plugin:
             ledger={control.key: control.state for control in controls},
             degraded=not_enforced(controls),
         )
+        audit.record(started, plugin=self.name, run=run.id, urgent=True)
         if run.cage.listener >= 0:
             self._around.denials.watch(
                 run.cage.listener,
                 lambda denied: audit.record(
-                    "syscall.denied",
+                    SyscallDenied(call=denied.call, count=denied.count),
                     plugin=self.name,
                     run=run.id,
                     happened_ns=denied.last_ns,
                     since_ns=denied.first_ns,
-                    call=denied.call,
-                    count=denied.count,
                 ),
             )
             run.cage.listener = -1
@@ -328,11 +332,7 @@ class Plugin:
 
     def _record_end(self, run: Run, end: CageExit, last_words: list[str]) -> None:
         self._around.record_resources(self)
-        self._around.audit.record(
-            "plugin.crashed" if self._wanted else "plugin.stopped",
-            plugin=self.name,
-            run=run.id,
-            urgent=True,  # on its way before the journal forgets the run: if we die between, nobody else would tell
+        ended = (PluginCrashed if self._wanted else PluginStopped)(
             exit_code=end.exit_code,
             signal=end.signal,
             cause=end.cause,
@@ -341,6 +341,8 @@ class Plugin:
             uptime=round(end.uptime, 3),
             stderr=last_words,
         )
+        # Urgent: on its way before the journal forgets the run. If we die between, nobody else would tell.
+        self._around.audit.record(ended, plugin=self.name, run=run.id, urgent=True)
 
     def _set(self, state: str) -> None:
         self.state = state

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+from isolator.audit.schema import PluginPending, PluginRejected
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UnavailableError
 from isolator.ipc.channel import Handler, Message
 from isolator.policy.host import HostConfig
@@ -204,10 +205,10 @@ class PluginTable:
         for name, found in changed.items():
             if found.error:
                 self.log(f"{found.folder} is rejected: {found.error}")
-                self.daemon.audit.record("plugin.rejected", plugin=name, folder=found.folder, reason=found.error)
+                self.daemon.audit.record(PluginRejected(folder=found.folder, reason=found.error), plugin=name)
             else:
                 self.log(f"plugin {name} was found in {found.folder} and waits for approval")
-                self.daemon.audit.record("plugin.pending", plugin=name, folder=found.folder, version=found.version)
+                self.daemon.audit.record(PluginPending(folder=found.folder, version=found.version), plugin=name)
             self.daemon.tell_host("plugin.changed", plugin=found.entry())
         for name in gone:
             self.daemon.tell_host("plugin.changed", removed=name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from isolator.audit.schema import ConfigChanged, PluginRejected
 from isolator.linux.folder_watch import FolderWatch
 from isolator.registration.registrar import Loaded
 from isolator.supervisor.lifecycle import Plugin
@@ -60,10 +61,11 @@ class PolicyWatch:
             running = plugin.wanted
             await plugin.stop("its policy changed")
             plugin.take(loaded)
-            self._daemon.audit.record(
-                "config.changed", plugin=name, names=["policy"], file=str(self._registrar.policy_file(name)),
+            changed = ConfigChanged(
+                names=["policy"], file=str(self._registrar.policy_file(name)),
                 old_policy_sha256=old.digest() if old else None, policy_sha256=new.digest(),
             )  # fmt: skip
+            self._daemon.audit.record(changed, plugin=name)
             if running:
                 plugin.begin("its policy changed")
             self._daemon.changed(plugin)
@@ -76,9 +78,9 @@ class PolicyWatch:
         else:
             plugin.notice = f"{loaded.error}; the last good policy stays in force"
         self._all.log(f"plugin {plugin.name}: {plugin.notice or plugin.error}")
-        self._daemon.audit.record(
-            "plugin.rejected", plugin=plugin.name, what="policy", reason=loaded.error,
-            file=str(self._registrar.policy_file(plugin.name)),
+        rejected = PluginRejected(
+            what="policy", reason=loaded.error, file=str(self._registrar.policy_file(plugin.name)),
             policy_sha256=plugin.effective.digest() if plugin.effective else None,
         )  # fmt: skip
+        self._daemon.audit.record(rejected, plugin=plugin.name)
         self._daemon.changed(plugin)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from isolator.audit.schema import FsDenied, NetDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
@@ -171,14 +172,8 @@ class Run:
         try:
             info = os.fstat(fd)
             if not stat.S_ISSOCK(info.st_mode) or info.st_uid != uid:
-                self.around.audit.record(
-                    "fs.denied",
-                    plugin=self.plugin,
-                    run=self.id,
-                    path=SOCKET,
-                    count=1,
-                    why="not a socket of the plugin's own",
-                )
+                denied = FsDenied(path=SOCKET, count=1, why="not a socket of the plugin's own")
+                self.around.audit.record(denied, plugin=self.plugin, run=self.id)
                 raise DeniedError(
                     f"plugin {self.plugin}", "its socket was replaced by something else", "nothing was sent"
                 )
@@ -219,9 +214,8 @@ class Run:
         try:
             network_layer.confirm(self.cage.network, self.effective.network)
         except ConfinementError as error:
-            self.around.audit.record(
-                "net.denied", plugin=self.plugin, run=self.id, rule="ruleset-changed", why=error.why
-            )
+            denied = NetDenied(rule="ruleset-changed", why=error.why)
+            self.around.audit.record(denied, plugin=self.plugin, run=self.id)
             self.end("its network rules were changed")
 
 

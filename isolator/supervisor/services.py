@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import AuditGap
 from isolator.broker.hardening import filter_file
 from isolator.cage.processes import CageExit
 from isolator.cage.runtime import CageRuntime
@@ -160,7 +161,7 @@ class Services:
             if other is not None and other.up.is_set():
                 self._new_audit_end(other)
         if service.starts > 1:
-            self._audit.record("audit.gap", count=0, why="the audit process ended and was started again")
+            self._audit.record(AuditGap(count=0, why="the audit process ended and was started again"))
         else:
             self.ended = answer.fields.get("ended") is not False
 
@@ -168,7 +169,7 @@ class Services:
         """A sender that comes back: how many records the one before had made and not sent, nobody knows."""
         if service.starts > 1:
             why = f"the {service.spec.name} process ended ({service.ended}); what it had not handed over is lost"
-            self._audit.record("audit.gap", count=None, why=why, source=service.spec.name)
+            self._audit.record(AuditGap(count=None, why=why, source=service.spec.name))
 
     def _new_audit_end(self, other: ChildProcess) -> None:
         assert other.channel is not None

@@ -21,6 +21,7 @@ from typing import Any
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
+from isolator.audit.schema import AuditGap, HostStarted, HostStopped, PluginStopped, Resources
 from isolator.cage.processes import CageExit
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
@@ -130,17 +131,18 @@ class Supervisor:
         self.runtime.pool.begin(EVERY_LAYER)
         if cleared or not self._services.ended:
             why = "the daemon before did not end by itself; what its processes had not handed over is lost"
-            self.audit.record("audit.gap", count=None, why=why)
+            self.audit.record(AuditGap(count=None, why=why))
         Updates(self.registrations).judge_again(on_trial)
         self.audit.record(
-            "host.started",
-            version=isolator.__version__,
-            kernel=platform.release(),
-            python=platform.python_version(),
-            ledger=[control.to_json() for control in ledger(volume.check)],
-            config=self.config.source,
-            config_sha256=self.config.digest(),
-            cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
+            HostStarted(
+                version=isolator.__version__,
+                kernel=platform.release(),
+                python=platform.python_version(),
+                ledger=[control.to_json() for control in ledger(volume.check)],
+                config=self.config.source,
+                config_sha256=self.config.digest(),
+                cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
+            )
         )
         self._record_dead(cleared)
         self._snapshots = asyncio.create_task(self._take_snapshots(), name="snapshots")
@@ -155,7 +157,7 @@ class Supervisor:
                 plugin, _, run = left.name.rpartition(".")
                 ends[run, plugin] = "found dead: the daemon was killed"
         for (run, plugin), cause in ends.items():
-            self.audit.record("plugin.stopped", plugin=plugin, run=run, cause=cause)
+            self.audit.record(PluginStopped(cause=cause), plugin=plugin, run=run)
 
     async def stop(self) -> None:
         """Stop every plugin, then the services in reverse, and remove what was made."""
@@ -166,7 +168,7 @@ class Supervisor:
             await self.registrations.close()
             await self._services.stop(("host", "broker"))
             if self._services.started("audit"):
-                self.audit.record("host.stopped", seconds=round(time.monotonic() - started, 3))
+                self.audit.record(HostStopped(seconds=round(time.monotonic() - started, 3)))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(5):
                         await self.audit.settled()
@@ -287,7 +289,7 @@ class Supervisor:
     def record_resources(self, plugin: Plugin) -> None:
         """One ``resources`` record of a plugin's run."""
         if plugin.run is not None and plugin.run.cage.started:
-            self.audit.record("resources", plugin=plugin.name, run=plugin.run.id, **plugin.run.look())
+            self.audit.record(Resources(**plugin.run.look()), plugin=plugin.name, run=plugin.run.id)
 
 
 def _check_reachable(paths: Paths) -> None:

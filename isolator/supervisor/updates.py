@@ -16,6 +16,14 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
+from isolator.audit.schema import (
+    PluginAdded,
+    PluginApproved,
+    PluginPending,
+    PluginRemoved,
+    PluginRolledBack,
+    PluginUpdated,
+)
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.channel import Handler, Message
 from isolator.registration import policy_files
@@ -26,6 +34,10 @@ from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable, name_in
 from isolator.supervisor.run import SOCKET_SECONDS
 from isolator.volume.volume import Volume
+
+_EXCHANGED: dict[str, type[PluginUpdated | PluginRolledBack]] = {
+    kind.TYPE: kind for kind in (PluginUpdated, PluginRolledBack)
+}
 
 
 @dataclass(frozen=True)
@@ -103,14 +115,13 @@ class Updates:
             registration = await asyncio.to_thread(self._registrar.add, token)
             plugin = self._all.plugins[name] = Plugin(self._daemon, self._registrar.read(registration))
             self._all.discovery.found.pop(name, None)
-            self._daemon.audit.record(
-                "plugin.added",
-                plugin=name,
+            added = PluginAdded(
                 new=registration.digest,
                 version=registration.version,
                 policy_sha256=plugin.effective.digest() if plugin.effective else None,
                 who=message.fields.get("by"),
             )
+            self._daemon.audit.record(added, plugin=name)
         self._all.discovery.look_again()
         return {"plugin": self._all.entry(plugin)}
 
@@ -131,7 +142,7 @@ class Updates:
                 return {"plugin": self._all.entry(plugin), "differences": list(candidate.more)}
             self._registrar.granted(candidate.core)
             release, source = await asyncio.to_thread(self._registrar.accept, token)
-            change = _Exchange("update", "plugin.updated", who)
+            change = _Exchange("update", PluginUpdated.TYPE, who)
             await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
             return {"plugin": self._all.entry(plugin)}
 
@@ -140,10 +151,11 @@ class Updates:
         assert registration.pending is not None
         plugin.registration = registration
         self._registrar.prune(registration)
-        self._daemon.audit.record(
-            "plugin.pending", plugin=plugin.name, old=registration.digest, new=registration.pending.digest,
-            version=registration.pending.version, differences=list(more), who=who,
+        pending = PluginPending(
+            old=registration.digest, new=registration.pending.digest, version=registration.pending.version,
+            differences=list(more), who=who,
         )  # fmt: skip
+        self._daemon.audit.record(pending, plugin=plugin.name)
         self._daemon.changed(plugin)
 
     async def _on_rollback(self, message: Message) -> dict[str, Any]:
@@ -151,7 +163,7 @@ class Updates:
             plugin = self._all.find(name_in(message))
             now = plugin.registration
             self._check(now, await asyncio.to_thread(self._registrar.earlier, now))
-            change = _Exchange("rollback", "plugin.rolled_back", message.fields.get("by"))
+            change = _Exchange("rollback", PluginRolledBack.TYPE, message.fields.get("by"))
             await self._exchange(plugin, change, lambda: self._registrar.roll_back(now))
             return {"plugin": self._all.entry(plugin)}
 
@@ -168,7 +180,7 @@ class Updates:
                 candidate = await asyncio.to_thread(self._registrar.stage, now.source, update=name)
                 self._record_approval(plugin, candidate.release, (), who)
                 release, source = await asyncio.to_thread(self._registrar.accept, candidate.staged.token)
-                change = _Exchange("approve", "plugin.updated", who)
+                change = _Exchange("approve", PluginUpdated.TYPE, who)
                 await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
             elif self._registrar.policy_text(name) is None:
                 running = plugin.wanted
@@ -191,14 +203,15 @@ class Updates:
         if text is None:
             self._check(now, release)
         self._record_approval(plugin, release, waiting.get("differences", ()), who)
-        change = _Exchange("approve", "plugin.updated", who)
+        change = _Exchange("approve", PluginUpdated.TYPE, who)
         await self._exchange(plugin, change, lambda: self._registrar.use(now, release, policy_text=text))
 
     def _record_approval(self, plugin: Plugin, release: Release, more: Any, who: str | None) -> None:
-        self._daemon.audit.record(
-            "plugin.approved", plugin=plugin.name, old=plugin.registration.digest, new=release.digest,
-            version=release.version, binary_sha256=release.binary_sha256 or None, differences=list(more), who=who,
+        approved = PluginApproved(
+            old=plugin.registration.digest, new=release.digest, version=release.version,
+            binary_sha256=release.binary_sha256 or None, differences=list(more), who=who,
         )  # fmt: skip
+        self._daemon.audit.record(approved, plugin=plugin.name)
 
     def _check(self, now: Registration, release: Release) -> None:
         """Raise what would keep a version from being used while the one in use still runs."""
@@ -268,12 +281,12 @@ class Updates:
             )  # fmt: skip
         self._registrar.store.end_trial(plugin.name)
         await asyncio.to_thread(self._registrar.prune, after)
-        self._daemon.audit.record(
-            trial.record, plugin=plugin.name, old=before.digest, new=after.digest, version=after.version,
-            reason=trial.reason, who=trial.who,
+        exchanged = _EXCHANGED.get(trial.record, PluginUpdated)(
+            old=before.digest, new=after.digest, version=after.version, reason=trial.reason, who=trial.who,
             old_policy_sha256=trial.old_policy_sha256,
             policy_sha256=plugin.effective.digest() if plugin.effective else None,
         )  # fmt: skip
+        self._daemon.audit.record(exchanged, plugin=plugin.name)
         self._daemon.changed(plugin)
         self._all.discovery.look_again()
 
@@ -286,10 +299,10 @@ class Updates:
             self._registrar.put_back, trial.before, after, trial.policy if ours and text != trial.policy else None
         )
         self._registrar.store.end_trial(plugin.name)
-        self._daemon.audit.record(
-            "plugin.rolled_back", plugin=plugin.name, old=after.digest, new=restored.digest,
-            version=restored.version, reason=failure, who="the daemon",
-        )  # fmt: skip
+        rolled_back = PluginRolledBack(
+            old=after.digest, new=restored.digest, version=restored.version, reason=failure, who="the daemon"
+        )
+        self._daemon.audit.record(rolled_back, plugin=plugin.name)
         await self._resume(plugin, restored, running=running)
         await asyncio.to_thread(self._registrar.prune, restored)
 
@@ -316,9 +329,8 @@ class Updates:
                     del self._all.plugins[name]
                     # A host that came back meanwhile was told at its start that there is such a plugin.
                     self._daemon.tell_host("plugin.changed", removed=name)
-                    self._daemon.audit.record(
-                        "plugin.removed", plugin=name, old=plugin.registration.digest, who=message.fields.get("by")
-                    )
+                    removed = PluginRemoved(old=plugin.registration.digest, who=message.fields.get("by"))
+                    self._daemon.audit.record(removed, plugin=name)
             folder = host_api_folder(self._daemon.paths, name)
             (folder / "host.sock").unlink(missing_ok=True)
             folder.rmdir()
