@@ -33,6 +33,7 @@ from host.plugins.secrets import ConfigStore
 from host.queue.interface import DEFAULT_TTL, Accepted, Delivery, NewEvent
 from host.queue.sqlite import Answer, SqliteQueue
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import ConfigChanged, EventAccepted, EventDead, SecretInjected
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.channel import Channel, Message
 from isolator.paths import Paths
@@ -190,7 +191,7 @@ class Host:
         self.config = ConfigStore(self.store, key)
         if lost:
             self._warn(f"{database} is gone, a new one was made: queued events, config and stored values are lost")
-            self.audit.record("config.changed", names=[], lost=True, why=f"{database} is gone")
+            self.audit.record(ConfigChanged(names=[], lost=True, why=f"{database} is gone"))
         if self.config.problem is not None:
             self._warn(self.config.problem)
         for name, schema, order_by, version in load_event_types(self.store):
@@ -254,7 +255,7 @@ class Host:
             else self.config.environment(name, None)
         )
         if environment.secrets:
-            self.audit.record("secret.injected", plugin=name, names=list(environment.secrets))
+            self.audit.record(SecretInjected(names=list(environment.secrets)), plugin=name)
         return {"env": environment.env, "files": environment.files, "secrets": list(environment.secrets)}
 
     async def _run_started(self, message: Message) -> None:
@@ -302,14 +303,15 @@ class Host:
         event = accepted.event
         data = event.payload.encode()
         self.audit.record(
-            "event.accepted",
+            EventAccepted(
+                event=event.name,
+                subject=event.subject,
+                bytes=len(data),
+                sha256=hashlib.sha256(data).hexdigest(),
+                plugins=list(accepted.plugins),
+                by=asked.by,
+            ),
             event_id=event.id,
-            event=event.name,
-            subject=event.subject,
-            bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            plugins=list(accepted.plugins),
-            by=asked.by,
         )
         for name in accepted.overflowed:
             self._record_dead(name, event.id, "queue_full", 0)
@@ -320,9 +322,8 @@ class Host:
 
     def _record_dead(self, plugin: str, event_id: str | None, reason: str, attempts: int) -> None:
         delivery_id = f"{event_id}.{plugin}" if event_id else None
-        self.audit.record(
-            "event.dead", plugin=plugin, event_id=event_id, delivery_id=delivery_id, reason=reason, attempts=attempts
-        )
+        dead = EventDead(reason=reason, attempts=attempts)
+        self.audit.record(dead, plugin=plugin, event_id=event_id, delivery_id=delivery_id)
 
 
 def _plugins(message: Message) -> list[dict[str, Any]]:

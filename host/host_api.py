@@ -26,6 +26,7 @@ from host.plugins.registry import Plugin, Registry
 from host.wire.lines import Acceptor, Budget, LineProtocol
 from host.wire.strict import WireError, dumps, line, parse_object, peer_of
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import ApiCalled, ApiVerdict, PluginHealth
 from isolator.errors import IsolatorError
 from isolator.policy.names import covers_permission
 
@@ -143,9 +144,8 @@ class HostApi:
         """Why a new connection is refused, or None."""
         plugin = self.registry.get(connection.name)
         if plugin is None or plugin.uid != uid:
-            self.audit.record(
-                "api.called", plugin=connection.name, run=connection.run, method="connect", verdict="denied", uid=uid
-            )
+            refused = ApiCalled(method="connect", verdict="denied", uid=uid)
+            self.audit.record(refused, plugin=connection.name, run=connection.run)
             return f"this socket belongs to {connection.name}; uid {uid} is not its user"
         open_now = self._connections.setdefault(connection.name, set())
         if len(open_now) >= CONNECTIONS:
@@ -159,12 +159,13 @@ class HostApi:
 
     def breach(self, name: str, run: str | None, why: str) -> None:
         """A plugin broke the protocol on one of its connections."""
-        self.audit.record("plugin.health", plugin=name, run=run, ok=False, detail=f"protocol: {why}")
+        self.audit.record(PluginHealth(ok=False, detail=f"protocol: {why}"), plugin=name, run=run)
 
     async def call(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
         """Answer one request: ``{"result": …}`` or ``{"error": {code, message, data}}``."""
         began = time.perf_counter_ns()
-        verdict, permission = "granted", None
+        verdict: ApiVerdict = "granted"
+        permission = None
         try:
             plugin = self.registry.get(name)
             if plugin is None:
@@ -194,22 +195,15 @@ class HostApi:
             verdict = "failed"
             answer = {"error": {"code": RETRY_LATER, "message": str(error), "data": {"retry_after_ms": 1000}}}
         latency = (time.perf_counter_ns() - began) // 1000
-        self.audit.record(
-            "api.called",
-            plugin=name,
-            run=run,
-            method=method[:80],
-            permission=permission,
-            verdict=verdict,
-            latency_us=latency,
-        )
+        called = ApiCalled(method=method[:80], permission=permission, verdict=verdict, latency_us=latency)
+        self.audit.record(called, plugin=name, run=run)
         return answer
 
     def _charge(self, name: str, run: str | None) -> None:
         now, limits = time.monotonic(), self.limits(name)
         if limits.refused and now - limits.reported >= 1.0:
             refused, limits.refused, limits.reported = limits.refused, 0, now
-            self.audit.record("api.called", plugin=name, run=run, method="*", verdict="limited", count=refused)
+            self.audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
         if not limits.calls.try_take():
             limits.refused += 1
             raise _Limited(f"more than {RATE:g} calls a second")

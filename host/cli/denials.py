@@ -14,10 +14,11 @@ import click
 
 from host.cli.output import safe
 from isolator.audit.record import Record
+from isolator.audit.schema import ApiCalled, FsDenied, NetDenied, NetQuery, SyscallDenied
 from isolator.policy.meet.advice import Advice, advise
 from isolator.policy.model import EffectivePolicy
 
-TYPES = ("net.denied", "net.query", "syscall.denied", "fs.denied", "api.called")
+TYPES = (NetDenied.TYPE, NetQuery.TYPE, SyscallDenied.TYPE, FsDenied.TYPE, ApiCalled.TYPE)
 _DIFFERS = frozenset({"count", "flow", "detail", "asked", "latency_us", "protocol", "event_ids", "cut"})
 
 
@@ -53,7 +54,7 @@ def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]
         if not _refused(record):
             continue
         data = {key: value for key, value in record.data.items() if key not in _DIFFERS}
-        if record.type == "net.query":
+        if record.type == NetQuery.TYPE:
             data.pop("type", None)  # a program asks for A and AAAA; it was refused one name
         key = (record.type, *sorted((name, str(value)) for name, value in data.items()))
         denial = found.pop(key, None) or Denial(
@@ -81,23 +82,23 @@ def show(denials: Iterable[Denial], name: str) -> None:
 
 def _refused(record: Record) -> bool:
     verdict = record.data.get("verdict")
-    if record.type == "api.called":
+    if record.type == ApiCalled.TYPE:
         return verdict != "granted"
-    return record.type != "net.query" or verdict in {"denied", "withheld"}
+    return record.type != NetQuery.TYPE or verdict in {"denied", "withheld"}
 
 
 def _what(denial: Denial) -> str:
     data = denial.data
-    if denial.type == "net.query":
+    if denial.type == NetQuery.TYPE:
         return f"lookup of {safe(data.get('name'))}: {safe(data.get('rule'))}"
-    if denial.type == "net.denied":
+    if denial.type == NetDenied.TYPE:
         place = safe(data.get("name") or data.get("address") or "several destinations")
         port = f" port {data['port']}" if data.get("port") else ""
         way = "connection from" if data.get("direction") == "in" else "connection to"
         return f"{way} {place}{port}: {safe(data.get('rule'))}"
-    if denial.type == "syscall.denied":
+    if denial.type == SyscallDenied.TYPE:
         return f"system call {safe(data.get('call'))}"
-    if denial.type == "fs.denied":
+    if denial.type == FsDenied.TYPE:
         return f"file {safe(data.get('path'))}: {safe(data.get('why'))}"
     return f"host API {safe(data.get('method'))}: {safe(data.get('verdict'))}"
 

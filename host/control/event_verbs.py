@@ -18,6 +18,7 @@ from host.control.server import Caller, Method, Reply, number, text
 from host.events import from_schema
 from host.host_api import PLATFORM_TIMEOUT, ApiError, Context
 from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
+from isolator.audit.schema import EventReplayed
 from isolator.errors import UsageError
 from isolator.policy.names import parse_permission
 
@@ -123,13 +124,10 @@ class EventMethods:
             raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
         for name in plugins:
             self._host.audit.record(
-                "event.replayed",
+                EventReplayed(reason="operator", attempts=attempts.get(name, 0), by=caller.by),
                 plugin=name,
                 event_id=event_id,
                 delivery_id=f"{event_id}.{name}",
-                reason="operator",
-                attempts=attempts.get(name, 0),
-                by=caller.by,
             )
         return {"id": event_id, "plugins": plugins}
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from host.wire.lines import LineProtocol
 from host.wire.strict import WireError, line, parse_object, peer_of
+from isolator.audit.schema import ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 
 N = TypeVar("N", int, float)
@@ -282,13 +283,8 @@ class _Connection(LineProtocol):
             given = message.get("params")
             target = (given.get("name") or given.get("update")) if isinstance(given, dict) else None
             self._server.record(
-                "control.called",
+                ControlCalled(verb=str(name)[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict),
                 plugin=target if isinstance(target, str) else None,
-                verb=str(name)[:80],
-                uid=caller.uid,
-                pid=caller.pid,
-                role=caller.role,
-                verdict=verdict,
             )
 
 

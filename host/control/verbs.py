@@ -21,6 +21,7 @@ from host.plugins.logs import LAST_WORDS, UNREAD_LOG, bounded
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Plugin
 from isolator import __version__
+from isolator.audit.schema import ConfigChanged
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.channel import Message
 from isolator.policy.request import MAX_BYTES
@@ -197,7 +198,8 @@ class Methods:
         self._staged.pop(token, None)
         if given:
             waits = bool(answer.fields.get("pending"))
-            self._host.audit.record("config.changed", plugin=name, names=sorted(given), by=caller.by, waits=waits)
+            changed = ConfigChanged(names=sorted(given), by=caller.by, waits=waits)
+            self._host.audit.record(changed, plugin=name)
         plugin = await self._host.put(answer.fields["plugin"])
         missing = self._host.config.missing(name, plugin.manifest or manifest)
         self._host.start_if_eager(plugin)
@@ -303,7 +305,7 @@ class Methods:
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
         given = values(params)
         await self._host.config.set(plugin.name, plugin.manifest, given)
-        self._host.audit.record("config.changed", plugin=plugin.name, names=sorted(given), by=caller.by)
+        self._host.audit.record(ConfigChanged(names=sorted(given), by=caller.by), plugin=plugin.name)
         return await self._restart_for_config(plugin, sorted(given))
 
     async def config_unset(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
@@ -311,13 +313,13 @@ class Methods:
         plugin = self._need(params)
         key = text(params, "key")
         await self._host.config.unset(plugin.name, key)
-        self._host.audit.record("config.changed", plugin=plugin.name, names=[key], by=caller.by)
+        self._host.audit.record(ConfigChanged(names=[key], by=caller.by), plugin=plugin.name)
         return await self._restart_for_config(plugin, [key])
 
     async def config_rotate_key(self, _: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """Encrypt every value with a new key."""
         count = await self._host.config.rotate()
-        self._host.audit.record("config.changed", names=[], rotated=count, by=caller.by)
+        self._host.audit.record(ConfigChanged(names=[], rotated=count, by=caller.by))
         return {"values": count}
 
     # The daemon

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from host.queue.interface import Delivery
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import EventDispatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +77,16 @@ class Attempts:
         waited = self._loop.time() - delivery.ready_at if delivery.ready_at else None
         delivery.ready_at = 0.0
         self._audit.record(
-            "event.dispatched",
+            EventDispatched(
+                attempt=delivery.attempts,
+                queued_us=int(waited * 1e6) if waited is not None else None,
+                request_bytes=len(attempt.request),
+                request_sha256=hashlib.sha256(attempt.request).hexdigest(),
+            ),
             plugin=delivery.plugin,
             run=attempt.run,
             event_id=delivery.event.id,
             delivery_id=delivery.id,
-            attempt=delivery.attempts,
-            queued_us=int(waited * 1e6) if waited is not None else None,
-            request_bytes=len(attempt.request),
-            request_sha256=hashlib.sha256(attempt.request).hexdigest(),
         )
 
     async def close(self) -> None:

@@ -20,6 +20,7 @@ from host.delivery.worker import Worker
 from host.plugins.registry import Plugin, Registry
 from host.wire.strict import WireError, line, parse_object
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
 
@@ -81,13 +82,12 @@ class Watch:
         latency = (time.perf_counter_ns() - began) // 1000
         if why is None:
             if self._misses:
-                self._audit.record("plugin.health", plugin=plugin.name, run=run, ok=True, latency_us=latency, misses=0)
+                self._audit.record(PluginHealth(ok=True, latency_us=latency, misses=0), plugin=plugin.name, run=run)
             self._misses = 0
             return
         self._misses += 1
-        self._audit.record(
-            "plugin.health", plugin=plugin.name, run=run, ok=False, latency_us=latency, misses=self._misses, detail=why
-        )
+        missed = PluginHealth(ok=False, latency_us=latency, misses=self._misses, detail=why)
+        self._audit.record(missed, plugin=plugin.name, run=run)
         if self._misses >= health.misses:
             self._misses = 0
             await self._supervisor.call("run.restart", name=plugin.name, reason=f"{health.misses} pings were missed")

@@ -16,6 +16,7 @@ from host.plugins.secrets import Redactor
 from host.queue.consumer import SqliteConsumer, backoff
 from host.queue.interface import Delivery, Result, State
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
 
 CRASHES_TO_QUARANTINE = 2
 CRASH_WINDOW = 5.0
@@ -66,19 +67,20 @@ class Outcomes:
         reply = redact(outcome.text)[:STORED_REPLY] if outcome.text else None
         detail = redact(outcome.detail) if outcome.detail else None
         self._audit.record(
-            "event.response",
+            EventResponse(
+                attempt=delivery.attempts,
+                outcome=outcome.kind,
+                status=outcome.status,
+                detail=detail,
+                latency_us=latency,
+                response_bytes=outcome.size,
+                response_sha256=outcome.sha256,
+                response=reply,
+            ),
             plugin=self._name,
             run=run,
             event_id=delivery.event.id,
             delivery_id=delivery.id,
-            attempt=delivery.attempts,
-            outcome=outcome.kind,
-            status=outcome.status,
-            detail=detail,
-            latency_us=latency,
-            response_bytes=outcome.size,
-            response_sha256=outcome.sha256,
-            response=reply,
         )
         if outcome.kind in ("ok", "skipped"):
             state: State = "ok" if outcome.kind == "ok" else "skipped"
@@ -111,7 +113,7 @@ class Outcomes:
         """A dead letter."""
         self.careful.discard(delivery.seq)
         self._consumer.done(delivery, Result("dead", status, why, reply, latency))
-        self._record_end("event.dead", delivery, why)
+        self._record_end(EventDead, delivery, why)
 
     def run_died(self, run: str) -> None:
         """The sidecar ended and nobody wanted that."""
@@ -149,14 +151,12 @@ class Outcomes:
             why = f"the plugin crashed {delivery.crashes} times while handling it"
             if self._consumer.cancel(delivery.seq, Result("quarantined", detail=why)) is not None:
                 self.careful.discard(delivery.seq)
-                self._record_end("event.quarantined", delivery, why)
+                self._record_end(EventQuarantined, delivery, why)
 
-    def _record_end(self, record: str, delivery: Delivery, why: str) -> None:
+    def _record_end(self, kind: type[EventDead | EventQuarantined], delivery: Delivery, why: str) -> None:
         self._audit.record(
-            record,
+            kind(reason=why, attempts=delivery.attempts),
             plugin=self._name,
             event_id=delivery.event.id if delivery.event is not None else None,
             delivery_id=delivery.id if delivery.event is not None else None,
-            reason=why,
-            attempts=delivery.attempts,
         )

@@ -47,6 +47,7 @@ from host.queue.interface import Delivery
 from host.queue.sqlite import SqliteQueue
 from host.wire.strict import peer_of
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Message
 
@@ -307,7 +308,7 @@ class Worker:
         if plugin.uid is None or uid == plugin.uid:
             return None
         detail = f"its socket is served by uid {uid} instead of {plugin.uid}; nothing was sent"
-        self._shared.audit.record("plugin.health", plugin=self.name, run=run, ok=False, detail=detail)
+        self._shared.audit.record(PluginHealth(ok=False, detail=detail), plugin=self.name, run=run)
         return detail
 
     # Stream
@@ -386,7 +387,7 @@ class Worker:
             raise NotSentError(foreign)
 
         def breach(why: str) -> None:
-            self._shared.audit.record("plugin.health", plugin=self.name, run=run, ok=False, detail=f"protocol: {why}")
+            self._shared.audit.record(PluginHealth(ok=False, detail=f"protocol: {why}"), plugin=self.name, run=run)
 
         async def call(method: str, params: Any) -> dict[str, Any]:
             return await self._shared.api(self.name, run, method, params)
