@@ -26,6 +26,7 @@ import isolator
 from bench.frame import Contender, Report, Series, interleave
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient, utc_now
+from isolator.audit.schema import NetConnect
 from isolator.audit.seal import load_public
 from isolator.audit.verify import verify
 from isolator.ipc import channel as ipc
@@ -83,7 +84,8 @@ class Writer:
 
     async def _send(self, count: int) -> None:
         for number in range(count):
-            self._client.record("net.connect", plugin="slack-deploy-notifier", run="0123456789ab", flow=number, **_DATA)
+            record = NetConnect(flow=str(number), **_DATA)
+            self._client.record(record, plugin="slack-deploy-notifier", run="0123456789ab")
             if number % 500 == 499:
                 await self._client.settled(within=10_000)
         await self._client.settled()
@@ -130,7 +132,7 @@ while True:
 _SERVER = """
 import asyncio, os, socket, sys
 from pathlib import Path
-from host.control import ControlServer
+from host.control.server import ControlServer
 from host.control.follow import TrailStreams
 from isolator.audit.client import AuditClient
 async def main():

@@ -15,6 +15,7 @@ Sizes are in bytes; SHA-256 are 64 hex digits; ``*_us`` are microseconds; a *dig
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar, Literal, dataclass_transform
 
 AUDIT, BROKER, HOST, SUPERVISOR = "audit", "broker", "host", "supervisor"
@@ -49,12 +50,12 @@ class RecordData:
     SOURCES: ClassVar[tuple[str, ...]]
     """The processes that may write it."""
     CAUSED: ClassVar[bool] = False
-    """Whether the writer adds the event in flight: ``event_id``, or ``data.event_ids`` and ``delivery_ids`` of several."""
+    """Whether the writer adds the event in flight: ``event_id``, or, of several, ``event_ids`` in ``data``."""
 
     __slots__ = ("data",)
 
     def __init_subclass__(cls) -> None:
-        for name in cls.__dict__.get("__annotations__", ()):
+        for name in inspect.get_annotations(cls):
             setattr(cls, name, Field(_name_in_data(name), required=name not in cls.__dict__))
 
     def __init__(self, /, **data: Any) -> None:

@@ -13,14 +13,25 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
+from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.virtual import Entry
 from isolator.policy.destinations import Address
 
 _session = secrets.token_hex(3)
 _numbers = itertools.count(1)
+
+
+class Endpoint(TypedDict):
+    """Fields of a record about one connection."""
+
+    name: str | None
+    address: str
+    port: int
+    direction: NotRequired[Literal["in"]]
+    cage_port: NotRequired[int]
 
 
 @dataclass
@@ -45,17 +56,31 @@ class Flow:
     began: int = field(default_factory=time.monotonic_ns)
     id: str = field(default_factory=lambda: f"{_session}.{next(_numbers)}")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Endpoint:
         """The fields that every record about this connection has; the address is the far end's."""
-        data: dict[str, Any] = {"name": self.name, "address": str(self.dialled or self.address), "port": self.port}
+        data: Endpoint = {"name": self.name, "address": str(self.dialled or self.address), "port": self.port}
         return data if self.inward is None else {**data, "direction": "in", "cage_port": self.inward}
 
-    def figures(self, now: float) -> dict[str, Any]:
-        """What ``net.closed`` adds: bytes as the plugin sees them, milliseconds, why it ended."""
+    def opened(self) -> NetConnect:
+        """The record of a connection that is carried from now on."""
+        return NetConnect(**self.describe(), verdict="allowed", rule=self.rule, flow=self.id)
+
+    def unreachable(self) -> NetConnect:
+        """The record of a connection whose other side could not be reached."""
+        return NetConnect(**self.describe(), verdict="failed", rule=self.rule, error=self.reason)
+
+    def closed(self, now: float) -> NetClosed:
+        """The record of the end; bytes count as the plugin sees them."""
         forth, back = (pipe.total for pipe in self.pipes) if self.pipes else (0, 0)
         sent, received = (forth, back) if self.inward is None else (back, forth)
         duration = round((now - self.started) * 1000, 3)
-        return {"sent": sent, "received": received, "duration_ms": duration, "reason": self.reason}
+        return NetClosed(
+            **self.describe(), sent=sent, received=received, duration_ms=duration, reason=self.reason, flow=self.id
+        )
+
+    def denied(self, rule: str, **found: Any) -> NetDenied:
+        """The record of a refusal; ``found``: further fields."""
+        return NetDenied(**self.describe(), protocol="tcp", verdict="denied", rule=rule, **found)
 
     def join(self, scratch: Scratch) -> tuple[Pipe, Pipe]:
         """Make the two pipes, client to server first; neither is started."""

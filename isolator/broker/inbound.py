@@ -16,7 +16,6 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
 
 from isolator.broker.flow import Flow
 from isolator.broker.rate import Write
@@ -94,7 +93,7 @@ class Inbound:
             flow.rule = f"listen {format_listen(rule)}"
             refused = "too-many-open" if self._full() else self._refusal()
             if refused is not None:
-                self._write("net.denied", {**flow.describe(), "protocol": "tcp", "verdict": "denied", "rule": refused})
+                self._write(flow.denied(refused))
                 reset(client)
                 continue
             task = self._loop.create_task(self._carry(flow))
@@ -118,8 +117,7 @@ class Inbound:
         try:
             flow.server = await self._connect(flow)
             flow.recorded = True
-            told = {**flow.describe(), "verdict": "allowed", "rule": flow.rule, "flow": flow.id}
-            self._write("net.connect", told, happened_ns=flow.began)
+            self._write(flow.opened(), happened_ns=flow.began)
             for sock in (flow.client, flow.server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for pipe in flow.join(self._scratch):
@@ -127,8 +125,7 @@ class Inbound:
             orderly = await flow.relay()
         except OSError as error:
             flow.failed(error)
-            failed: dict[str, Any] = {**flow.describe(), "verdict": "failed", "rule": flow.rule, "error": flow.reason}
-            self._write("net.connect", failed)
+            self._write(flow.unreachable())
         finally:
             for pipe in flow.pipes:
                 pipe.stop()
@@ -136,8 +133,7 @@ class Inbound:
                 if ended is not None:
                     ended.close() if orderly else reset(ended)
             if flow.recorded:
-                closed = {**flow.describe(), **flow.figures(self._loop.time()), "flow": flow.id}
-                self._write("net.closed", closed)
+                self._write(flow.closed(self._loop.time()))
 
     async def _connect(self, flow: Flow) -> socket.socket:
         """A connection to the cage's port, on 127.0.0.1 or, where only that answers, ::1; raises OSError."""

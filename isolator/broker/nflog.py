@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
 
+from isolator.audit.schema import NetDenied
 from isolator.broker.virtual import VirtualPool
 from isolator.policy.destinations import VIRTUAL, Address, Rules
 
@@ -35,8 +35,8 @@ def read(prefix: str, packet: bytes) -> Refused:
     return Refused(kind, name, address, port, int(sample) if sample.isdigit() else 1)
 
 
-def describe(refused: Refused, rules: Rules, pool: VirtualPool) -> dict[str, Any]:
-    """The data of the ``net.denied`` record for one refusal in a cage with these rules and virtual addresses."""
+def describe(refused: Refused, rules: Rules, pool: VirtualPool) -> NetDenied:
+    """The record for one refusal in a cage with these rules and virtual addresses."""
     address, port = refused.address, refused.port
     entry = pool.entry(address) if isinstance(address, IPv4Address) else None
     if refused.kind in {"over_rate", "over_open"}:
@@ -51,14 +51,14 @@ def describe(refused: Refused, rules: Rules, pool: VirtualPool) -> dict[str, Any
         rule = "broker-port"
     else:
         rule = rules.literal(address, port).rule
-    return {
-        "name": entry.name if entry is not None else None,
-        "address": str(address) if address is not None else None,
-        "port": port,
-        "protocol": refused.protocol,
-        "verdict": "denied",
-        "rule": rule,
-    }
+    return NetDenied(
+        name=entry.name if entry is not None else None,
+        address=str(address) if address is not None else None,
+        port=port,
+        protocol=refused.protocol,
+        verdict="denied",
+        rule=rule,
+    )
 
 
 def _header(packet: bytes) -> tuple[int | None, Address | None, bytes]:

@@ -23,13 +23,14 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import guard, nflog, sniff
 from isolator.broker.dial import dial
 from isolator.broker.dns import NameServer
 from isolator.broker.flow import Flow
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound
-from isolator.broker.rate import RepeatCounter
+from isolator.broker.rate import Repeatable, RepeatCounter
 from isolator.broker.relay import Scratch, reset
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
@@ -201,8 +202,7 @@ class Outbound:
         except OSError as error:
             flow.failed(error)
             if not flow.recorded:
-                failed = {**flow.describe(), "verdict": "failed", "rule": flow.rule, "error": flow.reason}
-                self._repeats.add("net.connect", failed)
+                self._repeats.add(flow.unreachable())
         finally:
             for pipe in flow.pipes:
                 pipe.stop()
@@ -212,15 +212,15 @@ class Outbound:
             if flow.entry is not None:
                 flow.entry.flows -= 1
             if flow.recorded:
-                closed = {**flow.describe(), **flow.figures(self._loop.time()), "flow": flow.id}
-                self._write("net.closed", closed)
+                self._write(flow.closed(self._loop.time()))
 
     async def _connect(self, flow: Flow) -> None:
         """Judge, dial and compare; fills in the flow, raises Denied or OSError."""
         refusal = self._shared.unrecordable()
         if refusal is not None:
             entry = self._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
-            raise Denied(refusal, name=entry.name if entry is not None else None)
+            flow.name = entry.name if entry is not None else None
+            raise Denied(refusal)
         addresses = await self._destination(flow)
         if flow.name is not None and guard.speaks_first(flow.port):
             hello = self._loop.create_task(self._first_bytes(flow))
@@ -234,8 +234,7 @@ class Outbound:
             await self._dial(flow, addresses)
             first = b""
         flow.recorded = True
-        told = {**flow.describe(), "verdict": "allowed", "rule": flow.rule, "flow": flow.id}
-        self._write("net.connect", told, happened_ns=flow.began)
+        self._write(flow.opened(), happened_ns=flow.began)
         up, down = flow.join(self._shared.scratch)
         down.start()
         if flow.name is not None and not guard.speaks_first(flow.port):
@@ -321,39 +320,33 @@ class Outbound:
                 return
             except OSError as error:
                 if error.errno == errno.ENOBUFS:
-                    self._repeats.add("net.denied", {"rule": "records-lost"})
+                    self._repeats.add(NetDenied(rule="records-lost"))
                     continue
                 return
             for prefix, payload in parse_nflog(packet):
                 self._kernel_denial(nflog.read(prefix, payload))
 
     def _kernel_denial(self, refused: nflog.Refused) -> None:
-        data = nflog.describe(refused, self._rules, self._pool)
-        self._repeats.add("net.denied", data, count=refused.count, late=KERNEL_LATE)
+        denied = nflog.describe(refused, self._rules, self._pool)
+        self._repeats.add(denied, count=refused.count, late=KERNEL_LATE)
 
-    def _deny(self, flow: Flow, rule: str, **extra: Any) -> None:
+    def _deny(self, flow: Flow, rule: str, **found: Any) -> None:
         flow.reason = rule
-        self._repeats.add(
-            "net.denied", {**flow.describe(), "protocol": "tcp", "verdict": "denied", "rule": rule, **extra}
-        )
+        self._repeats.add(flow.denied(rule, **found))
 
     def _write_inbound(
-        self, type: str, data: dict[str, Any], *, since_ns: int | None = None, happened_ns: int | None = None
+        self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None
     ) -> None:
-        if "flow" in data:
-            self._write(type, data, since_ns=since_ns, happened_ns=happened_ns)
-        else:  # refusals can be many and alike
-            self._repeats.add(type, data)
+        if isinstance(record, Repeatable) and "flow" not in record.data:  # many may be alike
+            self._repeats.add(record)
+        else:
+            self._write(record, since_ns=since_ns, happened_ns=happened_ns)
 
     def _query(self, name: str, kind: str, verdict: str, rule: str) -> None:
-        self._repeats.add("net.query", {"name": name or None, "type": kind or None, "verdict": verdict, "rule": rule})
+        self._repeats.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule))
 
-    def _write(
-        self, type: str, data: dict[str, Any], *, since_ns: int | None = None, happened_ns: int | None = None
-    ) -> None:
-        self._shared.audit.record(
-            type, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns, **data
-        )
+    def _write(self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None) -> None:
+        self._shared.audit.record(record, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns)
 
 
 def _original_destination(client: socket.socket) -> tuple[Address, int]:

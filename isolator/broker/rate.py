@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from isolator.audit.schema import NetConnect, NetDenied, NetQuery, RecordData
 
 
 class TokenBucket:
@@ -28,15 +30,17 @@ class TokenBucket:
 class Write(Protocol):
     """Writes one record; ``since_ns`` and ``happened_ns`` as in ``AuditClient.record``."""
 
-    def __call__(
-        self, type: str, data: dict[str, Any], *, since_ns: int | None = None, happened_ns: int | None = None
-    ) -> None: ...
+    def __call__(self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None) -> None: ...
+
+
+Repeatable = NetQuery | NetConnect | NetDenied
+"""The records of which many alike may come."""
 
 
 @dataclass
 class _Repeat:
     since: float
-    data: dict[str, Any] = field(default_factory=dict)
+    record: Repeatable
     count: int = 0
     first: float = 0.0
     last: float = 0.0
@@ -61,25 +65,25 @@ class RepeatCounter:
         self._write, self._clock, self._window, self._limit = write, clock, window, keys
         self._open: dict[tuple[Any, ...], _Repeat] = {}
 
-    def add(self, type: str, data: dict[str, Any], *, count: int = 1, late: float = 0.0) -> None:
+    def add(self, record: Repeatable, *, count: int = 1, late: float = 0.0) -> None:
         """Write one record now, or count it with those like it; ``count`` is how many it stands for.
 
         ``late``: it may have happened up to this many seconds ago.
         """
         now = self._clock()
-        key: tuple[Any, ...] = (type, *sorted((name, str(value)) for name, value in data.items()))
+        kind, data = type(record), record.data
+        key: tuple[Any, ...] = (kind, *sorted((name, str(value)) for name, value in data.items()))
         entry = self._open.get(key)
         if entry is None and len(self._open) >= self._limit:
-            data = {"rule": data.get("rule"), "various": True}
-            key = (type, data["rule"])
+            key = (kind, record.rule)
             entry = self._open.get(key)
             if entry is None:
-                self._open[key] = _Repeat(now, data, count, now - late, now)
+                self._open[key] = _Repeat(now, kind(rule=record.rule, various=True), count, now - late, now)
                 return
         if entry is None:
-            self._open[key] = _Repeat(now, data)
+            self._open[key] = _Repeat(now, record)
             since = _nanoseconds(now - late) if late else None
-            self._write(type, data if count == 1 else {**data, "count": count}, since_ns=since)
+            self._write(record if count == 1 else kind(**data, count=count), since_ns=since)
         else:
             if not entry.count:
                 entry.first = now - late
@@ -93,9 +97,9 @@ class RepeatCounter:
             if everything or entry.since <= ended:
                 del self._open[key]
                 if entry.count:
-                    data = {**entry.data, "count": entry.count}
+                    record = type(entry.record)(**entry.record.data, count=entry.count)
                     first, last = _nanoseconds(entry.first), _nanoseconds(entry.last)
-                    self._write(str(key[0]), data, since_ns=first, happened_ns=last)
+                    self._write(record, since_ns=first, happened_ns=last)
 
 
 def _nanoseconds(seconds: float) -> int:

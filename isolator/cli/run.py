@@ -108,6 +108,7 @@ async def _run(
     # The launcher starts on the other core while the policy's modules load here.
     async with StandaloneSession(paths) as session:
         host, policy = load()
+        from isolator.audit.schema import CageStopped
         from isolator.cage.cage import Stdio
         from isolator.standalone.records import Records
 
@@ -130,7 +131,7 @@ async def _run(
                 for missed in early:
                     cage.signal(missed)
                 end = await cage.wait()
-                records.record("plugin.stopped", **_summary(end))
+                records.record(CageStopped(**_summary(end)))
                 return end
 
 

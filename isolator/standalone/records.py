@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from isolator.audit.client import utc_now
+from isolator.audit.schema import FsDenied, NetDenied, RecordData, SyscallDenied
 from isolator.errors import UsageError
 
-_DENIALS = ("net.denied", "syscall.denied", "fs.denied")
+_DENIALS = (NetDenied.TYPE, SyscallDenied.TYPE, FsDenied.TYPE)
 
 
 _SHOWN_PER_KIND = 5
@@ -29,9 +30,9 @@ class Records:
             except OSError as error:
                 raise UsageError(f"--audit {path}", error.strerror or "", "name a file that can be written") from None
 
-    def record(self, type: str, /, **data: Any) -> None:
+    def record(self, record: RecordData) -> None:
         """Write a record of this process's own."""
-        self.write({"time": utc_now(), "type": type, "plugin": "run", "run": self._run, "data": data})
+        self.write({"time": utc_now(), "type": record.TYPE, "plugin": "run", "run": self._run, "data": record.data})
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record, of whichever process."""
@@ -53,9 +54,9 @@ class Records:
 
 
 def _denial(kind: str, data: dict[str, Any]) -> str:
-    if kind == "syscall.denied":
+    if kind == SyscallDenied.TYPE:
         return f"system call {data.get('call')}"
-    if kind == "net.denied":
+    if kind == NetDenied.TYPE:
         place = data.get("name") or data.get("address") or "?"
         port = f":{data['port']}" if data.get("port") else ""
         return f"connection to {ascii(str(place))[1:-1]}{port} ({data.get('rule')})"

@@ -108,6 +108,7 @@ class StandaloneSession:
         ``cage_type`` and ``further`` are for tests, which leave layers out. Raises ConfinementError when this host
         lacks a mandatory control.
         """
+        from isolator.audit.schema import CageStarted, SyscallDenied
         from isolator.cage.cage import Cage
         from isolator.layers.ledger import ledger, missing, not_enforced
         from isolator.layers.network.layer import Network
@@ -132,14 +133,15 @@ class StandaloneSession:
             built = (cage_type or Cage)(spec, runtime, stdio, handover=hand_over, **further)
             await stack.enter_async_context(built)
             await built.start()
-            records.record(
-                "plugin.started", pid=built.pid, uid=spec.uid, policy_sha256=spec.policy.digest(),
+            started = CageStarted(
+                pid=built.pid, uid=spec.uid, policy_sha256=spec.policy.digest(),
                 milliseconds=built.steps, degraded=not_enforced(ledger(volume.check)),
             )  # fmt: skip
+            records.record(started)
             if built.listener >= 0:
                 denials.watch(
                     built.listener,
-                    lambda denied: records.record("syscall.denied", call=denied.call, count=denied.count),
+                    lambda denied: records.record(SyscallDenied(call=denied.call, count=denied.count)),
                 )
                 built.listener = -1
             yield built

@@ -18,6 +18,7 @@ from isolator.audit import files
 from isolator.audit.client import AuditClient
 from isolator.audit.seal import load_public
 from isolator.audit.verify import verify
+from tests.audit.any_record import any_record
 from tests.audit.conftest import UID, Daemon
 from tests.support.disks import ext4_image, run, shut_down
 from tests.support.timeouts import seconds
@@ -27,7 +28,7 @@ async def until(condition: Callable[[], bool], client: AuditClient) -> None:
     """Wait for something that changes when the writer answers."""
     async with asyncio.timeout(30):
         while not condition():
-            client.record("event.accepted", filler="tick")
+            client.record(any_record("event.accepted", filler="tick"))
             await asyncio.sleep(0.05)
 
 
@@ -71,7 +72,7 @@ async def fill_and_free(daemon: Daemon, ballast: Path) -> None:
     sent = 0
     while host.blocked is None:
         for _ in range(20):
-            host.record("event.accepted", number=sent, filler="x" * 1000)
+            host.record(any_record("event.accepted", number=sent, filler="x" * 1000))
             sent += 1
         await asyncio.sleep(0.01)
         assert sent < 15_000, "the disk did not fill up"
@@ -81,7 +82,7 @@ async def fill_and_free(daemon: Daemon, ballast: Path) -> None:
     assert set(range(acked)) <= done, "something acknowledged is not on the disk"
     # It stays blocked, and keeps what comes meanwhile in bounds.
     for _ in range(500):
-        host.record("event.accepted", number=sent, filler="y" * 1000)
+        host.record(any_record("event.accepted", number=sent, filler="y" * 1000))
         sent += 1
     await asyncio.sleep(1.5)
     assert host.blocked is not None and host.acked == acked
@@ -128,7 +129,7 @@ async def read_only_at_start(daemon: Daemon) -> None:
         assert "Read-only" in daemon.hello["blocked"]
         host = await daemon.source("host")
         for number in range(100):
-            host.record("event.accepted", number=number)
+            host.record(any_record("event.accepted", number=number))
         await until(lambda: host.blocked is not None, host)
         run("mount", "-o", "remount,rw", str(log))
         async with asyncio.timeout(30):
@@ -147,12 +148,12 @@ async def disk_dies(daemon: Daemon) -> None:
         await daemon.start()
         host = await daemon.source("host")
         for number in range(500):
-            host.record("event.accepted", number=number, filler="x" * 200)
+            host.record(any_record("event.accepted", number=number, filler="x" * 200))
         await settled(host)
         shut_down(log)
         acked = host.acked
         for number in range(500, 600):
-            host.record("event.accepted", number=number)
+            host.record(any_record("event.accepted", number=number))
         await until(lambda: host.blocked is not None, host)
         assert host.acked == acked, "something was acknowledged on a dead disk"
         # Not lazily: the writer must have let go of the dead disk.
@@ -183,7 +184,7 @@ async def slow_disk(daemon: Daemon) -> None:
     try:
         begun, sent = asyncio.get_running_loop().time(), 1
         while asyncio.get_running_loop().time() - begun < 3:
-            host.record("event.accepted", number=sent)
+            host.record(any_record("event.accepted", number=sent))
             sent += 1
             assert host.blocked is None
             await asyncio.sleep(0.005)
@@ -202,7 +203,7 @@ async def traced(daemon: Daemon, fault: str) -> tuple[AuditClient, asyncio.subpr
     await daemon.start()
     assert daemon.process is not None
     host = await daemon.source("host")
-    host.record("event.accepted", number=0)
+    host.record(any_record("event.accepted", number=0))
     await settled(host)
     pid = str(daemon.process.pid)
     tracer = await asyncio.create_subprocess_exec(
@@ -218,7 +219,7 @@ async def injected(daemon: Daemon, fault: str) -> None:
     try:
         while sent <= 3000 or failures <= 2:
             for _ in range(50 if sent <= 3000 else 1):
-                host.record("event.accepted", number=sent, filler="z" * 100)
+                host.record(any_record("event.accepted", number=sent, filler="z" * 100))
                 sent += 1
             await asyncio.sleep(0.05)
             failures += host.blocked is not None and was is None

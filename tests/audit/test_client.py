@@ -11,6 +11,7 @@ from typing import Any
 from isolator.audit import client as module
 from isolator.audit.client import AuditClient
 from isolator.ipc import channel as ipc
+from tests.audit.any_record import any_record
 
 
 class Writer:
@@ -38,7 +39,7 @@ async def test_records_are_numbered_batched_and_acknowledged() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     for number in range(1000):
-        client.record("net.query", plugin="p", name=str(number))
+        client.record(any_record("net.query", name=str(number)), plugin="p")
     await asyncio.sleep(0)
     records = writer.read()
     assert [int(r["n"].split(":")[1]) for r in records] == list(range(1, len(records) + 1))
@@ -53,7 +54,7 @@ async def test_a_new_writer_gets_what_the_old_one_did_not_acknowledge_and_is_ack
     first, second = Writer(), Writer()
     client = AuditClient(first.theirs)
     for number in range(10):
-        client.record("net.query", name=str(number), urgent=True)
+        client.record(any_record("net.query", name=str(number)), urgent=True)
     first.read()
     first.tell(acked=4)
     async with asyncio.timeout(5):
@@ -72,10 +73,10 @@ async def test_what_cannot_be_written_as_json_or_is_too_long_becomes_a_gap() -> 
     client = AuditClient(writer.theirs)
     circle: list[Any] = []
     circle.append(circle)
-    client.record("net.query", value=float("nan"))
-    client.record("net.query", value=circle)
-    client.record("net.query", value="x" * (2 * ipc.MAX_PACKET))
-    client.record("net.query", value=Path("/fine"))
+    client.record(any_record("net.query", value=float("nan")))
+    client.record(any_record("net.query", value=circle))
+    client.record(any_record("net.query", value="x" * (2 * ipc.MAX_PACKET)))
+    client.record(any_record("net.query", value=Path("/fine")))
     await asyncio.sleep(0)
     records = writer.read()
     assert [r["type"] for r in records] == ["audit.gap", "audit.gap", "audit.gap", "net.query"]
@@ -88,14 +89,14 @@ async def test_a_full_buffer_is_counted_and_told(monkeypatch: Any) -> None:
     writer = Writer()
     client = AuditClient(None)
     for number in range(15):
-        client.record("net.query", name=str(number))
+        client.record(any_record("net.query", name=str(number)))
     assert client.lost == 5
     client.replace(writer.theirs)
     writer.read()
     writer.tell(acked=10)
     async with asyncio.timeout(5):
         await client.settled()
-    client.record("net.query", name="after")
+    client.record(any_record("net.query", name="after"))
     await asyncio.sleep(0)
     gap, after = writer.read()
     assert (gap["type"], gap["data"]["count"]) == ("audit.gap", 5)
@@ -107,8 +108,8 @@ async def test_handed_over_waits_for_a_writer_that_is_behind() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     for number in range(5000):
-        client.record("net.query", name="x" * 500 + str(number))
-    client.record("event.dispatched", urgent=True)
+        client.record(any_record("net.query", name="x" * 500 + str(number)))
+    client.record(any_record("event.dispatched"), urgent=True)
     waiting = asyncio.create_task(client.handed_over())
     await asyncio.sleep(0.05)
     assert not waiting.done()
@@ -142,7 +143,7 @@ async def test_a_writer_that_goes_away_costs_nothing() -> None:
     client = AuditClient(writer.theirs)
     writer.sock.close()
     for _ in range(100):
-        client.record("net.query", urgent=True)
+        client.record(any_record("net.query"), urgent=True)
     again = Writer()
     client.replace(again.theirs)
     assert len(again.read()) == 100

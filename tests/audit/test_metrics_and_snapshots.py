@@ -20,6 +20,7 @@ from isolator.audit.snapshots import snapshot
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.policy.model import ResourcePolicy
+from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import settled
 
@@ -33,9 +34,9 @@ async def scrape(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pat
 
 
 async def fill(host: AuditClient) -> None:
-    host.record("event.accepted", event_id="e", event="deploy.completed")
-    host.record("event.dispatched", plugin="p", event_id="e", delivery_id="d", queued_us=250)
-    host.record("event.response", plugin="p", event_id="e", delivery_id="d", outcome="ok", latency_us=1500)
+    host.record(any_record("event.accepted", event="deploy.completed"), event_id="e")
+    host.record(any_record("event.dispatched", queued_us=250), plugin="p", event_id="e", delivery_id="d")
+    host.record(any_record("event.response", outcome="ok", latency_us=1500), plugin="p", event_id="e", delivery_id="d")
     await settled(host)
 
 

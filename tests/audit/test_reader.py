@@ -18,6 +18,7 @@ from isolator.audit import files, reader
 from isolator.audit.log import Limits
 from isolator.audit.text import printable
 from isolator.errors import IsolatorError, NotFoundError
+from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import check, settled
 from tests.audit.test_verify import Written
@@ -34,7 +35,11 @@ async def filled(daemon: Daemon, count: int, **limits: int) -> None:
     await daemon.start(**limits)
     host = await daemon.source("host")
     for number in range(count):
-        host.record("event.accepted", plugin=f"p{number % 3}", event_id=f"e{number}", number=number, filler="x" * 100)
+        host.record(
+            any_record("event.accepted", number=number, filler="x" * 100),
+            plugin=f"p{number % 3}",
+            event_id=f"e{number}",
+        )
     await settled(host)
 
 
@@ -61,7 +66,7 @@ async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(dae
         client = await daemon.source("host")
         for part in range(4):
             for number in range(200):
-                client.record("event.accepted", number=number, filler="x" * 100)
+                client.record(any_record("event.accepted", number=number, filler="x" * 100))
             await settled(client)
             if part == 1:
                 await daemon.kill()
@@ -86,7 +91,7 @@ async def test_a_follower_that_stands_still_holds_nobody_up(daemon: Daemon) -> N
     follower = reader.Follower(daemon.paths.audit_log, 0)
     host = await daemon.source("host")
     for number in range(5000):
-        host.record("event.accepted", number=number, filler="x" * 100)
+        host.record(any_record("event.accepted", number=number, filler="x" * 100))
     await settled(host)
     await daemon.stop()
     seen = []
@@ -167,11 +172,11 @@ async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> Non
     host = await daemon.source("host")
     broker = await daemon.source("broker")
     for number in range(100):
-        host.record("event.accepted", plugin=f"p{number % 2}", event_id=f"e{number}", filler="x" * 200)
+        host.record(any_record("event.accepted", filler="x" * 200), plugin=f"p{number % 2}", event_id=f"e{number}")
     await settled(host)
     middle = daemon.records()[-1]["time"]
-    broker.record("net.denied", plugin="p0", run="r", name="net.connect", event_id="e7")
-    broker.record("net.connect", plugin="p1", run="r", event_ids=["e7", "e8"])
+    broker.record(any_record("net.denied", name="net.connect"), plugin="p0", run="r", event_id="e7")
+    broker.record(any_record("net.connect", event_ids=["e7", "e8"]), plugin="p1", run="r")
     await settled(broker)
     await daemon.stop()
 
@@ -237,7 +242,7 @@ async def test_a_terminal_gets_nothing_but_visible_characters(daemon: Daemon) ->
     await daemon.start()
     host = await daemon.source("host")
     nasty = "\x1b]0;x\x07\x1b[31m\u202etxt.exe\u2066\u200b\u3164\x9b2J\r\nforged seq=1 type=\u05d0\x7f"
-    host.record("plugin.health", plugin=nasty, event_id=nasty, text=nasty, **{nasty: [nasty, {"a": nasty}]})
+    host.record(any_record("plugin.health", text=nasty, **{nasty: [nasty, {"a": nasty}]}), plugin=nasty, event_id=nasty)
     await settled(host)
     await daemon.stop()
     for command in (["tail"], ["query"], ["story", nasty]):

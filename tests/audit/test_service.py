@@ -16,6 +16,7 @@ from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.recover import HEAD_NAME
 from isolator.audit.seal import load_public
 from isolator.audit.verify import Report, verify
+from tests.audit.any_record import any_record
 from tests.audit.conftest import UID, Daemon
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another user")
@@ -34,7 +35,7 @@ async def test_what_is_acknowledged_is_on_disk_and_fits(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     for number in range(2500):
-        host.record("event.accepted", event_id=f"e{number}", bytes=number)
+        host.record(any_record("event.accepted", bytes=number), event_id=f"e{number}")
     await settled(host)
     # Acknowledged means written: before any stop or flush.
     assert [r["data"]["bytes"] for r in daemon.of_type("event.accepted")] == list(range(2500))
@@ -51,7 +52,7 @@ async def test_records_that_trickle_in_share_commits(daemon: Daemon) -> None:
     host = await daemon.source("host")
     acknowledged, began = {0}, time.monotonic()
     for number in range(200):
-        host.record("event.accepted", event_id=str(number), urgent=True)
+        host.record(any_record("event.accepted"), event_id=str(number), urgent=True)
         await asyncio.sleep(0.001)
         acknowledged.add(host.acked)
     commits = len(acknowledged) - 1
@@ -87,9 +88,9 @@ async def test_a_source_speaks_only_for_itself(daemon: Daemon, source: str, own:
     """Whatever it claims to be: its own name in the record is not its to say, and what is refused leaves a trace."""
     await daemon.start()
     client = await daemon.source(source)
-    client.record(own, plugin="a", origin="supervisor:00000000:1")
+    client.record(any_record(own, origin="supervisor:00000000:1"), plugin="a")
     for type in foreign:
-        client.record(type, plugin="a", pid=1, origin="supervisor:00000000:1", signature="00")
+        client.record(any_record(type, pid=1, origin="supervisor:00000000:1", signature="00"), plugin="a")
     await settled(client)
     await daemon.stop()
     records = daemon.records()
@@ -104,8 +105,8 @@ async def test_a_source_speaks_only_for_itself(daemon: Daemon, source: str, own:
 async def test_what_is_too_long_for_a_record_is_told(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
-    host.record("event.response", plugin="p", response="x" * (1 << 20))
-    host.record("event.response", plugin="p", response="x" * 100_000)
+    host.record(any_record("event.response", response="x" * (1 << 20)), plugin="p")
+    host.record(any_record("event.response", response="x" * 100_000), plugin="p")
     await settled(host)
     await daemon.stop()
     (gap,) = daemon.of_type("audit.gap")
@@ -147,7 +148,7 @@ async def test_text_of_plugins_is_capped_escaped_and_one_string(daemon: Daemon) 
     await daemon.start()
     host = await daemon.source("host")
     nasty = '\x1b[2J\x7f\u202e\u200b\ud800"\n{"seq":99,"hash":"0"}\r\u2028é'
-    host.record("plugin.health", plugin="p", text=nasty, long="ü" * 5000, inner=["x" * 5000])
+    host.record(any_record("plugin.health", text=nasty, long="ü" * 5000, inner=["x" * 5000]), plugin="p")
     await settled(host)
     await daemon.stop()
     raw = daemon.paths.audit_file.read_bytes()
@@ -168,17 +169,21 @@ async def test_the_event_in_flight_is_found_in_whatever_order_the_sockets_are_re
     assert daemon.process is not None
     # The writer is stopped, so that all of this waits in its sockets and only its own order decides.
     daemon.process.send_signal(signal.SIGSTOP)
-    broker.record("net.query", plugin="p", run="r", urgent=True, name="before")
-    host.record("event.dispatched", plugin="p", run="r", event_id="e1", delivery_id="d1", urgent=True)
-    broker.record("net.connect", plugin="p", run="r", urgent=True, name="first", flow="f1")
-    broker.record("net.connect", plugin="q", run="r2", urgent=True, name="other plugin")
-    host.record("event.dispatched", plugin="p", run="r", event_id="e2", delivery_id="d2", urgent=True)
-    broker.record("net.denied", plugin="p", run="r", urgent=True, name="both")
-    host.record("event.response", plugin="p", run="r", event_id="e1", delivery_id="d1", outcome="ok", urgent=True)
-    broker.record("net.denied", plugin="p", run="r", urgent=True, name="second")
-    host.record("event.response", plugin="p", run="r", event_id="e2", delivery_id="d2", outcome="ok", urgent=True)
-    broker.record("net.closed", plugin="p", run="r", urgent=True, name="first", flow="f1")
-    broker.record("net.denied", plugin="p", run="r", urgent=True, name="after")
+    broker.record(any_record("net.query", name="before"), plugin="p", run="r", urgent=True)
+    host.record(any_record("event.dispatched"), plugin="p", run="r", event_id="e1", delivery_id="d1", urgent=True)
+    broker.record(any_record("net.connect", name="first", flow="f1"), plugin="p", run="r", urgent=True)
+    broker.record(any_record("net.connect", name="other plugin"), plugin="q", run="r2", urgent=True)
+    host.record(any_record("event.dispatched"), plugin="p", run="r", event_id="e2", delivery_id="d2", urgent=True)
+    broker.record(any_record("net.denied", name="both"), plugin="p", run="r", urgent=True)
+    host.record(
+        any_record("event.response", outcome="ok"), plugin="p", run="r", event_id="e1", delivery_id="d1", urgent=True
+    )
+    broker.record(any_record("net.denied", name="second"), plugin="p", run="r", urgent=True)
+    host.record(
+        any_record("event.response", outcome="ok"), plugin="p", run="r", event_id="e2", delivery_id="d2", urgent=True
+    )
+    broker.record(any_record("net.closed", name="first", flow="f1"), plugin="p", run="r", urgent=True)
+    broker.record(any_record("net.denied", name="after"), plugin="p", run="r", urgent=True)
     daemon.process.send_signal(signal.SIGCONT)
     await settled(host)
     await settled(broker)
@@ -201,13 +206,13 @@ async def test_the_event_in_flight_is_found_in_whatever_order_the_sockets_are_re
 async def test_a_new_writer_goes_on_with_the_chain_and_the_deliveries_in_flight(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
-    host.record("event.dispatched", plugin="p", run="r", event_id="e1", delivery_id="d1")
+    host.record(any_record("event.dispatched"), plugin="p", run="r", event_id="e1", delivery_id="d1")
     await settled(host)
     await daemon.kill()
-    host.record("event.accepted", event_id="e2")
+    host.record(any_record("event.accepted"), event_id="e2")
     await daemon.start()
     broker = await daemon.source("broker")
-    broker.record("net.connect", plugin="p", run="r", name="x")
+    broker.record(any_record("net.connect", name="x"), plugin="p", run="r")
     await daemon.source("host", host)
     await settled(host)
     await settled(broker)
@@ -226,7 +231,7 @@ async def test_killed_at_random_nothing_acknowledged_is_lost_and_nothing_stands_
         end = time.monotonic() + 0.05 + 0.02 * round
         while time.monotonic() < end:
             for _ in range(50):
-                host.record("event.accepted", event_id=f"e{sent}", number=sent, filler="x" * 300)
+                host.record(any_record("event.accepted", number=sent, filler="x" * 300), event_id=f"e{sent}")
                 sent += 1
             await asyncio.sleep(0)
             if sent - host.acked > 5000:
@@ -246,7 +251,7 @@ async def test_killed_at_random_nothing_acknowledged_is_lost_and_nothing_stands_
 async def test_a_torn_last_line_is_cut_off_and_recorded(daemon: Daemon, keep: int) -> None:
     await daemon.start()
     host = await daemon.source("host")
-    host.record("event.accepted", event_id="e1")
+    host.record(any_record("event.accepted"), event_id="e1")
     await settled(host)
     await daemon.kill()
     line = daemon.paths.audit_file.read_bytes().splitlines()[0]
@@ -263,14 +268,14 @@ async def test_what_was_removed_behind_its_back_is_named_for_ever(daemon: Daemon
     await daemon.start()
     host = await daemon.source("host")
     for number in range(10):
-        host.record("event.accepted", event_id=f"e{number}")
+        host.record(any_record("event.accepted"), event_id=f"e{number}")
     await settled(host)
     await daemon.kill()
     lines = daemon.paths.audit_file.read_bytes().splitlines(keepends=True)
     daemon.paths.audit_file.write_bytes(b"".join(lines[:6]))
     await daemon.start()
     await daemon.source("host", host)
-    host.record("event.accepted", event_id="later")
+    host.record(any_record("event.accepted"), event_id="later")
     await settled(host)
     await daemon.stop()
     gap = daemon.of_type("audit.gap")[0]
@@ -285,7 +290,7 @@ async def test_a_forged_end_is_not_built_upon(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     for number in range(5):
-        host.record("event.accepted", event_id=f"e{number}")
+        host.record(any_record("event.accepted"), event_id=f"e{number}")
     await settled(host)
     await daemon.kill()
     from tests.audit.tamper import rechain
@@ -302,7 +307,7 @@ async def test_a_forged_end_is_not_built_upon(daemon: Daemon) -> None:
 async def test_head_is_readable_only_for_the_writer(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
-    host.record("event.accepted", event_id="e")
+    host.record(any_record("event.accepted"), event_id="e")
     await settled(host)
     head = json.loads((daemon.paths.audit_lib / HEAD_NAME).read_text())
     assert head["hash"] == daemon.records()[0]["hash"]
@@ -315,7 +320,7 @@ async def test_signals_to_the_whole_group_do_not_end_it_before_the_others(daemon
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGTERM)
     daemon.process.send_signal(signal.SIGINT)
-    host.record("event.accepted", event_id="last words")
+    host.record(any_record("event.accepted"), event_id="last words")
     await settled(host)
     assert await daemon.stop() == 0
     assert len(daemon.of_type("event.accepted")) == 1
@@ -327,7 +332,7 @@ async def test_what_waits_in_the_sockets_is_written_before_the_end(daemon: Daemo
     assert daemon.process is not None and daemon.channel is not None
     daemon.process.send_signal(signal.SIGSTOP)
     for number in range(100):
-        host.record("event.accepted", urgent=True, number=number)
+        host.record(any_record("event.accepted", number=number), urgent=True)
     daemon.channel.close()
     daemon.process.send_signal(signal.SIGCONT)
     assert await daemon.wait() == 0
@@ -340,7 +345,7 @@ async def test_a_key_that_cannot_be_trusted_is_replaced_and_both_verify(daemon: 
     await daemon.stop()
     await daemon.start()
     host = await daemon.source("host")
-    host.record("event.accepted", event_id="1")
+    host.record(any_record("event.accepted"), event_id="1")
     await settled(host)
     await daemon.stop()
     key = daemon.paths.audit_lib / "seal.key"
@@ -388,11 +393,11 @@ async def test_the_next_writer_knows_which_runs_have_no_end(daemon: Daemon, reco
     await daemon.start(seal_records=16, rotate_size=65536)
     supervisor = await daemon.source("supervisor")
     for run, plugin in (("r1", "one"), ("r2", "two"), ("r3", "three")):
-        supervisor.record("plugin.started", plugin=plugin, run=run)
-    supervisor.record("plugin.stopped", plugin="two", run="r2")
-    supervisor.record("plugin.crashed", plugin="three", run="r3")
+        supervisor.record(any_record("plugin.started"), plugin=plugin, run=run)
+    supervisor.record(any_record("plugin.stopped"), plugin="two", run="r2")
+    supervisor.record(any_record("plugin.crashed"), plugin="three", run="r3")
     for number in range(records_after):
-        supervisor.record("plugin.health", plugin="one", run="r1", number=number)
+        supervisor.record(any_record("resources", number=number), plugin="one", run="r1")
     await settled(supervisor)
     await daemon.kill()
     assert (len(files.rotated(daemon.paths.audit_log)) > 2) == (records_after > 100)

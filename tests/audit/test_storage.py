@@ -12,6 +12,7 @@ import pytest
 
 from isolator.audit import files
 from isolator.audit.client import AuditClient
+from tests.audit.any_record import any_record
 from tests.audit.conftest import UID, Daemon
 from tests.audit.storage_faults import FAULTS
 from tests.audit.test_service import check, settled
@@ -32,7 +33,7 @@ def test_disk_fault(fault: str, code: Path) -> None:
 async def fill(daemon: Daemon, count: int) -> None:
     host = await daemon.source("host")
     for number in range(count):
-        host.record("event.accepted", number=number, filler="x" * 200)
+        host.record(any_record("event.accepted", number=number, filler="x" * 200))
     await settled(host)
 
 
@@ -170,7 +171,7 @@ async def test_what_was_done_to_the_files_while_nobody_wrote_them(daemon: Daemon
     host = await daemon.source("host")
     await until_writable(host)
     for number in range(5):
-        host.record("event.accepted", number=number)
+        host.record(any_record("event.accepted", number=number))
     await settled(host)
     await daemon.stop()
     assert victim.read_text() == "of somebody else\n"

@@ -13,6 +13,7 @@ from isolator.audit.record import Record
 from isolator.audit.story import tell
 from isolator.audit.text import printable
 from isolator.errors import NotFoundError
+from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_reader import run
 from tests.audit.test_service import settled
@@ -23,62 +24,81 @@ async def happen(daemon: Daemon) -> None:
     host, broker, supervisor = [await daemon.source(n) for n in ("host", "broker", "supervisor")]
     one: dict[str, Any] = {"plugin": "slack-deploy-notifier", "run": "r1"}
     other: dict[str, Any] = {"plugin": "google-indexer", "run": "r2"}
-    supervisor.record("plugin.started", **other, reason="eager", pid=9, uid=70001)
+    supervisor.record(any_record("plugin.started", reason="eager", pid=9, uid=70001), **other)
     await settled(supervisor)
     host.record(
-        "event.accepted", event_id="evt-1", event="deploy.completed", subject="project-7", bytes=259, plugins=["a", "b"]
+        any_record("event.accepted", event="deploy.completed", subject="project-7", bytes=259, plugins=["a", "b"]),
+        event_id="evt-1",
     )
     await settled(host)
-    supervisor.record("plugin.started", **one, reason="first event", pid=4711, uid=70000, milliseconds={"exec": 1.2})
+    supervisor.record(
+        any_record("plugin.started", reason="first event", pid=4711, uid=70000, milliseconds={"exec": 1.2}), **one
+    )
     await settled(supervisor)
     host.record(
-        "event.dispatched", **one, event_id="evt-1", delivery_id="evt-1.s", attempt=1, queued_us=5300, request_bytes=400
+        any_record("event.dispatched", attempt=1, queued_us=5300, request_bytes=400),
+        **one,
+        event_id="evt-1",
+        delivery_id="evt-1.s",
     )
-    host.record("event.dispatched", **other, event_id="evt-0", delivery_id="evt-0.g", attempt=1)
-    host.record("event.dispatched", **other, event_id="evt-1", delivery_id="evt-1.g", attempt=1)
+    host.record(any_record("event.dispatched", attempt=1), **other, event_id="evt-0", delivery_id="evt-0.g")
+    host.record(any_record("event.dispatched", attempt=1), **other, event_id="evt-1", delivery_id="evt-1.g")
     await settled(host)
-    broker.record("net.query", **one, name="hooks.slack.com", type="A", verdict="allowed", rule="hooks.slack.com:443")
     broker.record(
-        "net.connect",
-        **one,
-        flow=1,
-        name="hooks.slack.com",
-        address="198.51.100.7",
-        port=443,
-        verdict="allowed",
-        rule="hooks.slack.com:443",
+        any_record("net.query", name="hooks.slack.com", type="A", verdict="allowed", rule="hooks.slack.com:443"), **one
     )
     broker.record(
-        "net.denied",
+        any_record(
+            "net.connect",
+            flow=1,
+            name="hooks.slack.com",
+            address="198.51.100.7",
+            port=443,
+            verdict="allowed",
+            rule="hooks.slack.com:443",
+        ),
         **one,
-        name=None,
-        address="169.254.169.254",
-        port=80,
-        protocol="tcp",
-        verdict="denied",
-        rule="always-blocked",
     )
     broker.record(
-        "net.denied", **other, name="\u202emoc.live" + "x" * 200, address="203.0.113.5", port=25, rule="not listed"
+        any_record(
+            "net.denied",
+            name=None,
+            address="169.254.169.254",
+            port=80,
+            protocol="tcp",
+            verdict="denied",
+            rule="always-blocked",
+        ),
+        **one,
+    )
+    broker.record(
+        any_record("net.denied", name="\u202emoc.live" + "x" * 200, address="203.0.113.5", port=25, rule="not listed"),
+        **other,
     )
     await settled(broker)
-    supervisor.record("syscall.denied", **one, call="ptrace", count=3)
+    supervisor.record(any_record("syscall.denied", call="ptrace", count=3), **one)
     await settled(supervisor)
-    host.record("event.response", **one, event_id="evt-1", delivery_id="evt-1.s", attempt=1, outcome="ok", status="ok",
-                latency_us=84_210, response_bytes=30, response='{"status":"ok","text":"posted \x1b[31m"}')  # fmt: skip
+    host.record(
+        any_record(
+            "event.response", attempt=1, outcome="ok", status="ok", latency_us=84_210, response_bytes=30,
+            response='{"status":"ok","text":"posted \x1b[31m"}',
+        ), **one, event_id="evt-1", delivery_id="evt-1.s",
+    )  # fmt: skip
     await settled(host)
     broker.record(
-        "net.closed",
+        any_record(
+            "net.closed",
+            flow=1,
+            name="hooks.slack.com",
+            address="198.51.100.7",
+            port=443,
+            sent=812,
+            received=402,
+            duration_ms=61.2,
+        ),
         **one,
-        flow=1,
-        name="hooks.slack.com",
-        address="198.51.100.7",
-        port=443,
-        sent=812,
-        received=402,
-        duration_ms=61.2,
     )
-    broker.record("net.query", **one, name="later.example", type="A", verdict="denied")
+    broker.record(any_record("net.query", name="later.example", type="A", verdict="denied"), **one)
     await settled(broker)
     await daemon.stop()
 

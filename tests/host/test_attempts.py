@@ -18,6 +18,7 @@ from host.queue.interface import Delivery, NewEvent, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import pair
+from tests.audit.any_record import any_record
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
@@ -104,7 +105,7 @@ async def test_nothing_is_sent_before_the_kernel_has_its_record(store: Store) ->
     sent: list[str] = []
     deliveries = await _taken(queue)
     while not audit._stuck:  # fill the socket
-        audit.record("net.query", text="x" * 10_000)
+        audit.record(any_record("net.query", text="x" * 10_000))
         audit.hand_over()
     for delivery in deliveries:
         attempts.begin(Attempt(delivery, "run", b"request", lambda name=delivery.plugin: sent.append(name)))
