@@ -20,8 +20,9 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from isolator.audit.record import Incoming
+from isolator.audit.schema import RECORDS, EventDispatched, EventResponse, NetClosed, NetConnect
 
-TAGGED = ("net.", "syscall.denied", "fs.denied", "api.called", "plugin.crashed")
+TAGGED = frozenset(type for type, kind in RECORDS.items() if kind.CAUSED)
 _LINGER_NS = 30 * 10**9
 _MAX_OPEN_NS = 3600 * 10**9
 _MAX_WINDOWS = 4096
@@ -96,10 +97,10 @@ class Causes:
         if record.plugin is None or record.event_id is None:
             return
         at = now if record.happened is None else record.happened
-        if record.type == "event.dispatched":
+        if record.type == EventDispatched.TYPE:
             windows = self._windows.setdefault(record.plugin, _Windows())
             windows.begin(Window(record.event_id, record.delivery_id, record.run, at))
-        elif record.type == "event.response" and record.plugin in self._windows:
+        elif record.type == EventResponse.TYPE and record.plugin in self._windows:
             self._windows[record.plugin].finish((record.event_id, record.delivery_id), at)
 
     def host_gone(self, now: int) -> None:
@@ -109,17 +110,17 @@ class Causes:
 
     def tag(self, record: Incoming, now: int) -> None:
         """Give ``record`` the event in flight, or the list of them when there are several."""
-        if record.event_id is not None or record.plugin is None or not record.type.startswith(TAGGED):
+        if record.event_id is not None or record.plugin is None or record.type not in TAGGED:
             return
         flow = record.data.get("flow")
         key = (record.run, str(flow))
-        if record.type == "net.closed" and flow is not None and key in self._flows:
+        if record.type == NetClosed.TYPE and flow is not None and key in self._flows:
             causes = self._flows.pop(key)
         else:
             at = now if record.happened is None else record.happened
             began = at if record.began is None else min(record.began, at)
             causes = self._open_between(record.plugin, record.run, began, at)
-            if record.type == "net.connect" and flow is not None:
+            if record.type == NetConnect.TYPE and flow is not None:
                 self._flows[key] = causes
                 if len(self._flows) > _MAX_FLOWS:
                     self._flows.popitem(last=False)

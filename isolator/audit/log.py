@@ -21,11 +21,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
 from isolator.audit.recover import HEAD_NAME, State, follow_run, read_head, recover
+from isolator.audit.schema import RETENTION, AuditGap, AuditSeal
 from isolator.audit.seal import Signer, load_signer, sync_directory
 
 _HEAD_SIZE = 256
@@ -81,10 +81,13 @@ class Chain:
 
     def seal(self, now: str) -> None:
         """Sign what is not signed yet; begins a new file when this one is full."""
-        data = self._signer.seal(self.sealed + 1, self.seq, self.hash)
-        data |= {"origins": dict(self.origins), "runs": dict(self.runs)}
+        signature = self._signer.sign(self.sealed + 1, self.seq, self.hash)
+        seal = AuditSeal(
+            from_=self.sealed + 1, to=self.seq, hash=self.hash, key=self._signer.name, signature=signature,
+            origins=dict(self.origins), runs=dict(self.runs),
+        )  # fmt: skip
         self.sealed = self.seq
-        self._add(Incoming(now, "audit.seal", data=data))
+        self._add(Incoming(now, seal.TYPE, data=seal.data))
         self.seals += 1
         if self._is_full():
             self._open.last = True
@@ -117,8 +120,8 @@ class Trail:
     """The files of the trail, as their one writer sees them. Not thread-safe: one call at a time."""
 
     def __init__(self, log: Path, lib: Path, limits: Limits) -> None:
-        self.notes: list[dict[str, Any]] = []
-        """``data`` of ``audit.gap`` records about the files themselves, for the chain to take up."""
+        self.notes: list[AuditGap] = []
+        """Records about the files themselves, for the chain to take up."""
         self.seq = 0
         """The last record that is durable."""
         self.commits = 0
@@ -134,7 +137,7 @@ class Trail:
         """Take up the trail where it ends; raises OSError and may be called again then."""
         self.close()
         signer = load_signer(self._lib, self._log)
-        self.notes += [{"count": 0, "why": why} for why in signer.notes]
+        self.notes += [AuditGap(count=0, why=why) for why in signer.notes]
         head = read_head(self._lib / HEAD_NAME)
         self._open_head()
         self._fd = self._open_live()
@@ -214,7 +217,7 @@ class Trail:
         named = self._named()
         if named is not None and not stat.S_ISREG(named.st_mode):
             kept = self._set_aside(self._live)
-            self.notes.append({"count": 0, "why": f"{files.LIVE} was not a regular file", "kept": kept})
+            self.notes.append(AuditGap(count=0, why=f"{files.LIVE} was not a regular file", kept=kept))
         fd = os.open(self._live, flags, 0o640)
         if os.fstat(fd).st_uid == os.geteuid():
             os.fchmod(fd, 0o640)
@@ -244,7 +247,7 @@ class Trail:
             return
         os.posix_fadvise(self._fd, max(0, self._size - _CHECK_BYTES), 0, os.POSIX_FADV_DONTNEED)
         if not self._ends_as_written(self._fd):
-            self.notes.append({"count": 1, "why": "after an I/O error the last record reads back changed"})
+            self.notes.append(AuditGap(count=1, why="after an I/O error the last record reads back changed"))
 
     def _ends_as_written(self, fd: int) -> bool:
         """Whether the last record that is known to be safe stands where we left it."""
@@ -269,9 +272,8 @@ class Trail:
 
     def _restore_name(self, other: bool) -> None:
         """Somebody removed or replaced the live file; ours is still open, so all of it can be put back."""
-        note: dict[str, Any] = {"count": 0, "why": f"{files.LIVE} was removed or replaced while in use, and restored"}
-        if other:
-            note["kept"] = self._set_aside(self._live)
+        why = f"{files.LIVE} was removed or replaced while in use, and restored"
+        note = AuditGap(count=0, why=why, kept=self._set_aside(self._live)) if other else AuditGap(count=0, why=why)
         temporary = self._log / f"{files.LIVE}.new"
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -297,12 +299,12 @@ class Trail:
             extra = os.pread(self._fd, min(length - self._size, 1024), self._size)
             os.ftruncate(self._fd, self._size)
             self.notes.append(
-                {
-                    "count": 0,
-                    "why": "somebody else wrote to the file; cut off",
-                    "bytes": length - self._size,
-                    "text": extra.decode("ascii", "replace"),
-                }
+                AuditGap(
+                    count=0,
+                    why="somebody else wrote to the file; cut off",
+                    bytes=length - self._size,
+                    text=extra.decode("ascii", "replace"),
+                )
             )
             return
         line = files.last_line(self._live)
@@ -311,13 +313,13 @@ class Trail:
             os.write(self._fd, b"\n")
             length += 1
         lost = self.seq - (self._first - 1 if last is None else last)
-        self.notes.append({"count": lost, "why": "somebody cut the file while it was in use"})
+        self.notes.append(AuditGap(count=lost, why="somebody cut the file while it was in use"))
         self._size = length
 
     def _rotate(self) -> None:
         full = self._log / files.rotated_name(self._first)
         if full.exists():
-            self.notes.append({"count": 0, "why": f"{full.name} stood in the way", "kept": self._set_aside(full)})
+            self.notes.append(AuditGap(count=0, why=f"{full.name} stood in the way", kept=self._set_aside(full)))
         os.rename(self._live, full)
         # The old descriptor is of no more use, and should making the new file fail, it is made by the next attempt.
         os.close(self._fd)
@@ -337,14 +339,14 @@ class Trail:
         follower = files.first_line(full[len(gone)])
         first, after = files.first_of(gone[0]) or 1, files.seq_of(follower) or 1
         self.notes.append(
-            {
-                "count": after - first,
-                "why": "retention",
-                "from": first,
-                "to": after - 1,
-                "hash": files.prev_of(follower),
-                "files": [path.name for path in gone],
-            }
+            AuditGap(
+                count=after - first,
+                why=RETENTION,
+                from_=first,
+                to=after - 1,
+                hash=files.prev_of(follower),
+                files=[path.name for path in gone],
+            )
         )
 
     def _delete_retired(self) -> None:

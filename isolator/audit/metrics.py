@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from isolator.audit.record import Incoming
+from isolator.audit.schema import AUDIT, RETENTION, ApiCalled, AuditGap, FsDenied, Resources, SyscallDenied
 
 MAX_LABELS = 4096
 _REQUEST_TIME = 5.0
@@ -83,17 +84,17 @@ class Metrics:
             elif what == "closed":
                 self._of(self._traffic, plugin, "out").inc(_number(data.get("sent")))
                 self._of(self._traffic, plugin, "in").inc(_number(data.get("received")))
-        elif kind in ("syscall.denied", "fs.denied"):
+        elif kind in (SyscallDenied.TYPE, FsDenied.TYPE):
             self._of(self._denials, plugin, area).inc(_number(data.get("count"), 1))
-        elif kind == "api.called":
+        elif kind == ApiCalled.TYPE:
             if data.get("verdict") == "denied":
                 self._of(self._denials, plugin, "api").inc()
-        elif kind == "resources":
+        elif kind == Resources.TYPE:
             self._of(self._running, plugin).set(1)  # at a stop they come before the record of it
             for field, gauge in self._resources.items():
                 if field in data:
                     self._of(gauge, plugin).set(_number(data[field]))
-        elif kind == "audit.gap" and (data.get("why") != "retention" or record.origin != "audit"):
+        elif kind == AuditGap.TYPE and (data.get("why") != RETENTION or record.origin != AUDIT):
             self._lost.inc(_number(data.get("count")))
 
     def figures(self, data: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ The canonical form of a record is the line itself. A line is ASCII and looks lik
 ``hash`` of the line before (64 zeros for the first). ``hash`` is always the last key, so the hashed part is the line
 without its last 75 characters and the newline: a verifier needs neither a JSON serialiser nor this program.
 
-What a source sends is parsed, checked against the types that are that source's own, and spelled anew: every string
-is escaped to ASCII (no control character, terminal escape, bidirectional or invisible character survives as itself),
-a string over ``MAX_TEXT`` is cut, and ``cut`` then holds its full length and SHA-256.
+What a source sends is parsed, checked against the types that this source may write (`schema.py`), and spelled anew:
+every string is escaped to ASCII (no control character, terminal escape, bidirectional or invisible character survives
+as itself), a string over ``MAX_TEXT`` is cut, and ``cut`` then holds its full length and SHA-256.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import pydantic_core
+
+from isolator.audit.schema import may_write
 
 T = TypeVar("T")
 
@@ -47,30 +49,6 @@ _NUMBER = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})")
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
-
-# What each source may say. The supervisor speaks of everything but the chain itself; the others, which parse
-# what plugins wrote, only of what they see. A name that ends in a dot stands for all types that begin with it.
-_OWN: dict[str, tuple[str, ...]] = {
-    "broker": ("net.", "audit.gap"),
-    "host": (
-        "event.",
-        "api.",
-        "config.",
-        "secret.",
-        "control.",
-        "plugin.health",
-        "audit.gap",
-    ),
-}
-SOURCES = ("host", "supervisor", "broker")
-
-
-@lru_cache(maxsize=4096)
-def permitted(source: str, type: str) -> bool:
-    """Whether ``source`` may send records of ``type``; seals are the writer's alone."""
-    if source == "supervisor":
-        return not type.startswith("audit.") or type == "audit.gap"
-    return any(type.startswith(own) if own.endswith(".") else type == own for own in _OWN.get(source, ()))
 
 
 class RejectedError(ValueError):
@@ -110,7 +88,7 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
     type_, time, data = value.get("type"), value.get("time"), value.get("data")
     if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
         raise RejectedError("no valid type")
-    if not permitted(source, type_):
+    if not may_write(source, type_):
         raise RejectedError(f"the {source} may not send {type_}")
     if not isinstance(time, str) or not _TIME.fullmatch(time):
         raise RejectedError("no valid time")

@@ -18,13 +18,24 @@ import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from isolator.audit.files import LIVE, first_line, hash_of, last_line, prev_of, rotated, seq_of
 from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
+from isolator.audit.schema import (
+    AUDIT,
+    AuditGap,
+    AuditSeal,
+    EventDispatched,
+    EventResponse,
+    HostStopped,
+    PluginCrashed,
+    PluginStarted,
+    PluginStopped,
+)
 
 HEAD_NAME = "head.json"
-SEAL_MARK = b'"type":"audit.seal","origin":"audit"'
+SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
+_DELIVERY_MARKS = tuple(f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse))
 _WINDOW = 4 << 20
 
 
@@ -73,10 +84,10 @@ def read_head(path: Path) -> Head | None:
     return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
 
 
-def recover(fd: int, directory: Path, head: Head | None, notes: list[dict[str, Any]]) -> State:
+def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) -> State:
     """Read the end of the trail; cuts a torn end off the live file ``fd`` (open for reading and writing).
 
-    What was found wrong is added to ``notes``, as the ``data`` of ``audit.gap`` records. Raises OSError.
+    What was found wrong is added to ``notes``, to be recorded. Raises OSError.
     What is cut off and is more than one torn line is kept beside the trail as ``audit.cut.SEQ``.
     """
     state = State()
@@ -98,7 +109,7 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[dict[str, A
         if known and (seq != state.seq + 1 or prev_of(line) != state.hash):
             break
         if not known and start + scan_from == 0 and before is not None and prev_of(line) != state.hash:
-            notes.append({"count": 0, "why": "the live file does not continue the file before it"})
+            notes.append(AuditGap(count=0, why="the live file does not continue the file before it"))
         _take(state, line)
         known[seq] = state.hash
         good += len(line) + 1
@@ -120,9 +131,8 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[dict[str, A
     if rest:
         _cut(state, fd, good, rest, directory, notes)
     if head is None and state.seq:
-        notes.append(
-            {"count": 0, "why": "the writer's note of its last record was missing: only seals vouch for what is before"}
-        )
+        why = "the writer's note of its last record was missing: only seals vouch for what is before"
+        notes.append(AuditGap(count=0, why=why))
     return state
 
 
@@ -160,7 +170,7 @@ def _take(state: State, line: bytes) -> None:
     if record is None:
         return
     state.seq, state.hash = record.seq, hash_of(line)
-    if record.type == "audit.seal":
+    if record.type == AuditSeal.TYPE:
         state.sealed = record.seq - 1
         origins = record.data.get("origins")
         if isinstance(origins, dict):
@@ -178,15 +188,15 @@ def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | N
     """Keep ``runs``, those without an end, true with one more record of the trail."""
     if run is None:
         return
-    if kind == "plugin.started" and plugin is not None:
+    if kind == PluginStarted.TYPE and plugin is not None:
         runs[run] = plugin
-    elif kind in ("plugin.stopped", "plugin.crashed"):
+    elif kind in (PluginStopped.TYPE, PluginCrashed.TYPE):
         runs.pop(run, None)
 
 
 def _collect_deliveries(state: State, data: bytes) -> None:
     for line in data.split(b"\n"):
-        if b'"type":"event.dispatched"' in line or b'"type":"event.response"' in line:
+        if any(mark in line for mark in _DELIVERY_MARKS):
             record = parse(line)
             if record is not None:
                 state.deliveries.append(_replayed(record))
@@ -196,7 +206,7 @@ def _ends_with_a_stop(data: bytes) -> bool:
     for line in reversed(data.split(b"\n")):
         record = parse(line)
         if record is not None and not record.type.startswith("audit."):
-            return record.type == "host.stopped"
+            return record.type == HostStopped.TYPE
     return True
 
 
@@ -209,45 +219,42 @@ def _replayed(record: Record) -> Incoming:
         record.run,
         record.event_id,
         record.delivery_id,
-        happened=0 if record.type == "event.dispatched" else None,
+        happened=0 if record.type == EventDispatched.TYPE else None,
     )
 
 
-def _contradicted(state: State, head: Head, notes: list[dict[str, Any]]) -> None:
+def _contradicted(state: State, head: Head, notes: list[AuditGap]) -> None:
     missing = max(0, head.seq - state.seq)
     notes.append(
-        {
-            "count": missing,
-            "why": "the trail was cut or changed while nobody wrote it"
+        AuditGap(
+            count=missing,
+            why="the trail was cut or changed while nobody wrote it"
             if missing
             else "the end of the trail was rewritten while nobody wrote it",
-            "found": {"seq": state.seq, "hash": state.hash},
-            "written": {"seq": head.seq, "hash": head.hash},
-        }
+            found={"seq": state.seq, "hash": state.hash},
+            written={"seq": head.seq, "hash": head.hash},
+        )
     )
     state.seq, state.hash = head.seq, head.hash
     state.sealed = min(state.sealed, head.seq)
 
 
-def _cut(state: State, fd: int, good: int, rest: bytes, directory: Path, notes: list[dict[str, Any]]) -> None:
-    note: dict[str, Any] = {
-        "count": 1,
-        "why": "torn last record: its writer died in the middle of writing it",
-        "bytes": len(rest),
-        "sha256": hashlib.sha256(rest).hexdigest(),
-        "text": rest[:1024].decode("ascii", "replace"),
-    }
+def _cut(state: State, fd: int, good: int, rest: bytes, directory: Path, notes: list[AuditGap]) -> None:
+    gap = AuditGap(
+        count=1,
+        why="torn last record: its writer died in the middle of writing it",
+        bytes=len(rest),
+        sha256=hashlib.sha256(rest).hexdigest(),
+        text=rest[:1024].decode("ascii", "replace"),
+    )
     if b"\n" in rest:
         kept = directory / f"audit.cut.{state.seq + 1:012d}"
         with contextlib.suppress(FileExistsError), kept.open("xb") as file:
             file.write(rest)
             os.fsync(file.fileno())
-        note |= {
-            "count": rest.count(b"\n") + 1,
-            "why": "the end of the file was no chain of records",
-            "kept": kept.name,
-        }
+        count, why = rest.count(b"\n") + 1, "the end of the file was no chain of records"
+        gap = AuditGap(**{**gap.data, "count": count, "why": why, "kept": kept.name})
     os.ftruncate(fd, good)
     os.fdatasync(fd)
     state.size = good
-    notes.append(note)
+    notes.append(gap)

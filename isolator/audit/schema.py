@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal, dataclass_transform
 
 AUDIT, BROKER, HOST, SUPERVISOR = "audit", "broker", "host", "supervisor"
 """The processes that write records, by the first part of ``origin``."""
+SENDERS = (HOST, SUPERVISOR, BROKER)
+"""Those that send them to the writer, in the order in which it reads what came at the same time."""
 
 ApiVerdict = Literal["granted", "denied", "failed", "unknown", "limited"]
 
@@ -686,6 +688,10 @@ class AuditSeal(_Range):
     """By run that has begun and not ended, its plugin."""
 
 
+RETENTION = "retention"
+"""``why`` of the gap that full files leave which are deleted because there are enough."""
+
+
 class AuditGap(_Range):
     """Records were lost, refused, cut off or retired, or the trail's files were touched from outside."""
 
@@ -695,7 +701,7 @@ class AuditGap(_Range):
     count: int | None
     """Records that are missing here; null when nobody knows."""
     why: str
-    """``retention`` when full files were deleted because there were enough."""
+    """``retention`` for full files that were deleted because there were enough."""
     source: str = ABSENT
     """Process whose records are missing."""
     bytes: int = ABSENT

@@ -17,7 +17,6 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -56,15 +55,9 @@ class Signer:
     def name(self) -> str:
         return fingerprint(self.key.public_key())
 
-    def seal(self, first: int, last: int, last_hash: str) -> dict[str, Any]:
-        """The ``data`` of a seal over ``first`` … ``last``."""
-        return {
-            "from": first,
-            "to": last,
-            "hash": last_hash,
-            "key": self.name,
-            "signature": self.key.sign(message(first, last, last_hash)).hex(),
-        }
+    def sign(self, first: int, last: int, last_hash: str) -> str:
+        """The signature, in hex, of a seal over ``first`` … ``last``."""
+        return self.key.sign(message(first, last, last_hash)).hex()
 
 
 def load_signer(lib: Path, log: Path) -> Signer:

@@ -22,7 +22,7 @@ from typing import Any
 
 from isolator.audit.log import Limits
 from isolator.audit.metrics import serve_metrics
-from isolator.audit.record import SOURCES
+from isolator.audit.schema import SENDERS
 from isolator.audit.writer import Writer
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import channel as ipc
@@ -69,7 +69,7 @@ async def serve(channel: socket.socket) -> None:
 
     async def source(message: ipc.Message) -> None:
         name = message.fields.get("name")
-        if name not in SOURCES or len(message.fds) != 1:
+        if name not in SENDERS or len(message.fds) != 1:
             raise UsageError("audit source", f"{name!r} with {len(message.fds)} descriptors")
         running = ready()
         running.attach(name, socket.socket(fileno=message.fds.pop()))

@@ -20,10 +20,29 @@ from typing import Any
 
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
+from isolator.audit.schema import (
+    ApiCalled,
+    EventAccepted,
+    EventDead,
+    EventDispatched,
+    EventQuarantined,
+    EventReplayed,
+    EventResponse,
+    FsDenied,
+    NetClosed,
+    NetConnect,
+    NetDenied,
+    NetQuery,
+    PluginCrashed,
+    PluginFailed,
+    PluginStarted,
+    PluginStopped,
+    SyscallDenied,
+)
 from isolator.audit.text import printable, value_text
 
 WIDTH = 80
-_STARTS = ("plugin.started", "plugin.crashed", "plugin.failed", "plugin.stopped")
+_STARTS = (PluginStarted.TYPE, PluginCrashed.TYPE, PluginFailed.TYPE, PluginStopped.TYPE)
 _WHAT = 15
 _REPLY = 240
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined")
@@ -127,41 +146,41 @@ def _ended(data: dict[str, Any]) -> str:
 
 
 _TELL: dict[str, Callable[[dict[str, Any]], str]] = {
-    "event.accepted": lambda d: _listed(
+    EventAccepted.TYPE: lambda d: _listed(
         _given(d, "event"), _given(d, "subject"), _bytes(d, "bytes"), _given(d, "by", "by {}")
     ),
-    "event.dispatched": lambda d: _listed(
+    EventDispatched.TYPE: lambda d: _listed(
         _given(d, "attempt", "attempt {}"), _bytes(d, "request_bytes"), _ms(d, "queued_us", "queued {}")
     ),
-    "event.response": lambda d: _listed(
+    EventResponse.TYPE: lambda d: _listed(
         _given(d, "outcome"),
         _given(d, "status", "status {}") if d.get("status") != d.get("outcome") else "",
         _ms(d, "latency_us", "after {}"),
         _given(d, "detail"),
         _reply(d),
     ),
-    "event.dead": lambda d: _listed("given up", _said(d, "reason"), _attempts(d.get("attempts"))),
-    "event.quarantined": lambda d: _listed(_said(d, "reason"), _attempts(d.get("attempts"))),
-    "event.replayed": lambda d: _listed(_given(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
-    "plugin.started": lambda d: _listed(_said(d, "reason"), _given(d, "pid", "pid {}"), _given(d, "uid", "uid {}")),
-    "plugin.crashed": _ended,
-    "plugin.stopped": _ended,
-    "plugin.failed": _ended,
-    "net.query": lambda d: f"{_given(d, 'name', limit=260)} ({_given(d, 'type')}) {_given(d, 'verdict')}{_times(d)}",
-    "net.connect": lambda d: _endpoint(d) + _given(d, "rule", " by {}"),
-    "net.denied": lambda d: _endpoint(d) + _given(d, "rule", " by {}") + _times(d),
-    "net.closed": lambda d: _listed(
+    EventDead.TYPE: lambda d: _listed("given up", _said(d, "reason"), _attempts(d.get("attempts"))),
+    EventQuarantined.TYPE: lambda d: _listed(_said(d, "reason"), _attempts(d.get("attempts"))),
+    EventReplayed.TYPE: lambda d: _listed(_given(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    PluginStarted.TYPE: lambda d: _listed(_said(d, "reason"), _given(d, "pid", "pid {}"), _given(d, "uid", "uid {}")),
+    PluginCrashed.TYPE: _ended,
+    PluginStopped.TYPE: _ended,
+    PluginFailed.TYPE: _ended,
+    NetQuery.TYPE: lambda d: f"{_given(d, 'name', limit=260)} ({_given(d, 'type')}) {_given(d, 'verdict')}{_times(d)}",
+    NetConnect.TYPE: lambda d: _endpoint(d) + _given(d, "rule", " by {}"),
+    NetDenied.TYPE: lambda d: _endpoint(d) + _given(d, "rule", " by {}") + _times(d),
+    NetClosed.TYPE: lambda d: _listed(
         _endpoint(d),
         _bytes(d, "sent", " out"),
         _bytes(d, "received", " in"),
         _given(d, "duration_ms", "{} ms"),
         _given(d, "reason"),
     ),
-    "syscall.denied": lambda d: _given(d, "call") + _times(d),
-    "fs.denied": lambda d: _listed(_given(d, "path"), _said(d, "why")) + _times(d),
-    "api.called": lambda d: f"{_given(d, 'method')} {_given(d, 'verdict')}" + _given(d, "permission", " ({})"),
+    SyscallDenied.TYPE: lambda d: _given(d, "call") + _times(d),
+    FsDenied.TYPE: lambda d: _listed(_given(d, "path"), _said(d, "why")) + _times(d),
+    ApiCalled.TYPE: lambda d: f"{_given(d, 'method')} {_given(d, 'verdict')}" + _given(d, "permission", " ({})"),
 }
-_DENIED = {"net.denied": "connection", "syscall.denied": "call", "fs.denied": "path"}
+_DENIED = {NetDenied.TYPE: "connection", SyscallDenied.TYPE: "call", FsDenied.TYPE: "path"}
 
 
 def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
@@ -184,10 +203,10 @@ def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[L
     first = records[0]
     begin = _moment(first)
     told = first.data.get("plugins")
-    named = [str(name) for name in told] if isinstance(told, list) and first.type == "event.accepted" else []
+    named = [str(name) for name in told] if isinstance(told, list) and first.type == EventAccepted.TYPE else []
     plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named]))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
-    accepted = first.data if first.type == "event.accepted" else {}
+    accepted = first.data if first.type == EventAccepted.TYPE else {}
     what = f"  {_given(accepted, 'event')}" + _given(accepted, "subject", " of {}") if accepted else ""
     yield from _wrap("", f"{printable(event_id)}{what}", width)
     when = f"{first.time[:23].replace('T', ' ')} UTC"
@@ -214,17 +233,17 @@ def _moment(record: Record) -> float:
 
 def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, bool]:
     """How it stands with one plugin, in a few words, and whether that is bad."""
-    sent = sum(r.type == "event.dispatched" for r in records)
-    ends = ("event.response", "event.dead", "event.quarantined", "event.replayed", "event.dispatched")
+    sent = sum(r.type == EventDispatched.TYPE for r in records)
+    ends = (EventResponse.TYPE, EventDead.TYPE, EventQuarantined.TYPE, EventReplayed.TYPE, EventDispatched.TYPE)
     last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
     bad = False
     if last is None:
         text = "not sent yet"
-    elif last.type == "event.dispatched":
+    elif last.type == EventDispatched.TYPE:
         text = f"attempt {sent} is under way or was cut short"
-    elif last.type == "event.replayed":
+    elif last.type == EventReplayed.TYPE:
         text = "queued again"
-    elif last.type != "event.response":
+    elif last.type != EventResponse.TYPE:
         bad = True
         told = _said(last.data, "reason")
         text = ("quarantined: " if last.type.endswith("quarantined") else "given up: ") + told

@@ -12,6 +12,7 @@ import unicodedata
 from typing import Any
 
 from isolator.audit.record import Record
+from isolator.audit.schema import AuditSeal
 
 _RIGHT_TO_LEFT = {"R", "AL", "AN", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI", "PDF", "PDI", "BN"}
 # Letters and symbols that are printed as nothing: Hangul fillers, Mongolian separators, Braille blank.
@@ -63,7 +64,7 @@ def record_text(record: Record) -> str:
     if record.event_id:
         parts.append(f"event={value_text(record.event_id)}")
     # Of a seal, what it covers; the signature is for verifiers.
-    names = ("from", "to", "key") if record.type == "audit.seal" else record.data
+    names = ("from", "to", "key") if record.type == AuditSeal.TYPE else record.data
     shown = ((name, record.data.get(name)) for name in names)
     parts += [f"{printable(str(name))}={value_text(value)}" for name, value in shown if value is not None]
     if record.cut:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.audit import files
 from isolator.audit.record import GENESIS, HASH_TAIL, PREV_TAIL, Record, own_hash_fits, parse
+from isolator.audit.schema import AUDIT, RETENTION, AuditGap, AuditSeal
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -185,9 +186,9 @@ class Verifier:
             if not digest.startswith(self._anchors[seq]):
                 self._misfit(seq, "has another hash than the one noted elsewhere: the trail was rewritten")
         record = parse(line) if b'"type":"audit.' in line else None
-        if record is not None and record.type == "audit.seal":
+        if record is not None and record.type == AuditSeal.TYPE:
             self._seal(record)
-        elif record is not None and record.type == "audit.gap":
+        elif record is not None and record.type == AuditGap.TYPE:
             self._gap(record)
 
     def _seal(self, record: Record) -> None:
@@ -225,7 +226,7 @@ class Verifier:
     def _gap(self, record: Record) -> None:
         count, data = record.data.get("count"), record.data
         # The writer's own word only: no source may explain why files are missing.
-        if data.get("why") == "retention" and record.origin == "audit":
+        if data.get("why") == RETENTION and record.origin == AUDIT:
             to, digest = data.get("to"), data.get("hash")
             if isinstance(to, int) and isinstance(digest, str):
                 self._retired.append((record.seq, to, digest))

@@ -30,7 +30,8 @@ from isolator.audit.cause import Causes
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Trail
 from isolator.audit.metrics import Metrics
-from isolator.audit.record import FIGURES, SOURCES, Incoming, RejectedError, parse_incoming
+from isolator.audit.record import FIGURES, Incoming, RejectedError, parse_incoming
+from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.ipc import channel as ipc
 from isolator.paths import Paths
 
@@ -132,11 +133,11 @@ class Writer:
             self._detach(old)
         source = Source(name, sock)
         self._sources.append(source)
-        self._sources.sort(key=lambda s: SOURCES.index(s.name))
+        self._sources.sort(key=lambda s: SENDERS.index(s.name))
         source.tell(blocked=self.blocked)
-        if name == "host":
+        if name == HOST:
             self._release()
-        elif name == "broker" and not any(s.name == "host" for s in self._sources):
+        elif name == BROKER and not any(s.name == HOST for s in self._sources):
             # After a restart of this process the host's dispatches may be on their way again; they come first.
             source.held = True
             self._loop.call_later(_HOST_WAIT, self._release)
@@ -189,9 +190,9 @@ class Writer:
             packet = self._receive(source)
             if packet is None:
                 break
-            if source.name != "host":
+            if source.name != HOST:
                 for host in self._sources:
-                    if host.name == "host":
+                    if host.name == HOST:
                         self._drain(host)
             self._handle(source, packet)
         self._wake.set()
@@ -223,14 +224,14 @@ class Writer:
         refused: dict[str, list[bytes]] = {}
         for line in packet.split(b"\n"):
             source.received += 1
-            if line.startswith(FIGURES) and source.name == "host":
+            if line.startswith(FIGURES) and source.name == HOST:
                 self._figures(line)
                 continue
             try:
                 record = parse_incoming(source.name, line)
                 if record.number and not self._is_new(record, source.name, now):
                     continue
-                if source.name == "host":
+                if source.name == HOST:
                     self._causes.observe(record, now)
                 self._causes.tag(record, now)
                 self._chain.append(record)
@@ -239,12 +240,14 @@ class Writer:
                 continue
             self.metrics.observe(record)
         for why, lines in refused.items():
-            self._gap(
-                count=len(lines),
-                why=f"refused: {why}",
-                source=source.name,
-                sha256=hashlib.sha256(lines[0]).hexdigest(),
-                text=lines[0][:512].decode("ascii", "replace"),
+            self._append_gap(
+                AuditGap(
+                    count=len(lines),
+                    why=f"refused: {why}",
+                    source=source.name,
+                    sha256=hashlib.sha256(lines[0]).hexdigest(),
+                    text=lines[0][:512].decode("ascii", "replace"),
+                )
             )
 
     def _figures(self, line: bytes) -> None:
@@ -256,17 +259,18 @@ class Writer:
         assert self._chain is not None
         session, _, last = self._chain.origins.get(source, "").partition(":")
         if session != record.session:
-            if source == "host" and session:
+            if source == HOST and session:
                 self._causes.host_gone(now)
             return True
         number = int(last) if last.isdigit() else 0
         if record.number > number + 1:
-            self._gap(count=record.number - number - 1, why="lost between the source and the writer", source=source)
+            lost = record.number - number - 1
+            self._append_gap(AuditGap(count=lost, why="lost between the source and the writer", source=source))
         return record.number > number
 
-    def _gap(self, **data: Any) -> None:
+    def _append_gap(self, gap: AuditGap) -> None:
         assert self._chain is not None
-        record = Incoming(utc_now(), "audit.gap", data=data)
+        record = Incoming(utc_now(), gap.TYPE, data=gap.data)
         self._chain.append(record)
         self.metrics.observe(record)
 
@@ -361,16 +365,16 @@ class Writer:
     def _take_notes(self) -> None:
         """Turn what the worker found about the files into records."""
         notes, self._trail.notes = self._trail.notes, []
-        seen: list[dict[str, Any]] = []
+        seen: list[AuditGap] = []
         for note in notes:
             if note in seen:
                 continue
             seen.append(note)
-            self._gap(**note)
-            if note.get("why") == "retention" and self._chain is not None:
+            self._append_gap(note)
+            if note.why == RETENTION and self._chain is not None:
                 # Sealed before anything is deleted: nobody without the key can explain missing files like this.
                 self._chain.seal(utc_now())
-                self._trail.retired(self._chain.seq, note["files"])
+                self._trail.retired(self._chain.seq, note.files)
             self._wake.set()
 
     def _block(self, why: str) -> None:

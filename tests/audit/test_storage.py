@@ -233,5 +233,5 @@ async def test_a_trail_cut_at_any_byte_of_its_last_records_starts_again(daemon: 
         trail.close()
         expected = sum(1 for i in range(len(lines)) if len(b"".join(lines[: i + 1])) <= length)
         assert state.seq == expected
-        assert [n["why"][:16] for n in trail.notes] == (["torn last record"] if length > state.size else [])
+        assert [note.why[:16] for note in trail.notes] == (["torn last record"] if length > state.size else [])
         assert daemon.paths.audit_file.read_bytes() == b"".join(lines[:expected])
