@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from docs.generate.floors import floors
 from docs.generate.replace import Part
+from docs.generate.schemas import FOLDER, json_schema, types_table
+from isolator.audit.schema import RECORDS
 
-PARTS: tuple[Part, ...] = (Part("docs/architecture.md", "floors", floors),)
+PARTS: tuple[Part, ...] = (
+    Part("docs/architecture.md", "floors", floors),
+    Part("docs/audit.md", "record types", types_table),
+    *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
+)

@@ -1,4 +1,4 @@
-"""Replace what stands between two markers of a document."""
+"""Write generated files, and the parts of documents between two marker lines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Part:
-    """One generated part of a document."""
+    """One generated part of a document, or a whole generated file."""
 
     document: str
     """Path below the repository."""
-    marker: str
-    """Name in the two marker lines, unique within the document."""
+    marker: str | None
+    """Name in the two marker lines, unique within the document; None for a whole file."""
     text: Callable[[], str]
-    """Returns the Markdown between the marker lines."""
+    """Returns the Markdown between the marker lines, or the file's content."""
 
 
 def update(root: Path, parts: Iterable[Part], *, write: bool) -> list[str]:
@@ -26,12 +26,20 @@ def update(root: Path, parts: Iterable[Part], *, write: bool) -> list[str]:
     """
     documents: dict[str, str] = {}
     for part in parts:
-        text = documents.get(part.document) or (root / part.document).read_text()
-        documents[part.document] = replaced(text, part)
-    stale = [name for name, text in documents.items() if (root / name).read_text() != text]
+        if part.marker is None:
+            documents[part.document] = part.text()
+        else:
+            text = documents.get(part.document) or (root / part.document).read_text()
+            documents[part.document] = replaced(text, part)
+    stale = [name for name, text in documents.items() if not _holds(root / name, text)]
     for name in stale if write else ():
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(documents[name])
     return stale
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
 
 
 def replaced(text: str, part: Part) -> str:

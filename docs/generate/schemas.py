@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import json
 import types
@@ -24,7 +23,7 @@ def types_table() -> str:
     rows = ["| type | from | meaning | `data` |", "|---|---|---|---|"]
     for type, kind in RECORDS.items():
         names = [f"`{field.name}`" if field.required else f"[`{field.name}`]" for _, field in fields(kind)]
-        meaning = " ".join(_docs(kind)[""].split())
+        meaning = " ".join(_docs(kind)[""].replace("``", "`").split())
         rows.append(f"| [{type}](schemas/{type}.json) | {', '.join(kind.SOURCES)} | {meaning} | {', '.join(names)} |")
     return "\n".join(rows)
 
@@ -80,7 +79,6 @@ def fields(kind: type[RecordData]) -> Iterator[tuple[str, Field]]:
     return iter(sorted(found, key=lambda pair: not pair[1].required))
 
 
-@functools.cache
 def _docs(kind: type[RecordData]) -> dict[str, str]:
     """The docstrings of a record type's fields by attribute; its own under the empty name."""
     found = {"": inspect.getdoc(kind) or ""}

@@ -44,7 +44,7 @@ class Field:
         return self if record is None else record.data.get(self.name, ABSENT)
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclass_transform(eq_default=False, kw_only_default=True, frozen_default=True)
 class RecordData:
     """Type and ``data`` of one record; base of all record types."""
 
@@ -62,11 +62,6 @@ class RecordData:
 
     def __init__(self, /, **data: Any) -> None:
         self.data = data
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RecordData) and (self.TYPE, self.data) == (other.TYPE, other.data)
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.data})"

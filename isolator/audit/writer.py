@@ -365,11 +365,11 @@ class Writer:
     def _take_notes(self) -> None:
         """Turn what the worker found about the files into records."""
         notes, self._trail.notes = self._trail.notes, []
-        seen: list[AuditGap] = []
+        seen: list[dict[str, Any]] = []
         for note in notes:
-            if note in seen:
+            if note.data in seen:
                 continue
-            seen.append(note)
+            seen.append(note.data)
             self._append_gap(note)
             if note.why == RETENTION and self._chain is not None:
                 # Sealed before anything is deleted: nobody without the key can explain missing files like this.
