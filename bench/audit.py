@@ -87,8 +87,8 @@ class Writer:
             record = NetConnect(flow=str(number), **_DATA)
             self._client.record(record, plugin="slack-deploy-notifier", run="0123456789ab")
             if number % 500 == 499:
-                await self._client.settled(within=10_000)
-        await self._client.settled()
+                await self._client.durable(within=10_000)
+        await self._client.durable()
 
     def processor_time(self) -> float:
         """Seconds of processor time that the writer has used."""

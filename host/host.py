@@ -90,7 +90,7 @@ class Host:
 
     async def room_in_the_trail(self) -> None:
         """Return once accepting more would not run too far ahead of the trail."""
-        await self.audit.settled(within=AUDIT_AHEAD // 2, or_blocked=self._may_continue)
+        await self.audit.durable(within=AUDIT_AHEAD // 2, or_blocked=self._may_continue)
 
     def trail_is_far_behind(self) -> bool:
         """Whether accepting should wait for the trail."""
@@ -120,8 +120,8 @@ class Host:
         self.registry.remove(name)
         for event_id, attempts in dropped:
             self._record_dead(name, event_id, "the plugin was removed", attempts)
-            if self.audit.unsettled > AUDIT_AHEAD:
-                await self.audit.settled(within=AUDIT_AHEAD // 2, or_blocked=True)
+            if self.audit.unacknowledged > AUDIT_AHEAD:
+                await self.audit.durable(within=AUDIT_AHEAD // 2, or_blocked=True)
 
     async def put(self, entry: Mapping[str, Any]) -> Plugin:
         """Take over one plugin entry of the supervisor."""
@@ -286,7 +286,7 @@ class Host:
 
     async def _audit_source(self, message: Message) -> None:
         if message.fds:
-            self.audit.replace(socket.socket(fileno=message.fds.pop(0)))
+            self.audit.reconnect(socket.socket(fileno=message.fds.pop(0)))
             self._told_queues = None
 
     # What the trail and the metrics are told of the queue
@@ -295,7 +295,7 @@ class Host:
         while True:
             depths = self.queue.depths()
             if depths != self._told_queues:
-                self.audit.figures(queue=depths)
+                self.audit.gauges(queue=depths)
                 self._told_queues = depths
             await asyncio.sleep(QUEUE_BEAT)
 

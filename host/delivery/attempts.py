@@ -65,9 +65,9 @@ class Attempts:
         for attempt in attempts:
             self._record(attempt)
         if self._wait_for_trail:
-            await self._audit.handed_over()
+            await self._audit.flushed()
         else:
-            self._audit.hand_over()
+            self._audit.flush()
         for attempt in attempts:
             attempt.send()
 

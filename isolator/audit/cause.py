@@ -1,4 +1,4 @@
-"""Which event made a plugin do it: connections and denials get the ids of the events in flight.
+"""Causes: connections and denials get the ids of the events that were in flight in their plugin.
 
 An event is in flight in a plugin from the moment its ``event.dispatched`` was recorded (before the request is
 written) until its ``event.response`` was. Both carry the CLOCK_MONOTONIC of the host process, and so does
@@ -11,7 +11,7 @@ A record that sums up several things (``count``) tells when the first happened a
 ``net.closed`` belongs to whatever ``net.connect`` of the same ``data.flow`` belonged to.
 
 Thousands of events a second pass here: open windows are found by what they are of, and finished ones stand in the
-order in which they ended, so that the old ones leave at one end and a look back stops early.
+order in which they ended, so that the old ones leave at one end and a search stops early.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Window:
 
 @dataclass
 class _Windows:
-    """Those of one plugin."""
+    """Windows of one plugin."""
 
     open: dict[tuple[str, str | None], Window] = field(default_factory=dict)
     """In the order of their starts."""
@@ -75,7 +75,7 @@ class _Windows:
             self.finish(key, at)
 
     def between(self, began: int, at: int, run: str | None) -> list[Window]:
-        """Those that were open at some moment from ``began`` to ``at``, in the order of their starts."""
+        """Windows that were open at some moment from ``began`` to ``at``, in the order of their starts."""
         found = list(self.open.values())
         for window in reversed(self.finished):
             if window.end < began:
@@ -86,7 +86,7 @@ class _Windows:
 
 
 class Causes:
-    """The windows of every plugin; fed with the host's records, asked for everybody else's."""
+    """Windows of every plugin: ``observe`` takes the host's records, ``tag`` marks those of others."""
 
     def __init__(self) -> None:
         self._windows: dict[str, _Windows] = {}
@@ -103,8 +103,8 @@ class Causes:
         elif record.type == EventResponse.TYPE and record.plugin in self._windows:
             self._windows[record.plugin].finish((record.event_id, record.delivery_id), at)
 
-    def host_gone(self, now: int) -> None:
-        """A new host process: whatever the old one had in flight is no longer."""
+    def host_restarted(self, now: int) -> None:
+        """Finish every window: the events in flight were those of the old host process."""
         for windows in self._windows.values():
             windows.finish_all(now)
 

@@ -1,12 +1,12 @@
-"""How every process hands its records to the one writer, without waiting per record.
+"""Client of the audit process: sends the records of one process to the writer, without waiting for each.
 
 Records are batched into packets (see docs/internals.md, "S → A") on a SOCK_SEQPACKET socket whose other end the
-audit process reads. The writer acknowledges by group commit. A sender that is far ahead of the writer is
-expected to wait (``settled``); what cannot be handed over at all is counted and reported later as a gap.
+audit process reads. The writer acknowledges by group commit. A sender that is far ahead of the writer should wait
+(``durable``). Records beyond ``MAX_PENDING`` are dropped, counted, and reported later as a gap.
 
-Each record carries a number of this client's, so a writer that is restarted in the middle of a commit recognises
-what it had written already and nothing stands twice in the trail; and the CLOCK_MONOTONIC of the moment, by which
-the writer finds the event that was in flight (see cause.py).
+Each record carries a number of this client's, so that a writer that is restarted in the middle of a commit recognises
+the records that it has written, and none stands twice in the trail; and the CLOCK_MONOTONIC of the moment, by which the
+writer finds the event that was in flight (see cause.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MAX_PENDING = 20_000
 _RETRY = 0.01
 
 AWAY = "the audit process is not there"
-"""Why nothing can be written between two writers."""
+"""``blocked`` between two writers."""
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).encode
 
 
 def utc_now() -> str:
-    """The current time as the trail spells it: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
+    """The current time in the form of the trail: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
     return datetime.now(UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
@@ -55,14 +55,14 @@ class AuditClient:
         self._pending: deque[bytes] = deque()
         self._unacked: deque[bytes] = deque()
         self._answered = 0
-        """What the present writer has acknowledged on the present socket."""
+        """Records that the present writer has acknowledged on the present socket."""
         self._scheduled = False
         self._waiters: list[asyncio.Future[None]] = []
-        self._stuck = False
-        """The socket was full, and the loop tells us when it is not."""
+        self._send_blocked = False
+        """The socket was full; the loop calls ``flush`` when it is writable."""
         self._sock: socket.socket | None = None
         if sock is not None:
-            self.replace(sock)
+            self.reconnect(sock)
 
     def record(
         self,
@@ -77,10 +77,10 @@ class AuditClient:
         happened_ns: int | None = None,
         since_ns: int | None = None,
     ) -> None:
-        """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``handed_over``).
+        """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``flushed``).
 
-        ``happened_ns`` is the CLOCK_MONOTONIC of what it tells of, when that was noticeably before this call;
-        ``since_ns`` that of the first of several things which one record sums up.
+        ``happened_ns`` is the CLOCK_MONOTONIC of the recorded fact, where that was noticeably before this call;
+        ``since_ns`` that of the first of several facts which one record sums up.
         """
         if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1
@@ -91,55 +91,77 @@ class AuditClient:
         line = self._line(record, plugin, run, event_id, delivery_id, happened_ns, since_ns)
         self._pending.append(line)
         if urgent:
-            self._flush()
+            self.flush()
         elif not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
-    def figures(self, **data: Any) -> None:
-        """Tell the writer's metrics how things stand at present. This is no record and is in no trail."""
-        if self.unsettled < MAX_PENDING:
-            self._pending.append(_encode({"figures": data}).encode())
-            self._flush()
+    def gauges(self, **data: Any) -> None:
+        """Send present values to the writer's metrics. They are no record and are in no trail."""
+        if self.unacknowledged < MAX_PENDING:
+            self._pending.append(_encode({"gauges": data}).encode())
+            self.flush()
 
     @property
-    def unsettled(self) -> int:
-        """Records that are not yet durably written."""
+    def unacknowledged(self) -> int:
+        """Number of records that are not known to be on disk."""
         return len(self._pending) + len(self._unacked)
 
-    async def settled(self, *, within: int = 0, or_blocked: bool = False) -> None:
-        """Wait until at most ``within`` records are not yet durably written, or, if asked to, until none can be."""
-        await self._until(lambda: self.unsettled <= within or (or_blocked and self.blocked is not None))
+    async def durable(self, *, within: int = 0, or_blocked: bool = False) -> None:
+        """Wait until all records but the last ``within`` are on disk; with ``or_blocked``, or none can be written."""
+        await self._until(lambda: self.unacknowledged <= within or (or_blocked and self.blocked is not None))
 
-    def hand_over(self) -> None:
-        """Give the kernel what it has room for, at once."""
-        self._flush()
+    def flush(self) -> None:
+        """Hand over to the kernel as many records as it has room for."""
+        self._scheduled = False
+        had = bool(self._pending)
+        while self._pending and self._sock is not None:
+            size, count = -1, 0
+            for line in self._pending:
+                size += len(line) + 1
+                if count and size > MAX_PACKET:
+                    break
+                count += 1
+            packet = [self._pending.popleft() for _ in range(count)]
+            try:
+                self._sock.send(b"\n".join(packet), socket.MSG_NOSIGNAL)
+            except OSError as error:
+                self._pending.extendleft(reversed(packet))
+                self._send_failed(error)
+                return
+            self.sent += count
+            self._unacked.extend(packet)
+        if self._send_blocked and self._sock is not None:
+            self._loop.remove_writer(self._sock)
+            self._send_blocked = False
+        if had and not self._pending:
+            self._wake()
 
-    async def handed_over(self) -> None:
-        """Wait until the kernel holds every record so far: whatever is caused now is recorded after them."""
-        self._flush()
+    async def flushed(self) -> None:
+        """Wait until the kernel holds every record so far: the effects of this moment are recorded after them."""
+        self.flush()
         await self._until(lambda: not self._pending)
 
     async def writable(self) -> None:
         """Wait while the trail cannot be written (nothing may start or be dispatched meanwhile)."""
         await self._until(lambda: self.blocked is None)
 
-    def replace(self, sock: socket.socket) -> None:
-        """Go on with a new writer: what the old one did not acknowledge is sent again, under the same numbers."""
+    def reconnect(self, sock: socket.socket) -> None:
+        """Continue with a new writer: what the old one did not acknowledge is sent again under the same numbers."""
         self.close()
         sock.setblocking(False)
         self._sock = sock
         self._answered = 0
         if self.blocked is not None:
-            self._set_blocked(None)  # the new writer says so if it cannot write either
+            self._set_blocked(None)  # the new writer reports it if it cannot write either
             self._wake()
         self._unacked.extend(self._pending)
         self._pending, self._unacked = self._unacked, deque()
         self._loop.add_reader(sock, self._readable)
-        self._flush()
+        self.flush()
 
     def close(self) -> None:
-        """Stop sending; what is pending stays pending for ``replace``."""
+        """Stop sending; pending records stay pending for ``reconnect``."""
         if self._sock is not None:
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
@@ -182,37 +204,12 @@ class AuditClient:
         gap = AuditGap(count=1, why=why[:512])
         return _encode(sent | {"type": gap.TYPE, "data": gap.data}).encode()
 
-    def _flush(self) -> None:
-        self._scheduled = False
-        had = bool(self._pending)
-        while self._pending and self._sock is not None:
-            size, count = -1, 0
-            for line in self._pending:
-                size += len(line) + 1
-                if count and size > MAX_PACKET:
-                    break
-                count += 1
-            packet = [self._pending.popleft() for _ in range(count)]
-            try:
-                self._sock.send(b"\n".join(packet), socket.MSG_NOSIGNAL)
-            except OSError as error:
-                self._pending.extendleft(reversed(packet))
-                self._undelivered(error)
-                return
-            self.sent += count
-            self._unacked.extend(packet)
-        if self._stuck and self._sock is not None:
-            self._loop.remove_writer(self._sock)
-            self._stuck = False
-        if had and not self._pending:
-            self._wake()
-
-    def _undelivered(self, error: OSError) -> None:
+    def _send_failed(self, error: OSError) -> None:
         if self._sock is not None and isinstance(error, BlockingIOError):
-            self._loop.add_writer(self._sock, self._flush)
-            self._stuck = True
+            self._loop.add_writer(self._sock, self.flush)
+            self._send_blocked = True
         elif error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EINTR):
-            self._loop.call_later(_RETRY, self._flush)
+            self._loop.call_later(_RETRY, self.flush)
         else:
             self.close()
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
-from isolator.audit.recover import HEAD_NAME, State, follow_run, read_head, recover
+from isolator.audit.recover import HEAD_NAME, ChainEnd, follow_run, read_head, recover
 from isolator.audit.schema import RETENTION, AuditGap, AuditSeal
 from isolator.audit.seal import Signer, load_signer, sync_directory
 
@@ -56,7 +56,7 @@ class Batch:
 class Chain:
     """Gives records their seq, prev and hash, seals them, and gathers their lines in batches."""
 
-    def __init__(self, state: State, signer: Signer, limits: Limits) -> None:
+    def __init__(self, state: ChainEnd, signer: Signer, limits: Limits) -> None:
         self.seq, self.hash, self.sealed = state.seq, state.hash, state.sealed
         self.origins, self.runs = state.origins, state.runs
         self.bytes = 0
@@ -121,7 +121,7 @@ class Trail:
 
     def __init__(self, log: Path, lib: Path, limits: Limits) -> None:
         self.notes: list[AuditGap] = []
-        """Records about the files themselves, for the chain to take up."""
+        """Records about the files themselves, for the chain to append."""
         self.seq = 0
         """The last record that is durable."""
         self.commits = 0
@@ -130,10 +130,10 @@ class Trail:
         self._fd = self._head = -1
         self._size, self._hash, self._first, self._inode = 0, "", 1, 0
         self._todo: deque[Batch] = deque()
-        self._full = self._suspect = False
+        self._full = self._unverified = False
         self._retired: list[tuple[int, list[Path]]] = []
 
-    def open(self) -> tuple[State, Signer]:
+    def open(self) -> tuple[ChainEnd, Signer]:
         """Take up the trail where it ends; raises OSError and may be called again then."""
         self.close()
         signer = load_signer(self._lib, self._log)
@@ -154,7 +154,7 @@ class Trail:
         return state, signer
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for fd in (self._fd, self._head):
             if fd >= 0:
                 os.close(fd)
@@ -179,7 +179,7 @@ class Trail:
                 self.commits += 1
             self._note_head()
         except OSError as error:
-            self._suspect = True
+            self._unverified = True
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self.close()  # nothing of ours keeps a failing disk from being unmounted and repaired
             raise
@@ -190,12 +190,12 @@ class Trail:
         self._retired.append((seq, [self._log / name for name in names]))
 
     def _check(self) -> None:
-        """Have the live file open, of the length we left it at, under its own name, with room for more."""
+        """Make sure that the live file is open, has the length that we know and its own name, and is not full."""
         if self._fd < 0:
-            self._take_up()
-        elif self._suspect:
+            self._reopen()
+        elif self._unverified:
             self._check_tail()
-        self._suspect = False
+        self._unverified = False
         status, named = os.fstat(self._fd), self._named()
         if named is None or (named.st_ino, named.st_dev) != (status.st_ino, status.st_dev):
             self._restore_name(named is not None)
@@ -241,7 +241,7 @@ class Trail:
         """After a failure: cut back to what is known to be safe, and read its last record from the disk."""
         length = os.fstat(self._fd).st_size
         if length < self._size:
-            return  # told apart and recorded by _check
+            return  # recorded by _check
         os.ftruncate(self._fd, self._size)
         if not self._size:
             return
@@ -255,7 +255,7 @@ class Trail:
         line = os.pread(fd, self._size - start, start).rstrip(b"\n").rpartition(b"\n")[2]
         return own_hash_fits(line) and files.hash_of(line) == self._hash
 
-    def _take_up(self) -> None:
+    def _reopen(self) -> None:
         """Open the live file again after a failure. It has to be the one that was left, perhaps on a disk that was
         repaired and mounted again: a trail is not begun anew because its disk is away."""
         if self._size:
@@ -271,7 +271,7 @@ class Trail:
             self._open_head()
 
     def _restore_name(self, other: bool) -> None:
-        """Somebody removed or replaced the live file; ours is still open, so all of it can be put back."""
+        """Put back the live file, which somebody removed or replaced: ours is still open."""
         why = f"{files.LIVE} was removed or replaced while in use, and restored"
         note = AuditGap(count=0, why=why, kept=self._set_aside(self._live)) if other else AuditGap(count=0, why=why)
         temporary = self._log / f"{files.LIVE}.new"
@@ -333,11 +333,11 @@ class Trail:
         """Find the full files that are over the limit; deleting waits until a record accounts for them."""
         pending = {path for _, paths in self._retired for path in paths}
         full = [path for path in files.rotated(self._log) if path not in pending]
-        gone = full[: -self._limits.keep_files] if self._limits.keep_files else []
-        if not gone:
+        surplus = full[: -self._limits.keep_files] if self._limits.keep_files else []
+        if not surplus:
             return
-        follower = files.first_line(full[len(gone)])
-        first, after = files.first_of(gone[0]) or 1, files.seq_of(follower) or 1
+        follower = files.first_line(full[len(surplus)])
+        first, after = files.first_of(surplus[0]) or 1, files.seq_of(follower) or 1
         self.notes.append(
             AuditGap(
                 count=after - first,
@@ -345,7 +345,7 @@ class Trail:
                 from_=first,
                 to=after - 1,
                 hash=files.prev_of(follower),
-                files=[path.name for path in gone],
+                files=[path.name for path in surplus],
             )
         )
 

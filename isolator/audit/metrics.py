@@ -1,9 +1,9 @@
-"""Figures for Prometheus, taken from the stream of records as it passes the writer.
+"""Metrics for Prometheus, taken from the stream of records as it passes the writer.
 
 Nothing is measured twice: a counter here is a count of records in the trail, by the type, plugin and outcome that
 they state. Labels come from closed sets (types that were accepted, plugin names that exist, outcomes); a set that
 grows beyond ``MAX_LABELS`` is counted under ``other``, so nothing a plugin does can grow the memory.
-Served as text over HTTP on listening sockets that the supervisor made (a Unix socket, and TCP when asked for).
+Served as text over HTTP on listening sockets that the supervisor made (a Unix socket, and TCP if configured).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RESOURCES = {
     "open_files": "open_files",
 }
 _PRESENT = ("memory", "tasks", "open_files")
-"""Those that are nothing once the plugin has ended; the others keep what the run came to."""
+"""Fields that are 0 once the plugin has ended; the others keep their last value."""
 
 
 class Metrics:
@@ -69,7 +69,7 @@ class Metrics:
         self._queues: set[str] = set()
 
     def observe(self, record: Incoming) -> None:
-        """Count one record; ``data`` is taken with a grain of salt, never a reason to fail."""
+        """Count one record, whatever its ``data`` holds."""
         kind, data, plugin = record.type, record.data, record.plugin or ""
         self._of(self._records, kind).inc()
         area, _, what = kind.partition(".")
@@ -97,8 +97,8 @@ class Metrics:
         elif kind == AuditGap.TYPE and (data.get("why") != RETENTION or record.origin != AUDIT):
             self._lost.inc(_number(data.get("count")))
 
-    def figures(self, data: dict[str, Any]) -> None:
-        """What the host says of the present, which is no record: ``queue``, by plugin the deliveries not done with."""
+    def gauges(self, data: dict[str, Any]) -> None:
+        """Take present values of the host's, which are no record: ``queue``, by plugin its unfinished deliveries."""
         queue = data.get("queue")
         if isinstance(queue, dict):
             for plugin in self._queues - queue.keys():
@@ -108,12 +108,12 @@ class Metrics:
                 self._of(self._waiting, plugin).set(_number(queue[plugin]))
 
     def committed(self, seconds: float, seq: int) -> None:
-        """One commit took so long and made records up to ``seq`` durable."""
+        """Count a commit that took ``seconds`` and made records up to ``seq`` durable."""
         self._commit.observe(seconds)
         self._seq.set(seq)
 
     def set_blocked(self, blocked: bool) -> None:
-        """Whether the trail cannot be written at the moment."""
+        """Set whether the trail cannot be written at the moment."""
         self._blocked.set(int(blocked))
 
     def _event(self, what: str, data: dict[str, Any], plugin: str) -> None:
@@ -153,7 +153,7 @@ def _number(value: Any, otherwise: float = 0) -> float:
 
 
 async def serve_metrics(metrics: Metrics, listener: socket.socket) -> asyncio.Server:
-    """Answer HTTP requests on a listening socket (Unix or TCP) with the current figures."""
+    """Answer HTTP requests on a listening socket (Unix or TCP) with the current metrics."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -170,7 +170,7 @@ async def serve_metrics(metrics: Metrics, listener: socket.socket) -> asyncio.Se
                 )
                 await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # a scraper that went away or never asked; the next one is served
+            pass  # a scraper that closed or sent nothing; the next one is served
         finally:
             writer.close()
 

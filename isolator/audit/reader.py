@@ -69,7 +69,7 @@ def _reversed_lines(path: Path) -> Iterator[bytes]:
 
 
 class Follower:
-    """Yields every record after ``after`` as it is written. Blocks in poll(2), never in the writer's way.
+    """Every record after ``after``, as it is written. Waits in poll(2) and never delays the writer.
 
     It holds the file that it reads open until ``close``, and ``block`` bytes of it at a time.
     """
@@ -95,7 +95,7 @@ class Follower:
 
     @property
     def seq(self) -> int:
-        """The last record that was handed out."""
+        """The last record that was returned."""
         return self._seq
 
     def available(self, most: int = 4096) -> list[bytes]:
@@ -179,7 +179,7 @@ class Follower:
         return last is not None and last <= self._seq
 
     def _start_over(self) -> None:
-        """The file became shorter (a torn end was cut off): read it again, past what was seen."""
+        """Read a file again that became shorter (a torn end was cut off), past the records that were returned."""
         os.lseek(self._file, 0, os.SEEK_SET)
         self._rest = b""
 
@@ -207,13 +207,13 @@ def _next_line(fd: int, offset: int) -> int:
 
 
 class Continuity:
-    """Whether each line that arrives continues the chain of the one before; ``seq`` and ``hash`` are the last one's."""
+    """Check that each line continues the chain of the one before; ``seq`` and ``hash`` are the last one's."""
 
     def __init__(self, seq: int = 0, hash: str = "") -> None:
         self.seq, self.hash = seq, hash
 
     def check(self, line: bytes) -> str | None:
-        """Take the next line; returns what is wrong with it, or None."""
+        """Take the next line; returns its fault, or None."""
         seq, prev, before = files.seq_of(line), files.prev_of(line), self.hash
         if seq is None or prev is None or not own_hash_fits(line):
             return "a line that is no record, or was changed after it was written"
@@ -229,7 +229,7 @@ class Continuity:
 
 @dataclass(frozen=True)
 class Query:
-    """Which records to find; all given conditions must hold. ``types`` may end in ``.*``; times are as in the trail."""
+    """Conditions that a record must all meet. ``types`` may end in ``.*``; times are in the form of the trail."""
 
     plugin: str | None = None
     types: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""One record of the trail: what a source may say, how it is spelled on disk, and what its hash covers.
+"""One record of the trail: the check of what a source sent, the form on disk, and the part that the hash covers.
 
 The canonical form of a record is the line itself. A line is ASCII and looks like this (one line, no spaces):
 
@@ -40,8 +40,8 @@ HASH_TAIL = 75
 PREV_TAIL = HASH_TAIL + 74
 """Length of ``,"prev":"HEX64","hash":"HEX64"}``."""
 
-FIGURES = b'{"figures":'
-"""How a line begins that is no record: what a source tells the metrics."""
+GAUGES = b'{"gauges":'
+"""Beginning of a line that is no record but present values for the metrics."""
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
@@ -52,7 +52,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=F
 
 
 class RejectedError(ValueError):
-    """A line that is not a record, or not one that this source may send; the text says why."""
+    """A line that is no record, or not one that this source may send; the text is the reason."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
 
 
 def _parse_leniently(line: bytes) -> Any:
-    """The standard library's parser takes lone surrogates, which plugins' text may hold; they become U+FFFD."""
+    """Parse with the standard library, which takes lone surrogates: plugins' text may hold them. They become U+FFFD."""
     try:
         return _mended(json.loads(line))
     except (ValueError, RecursionError):
@@ -239,7 +239,7 @@ class Record:
 
 
 def parse(line: bytes) -> Record | None:
-    """A line of the trail as a Record, or None when it is not one; says nothing about the chain."""
+    """A line of the trail as a Record, or None when it is not one; its place in the chain is not checked."""
     try:
         value = pydantic_core.from_json(line)
         data, cut = value["data"], value.get("cut") or {}

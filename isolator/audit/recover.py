@@ -1,6 +1,6 @@
-"""Where the chain goes on after a restart, and what the file's end says about how the last writer ended.
+"""The end of the chain on disk, where a restarted writer continues, and how the last writer ended.
 
-Two witnesses are compared: the live file from its last seal on, and ``head.json``, in which the writer noted its last
+Two sources are compared: the live file from its last seal on, and ``head.json``, in which the writer noted its last
 record after each commit (in the key's directory, out of everybody's reach). The note is never ahead of the disk:
 
 - The file ends in bytes that are no whole record, and the note does not know more: a writer was killed or lost
@@ -48,8 +48,8 @@ class Head:
 
 
 @dataclass
-class State:
-    """Where the chain goes on."""
+class ChainEnd:
+    """End of the chain on disk: the next record continues here."""
 
     seq: int = 0
     hash: str = GENESIS
@@ -69,7 +69,7 @@ class State:
     """Unix time of the live file's first record."""
     newline_missing: bool = False
     ended: bool = True
-    """Whether the last that was recorded is that the daemon had stopped; true of an empty trail."""
+    """Whether the last record but the trail's own is ``host.stopped``; true of an empty trail."""
 
 
 def read_head(path: Path) -> Head | None:
@@ -84,20 +84,20 @@ def read_head(path: Path) -> Head | None:
     return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
 
 
-def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) -> State:
+def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) -> ChainEnd:
     """Read the end of the trail; cuts a torn end off the live file ``fd`` (open for reading and writing).
 
-    What was found wrong is added to ``notes``, to be recorded. Raises OSError.
-    What is cut off and is more than one torn line is kept beside the trail as ``audit.cut.SEQ``.
+    Faults are added to ``notes``, to be recorded. More than one torn line is kept beside the trail, as
+    ``audit.cut.SEQ``. Raises OSError.
     """
-    state = State()
+    state = ChainEnd()
     files = rotated(directory)
     before = last_line(files[-1]) if files else None
     if before is not None:
-        _take(state, before)
+        _advance(state, before)
     size = os.fstat(fd).st_size
     state.first = state.seq + 1
-    # What a killed predecessor wrote may be in the page cache only; it counts as written from here on.
+    # Records of a killed writer may be in the page cache only; they count as written from here on.
     os.fdatasync(fd)
     known: dict[int, str] = {}
     start, data, scan_from = _tail(fd, size)
@@ -110,7 +110,7 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
             break
         if not known and start + scan_from == 0 and before is not None and prev_of(line) != state.hash:
             notes.append(AuditGap(count=0, why="the live file does not continue the file before it"))
-        _take(state, line)
+        _advance(state, line)
         known[seq] = state.hash
         good += len(line) + 1
     if size:
@@ -125,11 +125,11 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
     state.size = size
     rest = data[good - start :]
     if head is not None and (head.seq > state.seq or known.get(head.seq, head.hash) != head.hash):
-        _contradicted(state, head, notes)
+        _resume_at_head(state, head, notes)
         state.newline_missing = bool(rest) and not rest.endswith(b"\n")
         return state
     if rest:
-        _cut(state, fd, good, rest, directory, notes)
+        _cut_off(state, fd, good, rest, directory, notes)
     if head is None and state.seq:
         why = "the writer's note of its last record was missing: only seals vouch for what is before"
         notes.append(AuditGap(count=0, why=why))
@@ -165,7 +165,7 @@ def _lines(data: bytes, start: int) -> list[bytes]:
     return data[start:].split(b"\n")[:-1]
 
 
-def _take(state: State, line: bytes) -> None:
+def _advance(state: ChainEnd, line: bytes) -> None:
     record = parse(line)
     if record is None:
         return
@@ -185,7 +185,7 @@ def _take(state: State, line: bytes) -> None:
 
 
 def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | None) -> None:
-    """Keep ``runs``, those without an end, true with one more record of the trail."""
+    """Update ``runs``, those without an end, with one more record of the trail."""
     if run is None:
         return
     if kind == PluginStarted.TYPE and plugin is not None:
@@ -194,7 +194,7 @@ def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | N
         runs.pop(run, None)
 
 
-def _collect_deliveries(state: State, data: bytes) -> None:
+def _collect_deliveries(state: ChainEnd, data: bytes) -> None:
     for line in data.split(b"\n"):
         if any(mark in line for mark in _DELIVERY_MARKS):
             record = parse(line)
@@ -211,7 +211,7 @@ def _ends_with_a_stop(data: bytes) -> bool:
 
 
 def _replayed(record: Record) -> Incoming:
-    # The monotonic times are gone: what was dispatched has always been in flight, what was answered ends now.
+    # The monotonic times are not on disk: a dispatched event has always been in flight, an answered one ends now.
     return Incoming(
         record.time,
         record.type,
@@ -223,7 +223,7 @@ def _replayed(record: Record) -> Incoming:
     )
 
 
-def _contradicted(state: State, head: Head, notes: list[AuditGap]) -> None:
+def _resume_at_head(state: ChainEnd, head: Head, notes: list[AuditGap]) -> None:
     missing = max(0, head.seq - state.seq)
     notes.append(
         AuditGap(
@@ -239,7 +239,7 @@ def _contradicted(state: State, head: Head, notes: list[AuditGap]) -> None:
     state.sealed = min(state.sealed, head.seq)
 
 
-def _cut(state: State, fd: int, good: int, rest: bytes, directory: Path, notes: list[AuditGap]) -> None:
+def _cut_off(state: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, notes: list[AuditGap]) -> None:
     gap = AuditGap(
         count=1,
         why="torn last record: its writer died in the middle of writing it",

@@ -5,7 +5,7 @@ is ASCII: ``isolator audit seal\\n``, then ``FROM TO HASH\\n`` where FROM and TO
 that this seal covers and HASH is the ``hash`` of record TO. The signature is Ed25519, in hex.
 
 The key is made at first start and readable by the audit user alone. A key that somebody else could read, or that
-is gone or broken, is not used again: a new one takes over, a record says so, and ``public.pem`` holds both.
+is missing or broken, is not used again: a new one takes over, a record says so, and ``public.pem`` holds both.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 
 @dataclass(frozen=True)
 class Signer:
-    """The private key and what had to be done to have one (``notes`` go into the trail)."""
+    """The private key; ``notes``, on how it came about, go into the trail."""
 
     key: Ed25519PrivateKey
     notes: tuple[str, ...] = ()

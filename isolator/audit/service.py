@@ -4,7 +4,7 @@ It is the only process that can write the trail or read the signing key. The sup
 ``hello``, ``source``, ``flush``, ``metrics`` (see docs/internals.md); each source sends its records on a socket of
 its own to the writer (`writer.py`).
 
-It ignores SIGINT and SIGTERM (a terminal and systemd send them to the whole group, and the last words of the others
+It ignores SIGINT and SIGTERM (a terminal and systemd send them to the whole group, and the last records of the others
 still have to be written) and exits when its channel closes, after a last seal.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -26,7 +27,10 @@ from isolator.audit.schema import SENDERS
 from isolator.audit.writer import Writer
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import channel as ipc
+from isolator.linux import daemon_log
 from isolator.paths import Paths
+
+_log = logging.getLogger("isolator.audit")
 
 
 def limits_of(config: Mapping[str, Any]) -> Limits:
@@ -63,8 +67,8 @@ async def serve(channel: socket.socket) -> None:
             try:
                 listener = socket.create_server((address, int(port)), family=family_of(address))
                 listeners.append(await serve_metrics(writer.metrics, listener))
-            except OSError as error:  # the trail is worth more than its figures
-                print(f"isolator audit: no metrics on {address}:{port}: {error.strerror}", file=sys.stderr, flush=True)
+            except OSError as error:  # the trail is worth more than its metrics
+                _log.error("no metrics on %s:%s: %s", address, port, error.strerror)
         return {"blocked": writer.blocked, "ended": writer.ended, "runs": writer.runs}
 
     async def source(message: ipc.Message) -> None:
@@ -99,6 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    daemon_log.set_up("isolator audit")
     os.umask(0o027)
     asyncio.run(serve(socket.socket(fileno=arguments.channel_fd)))
     sys.exit(0)

@@ -1,13 +1,8 @@
-"""What a plugin uses at this moment, read from its cgroup and from /proc: the ``data`` of a ``resources`` record.
+"""Present use of one run, read from its control groups and from /proc: the ``data`` of a ``resources`` record.
 
-Works on cgroup v2 and on hybrid hosts, where the figures of one plugin are spread over the folders of several
-hierarchies: each figure is taken from the first folder that has it. What the host cannot tell is left out, never
-guessed. Nothing here raises because a process ended meanwhile.
-
-``OF_PROCESSES`` are the figures that end with the processes; the others are the control group's to the last.
-
-Names and units: sizes in bytes, ``*_us`` in microseconds since the start of the run, ``pressure_*`` the share of
-time in percent over the last ten seconds in which some task waited for that resource.
+Works on cgroup v2 and on hybrid hosts, where the counters of one plugin are spread over the folders of several
+hierarchies: each field is taken from the first folder that has it. A field that this host does not count is left out,
+never guessed. Nothing here raises because a process ended meanwhile. Names and units: ``schema.Resources``.
 """
 
 from __future__ import annotations
@@ -17,43 +12,44 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-Figures = dict[str, Any]
+Usage = dict[str, Any]
 OF_PROCESSES = ("threads", "open_files", "tcp_sockets", "network_bytes", "io_read", "io_written")
+"""Fields that end with the processes; the others are the control group's until it is removed."""
 
 
-def snapshot(folders: Sequence[Path], pids: Iterable[int]) -> Figures:
-    """The figures of the processes ``pids`` in the control groups ``folders`` (one per hierarchy)."""
-    figures: Figures = {}
+def snapshot(folders: Sequence[Path], pids: Iterable[int]) -> Usage:
+    """Use by the processes ``pids`` in the control groups ``folders`` (one per hierarchy)."""
+    usage: Usage = {}
     for folder in folders:
         for name, read in _FILES.items():
             try:
                 text = (folder / name).read_text("ascii")
             except (OSError, ValueError):
                 continue  # not in this hierarchy, or the group has just been removed
-            for figure, value in read(text).items():
-                figures.setdefault(figure, value)
+            for field, value in read(text).items():
+                usage.setdefault(field, value)
     pids = list(pids)
-    figures.setdefault("tasks", sum(_count(pid, "task") for pid in pids))
-    figures["processes"] = len(pids)
+    usage.setdefault("tasks", sum(_count(pid, "task") for pid in pids))
+    usage["processes"] = len(pids)
     if pids:
-        figures["threads"] = sum(_count(pid, "task") for pid in pids)
-        figures["open_files"] = sum(map(_open_files, pids))
-        figures.update(_sockets(pids))
-        if "io_read" not in figures:
-            figures.update(_io_of_processes(pids))
-    return figures
+        usage["threads"] = sum(_count(pid, "task") for pid in pids)
+        usage["open_files"] = sum(map(_open_files, pids))
+        usage.update(_sockets(pids))
+        if "io_read" not in usage:
+            usage.update(_io_of_processes(pids))
+    return usage
 
 
-def _single(figure: str) -> Callable[[str], Figures]:
-    def read(text: str) -> Figures:
-        return {figure: int(text)} if text.strip().isdigit() else {}
+def _single(field: str) -> Callable[[str], Usage]:
+    def read(text: str) -> Usage:
+        return {field: int(text)} if text.strip().isdigit() else {}
 
     return read
 
 
-def _nanoseconds(figure: str) -> Callable[[str], Figures]:
-    def read(text: str) -> Figures:
-        return {figure: int(text) // 1000} if text.strip().isdigit() else {}
+def _nanoseconds(field: str) -> Callable[[str], Usage]:
+    def read(text: str) -> Usage:
+        return {field: int(text) // 1000} if text.strip().isdigit() else {}
 
     return read
 
@@ -64,40 +60,40 @@ def _table(text: str) -> dict[str, int]:
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
-def _cpu(text: str) -> Figures:
-    table, figures = _table(text), Figures()
+def _cpu(text: str) -> Usage:
+    table, usage = _table(text), Usage()
     # v2 counts in microseconds under these names; v1's cpu.stat only knows throttling, in nanoseconds.
-    for key, figure in (("usage_usec", "cpu_us"), ("user_usec", "user_us"), ("system_usec", "system_us")):
+    for key, field in (("usage_usec", "cpu_us"), ("user_usec", "user_us"), ("system_usec", "system_us")):
         if key in table:
-            figures[figure] = table[key]
+            usage[field] = table[key]
     if "throttled_usec" in table:
-        figures["throttled_us"] = table["throttled_usec"]
+        usage["throttled_us"] = table["throttled_usec"]
     elif "throttled_time" in table:
-        figures["throttled_us"] = table["throttled_time"] // 1000
+        usage["throttled_us"] = table["throttled_time"] // 1000
     if "nr_throttled" in table:
-        figures["throttled"] = table["nr_throttled"]
-    return figures
+        usage["throttled"] = table["nr_throttled"]
+    return usage
 
 
-def _memory(text: str) -> Figures:
-    table, figures = _table(text), Figures()
-    for key, figure in (
+def _memory(text: str) -> Usage:
+    table, usage = _table(text), Usage()
+    for key, field in (
         ("anon", "anonymous"),
         ("total_rss", "anonymous"),
         ("file", "cached"),
         ("total_cache", "cached"),
     ):
         if key in table:
-            figures.setdefault(figure, table[key])
-    return figures
+            usage.setdefault(field, table[key])
+    return usage
 
 
-def _memory_events(text: str) -> Figures:
+def _memory_events(text: str) -> Usage:
     table = _table(text)
     return {"oom_kills": table["oom_kill"]} if "oom_kill" in table else {}
 
 
-def _io(text: str) -> Figures:
+def _io(text: str) -> Usage:
     """v2 ``io.stat``: ``MAJ:MIN rbytes=… wbytes=…`` a device."""
     total = {"rbytes": 0, "wbytes": 0}
     for line in text.splitlines():
@@ -108,7 +104,7 @@ def _io(text: str) -> Figures:
     return {"io_read": total["rbytes"], "io_written": total["wbytes"]}
 
 
-def _blkio(text: str) -> Figures:
+def _blkio(text: str) -> Usage:
     """v1 ``blkio``: ``MAJ:MIN Read N`` a device and direction."""
     total = {"Read": 0, "Write": 0}
     for line in text.splitlines():
@@ -118,18 +114,18 @@ def _blkio(text: str) -> Figures:
     return {"io_read": total["Read"], "io_written": total["Write"]}
 
 
-def _pressure(figure: str) -> Callable[[str], Figures]:
-    def read(text: str) -> Figures:
+def _pressure(field: str) -> Callable[[str], Usage]:
+    def read(text: str) -> Usage:
         for line in text.splitlines():
             kind, _, rest = line.partition(" ")
             if kind == "some" and rest.startswith("avg10="):
-                return {figure: float(rest[6:].split(" ", 1)[0])}
+                return {field: float(rest[6:].split(" ", 1)[0])}
         return {}
 
     return read
 
 
-_FILES: dict[str, Callable[[str], Figures]] = {
+_FILES: dict[str, Callable[[str], Usage]] = {
     "cpu.stat": _cpu,
     "cpuacct.usage": _nanoseconds("cpu_us"),
     "memory.current": _single("memory"),
@@ -158,31 +154,31 @@ def _count(pid: int, what: str) -> int:
 
 
 def _open_files(pid: int) -> int:
-    """The number itself where the kernel tells it (6.2): a plugin may have millions, which nobody should list."""
+    """The kernel's count (6.2), else the length of the list: a plugin may have millions, which nobody should list."""
     try:
         return os.stat(f"/proc/{pid}/fd").st_size or _count(pid, "fd")
     except OSError:
         return 0
 
 
-def _sockets(pids: list[int]) -> Figures:
-    """The cage's network, which all its processes share: sockets in use, bytes that were sent in it."""
+def _sockets(pids: list[int]) -> Usage:
+    """The cage's network, which all its processes share: sockets in use, bytes sent."""
     for pid in pids:
         try:
             sockets = Path(f"/proc/{pid}/net/sockstat").read_text("ascii").splitlines()
             devices = Path(f"/proc/{pid}/net/dev").read_text("ascii").splitlines()[2:]
         except OSError:
             continue
-        figures: Figures = {"network_bytes": sum(int(line.partition(":")[2].split()[8]) for line in devices)}
+        usage: Usage = {"network_bytes": sum(int(line.partition(":")[2].split()[8]) for line in devices)}
         for words in map(str.split, sockets):
             if words[:2] == ["TCP:", "inuse"]:
-                figures["tcp_sockets"] = int(words[2])
-        return figures
+                usage["tcp_sockets"] = int(words[2])
+        return usage
     return {}
 
 
-def _io_of_processes(pids: list[int]) -> Figures:
-    """Without an io controller: what the living processes read and wrote; those that ended are not in it."""
+def _io_of_processes(pids: list[int]) -> Usage:
+    """Bytes that the living processes read and wrote, for hosts without an io controller."""
     read = written = 0
     for pid in pids:
         try:

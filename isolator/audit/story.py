@@ -1,10 +1,10 @@
-"""Everything one event caused, as a person reads it in a terminal of 80 columns: first how it ended, then how it went.
+"""The story of one event for a terminal of 80 columns: first how it ended, then everything that it caused.
 
     evt-1  deploy.completed of project-7
       accepted 2026-11-23 07:03:32.345 UTC by uid:61999
       A  slack-deploy-notifier: ok at the first attempt, 7.7 ms after; 1 connection denied
 
-What plugins wrote is quoted; what the daemon says is not.
+Text of plugins is quoted, text of the daemon is not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SENTENCE = re.compile(r"[\w ,.;:()/'-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a story; ``bad``: it tells of something that went wrong or was denied."""
+    """One line of a story; ``bad``: of something that went wrong or was denied."""
 
     text: str
     bad: bool = False
@@ -92,16 +92,16 @@ def _listed(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _given(data: dict[str, Any], field: str, form: str = "{}", limit: int = 120) -> str:
+def _field(data: dict[str, Any], field: str, form: str = "{}", limit: int = 120) -> str:
     value = data.get(field)
     return "" if value is None else form.format(value_text(value, limit))
 
 
-def _said(data: dict[str, Any], field: str) -> str:
-    """A sentence of the daemon's, which needs no quotes unless something foreign is in it."""
+def _sentence(data: dict[str, Any], field: str) -> str:
+    """A sentence of the daemon's, quoted only if it holds foreign characters."""
     value = data.get(field)
     plain = isinstance(value, str) and value and _SENTENCE.fullmatch(value)
-    return str(value)[:300] if plain else _given(data, field, limit=300)
+    return str(value)[:300] if plain else _field(data, field, limit=300)
 
 
 def _bytes(data: dict[str, Any], field: str, way: str = "") -> str:
@@ -114,7 +114,7 @@ def _attempts(count: Any) -> str:
 
 
 def _reply(data: dict[str, Any]) -> str:
-    """What the plugin answered: of a JSON-RPC reply its result or error."""
+    """The plugin's answer: of a JSON-RPC reply its result or error."""
     text = data.get("response")
     if not isinstance(text, str) or not text:
         return ""
@@ -130,55 +130,57 @@ def _reply(data: dict[str, Any]) -> str:
 
 
 def _ended(data: dict[str, Any]) -> str:
-    """How a run ended."""
+    """The end of a run."""
     if data.get("cause") not in ("exit", "signal", None):
-        how = _said(data, "cause")
+        how = _sentence(data, "cause")
     else:
-        how = _given(data, "signal", "killed by signal {}") or _given(data, "exit_code", "exit code {}")
+        how = _field(data, "signal", "killed by signal {}") or _field(data, "exit_code", "exit code {}")
     uptime = data.get("uptime")
     words = data.get("stderr")
     return _listed(
         how,
         f"after {_span(uptime)}" if isinstance(uptime, (int, float)) else "",
-        _said(data, "reason"),
+        _sentence(data, "reason"),
         f"last words {value_text(str(words[-1]))}" if isinstance(words, list) and words else "",
     )
 
 
-_TELL: dict[str, Callable[[dict[str, Any]], str]] = {
+_DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     EventAccepted.TYPE: lambda d: _listed(
-        _given(d, "event"), _given(d, "subject"), _bytes(d, "bytes"), _given(d, "by", "by {}")
+        _field(d, "event"), _field(d, "subject"), _bytes(d, "bytes"), _field(d, "by", "by {}")
     ),
     EventDispatched.TYPE: lambda d: _listed(
-        _given(d, "attempt", "attempt {}"), _bytes(d, "request_bytes"), _ms(d, "queued_us", "queued {}")
+        _field(d, "attempt", "attempt {}"), _bytes(d, "request_bytes"), _ms(d, "queued_us", "queued {}")
     ),
     EventResponse.TYPE: lambda d: _listed(
-        _given(d, "outcome"),
-        _given(d, "status", "status {}") if d.get("status") != d.get("outcome") else "",
+        _field(d, "outcome"),
+        _field(d, "status", "status {}") if d.get("status") != d.get("outcome") else "",
         _ms(d, "latency_us", "after {}"),
-        _given(d, "detail"),
+        _field(d, "detail"),
         _reply(d),
     ),
-    EventDead.TYPE: lambda d: _listed("given up", _said(d, "reason"), _attempts(d.get("attempts"))),
-    EventQuarantined.TYPE: lambda d: _listed(_said(d, "reason"), _attempts(d.get("attempts"))),
-    EventReplayed.TYPE: lambda d: _listed(_given(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
-    PluginStarted.TYPE: lambda d: _listed(_said(d, "reason"), _given(d, "pid", "pid {}"), _given(d, "uid", "uid {}")),
+    EventDead.TYPE: lambda d: _listed("given up", _sentence(d, "reason"), _attempts(d.get("attempts"))),
+    EventQuarantined.TYPE: lambda d: _listed(_sentence(d, "reason"), _attempts(d.get("attempts"))),
+    EventReplayed.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    PluginStarted.TYPE: lambda d: _listed(
+        _sentence(d, "reason"), _field(d, "pid", "pid {}"), _field(d, "uid", "uid {}")
+    ),
     PluginCrashed.TYPE: _ended,
     PluginStopped.TYPE: _ended,
     PluginFailed.TYPE: _ended,
-    NetQuery.TYPE: lambda d: f"{_given(d, 'name', limit=260)} ({_given(d, 'type')}) {_given(d, 'verdict')}{_times(d)}",
-    NetConnect.TYPE: lambda d: _endpoint(d) + _given(d, "rule", " by {}"),
-    NetDenied.TYPE: lambda d: _endpoint(d) + _given(d, "rule", " by {}") + _times(d),
+    NetQuery.TYPE: lambda d: f"{_field(d, 'name', limit=260)} ({_field(d, 'type')}) {_field(d, 'verdict')}{_times(d)}",
+    NetConnect.TYPE: lambda d: _endpoint(d) + _field(d, "rule", " by {}"),
+    NetDenied.TYPE: lambda d: _endpoint(d) + _field(d, "rule", " by {}") + _times(d),
     NetClosed.TYPE: lambda d: _listed(
         _endpoint(d),
         _bytes(d, "sent", " out"),
         _bytes(d, "received", " in"),
-        _given(d, "duration_ms", "{} ms"),
-        _given(d, "reason"),
+        _field(d, "duration_ms", "{} ms"),
+        _field(d, "reason"),
     ),
-    SyscallDenied.TYPE: lambda d: _given(d, "call") + _times(d),
-    FsDenied.TYPE: lambda d: _listed(_given(d, "path"), _said(d, "why")) + _times(d),
-    ApiCalled.TYPE: lambda d: f"{_given(d, 'method')} {_given(d, 'verdict')}" + _given(d, "permission", " ({})"),
+    SyscallDenied.TYPE: lambda d: _field(d, "call") + _times(d),
+    FsDenied.TYPE: lambda d: _listed(_field(d, "path"), _sentence(d, "why")) + _times(d),
+    ApiCalled.TYPE: lambda d: f"{_field(d, 'method')} {_field(d, 'verdict')}" + _field(d, "permission", " ({})"),
 }
 _DENIED = {NetDenied.TYPE: "connection", SyscallDenied.TYPE: "call", FsDenied.TYPE: "path"}
 
@@ -198,19 +200,19 @@ def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
     return sorted(found, key=lambda pair: (pair[1].time, pair[1].seq))
 
 
-def tell(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[Line]:
+def story_lines(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[Line]:
     """The lines of the story, ``width`` columns at most; times count from the first record."""
     first = records[0]
     begin = _moment(first)
-    told = first.data.get("plugins")
-    named = [str(name) for name in told] if isinstance(told, list) and first.type == EventAccepted.TYPE else []
+    listed = first.data.get("plugins")
+    named = [str(name) for name in listed] if isinstance(listed, list) and first.type == EventAccepted.TYPE else []
     plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named]))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
     accepted = first.data if first.type == EventAccepted.TYPE else {}
-    what = f"  {_given(accepted, 'event')}" + _given(accepted, "subject", " of {}") if accepted else ""
+    what = f"  {_field(accepted, 'event')}" + _field(accepted, "subject", " of {}") if accepted else ""
     yield from _wrap("", f"{printable(event_id)}{what}", width)
     when = f"{first.time[:23].replace('T', ' ')} UTC"
-    yield Line(_fit(f"  accepted {when}{_given(accepted, 'by', ' by {}')}" if accepted else f"  {when}", width))
+    yield Line(_fit(f"  accepted {when}{_field(accepted, 'by', ' by {}')}" if accepted else f"  {when}", width))
     for name, letter in letters.items():
         mine = [record for record in records if record.plugin == name]
         text, bad = _verdict(mine, begin, event_id)
@@ -232,7 +234,7 @@ def _moment(record: Record) -> float:
 
 
 def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, bool]:
-    """How it stands with one plugin, in a few words, and whether that is bad."""
+    """The outcome for one plugin in a few words, and whether it is bad."""
     sent = sum(r.type == EventDispatched.TYPE for r in records)
     ends = (EventResponse.TYPE, EventDead.TYPE, EventQuarantined.TYPE, EventReplayed.TYPE, EventDispatched.TYPE)
     last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
@@ -245,14 +247,14 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
         text = "queued again"
     elif last.type != EventResponse.TYPE:
         bad = True
-        told = _said(last.data, "reason")
-        text = ("quarantined: " if last.type.endswith("quarantined") else "given up: ") + told
+        reason = _sentence(last.data, "reason")
+        text = ("quarantined: " if last.type.endswith("quarantined") else "given up: ") + reason
     elif last.data.get("outcome") in ("ok", "skipped"):
         which = "at the first attempt" if sent == 1 else f"at attempt {sent}"
         text = f"{last.data['outcome']} {which}, {_span(max(0.0, _moment(last) - begin))} after"
     else:
         bad = True
-        text = f"{_attempts(sent)} failed, the last {_given(last.data, 'outcome', limit=20)}; to be tried again"
+        text = f"{_attempts(sent)} failed, the last {_field(last.data, 'outcome', limit=20)}; to be tried again"
     denied: Counter[str] = Counter()
     for record in records:
         if record.type in _DENIED:
@@ -265,9 +267,9 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
 
 
 def _details(record: Record) -> str:
-    tell = _TELL.get(record.type)
-    if tell is not None:
-        return tell(record.data)
+    details = _DETAILS.get(record.type)
+    if details is not None:
+        return details(record.data)
     return " ".join(
         f"{printable(str(name))}={value_text(value, 120)}"
         for name, value in record.data.items()

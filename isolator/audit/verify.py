@@ -1,11 +1,11 @@
-"""Does the trail fit together? Needs the files and the public key, nothing else.
+"""Verification of a trail, from its files and the public key alone.
 
 Each line must carry the hash of its own bytes, the number after and the hash of the line before it; each seal must be
 signed over the hash of the record right before it; no more than ``SEAL_EVERY`` records may follow the last seal (or
 as many as a seal of this trail ever covered, if the daemon is set up to seal less often). A trail that does not begin
 with record 1 must hold a *sealed* retention record that accounts for what is missing.
-What was cut off the end *and* was sealed cannot be seen from what is left: for that there are anchors (``SEQ:HASH``
-pairs noted elsewhere), and, on the host itself for root, the writer's own note of its last record.
+A trail that was cut back to one of its seals fits: to find that there are anchors (``SEQ:HASH`` pairs noted
+elsewhere), and, for root on the host itself, the writer's own note of its last record.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Misfit:
 
 @dataclass
 class Report:
-    """What verification found; the trail is good when ``misfits`` is empty."""
+    """Result of a verification; the trail is good when ``misfits`` is empty."""
 
     records: int = 0
     first: int = 0
@@ -64,7 +64,7 @@ class Report:
     gaps: list[dict[str, Any]] = field(default_factory=list)
     lost: int = 0
     uncounted: int = 0
-    """Gaps of which nobody knows how many records they are, if any: a process died with what it had not sent."""
+    """Gaps of an unknown number of records: a process died with those that it had not sent."""
     retired: int = 0
     torn: int = 0
     """Bytes of an unfinished last line: a write in progress, or a writer that was killed."""
@@ -225,7 +225,7 @@ class Verifier:
 
     def _gap(self, record: Record) -> None:
         count, data = record.data.get("count"), record.data
-        # The writer's own word only: no source may explain why files are missing.
+        # Only the writer's own record counts: no source may explain why files are missing.
         if data.get("why") == RETENTION and record.origin == AUDIT:
             to, digest = data.get("to"), data.get("hash")
             if isinstance(to, int) and isinstance(digest, str):

@@ -1,4 +1,4 @@
-"""The writer: reads records from everybody's sockets, chains them, commits them, acknowledges.
+"""The writer: reads the sources' sockets, chains the records, commits and acknowledges them.
 
     sources' sockets ─▶ event loop: check, tag with the event in flight, chain ─▶ batch
                                         ▲                                           │ one at a time
@@ -9,8 +9,8 @@
 - **Group commit.** A commit begins when the one before ended and takes all that has gathered; nobody waits per
   record, and a slow disk makes batches larger, not the queue longer than ``MAX_WAITING`` bytes: then the sockets
   are left alone and the senders keep their records.
-- **Trouble.** When the trail cannot be opened or written, every source is told ``{"blocked": why}`` and the same
-  work is tried again until it succeeds, then ``{"blocked": null}``. What was not acknowledged is the senders' to keep.
+- **Trouble.** When the trail cannot be opened or written, every source gets ``{"blocked": why}`` and the same
+  work is tried again until it succeeds, then ``{"blocked": null}``. Senders keep what was not acknowledged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from isolator.audit.cause import Causes
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Trail
 from isolator.audit.metrics import Metrics
-from isolator.audit.record import FIGURES, Incoming, RejectedError, parse_incoming
+from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.ipc import channel as ipc
 from isolator.paths import Paths
@@ -50,7 +50,7 @@ _STALLED = 10.0
 
 
 class Source:
-    """One socket from which records come, and what it has been told."""
+    """One socket from which records come, and the state that was sent back on it."""
 
     def __init__(self, name: str, sock: socket.socket) -> None:
         self.name, self.sock = name, sock
@@ -60,11 +60,11 @@ class Source:
         """Not read yet, so that another source's records come first."""
         self.reading = False
         self.blocked: str | None = None
-        self._told: tuple[int, str | None] = (0, None)
+        self._sent_state: tuple[int, str | None] = (0, None)
         self._loop = asyncio.get_running_loop()
 
-    def tell(self, *, acked: int | None = None, blocked: str | None) -> None:
-        """Let the source know where it stands; if it does not read, it gets the latest state once it does."""
+    def report(self, *, acked: int | None = None, blocked: str | None) -> None:
+        """Report progress and trouble; a source that does not read gets the latest state once it does."""
         self.acked = self.acked if acked is None else acked
         self.blocked = blocked
         self._push()
@@ -77,9 +77,9 @@ class Source:
 
     def _push(self) -> None:
         message: dict[str, Any] = {}
-        if self.acked != self._told[0]:
+        if self.acked != self._sent_state[0]:
             message["acked"] = self.acked
-        if self.blocked != self._told[1]:
+        if self.blocked != self._sent_state[1]:
             message["blocked"] = self.blocked
         if message:
             try:
@@ -88,8 +88,8 @@ class Source:
                 self._loop.add_writer(self.sock, self._push)
                 return
             except OSError:
-                pass  # gone; its end is noticed where it is read
-        self._told = (self.acked, self.blocked)
+                pass  # closed: noticed where it is read
+        self._sent_state = (self.acked, self.blocked)
         self._loop.remove_writer(self.sock)
 
 
@@ -100,7 +100,7 @@ class Writer:
         self.metrics = Metrics()
         self.blocked: str | None = None
         self.ended = True
-        """Whether the trail that was taken up tells that the daemon before had stopped."""
+        """Whether, by the trail, the daemon before had stopped."""
         self._limits = limits
         self._trail = Trail(paths.audit_log, paths.audit_lib, limits)
         self._chain: Chain | None = None
@@ -134,7 +134,7 @@ class Writer:
         source = Source(name, sock)
         self._sources.append(source)
         self._sources.sort(key=lambda s: SENDERS.index(s.name))
-        source.tell(blocked=self.blocked)
+        source.report(blocked=self.blocked)
         if name == HOST:
             self._release()
         elif name == BROKER and not any(s.name == HOST for s in self._sources):
@@ -224,8 +224,8 @@ class Writer:
         refused: dict[str, list[bytes]] = {}
         for line in packet.split(b"\n"):
             source.received += 1
-            if line.startswith(FIGURES) and source.name == HOST:
-                self._figures(line)
+            if line.startswith(GAUGES) and source.name == HOST:
+                self._take_gauges(line)
                 continue
             try:
                 record = parse_incoming(source.name, line)
@@ -250,9 +250,9 @@ class Writer:
                 )
             )
 
-    def _figures(self, line: bytes) -> None:
+    def _take_gauges(self, line: bytes) -> None:
         with contextlib.suppress(ValueError, AttributeError):
-            self.metrics.figures(json.loads(line).get("figures"))
+            self.metrics.gauges(json.loads(line).get("gauges"))
 
     def _is_new(self, record: Incoming, source: str, now: int) -> bool:
         """Whether a numbered record is not in the trail yet; records how many were lost before it."""
@@ -260,7 +260,7 @@ class Writer:
         session, _, last = self._chain.origins.get(source, "").partition(":")
         if session != record.session:
             if source == HOST and session:
-                self._causes.host_gone(now)
+                self._causes.host_restarted(now)
             return True
         number = int(last) if last.isdigit() else 0
         if record.number > number + 1:
@@ -348,7 +348,7 @@ class Writer:
         self._unblock()
         for source, received in reached:
             if received > source.acked:
-                source.tell(acked=received, blocked=self.blocked)
+                source.report(acked=received, blocked=self.blocked)
         for source in [s for s in self._sources if not s.open and s.acked == s.received]:
             self._detach(source)
         self._take_notes()
@@ -382,14 +382,14 @@ class Writer:
             self.blocked = why
             self.metrics.set_blocked(True)
             for source in self._sources:
-                source.tell(blocked=why)
+                source.report(blocked=why)
 
     def _unblock(self) -> None:
         if self.blocked is not None:
             self.blocked = None
             self.metrics.set_blocked(False)
             for source in self._sources:
-                source.tell(blocked=None)
+                source.report(blocked=None)
 
 
 def _reason(error: BaseException) -> str:

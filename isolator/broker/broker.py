@@ -63,13 +63,13 @@ class Broker:
         await self._drop(str(message.fields["run"]))
         with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
             async with asyncio.timeout(HANDING_OVER):
-                await self.audit.handed_over()
+                await self.audit.flushed()
         return {}
 
     async def audit_source(self, message: Message) -> dict[str, object]:
         """Go on recording to a new audit process."""
         if message.fds:
-            self.audit.replace(socket.socket(fileno=message.fds.pop(0)))
+            self.audit.reconnect(socket.socket(fileno=message.fds.pop(0)))
         return {}
 
     async def close(self) -> None:

@@ -43,7 +43,7 @@ FIRST_BYTES = 15.0
 """Seconds for a client to say what it wants where it has to say it before anything passes."""
 KERNEL_LATE = 0.1
 """Seconds by which we may read of a refusal after the plugin felt it: the record and the reset leave together."""
-UNSETTLED = 15_000
+UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: what cannot be recorded does not happen."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
@@ -72,7 +72,7 @@ class Shared:
         """The rule that refuses everything new while it could not be recorded, or None."""
         if self.audit.blocked is not None:
             return "audit-unavailable" if self.audit_first else None
-        return "audit-unavailable" if self.audit.unsettled > UNSETTLED else None
+        return "audit-unavailable" if self.audit.unacknowledged > UNACKNOWLEDGED else None
 
 
 class Outbound:

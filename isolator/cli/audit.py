@@ -87,7 +87,7 @@ def query(
 @click.pass_obj
 def story(root: str | None, event_id: str, as_json: bool) -> None:
     """Tell everything that one event caused, in order."""
-    from isolator.audit.story import collect, tell
+    from isolator.audit.story import collect, story_lines
 
     found = collect(Paths.of(root).audit_log, event_id)
     if not found:
@@ -96,7 +96,7 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
         records = [json.loads(line) for line, _ in found]
         click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
         return
-    for line in tell(event_id, [record for _, record in found], _width()):
+    for line in story_lines(event_id, [record for _, record in found], _width()):
         click.echo(click.style(line.text, fg="red") if line.bad else line.text)
 
 

@@ -152,7 +152,7 @@ class Services:
         answer = await service.channel.call("hello", timeout=20, **self._hello())
         if service.starts == 1:
             self.unended = {str(run): str(plugin) for run, plugin in answer.fields.get("runs", {}).items()}
-        self._audit.replace(socket.socket(fileno=self._audit_end("supervisor")))
+        self._audit.reconnect(socket.socket(fileno=self._audit_end("supervisor")))
         listener = self._metrics_listener()
         service.channel.notify("metrics", fds=[listener.fileno()])
         listener.close()

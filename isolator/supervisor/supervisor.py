@@ -171,7 +171,7 @@ class Supervisor:
                 self.audit.record(HostStopped(seconds=round(time.monotonic() - started, 3)))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(5):
-                        await self.audit.settled()
+                        await self.audit.durable()
                 await self._services.stop(("audit",))
         await self._stack.aclose()
 

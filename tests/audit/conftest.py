@@ -67,7 +67,7 @@ class Daemon:
             await self.channel.call("source", name=name, fds=[theirs.fileno()], timeout=20)
         if client is None:
             return AuditClient(ours)
-        client.replace(ours)
+        client.reconnect(ours)
         return client
 
     async def flush(self) -> None:

@@ -34,7 +34,7 @@ async def until(condition: Callable[[], bool], client: AuditClient) -> None:
 
 async def settled(client: AuditClient) -> None:
     async with asyncio.timeout(30):
-        await client.settled()
+        await client.durable()
 
 
 def complete(daemon: Daemon, count: int) -> None:

@@ -45,7 +45,7 @@ async def test_records_are_numbered_batched_and_acknowledged() -> None:
     assert [int(r["n"].split(":")[1]) for r in records] == list(range(1, len(records) + 1))
     writer.tell(acked=len(records))
     async with asyncio.timeout(5):
-        await client.settled(within=1000 - len(records))
+        await client.durable(within=1000 - len(records))
     assert client.acked == len(records)
     client.close()
 
@@ -58,13 +58,13 @@ async def test_a_new_writer_gets_what_the_old_one_did_not_acknowledge_and_is_ack
     first.read()
     first.tell(acked=4)
     async with asyncio.timeout(5):
-        await client.settled(within=6)
-    client.replace(second.theirs)
+        await client.durable(within=6)
+    client.reconnect(second.theirs)
     again = second.read()
     assert [r["data"]["name"] for r in again] == [str(n) for n in range(4, 10)]
     second.tell(acked=6)
     async with asyncio.timeout(5):
-        await client.settled()
+        await client.durable()
     client.close()
 
 
@@ -91,11 +91,11 @@ async def test_a_full_buffer_is_counted_and_told(monkeypatch: Any) -> None:
     for number in range(15):
         client.record(any_record("net.query", name=str(number)))
     assert client.lost == 5
-    client.replace(writer.theirs)
+    client.reconnect(writer.theirs)
     writer.read()
     writer.tell(acked=10)
     async with asyncio.timeout(5):
-        await client.settled()
+        await client.durable()
     client.record(any_record("net.query", name="after"))
     await asyncio.sleep(0)
     gap, after = writer.read()
@@ -110,7 +110,7 @@ async def test_handed_over_waits_for_a_writer_that_is_behind() -> None:
     for number in range(5000):
         client.record(any_record("net.query", name="x" * 500 + str(number)))
     client.record(any_record("event.dispatched"), urgent=True)
-    waiting = asyncio.create_task(client.handed_over())
+    waiting = asyncio.create_task(client.flushed())
     await asyncio.sleep(0.05)
     assert not waiting.done()
     seen = 0
@@ -145,7 +145,7 @@ async def test_a_writer_that_goes_away_costs_nothing() -> None:
     for _ in range(100):
         client.record(any_record("net.query"), urgent=True)
     again = Writer()
-    client.replace(again.theirs)
+    client.reconnect(again.theirs)
     assert len(again.read()) == 100
     assert isinstance(again.sock, socket.socket)
     client.close()

@@ -85,9 +85,9 @@ async def test_a_port_that_is_taken_costs_the_figures_not_the_trail(daemon: Daem
 async def test_what_the_host_says_of_its_queues_is_shown_and_in_no_trail(daemon: Daemon) -> None:
     await daemon.start(metrics={"port": (port := free_port())})
     host, broker = await daemon.source("host"), await daemon.source("broker")
-    host.figures(queue={"slack": 3, "mail": 1})
-    host.figures(queue={"slack": 4})
-    broker.figures(queue={"slack": 9})
+    host.gauges(queue={"slack": 3, "mail": 1})
+    host.gauges(queue={"slack": 4})
+    broker.gauges(queue={"slack": 9})
     await settled(host)
     await settled(broker)
     text = await scrape(*await asyncio.open_connection("127.0.0.1", port))

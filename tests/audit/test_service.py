@@ -28,7 +28,7 @@ def check(daemon: Daemon) -> Report:
 
 async def settled(client: AuditClient) -> None:
     async with asyncio.timeout(20):
-        await client.settled()
+        await client.durable()
 
 
 async def test_what_is_acknowledged_is_on_disk_and_fits(daemon: Daemon) -> None:
@@ -235,7 +235,7 @@ async def test_killed_at_random_nothing_acknowledged_is_lost_and_nothing_stands_
                 sent += 1
             await asyncio.sleep(0)
             if sent - host.acked > 5000:
-                await host.settled(within=2500)
+                await host.durable(within=2500)
         await daemon.kill()
         await daemon.start()
         await daemon.source("host", host)

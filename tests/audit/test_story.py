@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isolator.audit.record import Record
-from isolator.audit.story import tell
+from isolator.audit.story import story_lines
 from isolator.audit.text import printable
 from isolator.errors import NotFoundError
 from tests.audit.any_record import any_record
@@ -143,7 +143,7 @@ def told(*happened: tuple[float, str, str | None, dict[str, Any]]) -> list[str]:
         )
         for number, (after, type, plugin, data) in enumerate(happened, 1)
     ]  # fmt: skip
-    return [line.text for line in tell("e1", records)]
+    return [line.text for line in story_lines("e1", records)]
 
 
 ACCEPTED = (0.0, "event.accepted", None, {"event": "deploy.failed", "subject": "p1", "plugins": ["one"], "by": "uid:0"})

@@ -8,7 +8,7 @@ import json
 import socket
 from typing import Any
 
-from isolator.audit.record import FIGURES
+from isolator.audit.record import GAUGES
 from tests.support.timeouts import seconds
 
 
@@ -44,7 +44,7 @@ class Witness:
                 break
             lines = packet.split(b"\n")
             self._audit_received += len(lines)
-            self.records += [json.loads(line) for line in lines if not line.startswith(FIGURES)]
+            self.records += [json.loads(line) for line in lines if not line.startswith(GAUGES)]
         if self.audit_acks:
             self.tell_audit({"acked": self._audit_received})
         self.wake()

@@ -106,7 +106,7 @@ async def test_nothing_is_sent_before_the_kernel_has_its_record(store: Store) ->
     deliveries = await _taken(queue)
     while not audit._stuck:  # fill the socket
         audit.record(any_record("net.query", text="x" * 10_000))
-        audit.hand_over()
+        audit.flush()
     for delivery in deliveries:
         attempts.begin(Attempt(delivery, "run", b"request", lambda name=delivery.plugin: sent.append(name)))
     await asyncio.sleep(0.1)
@@ -170,18 +170,18 @@ async def test_a_duplicate_counts_nothing(store: Store) -> None:
 DIES = """
 import os, signal
 from isolator.audit.client import AuditClient
-handed_over = AuditClient.handed_over
+flushed = AuditClient.flushed
 async def killed(self):
     if os.path.exists({armed!r}):
         {records_first}
         os.kill(os.getpid(), signal.SIGKILL)
-    await handed_over(self)
-AuditClient.handed_over = killed
+    await flushed(self)
+AuditClient.flushed = killed
 """
 
 
 @pytest.mark.parametrize("key", [{}, {"dedupe_key": "once"}], ids=["counted with the event", "counted after it"])
-@pytest.mark.parametrize("records_first", ["pass", "await handed_over(self)"], ids=["unrecorded", "recorded"])
+@pytest.mark.parametrize("records_first", ["pass", "await flushed(self)"], ids=["unrecorded", "recorded"])
 async def test_killed_between_the_count_and_the_writes_loses_nothing_and_sends_nothing_uncounted(
     daemon: Daemon, records_first: str, key: dict[str, str]
 ) -> None:
