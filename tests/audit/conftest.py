@@ -1,4 +1,4 @@
-"""A real audit process under a user of its own, spoken to over real sockets."""
+"""A real audit process under a user of its own, reached over real sockets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RUN = (
 
 
 class Daemon:
-    """What the supervisor is to the audit process: directories, channel, sources."""
+    """The supervisor's side of the audit process: directories, channel, sources."""
 
     def __init__(self, root: Path, code: Path, *, uid: int = UID) -> None:
         self.paths = Paths.of(root)

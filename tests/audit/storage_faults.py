@@ -32,7 +32,7 @@ async def until(condition: Callable[[], bool], client: AuditClient) -> None:
             await asyncio.sleep(0.05)
 
 
-async def settled(client: AuditClient) -> None:
+async def durable(client: AuditClient) -> None:
     async with asyncio.timeout(30):
         await client.durable()
 
@@ -89,7 +89,7 @@ async def fill_and_free(daemon: Daemon, ballast: Path) -> None:
     ballast.unlink()
     async with asyncio.timeout(30):
         await host.writable()
-    await settled(host)
+    await durable(host)
     assert await daemon.stop() == 0
     complete(daemon, sent)
 
@@ -134,7 +134,7 @@ async def read_only_at_start(daemon: Daemon) -> None:
         run("mount", "-o", "remount,rw", str(log))
         async with asyncio.timeout(30):
             await host.writable()
-        await settled(host)
+        await durable(host)
         await daemon.stop()
         complete(daemon, 100)
     finally:
@@ -142,14 +142,14 @@ async def read_only_at_start(daemon: Daemon) -> None:
 
 
 async def disk_dies(daemon: Daemon) -> None:
-    """The file system shuts down under the writer: dirty pages are gone, every call fails; then it is mounted again."""
+    """The file system shuts down under the writer: dirty pages are lost, every call fails; then it is mounted again."""
     log = daemon.paths.audit_log
     with ext4(log, 16 << 20) as mount:
         await daemon.start()
         host = await daemon.source("host")
         for number in range(500):
             host.record(any_record("event.accepted", number=number, filler="x" * 200))
-        await settled(host)
+        await durable(host)
         shut_down(log)
         acked = host.acked
         for number in range(500, 600):
@@ -163,7 +163,7 @@ async def disk_dies(daemon: Daemon) -> None:
         mount()
         async with asyncio.timeout(30):
             await host.writable()
-        await settled(host)
+        await durable(host)
         await daemon.stop()
         complete(daemon, 600)
 
@@ -174,12 +174,12 @@ async def fsync_fails(daemon: Daemon) -> None:
 
 
 async def write_fails(daemon: Daemon) -> None:
-    """Every fifth write fails; what the ones before it left is cut off."""
+    """Every fifth write fails; the part of a batch that was written before it is cut off."""
     await injected(daemon, "write:error=ENOSPC:when=5+5")
 
 
 async def slow_disk(daemon: Daemon) -> None:
-    """Two seconds for each fdatasync: nobody waits per record, nothing is blocked, what is acknowledged is there."""
+    """Two seconds for each fdatasync: nobody waits per record, nothing is blocked, acknowledged records are there."""
     host, tracer = await traced(daemon, "fdatasync:delay_enter=2000000")
     try:
         begun, sent = asyncio.get_running_loop().time(), 1
@@ -193,7 +193,7 @@ async def slow_disk(daemon: Daemon) -> None:
     finally:
         tracer.terminate()
         await tracer.wait()
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     complete(daemon, sent)
 
@@ -204,7 +204,7 @@ async def traced(daemon: Daemon, fault: str) -> tuple[AuditClient, asyncio.subpr
     assert daemon.process is not None
     host = await daemon.source("host")
     host.record(any_record("event.accepted", number=0))
-    await settled(host)
+    await durable(host)
     pid = str(daemon.process.pid)
     tracer = await asyncio.create_subprocess_exec(
         "strace", "-f", "-qq", "-o", "/dev/null", "-p", pid, "-e", "trace=fdatasync,write", "-e", f"inject={fault}"
@@ -228,7 +228,7 @@ async def injected(daemon: Daemon, fault: str) -> None:
     finally:
         tracer.terminate()
         await tracer.wait()
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     complete(daemon, sent)
 

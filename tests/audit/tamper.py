@@ -1,4 +1,4 @@
-"""What somebody without the key can do to a trail."""
+"""Changes that somebody without the key can make to a trail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sending side: it never fails, never blocks, loses nothing in silence."""
+"""AuditClient: never fails, never blocks, loses no record without a gap."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_a_new_writer_gets_what_the_old_one_did_not_acknowledge_and_is_ack
     client.close()
 
 
-async def test_what_cannot_be_written_as_json_or_is_too_long_becomes_a_gap() -> None:
+async def test_record_that_is_no_json_or_too_long_becomes_a_gap() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     circle: list[Any] = []
@@ -84,7 +84,7 @@ async def test_what_cannot_be_written_as_json_or_is_too_long_becomes_a_gap() -> 
     client.close()
 
 
-async def test_a_full_buffer_is_counted_and_told(monkeypatch: Any) -> None:
+async def test_record_beyond_a_full_buffer_is_counted_and_reported_as_a_gap(monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "MAX_PENDING", 10)
     writer = Writer()
     client = AuditClient(None)
@@ -104,7 +104,7 @@ async def test_a_full_buffer_is_counted_and_told(monkeypatch: Any) -> None:
     client.close()
 
 
-async def test_handed_over_waits_for_a_writer_that_is_behind() -> None:
+async def test_flushed_waits_for_a_writer_that_is_behind() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     for number in range(5000):
@@ -123,7 +123,7 @@ async def test_handed_over_waits_for_a_writer_that_is_behind() -> None:
     client.close()
 
 
-async def test_blocked_and_unblocked() -> None:
+async def test_writable_waits_while_the_writer_is_blocked() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     writer.tell(blocked="disk full")
@@ -138,7 +138,7 @@ async def test_blocked_and_unblocked() -> None:
     client.close()
 
 
-async def test_a_writer_that_goes_away_costs_nothing() -> None:
+async def test_writer_that_goes_away_costs_no_record() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)
     writer.sock.close()

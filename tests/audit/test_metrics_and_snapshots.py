@@ -1,4 +1,4 @@
-"""Figures: those of Prometheus, over real sockets, and those of a real control group."""
+"""Metrics over real sockets, and the use of a real control group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from isolator.layers.cgroup.subtree import open_subtree
 from isolator.policy.model import ResourcePolicy
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
-from tests.audit.test_service import settled
+from tests.audit.test_service import durable
 
 
 async def scrape(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str = "/metrics") -> str:
@@ -37,10 +37,10 @@ async def fill(host: AuditClient) -> None:
     host.record(any_record("event.accepted", event="deploy.completed"), event_id="e")
     host.record(any_record("event.dispatched", queued_us=250), plugin="p", event_id="e", delivery_id="d")
     host.record(any_record("event.response", outcome="ok", latency_us=1500), plugin="p", event_id="e", delivery_id="d")
-    await settled(host)
+    await durable(host)
 
 
-async def test_over_a_unix_socket_that_the_supervisor_made(daemon: Daemon) -> None:
+async def test_metrics_are_served_on_a_unix_socket_of_the_supervisor(daemon: Daemon) -> None:
     await daemon.start()
     await fill(await daemon.source("host"))
     path = str(daemon.paths.root / "metrics.sock")
@@ -64,7 +64,7 @@ async def test_over_a_unix_socket_that_the_supervisor_made(daemon: Daemon) -> No
     assert "404" in await scrape(*await asyncio.open_unix_connection(path), path="/other")
 
 
-async def test_over_tcp_when_the_configuration_asks(daemon: Daemon) -> None:
+async def test_metrics_are_served_on_tcp_if_configured(daemon: Daemon) -> None:
     port = free_port()
     await daemon.start(metrics={"address": "127.0.0.1", "port": port})
     await fill(await daemon.source("host"))
@@ -75,21 +75,21 @@ async def test_over_tcp_when_the_configuration_asks(daemon: Daemon) -> None:
     idle.close()
 
 
-async def test_a_port_that_is_taken_costs_the_figures_not_the_trail(daemon: Daemon) -> None:
+async def test_taken_port_costs_the_metrics_not_the_trail(daemon: Daemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         await daemon.start(metrics={"address": "127.0.0.1", "port": taken.getsockname()[1]})
         await fill(await daemon.source("host"))
         assert await daemon.stop() == 0
 
 
-async def test_what_the_host_says_of_its_queues_is_shown_and_in_no_trail(daemon: Daemon) -> None:
+async def test_queue_lengths_of_the_host_are_shown_and_in_no_trail(daemon: Daemon) -> None:
     await daemon.start(metrics={"port": (port := free_port())})
     host, broker = await daemon.source("host"), await daemon.source("broker")
     host.gauges(queue={"slack": 3, "mail": 1})
     host.gauges(queue={"slack": 4})
     broker.gauges(queue={"slack": 9})
-    await settled(host)
-    await settled(broker)
+    await durable(host)
+    await durable(broker)
     text = await scrape(*await asyncio.open_connection("127.0.0.1", port))
     assert 'isolator_queue_depth{plugin="slack"} 4.0\n' in text and 'isolator_queue_depth{plugin="mail"} 0.0\n' in text
     await daemon.stop()
@@ -97,7 +97,7 @@ async def test_what_the_host_says_of_its_queues_is_shown_and_in_no_trail(daemon:
     assert daemon.records()[0]["data"]["source"] == "broker"
 
 
-def test_what_a_plugins_life_comes_to() -> None:
+def test_records_of_a_plugins_life_are_counted() -> None:
     metrics = Metrics()
 
     def happens(type: str, **data: Any) -> None:
@@ -159,8 +159,8 @@ def leaf() -> Iterator[Leaf]:
         subtree.remove()
 
 
-def test_figures_of_a_process_in_a_control_group(leaf: Leaf) -> None:
-    """It fills memory, burns processor time, opens files; all of it is seen in the figures, and nothing else is."""
+def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
+    """A process that fills memory, burns processor time and opens files has all of it in its snapshot, and no more."""
     work = (
         "import sys, threading, time\n"
         "sys.stdin.readline()\n"
@@ -193,7 +193,7 @@ def test_figures_of_a_process_in_a_control_group(leaf: Leaf) -> None:
     assert figures["oom_kills"] == 0
 
 
-def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
+def test_missing_counter_is_left_out(tmp_path: Path) -> None:
     figures = snapshot([tmp_path, tmp_path / "gone"], [2**22 + 1])
     nothing = {"tasks": 0, "threads": 0, "open_files": 0, "io_read": 0, "io_written": 0}
     assert figures == {"processes": 1, **nothing}

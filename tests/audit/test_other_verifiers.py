@@ -31,17 +31,17 @@ def run(written: Written, *paths: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_it_accepts_what_the_writer_wrote(written: Written) -> None:
+def test_perl_verifier_accepts_an_untouched_trail(written: Written) -> None:
     paths = files.trail(written.log)
     assert len(paths) > 2
-    code, said = run(written, *paths)
+    code, output = run(written, *paths)
     report = written.verify()
-    assert code == 0, said
-    assert f"{report.last} is the last record, {report.seals} seals, {report.unsealed} records" in said
+    assert code == 0, output
+    assert f"{report.last} is the last record, {report.seals} seals, {report.unsealed} records" in output
 
 
 @pytest.mark.parametrize("how", ["edit", "delete", "swap", "rechain", "file missing"])
-def test_it_refuses_what_was_changed(written: Written, how: str, tmp_path: Path) -> None:
+def test_perl_verifier_refuses_a_changed_trail(written: Written, how: str, tmp_path: Path) -> None:
     paths = files.trail(written.log)
     lines = paths[0].read_bytes().splitlines()
     match how:
@@ -55,15 +55,15 @@ def test_it_refuses_what_was_changed(written: Written, how: str, tmp_path: Path)
             lines = rechain([line.replace(b'"number":3}', b'"number":4}') for line in lines])
     changed = tmp_path / paths[0].name
     changed.write_bytes(b"".join(line + b"\n" for line in lines))
-    given = [paths[0], *paths[2:]] if how == "file missing" else [changed, *paths[1:]]
-    code, said = run(written, *given)
+    shown = [paths[0], *paths[2:]] if how == "file missing" else [changed, *paths[1:]]
+    code, output = run(written, *shown)
     assert code == 1
-    assert said.startswith("does not fit: ")
+    assert output.startswith("does not fit: ")
     if how == "rechain":
-        assert "the signature of seal" in said
+        assert "the signature of seal" in output
 
 
-def test_the_verifier_in_the_documentation_works(written: Written, tmp_path: Path) -> None:
+def test_verifier_in_the_documentation_works(written: Written, tmp_path: Path) -> None:
     text = (SCRIPT.parent / "audit.md").read_text()
     program = tmp_path / "verifier.py"
     program.write_text(text.split("```python\n", 1)[1].split("```", 1)[0])

@@ -20,7 +20,7 @@ from isolator.audit.text import printable
 from isolator.errors import IsolatorError, NotFoundError
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
-from tests.audit.test_service import check, settled
+from tests.audit.test_service import check, durable
 from tests.audit.test_verify import Written
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another user")
@@ -40,7 +40,7 @@ async def filled(daemon: Daemon, count: int, **limits: int) -> None:
             plugin=f"p{number % 3}",
             event_id=f"e{number}",
         )
-    await settled(host)
+    await durable(host)
 
 
 async def test_tail_shows_the_last_ones_over_several_files(daemon: Daemon) -> None:
@@ -67,7 +67,7 @@ async def test_a_follower_sees_every_record_once_over_rotations_and_restarts(dae
         for part in range(4):
             for number in range(200):
                 client.record(any_record("event.accepted", number=number, filler="x" * 100))
-            await settled(client)
+            await durable(client)
             if part == 1:
                 await daemon.kill()
                 await daemon.start(rotate_size=20_000)
@@ -92,7 +92,7 @@ async def test_a_follower_that_stands_still_holds_nobody_up(daemon: Daemon) -> N
     host = await daemon.source("host")
     for number in range(5000):
         host.record(any_record("event.accepted", number=number, filler="x" * 100))
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     seen = []
     while lines := follower.available():
@@ -149,7 +149,7 @@ def test_a_follower_goes_on_after_any_record(tmp_path: Path) -> None:
         assert seen == list(range(after + 1, written.head[0] + 1))
 
 
-def test_what_does_not_continue_the_record_before_is_told(tmp_path: Path) -> None:
+def test_line_that_breaks_the_chain_is_reported(tmp_path: Path) -> None:
     lines = Written(tmp_path, 30, Limits()).lines()
     other = Written(tmp_path / "other", 30, Limits(), start=1).lines()
     changed = lines[3].replace(b'"number":3', b'"number":9')
@@ -162,22 +162,24 @@ def test_what_does_not_continue_the_record_before_is_told(tmp_path: Path) -> Non
         ([*lines[:3], changed], ["was changed after it was written"]),
     ):
         chain = reader.Continuity()
-        told = [why for line in arriving if (why := chain.check(line))]
-        assert len(told) == len(expected) and all(want in why for want, why in zip(expected, told, strict=True)), told
+        found = [why for line in arriving if (why := chain.check(line))]
+        assert len(found) == len(expected) and all(want in why for want, why in zip(expected, found, strict=True)), (
+            found
+        )
     assert "records 7 to 9" in str(reader.Continuity(6).check(lines[9]))
 
 
-async def test_query_by_plugin_type_event_time_and_number(daemon: Daemon) -> None:
+async def test_query_finds_by_plugin_type_event_time_and_number(daemon: Daemon) -> None:
     await daemon.start(rotate_size=20_000)
     host = await daemon.source("host")
     broker = await daemon.source("broker")
     for number in range(100):
         host.record(any_record("event.accepted", filler="x" * 200), plugin=f"p{number % 2}", event_id=f"e{number}")
-    await settled(host)
+    await durable(host)
     middle = daemon.records()[-1]["time"]
     broker.record(any_record("net.denied", name="net.connect"), plugin="p0", run="r", event_id="e7")
     broker.record(any_record("net.connect", event_ids=["e7", "e8"]), plugin="p1", run="r")
-    await settled(broker)
+    await durable(broker)
     await daemon.stop()
 
     def found(*arguments: str) -> list[dict[str, object]]:
@@ -233,7 +235,7 @@ async def test_verify_notices_an_older_copy_put_in_place(daemon: Daemon) -> None
     assert not check(daemon).misfits  # which the file alone could not tell
 
 
-async def test_no_trail_is_not_found(daemon: Daemon) -> None:
+async def test_missing_trail_is_an_error(daemon: Daemon) -> None:
     for command in ("tail", "verify", "query"):
         assert isinstance(run(daemon, command).exception, NotFoundError)
 
@@ -243,7 +245,7 @@ async def test_a_terminal_gets_nothing_but_visible_characters(daemon: Daemon) ->
     host = await daemon.source("host")
     nasty = "\x1b]0;x\x07\x1b[31m\u202etxt.exe\u2066\u200b\u3164\x9b2J\r\nforged seq=1 type=\u05d0\x7f"
     host.record(any_record("plugin.health", text=nasty, **{nasty: [nasty, {"a": nasty}]}), plugin=nasty, event_id=nasty)
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     for command in (["tail"], ["query"], ["story", nasty]):
         result = run(daemon, *command)

@@ -1,4 +1,4 @@
-"""The writer process, from outside: what is acknowledged is on disk, in order, tagged, and nobody else's."""
+"""The writer process, from outside: acknowledged records are on disk, in order, tagged, each of its own source."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def check(daemon: Daemon) -> Report:
     return verify(files.trail(daemon.paths.audit_log), load_public(daemon.paths.audit_log / "public.pem"))
 
 
-async def settled(client: AuditClient) -> None:
+async def durable(client: AuditClient) -> None:
     async with asyncio.timeout(20):
         await client.durable()
 
 
-async def test_what_is_acknowledged_is_on_disk_and_fits(daemon: Daemon) -> None:
+async def test_acknowledged_records_are_on_disk_and_fit(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     for number in range(2500):
         host.record(any_record("event.accepted", bytes=number), event_id=f"e{number}")
-    await settled(host)
+    await durable(host)
     # Acknowledged means written: before any stop or flush.
     assert [r["data"]["bytes"] for r in daemon.of_type("event.accepted")] == list(range(2500))
     assert await daemon.stop() == 0
@@ -57,7 +57,7 @@ async def test_records_that_trickle_in_share_commits(daemon: Daemon) -> None:
         acknowledged.add(host.acked)
     commits = len(acknowledged) - 1
     assert 0 < commits <= (time.monotonic() - began) / 0.005 + 2
-    await settled(host)
+    await durable(host)
     assert [r["event_id"] for r in daemon.of_type("event.accepted")] == [str(number) for number in range(200)]
 
 
@@ -84,14 +84,16 @@ SUPERVISORS = [
         ("supervisor", "plugin.started", ["audit.seal", "audit.other"]),
     ],
 )
-async def test_a_source_speaks_only_for_itself(daemon: Daemon, source: str, own: str, foreign: list[str]) -> None:
-    """Whatever it claims to be: its own name in the record is not its to say, and what is refused leaves a trace."""
+async def test_source_writes_only_its_own_record_types(
+    daemon: Daemon, source: str, own: str, foreign: list[str]
+) -> None:
+    """Whatever a source claims: the writer fills in its name, and a refused record leaves a gap."""
     await daemon.start()
     client = await daemon.source(source)
     client.record(any_record(own, origin="supervisor:00000000:1"), plugin="a")
     for type in foreign:
         client.record(any_record(type, pid=1, origin="supervisor:00000000:1", signature="00"), plugin="a")
-    await settled(client)
+    await durable(client)
     await daemon.stop()
     records = daemon.records()
     assert [r["type"] for r in records] == [own, *["audit.gap"] * len(foreign), "audit.seal"]
@@ -102,12 +104,12 @@ async def test_a_source_speaks_only_for_itself(daemon: Daemon, source: str, own:
     assert not check(daemon).misfits
 
 
-async def test_what_is_too_long_for_a_record_is_told(daemon: Daemon) -> None:
+async def test_record_that_is_too_long_leaves_a_gap(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     host.record(any_record("event.response", response="x" * (1 << 20)), plugin="p")
     host.record(any_record("event.response", response="x" * 100_000), plugin="p")
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     (gap,) = daemon.of_type("audit.gap")
     assert gap["data"]["count"] == 1 and "too long for a record" in gap["data"]["why"]
@@ -149,7 +151,7 @@ async def test_text_of_plugins_is_capped_escaped_and_one_string(daemon: Daemon) 
     host = await daemon.source("host")
     nasty = '\x1b[2J\x7f\u202e\u200b\ud800"\n{"seq":99,"hash":"0"}\r\u2028é'
     host.record(any_record("plugin.health", text=nasty, long="ü" * 5000, inner=["x" * 5000]), plugin="p")
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     raw = daemon.paths.audit_file.read_bytes()
     assert all(32 <= byte < 127 or byte == 10 for byte in raw)
@@ -185,8 +187,8 @@ async def test_the_event_in_flight_is_found_in_whatever_order_the_sockets_are_re
     broker.record(any_record("net.closed", name="first", flow="f1"), plugin="p", run="r", urgent=True)
     broker.record(any_record("net.denied", name="after"), plugin="p", run="r", urgent=True)
     daemon.process.send_signal(signal.SIGCONT)
-    await settled(host)
-    await settled(broker)
+    await durable(host)
+    await durable(broker)
     found = {
         (r["type"], r["data"]["name"]): (r["event_id"], r["delivery_id"], r["data"].get("event_ids"))
         for r in daemon.records()
@@ -207,15 +209,15 @@ async def test_a_new_writer_goes_on_with_the_chain_and_the_deliveries_in_flight(
     await daemon.start()
     host = await daemon.source("host")
     host.record(any_record("event.dispatched"), plugin="p", run="r", event_id="e1", delivery_id="d1")
-    await settled(host)
+    await durable(host)
     await daemon.kill()
     host.record(any_record("event.accepted"), event_id="e2")
     await daemon.start()
     broker = await daemon.source("broker")
     broker.record(any_record("net.connect", name="x"), plugin="p", run="r")
     await daemon.source("host", host)
-    await settled(host)
-    await settled(broker)
+    await durable(host)
+    await durable(broker)
     await daemon.stop()
     assert daemon.of_type("net.connect")[0]["event_id"] == "e1"
     assert len(daemon.of_type("event.accepted")) == 1
@@ -223,7 +225,7 @@ async def test_a_new_writer_goes_on_with_the_chain_and_the_deliveries_in_flight(
     assert not daemon.of_type("audit.gap")
 
 
-async def test_killed_at_random_nothing_acknowledged_is_lost_and_nothing_stands_twice(daemon: Daemon) -> None:
+async def test_writer_killed_at_random_loses_and_repeats_no_acknowledged_record(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     sent = 0
@@ -239,7 +241,7 @@ async def test_killed_at_random_nothing_acknowledged_is_lost_and_nothing_stands_
         await daemon.kill()
         await daemon.start()
         await daemon.source("host", host)
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     assert [r["data"]["number"] for r in daemon.of_type("event.accepted")] == list(range(sent))
     report = check(daemon)
@@ -252,7 +254,7 @@ async def test_a_torn_last_line_is_cut_off_and_recorded(daemon: Daemon, keep: in
     await daemon.start()
     host = await daemon.source("host")
     host.record(any_record("event.accepted"), event_id="e1")
-    await settled(host)
+    await durable(host)
     await daemon.kill()
     line = daemon.paths.audit_file.read_bytes().splitlines()[0]
     with daemon.paths.audit_file.open("ab") as file:
@@ -264,19 +266,19 @@ async def test_a_torn_last_line_is_cut_off_and_recorded(daemon: Daemon, keep: in
     assert not check(daemon).misfits
 
 
-async def test_what_was_removed_behind_its_back_is_named_for_ever(daemon: Daemon) -> None:
+async def test_records_removed_while_nobody_wrote_are_named_for_ever(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     for number in range(10):
         host.record(any_record("event.accepted"), event_id=f"e{number}")
-    await settled(host)
+    await durable(host)
     await daemon.kill()
     lines = daemon.paths.audit_file.read_bytes().splitlines(keepends=True)
     daemon.paths.audit_file.write_bytes(b"".join(lines[:6]))
     await daemon.start()
     await daemon.source("host", host)
     host.record(any_record("event.accepted"), event_id="later")
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     gap = daemon.of_type("audit.gap")[0]
     assert (gap["seq"], gap["data"]["count"]) == (11, 4)
@@ -291,7 +293,7 @@ async def test_a_forged_end_is_not_built_upon(daemon: Daemon) -> None:
     host = await daemon.source("host")
     for number in range(5):
         host.record(any_record("event.accepted"), event_id=f"e{number}")
-    await settled(host)
+    await durable(host)
     await daemon.kill()
     from tests.audit.tamper import rechain
 
@@ -308,7 +310,7 @@ async def test_head_is_readable_only_for_the_writer(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     host.record(any_record("event.accepted"), event_id="e")
-    await settled(host)
+    await durable(host)
     head = json.loads((daemon.paths.audit_lib / HEAD_NAME).read_text())
     assert head["hash"] == daemon.records()[0]["hash"]
     assert (daemon.paths.audit_lib / HEAD_NAME).stat().st_mode & 0o077 == 0
@@ -320,13 +322,13 @@ async def test_signals_to_the_whole_group_do_not_end_it_before_the_others(daemon
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGTERM)
     daemon.process.send_signal(signal.SIGINT)
-    host.record(any_record("event.accepted"), event_id="last words")
-    await settled(host)
+    host.record(any_record("event.accepted"), event_id="last")
+    await durable(host)
     assert await daemon.stop() == 0
     assert len(daemon.of_type("event.accepted")) == 1
 
 
-async def test_what_waits_in_the_sockets_is_written_before_the_end(daemon: Daemon) -> None:
+async def test_records_in_the_sockets_are_written_before_the_end(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
     assert daemon.process is not None and daemon.channel is not None
@@ -346,7 +348,7 @@ async def test_a_key_that_cannot_be_trusted_is_replaced_and_both_verify(daemon: 
     await daemon.start()
     host = await daemon.source("host")
     host.record(any_record("event.accepted"), event_id="1")
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     key = daemon.paths.audit_lib / "seal.key"
     if fault == "mode":
@@ -398,7 +400,7 @@ async def test_the_next_writer_knows_which_runs_have_no_end(daemon: Daemon, reco
     supervisor.record(any_record("plugin.crashed"), plugin="three", run="r3")
     for number in range(records_after):
         supervisor.record(any_record("resources", number=number), plugin="one", run="r1")
-    await settled(supervisor)
+    await durable(supervisor)
     await daemon.kill()
     assert (len(files.rotated(daemon.paths.audit_log)) > 2) == (records_after > 100)
     await daemon.start()

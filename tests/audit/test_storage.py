@@ -1,4 +1,4 @@
-"""The disk fails in every way that can be arranged; what was acknowledged stays, and the writer recovers by itself."""
+"""The disk fails in every way that can be arranged; acknowledged records stay, and the writer recovers by itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isolator.audit.client import AuditClient
 from tests.audit.any_record import any_record
 from tests.audit.conftest import UID, Daemon
 from tests.audit.storage_faults import FAULTS
-from tests.audit.test_service import check, settled
+from tests.audit.test_service import check, durable
 from tests.support.timeouts import seconds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ async def fill(daemon: Daemon, count: int) -> None:
     host = await daemon.source("host")
     for number in range(count):
         host.record(any_record("event.accepted", number=number, filler="x" * 200))
-    await settled(host)
+    await durable(host)
 
 
 async def test_every_full_file_verifies_alone_and_ends_with_a_seal(daemon: Daemon) -> None:
@@ -114,11 +114,11 @@ WHILE_DOWN = {
     "public key": "was not the writer's",
     "key owner": "the signing key belonged to uid 0",
 }
-"""What somebody does to the files while nobody writes them, and what the record of it says."""
+"""Changes of the files while nobody writes them, and the text of the record of each."""
 
 
 @pytest.mark.parametrize("how", WHILE_DOWN)
-async def test_what_was_done_to_the_files_while_nobody_wrote_them(daemon: Daemon, how: str) -> None:
+async def test_change_of_the_files_while_nobody_wrote_them_is_recorded(daemon: Daemon, how: str) -> None:
     await daemon.start()
     await fill(daemon, 20)
     await daemon.stop()
@@ -165,23 +165,23 @@ async def test_what_was_done_to_the_files_while_nobody_wrote_them(daemon: Daemon
             (daemon.paths.audit_lib / "seal.key").chmod(0o644)
     await daemon.start()
     if how == "owner":
-        # Not its file any more: it is told, and goes on without a restart once that is mended.
+        # Not its file any more: the fault is reported, and the writer goes on without a restart once that is mended.
         assert "Permission denied" in daemon.hello["blocked"]
         os.chown(live, UID, UID)
     host = await daemon.source("host")
     await until_writable(host)
     for number in range(5):
         host.record(any_record("event.accepted", number=number))
-    await settled(host)
+    await durable(host)
     await daemon.stop()
     assert victim.read_text() == "of somebody else\n"
     assert live.is_file() and not live.is_symlink() and live.stat().st_mode & 0o777 == 0o640
-    told = [gap["data"]["why"] for gap in daemon.of_type("audit.gap")]
-    assert any(WHILE_DOWN[how] in why for why in told) if WHILE_DOWN[how] else told == [], told
+    reasons = [gap["data"]["why"] for gap in daemon.of_type("audit.gap")]
+    assert any(WHILE_DOWN[how] in why for why in reasons) if WHILE_DOWN[how] else reasons == [], reasons
     lost = how in ("deleted", "emptied", "older", "symlink", "folder", "fifo")
     report = check(daemon)
     assert bool(report.misfits) == lost
-    assert report.last == 42 + 5 + 1 + len(told)
+    assert report.last == 42 + 5 + 1 + len(reasons)
 
 
 async def until_writable(client: AuditClient) -> None:

@@ -16,7 +16,7 @@ from isolator.errors import NotFoundError
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_reader import run
-from tests.audit.test_service import settled
+from tests.audit.test_service import durable
 
 
 async def happen(daemon: Daemon) -> None:
@@ -25,16 +25,16 @@ async def happen(daemon: Daemon) -> None:
     one: dict[str, Any] = {"plugin": "slack-deploy-notifier", "run": "r1"}
     other: dict[str, Any] = {"plugin": "google-indexer", "run": "r2"}
     supervisor.record(any_record("plugin.started", reason="eager", pid=9, uid=70001), **other)
-    await settled(supervisor)
+    await durable(supervisor)
     host.record(
         any_record("event.accepted", event="deploy.completed", subject="project-7", bytes=259, plugins=["a", "b"]),
         event_id="evt-1",
     )
-    await settled(host)
+    await durable(host)
     supervisor.record(
         any_record("plugin.started", reason="first event", pid=4711, uid=70000, milliseconds={"exec": 1.2}), **one
     )
-    await settled(supervisor)
+    await durable(supervisor)
     host.record(
         any_record("event.dispatched", attempt=1, queued_us=5300, request_bytes=400),
         **one,
@@ -43,7 +43,7 @@ async def happen(daemon: Daemon) -> None:
     )
     host.record(any_record("event.dispatched", attempt=1), **other, event_id="evt-0", delivery_id="evt-0.g")
     host.record(any_record("event.dispatched", attempt=1), **other, event_id="evt-1", delivery_id="evt-1.g")
-    await settled(host)
+    await durable(host)
     broker.record(
         any_record("net.query", name="hooks.slack.com", type="A", verdict="allowed", rule="hooks.slack.com:443"), **one
     )
@@ -75,16 +75,16 @@ async def happen(daemon: Daemon) -> None:
         any_record("net.denied", name="\u202emoc.live" + "x" * 200, address="203.0.113.5", port=25, rule="not listed"),
         **other,
     )
-    await settled(broker)
+    await durable(broker)
     supervisor.record(any_record("syscall.denied", call="ptrace", count=3), **one)
-    await settled(supervisor)
+    await durable(supervisor)
     host.record(
         any_record(
             "event.response", attempt=1, outcome="ok", status="ok", latency_us=84_210, response_bytes=30,
             response='{"status":"ok","text":"posted \x1b[31m"}',
         ), **one, event_id="evt-1", delivery_id="evt-1.s",
     )  # fmt: skip
-    await settled(host)
+    await durable(host)
     broker.record(
         any_record(
             "net.closed",
@@ -99,18 +99,18 @@ async def happen(daemon: Daemon) -> None:
         **one,
     )
     broker.record(any_record("net.query", name="later.example", type="A", verdict="denied"), **one)
-    await settled(broker)
+    await durable(broker)
     await daemon.stop()
 
 
-async def test_story(daemon: Daemon) -> None:
+async def test_story_of_an_event_in_80_columns(daemon: Daemon) -> None:
     await happen(daemon)
     result = run(daemon, "story", "evt-1")
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert all(len(line) <= 80 and printable(line) == line and line.isascii() for line in lines)
-    told = [m[1] for line in lines if (m := re.match(r" *\+\d+\.\d (?:ms|s) [AB ][* ] ([a-z.]+)", line))]
-    assert told == [
+    types = [m[1] for line in lines if (m := re.match(r" *\+\d+\.\d (?:ms|s) [AB ][* ] ([a-z.]+)", line))]
+    assert types == [
         "accepted", "plugin.started", "dispatched", "dispatched", "net.query", "net.connect", "net.denied",
         "net.denied", "syscall.denied", "response", "net.closed",
     ]  # fmt: skip
@@ -125,7 +125,7 @@ async def test_story(daemon: Daemon) -> None:
     assert "later.example" not in text and "eager" not in text
 
 
-async def test_story_as_json_and_of_nothing(daemon: Daemon) -> None:
+async def test_story_as_json_and_of_an_unknown_event(daemon: Daemon) -> None:
     await happen(daemon)
     story = json.loads(run(daemon, "story", "evt-1", "--json").output)
     assert story["event_id"] == "evt-1"
@@ -133,7 +133,7 @@ async def test_story_as_json_and_of_nothing(daemon: Daemon) -> None:
     assert isinstance(run(daemon, "story", "evt-9").exception, NotFoundError)
 
 
-def told(*happened: tuple[float, str, str | None, dict[str, Any]]) -> list[str]:
+def story_of(*happened: tuple[float, str, str | None, dict[str, Any]]) -> list[str]:
     """The story of e1 made of: seconds since it was accepted, type, plugin, data."""
     begin = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     records = [
@@ -169,15 +169,17 @@ ACCEPTED = (0.0, "event.accepted", None, {"event": "deploy.failed", "subject": "
         ([(8, "event.dead", "one", {}), (9, "event.replayed", "one", {"by": "uid:0"})], "one: queued again"),
     ],
 )  # fmt: skip
-def test_how_it_ended_comes_first(happened: list[tuple[float, str, str, dict[str, Any]]], verdict: str) -> None:
-    lines = told(ACCEPTED, *happened)
+def test_story_begins_with_the_outcome_for_each_plugin(
+    happened: list[tuple[float, str, str, dict[str, Any]]], verdict: str
+) -> None:
+    lines = story_of(ACCEPTED, *happened)
     assert lines[:2] == ["e1  deploy.failed of p1", "  accepted 2026-01-02 03:04:05.000 UTC by uid:0"]
     assert lines[2] == f"  A  {verdict}"
 
 
-def test_what_is_long_is_broken_and_nothing_of_it_lost() -> None:
+def test_long_text_is_wrapped_and_complete() -> None:
     name = ".".join(["x" * 60] * 4)
-    lines = told(ACCEPTED, (90000, "net.query", "one", {"name": name, "type": "A", "verdict": "denied"}))
+    lines = story_of(ACCEPTED, (90000, "net.query", "one", {"name": name, "type": "A", "verdict": "denied"}))
     assert all(len(line) <= 80 for line in lines)
     assert name in "".join(line.strip() for line in lines)
     assert any(line.lstrip().startswith("+25.0 h A  net.query") for line in lines)

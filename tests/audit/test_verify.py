@@ -139,7 +139,7 @@ def test_a_record_that_looks_like_a_seal_is_none(written: Written) -> None:
     assert (report.seals, report.misfits) == (0, [])
 
 
-def test_an_unfinished_last_line_is_told_apart(written: Written) -> None:
+def test_unfinished_last_line_is_no_misfit(written: Written) -> None:
     copy = written.log / "torn"
     copy.write_bytes(written.live.read_bytes()[:-30])
     report = verify([copy], load_public(written.log / "public.pem"))
@@ -152,7 +152,7 @@ OPERATIONS = st.sampled_from(["delete", "swap", "repeat", "flip", "insert", "old
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_change_of_what_is_sealed_goes_unseen(written: Written, data: st.DataObject) -> None:
+def test_every_change_of_sealed_records_is_found(written: Written, data: st.DataObject) -> None:
     """Any edit, deletion, insertion, exchange or repetition before the last seal is found, and not before its place."""
     original = written.lines()
     lines = list(original)
@@ -214,7 +214,7 @@ WHOLE_FILES = st.sampled_from("remove exchange copy-over cut shorten append olde
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_change_of_several_files_goes_unseen(several: Written, data: st.DataObject) -> None:
+def test_every_change_of_several_files_is_found(several: Written, data: st.DataObject) -> None:
     """Files removed, exchanged, cut, replaced by an older state or edited: found without an anchor, unless what is
     left is how the trail once was; and with one always."""
     originals = [(path.name, path.read_bytes()) for path in files.trail(several.log)]
@@ -271,8 +271,8 @@ def test_no_change_of_several_files_goes_unseen(several: Written, data: st.DataO
         assert found.torn == len(now) - len(finished)
 
 
-def test_nobody_but_the_writer_explains_missing_files(tmp_path: Path) -> None:
-    """A host or broker that was taken over says that the files which are gone were retired; the writer seals it."""
+def test_only_the_writer_explains_missing_files(tmp_path: Path) -> None:
+    """A host or broker that was taken over claims that missing files were retired; the writer seals the claim."""
     for origin, accepted in (("audit", True), ("host:5f2a9c10:42", False), ("supervisor:5f2a9c10:42", False)):
         written = Written(tmp_path / origin[:4], 100, Limits(seal_records=SEAL, rotate_size=6000))
         gone = files.rotated(written.log)[0]
@@ -296,9 +296,7 @@ JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(TEXT, JSON, max_size=5), TEXT)
-def test_whatever_a_source_sends_becomes_one_ascii_line_that_says_the_same(
-    data: dict[str, object], plugin: str
-) -> None:
+def test_line_of_a_source_becomes_one_ascii_line_of_the_same_meaning(data: dict[str, object], plugin: str) -> None:
     import json
 
     sent = json.dumps({"time": TIME, "type": "api.called", "plugin": plugin, "data": data}).encode()

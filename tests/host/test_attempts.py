@@ -104,7 +104,7 @@ async def test_nothing_is_sent_before_the_kernel_has_its_record(store: Store) ->
     attempts = Attempts(queue, audit, wait_for_trail=True)
     sent: list[str] = []
     deliveries = await _taken(queue)
-    while not audit._stuck:  # fill the socket
+    while not audit._send_blocked:  # fill the socket
         audit.record(any_record("net.query", text="x" * 10_000))
         audit.flush()
     for delivery in deliveries:

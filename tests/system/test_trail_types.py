@@ -170,17 +170,17 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     (policies / "changing.toml").write_text("[grant]\nnonsense = true\n")
     wait_for(lambda: of(d, "plugin.rejected"))
     wait_for(lambda: 'isolator_queue_depth{plugin="actor"} 0.0\n' in scrape(d))
-    (d.root / FIGURES).write_text(scrape(d))
+    (d.root / METRICS).write_text(scrape(d))
     kill_9(d.service_pid("isolator.broker.service"))
     wait_for(lambda: [r for r in of(d, "audit.gap") if r["data"].get("source") == "broker"])
     return events
 
 
-FIGURES = "figures.txt"
+METRICS = "metrics.txt"
 
 
 def scrape(d: Daemon) -> str:
-    """The figures for Prometheus."""
+    """The metrics as Prometheus gets them."""
     command = ["curl", "-s", "--unix-socket", str(d.root / "run/isolator/metrics.sock"), "http://isolator/metrics"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -227,7 +227,7 @@ def test_every_record_follows_its_published_schema(lived: Lived) -> None:
     assert not wrong
 
 
-def test_each_start_has_its_end_and_its_last_words(lived: Lived) -> None:
+def test_each_start_has_its_end_and_its_stderr_tail(lived: Lived) -> None:
     d, _ = lived
     starts = [r["run"] for r in of(d, "plugin.started")]
     ends = [r["run"] for t in ("plugin.stopped", "plugin.crashed") for r in of(d, t) if "uptime" in r["data"]]
@@ -256,8 +256,8 @@ def test_an_event_has_its_story(lived: Lived) -> None:
     assert types("refuse") >= delivered | {"event.dead", "event.replayed"}
 
 
-def test_the_figures_tell_of_it(lived: Lived) -> None:
-    found = re.findall(r"^isolator_(\S+) (\S+)$", (lived[0].root / FIGURES).read_text(), re.MULTILINE)
+def test_metrics_count_the_records(lived: Lived) -> None:
+    found = re.findall(r"^isolator_(\S+) (\S+)$", (lived[0].root / METRICS).read_text(), re.MULTILINE)
     figures = {name: float(value) for name, value in found}
     for name, least in {
         'plugin_total{plugin="actor",what="started"}': 3,
@@ -296,7 +296,7 @@ def test_secrets_are_in_no_record(lived: Lived) -> None:
     assert logs and not [path for path in logs if SECRET in path.read_text("latin-1")]
 
 
-def test_what_plugins_write_is_text_in_files_and_on_terminals(lived: Lived) -> None:
+def test_text_of_plugins_stays_text_in_files_and_on_terminals(lived: Lived) -> None:
     d, events = lived
     raw = (d.root / "var/log/isolator/audit/audit.jsonl").read_bytes()
     assert all(32 <= byte < 127 or byte == 10 for byte in raw)
@@ -315,7 +315,7 @@ def test_what_plugins_write_is_text_in_files_and_on_terminals(lived: Lived) -> N
         assert not [line for line in shown if line.startswith('{"seq"')]
 
 
-def test_it_verifies_here_and_elsewhere(lived: Lived) -> None:
+def test_trail_verifies_here_and_elsewhere(lived: Lived) -> None:
     d, _ = lived
     assert "fits together" in d.cli("audit", "verify").stdout
     if not shutil.which("perl"):
