@@ -56,15 +56,15 @@ class Batch:
 class Chain:
     """Gives records their seq, prev and hash, seals them, and gathers their lines in batches."""
 
-    def __init__(self, state: ChainEnd, signer: Signer, limits: Limits) -> None:
-        self.seq, self.hash, self.sealed = state.seq, state.hash, state.sealed
-        self.origins, self.runs = state.origins, state.runs
+    def __init__(self, end: ChainEnd, signer: Signer, limits: Limits) -> None:
+        self.seq, self.hash, self.sealed = end.seq, end.hash, end.sealed
+        self.origins, self.runs = end.origins, end.runs
         self.bytes = 0
         """Bytes of the lines not taken yet."""
         self.seals = 0
         self._signer, self._limits = signer, limits
-        self._file_bytes = 0 if state.size >= limits.rotate_size else state.size
-        self._begun = state.begun if self._file_bytes else time.time()
+        self._file_bytes = 0 if end.size >= limits.rotate_size else end.size
+        self._begun = end.begun if self._file_bytes else time.time()
         self._batches: list[Batch] = []
         self._open = Batch()
 
@@ -141,17 +141,17 @@ class Trail:
         head = read_head(self._lib / HEAD_NAME)
         self._open_head()
         self._fd = self._open_live()
-        state = recover(self._fd, self._log, head, self.notes)
-        if state.newline_missing:
+        end = recover(self._fd, self._log, head, self.notes)
+        if end.newline_missing:
             os.write(self._fd, b"\n")
-            state.size += 1
+            end.size += 1
         sync_directory(self._log)
-        self.seq, self._hash = state.seq, state.hash
-        self._size, self._first = state.size, state.first
+        self.seq, self._hash = end.seq, end.hash
+        self._size, self._first = end.size, end.first
         self._inode = os.fstat(self._fd).st_ino
-        self._full = state.size >= self._limits.rotate_size
+        self._full = end.size >= self._limits.rotate_size
         self._retire()
-        return state, signer
+        return end, signer
 
     def close(self) -> None:
         """Close the files."""

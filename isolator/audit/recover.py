@@ -68,7 +68,7 @@ class ChainEnd:
     begun: float = 0.0
     """Unix time of the live file's first record."""
     newline_missing: bool = False
-    ended: bool = True
+    stopped: bool = True
     """Whether the last record but the trail's own is ``host.stopped``; true of an empty trail."""
 
 
@@ -90,13 +90,13 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
     Faults are added to ``notes``, to be recorded. More than one torn line is kept beside the trail, as
     ``audit.cut.SEQ``. Raises OSError.
     """
-    state = ChainEnd()
+    end = ChainEnd()
     files = rotated(directory)
     before = last_line(files[-1]) if files else None
     if before is not None:
-        _advance(state, before)
+        _advance(end, before)
     size = os.fstat(fd).st_size
-    state.first = state.seq + 1
+    end.first = end.seq + 1
     # Records of a killed writer may be in the page cache only; they count as written from here on.
     os.fdatasync(fd)
     known: dict[int, str] = {}
@@ -106,34 +106,34 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
         seq = seq_of(line)
         if seq is None or not own_hash_fits(line) or parse(line) is None:
             break
-        if known and (seq != state.seq + 1 or prev_of(line) != state.hash):
+        if known and (seq != end.seq + 1 or prev_of(line) != end.hash):
             break
-        if not known and start + scan_from == 0 and before is not None and prev_of(line) != state.hash:
+        if not known and start + scan_from == 0 and before is not None and prev_of(line) != end.hash:
             notes.append(AuditGap(count=0, why="the live file does not continue the file before it"))
-        _advance(state, line)
-        known[seq] = state.hash
+        _advance(end, line)
+        known[seq] = end.hash
         good += len(line) + 1
     if size:
         line = first_line(directory / LIVE)
-        state.first = seq_of(line) or state.first
+        end.first = seq_of(line) or end.first
         record = parse(line)
         # A time that cannot be read counts as old: then a new file is begun, which harms nothing.
         with contextlib.suppress(ValueError):
-            state.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
-    _collect_deliveries(state, data[: good - start])
-    state.ended = _ends_with_a_stop(data[: good - start])
-    state.size = size
+            end.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
+    _collect_deliveries(end, data[: good - start])
+    end.stopped = _ends_with_a_stop(data[: good - start])
+    end.size = size
     rest = data[good - start :]
-    if head is not None and (head.seq > state.seq or known.get(head.seq, head.hash) != head.hash):
-        _resume_at_head(state, head, notes)
-        state.newline_missing = bool(rest) and not rest.endswith(b"\n")
-        return state
+    if head is not None and (head.seq > end.seq or known.get(head.seq, head.hash) != head.hash):
+        _resume_at_head(end, head, notes)
+        end.newline_missing = bool(rest) and not rest.endswith(b"\n")
+        return end
     if rest:
-        _cut_off(state, fd, good, rest, directory, notes)
-    if head is None and state.seq:
+        _cut_off(end, fd, good, rest, directory, notes)
+    if head is None and end.seq:
         why = "the writer's note of its last record was missing: only seals vouch for what is before"
         notes.append(AuditGap(count=0, why=why))
-    return state
+    return end
 
 
 def _tail(fd: int, size: int) -> tuple[int, bytes, int]:
@@ -165,23 +165,23 @@ def _lines(data: bytes, start: int) -> list[bytes]:
     return data[start:].split(b"\n")[:-1]
 
 
-def _advance(state: ChainEnd, line: bytes) -> None:
+def _advance(end: ChainEnd, line: bytes) -> None:
     record = parse(line)
     if record is None:
         return
-    state.seq, state.hash = record.seq, hash_of(line)
+    end.seq, end.hash = record.seq, hash_of(line)
     if record.type == AuditSeal.TYPE:
-        state.sealed = record.seq - 1
+        end.sealed = record.seq - 1
         origins = record.data.get("origins")
         if isinstance(origins, dict):
-            state.origins = {str(name): str(last) for name, last in origins.items()}
+            end.origins = {str(name): str(last) for name, last in origins.items()}
         runs = record.data.get("runs")
         if isinstance(runs, dict):
-            state.runs = {str(run): str(plugin) for run, plugin in runs.items()}
+            end.runs = {str(run): str(plugin) for run, plugin in runs.items()}
     elif ":" in record.origin:
         source, _, number = record.origin.partition(":")
-        state.origins[source] = number
-    follow_run(state.runs, record.type, record.plugin, record.run)
+        end.origins[source] = number
+    follow_run(end.runs, record.type, record.plugin, record.run)
 
 
 def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | None) -> None:
@@ -194,12 +194,12 @@ def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | N
         runs.pop(run, None)
 
 
-def _collect_deliveries(state: ChainEnd, data: bytes) -> None:
+def _collect_deliveries(end: ChainEnd, data: bytes) -> None:
     for line in data.split(b"\n"):
         if any(mark in line for mark in _DELIVERY_MARKS):
             record = parse(line)
             if record is not None:
-                state.deliveries.append(_replayed(record))
+                end.deliveries.append(_replayed(record))
 
 
 def _ends_with_a_stop(data: bytes) -> bool:
@@ -223,23 +223,23 @@ def _replayed(record: Record) -> Incoming:
     )
 
 
-def _resume_at_head(state: ChainEnd, head: Head, notes: list[AuditGap]) -> None:
-    missing = max(0, head.seq - state.seq)
+def _resume_at_head(end: ChainEnd, head: Head, notes: list[AuditGap]) -> None:
+    missing = max(0, head.seq - end.seq)
     notes.append(
         AuditGap(
             count=missing,
             why="the trail was cut or changed while nobody wrote it"
             if missing
             else "the end of the trail was rewritten while nobody wrote it",
-            found={"seq": state.seq, "hash": state.hash},
+            found={"seq": end.seq, "hash": end.hash},
             written={"seq": head.seq, "hash": head.hash},
         )
     )
-    state.seq, state.hash = head.seq, head.hash
-    state.sealed = min(state.sealed, head.seq)
+    end.seq, end.hash = head.seq, head.hash
+    end.sealed = min(end.sealed, head.seq)
 
 
-def _cut_off(state: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, notes: list[AuditGap]) -> None:
+def _cut_off(end: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, notes: list[AuditGap]) -> None:
     gap = AuditGap(
         count=1,
         why="torn last record: its writer died in the middle of writing it",
@@ -248,7 +248,7 @@ def _cut_off(state: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, 
         text=rest[:1024].decode("ascii", "replace"),
     )
     if b"\n" in rest:
-        kept = directory / f"audit.cut.{state.seq + 1:012d}"
+        kept = directory / f"audit.cut.{end.seq + 1:012d}"
         with contextlib.suppress(FileExistsError), kept.open("xb") as file:
             file.write(rest)
             os.fsync(file.fileno())
@@ -256,5 +256,5 @@ def _cut_off(state: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, 
         gap = AuditGap(**{**gap.data, "count": count, "why": why, "kept": kept.name})
     os.ftruncate(fd, good)
     os.fdatasync(fd)
-    state.size = good
+    end.size = good
     notes.append(gap)

@@ -291,16 +291,16 @@ class Writer:
     async def _run(self, attempted: asyncio.Event) -> None:
         while self._chain is None:
             try:
-                state, signer = await self._loop.run_in_executor(self._worker, self._trail.open)
+                end, signer = await self._loop.run_in_executor(self._worker, self._trail.open)
             except (OSError, ValueError) as error:
                 self._block(_reason(error))
                 attempted.set()
                 if await self._pause():
                     return
                 continue
-            self._chain = Chain(state, signer, self._limits)
-            self.ended = state.ended
-            for delivery in state.deliveries:
+            self._chain = Chain(end, signer, self._limits)
+            self.ended = end.stopped
+            for delivery in end.deliveries:
                 self._causes.observe(delivery, time.monotonic_ns())
         self._take_notes()
         self._wake.set()
