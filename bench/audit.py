@@ -132,8 +132,8 @@ while True:
 _SERVER = """
 import asyncio, os, socket, sys
 from pathlib import Path
-from host.control.server import ControlServer
 from host.control.follow import TrailStreams
+from host.control.server import ControlServer
 from isolator.audit.client import AuditClient
 async def main():
     audit = AuditClient(socket.socket(fileno=int(sys.argv[1])))
@@ -141,7 +141,7 @@ async def main():
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[3])
     listener.listen(64)
-    await ControlServer(streams.table(), lambda uid: "operator", lambda *_, **__: None).start(listener)
+    await ControlServer(streams.endpoints(), lambda uid: "operator", lambda *_, **__: None).start(listener)
     print("serving", flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())

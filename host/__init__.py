@@ -1,4 +1,4 @@
-"""What serves the platform: registry, queue, dispatch, host API, control socket. Runs unprivileged.
+"""Host: registry, queue, dispatch, host API, control socket; everything that serves the platform. Runs unprivileged.
 
 For a platform that embeds it, ``PluginHost`` is the whole public surface.
 """

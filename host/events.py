@@ -1,4 +1,4 @@
-"""The event catalogue: which events exist, what their payloads look like, who orders them.
+"""Event catalogue: the types of events, the models of their payloads, and the field that orders each.
 
 A payload is a typed model: unknown fields, wrong types and missing required fields are refused when the platform
 emits, so that a plugin never sees anything else. Times are RFC 3339 text in UTC. Fields that the host can know
@@ -40,7 +40,7 @@ def _timestamp(value: str) -> str:
 
 
 def format_time(moment: datetime) -> str:
-    """UTC, milliseconds, ``Z``."""
+    """A moment as RFC 3339 text: UTC, milliseconds, ``Z``."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -150,7 +150,7 @@ DROP_ORDER = ("commit_message", "message", "title", "log_url", "branch", "enviro
 
 @dataclass(frozen=True)
 class EventType:
-    """One entry of the catalogue."""
+    """Event type: one entry of the catalogue."""
 
     name: str
     model: type[BaseModel]
@@ -163,12 +163,12 @@ class EventType:
     """``down[n]`` turns a payload of major n into one of major n - 1."""
 
     def optional_fields(self) -> tuple[str, ...]:
-        """Optional fields in the order in which one-shot requests drop them."""
+        """Return the optional fields in the order in which one-shot requests drop them."""
         names = [name for name, info in self.model.model_fields.items() if not info.is_required()]
         return (*(n for n in DROP_ORDER if n in names), *(n for n in names if n not in DROP_ORDER))
 
     def translate(self, payload: dict[str, Any], major: int) -> dict[str, Any]:
-        """The payload as a plugin of an older major knows it; steps without a translation change nothing."""
+        """Translate a payload for a plugin of an older major; steps without a translation change nothing."""
         for version in range(self.version, max(major, 1), -1):
             step = self.down.get(version)
             if step is not None:
@@ -176,7 +176,7 @@ class EventType:
         return payload
 
     def schema(self) -> dict[str, Any]:
-        """JSON Schema of the payload."""
+        """Return the JSON Schema of the payload."""
         schema = self.model.model_json_schema()
         schema["$id"] = f"isolator:schema/{self.name}/{self.version}"
         return schema
@@ -184,7 +184,7 @@ class EventType:
 
 @dataclass(frozen=True)
 class Validated:
-    """A payload that passed: its fields and its compact JSON."""
+    """Payload that passed: its fields and its compact JSON."""
 
     type: EventType
     fields: dict[str, Any]
@@ -202,7 +202,7 @@ BUILT_IN = (
 
 
 class Catalogue:
-    """Every event this daemon knows: the six it ships and those the platform registered."""
+    """Event types of this daemon: the six it ships and those the platform registered."""
 
     def __init__(self) -> None:
         self._types: dict[str, EventType] = {}
@@ -224,15 +224,15 @@ class Catalogue:
         self._types[event_type.name] = event_type
 
     def get(self, name: str) -> EventType | None:
-        """The event of that canonical name."""
+        """Find an event type by its canonical name."""
         return self._types.get(name)
 
     def canonical(self, hook: str) -> str:
-        """The event that a hook means, whichever way it is spelled."""
+        """Return the canonical name of a hook's event, whichever way it is spelled."""
         return OLDER_HOOKS.get(hook, hook)
 
     def validate(self, name: str, payload: Mapping[str, Any]) -> Validated:
-        """Check a payload and fill in what the host knows; raises NotFoundError or UsageError."""
+        """Check a payload and fill in the fields that the host knows; raises NotFoundError or UsageError."""
         event_type = self._types.get(self.canonical(name))
         if event_type is None:
             close = difflib.get_close_matches(name, self._types, 1)
@@ -252,7 +252,7 @@ class Catalogue:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong with a document, in one line, with a suggestion for a misspelt key."""
+    """Describe the errors of a document in one line, with a suggestion for a misspelt key."""
     parts: list[str] = []
     # A misspelt field first: it explains the missing one.
     problems = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
@@ -286,9 +286,9 @@ _SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": float, "boo
 
 
 def from_schema(name: str, schema: Mapping[str, Any], order_by: str | None = None, version: int = 1) -> EventType:
-    """A platform's own event from the JSON Schema of its payload (flat object; scalars, enums, lists of them).
+    """Make a platform's event type from the JSON Schema of its payload (flat object; scalars, enums, lists of them).
 
-    A keyword outside that subset is refused rather than ignored, so that what is checked is what was asked for.
+    A keyword outside that subset is refused rather than ignored, so that no rule goes unchecked. Raises UsageError.
     """
     if schema.get("type") != "object" or not isinstance(schema.get("properties"), dict):
         raise UsageError(f"event {name}", "the schema must describe an object with properties")
@@ -314,9 +314,9 @@ def _field_type(event: str, key: str, rule: Mapping[str, Any]) -> Any:
     known = {"type", "title", "description", "default", "examples"} | _LIMITS.keys()
     unknown = set(rule) - known
     if kind is None or unknown:
-        what = f"keyword {sorted(unknown)[0]!r}" if unknown else f"type {rule.get('type')!r}"
-        raise UsageError(f"event {event}", f"{key}: {what} is not supported", f"use one of {', '.join(_SCALARS)}")
-    limits = {_LIMITS[word]: rule[word] for word in _LIMITS if word in rule}
+        rejected = f"keyword {sorted(unknown)[0]!r}" if unknown else f"type {rule.get('type')!r}"
+        raise UsageError(f"event {event}", f"{key}: {rejected} is not supported", f"use one of {', '.join(_SCALARS)}")
+    limits = {_LIMITS[keyword]: rule[keyword] for keyword in _LIMITS if keyword in rule}
     return Annotated[kind, Field(**limits)] if limits else kind
 
 

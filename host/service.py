@@ -8,43 +8,65 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import logging
 import os
 import signal
 import socket
 import sys
+from typing import Any
 
 import prctl
 
-from host.host import Host
+from host.host import Host, Introduction, take_audit_end
 from isolator.audit.client import AuditClient
-from isolator.errors import IsolatorError
-from isolator.ipc.channel import Channel
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.channel import Channel, Message
+from isolator.linux import daemon_log
+
+_logger = logging.getLogger(__name__)
 
 
 async def serve(channel_fd: int, audit_fd: int | None) -> int:
-    """Serve until the supervisor goes away or says SIGTERM."""
+    """Serve until the supervisor closes its channel, or until SIGTERM; returns the exit code."""
     loop = asyncio.get_running_loop()
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
     audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None)
-    host = Host(channel, audit)
+    running: asyncio.Future[Host] = loop.create_future()
+
+    async def hello(message: Message) -> dict[str, Any]:
+        if running.done():
+            raise UsageError("hello", "was already said")
+        introduction = Introduction.read(message)
+        host = Host(introduction.paths, introduction.settings, channel, audit)
+        running.set_result(host)
+        # Before anything is awaited: a message behind the hello finds its handler.
+        for op, handler in host.handlers().items():
+            channel.handle(op, handler)
+        await host.start(introduction)
+        loop.call_soon(_freeze)
+        return {}
+
+    async def audit_source(message: Message) -> None:
+        take_audit_end(audit, message)
+
+    channel.handle("hello", hello)
+    channel.handle("audit.source", audit_source)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    closed = asyncio.create_task(channel.closed.wait())
-    stopped = asyncio.create_task(stop.wait())
-    frozen = asyncio.create_task(_settle(host))
-    await asyncio.wait((closed, stopped), return_when=asyncio.FIRST_COMPLETED)
-    for task in (closed, stopped, frozen):
+    ends = [asyncio.create_task(channel.closed.wait()), asyncio.create_task(stop.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for task in ends:
         task.cancel()
-    await host.close()
+    if running.done():
+        await running.result().close()
     channel.close()
     audit.close()
     return 0
 
 
-async def _settle(host: Host) -> None:
-    """After the start-up no object of it will ever be garbage: keep the collector from walking them all again."""
-    await host.started.wait()
+def _freeze() -> None:
+    """Keep the collector from walking the objects of the start-up over and over: none of them will ever be garbage."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -56,9 +78,10 @@ def main() -> None:
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--audit-fd", type=int)
     arguments = parser.parse_args()
+    daemon_log.set_up()
     if os.geteuid() == 0:
-        # What plugins send is parsed here: this process must never be one that can do harm.
-        os.write(2, b"isolator: host.service: refuses to run as root; it is started by 'isolator serve'\n")
+        # Bytes of plugins are parsed here: this process must never be one that can do harm.
+        _logger.error("host.service: refuses to run as root; it is started by 'isolator serve'")
         sys.exit(2)
     os.umask(0o027)
     # This process knows every secret: no dump of it, and no debugger of the same uid.
@@ -66,7 +89,7 @@ def main() -> None:
     try:
         sys.exit(asyncio.run(serve(arguments.channel_fd, arguments.audit_fd)))
     except IsolatorError as error:
-        os.write(2, f"isolator: {error}\n".encode())
+        _logger.error("%s", error)
         sys.exit(1)
 
 

@@ -7,10 +7,12 @@ from functools import partial
 from docs.generate.floors import floors
 from docs.generate.replace import Part
 from docs.generate.schemas import FOLDER, json_schema, types_table
+from docs.generate.verbs import verbs
 from isolator.audit.schema import RECORDS
 
 PARTS: tuple[Part, ...] = (
     Part("docs/architecture.md", "floors", floors),
     Part("docs/audit.md", "record types", types_table),
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
+    Part("docs/embedding.md", "verbs", verbs),
 )

@@ -1,7 +1,7 @@
 """``isolator audit tail``: the last records, and those that are written from now on.
 
 The daemon sends them while it runs, so that a ``viewer`` needs no access to the files; else, and when it ends, they
-are followed in the files. Whichever it is: a record that does not continue the one before is told on stderr.
+are followed in the files. Either way a record that does not continue the one before is reported on stderr.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from isolator.cli.audit import AS_JSON, audit, print_lines, readable
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError
 from isolator.paths import Paths
 
-_AGAIN = 1.0
-"""Seconds between two attempts to reach a daemon that went away."""
+_RETRY = 1.0
+"""Seconds between two attempts to reach a daemon that has ended."""
 
 
 @audit.command(
@@ -40,15 +40,15 @@ def tail(root: str | None, follow: bool, lines: int, after: int | None, as_json:
     directory = Paths.of(root).audit_log
     try:
         if follow and _from_daemon(root, shown, lines, after):
-            _go_on(root, directory, shown)
-        elif not follow or not _reader_gone():
+            _outlive_daemon(root, directory, shown)
+        elif not follow or not _output_closed():
             _from_files(directory, shown, lines, after, follow=follow)
     except KeyboardInterrupt:
         return
 
 
 class _Shown:
-    """What was printed so far."""
+    """The printed records; each must continue the one before."""
 
     def __init__(self, after: int | None, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -66,7 +66,7 @@ class _Shown:
 
 
 def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None) -> bool:
-    """Print what the daemon sends until it ends; False when it sends nothing to us."""
+    """Print the records that the daemon sends until it ends; False when it refuses."""
     try:
         client = Client(root)
     except (UnavailableError, DeniedError):
@@ -83,12 +83,12 @@ def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None)
     return True
 
 
-def _go_on(root: str | None, directory: Path, shown: _Shown) -> None:
-    """The daemon went away: read the files, or wait for it to come back."""
-    while not _reader_gone():
+def _outlive_daemon(root: str | None, directory: Path, shown: _Shown) -> None:
+    """Go on after the daemon's end: read the files, or wait for the next daemon."""
+    while not _output_closed():
         if os.access(directory / files.LIVE, os.R_OK):
             return _from_files(directory, shown, 0, shown.seq, follow=True)
-        time.sleep(_AGAIN)
+        time.sleep(_RETRY)
         _from_daemon(root, shown, 0, shown.seq)
 
 
@@ -112,14 +112,14 @@ def _from_files(directory: Path, shown: _Shown, lines: int, after: int | None, *
         while True:
             while fresh := readable(follower.available):
                 shown.show(fresh)
-            # A reader of ours that went away (``| head``) ends us even when nothing is written any more.
+            # The end of our own reader (``| head``) ends us even when nothing is written any more.
             if not follow or follower.wait(None, sys.stdout.fileno()):
                 return
     finally:
         follower.close()
 
 
-def _reader_gone() -> bool:
+def _output_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLERR | select.POLLHUP)
     return bool(poll.poll(0))

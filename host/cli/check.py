@@ -1,4 +1,4 @@
-"""``isolator check``: what this host can enforce, and what a daemon that runs here complains about."""
+"""``isolator check``: the controls that this host can enforce, and the alarms of a daemon that runs here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from host.client.client import Client
 from isolator.cli.check import show
 from isolator.errors import IsolatorError
 
-_PATIENCE = 20.0
+_TIMEOUT = 20.0
 
 
 @click.command(
@@ -31,7 +31,7 @@ def check(root: str | None, as_json: bool) -> None:
 
 def _alarms(root: str | None) -> list[str]:
     try:
-        with Client(root, timeout=_PATIENCE) as client:
+        with Client(root, timeout=_TIMEOUT) as client:
             return [str(alarm) for alarm in client.call("status").get("alarms", ())]
     except IsolatorError:
-        return []  # none runs, or it tells us nothing
+        return []  # none runs, or this user may not see its alarms

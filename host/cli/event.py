@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from host.cli import inputs as given
+from host.cli import arguments
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
 from host.client.client import Client
 from isolator.errors import UsageError
@@ -45,7 +45,7 @@ def emit(
 
     The payload is a JSON object: as it stands, in a FILE, or (-) on standard input.
     """
-    fields = given.json_object(payload)
+    fields = arguments.json_object(payload)
     with Client(root, timeout=timeout + 150) as client:
         try:
             accepted = client.call("event.emit", name=name, payload=fields, dedupe_key=dedupe_key)
@@ -200,7 +200,7 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def _result(reply: str) -> str:
-    """What a reply says, without the JSON-RPC around it; anything else as it is."""
+    """The result of a JSON-RPC reply as JSON; any other text unchanged."""
     try:
         message = json.loads(reply)
     except ValueError:

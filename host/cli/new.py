@@ -1,4 +1,4 @@
-"""``isolator new``: start a plugin from a working example. Needs no daemon and no root."""
+"""``isolator new``: start a plugin from a working example, without daemon and without root."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
             "resources": {"memory": "128M", "cpu": "25%", "tasks": 32},
         },
     }
-    # What cannot be registered later is refused now; a folder's name is not always a plugin's.
+    # A manifest that cannot be registered is refused now: not every folder's name is a name for a plugin.
     parse_manifest(manifest, name="isolator new")
     event = OLDER_HOOKS.get(manifest["hooks"][0], manifest["hooks"][0])
     target.mkdir(parents=True, exist_ok=True)
     (target / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")
     compiled = len(LANGUAGES[lang]) > 1
-    words = {
+    fields = {
         "name": plugin,
         "hooks": ", ".join(f"`{hook}`" for hook in manifest["hooks"]),
         "source": LANGUAGES[lang][0][1].format(name=plugin),
@@ -78,18 +78,18 @@ def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
         "payload": json.dumps(SAMPLES.get(event, {"see": f"isolator event types {event}"})),
     }
     templates = importlib.resources.files("host.templates")
-    _fill(templates / "README.md.txt", target / "README.md", words)
+    _fill(templates / "README.md.txt", target / "README.md", fields)
     for template, file in LANGUAGES[lang]:
         path = target / file.format(name=plugin)
-        _fill(templates / lang / template, path, words)
+        _fill(templates / lang / template, path, fields)
         if path.name == plugin:
             path.chmod(0o755)
     place = shlex.quote(folder)
     click.echo(f"wrote {folder}; next:\n  {f'make -C {place} && ' if compiled else ''}isolator plugin add {place}")
 
 
-def _fill(template: Traversable, path: Path, words: dict[str, str]) -> None:
+def _fill(template: Traversable, path: Path, fields: dict[str, str]) -> None:
     text = template.read_text()
-    for word, value in words.items():
-        text = text.replace("{{" + word + "}}", value)
+    for field, value in fields.items():
+        text = text.replace("{{" + field + "}}", value)
     path.write_text(text)

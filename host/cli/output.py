@@ -1,4 +1,4 @@
-"""How the commands print: aligned text for people, JSON for programs, and nothing a plugin wrote unescaped."""
+"""Output of the commands: aligned text for people, JSON for programs, and a plugin's bytes only escaped."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
 def print_json(value: Any) -> None:
-    """One indented JSON document."""
+    """Print one indented JSON document."""
     click.echo(json.dumps(value, indent=2))
 
 
 def show_alarms(alarms: Sequence[str]) -> None:
-    """What keeps the daemon from its work, in red, on stderr, so that it is seen beside JSON as well."""
+    """Print the daemon's alarms in red, on stderr, so that they are seen beside JSON as well."""
     for alarm in alarms:
         click.secho(f"ALARM: {safe(alarm)}", fg="red", err=True)
 
 
-def room() -> int | None:
-    """Columns there are: the terminal's, or what COLUMNS says; None where a program reads."""
+def terminal_width() -> int | None:
+    """Columns of the terminal, or those of ``COLUMNS``; None where a program reads."""
     if sys.stdout.isatty() or os.environ.get("COLUMNS"):
         return shutil.get_terminal_size().columns
     return None
 
 
 def paragraph(text: str, lead: str = "") -> None:
-    """A text wrapped where it reads well; lines after the first stand below the end of ``lead``."""
-    width = min(room() or 80, 100)
+    """Print a wrapped text; lines after the first stand below the end of ``lead``."""
+    width = min(terminal_width() or 80, 100)
     click.echo(textwrap.fill(text, width, initial_indent=lead, subsequent_indent=" " * len(lead)))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as their longest cell; on a terminal the last one is wrapped at its edge."""
+    """Print columns as wide as their longest cell; on a terminal the last one is wrapped at its edge."""
     texts = [[safe(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in (list(headings), *texts)) for i in range(len(headings))]
-    columns = room() or 10_000
+    columns = terminal_width() or 10_000
     before = sum(widths[:-1]) + 2 * len(widths[:-1])
     for line in (list(headings), *texts):
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -71,7 +71,7 @@ def safe(value: Any) -> str:
 
 
 def ago(moment: float | str | None) -> str:
-    """How long a moment (Unix seconds, or an ISO time as in the trail) is past: ``4s``, ``12m``, ``3h``, ``5d``."""
+    """Time since a moment (Unix seconds, or an ISO time as in the trail): ``4s``, ``12m``, ``3h``, ``5d``."""
     if not moment:
         return "-"
     seconds = datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else moment
@@ -79,7 +79,7 @@ def ago(moment: float | str | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its largest unit."""
+    """A length of time, in seconds, in its largest unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{int(seconds // size)}{unit}"
@@ -87,7 +87,7 @@ def duration(seconds: float) -> str:
 
 
 def latency(microseconds: int | None) -> str:
-    """``412 µs``, ``3.1 ms``, ``2.40 s``."""
+    """A latency in the unit that fits: ``412 µs``, ``3.1 ms``, ``2.40 s``."""
     if microseconds is None:
         return "-"
     if microseconds < 1000:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli import inputs as given
+from host.cli import arguments
 from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, show_alarms, table
-from host.cli.registration import HISTORY_HINT, approve_plugin, register, show_proposal, update_plugin
+from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
 from host.client.client import Client
 from isolator.errors import NotFoundError, UsageError
 
@@ -57,16 +57,16 @@ def add(
     if folder is not None:
         if name or binary or hooks or files:
             raise UsageError("plugin add", "DIR and --name, --binary, --hooks, --files exclude each other")
-        request: dict[str, Any] = {"path": given.absolute(folder)}
+        request: dict[str, Any] = {"path": arguments.absolute(folder)}
     elif name and binary:
-        request = {"name": name, "binary": given.absolute(binary), "hooks": _listed(hooks)}
+        request = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
         if files:
-            request["files"] = given.absolute(files)
+            request["files"] = arguments.absolute(files)
     else:
         raise UsageError("plugin add", "name a folder, or give --name, --binary and --hooks", "see --help")
-    values, spelled_out = given.config_values(config)
+    values, literal = arguments.config_values(config)
     with Client(root) as client:
-        register(client, request, values, spelled_out, yes=yes, as_json=as_json)
+        register_plugin(client, request, values, literal, yes=yes, as_json=as_json)
 
 
 @plugin.command(
@@ -86,10 +86,10 @@ def update(root: str | None, name: str, folder: str | None, config: tuple[str, .
     """
     request: dict[str, Any] = {"update": name}
     if folder is not None:
-        request["path"] = given.absolute(folder)
-    values, spelled_out = given.config_values(config)
+        request["path"] = arguments.absolute(folder)
+    values, literal = arguments.config_values(config)
     with Client(root) as client:
-        update_plugin(client, request, values, spelled_out, yes=yes, as_json=as_json)
+        update_plugin(client, request, values, literal, yes=yes, as_json=as_json)
 
 
 @plugin.command("list")
@@ -110,13 +110,13 @@ def list_plugins(root: str | None, as_json: bool) -> None:
     rows = []
     for p in plugins:
         up = ago(p.get("started_at")) if p.get("pid") else None
-        note = p.get("error") or _waits(p) or p.get("holding")
+        note = p.get("error") or _waiting(p) or p.get("holding")
         rows.append([p["name"], p["version"], p["state"], p.get("pid"), up, p["restarts"], p["queue"], note])
     table(["name", "version", "state", "pid", "up", "restarts", "queue", "note"], rows)
 
 
-def _waits(shown: Mapping[str, Any]) -> str | None:
-    """What of a plugin waits for an operator."""
+def _waiting(shown: Mapping[str, Any]) -> str | None:
+    """The part of a plugin that waits for an operator, with the remedy."""
     if shown.get("found"):
         return f"found in {shown['found']}; isolator plugin approve {shown['name']}"
     pending = shown.get("pending")
@@ -139,7 +139,7 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         if found.get(key) not in (None, "", []):
             click.echo(f"{key + ':':18}{safe(found[key])}")
     if found.get("pending"):
-        click.echo(f"{'waits:':18}{safe(_waits(found))}")
+        click.echo(f"{'waits:':18}{safe(_waiting(found))}")
         for phrase in found["pending"]["differences"]:
             click.echo(f"{'':18}{safe(phrase)}")
     _show_config(found["config"])
@@ -197,7 +197,7 @@ def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
     with Client(root) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
-            register(client, {"path": now["found"]}, {}, [], yes=yes, as_json=as_json)
+            register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, as_json=as_json)
         else:
             approve_plugin(client, name, yes=yes, as_json=as_json)
 
@@ -233,19 +233,19 @@ def config(root: str | None, name: str, action: str, values: tuple[str, ...], as
     """Show or change a plugin's config; secrets are never shown. A change restarts the plugin."""
     with Client(root) as client:
         if action == "set":
-            given_values, spelled_out = given.config_values(values)
-            if not given_values:
+            chosen, literal = arguments.config_values(values)
+            if not chosen:
                 raise UsageError("plugin config set", "nothing to set", "name KEY=VALUE")
-            answer = client.call("config.set", name=name, config=given_values)
+            answer = client.call("config.set", name=name, config=chosen)
             items = client.call("config.list", name=name)["items"]
             secrets = {item["key"] for item in items if item["secret"]}
-            if secrets & set(spelled_out):
+            if secrets & set(literal):
                 click.echo(HISTORY_HINT, err=True)
-            _changed(answer, f"set {', '.join(given_values)}", as_json=as_json)
+            _show_change(answer, f"set {', '.join(chosen)}", as_json=as_json)
         elif action == "unset":
             if len(values) != 1:
                 raise UsageError("plugin config unset", "name one key")
-            _changed(client.call("config.unset", name=name, key=values[0]), f"unset {values[0]}", as_json=as_json)
+            _show_change(client.call("config.unset", name=name, key=values[0]), f"unset {values[0]}", as_json=as_json)
         else:
             items = client.call("config.list", name=name)["items"]
             if values:
@@ -260,11 +260,11 @@ def config(root: str | None, name: str, action: str, values: tuple[str, ...], as
                 click.echo(f"{name} has no config")
 
 
-def _changed(answer: Mapping[str, Any], what: str, *, as_json: bool) -> None:
+def _show_change(answer: Mapping[str, Any], change: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        click.echo(what + ("; restarted" if answer.get("restarted") else ""))
+        click.echo(change + ("; restarted" if answer.get("restarted") else ""))
 
 
 def _show_config(items: list[dict[str, Any]]) -> None:

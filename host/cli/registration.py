@@ -1,4 +1,4 @@
-"""Registering and updating at the command line: show what a plugin asks for and would get, ask, do it."""
+"""Registering, updating and approving at the command line: show request and grant, ask for consent, do it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli.output import paragraph, print_json, room, safe, table
+from host.cli.output import paragraph, print_json, safe, table, terminal_width
 from isolator.errors import NeedsApprovalError, UsageError
 
 if TYPE_CHECKING:
@@ -25,38 +25,41 @@ _WIDE = 110
 _NAMES = ("hooks", "permissions", "egress", "listen", "read")
 
 
-def register(
+def register_plugin(
     client: Client,
     request: Mapping[str, Any],
     values: dict[str, str],
-    spelled_out: list[str],
+    literal: list[str],
     *,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Register a new plugin; raises NeedsApprovalError when nobody agrees."""
+    """Register a new plugin; raises NeedsApprovalError when nobody agrees.
+
+    ``literal``: keys of ``values`` whose value stood on the command line.
+    """
     staged = client.call("plugin.stage", **request, config=values)
     name = staged["name"]
     if staged.get("registered"):
         raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
     if not as_json:
         _show_staged(staged)
-    _hint(staged, spelled_out)
+    _warn_of_history(staged, literal)
     if not yes:
-        _ask("plugin add", f"Register {name} with exactly this?")
+        _require_consent("plugin add", f"Register {name} with exactly this?")
     done = client.call("plugin.commit", token=staged["token"], config=values)
     if as_json:
         print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
         return
     click.echo(f"added {name} {done['plugin']['version']}; it starts with its first event")
-    _tell_missing(name, done["missing"])
+    _warn_of_missing(name, done["missing"])
 
 
 def update_plugin(
     client: Client,
     request: Mapping[str, Any],
     values: dict[str, str],
-    spelled_out: list[str],
+    literal: list[str],
     *,
     yes: bool,
     as_json: bool,
@@ -67,7 +70,7 @@ def update_plugin(
     if not as_json:
         _show_staged(staged)
         _show_differences(name, more)
-    _hint(staged, spelled_out)
+    _warn_of_history(staged, literal)
     agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
     done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
     if as_json:
@@ -81,11 +84,11 @@ def update_plugin(
     if not as_json:
         unchanged = done.get("unchanged")
         click.echo(f"{name} {done['plugin']['version']} {'is in use already' if unchanged else 'is in use now'}")
-        _tell_missing(name, done["missing"])
+        _warn_of_missing(name, done["missing"])
 
 
 def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> None:
-    """Approve what waits of a registered plugin, exactly as it is shown."""
+    """Approve the pending version of a registered plugin, exactly as it is shown."""
     proposal = client.call("plugin.explain", name=name)["proposal"]
     if not as_json:
         click.echo(f"{name} {safe(proposal['version'])}\n")
@@ -94,7 +97,7 @@ def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> No
         if proposal["changed_binary"]:
             click.echo("Its binary is another file than the one that was approved.\n")
     if not yes:
-        _ask("plugin approve", f"Approve {name} with exactly this?")
+        _require_consent("plugin approve", f"Approve {name} with exactly this?")
     answer = client.call("plugin.approve", name=name, digest=proposal["digest"])
     if as_json:
         print_json(answer)
@@ -110,28 +113,28 @@ def _show_differences(name: str, more: Sequence[str]) -> None:
         click.echo()
 
 
-def _hint(staged: Mapping[str, Any], spelled_out: list[str]) -> None:
-    if {key.lower() for key in staged["secrets_given"]} & {key.lower() for key in spelled_out}:
+def _warn_of_history(staged: Mapping[str, Any], literal: list[str]) -> None:
+    if {key.lower() for key in staged["secrets_given"]} & {key.lower() for key in literal}:
         click.echo(HISTORY_HINT, err=True)
 
 
-def _tell_missing(name: str, missing: Sequence[str]) -> None:
+def _warn_of_missing(name: str, missing: Sequence[str]) -> None:
     for key in missing:
         remedy = f"isolator plugin config {name} set {key}=VALUE"
         click.echo(f"isolator: {name} cannot start before {key} is set: {remedy}", err=True)
 
 
-def _ask(what: str, question: str) -> None:
-    """Yes from a person at a terminal, or NeedsApprovalError."""
+def _require_consent(command: str, question: str) -> None:
+    """Ask the person at the terminal; raises NeedsApprovalError unless the answer is yes."""
     if not sys.stdin.isatty():
-        raise NeedsApprovalError(what, "nobody is there to agree", "add --yes to agree to what is shown")
+        raise NeedsApprovalError(command, "nobody is there to agree", "add --yes to agree to what is shown")
     if not click.confirm(question):
-        raise NeedsApprovalError(what, "not agreed", "nothing was changed")
+        raise NeedsApprovalError(command, "not agreed", "nothing was changed")
 
 
 def _show_staged(staged: Mapping[str, Any]) -> None:
-    what = "flags only, no manifest" if staged["synthesised"] else "plugin.json"
-    click.echo(f"{staged['name']} {staged['version']} ({what}, {staged['mode']})")
+    manifest = "flags only, no manifest" if staged["synthesised"] else "plugin.json"
+    click.echo(f"{staged['name']} {staged['version']} ({manifest}, {staged['mode']})")
     if staged["description"]:
         click.echo(f"  {safe(staged['description'])}")
     click.echo()
@@ -144,15 +147,15 @@ def _show_staged(staged: Mapping[str, Any]) -> None:
 
 
 def show_proposal(proposal: Mapping[str, Any]) -> None:
-    """What is asked for, granted and in effect, line by line, and each layer's promise."""
-    columns = room()
+    """Print request, grant and effect line by line, and each layer's promise."""
+    columns = terminal_width()
     narrow = columns is not None and columns < _WIDE
     rows = []
     for line in proposal["lines"]:
         source = _source(line, proposal["policy_file"])
         cells = [line["field"], line["requested"], line["granted"], line["effective"], line["verdict"], source]
         if narrow:
-            # Of a name there is all or nothing, and what was granted stands in the policy at the line that is named.
+            # A name is granted whole or not at all, and the grant stands in the policy at the line in the last column.
             effect = line["effective"]
             if line["field"] in _NAMES and effect == line["requested"] != "none":
                 effect = "yes"
@@ -181,7 +184,7 @@ def show_proposal(proposal: Mapping[str, Any]) -> None:
 
 
 def _source(line: Mapping[str, Any], policy_file: str | None) -> str:
-    """Where a line was decided, as short as can be: the policy itself is named once, below the table."""
+    """The place where a line was decided, short: the policy itself is named once, below the table."""
     source = str(line["source"])
     file, colon, number = source.rpartition(":")
     if colon and number.isdecimal():

@@ -1,41 +1,40 @@
-"""The trail as it is written, for callers of the control socket: ``audit.follow``.
+"""Handler of ``audit.follow``: the trail as it is written, for callers of the control socket.
 
-The records are read from the files, as anybody who may read them could: the writer knows nothing of it. A caller gets
-the lines exactly as they stand there, so that what it keeps can be verified elsewhere, and it can go on after the last
-``seq`` that it has.
+The records are read from the files; the writer is not involved. A caller gets the lines exactly as they stand there,
+so that its copy can be verified elsewhere, and it can go on after the last ``seq`` that it has.
 
-What a follower may cost is bounded. Files are read a block at a time in threads of their own, so that a slow disk stops
+The cost of a follower is bounded. Files are read a block at a time in threads of their own, so that a slow disk stops
 nobody but followers. A block is sent when the one before has been read; until then the file is not even held open, nor
-while the trail cannot be written, as its disk may have to be unmounted. Who reads nothing for ``STALLED`` seconds is
-cut off.
+while the trail cannot be written, as its disk may have to be unmounted. A caller that reads nothing for ``STALLED``
+seconds is cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from host.control.server import Caller, Method, number
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.verbs import AuditFollow, FollowedTrail
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 
 FOLLOWERS = 32
 BLOCK = 1 << 16
-"""Bytes of the trail in one notification, and what may wait for a caller beside it."""
+"""Bytes of the trail in one notification, and bytes that may wait for a caller beside it."""
 STALLED = 600.0
 AT_REST = 0.02
-"""Seconds between two looks at what is new: many small commits make one notification."""
+"""Seconds between two reads of the newest file: many small commits make one notification."""
 _RETRY = 1.0
-_MOST_LINES = 10_000
 
 
 class TrailStreams:
-    """Everybody who follows the trail through this process."""
+    """The streams of the trail to callers of this process."""
 
     def __init__(self, directory: Path, audit: AuditClient) -> None:
         self._directory, self._audit = directory, audit
@@ -43,60 +42,54 @@ class TrailStreams:
         self._streams: dict[Caller, _Stream] = {}
         audit.on_blocked = self._blocked
 
-    def table(self) -> dict[str, Method]:
-        """The verbs with the role they need. Whoever reads the trail is in it."""
-        return {"audit.follow": Method("viewer", self.follow, recorded=True)}
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verb with its handler."""
+        return [Endpoint(AuditFollow, self.follow)]
 
-    async def follow(self, params: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-        """Send what comes after record ``after``, or the last ``lines`` records and what comes then.
-
-        Records arrive as ``audit.records`` notifications. Answers ``after``, the record before the first that will
-        be sent, and ``last``, the newest at this moment.
-        """
+    async def follow(self, request: AuditFollow, caller: Caller) -> FollowedTrail:
         if caller in self._streams:
             raise UsageError("audit.follow", "this connection follows the trail already", "open another one")
         if len(self._streams) >= FOLLOWERS:
             raise UnavailableError("audit.follow", f"{FOLLOWERS} callers follow the trail already", "end one of them")
         stream = self._streams[caller] = _Stream(self._directory, self._audit, self._threads, caller)
-        caller.on_close.append(lambda: self._gone(caller))
+        caller.on_close.append(lambda: self._end(caller))
         try:
-            return await stream.begin(params)
+            return await stream.begin(request)
         except BaseException:
-            self._gone(caller)
+            self._end(caller)
             raise
 
     def close(self) -> None:
         """End every stream."""
         for caller in list(self._streams):
-            self._gone(caller)
+            self._end(caller)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _gone(self, caller: Caller) -> None:
+    def _end(self, caller: Caller) -> None:
         stream = self._streams.pop(caller, None)
         if stream is not None:
             stream.end()
 
     def _blocked(self, _: str | None) -> None:
         for stream in self._streams.values():
-            stream.look()
+            stream.wake()
 
 
 class _Stream:
-    """One caller's."""
+    """The stream to one caller."""
 
     def __init__(self, directory: Path, audit: AuditClient, threads: ThreadPoolExecutor, caller: Caller) -> None:
         self._directory, self._audit, self._threads, self._caller = directory, audit, threads, caller
         self._loop = asyncio.get_running_loop()
         self._seq = 0
         self._follower: reader.Follower | None = None
-        self._look = asyncio.Event()
+        self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._reading: asyncio.Future[Any] | None = None
 
-    async def begin(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Find where to begin, and do so behind the answer."""
-        lines = number(params, "lines", 0, _MOST_LINES)
-        after = number(params, "after", 0, 1 << 53) if "after" in params else None
+    async def begin(self, request: AuditFollow) -> FollowedTrail:
+        """Find the first record to send, and begin behind the answer."""
+        lines, after = request.lines, request.after
         try:
             shown = await self._in_thread(lambda: reader.tail(self._directory, max(lines, 1)))
         except PermissionError:
@@ -112,35 +105,35 @@ class _Stream:
         self._seq = after
         self._caller.narrow(BLOCK)
         self._task = self._loop.create_task(self._run(), name="audit.follow")
-        self._task.add_done_callback(self._over)
+        self._task.add_done_callback(self._ended)
         return {"after": after, "last": last}
 
-    def look(self) -> None:
-        """There may be something new, or something has changed."""
-        self._look.set()
+    def wake(self) -> None:
+        """Read again: there may be new records, or the trail can no longer be written."""
+        self._changed.set()
 
     def end(self) -> None:
-        """Stop, and let go of the file."""
+        """Stop, and close the file."""
         if self._task is not None:
             self._task.cancel()
         else:
-            self._let_go()
+            self._close_file()
 
-    def _over(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._loop.call_exception_handler({"message": "audit.follow failed", "exception": error})
-            self._caller.cut()  # a stream that says nothing more must not look like a quiet one
+            self._caller.cut()  # a stream that has failed must not look like a quiet one
 
     async def _run(self) -> None:
         try:
             while True:
                 if self._audit.blocked is not None:
-                    self._let_go()
+                    self._close_file()
                     await self._audit.writable()
                 try:
                     lines = await self._in_thread(self._read)
                 except OSError as error:
-                    self._let_go()
+                    self._close_file()
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOSPC):
                         return self._caller.cut()
                     await asyncio.sleep(_RETRY)  # its disk is in trouble, and the writer will tell
@@ -148,11 +141,11 @@ class _Stream:
                 if lines:
                     await self._send(lines)
                 else:
-                    await self._news()
+                    await self._wait_for_records()
         except TimeoutError:
             self._caller.cut()
         finally:
-            self._let_go()
+            self._close_file()
 
     def _read(self) -> list[bytes]:
         if self._follower is None:
@@ -164,36 +157,36 @@ class _Stream:
         self._seq = self._follower.seq
         self._caller.notify("audit.records", {"lines": [line.decode("ascii", "backslashreplace") for line in lines]})
         if not self._caller.drained.is_set():
-            self._let_go()
+            self._close_file()
             async with asyncio.timeout(STALLED):
                 await self._caller.drained.wait()
 
-    async def _news(self) -> None:
+    async def _wait_for_records(self) -> None:
         """Wait until the folder of the trail has changed, or the trail can no longer be written."""
         await asyncio.sleep(AT_REST)
         assert self._follower is not None
         fd = self._follower.fileno()
-        self._look.clear()
+        self._changed.clear()
         if self._audit.blocked is not None:
             return
-        self._loop.add_reader(fd, self._look.set)
+        self._loop.add_reader(fd, self._changed.set)
         try:
-            await self._look.wait()
+            await self._changed.wait()
         finally:
             self._loop.remove_reader(fd)
 
-    def _let_go(self) -> None:
+    def _close_file(self) -> None:
         if self._reading is not None and not self._reading.done():
-            self._reading.add_done_callback(self._let_go_late)  # descriptors are never closed under a thread
+            self._reading.add_done_callback(self._close_late)  # descriptors are never closed under a thread
             return
         follower, self._follower = self._follower, None
         if follower is not None:
             follower.close()
 
-    def _let_go_late(self, reading: asyncio.Future[Any]) -> None:
+    def _close_late(self, reading: asyncio.Future[Any]) -> None:
         if not reading.cancelled():
             reading.exception()  # nobody waits for it any more
-        self._let_go()
+        self._close_file()
 
     async def _in_thread(self, work: Callable[[], list[bytes]]) -> list[bytes]:
         self._reading = self._loop.run_in_executor(self._threads, work)

@@ -1,12 +1,12 @@
 """The control socket: newline JSON-RPC for the platform and the command line.
 
-The caller is who the kernel says it is: its uid gives it a role, ``host.toml`` says which. ``viewer`` reads,
+The kernel names the caller's uid, and ``host.toml`` gives a uid its role. ``viewer`` reads,
 ``emitter`` also emits and follows events, ``operator`` does everything; a role includes those before it. A caller
 without a role gets one line that says so.
 
 Requests of one connection run concurrently and may be answered in any order; at most ``IN_FLIGHT`` of them, then the
-connection is not read until one is answered. What operators do is in the trail, and so is every refusal; emitting is
-recorded by the event itself.
+connection is not read until one is answered. Verbs that change something are in the trail, and so is every refusal;
+emitting is recorded by the event itself.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+from host.control.parameters import Request, Spec
 from host.wire.lines import LineProtocol
 from host.wire.strict import WireError, line, parse_object, peer_of
 from isolator.audit.schema import ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 
-N = TypeVar("N", int, float)
+R = TypeVar("R", bound=Request)
 ROLES = ("viewer", "emitter", "operator")
 IN_FLIGHT = 256
 CONNECTIONS = 512
@@ -34,10 +35,10 @@ EAGAIN, and most runtimes do not block."""
 
 @dataclass(eq=False)
 class Caller:
-    """Who is asking; ``notify`` sends a notification on the same connection.
+    """The process at the other end of a connection; ``notify`` sends it a notification.
 
-    Who sends much of it calls ``narrow`` once and then waits for ``drained`` each time: so no more than that many
-    bytes, and the last notification, ever wait in this process for a caller that does not read.
+    A handler that sends much of it calls ``narrow`` once and then waits for ``drained`` each time: so no more than that
+    many bytes, and the last notification, ever wait in this process for a caller that does not read.
     """
 
     uid: int
@@ -46,52 +47,81 @@ class Caller:
     notify: Callable[[str, Mapping[str, Any]], None]
     narrow: Callable[[int], None]
     cut: Callable[[], None]
-    """Ends the connection at once; what waits for the caller to read it is dropped."""
+    """Ends the connection at once; messages that wait for the caller to read them are dropped."""
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def by(self) -> str:
-        """How the trail names the caller."""
+        """The caller's name in the trail."""
         return f"uid:{self.uid}"
 
 
-Reply = Callable[[Any, Exception | None], None]
+Result = Mapping[str, Any]
+Reply = Callable[[Result | None, Exception | None], None]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One verb; ``recorded`` verbs appear in the trail each time they are called.
+class Endpoint(Generic[R]):
+    """A verb and its handler."""
 
-    ``quick`` is for the one verb that is called thousands of times a second: it is called without a task and answers
-    through its third argument; while ``full()`` it waits for ``room()`` first.
+    request: type[R]
+    answer: Callable[[R, Caller], Awaitable[Result]]
+
+
+@dataclass(frozen=True)
+class QuickEndpoint(Generic[R]):
+    """A verb that is called thousands of times a second: without a task, ``start`` answers through its third argument.
+
+    While ``full()`` a request takes a task and waits for ``room()`` first.
     """
 
-    role: str
-    handler: Callable[[Mapping[str, Any], Caller], Awaitable[Any]] | None = None
-    recorded: bool = False
-    quick: Callable[[Mapping[str, Any], Caller, Reply], None] | None = None
-    full: Callable[[], bool] | None = None
-    room: Callable[[], Awaitable[None]] | None = None
+    request: type[R]
+    start: Callable[[R, Caller, Reply], None]
+    full: Callable[[], bool]
+    room: Callable[[], Awaitable[None]]
+
+    async def answer(self, request: R, caller: Caller) -> Result:
+        """Start the request once there is room, and wait for the answer."""
+        while self.full():
+            await self.room()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def reply(result: Result | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result or {})
+
+        self.start(request, caller, reply)
+        return await future
+
+
+AnyEndpoint = Endpoint[Any] | QuickEndpoint[Any]
 
 
 class ControlServer:
-    """Serves the listener that the supervisor made."""
+    """Server of the control socket.
+
+    ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records.
+    """
 
     def __init__(
         self,
-        methods: Mapping[str, Method],
+        endpoints: Iterable[AnyEndpoint],
         role_of: Callable[[int], str | None],
         record: Callable[..., None],
     ) -> None:
-        self.methods = methods
+        self._endpoints = {endpoint.request.spec.verb: endpoint for endpoint in endpoints}
         self.role_of = role_of
         self.record = record
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
 
     async def start(self, listener: socket.socket) -> None:
-        """Accept on ``listener`` from now on."""
+        """Accept on ``listener``, a listening Unix socket that the supervisor made, from now on."""
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
         # From 3.13 asyncio unlinks a listener's path when the server closes; this path is the supervisor's.
@@ -99,6 +129,10 @@ class ControlServer:
         self._server = await loop.create_unix_server(
             lambda: _Connection(self), sock=listener, backlog=BACKLOG, **options
         )
+
+    def endpoint(self, verb: Any) -> AnyEndpoint | None:
+        """The endpoint of a verb, or None when there is no such verb."""
+        return self._endpoints.get(verb) if isinstance(verb, str) else None
 
     def opened(self, connection: _Connection) -> bool:
         """Count a connection; False when there are too many."""
@@ -108,7 +142,7 @@ class ControlServer:
         return True
 
     def closed(self, connection: _Connection) -> None:
-        """The connection is gone."""
+        """Stop counting a closed connection."""
         self._connections.discard(connection)
 
     async def close(self) -> None:
@@ -179,7 +213,7 @@ class _Connection(LineProtocol):
         self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
 
     def eof_received(self) -> bool:
-        # Half-closed (``printf … | nc -N``): what was asked is still answered.
+        # Half-closed (``printf … | nc -N``): earlier requests are still answered.
         self._no_more = True
         return self._open > 0 or self.unread
 
@@ -196,16 +230,18 @@ class _Connection(LineProtocol):
 
     def _try_quick(self, message: dict[str, Any]) -> bool:
         """Serve a quick verb at once; False when it has to go the long way (waiting, refusing)."""
-        caller, name, params = self._caller, message.get("method"), message.get("params", {})
-        method = self._server.methods.get(name) if isinstance(name, str) else None
-        if method is None or method.quick is None or caller is None or not isinstance(params, dict):
+        caller, params = self._caller, message.get("params", {})
+        endpoint = self._server.endpoint(message.get("method"))
+        if not isinstance(endpoint, QuickEndpoint) or caller is None or not isinstance(params, dict):
             return False
-        if not _may(caller, method) or (method.full is not None and method.full()):
+        if not _may(caller, endpoint.request.spec) or endpoint.full():
             return False
+        number = message.get("id")
         try:
-            method.quick(params, caller, lambda result, error: self._quick_answer(message.get("id"), result, error))
+            request = endpoint.request.parse(params)
+            endpoint.start(request, caller, lambda result, error: self._quick_answer(number, result, error))
         except IsolatorError as error:
-            self._quick_answer(message.get("id"), None, error)
+            self._quick_answer(number, None, error)
         return True
 
     def _quick_answer(self, number: Any, result: Any, error: Exception | None) -> None:
@@ -232,85 +268,45 @@ class _Connection(LineProtocol):
         else:
             self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
 
-    async def _call(self, method: Method, params: Mapping[str, Any], caller: Caller) -> Any:
-        if method.handler is not None:
-            return await method.handler(params, caller)
-        assert method.quick is not None
-        while method.full is not None and method.room is not None and method.full():
-            await method.room()
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def reply(result: Any, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        method.quick(params, caller, reply)
-        return await future
-
     async def _serve(self, message: dict[str, Any]) -> None:
-        caller, number, name = self._caller, message.get("id"), message.get("method")
+        caller, number, verb = self._caller, message.get("id"), message.get("method")
         assert caller is not None
         verdict = "ok"
-        method = self._server.methods.get(name) if isinstance(name, str) else None
+        endpoint = self._server.endpoint(verb)
+        spec = endpoint.request.spec if endpoint is not None else None
         try:
             params = message.get("params", {})
-            if method is None:
+            if endpoint is None or spec is None:
                 raise UsageError(
-                    f"method {str(name)[:80]}", "does not exist", "is the command line of another version?"
+                    f"method {str(verb)[:80]}", "does not exist", "is the command line of another version?"
                 )
             if not isinstance(params, dict):
-                raise UsageError(f"method {name}", "params must be an object")
-            if not _may(caller, method):
+                raise UsageError(f"method {verb}", "params must be an object")
+            if not _may(caller, spec):
                 raise DeniedError(
-                    f"method {name}",
-                    f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {method.role}",
-                    f"add it to [roles] {method.role} in host.toml, or use sudo",
+                    f"method {verb}",
+                    f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {spec.role}",
+                    f"add it to [roles] {spec.role} in host.toml, or use sudo",
                 )
-            self._answer(number, result=await self._call(method, params, caller))
+            self._answer(number, result=await endpoint.answer(endpoint.request.parse(params), caller))
         except IsolatorError as error:
             verdict = error.code
             self._answer(number, error=error)
         except Exception as error:  # the caller must get an answer whatever happened; the loop logs the rest
             verdict = "failed"
-            context = {"message": f"control: {name} failed", "exception": error}
+            context = {"message": f"control: {verb} failed", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
-            self._answer(number, error=IsolatorError(str(name), f"{type(error).__name__}: {error}", "please report it"))
-        if verdict == "denied" or (method is not None and method.recorded):
-            given = message.get("params")
-            target = (given.get("name") or given.get("update")) if isinstance(given, dict) else None
-            self._server.record(
-                ControlCalled(verb=str(name)[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict),
-                plugin=target if isinstance(target, str) else None,
-            )
+            self._answer(number, error=IsolatorError(str(verb), f"{type(error).__name__}: {error}", "please report it"))
+        if verdict == "denied" or (spec is not None and spec.recorded):
+            self._record(caller, str(verb), message.get("params"), verdict)
+
+    def _record(self, caller: Caller, verb: str, params: Any, verdict: str) -> None:
+        target = (params.get("name") or params.get("update")) if isinstance(params, dict) else None
+        self._server.record(
+            ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict),
+            plugin=target if isinstance(target, str) else None,
+        )
 
 
-def _may(caller: Caller, method: Method) -> bool:
-    return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(method.role)
-
-
-def text(params: Mapping[str, Any], key: str) -> str:
-    """A text parameter; raises UsageError."""
-    value = params.get(key)
-    if not isinstance(value, str) or not value or len(value) > 4096:
-        raise UsageError(key, "is missing or not text")
-    return value
-
-
-def number(params: Mapping[str, Any], key: str, default: N, most: N) -> N:
-    """A number parameter from 0 to ``most``; raises UsageError."""
-    value = params.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise UsageError(key, f"must be a number from 0 to {most}")
-    return type(default)(value)
-
-
-def values(params: Mapping[str, Any]) -> dict[str, str]:
-    """The config values among the parameters; raises UsageError."""
-    given = params.get("config") or {}
-    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()) or len(given) > 64:
-        raise UsageError("config", "must be an object of texts, at most 64")
-    return given
+def _may(caller: Caller, spec: Spec) -> bool:
+    return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)

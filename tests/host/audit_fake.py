@@ -1,4 +1,4 @@
-"""What the supervisor's double sees: the records that the host sends to the trail, and who waits for something."""
+"""Fake audit process: keeps the records that the host sends, and wakes tests that wait for a condition."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from isolator.audit.record import GAUGES
 from tests.support.timeouts import seconds
 
 
-class Witness:
-    """Plays the audit process, and wakes who waits for what has happened."""
+class FakeAudit:
+    """Fake of the audit process; ``until`` waits for anything that it or the fake supervisor sees."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.audit_acks = True
         self._audit: socket.socket | None = None
         self._audit_received = 0
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def listen_to_audit(self, sock: socket.socket) -> None:
-        """Be the audit process at the other end of ``sock`` from now on."""
+        """Read records from ``sock``, and acknowledge them, from now on."""
         self.close_audit()
         sock.setblocking(False)
         self._audit, self._audit_received = sock, 0
@@ -50,43 +50,43 @@ class Witness:
         self.wake()
 
     def tell_audit(self, message: dict[str, Any]) -> None:
-        """Say something to the host as the audit process would."""
+        """Send the host a message of the audit process."""
         assert self._audit is not None
         with contextlib.suppress(OSError):
             self._audit.send(json.dumps(message).encode())
 
     def close_audit(self) -> None:
-        """The audit process goes away."""
+        """Close the socket, as if the audit process had ended."""
         if self._audit is not None:
             asyncio.get_running_loop().remove_reader(self._audit)
             self._audit.close()
             self._audit = None
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one type so far."""
+        """Return the records of one type so far."""
         return [r for r in self.records if r["type"] == kind]
 
     def wake(self) -> None:
-        """Something has happened."""
+        """Have every ``until`` check its condition."""
         self.keep(self._notify())
 
     async def _notify(self) -> None:
-        async with self._news:
-            self._news.notify_all()
+        async with self._changed:
+            self._changed.notify_all()
 
     def keep(self, coroutine: Any) -> None:
-        """Run it beside everything else."""
+        """Run a coroutine as a task that is cancelled at the end."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def until(self, condition: Any, timeout: float = 15.0) -> None:
-        """Wait until something the double sees makes ``condition()`` true."""
-        async with asyncio.timeout(seconds(timeout)), self._news:
-            await self._news.wait_for(condition)
+        """Wait until a message to the fake makes ``condition()`` true; ``timeout`` in seconds."""
+        async with asyncio.timeout(seconds(timeout)), self._changed:
+            await self._changed.wait_for(condition)
 
     async def poll(self, condition: Any, timeout: float = 15.0) -> None:
-        """Wait for something that nothing here can see coming, such as a file that a sidecar writes."""
+        """Wait for a condition of which no message tells, such as a file that a sidecar writes."""
         async with asyncio.timeout(seconds(timeout)):
             while not condition():  # noqa: ASYNC110 # no event tells
                 await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A daemon whose supervisor is a double; see ``supervisor_double``."""
+"""Fixture: a host whose supervisor is a fake; see ``fake_supervisor``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.host.fake_supervisor import Daemon
 @pytest.fixture
 async def daemon(shared_dir: Path) -> AsyncIterator[Daemon]:
     """A running host without plugins."""
-    double = Daemon(shared_dir)
-    await double.start()
-    yield double
-    await double.stop()
+    fake = Daemon(shared_dir)
+    await fake.start()
+    yield fake
+    await fake.stop()

@@ -1,4 +1,4 @@
-"""The part of the supervisor's double that registers plugins: staged, committed, removed, enabled, explained."""
+"""Registration in the fake supervisor: plugins are staged, committed, removed, enabled, explained."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tests.host.fake_supervisor import Daemon
 
 
-class RegistrarDouble:
-    """What the host asks of it; nobody is asked for approval, and nothing is checked."""
+class FakeRegistrar:
+    """Fake of the registrar; approves everything and checks nothing."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.staged: dict[str, tuple[dict[str, Any], bytes]] = {}
@@ -27,7 +27,7 @@ class RegistrarDouble:
         self._sources: dict[str, Path] = {}
 
     def handlers(self) -> dict[str, Callable[[Message], Awaitable[Message | dict[str, Any]]]]:
-        """By what the host calls them."""
+        """Return the handlers by op."""
         return {
             "plugin.stage": self._stage,
             "plugin.commit": self._commit,

@@ -1,10 +1,10 @@
-"""A double of the supervisor's *process border* for tests of the host, and nothing more of it.
+"""Fake of the supervisor's *process border* for tests of the host, and nothing more of it.
 
 It speaks the supervisor's half of docs/internals.md over real SOCK_SEQPACKET pairs, runs the real host as a real
 unprivileged process that can be killed, and runs sidecars as plain processes of a user of their own with real Unix
 sockets and real pipes. There are no cages here: those are the supervisor's, and have tests of their own.
 
-It also plays the audit process (``witness``): every record is kept in ``records`` and acknowledged.
+The audit process is a fake too (``audit_fake``): every record is kept in ``records`` and acknowledged.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
 from isolator.policy.request import parse_manifest_core
-from tests.host.audit_fake import Witness
-from tests.host.fake_registrar import RegistrarDouble
+from tests.host.audit_fake import FakeAudit
+from tests.host.fake_registrar import FakeRegistrar
+from tests.support.answers import checked
 
 HOST_UID = 64001
 PLUGIN_UID = 64002
@@ -41,7 +42,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Sidecar:
-    """One registered plugin of the double and its present process."""
+    """Registered plugin of the fake, with its present process."""
 
     name: str
     folder: Path
@@ -62,8 +63,8 @@ class Sidecar:
         return self.folder / "run"
 
 
-class Daemon(Witness):
-    """The double: start it, register scripts, talk to the host through its control socket."""
+class Daemon(FakeAudit):
+    """Fake daemon with a real host process: register scripts, talk to the host through its control socket."""
 
     def __init__(self, root: Path, *, config: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Daemon(Witness):
         self.first = ""
         """Python that the host process runs first, from its next start on."""
         self._code = root / "code"
-        self.registrar = RegistrarDouble(self)
+        self.registrar = FakeRegistrar(self)
         self._runs = 0
         self.hello_plugins: list[str] | None = None
 
@@ -140,7 +141,7 @@ class Daemon(Witness):
                 self._announce(sidecar)
 
     async def kill_host(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """Kill the host process (SIGKILL), and wait for its end."""
         assert self.host is not None
         self.host.kill()
         await self.host.wait()
@@ -175,7 +176,7 @@ class Daemon(Witness):
     def add(
         self, name: str, script: str, *, hooks: list[str] | None = None, uid: int = PLUGIN_UID, **more: Any
     ) -> Sidecar:
-        """Register a Python script as a plugin, without asking anybody; the host is told."""
+        """Register a Python script as a plugin, without approval, and notify the host."""
         manifest = {
             "name": name,
             "version": "1.0.0",
@@ -190,7 +191,7 @@ class Daemon(Witness):
         return sidecar
 
     def make(self, manifest: dict[str, Any], uid: int = PLUGIN_UID) -> Sidecar:
-        """A plugin of this manifest, with its folders."""
+        """Make a plugin of this manifest, with its folders."""
         folder = self.root / "plugins" / manifest["name"]
         sidecar = Sidecar(manifest["name"], folder, manifest, uid)
         sidecar.socket_folder.mkdir(parents=True)
@@ -200,7 +201,7 @@ class Daemon(Witness):
         return sidecar
 
     def entry(self, sidecar: Sidecar) -> dict[str, Any]:
-        """The plugin entry of docs/internals.md."""
+        """Return the plugin entry of docs/internals.md."""
         core = parse_manifest_core(json.dumps(sidecar.manifest).encode())
         effective = meet(core, None, self.config).effective
         return {
@@ -220,7 +221,7 @@ class Daemon(Witness):
         }
 
     def changed(self, sidecar: Sidecar) -> None:
-        """Tell the host."""
+        """Notify the host of a changed plugin."""
         if self.channel is not None:
             self.channel.notify("plugin.changed", plugin=self.entry(sidecar))
 
@@ -310,7 +311,7 @@ class Daemon(Witness):
                         await self._spawn(sidecar)
 
     async def stop_sidecar(self, sidecar: Sidecar, reason: str = "asked") -> None:
-        """Leave, SIGTERM, wait."""
+        """Drain, send SIGTERM, wait."""
         sidecar.stopping = True
         if sidecar.run is not None and self.channel is not None:
             await self.channel.call("run.stopping", name=sidecar.name, run=sidecar.run, reason=reason, timeout=5)
@@ -320,10 +321,10 @@ class Daemon(Witness):
             await process.wait()
             await self.until(lambda: sidecar.run is None)
 
-    # What the host asks
+    # Requests of the host
 
     def find(self, message: Message) -> Sidecar:
-        """The plugin that a message is about."""
+        """Find the plugin that a message names."""
         name = str(message.fields.get("name"))
         if name not in self.sidecars:
             raise NotFoundError(f"plugin {name}", "no such plugin")
@@ -373,26 +374,31 @@ class Daemon(Witness):
         await self.stop_sidecar(sidecar)
         async with sidecar.lock:
             await self._spawn(sidecar)
-        return {"run": sidecar.run}
+        assert sidecar.process is not None
+        return {"run": sidecar.run, "pid": sidecar.process.pid}
 
     async def _status(self, _: Message) -> dict[str, Any]:
         return {"plugins": [self.entry(s) for s in self.sidecars.values()]}
 
-    # Asking
+    # Requests to the host
 
-    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        """One control call on a connection of its own; raises what the host raised."""
+    async def answer(self, verb: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the whole answer to one control call, on a connection of its own."""
         reader, writer = await asyncio.open_unix_connection(str(self.paths.control_socket), limit=1 << 24)
         try:
-            writer.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
+            writer.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": verb, "params": params}).encode() + b"\n")
             answer = json.loads(await reader.readline())
         finally:
             writer.close()
+        assert isinstance(answer, dict)
+        return answer
+
+    async def ask(self, verb: str, **params: Any) -> dict[str, Any]:
+        """Return the result of one control call; its keys must be those of the verb's type. Raises the host's error."""
+        answer = await self.answer(verb, params)
         if "error" in answer:
             raise IsolatorError.from_json(answer["error"]["data"])
-        result = answer["result"]
-        assert isinstance(result, dict)
-        return result
+        return checked(verb, answer["result"])
 
     async def emit(self, name: str = "deploy.completed", **fields: Any) -> dict[str, Any]:
         """Emit an event with required fields filled in."""
@@ -400,18 +406,18 @@ class Daemon(Witness):
         return await self.ask("event.emit", name=name, payload=payload)
 
     async def deliver(self, **fields: object) -> dict[str, Any]:
-        """Emit an event that one plugin gets: how its delivery stands in the end."""
+        """Emit an event that one plugin gets; returns its delivery once it is final."""
         row = await self.outcome(await self.emit(**fields))
         (delivery,) = row["deliveries"]
         assert isinstance(delivery, dict)
         return delivery
 
     async def outcome(self, emitted: dict[str, Any], timeout: float = 15.0) -> dict[str, Any]:
-        """The event once every delivery is final (or the time is up)."""
+        """Return the event once every delivery is final, or after ``timeout`` seconds."""
         return await self.ask("event.wait", id=emitted["id"], timeout=timeout)
 
 
 def end_process(pid: int) -> None:
-    """SIGKILL a process of the test's own."""
+    """Kill a process of the test's own."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -75,7 +75,7 @@ def _folder(daemon: Daemon, **changes: Any) -> Path:
     return folder
 
 
-async def test_without_a_daemon_there_is_one_line(tmp_path: Path) -> None:
+async def test_a_missing_daemon_is_reported_in_one_line(tmp_path: Path) -> None:
     ran = await isolator(tmp_path, "plugin", "list")
     assert ran.code == 1
     socket = tmp_path / "run/isolator/control.sock"
@@ -139,7 +139,7 @@ async def test_a_plugin_from_add_to_remove(daemon: Daemon) -> None:
     assert injected[0]["data"]["names"] == ["webhook_url", "WEBHOOK_URL"]
 
 
-async def test_nobody_there_to_agree_needs_approval_and_leaves_nothing(daemon: Daemon) -> None:
+async def test_an_addition_without_consent_needs_approval_and_leaves_nothing(daemon: Daemon) -> None:
     folder = _folder(daemon)
     ran = await isolator(daemon.root, "plugin", "add", str(folder))
     assert ran.code == 5
@@ -225,7 +225,7 @@ async def test_dead_letters_are_listed_and_replayed(daemon: Daemon) -> None:
     assert [e["id"] for e in ran.json] == [emitted["id"]]
 
 
-async def test_emit_fails_visibly(daemon: Daemon) -> None:
+async def test_a_failed_emit_has_its_exit_code_and_its_reason(daemon: Daemon) -> None:
     ran = await isolator(daemon.root, "event", "emit", "deploy.complete")
     assert (ran.code, "did you mean deploy.completed?" in ran.err) == (3, True)
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "{nonsense")
@@ -239,7 +239,7 @@ async def test_emit_fails_visibly(daemon: Daemon) -> None:
     assert "no      dead" in ran.out
 
 
-async def test_what_an_event_needs_is_easy_to_find(daemon: Daemon) -> None:
+async def test_the_fields_that_an_event_needs_are_easy_to_find(daemon: Daemon) -> None:
     ran = await isolator(daemon.root, "event", "emit", "deploy.completed", "{}")
     assert (ran.code, "see 'isolator event types deploy.completed'" in ran.err) == (2, True)
     fields = (await isolator(daemon.root, "event", "types", "deploy.completed")).out.splitlines()
@@ -254,7 +254,7 @@ async def test_what_an_event_needs_is_easy_to_find(daemon: Daemon) -> None:
     assert entry["filled"] == "finished_at"
 
 
-async def test_that_there_is_nothing_to_show_is_said(daemon: Daemon) -> None:
+async def test_an_empty_list_is_reported_on_stderr(daemon: Daemon) -> None:
     for words in (("plugin", "list"), ("event", "list"), ("event", "dead")):
         ran = await isolator(daemon.root, *words)
         assert (ran.code, ran.out, ran.err[:3]) == (0, "", "no "), words
@@ -303,7 +303,7 @@ def _chosen(words: list[str]) -> tuple[click.Command, click.Context, list[str]]:
     return command, context, words
 
 
-async def test_a_check_that_cannot_tell_says_so(daemon: Daemon) -> None:
+async def test_a_check_without_root_names_its_limits(daemon: Daemon) -> None:
     process = await asyncio.create_subprocess_exec(
         *COMMAND, "check", stdout=asyncio.subprocess.PIPE, user=65534, group=65534, extra_groups=[], cwd="/"
     )

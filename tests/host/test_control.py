@@ -33,10 +33,10 @@ print(sock.makefile().readline())
 
 @pytest.fixture
 async def daemon(shared_dir: Path) -> AsyncIterator[Daemon]:
-    double = Daemon(shared_dir, config={"roles": {"viewer": [64010], "emitter": [64011], "operator": [64012]}})
-    await double.start()
-    yield double
-    await double.stop()
+    fake = Daemon(shared_dir, config={"roles": {"viewer": [64010], "emitter": [64011], "operator": [64012]}})
+    await fake.start()
+    yield fake
+    await fake.stop()
 
 
 async def _as(daemon: Daemon, uid: int, method: str, **params: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ async def _as(daemon: Daemon, uid: int, method: str, **params: Any) -> dict[str,
     return answer
 
 
-async def test_each_role_may_do_its_own_and_no_more(daemon: Daemon) -> None:
+async def test_each_role_may_call_its_own_verbs_and_no_others(daemon: Daemon) -> None:
     daemon.add("one", sidecars.OK)
     payload = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}
     calls = {
@@ -152,7 +152,7 @@ async def test_a_caller_that_half_closes_still_gets_its_answer(daemon: Daemon) -
     assert answer["result"]["deliveries"][0]["state"] == "ok"
 
 
-async def test_a_burst_of_callers_is_served_whoever_cannot_wait(daemon: Daemon) -> None:
+async def test_a_burst_of_callers_that_cannot_wait_is_served(daemon: Daemon) -> None:
     # Non-blocking callers (Go, Node, asyncio) get EAGAIN from a full backlog. A stopped host accepts none of them.
     assert daemon.host is not None
     daemon.host.send_signal(signal.SIGSTOP)
@@ -171,7 +171,7 @@ async def test_a_burst_of_callers_is_served_whoever_cannot_wait(daemon: Daemon) 
     assert all(json.loads(answer)["result"]["plugins"] == 0 for answer in answers)
 
 
-async def test_one_caller_too_many_is_told_to_try_again(daemon: Daemon) -> None:
+async def test_one_caller_too_many_is_refused_with_a_remedy(daemon: Daemon) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(CONNECTIONS):
             stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(daemon.paths.control_socket))

@@ -20,11 +20,11 @@ def _event(payload: dict[str, Any], name: str = "deploy.completed") -> Event:
     return Event(1, "ev_1", name, "2026-01-01T00:00:00.000Z", 0.0, 1.0, json.dumps(payload, separators=(",", ":")))
 
 
-def test_what_the_host_knows_is_filled_in_and_what_is_given_is_kept() -> None:
+def test_a_missing_time_is_filled_in_and_a_present_one_is_kept() -> None:
     catalogue = Catalogue()
     assert catalogue.validate("deploy.completed", DEPLOY).fields["finished_at"].endswith("Z")
-    given = catalogue.validate("deploy.completed", {**DEPLOY, "finished_at": "2026-03-12T12:00:00+02:00"})
-    assert given.fields["finished_at"] == "2026-03-12T10:00:00.000Z"
+    kept = catalogue.validate("deploy.completed", {**DEPLOY, "finished_at": "2026-03-12T12:00:00+02:00"})
+    assert kept.fields["finished_at"] == "2026-03-12T10:00:00.000Z"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_payload_that_does_not_fit_is_refused(wrong: dict[str, Any]) -> None:
         Catalogue().validate("deploy.completed", {**DEPLOY, **wrong})
 
 
-def test_every_event_publishes_a_schema_that_says_what_is_required() -> None:
+def test_every_event_publishes_a_schema_with_its_required_fields() -> None:
     for event_type in BUILT_IN:
         schema = event_type.schema()
         assert schema["additionalProperties"] is False
@@ -56,7 +56,7 @@ def test_every_event_publishes_a_schema_that_says_what_is_required() -> None:
         assert required & set(event_type.optional_fields()) == set()
 
 
-def test_both_spellings_mean_the_event() -> None:
+def test_both_spellings_of_a_hook_mean_the_event() -> None:
     catalogue = Catalogue()
     assert catalogue.canonical("on_deploy_complete") == "deploy.completed"
     assert catalogue.validate("on_deploy_complete", DEPLOY).type.name == "deploy.completed"
@@ -64,7 +64,7 @@ def test_both_spellings_mean_the_event() -> None:
         catalogue.validate("on_coffee_ready", {})
 
 
-def test_a_platform_cannot_replace_what_is_built_in() -> None:
+def test_a_built_in_event_cannot_be_replaced() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     with pytest.raises(UsageError, match="built in"):
         Catalogue().register(from_schema("deploy.completed", schema))

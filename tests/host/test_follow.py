@@ -1,4 +1,4 @@
-"""Streams of the trail that cannot be tried on a whole daemon: who reads nothing for too long, who goes away early."""
+"""Streams of the trail that cannot be tried on a whole daemon: callers that read nothing for long, or end early."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def streams(tmp_path: Path) -> AsyncIterator[TrailStreams]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "control.sock"))
     listener.listen()
-    server = ControlServer(made.table(), lambda uid: "viewer", lambda *_, **__: None)
+    server = ControlServer(made.endpoints(), lambda uid: "viewer", lambda *_, **__: None)
     await server.start(listener)
     yield made
     await server.close()
@@ -41,15 +41,15 @@ async def streams(tmp_path: Path) -> AsyncIterator[TrailStreams]:
     ours.close()
 
 
-async def asked(place: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection that asked for everything and reads only what it must."""
+async def following(place: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a connection that follows the whole trail and reads only as much as it must."""
     reader, writer = await asyncio.open_unix_connection(str(place / "control.sock"), limit=4096)
     writer.write(b'{"jsonrpc":"2.0","id":1,"method":"audit.follow","params":{"after":0}}\n')
     return reader, writer
 
 
-def held(place: Path) -> list[str]:
-    """The files of the trail, and its watches, that this process has open."""
+def open_files(place: Path) -> list[str]:
+    """List the files of the trail, and its watches, that this process has open."""
     names = []
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -60,18 +60,18 @@ def held(place: Path) -> list[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that tells nobody when it changes."""
+    """Wait for a condition of which no event tells."""
     end = asyncio.get_running_loop().time() + seconds(20)
     while not condition() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert condition()
 
 
-async def test_who_reads_nothing_for_long_is_cut_off(
+async def test_a_caller_that_reads_nothing_for_long_is_cut_off(
     streams: TrailStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trail, "STALLED", 0.2)
-    reader, writer = await asked(tmp_path)
+    reader, writer = await following(tmp_path)
     assert json.loads(await reader.readline())["result"]["after"] == 0
     await until(lambda: not streams._streams)
     with contextlib.suppress(ConnectionError):
@@ -80,15 +80,15 @@ async def test_who_reads_nothing_for_long_is_cut_off(
     writer.close()
 
 
-async def test_who_goes_away_leaves_nothing_open(streams: TrailStreams, tmp_path: Path) -> None:
-    connections = [await asked(tmp_path) for _ in range(10)]
+async def test_a_caller_that_ends_leaves_nothing_open(streams: TrailStreams, tmp_path: Path) -> None:
+    connections = [await following(tmp_path) for _ in range(10)]
     await until(lambda: len(streams._streams) == 10)
     for _, writer in connections:
         writer.transport.abort()
-    await until(lambda: not streams._streams and not held(tmp_path))
+    await until(lambda: not streams._streams and not open_files(tmp_path))
 
 
-async def test_what_is_no_number_is_refused(streams: TrailStreams, tmp_path: Path) -> None:
+async def test_a_place_that_is_no_number_is_refused(streams: TrailStreams, tmp_path: Path) -> None:
     for params in ({"after": -1}, {"after": "x"}, {"lines": 1.5e9}, {"after": None}):
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "control.sock"))
         request = {"jsonrpc": "2.0", "id": 1, "method": "audit.follow", "params": params}

@@ -38,7 +38,7 @@ async def test_a_new_plugin_works_as_written(daemon: Daemon, language: str) -> N
     await daemon.poll(lambda: log.exists() and "deploy.completed shop" in log.read_text())
 
 
-async def test_what_cannot_be_a_plugin_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+async def test_a_name_for_no_plugin_and_a_folder_in_use_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     ran = await isolator(tmp_path, "new", str(tmp_path / "Bad Name"), "--lang", "python")
     assert ran.code == 2
     assert "lower-case" in ran.err

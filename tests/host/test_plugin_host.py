@@ -1,4 +1,4 @@
-"""The library against a control socket that says exactly what the test wants, when it wants it."""
+"""The library against a control socket whose every byte the test chooses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Wire = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Control:
-    """The daemon's end: connections in the order in which they come."""
+    """Daemon's end: the connections in the order in which they come."""
 
     def __init__(self) -> None:
         self.connections: asyncio.Queue[Wire] = asyncio.Queue()

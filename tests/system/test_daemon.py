@@ -5,10 +5,14 @@ from __future__ import annotations
 import pwd
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from host.client.client import Client
+from host.control.verbs import ListedPlugin, PluginEntry
 from isolator.paths import Paths
+from tests.support.answers import check_keys, checked
 from tests.system.daemon import ECHO, alive, daemon, event, wait_for, write_plugin
 
 SERVICES = ("isolator.audit.service", "isolator.broker.service", "host.service", "isolator.launcher.server")
@@ -53,6 +57,26 @@ def test_whole_life(tmp_path: Path) -> None:
         assert d.cli("audit", "verify").returncode == 0
         types = [r["type"] for r in d.records()]
         assert types[0] == "host.started" and "host.stopped" in types and "plugin.removed" in types
+
+
+def test_answers_have_the_keys_that_their_verbs_declare(tmp_path: Path) -> None:
+    folder = str(write_plugin(tmp_path / "echo"))
+    with daemon() as d, Client(d.root) as client:
+
+        def ask(verb: str, **params: Any) -> dict[str, Any]:
+            return checked(verb, client.call(verb, **params))
+
+        token = ask("plugin.stage", path=folder)["token"]
+        check_keys(ask("plugin.commit", token=token)["plugin"], PluginEntry)
+        for verb in ("start", "restart", "explain", "disable", "enable", "stop"):
+            ask(f"plugin.{verb}", name="echo")
+        token = ask("plugin.stage", path=folder, update="echo")["token"]
+        assert ask("plugin.update", token=token)["unchanged"] is True
+        check_keys(ask("plugin.list")["plugins"][0], ListedPlugin)
+        ask("plugin.show", name="echo")
+        for verb in ("status", "ledger", "event.types"):
+            ask(verb)
+        ask("plugin.remove", name="echo")
 
 
 def test_killed_supervisor_leaves_no_orphan_and_loses_no_event(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a caller gives on the command line: config values and JSON, read here and not by the daemon.
+"""Arguments that name files: config values, JSON and paths, read here and not by the daemon.
 
 The daemon's processes cannot (and must not) read the caller's files: ``@FILE``, ``-`` and relative paths are resolved
 with the caller's own rights.
@@ -18,7 +18,7 @@ _LIMIT = 1 << 20
 
 
 def read_file(name: str) -> str:
-    """The text of ``@NAME``; ``-`` is standard input."""
+    """Read a file as UTF-8 text, at most 1 MiB; ``-`` is standard input. Raises NotFoundError or UsageError."""
     try:
         if name == "-":
             data = sys.stdin.buffer.read(_LIMIT + 1)
@@ -37,11 +37,11 @@ def read_file(name: str) -> str:
         raise UsageError(name, "is not UTF-8 text") from None
 
 
-def config_values(given: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """``K=V``, ``K=@FILE``, ``K=-`` as values, and the keys whose value stood on the command line itself."""
+def config_values(arguments: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Read ``K=V``, ``K=@FILE``, ``K=-``: the values, and the keys whose value stands on the command line itself."""
     values: dict[str, str] = {}
-    spelled_out = []
-    for text in given:
+    literal = []
+    for text in arguments:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise UsageError(f"config {text!r}", "is not KEY=VALUE", "write KEY=VALUE, KEY=@FILE or KEY=-")
@@ -53,15 +53,16 @@ def config_values(given: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
             values[key] = read_file(value[1:])
         else:
             values[key] = value
-            spelled_out.append(key)
-    return values, spelled_out
+            literal.append(key)
+    return values, literal
 
 
-def json_object(given: str | None) -> dict[str, Any]:
-    """``JSON``, ``@FILE`` or ``-`` as an object; nothing is an empty one."""
-    if given is None:
+def json_object(argument: str | None) -> dict[str, Any]:
+    """Read ``JSON``, ``@FILE`` or ``-`` as an object; without an argument it is empty. Raises UsageError."""
+    if argument is None:
         return {}
-    text = read_file("-") if given == "-" else read_file(given[1:]) if given.startswith("@") else given
+    from_file = argument == "-" or argument.startswith("@")
+    text = read_file(argument.removeprefix("@")) if from_file else argument
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -72,7 +73,7 @@ def json_object(given: str | None) -> dict[str, Any]:
 
 
 def absolute(path: str) -> str:
-    """A path of the caller's as the daemon can use it; the links in it are the caller's to follow."""
+    """Resolve a path for the daemon; its links are followed with the caller's rights. Raises NotFoundError."""
     resolved = os.path.realpath(path)
     if not Path(resolved).exists():
         raise NotFoundError(path, "no such file or folder")

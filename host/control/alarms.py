@@ -1,0 +1,23 @@
+"""Conditions that keep the daemon from its work until a person mends them."""
+
+from __future__ import annotations
+
+from host.database import Store
+from isolator.audit.client import AuditClient
+from isolator.policy.host import without_trail
+
+
+class Alarms:
+    """The daemon's alarms; ``disk_full``: ``[audit] disk_full`` of host.toml."""
+
+    def __init__(self, audit: AuditClient, store: Store, disk_full: str) -> None:
+        self._audit, self._store, self._disk_full = audit, store, disk_full
+
+    def lines(self) -> list[str]:
+        """The alarms at this moment, one line each."""
+        found = []
+        if self._audit.blocked is not None:
+            found.append(f"{self._audit.blocked}; {without_trail(self._disk_full)}")
+        if self._store.blocked is not None:
+            found.append(f"the database cannot be written: {self._store.blocked}; nothing is accepted or dispatched")
+        return found

@@ -1,0 +1,79 @@
+"""Handlers of the ``api`` verbs: the platform serves its own methods of the host API.
+
+A platform process registers a method with ``api.register`` on its connection. A plugin's call then arrives there as the
+notification ``api.call`` with a number, and is answered with ``api.answer``. When the connection closes, its methods
+are gone and open calls fail: a plugin never waits for a platform that has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from host.channel.reply import RETRY_LATER
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.verbs import ApiAnswer, ApiCall, ApiRegister, Nothing, RegisteredMethod
+from host.host_api import PLATFORM_TIMEOUT, ApiError, Context, HostApi
+from isolator.errors import UsageError
+from isolator.policy.names import parse_permission
+
+
+class ApiVerbs:
+    """Methods of the host API that the platform serves."""
+
+    def __init__(self, api: HostApi) -> None:
+        self._api = api
+        self._calls: dict[int, tuple[Caller, asyncio.Future[ApiAnswer]]] = {}
+        self._numbers = 0
+
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verbs with their handlers."""
+        return [Endpoint(ApiRegister, self.register), Endpoint(ApiAnswer, self.answer)]
+
+    async def register(self, request: ApiRegister, caller: Caller) -> RegisteredMethod:
+        try:
+            permission = parse_permission(request.permission)
+        except ValueError as error:
+            raise UsageError(f"method {request.method}", str(error)) from None
+
+        async def forward(context: Context, params: Mapping[str, Any]) -> Any:
+            return await self._forward(caller, request.method, context, params)
+
+        caller.on_close.append(self._api.register(request.method, permission, forward))
+        return {"method": request.method, "permission": permission}
+
+    async def answer(self, request: ApiAnswer, caller: Caller) -> Nothing:
+        entry = self._calls.get(request.call)
+        if entry is None or entry[0] is not caller:
+            raise UsageError("api.answer", "no such call is open on this connection", "it may have timed out")
+        if not entry[1].done():
+            entry[1].set_result(request)
+        return {}
+
+    async def _forward(self, caller: Caller, method: str, context: Context, params: Mapping[str, Any]) -> Any:
+        self._numbers += 1
+        number = self._numbers
+        future: asyncio.Future[ApiAnswer] = asyncio.get_running_loop().create_future()
+        self._calls[number] = (caller, future)
+
+        def lost() -> None:
+            if not future.done():
+                future.set_exception(ApiError(RETRY_LATER, "the platform went away", retry_after_ms=1000))
+
+        caller.on_close.append(lost)
+        call: ApiCall = {"call": number, "method": method, "plugin": context.plugin.name, "params": dict(params)}
+        try:
+            caller.notify("api.call", call)
+            async with asyncio.timeout(PLATFORM_TIMEOUT):
+                answer = await future
+        except TimeoutError:
+            raise ApiError(RETRY_LATER, "the platform does not answer", retry_after_ms=1000) from None
+        finally:
+            del self._calls[number]
+            caller.on_close.remove(lost)
+        error = answer.error
+        if isinstance(error, dict):
+            code = error.get("code")
+            raise ApiError(code if isinstance(code, int) else -32603, str(error.get("message", "failed"))[:400])
+        return answer.result

@@ -1,0 +1,78 @@
+"""Handlers of the ``config`` verbs."""
+
+from __future__ import annotations
+
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.verbs import (
+    ConfigChange,
+    ConfigItem,
+    ConfigItems,
+    ConfigList,
+    ConfigRotateKey,
+    ConfigSet,
+    ConfigUnset,
+    Reencrypted,
+)
+from host.lifecycle import PluginLifecycle
+from host.plugins.manifest import Manifest
+from host.plugins.registry import Registry
+from host.plugins.secrets import ConfigStore
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import ConfigChanged
+from isolator.errors import IsolatorError
+
+
+class ConfigVerbs:
+    """Config of registered plugins, and the key that encrypts it."""
+
+    def __init__(self, registry: Registry, config: ConfigStore, lifecycle: PluginLifecycle, audit: AuditClient) -> None:
+        self._registry, self._config, self._lifecycle, self._audit = registry, config, lifecycle, audit
+
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verbs with their handlers."""
+        return [
+            Endpoint(ConfigList, self.list_items),
+            Endpoint(ConfigSet, self.set_values),
+            Endpoint(ConfigUnset, self.unset_value),
+            Endpoint(ConfigRotateKey, self.rotate_key),
+        ]
+
+    async def list_items(self, request: ConfigList, _: Caller) -> ConfigItems:
+        plugin = self._registry.need(request.name)
+        return {"items": config_items(self._config, plugin.name, plugin.manifest)}
+
+    async def set_values(self, request: ConfigSet, caller: Caller) -> ConfigChange:
+        plugin = self._registry.need(request.name)
+        if plugin.manifest is None:
+            raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
+        await self._config.set(plugin.name, plugin.manifest, request.config)
+        keys = sorted(request.config)
+        self._audit.record(ConfigChanged(names=keys, by=caller.by), plugin=plugin.name)
+        return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
+
+    async def unset_value(self, request: ConfigUnset, caller: Caller) -> ConfigChange:
+        plugin = self._registry.need(request.name)
+        await self._config.unset(plugin.name, request.key)
+        self._audit.record(ConfigChanged(names=[request.key], by=caller.by), plugin=plugin.name)
+        return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
+
+    async def rotate_key(self, _: ConfigRotateKey, caller: Caller) -> Reencrypted:
+        count = await self._config.rotate()
+        self._audit.record(ConfigChanged(names=[], rotated=count, by=caller.by))
+        return {"values": count}
+
+
+def config_items(config: ConfigStore, name: str, manifest: Manifest | None) -> list[ConfigItem]:
+    """A plugin's config as listings show it."""
+    return [
+        {
+            "key": item.key,
+            "type": item.type,
+            "secret": item.secret,
+            "required": item.required,
+            "is_set": item.is_set,
+            "value": item.value,
+            "default": item.default,
+        }
+        for item in config.listing(name, manifest)
+    ]

@@ -1,0 +1,205 @@
+"""Requests of the control socket as types: the kinds of parameters, and the one place where they are read.
+
+A verb is a subclass of ``Request`` (all of them stand in ``verbs``). Its annotations are its parameters, each with the
+kind that checks it; one with a default may be left out. What the caller sends beyond them is ignored.
+
+    class EventWait(Request, verb="event.wait", role="emitter", result=Event):
+        id: Annotated[str, Text()]
+        timeout: Annotated[float, Number(3600.0)] = 30.0
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Protocol, Self, dataclass_transform, get_type_hints
+
+from isolator.errors import UsageError
+from isolator.policy.host import Role
+
+
+class Kind(Protocol):
+    """Values that a parameter may have."""
+
+    def parse(self, key: str, value: Any) -> Any:
+        """The value as the handler gets it; None stands for a missing parameter. Raises UsageError that names it."""
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of the value."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of ``least`` to ``most`` characters; null is None where ``nullable``."""
+
+    most: int = 4096
+    least: int = 1
+    nullable: bool = False
+
+    def parse(self, key: str, value: Any) -> str | None:
+        if value is None and self.nullable:
+            return None
+        if not isinstance(value, str) or len(value) < self.least:
+            raise UsageError(key, "is missing or not text")
+        if len(value) > self.most:
+            raise UsageError(key, f"must be text of at most {self.most} characters")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return _nullable({"type": "string", "minLength": self.least, "maxLength": self.most}, self.nullable)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number from 0 to ``most``, as float; null is None where ``nullable``."""
+
+    most: float
+    nullable: bool = False
+
+    def parse(self, key: str, value: Any) -> float | None:
+        if value is None and self.nullable:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= self.most:
+            raise UsageError(key, f"must be a number from 0 to {self.most}")
+        return float(value)
+
+    def schema(self) -> dict[str, Any]:
+        return _nullable({"type": "number", "minimum": 0, "maximum": self.most}, self.nullable)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from 0 to ``most``; a fraction is cut off."""
+
+    most: int
+
+    def parse(self, key: str, value: Any) -> int:
+        number = Number(self.most).parse(key, value)
+        assert number is not None
+        return value if isinstance(value, int) else int(number)
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": 0, "maximum": self.most}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false; null is false."""
+
+    def parse(self, key: str, value: Any) -> bool:
+        if value is not None and not isinstance(value, bool):
+            raise UsageError(key, "must be true or false")
+        return bool(value)
+
+    def schema(self) -> dict[str, Any]:
+        return _nullable({"type": "boolean"}, True)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A list of texts; null is None."""
+
+    def parse(self, key: str, value: Any) -> list[str] | None:
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise UsageError(key, "must be a list of texts")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return _nullable({"type": "array", "items": {"type": "string"}}, True)
+
+
+@dataclass(frozen=True)
+class Object:
+    """A JSON object of any content."""
+
+    def parse(self, key: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise UsageError(key, "must be an object")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "object"}
+
+
+@dataclass(frozen=True)
+class ConfigValues:
+    """Config values by key, at most 64; null is none."""
+
+    def parse(self, key: str, value: Any) -> dict[str, str]:
+        values = value or {}
+        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()) or len(values) > 64:
+            raise UsageError(key, "must be an object of texts, at most 64")
+        return values
+
+    def schema(self) -> dict[str, Any]:
+        return _nullable({"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": 64}, True)
+
+
+@dataclass(frozen=True)
+class Json:
+    """Any JSON value."""
+
+    def parse(self, key: str, value: Any) -> Any:
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return {}
+
+
+def _nullable(schema: dict[str, Any], nullable: bool) -> dict[str, Any]:
+    return schema | {"type": [schema["type"], "null"]} if nullable else schema
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a verb but its parameters."""
+
+    verb: str
+    role: Role
+    """The lowest role that may call it."""
+    result: type[Any]
+    """TypedDict of the answer."""
+    recorded: bool
+    """Whether each call is in the trail, not only a refused one."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a verb."""
+
+    key: str
+    kind: Kind
+    required: bool
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+class Request:
+    """Base of every verb's request; subclasses are frozen dataclasses with keyword-only fields."""
+
+    spec: ClassVar[Spec]
+
+    def __init_subclass__(cls, *, verb: str, role: Role, result: type[Any], recorded: bool = False) -> None:
+        cls.spec = Spec(verb, role, result, recorded)
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    @classmethod
+    def parse(cls, params: Mapping[str, Any]) -> Self:
+        """The request that the parameters make; raises UsageError for the first one that does not fit."""
+        return cls(
+            **{
+                parameter.key: parameter.kind.parse(parameter.key, params.get(parameter.key))
+                for parameter in cls.parameters()
+                if parameter.required or parameter.key in params
+            }
+        )
+
+    @classmethod
+    @functools.cache
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """The parameters in their order."""
+        hints = get_type_hints(cls, include_extras=True)
+        return tuple(
+            Parameter(f.name, hints[f.name].__metadata__[0], f.default is MISSING and f.default_factory is MISSING)
+            for f in fields(cls)  # type: ignore[arg-type] # every subclass is a dataclass
+        )

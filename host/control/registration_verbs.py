@@ -1,0 +1,240 @@
+"""Handlers of the verbs that register, change and remove plugins."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import os
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.verbs import (
+    ApprovedPlugin,
+    ChangedPlugin,
+    Nothing,
+    PluginApprove,
+    PluginCommit,
+    PluginDisable,
+    PluginDiscard,
+    PluginEnable,
+    PluginEntry,
+    PluginRemove,
+    PluginRollback,
+    PluginStage,
+    PluginUpdate,
+    RegisteredPlugin,
+    StagedPlugin,
+    UpdatedPlugin,
+)
+from host.events import Catalogue
+from host.lifecycle import PluginLifecycle
+from host.plugins import manifest as manifests
+from host.plugins.manifest import Manifest
+from host.plugins.registry import Plugin, Registry
+from host.plugins.secrets import ConfigStore
+from host.supervisor_link import SupervisorLink
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import ConfigChanged
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.channel import Message
+from isolator.policy.request import MAX_BYTES
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A plugin that was shown and is not registered yet."""
+
+    manifest: Manifest
+    digest: str
+
+
+class RegistrationVerbs:
+    """Plugins as they change: staged, committed, exchanged, approved, enabled, removed."""
+
+    def __init__(
+        self,
+        link: SupervisorLink,
+        catalogue: Catalogue,
+        registry: Registry,
+        config: ConfigStore,
+        lifecycle: PluginLifecycle,
+        audit: AuditClient,
+    ) -> None:
+        self._link, self._catalogue, self._registry = link, catalogue, registry
+        self._config, self._lifecycle, self._audit = config, lifecycle, audit
+        self._staged: dict[str, _Staged] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By name: the plugin that is registered and its config change together."""
+
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verbs with their handlers."""
+        return [
+            Endpoint(PluginStage, self.stage),
+            Endpoint(PluginCommit, self.commit),
+            Endpoint(PluginUpdate, self.update),
+            Endpoint(PluginDiscard, self.discard),
+            Endpoint(PluginApprove, self.approve),
+            Endpoint(PluginRollback, self.roll_back),
+            Endpoint(PluginEnable, self.enable),
+            Endpoint(PluginDisable, self.disable),
+            Endpoint(PluginRemove, self.remove),
+        ]
+
+    async def stage(self, request: PluginStage, caller: Caller) -> StagedPlugin:
+        wanted = ("path", "name", "binary", "hooks", "files", "update")
+        answer = await self._link.stage({k: v for k in wanted if (v := getattr(request, k)) is not None})
+        token = str(answer.fields["token"])
+        try:
+            where = request.path or os.path.dirname(request.binary or "")
+            manifest = manifests.parse(_read_all(answer), name=os.path.join(where, "plugin.json"))
+            checked = self._config.check(manifest, request.config)
+            self._check_hooks(manifest.core.hooks)
+        except IsolatorError:
+            self._link.discard(token)
+            raise
+        finally:
+            answer.close()
+        self._staged[token] = _Staged(manifest, str(answer.fields["digest"]))
+        caller.on_close.append(lambda: self._abandon(token))
+        required = [spec.key for spec in manifest.config or () if spec.required and spec.default is None]
+        shown = {
+            **answer.fields,
+            "version": manifest.core.version,
+            "description": manifest.core.description,
+            "warnings": list(manifest.warnings),
+            "config": [f.model_dump() for f in manifest.config or ()],
+            "missing": [key for key in required if key not in checked],
+            "secrets_given": sorted(spec.key for spec, _ in checked.values() if spec.secret),
+            "mode": manifest.transport.mode,
+        }
+        return cast(StagedPlugin, shown)
+
+    def _check_hooks(self, hooks: Sequence[str]) -> None:
+        """Refuse a hook that no event has: a typing mistake, or the platform has not registered its event yet."""
+        known = sorted({event.name for event in self._catalogue})
+        for hook in hooks:
+            if self._catalogue.get(self._catalogue.canonical(hook)) is None:
+                near = difflib.get_close_matches(hook, known, 1)
+                raise UsageError(
+                    f"hook {hook!r}",
+                    f"no such event; did you mean {near[0]!r}?" if near else "no such event",
+                    f"known: {', '.join(known)}",
+                )
+
+    async def commit(self, request: PluginCommit, caller: Caller) -> RegisteredPlugin:
+        staged = self._staged.get(request.token)
+        if staged is None:
+            raise UsageError("plugin add", "nothing is staged under that token", "add it again")
+        name = staged.manifest.core.name
+        async with self._locks[name]:
+            current = self._registry.get(name)
+            if current is not None and not current.raw.get("found"):
+                raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
+            is_new = current is None
+            if is_new and name in self._registry.known():
+                # It was removed while this process was not running: nothing of it may reach its namesake.
+                await self._lifecycle.forget(name)
+            await self._config.set(name, staged.manifest, request.config, replace=is_new)
+            try:
+                answer = await self._link.commit(request.token, caller.by)
+            except IsolatorError:
+                if is_new:
+                    await self._config.forget(name)
+                raise
+            return await self._registered(request, staged.manifest, answer, caller)
+
+    async def update(self, request: PluginUpdate, caller: Caller) -> UpdatedPlugin:
+        staged = self._staged.get(request.token)
+        if staged is None:
+            raise UsageError("plugin update", "nothing is staged under that token", "run it again")
+        manifest, name = staged.manifest, staged.manifest.core.name
+        async with self._locks[name]:
+            self._registry.need(name)
+            await self._config.set_next(name, staged.digest, manifest, request.config)
+            try:
+                answer = await self._link.update(request.token, caller.by, approve=request.approve)
+            except IsolatorError:
+                now = self._registry.get(name)
+                if now is None or staged.digest not in now.versions:
+                    self._config.drop_next(name, staged.digest)
+                raise
+            updated = answer | await self._registered(request, manifest, answer, caller)
+            if request.config and updated.get("unchanged"):
+                await self._lifecycle.restart_for_config(self._registry.need(name), sorted(request.config))
+            return cast(UpdatedPlugin, updated)
+
+    async def _registered(
+        self, request: PluginCommit | PluginUpdate, manifest: Manifest, answer: Mapping[str, Any], caller: Caller
+    ) -> RegisteredPlugin:
+        name = manifest.core.name
+        self._staged.pop(request.token, None)
+        if request.config:
+            keys, waits = sorted(request.config), bool(answer.get("pending"))
+            self._audit.record(ConfigChanged(names=keys, by=caller.by, waits=waits), plugin=name)
+        plugin = await self._lifecycle.adopt(answer["plugin"])
+        missing = self._config.missing(name, plugin.manifest or manifest)
+        self._lifecycle.start_if_eager(plugin)
+        return {"plugin": _shown(plugin), "missing": missing}
+
+    async def discard(self, request: PluginDiscard, _: Caller) -> Nothing:
+        self._abandon(request.token)
+        return {}
+
+    async def approve(self, request: PluginApprove, caller: Caller) -> ApprovedPlugin:
+        found = self._registry.need(request.name).raw.get("found")
+        if found:
+            staged = await self.stage(PluginStage(path=found), caller)
+            return cast(ApprovedPlugin, await self.commit(PluginCommit(token=staged["token"]), caller))
+        changed = await self._change(request.name, lambda name: self._link.approve(name, caller.by, request.digest))
+        return cast(ApprovedPlugin, changed)
+
+    async def roll_back(self, request: PluginRollback, caller: Caller) -> ChangedPlugin:
+        return await self._change(request.name, lambda name: self._link.roll_back(name, caller.by))
+
+    async def enable(self, request: PluginEnable, _: Caller) -> ChangedPlugin:
+        answer = await self._change(request.name, self._link.enable)
+        self._lifecycle.start_if_eager(self._registry.need(request.name))
+        return answer
+
+    async def disable(self, request: PluginDisable, _: Caller) -> ChangedPlugin:
+        return await self._change(request.name, self._link.disable)
+
+    async def remove(self, request: PluginRemove, caller: Caller) -> Nothing:
+        name = self._registry.need(request.name).name
+        async with self._locks[name]:
+            self._registry.need(name)
+            answer = await self._link.remove(name, caller.by)
+            await self._lifecycle.forget(name)
+            return cast(Nothing, answer)
+
+    async def _change(self, name: str, change: Callable[[str], Awaitable[dict[str, Any]]]) -> ChangedPlugin:
+        """Have the supervisor change a registered plugin, and take over its entry."""
+        self._registry.need(name)
+        async with self._locks[name]:
+            self._registry.need(name)
+            answer = await change(name)
+            return {"plugin": _shown(await self._lifecycle.adopt(answer["plugin"]))}
+
+    def _abandon(self, token: str) -> None:
+        if self._staged.pop(token, None) is not None:
+            self._link.discard(token)
+
+
+def _shown(plugin: Plugin) -> PluginEntry:
+    return cast(PluginEntry, {key: value for key, value in plugin.raw.items() if key not in ("manifest", "effective")})
+
+
+def _read_all(answer: Message) -> bytes:
+    """The staged manifest, one byte more than it may have at most."""
+    if not answer.fds:
+        raise IsolatorError("plugin add", "the supervisor sent no manifest", "this is a bug; please report it")
+    data = b""
+    while len(data) <= MAX_BYTES:
+        chunk = os.pread(answer.fds[0], MAX_BYTES + 1 - len(data), len(data))
+        if not chunk:
+            break
+        data += chunk
+    return data

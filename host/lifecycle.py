@@ -1,0 +1,112 @@
+"""Plugins that come, change and go: every part of the host that holds something of a plugin follows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from host.database import Store
+from host.delivery.dispatch import Dispatcher
+from host.delivery.health import Watches
+from host.host_api import HostApi
+from host.intake import AUDIT_AHEAD, EventRecords
+from host.plugins.logs import Logs
+from host.plugins.registry import Plugin, Registry
+from host.plugins.secrets import ConfigStore
+from host.queue.sqlite import SqliteQueue
+from host.supervisor_link import MAX_EXCHANGE, SupervisorLink
+from isolator.audit.client import AuditClient
+from isolator.errors import IsolatorError
+
+
+@dataclass
+class PluginLifecycle:
+    """The parts of the host that know plugins, kept in step with the supervisor's table."""
+
+    link: SupervisorLink
+    audit: AuditClient
+    store: Store
+    registry: Registry
+    config: ConfigStore
+    queue: SqliteQueue
+    records: EventRecords
+    logs: Logs
+    api: HostApi
+    dispatcher: Dispatcher
+    watches: Watches
+    _starts: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+
+    async def adopt(self, entry: Mapping[str, Any]) -> Plugin:
+        """Take over one plugin entry of the supervisor's."""
+        plugin = self.registry.put(entry)
+        if not entry.get("on_trial"):
+            self.config.settle(plugin.name, plugin.digest)
+        self.dispatcher.plugin_changed(plugin)
+        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
+        return plugin
+
+    async def forget(self, name: str) -> None:
+        """Forget a removed plugin wholly; safe to repeat."""
+        await self.watches.forget(name)
+        await self.dispatcher.plugin_removed(name)
+        self.api.forget(name)
+        dropped = self.queue.unfinished(name)
+        await self.queue.purge(name)
+        await self.config.forget(name)
+        await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
+        self.logs.remove(name)
+        self.registry.remove(name)
+        for event_id, attempts in dropped:
+            self.records.dead(name, event_id, "the plugin was removed", attempts)
+            if self.audit.unacknowledged > AUDIT_AHEAD:
+                await self.audit.durable(within=AUDIT_AHEAD // 2, or_blocked=True)
+
+    def start_if_eager(self, plugin: Plugin) -> None:
+        """Start a plugin that does not wait for its first event, unless it runs or cannot; failures show with it."""
+        manifest = plugin.manifest
+        if manifest is None or manifest.activation.start != "eager" or plugin.state != "stopped":
+            return
+        if not self.config.missing(plugin.name, manifest, plugin.digest):
+            task = asyncio.get_running_loop().create_task(self._start(plugin.name), name=f"start {plugin.name}")
+            self._starts.add(task)
+            task.add_done_callback(self._starts.discard)
+
+    async def _start(self, name: str) -> None:
+        with contextlib.suppress(IsolatorError):
+            await self.link.ensure_run(name, "eager")
+
+    async def restart_for_config(self, plugin: Plugin, keys: list[str]) -> bool:
+        """Let a plugin whose config has changed start again if it runs; returns whether it ran."""
+        current = self.registry.need(plugin.name)
+        if current.state == "failed":
+            # What failed may well have failed for want of it.
+            await self.adopt((await self.link.enable(plugin.name))["plugin"])
+        self.dispatcher.plugin_news(plugin.name)
+        if current.run is None:
+            self.start_if_eager(self.registry.need(plugin.name))
+            return False
+        # Names only: the values come with the environment of the next start.
+        self.dispatcher.tell(plugin.name, "config.changed", {"keys": keys})
+        await self.link.restart_run(plugin.name, "config")
+        return True
+
+    def drop_unsettled_values(self) -> None:
+        """Forget config values of versions that failed while this process was not there to hear of it.
+
+        Not at once: an update that an earlier process asked for may still be carried out.
+        """
+        for name, digest in self.config.unsettled():
+            asyncio.get_running_loop().call_later(MAX_EXCHANGE, self._drop_if_unsettled, name, digest)
+
+    def _drop_if_unsettled(self, name: str, digest: str) -> None:
+        plugin = self.registry.get(name)
+        if plugin is None or digest not in plugin.versions:
+            self.config.drop_next(name, digest)
+
+    def close(self) -> None:
+        """Wait for no eager start any more."""
+        for task in self._starts:
+            task.cancel()
