@@ -1,1 +1,1 @@
-"""The other side of the control socket."""
+"""The published client (``isolator_client``) with this project's types and errors."""

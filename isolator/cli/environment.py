@@ -29,6 +29,10 @@ CURRENT = BASE / "current"
 
 _CODE = Path(__file__).parents[2]  # site-packages, or the top of a clone's copy
 _SHARED = "share/isolator"
+_PACKAGES = ("isolator", "host", "clients/python/isolator_client")
+"""The project's own packages, as they lie in a clone; a wheel of each is installed by pip."""
+_OWN = frozenset({"isolator-client"})
+"""Distributions among the requirements that are such a package: no index is asked for them."""
 
 
 def shipped(name: str) -> Path:
@@ -119,8 +123,8 @@ def _fill(new: Path) -> None:
     (new / "bin").mkdir()
     (new / "bin/python3").symlink_to(Path(sys.base_prefix) / "bin/python3")
     (new / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n")
-    for package in ("isolator", "host"):
-        shutil.copytree(_CODE / package, packages / package)
+    for package in _PACKAGES:
+        shutil.copytree(_CODE / package, packages / Path(package).name)
     shutil.copytree(_CODE / "policies", new / _SHARED / "policies")
     for name in _closure(_requirements()):
         _copy_distribution(name, packages)
@@ -150,7 +154,7 @@ def _closure(requirements: Iterable[str]) -> set[str]:
         if found is None or "extra ==" in requirement:
             continue
         name = re.sub(r"[-_.]+", "-", found[0]).lower()
-        if name in wanted:
+        if name in wanted | _OWN:
             continue
         try:
             distribution = metadata.distribution(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from host.client.client import Client
-from isolator.errors import UnavailableError
+from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.paths import Paths
 from tests.support.timeouts import seconds
 
@@ -70,3 +70,28 @@ def test_why_the_daemon_closed_at_once_is_told(listener: socket.socket, shared_d
         connection.close()
         with pytest.raises(UnavailableError, match="too many connections"):
             client.call("status")
+
+
+@pytest.mark.parametrize("kind", [IsolatorError, *IsolatorError.__subclasses__()], ids=lambda kind: kind.code)
+def test_each_error_arrives_as_it_was_raised(
+    listener: socket.socket, shared_dir: Path, kind: type[IsolatorError]
+) -> None:
+    raised = kind("plugin p", "cannot start", "see its log")
+    with Client(shared_dir) as client:
+        connection, _ = listener.accept()
+        error = {"code": -32000, "message": str(raised), "data": raised.to_json()}
+        connection.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "error": error}).encode() + b"\n")
+        with pytest.raises(IsolatorError) as caught:
+            client.call("plugin.start", name="p")
+        connection.close()
+    assert (type(caught.value), caught.value.to_json()) == (kind, raised.to_json())
+
+
+def test_a_request_that_cannot_be_sent_leaves_the_connection_alone(listener: socket.socket, shared_dir: Path) -> None:
+    with Client(shared_dir) as client:
+        connection, _ = listener.accept()
+        with pytest.raises(UsageError, match="cannot be sent"):
+            client.call("plugin.stage", path="\udcff")
+        connection.sendall(b'{"jsonrpc":"2.0","id":2,"result":{"n":1}}\n')
+        assert client.call("status") == {"n": 1}
+        connection.close()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from host import PluginHost
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, NotFoundError, UnavailableError
 from isolator.paths import Paths
 from tests.support.timeouts import seconds
 
@@ -134,6 +134,40 @@ async def test_a_result_that_is_no_json_is_an_error_at_once(control: tuple[Contr
         assert answer == {"call": 7, "error": {"code": -32603, "message": "the platform failed"}}
         assert isinstance(reported[0]["exception"], TypeError)
         writer.close()
+
+
+async def test_the_platforms_errors_cross_in_both_directions(control: tuple[Control, Path]) -> None:
+    async def refusing(plugin: str, params: dict[str, Any]) -> Any:
+        raise NotFoundError("project", "does not exist")
+
+    server, root = control
+    async with PluginHost.connect(root) as host:
+        reader, writer = await server.next()
+        serving = asyncio.create_task(host.serve("a.get", "read:a", refusing))
+        writer.write(_ok(await _read(reader)))
+        await serving
+        writer.write(_call(7, "a.get"))
+        answer = (await _read(reader))["params"]
+        assert answer == {"call": 7, "error": {"code": -31001, "message": "project: does not exist"}}
+        call = asyncio.create_task(host.plugins())
+        await _read(reader)
+        writer.close()
+        with pytest.raises(UnavailableError):
+            await call
+
+
+async def test_a_record_of_the_trail_that_is_none_is_the_projects_error(control: tuple[Control, Path]) -> None:
+    server, root = control
+    async with PluginHost.connect(root) as host:
+        _, main = await server.next()
+        taking = asyncio.ensure_future(anext(host.audit(after=0)))
+        reader, writer = await server.next()
+        records = {"jsonrpc": "2.0", "method": "audit.records", "params": {"lines": ["nonsense"]}}
+        writer.write(_ok(await _read(reader)) + json.dumps(records).encode() + b"\n")
+        with pytest.raises(IsolatorError, match="audit trail: record 1 is no record"):
+            await taking
+        for side in (writer, main):
+            side.close()
 
 
 async def test_a_full_backlog_is_waited_for(shared_dir: Path) -> None:

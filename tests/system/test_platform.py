@@ -329,7 +329,7 @@ def test_the_platforms_of_the_guide_run_as_printed(
     if not Path(program).exists():
         pytest.skip(f"{program} is not installed")
     guide = (PLATFORM.parents[1] / "docs/embedding.md").read_text()
-    (text,) = re.findall(rf"^```{language}\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    text, *others = re.findall(rf"^```{language}\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
     script = shared_dir / {"python": "guide.py", "js": "guide.mjs"}[language]
     # Each program emits once and for all, by its dedupe_key: the daemon is shared.
     script.write_text(text.replace("deploy-d1", f"deploy-{language}"))
@@ -346,6 +346,8 @@ def test_the_platforms_of_the_guide_run_as_printed(
         assert reply["asked"]["result"] == {"id": "shop", "name": "Shop"}
         if language == "python":  # waits for the delivery, prints it, and ends
             assert "namer ok" in process.communicate(timeout=30)[0]
+            for other in others:
+                subprocess.run([program, "-c", other], check=True, env=environment, user=UID, group=UID, cwd="/")
         else:
             assert process.stdout is not None
             lines = [process.stdout.readline(), process.stdout.readline()]

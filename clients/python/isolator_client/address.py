@@ -1,0 +1,52 @@
+# SPDX-FileCopyrightText: Isolator contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Where the control socket is, a name for it that connect(2) takes, and why connecting failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from isolator_client.errors import DeniedError, IsolatorError, UnavailableError
+
+SUN_PATH = 107
+"""Longest path in bytes that fits into a ``sockaddr_un`` together with its final NUL, see unix(7)."""
+
+StrPath = str | os.PathLike[str]
+
+
+def control_socket(path: StrPath | None = None, root: StrPath | None = None) -> str:
+    """Choose the socket: ``path``, else the one below ``root``, else below ``$ISOLATOR_ROOT``, else below ``/``."""
+    if path is not None:
+        return os.path.abspath(path)
+    top = os.path.realpath(root or os.environ.get("ISOLATOR_ROOT") or "/")
+    return os.path.join(top, "run/isolator/control.sock")
+
+
+@contextlib.contextmanager
+def short_name(path: str) -> Iterator[str]:
+    """Provide a name of ``path`` that fits into ``sun_path``; it is valid inside the ``with`` block.
+
+    A long path is reached through a descriptor of its folder. Raises OSError when there is no such folder.
+    """
+    if len(os.fsencode(path)) <= SUN_PATH:
+        yield path
+        return
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+def refusal(error: OSError, path: str) -> IsolatorError:
+    """Say why connecting to ``path`` failed. A full backlog (EAGAIN) means that its patience has run out."""
+    if isinstance(error, PermissionError):
+        return DeniedError(path, "this user may not connect to it", "let this user reach that path, or use sudo")
+    if isinstance(error, (BlockingIOError, TimeoutError)):
+        return UnavailableError("the daemon", "too many callers are waiting", "try again")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)):
+        return UnavailableError("the daemon is not running", f"no {path}", "start it with 'isolator serve'")
+    return UnavailableError("the daemon", f"cannot be reached at {path}: {error.strerror or error}", "try again")

@@ -1,0 +1,217 @@
+"""The published client as a package: on its own, permissive, small, and of one mind with the control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+import isolator_client
+from host.control.follow import TrailStreams
+from host.control.verbs import Methods
+from isolator.cli import environment
+from isolator_client import calls
+from tests.host.fake_supervisor import REPO
+
+PACKAGE = REPO / "clients/python"
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+# Imports every module and every public name, and prints the packages that this has loaded.
+ALONE = """
+import importlib, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import isolator_client
+for file in pathlib.Path(isolator_client.__file__).parent.glob("*.py"):
+    importlib.import_module(f"isolator_client.{file.stem}".removesuffix(".__init__"))
+for name in isolator_client.__all__:
+    getattr(isolator_client, name)
+print(sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__"}))
+"""
+
+
+def _python(*arguments: str) -> str:
+    return subprocess.run([SYSTEM_PYTHON, "-I", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_it_needs_the_standard_library_alone() -> None:
+    assert _python("-S", "-c", ALONE, str(PACKAGE)) == "['isolator_client']\n"
+
+
+def test_waiting_needs_neither_asyncio_nor_anything_heavy() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from isolator_client import Client, UsageError;"
+        "print({'asyncio', 'threading', 'logging', 'dataclasses', 'hashlib', 'ssl'} & set(sys.modules))"
+    )
+    assert _python("-S", "-c", code, str(PACKAGE)) == "set()\n"
+
+
+def test_no_such_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = isolator_client.Nothing
+
+
+def test_every_file_names_its_licence() -> None:
+    sources = [*(PACKAGE / "isolator_client").glob("*.py"), PACKAGE / "pyproject.toml"]
+    assert len(sources) > 8
+    for path in sources:
+        assert "# SPDX-License-Identifier: Apache-2.0\n" in path.read_text()[:200], path
+    assert "Apache License" in (PACKAGE / "LICENSE").read_text()[:200]
+
+
+# Of one mind with the daemon
+
+
+class _Noted(dict[str, Any]):
+    """Parameters that note which of them were looked at."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.seen: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+
+CALLS = {
+    "emit": calls.emit("deploy.completed", {}, "key", 60.0, "00-1-2-03"),
+    "wait": calls.wait("ev_1", 1.0),
+    "register_event": calls.register_event("backup.failed", {"type": "object"}, "volume", 1),
+    "serve": calls.register_method("a.get", "read:a"),
+    "plugins": calls.plugins(),
+    "audit": calls.follow({"after": 1}),
+    "audit with lines": calls.follow({"lines": 1}),
+    "answer": calls.Call("api.answer", {"call": 1, "result": {}}, dict),
+    "refusal": calls.Call("api.answer", {"call": 1, "error": {"code": 1, "message": "x"}}, dict),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_the_control_socket_offers_each_verb_and_reads_each_parameter(name: str, tmp_path: Path) -> None:
+    table = Methods(MagicMock()).table() | TrailStreams(tmp_path, MagicMock()).table()
+    call = CALLS[name]
+    params = _Noted(json.loads(json.dumps(call.params)))
+    method = table[call.method]
+    caller = MagicMock()
+    with contextlib.suppress(Exception):  # of what stands behind the verb, there is nothing here
+        if method.quick is not None:
+            method.quick(params, caller, lambda result, error: None)
+        elif call.method == "api.answer":
+            answered: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+            method.handler.__self__._calls[1] = (caller, answered)
+            await method.handler(params, caller)
+            params.seen |= set(await answered)  # whoever waits for the answer reads the rest of it
+        else:
+            await method.handler(params, caller)
+    assert set(call.params) <= params.seen, f"{call.method} does not read {set(call.params) - params.seen}"
+
+
+def test_the_readme_tells_the_role_of_each_call(tmp_path: Path) -> None:
+    table = Methods(MagicMock()).table() | TrailStreams(tmp_path, MagicMock()).table()
+    rows = re.findall(r"^\| `(\w+)\(.*\| (\w*) *\|$", (PACKAGE / "README.md").read_text(), re.MULTILINE)
+    told = {name: role for name, role in rows if name in CALLS}
+    assert told == {name: table[call.method].role for name, call in CALLS.items() if name in told}
+    assert set(told) == {"emit", "wait", "register_event", "serve", "audit", "plugins"}
+
+
+def test_the_readme_tells_each_error() -> None:
+    rows = re.findall(r"^\| `(\w+Error)` \| `(\w+)`", (PACKAGE / "README.md").read_text(), re.MULTILINE)
+    assert {code: name for name, code in rows} == {
+        code: kind.__name__ for code, kind in isolator_client.errors.CLASSES.items()
+    }
+
+
+# The two wheels
+
+
+@pytest.fixture(scope="module")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both wheels, built from a copy of the tree by the distribution's tools and without a network."""
+    if subprocess.run([SYSTEM_PYTHON, "-I", "-c", "import setuptools, pip, wheel"], check=False).returncode:
+        pytest.skip("needs apt-get install python3-pip python3-setuptools python3-wheel")
+    place = tmp_path_factory.mktemp("wheels")
+    for part in ("isolator", "host", "clients", "policies", "pyproject.toml", "README.md"):
+        source = REPO / part
+        if source.is_dir():
+            shutil.copytree(source, place / "clone" / part)
+        else:
+            shutil.copy(source, place / "clone" / part)
+    arguments = "wheel --quiet --no-index --no-build-isolation --no-deps --wheel-dir".split()
+    for source in (place / "clone/clients/python", place / "clone"):
+        _without_licence_expression(source / "pyproject.toml")
+        _python("-m", "pip", *arguments, str(place / "out"), str(source))
+    return place / "out"
+
+
+def _without_licence_expression(project: Path) -> None:
+    """Spell the licence for the distribution's setuptools, which may be older (Debian 12) than SPDX expressions."""
+    text = re.sub(r'^license = (".*")$', r"license = { text = \1 }", project.read_text(), flags=re.MULTILINE)
+    project.write_text(re.sub(r"^license-files = .*\n", "", text, flags=re.MULTILINE))
+
+
+def _metadata(wheel: Path) -> tuple[set[str], Any]:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (found,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        return names, email.message_from_bytes(archive.read(found))
+
+
+def test_the_clients_wheel_holds_the_client_and_nothing_else(wheelhouse: Path) -> None:
+    (wheel,) = wheelhouse.glob("isolator_client-*-py3-none-any.whl")
+    names, metadata = _metadata(wheel)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"isolator_client"}
+    assert {"isolator_client/py.typed", "isolator_client/blocking.py", "isolator_client/aio.py"} <= names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert (metadata["License"], metadata.get_all("Requires-Dist")) == ("Apache-2.0", None)
+    assert metadata["Version"] == isolator_client.__version__
+
+
+def test_the_main_wheel_depends_on_it_and_a_wheelhouse_brings_both(wheelhouse: Path, tmp_path: Path) -> None:
+    (wheel,) = wheelhouse.glob("isolator-*.whl")
+    names, metadata = _metadata(wheel)
+    assert not any(name.startswith(("isolator_client", "clients")) for name in names)
+    assert any(line.startswith("isolator-client") for line in metadata.get_all("Requires-Dist"))
+    # Installed in an environment that has every other dependency, and no index to ask.
+    deps = Path(sys.prefix) / "deps"
+    subprocess.run([SYSTEM_PYTHON, "-I", "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    (packages / "deps.pth").write_text(f"{deps / packages.relative_to(tmp_path)}\n")
+    pip = [str(deps / "bin/python3"), "-I", "-m", "pip", "--quiet", "--python", str(tmp_path / "bin/python")]
+    subprocess.run([*pip, "install", "--no-index", "--find-links", str(wheelhouse), "isolator"], check=True)
+    assert {path.name for path in packages.glob("isolator*")} >= {"isolator", "isolator_client"}
+    _runs(tmp_path)
+    unit = subprocess.run([tmp_path / "bin/isolator", "install", "--print-unit"], check=True, capture_output=True)
+    assert f"{tmp_path}/bin/isolator" in unit.stdout.decode()
+
+
+def test_an_environment_made_from_a_clone_brings_both(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "BASE", shared_dir / "opt")
+    monkeypatch.setattr(environment, "CURRENT", shared_dir / "opt/current")
+    environment.make_stable()
+    _runs(shared_dir / "opt/current")
+
+
+def _runs(prefix: Path) -> None:
+    """Whether the command line of this environment runs on its own client, and a platform can import PluginHost."""
+    command = [prefix / "bin/isolator", "--root", "/nonexistent", "plugin", "list"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, "the daemon is not running" in ran.stderr) == (1, True), ran.stderr
+    code = "import isolator_client; from host import PluginHost; print(isolator_client.__file__)"
+    script = [prefix / "bin/python3", "-I", "-c", code]
+    found = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()).is_relative_to(prefix)
