@@ -7,7 +7,7 @@ import errno
 import socket
 from collections.abc import Sequence
 
-from isolator.policy.destinations import Address
+from isolator.policy.addresses import Address
 
 STAGGER = 0.25
 """Seconds that one address has before the next is tried beside it (RFC 8305)."""

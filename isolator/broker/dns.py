@@ -28,7 +28,8 @@ import dns.rrset
 from isolator.broker.rate import TokenBucket
 from isolator.broker.resolver import ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
-from isolator.policy.destinations import Address, Rules, normal_name
+from isolator.policy.addresses import Address
+from isolator.policy.destinations import Rules, normal_name
 
 QUERIES_PER_SECOND, QUERY_BURST = 50, 100
 MAX_BUSY = 32

@@ -18,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.virtual import Entry
-from isolator.policy.destinations import Address
+from isolator.policy.addresses import Address
 
 _session = secrets.token_hex(3)
 _numbers = itertools.count(1)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from isolator.linux.netlink import RouteQuery
-from isolator.policy.destinations import Address, parse_address, spellings
+from isolator.policy.addresses import Address, parse_address, spellings
 
 _GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 _DEBOUNCE = 0.05

@@ -21,7 +21,7 @@ from isolator.broker.flow import Flow
 from isolator.broker.rate import Write
 from isolator.broker.relay import Scratch, reset
 from isolator.errors import IsolatorError
-from isolator.policy.destinations import parse_address
+from isolator.policy.addresses import parse_address
 from isolator.policy.model import ListenRule
 from isolator.policy.names import format_listen
 

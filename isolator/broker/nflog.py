@@ -10,7 +10,8 @@ from ipaddress import IPv4Address, IPv6Address
 
 from isolator.audit.schema import NetDenied
 from isolator.broker.virtual import VirtualPool
-from isolator.policy.destinations import VIRTUAL, Address, Rules
+from isolator.policy.addresses import Address
+from isolator.policy.destinations import VIRTUAL, Rules
 
 _PROTOCOLS = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp", 136: "udplite"}
 

@@ -35,7 +35,8 @@ from isolator.broker.relay import Scratch, reset
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
 from isolator.linux.netlink import parse_nflog
-from isolator.policy.destinations import VIRTUAL, Address, Rules
+from isolator.policy.addresses import Address
+from isolator.policy.destinations import VIRTUAL, Rules
 from isolator.policy.model import NetworkPolicy
 
 IDLE = 900.0

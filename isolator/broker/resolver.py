@@ -24,7 +24,7 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
-from isolator.policy.destinations import Address, parse_address
+from isolator.policy.addresses import Address, parse_address
 
 MAX_CHAIN = 8
 MAX_ADDRESSES = 16

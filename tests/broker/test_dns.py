@@ -19,7 +19,8 @@ from isolator.broker.dns import NameServer
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver, Server
 from isolator.broker.virtual import VirtualPool
 from isolator.linux import netns
-from isolator.policy.destinations import VIRTUAL, Rules, parse_address
+from isolator.policy.addresses import parse_address
+from isolator.policy.destinations import VIRTUAL, Rules
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import OTHER, WEB, Dns

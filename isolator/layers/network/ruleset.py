@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
 from isolator.linux.netlink import NFLOG_GROUP
-from isolator.policy.destinations import Range, Rules
+from isolator.policy.addresses import Range
+from isolator.policy.destinations import Rules
 
 TABLE = "isolator"
 PORT = 65053
