@@ -1,4 +1,4 @@
-"""The name server of one cage, on its 127.0.0.53: answers granted names with virtual addresses, the rest not at all.
+"""The name server of one cage, on its 127.0.0.53: answers granted names with virtual addresses.
 
 A question is judged before anything leaves the host: a name that the policy does not cover gets NXDOMAIN here and
 now. A covered one is looked up outside, so that the plugin gets the real error when there is one, and answered with
@@ -25,10 +25,11 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
-from isolator.broker.rate import TokenBucket
 from isolator.broker.resolver import ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
+from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
+from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules, normal_name
 
 QUERIES_PER_SECOND, QUERY_BURST = 50, 100
@@ -45,7 +46,7 @@ Record = Callable[[str, str, str, str], None]
 
 @dataclass(frozen=True)
 class Decision:
-    """What a question gets: a reply code, an address if any, and what the trail says."""
+    """The reply to a question (code, address if any), and the verdict and rule of its record."""
 
     rcode: dns.rcode.Rcode
     verdict: str
@@ -54,16 +55,20 @@ class Decision:
 
 
 class NameServer:
-    """Answers the questions of one cage. Owns the two sockets; ``close`` ends everything."""
+    """The resolver that one cage sees. Owns its two sockets; ``close`` ends everything.
+
+    ``blocked`` gives the rule that keeps a resolved address out of reach at a port; ``refusal`` the rule that refuses
+    every new lookup at present, or None.
+    """
 
     def __init__(
         self,
         rules: Rules,
         pool: VirtualPool,
         resolver: Resolver,
-        blocked: Callable[[Address, int], str | None],
+        blocked: Callable[[Address, int], DenialRule | None],
         record: Record,
-        refusal: Callable[[], str | None] = lambda: None,
+        refusal: Callable[[], DenialRule | None] = lambda: None,
     ) -> None:
         self._rules, self._pool, self._resolver, self._blocked, self._record = rules, pool, resolver, blocked, record
         self._refusal = refusal
@@ -94,7 +99,7 @@ class NameServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def answer(self, wire: bytes) -> bytes | None:
-        """The reply to one message, or None when it is not worth one; never raises on any input."""
+        """The reply to one message, or None when none is due; never raises, whatever the bytes."""
         try:
             query = dns.message.from_wire(wire[:MAX_QUERY], question_only=True)
         except (dns.exception.DNSException, ValueError, struct.error, IndexError):
@@ -103,8 +108,8 @@ class NameServer:
             return None
         reply = dns.message.make_response(query, recursion_available=True)
         question = query.question[0]
-        if not self._bucket.take():
-            self._record("", "", "denied", "dns-rate")
+        if not self._bucket.try_take():
+            self._record("", "", "denied", DenialRule.DNS_RATE)
             reply.set_rcode(dns.rcode.REFUSED)
             return reply.to_wire()
         if query.opcode() != dns.opcode.QUERY or question.rdclass != dns.rdataclass.IN:
@@ -123,7 +128,7 @@ class NameServer:
         name = normal_name(text)
         nowhere = dns.rcode.NXDOMAIN
         if name is None or name.count(".") >= MAX_LABELS:
-            return Decision(nowhere, "denied", "name-form")
+            return Decision(nowhere, "denied", DenialRule.NAME_FORM)
         if name == "localhost" or name.endswith(".localhost"):
             address = "127.0.0.1" if kind == dns.rdatatype.A else None
             return Decision(dns.rcode.NOERROR, "allowed", "localhost", address)
@@ -134,25 +139,25 @@ class NameServer:
         if kind == dns.rdatatype.AAAA:
             return Decision(dns.rcode.NOERROR, "allowed", rule)
         if kind != dns.rdatatype.A:
-            return Decision(dns.rcode.NOERROR, "withheld", "record-type")
+            return Decision(dns.rcode.NOERROR, "withheld", DenialRule.RECORD_TYPE)
         refused = self._refusal()
         if refused is not None:
             return Decision(dns.rcode.SERVFAIL, "failed", refused)
         if self._resolver.busy >= MAX_BUSY:
-            return Decision(dns.rcode.SERVFAIL, "failed", "dns-busy")
+            return Decision(dns.rcode.SERVFAIL, "failed", DenialRule.DNS_BUSY)
         try:
             found = await self._resolver.resolve(name)
         except ResolveError:
-            return Decision(dns.rcode.SERVFAIL, "failed", "upstream")
+            return Decision(dns.rcode.SERVFAIL, "failed", DenialRule.UPSTREAM)
         if not found.addresses:
             return Decision(dns.rcode.NOERROR if found.exists else nowhere, "allowed", rule)
         reasons = [self._blocked(address, port) for address in found.addresses for port in ports]
         if all(reasons):
             # Nothing could ever be reached through it: say so now rather than at each connection.
-            return Decision(nowhere, "denied", str(reasons[0]))
+            return Decision(nowhere, "denied", reasons[0] or "")
         virtual: IPv4Address | None = self._pool.lookup(name)
         if virtual is None:
-            return Decision(dns.rcode.SERVFAIL, "denied", "too-many-names")
+            return Decision(dns.rcode.SERVFAIL, "denied", DenialRule.TOO_MANY_NAMES)
         return Decision(dns.rcode.NOERROR, "allowed", rule, str(virtual))
 
     def _readable(self) -> None:
@@ -171,7 +176,7 @@ class NameServer:
             try:
                 self._udp.sendto(reply, peer)
             except OSError:
-                return  # the asker is gone, or its socket is full: it asks again
+                return  # the client has gone, or its socket is full: it asks again
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -1,6 +1,6 @@
-"""What the kernel refused: NFLOG records turned into what the trail calls ``net.denied``.
+"""Refusals of the kernel: NFLOG records turned into ``net.denied`` records.
 
-A record holds the first bytes of the refused IP packet and the prefix of the rule that refused it.
+An NFLOG record holds the first bytes of the refused IP packet and the prefix of the rule that refused it.
 """
 
 from __future__ import annotations
