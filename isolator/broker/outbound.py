@@ -36,6 +36,7 @@ from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
 from isolator.linux.netlink import parse_nflog
 from isolator.policy.addresses import Address
+from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import VIRTUAL, Rules
 from isolator.policy.model import NetworkPolicy
 
@@ -69,11 +70,11 @@ class Shared:
     audit_first: bool = True
     """Whether nothing is let out while the trail cannot be written (``host.toml`` ``[audit] disk_full``)."""
 
-    def unrecordable(self) -> str | None:
+    def unrecordable(self) -> DenialRule | None:
         """The rule that refuses everything new while it could not be recorded, or None."""
         if self.audit.blocked is not None:
-            return "audit-unavailable" if self.audit_first else None
-        return "audit-unavailable" if self.audit.unacknowledged > UNACKNOWLEDGED else None
+            return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None
+        return DenialRule.AUDIT_UNAVAILABLE if self.audit.unacknowledged > UNACKNOWLEDGED else None
 
 
 class Outbound:
@@ -145,12 +146,12 @@ class Outbound:
                 flow.reason = "idle"
                 task.cancel()
 
-    def blocked(self, address: Address, port: int) -> str | None:
+    def blocked(self, address: Address, port: int) -> DenialRule | None:
         """The rule that keeps a resolved address out of reach at ``port``, or None."""
         if self._rules.excepted(address, port):
             return None
         if self._rules.blocked(address, port):
-            return "blocked-address"
+            return DenialRule.BLOCKED_ADDRESS
         return self._shared.host.owner(address)
 
     def _accept(self, listener: socket.socket) -> None:

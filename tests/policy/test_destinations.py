@@ -1,4 +1,4 @@
-"""Destinations: names and wildcards, the always-blocked list against Python's own ipaddress, and the ranges of the ruleset."""
+"""Destinations: names and wildcards, the always-blocked list against Python's own ipaddress, ranges of the ruleset."""
 
 from __future__ import annotations
 
