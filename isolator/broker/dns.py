@@ -10,11 +10,13 @@ data (TXT, ANY) or lead around the check of names (HTTPS, SVCB).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from typing import Any
 
 import dns.exception
 import dns.flags
@@ -27,6 +29,7 @@ import dns.rrset
 
 from isolator.broker.resolver import ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
+from isolator.ipc.accept_loop import AcceptLoop
 from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
@@ -54,8 +57,8 @@ class Decision:
     address: str | None = None
 
 
-class NameServer:
-    """The resolver that one cage sees. Owns its two sockets; ``close`` ends everything.
+class Answers:
+    """The answers to the questions of one cage.
 
     ``blocked`` gives the rule that keeps a resolved address out of reach at a port; ``refusal`` the rule that refuses
     every new lookup at present, or None.
@@ -72,31 +75,7 @@ class NameServer:
     ) -> None:
         self._rules, self._pool, self._resolver, self._blocked, self._record = rules, pool, resolver, blocked, record
         self._refusal = refusal
-        self._loop = asyncio.get_running_loop()
-        self._bucket = TokenBucket(QUERIES_PER_SECOND, QUERY_BURST, self._loop.time)
-        self._udp: socket.socket | None = None
-        self._tcp: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._open = 0
-
-    async def serve(self, udp: socket.socket, tcp: socket.socket) -> None:
-        """Start answering on the two bound sockets."""
-        udp.setblocking(False)
-        self._udp = udp
-        self._loop.add_reader(udp, self._readable)
-        self._tcp = await asyncio.start_server(self._stream, sock=tcp, limit=4096)
-
-    async def close(self) -> None:
-        """Stop answering and close the sockets."""
-        if self._udp is not None:
-            self._loop.remove_reader(self._udp)
-            self._udp.close()
-            self._udp = None
-        if self._tcp is not None:
-            self._tcp.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._bucket = TokenBucket(QUERIES_PER_SECOND, QUERY_BURST)
 
     async def answer(self, wire: bytes) -> bytes | None:
         """The reply to one message, or None when none is due; never raises, whatever the bytes."""
@@ -160,10 +139,30 @@ class NameServer:
             return Decision(dns.rcode.SERVFAIL, "denied", DenialRule.TOO_MANY_NAMES)
         return Decision(dns.rcode.NOERROR, "allowed", rule, str(virtual))
 
+
+class NameServer:
+    """Serves answers on the two bound sockets, which it owns, until it is closed."""
+
+    def __init__(self, answers: Answers, udp: socket.socket, tcp: socket.socket) -> None:
+        self._answers, self._udp = answers, udp
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = 0
+        udp.setblocking(False)
+        self._loop.add_reader(udp, self._readable)
+        self._accepting = AcceptLoop(tcp, lambda connection, _: self._spawn(self._stream(connection)))
+
+    async def close(self) -> None:
+        """Stop answering and close the sockets."""
+        self._loop.remove_reader(self._udp)
+        self._udp.close()
+        self._accepting.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def _readable(self) -> None:
         for _ in range(32):
-            if self._udp is None:
-                return
             try:
                 wire, peer = self._udp.recvfrom(MAX_QUERY)
             except OSError:
@@ -171,18 +170,13 @@ class NameServer:
             self._spawn(self._datagram(wire, peer))
 
     async def _datagram(self, wire: bytes, peer: tuple[str, int]) -> None:
-        reply = await self.answer(wire)
-        if reply is not None and self._udp is not None:
-            try:
+        reply = await self._answers.answer(wire)
+        if reply is not None:
+            with contextlib.suppress(OSError):  # the client has gone, or its socket is full: it asks again
                 self._udp.sendto(reply, peer)
-            except OSError:
-                return  # the client has gone, or its socket is full: it asks again
 
-    async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    async def _stream(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
         self._open += 1
         try:
             while self._open <= MAX_TCP:
@@ -190,7 +184,7 @@ class NameServer:
                     length = struct.unpack("!H", await reader.readexactly(2))[0]
                     if length > MAX_QUERY:
                         return
-                    reply = await self.answer(await reader.readexactly(length))
+                    reply = await self._answers.answer(await reader.readexactly(length))
                     if reply is None:
                         return
                     writer.write(struct.pack("!H", len(reply)) + reply)
@@ -201,8 +195,7 @@ class NameServer:
             self._open -= 1
             writer.close()
 
-    def _spawn(self, work: object) -> None:
-        assert asyncio.iscoroutine(work)
-        task: asyncio.Task[None] = self._loop.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isolator.broker.dns import NameServer
+from isolator.broker.dns import Answers
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver, Server
 from isolator.broker.virtual import VirtualPool
 from isolator.linux import netns
@@ -54,16 +54,16 @@ def resolver(upstream: Dns) -> Resolver:
 Seen = list[tuple[str, str, str, str]]
 
 
-def name_server(policy: NetworkPolicy, upstream: Dns) -> tuple[NameServer, Seen]:
+def name_server(policy: NetworkPolicy, upstream: Dns) -> tuple[Answers, Seen]:
     seen: Seen = []
     rules = Rules(policy)
     pool = VirtualPool(rules, asyncio.get_running_loop().time)
     blocked = lambda address, port: "blocked-address" if rules.blocked(address, port) else None  # noqa: E731
-    server = NameServer(rules, pool, resolver(upstream), blocked, lambda *record: seen.append(record))
+    server = Answers(rules, pool, resolver(upstream), blocked, lambda *record: seen.append(record))
     return server, seen
 
 
-async def ask(server: NameServer, name: str, kind: str = "A") -> dns.message.Message:
+async def ask(server: Answers, name: str, kind: str = "A") -> dns.message.Message:
     wire = await server.answer(dns.message.make_query(name, kind).to_wire())
     assert wire is not None
     return dns.message.from_wire(wire)
@@ -176,7 +176,7 @@ def test_any_bytes_are_answered_or_ignored(data: bytes) -> None:
     async def once() -> None:
         rules = Rules(NetworkPolicy(mode="none"))
         loop = asyncio.get_running_loop()
-        server = NameServer(
+        server = Answers(
             rules, VirtualPool(rules, loop.time), Resolver((), HostResolvers()), lambda *_: None, lambda *_: None
         )
         for wire in (data, b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0" + data):

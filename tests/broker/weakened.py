@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from isolator.broker import dns, guard, host_addresses, inbound, outbound, sniff
+from isolator.broker import dns, flow, guard, host_addresses, outbound, sniff
 from isolator.broker.service import main
 from isolator.policy import destinations
 
@@ -82,8 +82,7 @@ def switch_off(check: str) -> None:
     elif check == "allocated":
         _any_virtual_address()
     elif check == "open":
-        outbound.Outbound._full = lambda self: False  # type: ignore[method-assign]
-        inbound.Inbound._full = lambda self: False  # type: ignore[method-assign]
+        flow.FlowTable.full = property(lambda self: False)  # type: ignore[method-assign, assignment]
     elif check == "dns-rate":
         dns.QUERY_BURST = 1 << 30
     elif check == "recordable":

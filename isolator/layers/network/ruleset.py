@@ -36,7 +36,7 @@ def clean_prefix(prefix: str) -> str:
 
 
 def render(rules: Rules, prefix: str) -> str:
-    """Render the whole ruleset of a cage; loading it replaces the one that is in force. ``prefix``: as in NFLOG records."""
+    """Render the whole ruleset of a cage, which replaces the one in force; ``prefix`` begins each NFLOG record."""
     policy = rules.policy
     prefix = clean_prefix(prefix)
     admit = [
