@@ -49,7 +49,7 @@ class Flow:
     entry: Entry | None = None
     dialled: Address | None = None
     server: socket.socket | None = None
-    inward: int | None = None
+    cage_port: int | None = None
     """The cage's own port, for a connection that comes in from outside."""
     pipes: list[Pipe] = field(default_factory=list)
     recorded: bool = False
@@ -60,7 +60,7 @@ class Flow:
     def endpoint(self) -> Endpoint:
         """The fields that every record about this connection has; the address is the far end's."""
         data: Endpoint = {"name": self.name, "address": str(self.dialled or self.address), "port": self.port}
-        return data if self.inward is None else {**data, "direction": "in", "cage_port": self.inward}
+        return data if self.cage_port is None else {**data, "direction": "in", "cage_port": self.cage_port}
 
     def opened(self) -> NetConnect:
         """The record of a connection that is carried from now on."""
@@ -73,7 +73,7 @@ class Flow:
     def closed(self, now: float) -> NetClosed:
         """The record of the end; bytes count as the plugin sees them."""
         forth, back = (pipe.total for pipe in self.pipes) if self.pipes else (0, 0)
-        sent, received = (forth, back) if self.inward is None else (back, forth)
+        sent, received = (forth, back) if self.cage_port is None else (back, forth)
         duration = round((now - self.started) * 1000, 3)
         return NetClosed(
             **self.endpoint(), sent=sent, received=received, duration_ms=duration, reason=self.reason, flow=self.id

@@ -4,8 +4,8 @@ plugins, so it must be worth nothing to whoever breaks it.
 It is started without capabilities, groups and any way to gain privileges. Here it also loses: new programs and
 processes (threads stay), Unix sockets (the control socket, other services, the system's own), every call that the
 plugins' own profile refuses, and, where the kernel has Landlock, each right on files but reading and, from ABI 6,
-signals to anybody else. What it needs is left: INET sockets, routing netlink to know the host's addresses, reading
-``/etc/resolv.conf`` again when it changes.
+signals to anybody else. It keeps INET sockets, routing netlink to know the host's addresses, and reading
+``/etc/resolv.conf`` again when that changes.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class HostAddresses:
             self._socket = None
 
     def _changed(self) -> None:
-        # What changed does not matter, nor that some of it was lost (ENOBUFS): all is read again.
+        # Everything is read again, whichever part has changed and even if notices were lost (ENOBUFS).
         with contextlib.suppress(OSError):
             while self._socket is not None and self._socket.recv(65536):
                 pass

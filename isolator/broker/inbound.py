@@ -73,7 +73,7 @@ class Inbound:
 
     def _accepted(self, rule: ListenRule, client: socket.socket, peer: Sequence[object]) -> None:
         address = parse_address(str(peer[0]).partition("%")[0]) or IPv4Address(0)
-        flow = Flow(client, address, rule.port, self._loop.time(), inward=rule.cage_port)
+        flow = Flow(client, address, rule.port, self._loop.time(), cage_port=rule.cage_port)
         flow.rule = f"listen {format_listen(rule)}"
         refused = DenialRule.TOO_MANY_OPEN if self.flows.full else self._refusal()
         if refused is None:
@@ -103,15 +103,15 @@ class Inbound:
 
     async def _connect(self, flow: Flow) -> socket.socket:
         """A connection to the cage's port, on 127.0.0.1 or, where only that answers, ::1; raises OSError."""
-        assert flow.inward is not None
+        assert flow.cage_port is not None
         try:
-            return await self._dial(await self._take(), str(IPv4Address("127.0.0.1")), flow.inward)
+            return await self._dial(await self._take(), str(IPv4Address("127.0.0.1")), flow.cage_port)
         except ConnectionRefusedError as refused:
             try:
                 (sock,) = await self._request(1, 6)
             except OSError:
                 raise refused from None
-            return await self._dial(sock, str(IPv6Address("::1")), flow.inward)
+            return await self._dial(sock, str(IPv6Address("::1")), flow.cage_port)
 
     async def _dial(self, sock: socket.socket, address: str, port: int) -> socket.socket:
         try:

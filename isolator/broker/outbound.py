@@ -98,13 +98,13 @@ class Outbound:
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._repeats = RepeatCounter(self._write, self._loop.time)
         answers = Answers(rules, self._pool, self._resolver, self.blocked, self._query, shared.unrecordable)
-        self._names = NameServer(answers, dns_udp, dns_tcp)
+        self._name_server = NameServer(answers, dns_udp, dns_tcp)
         if tcp6.family != socket.AF_INET6:
             tcp6.close()  # a host without IPv6 has something else in the place of its listener
         self._accepting = [AcceptLoop(listener, self._accepted) for listener in (tcp4, tcp6) if listener.fileno() >= 0]
         log.setblocking(False)
         self._nflog = log
-        self._loop.add_reader(log, self._refused)
+        self._loop.add_reader(log, self._read_refusals)
         self._inbound = Inbound(
             zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, shared.scratch,
             limit=policy.connects_open, refusal=shared.unrecordable,
@@ -115,10 +115,10 @@ class Outbound:
         for accepting in self._accepting:
             accepting.close()
         await self._inbound.close()
-        await self._names.close()
+        await self._name_server.close()
         await self._resolver.close()
         await self._flows.close()
-        self._refused()
+        self._read_refusals()
         self._loop.remove_reader(self._nflog)
         self._nflog.close()
         self._repeats.flush(everything=True)
@@ -261,7 +261,7 @@ class Outbound:
             raise Denied(rule, asked=list(hello.names[:4]))
         return data
 
-    def _refused(self) -> None:
+    def _read_refusals(self) -> None:
         """Record the packets that the ruleset refused before they reached a listener."""
         for _ in range(64):
             try:

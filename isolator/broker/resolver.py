@@ -32,7 +32,7 @@ MAX_CACHED = 1024
 MAX_TTL = 300
 NEGATIVE_TTL = 5
 TIMEOUT = 2.0
-"""Seconds for one server's answer; every server is asked twice."""
+"""Seconds for one server's answer; every server is tried twice."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Resolver:
         return len(self._running)
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel the lookups under way."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()

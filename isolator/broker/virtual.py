@@ -2,7 +2,7 @@
 
 An address is derived from the name (hash, then the next free slot), and names that are granted exactly have theirs from
 the start. A broker that was restarted therefore gives most names the address they had, which programs may still hold.
-An address is given to another name only when the pool is full, it was last answered long ago, and no flow uses it.
+An address goes to another name only when the pool is full, it was last answered long ago, and no flow uses it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from enum import Enum, StrEnum
 
 
 class Remedy(Enum):
-    """The setting that allows what a rule denies, as the documentation words it."""
+    """The setting that allows a denied attempt, in Markdown."""
 
     NONE = "no setting"
     EGRESS = "`egress` in `[grant]` of the policy, if the manifest requests it too"
@@ -23,7 +23,7 @@ class Remedy(Enum):
 
 
 class DenialRule(StrEnum):
-    """One code of the trail; ``explanation`` says for operators why, ``remedy`` what would allow it."""
+    """One code of the trail; ``explanation`` tells operators why, ``remedy`` which setting would allow it."""
 
     explanation: str
     remedy: Remedy

@@ -100,8 +100,8 @@ Host: TypeAlias = Name | Wildcard | Network
 def parse_host(text: str) -> Host:
     """Parse a DNS name, ``*.`` plus a name, an address, or a CIDR; raises ValueError with a sentence.
 
-    Names of other scripts must be given in their ``xn--`` form: what an operator approves on a terminal has to be
-    what is resolved, and two scripts can look alike.
+    Names of other scripts must be given in their ``xn--`` form: the name that an operator approves on a terminal has
+    to be the one that is resolved, and two scripts can look alike.
     """
     if "://" in text:
         raise ValueError(f'"{shown(text)}" is a URL; write the host name alone')
@@ -160,7 +160,7 @@ def _labels(name: str) -> list[str] | None:
 def never_reachable(rule: EgressRule, exceptions: Iterable[AddressException]) -> str | None:
     """The blocked network because of which no address of ``rule`` can be reached at any of its ports, or None.
 
-    A name is never refused here: what it resolves to is checked when it is dialled.
+    A name is never refused here: its addresses are checked when they are dialled.
     """
     host = parse_host(rule.host)
     blocked = wholly_blocked(host.network) if isinstance(host, Network) else None
@@ -258,7 +258,7 @@ class Rules:
         if self.public:
             granted.append((ip_network("0.0.0.0/0" if version == 4 else "::/0"), PUBLIC_PORTS))
         never = ranges_of(BLOCKED[version])
-        # What is local in a cage, and what stands for a name there, is never an address of the outside.
+        # Addresses that are local in a cage, or stand for a name there, are never outside.
         inside = ranges_of(network for network in (*_LOCAL, VIRTUAL) if network.version == version)
         grouped: dict[tuple[Range, ...], set[int]] = {}
         for port in sorted({port for _, ports in granted for port in ports}):

@@ -1,7 +1,7 @@
 """Names that requests and grants speak of: events, permissions, destinations, ports, paths.
 
-One spelling per thing: what passes here is lower case, bounded and printable, so that it can be compared,
-shown on a terminal and put into a DNS answer or a TOML file as it is. Parsers raise ``ValueError``.
+One spelling per thing: a parsed name is lower case, bounded and printable, so that it can be compared, shown on a
+terminal and put into a DNS answer or a TOML file as it is. Parsers raise ``ValueError`` with a sentence.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def parse_permission_grant(text: str) -> str:
 
 
 def covers_hook(grant: str, hook: str) -> bool:
-    """Does one granted pattern cover one event, whichever spelling either of them uses?"""
+    """Whether a granted pattern covers an event, whichever spelling either of them uses."""
     return _covers(OLDER_HOOKS.get(grant, grant), OLDER_HOOKS.get(hook, hook), ".")
 
 
 def covers_permission(grant: str, permission: str) -> bool:
-    """Does one granted pattern cover one permission?"""
+    """Whether a granted pattern covers a permission."""
     return _covers(grant, permission, ":")
 
 
@@ -170,5 +170,5 @@ def parse_read_path(text: str) -> str:
 
 
 def path_covers(outer: str, inner: str) -> bool:
-    """Is ``inner`` the same path as ``outer`` or below it? Both canonical."""
+    """Whether ``inner`` is the same path as ``outer`` or lies below it; both canonical."""
     return outer in (inner, "/") or inner.startswith(outer + "/")

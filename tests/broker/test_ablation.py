@@ -231,7 +231,7 @@ def raw(host, port, data):
 """
 
 
-# --- what a connection is used for ---------------------------------------------------------------------------
+# --- how a connection is used --------------------------------------------------------------------------------
 
 HELLO = """
 def hello(*extensions):
@@ -269,7 +269,7 @@ async def test_first_bytes_are_stopped_by_one_objection(
         await broker.wait_for("net.denied", rule=rule, port=port)
     async with cage(pretend, policy, off=[f"first:{rule}"]) as (caged, broker):
         await caged.client(ask)
-        # What the server makes of it is its own affair: it was reached, and the bytes went there.
+        # The reply is the server's own affair: it was reached, and the bytes went there.
         closed = await broker.wait_for("net.closed", name="hooks.example.com", port=port)
         assert closed["sent"] > 0
         assert not [r for r in broker.records if r["type"] == "net.denied"]
@@ -351,7 +351,7 @@ async def test_connections_over_the_rate_are_refused_by_the_ruleset(pretend: Pre
 
 async def test_the_number_of_open_connections_is_kept_by_kernel_and_broker(pretend: PretendInternet) -> None:
     policy = listed("hooks.example.com:25", connects_open=8, connect_burst=400, connects_per_second=400)
-    # What the broker refuses is seen by the client as a reset after its connect: count what is served.
+    # A refusal of the broker is a reset after the client's connect: count the connections that are served.
     storm = """
 kept = [s for s in (attempt(tcp, 'hooks.example.com', 25) for _ in range(30)) if not isinstance(s, str)]
 print(sum(attempt(s.recv, 3) == b'220' for s in kept))

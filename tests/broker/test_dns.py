@@ -74,7 +74,7 @@ async def test_a_granted_name_gets_a_virtual_address_with_a_short_life(upstream:
     reply = await ask(server, "A.com.")
     assert IPv4Address(reply.answer[0][0].to_text()) in VIRTUAL
     assert reply.answer[0].ttl == 30
-    assert reply.answer[0].name.to_text() == "A.com."  # as it was asked, or clients that vary the case refuse it
+    assert reply.answer[0].name.to_text() == "A.com."  # as in the question: clients may vary the case
     assert seen == [("a.com", "A", "allowed", "a.com:443")]
 
 

@@ -151,7 +151,7 @@ def check(lines: list[str]) -> None:
 
 
 def check_trail(pretend: PretendInternet, trail: list[dict[str, object]]) -> None:
-    """What was let out is what was granted, and every attempt that left the cage's loopback is on record."""
+    """Only the granted destination was let out, and every attempt that left the cage's loopback is on record."""
     connects = [r["data"] for r in trail if r["type"] == "net.connect"]
     assert {(c["name"], c["address"], c["port"]) for c in connects} == {("hooks.example.com", WEB, 443)}  # type: ignore[index]
     denied = json.dumps([r["data"] for r in trail if r["type"] in ("net.denied", "net.query")])

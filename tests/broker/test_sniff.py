@@ -14,7 +14,7 @@ from isolator.broker.sniff import LIMIT, Hello, Malformed, sniff
 
 
 def hello(name: str | None) -> bytes:
-    """What Python's own TLS client sends first."""
+    """The first bytes of Python's own TLS client."""
     context = ssl.create_default_context()
     context.check_hostname = False
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -4,7 +4,7 @@ The namespace has only ``lo``, to which every address is local (see ``isolator.l
 In the output hook, in order:
 
 1. the cage's own loopback traffic is not tracked: it is free, and cannot fill the connection table;
-2. TCP to what the policy may reach is redirected to the broker's listener, up to a rate and a number of open
+2. TCP to destinations of the policy is redirected to the broker's listener, up to a rate and a number of open
    connections (in the nat chain, where a refusal still shows the original destination);
 3. everything that was not redirected is refused: TCP by a reset, the rest by EPERM.
 
