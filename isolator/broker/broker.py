@@ -20,7 +20,7 @@ from isolator.policy.model import NetworkPolicy
 
 SOCKETS = 5
 """Sockets of a cage's own: TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG."""
-HANDING_OVER = 2.0
+FLUSH = 2.0
 """Seconds for the last records of a run to reach the audit process."""
 
 
@@ -65,7 +65,7 @@ class Broker:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
         await self._drop(str(message.fields["run"]))
         with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
-            async with asyncio.timeout(HANDING_OVER):
+            async with asyncio.timeout(FLUSH):
                 await self.audit.flushed()
         return {}
 
