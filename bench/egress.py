@@ -20,7 +20,7 @@ from bench.frame import Report, Series
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import listed
-from tests.support.pretend_internet import WEB, BrokerProcess, CageNet, World, world
+from tests.support.pretend_internet import WEB, BrokerProcess, CageNet, PretendInternet, pretend_internet
 
 ENDS = Path(__file__).with_name("egress_ends.py")
 CONNECTS = 100
@@ -36,7 +36,7 @@ def measure(rounds: int) -> Report:
 
 
 async def _measure(rounds: int) -> Report:
-    with world() as made:
+    with pretend_internet() as made:
         async with _line(made) as (broker, cage, address):
             series = await _side_by_side(made, cage, address, rounds)
             notes = [_compared(series), await _on_record(broker, cage, address), await _memory(broker, cage, address)]
@@ -46,7 +46,7 @@ async def _measure(rounds: int) -> Report:
 
 
 @asynccontextmanager
-async def _line(made: World) -> AsyncIterator[tuple[BrokerProcess, CageNet, str]]:
+async def _line(made: PretendInternet) -> AsyncIterator[tuple[BrokerProcess, CageNet, str]]:
     """Server, broker and one cage; the address that stands for the server's name in the cage."""
     server = await _start(made.internet.fd, "server")
     assert server.stdout is not None
@@ -86,7 +86,7 @@ async def _run(fd: int, *words: object) -> list[float]:
     return [float(word) for word in out.split()]
 
 
-async def _side_by_side(made: World, cage: CageNet, address: str, rounds: int) -> tuple[Series, ...]:
+async def _side_by_side(made: PretendInternet, cage: CageNet, address: str, rounds: int) -> tuple[Series, ...]:
     samples: dict[str, list[float]] = {}
     sides = [("direct", made.host_fd, WEB), ("isolator", cage.network.netns_fd, address)]
     for number in range(-1, rounds):
@@ -142,7 +142,7 @@ def _resident(broker: BrokerProcess) -> float:
     raise RuntimeError("the broker has gone")
 
 
-async def _many_flows(made: World, broker: BrokerProcess) -> str:
+async def _many_flows(made: PretendInternet, broker: BrokerProcess) -> str:
     before = _resident(broker)
     cages = [await CageNet.attach(broker, _policy(), f"many{number}") for number in range(PLUGINS)]
     holders = []

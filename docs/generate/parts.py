@@ -9,10 +9,12 @@ from docs.generate.replace import Part
 from docs.generate.schemas import FOLDER, json_schema, types_table
 from docs.generate.verbs import verbs
 from isolator.audit.schema import RECORDS
+from isolator.policy import denial
 
 PARTS: tuple[Part, ...] = (
     Part("docs/architecture.md", "floors", floors),
     Part("docs/audit.md", "record types", types_table),
+    Part("docs/egress.md", "denial rules", denial.table),
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
     Part("docs/embedding.md", "verbs", verbs),
 )

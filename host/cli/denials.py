@@ -1,7 +1,7 @@
-"""What a plugin was refused, each thing once: how often, when last, and the line that would grant it or why none can.
+"""Denials of a plugin, each once: how often, when last, and the line that would grant it or why none can.
 
-Read from the audit trail, so it tells of runs that are over too. What is alike (everything but times, counts and the
-connection's own number) is one row.
+They are read from the audit trail, so runs that have ended count too. Denials that are alike (in everything but times,
+counts and the connection's own number) are one row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DIFFERS = frozenset({"count", "flow", "detail", "asked", "latency_us", "protoco
 
 @dataclass
 class Denial:
-    """One thing that was refused, however often."""
+    """One denial, however often it happened; ``count`` sums up the counts of its records."""
 
     type: str
     data: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Denial:
     events: set[str] = field(default_factory=set)
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The row of ``--json``."""
         advice = self.advice
         grant = {"file": advice.file, "table": advice.table, "line": advice.line} if advice.line else None
         return {
@@ -45,7 +45,7 @@ class Denial:
 
 
 def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]:
-    """Each denial once, the latest last. ``entry`` is the plugin as ``plugin.show`` gives it."""
+    """List each denial once, the latest last. ``entry`` is the plugin as ``plugin.show`` gives it."""
     effective = entry.get("effective")
     policy = EffectivePolicy.model_validate(effective) if effective else EffectivePolicy(plugin=str(entry["name"]))
     requested = _requested(entry.get("manifest") or {})
@@ -69,10 +69,10 @@ def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]
 
 
 def show(denials: Iterable[Denial], name: str) -> None:
-    """Print them for people: what and how often, then what would grant it."""
+    """Print denials for people: count and attempt, then the line that would grant it."""
     for denial in denials:
         events = f", during {', '.join(sorted(denial.events)[:3])}" if denial.events else ""
-        click.echo(f"{denial.count:>6} ×  {_what(denial)}  (last {denial.last[:19]}Z{events})")
+        click.echo(f"{denial.count:>6} ×  {_attempt(denial)}  (last {denial.last[:19]}Z{events})")
         advice = denial.advice
         click.echo(f"          {safe(advice.why)}")
         if advice.line is not None:
@@ -87,7 +87,7 @@ def _refused(record: Record) -> bool:
     return record.type != NetQuery.TYPE or verdict in {"denied", "withheld"}
 
 
-def _what(denial: Denial) -> str:
+def _attempt(denial: Denial) -> str:
     data = denial.data
     if denial.type == NetQuery.TYPE:
         return f"lookup of {safe(data.get('name'))}: {safe(data.get('rule'))}"

@@ -9,40 +9,16 @@ a rule is told once and cut off.
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
-import time
 from collections.abc import Callable
 
+from isolator.ipc.accept_loop import AcceptLoop
+from isolator.pacing import TokenBucket
+
 LINGER = 2.0
-ACCEPT_AGAIN = 1.0
-"""Seconds of rest when this process has no descriptor or memory left for one more connection."""
 
 
-class Budget:
-    """So much a second, with a burst."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self._burst, self._left, self._at = rate, burst, burst, time.monotonic()
-
-    def take(self, amount: float = 1.0) -> float:
-        """Take that much, on credit if need be; the seconds until the debt is paid."""
-        self._refill()
-        self._left -= amount
-        return max(0.0, -self._left / self.rate)
-
-    def try_take(self, amount: float = 1.0) -> bool:
-        """Take that much if it is there."""
-        self._refill()
-        if self._left < amount:
-            return False
-        self._left -= amount
-        return True
-
-    def _refill(self) -> None:
-        now = time.monotonic()
-        self._left = min(self._burst, self._left + (now - self._at) * self.rate)
-        self._at = now
+Budget = TokenBucket
 
 
 class LineProtocol(asyncio.Protocol):
@@ -172,45 +148,15 @@ class LineProtocol(asyncio.Protocol):
         self.close()
 
 
-class Acceptor:
-    """Accepts one plugin's connections, so many a second: the others wait in the listener's backlog."""
+class Acceptor(AcceptLoop):
+    """Accepts one plugin's connections, each with a protocol of its own, within ``budget`` a second."""
 
-    def __init__(self, listener: socket.socket, made: Callable[[], LineProtocol], budget: Budget) -> None:
-        self._listener, self._made, self._budget = listener, made, budget
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, listener: socket.socket, made: Callable[[], LineProtocol], budget: TokenBucket) -> None:
+        super().__init__(listener, self._connect, budget=budget)
+        self._made = made
         self._tasks: set[asyncio.Task[object]] = set()
-        self._rest: asyncio.TimerHandle | None = None
-        listener.setblocking(False)
-        self._listen()
 
-    def close(self) -> None:
-        """Accept nothing more; what was accepted stays."""
-        if self._rest is not None:
-            self._rest.cancel()
-        self._loop.remove_reader(self._listener.fileno())
-        self._listener.close()
-
-    def _listen(self) -> None:
-        self._rest = None
-        self._loop.add_reader(self._listener.fileno(), self._readable)
-
-    def _readable(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            self._pause(ACCEPT_AGAIN)
-            return
-        connection.setblocking(False)
+    def _connect(self, connection: socket.socket, _: object) -> None:
         task = self._loop.create_task(self._loop.connect_accepted_socket(self._made, connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if wait := self._budget.take():
-            self._pause(wait)
-
-    def _pause(self, seconds: float) -> None:
-        self._loop.remove_reader(self._listener.fileno())
-        self._rest = self._loop.call_later(seconds, self._listen)

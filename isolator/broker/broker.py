@@ -1,4 +1,4 @@
-"""All cages of one broker, and the operations that the supervisor calls on them (docs/internals.md, S → B)."""
+"""The cages of one broker, and the operations that the supervisor calls on them (docs/internals.md, S → B)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.errors import UnavailableError, UsageError
 from isolator.ipc.channel import Channel, Message
+from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 
 SOCKETS = 5
-HANDING_OVER = 2.0
+"""Sockets of a cage's own: TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG."""
+FLUSH = 2.0
+"""Seconds for the last records of a run to reach the audit process."""
 
 
 class Broker:
-    """Holds the cages by run. ``close`` ends them all."""
+    """The cages by run. ``close`` ends them all."""
 
     def __init__(self, audit: AuditClient) -> None:
-        self.cages: dict[str, Outbound] = {}
+        self._cages: dict[str, Outbound] = {}
         self.audit = audit
         self._host = HostAddresses()
         self.supervisor: Channel | None = None
-        """Whom to ask for sockets inside cages; set when the channel is there."""
+        """The channel to request sockets inside cages on; set once it is there."""
         self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
         self._ticker = asyncio.create_task(self._tick())
 
@@ -50,24 +53,24 @@ class Broker:
         if len(message.fds) != expected:
             raise UsageError("cage.attach", f"{len(message.fds)} descriptors instead of {expected}")
         run = str(message.fields["run"])
-        cage = Outbound(run, str(message.fields["plugin"]), policy, self._shared, partial(self._sockets, run))
+        rules = Rules(policy)
         await self._drop(run)
         fds, message.fds = message.fds, []
         sockets = [socket.socket(fileno=fd) for fd in fds]
-        self.cages[run] = cage
-        await cage.start(sockets)
+        plugin, fetch = str(message.fields["plugin"]), partial(self._sockets, run)
+        self._cages[run] = Outbound(run, plugin, rules, self._shared, fetch, sockets)
         return {}
 
     async def detach(self, message: Message) -> dict[str, object]:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
         await self._drop(str(message.fields["run"]))
         with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
-            async with asyncio.timeout(HANDING_OVER):
+            async with asyncio.timeout(FLUSH):
                 await self.audit.flushed()
         return {}
 
     async def audit_source(self, message: Message) -> dict[str, object]:
-        """Go on recording to a new audit process."""
+        """Switch to a new audit process."""
         if message.fds:
             self.audit.reconnect(socket.socket(fileno=message.fds.pop(0)))
         return {}
@@ -75,7 +78,7 @@ class Broker:
     async def close(self) -> None:
         """End every cage."""
         self._ticker.cancel()
-        for run in list(self.cages):
+        for run in list(self._cages):
             await self._drop(run)
         self._host.close()
 
@@ -88,12 +91,12 @@ class Broker:
         return [socket.socket(fileno=fd) for fd in fds]
 
     async def _drop(self, run: str) -> None:
-        cage = self.cages.pop(run, None)
-        if cage is not None:
-            await cage.close()
+        outbound = self._cages.pop(run, None)
+        if outbound is not None:
+            await outbound.close()
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(1)
-            for cage in list(self.cages.values()):
-                cage.tick()
+            for outbound in list(self._cages.values()):
+                outbound.tick()

@@ -1,4 +1,4 @@
-"""Connecting to the first address that answers, each one checked beforehand by the caller."""
+"""Connect to the first address that answers; the caller has checked each of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import errno
 import socket
 from collections.abc import Sequence
 
-from isolator.policy.destinations import Address
+from isolator.policy.addresses import Address
 
 STAGGER = 0.25
 """Seconds that one address has before the next is tried beside it (RFC 8305)."""
 TIMEOUT = 10.0
+"""Seconds for all addresses together."""
 
 
 async def dial(addresses: Sequence[Address], port: int) -> tuple[socket.socket, Address]:
-    """A connected socket and the address it went to; raises OSError (ETIMEDOUT after ``TIMEOUT``)."""
+    """Connect by TCP; returns the socket and the address that answered. Raises OSError, ETIMEDOUT after ``TIMEOUT``."""
     loop = asyncio.get_running_loop()
     if len(addresses) == 1:
         try:

@@ -1,4 +1,4 @@
-"""The name server of one cage, on its 127.0.0.53: answers granted names with virtual addresses, the rest not at all.
+"""The name server of one cage, on its 127.0.0.53: answers granted names with virtual addresses.
 
 A question is judged before anything leaves the host: a name that the policy does not cover gets NXDOMAIN here and
 now. A covered one is looked up outside, so that the plugin gets the real error when there is one, and answered with
@@ -10,11 +10,13 @@ data (TXT, ANY) or lead around the check of names (HTTPS, SVCB).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from typing import Any
 
 import dns.exception
 import dns.flags
@@ -25,10 +27,13 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
-from isolator.broker.rate import TokenBucket
 from isolator.broker.resolver import ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
-from isolator.policy.destinations import Address, Rules, normal_name
+from isolator.ipc.accept_loop import AcceptLoop
+from isolator.pacing import TokenBucket
+from isolator.policy.addresses import Address
+from isolator.policy.denial import DenialRule
+from isolator.policy.destinations import Rules, normal_name
 
 QUERIES_PER_SECOND, QUERY_BURST = 50, 100
 MAX_BUSY = 32
@@ -44,7 +49,7 @@ Record = Callable[[str, str, str, str], None]
 
 @dataclass(frozen=True)
 class Decision:
-    """What a question gets: a reply code, an address if any, and what the trail says."""
+    """The reply to a question (code, address if any), and the verdict and rule of its record."""
 
     rcode: dns.rcode.Rcode
     verdict: str
@@ -52,48 +57,28 @@ class Decision:
     address: str | None = None
 
 
-class NameServer:
-    """Answers the questions of one cage. Owns the two sockets; ``close`` ends everything."""
+class Answers:
+    """The answers to the questions of one cage.
+
+    ``blocked`` gives the rule that keeps a resolved address out of reach at a port; ``refusal`` the rule that refuses
+    every new lookup at present, or None.
+    """
 
     def __init__(
         self,
         rules: Rules,
         pool: VirtualPool,
         resolver: Resolver,
-        blocked: Callable[[Address, int], str | None],
+        blocked: Callable[[Address, int], DenialRule | None],
         record: Record,
-        refusal: Callable[[], str | None] = lambda: None,
+        refusal: Callable[[], DenialRule | None] = lambda: None,
     ) -> None:
         self._rules, self._pool, self._resolver, self._blocked, self._record = rules, pool, resolver, blocked, record
         self._refusal = refusal
-        self._loop = asyncio.get_running_loop()
-        self._bucket = TokenBucket(QUERIES_PER_SECOND, QUERY_BURST, self._loop.time)
-        self._udp: socket.socket | None = None
-        self._tcp: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._open = 0
-
-    async def serve(self, udp: socket.socket, tcp: socket.socket) -> None:
-        """Start answering on the two bound sockets."""
-        udp.setblocking(False)
-        self._udp = udp
-        self._loop.add_reader(udp, self._readable)
-        self._tcp = await asyncio.start_server(self._stream, sock=tcp, limit=4096)
-
-    async def close(self) -> None:
-        """Stop answering and close the sockets."""
-        if self._udp is not None:
-            self._loop.remove_reader(self._udp)
-            self._udp.close()
-            self._udp = None
-        if self._tcp is not None:
-            self._tcp.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._bucket = TokenBucket(QUERIES_PER_SECOND, QUERY_BURST)
 
     async def answer(self, wire: bytes) -> bytes | None:
-        """The reply to one message, or None when it is not worth one; never raises on any input."""
+        """The reply to one message, or None when none is due; never raises, whatever the bytes."""
         try:
             query = dns.message.from_wire(wire[:MAX_QUERY], question_only=True)
         except (dns.exception.DNSException, ValueError, struct.error, IndexError):
@@ -102,8 +87,8 @@ class NameServer:
             return None
         reply = dns.message.make_response(query, recursion_available=True)
         question = query.question[0]
-        if not self._bucket.take():
-            self._record("", "", "denied", "dns-rate")
+        if not self._bucket.try_take():
+            self._record("", "", "denied", DenialRule.DNS_RATE)
             reply.set_rcode(dns.rcode.REFUSED)
             return reply.to_wire()
         if query.opcode() != dns.opcode.QUERY or question.rdclass != dns.rdataclass.IN:
@@ -122,7 +107,7 @@ class NameServer:
         name = normal_name(text)
         nowhere = dns.rcode.NXDOMAIN
         if name is None or name.count(".") >= MAX_LABELS:
-            return Decision(nowhere, "denied", "name-form")
+            return Decision(nowhere, "denied", DenialRule.NAME_FORM)
         if name == "localhost" or name.endswith(".localhost"):
             address = "127.0.0.1" if kind == dns.rdatatype.A else None
             return Decision(dns.rcode.NOERROR, "allowed", "localhost", address)
@@ -133,31 +118,51 @@ class NameServer:
         if kind == dns.rdatatype.AAAA:
             return Decision(dns.rcode.NOERROR, "allowed", rule)
         if kind != dns.rdatatype.A:
-            return Decision(dns.rcode.NOERROR, "withheld", "record-type")
+            return Decision(dns.rcode.NOERROR, "withheld", DenialRule.RECORD_TYPE)
         refused = self._refusal()
         if refused is not None:
             return Decision(dns.rcode.SERVFAIL, "failed", refused)
         if self._resolver.busy >= MAX_BUSY:
-            return Decision(dns.rcode.SERVFAIL, "failed", "dns-busy")
+            return Decision(dns.rcode.SERVFAIL, "failed", DenialRule.DNS_BUSY)
         try:
             found = await self._resolver.resolve(name)
         except ResolveError:
-            return Decision(dns.rcode.SERVFAIL, "failed", "upstream")
+            return Decision(dns.rcode.SERVFAIL, "failed", DenialRule.UPSTREAM)
         if not found.addresses:
             return Decision(dns.rcode.NOERROR if found.exists else nowhere, "allowed", rule)
         reasons = [self._blocked(address, port) for address in found.addresses for port in ports]
         if all(reasons):
             # Nothing could ever be reached through it: say so now rather than at each connection.
-            return Decision(nowhere, "denied", str(reasons[0]))
+            return Decision(nowhere, "denied", reasons[0] or "")
         virtual: IPv4Address | None = self._pool.lookup(name)
         if virtual is None:
-            return Decision(dns.rcode.SERVFAIL, "denied", "too-many-names")
+            return Decision(dns.rcode.SERVFAIL, "denied", DenialRule.TOO_MANY_NAMES)
         return Decision(dns.rcode.NOERROR, "allowed", rule, str(virtual))
+
+
+class NameServer:
+    """Serves answers on the two bound sockets, which it owns, until it is closed."""
+
+    def __init__(self, answers: Answers, udp: socket.socket, tcp: socket.socket) -> None:
+        self._answers, self._udp = answers, udp
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = 0
+        udp.setblocking(False)
+        self._loop.add_reader(udp, self._readable)
+        self._accepting = AcceptLoop(tcp, lambda connection, _: self._spawn(self._stream(connection)))
+
+    async def close(self) -> None:
+        """Stop answering and close the sockets."""
+        self._loop.remove_reader(self._udp)
+        self._udp.close()
+        self._accepting.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _readable(self) -> None:
         for _ in range(32):
-            if self._udp is None:
-                return
             try:
                 wire, peer = self._udp.recvfrom(MAX_QUERY)
             except OSError:
@@ -165,18 +170,13 @@ class NameServer:
             self._spawn(self._datagram(wire, peer))
 
     async def _datagram(self, wire: bytes, peer: tuple[str, int]) -> None:
-        reply = await self.answer(wire)
-        if reply is not None and self._udp is not None:
-            try:
+        reply = await self._answers.answer(wire)
+        if reply is not None:
+            with contextlib.suppress(OSError):  # the client has gone, or its socket is full: it asks again
                 self._udp.sendto(reply, peer)
-            except OSError:
-                return  # the asker is gone, or its socket is full: it asks again
 
-    async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    async def _stream(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
         self._open += 1
         try:
             while self._open <= MAX_TCP:
@@ -184,7 +184,7 @@ class NameServer:
                     length = struct.unpack("!H", await reader.readexactly(2))[0]
                     if length > MAX_QUERY:
                         return
-                    reply = await self.answer(await reader.readexactly(length))
+                    reply = await self._answers.answer(await reader.readexactly(length))
                     if reply is None:
                         return
                     writer.write(struct.pack("!H", len(reply)) + reply)
@@ -195,8 +195,7 @@ class NameServer:
             self._open -= 1
             writer.close()
 
-    def _spawn(self, work: object) -> None:
-        assert asyncio.iscoroutine(work)
-        task: asyncio.Task[None] = self._loop.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

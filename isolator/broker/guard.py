@@ -1,37 +1,38 @@
-"""Is what a client says to a granted name's server consistent with that name?
+"""Compare the server name in a connection's first bytes with the granted name that it was opened for.
 
-A grant is for a name, but a shared server (a CDN) answers for many: what it is asked for in the first bytes must be
-the name that was resolved. It applies to whatever looks like TLS or HTTP on any port. On 443 and 80 nothing else is let
-through, because there is nothing there to compare; on other ports other protocols pass, the server may speak first.
+A grant is for a name, but a shared server (a CDN) answers for many: the name requested in the first bytes must be the
+one that was resolved. This applies to whatever looks like TLS or HTTP on any port. On 443 and 80 nothing else is let
+through, because it has no name to compare; on other ports other protocols pass, the server may speak first.
 """
 
 from __future__ import annotations
 
 from isolator.broker.sniff import Hello
+from isolator.policy.denial import DenialRule
 
 TLS_PORTS = frozenset({443})
 HTTP_PORTS = frozenset({80})
 
 
 def speaks_first(port: int) -> bool:
-    """Whether on this port the client always speaks first, so nothing need pass before it was checked."""
+    """Whether the client always speaks first on this port, so that nothing need pass before the check."""
     return port in TLS_PORTS or port in HTTP_PORTS
 
 
-def objection(hello: Hello, name: str, port: int, *, allow_no_sni: bool) -> str | None:
+def objection(hello: Hello, name: str, port: int, *, allow_no_sni: bool) -> DenialRule | None:
     """The rule that refuses these first bytes on a connection to ``name``, or None."""
     if hello.protocol == "other":
         if allow_no_sni:
             return None
-        return "not-tls" if port in TLS_PORTS else "not-http" if port in HTTP_PORTS else None
+        return DenialRule.NOT_TLS if port in TLS_PORTS else DenialRule.NOT_HTTP if port in HTTP_PORTS else None
     if hello.protocol == "http":
         if port in TLS_PORTS and not allow_no_sni:
-            return "not-tls"
+            return DenialRule.NOT_TLS
         if not hello.names:
-            return None if allow_no_sni else "no-host"
-        return None if set(hello.names) == {name} else "host-mismatch"
+            return None if allow_no_sni else DenialRule.NO_HOST
+        return None if set(hello.names) == {name} else DenialRule.HOST_MISMATCH
     if not hello.names:
-        return None if allow_no_sni else "no-sni"
+        return None if allow_no_sni else DenialRule.NO_SNI
     if set(hello.names) != {name}:
-        return "sni-mismatch"
-    return "encrypted-hello" if hello.encrypted and not allow_no_sni else None
+        return DenialRule.SNI_MISMATCH
+    return DenialRule.ENCRYPTED_HELLO if hello.encrypted and not allow_no_sni else None

@@ -1,11 +1,11 @@
-"""What the broker gives up before it reads the first byte: it is the one process that parses what plugins send to the
-network, so it must be worth nothing to whoever breaks it.
+"""Drop the broker's rights before it reads the first byte: it is the one process that parses the network input of
+plugins, so it must be worth nothing to whoever breaks it.
 
 It is started without capabilities, groups and any way to gain privileges. Here it also loses: new programs and
 processes (threads stay), Unix sockets (the control socket, other services, the system's own), every call that the
 plugins' own profile refuses, and, where the kernel has Landlock, each right on files but reading and, from ABI 6,
-signals to anybody else. What it needs is left: INET sockets, routing netlink to know the host's addresses, reading
-``/etc/resolv.conf`` again when it changes.
+signals to anybody else. It keeps INET sockets, routing netlink to know the host's addresses, and reading
+``/etc/resolv.conf`` again when that changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def filter_file(cache: Path) -> int:
 
 
 def harden(program: bytes) -> None:
-    """Give all of it up, for good; to be called while there is one thread. Raises OSError."""
+    """Drop every right that the broker does not need, for good, while there is one thread. Raises OSError."""
     start_no_handler()
     resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
@@ -54,7 +54,7 @@ def harden(program: bytes) -> None:
 
 
 def rules() -> Iterator[syscalls.Rule]:
-    """The plugins' default profile, with refusals that nobody is asked about, and without what starts a program."""
+    """The plugins' default profile without the calls that start a program; refusals go to no notifier."""
     for name, action, conditions in syscalls.rules("default"):
         if name not in _OWN:
             yield name, syscalls.REFUSE if action == syscalls.DENY else action, conditions

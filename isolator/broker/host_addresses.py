@@ -1,8 +1,8 @@
 """The host's own addresses and gateways, kept current: no cage may reach them, whatever is granted.
 
-Whether an address is the host's own is asked of the kernel for each connection, so a new address has no moment in which
-it could be reached. Gateways are read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is
-subscribed to changes says when to read again. The reading happens in a thread: pyroute2 runs an event loop of its own.
+The kernel answers for each connection whether an address is the host's own, so a new address has no moment in which it
+could be reached. Gateways are read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is
+subscribed to changes says when to read again. They are read in a thread: pyroute2 runs an event loop of its own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from isolator.linux.netlink import RouteQuery
-from isolator.policy.destinations import Address, parse_address, spellings
+from isolator.policy.addresses import Address, parse_address, spellings
+from isolator.policy.denial import DenialRule
 
 _GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 _DEBOUNCE = 0.05
 
 
 class HostAddresses:
-    """Answers ``owner``; gateways are known after ``watch``, which also keeps them current on the running loop."""
+    """The host's addresses and gateways; the latter are known after ``watch``, which also keeps them current."""
 
     def __init__(self) -> None:
         self._own: frozenset[Address] = frozenset()
@@ -31,13 +32,13 @@ class HostAddresses:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def owner(self, address: Address) -> str | None:
-        """The rule that refuses ``address`` (``host-address``, ``gateway``), or None; any spelling counts."""
+    def owner(self, address: Address) -> DenialRule | None:
+        """The rule that refuses ``address`` (HOST_ADDRESS, GATEWAY), or None; any spelling counts."""
         for item in spellings(address):
             if item in self._own or self._routes.is_own(str(item)):
-                return "host-address"
+                return DenialRule.HOST_ADDRESS
             if item in self._gateways:
-                return "gateway"
+                return DenialRule.GATEWAY
         return None
 
     def refresh(self) -> None:
@@ -77,7 +78,7 @@ class HostAddresses:
             self._socket = None
 
     def _changed(self) -> None:
-        # What changed does not matter, nor that some of it was lost (ENOBUFS): all is read again.
+        # Everything is read again, whichever part has changed and even if notices were lost (ENOBUFS).
         with contextlib.suppress(OSError):
             while self._socket is not None and self._socket.recv(65536):
                 pass

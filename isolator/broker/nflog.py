@@ -1,6 +1,6 @@
-"""What the kernel refused: NFLOG records turned into what the trail calls ``net.denied``.
+"""Refusals of the kernel: NFLOG records turned into ``net.denied`` records.
 
-A record holds the first bytes of the refused IP packet and the prefix of the rule that refused it.
+An NFLOG record holds the first bytes of the refused IP packet and the prefix of the rule that refused it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from ipaddress import IPv4Address, IPv6Address
 
 from isolator.audit.schema import NetDenied
 from isolator.broker.virtual import VirtualPool
-from isolator.policy.destinations import VIRTUAL, Address, Rules
+from isolator.policy.addresses import Address
+from isolator.policy.denial import DenialRule, protocol_rule
+from isolator.policy.destinations import VIRTUAL, Rules
 
 _PROTOCOLS = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp", 136: "udplite"}
 
@@ -40,15 +42,15 @@ def describe(refused: Refused, rules: Rules, pool: VirtualPool) -> NetDenied:
     address, port = refused.address, refused.port
     entry = pool.entry(address) if isinstance(address, IPv4Address) else None
     if refused.kind in {"over_rate", "over_open"}:
-        rule = {"over_rate": "rate", "over_open": "too-many-open"}[refused.kind]
+        rule: str = DenialRule.RATE if refused.kind == "over_rate" else DenialRule.TOO_MANY_OPEN
     elif refused.protocol != "tcp" or address is None or port is None:
-        rule = f"protocol-{refused.protocol}"
+        rule = protocol_rule(refused.protocol)
     elif entry is not None:
-        rule = "port"
+        rule = DenialRule.PORT
     elif isinstance(address, IPv4Address) and address in VIRTUAL:
-        rule = "unallocated"
+        rule = DenialRule.UNALLOCATED
     elif address.is_loopback:
-        rule = "broker-port"
+        rule = DenialRule.BROKER_PORT
     else:
         rule = rules.literal(address, port).rule
     return NetDenied(

@@ -1,11 +1,11 @@
-"""One cage's way out: what the kernel redirected to us is judged, dialled, compared and carried.
+"""Outbound connections of one cage: judge, dial, compare and carry each that the kernel redirected to the broker.
 
 For each accepted connection, in this order:
 
-1. ``SO_ORIGINAL_DST`` says where it wanted to go. A virtual address is a name; one that was never answered is refused;
+1. ``SO_ORIGINAL_DST`` gives its destination. A virtual address is a name; one that was never answered is refused;
    any other address was written by the plugin itself.
 2. Name or address and port against the policy; then, for a name, its addresses now; each address against the
-   always-blocked list and the host's own. What was checked is what is dialled: there is no second lookup.
+   always-blocked list and the host's own. The checked addresses are dialled: there is no second lookup.
 3. The first bytes against the name (``guard``), before any of them is passed on.
 4. Bytes both ways until both ends are done, one breaks off, or nothing moved for ``IDLE`` seconds.
 
@@ -18,6 +18,7 @@ import asyncio
 import errno
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -26,40 +27,43 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import guard, nflog, sniff
 from isolator.broker.dial import dial
-from isolator.broker.dns import NameServer
-from isolator.broker.flow import Flow
+from isolator.broker.dns import Answers, NameServer
+from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound
-from isolator.broker.rate import Repeatable, RepeatCounter
 from isolator.broker.relay import Scratch, reset
+from isolator.broker.repeats import Repeatable, RepeatCounter
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
+from isolator.ipc.accept_loop import AcceptLoop
 from isolator.linux.netlink import parse_nflog
-from isolator.policy.destinations import VIRTUAL, Address, Rules
-from isolator.policy.model import NetworkPolicy
+from isolator.policy.addresses import Address
+from isolator.policy.denial import DenialRule
+from isolator.policy.destinations import VIRTUAL, Rules
 
 IDLE = 900.0
+"""Seconds without a byte in either direction after which a connection is ended."""
 FIRST_BYTES = 15.0
-"""Seconds for a client to say what it wants where it has to say it before anything passes."""
+"""Seconds for a client to send its first bytes where they are compared before anything passes."""
 KERNEL_LATE = 0.1
-"""Seconds by which we may read of a refusal after the plugin felt it: the record and the reset leave together."""
+"""Seconds by which a refusal of the kernel may be read after the plugin felt it: record and reset leave together."""
 UNACKNOWLEDGED = 15_000
-"""Audit records under way beyond which nothing new is let out: what cannot be recorded does not happen."""
+"""Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
 
 
 class Denied(Exception):
-    """A connection that is refused; ``rule`` says why, ``data`` what else the record should tell."""
+    """A connection that is refused; ``rule`` is a ``DenialRule``, ``found`` are further fields of its record."""
 
-    def __init__(self, rule: str, **data: Any) -> None:
+    def __init__(self, rule: str, **found: Any) -> None:
         super().__init__(rule)
-        self.rule, self.data = rule, data
+        self.rule, self.found = rule, found
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all cages of one broker use together."""
+    """The parts of a broker that all its cages share."""
 
     audit: AuditClient
     host: HostAddresses
@@ -68,129 +72,83 @@ class Shared:
     audit_first: bool = True
     """Whether nothing is let out while the trail cannot be written (``host.toml`` ``[audit] disk_full``)."""
 
-    def unrecordable(self) -> str | None:
+    def unrecordable(self) -> DenialRule | None:
         """The rule that refuses everything new while it could not be recorded, or None."""
         if self.audit.blocked is not None:
-            return "audit-unavailable" if self.audit_first else None
-        return "audit-unavailable" if self.audit.unacknowledged > UNACKNOWLEDGED else None
+            return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None
+        return DenialRule.AUDIT_UNAVAILABLE if self.audit.unacknowledged > UNACKNOWLEDGED else None
 
 
 class Outbound:
-    """Carries the connections of one run. Owns the sockets it is started with."""
+    """The broker's side of one run. Owns ``sockets``, and serves them until it is closed.
 
-    def __init__(self, run: str, plugin: str, policy: NetworkPolicy, shared: Shared, fetch: Fetch) -> None:
+    These are TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG and a host listener for each ``listen`` rule, in this order.
+    """
+
+    def __init__(
+        self, run: str, plugin: str, rules: Rules, shared: Shared, fetch: Fetch, sockets: Sequence[socket.socket]
+    ) -> None:
+        tcp4, tcp6, dns_udp, dns_tcp, log, *inbound = sockets
+        policy = rules.policy
         self.run, self.plugin = run, plugin
-        self.flows: dict[asyncio.Task[None], Flow] = {}
-        self._shared = shared
+        self._shared, self._rules = shared, rules
         self._loop = asyncio.get_running_loop()
-        self._rules = Rules(policy)
-        self._pool = VirtualPool(self._rules, self._loop.time)
+        self._flows = FlowTable(policy.connects_open)
+        self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._repeats = RepeatCounter(self._write, self._loop.time)
-        self._names = NameServer(
-            self._rules, self._pool, self._resolver, self.blocked, self._query, self._shared.unrecordable
-        )
-        self._listeners: list[socket.socket] = []
-        self._nflog: socket.socket | None = None
-        self._fetch = fetch
-        self._inbound: Inbound | None = None
-
-    async def start(self, sockets: list[socket.socket]) -> None:
-        """Serve TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG and a host listener for each ``listen`` rule, in this order."""
-        tcp4, tcp6, udp, tcp, log, *outside = sockets
-        await self._names.serve(udp, tcp)
-        for listener in (tcp4, tcp6):
-            listener.setblocking(False)
-            self._listeners.append(listener)
-            # A host without IPv6 has no listener for it, and something else in its place.
-            if listener.family in {socket.AF_INET, socket.AF_INET6}:
-                self._loop.add_reader(listener, self._accept, listener)
+        answers = Answers(rules, self._pool, self._resolver, self.blocked, self._query, shared.unrecordable)
+        self._name_server = NameServer(answers, dns_udp, dns_tcp)
+        if tcp6.family != socket.AF_INET6:
+            tcp6.close()  # a host without IPv6 has something else in the place of its listener
+        self._accepting = [AcceptLoop(listener, self._accepted) for listener in (tcp4, tcp6) if listener.fileno() >= 0]
         log.setblocking(False)
         self._nflog = log
-        self._loop.add_reader(log, self._refused)
+        self._loop.add_reader(log, self._read_refusals)
         self._inbound = Inbound(
-            list(zip(outside, self._rules.policy.listen, strict=True)), self._fetch, self._write_inbound,
-            self._shared.scratch, limit=self._rules.policy.connects_open, refusal=self._shared.unrecordable,
+            zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, shared.scratch,
+            limit=policy.connects_open, refusal=shared.unrecordable,
         )  # fmt: skip
 
     async def close(self) -> None:
-        """Close the listeners and end every flow; all records are handed over when it returns."""
-        for listener in self._listeners:
-            self._loop.remove_reader(listener)
-            listener.close()
-        self._listeners.clear()
-        if self._inbound is not None:
-            await self._inbound.close()
-        await self._names.close()
+        """Close the listeners and end every flow; all records are written when it returns."""
+        for accepting in self._accepting:
+            accepting.close()
+        await self._inbound.close()
+        await self._name_server.close()
         await self._resolver.close()
-        for task, flow in list(self.flows.items()):
-            flow.reason = "cage ended"
-            task.cancel()
-        await asyncio.gather(*self.flows, return_exceptions=True)
-        if self._nflog is not None:
-            self._refused()
-            self._loop.remove_reader(self._nflog)
-            self._nflog.close()
-            self._nflog = None
+        await self._flows.close()
+        self._read_refusals()
+        self._loop.remove_reader(self._nflog)
+        self._nflog.close()
         self._repeats.flush(everything=True)
 
     def tick(self) -> None:
-        """Once a second: write counts that are due, end flows that stand still."""
+        """Write counts that are due and end flows that stand still; to be called once a second."""
         self._repeats.flush()
-        before = self._loop.time() - IDLE
-        inward = self._inbound.flows if self._inbound is not None else {}
-        for task, flow in [*self.flows.items(), *inward.items()]:
-            if flow.touched < before:
-                flow.reason = "idle"
-                task.cancel()
+        for flows in (self._flows, self._inbound.flows):
+            flows.end_idle(self._loop.time() - IDLE)
 
-    def blocked(self, address: Address, port: int) -> str | None:
+    def blocked(self, address: Address, port: int) -> DenialRule | None:
         """The rule that keeps a resolved address out of reach at ``port``, or None."""
         if self._rules.excepted(address, port):
             return None
         if self._rules.blocked(address, port):
-            return "blocked-address"
+            return DenialRule.BLOCKED_ADDRESS
         return self._shared.host.owner(address)
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(64):
-            try:
-                client, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}:
-                    # The listener stays readable: wait for descriptors instead of spinning.
-                    self._loop.remove_reader(listener)
-                    self._loop.call_later(0.2, self._resume, listener)
-                    return
-                continue
-            client.setblocking(False)
-            try:
-                address, port = _original_destination(client)
-            except OSError:
-                reset(client)
-                continue
-            flow = Flow(client, address, port, self._loop.time())
-            if self._full():
-                self._deny(flow, "too-many-open")
-                reset(client)
-                continue
-            task = self._loop.create_task(self._carry(flow))
-            self.flows[task] = flow
-            task.add_done_callback(self._ended)
-
-    def _full(self) -> bool:
-        return len(self.flows) >= self._rules.policy.connects_open
-
-    def _resume(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
-            self._loop.add_reader(listener, self._accept, listener)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.flows.pop(task, None)
-        if not task.cancelled() and task.exception() is not None:
-            self._loop.call_exception_handler({"message": "a flow failed", "exception": task.exception()})
+    def _accepted(self, client: socket.socket, _: object) -> None:
+        try:
+            address, port = _original_destination(client)
+        except OSError:
+            reset(client)
+            return
+        flow = Flow(client, address, port, self._loop.time())
+        if self._flows.full:
+            self._deny(flow, DenialRule.TOO_MANY_OPEN)
+            reset(client)
+        else:
+            self._flows.start(flow, self._carry(flow))
 
     async def _carry(self, flow: Flow) -> None:
         orderly = False
@@ -198,19 +156,13 @@ class Outbound:
             await self._connect(flow)
             orderly = await flow.relay()
         except Denied as denied:
-            self._deny(flow, denied.rule, **denied.data)
+            self._deny(flow, denied.rule, **denied.found)
         except OSError as error:
             flow.failed(error)
             if not flow.recorded:
                 self._repeats.add(flow.unreachable())
         finally:
-            for pipe in flow.pipes:
-                pipe.stop()
-            for sock in (flow.client, flow.server):
-                if sock is not None:
-                    sock.close() if orderly else reset(sock)
-            if flow.entry is not None:
-                flow.entry.flows -= 1
+            flow.release(orderly=orderly)
             if flow.recorded:
                 self._write(flow.closed(self._loop.time()))
 
@@ -254,7 +206,7 @@ class Outbound:
             return (flow.address,)
         flow.entry = self._pool.entry(flow.address)
         if flow.entry is None:
-            raise Denied("unallocated")
+            raise Denied(DenialRule.UNALLOCATED)
         flow.entry.flows += 1
         flow.name = flow.entry.name
         verdict = self._rules.name(flow.name, flow.port)
@@ -270,7 +222,7 @@ class Outbound:
         if not usable:
             for address, reason in reasons.items():
                 flow.dialled = address
-                raise Denied(str(reason))
+                raise Denied(reason or "")
             raise OSError(errno.EHOSTUNREACH, "no address")
         return usable
 
@@ -279,7 +231,7 @@ class Outbound:
         flow.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def _first_bytes(self, flow: Flow) -> bytes:
-        """Read until the guard can judge; the bytes read; raises Denied."""
+        """Read until the guard can judge; returns the bytes; raises Denied or OSError."""
         assert flow.name is not None
         data = b""
         client_first = guard.speaks_first(flow.port)
@@ -296,39 +248,35 @@ class Outbound:
                     data += part
                     hello = sniff.sniff(data)
         except TimeoutError:
-            # Half of what we compare, held back until we look away, would be a way round the comparison.
-            raise Denied("incomplete" if data else "silent") from None
+            # To pass on half of the compared bytes after a while would be a way round the comparison.
+            raise Denied(DenialRule.INCOMPLETE if data else DenialRule.SILENT) from None
         except sniff.Malformed as error:
-            raise Denied("malformed", detail=str(error)) from None
+            raise Denied(DenialRule.MALFORMED, detail=str(error)) from None
         if hello is None:
             if not data:
                 return b""
-            raise Denied("incomplete")
+            raise Denied(DenialRule.INCOMPLETE)
         rule = guard.objection(hello, flow.name, flow.port, allow_no_sni=self._rules.policy.allow_no_sni)
         if rule is not None:
             raise Denied(rule, asked=list(hello.names[:4]))
         return data
 
-    def _refused(self) -> None:
-        """Records of what the ruleset refused before it came to us."""
+    def _read_refusals(self) -> None:
+        """Record the packets that the ruleset refused before they reached a listener."""
         for _ in range(64):
-            if self._nflog is None:
-                return
             try:
                 packet = self._nflog.recv(65536)
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno == errno.ENOBUFS:
-                    self._repeats.add(NetDenied(rule="records-lost"))
+                    self._repeats.add(NetDenied(rule=DenialRule.RECORDS_LOST))
                     continue
                 return
             for prefix, payload in parse_nflog(packet):
-                self._kernel_denial(nflog.read(prefix, payload))
-
-    def _kernel_denial(self, refused: nflog.Refused) -> None:
-        denied = nflog.describe(refused, self._rules, self._pool)
-        self._repeats.add(denied, count=refused.count, late=KERNEL_LATE)
+                refused = nflog.read(prefix, payload)
+                denied = nflog.describe(refused, self._rules, self._pool)
+                self._repeats.add(denied, count=refused.count, late=KERNEL_LATE)
 
     def _deny(self, flow: Flow, rule: str, **found: Any) -> None:
         flow.reason = rule
@@ -350,7 +298,7 @@ class Outbound:
 
 
 def _original_destination(client: socket.socket) -> tuple[Address, int]:
-    """Where a redirected connection wanted to go; raises OSError when the kernel does not know (any more)."""
+    """Read the destination of a redirected connection; raises OSError when the kernel does not know it (any more)."""
     if client.family == socket.AF_INET:
         raw = client.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16)
         port, packed = struct.unpack_from("!2xH4s", raw)

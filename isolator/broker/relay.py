@@ -1,4 +1,4 @@
-"""Bytes between a cage's connection and the outside's, both directions, with half-close.
+"""Carry bytes between a cage's connection and the outside's, both directions, with half-close.
 
 Callbacks on the event loop rather than streams: one read buffer serves every flow, and a direction keeps bytes of its
 own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait.
@@ -20,14 +20,14 @@ _ROUNDS = 4
 
 
 def reset(sock: socket.socket) -> None:
-    """Close so that the peer sees a reset at once, not an orderly end."""
+    """Close a connection so that its peer sees a reset at once, not an orderly end."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
     sock.close()
 
 
 class Scratch:
-    """The read buffer of one event loop, and how much its flows keep waiting."""
+    """The read buffer of one event loop, and the number of bytes that its flows keep waiting."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(CHUNK))
@@ -56,7 +56,7 @@ class Pipe:
             self._read(True)
 
     def stop(self) -> None:
-        """Take it off the loop; bytes that still wait are dropped."""
+        """Take the pipe off the loop; bytes that still wait are dropped."""
         self._read(False)
         if self._rest:
             self._loop.remove_writer(self._sink)

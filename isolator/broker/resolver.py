@@ -1,7 +1,7 @@
-"""The upstream resolver: name → addresses, asked outside the cage by the broker, one cache per cage.
+"""The upstream resolver: finds the addresses of a name outside the cage, with one cache per cage.
 
-A cache of its own per cage, so that one plugin cannot tell from timing what another asked for. Answers are kept for
-their TTL and no longer; what was checked is what is dialled, because both use the addresses returned here.
+A cache of its own per cage, so that one plugin cannot find out from timing which names another looks up. Answers are
+kept for their TTL and no longer; the addresses that were checked are dialled, because both come from here.
 CNAMEs are followed, across answers if the server does not, up to ``MAX_CHAIN``; only the addresses at the end count.
 """
 
@@ -24,7 +24,7 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
-from isolator.policy.destinations import Address, parse_address
+from isolator.policy.addresses import Address, parse_address
 
 MAX_CHAIN = 8
 MAX_ADDRESSES = 16
@@ -32,7 +32,7 @@ MAX_CACHED = 1024
 MAX_TTL = 300
 NEGATIVE_TTL = 5
 TIMEOUT = 2.0
-"""Seconds for one server's answer; every server is asked twice."""
+"""Seconds for one server's answer; every server is tried twice."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Answer:
 
 
 class ResolveError(Exception):
-    """No server gave an answer; the message says what happened last."""
+    """No server gave an answer; the message is the last failure."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class HostResolvers:
 
 
 class Resolver:
-    """Resolves for one cage. ``configured`` replaces the host's servers when it is not empty."""
+    """The resolver of one cage. ``configured`` replaces the host's servers when it is not empty."""
 
     def __init__(self, configured: tuple[str, ...], host: HostResolvers) -> None:
         self._configured = tuple(server for text in configured if (server := Server.parse(text)) is not None)
@@ -118,7 +118,7 @@ class Resolver:
         return len(self._running)
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel the lookups under way."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
@@ -179,7 +179,7 @@ class Resolver:
         where = (str(server.address), server.port)
         async with asyncio.timeout(TIMEOUT):
             with _socket(server, socket.SOCK_DGRAM) as sock:
-                # Connected: only the server asked can answer, and a refusal is reported at once.
+                # Connected: only this server can answer, and a refusal is reported at once.
                 await self._loop.sock_connect(sock, where)
                 await self._loop.sock_sendall(sock, wire)
                 while True:

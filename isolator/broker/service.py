@@ -1,8 +1,8 @@
 """The broker's process: ``python -I -m isolator.broker.service --channel-fd N --filter-fd F [--audit-fd M]``.
 
-Started by the supervisor as an unprivileged user without capabilities, in the host's network namespace. It makes no
-sockets inside cages and cannot: it is handed them. It ends when its channel closes, and then every cage's listeners
-are gone with it, so their connects are refused.
+Started by the supervisor as an unprivileged user without capabilities, in the host's network namespace. It cannot make
+sockets inside cages: the supervisor hands them over. It ends when its channel closes, and every cage's listeners with
+it, so their connects are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isolator.ipc.channel import Channel
 
 
 async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
-    """Serve the supervisor's calls until it goes away."""
+    """Serve the supervisor's calls until its channel closes."""
     audit = AuditClient(audit_socket)
     broker = Broker(audit)
     channel = Channel(

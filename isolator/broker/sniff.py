@@ -1,6 +1,6 @@
-"""What a connection's first bytes say about the server they are meant for: TLS server name, HTTP Host.
+"""Read the server name in a connection's first bytes: TLS server name, HTTP Host.
 
-Hostile input, read by hand: every length is checked against what is there, at most ``LIMIT`` bytes are looked at, and
+Hostile input, read by hand: every length is checked against the bytes that came, at most ``LIMIT`` are read, and
 the only outcomes are a ``Hello``, ``None`` (more bytes are needed) or ``Malformed``. Nothing is decrypted or changed.
 """
 
@@ -31,7 +31,7 @@ class Malformed(Exception):
 
 @dataclass(frozen=True)
 class Hello:
-    """``names`` are all server names found; ``encrypted`` says that another may be hidden (ECH)."""
+    """The names in the first bytes, all of them; ``encrypted``: another may be hidden (ECH)."""
 
     protocol: Literal["tls", "http", "other"]
     names: tuple[str, ...] = ()

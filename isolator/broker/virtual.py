@@ -1,8 +1,8 @@
-"""Virtual addresses: within a cage every name has an address of its own, so a connection tells its name.
+"""Virtual addresses: within a cage every name has an address of its own, so a connection shows its name.
 
 An address is derived from the name (hash, then the next free slot), and names that are granted exactly have theirs from
 the start. A broker that was restarted therefore gives most names the address they had, which programs may still hold.
-An address is given to another name only when the pool is full, it was last answered long ago, and no flow uses it.
+An address goes to another name only when the pool is full, it was last answered long ago, and no flow uses it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class VirtualPool:
         return self._allocate(name, fixed=False)
 
     def entry(self, address: IPv4Address) -> Entry | None:
-        """Whose address it is, or None when it was never answered (or is another's by now)."""
+        """The name that has ``address``, or None when it was never answered or belongs to another by now."""
         return self._by_address.get(address)
 
     def _allocate(self, name: str, *, fixed: bool) -> IPv4Address | None:

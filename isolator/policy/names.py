@@ -1,7 +1,7 @@
 """Names that requests and grants speak of: events, permissions, destinations, ports, paths.
 
-One spelling per thing: what passes here is lower case, bounded and printable, so that it can be compared,
-shown on a terminal and put into a DNS answer or a TOML file as it is. Parsers raise ``ValueError``.
+One spelling per thing: a parsed name is lower case, bounded and printable, so that it can be compared, shown on a
+terminal and put into a DNS answer or a TOML file as it is. Parsers raise ``ValueError`` with a sentence.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import ipaddress
 import re
 
+from isolator.policy.destinations import parse_host
 from isolator.policy.model import EgressRule, ListenRule
 from isolator.policy.units import shown
 
 PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]{1,62}")
 _HOOK = re.compile(r"[a-z][a-z0-9_]{0,63}(?:\.[a-z][a-z0-9_]{0,63}){0,7}")
 _PERMISSION = re.compile(r"[a-z][a-z0-9_.-]{0,63}(?::[a-z0-9][a-z0-9_.-]{0,63}){0,3}")
-_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 
 OLDER_HOOKS: dict[str, str] = {
     "on_deploy_start": "deploy.started",
@@ -70,12 +70,12 @@ def parse_permission_grant(text: str) -> str:
 
 
 def covers_hook(grant: str, hook: str) -> bool:
-    """Does one granted pattern cover one event, whichever spelling either of them uses?"""
+    """Whether a granted pattern covers an event, whichever spelling either of them uses."""
     return _covers(OLDER_HOOKS.get(grant, grant), OLDER_HOOKS.get(hook, hook), ".")
 
 
 def covers_permission(grant: str, permission: str) -> bool:
-    """Does one granted pattern cover one permission?"""
+    """Whether a granted pattern covers a permission."""
     return _covers(grant, permission, ":")
 
 
@@ -99,51 +99,6 @@ def _port_text(text: str) -> int:
     return parse_port(int(text))
 
 
-def parse_host(text: str) -> str:
-    """A DNS name, ``*.`` plus a name, an address, or a CIDR, in its one canonical spelling.
-
-    Names of other scripts must be given in their ``xn--`` form: what an operator approves on a terminal has to be
-    what is resolved, and two scripts can look alike.
-    """
-    if "://" in text:
-        raise ValueError(f'"{shown(text)}" is a URL; write the host name alone')
-    host = text.strip().lower().removesuffix(".")
-    if not host or len(host) > 253:
-        raise ValueError(f'"{shown(text)}" is not a host name')
-    if ":" in host or "/" in host or host.replace(".", "").isdigit():
-        return _parse_address(host, text)
-    if not host.isascii():
-        raise ValueError(f'"{shown(text)}": write names of other scripts in their xn-- form')
-    wildcard, name = (True, host[2:]) if host.startswith("*.") else (False, host)
-    labels = name.split(".")
-    if not all(_LABEL.fullmatch(label) for label in labels):
-        hint = '; a wildcard is a whole first label, like "*.example.com"' if "*" in host else ""
-        raise ValueError(f'"{shown(text)}" is not a host name{hint}')
-    # "0x7f.1" and "127.1" are addresses to inet_aton and names to us: nothing may be both.
-    if labels[-1].isdigit() or labels[-1].startswith("0x"):
-        raise ValueError(f'"{shown(text)}" is neither a host name nor an address')
-    if wildcard and len(labels) < 2:
-        raise ValueError(f'"{shown(text)}" would cover a whole top-level domain')
-    return host
-
-
-def _parse_address(host: str, text: str) -> str:
-    try:
-        if "/" in host:
-            network = ipaddress.ip_network(host, strict=True)
-            # A network of one address is that address: two spellings would count as two rules.
-            return str(network.network_address) if network.num_addresses == 1 else str(network)
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        why = "is not an address or a network"
-        if "/" in host:
-            why += " (its host bits must be zero)"
-        raise ValueError(f'"{shown(text)}" {why}') from None
-    if isinstance(address, ipaddress.IPv6Address) and (address.scope_id or address.ipv4_mapped):
-        raise ValueError(f'"{shown(text)}": write the plain address')
-    return str(address)
-
-
 def parse_egress(text: str) -> EgressRule:
     """``hooks.slack.com:443``, ``*.example.com:443,8443``, ``203.0.113.7:5432``, ``[2001:db8::/32]:443``."""
     if "://" in text:
@@ -155,7 +110,7 @@ def parse_egress(text: str) -> EgressRule:
         host = host[1:-1]
         if ":" not in host:
             raise ValueError(f'"{shown(text)}": brackets are for IPv6 addresses')
-    return EgressRule(host=parse_host(host), ports=sorted_ports(_port_text(p.strip()) for p in ports.split(",")))
+    return EgressRule(host=str(parse_host(host)), ports=sorted_ports(_port_text(p.strip()) for p in ports.split(",")))
 
 
 def sorted_ports(ports: object) -> tuple[int, ...]:
@@ -215,5 +170,5 @@ def parse_read_path(text: str) -> str:
 
 
 def path_covers(outer: str, inner: str) -> bool:
-    """Is ``inner`` the same path as ``outer`` or below it? Both canonical."""
+    """Whether ``inner`` is the same path as ``outer`` or lies below it; both canonical."""
     return outer in (inner, "/") or inner.startswith(outer + "/")

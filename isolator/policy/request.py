@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from isolator.policy import names
+from isolator.policy.destinations import parse_host
 from isolator.policy.limits import BY_NAME
 from isolator.policy.model import Frozen
 from isolator.policy.parse.strict import Path, Table, load_json_with_lines, load_strict_json, printable, prose
@@ -304,7 +305,7 @@ def _egress(top: Table, entry: Table | Any, index: int) -> EgressRequest:
         top.fail(("egress", index), "must be an object", 'write {"host": "hooks.slack.com", "ports": [443]}')
     if "host" not in entry:
         entry.text("host")
-    host = entry.parsed("host", lambda value: names.parse_host(printable(value, 300)), "")
+    host = entry.parsed("host", lambda value: str(parse_host(printable(value, 300))), "")
     ports = entry.items("ports", names.parse_port, limit=32)
     if ports == ():
         entry.fail("ports", "is empty", "name the ports, or leave the key out for 443")

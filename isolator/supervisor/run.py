@@ -25,6 +25,7 @@ from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
 from isolator.linux.files import openat2
+from isolator.policy.denial import DenialRule
 from isolator.supervisor.cage_spec import SOCKET, Environment, plugin_spec
 from isolator.volume.volume import Volume
 
@@ -214,7 +215,7 @@ class Run:
         try:
             network_layer.confirm(self.cage.network, self.effective.network)
         except ConfinementError as error:
-            denied = NetDenied(rule="ruleset-changed", why=error.why)
+            denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=error.why)
             self.around.audit.record(denied, plugin=self.plugin, run=self.id)
             self.end("its network rules were changed")
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 
 from isolator.policy.model import EgressRule, NetworkPolicy
-from tests.support.pretend_internet import BrokerProcess, CageNet, World, world
+from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, pretend_internet
 
 MakeCage = Callable[..., Awaitable[CageNet]]
 
@@ -22,15 +22,15 @@ def listed(*rules: str, **fields: object) -> NetworkPolicy:
 
 
 @pytest.fixture(scope="module")
-def pretend() -> Iterator[World]:
-    with world() as made:
+def pretend() -> Iterator[PretendInternet]:
+    with pretend_internet() as made:
         yield made
 
 
 @pytest.fixture
-async def broker(pretend: World) -> AsyncIterator[BrokerProcess]:
+async def broker(pretend: PretendInternet) -> AsyncIterator[BrokerProcess]:
     started = await BrokerProcess.start(pretend)
-    pretend.internet.dns.asked.clear()
+    pretend.internet.dns.queries.clear()
     yield started
     await started.stop()
 

@@ -1,8 +1,8 @@
-"""Each guarantee of the way out, and its twin: with that one check switched off the same attempt succeeds.
+"""Each guarantee of the broker, and its ablation: with that one check switched off the same attempt succeeds.
 
 A test that cannot fail proves nothing. Checks in the broker are switched off by starting it through ``weakened.py``,
-rules of the kernel by loading the ruleset without them. Where two checks each stop an attempt alone, the twin is
-named with both, and each of them alone is shown to be enough.
+rules of the kernel by loading the ruleset without them. Where two checks each stop an attempt alone, the test
+names both, and each of them alone is shown to be enough.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import listed
 from tests.broker.test_guarantees import RAW
 from tests.support.internet_servers import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
-from tests.support.pretend_internet import BrokerProcess, CageNet, World, run_client
+from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, run_client
 
 Ruleset = Callable[[str], str]
 
 
 @asynccontextmanager
 async def cage(
-    world: World, policy: NetworkPolicy, *, off: Sequence[str] = (), change: Ruleset | None = None
+    pretend: PretendInternet, policy: NetworkPolicy, *, off: Sequence[str] = (), change: Ruleset | None = None
 ) -> AsyncIterator[tuple[CageNet, BrokerProcess]]:
     """A cage and its broker, without the checks in ``off`` and with a ruleset that ``change`` has rewritten."""
-    world.internet.dns.asked.clear()
-    broker = await BrokerProcess.start(world, off=off)
+    pretend.internet.dns.queries.clear()
+    broker = await BrokerProcess.start(pretend, off=off)
     try:
         with pytest.MonkeyPatch.context() as patch:
             if change is not None:
@@ -47,7 +47,7 @@ async def cage(
 
 
 def without(*lines: str) -> Ruleset:
-    """Take out every rule that contains one of these; fails when there is none, or the twin would prove nothing."""
+    """Take out every rule that contains one of these; fails when there is none, or the ablation would prove nothing."""
 
     def change(text: str) -> str:
         for line in lines:
@@ -89,7 +89,7 @@ INSIDE = {
 
 
 @pytest.mark.parametrize(("name", "check"), INSIDE.items())
-async def test_a_name_that_leads_inside(pretend: World, name: str, check: str) -> None:
+async def test_name_that_leads_inside_is_stopped_by_one_check(pretend: PretendInternet, name: str, check: str) -> None:
     reached = f"host={name}"[:9]
     async with cage(pretend, listed("*.example.com:80")) as (caged, _):
         assert await caged.client(get(name)) == "no such name"
@@ -97,7 +97,7 @@ async def test_a_name_that_leads_inside(pretend: World, name: str, check: str) -
         assert await caged.client(get(name)) == reached
 
 
-async def test_a_name_that_leads_to_the_hosts_loopback_is_stopped_twice(pretend: World) -> None:
+async def test_a_name_that_leads_to_the_hosts_loopback_is_stopped_twice(pretend: PretendInternet) -> None:
     policy = listed("loopback.example.com:5432")
     ask = f"{RAW}print(raw('loopback.example.com', 5432, b'select secret'))"
     for off in ([], ["blocked"], ["host"]):
@@ -112,7 +112,7 @@ LITERALS = [METADATA, PRIVATE, f"::ffff:{METADATA}", "64:ff9b::a9fe:a9fe", "2002
 
 
 @pytest.mark.parametrize("address", LITERALS)
-async def test_an_address_inside_is_stopped_by_kernel_and_broker(pretend: World, address: str) -> None:
+async def test_an_address_inside_is_stopped_by_kernel_and_broker(pretend: PretendInternet, address: str) -> None:
     host = f"[{address}]" if ":" in address else address
     ask = get(host)
     change = everything_diverted if ":" not in address or address.startswith("::ffff") else _diverted6
@@ -131,7 +131,7 @@ def _diverted6(text: str) -> str:
 
 
 @pytest.mark.parametrize("address", [HOST, GATEWAY])
-async def test_the_hosts_own_address_as_written(pretend: World, address: str) -> None:
+async def test_address_of_the_host_as_written_is_stopped_by_one_check(pretend: PretendInternet, address: str) -> None:
     ask = f"{RAW}print(raw({address!r}, 80, b'GET / HTTP/1.0\\r\\n\\r\\n')[:12])"
     async with cage(pretend, NetworkPolicy(mode="public")) as (caged, _):
         assert await caged.client(ask) == "ECONNRESET"
@@ -139,7 +139,7 @@ async def test_the_hosts_own_address_as_written(pretend: World, address: str) ->
         assert await caged.client(ask) == "HTTP/1.1 200"
 
 
-async def test_rebinding(pretend: World) -> None:
+async def test_rebinding_is_stopped_by_the_check_at_the_dial(pretend: PretendInternet) -> None:
     pretend.internet.dns.ttl = 0
     try:
         for off, expected in (([], "ECONNRESET"), (["dial"], "host=rebi")):
@@ -152,7 +152,7 @@ async def test_rebinding(pretend: World) -> None:
         pretend.internet.dns.ttl = 60
 
 
-async def test_a_virtual_address_nobody_was_told(pretend: World) -> None:
+async def test_virtual_address_that_was_never_answered_is_stopped_by_one_check(pretend: PretendInternet) -> None:
     ask = f"{RAW}print(raw('198.18.3.3', 80, b'GET / HTTP/1.0\\r\\nHost: hooks.example.com\\r\\n\\r\\n')[:12])"
     for off, expected in (([], "ECONNRESET"), (["allocated"], "HTTP/1.1 200")):
         async with cage(pretend, listed("hooks.example.com:80"), off=off) as (caged, _):
@@ -162,14 +162,14 @@ async def test_a_virtual_address_nobody_was_told(pretend: World) -> None:
 # --- what leaves the host ------------------------------------------------------------------------------------
 
 
-async def test_a_name_that_is_not_granted_never_leaves_the_host(pretend: World) -> None:
+async def test_a_name_that_is_not_granted_never_leaves_the_host(pretend: PretendInternet) -> None:
     ask = get("other.example.com")
     async with cage(pretend, listed("hooks.example.com:80")) as (caged, _):
         assert await caged.client(ask) == "no such name"
-        assert pretend.internet.dns.asked == []
+        assert pretend.internet.dns.queries == []
     async with cage(pretend, listed("hooks.example.com:80"), off=["granted-names"]) as (caged, _):
         assert await caged.client(ask) == "host=othe"
-        assert "other.example.com" in pretend.internet.dns.asked
+        assert "other.example.com" in pretend.internet.dns.queries
 
 
 DNS_QUESTION = r"b'\x12\x34\x01\0\0\1\0\0\0\0\0\0\5other\7example\3com\0\0\1\0\1'"
@@ -184,17 +184,17 @@ except OSError as e:
 """
 
 
-async def test_an_outside_resolver_over_udp_is_refused_at_once_and_has_no_way(pretend: World) -> None:
+async def test_outside_resolver_over_udp_is_refused_at_once_and_has_no_route(pretend: PretendInternet) -> None:
     async with cage(pretend, NetworkPolicy(mode="public")) as (caged, broker):
         assert await caged.client(UDP_QUESTION) == "EPERM"
         await broker.wait_for("net.denied", rule="protocol-udp", address=WEB, port=53)
     # Without the ruleset there is still no interface: it is not refused any more, but nobody answers.
     async with cage(pretend, NetworkPolicy(mode="public"), change=without("goto refused", "policy drop")) as (caged, _):
         assert await caged.client(UDP_QUESTION) in {"TimeoutError", "ECONNREFUSED"}
-        assert pretend.internet.dns.asked == []
+        assert pretend.internet.dns.queries == []
     # Without the namespace, on the host itself, the same question is answered.
     assert await run_client(pretend, pretend.host_fd, "host-resolv.conf", UDP_QUESTION) == "True"
-    assert "other.example.com" in pretend.internet.dns.asked
+    assert "other.example.com" in pretend.internet.dns.queries
 
 
 OUTSIDE = {
@@ -205,7 +205,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)
-async def test_an_outside_resolver_over_tcp(pretend: World, kind: str) -> None:
+async def test_outside_resolver_over_tcp_is_stopped_by_kernel_and_broker(pretend: PretendInternet, kind: str) -> None:
     port, attempt = OUTSIDE[kind]
     ask = f"{RAW}{RAW_BYTES}print(len({attempt}) > 12 and not {attempt}.startswith('E'))"
     policy = listed("hooks.example.com:443")
@@ -231,7 +231,7 @@ def raw(host, port, data):
 """
 
 
-# --- what a connection is used for ---------------------------------------------------------------------------
+# --- how a connection is used --------------------------------------------------------------------------------
 
 HELLO = """
 def hello(*extensions):
@@ -259,7 +259,9 @@ FIRST = [
 
 
 @pytest.mark.parametrize(("rule", "port", "attempt"), FIRST)
-async def test_the_first_bytes(pretend: World, rule: str, port: int, attempt: str) -> None:
+async def test_first_bytes_are_stopped_by_one_objection(
+    pretend: PretendInternet, rule: str, port: int, attempt: str
+) -> None:
     ask = f"{RAW}{HELLO}print({attempt})"
     policy = listed("hooks.example.com:80,443,8080")
     async with cage(pretend, policy) as (caged, broker):
@@ -267,7 +269,7 @@ async def test_the_first_bytes(pretend: World, rule: str, port: int, attempt: st
         await broker.wait_for("net.denied", rule=rule, port=port)
     async with cage(pretend, policy, off=[f"first:{rule}"]) as (caged, broker):
         await caged.client(ask)
-        # What the server makes of it is its own affair: it was reached, and the bytes went there.
+        # The reply is the server's own affair: it was reached, and the bytes went there.
         closed = await broker.wait_for("net.closed", name="hooks.example.com", port=port)
         assert closed["sent"] > 0
         assert not [r for r in broker.records if r["type"] == "net.denied"]
@@ -280,7 +282,7 @@ async def test_the_first_bytes(pretend: World, rule: str, port: int, attempt: st
         ("malformed", "raw('hooks.example.com', 443, b'\\x16\\3\\1\\0\\x05\\2\\0\\0\\1x')"),
     ],
 )
-async def test_what_cannot_be_read_is_not_passed_on(pretend: World, rule: str, attempt: str) -> None:
+async def test_unreadable_first_bytes_are_not_passed_on(pretend: PretendInternet, rule: str, attempt: str) -> None:
     for off in ([], ["sniff"]):
         async with cage(pretend, listed("hooks.example.com:80,443"), off=off) as (caged, broker):
             await caged.client(f"{RAW}print({attempt})")
@@ -312,7 +314,7 @@ def test_other_protocols_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, ki
     if not on:
         change = without("goto refused", "policy drop")
         monkeypatch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
-    made = network.prepare(NetworkPolicy(mode="public"), prefix="twin")
+    made = network.prepare(NetworkPolicy(mode="public"), prefix="ablation")
 
     def send() -> str:
         try:
@@ -337,7 +339,7 @@ print(sum(not isinstance(one, str) for one in got))
 """
 
 
-async def test_the_rate_of_connections(pretend: World) -> None:
+async def test_connections_over_the_rate_are_refused_by_the_ruleset(pretend: PretendInternet) -> None:
     policy = listed("hooks.example.com:25", connects_open=512)
     storm = STORM.replace("COUNT", "120")
     async with cage(pretend, policy) as (caged, broker):
@@ -347,9 +349,9 @@ async def test_the_rate_of_connections(pretend: World) -> None:
         assert int(await caged.client(storm)) == 120
 
 
-async def test_the_number_of_open_connections_is_kept_by_kernel_and_broker(pretend: World) -> None:
+async def test_the_number_of_open_connections_is_kept_by_kernel_and_broker(pretend: PretendInternet) -> None:
     policy = listed("hooks.example.com:25", connects_open=8, connect_burst=400, connects_per_second=400)
-    # What the broker refuses is seen by the client as a reset after its connect: count what is served.
+    # A refusal of the broker is a reset after the client's connect: count the connections that are served.
     storm = """
 kept = [s for s in (attempt(tcp, 'hooks.example.com', 25) for _ in range(30)) if not isinstance(s, str)]
 print(sum(attempt(s.recv, 3) == b'220' for s in kept))
@@ -362,7 +364,7 @@ print(sum(attempt(s.recv, 3) == b'220' for s in kept))
         assert int(await caged.client(storm)) == 30
 
 
-async def test_the_rate_of_questions(pretend: World) -> None:
+async def test_questions_over_the_rate_are_refused(pretend: PretendInternet) -> None:
     storm = f"""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.settimeout(5)
@@ -377,7 +379,7 @@ print(refused)
             assert (int(await caged.client(storm)) > 50) is not bool(off)
 
 
-async def test_nothing_is_let_out_unrecorded(pretend: World) -> None:
+async def test_connection_that_cannot_be_recorded_is_not_let_out(pretend: PretendInternet) -> None:
     for off, expected in (([], False), (["recordable"], True)):
         async with cage(pretend, listed(f"{OTHER}:80"), off=off) as (caged, broker):
             broker.audit.send(b'{"blocked": "the disk is full"}')
@@ -386,7 +388,7 @@ async def test_nothing_is_let_out_unrecorded(pretend: World) -> None:
             assert await caged.client(ask) == str(expected)
 
 
-def test_the_switches_switch_something() -> None:
+def test_every_check_of_the_weakened_broker_is_switched_off_here() -> None:
     """Every check that ``weakened`` knows is used here."""
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The whole way out, with a real broker process and real namespaces: what is reached, what is not, what is recorded."""
+"""A real broker process and real namespaces: what is granted is reached and recorded, the rest is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import WEB
-from tests.support.pretend_internet import BrokerProcess, World
+from tests.support.pretend_internet import BrokerProcess, PretendInternet
 
 
 async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage, broker: BrokerProcess) -> None:
@@ -30,7 +30,7 @@ async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage
 
 
 async def test_a_name_that_is_not_listed_never_leaves_the_host(
-    cages: MakeCage, broker: BrokerProcess, pretend: World
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
 ) -> None:
     cage = await cages(listed("hooks.example.com:443"))
     script = """
@@ -41,14 +41,14 @@ except socket.gaierror as error:
     print(error.errno == socket.EAI_NONAME, time.monotonic() - start < 2)
 """
     assert await cage.client(script) == "True True"
-    assert pretend.internet.dns.asked == []
+    assert pretend.internet.dns.queries == []
     query = await broker.wait_for("net.query", name="secret-data.other.example.com", type="A")
     assert (query["verdict"], query["rule"]) == ("denied", "not-granted")
 
 
 @pytest.mark.parametrize("policy", [NetworkPolicy(mode="none"), listed()])
-async def test_no_network_refuses_everything_at_once(
-    cages: MakeCage, broker: BrokerProcess, pretend: World, policy: NetworkPolicy
+async def test_policy_without_network_refuses_everything_at_once(
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet, policy: NetworkPolicy
 ) -> None:
     cage = await cages(policy)
     script = f"""
@@ -60,7 +60,7 @@ except socket.gaierror as error:
 """
     assert await cage.client(script) == "ECONNREFUSED ECONNREFUSED ECONNREFUSED\nTrue"
     await broker.wait_for("net.denied", address=WEB, port=443, protocol="tcp")
-    assert pretend.internet.dns.asked == []
+    assert pretend.internet.dns.queries == []
 
 
 async def test_public_mode_reaches_the_public_and_nothing_private(cages: MakeCage, broker: BrokerProcess) -> None:

@@ -1,4 +1,4 @@
-"""The cage's name server: what is answered, withheld, refused; hostile questions; upstream troubles."""
+"""The cage's name server: answers, refusals, hostile questions, upstream errors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isolator.broker.dns import NameServer
+from isolator.broker.dns import Answers
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver, Server
 from isolator.broker.virtual import VirtualPool
 from isolator.linux import netns
-from isolator.policy.destinations import VIRTUAL, Rules, parse_address
+from isolator.policy.addresses import parse_address
+from isolator.policy.destinations import VIRTUAL, Rules
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import OTHER, WEB, Dns
-from tests.support.pretend_internet import BrokerProcess, World
+from tests.support.pretend_internet import BrokerProcess, PretendInternet
 
 
 @pytest.fixture
@@ -53,16 +54,16 @@ def resolver(upstream: Dns) -> Resolver:
 Seen = list[tuple[str, str, str, str]]
 
 
-def name_server(policy: NetworkPolicy, upstream: Dns) -> tuple[NameServer, Seen]:
+def name_server(policy: NetworkPolicy, upstream: Dns) -> tuple[Answers, Seen]:
     seen: Seen = []
     rules = Rules(policy)
     pool = VirtualPool(rules, asyncio.get_running_loop().time)
     blocked = lambda address, port: "blocked-address" if rules.blocked(address, port) else None  # noqa: E731
-    server = NameServer(rules, pool, resolver(upstream), blocked, lambda *record: seen.append(record))
+    server = Answers(rules, pool, resolver(upstream), blocked, lambda *record: seen.append(record))
     return server, seen
 
 
-async def ask(server: NameServer, name: str, kind: str = "A") -> dns.message.Message:
+async def ask(server: Answers, name: str, kind: str = "A") -> dns.message.Message:
     wire = await server.answer(dns.message.make_query(name, kind).to_wire())
     assert wire is not None
     return dns.message.from_wire(wire)
@@ -73,7 +74,7 @@ async def test_a_granted_name_gets_a_virtual_address_with_a_short_life(upstream:
     reply = await ask(server, "A.com.")
     assert IPv4Address(reply.answer[0][0].to_text()) in VIRTUAL
     assert reply.answer[0].ttl == 30
-    assert reply.answer[0].name.to_text() == "A.com."  # as it was asked, or clients that vary the case refuse it
+    assert reply.answer[0].name.to_text() == "A.com."  # as in the question: clients may vary the case
     assert seen == [("a.com", "A", "allowed", "a.com:443")]
 
 
@@ -83,7 +84,7 @@ async def test_ipv6_is_answered_empty_and_other_types_are_withheld(upstream: Dns
         reply = await ask(server, "a.com", kind)
         assert reply.rcode() == dns.rcode.NOERROR and not reply.answer, kind
     assert {record[2] for record in seen} == {"allowed", "withheld"}
-    assert upstream.asked == []
+    assert upstream.queries == []
 
 
 @pytest.mark.parametrize(
@@ -99,15 +100,17 @@ async def test_ipv6_is_answered_empty_and_other_types_are_withheld(upstream: Dns
         (".".join("abcdefghijklmnopqrstuvwxyz"), "name-form"),
     ],
 )
-async def test_what_is_not_granted_does_not_exist_and_is_not_asked(upstream: Dns, name: str, rule: str) -> None:
+async def test_name_that_is_not_granted_does_not_exist_and_is_not_looked_up(
+    upstream: Dns, name: str, rule: str
+) -> None:
     server, seen = name_server(listed("a.com:443"), upstream)
     for kind in ("A", "AAAA", "TXT"):
         assert (await ask(server, name, kind)).rcode() == dns.rcode.NXDOMAIN
-    assert upstream.asked == []
+    assert upstream.queries == []
     assert {record[2:] for record in seen} == {("denied", rule)}
 
 
-async def test_the_outsides_own_errors_come_through(upstream: Dns) -> None:
+async def test_errors_of_the_upstream_server_come_through(upstream: Dns) -> None:
     server, seen = name_server(listed("*.a.com:443"), upstream)
     assert (await ask(server, "missing.a.com")).rcode() == dns.rcode.NXDOMAIN
     assert (await ask(server, "loop.a.com")).rcode() == dns.rcode.SERVFAIL
@@ -145,10 +148,10 @@ async def test_equal_questions_share_a_lookup_and_answers_are_kept(upstream: Dns
     one = resolver(upstream)
     await asyncio.gather(*(one.resolve("a.com") for _ in range(20)))
     await one.resolve("a.com")
-    assert upstream.asked == ["a.com", "a.com"]  # A and AAAA
+    assert upstream.queries == ["a.com", "a.com"]  # A and AAAA
 
 
-async def test_without_any_resolver_the_error_says_so(tmp_path: object) -> None:
+async def test_lookup_without_any_resolver_fails_with_a_message_that_says_so(tmp_path: object) -> None:
     from pathlib import Path
 
     empty = HostResolvers(Path(str(tmp_path)) / "missing")
@@ -156,7 +159,7 @@ async def test_without_any_resolver_the_error_says_so(tmp_path: object) -> None:
         await Resolver((), empty).resolve("a.com")
 
 
-def test_spellings_of_a_server() -> None:
+def test_resolver_is_read_in_each_spelling() -> None:
     assert Server.parse("1.1.1.1") == Server(IPv4Address("1.1.1.1"))
     assert Server.parse("1.1.1.1:5353") == Server(IPv4Address("1.1.1.1"), 5353)
     six = parse_address("2606:4700::1111")
@@ -173,7 +176,7 @@ def test_any_bytes_are_answered_or_ignored(data: bytes) -> None:
     async def once() -> None:
         rules = Rules(NetworkPolicy(mode="none"))
         loop = asyncio.get_running_loop()
-        server = NameServer(
+        server = Answers(
             rules, VirtualPool(rules, loop.time), Resolver((), HostResolvers()), lambda *_: None, lambda *_: None
         )
         for wire in (data, b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0" + data):
@@ -183,7 +186,9 @@ def test_any_bytes_are_answered_or_ignored(data: bytes) -> None:
     asyncio.run(once())
 
 
-async def test_udp_and_tcp_inside_a_cage(cages: MakeCage, broker: BrokerProcess, pretend: World) -> None:
+async def test_name_server_answers_alike_over_udp_and_tcp_inside_a_cage(
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
+) -> None:
     cage = await cages(listed("hooks.example.com:443"))
     query = dns.message.make_query("hooks.example.com", "A").to_wire()
 
@@ -217,7 +222,7 @@ async def test_hostile_messages_do_not_stop_the_name_server(cages: MakeCage, bro
     assert (await cage.client("print(socket.gethostbyname('hooks.example.com'))")).startswith("198.1")
 
 
-async def test_in_public_mode_any_public_name_is_answered(cages: MakeCage, broker: BrokerProcess) -> None:
+async def test_public_mode_answers_any_public_name(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(NetworkPolicy(mode="public"))
     script = """
 for name in ('hooks.example.com', 'metadata.example.com', 'nowhere.example.com'):

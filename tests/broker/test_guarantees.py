@@ -1,4 +1,4 @@
-"""Attempts to get out through the broker, each against a real one: what a granted name must not become."""
+"""Attempts to misuse a granted name, each against a real broker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import METADATA, OTHER, PRIVATE, WEB
-from tests.support.pretend_internet import BrokerProcess, World
+from tests.support.pretend_internet import BrokerProcess, PretendInternet
 
 RAW = """
 def raw(host, port, data, timeout=5):
@@ -61,7 +61,7 @@ except socket.gaierror as error:
 
 
 async def test_a_name_that_changes_its_address_after_the_answer_is_refused(
-    cages: MakeCage, broker: BrokerProcess, pretend: World
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
 ) -> None:
     # DNS rebinding: public for the question, private for the connection.
     answers = itertools.chain([[WEB], [WEB]], itertools.repeat([METADATA]))
@@ -124,7 +124,7 @@ async def test_the_first_bytes_must_fit_the_name(
     assert denied["name"] == "hooks.example.com" and denied["address"] == WEB
 
 
-async def test_no_server_name_can_be_allowed(cages: MakeCage) -> None:
+async def test_missing_server_name_can_be_allowed(cages: MakeCage) -> None:
     cage = await cages(listed("hooks.example.com:443", allow_no_sni=True))
     script = RAW + "print(tls('hooks.example.com', None), tls('hooks.example.com', 'other.example.com'))"
     assert await cage.client(script) == "HTTP/1.1 200 OK ECONNRESET"
@@ -157,7 +157,7 @@ async def test_a_wrong_port_of_a_granted_name_is_refused_before_it_connects(
     await broker.wait_for("net.denied", name="hooks.example.com", port=80, rule="port")
 
 
-async def test_a_protocol_where_the_server_speaks_first(cages: MakeCage, broker: BrokerProcess) -> None:
+async def test_protocol_where_the_server_speaks_first_is_carried(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("hooks.example.com:25"))
     script = """
 s = tcp('hooks.example.com', 25)
@@ -168,7 +168,7 @@ print(s.recv(100))
     assert await cage.client(script) == "b'220 hello\\r\\n'\nb'got EHLO me\\r\\n'"
 
 
-async def test_half_close_and_every_byte_arrives(cages: MakeCage, broker: BrokerProcess) -> None:
+async def test_every_byte_arrives_and_half_close_is_passed_on(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("hooks.example.com:7"))
     script = """
 import threading, hashlib, os
@@ -191,7 +191,7 @@ print(bytes(got) == data + tail)
     assert closed["reason"] == "closed"
 
 
-async def test_a_server_that_is_not_there_resets_and_is_recorded_as_failed(
+async def test_connection_to_an_absent_server_resets_and_is_recorded_as_failed(
     cages: MakeCage, broker: BrokerProcess
 ) -> None:
     cage = await cages(listed("hooks.example.com:9999"))
@@ -200,7 +200,7 @@ async def test_a_server_that_is_not_there_resets_and_is_recorded_as_failed(
     assert failed["error"] == "econnrefused" and failed["name"] == "hooks.example.com"
 
 
-async def test_ipv6_only_names_and_both(cages: MakeCage, broker: BrokerProcess) -> None:
+async def test_names_with_ipv6_alone_or_both_families_are_reached(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("six.example.com:80", "both.example.com:443"))
     script = "print(get('http://six.example.com/'))\nprint(get('https://both.example.com/')[:9])"
     assert await cage.client(script) == "host=six.example.com from=2a00:1::2\nhost=both"
@@ -215,7 +215,7 @@ async def test_other_cages_names_and_addresses_are_of_no_use(cages: MakeCage, br
 
 
 async def test_a_new_address_of_the_host_is_out_of_reach_at_once(
-    cages: MakeCage, broker: BrokerProcess, pretend: World
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
 ) -> None:
     from tests.support.internet_servers import run_in
 
@@ -249,7 +249,7 @@ print('sent')
 
 
 async def test_a_broker_that_dies_leaves_the_cage_closed_and_a_new_one_opens_it(
-    cages: MakeCage, broker: BrokerProcess, pretend: World
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
 ) -> None:
     from isolator.layers.network import namespace as network
 
@@ -268,7 +268,7 @@ async def test_a_broker_that_dies_leaves_the_cage_closed_and_a_new_one_opens_it(
         await second.stop()
 
 
-async def test_detach_ends_flows_and_tells_about_them_first(cages: MakeCage, broker: BrokerProcess) -> None:
+async def test_detach_ends_flows_and_records_them_before_it_answers(cages: MakeCage, broker: BrokerProcess) -> None:
     import asyncio
 
     cage = await cages(listed("hooks.example.com:25"))
@@ -282,7 +282,7 @@ async def test_detach_ends_flows_and_tells_about_them_first(cages: MakeCage, bro
     assert await client == "ECONNRESET"
 
 
-async def test_attaching_with_too_few_sockets_is_an_error(broker: BrokerProcess) -> None:
+async def test_attach_with_too_few_sockets_is_an_error(broker: BrokerProcess) -> None:
     from isolator.errors import UsageError
 
     with pytest.raises(UsageError):

@@ -1,4 +1,4 @@
-"""What a broken broker could still do: each attempt from inside the hardened process, and again without hardening."""
+"""Attempts of a broken broker: each from inside the hardened process, and again without hardening."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from isolator.broker.hardening import rules
 from isolator.layers.seccomp.layer import compile_rules
 from tests.broker.conftest import MakeCage, listed
-from tests.support.pretend_internet import BROKER_UID, BrokerProcess, World
+from tests.support.pretend_internet import BROKER_UID, BrokerProcess, PretendInternet
 
 ATTEMPTS = {
     "exec": "os.execv('/bin/true', ['true'])",
@@ -24,7 +24,7 @@ ATTEMPTS = {
 }
 
 
-def attempt(world: World, folder: Path, code: str, *, harden: bool) -> str:
+def attempt(pretend: PretendInternet, folder: Path, code: str, *, harden: bool) -> str:
     """Run one attempt as the broker's user: ``done``, or the error's name."""
     script = (
         "import ctypes, errno, os, socket, sys\n"
@@ -39,7 +39,7 @@ def attempt(world: World, folder: Path, code: str, *, harden: bool) -> str:
     try:
         result = subprocess.run(
             ["setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups", "--bounding-set=-all",
-             *world.python("attempt", str(folder), str(other.pid), str(folder / "filter"))],
+             *pretend.python("attempt", str(folder), str(other.pid), str(folder / "filter"))],
             capture_output=True, text=True, check=False, env={"ATTEMPT": script, "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -50,7 +50,7 @@ def attempt(world: World, folder: Path, code: str, *, harden: bool) -> str:
 
 
 @pytest.fixture
-def folder(pretend: World) -> Path:
+def folder(pretend: PretendInternet) -> Path:
     """A folder that is the broker's own, with a file."""
     import os
 
@@ -66,12 +66,12 @@ def folder(pretend: World) -> Path:
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_a_hardened_broker_cannot(pretend: World, folder: Path, name: str) -> None:
+def test_attempt_in_the_hardened_broker_is_refused(pretend: PretendInternet, folder: Path, name: str) -> None:
     assert attempt(pretend, folder, ATTEMPTS[name], harden=True) in {"EPERM", "EACCES"}
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_without_hardening_it_could(pretend: World, folder: Path, name: str) -> None:
+def test_attempt_without_hardening_succeeds(pretend: PretendInternet, folder: Path, name: str) -> None:
     assert attempt(pretend, folder, ATTEMPTS[name], harden=False) == "done"
 
 
@@ -82,8 +82,8 @@ async def test_the_running_broker_is_hardened(broker: BrokerProcess) -> None:
     assert Path(f"/proc/{broker.process.pid}/mem").stat().st_uid == 0  # not dumpable: not its own user's to open
 
 
-async def test_nothing_new_is_let_out_while_the_trail_cannot_be_written(
-    cages: MakeCage, broker: BrokerProcess, pretend: World
+async def test_new_connections_are_refused_while_the_trail_cannot_be_written(
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
 ) -> None:
     cage = await cages(listed("hooks.example.com:80"))
     ask = "print(attempt(get, 'http://hooks.example.com/'))"
@@ -101,7 +101,7 @@ async def test_nothing_new_is_let_out_while_the_trail_cannot_be_written(
     assert "host=hooks" in await cage.client(ask)
 
 
-async def test_a_new_audit_process_is_used_at_once_and_misses_nothing(cages: MakeCage, broker: BrokerProcess) -> None:
+async def test_new_audit_process_is_used_at_once_and_gets_every_record(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("hooks.example.com:80"))
     broker.acknowledge = False
     assert "host=hooks" in await cage.client("print(get('http://hooks.example.com/'))")

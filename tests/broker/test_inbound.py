@@ -13,7 +13,7 @@ from isolator.linux import netns
 from isolator.policy.model import ListenRule, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import HOST, run_in
-from tests.support.pretend_internet import BrokerProcess, CageNet, World, run_client
+from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, run_client
 
 SERVE = """
 s = socket.create_server((ADDRESS, 3000), family=socket.AF_INET6 if ':' in ADDRESS else socket.AF_INET)
@@ -39,7 +39,7 @@ def policy(**more: object) -> NetworkPolicy:
 
 async def outside(cage: CageNet, code: str) -> str:
     """Run a client on the host."""
-    return await run_client(cage.world, cage.world.host_fd, "host-resolv.conf", code)
+    return await run_client(cage.pretend, cage.pretend.host_fd, "host-resolv.conf", code)
 
 
 async def until_listening(cage: CageNet, port: int) -> None:
@@ -60,7 +60,7 @@ async def until_listening(cage: CageNet, port: int) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 async def test_a_granted_host_port_leads_into_the_cage_and_is_recorded(
-    cages: MakeCage, broker: BrokerProcess, pretend: World, address: str
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet, address: str
 ) -> None:
     run_in(pretend.host_fd, "ip", "link", "set", "lo", "up")
     cage = await cages(policy())
@@ -110,7 +110,7 @@ async def test_the_number_of_open_connections_is_limited(cages: MakeCage, broker
     assert await server == "b'b'"
 
 
-def test_a_port_that_is_taken_is_told_in_one_line() -> None:
+def test_taken_port_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         rules = (ListenRule(port=port, cage_port=1), ListenRule(address="203.0.113.9", port=1, cage_port=1))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.internet_servers import METADATA, OTHER, WEB
-from tests.support.pretend_internet import World
+from tests.support.pretend_internet import PretendInternet
 from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n'
@@ -79,7 +79,7 @@ func main() {
 
 
 @pytest.fixture
-def rebinding(pretend: World) -> Iterator[None]:
+def rebinding(pretend: PretendInternet) -> Iterator[None]:
     """A name server that tells a public address to who asks, and a private one to who connects."""
     answers = itertools.cycle([[WEB], [WEB], [METADATA], [METADATA]])
     pretend.internet.dns.records["rebind.example.com"] = lambda: next(answers)
@@ -89,7 +89,7 @@ def rebinding(pretend: World) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def shown(pretend: World) -> Iterator[Path]:
+def shown(pretend: PretendInternet) -> Iterator[Path]:
     """A root-owned folder that cages may read: the certificate, and the compiled client."""
     folder = Path(f"/srv/isolator-shown-{os.getpid()}")
     folder.mkdir(mode=0o755)
@@ -120,14 +120,16 @@ def client(kind: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["python", "curl", "node", "go"])
-def test_isolator_run(pretend: World, shown: Path, rebinding: None, kind: str, tmp_path: Path) -> None:
+def test_program_under_isolator_run_reaches_the_granted_name_only(
+    pretend: PretendInternet, shown: Path, rebinding: None, kind: str, tmp_path: Path
+) -> None:
     command = client(kind, shown)
     root = tmp_path / "root"
     (root / "etc/isolator").mkdir(parents=True)
     (root / "etc/isolator/host.toml").write_text(HOST_TOML)
     variables = [f"{name}={shown}/ca.pem" for name in ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")]
     records = tmp_path / "records"
-    pretend.internet.dns.asked.clear()
+    pretend.internet.dns.queries.clear()
     result = subprocess.run(
         ["nsenter", f"--net=/proc/{os.getpid()}/fd/{pretend.host_fd}", "isolator", "--root", str(root), "run",
          *(word for rule in EGRESS for word in ("--egress", rule)), "--read", str(shown), "--audit", str(records),
@@ -148,17 +150,19 @@ def check(lines: list[str]) -> None:
         assert line.startswith(f"{url} failed"), line
 
 
-def check_trail(pretend: World, trail: list[dict[str, object]]) -> None:
-    """What was let out is what was granted, and every attempt that left the cage's loopback is on record."""
+def check_trail(pretend: PretendInternet, trail: list[dict[str, object]]) -> None:
+    """Only the granted destination was let out, and every attempt that left the cage's loopback is on record."""
     connects = [r["data"] for r in trail if r["type"] == "net.connect"]
     assert {(c["name"], c["address"], c["port"]) for c in connects} == {("hooks.example.com", WEB, 443)}  # type: ignore[index]
     denied = json.dumps([r["data"] for r in trail if r["type"] in ("net.denied", "net.query")])
     for word in ("other.example.com", METADATA, OTHER, "metadata.example.com", "rebind.example.com", "45.0.0.2"):
         assert word in denied, word
-    assert "other.example.com" not in pretend.internet.dns.asked
+    assert "other.example.com" not in pretend.internet.dns.queries
 
 
-def test_a_plugin_of_a_whole_daemon(pretend: World, shown: Path, rebinding: None, tmp_path: Path) -> None:
+def test_plugin_of_a_daemon_reaches_the_granted_name_only(
+    pretend: PretendInternet, shown: Path, rebinding: None, tmp_path: Path
+) -> None:
     fetch = textwrap.indent(PYTHON.replace("sys.argv[1:]", repr((GRANTED, *REFUSED))), " " * 4)
     fetch = fetch.replace("print(", "print(file=out, *(").replace("decode())", "decode()))").replace("__)", "__))")
     script = ECHO.replace(
@@ -176,7 +180,7 @@ def test_a_plugin_of_a_whole_daemon(pretend: World, shown: Path, rebinding: None
         tmp_path / "shown", script,
         sandbox={"network": {"egress": [{"host": name, "ports": [int(port)]} for name, _, port in pairs]}},
     )  # fmt: skip
-    pretend.internet.dns.asked.clear()
+    pretend.internet.dns.queries.clear()
     with daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
         policies = d.root / "etc/isolator/policies"
         policies.mkdir(parents=True, exist_ok=True)

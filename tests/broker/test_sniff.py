@@ -14,7 +14,7 @@ from isolator.broker.sniff import LIMIT, Hello, Malformed, sniff
 
 
 def hello(name: str | None) -> bytes:
-    """What Python's own TLS client sends first."""
+    """The first bytes of Python's own TLS client."""
     context = ssl.create_default_context()
     context.check_hostname = False
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -42,7 +42,7 @@ def with_extension(data: bytes, kind: int, content: bytes) -> bytes:
     return bytes(body) + extra
 
 
-def test_a_real_client_hello() -> None:
+def test_name_in_a_real_client_hello_is_read() -> None:
     assert sniff(REAL) == Hello("tls", ("hooks.example.com",))
     assert sniff(hello(None)) == Hello("tls")
 
@@ -52,7 +52,7 @@ def test_every_prefix_of_a_hello_needs_more() -> None:
         assert sniff(REAL[:length]) is None
 
 
-def test_a_hello_spread_over_many_records() -> None:
+def test_hello_spread_over_many_records_is_read_as_one() -> None:
     message = REAL[5:]
     parts = [message[i : i + 40] for i in range(0, len(message), 40)]
     data = b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)
@@ -71,7 +71,7 @@ def test_two_server_names_are_both_seen() -> None:
     assert objection(found, "hooks.example.com", 443, allow_no_sni=True) == "sni-mismatch"
 
 
-def test_a_real_request() -> None:
+def test_host_of_a_real_request_is_read() -> None:
     assert sniff(REQUEST) == Hello("http", ("hooks.example.com",))
     for length in range(REQUEST.index(b"\r\n\r\n") + 4):
         assert sniff(REQUEST[:length]) is None
@@ -108,7 +108,7 @@ def test_every_host_of_a_request_is_seen(data: bytes, names: tuple[str, ...]) ->
         b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (LIMIT // 6),
     ],
 )
-def test_what_breaks_the_rules_is_malformed(data: bytes) -> None:
+def test_bytes_that_break_the_rules_are_malformed(data: bytes) -> None:
     with pytest.raises(Malformed):
         sniff(data)
 
@@ -148,7 +148,7 @@ TLS, HTTP, OTHER = Hello("tls", ("a.com",)), Hello("http", ("a.com",)), Hello("o
         (OTHER, "a.com", 22, False, None),
     ],
 )
-def test_the_guard(found: Hello, name: str, port: int, lax: bool, rule: str | None) -> None:
+def test_guard_objects_to_another_or_no_name(found: Hello, name: str, port: int, lax: bool, rule: str | None) -> None:
     assert objection(found, name, port, allow_no_sni=lax) == rule
 
 
@@ -164,12 +164,12 @@ def only_known_outcomes(data: bytes) -> None:
 
 @given(st.binary(max_size=2000))
 @example(b"\x16\x03")
-def test_any_bytes(data: bytes) -> None:
+def test_any_bytes_have_a_known_outcome(data: bytes) -> None:
     only_known_outcomes(data)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(REAL) - 1), st.integers(0, 255)), max_size=12), st.integers(0, len(REAL)))
-def test_a_hello_with_any_bytes_changed(changes: list[tuple[int, int]], cut: int) -> None:
+def test_hello_with_any_bytes_changed_has_a_known_outcome(changes: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(REAL)
     for place, value in changes:
         data[place] = value
@@ -177,7 +177,7 @@ def test_a_hello_with_any_bytes_changed(changes: list[tuple[int, int]], cut: int
 
 
 @given(st.lists(st.tuples(st.integers(0, len(REQUEST) - 1), st.integers(0, 255)), max_size=12))
-def test_a_request_with_any_bytes_changed(changes: list[tuple[int, int]]) -> None:
+def test_request_with_any_bytes_changed_has_a_known_outcome(changes: list[tuple[int, int]]) -> None:
     data = bytearray(REQUEST)
     for place, value in changes:
         data[place] = value

@@ -6,12 +6,12 @@ that lets everything through. Nothing but tests starts it; the product has no su
 ===================  ==================================================================================================
 ``blocked``          the always-blocked list
 ``host``             the host's own addresses and gateways
-``dial``             what was resolved is not looked at again when it is dialled
+``dial``             the resolved address is not checked again when it is dialled
 ``granted-names``    any name is granted, at 80 and 443
 ``granted-literals``  any address is granted, at any port
 ``first:RULE``       that one objection to a connection's first bytes
 ``sniff``            the first bytes are not read at all: they are of no known protocol, which passes
-``allocated``        a virtual address that nobody was told stands for hooks.example.com
+``allocated``        a virtual address that was never answered stands for hooks.example.com
 ``open``             the number of open connections
 ``dns-rate``         the rate of questions
 ``recordable``       connections are let out that cannot be recorded
@@ -23,21 +23,19 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from isolator.broker import dns, guard, inbound, sniff
-from isolator.broker import host_addresses as hostaddr
-from isolator.broker import outbound as cage
+from isolator.broker import dns, flow, guard, host_addresses, outbound, sniff
 from isolator.broker.service import main
-from isolator.policy import destinations as rules
+from isolator.policy import destinations
 
 
 def _without_dial_check() -> None:
-    made = cage.Outbound.__init__
+    made = outbound.Outbound.__init__
 
     def init(self: Any, *arguments: Any) -> None:
         made(self, *arguments)  # the name server has taken the real check by now
         self.blocked = lambda address, port: None
 
-    cage.Outbound.__init__ = init  # type: ignore[method-assign]
+    outbound.Outbound.__init__ = init  # type: ignore[method-assign]
 
 
 def _without_objection(rule: str) -> None:
@@ -63,19 +61,19 @@ def _any_virtual_address() -> None:
 
 def switch_off(check: str) -> None:
     """Replace one check."""
-    allowed = rules.Verdict(True, "switched off")
+    allowed = destinations.Verdict(True, "switched off")
     everything = frozenset({80, 443})
     if check == "blocked":
-        rules.always_blocked = lambda address: False
+        destinations.always_blocked = lambda address: False
     elif check == "host":
-        hostaddr.HostAddresses.owner = lambda self, address: None  # type: ignore[method-assign]
+        host_addresses.HostAddresses.owner = lambda self, address: None  # type: ignore[method-assign]
     elif check == "dial":
         _without_dial_check()
     elif check == "granted-names":
-        rules.Rules.name_ports = lambda self, name: everything  # type: ignore[method-assign]
-        rules.Rules.name = lambda self, name, port: allowed  # type: ignore[method-assign]
+        destinations.Rules.name_ports = lambda self, name: everything  # type: ignore[method-assign]
+        destinations.Rules.name = lambda self, name, port: allowed  # type: ignore[method-assign]
     elif check == "granted-literals":
-        rules.Rules.literal = lambda self, address, port: allowed  # type: ignore[method-assign]
+        destinations.Rules.literal = lambda self, address, port: allowed  # type: ignore[method-assign]
     elif check.startswith("first:"):
         _without_objection(check.removeprefix("first:"))
     elif check == "sniff":
@@ -84,12 +82,11 @@ def switch_off(check: str) -> None:
     elif check == "allocated":
         _any_virtual_address()
     elif check == "open":
-        cage.Outbound._full = lambda self: False  # type: ignore[method-assign]
-        inbound.Inbound._full = lambda self: False  # type: ignore[method-assign]
+        flow.FlowTable.full = property(lambda self: False)  # type: ignore[method-assign, assignment]
     elif check == "dns-rate":
         dns.QUERY_BURST = 1 << 30
     elif check == "recordable":
-        cage.Shared.unrecordable = lambda self: None  # type: ignore[method-assign]
+        outbound.Shared.unrecordable = lambda self: None  # type: ignore[method-assign]
     else:
         raise SystemExit(f"no such check: {check}")
 

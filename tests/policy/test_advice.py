@@ -30,7 +30,7 @@ def with_line(advice: Advice) -> NetworkPolicy:
 
 @pytest.mark.parametrize("rule", ["not-granted", "port", "no-network"])
 @pytest.mark.parametrize("name", ["api.example.com", "hooks.example.com"])
-def test_the_line_grants_exactly_what_was_denied_and_keeps_the_rest(rule: str, name: str) -> None:
+def test_line_grants_exactly_the_denied_destination_and_keeps_the_rest(rule: str, name: str) -> None:
     data = {"name": name, "address": "198.18.0.9", "port": 8443, "rule": rule}
     granted = Rules(with_line(advise("net.denied", data, policy("hooks.example.com:443"))))
     assert granted.name(name, 8443).allowed
@@ -39,18 +39,18 @@ def test_the_line_grants_exactly_what_was_denied_and_keeps_the_rest(rule: str, n
 
 
 @pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::34"])
-def test_an_address_is_granted_as_such(address: str) -> None:
+def test_line_grants_an_address_as_such(address: str) -> None:
     data = {"name": None, "address": address, "port": 53, "rule": "not-granted"}
     assert Rules(with_line(advise("net.denied", data, policy()))).literal(ip_address(address), 53).allowed
 
 
-def test_a_lookup_has_no_port_so_one_is_guessed_and_said_to_be() -> None:
+def test_port_of_a_lookup_is_a_guess_and_called_one() -> None:
     advice = advise("net.query", {"name": "api.example.com", "type": "A", "rule": "not-granted"}, policy())
     assert Rules(with_line(advice)).name("api.example.com", 443).allowed
     assert "guess" in advice.why
 
 
-def test_what_the_manifest_does_not_ask_for_is_said() -> None:
+def test_destination_missing_in_the_manifest_is_pointed_out() -> None:
     data = {"name": "api.example.com", "port": 443, "rule": "not-granted"}
     assert "manifest" in advise("net.denied", data, policy(), ["hooks.example.com:443"]).why
     assert "manifest" not in advise("net.denied", data, policy(), ["api.example.com:443"]).why
@@ -59,7 +59,7 @@ def test_what_the_manifest_does_not_ask_for_is_said() -> None:
 
 @pytest.mark.parametrize("rule", ["blocked-address", "host-address", "gateway"])
 @pytest.mark.parametrize("address", ["10.9.9.9", "fd00::1"])
-def test_what_lies_inside_is_only_the_hosts_to_open(rule: str, address: str) -> None:
+def test_inside_address_has_an_exception_of_the_host_alone(rule: str, address: str) -> None:
     advice = advise("net.denied", {"name": "a.com", "address": address, "port": 80, "rule": rule}, policy())
     assert advice.file == "host.toml" and advice.table == "network" and "no policy can" in advice.why
     (text,) = tomllib.loads(advice.line or "")["exceptions"]
@@ -71,13 +71,13 @@ def test_what_lies_inside_is_only_the_hosts_to_open(rule: str, address: str) -> 
 
 
 @pytest.mark.parametrize(("rule", "key"), [("rate", "connects_per_second"), ("too-many-open", "connects_open")])
-def test_limits_are_raised_by_name(rule: str, key: str) -> None:
+def test_limit_is_raised_by_its_key(rule: str, key: str) -> None:
     advice = advise("net.denied", {"rule": rule, "port": 443}, policy())
     assert advice.table == "limits"
     assert tomllib.loads(advice.line or "")[key] > getattr(policy().network, key)
 
 
-def test_an_unreadable_server_name_has_a_switch_and_a_wrong_one_has_none() -> None:
+def test_unreadable_server_name_has_a_switch_and_a_wrong_one_has_none() -> None:
     for rule in ("no-sni", "encrypted-hello", "not-tls", "not-http", "no-host"):
         assert advise("net.denied", {"rule": rule}, policy()).line == "allow_no_sni = true"
     for rule in ("sni-mismatch", "host-mismatch", "malformed", "incomplete", "silent", "unallocated", "protocol-udp"):
@@ -85,7 +85,7 @@ def test_an_unreadable_server_name_has_a_switch_and_a_wrong_one_has_none() -> No
         assert advice.line is None and len(advice.why) > 10
 
 
-def test_other_denials() -> None:
+def test_denial_of_another_kind_has_advice() -> None:
     assert advise("syscall.denied", {"call": "mount"}, policy()).line is None
     advice = advise("api.called", {"method": "deployments.get", "permission": "read:deployments"}, policy())
     assert tomllib.loads(advice.line or "") == {"permissions": ["read:deployments"]}
@@ -100,7 +100,7 @@ fields = {"name": hostile, "address": hostile, "port": ports, "direction": hosti
 
 
 @given(st.fixed_dictionaries({"rule": rules}, optional=fields))
-def test_whatever_a_record_says_the_line_is_one_line_of_toml(data: dict[str, Any]) -> None:
+def test_line_is_one_line_of_toml_whatever_the_record_holds(data: dict[str, Any]) -> None:
     advice = advise("net.denied", data, policy("hooks.example.com:443"))
     if advice.line is not None:
         assert "\n" not in advice.line

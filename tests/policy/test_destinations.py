@@ -1,4 +1,4 @@
-"""Rules: names and wildcards, the always-blocked list against Python's own ipaddress, and the ranges of the ruleset."""
+"""Destinations: names and wildcards, the always-blocked list against Python's own ipaddress, ranges of the ruleset."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 
 from isolator.broker.virtual import KEEP, VirtualPool
 from isolator.errors import UsageError
-from isolator.policy.addresses import BLOCKED4, BLOCKED6
-from isolator.policy.destinations import VIRTUAL, Rules, always_blocked, normal_name, parse_grant, spellings
+from isolator.policy.addresses import BLOCKED, always_blocked, spellings
+from isolator.policy.destinations import VIRTUAL, Rules, normal_name, parse_destination
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.broker.conftest import listed
 
+
 # Addresses near the borders of blocks are the interesting ones; uniform ones almost never meet a /24.
-borders4 = [int(n[i]) + d for n in BLOCKED4 for i in (0, -1) for d in (-1, 0, 1) if 0 <= int(n[i]) + d < 1 << 32]
-borders6 = [int(n[i]) + d for n in BLOCKED6 for i in (0, -1) for d in (-1, 0, 1)]
-v4 = st.one_of(st.sampled_from(borders4), st.integers(0, (1 << 32) - 1)).map(IPv4Address)
+def borders(version: int) -> list[int]:
+    """Addresses at and beside the first and the last of each blocked network."""
+    near = [int(n[i]) + d for n in BLOCKED[version] for i in (0, -1) for d in (-1, 0, 1)]
+    return [number for number in near if 0 <= number < 1 << (32 if version == 4 else 128)]
+
+
+v4 = st.one_of(st.sampled_from(borders(4)), st.integers(0, (1 << 32) - 1)).map(IPv4Address)
 v6 = st.one_of(
-    st.sampled_from(borders6),
+    st.sampled_from(borders(6)),
     st.integers(0, (1 << 128) - 1),
     st.integers(0x2000 << 112, (0x4000 << 112) - 1),
 ).map(IPv6Address)
@@ -64,7 +69,7 @@ def test_every_ipv6_spelling_of_a_blocked_ipv4_address_is_blocked(address: IPv4A
 
 
 @given(v4, st.sampled_from([80, 443, 5432]))
-def test_the_rulesets_ranges_say_the_same_as_the_check(address: IPv4Address, port: int) -> None:
+def test_ipv4_ranges_of_the_ruleset_agree_with_the_check(address: IPv4Address, port: int) -> None:
     policy = NetworkPolicy(
         mode="public",
         exceptions=(AddressException(cidr="10.9.9.0/24", port=443), AddressException(cidr="198.18.1.0/24", port=80)),
@@ -78,7 +83,7 @@ def test_the_rulesets_ranges_say_the_same_as_the_check(address: IPv4Address, por
 
 
 @given(v6, st.sampled_from([80, 443]))
-def test_the_rulesets_ipv6_ranges_never_exceed_the_check(address: IPv6Address, port: int) -> None:
+def test_ipv6_ranges_of_the_ruleset_never_exceed_the_check(address: IPv6Address, port: int) -> None:
     rules = Rules(NetworkPolicy(mode="public"))
     number = int(address)
     if any(port in ports and any(a <= number <= b for a, b in ranges) for ports, ranges in rules.literal_ranges(6)):
@@ -126,29 +131,30 @@ def test_a_wildcard_stands_for_whole_labels(name: str, granted: bool) -> None:
     ["", ".", "a..b", "-a.com", "a-.com", "a" * 64 + ".com", "1.2.3.4", "127.1", "0x7f.1", "a b.com", "ä.de",
      "a/b.com", "a.com\n", "a.com\0", "*.a.com", ".".join(["a" * 60] * 5)],
 )  # fmt: skip
-def test_what_is_no_host_name(text: str) -> None:
+def test_text_that_is_no_host_name_has_no_normal_form(text: str) -> None:
     assert normal_name(text) is None
 
 
-def test_names_have_one_form() -> None:
+def test_name_has_one_normal_form() -> None:
     assert normal_name("Hooks.EXAMPLE.com.") == "hooks.example.com"
     assert normal_name("_srv.a-b.xn--bcher-kva.example") == "_srv.a-b.xn--bcher-kva.example"
 
 
-@pytest.mark.parametrize("host", ["", "*", "*.", "a*.b.com", "10.0.0.1/8", "http://a.com", "a.com:443", "a.*.com"])
-def test_an_egress_rule_that_makes_no_sense_is_refused(host: str) -> None:
+@pytest.mark.parametrize("host", ["", "*", "*.", "a*.b.com", "10.0.0.1/8", "http://a.com", "a.com:443", "a.*.com",
+                                  "*.0.0.1", "*.com", "::ffff:1.2.3.4"])  # fmt: skip
+def test_egress_rule_that_makes_no_sense_is_refused(host: str) -> None:
     with pytest.raises(UsageError):
-        parse_grant(host, (443,))
+        parse_destination(host, (443,))
 
 
-def test_ports_are_between_1_and_65535() -> None:
+def test_ports_of_a_destination_are_between_1_and_65535() -> None:
     for ports in ((), (0,), (65536,)):
         with pytest.raises(UsageError):
-            parse_grant("a.com", ports)
+            parse_destination("a.com", ports)
 
 
 @given(st.text())
-def test_normal_name_takes_anything(text: str) -> None:
+def test_normal_name_is_its_own_normal_form(text: str) -> None:
     name = normal_name(text)
     assert name is None or (normal_name(name) == name and len(name) <= 253)
 
@@ -180,7 +186,7 @@ def test_a_virtual_address_lies_in_the_group_of_its_ports() -> None:
         assert group.ports == rules.name_ports(name)
 
 
-def test_the_pool_is_bounded_and_keeps_what_is_in_use() -> None:
+def test_virtual_pool_is_bounded_and_keeps_addresses_in_use() -> None:
     clock = _Clock()
     pool = VirtualPool(Rules(NetworkPolicy(mode="public")), clock, capacity=3)
     first = [pool.lookup(f"n{i}.com") for i in range(3)]

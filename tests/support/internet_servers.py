@@ -1,4 +1,4 @@
-"""The pretend internet of ``world``: addresses, a resolver and servers in a network namespace of its own."""
+"""The pretend internet of ``pretend_internet``: addresses, a resolver and servers in a network namespace of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEB, OTHER, THIRD = "93.184.216.34", "1.2.3.4", "5.6.7.8"
 WEB6 = "2606:2800:220:1::34"
 METADATA, PRIVATE = "169.254.169.254", "10.9.9.9"
 INSIDE6 = ("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "fd00::1")
-"""Addresses that must not be reached, and are there to be reached: else nobody could tell why they are not."""
+"""Addresses that must not be reached. Servers answer there: else a refusal would prove nothing."""
 HOST, GATEWAY = "45.0.0.2", "45.0.0.1"
 HOST6, GATEWAY6 = "2a00:1::2", "2a00:1::1"
 
@@ -47,7 +47,7 @@ class Dns:
     def __init__(self, udp: socket.socket, tcp: socket.socket) -> None:
         self.records: dict[str, list[str] | Callable[[], list[str]]] = {}
         self.ttl = 60
-        self.asked: list[str] = []
+        self.queries: list[str] = []
         self.silent = False
         self.truncate = False
         self._udp, self._tcp = udp, tcp
@@ -82,7 +82,7 @@ class Dns:
         query = dns.message.from_wire(wire)
         question = query.question[0]
         name = question.name.to_text(omit_final_dot=True).lower()
-        self.asked.append(name)
+        self.queries.append(name)
         if self.silent:
             return None
         reply = dns.message.make_response(query)
@@ -138,7 +138,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class _Echo(socketserver.BaseRequestHandler):
-    """Echoes until the end, then says how much it saw: shows that half-close works."""
+    """Echoes until the end, then sends the number of bytes: shows that half-close works."""
 
     def handle(self) -> None:
         total = 0
@@ -157,7 +157,7 @@ class _Banner(socketserver.BaseRequestHandler):
 
 
 class _Database(socketserver.BaseRequestHandler):
-    """Answers whatever it is asked."""
+    """Answers any request."""
 
     def handle(self) -> None:
         self.request.recv(1000)
@@ -209,7 +209,7 @@ class Internet:
         )
 
     def serve_host(self, host_fd: int) -> None:
-        """What the host itself serves and no cage may reach: a web server, and a database on its loopback."""
+        """Start the host's own servers, which no cage may reach: a web server, and a database on its loopback."""
         self.servers += [
             Server(self.bound("0.0.0.0", 80, fd=host_fd), _Http),
             Server(self.bound("127.0.0.1", 5432, fd=host_fd), _Database),

@@ -65,11 +65,11 @@ def get(url, **k):
 def tcp(host, port, timeout=5):
     return socket.create_connection((host, port), timeout)
 """
-"""What every client has at hand; ``CA_FILE`` is replaced by the pretend authority's certificate."""
+"""Helpers of every client; ``CA_FILE`` is replaced by the pretend authority's certificate."""
 
 
 @dataclass
-class World:
+class PretendInternet:
     """Namespaces, servers and a directory that every user can read; shared by the tests of a module."""
 
     directory: Path
@@ -86,8 +86,8 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
-    """Build everything, and take it away again whatever happens."""
+def pretend_internet() -> Iterator[PretendInternet]:
+    """Build everything, and remove it again whatever happens."""
     directory = Path(tempfile.mkdtemp(prefix="isolator-egress-"))
     directory.chmod(0o755)
     ignored = shutil.ignore_patterns("__pycache__")
@@ -116,7 +116,7 @@ def world() -> Iterator[World]:
         run_in(host_fd, "ip", "-6", "route", "add", "default", "via", GATEWAY6)
         internet.start()
         internet.serve_host(host_fd)
-        yield World(directory, internet, host_fd)
+        yield PretendInternet(directory, internet, host_fd)
     finally:
         with contextlib.suppress(AttributeError):
             internet.stop()
@@ -126,9 +126,9 @@ def world() -> Iterator[World]:
 
 @dataclass
 class BrokerProcess:
-    """A running broker and the supervisor's end of its channel; ``records`` is what it sent to the trail."""
+    """A running broker and the supervisor's end of its channel; ``records`` are those that it sent to the trail."""
 
-    world: World
+    pretend: PretendInternet
     process: asyncio.subprocess.Process
     channel: Channel
     audit: socket.socket
@@ -137,19 +137,19 @@ class BrokerProcess:
     cages: dict[str, CageNet] = field(default_factory=dict)
 
     @classmethod
-    async def start(cls, world: World, *, off: Sequence[str] = ()) -> BrokerProcess:
+    async def start(cls, pretend: PretendInternet, *, off: Sequence[str] = ()) -> BrokerProcess:
         """Start it in the host namespace, without any privilege; ``off`` names checks it runs without (weakened.py)."""
         ours, theirs = pair()
         audit, audit_theirs = pair()
-        program = filter_file(world.directory / "cache")
+        program = filter_file(pretend.directory / "cache")
         fds = (theirs.fileno(), audit_theirs.fileno(), program)
         process = await asyncio.create_subprocess_exec(
-            "nsenter", f"--net=/proc/{os.getpid()}/fd/{world.host_fd}",
+            "nsenter", f"--net=/proc/{os.getpid()}/fd/{pretend.host_fd}",
             "unshare", "--mount", "sh", "-c",
-            f"mount --bind {world.directory}/host-resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
+            f"mount --bind {pretend.directory}/host-resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
             "setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups",
             "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-            *world.python("weakened" if off else "isolator.broker.service", *off,
+            *pretend.python("weakened" if off else "isolator.broker.service", *off,
                           "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1]), "--filter-fd", str(program)),
             pass_fds=fds,
         )  # fmt: skip
@@ -157,7 +157,7 @@ class BrokerProcess:
         audit_theirs.close()
         os.close(program)
         channel = Channel(ours, name="broker")
-        broker = cls(world, process, channel, audit)
+        broker = cls(pretend, process, channel, audit)
         channel.handle("cage.sockets", broker._sockets)
         audit.setblocking(False)
         asyncio.get_running_loop().add_reader(audit, broker._record)
@@ -165,7 +165,7 @@ class BrokerProcess:
         return broker
 
     def _record(self) -> None:
-        """Read what is there; off the loop at the end of the stream."""
+        """Read every packet that has come; off the loop at the end of the stream."""
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
@@ -174,7 +174,7 @@ class BrokerProcess:
             asyncio.get_running_loop().remove_reader(self.audit)
 
     async def quiet(self, seconds: float = 0.5) -> None:
-        """Wait until no record has come for some time: everything that was open has ended and is told."""
+        """Wait until no record has come for some time: everything that was open has ended and is recorded."""
         while True:
             seen = len(self.records)
             await asyncio.sleep(seconds)
@@ -182,7 +182,7 @@ class BrokerProcess:
                 return
 
     async def detach(self, run: str) -> None:
-        """End a run; what the broker had to say about it, which it sends before it answers, has been read then."""
+        """End a run and read its last records, which the broker sends before it answers."""
         await self.channel.call("cage.detach", run=run, timeout=5)
         self._record()
 
@@ -235,7 +235,7 @@ class BrokerProcess:
 class CageNet:
     """A cage's network attached to a broker, and clients inside it."""
 
-    world: World
+    pretend: PretendInternet
     broker: BrokerProcess
     network: network.CageNetwork
     policy: NetworkPolicy
@@ -245,7 +245,7 @@ class CageNet:
     async def attach(cls, broker: BrokerProcess, policy: NetworkPolicy, run: str = "r1") -> CageNet:
         """Prepare a network and hand its sockets to the broker, as the supervisor does."""
         made = await asyncio.to_thread(network.prepare, policy, prefix=f"iso:{run}")
-        cage = cls(broker.world, broker, made, policy, run)
+        cage = cls(broker.pretend, broker, made, policy, run)
         await cage.hand_over(broker)
         return cage
 
@@ -254,15 +254,15 @@ class CageNet:
         self.broker = broker
         broker.cages[self.run] = self
         fields = {"run": self.run, "plugin": "tester", "policy": self.policy.model_dump(mode="json")}
-        outside = netns.in_network(self.world.host_fd, lambda: network.host_listeners(self.policy))
+        outside = netns.in_network(self.pretend.host_fd, lambda: network.host_listeners(self.policy))
         await broker.channel.call("cage.attach", fds=[*self.network.sockets, *outside], timeout=5, **fields)
         network.close_sockets(self.network)
         for fd in outside:
             os.close(fd)
 
     async def client(self, code: str, timeout: float = 30) -> str:
-        """Run Python code inside, as an unprivileged user with the cage's resolv.conf; what it printed."""
-        return await run_client(self.world, self.network.netns_fd, "resolv.conf", code, timeout)
+        """Run Python code inside, as an unprivileged user with the cage's resolv.conf; returns its output."""
+        return await run_client(self.pretend, self.network.netns_fd, "resolv.conf", code, timeout)
 
     async def detach(self) -> None:
         """End the cage's attachment and free the network."""
@@ -271,15 +271,15 @@ class CageNet:
         network.release(self.network)
 
 
-async def run_client(world: World, fd: int, resolv: str, code: str, timeout: float = 30) -> str:
-    """Run Python code in a network namespace, as an unprivileged user with a resolv.conf; what it printed."""
+async def run_client(pretend: PretendInternet, fd: int, resolv: str, code: str, timeout: float = 30) -> str:
+    """Run Python code in a network namespace, as an unprivileged user with a resolv.conf; returns its output."""
     process = await asyncio.create_subprocess_exec(
         "nsenter", f"--net=/proc/{os.getpid()}/fd/{fd}",
         "unshare", "--mount", "sh", "-c",
-        f"mount --bind {world.directory}/{resolv} /etc/resolv.conf && exec \"$@\"", "sh",
+        f"mount --bind {pretend.directory}/{resolv} /etc/resolv.conf && exec \"$@\"", "sh",
         "setpriv", f"--reuid={CLIENT_UID}", f"--regid={CLIENT_UID}", "--clear-groups",
         "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-        sys.executable, "-I", "-c", PRELUDE.replace("CA_FILE", str(world.directory / "ca.pem")) + code,
+        sys.executable, "-I", "-c", PRELUDE.replace("CA_FILE", str(pretend.directory / "ca.pem")) + code,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -293,4 +293,4 @@ async def run_client(world: World, fd: int, resolv: str, code: str, timeout: flo
     return out.decode().strip()
 
 
-__all__ = ["WEB", "BrokerProcess", "CageNet", "World", "world"]
+__all__ = ["WEB", "BrokerProcess", "CageNet", "PretendInternet", "pretend_internet"]

@@ -14,7 +14,7 @@ import dns.message
 import pytest
 
 from tests.support.internet_servers import OTHER, WEB
-from tests.support.pretend_internet import World, world
+from tests.support.pretend_internet import PretendInternet, pretend_internet
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 HOST_TOML = f'[network]\nresolvers = ["{WEB}"]\n[restart]\nbackoff_min = "0.1s"\n'
@@ -64,19 +64,19 @@ SCRIPT = ECHO.replace('    path = os.environ["PLUGIN_SOCKET"]\n', f'{TRAFFIC}   
 
 
 @pytest.fixture(scope="module")
-def pretend() -> Iterator[World]:
-    with world() as made:
+def pretend() -> Iterator[PretendInternet]:
+    with pretend_internet() as made:
         yield made
 
 
 @pytest.fixture
-def busy(pretend: World, tmp_path: Path) -> Iterator[Daemon]:
+def busy(pretend: PretendInternet, tmp_path: Path) -> Iterator[Daemon]:
     """A daemon with one plugin in the middle of its traffic."""
     folder = write_plugin(
         tmp_path / "busy", SCRIPT,
         sandbox={"network": {"egress": [{"host": "hooks.example.com", "ports": [7]}]}},
     )  # fmt: skip
-    pretend.internet.dns.asked.clear()
+    pretend.internet.dns.queries.clear()
     with daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
         policies = d.root / "etc/isolator/policies"
         policies.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def test_broker_killed_under_traffic(busy: Daemon) -> None:
     busy.cli("audit", "verify")
 
 
-def test_flushed_rules_end_the_run_and_let_nothing_out(busy: Daemon, pretend: World) -> None:
+def test_flushed_rules_end_the_run_and_let_nothing_out(busy: Daemon, pretend: PretendInternet) -> None:
     (started,) = records(busy, "plugin.started")
     pid = started["data"]["pid"]
     subprocess.run(["nsenter", f"--net=/proc/{pid}/ns/net", "nft", "flush", "ruleset"], check=True)
@@ -136,14 +136,14 @@ def test_flushed_rules_end_the_run_and_let_nothing_out(busy: Daemon, pretend: Wo
     count = len(lines(busy))
     wait_for(lambda: [line for line in lines(busy)[count:] if line[:2] == ["granted", "ok"]], what="no traffic again")
     stolen = [line for line in lines(busy) if line[0] in ("tcp", "udp") and line[1] == "ok"]
-    assert not stolen and "stolen.example.com" not in pretend.internet.dns.asked
+    assert not stolen and "stolen.example.com" not in pretend.internet.dns.queries
     # That the attempts are able to succeed is seen on the host itself, where there is no cage.
     attempts = f'    say("tcp", lambda: talk("{OTHER}", 7))\n    say("udp", steal)\n'
     outside = _on_the_host(pretend, SCRIPT.split("    address =")[0] + attempts)
     assert [line.split()[1] for line in outside.splitlines()] == ["ok", "ok"]
 
 
-def _on_the_host(pretend: World, script: str) -> str:
+def _on_the_host(pretend: PretendInternet, script: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             ["nsenter", f"--net=/proc/{os.getpid()}/fd/{pretend.host_fd}", "/usr/bin/python3", "-c",

@@ -22,7 +22,7 @@ from isolator.audit.schema import RECORDS
 from isolator.audit.text import printable
 from tests.support.internet_servers import OTHER, WEB
 from tests.support.json_schema import violations
-from tests.support.pretend_internet import world
+from tests.support.pretend_internet import pretend_internet
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs/schemas"
@@ -191,7 +191,7 @@ def of(d: Daemon, type: str, event_id: str | None = None) -> list[dict[str, Any]
 
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, dict[str, str]]]:
-    with world() as pretend, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
+    with pretend_internet() as pretend, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
         events = live(d, tmp_path_factory.mktemp("plugins"))
         d.stop()
         yield d, events

@@ -4,12 +4,12 @@ The namespace has only ``lo``, to which every address is local (see ``isolator.l
 In the output hook, in order:
 
 1. the cage's own loopback traffic is not tracked: it is free, and cannot fill the connection table;
-2. TCP to what the policy may reach is redirected to the broker's listener, up to a rate and a number of open
+2. TCP to destinations of the policy is redirected to the broker's listener, up to a rate and a number of open
    connections (in the nat chain, where a refusal still shows the original destination);
 3. everything that was not redirected is refused: TCP by a reset, the rest by EPERM.
 
-Each refusal is logged to NFLOG with ``PREFIX:KIND``. Under a flood only each 64th record is, marked ``PREFIX:KIND/64``,
-so a count can be kept while the cage cannot drown the broker in records. The broker's listener is closed to
+Each refusal is logged to NFLOG with ``PREFIX:KIND``. Under a flood only each 64th record is, marked ``PREFIX:KIND/64``:
+the broker keeps a count, and the cage cannot drown it in records. The broker's listener is closed to
 direct connections: only a redirected one carries the ``dnat`` status.
 """
 
@@ -20,21 +20,23 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
 from isolator.linux.netlink import NFLOG_GROUP
-from isolator.policy.destinations import Range, Rules
+from isolator.policy.addresses import Range
+from isolator.policy.destinations import Rules
 
 TABLE = "isolator"
 PORT = 65053
 """Where redirected TCP arrives, on 127.0.0.1 and ::1 of the cage; above the ephemeral ports."""
 SAMPLE = 64
+"""Of a flood of refused packets, each which one is logged."""
 
 
 def clean_prefix(prefix: str) -> str:
-    """``prefix`` as it may stand in a rule: at most 90 letters, digits and ``.:_-`` (the kernel keeps 127)."""
+    """Make ``prefix`` fit for a rule: at most 90 letters, digits and ``.:_-`` (the kernel keeps 127)."""
     return re.sub(r"[^A-Za-z0-9.:_-]", "_", prefix)[:90]
 
 
 def render(rules: Rules, prefix: str) -> str:
-    """The whole ruleset; loading it replaces what was there."""
+    """Render the whole ruleset of a cage, which replaces the one in force; ``prefix`` begins each NFLOG record."""
     policy = rules.policy
     prefix = clean_prefix(prefix)
     admit = [

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from isolator.policy import names
-from isolator.policy.addresses import as_network, subnet
+from isolator.policy.destinations import PUBLIC_PORTS, Network, parse_host
 from isolator.policy.host import CEILING, Ceiling, Limits
 from isolator.policy.model import EgressRule
-
-PUBLIC_PORTS = (80, 443)
-"""TCP ports of the ``public`` mode."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,14 @@ def normal_egress(egress: Egress) -> Egress:
     ports: dict[str, set[int]] = {}
     for rule in egress.rules:
         ports.setdefault(rule.host, set()).update(rule.ports)
+    hosts = {text: parse_host(text) for text in ports}
     kept = []
     for host in sorted(ports):
-        covered = {p for other, theirs in ports.items() if other != host and host_covers(other, host) for p in theirs}
-        left = ports[host] - covered
+        wider = (other for other in ports if other != host and hosts[other].covers(hosts[host]))
+        left = ports[host].difference(*(ports[other] for other in wider))
         # A name at a public port says nothing new beside "public"; an address might be an exception of the host.
-        if egress.public and as_network(host) is None:
-            left -= set(PUBLIC_PORTS)
+        if egress.public and not isinstance(hosts[host], Network):
+            left -= PUBLIC_PORTS
         if left:
             kept.append(EgressRule(host=host, ports=names.sorted_ports(left)))
     return Egress(everything=egress.everything, public=egress.public, rules=tuple(kept))
@@ -112,21 +110,11 @@ def egress_within(inner: Egress, outer: Egress) -> bool:
     return meet_egress(outer, inner) == normal_egress(inner)
 
 
-def host_covers(outer: str, inner: str) -> bool:
-    """Does one rule's host cover another's? A wildcard stands for one or more whole labels."""
-    if outer == inner:
-        return True
-    outer_network, inner_network = as_network(outer), as_network(inner)
-    if outer_network is not None and inner_network is not None:
-        return subnet(inner_network, outer_network)
-    # The suffix keeps its dot, so "*.slack.com" covers neither "slack.com" nor "evilslack.com".
-    return outer.startswith("*.") and inner_network is None and inner.removeprefix("*").endswith(outer[1:])
-
-
 def _meet_rules(a: EgressRule, b: EgressRule) -> EgressRule | None:
-    if host_covers(a.host, b.host):
+    one, other = parse_host(a.host), parse_host(b.host)
+    if one.covers(other):
         return _with_ports(b, a.ports)
-    return _with_ports(a, b.ports) if host_covers(b.host, a.host) else None
+    return _with_ports(a, b.ports) if other.covers(one) else None
 
 
 def _with_ports(rule: EgressRule, ports: Iterable[int]) -> EgressRule | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from isolator.errors import UsageError
 from isolator.policy import names
-from isolator.policy.addresses import never_reachable
+from isolator.policy.destinations import never_reachable
 from isolator.policy.grant import GrantedLimits, PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.limits import BY_NAME, NUMBERS

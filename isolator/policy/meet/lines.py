@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from isolator.policy import names
-from isolator.policy.addresses import never_reachable
+from isolator.policy.destinations import PUBLIC, never_reachable
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.limits import NUMBERS, Number, asked
@@ -20,7 +20,6 @@ from isolator.policy.units import NO_CAP
 if TYPE_CHECKING:
     from isolator.policy.request import ManifestCore
 
-PUBLIC = "any public address, TCP 80 and 443"
 MANIFEST = "plugin.json"
 DEFAULT = "default"
 _ALWAYS_SHOWN = ("memory", "cpu", "tasks", "nofile", "state", "tmp", "delivery_timeout", "delivery_attempts")

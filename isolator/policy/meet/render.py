@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from isolator.policy.destinations import PUBLIC
 from isolator.policy.limits import NUMBERS
 from isolator.policy.meet.bounds import Egress
-from isolator.policy.meet.lines import PUBLIC, egress_texts, toml_list
+from isolator.policy.meet.lines import egress_texts, toml_list
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.model import EffectivePolicy
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from isolator.errors import NotFoundError, UsageError
 from isolator.policy import names
-from isolator.policy.addresses import never_reachable
+from isolator.policy.destinations import never_reachable
 from isolator.policy.grant import GrantedLimits, GrantedRestart, PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.limits import NUMBERS

@@ -1,4 +1,4 @@
-"""How often something may happen, and how denials are counted rather than repeated."""
+"""Count records that repeat, instead of writing each of them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from isolator.audit.schema import NetConnect, NetDenied, NetQuery, RecordData
-
-
-class TokenBucket:
-    """``rate`` per second on average, ``burst`` at once. ``clock`` is monotonic, in seconds."""
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
-        self._tokens, self._at = burst, clock()
-
-    def take(self) -> bool:
-        """Use one token; False when there is none."""
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
-        self._at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
 
 
 class Write(Protocol):
@@ -47,21 +29,15 @@ class _Repeat:
 
 
 class RepeatCounter:
-    """Lets the first record of a kind through and counts its like for ``window`` seconds, then tells the count.
+    """Writes the first record of a kind and counts those like it for ``window`` seconds, then writes the count.
 
-    What differs in too many ways at once (a scan) is counted together, by record type and rule, so that neither
-    memory nor the trail grows with the number of different things that a plugin tries. A count is written with the
-    times of the first and the last that it stands for, so that the trail can name the events that caused them.
+    Beyond ``keys`` different records at once (a scan) they are counted together, by record type and rule, so that
+    neither memory nor the trail grows with the number of different things that a plugin tries. A count is written with
+    the times of the first and the last that it stands for, so that the trail can name the events that caused them.
+    ``clock`` is CLOCK_MONOTONIC in seconds, as the event loop's.
     """
 
-    def __init__(
-        self,
-        write: Write,
-        clock: Callable[[], float],
-        *,
-        window: float = 1.0,
-        keys: int = 64,
-    ) -> None:
+    def __init__(self, write: Write, clock: Callable[[], float], *, window: float = 1.0, keys: int = 64) -> None:
         self._write, self._clock, self._window, self._limit = write, clock, window, keys
         self._open: dict[tuple[Any, ...], _Repeat] = {}
 
