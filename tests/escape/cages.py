@@ -21,6 +21,8 @@ from typing import Any
 from isolator.cage.cage import Cage
 from isolator.launcher import client
 from isolator.layers.base import Bind, CageSpec, Layer, Process
+from isolator.layers.filesystem import AttachMount, FilesystemSection
+from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.plan import Plan
 from isolator.linux import mount, netns, nftables
 from isolator.paths import Paths
@@ -86,10 +88,6 @@ class _Edits(Layer):
         for edit in self._edits:
             edit(plan, self._cage)
 
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        raise AssertionError
-
     def confirm(self, process: Process) -> None:
         pass
 
@@ -135,7 +133,7 @@ def host_pids(plan: Plan, _: Loose) -> None:
 
 
 def host_name(plan: Plan, _: Loose) -> None:
-    plan.sections["namespaces"]["hostname"] = socket.gethostname()
+    plan.add(NamespacesSection(socket.gethostname()))
 
 
 def no_cgroup_namespace(plan: Plan, _: Loose) -> None:
@@ -144,9 +142,11 @@ def no_cgroup_namespace(plan: Plan, _: Loose) -> None:
 
 
 def writable_plugin(plan: Plan, _: Loose) -> None:
-    for move in plan.sections["filesystem"]["moves"]:
-        if move["target"] == "plugin":
-            mount.set_attributes(plan.fds[move["fd"]], 0, clear=mount.RDONLY)
+    view = plan.section(FilesystemSection)
+    assert view is not None
+    for one in view.operations:
+        if isinstance(one, AttachMount) and one.target == "plugin":
+            mount.set_attributes(plan.fds[one.fd], 0, clear=mount.RDONLY)
 
 
 def open_descriptor(plan: Plan, _: Loose) -> None:

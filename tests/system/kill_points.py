@@ -104,13 +104,13 @@ def main() -> None:
 
         setattr(owner, name, call_async if inspect.iscoroutinefunction(whole) else call)
 
-    stopwatch = cage._Stopwatch.__call__
+    stopwatch = cage.Stopwatch.__call__
 
     def tick(self: Any, step: str) -> None:
         stopwatch(self, step)
         reached(step)
 
-    cage._Stopwatch.__call__ = tick  # type: ignore[method-assign]
+    cage.Stopwatch.__call__ = tick  # type: ignore[method-assign]
     made = Supervisor.__init__
 
     def remember(self: Supervisor, *arguments: Any, **further: Any) -> None:

@@ -13,25 +13,43 @@ source. libseccomp knows the numbers of the calls, isolator/layers/seccomp/bpf.p
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.plan import Plan, Section
 from isolator.linux import seccomp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from isolator.layers.plan import Plan
     from isolator.layers.seccomp.profiles import Rule
     from isolator.policy.model import EffectivePolicy
 
 
 SEALING = "strict-sealing"
 """The second program of the profile ``strict``, stacked on the first one in the sidecar's own process."""
+
+LISTENER = "seccomp_listener"
+"""Among the child's descriptors once the filter is loaded: the listener of denied calls, for the supervisor."""
+
+
+@dataclass(frozen=True)
+class SeccompSection(Section, kind="seccomp"):
+    """The compiled programs: of the profile, and the one that only the sidecar's own process gets (or nothing)."""
+
+    program: bytes
+    sealing: bytes = b""
+
+    def enter(self, fds: dict[str, int]) -> None:
+        fds[LISTENER] = seccomp.load_filter(self.program, listener=True)
+
+    def seal(self) -> None:
+        """Load the second program into the calling process: the sidecar's, just before its exec."""
+        seccomp.add_filter(self.sealing)
 
 
 class Seccomp(Layer):
@@ -62,37 +80,24 @@ class Seccomp(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        extra = "; it can start no other process, and no memory of it is both writable and executable"
+        strict = (
+            "; no new process after the first exec, and no memory that it asks for is writable and executable at once"
+        )
         return (
-            "It can make only the system calls that ordinary services need"
-            f"{extra if policy.syscalls == 'strict' else ''}; others are refused and recorded."
+            f'System calls of the profile "{policy.syscalls}": those of ordinary programs only'
+            f"{strict if policy.syscalls == 'strict' else ''}; any other call has no effect, and one that attacks need"
+            " is recorded by name."
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         program = compiled(spec.policy.syscalls, spec.cache)
-        plan.sections[self.name] = {"program": base64.b64encode(program).decode()}
-        if spec.policy.syscalls == "strict":
-            plan.sections[self.name]["sealing"] = base64.b64encode(compiled(SEALING, spec.cache)).decode()
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        load(section)
+        sealing = compiled(SEALING, spec.cache) if spec.policy.syscalls == "strict" else b""
+        plan.add(SeccompSection(program, sealing))
 
     def confirm(self, process: Process) -> None:
         found = process.status.get("Seccomp")
         if found != "2":
             raise mismatch(self.name, "Seccomp", "2 (filter)", found)
-
-
-def load(section: dict[str, Any]) -> int:
-    """Load the section's program into the calling process; returns the listener of its denied calls."""
-    return seccomp.load_filter(base64.b64decode(section["program"]), listener=True)
-
-
-def seal(section: dict[str, Any]) -> None:
-    """Load the section's second program, if it has one: called by the sidecar's process just before its exec."""
-    if "sealing" in section:
-        seccomp.add_filter(base64.b64decode(section["sealing"]))
 
 
 _compiled: dict[str, bytes] = {}
