@@ -1,7 +1,8 @@
 """Run inside a cage: read back the kernel's view of it, and try out its edges; the result is one line of JSON.
 
-The one argument is JSON: ``calls`` (numbers of system calls to make with senseless arguments), ``connect`` ([address, port]s),
-``read`` (host paths that the policy opens), ``serve`` (a port to answer on until standard input ends), ``fork``.
+The one argument is JSON: ``calls`` (numbers of system calls to make with senseless arguments), ``connect``
+([address, port]s), ``read`` (host paths that the policy opens), ``serve`` (a port to answer one connection on, or 0),
+``fork`` (whether the profile lets it fork).
 Standard library only: the system's own Python runs it.
 """
 
@@ -219,7 +220,8 @@ def main() -> None:
             server.settimeout(30)
             peer, _ = server.accept()
             peer.sendall(b"from the cage")
-            peer.close()
+            peer.shutdown(socket.SHUT_WR)
+            peer.recv(1)  # until the other side has read it and closed
 
 
 if __name__ == "__main__":
