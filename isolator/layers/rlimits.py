@@ -28,8 +28,9 @@ _FIXED = {
 No core dumps: they would carry secrets to the host's core handler. Under a limit of 0 the kernel writes no file, but
 still starts the handler that a ``core_pattern`` with a pipe names, as root and outside every cap, as often as somebody
 crashes on purpose; under a limit of 1 it does neither (fs/coredump.c). The seccomp layer keeps it from being lowered.
-Where a container allows no more than 0, at least no memory goes to the handler: that comes from the launcher
-(``linux/coredump.py``), as a cage has no /proc yet when its limits are set.
+Where that does not help, no memory goes to the handler: a container that allows no more than 0, a ``core_pattern`` that
+names a socket (from Linux 6.16). The launcher sees to it (``linux/coredump.py``): a cage has no /proc yet when its
+limits are set.
 """
 
 _LABELS = {

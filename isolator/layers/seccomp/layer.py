@@ -1,10 +1,12 @@
 """System calls: an allowlist, compiled once and loaded as plain BPF.
 
-allowed        what ordinary services need (isolator/layers/seccomp/profiles.py)
-denied         calls that are asked for only by an attack or by mistake: handed to a user-notify listener, which
-               answers EPERM and writes an audit record with the call's name. Notify only ever denies: a decision
-               to allow on the strength of a pointer could be changed under the supervisor's eyes
-unknown        ENOSYS, so that a newer C library falls back to what it used before
+allowed        the calls of ordinary services (isolator/layers/seccomp/profiles.py)
+denied         calls that only an attack or a mistake makes: handed to a user-notify listener, which answers EPERM and
+               writes an audit record with the call's name. Notify only ever denies: a decision to allow on the
+               strength of a pointer could be changed under the supervisor's eyes
+narrowed       some ordinary calls fail, or do nothing, for certain arguments, without a record: programs ask all the
+               time
+unknown        ENOSYS, so that a newer C library falls back to an older call; no record
 other ABIs     the process is killed (i386, x32): their numbers mean other calls
 
 The filter does not depend on the plugin, only on the profile, so it is compiled once and kept by the hash of its
@@ -53,7 +55,7 @@ class SeccompSection(Section, kind="seccomp"):
 
 
 class Seccomp(Layer):
-    """Only the calls of the profile; refusals are recorded by name."""
+    """Only the calls of the profile; those that attacks need are recorded by name."""
 
     name = "seccomp"
 
@@ -111,11 +113,11 @@ def compiled(profile: str, cache: Path) -> bytes:
 
 
 def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
-    """The same for rules that are no profile; ``name`` only tells the cache's files apart."""
+    """The BPF program of rules that are no profile, kept likewise; ``name`` only tells the cache's files apart."""
     from isolator.layers.seccomp import profiles as syscalls
 
-    given = list(rules)
-    return _kept(name, f"{syscalls.fingerprint()}:{name}:{given!r}", cache, lambda: compile_rules(given))
+    wanted = list(rules)
+    return _kept(name, f"{syscalls.fingerprint()}:{name}:{wanted!r}", cache, lambda: compile_rules(wanted))
 
 
 def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
@@ -154,9 +156,9 @@ def compile_profile(profile: str) -> bytes:
 
 
 def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> bytes:
-    """Compile any rules to BPF; what no rule names is answered ENOSYS, what is denied is handed to a listener.
+    """Compile rules to BPF. A call that no rule names is answered ENOSYS, a denied one is handed to a listener.
 
-    ``otherwise_allowed`` is for a filter that is stacked on another one: what no rule names is left to that one.
+    ``otherwise_allowed`` is for a filter that is stacked on another one: calls that no rule names are left to that one.
     """
     import errno
 
