@@ -42,6 +42,7 @@ from isolator.layers.no_new_privs import NoNewPrivs
 from isolator.layers.plan import Plan
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
+from isolator.layers.stopwatch import Stopwatch
 from isolator.layers.user import User
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
@@ -137,7 +138,7 @@ class Cage:
 
     async def start(self) -> None:
         """Build the cage and exec; returns when exec has happened."""
-        mark = _Stopwatch(self.steps)
+        mark = Stopwatch(self.steps)
         spec, runtime = self.spec, self._runtime
         layers = frozenset(layer.name for layer in self._layers)
         spare = self._spare = await runtime.pool.take(layers)
@@ -161,7 +162,7 @@ class Cage:
                 if "cgroup" in plan.fds:
                     await runtime.launcher.keep(spec.leaf, plan.fds["cgroup"])
             finally:
-                plan.close_given()
+                plan.close_owned()
             if self._network in self._layers:
                 self._loading = asyncio.create_task(self._load_network())
             mark("send")
@@ -175,7 +176,7 @@ class Cage:
         if self._handover is not None:
             await self._handover(self.network)
 
-    async def _build(self, spare: Spare, mark: _Stopwatch) -> None:
+    async def _build(self, spare: Spare, mark: Stopwatch) -> None:
         try:
             async with asyncio.timeout(_SET_UP_SECONDS):
                 await self._wait_caged(spare, mark)
@@ -205,7 +206,7 @@ class Cage:
         mark("exec")
         self.processes.started = time.monotonic()
 
-    async def _wait_caged(self, spare: Spare, mark: _Stopwatch) -> None:
+    async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
         """Wait for two messages in either order: the clone's pid from the parked process, "caged" from the cage."""
         caged = False
         while self._processes is None or not caged:
@@ -334,16 +335,6 @@ async def _empty(leaf: Leaf) -> None:
     """Wait without blocking the loop until a killed leaf has no process, zombie included, left."""
     if leaf.populated():
         await asyncio.to_thread(leaf.wait_empty, 5.0)
-
-
-class _Stopwatch:
-    def __init__(self, steps: dict[str, float]) -> None:
-        self._steps, self._last = steps, time.perf_counter()
-
-    def __call__(self, step: str) -> None:
-        now = time.perf_counter()
-        self._steps[step] = round((now - self._last) * 1000, 3)
-        self._last = now
 
 
 def _exec_remedy(number: object) -> str:

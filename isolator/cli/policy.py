@@ -92,7 +92,7 @@ def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) 
     FILE is a plugin's policy; or a plugin.json, for what it would be granted by default; or a host.toml, for what a
     plugin may do when nothing is said.
     """
-    from isolator.policy.meet.explain import proposal_json
+    from isolator.layers.explain import proposal_json
 
     proposal = _proposal(root, file, manifest)
     if as_json:
@@ -104,7 +104,7 @@ def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) 
 
 def proposal_text(proposal: Proposal) -> list[str]:
     """A proposal as lines for a terminal: the sentences, the table, and how to grant what is pending."""
-    from isolator.policy.meet.explain import sentences
+    from isolator.layers.explain import sentences
 
     text = [f"{proposal.effective.plugin}  (effective policy {proposal.effective.digest()[:16]})", ""]
     text += [f"  {layer:<13} {sentence}" for layer, sentence in sentences(proposal.effective).items()]

@@ -1,4 +1,4 @@
-"""The supervisor's side of the launcher: start it, have processes parked, receive pids."""
+"""The supervisor's side of the launcher: start it, park processes, receive pids."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import isolator
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.channel import pair, receive_packet, send_packet
 from isolator.linux.capability import last_capability
+from isolator.linux.readable import resolve
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
 
 
 @dataclass(frozen=True)
 class Clone:
-    """A child of this process that somebody else cloned, held by its pidfd."""
+    """A child of this process that another process cloned (CLONE_PARENT), held by its pidfd."""
 
     pid: int
     pidfd: int
@@ -57,7 +58,7 @@ class Launcher:
         return self._process.pid
 
     async def park(self, link: int, status: int, *, layers: frozenset[str]) -> Clone:
-        """Have a process parked that will become a cage with these layers (isolator.launcher.prefork).
+        """Park a process that will become a cage with these layers (isolator.launcher.prefork).
 
         The descriptors, its end of the link and of the status pipe, stay the caller's. Raises ConfinementError, or
         UnavailableError when the launcher is not running.
@@ -73,7 +74,9 @@ class Launcher:
         try:
             return await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:  # it came at that very moment
+            if (
+                future.done() and not future.cancelled() and future.exception() is None
+            ):  # the answer came at that very moment
                 self._abandon(future.result())
             raise
 
@@ -85,13 +88,13 @@ class Launcher:
         await self._send(json.dumps({"keep": cage}).encode(), [cgroup])
 
     def forget(self, cage: str) -> None:
-        """The cage is gone: its group need not be killed any more."""
+        """Stop keeping a cage that has ended: its group need not be killed any more."""
         if not self.closed.is_set():
             task = self._loop.create_task(self._send(json.dumps({"forget": cage}).encode(), []))
             task.add_done_callback(lambda done: done.exception())
 
     def close(self) -> None:
-        """End the launcher; it kills what it still knows of."""
+        """End the launcher; it kills the cages that it still keeps."""
         self._lost()
         self._process.wait()
 
@@ -102,7 +105,7 @@ class Launcher:
                 return
             except BlockingIOError:
                 ready = self._loop.create_future()
-                self._loop.add_writer(self._sock, _resolve, ready)
+                self._loop.add_writer(self._sock, resolve, ready)
                 await ready
                 self._loop.remove_writer(self._sock)
             except OSError:
@@ -137,7 +140,7 @@ class Launcher:
             )
 
     def _abandon(self, parked: Clone) -> None:
-        """Reap a process that nobody wants: it sees the end of its link, and ends."""
+        """Reap a parked process that nobody waits for: it sees the end of its link, and ends."""
         os.close(parked.pidfd)
         self._loop.run_in_executor(None, os.waitpid, parked.pid, 0)
 
@@ -154,13 +157,8 @@ class Launcher:
                 future.set_exception(error)
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
 def clone_remedy(number: int) -> str:
-    """What to try for an errno of clone3."""
+    """The remedy to suggest for an errno of clone3."""
     import errno
 
     return {

@@ -1,7 +1,7 @@
-"""What the child does with itself, in order, between clone3 and pid 1's fork. Standard library only.
+"""The child's way into its cage, in order, from clone3 to the start of the sidecar. Standard library only.
 
-It is born in its cgroups, has mount, ipc, uts and pid namespaces of its own, and inherits what layers did ahead to the
-process that was parked (isolator.launcher.prefork). Order matters, and each place has its reason:
+The child is born in its cgroups, has mount, ipc, uts and pid namespaces of its own, and inherits the work that layers
+did ahead in the parked process (isolator.launcher.prefork). Order matters, and each place has its reason:
 
  1. rlimits      before the uid changes, while hard limits can still be set; most are set ahead
  2. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
@@ -23,27 +23,28 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from typing import Any, NoReturn
 
 from isolator.ipc.packet import send_packet
 from isolator.launcher import init
-from isolator.layers import capabilities, filesystem, landlock, namespaces, no_new_privs, rlimits, user
-from isolator.layers.base import Layer
-from isolator.layers.network import layer as netns
-from isolator.layers.plan import Plan
-from isolator.layers.seccomp import layer as seccomp_layer
+from isolator.layers.capabilities import CapabilitiesSection
+from isolator.layers.filesystem import FilesystemSection
+from isolator.layers.landlock import LandlockSection
+from isolator.layers.namespaces import NamespacesSection
+from isolator.layers.network.layer import NetworkSection
+from isolator.layers.no_new_privs import NoNewPrivsSection
+from isolator.layers.plan import Plan, Section
+from isolator.layers.rlimits import RlimitsSection
+from isolator.layers.seccomp.layer import LISTENER, SeccompSection
+from isolator.layers.stopwatch import Stopwatch
+from isolator.layers.user import UserSection
 from isolator.linux.files import close_all_but
 
-STEPS: tuple[type[Layer], ...] = (
-    rlimits.Rlimits, filesystem.Filesystem, namespaces.Namespaces, netns.Network, user.User, capabilities.Capabilities,
-    no_new_privs.NoNewPrivs, landlock.Landlock,
+STEPS: tuple[type[Section], ...] = (
+    RlimitsSection, FilesystemSection, NamespacesSection, NetworkSection, UserSection, CapabilitiesSection,
+    NoNewPrivsSection, LandlockSection,
 )  # fmt: skip
-"""The layers that a process applies to itself, in the order of the module's text; seccomp follows by itself."""
-
-
-class SetUpFailed(Exception):
-    """A step failed; carries what the supervisor shows."""
+"""The sections that a process enters, in the order of the module's text; seccomp follows after the other steps."""
 
 
 def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
@@ -51,13 +52,12 @@ def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
     step = "start"
     took: dict[str, float] = {}
     try:
-        mark = time.perf_counter()
-        for layer in STEPS:
-            step = layer.name
-            if step in plan.sections:
-                layer.enter(plan.sections[step], plan.fds)
-                now = time.perf_counter()
-                took[step], mark = round((now - mark) * 1000, 3), now
+        mark = Stopwatch(took)
+        for kind in STEPS:
+            step = kind.kind
+            if section := plan.section(kind):
+                section.enter(plan.fds)
+                mark(step)
         os.umask(plan.umask)
         step = "working directory"
         os.chdir(plan.cwd)
@@ -65,9 +65,10 @@ def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
         _set_stdio(plan)
         init.guard()
         step = "seccomp"
-        listener = seccomp_layer.load(plan.sections["seccomp"]) if "seccomp" in plan.sections else -1
-        took[step] = round((time.perf_counter() - mark) * 1000, 3)
-        _send(link, {"step": "caged", "took": took}, [listener] if listener >= 0 else [])
+        if seccomp := plan.section(SeccompSection):
+            seccomp.enter(plan.fds)
+        mark(step)
+        _send(link, {"step": "caged", "took": took}, [plan.fds[LISTENER]] if LISTENER in plan.fds else [])
         if link.recv(1) != b"x":
             os._exit(125)  # the supervisor gave up on this cage
         step = "descriptors"
@@ -80,7 +81,7 @@ def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
 
 
 def failure(step: str, error: BaseException) -> dict[str, Any]:
-    """What the supervisor is told of a step that failed."""
+    """The report of a step that failed, for the supervisor."""
     if isinstance(error, OSError):
         detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         return {"step": step, "errno": error.errno or 0, "detail": detail}

@@ -1,9 +1,9 @@
 """Pid 1 of the cage: spawns the sidecar by name, reaps, forwards signals, reports the raw status.
 
-It never execs. Having changed its uid it is not dumpable, so the plugin, which has the same uid, can neither
-trace it nor write its memory; an exec'd init would be dumpable and would have to encode a signal as 128+n. It is
-under the same seccomp filter as everything else in the cage. What it reports is still labelled "as reported":
-deaths by memory and denied calls are taken from the kernel's own counters.
+Pid 1 never execs. Having changed its uid it is not dumpable, so the plugin, which has the same uid, can neither
+trace it nor write its memory; an exec'd init would be dumpable and would have to encode a signal as 128+n. Pid 1 is
+under the same seccomp filter as everything else in the cage. Its report is still labelled "as reported": deaths by
+memory and denied calls are taken from the kernel's own counters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from isolator.layers.plan import Plan
-from isolator.layers.seccomp import layer as seccomp
+from isolator.layers.seccomp.layer import SeccompSection
 from isolator.linux._libc import libc
 
 FORWARDED = {
@@ -32,13 +32,13 @@ FORWARDED = {
     signal.SIGCONT,
 }
 _IGNORED = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-"""What may be ignored here and must not be in the sidecar: Python ignores some, the launcher the terminal's, and
-whoever started the daemon anything at all (nohup, a shell's job)."""
+"""Signals that may be ignored here and must not be in the sidecar: Python ignores some, the launcher the terminal's,
+and the program that started the daemon any at all (nohup, a shell's job)."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 def guard() -> None:
-    """Become untraceable, and end with the supervisor, whose child this process is; after the last change of ids.
+    """Become untraceable, and end with the supervisor, the parent of this process; after the last change of ids.
 
     The launcher kills the cages of a supervisor that dies. When both are killed at once nobody is left to do that
     but the kernel: it kills pid 1, and with it every process of the cage.
@@ -52,9 +52,10 @@ def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
     watched = FORWARDED | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        sidecar = _fork(plan, report) if "sealing" in plan.sections.get("seccomp", {}) else _spawn(plan)
+        seccomp = plan.section(SeccompSection)
+        sidecar = _fork(plan, seccomp, report) if seccomp and seccomp.sealing else _spawn(plan)
     except OSError as error:
-        _tell(report, "exec", plan, error)
+        _report(report, "exec", plan, error)
         os._exit(127)
     report.close()
     for fd in (0, 1, 2):
@@ -89,8 +90,8 @@ def _spawn(plan: Plan) -> int:
     return _first(plan, spawn)
 
 
-def _fork(plan: Plan, report: socket.socket) -> int:
-    """Exec the sidecar in a forked process that first takes the second filter of its profile: a spawned one cannot."""
+def _fork(plan: Plan, seccomp: SeccompSection, report: socket.socket) -> int:
+    """Exec the sidecar in a forked process that first loads the second filter of its profile: a spawned one cannot."""
     sidecar = os.fork()
     if sidecar:
         return sidecar
@@ -100,21 +101,21 @@ def _fork(plan: Plan, report: socket.socket) -> int:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     step = "seccomp"
     try:
-        seccomp.seal(plan.sections["seccomp"])
+        seccomp.seal()
         step = "exec"
         _first(plan, lambda path: os.execve(path, plan.argv, plan.env))
     except OSError as error:
-        _tell(report, step, plan, error)
+        _report(report, step, plan, error)
     os._exit(127)
 
 
-def _tell(report: socket.socket, step: str, plan: Plan, error: OSError) -> None:
+def _report(report: socket.socket, step: str, plan: Plan, error: OSError) -> None:
     message = {"step": step, "errno": error.errno or 0, "detail": f"{plan.argv[0]}: {error.strerror}"}
     report.send(json.dumps(message).encode())
 
 
 def _first(plan: Plan, start: Callable[[str], int]) -> int:
-    """Start the first of the places on the PATH where the program is; raises what execvp(3) would."""
+    """Start the program from the first folder on the PATH that has it; raises the OSError of execvp(3)."""
     program = plan.argv[0]
     candidates = [program] if "/" in program else [f"{f}/{program}" for f in plan.env.get("PATH", "/bin").split(":")]
     denied: OSError | None = None

@@ -1,10 +1,10 @@
-"""A process that waits to become a cage: what is the same for every cage is done before anybody asks for one.
+"""Prefork: a parked process waits to become a cage; the work that no plan changes is done before a start asks for it.
 
-The launcher clones it with mount, ipc and uts namespaces of its own, and its layers do to it what no plan changes
-(``Layer.enter_ahead``). On a hybrid host the supervisor then puts it into
-the v1 groups of the cage to come, whatever their limits will be: moving a process between v1 groups waits for an RCU
-grace period (6 to 16 ms), being born in them costs nothing. Then it waits for the plan on its link. When that comes,
-it clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in everything that it is in itself),
+The launcher clones the parked process with mount, ipc and uts namespaces of its own, and the sections of its layers
+apply their fixed part (``Section.enter_ahead``). On a hybrid host the supervisor then puts it into the v1 groups of the
+cage to come, whatever their limits will be: moving a process between v1 groups waits for an RCU grace period (6 to
+16 ms), being born in them costs nothing. Then the parked process waits for the plan on its link. When that comes, it
+clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups),
 answers with the pid and the pidfd, and ends: pid 1 keeps the link.
 
 When the supervisor goes away, so does the link, and the parked process ends; nothing of a plugin ever ran in it.
@@ -17,27 +17,27 @@ import contextlib
 import json
 import os
 import socket
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.launcher import enter, init
-from isolator.layers.plan import Plan
+from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs
+from isolator.layers.plan import ParkOrder, Plan
+from isolator.layers.seccomp.layer import SeccompSection
+from isolator.layers.user import UserSection
 from isolator.linux.files import close_all_but
 from isolator.linux.namespaces import CLONE_PARENT, clone3
 
 
-def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
-    """Wait for the plan on ``link`` and become its cage; never returns.
-
-    ``order``: ``layers``, the names of those that the cage will have, and ``last_capability``.
-    """
+def park(order: ParkOrder, link: int, status: int) -> NoReturn:
+    """Wait for the plan on ``link`` and become its cage; never returns. ``status``: the pipe for pid 1's report."""
     init.guard()
     close_all_but({0, 1, 2, link, status})
     sock = socket.socket(fileno=link)
     try:
-        for layer in enter.STEPS:
-            if layer.name in order["layers"]:
-                layer.enter_ahead(order)
+        for section in enter.STEPS:
+            if section.kind in order.layers:
+                section.enter_ahead(order)
         _rehearse()
         packet, fds = receive_packet(sock)
         if packet:
@@ -49,8 +49,14 @@ def park(order: dict[str, Any], link: int, status: int) -> NoReturn:
 
 
 def _rehearse() -> None:
-    """Take the page faults of reading a plan now: what is shared with the launcher is copied when it is first used."""
-    Plan.unpack(Plan(cage="", argv=[], env={}, sections={"rehearsal": {"text": "x" * 8192}}).pack()[0], [])
+    """Take the page faults of reading a plan now: a page shared with the launcher is copied at its first write."""
+    plan = Plan("", ["x"], {"x": "x"})
+    attach = tuple(AttachMount("x", f"mount{number}", is_folder=True) for number in range(8))
+    fill = FillFolder("x", {"x": "x" * 1024}, 0, 0, 0, 0)
+    plan.add(FilesystemSection(own_root=False, operations=(ResizeTmpfs("x", "x"), fill, *attach)))
+    plan.add(SeccompSection(b"x" * 4096))
+    plan.add(UserSection(0, 0))
+    Plan.unpack(plan.pack()[0], [])
 
 
 def _clone(plan: Plan, sock: socket.socket, status: int) -> None:

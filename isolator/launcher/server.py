@@ -1,12 +1,13 @@
 """The launcher: a small, single-threaded root process that clones the cages.
 
 The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
-threads' locks held in the child. This process is started before any of that, imports only the standard library,
-``isolator.linux`` and python-prctl, and does one thing: clone3 with CLONE_PARENT (so that the child is the
-*supervisor's* child, which waits for it by pidfd) a process that waits for a cage's plan (isolator.launcher.prefork).
+threads' locks held in the child. The launcher is started before any of that, imports only the standard library,
+python-prctl and modules of isolator that do the same (a test sees to it), and does one thing: clone3 a process that
+waits for a cage's plan (isolator.launcher.prefork). By CLONE_PARENT it is the *supervisor's* child, which waits for it
+by pidfd.
 
-It holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the socket
-closes, however that came about, it kills those cgroups and ends.
+The launcher holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the
+socket closes, for whatever reason, it kills those cgroups and ends.
 
 Packets, supervisor → launcher: ``{"park": ORDER}`` with the link and the status pipe, answered by ``{"pid": N}`` with
 the pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer.
@@ -20,20 +21,20 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
 
 import prctl  # noqa: F401  # the layers use it after the cage's root has replaced the one it is found in
 
 from isolator.ipc.packet import receive_packet, send_packet
-from isolator.launcher import prefork as parked
+from isolator.launcher.prefork import park
 from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
+from isolator.layers.plan import ParkOrder
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 
 
 def serve(sock: socket.socket) -> None:
-    """Answer plans until the supervisor goes away, then kill every cage that is left."""
+    """Answer the supervisor's packets until it goes away, then kill every cage that is left."""
     cgroups: dict[str, int] = {}
     while True:
         try:
@@ -44,7 +45,8 @@ def serve(sock: socket.socket) -> None:
             break
         body = json.loads(packet)
         if "park" in body:
-            _park(sock, body["park"], fds)
+            order = ParkOrder(frozenset(body["park"]["layers"]), body["park"]["last_capability"])
+            _park(sock, order, fds)
         elif "keep" in body:
             cgroups[body["keep"]] = fds[0]
         else:
@@ -55,10 +57,10 @@ def serve(sock: socket.socket) -> None:
         _kill(fd)
 
 
-def _park(sock: socket.socket, order: dict[str, Any], fds: list[int]) -> None:
+def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
     link, status = fds
     flags = 0
-    if "namespaces" in order["layers"]:
+    if "namespaces" in order.layers:
         for kind in BEFORE_THE_PLAN:
             flags |= NAMESPACE_FILES[kind]
     try:
@@ -68,7 +70,7 @@ def _park(sock: socket.socket, order: dict[str, Any], fds: list[int]) -> None:
         send_packet(sock, json.dumps(answer).encode())
     else:
         if pid == 0:
-            parked.park(order, link, status)
+            park(order, link, status)
         send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
         os.close(pidfd)
     finally:
@@ -90,12 +92,11 @@ def _kill(cgroup: int) -> None:
 
 
 def main() -> None:
-    """Entry point: ``launcher.py FD``; the supervisor set sys.path by its arguments."""
+    """Entry point: ``FD PATH...``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the end of the socket ends this process, never a terminal's ^C
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
-    # What exists now is shared by every cage's pid 1; without this the collector would touch, and so copy, all of it.
     try:
         leave_memory_out()  # every cage inherits it
         build_template()
@@ -107,7 +108,8 @@ def main() -> None:
     try:
         send_packet(sock, b'{"ready": true}')
     except BrokenPipeError:
-        return  # a command line that was wrong: whoever started this process is gone
+        return  # the command line was wrong: the process that started this one is gone
+    # The objects that exist now are shared by every cage's pid 1: the collector would write to all of them.
     gc.collect()
     gc.freeze()
     gc.disable()

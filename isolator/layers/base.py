@@ -1,13 +1,19 @@
-"""What every layer is: one kernel mechanism, one kind of promise, the same seven verbs.
+"""Layers: one kernel mechanism each, one kind of promise, the same verbs.
 
-A layer object belongs to one cage. Its life, in order: ``enter_ahead`` (the process that is parked to become a cage;
-before there is a plan, it applies what is the same for all of them), ``prepare`` (supervisor; makes what exists outside
-the child and writes the child's part into the plan), ``enter`` (child, before exec; applies it to itself),
-``confirm`` (supervisor; reads back from the kernel that it is in force), ``release`` (supervisor; undoes
-``prepare``; idempotent, also when half-made). ``check`` and ``describe`` need no cage.
+A layer has two halves. The *layer object* belongs to one cage and to the supervisor; its *section* travels in the plan
+and is applied by the child. In the order of a cage's life:
 
-``enter_ahead`` and ``enter`` run in processes cloned from the launcher, so layer modules import only the standard
-library and ``isolator.linux`` at the top; anything heavier is imported inside the verb that needs it.
+    enter_ahead   section   in a process that is parked to become a cage, before there is a plan: apply the part that is
+                            the same for every cage
+    prepare       layer     make the parts outside the child, and add the section to the plan
+    enter         section   in the child, before exec: apply the layer to the calling process
+    confirm       layer     read back from the kernel that the layer is in force
+    release       layer     undo ``prepare``; idempotent, also when it is half-made
+
+``check`` (can this host do it) and ``describe`` (the promise, in words) need no cage.
+
+Sections run in processes cloned from the launcher, so layer modules import only the standard library and
+``isolator.linux`` at the top; anything heavier is imported inside the verb that needs it.
 """
 
 from __future__ import annotations
@@ -21,11 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from isolator.errors import ConfinementError
     from isolator.layers.plan import Plan
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
 
-State = Literal["enforced", "degraded", "unavailable"]
+ControlState = Literal["enforced", "degraded", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,12 @@ class Control:
 
     name: str
     layer: str
-    state: State
+    state: ControlState
     reason: str = ""
     remedy: str = ""
     mandatory: bool = True
     part: str = ""
-    """Which of a layer's controls, when a host may lack one of them alone."""
+    """One of several controls of a layer, where a host may lack it alone."""
 
     @property
     def key(self) -> str:
@@ -52,7 +59,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Bind:
-    """Something of the host that the cage sees: ``fd`` is an O_PATH descriptor of it, owned by the cage."""
+    """A file or folder of the host that the cage sees at ``target``; ``fd``: its O_PATH descriptor, the caller's."""
 
     target: str
     fd: int
@@ -62,7 +69,7 @@ class Bind:
 
 @dataclass
 class CageSpec:
-    """Everything that is decided about one cage before it is built."""
+    """The decisions about one cage, made before it is built."""
 
     name: str
     run: str
@@ -92,7 +99,7 @@ class CageSpec:
 
 
 class Layer(ABC):
-    """One mechanism; see the module's text for the verbs."""
+    """The supervisor's half of one layer; see the module's text for the verbs."""
 
     name: ClassVar[str]
     mandatory: ClassVar[bool] = True
@@ -104,25 +111,16 @@ class Layer(ABC):
     @classmethod
     @abstractmethod
     def check(cls) -> list[Control]:
-        """Whether this mechanism is usable on this host."""
+        """The layer's controls on this host: enforced, degraded or unavailable, with the kernel's reason."""
 
     @classmethod
     @abstractmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        """The promise in one plain sentence."""
-
-    @staticmethod  # noqa: B027  # on purpose: most layers begin with the plan
-    def enter_ahead(order: dict[str, Any]) -> None:
-        """Apply to the parked process what no plan changes, for the cage to inherit; ``order`` as for ``park``."""
+        """The promise in one plain sentence, as ``explain`` shows it. tests/escape/test_sentences.py tests it."""
 
     @abstractmethod
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        """Make what must exist outside the child, and write ``plan.sections[self.name]``."""
-
-    @staticmethod
-    @abstractmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        """Apply the layer to the calling process; any OSError aborts the start."""
+        """Make the parts outside the child, and add the layer's section to the plan; raises ConfinementError."""
 
     @abstractmethod
     def confirm(self, process: Process) -> None:
@@ -132,15 +130,15 @@ class Layer(ABC):
         """Undo ``prepare``. Most layers end with their process and have nothing to undo."""
 
 
-def mismatch(layer: str, what: str, wanted: object, found: object) -> Exception:
-    """The error for a read-back that differs."""
+def mismatch(layer: str, what: str, wanted: object, found: object) -> ConfinementError:
+    """The error of a read-back that differs."""
     from isolator.errors import ConfinementError
 
     return ConfinementError(f"layer {layer}", f"{what} is {found}, not {wanted}", "the cage was destroyed")
 
 
 class Process:
-    """What the kernel says of one process; each of its files is read once, when it is first asked for."""
+    """The kernel's view of one process: /proc/PID. ``status`` is read once."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -157,5 +155,5 @@ class Process:
             return file.read()
 
     def namespace(self, kind: str) -> str:
-        """What /proc/PID/ns/``kind`` names."""
+        """The namespace that /proc/PID/ns/``kind`` names, as ``KIND:[INODE]``."""
         return os.readlink(f"/proc/{self.pid}/ns/{kind}")

@@ -7,13 +7,14 @@ while there still is CAP_SETPCAP; the other sets are emptied in the child after 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux import capability
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -22,6 +23,19 @@ SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _NOROOT, _NO_SETUID_FIXUP, _NO_CAP_AMBIENT_RAISE = 1 << 0, 1 << 2, 1 << 6
 _LOCKS = (1 << 1) | (1 << 3) | (1 << 5) | (1 << 7)
 _SECUREBITS = _NOROOT | _NO_CAP_AMBIENT_RAISE | _LOCKS | _NO_SETUID_FIXUP
+
+
+@dataclass(frozen=True)
+class CapabilitiesSection(Section, kind="capabilities"):
+    """No values: every cage has no capability."""
+
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
+        capability.drop_bounding_set(order.last_capability)
+        capability.set_securebits(_SECUREBITS)
+
+    def enter(self, fds: dict[str, int]) -> None:
+        capability.clear_sets()
 
 
 class Capabilities(Layer):
@@ -35,19 +49,10 @@ class Capabilities(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return "It has no capability of any kind and cannot gain one."
-
-    @staticmethod
-    def enter_ahead(order: dict[str, Any]) -> None:
-        capability.drop_bounding_set(order["last_capability"])
-        capability.set_securebits(_SECUREBITS)
+        return "Holds no capability and can never gain one, by no file and no program it runs."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        plan.sections[self.name] = {}
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        capability.clear_sets()
+        plan.add(CapabilitiesSection())
 
     def confirm(self, process: Process) -> None:
         status = process.status

@@ -1,7 +1,7 @@
 """The cage's view of files: an empty tmpfs filled with exactly what it needs.
 
-What is the same for every cage is built once: the launcher makes itself a mount namespace whose root is the *template*
-(``build_template``) and nothing else; the host's root is gone from it. A cage is cloned with a copy of that
+The parts that are the same for every cage are built once: the launcher makes itself a mount namespace whose root is the
+*template* (``build_template``) and nothing else; the host's root is gone from it. A cage is cloned with a copy of that
 namespace, so it never sees the host's mounts at all, and has only its own few mounts left to make. (Copying the
 template's dozen mounts is also much cheaper than copying and detaching the host's.)
 
@@ -28,13 +28,16 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.phrases import listing
+from isolator.layers.plan import ParkOrder, Part, Plan, Section
 from isolator.linux import mount
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -55,6 +58,7 @@ _STATIC = {
 
 _READ_ONLY = mount.RDONLY | mount.NOSUID | mount.NODEV
 _SCRATCH = mount.NOSUID | mount.NODEV | mount.NOEXEC
+_MS_SCRATCH = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
 _PARKING = "/proc"  # exists on every host, and nothing below it is a source; only in a namespace of the caller's own
 
 
@@ -95,6 +99,129 @@ def build_template() -> None:
     _enter_root(root)
 
 
+class MountOperation(Part):
+    """One step of the cage's own view, in the current directory, which is or becomes its root."""
+
+    @abstractmethod
+    def execute(self, fds: dict[str, int]) -> None:
+        """Carry it out; raises OSError."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Its result in a few words, with the path as the cage sees it."""
+
+
+@dataclass(frozen=True)
+class ResizeTmpfs(MountOperation, kind="resize"):
+    """Set how much may go into a file system in memory that was made ahead, as mount options."""
+
+    target: str
+    options: str
+
+    def execute(self, fds: dict[str, int]) -> None:
+        mount.remount(self.target, _MS_SCRATCH, self.options)
+
+    def describe(self) -> str:
+        return f"/{self.target}: tmpfs, {self.options}"
+
+
+@dataclass(frozen=True)
+class MountProc(MountOperation, kind="proc"):
+    """Mount /proc of the cage's own pid namespace."""
+
+    options: str
+
+    def execute(self, fds: dict[str, int]) -> None:
+        mount.mount("proc", "proc", _MS_SCRATCH, self.options)
+
+    def describe(self) -> str:
+        return f"/proc: proc, {self.options}"
+
+
+@dataclass(frozen=True)
+class FillFolder(MountOperation, kind="fill"):
+    """Write small files into a folder that was made ahead, and give it and them to a user."""
+
+    target: str
+    files: dict[str, str]
+    owner: int
+    group: int
+    folder_mode: int
+    file_mode: int
+
+    def execute(self, fds: dict[str, int]) -> None:
+        for name, text in self.files.items():
+            _write(f"{self.target}/{name}", text, self.file_mode, owner=(self.owner, self.group))
+        os.chown(self.target, self.owner, self.group)
+        os.chmod(self.target, self.folder_mode)
+
+    def describe(self) -> str:
+        return f"/{self.target}: a folder of uid {self.owner}, mode {self.folder_mode:04o}"
+
+
+@dataclass(frozen=True)
+class AttachMount(MountOperation, kind="attach"):
+    """Attach the detached mount behind the plan's descriptor ``fd``; its mount point is made where there is none."""
+
+    target: str
+    fd: str
+    is_folder: bool
+
+    def execute(self, fds: dict[str, int]) -> None:
+        _place(self.target, is_folder=self.is_folder)
+        mount.attach(fds[self.fd], self.target)
+
+    def describe(self) -> str:
+        return f"/{self.target}: a mounted {'folder' if self.is_folder else 'file'}"
+
+
+@dataclass(frozen=True)
+class SealMount(MountOperation, kind="seal"):
+    """Make a file system in memory that is filled now read-only."""
+
+    target: str
+
+    def execute(self, fds: dict[str, int]) -> None:
+        fd = mount.open_mount(self.target)
+        try:
+            mount.set_attributes(fd, _SCRATCH | mount.RDONLY, recursive=False)
+        finally:
+            os.close(fd)
+
+    def describe(self) -> str:
+        return f"/{self.target}: read-only"
+
+
+@dataclass(frozen=True)
+class FilesystemSection(Section, kind="filesystem"):
+    """The cage's own part of its view, in order. ``own_root``: the template lacks a mount point for some of it."""
+
+    own_root: bool
+    operations: tuple[MountOperation, ...]
+
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
+        os.chdir("/")
+        _make_own_places()
+
+    def enter(self, fds: dict[str, int]) -> None:
+        os.chdir("/")
+        root = -1
+        if self.own_root:
+            mount.unmount("/dev/shm")  # else it would come along with /dev
+            root = _take_over_template()
+            _make_own_places()
+        for operation in self.operations:
+            try:
+                operation.execute(fds)
+            except OSError as error:
+                if error.filename is not None:
+                    raise
+                raise OSError(error.errno, error.strerror, operation.describe()) from None
+        if root >= 0:
+            _enter_root(root)
+
+
 class Filesystem(Layer):
     """Nothing of the host but /usr and what the policy names, read-only; a few capped places to write."""
 
@@ -111,30 +238,28 @@ class Filesystem(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        fs = policy.filesystem
-        extra = f", and reads {', '.join(fs.read)}" if fs.read else ""
-        state = f"/state ({_mib(fs.state)}), " if fs.state else ""
-        return (
-            f"It sees /usr and its own files read-only{extra}; it can write to {state}/tmp ({_mib(fs.tmp)}) and "
-            f"/dev/shm ({_mib(fs.shm)}); nothing else of this host is visible."
-        )
+        from isolator.policy.units import format_size
 
-    @staticmethod
-    def enter_ahead(order: dict[str, Any]) -> None:
-        os.chdir("/")
-        _make_own_places()
+        fs = policy.filesystem
+        state = f"/state up to {format_size(fs.state)}" if fs.state else "no persistent folder"
+        more = f", and read-only {listing(fs.read)}" if fs.read else ""
+        return (
+            f"Sees its own files, /usr and public files of /etc (certificates, alternatives, time zone) read-only{more}"
+            f"; may write {state}, /tmp up to {format_size(fs.tmp)}, /dev/shm up to {format_size(fs.shm)} and its"
+            " socket's folder; nothing else of this host is there but the devices null, zero, full, random and urandom."
+        )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
-        moves: list[dict[str, Any]] = []
+        mounts: list[AttachMount] = []
 
         def bind(target: str, source: int, attributes: int) -> None:
             # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
             tree = mount.clone_tree("", directory=source)
-            plan.give(f"mount{len(moves)}", tree)
+            name = f"mount{len(mounts)}"
+            plan.own(name, tree)
             mount.set_attributes(tree, attributes)
-            is_folder = stat.S_ISDIR(os.fstat(tree).st_mode)
-            moves.append({"fd": f"mount{len(moves)}", "target": target.lstrip("/"), "folder": is_folder})
+            mounts.append(AttachMount(target.lstrip("/"), name, stat.S_ISDIR(os.fstat(tree).st_mode)))
 
         for name in _ETC_FILES:
             with contextlib.suppress(FileNotFoundError):
@@ -149,42 +274,19 @@ class Filesystem(Layer):
             attributes |= 0 if entry.executable else mount.NOEXEC
             bind(entry.target, entry.fd, attributes)
         for target, fd in spec.mounts.items():
-            plan.fds[f"mount{len(moves)}"] = fd
-            moves.append({"fd": f"mount{len(moves)}", "target": target.lstrip("/"), "folder": True})
-        plan.sections[self.name] = {
-            "own_root": any(not _known(move["target"]) for move in moves),
-            "moves": moves,
-            "tmpfs": {
-                "tmp": f"size={fs.tmp},nr_inodes={fs.tmp_inodes}",
-                "dev/shm": f"size={fs.shm},nr_inodes=1024",
-            },
-            "proc": "hidepid=invisible,subset=pid",
-            "etc": _etc(spec),
-            "secrets": spec.files,
-            "uid": spec.uid,
-            "gid": spec.gid,
-        }
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        os.chdir("/")
-        root = -1
-        if section["own_root"]:
-            mount.unmount("/dev/shm")  # else it would come along with /dev
-            root = _take_over_template(section)
-            _make_own_places()
-        for target, options in section["tmpfs"].items():
-            mount.remount(target, _MS_SCRATCH, options)
-        mount.mount("proc", "proc", _MS_SCRATCH, section["proc"])
-        _fill_own(section)
-        for entry in section["moves"]:
-            _place(entry["target"], is_folder=entry["folder"])
-            mount.attach(fds[entry["fd"]], entry["target"])
-        own = mount.open_mount("run/isolator")
-        mount.set_attributes(own, _SCRATCH | mount.RDONLY, recursive=False)
-        os.close(own)
-        if root >= 0:
-            _enter_root(root)
+            name = f"mount{len(mounts)}"
+            plan.fds[name] = fd
+            mounts.append(AttachMount(target.lstrip("/"), name, is_folder=True))
+        operations: tuple[MountOperation, ...] = (
+            ResizeTmpfs("tmp", f"size={fs.tmp},nr_inodes={fs.tmp_inodes}"),
+            ResizeTmpfs("dev/shm", f"size={fs.shm},nr_inodes=1024"),
+            MountProc("hidepid=invisible,subset=pid"),
+            FillFolder("run/isolator/etc", _etc(spec), 0, 0, 0o755, 0o444),
+            FillFolder("run/isolator/config", spec.files, spec.uid, spec.gid, 0o500, 0o400),
+            *mounts,
+            SealMount("run/isolator"),
+        )
+        plan.add(FilesystemSection(any(not _known(one.target) for one in mounts), operations))
 
     def confirm(self, process: Process) -> None:
         mounts = _mounts(process)
@@ -199,9 +301,9 @@ class Filesystem(Layer):
             raise mismatch(self.name, "/usr", "read-only", "writable")
 
 
-class _Mounted:
-    def __init__(self, kind: str, options: set[str]) -> None:
-        self.kind, self.options = kind, options
+class _Mounted(NamedTuple):
+    kind: str
+    options: frozenset[str]
 
 
 def _mounts(process: Process) -> dict[str, _Mounted]:
@@ -209,11 +311,8 @@ def _mounts(process: Process) -> dict[str, _Mounted]:
     for line in process.read("mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
-        found[fields[4]] = _Mounted(after.split()[0], set(fields[5].split(",")))
+        found[fields[4]] = _Mounted(after.split()[0], frozenset(fields[5].split(",")))
     return found
-
-
-_MS_SCRATCH = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
 
 
 def _known(target: str) -> bool:
@@ -237,7 +336,7 @@ def _enter_root(root: int) -> None:
     mount.pivot_root()
 
 
-def _take_over_template(section: dict[str, Any]) -> int:
+def _take_over_template() -> int:
     """A root of this cage's own, with the template's folders in it and room for more mount points."""
     folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]
     links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
@@ -257,22 +356,12 @@ def _take_over_template(section: dict[str, Any]) -> int:
 
 
 def _make_own_places() -> None:
-    """What a cage has to itself in memory, below the current directory; the plan says how much may go into it."""
+    """Make the folders that a cage has to itself, in memory, below the current directory; the plan sets their sizes."""
     for target in _SCRATCH_PLACES:
         mount.mount("tmpfs", target, _MS_SCRATCH, "size=4k,nr_inodes=2,mode=1777")
     mount.mount("tmpfs", "run/isolator", _MS_SCRATCH, "size=2m,nr_inodes=128,mode=0755")
     for name in _OWN:
         os.mkdir(f"run/isolator/{name}", 0o755)
-
-
-def _fill_own(section: dict[str, Any]) -> None:
-    """Its /etc files and its secret files, in /run/isolator."""
-    for name, text in section["etc"].items():
-        _write(f"run/isolator/etc/{name}", text, 0o444)
-    for name, text in section["secrets"].items():
-        _write(f"run/isolator/config/{name}", text, 0o400, owner=(section["uid"], section["gid"]))
-    os.chown("run/isolator/config", section["uid"], section["gid"])
-    os.chmod("run/isolator/config", 0o500)
 
 
 def _take(source: str) -> tuple[bool, int]:
@@ -299,11 +388,11 @@ def _place(target: str, *, is_folder: bool) -> None:
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
 
 
-def _write(name: str, text: str, mode: int, *, owner: tuple[int, int] | None = None) -> None:
+def _write(name: str, text: str, mode: int, *, owner: tuple[int, int] = (0, 0)) -> None:
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         os.write(fd, text.encode())
-        if owner is not None:
+        if any(owner):
             os.fchown(fd, *owner)
     finally:
         os.close(fd)
@@ -320,7 +409,3 @@ def _etc(spec: CageSpec) -> dict[str, str]:
         "hostname": f"{spec.hostname}\n",
         "machine-id": f"{os.urandom(16).hex()}\n",
     }
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):g} MiB"

@@ -1,25 +1,53 @@
 """Landlock: a second wall behind the mount view, by the kernel's ABI; best effort, and recorded.
 
-Everything in the cage may be read and executed; writing only where the view is writable. From ABI 6 signals and
-abstract sockets do not leave the cage either (the pid and network namespaces are the first wall there).
+Reading and executing are not restricted: the ruleset allows both from ``/`` on, and the view alone decides what is
+there. Changes (writing, making, renaming, removing) are refused outside of the folders that the view has writable, and
+so are ioctls on devices other than the five standard ones (ABI 5). From ABI 6 signals and abstract sockets do not leave
+the cage either (the pid and network namespaces are the first wall there).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from isolator.layers.base import CageSpec, Control, Layer, Process
+from isolator.layers.phrases import listing
+from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux import landlock
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 _WRITABLE = ("/tmp", "/dev/shm")
 _WRITABLE_LATER = ("/state", "/run/isolator/plugin")
-"""What the plan mounts; each is a mount of its own, so that what is allowed on its mount point means nothing."""
+"""Mounted by the plan: each is a mount of its own, so that a right on its mount point would mean nothing."""
+
+
+@dataclass(frozen=True)
+class LandlockSection(Section, kind="landlock"):
+    """The kernel's Landlock ABI."""
+
+    abi: int
+
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
+        global _ahead
+        with contextlib.suppress(OSError):  # no Landlock: then the plan has no section for it
+            version = landlock.abi()
+            _ahead = _Ahead(_ruleset(version), os.stat("/"))
+
+    def enter(self, fds: dict[str, int]) -> None:
+        if _ahead is not None and os.path.samestat(_ahead.root, os.stat("/")):
+            ruleset = _ahead.ruleset
+        else:
+            ruleset = _ruleset(self.abi)
+        for path in _WRITABLE_LATER:
+            if os.path.isdir(path):  # the child avoids importing pathlib
+                landlock.allow(ruleset, self.abi, path, landlock.READ | landlock.WRITE)
+        landlock.restrict_self(ruleset)
 
 
 class Landlock(Layer):
@@ -45,47 +73,32 @@ class Landlock(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return "A second wall behind the mount view lets it write only to its state, its temporary folders and /dev."
+        places = ["/tmp", "/dev/shm", *(["/state"] if policy.filesystem.state else []), "its socket's folder"]
+        return (
+            f"A second wall behind the file view: only files in {listing(places)} can be changed, even if others were "
+            "writable; reading and executing it does not restrict."
+        )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         with contextlib.suppress(OSError):
-            plan.sections[self.name] = {"abi": landlock.abi()}
-
-    @staticmethod
-    def enter_ahead(order: dict[str, Any]) -> None:
-        global _ahead
-        with contextlib.suppress(OSError):  # no Landlock: then the plan has no section for it
-            version = landlock.abi()
-            _ahead = _Ahead(_ruleset(version), os.stat("/"))
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        version = section["abi"]
-        if _ahead is not None and os.path.samestat(_ahead.root, os.stat("/")):
-            ruleset = _ahead.ruleset
-        else:
-            ruleset = _ruleset(version)
-        for path in _WRITABLE_LATER:
-            if os.path.isdir(path):  # the child avoids importing pathlib
-                landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
-        landlock.restrict_self(ruleset)
+            plan.add(LandlockSection(landlock.abi()))
 
     def confirm(self, process: Process) -> None:
-        """The kernel shows a process's Landlock domain nowhere; ``restrict_self`` succeeding is its word."""
+        """Confirm nothing: the kernel shows a process's Landlock domain nowhere. ``restrict_self`` has succeeded."""
 
 
 class _Ahead(NamedTuple):
     ruleset: int
     root: os.stat_result
-    """Of which the ruleset speaks: a policy that names more paths to read gives the cage another one."""
+    """The root that the ruleset is about: a policy that names more paths to read gives the cage another one."""
 
 
 _ahead: _Ahead | None = None
-"""Of the process that was parked, and of the cage that it becomes."""
+"""The ruleset of the parked process and of the cage that it becomes."""
 
 
 def _ruleset(version: int) -> int:
-    """A ruleset with what every cage may do."""
+    """A ruleset with the rights of every cage."""
     ruleset = landlock.new_ruleset(version, scoped=landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL)
     landlock.allow(ruleset, version, "/", landlock.READ)
     for path in _WRITABLE:

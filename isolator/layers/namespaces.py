@@ -9,17 +9,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux import namespaces as ns
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 BEFORE_THE_PLAN = ("mnt", "ipc", "uts")
-"""What a process gets that is parked to become a cage."""
+"""The namespaces of a process that is parked to become a cage."""
+
+
+@dataclass(frozen=True)
+class NamespacesSection(Section, kind="namespaces"):
+    """The cage's host name."""
+
+    hostname: str
+
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
+        ns.setdomainname("(none)")  # the host's would be inherited
+
+    def enter(self, fds: dict[str, int]) -> None:
+        ns.unshare(ns.CLONE_NEWCGROUP)
+        with contextlib.suppress(PermissionError):  # already a leader
+            os.setsid()
+        ns.sethostname(self.hostname)
 
 
 class Namespaces(Layer):
@@ -41,22 +59,11 @@ class Namespaces(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return "It sees only its own processes, mounts, host name, IPC objects, control groups and network."
-
-    @staticmethod
-    def enter_ahead(order: dict[str, Any]) -> None:
-        ns.setdomainname("(none)")  # the host's would be inherited
+        return "Sees only its own processes, mounts, host name, IPC objects, control groups and network interfaces."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         plan.clone_flags |= ns.CLONE_NEWPID
-        plan.sections[self.name] = {"hostname": spec.hostname}
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        ns.unshare(ns.CLONE_NEWCGROUP)
-        with contextlib.suppress(PermissionError):  # already a leader
-            os.setsid()
-        ns.sethostname(section["hostname"])
+        plan.add(NamespacesSection(spec.hostname))
 
     def confirm(self, process: Process) -> None:
         for kind, host in _of_this_process().items():

@@ -1,14 +1,25 @@
-"""no_new_privs: nothing that is exec'd gains privileges, whatever its set-id bits or file capabilities say."""
+"""no_new_privs: no exec gains privileges, whatever the set-id bits or file capabilities of the program say."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.plan import Plan, Section
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
+
+
+@dataclass(frozen=True)
+class NoNewPrivsSection(Section, kind="no_new_privs"):
+    """No values: the bit is set in every cage."""
+
+    def enter(self, fds: dict[str, int]) -> None:
+        import prctl
+
+        prctl.set_no_new_privs(1)
 
 
 class NoNewPrivs(Layer):
@@ -22,16 +33,10 @@ class NoNewPrivs(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return "Set-user-ID programs give it nothing."
+        return "Set-user-ID programs and file capabilities give it nothing."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        plan.sections[self.name] = {}
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        import prctl
-
-        prctl.set_no_new_privs(1)
+        plan.add(NoNewPrivsSection())
 
     def confirm(self, process: Process) -> None:
         found = process.status.get("NoNewPrivs")

@@ -1,25 +1,90 @@
-"""The plan of one cage, as it travels from the supervisor to the launcher. Standard library only."""
+"""The plan of one cage, as it travels from the supervisor to the process that becomes the cage. Standard library only.
+
+A plan is one packet: JSON, in which a part (a layer's section, a mount operation) is ``[KIND, {FIELD: VALUE}]``.
+Reading is strict: an unknown kind, fields other than the part's own in their order, or a value of another type is a
+ValueError, and the cage does not start. No error quotes a value: files of a plan are secret.
+"""
 
 from __future__ import annotations
 
+import binascii
+import functools
 import json
-import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from isolator.linux.descriptors import FdSet
+
+
+class Part:
+    """A part of a plan: a frozen dataclass whose fields are str, int, bool, bytes, dict[str, str] or tuples of parts.
+
+    ``class UserSection(Section, kind="user")``: the kind is its name in the packet. A class without one is abstract.
+    """
+
+    kind: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Part]]] = {}
+    _names: ClassVar[list[str]]
+    _wire_types: ClassVar[list[type]]
+    """The type of each field in the packet."""
+    _readers: ClassVar[list[tuple[str, Callable[[Any], Any]]]]
+    """The fields that are of another type in the packet, or need a further check, and how to read them."""
+
+    def __init_subclass__(cls, *, kind: str = "") -> None:
+        if not kind:
+            return
+        if kind in Part._kinds:
+            raise ValueError(f"two parts of a plan are called {kind}")
+        cls.kind, Part._kinds[kind] = kind, cls
+        hints = {n: hint for n, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
+        types = {name: get_origin(hint) or hint for name, hint in hints.items()}
+        cls._names = list(types)
+        cls._wire_types = [str if one is bytes else list if one is tuple else one for one in types.values()]
+        cls._readers = [
+            (name, functools.partial(_read_parts, get_args(hints[name])[0]) if one is tuple else _READERS[one])
+            for name, one in types.items()
+            if one is tuple or one in _READERS
+        ]
+
+
+class Section(Part, ABC):
+    """The child's half of one layer: the values of one cage, and the verbs that apply them to the calling process."""
+
+    @staticmethod  # on purpose: most layers begin with the plan
+    def enter_ahead(order: ParkOrder) -> None:
+        """Apply to a parked process what no plan changes, for the cage to inherit."""
+
+    @abstractmethod
+    def enter(self, fds: dict[str, int]) -> None:
+        """Apply the layer to the calling process; ``fds`` are the plan's. Any exception aborts the start."""
+
+
+P = TypeVar("P", bound=Part)
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class ParkOrder:
+    """The order to park a process: the layers that its cage will have, and the kernel's last capability."""
+
+    layers: frozenset[str]
+    last_capability: int
 
 
 @dataclass
 class Plan:
-    """What the child does with itself: one section a layer, and the program to exec.
+    """Everything that the child needs: one section a layer, by the layer's name, and the program to exec.
 
-    ``sections`` maps a layer's name to what its ``enter`` needs; a layer that is missing is not entered (only
-    tests of a layer's absence make such plans). ``fds`` maps names to descriptors: numbers of the sender until
-    it is sent, positions in the packet on the way, numbers of the child in the child.
+    A layer without a section is not entered (only tests of a layer's absence make such plans). ``fds`` maps names to
+    descriptors: numbers of the sender until it is sent, positions in the packet on the way, numbers of the child in
+    the child.
 
-    Descriptors that every plan has: ``stdin stdout stderr``. Whoever is parked to become the cage has two more of
-    his own: the link to the supervisor (SOCK_SEQPACKET: what failed or the seccomp listener goes up, one byte ``x``
-    comes down when everything is confirmed, end of file means that exec happened), and the pipe into which pid 1
-    writes the raw wait status of the sidecar.
+    Descriptors that every plan has: ``stdin stdout stderr``. A parked process has two more of its own: the link to the
+    supervisor (SOCK_SEQPACKET: failures and the seccomp listener go up, one byte ``x`` comes down when everything is
+    confirmed, end of file means that exec happened), and the pipe into which pid 1 writes the raw wait status of the
+    sidecar.
     """
 
     cage: str
@@ -28,30 +93,83 @@ class Plan:
     cwd: str = "/"
     umask: int = 0o022
     clone_flags: int = 0
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sections: dict[str, Section] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
-    _owned: list[int] = field(default_factory=list)
+    _owned: FdSet = field(default_factory=FdSet, repr=False, compare=False)
 
-    def give(self, name: str, fd: int) -> None:
+    def add(self, section: Section) -> None:
+        """Add the section of a layer."""
+        self.sections[section.kind] = section
+
+    def section(self, kind: type[S]) -> S | None:
+        """The section of that type; None when the cage goes without the layer."""
+        found = self.sections.get(kind.kind)
+        return found if isinstance(found, kind) else None
+
+    def own(self, name: str, fd: int) -> None:
         """Add a descriptor that this plan owns: the sender closes it once the plan was sent."""
-        self.fds[name] = fd
-        self._owned.append(fd)
+        self.fds[name] = self._owned.add(fd)
 
-    def close_given(self) -> None:
-        """Close what ``give`` added."""
-        while self._owned:
-            os.close(self._owned.pop())
+    def close_owned(self) -> None:
+        """Close the descriptors that this plan owns."""
+        self._owned.close()
 
     def pack(self) -> tuple[bytes, list[int]]:
-        """The packet and the descriptors that go with it."""
-        names = list(self.fds)
-        body = {**self.__dict__, "fds": {name: i for i, name in enumerate(names)}}  # asdict would copy all of it
-        del body["_owned"]
-        return json.dumps(body, separators=(",", ":")).encode(), [self.fds[name] for name in names]
+        """The packet, and the descriptors that go with it."""
+        body = [
+            self.cage, self.argv, self.env, self.cwd, self.umask, self.clone_flags, list(self.sections.values()),
+            list(self.fds),
+        ]  # fmt: skip
+        return json.dumps(body, separators=(",", ":"), default=_wire).encode(), list(self.fds.values())
 
     @classmethod
     def unpack(cls, packet: bytes, fds: list[int]) -> Plan:
-        """The plan with the receiver's descriptor numbers."""
+        """The plan with the receiver's descriptor numbers; raises ValueError for a packet that is no plan."""
         body = json.loads(packet)
-        body["fds"] = {name: fds[i] for name, i in body["fds"].items()}
-        return cls(**body)
+        if type(body) is not list or tuple(map(type, body)) != (str, list, dict, str, int, int, list, list):
+            raise ValueError("the packet is no plan")
+        cage, argv, env, cwd, umask, clone_flags, sections, names = body
+        if {*map(type, argv), *map(type, names)} - {str}:
+            raise ValueError("an argument or a descriptor's name of the plan is no text")
+        if len(names) != len(fds):
+            raise ValueError(f"the plan names {len(names)} descriptors, {len(fds)} came along")
+        found = {section.kind: section for section in _read_parts(Section, sections)}  # type: ignore[type-abstract]
+        return cls(cage, argv, _read_texts(env), cwd, umask, clone_flags, found, dict(zip(names, fds, strict=True)))
+
+
+def _wire(value: object) -> Any:
+    """A value that JSON does not have: for ``json.dumps``."""
+    if isinstance(value, Part):
+        return [value.kind, value.__dict__]
+    if isinstance(value, bytes):
+        return binascii.b2a_base64(value, newline=False).decode()
+    raise TypeError(f"no part of a plan may hold a {type(value).__name__}")
+
+
+def _read_parts(base: type[P], wire: list[Any]) -> tuple[P, ...]:
+    """Read parts that are all of a subclass of ``base``. In the way of every start: a part takes 2 µs."""
+    parts = []
+    for one in wire:
+        if type(one) is not list or len(one) != 2 or type(one[0]) is not str or type(one[1]) is not dict:
+            raise ValueError("a part of the plan has no kind or no fields")
+        kind, fields = one
+        part = Part._kinds.get(kind)
+        if part is None or base not in part.__mro__:
+            raise ValueError(f"the plan has no {base.__name__} of the kind {kind}")
+        if [*fields] != part._names or [*map(type, fields.values())] != part._wire_types:
+            raise ValueError(f"the fields of {kind} are not those of a {part.__name__}")
+        for name, read in part._readers:
+            fields[name] = read(fields[name])
+        made: Any = object.__new__(part)
+        made.__dict__.update(fields)  # a third of the time of a frozen __init__
+        parts.append(made)
+    return tuple(parts)
+
+
+def _read_texts(wire: dict[str, Any]) -> dict[str, str]:
+    if {*map(type, wire.values())} - {str}:
+        raise ValueError("a file or variable of the plan is no text")
+    return wire
+
+
+_READERS: dict[type, Callable[[Any], Any]] = {bytes: binascii.a2b_base64, dict: _read_texts}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import resource
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.phrases import count
+from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux.coredump import FILTER, start_no_handler
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 _FIXED = {
@@ -26,8 +28,9 @@ _FIXED = {
 No core dumps: they would carry secrets to the host's core handler. Under a limit of 0 the kernel writes no file, but
 still starts the handler that a ``core_pattern`` with a pipe names, as root and outside every cap, as often as somebody
 crashes on purpose; under a limit of 1 it does neither (fs/coredump.c). The seccomp layer keeps it from being lowered.
-Where a container allows no more than 0, at least no memory goes to the handler: that comes from the launcher
-(``linux/coredump.py``), as a cage has no /proc yet when its limits are set.
+Where that does not help, no memory goes to the handler: a container that allows no more than 0, a ``core_pattern`` that
+names a socket (from Linux 6.16). The launcher sees to it (``linux/coredump.py``): a cage has no /proc yet when its
+limits are set.
 """
 
 _LABELS = {
@@ -43,6 +46,22 @@ _LABELS = {
 """As /proc/PID/limits calls them."""
 
 
+@dataclass(frozen=True)
+class RlimitsSection(Section, kind="rlimits"):
+    """The one limit that a policy changes: how many files may be open at once."""
+
+    nofile: int
+
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
+        start_no_handler()  # upwards, where sudo has left a limit of 0
+        for name, wanted in _FIXED.items():
+            _lower(getattr(resource, f"RLIMIT_{name}"), wanted)
+
+    def enter(self, fds: dict[str, int]) -> None:
+        _lower(resource.RLIMIT_NOFILE, self.nofile)
+
+
 class Rlimits(Layer):
     """Hard limits that the process cannot raise again (it has no CAP_SYS_RESOURCE)."""
 
@@ -54,21 +73,14 @@ class Rlimits(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return f"It can have {policy.resources.nofile} files open and lock 64 KiB of memory; it leaves no core dumps."
+        return (
+            f"May have {count(policy.resources.nofile, 'open file')} and 64K of locked memory; a crash writes no core"
+            " file and gives none of its memory to the host's core handler."
+        )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._wanted = {**_FIXED, "NOFILE": spec.policy.resources.nofile}
-        plan.sections[self.name] = {"nofile": spec.policy.resources.nofile}
-
-    @staticmethod
-    def enter_ahead(order: dict[str, Any]) -> None:
-        start_no_handler()  # upwards, where sudo has left a limit of 0
-        for name, wanted in _FIXED.items():
-            _lower(getattr(resource, f"RLIMIT_{name}"), wanted)
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        _lower(resource.RLIMIT_NOFILE, section["nofile"])
+        plan.add(RlimitsSection(spec.policy.resources.nofile))
 
     def confirm(self, process: Process) -> None:
         # Not prlimit(2): asking for another user's limits needs CAP_SYS_RESOURCE, which containers often lack.

@@ -8,22 +8,23 @@ without a passwd entry: a lock file on the machine keeps two of them apart.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pwd
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError, IsolatorError
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.plan import Plan, Section
+from isolator.linux.lock import lock_file
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
 
 LOCKS = Path("/run/lock/isolator")
-"""One lock file a uid in use without a passwd entry; the same for every instance on the machine."""
+"""Lock files, one for each uid in use without a passwd entry; the same for every instance on the machine."""
 
 _USERADD = (
     "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
@@ -31,6 +32,19 @@ _USERADD = (
 )  # fmt: skip
 _LOCKED_EXIT = 1  # useradd's "can't update password file", which includes a lock held by another tool
 _UID_TAKEN = 4
+
+
+@dataclass(frozen=True)
+class UserSection(Section, kind="user"):
+    """The ids of the cage's processes."""
+
+    uid: int
+    gid: int
+
+    def enter(self, fds: dict[str, int]) -> None:
+        os.setgroups([])
+        os.setresgid(self.gid, self.gid, self.gid)
+        os.setresuid(self.uid, self.uid, self.uid)
 
 
 class User(Layer):
@@ -46,18 +60,11 @@ class User(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        return "It runs as a system user of its own, in no other group, and owns nothing on this host."
+        return "Runs as a system user of its own, in no other group and with no way to become another user."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._uid, self._gid = spec.uid, spec.gid
-        plan.sections[self.name] = {"uid": spec.uid, "gid": spec.gid}
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        uid, gid = section["uid"], section["gid"]
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        plan.add(UserSection(spec.uid, spec.gid))
 
     def confirm(self, process: Process) -> None:
         status = process.status
@@ -85,7 +92,7 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or (LOCKS / str(uid)).exists():
             continue
-        # Another daemon may have taken the same number since we looked: useradd decides, under its lock.
+        # Another daemon may have taken the same number since the users were read: useradd decides, under its lock.
         if _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name, accepted=_UID_TAKEN) == 0:
             return uid
     raise _range_full(uid_range)
@@ -101,7 +108,7 @@ def refuse_existing(name: str) -> None:
 
 
 def plugin_gid(name: str, uid: int) -> int:
-    """The group of a plugin's user; raises when the user is gone, or is not who it was."""
+    """The group of a plugin's user; raises ConfinementError when there is no such user, or it is another one."""
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
@@ -125,7 +132,7 @@ def add_service_user(name: str, *, comment: str) -> tuple[int, int]:
 
 
 def remove_user(name: str) -> None:
-    """Remove a system user and its group; no error when it is gone already."""
+    """Remove a system user and its group; no error when there is none."""
     with contextlib.suppress(KeyError):
         pwd.getpwnam(name)
         _account_tool(["userdel", name], name)
@@ -159,21 +166,13 @@ class UidLease:
         raise _range_full(uid_range)
 
     def _lock(self, uid: int) -> bool:
-        path = LOCKS / str(uid)
         try:
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = lock_file(LOCKS / str(uid))
         except FileNotFoundError:
             LOCKS.mkdir(parents=True, exist_ok=True)  # another release removed the empty folder
             return self._lock(uid)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:  # beside fstat, on one line
-                self._fd = fd
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(fd)
-        return False
+        self._fd = -1 if fd is None else fd
+        return fd is not None
 
     def release(self) -> None:
         """Give the uid back."""

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
+from isolator.layers.explain import proposal_json
 from isolator.layers.user import add_user, refuse_existing, remove_user, user_name
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import asks_more, meet
-from isolator.policy.meet.explain import proposal_json
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.parse.load import load_plugin_policy
 from isolator.policy.request import ManifestCore, parse_manifest_core

@@ -13,6 +13,8 @@ import pytest
 from isolator.cage import cage as cage_module
 from isolator.cage.cage import Cage
 from isolator.errors import ConfinementError, UnavailableError
+from isolator.layers.base import CageSpec
+from isolator.layers.plan import Plan
 from isolator.linux.inotify import IN_MODIFY, Inotify
 from isolator.policy.model import ResourcePolicy
 from tests.support.cage_fixture import StartedCage, cage, leaves, policy
@@ -118,7 +120,7 @@ async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
             user = next(layer for layer in self._layers if layer.name == "user")
             prepare = user.prepare
 
-            def forget(spec: object, plan: object) -> None:
+            def forget(spec: CageSpec, plan: Plan) -> None:
                 prepare(spec, plan)
                 del plan.sections["user"]
 

@@ -21,6 +21,8 @@ from typing import Any
 from isolator.cage.cage import Cage
 from isolator.launcher import client
 from isolator.layers.base import Bind, CageSpec, Layer, Process
+from isolator.layers.filesystem import AttachMount, FilesystemSection
+from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.plan import Plan
 from isolator.linux import mount, netns, nftables
 from isolator.paths import Paths
@@ -43,21 +45,21 @@ POLICY = EffectivePolicy(
 )
 """Small caps, so that going over them is quick and harmless when nothing stops it."""
 
-Edit = Callable[[Plan, "Loose"], None]
+Edit = Callable[[Plan, "WeakenedCage"], None]
 
 
 @dataclass(frozen=True)
 class Weakness:
-    """What is wrong with a cage: whole layers left out, edits of the plan, or furniture without its caps."""
+    """A cage's weakness: whole layers left out, edits of the plan, or furniture without its caps."""
 
     without: frozenset[str] = frozenset()
     edits: tuple[Edit, ...] = ()
     uncapped: bool = False
     template: str = ""
-    """Statements that the launcher runs before it builds what all cages have in common."""
+    """Statements that the launcher runs before it builds the template of all cages."""
 
 
-class Loose(Cage):
+class WeakenedCage(Cage):
     """A cage whose plan can be weakened after the layers have made it; nobody reads back what was weakened."""
 
     def __init__(self, *args: Any, weakness: Weakness, **others: Any) -> None:
@@ -71,7 +73,7 @@ class Loose(Cage):
 class _Edits(Layer):
     name = "edits"
 
-    def __init__(self, cage: Loose, edits: tuple[Edit, ...]) -> None:
+    def __init__(self, cage: WeakenedCage, edits: tuple[Edit, ...]) -> None:
         self._cage, self._edits = cage, edits
 
     @classmethod
@@ -85,10 +87,6 @@ class _Edits(Layer):
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         for edit in self._edits:
             edit(plan, self._cage)
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        raise AssertionError
 
     def confirm(self, process: Process) -> None:
         pass
@@ -111,7 +109,7 @@ filesystem._READ_ONLY &= ~filesystem.mount.NOSUID
 
 
 @contextlib.contextmanager
-def _template(statements: str) -> Iterator[None]:
+def template(statements: str) -> Iterator[None]:
     whole = client._BOOT
     path, _, rest = whole.partition("; from ")
     client._BOOT = f"{path}\n{statements}\nfrom {rest}"
@@ -124,40 +122,42 @@ def _template(statements: str) -> Iterator[None]:
 # --- edits of the plan ---------------------------------------------------------------------------------------
 
 
-def battery_of_the_host(plan: Plan, _: Loose) -> None:
+def battery_of_the_host(plan: Plan, _: WeakenedCage) -> None:
     """Without a view of its own the cage finds the battery where it lies on the host."""
     folder = Path(battery.__file__).parents[1]
     plan.argv[3] = f"import sys; sys.path.insert(0, {str(folder)!r}); from attacks.battery import main; main()"
 
 
-def host_pids(plan: Plan, _: Loose) -> None:
+def host_pids(plan: Plan, _: WeakenedCage) -> None:
     plan.clone_flags &= ~0x20000000
 
 
-def host_name(plan: Plan, _: Loose) -> None:
-    plan.sections["namespaces"]["hostname"] = socket.gethostname()
+def host_name(plan: Plan, _: WeakenedCage) -> None:
+    plan.add(NamespacesSection(socket.gethostname()))
 
 
-def no_cgroup_namespace(plan: Plan, _: Loose) -> None:
+def no_cgroup_namespace(plan: Plan, _: WeakenedCage) -> None:
     """The other namespaces come with the clone; this one is unshared by the child."""
     del plan.sections["namespaces"]
 
 
-def writable_plugin(plan: Plan, _: Loose) -> None:
-    for move in plan.sections["filesystem"]["moves"]:
-        if move["target"] == "plugin":
-            mount.set_attributes(plan.fds[move["fd"]], 0, clear=mount.RDONLY)
+def writable_plugin(plan: Plan, _: WeakenedCage) -> None:
+    view = plan.section(FilesystemSection)
+    assert view is not None
+    for one in view.operations:
+        if isinstance(one, AttachMount) and one.target == "plugin":
+            mount.set_attributes(plan.fds[one.fd], 0, clear=mount.RDONLY)
 
 
-def open_descriptor(plan: Plan, _: Loose) -> None:
+def open_descriptor(plan: Plan, _: WeakenedCage) -> None:
     plan.argv[:] = ["/bin/bash", "-c", 'exec 7</usr; exec "$@"', "bash", *plan.argv]
 
 
-def leaked_environment(plan: Plan, _: Loose) -> None:
+def leaked_environment(plan: Plan, _: WeakenedCage) -> None:
     plan.env["LEAKED"] = os.environ["ISOLATOR_PROBE"]
 
 
-def no_rules(_: Plan, cage: Loose) -> None:
+def no_rules(_: Plan, cage: WeakenedCage) -> None:
     load = cage._network.load
 
     def flush() -> None:
@@ -227,7 +227,7 @@ class Range:
         for folder in (paths.lib, paths.etc, paths.log):
             folder.mkdir(parents=True, exist_ok=True)
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(_template(weakness.template))
+            stack.enter_context(template(weakness.template))
             session = await stack.enter_async_context(StandaloneSession(paths))
             lease = session.lease(self.host)
             with self._furniture(lease.uid, session.runtime.journal, weakness) as furnish:
@@ -235,7 +235,7 @@ class Range:
                 def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
                     return furnish(run_spec(paths, self.policy, argv, run, lease.uid, owned), owned)
 
-                target = Target(spec, self.host, cage_type=Loose, further={"weakness": weakness})
+                target = Target(spec, self.host, cage_type=WeakenedCage, further={"weakness": weakness})
                 with contextlib.closing(Records(None, "probe", quiet=True)) as records:
                     return {f.name: f async for f in attack(session, target, records, names)}
 

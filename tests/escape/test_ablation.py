@@ -1,7 +1,7 @@
 """Every attempt fails against the whole cage, and succeeds when the layers that stop it are left out.
 
-An attempt that cannot succeed proves nothing when it fails. Its twin here is the same attempt in a cage with a
-named weakness. Where several layers each stop it alone, the weakness names all of them.
+An attempt that cannot succeed proves nothing when it fails. Its ablation is the same attempt in a cage with a named
+weakness. Where several layers each stop the attempt alone, the weakness names all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.escape import cages
 from tests.escape.cages import Range, Weakness
 
 ROOT = frozenset({"user", "capabilities"})
-"""Without its own uid and with every capability: what is left of the cage holds a root process."""
+"""Without its own uid and with every capability: the rest of the cage holds a root process."""
 
 
 def _weak(
@@ -31,7 +31,7 @@ def _weak(
 
 
 @dataclass(frozen=True)
-class Twins:
+class Ablation:
     """Attempts that one weakness lets through; they share a cage, in this order."""
 
     weakness: Weakness
@@ -42,8 +42,8 @@ class Twins:
 
 OUTSIDE = (cages.battery_of_the_host,)
 
-TWINS = {
-    "no filter": Twins(
+ABLATIONS = {
+    "no filter": Ablation(
         _weak("seccomp"),
         "unshare-user clone-user-namespace clone3-user-namespace keyring join-keyring perf-events userfaultfd io-uring "
         "watch-files quota executable-data shared-memory i386-call x32-call trace-child read-memory "
@@ -56,9 +56,9 @@ TWINS = {
             errno.EPROTONOSUPPORT: "this kernel does not have the protocols",
         },
     ),
-    "no filter, no resource limits": Twins(_weak("seccomp", "rlimits"), "core-dump"),
-    "no filter, no resource limits, no Landlock": Twins(_weak("seccomp", "rlimits", "landlock"), "message-queue"),
-    "root without a filter": Twins(
+    "no filter, no resource limits": Ablation(_weak("seccomp", "rlimits"), "core-dump"),
+    "no filter, no resource limits, no Landlock": Ablation(_weak("seccomp", "rlimits", "landlock"), "message-queue"),
+    "root without a filter": Ablation(
         _weak("seccomp", root=True),
         "unshare-mount unshare-pid unshare-ipc unshare-uts unshare-cgroup unshare-network bpf kexec kernel-module "
         "kernel-messages reboot swap clock host-name packet-socket xdp-socket key-socket open-by-handle trace-init "
@@ -68,62 +68,62 @@ TWINS = {
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
         },
     ),
-    "root without a filter or Landlock": Twins(
+    "root without a filter or Landlock": Ablation(
         _weak("seccomp", "landlock", root=True),
         "make-device mount unmount remount-writable new-mount-api copy-mount-tree",
     ),
-    "root without a filter or Landlock, once more": Twins(_weak("seccomp", "landlock", root=True), "pivot-root"),
-    "root": Twins(
+    "root without a filter or Landlock, once more": Ablation(_weak("seccomp", "landlock", root=True), "pivot-root"),
+    "root": Ablation(
         _weak(root=True),
         "become-another join-group have-capability raise-limit raise-priority raw-socket raw-socket-6 "
         "file-capability read-init-environment",
     ),
-    "root without control groups": Twins(_weak("cgroup", root=True), "real-time"),
-    "no user of its own": Twins(_weak("user"), "become-root identity"),
-    "root without Landlock": Twins(_weak("landlock", root=True), "write-init-memory reopen-standard-input"),
-    "no Landlock": Twins(_weak("landlock"), "write-proc"),
-    "no resource limits": Twins(_weak("rlimits"), "descriptors lock-memory pending-signals"),
-    "no control groups": Twins(
+    "root without control groups": Ablation(_weak("cgroup", root=True), "real-time"),
+    "no user of its own": Ablation(_weak("user"), "become-root identity"),
+    "root without Landlock": Ablation(_weak("landlock", root=True), "write-init-memory reopen-standard-input"),
+    "no Landlock": Ablation(_weak("landlock"), "write-proc"),
+    "no resource limits": Ablation(_weak("rlimits"), "descriptors lock-memory pending-signals"),
+    "no control groups": Ablation(
         _weak("cgroup"), "processes threads processor-time memory memory-in-files memory-in-sockets"
     ),
-    "no view of its own": Twins(
+    "no view of its own": Ablation(
         _weak("filesystem", edits=OUTSIDE, template=cages.HOST_VIEW),
         "list-host-folders daemon-files see-sys host-devices execute-from-scratch fill-tmp-inodes machine-id fill-tmp "
         "fill-shm",
     ),
-    "root without a view or Landlock": Twins(
+    "root without a view or Landlock": Ablation(
         _weak("filesystem", "landlock", root=True, edits=OUTSIDE, template=cages.HOST_VIEW),
         "read-shadow list-root-home write-kernel-settings kernel-memory kernel-log write-cgroup",
     ),
-    "the host's pids and root, no Landlock": Twins(
+    "the host's pids and root, no Landlock": Ablation(
         _weak("landlock", root=True, edits=(cages.host_pids,)), "root-through-process"
     ),
-    "the host's pids and root, no Landlock, no filter": Twins(
+    "the host's pids and root, no Landlock, no filter": Ablation(
         _weak("seccomp", "landlock", root=True, edits=(cages.host_pids,)), "join-namespace"
     ),
-    "a writable folder, no Landlock": Twins(_weak("landlock", edits=(cages.writable_plugin,)), "write-read-only"),
-    "folders without caps": Twins(_weak(uncapped=True), "fill-state fill-socket-folder"),
-    "the host's pids": Twins(_weak(edits=(cages.host_pids,)), "other-processes kill-init"),
-    "the host's pids and root": Twins(_weak(root=True, edits=(cages.host_pids,)), "other-processes-in-proc"),
-    "the host's name": Twins(_weak(edits=(cages.host_name,)), "learn-host-name"),
-    "the host's control groups": Twins(_weak(edits=(cages.no_cgroup_namespace,)), "learn-cgroup"),
-    "the host's network": Twins(
+    "a writable folder, no Landlock": Ablation(_weak("landlock", edits=(cages.writable_plugin,)), "write-read-only"),
+    "folders without caps": Ablation(_weak(uncapped=True), "fill-state fill-socket-folder"),
+    "the host's pids": Ablation(_weak(edits=(cages.host_pids,)), "other-processes kill-init"),
+    "the host's pids and root": Ablation(_weak(root=True, edits=(cages.host_pids,)), "other-processes-in-proc"),
+    "the host's name": Ablation(_weak(edits=(cages.host_name,)), "learn-host-name"),
+    "the host's control groups": Ablation(_weak(edits=(cages.no_cgroup_namespace,)), "learn-cgroup"),
+    "the host's network": Ablation(
         _weak("network"),
         "host-loopback metadata-service metadata-service-6 private-network mapped-private-network public-address "
         "outside-resolver outside-resolver-tcp datagram datagram-6 multicast ping other-interfaces",
     ),
-    "the host's network, no Landlock": Twins(_weak("network", "landlock"), "abstract-socket"),
-    "no network rules": Twins(_weak(edits=(cages.no_rules,)), "broker-port"),
-    "set-user-ID programs": Twins(
+    "the host's network, no Landlock": Ablation(_weak("network", "landlock"), "abstract-socket"),
+    "no network rules": Ablation(_weak(edits=(cages.no_rules,)), "broker-port"),
+    "set-user-ID programs": Ablation(
         _weak("no_new_privs", "seccomp", "landlock", template=cages.SET_ID_FILES), "set-user-id-program"
     ),
-    "new privileges": Twins(_weak("no_new_privs", "seccomp", "landlock"), "no-new-privs"),
-    "a descriptor left open": Twins(_weak(edits=(cages.open_descriptor,)), "inherited-descriptors"),
-    "a leaked environment": Twins(_weak(edits=(cages.leaked_environment,)), "inherited-environment"),
+    "new privileges": Ablation(_weak("no_new_privs", "seccomp", "landlock"), "no-new-privs"),
+    "a descriptor left open": Ablation(_weak(edits=(cages.open_descriptor,)), "inherited-descriptors"),
+    "a leaked environment": Ablation(_weak(edits=(cages.leaked_environment,)), "inherited-environment"),
 }
 
 _NEEDS = {"raise-limit": 24}
-"""Capabilities that some containers keep from their root, by number: there the twin cannot get through either."""
+"""Capabilities that some containers keep from their root, by number: there the attempt cannot get through either."""
 
 _NO_FILE = {
     "kernel-memory": ("no such file", "this kernel offers no /proc/kcore, /dev/mem or /dev/kmem"),
@@ -132,8 +132,8 @@ _NO_FILE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _a_host_that_would_let_them() -> Iterator[None]:
-    """What else than a cage may stand in a twin's way: few hosts have huge pages reserved, Debian keeps perf events to
-    root, and sudo takes core dumps from everything that it starts."""
+    """Clear a weakened attempt's way of obstacles that are not the cage's: few hosts have huge pages reserved, Debian
+    keeps perf events to root, and sudo takes core dumps from everything that it starts."""
     reserved, paranoid = Path("/proc/sys/vm/nr_hugepages"), Path("/proc/sys/kernel/perf_event_paranoid")
     before = {path: path.read_text() for path in (reserved, paranoid)}
     limit = resource.getrlimit(resource.RLIMIT_CORE)
@@ -148,17 +148,6 @@ def _a_host_that_would_let_them() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Range]:
-    import shutil
-    import tempfile
-
-    root = Path(tempfile.mkdtemp(prefix="isolator-test-", dir="/tmp"))
-    root.chmod(0o755)
-    yield Range(root)
-    shutil.rmtree(root)
-
-
-@pytest.fixture(scope="module")
 def whole(arena: Range) -> dict[str, Finding]:
     """The battery against the whole cage."""
     return arena.attack(None)
@@ -170,31 +159,31 @@ def weakened(arena: Range) -> dict[str, dict[str, Finding]]:
 
     class Lazily(dict[str, dict[str, Finding]]):
         def __missing__(self, key: str) -> dict[str, Finding]:
-            twins = TWINS[key]
-            self[key] = arena.attack(twins.names.split(), twins.weakness)
+            ablation = ABLATIONS[key]
+            self[key] = arena.attack(ablation.names.split(), ablation.weakness)
             return self[key]
 
     return Lazily()
 
 
-def test_every_attempt_has_a_twin() -> None:
-    named = [name for twins in TWINS.values() for name in twins.names.split()]
+def test_every_attempt_has_an_ablation() -> None:
+    named = [name for ablation in ABLATIONS.values() for name in ablation.names.split()]
     assert sorted(named) == sorted(ATTEMPTS)
 
 
 @pytest.mark.parametrize("name", list(ATTEMPTS))
-def test_the_cage_holds(whole: dict[str, Finding], name: str) -> None:
+def test_the_whole_cage_holds_an_attempt(whole: dict[str, Finding], name: str) -> None:
     assert whole[name].outcome == "held", whole[name].detail
 
 
-@pytest.mark.parametrize(("group", "name"), [(g, n) for g, twins in TWINS.items() for n in twins.names.split()])
-def test_it_gets_through_a_weakened_cage(
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, one in ABLATIONS.items() for n in one.names.split()])
+def test_an_attempt_gets_through_a_weakened_cage(
     weakened: dict[str, dict[str, Finding]], whole: dict[str, Finding], group: str, name: str
 ) -> None:
     found = weakened[group][name]
     if found.outcome == "held":
-        if found.errno in TWINS[group].unable:
-            pytest.skip(TWINS[group].unable[found.errno])
+        if found.errno in ABLATIONS[group].unable:
+            pytest.skip(ABLATIONS[group].unable[found.errno])
         if name in _NEEDS and not _own_capabilities() >> _NEEDS[name] & 1:
             pytest.skip(f"root itself lacks capability {_NEEDS[name]} here")
         if name in _NO_FILE and found.detail == _NO_FILE[name][0]:

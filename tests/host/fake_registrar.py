@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.ipc.channel import Message
+from isolator.layers.explain import proposal_json
 from isolator.policy.meet.effective import meet
-from isolator.policy.meet.explain import proposal_json
 from isolator.policy.request import parse_manifest_core
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import pytest
 from isolator.broker import nflog
 from isolator.errors import ConfinementError, UsageError
 from isolator.layers.network import namespace as network
+from isolator.layers.network.layer import Network
 from isolator.linux import netlink, netns
-from isolator.policy.model import EgressRule, NetworkPolicy
+from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from tests.broker.conftest import listed
 from tests.support.timeouts import seconds
 
@@ -349,7 +350,7 @@ def test_many_different_rules_still_load(make: Make) -> None:
 
 
 def test_check_reports_the_layer_as_enforced() -> None:
-    assert network.check()[0][:2] == ("network", "enforced")
+    assert [(one.key, one.state) for one in network.check()] == [("network", "enforced")]
 
 
 def test_check_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +360,7 @@ def test_check_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch
     nftables._library.cache_clear()
     try:
         (entry,) = network.check()
-        assert entry[1] == "unavailable" and entry[3] == "apt-get install libnftables1"
+        assert entry.state == "unavailable" and entry.remedy == "apt-get install libnftables1"
     finally:
         nftables._library.cache_clear()
 
@@ -367,14 +368,15 @@ def test_check_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (NetworkPolicy(mode="none"), "no network at all"),
-        (listed(), "no network at all"),
-        (LISTED, "hooks.example.com:443"),
+        (NetworkPolicy(mode="none"), "no network but a loopback of its own"),
+        (listed(), "no network but a loopback of its own"),
+        (LISTED, "hooks.example.com (TCP 443)"),
         (PUBLIC, "any public address"),
     ],
 )
-def test_the_promise_in_one_sentence(policy: NetworkPolicy, words: str) -> None:
-    assert words in network.describe(policy)
+def test_the_promise_is_one_sentence(policy: NetworkPolicy, words: str) -> None:
+    sentence = Network.describe(EffectivePolicy(plugin="p", network=policy))
+    assert words in sentence and sentence.endswith(".")
 
 
 MANY_FILES = """

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from isolator.layers.explain import sentences
 from isolator.policy.meet.effective import asks_more, meet, policy_for_run
-from isolator.policy.meet.explain import sentences
 from isolator.policy.meet.proposal import Line, Proposal
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.parse.load import check_ceiling, parse_host_config
@@ -290,5 +290,5 @@ def test_sentences_are_plain() -> None:
     assert "256M of memory" in found["cgroup"]
     assert "64 tasks" in found["cgroup"]
     nothing = sentences(policy_for_run(DEFAULT))
-    assert nothing["network"] == "Has no network at all."
+    assert nothing["network"] == "Has no network but a loopback of its own."
     assert "no persistent folder" in nothing["filesystem"]

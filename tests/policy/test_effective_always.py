@@ -7,10 +7,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isolator.layers.explain import ORDER, proposal_json
 from isolator.policy.host import HostConfig, Limits
 from isolator.policy.meet.bounds import Egress, egress_within
 from isolator.policy.meet.effective import asks_more, meet, policy_alone
-from isolator.policy.meet.explain import LAYERS, proposal_json
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from isolator.policy.names import covers_hook, covers_permission, path_covers
 from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
@@ -212,7 +212,7 @@ def test_lines_agree_with_what_is_in_force(core: ManifestCore, grant: Any, host:
         covers = covers_hook if field == "hooks" else covers_permission
         assert granted == {name for name in asked_for if any(covers(g, name) for g in got)}
     encoded = proposal_json(proposal)
-    assert set(encoded["sentences"]) == set(LAYERS)
+    assert set(encoded["sentences"]) == {*(layer.name for layer in ORDER), "events"}
     assert encoded["effective_digest"] == proposal.effective.digest()
 
 

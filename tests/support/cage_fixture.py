@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import CageSpec
@@ -50,8 +51,10 @@ async def cage(
     *,
     cage_type: type[Cage] = Cage,
     change: Callable[[CageSpec], None] = lambda spec: None,
+    records: Records | None = None,
+    **further: Any,
 ) -> AsyncIterator[StartedCage]:
-    """One cage; standard input is /dev/null, output and errors go to one file."""
+    """One cage; standard input is /dev/null, output and errors go to one file. ``further``: for the cage's type."""
     host = HostConfig()
     out = root / "out"
     owned = [os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC), os.open("/dev/null", os.O_RDONLY)]
@@ -61,9 +64,9 @@ async def cage(
             run = secrets.token_hex(5)
             spec = run_spec(session.paths, effective or policy(), argv, run, lease.uid, owned)
             change(spec)
-            records = Records(None, run, quiet=True)
+            records = records or Records(None, run, quiet=True)
             stdio = Stdio(owned[1], owned[0], owned[0])
-            async with session.cage(spec, host, stdio, records, cage_type=cage_type) as started:
+            async with session.cage(spec, host, stdio, records, cage_type=cage_type, **further) as started:
                 yield StartedCage(started, session, out)
     finally:
         close_all(owned)

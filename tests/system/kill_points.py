@@ -104,13 +104,12 @@ def main() -> None:
 
         setattr(owner, name, call_async if inspect.iscoroutinefunction(whole) else call)
 
-    stopwatch = cage._Stopwatch.__call__
+    class Ticking(cage.Stopwatch):
+        def __call__(self, step: str) -> None:
+            super().__call__(step)
+            reached(step)
 
-    def tick(self: Any, step: str) -> None:
-        stopwatch(self, step)
-        reached(step)
-
-    cage._Stopwatch.__call__ = tick  # type: ignore[method-assign]
+    cage.Stopwatch = Ticking  # type: ignore[misc]
     made = Supervisor.__init__
 
     def remember(self: Supervisor, *arguments: Any, **further: Any) -> None:

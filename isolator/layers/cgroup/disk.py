@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
-from isolator.layers.base import Control, mismatch
+from isolator.layers.base import Control, ControlState, mismatch
 from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ _REMEDY = 'take io_read and io_write out of the policy; or list "cgroup.io" in m
 def check(found: Hierarchies) -> Control:
     """Whether this host can cap disks, and how well."""
 
-    def control(state: str, reason: str, remedy: str) -> Control:
-        return Control("disk bandwidth cap", "cgroup", state, reason, remedy, mandatory=False, part="io")  # type: ignore[arg-type]  # one of its words
+    def control(state: ControlState, reason: str, remedy: str) -> Control:
+        return Control("disk bandwidth cap", "cgroup", state, reason, remedy, mandatory=False, part="io")
 
     if ("io" in found.v2 or _comes_with_a_scope()) and found.v2 & {
         "memory",
@@ -106,7 +106,7 @@ def confirm(leaf: Leaf, limits: ResourcePolicy, disks: Iterable[str], pid: int) 
 
 
 def _rates(leaf: Leaf, limits: ResourcePolicy, disk: str) -> list[tuple[Path, str]]:
-    """What has to be written for one disk; nothing where there is no controller."""
+    """The files and values of one disk's caps; none where there is no controller."""
     if leaf.blkio is not None:
         files = {leaf.blkio / name: getattr(limits, rate) for name, rate in _V1.items()}
         return [(path, f"{disk} {rate}") for path, rate in files.items() if rate < NO_CAP]

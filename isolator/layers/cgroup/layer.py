@@ -1,4 +1,5 @@
-"""Control groups: memory, cpu and task caps, membership, and the kill that nothing survives.
+"""Control groups: memory, cpu and task caps, membership, and the kill that nothing survives. No section: the child is
+born in its groups.
 
 cgroup v2 keeps membership, ``cgroup.kill`` and, where it has the controllers, the limits. On hybrid hosts
 (controllers bound to v1 hierarchies) each controller is found where it is mounted and enforced there; nothing above
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.layers.cgroup import disk
 from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_file
 from isolator.layers.cgroup.subtree import LIMITING, Subtree, find_hierarchies
+from isolator.layers.phrases import count, listing
 
 if TYPE_CHECKING:
     from isolator.layers.plan import Plan
@@ -41,7 +43,7 @@ class Cgroup(Layer):
         """The v1 groups that the parked process is in; they become the leaf's."""
         self._disks: list[str] = []
         self._caps: dict[Path, str] = {}
-        """What each file of the leaf must say."""
+        """The value of each file of the leaf."""
         self._processor_caps: dict[Path, str] = {}
 
     @classmethod
@@ -69,8 +71,21 @@ class Cgroup(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        r = policy.resources
-        return f"It can use {r.memory >> 20} MiB of memory, {r.cpu / 10:g} % of one core and {r.tasks} tasks at once."
+        from isolator.policy.units import NO_CAP, format_cpu, format_size
+
+        limits = policy.resources
+        slowed = f" (slowed down above {format_size(limits.memory_high)} on cgroup v2)" if limits.swap else ""
+        swap = f"{format_size(limits.swap)} of swap" if limits.swap else "no swap"
+        rates = [
+            f"{verb} at most {format_size(rate)} a second"
+            for verb, rate in (("reads", limits.io_read), ("writes", limits.io_write))
+            if rate < NO_CAP
+        ]
+        disks = f" It {listing(rates)} of each disk." if rates else ""
+        return (
+            f"May use {format_size(limits.memory)} of memory{slowed}, {swap}, {format_cpu(limits.cpu)} of one core and "
+            f"{count(limits.tasks, 'task')}; beyond its memory every process of the plugin is ended.{disks}"
+        )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         self._limits = spec.policy.resources
@@ -80,11 +95,7 @@ class Cgroup(Layer):
         if self.ahead is not None:
             self.ahead.rename_v1(self.leaf)
         self._caps = self.leaf.create(self._limits)
-        plan.give("cgroup", self.leaf.open_folder())
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        """Nothing: the child is born in its groups."""
+        plan.own("cgroup", self.leaf.open_folder())
 
     def confirm(self, process: Process) -> None:
         assert self.leaf is not None

@@ -1,20 +1,30 @@
 """The network layer of one cage: a namespace prepared ahead, with only ``lo``, its rules and the broker's listeners.
 
-The content of the namespace is the business of ``isolator.layers.network.namespace``, which needs libnftables; this
-module holds the child's part (entering it), and the verbs around both.
+``isolator.layers.network.namespace``, which needs libnftables, makes and fills the namespace; this module holds the
+child's half (entering it), and the verbs around both.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.phrases import listing
+from isolator.layers.plan import Plan, Section
 from isolator.linux.namespaces import CLONE_NEWNET, setns
 
 if TYPE_CHECKING:
     from isolator.layers.network.namespace import CageNetwork
-    from isolator.layers.plan import Plan
     from isolator.policy.model import EffectivePolicy
+
+
+@dataclass(frozen=True)
+class NetworkSection(Section, kind="network"):
+    """No values: the namespace is the plan's descriptor ``netns``."""
+
+    def enter(self, fds: dict[str, int]) -> None:
+        setns(fds["netns"], CLONE_NEWNET)
 
 
 class Network(Layer):
@@ -28,47 +38,58 @@ class Network(Layer):
 
     @classmethod
     def check(cls) -> list[Control]:
-        from isolator.layers.network import namespace as network
+        from isolator.layers.network import namespace
 
-        return [
-            Control(name, cls.name, state, reason, remedy)  # type: ignore[arg-type]  # the states are the ledger's
-            for name, state, reason, remedy in network.check()
-        ]
+        return namespace.check()
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        from isolator.layers.network import namespace as network
+        from isolator.policy.names import format_listen
 
-        return network.describe(policy.network)
+        network = policy.network
+        inbound = ""
+        if network.listen:
+            ports = listing(f"{format_listen(r).rpartition(':')[0]} to its port {r.cage_port}" for r in network.listen)
+            inbound = f" This host forwards {ports}."
+        listed = [f"{rule.host} (TCP {listing(map(str, rule.ports))})" for rule in network.egress]
+        if network.mode == "none" or (network.mode == "listed" and not listed):
+            return "Has no network but a loopback of its own." + inbound
+        never = "never private, local or metadata addresses"
+        if network.exceptions:
+            never += ", but for the exceptions of host.toml"
+        sni = " TLS without a server name is let through." if network.allow_no_sni else ""
+        if network.mode == "public":
+            besides = f", besides {listing(listed)}" if listed else ""
+            return (
+                f"May connect to any public address, TCP 80 and 443{besides}; {never}; names it asks for leave this"
+                f" host.{sni}{inbound}"
+            )
+        return f"May connect to {listing(listed)} and to nothing else; {never}.{sni}{inbound}"
 
     def load(self, spec: CageSpec) -> None:
-        """Put the policy's rules in force; blocks, safe in any thread. Before the process may run, not before it is."""
-        from isolator.layers.network import namespace as network
+        """Put the policy's rules in force: after ``prepare``, before the exec. Blocks; safe in any thread."""
+        from isolator.layers.network import namespace
 
         assert self.network is not None
-        network.load(self.network, spec.policy.network, prefix=spec.name)
+        namespace.load(self.network, spec.policy.network, prefix=spec.name)
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         assert self.network is not None
         self._policy = spec.policy.network
         plan.fds["netns"] = self.network.netns_fd
-        plan.sections[self.name] = {}
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        setns(fds["netns"], CLONE_NEWNET)
+        plan.add(NetworkSection())
 
     def confirm(self, process: Process) -> None:
-        from isolator.layers.network import namespace as network
+        from isolator.layers.network import namespace
 
         assert self.network is not None
         wanted, found = f"net:[{self.network.inode}]", process.namespace("net")
         if found != wanted:
             raise mismatch(self.name, "network namespace", wanted, found)
-        network.confirm(self.network, self._policy)
+        namespace.confirm(self.network, self._policy)
 
     def release(self) -> None:
-        from isolator.layers.network import namespace as network
+        from isolator.layers.network import namespace
 
         if self.network is not None:
-            network.release(self.network)
+            namespace.release(self.network)

@@ -1,4 +1,4 @@
-"""The network layer: a namespace with only ``lo`` per cage, its ruleset, and the sockets the broker serves it by.
+"""The content of the network layer: a namespace with only ``lo`` per cage, its ruleset, and the broker's sockets in it.
 
 ``make`` makes the namespace and the sockets, which are the same for every cage, in a thread of its own that unshares
 the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. Until ``load`` has put the policy's
@@ -7,8 +7,8 @@ inside but served from outside; whatever is not one of those sockets has no way 
 the kernel removes the namespace with everything in it, so there is nothing to clear after a crash.
 
 The kernel numbers each change of a namespace's rules (the generation): ``confirm`` asks whether it is still the one
-that loading made. ``watch`` tells of a change when it happens, and reads back what the rules are, so that a change
-which was undone is told apart from one that was not.
+that loading made. ``watch`` reports a change when it happens, and reads the rules back, so that a change which was
+undone is told apart from one that was not.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import errno
 import functools
 import os
 import socket
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from isolator.errors import ConfinementError, UnavailableError
+from isolator.layers.base import Control
 from isolator.layers.network.ruleset import PORT, TABLE, render
+from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
 
 RESOLVER = "127.0.0.53"
-"""What a cage's ``/etc/resolv.conf`` has to name."""
+"""The name server of a cage's ``/etc/resolv.conf``."""
 BACKLOG = 128
 INSTALL = "apt-get install libnftables1"
 
@@ -77,11 +78,11 @@ def load(network: CageNetwork, policy: NetworkPolicy, *, prefix: str) -> None:
 
     ``prefix`` stands in front of each logged denial.
     """
-    steps = _Steps(network.timings)
+    mark = Stopwatch(network.timings)
     text = _ruleset(policy, prefix)
-    steps.done("render")
+    mark("render")
     try:
-        netns.in_network(network.netns_fd, lambda: _load(network, text, steps))
+        netns.in_network(network.netns_fd, lambda: _load(network, text, mark))
     except OSError as error:
         raise ConfinementError("network", str(error), _remedy(error)) from error
 
@@ -111,7 +112,7 @@ def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
 def host_listeners(policy: NetworkPolicy) -> list[int]:
     """A listener in the caller's own namespace for each of the policy's ``listen`` rules, in their order.
 
-    They belong after ``sockets`` in what the broker is handed. Raises UnavailableError when a port is taken.
+    The broker gets them after ``sockets``. Raises UnavailableError when a port is taken.
     """
     opened: list[socket.socket] = []
     try:
@@ -191,69 +192,42 @@ def close_sockets(network: CageNetwork) -> None:
             os.close(network.sockets.pop())
 
 
-def check() -> list[tuple[str, str, str, str]]:
-    """``(control, state, reason, remedy)`` for what this layer needs, tried for real in a throw-away namespace."""
+def check() -> list[Control]:
+    """The layer's controls on this host, tried for real in a throw-away namespace."""
     missing = nftables.available()
     if missing is not None:
-        return [("network", "unavailable", f"libnftables cannot be loaded: {missing}", INSTALL)]
+        return [Control("network", "network", "unavailable", f"libnftables cannot be loaded: {missing}", INSTALL)]
+    policy = NetworkPolicy(mode="public")
     try:
-        network = prepare(NetworkPolicy(mode="public"), prefix="check")
+        network = prepare(policy, prefix="check")
+        try:
+            confirm(network, policy)
+        finally:
+            release(network)
     except ConfinementError as error:
-        return [("network", "unavailable", error.why, error.remedy)]
-    entries = [("network", "enforced", "a namespace with lo alone, nftables", "")]
-    try:
-        confirm(network, NetworkPolicy(mode="public"))
-    except ConfinementError as error:
-        entries = [("network", "unavailable", error.why, error.remedy)]
-    finally:
-        release(network)
+        return [Control("network", "network", "unavailable", error.why, error.remedy)]
+    controls = [Control("network", "network", "enforced", "a namespace with lo alone, nftables")]
     if not _has_ipv6():
-        entries.append(("network-ipv6", "enforced", "this kernel has no IPv6; cages have none either", ""))
-    return entries
-
-
-def describe(policy: NetworkPolicy) -> str:
-    """The promise in one plain sentence."""
-    if policy.mode == "none":
-        return "It has no network at all: every name and every connection is refused."
-    reach = [f"{rule.host}:{','.join(map(str, rule.ports))}" for rule in policy.egress]
-    limits = f"at most {policy.connects_per_second} new connections a second and {policy.connects_open} open"
-    if policy.mode == "listed":
-        if not reach:
-            return "It has no network at all: every name and every connection is refused."
-        return f"It can reach {_and(reach)} by TCP and nothing else, {limits}."
-    extra = f", and {_and(reach)}" if reach else ""
-    return (
-        f"It can reach any public address by TCP on ports 80 and 443{extra}, {limits}; "
-        "private, local and cloud-metadata addresses are refused, and so is everything but TCP."
-    )
-
-
-class _Steps:
-    def __init__(self, timings: dict[str, float]) -> None:
-        self._timings, self._at = timings, time.perf_counter()
-
-    def done(self, name: str) -> None:
-        now = time.perf_counter()
-        self._timings[name] = round((now - self._at) * 1000, 3)
-        self._at = now
+        why = "this kernel has no IPv6; cages have none either"
+        controls.append(Control("network-ipv6", "network", "enforced", why))
+    return controls
 
 
 def _build() -> CageNetwork:
     """In the new namespace's thread."""
     timings: dict[str, float] = {}
-    steps = _Steps(timings)
+    mark = Stopwatch(timings)
     with contextlib.ExitStack() as undo:
         fd = netns.current_network()
         undo.callback(os.close, fd)
         netlink.bring_up_loopback()
         for name, value in _SYSCTLS.items():
             Path("/proc/sys", name).write_text(value)
-        steps.done("loopback")
+        mark("loopback")
         generations = netlink.Generations()
         undo.callback(generations.close)
         sockets = _open_sockets()
-        steps.done("sockets")
+        mark("sockets")
         undo.pop_all()
     return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino, timings=timings)
 
@@ -263,12 +237,12 @@ def _ruleset(policy: NetworkPolicy, prefix: str) -> str:
     return render(Rules(policy), prefix)
 
 
-def _load(network: CageNetwork, text: str, steps: _Steps) -> None:
+def _load(network: CageNetwork, text: str, mark: Stopwatch) -> None:
     """In a thread that is in the namespace: one transaction, which the kernel takes whole or not at all."""
     with nftables.Nftables() as nft:
         nft.run(text)
     network.generation = network.generations.current()
-    steps.done("ruleset")
+    mark("ruleset")
 
 
 def _list_ruleset() -> str:
@@ -280,7 +254,7 @@ def _open_sockets() -> list[socket.socket]:
     opened: list[socket.socket] = []
     try:
         opened.append(_listener(socket.AF_INET, "127.0.0.1", PORT))
-        # Without IPv6 something takes the place of its listener: the order is the contract.
+        # Without IPv6 an unconnected socket takes the place of its listener: the order is the contract.
         opened.append(_listener(socket.AF_INET6, "::1", PORT) if _has_ipv6() else socket.socket(socket.AF_UNIX))
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         opened.append(udp)
@@ -338,7 +312,3 @@ def _remedy(error: OSError) -> str:
     if nftables.available() is not None:
         return INSTALL
     return "run as root on a kernel with network namespaces and nf_tables"
-
-
-def _and(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,10 +1,12 @@
 """System calls: an allowlist, compiled once and loaded as plain BPF.
 
-allowed        what ordinary services need (isolator/layers/seccomp/profiles.py)
-denied         calls that are asked for only by an attack or by mistake: handed to a user-notify listener, which
-               answers EPERM and writes an audit record with the call's name. Notify only ever denies: a decision
-               to allow on the strength of a pointer could be changed under the supervisor's eyes
-unknown        ENOSYS, so that a newer C library falls back to what it used before
+allowed        the calls of ordinary services (isolator/layers/seccomp/profiles.py)
+denied         calls that only an attack or a mistake makes: handed to a user-notify listener, which answers EPERM and
+               writes an audit record with the call's name. Notify only ever denies: a decision to allow on the
+               strength of a pointer could be changed under the supervisor's eyes
+narrowed       some ordinary calls fail, or do nothing, for certain arguments, without a record: programs ask all the
+               time
+unknown        ENOSYS, so that a newer C library falls back to an older call; no record
 other ABIs     the process is killed (i386, x32): their numbers mean other calls
 
 The filter does not depend on the plugin, only on the profile, so it is compiled once and kept by the hash of its
@@ -13,19 +15,19 @@ source. libseccomp knows the numbers of the calls, isolator/layers/seccomp/bpf.p
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.plan import Plan, Section
 from isolator.linux import seccomp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from isolator.layers.plan import Plan
     from isolator.layers.seccomp.profiles import Rule
     from isolator.policy.model import EffectivePolicy
 
@@ -33,9 +35,27 @@ if TYPE_CHECKING:
 SEALING = "strict-sealing"
 """The second program of the profile ``strict``, stacked on the first one in the sidecar's own process."""
 
+LISTENER = "seccomp_listener"
+"""Among the child's descriptors once the filter is loaded: the listener of denied calls, for the supervisor."""
+
+
+@dataclass(frozen=True)
+class SeccompSection(Section, kind="seccomp"):
+    """The compiled programs: of the profile, and the one that only the sidecar's own process gets (or nothing)."""
+
+    program: bytes
+    sealing: bytes = b""
+
+    def enter(self, fds: dict[str, int]) -> None:
+        fds[LISTENER] = seccomp.load_filter(self.program, listener=True)
+
+    def seal(self) -> None:
+        """Load the second program into the calling process: the sidecar's, just before its exec."""
+        seccomp.add_filter(self.sealing)
+
 
 class Seccomp(Layer):
-    """Only the calls of the profile; refusals are recorded by name."""
+    """Only the calls of the profile; those that attacks need are recorded by name."""
 
     name = "seccomp"
 
@@ -62,37 +82,24 @@ class Seccomp(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        extra = "; it can start no other process, and no memory of it is both writable and executable"
+        strict = (
+            "; no new process after the first exec, and no memory that it asks for is writable and executable at once"
+        )
         return (
-            "It can make only the system calls that ordinary services need"
-            f"{extra if policy.syscalls == 'strict' else ''}; others are refused and recorded."
+            f'System calls of the profile "{policy.syscalls}": those of ordinary programs only'
+            f"{strict if policy.syscalls == 'strict' else ''}; any other call has no effect, and one that attacks need"
+            " is recorded by name."
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         program = compiled(spec.policy.syscalls, spec.cache)
-        plan.sections[self.name] = {"program": base64.b64encode(program).decode()}
-        if spec.policy.syscalls == "strict":
-            plan.sections[self.name]["sealing"] = base64.b64encode(compiled(SEALING, spec.cache)).decode()
-
-    @staticmethod
-    def enter(section: dict[str, Any], fds: dict[str, int]) -> None:
-        load(section)
+        sealing = compiled(SEALING, spec.cache) if spec.policy.syscalls == "strict" else b""
+        plan.add(SeccompSection(program, sealing))
 
     def confirm(self, process: Process) -> None:
         found = process.status.get("Seccomp")
         if found != "2":
             raise mismatch(self.name, "Seccomp", "2 (filter)", found)
-
-
-def load(section: dict[str, Any]) -> int:
-    """Load the section's program into the calling process; returns the listener of its denied calls."""
-    return seccomp.load_filter(base64.b64decode(section["program"]), listener=True)
-
-
-def seal(section: dict[str, Any]) -> None:
-    """Load the section's second program, if it has one: called by the sidecar's process just before its exec."""
-    if "sealing" in section:
-        seccomp.add_filter(base64.b64decode(section["sealing"]))
 
 
 _compiled: dict[str, bytes] = {}
@@ -106,11 +113,11 @@ def compiled(profile: str, cache: Path) -> bytes:
 
 
 def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
-    """The same for rules that are no profile; ``name`` only tells the cache's files apart."""
+    """The BPF program of rules that are no profile, kept likewise; ``name`` only tells the cache's files apart."""
     from isolator.layers.seccomp import profiles as syscalls
 
-    given = list(rules)
-    return _kept(name, f"{syscalls.fingerprint()}:{name}:{given!r}", cache, lambda: compile_rules(given))
+    wanted = list(rules)
+    return _kept(name, f"{syscalls.fingerprint()}:{name}:{wanted!r}", cache, lambda: compile_rules(wanted))
 
 
 def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
@@ -149,9 +156,9 @@ def compile_profile(profile: str) -> bytes:
 
 
 def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> bytes:
-    """Compile any rules to BPF; what no rule names is answered ENOSYS, what is denied is handed to a listener.
+    """Compile rules to BPF. A call that no rule names is answered ENOSYS, a denied one is handed to a listener.
 
-    ``otherwise_allowed`` is for a filter that is stacked on another one: what no rule names is left to that one.
+    ``otherwise_allowed`` is for a filter that is stacked on another one: calls that no rule names are left to that one.
     """
     import errno
 

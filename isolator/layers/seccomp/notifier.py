@@ -1,8 +1,8 @@
-"""Answers the calls that seccomp handed over: always EPERM, at a capped rate, and counted by name.
+"""Answer the calls that seccomp handed over: always EPERM, at a capped rate, and counted by name.
 
 One thread for all cages: receiving a notification can block when its caller dies at that moment (on kernels before
-6.6), and must not hold up the event loop. A plugin that floods only makes itself wait: its listener is looked at
-again when its allowance has grown.
+6.6), and must not hold up the event loop. A plugin that floods only makes itself wait: its listener is polled again
+when its bucket has a token.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isolator.linux import seccomp
+from isolator.pacing import TokenBucket
 
 ANSWERS_PER_SECOND = 500
 REPORT_SECONDS = 1.0
@@ -25,10 +26,10 @@ REPORT_SECONDS = 1.0
 
 @dataclass
 class Denied:
-    """How often one call was denied since the last report, and when (CLOCK_MONOTONIC, ns) for the first and last time.
+    """The denials of one call since the last report: their number, and the first and the last time.
 
-    The report comes later than what it tells of, up to a second for repetitions: without these times the trail would
-    name the event that is in flight by then.
+    Times are CLOCK_MONOTONIC in ns. A report is up to a second late for repetitions: without these times the trail
+    would name the event that is in flight by then.
     """
 
     call: str
@@ -44,8 +45,7 @@ Report = Callable[[Denied], None]
 class _Watched:
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.allowance = float(ANSWERS_PER_SECOND)
-        self.refilled = time.monotonic()
+        self.answers = TokenBucket(ANSWERS_PER_SECOND, ANSWERS_PER_SECOND)
         self.counts: dict[int, Denied] = {}
         self.reported: dict[int, float] = {}
         self.paused = False
@@ -66,7 +66,7 @@ class SeccompNotifier:
         self._thread.start()
 
     def watch(self, listener: int, report: Report) -> None:
-        """Answer a cage's denied calls; takes the listener over and closes it when the cage has ended."""
+        """Answer a cage's denied calls. The listener becomes this object's, which closes it when the cage has ended."""
         with self._lock:
             self._cages[listener] = _Watched(report)
             self._epoll.register(listener, select.EPOLLIN)
@@ -96,21 +96,21 @@ class SeccompNotifier:
                 cages = list(self._cages.items())
             for listener, cage in cages:
                 self._report(cage, now)
-                if cage.paused and self._refill(cage, now) >= 1:
+                if cage.paused and cage.answers.tokens >= 1:
                     cage.paused = False
                     self._epoll.modify(listener, select.EPOLLIN)
 
     def _answer(self, listener: int) -> None:
         cage = self._cages[listener]
-        if self._refill(cage, time.monotonic()) < 1:
+        if cage.answers.tokens < 1:
             cage.paused = True
-            self._epoll.modify(listener, 0)  # EPOLLHUP is still told
+            self._epoll.modify(listener, 0)  # EPOLLHUP is still reported
             return
         try:
             notification = seccomp.receive(listener)
             if notification is None:
                 return
-            cage.allowance -= 1
+            cage.answers.take()
             # Before the answer: the plugin cannot have gone on, so the event that it works on is still in flight.
             now = time.monotonic_ns()
             denied = cage.counts.setdefault(notification.number, Denied(call_name(notification.number), now, now))
@@ -119,13 +119,8 @@ class SeccompNotifier:
         except OSError:
             self._drop(listener)
 
-    def _refill(self, cage: _Watched, now: float) -> float:
-        cage.allowance = min(ANSWERS_PER_SECOND, cage.allowance + (now - cage.refilled) * ANSWERS_PER_SECOND)
-        cage.refilled = now
-        return cage.allowance
-
     def _report(self, cage: _Watched, now: float, *, last: bool = False) -> None:
-        """The first refusal of a call is told at once, repetitions at most once a second."""
+        """Report the first refusal of a call at once, repetitions at most once a second."""
         for number in list(cage.counts):
             if last or now - cage.reported.get(number, -REPORT_SECONDS) >= REPORT_SECONDS:
                 denied = cage.counts.pop(number)

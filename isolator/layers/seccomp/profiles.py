@@ -1,4 +1,4 @@
-"""The system-call profiles, as data: what is allowed, what is denied and recorded, and on which arguments.
+"""The system-call profiles, as data: which calls are allowed, which denied and recorded, and on which arguments.
 
 The rules of one call are tried in their order, and the first that holds decides. Arguments are compared under a 32-bit
 mask where the kernel uses only 32 bits: a 64-bit comparison lets ``TIOCSTI + 2**32`` through (CVE-2019-10063).
@@ -18,7 +18,7 @@ ALLOW, DENY, NO_FAMILY, REFUSE = "allow", "deny", "no_family", "refuse"
 NO_PROTOCOL, INVALID, PRETEND = "no_protocol", "invalid", "pretend"
 
 Rule = tuple[str, str, tuple[Condition, ...]]
-"""(call, action, what must hold of its arguments, all of it)."""
+"""(call, action, the conditions on its arguments, which must all hold)."""
 
 WORD = 0xFFFFFFFF
 
@@ -107,7 +107,7 @@ _S_IFMT = 0o170000
 
 
 def rules(profile: str) -> Iterator[Rule]:
-    """Every rule of a profile; what no rule names is answered ENOSYS."""
+    """Every rule of a profile; a call that no rule names is answered ENOSYS."""
     strict = profile == "strict"
     for name in _ALLOWED:
         if strict and name in _STRICT_ARGUMENTS:
@@ -158,11 +158,11 @@ def _watches() -> Iterator[Rule]:
 
 
 def _host_wide() -> Iterator[Rule]:
-    """What would reach past the cage without any right to.
+    """Narrow the calls that reach past the cage without needing any right.
 
     sync(2) flushes every file system of the host, as often as it is called. The limit on core dumps is 1 (layer
     rlimits), which is the one value that keeps the kernel from starting the host's core handler, as root, at every
-    crash; 0 does not. So it stays as it is, and may be asked for. (The requests of Linux native AIO are counted
+    crash; 0 does not. So it stays as it is, and may be read. (The requests of Linux native AIO are counted
     against one limit for the whole host, so its calls are not known here at all.)
     """
     yield "sync", PRETEND, ()
@@ -187,10 +187,12 @@ _CLONE_THREAD = 0x10000
 
 
 def _strict() -> Iterator[Rule]:
-    """No memory that is writable and executable at once, and none that becomes executable.
+    """Refuse memory that is writable and executable at once, and memory that becomes executable.
 
-    What may be mapped executable is then a file of a mount that is not noexec: nothing the plugin can write to.
-    Forks are the business of ``sealing_rules``: pid 1 lives under these rules and has to fork the sidecar.
+    Only files of a mount that is not noexec can then be mapped executable, and the plugin can write to none of these.
+    The kernel still gives a program what its own file declares at exec: a segment that is writable and executable, an
+    executable stack. Forks are the business of ``sealing_rules``: pid 1 lives under these rules and has to fork the
+    sidecar.
     """
     yield "mmap", DENY, (Equal(2, _BOTH, _BOTH),)
     for call in ("mprotect", "pkey_mprotect"):
@@ -225,5 +227,5 @@ def _either(call: str, condition: Condition, holds: str, otherwise: str) -> Iter
 
 @functools.cache
 def fingerprint() -> str:
-    """Changes when any rule of any profile changes, or what they are compiled to."""
+    """A digest that changes with any rule of any profile, and with the compiler."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, bpf.__file__))).hexdigest()
