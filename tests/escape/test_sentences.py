@@ -680,7 +680,7 @@ async def _fetch(one: StartedCage) -> bytes:
     """Connect to the forwarded port once the cage serves it; returns what it sends."""
     async with asyncio.timeout(seconds(30)):
         while "serving" not in one.text():
-            assert not one.cage.caged.ended.is_set(), one.text()
+            assert not one.cage.processes.ended.is_set(), one.text()
             await asyncio.sleep(0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
         data = await reader.read()
