@@ -122,19 +122,21 @@ class Verifier:
         seq, prev = self._seq, self._prev
         with path.open("rb", buffering=1 << 20) as file:
             for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n") and last:
+                whole = raw.endswith(b"\n")
+                if not whole and last:
                     self.report.torn = len(raw)
                     break
-                line = raw[:-1]
+                line = raw[:-1] if whole else raw
                 head = b'{"seq":%d,' % (seq + 1)
                 digest = sha256(line[:-HASH_TAIL]).hexdigest()
                 if not (
-                    line.startswith(head)
+                    whole
+                    and line.startswith(head)
                     and line[-PREV_TAIL:-HASH_TAIL] == b',"prev":"%b"' % prev.encode()
                     and line[-HASH_TAIL:] == b',"hash":"%b"}' % digest.encode()
                 ):
                     self._seq, self._prev, self._place = seq, prev, (name, number)
-                    if not self._explain(line):
+                    if not self._explain(line, whole=whole):
                         continue
                     seq, digest = self._seq - 1, self._prev
                 seq, prev = seq + 1, digest
@@ -156,10 +158,10 @@ class Verifier:
         self.report.first_prev = files.prev_of(line) or GENESIS
         self._sealed = max(0, seq - 1)
 
-    def _explain(self, line: bytes) -> bool:
+    def _explain(self, line: bytes, *, whole: bool) -> bool:
         """Record why ``line`` is not the next record, and go on from it; False when it is no record at all."""
         seq, prev = files.seq_of(line), files.prev_of(line)
-        fits = own_hash_fits(line)
+        fits = whole and own_hash_fits(line)
         if not self.report.records and seq is not None and prev is not None and fits and seq > 1:
             self._seq, self._prev = seq, files.hash_of(line)
             return True  # the beginning of an older or partial trail: judged by _check_start

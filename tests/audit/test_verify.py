@@ -271,6 +271,15 @@ def test_every_change_of_several_files_is_found(several: Written, data: st.DataO
         assert found.torn == len(now) - len(finished)
 
 
+@pytest.mark.parametrize("end", [b"", b" ", b"\0"])
+def test_changed_last_byte_of_a_full_file_is_found(tmp_path: Path, end: bytes) -> None:
+    written = Written(tmp_path, 100, Limits(seal_records=10, rotate_size=5000))
+    first = files.trail(written.log)[0]
+    first.write_bytes(first.read_bytes()[:-1] + end)
+    misfit = written.verify().misfits[0]
+    assert (misfit.file, misfit.line) == (first.name, first.read_bytes().count(b"\n") + 1)
+
+
 def test_only_the_writer_explains_missing_files(tmp_path: Path) -> None:
     """A host or broker that was taken over claims that missing files were retired; the writer seals the claim."""
     for origin, accepted in (("audit", True), ("host:5f2a9c10:42", False), ("supervisor:5f2a9c10:42", False)):
