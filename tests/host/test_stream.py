@@ -1,4 +1,4 @@
-"""Stream mode: handshake, many in flight, and what a hostile peer may try."""
+"""Stream mode: handshake, many in flight, breaches of a hostile peer, health, idleness."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ send(id=id, result={"message": "overlap" if more else "alone"})
         assert json.loads(delivery["reply"])["result"]["message"] == "alone"
 
 
-async def test_no_more_in_flight_than_the_manifest_allows(daemon: Daemon) -> None:
+async def test_requests_in_flight_are_no_more_than_the_manifest_allows(daemon: Daemon) -> None:
     body = """
 waiting = globals().setdefault("waiting", [])
 waiting.append(id)
@@ -97,7 +97,7 @@ async def test_a_refused_handshake_says_why_and_holds_the_queue(daemon: Daemon) 
     assert lines[0] == "refused -31002 ['1']"
 
 
-async def test_a_plugin_gets_only_what_it_says_it_handles(daemon: Daemon) -> None:
+async def test_a_plugin_gets_only_events_that_it_handles(daemon: Daemon) -> None:
     _add(daemon, "picky", stream("send(id=id, result={})", hello='{"protocol": "1", "handles": ["domain.added"]}'),
          hooks=["deploy.completed", "domain.added"])  # fmt: skip
     assert (await _only(daemon))["state"] == "dead"
@@ -118,7 +118,9 @@ async def test_a_plugin_gets_only_what_it_says_it_handles(daemon: Daemon) -> Non
         ("connection.sendall(b'x' * (2 << 20))", "longer than 1048576"),
     ],
 )
-async def test_a_breach_is_said_recorded_and_ends_the_connection(daemon: Daemon, breach: str, why: str) -> None:
+async def test_breach_gets_an_error_is_recorded_and_ends_the_connection(
+    daemon: Daemon, breach: str, why: str
+) -> None:
     answer = "\nprint('host said', connection.makefile().readline(), flush=True)\nos._exit(0)"
     _add(daemon, "breaker", stream(breach + answer), delivery={"attempts": 1})
     _add(daemon, "good", STREAM_OK)
@@ -161,7 +163,7 @@ elif method == "deploy.completed":
     assert not daemon.of_type("plugin.health")
 
 
-async def test_what_is_in_flight_when_it_dies_comes_again(daemon: Daemon) -> None:
+async def test_events_in_flight_when_the_plugin_dies_come_again(daemon: Daemon) -> None:
     flag = daemon.root / "flag"
     flag.mkdir(mode=0o777)
     flag.chmod(0o777)
@@ -205,7 +207,7 @@ async def test_a_stream_survives_the_restart_of_the_host(daemon: Daemon) -> None
     assert sidecar.starts == 1
 
 
-async def test_a_plugin_that_speaks_shutdown_is_asked_before_it_is_told(daemon: Daemon) -> None:
+async def test_a_plugin_that_speaks_shutdown_gets_it_before_its_signal(daemon: Daemon) -> None:
     body = """
 if method == "shutdown":
     print("saving before", params["reason"], flush=True)
@@ -231,8 +233,8 @@ async def test_a_stream_plugin_that_stops_answering_pings_is_restarted(daemon: D
     assert misses[:2] == [1, 2]
 
 
-async def test_nobody_is_declared_dead_because_everything_slept(daemon: Daemon) -> None:
-    """As when a virtual machine is paused: nobody could answer in time, and that is nobody's fault."""
+async def test_a_plugin_is_not_declared_dead_because_the_host_slept(daemon: Daemon) -> None:
+    """As when a virtual machine is paused: no plugin could answer in time, and none is at fault."""
     sidecar = _add(daemon, "fine", STREAM_OK, health={"interval": "20ms", "timeout": "1s", "misses": 1})
     await _only(daemon)
     assert daemon.host is not None
