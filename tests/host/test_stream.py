@@ -118,9 +118,7 @@ async def test_a_plugin_gets_only_events_that_it_handles(daemon: Daemon) -> None
         ("connection.sendall(b'x' * (2 << 20))", "longer than 1048576"),
     ],
 )
-async def test_breach_gets_an_error_is_recorded_and_ends_the_connection(
-    daemon: Daemon, breach: str, why: str
-) -> None:
+async def test_breach_gets_an_error_is_recorded_and_ends_the_connection(daemon: Daemon, breach: str, why: str) -> None:
     answer = "\nprint('host said', connection.makefile().readline(), flush=True)\nos._exit(0)"
     _add(daemon, "breaker", stream(breach + answer), delivery={"attempts": 1})
     _add(daemon, "good", STREAM_OK)
