@@ -46,8 +46,18 @@ class Outcomes:
         """Runs that died while the host had their requests in flight."""
         self._crash_candidate: tuple[str, Delivery, float] | None = None
         """The run, the delivery that was alone in flight as its connection broke, and when that was."""
-        self.isolated_retries: set[int] = set()
-        """Events that were in flight together when the plugin crashed: each goes alone until it is cleared."""
+        self._isolated_retries: dict[int, Delivery] = {}
+        """Deliveries that were in flight together when the plugin crashed, by event number."""
+
+    @property
+    def isolated_retries(self) -> bool:
+        """Whether each delivery has to go alone, as the plugin may die of one of those that are retried."""
+        while self._isolated_retries:
+            seq, delivery = next(iter(self._isolated_retries.items()))
+            if not delivery.final:
+                return True
+            del self._isolated_retries[seq]
+        return False
 
     def begin(self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None]) -> None:
         """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it."""
@@ -89,7 +99,6 @@ class Outcomes:
         )
         if outcome.kind in ("ok", "skipped"):
             state: State = "ok" if outcome.kind == "ok" else "skipped"
-            self.isolated_retries.discard(delivery.seq)
             self._consumer.ack(delivery, Result(state, outcome.status, detail, reply, latency))
         elif outcome.kind == "rejected":
             self.give_up(delivery, detail or "rejected by the plugin", outcome.status, reply, latency)
@@ -116,7 +125,6 @@ class Outcomes:
         latency: int | None = None,
     ) -> None:
         """Make the delivery a dead letter."""
-        self.isolated_retries.discard(delivery.seq)
         self._consumer.term(delivery, Result("dead", status, why, reply, latency))
         self._record_end(EventDead, delivery, why)
 
@@ -144,7 +152,7 @@ class Outcomes:
 
     def _attribute_crash(self, delivery: Delivery, run: str, *, alone: bool) -> None:
         if not alone:
-            self.isolated_retries.add(delivery.seq)
+            self._isolated_retries[delivery.seq] = delivery
         elif run in self._died:
             self._count_crash(delivery)
         else:
@@ -155,7 +163,6 @@ class Outcomes:
         if delivery.crashes >= CRASHES_TO_QUARANTINE and not (delivery.taken or delivery.final):
             why = f"the plugin crashed {delivery.crashes} times while handling it"
             self._consumer.term(delivery, Result("quarantined", detail=why))
-            self.isolated_retries.discard(delivery.seq)
             self._record_end(EventQuarantined, delivery, why)
 
     def _record_end(self, kind: type[EventDead | EventQuarantined], delivery: Delivery, why: str) -> None:

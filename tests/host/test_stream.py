@@ -196,6 +196,27 @@ send(id=id, result={})
     assert states == {"poison": "quarantined", "a": "ok", "b": "ok", "c": "ok", "d": "ok"}
 
 
+async def test_isolation_of_retries_ends_with_the_events_that_are_given_up(daemon: Daemon) -> None:
+    flag = daemon.root / "flag"
+    flag.mkdir(mode=0o777)
+    flag.chmod(0o777)
+    body = f"""
+waiting = globals().setdefault("waiting", [])
+waiting.append(id)
+if len(waiting) == 2:
+    if not os.path.exists({str(flag / "x")!r}):
+        open({str(flag / "x")!r}, "w").close()
+        os._exit(1)
+    for number in waiting:
+        send(id=number, result={{}})
+    waiting.clear()
+"""
+    _add(daemon, "pairs", stream(body), delivery={"attempts": 1})
+    for state in ("dead", "ok"):
+        emitted = [await daemon.emit(project_id=project) for project in "ab"]
+        assert [(await daemon.outcome(event))["deliveries"][0]["state"] for event in emitted] == [state] * 2
+
+
 async def test_a_stream_survives_the_restart_of_the_host(daemon: Daemon) -> None:
     sidecar = _add(daemon, "steady", STREAM_OK)
     await _only(daemon)
