@@ -119,6 +119,34 @@ async def test_a_full_queue_is_visible_and_replayable(store: Store) -> None:
     assert queue.consumer("p").depth == 3
 
 
+async def test_delivery_that_is_final_stays_final(store: Store) -> None:
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k")])
+    consumer = queue.consumer("p")
+    delivery = await consumer.take()
+    consumer.ack(delivery, Result("ok"))
+    consumer.term(delivery, Result("dead"))
+    consumer.nak(delivery, Result("retry"), delay=0.0)
+    consumer.release(delivery)
+    await store.committed()
+    assert (consumer.depth, queue.show(accepted.event.id).deliveries[0].state) == (0, "ok")
+
+
+async def test_term_of_a_delivery_that_waits_lets_the_next_of_its_key_go(store: Store) -> None:
+    queue = SqliteQueue(store)
+    first, second = [(await queue.accept(_event(), [Subscriber("p", "k")])).event for _ in range(2)]
+    consumer = queue.consumer("p")
+    delivery = await consumer.take()
+    consumer.nak(delivery, Result("retry"), delay=600.0)
+    take = asyncio.create_task(consumer.take())
+    await asyncio.sleep(0)
+    assert not take.done()
+    consumer.term(delivery, Result("quarantined"))
+    assert (await take).event == second
+    await store.committed()
+    assert queue.show(first.id).deliveries[0].state == "quarantined"
+
+
 async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
     queue = SqliteQueue(store)
     await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", None)]) for n in range(600)))
