@@ -14,6 +14,7 @@ import pytest
 from tests.host.fake_supervisor import Daemon, Sidecar
 from tests.support import sidecars
 from tests.support.sidecars import STREAM_OK, stream
+from tests.support.timeouts import seconds
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/python-stream-counter/stream-counter"
 
@@ -89,10 +90,14 @@ async def test_a_refused_handshake_says_why_and_holds_the_queue(daemon: Daemon) 
     body = "if method == 'host.refused':\n    print('refused', params['code'], params['data']['supported'], flush=True)"
     _add(daemon, "future", stream(body, hello='{"protocol": "7"}'))
     emitted = await daemon.emit()
-    row = await daemon.outcome(emitted, timeout=0.5)
-    assert (row["deliveries"][0]["state"], row["deliveries"][0]["attempts"]) == ("queued", 0)
-    (shown,) = (await daemon.ask("plugin.list"))["plugins"]
-    assert "chose protocol '7'; offered: 1" in shown["holding"]
+    async with asyncio.timeout(seconds(15)):
+        while (holding := (await daemon.ask("plugin.list"))["plugins"][0]["holding"]) is None:
+            await asyncio.sleep(0.01)
+    assert "chose protocol '7'; offered: 1" in holding
+    (delivery,) = (await daemon.ask("event.show", id=emitted["id"]))["deliveries"]
+    assert (delivery["state"], delivery["attempts"]) == ("queued", 0)
+    log = daemon.paths.plugin_log / "future.log"
+    await daemon.poll(lambda: log.exists() and log.read_text().endswith("\n"))
     lines = [e["line"] for e in (await daemon.ask("plugin.logs", name="future"))["lines"]]
     assert lines[0] == "refused -31002 ['1']"
 
