@@ -91,7 +91,7 @@ async def test_a_refused_handshake_says_why_and_holds_the_queue(daemon: Daemon) 
     _add(daemon, "future", stream(body, hello='{"protocol": "7"}'))
     emitted = await daemon.emit()
     async with asyncio.timeout(seconds(15)):
-        while (holding := (await daemon.ask("plugin.list"))["plugins"][0]["holding"]) is None:
+        while (holding := (await daemon.ask("plugin.list"))["plugins"][0]["holding"]) is None:  # noqa: ASYNC110 # no event tells
             await asyncio.sleep(0.01)
     assert "chose protocol '7'; offered: 1" in holding
     (delivery,) = (await daemon.ask("event.show", id=emitted["id"]))["deliveries"]
