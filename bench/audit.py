@@ -1,9 +1,9 @@
-"""The audit trail: handing over a batch of records until all of it is durable, beside writing the same without a chain.
+"""Audit trail: a batch of records handed over until all of it is durable, beside writing the same without a chain.
 
 Isolator's figure is taken from the sender's side, over the real socket to the real writer process: made, checked,
 tagged, chained, written, fdatasync'ed and acknowledged. The others write the same fields as JSON lines, same disk:
 once with one fdatasync at the end (the floor: nothing can be proved about such a file), once with one for each record
-(what "log it, then go on" costs; fewer records, scaled up).
+(the price of "log it, then go on"; fewer records, scaled up).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _START = (
 
 
 class Writer:
-    """The audit process on a root of its own, and one source."""
+    """Audit process on a root of its own, and one source."""
 
     def __init__(self, root: Path) -> None:
         self.paths = Paths.of(root)
@@ -72,7 +72,7 @@ class Writer:
         self._client = AuditClient(mine)
 
     def source(self, name: str) -> socket.socket:
-        """The sending end of another source."""
+        """Add a source; returns its sending end."""
         mine, theirs = ipc.pair()
         self._runner.run(self._channel.call("source", name=name, fds=[theirs.fileno()], timeout=30))
         theirs.close()
@@ -91,16 +91,16 @@ class Writer:
         await self._client.durable()
 
     def processor_time(self) -> float:
-        """Seconds of processor time that the writer has used."""
+        """Return the seconds of processor time that the writer has used."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """The writer's resident memory in MiB."""
+        """Return the writer's resident memory in MiB."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
     def stop(self) -> None:
-        """End it as the supervisor would."""
+        """End the process as the supervisor would."""
 
         async def close() -> None:
             self._client.close()
@@ -112,7 +112,7 @@ class Writer:
 
 
 FOLLOWERS = 10
-"""Of each kind: in the files, and on the control socket."""
+"""Followers of each kind: of the files, and on the control socket."""
 _BY_FILE = """
 import signal, sys
 from pathlib import Path
@@ -159,7 +159,7 @@ while sock.recv(1 << 18):
 
 @contextlib.contextmanager
 def _started(code: str, *words: str, fds: tuple[int, ...] = ()) -> Iterator[None]:
-    """A process that runs ``code`` and has printed its first line."""
+    """Start a process that runs ``code``; returns when it has printed its first line."""
     environment = {**os.environ, "PYTHONPATH": str(Path(isolator.__file__).parents[1])}
     command = [sys.executable, "-c", code, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, pass_fds=fds) as process:
@@ -173,7 +173,7 @@ def _started(code: str, *words: str, fds: tuple[int, ...] = ()) -> Iterator[None
 
 @contextlib.contextmanager
 def followed(writer: Writer, *, stalled: bool) -> Iterator[None]:
-    """Followers of the files that have stopped reading, as far behind as can be; or one that keeps up."""
+    """Run followers of the files that have stopped reading, as far behind as can be; or one that keeps up."""
     count = FOLLOWERS if stalled else 1
     with _started(_BY_FILE, str(writer.paths.audit_log), str(count), "stalled" if stalled else "reading"):
         yield
@@ -181,7 +181,7 @@ def followed(writer: Writer, *, stalled: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def streamed(writer: Writer, place: Path, *, stalled: bool) -> Iterator[None]:
-    """The same over a control socket, served by the host's own code in a process of its own."""
+    """Run the same over a control socket, served by the host's own code in a process of its own."""
     end, log = writer.source("host"), str(writer.paths.audit_log)
     path = str(place / "control.sock")
     with contextlib.ExitStack() as stack:
@@ -198,7 +198,7 @@ def streamed(writer: Writer, place: Path, *, stalled: bool) -> Iterator[None]:
 
 
 def plain(path: Path, count: int, *, every: bool) -> None:
-    """The same records as JSON lines, with one fdatasync at the end or one for each."""
+    """Write the same records as JSON lines, with one fdatasync at the end or one for each."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         lines = []
@@ -217,7 +217,7 @@ def plain(path: Path, count: int, *, every: bool) -> None:
 
 
 def reading(directory: Path) -> list[str]:
-    """How fast the finished trail is verified and searched, as notes."""
+    """Time verification and search of the finished trail; returns notes."""
     paths = files.trail(directory)
     keys = load_public(directory / "public.pem")
     took = []

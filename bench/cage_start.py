@@ -1,4 +1,4 @@
-"""Starting a cage: ``/usr/bin/true``, confined and waited for, wall time, beside what people use today.
+"""Start of a cage: ``/usr/bin/true``, confined and waited for, wall time, beside the tools of today.
 
 Isolator's figure is taken in a warm process, as the daemon starts its sidecars; the peers are command-line tools and
 are timed as such, spawned with vfork, so that no interpreter's fork is put on their bill.

@@ -1,7 +1,7 @@
-"""Delivering events while the daemon has much to do: the second half of the benchmark ``delivery``.
+"""Delivery of events while the daemon is busy: the second half of the benchmark ``delivery``.
 
-Each figure stands beside the one to reach; the processor time per event of each process tells what a rate on a machine
-that others use too does not: what bounds it.
+Each figure stands beside the one to reach. A rate depends on the machine's other users; the processor time per event
+of each process shows the bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.delivery import ONESHOT, STREAM, Subject, Trail, payload, settle
+from bench.delivery_subjects import ONESHOT, STREAM, Subject, Trail, payload, settle
 from host.client.client import Client
 from tests.system.daemon import Daemon, write_plugin
 
@@ -46,11 +46,11 @@ BAD = {
     "connects again and again": API
     + "    while True:\n        try:\n            connect().close()\n        except OSError:\n            pass\n",
 }
-"""What is done from the first event on."""
+"""Behaviour of a bad plugin from its first event on."""
 
 
 def under_load(running: Daemon, client: Client, subjects: Sequence[Subject]) -> list[str]:
-    """One line per figure."""
+    """Measure a busy daemon; returns one line per figure."""
     return [
         *(_sustained(running, client, subject, 5000) for subject in subjects),
         _paced(running, client, subjects[0]),
@@ -87,7 +87,7 @@ def _paced(running: Daemon, client: Client, subject: Subject) -> str:
 
 
 def _many(running: Daemon, client: Client) -> list[str]:
-    """Fifty plugins that get the same event, one-shot and stream; and fifty that get one of their own.
+    """Deliver to fifty plugins the same event, one-shot and stream; then to fifty an event of their own.
 
     The first event of each is not counted: it opens the streams.
     """
@@ -130,7 +130,7 @@ def _emit(client: Client, event: str, number: int) -> str:
 
 
 def _beside_bad_ones(running: Daemon, client: Client) -> list[str]:
-    """What a bad plugin does to those who emit, and to its neighbour."""
+    """Measure the effect of bad plugins on emitters and on a neighbour."""
     good = Subject(running, "neighbour", "project.created", ONESHOT)
     good.once(client)
     notes = []
@@ -159,7 +159,7 @@ def _at_pace(a_second: int, count: int, do: Callable[[int], object]) -> None:
 
 
 def pour(running: Daemon, subject: Subject, count: int) -> str:
-    """Emit many events over one connection without waiting for each answer; the id of the last."""
+    """Emit many events over one connection without waiting for each answer; returns the id of the last."""
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(str(running.root / "run/isolator/control.sock"))
     lines = sock.makefile("rb")
@@ -178,18 +178,18 @@ def pour(running: Daemon, subject: Subject, count: int) -> str:
 
 
 def memory(pid: int) -> int:
-    """Resident bytes."""
+    """Return the resident bytes of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _processor(pid: int) -> float:
-    """µs of processor time so far."""
+    """Return a process's µs of processor time so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") * 1e6
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and 99th percentile of µs."""
+    """Format median and 99th percentile of µs."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return f"p50 {ordered[last // 2]:.0f} µs, p99 {ordered[last * 99 // 100]:.0f} µs" if ordered else "nothing"

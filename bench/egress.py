@@ -1,4 +1,4 @@
-"""Carrying a plugin's traffic: through a cage's ruleset and the broker, beside a direct connection in the same run.
+"""Traffic of a plugin: through a cage's ruleset and the broker, beside a direct connection in the same run.
 
 Client, broker and server are processes of their own. The server is in a namespace behind a veth, the broker in the one
 that plays the host; the client runs once there (direct) and once in a cage (isolator). Nothing leaves the machine. The
@@ -31,7 +31,7 @@ STORM, RATE = 10_000, 1_000
 
 
 def measure(rounds: int) -> Report:
-    """Latency and one flow, interleaved; then many flows, memory, and whether everything is on record."""
+    """Measure latency and one flow, interleaved; then many flows, memory, and whether every flow is on record."""
     return asyncio.run(_measure(max(5, rounds // 5)))
 
 
@@ -47,7 +47,7 @@ async def _measure(rounds: int) -> Report:
 
 @asynccontextmanager
 async def _line(made: PretendInternet) -> AsyncIterator[tuple[BrokerProcess, CageNet, str]]:
-    """Server, broker and one cage; the address that stands for the server's name in the cage."""
+    """Start server, broker and one cage; yields the address that stands for the server's name in the cage."""
     server = await _start(made.internet.fd, "server")
     assert server.stdout is not None
     await server.stdout.readline()

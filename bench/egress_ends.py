@@ -1,7 +1,7 @@
-"""The two ends of the traffic benchmark, run as scripts in namespaces of their own: standard library only.
+"""Client and server of the traffic benchmark, run as scripts in namespaces of their own: standard library only.
 
-``server``: on 9000 echoes the first byte of a connection; on 9001 sends as many bytes as asked, after 8 bytes that say
-how many; on 9002 echoes as long as the client likes.
+``server``: on 9000 echoes the first byte of a connection; on 9001 receives a number in 8 bytes and sends as many bytes;
+on 9002 echoes as long as the client likes.
 ``latency ADDRESS N``: median ms of connect, and of connect plus one byte there and back.
 ``flow ADDRESS BYTES``: seconds that one flow took.
 ``hold ADDRESS N``: opens N connections, sends a byte on each now and again, until its standard input ends.
@@ -96,7 +96,7 @@ def flow(address: str, size: int) -> None:
 
 
 def hold(address: str, count: int) -> None:
-    """Print ``open``, then, when the input ends, how many still answer."""
+    """Print ``open``, then, when the input ends, the number of connections that still answer."""
     kept = [socket.create_connection((address, TALK)) for _ in range(count)]
     for sock in kept:
         sock.sendall(b"x")
@@ -111,7 +111,7 @@ def hold(address: str, count: int) -> None:
 
 
 def storm(address: str, count: int, rate: int) -> None:
-    """Print how many were served, and the seconds."""
+    """Print the number of served connections, and the seconds."""
     served = 0
     began = time.perf_counter()
     for number in range(count):

@@ -1,9 +1,9 @@
-"""How every benchmark here measures and reports.
+"""Frame of all benchmarks: measurement and report.
 
-On a small, shared, virtual machine a single figure says little: the speed drifts while one is measuring. So the
-contenders of one benchmark take turns, once each per round, in an order that rotates; what counts are medians and the
-ratios *within a round*, which drift leaves alone. A contender that cannot run on this host is listed with the reason,
-never left out in silence.
+On a small, shared, virtual machine a single figure means little: the speed drifts while one is measuring. So the
+contenders of one benchmark take turns, once each per round, in an order that rotates; medians count, and the ratios
+*within a round*, which drift leaves alone. A contender that cannot run on this host is listed with the reason, never
+left out in silence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Once = Callable[[], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time. ``once`` does the work one time and raises if it went wrong: a failure is never timed.
+    """Contender of a benchmark. ``once`` does the work one time and raises if it failed: a failure is never timed.
 
     ``before`` runs ahead of each, untimed: what a daemon at rest would have ready.
     """
@@ -36,7 +36,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A contender that cannot run here, and why."""
+    """Contender that cannot run here, and why."""
 
     name: str
     why: str
@@ -44,7 +44,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Series:
-    """All samples of one contender, in ``unit``, in the order of the rounds."""
+    """Samples of one contender, in ``unit``, in the order of the rounds."""
 
     name: str
     builds: str
@@ -56,18 +56,18 @@ class Series:
         return statistics.median(self.samples)
 
     def quantile(self, part: float) -> float:
-        """The value below which ``part`` (0..1) of the samples lie."""
+        """Return the value below which ``part`` (0..1) of the samples lie."""
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
     def ratio_to(self, other: Series) -> float:
-        """Median of the ratios round by round."""
+        """Return the median of the ratios round by round."""
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
 
 @dataclass(frozen=True)
 class Report:
-    """One benchmark's outcome: series with a common unit and rounds, and what could not run."""
+    """Outcome of a benchmark: series with a common unit and rounds, and the contenders that could not run."""
 
     name: str
     title: str
@@ -98,7 +98,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 3) ->
 
 
 def table(report: Report) -> str:
-    """The report as a Markdown table: median, spread, ratio to each baseline."""
+    """Format the report as a Markdown table: median, spread, ratio to each baseline."""
     by_name = {series.name: series for series in report.series}
     bases = [by_name[name] for name in report.baselines if name in by_name]
     unit = report.series[0].unit if report.series else "ms"
@@ -119,7 +119,7 @@ def table(report: Report) -> str:
 
 
 def to_json(report: Report) -> dict[str, object]:
-    """The report with every sample, for runtime."""
+    """Format the report with every sample as JSON."""
     bases = [series for series in report.series if series.name in report.baselines]
     summary = {
         series.name: {
@@ -133,7 +133,7 @@ def to_json(report: Report) -> dict[str, object]:
 
 
 def host() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Describe the machine of the figures."""
     hierarchies = Path("/proc/self/cgroup").read_text()
     models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
@@ -151,7 +151,7 @@ def _lines(path: str) -> list[str]:
 
 
 def plot(report: Report) -> str:
-    """The report as an SVG: a bar per contender up to its median, a line from its p5 to its p95."""
+    """Draw the report as an SVG: a bar per contender up to its median, a line from its p5 to its p95."""
     left, width, height = 220, 620, 28
     longest = max((series.quantile(0.95) for series in report.series), default=1.0)
     scale = width / longest
@@ -180,7 +180,7 @@ def _escaped(text: str) -> str:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Put the table, every sample and the plot of one report into ``folder``."""
+    """Write the table, every sample and the plot of a report into ``folder``."""
     (folder / f"{report.name}.md").write_text(table(report))
     (folder / f"{report.name}.json").write_text(json.dumps({"host": host(), **to_json(report)}, indent=1) + "\n")
     (folder / f"{report.name}.svg").write_text(plot(report))

@@ -1,6 +1,6 @@
 """Isolator's side of the cage benchmark: the calls that the supervisor makes, from one warm process.
 
-What is timed is a complete cage: journalled, network namespace with its ruleset, cgroup leaf with caps, clone, the
+Timed is a complete cage: journalled, network namespace with its ruleset, cgroup leaf with caps, clone, the
 child's layers, every layer confirmed from the kernel, exec of ``/usr/bin/true``, its end, and everything removed again.
 
 There are two contenders. A daemon at rest keeps a warm pool (isolator.cage.warm_pool) and refills it a moment after
@@ -36,7 +36,7 @@ _UID = 64999  # no user of this number has to exist: a cage is given numbers
 
 @contextmanager
 def cages(work: Path) -> Iterator[tuple[list[Contender], dict[str, list[float]]]]:
-    """The contenders, and the milliseconds of each step of the first one's starts. ``work``: a root-owned folder."""
+    """Set up both contenders; yields them, and the first one's milliseconds by step. ``work``: a root-owned folder."""
     paths = Paths.of(work / "root")
     numbers = itertools.count(1)
     steps: dict[str, list[float]] = {}

@@ -1,13 +1,13 @@
-"""Two hundred plugins of one daemon: all started at once, and what each costs the daemon while it is idle.
+"""Two hundred plugins of one daemon: all started at once, and the memory of each while it is idle.
 
 Every plugin is registered: its own user, its own state image, its own cage with network rules. The sidecar is a small
-C program that makes its socket and waits, so that what is timed is Isolator's work and not an interpreter's start.
+C program that makes its socket and waits, so that Isolator's work is timed and not an interpreter's start.
 Timed is from the first request on the control socket to the last answer that a plugin runs. Beside it stands
 bubblewrap, 200 of it at once, which builds less and keeps nothing running.
 
 Memory is the proportional share (PSS) of the daemon's own processes: with the plugins registered and none started
 yet, and with all of them running and idle. Pid 1 of a cage is ours as well, but counted against the plugin's cap; it
-is told apart.
+has a figure of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ int main(void) {
 
 
 def measure(rounds: int) -> Report:
-    """A few rounds: each takes seconds, so the number asked for is only an upper bound."""
+    """Run at most ``rounds`` rounds, in fact a few: each takes seconds."""
     rounds = min(rounds, ROUNDS)
     with tempfile.TemporaryDirectory(prefix="isolator-bench-") as folder, daemon() as running:
         work = Path(folder)
@@ -109,7 +109,7 @@ def _register(running: Daemon, work: Path) -> list[str]:
 
 
 def _for_all(running: Daemon, names: Iterable[str], method: str) -> float:
-    """Ask the same of all plugins at once; milliseconds until the last has answered."""
+    """Call a verb for all plugins at once; returns the milliseconds until the last answer."""
 
     def ask(name: str) -> None:
         with Client(running.root) as client:
@@ -129,7 +129,7 @@ def _at_once(once: Callable[[], None]) -> float:
 
 
 def _memory(running: Daemon) -> dict[str, float]:
-    """KiB of each of the daemon's processes."""
+    """Return the KiB of each of the daemon's processes."""
     assert running.process is not None
     modules = {"audit": "isolator.audit.service", "broker": "isolator.broker.service", "host": "host.service"}
     pids = {name: running.service_pid(module) for name, module in modules.items()}

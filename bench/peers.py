@@ -1,8 +1,9 @@
-"""The tools people confine a process with today, each set up to give as much of a cage as it can.
+"""Peers: the tools that confine a process today, each set up to give as much of a cage as it can.
 
 All run ``/usr/bin/true`` on a view of ``/usr`` alone, as an unprivileged user where the tool can, without network and
-without capabilities; those that take a system call filter get the very BPF program that Isolator loads. What a tool
-cannot build stands in its row. Each is tried once before it is timed: a peer that fails here is listed with its error.
+without capabilities; those that take a system call filter get the very BPF program that Isolator loads. The row of a
+tool has the parts that it cannot build. Each is tried once before it is timed: a peer that fails here is listed with
+its error.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def spawn(argv: list[str], actions: Sequence[tuple[int, int, str, int, int]] = (
 
 
 def find(name: str) -> str:
-    """The program's path; raises FileNotFoundError with what to do."""
+    """Find a program; raises FileNotFoundError with a remedy."""
     path = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
     if path is None:
         raise FileNotFoundError(f"{name} is not installed (apt-get install {name})")
@@ -102,9 +103,9 @@ PEERS: tuple[Callable[[Path, Path], Contender], ...] = (plain, bubblewrap, crun,
 
 @contextmanager
 def peers(work: Path, program: Path) -> Iterator[tuple[list[Contender], list[Skipped]]]:
-    """Every peer that works on this host, and the others with the reason. ``work``: a root-owned empty folder.
+    """Set up every peer that works on this host; yields them, and the others with the reason.
 
-    What the container runtimes make outside their processes (cgroups) is removed at the end.
+    ``work``: a root-owned empty folder. The cgroups that the container runtimes make are removed at the end.
     """
     usable: list[Contender] = []
     skipped: list[Skipped] = []
@@ -130,7 +131,7 @@ def peers(work: Path, program: Path) -> Iterator[tuple[list[Contender], list[Ski
 
 
 def _groups_path() -> str:
-    """Where the runtimes make their groups: below our own memory group, which exists nowhere else by chance."""
+    """Name the runtimes' groups: below our own memory group, which exists nowhere else by chance."""
     found = find_hierarchies()
     own = found.v1.get("memory") or found.unified
     if own is None or not found.v1:
@@ -140,7 +141,7 @@ def _groups_path() -> str:
 
 
 def _group_folders() -> list[Path]:
-    """Every folder that an OCI runtime makes on the way to its leaf, in each hierarchy, innermost first."""
+    """List the folders that an OCI runtime makes on the way to its leaf, in each hierarchy, innermost first."""
     mounts = [
         words[4]
         for words in (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
@@ -151,7 +152,7 @@ def _group_folders() -> list[Path]:
 
 
 def _oci(name: str, work: Path) -> Contender:
-    """A container with the runtime's own default configuration, a root of ``/usr`` alone, caps and a filter."""
+    """Write a container: the runtime's own default configuration, a root of ``/usr`` alone, caps and a filter."""
     tool = find(name)
     bundle = work / name
     root = bundle / "rootfs"

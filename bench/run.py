@@ -1,4 +1,4 @@
-"""``./dev bench [NAME...]``: runs the benchmarks, prints a table each, writes Markdown, JSON with all samples, SVG."""
+"""``./dev bench [NAME...]``: run benchmarks, print a table each, write Markdown, JSON with all samples, SVG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCHMARKS = {
     "egress": "carrying a plugin's traffic, beside a direct connection",
 }
 LONG = {"soak": "200 000 events: memory"}
-"""Only when they are named."""
+"""Run only when they are named."""
 OUT = Path("/var/cache/isolator-dev/bench")
 
 

@@ -1,4 +1,4 @@
-"""200 000 events through one daemon: does its memory stay flat? Run only when it is named; it takes minutes.
+"""Memory of a daemon over 200 000 events. Run only when it is named, as it takes minutes.
 
 ``--rounds N`` sets how many thousand events are delivered (200 unless given, as 100 is the default of all benchmarks).
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from bench.delivery import HOST_TOML, STREAM, Subject
 from bench.delivery_load import memory, pour
+from bench.delivery_subjects import HOST_TOML, STREAM, Subject
 from bench.frame import Report, Series
 from host.client.client import Client
 from tests.system.daemon import daemon
@@ -17,7 +17,7 @@ BATCH = 5000
 
 
 def measure(rounds: int) -> Report:
-    """Deliver them in batches; after each, the resident memory of host, audit and supervisor."""
+    """Deliver the events in batches; after each, sample the resident memory of host, audit and supervisor."""
     count = 200_000 if rounds == 100 else rounds * 1000
     grown: dict[str, list[float]] = {"host": [], "audit": [], "supervisor": []}
     with daemon(host_toml=HOST_TOML) as running, Client(running.root, timeout=600) as client:

@@ -1,18 +1,18 @@
-"""The host's one database: transactions on the event loop, durability in a thread.
+"""Database of the host: transactions on the event loop, durability in a thread.
 
-SQLite in WAL mode. Everything that arrives within one turn of the event loop is written in one transaction, which
-costs some twenty microseconds because nothing is synced there; one helper thread then calls ``fdatasync`` on the
-write-ahead log and tells the loop up to which transaction the log is on disk. While a sync runs the next
-transactions gather behind it, so many of them share the next sync: group commit. What must be safe before its
-caller hears of it (an accepted event, a config value) waits for that mark; what may be repeated (the outcome of
-a delivery: at-least-once) only rides along.
+SQLite in WAL mode. All operations of one turn of the event loop are written in one transaction, which costs some twenty
+microseconds because nothing is synced there; one helper thread then calls ``fdatasync`` on the write-ahead log and
+reports to the loop up to which transaction the log is on disk. While a sync runs the next transactions gather behind
+it, so many of them share the next sync: group commit. An operation that must be safe before its caller goes on (an
+accepted event, a config value) waits for that mark; one that may be repeated (the outcome of a delivery: at-least-once)
+only rides along.
 
-This is what ``synchronous=FULL`` does, except that SQLite would sync inside COMMIT and hold up the loop, and that
+``synchronous=FULL`` does the same, except that SQLite would sync inside COMMIT and hold up the loop, and that
 a writer thread that holds the connection would fight the loop for the interpreter lock once per row.
 ``synchronous=NORMAL`` stays on, for the order of writes when the log is restarted and when it is checkpointed.
 
 After a failed sync the kernel may have dropped the pages it could not write, so nothing written since can be
-called safe: the process says so and exits; its supervisor starts a new one, which recovers, moves the log into
+called safe: the process logs that and exits; its supervisor starts a new one, which recovers, moves the log into
 the database with a full checkpoint, and goes on. Checkpoints are made by the helper thread on a connection of its
 own, so that they never hold up the loop.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import sqlite3
@@ -34,6 +35,7 @@ from typing import Any, TypeVar
 from isolator.errors import IsolatorError, UnavailableError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 CHECKPOINT_COMMITS = 250
@@ -45,7 +47,7 @@ LAZY = 0.002
 RETRY = 0.1
 """Seconds between attempts while the database cannot be written (disk full, locked by somebody)."""
 GIVE_UP = 5.0
-"""Seconds after which a caller hears that its write failed; writes that nobody waits for are kept and retried."""
+"""Seconds after which an awaited write fails; writes that are not awaited are kept and retried."""
 
 _CONFIG_NEXT = """CREATE TABLE config_next (
   plugin TEXT NOT NULL, digest TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL,
@@ -78,7 +80,7 @@ CREATE TABLE event_types (
 _SCHEMA = _TABLES + _CONFIG_NEXT
 _RESTORE = "restore it from a backup, or move it away: queued events and config are in it"
 _MIGRATIONS = {1: _CONFIG_NEXT}
-"""What leads from a version to the next one."""
+"""Statements that lead from a version to the next one."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ class _Op:
 
 @dataclass
 class _Sync:
-    """One job for the thread: sync the log, report these operations, and perhaps make a checkpoint."""
+    """Job for the thread: sync the log, report these operations, and perhaps make a checkpoint."""
 
     ops: list[_Op]
     checkpoint: bool = False
@@ -101,7 +103,7 @@ class _Sync:
 
 
 class Store:
-    """The database of one host process; all methods belong to the event loop's thread."""
+    """Database of one host process; all methods belong to the event loop's thread."""
 
     def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None) -> None:
         self.path = path
@@ -147,7 +149,7 @@ class Store:
                 steps = _SCHEMA if version == 0 else "".join(_MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
                 # One transaction: interrupted at any instant, it is the old version or the new one.
                 connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-            # What an earlier process wrote but never synced is made safe before anything is added behind it.
+            # Writes that an earlier process never synced are made safe before anything is added behind them.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             # One harmless write, so that the log file exists for the thread to open.
             connection.execute("BEGIN IMMEDIATE")
@@ -174,22 +176,22 @@ class Store:
         """Run ``apply`` in the next transaction; ``lazy`` waits a moment (``LAZY``) for others to share it with.
 
         ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk.
-        An operation without ``done`` is never given up: it is retried until the database can be written.
+        An operation without ``done`` never fails: it is retried until the database can be written.
         """
         self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
         if not lazy:
-            self.hurry()
+            self.flush_soon()
         elif not self._scheduled and self._lazy is None:
             self._lazy = self._loop.call_later(LAZY, self._commit)
 
-    def hurry(self) -> None:
-        """Commit what has been submitted in the loop's next turn, the lazy with it."""
+    def flush_soon(self) -> None:
+        """Commit all that is submitted in the loop's next turn, the lazy operations with the others."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._commit)
 
     async def committed(self) -> None:
-        """Return once what was submitted so far is in the log: at once, unless the database cannot be written now.
+        """Return once all that is submitted so far is in the log: at once, unless the database cannot be written now.
 
         In the log it survives the end of this process, though not yet that of the machine.
         """
@@ -221,7 +223,7 @@ class Store:
         return await future
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        """A short look-up on the loop's own connection (sees what is committed, synced or not)."""
+        """Run a short query on the loop's own connection, which sees every commit, synced or not."""
         try:
             return query(self._connection)
         except sqlite3.DatabaseError as error:
@@ -229,7 +231,7 @@ class Store:
             raise
 
     async def scan(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        """A listing of any length, in another thread on a connection of its own, so that the loop goes on."""
+        """Run a query of any length, in another thread on a connection of its own, so that the loop goes on."""
 
         def work() -> T:
             with contextlib.closing(_connect(self.path)) as connection:
@@ -247,10 +249,10 @@ class Store:
             return None
         ops, self._ops = self._ops, []
         # When one operation fails by itself the others must not suffer: then each gets its own savepoint.
-        for careful in (False, True):
+        for isolated in (False, True):
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                failed = self._apply(ops, careful)
+                failed = self._apply(ops, isolated)
                 self._connection.execute("COMMIT")
                 break
             except sqlite3.OperationalError as error:
@@ -259,11 +261,11 @@ class Store:
             except sqlite3.DatabaseError as error:
                 self._rollback()
                 self._end_if_damaged(error)
-                if careful:
+                if isolated:
                     raise
-            except Exception:  # whatever an operation raised is reported to its caller on the careful round
+            except Exception:  # an operation's own error is reported to its caller on the isolated round
                 self._rollback()
-                if careful:
+                if isolated:
                     raise
         self.commits += 1
         if self.blocked is not None:
@@ -285,10 +287,10 @@ class Store:
             self._start_sync()
         return None
 
-    def _apply(self, ops: list[_Op], careful: bool) -> list[_Op]:
+    def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:
         failed = []
         for op in ops:
-            if not careful:
+            if not isolated:
                 op.result = op.apply(self._connection)
                 continue
             self._connection.execute("SAVEPOINT one")
@@ -296,7 +298,7 @@ class Store:
                 op.result = op.apply(self._connection)
             except sqlite3.OperationalError:
                 raise
-            except Exception as error:  # the caller's own error, handed back to it by done()
+            except Exception as error:  # the operation's own error, which its caller gets by done()
                 self._connection.execute("ROLLBACK TO one")
                 op.result = error
                 failed.append(op)
@@ -304,7 +306,7 @@ class Store:
         return failed
 
     def _end_if_damaged(self, error: sqlite3.DatabaseError) -> None:
-        # Not to be lived with: what is written into a damaged file may be lost. The next start says what is wrong.
+        # Whatever is written into a damaged file may be lost. The next start reports the damage.
         if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             self._fatal(f"{self.path}: is damaged: {error}")
 
@@ -352,16 +354,16 @@ class Store:
                 os.fdatasync(self._wal)
             except OSError as problem:
                 error = problem
-            self._tell(self._synced, job.ops, error)
+            self._report(self._synced, job.ops, error)
             if job.checkpoint and error is None:
                 with contextlib.suppress(sqlite3.Error):  # busy or full: the next round tries again
                     connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if job.hold else 'PASSIVE'})").fetchone()
             if job.hold:
-                self._tell(self._release)
+                self._report(self._release)
         connection.close()
 
-    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+    def _report(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _release(self) -> None:
@@ -385,7 +387,7 @@ class Store:
                 op.done(op.result, None)
 
     async def close(self) -> None:
-        """Write what is waiting, sync it, close; the log is moved into the database."""
+        """Write and sync all that waits, and close; the log is moved into the database."""
         if self._closed:
             return
         self._held = False
@@ -399,7 +401,7 @@ class Store:
 
 
 def _check_file(path: Path) -> None:
-    """Raise what would be wrong with the file; there may be none yet."""
+    """Raise IsolatorError if the file, which need not exist yet, cannot be the database."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -422,5 +424,5 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _exit_after_failed_sync(why: str) -> None:
-    os.write(2, f"isolator: {why}; stopping, because nothing written since can be called safe\n".encode())
+    _log.critical("%s; stopping, because nothing written since can be called safe", why)
     os._exit(1)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from host.wire.strict import dumps
+from host.wire.strict_json import dumps
 from isolator.errors import NotFoundError, UsageError
 from isolator.policy.names import OLDER_HOOKS
 

@@ -28,8 +28,8 @@ from host.control.server import AnyEndpoint, ControlServer
 from host.database import Store
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
+from host.delivery.gate import DispatchGate
 from host.delivery.health import Watches
-from host.delivery.worker import Shared
 from host.events import Catalogue, from_schema
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
@@ -118,27 +118,24 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
-        queue = SqliteQueue(store)
-        queue.on_accepted = records.accepted
-        queue.on_expired = records.expired
-        attempts = self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
-        queue.on_ready = attempts.soon
+        queue = SqliteQueue(
+            store, on_accepted=records.accepted, on_ready=self._begin_attempts, on_expired=records.expired
+        )
+        self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
         api = self._api = HostApi(registry, audit, store, logs)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
-            Shared(
-                supervisor=channel,
-                queue=queue,
-                attempts=attempts,
-                registry=registry,
-                catalogue=catalogue,
-                audit=audit,
-                redactor=config.redactor,
-                api=api.call,
-                halt_without_audit=wait_for_trail,
-            )
+            supervisor=channel,
+            queue=queue,
+            attempts=self._attempts,
+            gate=DispatchGate(audit, store, halt_without_audit=wait_for_trail),
+            registry=registry,
+            catalogue=catalogue,
+            audit=audit,
+            redactor=config.redactor,
+            api=api.call,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,
@@ -233,7 +230,7 @@ class Host:
 
     async def _drain_run(self, message: Message) -> dict[str, Any]:
         fields = message.fields
-        await self._dispatcher.take_leave(str(fields["name"]), str(fields["run"]), str(fields.get("reason", "")))
+        await self._dispatcher.drain(str(fields["name"]), str(fields["run"]), str(fields.get("reason", "")))
         return {}
 
     async def _run_ended(self, message: Message) -> None:
@@ -245,7 +242,10 @@ class Host:
         self._dispatcher.run_ended(name, run, expected=bool(fields.get("expected")))
 
     async def _stderr_tail(self, message: Message) -> dict[str, Any]:
-        return {"stderr": await self._logs.last_words(str(message.fields["name"]), str(message.fields["run"]))}
+        return {"stderr": await self._logs.stderr_tail(str(message.fields["name"]), str(message.fields["run"]))}
+
+    def _begin_attempts(self) -> None:
+        self._attempts.schedule()
 
     async def _audit_source(self, message: Message) -> None:
         take_audit_end(self._audit, message)

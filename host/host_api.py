@@ -1,7 +1,7 @@
-"""The host API: what a plugin may ask, over ``PLUGIN_HOST_SOCKET`` or the stream connection.
+"""Host API: methods that a plugin may call, over ``PLUGIN_HOST_SOCKET`` or the stream connection.
 
-Who calls is known by the socket it came through and by the uid that the kernel reports, never by what it claims. Every
-method needs one permission, which the effective policy grants or not. Isolator brings ``whoami``, ``log.write`` and the
+The caller is known by its socket and by the uid that the kernel reports, never by its own claim. Every method needs one
+permission, which the effective policy grants or not. Isolator brings ``whoami``, ``log.write`` and the
 private key-value store; the platform registers the rest (``projects.get`` …) over the control socket and answers
 them itself. Calls are limited to 200 a second per plugin, and every one is in the trail with its verdict; refusals
 because of the rate are counted and recorded once a second, or a flood would only move into the trail.
@@ -23,27 +23,28 @@ from host.channel.stream import PROTOCOLS
 from host.database import Store
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
-from host.wire.lines import Acceptor, Budget, LineProtocol
-from host.wire.strict import WireError, dumps, line, parse_object, peer_of
+from host.wire.lines import Acceptor, LineProtocol
+from host.wire.strict_json import WireError, dumps, line, parse_object, peer_of
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ApiCalled, ApiVerdict, PluginHealth
 from isolator.errors import IsolatorError
+from isolator.pacing import TokenBucket
 from isolator.policy.names import covers_permission
 
 RATE, BURST = 200.0, 400.0
 REFUSAL = 0.25
-"""Seconds before a caller hears that it calls too often: to ask again at once is of no use to it, and costs us."""
+"""Seconds before a call beyond the rate is refused: calling again at once is of no use to it, and costs us."""
 CONNECTIONS, IN_FLIGHT = 16, 16
 CONNECTS_A_SECOND, CONNECTS_AT_ONCE = 50.0, 50.0
 BYTES_A_SECOND, BYTES_AT_ONCE = 1 << 20, 4 << 20
-"""What one plugin may send on all its connections: parsing it is not free."""
+"""Limits of a plugin on all its connections: parsing is not free."""
 KV_KEYS, KV_KEY, KV_VALUE, KV_TOTAL = 1024, 256, 64 * 1024, 1 << 20
 LEVELS = ("debug", "info", "warning", "error")
 PLATFORM_TIMEOUT = 10.0
 
 
 class ApiError(Exception):
-    """An answer that is an error: JSON-RPC code, text, data."""
+    """Error answer: JSON-RPC code, text, data."""
 
     def __init__(self, code: int, message: str, **data: Any) -> None:
         super().__init__(message)
@@ -52,7 +53,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """Who calls."""
+    """Caller of a method."""
 
     plugin: Plugin
     run: str | None
@@ -63,39 +64,33 @@ Handler = Callable[[Context, Mapping[str, Any]], Awaitable[Any]]
 
 @dataclass
 class _Limits:
-    """What one plugin may ask in a second, whatever number of connections it asks on."""
+    """Rates of one plugin, on all its connections together."""
 
-    calls: Budget = field(default_factory=lambda: Budget(RATE, BURST))
-    connects: Budget = field(default_factory=lambda: Budget(CONNECTS_A_SECOND, CONNECTS_AT_ONCE))
-    bytes: Budget = field(default_factory=lambda: Budget(BYTES_A_SECOND, BYTES_AT_ONCE))
+    calls: TokenBucket = field(default_factory=lambda: TokenBucket(RATE, BURST))
+    connects: TokenBucket = field(default_factory=lambda: TokenBucket(CONNECTS_A_SECOND, CONNECTS_AT_ONCE))
+    bytes: TokenBucket = field(default_factory=lambda: TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE))
     refused: int = 0
     reported: float = 0.0
 
 
 @dataclass(frozen=True)
 class ApiMethod:
-    """One method and the permission it needs; None needs none."""
+    """Method and the permission it needs; None needs none."""
 
     permission: str | None
     handler: Handler
 
 
-@dataclass
 class HostApi:
-    """Every method that plugins may call."""
+    """Methods that plugins may call, and the listeners that they call on."""
 
-    registry: Registry
-    audit: AuditClient
-    store: Store
-    logs: Logs
-    methods: dict[str, ApiMethod] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, registry: Registry, audit: AuditClient, store: Store, logs: Logs) -> None:
+        self._registry, self._audit, self._logs = registry, audit, logs
         self._limits: dict[str, _Limits] = {}
         self._listeners: dict[str, Acceptor] = {}
         self._connections: dict[str, set[_Connection]] = {}
-        kv = KeyValue(self.store)
-        self.methods |= {
+        kv = KeyValue(store)
+        self._methods = {
             "plugin.hello": ApiMethod(None, _hello),
             "whoami": ApiMethod(None, _whoami),
             "log.write": ApiMethod("log", self._log_write),
@@ -106,25 +101,25 @@ class HostApi:
         }
 
     def register(self, name: str, permission: str, handler: Handler) -> Callable[[], None]:
-        """Add a method of the platform's until the returned function is called; raises IsolatorError when taken."""
-        if name in self.methods:
+        """Add a method of the platform's until the returned function is called; raises IsolatorError if it exists."""
+        if name in self._methods:
             raise IsolatorError(f"method {name}", "is registered already", "one platform process serves each method")
-        method = self.methods[name] = ApiMethod(permission, handler)
+        method = self._methods[name] = ApiMethod(permission, handler)
 
         def remove() -> None:
-            if self.methods.get(name) is method:
-                del self.methods[name]
+            if self._methods.get(name) is method:
+                del self._methods[name]
 
         return remove
 
     def serve(self, name: str, run: str, listener: socket.socket) -> None:
-        """Accept the calls of one plugin's run; an earlier listener of the same plugin ends."""
+        """Accept the calls of a plugin's run; closes an earlier listener of the same plugin."""
         self.forget(name)
         limits = self.limits(name)
         self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits.bytes), limits.connects)
 
     def limits(self, name: str) -> _Limits:
-        """One plugin's limits, which a new run does not refill."""
+        """Return a plugin's limits, which a new run does not refill."""
         return self._limits.setdefault(name, _Limits())
 
     def forget(self, name: str) -> None:
@@ -141,11 +136,11 @@ class HostApi:
             self.forget(name)
 
     def admit(self, connection: _Connection, uid: int) -> str | None:
-        """Why a new connection is refused, or None."""
-        plugin = self.registry.get(connection.name)
+        """Count a new connection; returns why it is refused, or None."""
+        plugin = self._registry.get(connection.name)
         if plugin is None or plugin.uid != uid:
             refused = ApiCalled(method="connect", verdict="denied", uid=uid)
-            self.audit.record(refused, plugin=connection.name, run=connection.run)
+            self._audit.record(refused, plugin=connection.name, run=connection.run)
             return f"this socket belongs to {connection.name}; uid {uid} is not its user"
         open_now = self._connections.setdefault(connection.name, set())
         if len(open_now) >= CONNECTIONS:
@@ -154,27 +149,27 @@ class HostApi:
         return None
 
     def dropped(self, connection: _Connection) -> None:
-        """A connection is gone."""
+        """Uncount a closed connection."""
         self._connections.get(connection.name, set()).discard(connection)
 
     def breach(self, name: str, run: str | None, why: str) -> None:
-        """A plugin broke the protocol on one of its connections."""
-        self.audit.record(PluginHealth(ok=False, detail=f"protocol: {why}"), plugin=name, run=run)
+        """Record that a plugin broke the protocol on one of its connections."""
+        self._audit.record(PluginHealth(ok=False, detail=f"protocol: {why}"), plugin=name, run=run)
 
     async def call(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
-        """Answer one request: ``{"result": …}`` or ``{"error": {code, message, data}}``."""
+        """Answer a request: ``{"result": …}`` or ``{"error": {code, message, data}}``."""
         began = time.perf_counter_ns()
         verdict: ApiVerdict = "granted"
         permission = None
         try:
-            plugin = self.registry.get(name)
+            plugin = self._registry.get(name)
             if plugin is None:
                 raise ApiError(-32600, "the plugin is not registered")
             self._charge(name, run)
-            found = self.methods.get(method)
+            found = self._methods.get(method)
             if found is None:
                 verdict = "unknown"
-                raise ApiError(-32601, f"no method {method[:80]}", known=sorted(self.methods))
+                raise ApiError(-32601, f"no method {method[:80]}", known=sorted(self._methods))
             permission = found.permission
             granted = plugin.effective.permissions if plugin.effective is not None else ()
             if permission is not None and not any(covers_permission(g, permission) for g in granted):
@@ -196,14 +191,14 @@ class HostApi:
             answer = {"error": {"code": RETRY_LATER, "message": str(error), "data": {"retry_after_ms": 1000}}}
         latency = (time.perf_counter_ns() - began) // 1000
         called = ApiCalled(method=method[:80], permission=permission, verdict=verdict, latency_us=latency)
-        self.audit.record(called, plugin=name, run=run)
+        self._audit.record(called, plugin=name, run=run)
         return answer
 
     def _charge(self, name: str, run: str | None) -> None:
         now, limits = time.monotonic(), self.limits(name)
         if limits.refused and now - limits.reported >= 1.0:
             refused, limits.refused, limits.reported = limits.refused, 0, now
-            self.audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
+            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
         if not limits.calls.try_take():
             limits.refused += 1
             raise _Limited(f"more than {RATE:g} calls a second")
@@ -212,9 +207,9 @@ class HostApi:
         level, message = params.get("level", "info"), params.get("message")
         if level not in LEVELS or not isinstance(message, str):
             raise ApiError(-32602, f"log.write needs message (text) and level ({', '.join(LEVELS)})")
-        log = self.logs.of(context.plugin.name)
+        log = self._logs.of(context.plugin.name)
         data = message.encode("utf-8", "replace")[: 64 * 1024]
-        if log.allowance() < len(data):
+        if log.budget() < len(data):
             log.drop(len(data))
             raise ApiError(QUOTA_EXCEEDED, "more log than 1 MiB a second")
         log.keep(context.run, level, data)
@@ -222,31 +217,32 @@ class HostApi:
 
 
 def _not_permitted(plugin: Plugin, method: str, permission: str) -> ApiError:
-    """The refusal, with every line that it takes: a grant alone does nothing for what the manifest does not ask for."""
+    """Refuse, with every line that is missing: a grant alone does nothing if the manifest does not ask for it."""
     requested = plugin.manifest.core.permissions if plugin.manifest is not None else ()
-    asked = any(covers_permission(r, permission) for r in requested)
+    requests_it = any(covers_permission(r, permission) for r in requested)
     return ApiError(
         PERMISSION_DENIED,
-        f"{method} needs the permission {permission}" + ("" if asked else ", which the manifest does not ask for"),
+        f"{method} needs the permission {permission}"
+        + ("" if requests_it else ", which the manifest does not ask for"),
         permission=permission,
         grant=f'permissions = ["{permission}"]',
         policy=f"policies/{plugin.name}.toml [grant]",
-        **({} if asked else {"manifest": f'"permissions": ["{permission}"]'}),
+        **({} if requests_it else {"manifest": f'"permissions": ["{permission}"]'}),
     )
 
 
 class _Limited(Exception):
-    """Too many calls a second."""
+    """Call beyond the rate."""
 
 
 class KeyValue:
-    """A small private store per plugin: 1024 keys, 64 KiB a value, 1 MiB in all; a value may expire."""
+    """Small private store per plugin: 1024 keys, 64 KiB a value, 1 MiB in all; a value may expire."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     async def get(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
-        """``{key}`` → ``{value, found}``; the value is null when there is none."""
+        """Serve ``{key}`` → ``{value, found}``; the value is null when there is none."""
         where = (context.plugin.name, _key(params))
         row = self._store.read(
             lambda db: db.execute("SELECT value, expires FROM kv WHERE plugin=? AND key=?", where).fetchone()
@@ -255,7 +251,7 @@ class KeyValue:
         return {"value": json.loads(row[0]) if found else None, "found": found}
 
     async def set(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
-        """``{key, value, ttl?}`` (seconds); safe on disk when answered."""
+        """Serve ``{key, value, ttl?}`` → ``{}``; ``ttl`` in seconds. The answer means that the value is on disk."""
         name, key = context.plugin.name, _key(params)
         if "value" not in params:
             raise ApiError(-32602, "value is missing")
@@ -288,13 +284,13 @@ class KeyValue:
         return {}
 
     async def delete(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
-        """``{key}`` → ``{deleted}``."""
+        """Serve ``{key}`` → ``{deleted}``."""
         where = (context.plugin.name, _key(params))
         count = await self._store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=? AND key=?", where).rowcount)
         return {"deleted": bool(count)}
 
     async def list(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
-        """``{prefix?}`` → ``{keys}``, in order."""
+        """Serve ``{prefix?}`` → ``{keys}``, in order."""
         prefix = params.get("prefix", "")
         if not isinstance(prefix, str):
             raise ApiError(-32602, "prefix must be text")
@@ -309,12 +305,12 @@ class KeyValue:
 
 
 class _Connection(LineProtocol):
-    """One connection of a plugin to its host socket."""
+    """Connection of a plugin to its host socket."""
 
     limit = 256 * 1024
     write_high = 256 * 1024
 
-    def __init__(self, api: HostApi, name: str, run: str, budget: Budget) -> None:
+    def __init__(self, api: HostApi, name: str, run: str, budget: TokenBucket) -> None:
         super().__init__()
         self.name, self.run, self.budget = name, run, budget
         self._api = api

@@ -84,12 +84,12 @@ class PluginLifecycle:
         if current.state == "failed":
             # What failed may well have failed for want of it.
             await self.adopt((await self.link.enable(plugin.name))["plugin"])
-        self.dispatcher.plugin_news(plugin.name)
+        self.dispatcher.wake(plugin.name)
         if current.run is None:
             self.start_if_eager(self.registry.need(plugin.name))
             return False
         # Names only: the values come with the environment of the next start.
-        self.dispatcher.tell(plugin.name, "config.changed", {"keys": keys})
+        self.dispatcher.notify(plugin.name, "config.changed", {"keys": keys})
         await self.link.restart_run(plugin.name, "config")
         return True
 

@@ -1,1 +1,1 @@
-"""Ways to reach a sidecar."""
+"""Channels to a sidecar: one-shot and stream."""

@@ -1,9 +1,8 @@
-"""One-shot delivery: one connection, one write, one line or end of file back.
+"""One-shot channel: one connection, one write, one line or end of file back.
 
-The rules come from what fifty-line scripts really do (see docs/host-api.md): they receive once, so the request is one
+The rules come from the habits of fifty-line scripts (see docs/host-api.md): they receive once, so the request is one
 ``send``; they die of a connection that closes without a request, so a connection is only made when a request is ready
-to go; they serve one connection at a time. Nothing the peer sends is kept beyond 64 KiB, and nothing it does not
-send is waited for beyond the deadline.
+to go; they serve one connection at a time. Of a reply at most 64 KiB are kept, and none is awaited beyond the deadline.
 """
 
 from __future__ import annotations
@@ -16,29 +15,30 @@ from host.channel.reply import ONESHOT_REPLY, LostError
 
 
 class Exchange:
-    """One request on a fresh non-blocking connection and its reply, without a task or a stream object: the hot path.
+    """A request on a fresh non-blocking connection and its reply, without a task or a stream object: the hot path.
 
-    ``reply`` gets the reply's line, or LostError. Whoever made it calls ``close`` when done, before closing the socket.
+    ``reply`` gets the reply's line, or LostError. The caller ends the exchange with ``close``, before it closes the
+    socket.
     """
 
     def __init__(self, sock: socket.socket, request: bytes, timeout: float) -> None:
         self._loop = asyncio.get_running_loop()
         self.reply: asyncio.Future[bytes] = self._loop.create_future()
         self.sent_ns = 0
-        """When the request was sent, by ``time.perf_counter_ns``."""
+        """``time.perf_counter_ns`` when the request was sent."""
         self._sock, self._request, self._timeout = sock, request, timeout
         self._timer: asyncio.TimerHandle | None = None
         self._chunks: list[bytes] = []
         self._size = 0
 
     def send(self) -> None:
-        """Send the request and listen for the reply for at most ``timeout`` seconds; what goes wrong is the reply's."""
+        """Send the request and await the reply for at most ``timeout`` seconds; an error is set on ``reply``."""
         if self.reply.done():
             return
         self.sent_ns = time.perf_counter_ns()
         try:
-            # One write. A short one counts as sent: the plugin has read what came, and a second piece would be
-            # another message to it.
+            # One write. A short one counts as sent: the plugin has read that much, and a second piece would be another
+            # message to it.
             self._sock.send(self._request)
         except OSError as error:
             self._fail(f"the plugin closed the connection at once: {error.strerror}", crash=True)
@@ -48,7 +48,7 @@ class Exchange:
         self._timer = self._loop.call_later(self._timeout, self._fail, "no reply in time")
 
     def close(self) -> None:
-        """Listen no more, and send nothing that was not sent yet."""
+        """Await the reply no more; a request that was not sent yet never is."""
         self.reply.cancel()
         if self._timer is not None:
             self._timer.cancel()
@@ -86,9 +86,9 @@ class Exchange:
 
 async def exchange(sock: socket.socket, request: bytes, timeout: float) -> bytes:
     """Send one request and return the reply's line, in at most ``timeout`` seconds; raises LostError."""
-    one = Exchange(sock, request, timeout)
-    one.send()
+    pending = Exchange(sock, request, timeout)
+    pending.send()
     try:
-        return await one.reply
+        return await pending.reply
     finally:
-        one.close()
+        pending.close()

@@ -1,8 +1,8 @@
-"""How a request reaches a sidecar and what its answer means.
+"""Requests to a sidecar, and the outcomes that its replies mean.
 
 ``oneshot`` connects per event and sends one line; ``stream`` keeps one connection with many requests in flight. Both
 raise ``NotSentError`` when the plugin cannot have seen a byte (no attempt is counted) and ``LostError`` when it may
-have (the outcome is unknown: at least once means it is delivered again).
+have (the outcome is unknown: at least once means that the event is delivered again).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from host.events import EventType
 from host.queue.interface import Event
-from host.wire.strict import WireError, dumps, parse_object
+from host.wire.strict_json import WireError, dumps, parse_object
 
 ONESHOT_REQUEST = 4096
 """Bytes of a one-shot request, newline included: scripts of that kind call recv(4096) once."""
@@ -25,18 +25,18 @@ RETRY_LATER, PERMANENT, UNSUPPORTED_PROTOCOL, PAYLOAD_TOO_LARGE, DEADLINE_EXCEED
 BUSY, DUPLICATE, CONFIG_INVALID = range(-31006, -31009, -1)
 PERMISSION_DENIED, QUOTA_EXCEEDED = -31010, -31011
 
-# What no repetition mends: the standard "unknown method" and "bad params", and the plugin's own permanent refusals.
+# Errors that no repetition mends: "unknown method" and "bad params" of the standard, and permanent refusals.
 _PERMANENT = {PERMANENT, UNSUPPORTED_PROTOCOL, PAYLOAD_TOO_LARGE, CONFIG_INVALID, -32601, -32602}
 
 Kind = Literal["ok", "skipped", "retry", "busy", "rejected", "failed", "unknown"]
 
 
 class NotSentError(Exception):
-    """Nothing reached the plugin."""
+    """A request of which nothing reached the plugin."""
 
 
 class LostError(Exception):
-    """The request may have reached the plugin and no answer came; ``crash`` if the connection broke."""
+    """A request that may have reached the plugin and has no reply; ``crash`` if the connection broke."""
 
     def __init__(self, why: str, *, crash: bool = False) -> None:
         super().__init__(why)
@@ -45,7 +45,7 @@ class LostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one attempt came to. ``text`` is the plugin's answer, not yet redacted."""
+    """Outcome of an attempt; ``text`` is the plugin's reply, not yet redacted, ``size`` its bytes."""
 
     kind: Kind
     status: str | None = None
@@ -60,13 +60,13 @@ class Outcome:
 def build_params(
     event: Event, event_type: EventType | None, major: int, payload: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The payload as a plugin of that major knows it."""
+    """Build ``params``: the payload as a plugin of that major knows it."""
     fields = dict(payload) if payload is not None else parse_object(event.payload.encode())
     return event_type.translate(fields, major) if event_type is not None else fields
 
 
 def params_text(event: Event, event_type: EventType | None, major: int, meta: Mapping[str, Any] | None = None) -> str:
-    """The same as JSON, with ``_meta`` when given; an untranslated payload is taken as it was accepted."""
+    """Build ``params`` as JSON, with ``_meta`` if there is one; a payload that needs no translation is not parsed."""
     plain = event_type is None or major >= event_type.version
     body = event.payload if plain else dumps(build_params(event, event_type, major))
     if meta is None:
@@ -75,7 +75,7 @@ def params_text(event: Event, event_type: EventType | None, major: int, meta: Ma
 
 
 def meta_of(event: Event, attempt: int, timeout: float) -> dict[str, Any]:
-    """``params._meta`` of one attempt."""
+    """Build ``params._meta`` of an attempt; ``timeout`` in seconds."""
     meta: dict[str, Any] = {
         "id": event.id,
         "type": event.name,
@@ -91,7 +91,7 @@ def meta_of(event: Event, attempt: int, timeout: float) -> dict[str, Any]:
 def oneshot_request(
     event: Event, hook: str, event_type: EventType | None, *, attempt: int, timeout: float, major: int, meta: bool
 ) -> bytes | None:
-    """The one line to send, at most ``ONESHOT_REQUEST`` bytes; None if even the required fields do not fit.
+    """Build the line to send, at most ``ONESHOT_REQUEST`` bytes; None if even the required fields do not fit.
 
     ``_meta`` is dropped first, then the optional fields in the event's published order. The JSON-RPC id is always 1:
     there is one request per connection, and scripts that answer with a fixed id are many.
@@ -115,7 +115,7 @@ def oneshot_request(
 
 
 def read_reply(data: bytes, *, expect: object = 1) -> Outcome:
-    """The outcome that one reply means; anything that is not a JSON-RPC reply to our request is a failed attempt."""
+    """Read a reply; anything that is no JSON-RPC reply to our request is a failed attempt."""
     size, digest = len(data), hashlib.sha256(data).hexdigest()
     text = data.decode("utf-8", "replace")
     try:
@@ -129,7 +129,7 @@ def read_reply(data: bytes, *, expect: object = 1) -> Outcome:
 
 
 def interpret(message: Mapping[str, Any]) -> tuple[Kind, str | None, str | None, float | None]:
-    """(kind, status, detail, seconds to wait) of a JSON-RPC reply."""
+    """Interpret a JSON-RPC reply: (kind, status, detail, seconds to wait before the next attempt)."""
     error = message.get("error")
     if error is not None:
         return _interpret_error(error)

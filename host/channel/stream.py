@@ -1,10 +1,10 @@
 """Stream mode: one lasting connection, newline-delimited JSON-RPC 2.0 in both directions, many requests in flight.
 
 The host speaks first: ``host.hello`` with the protocol majors it knows, the plugin, its granted hooks and the limits.
-The plugin answers with the major it chose, what it handles and what it is capable of; a choice that was not offered
+The plugin answers with the major it chose, the hooks it handles and its capabilities; a choice that was not offered
 ends the connection with a reason. After that requests may be answered in any order. Their ids cannot be guessed, so
-a reply can only be to something that was asked: an unknown or repeated id, like any other breach, gets one clear
-error, is recorded, and ends the connection. Whatever was in flight then has an unknown outcome.
+every reply is to a request of ours: an unknown or repeated id, like any other breach, gets one clear error, is
+recorded, and ends the connection. Requests in flight then have an unknown outcome.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
-from host.wire.lines import Budget, LineProtocol
-from host.wire.strict import WireError, line, parse_object
+from host.wire.lines import LineProtocol
+from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
+from isolator.pacing import TokenBucket
 
 PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0
 BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
-"""What a plugin may send."""
+"""Limits of a plugin's sending."""
 CALLS_IN_FLIGHT = 32
 """Calls of the plugin to the host API that may be unanswered on this connection."""
 
 Call = Callable[[str, Any], Awaitable[dict[str, Any]]]
-"""Answers one request of the plugin's: (method, params) → ``{"result": …}`` or ``{"error": …}``."""
+"""Answers a request of the plugin's: (method, params) → ``{"result": …}`` or ``{"error": …}``."""
 Reply = asyncio.Future[tuple[dict[str, Any], bytes]]
-"""The message of a reply and its bytes."""
+"""Reply: the message and its bytes."""
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """What the plugin said about itself."""
+    """The plugin's answer to ``host.hello``."""
 
     protocol: str
     handles: frozenset[str]
@@ -44,18 +45,18 @@ class Greeting:
 
 
 class StreamConnection(LineProtocol):
-    """One connection to one run of a plugin; ``closed`` is set when it is over, ``why`` says why."""
+    """Connection to one run of a plugin; ``closed`` is set when it ends, ``why`` has the reason."""
 
     limit = STREAM_MESSAGE
     write_high = STREAM_MESSAGE
 
     def __init__(self, call: Call, breach: Callable[[str], None]) -> None:
         super().__init__()
-        self.budget = Budget(BYTES_A_SECOND, BYTES_AT_ONCE)
+        self.budget = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE)
         self.closed = asyncio.Event()
         self.why = ""
-        self._read = asyncio.Event()
-        self._read.set()
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._call = call
         self._breach = breach
         self._pending: dict[str, Reply] = {}
@@ -63,13 +64,13 @@ class StreamConnection(LineProtocol):
 
     @property
     def in_flight(self) -> int:
-        """Requests that are not answered yet."""
+        """Number of requests that are not answered yet."""
         return sum(1 for future in self._pending.values() if not future.done())
 
     async def request(self, method: str, params: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any], bytes]:
-        """Send one request and wait for its reply: the message and its bytes.
+        """Send a request and wait at most ``timeout`` seconds for its reply: the message and its bytes.
 
-        Raises NotSentError when the connection is already over, LostError afterwards.
+        Raises NotSentError when the connection has ended before, LostError when it ends later.
         """
         number = os.urandom(8).hex()
         reply: Reply = self._loop.create_future()
@@ -77,7 +78,7 @@ class StreamConnection(LineProtocol):
         return await reply
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
-        """Send a line that is a request at once; ``reply`` gets what ``request`` would return or raise."""
+        """Send the line of a request at once; ``reply`` gets the result or the error of ``request``."""
         if reply.done():
             return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
@@ -86,40 +87,40 @@ class StreamConnection(LineProtocol):
         self._pending[number] = reply
         self.transport.write(data)
         timer = self._loop.call_later(timeout, _expire, reply)
-        reply.add_done_callback(lambda _: self._settled(number, timer))
+        reply.add_done_callback(lambda _: self._reply_done(number, timer))
 
-    def _settled(self, number: str, timer: asyncio.TimerHandle) -> None:
+    def _reply_done(self, number: str, timer: asyncio.TimerHandle) -> None:
         timer.cancel()
         if number in self._pending and not self.closed.is_set():
-            # Given up. It stays among the pending: its reply may still come, and is no breach then.
+            # Cancelled. The request stays pending: its reply may still come, and is no breach then.
             self.notify("$/cancel", {"id": number})
             if len(self._pending) > 1000:
                 self.abort("too many requests were never answered")
 
-    async def read(self, timeout: float) -> None:
-        """Wait until the plugin has read what it was sent; one that does not in ``timeout`` seconds is cut off."""
-        if self._read.is_set():
+    async def writable(self, timeout: float) -> None:
+        """Wait until the plugin has read enough to be sent more; cut it off if that takes ``timeout`` seconds."""
+        if self._writable.is_set():
             return
         try:
             async with asyncio.timeout(timeout):
-                await self._read.wait()
+                await self._writable.wait()
         except TimeoutError:
             self.abort("it does not read what it is sent")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._read.clear()
+        self._writable.clear()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._read.set()
+        self._writable.set()
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
-        """Tell the plugin something that it does not answer."""
+        """Send a notification, which is never answered."""
         self.send(line({"jsonrpc": "2.0", "method": method, "params": params}))
 
     async def hello(self, *, plugin: Mapping[str, str], hooks: Iterable[str], limits: Mapping[str, Any]) -> Greeting:
-        """Agree on a protocol; raises NotSentError with the reason when there is none."""
+        """Agree on a protocol; raises NotSentError with the reason when that fails."""
         granted = list(hooks)
         offer = {
             "protocol": list(PROTOCOLS),
@@ -154,16 +155,16 @@ class StreamConnection(LineProtocol):
         )
 
     def abort(self, why: str, code: int = -32600) -> None:
-        """Say why, record it, close."""
+        """Send an error with the reason, record the breach, close."""
         if self.closed.is_set():
             return
         self.why = why
         self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": why}}))
         self._breach(why)
-        self._over()
+        self._end()
         self.close()
 
-    # What arrives
+    # Receiving
 
     def line_received(self, data: bytes) -> None:
         try:
@@ -172,9 +173,9 @@ class StreamConnection(LineProtocol):
             self.abort(str(error), error.code)
             return
         if "method" in message:
-            self._asked(message)
+            self._request_received(message)
         elif "result" in message or "error" in message:
-            self._answered(message, data)
+            self._reply_received(message, data)
         else:
             self.abort("a message is neither request nor reply")
 
@@ -184,9 +185,9 @@ class StreamConnection(LineProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.why = self.why or "the plugin closed the connection"
-        self._over()
+        self._end()
 
-    def _answered(self, message: dict[str, Any], data: bytes) -> None:
+    def _reply_received(self, message: dict[str, Any], data: bytes) -> None:
         number = message.get("id")
         future = self._pending.pop(number, None) if isinstance(number, str) else None
         if future is None:
@@ -194,7 +195,7 @@ class StreamConnection(LineProtocol):
         elif not future.done():
             future.set_result((message, data))
 
-    def _asked(self, message: dict[str, Any]) -> None:
+    def _request_received(self, message: dict[str, Any]) -> None:
         if len(self._tasks) >= CALLS_IN_FLIGHT:
             self.hold("calls in flight")
         task = asyncio.get_running_loop().create_task(self._serve(message))
@@ -211,9 +212,9 @@ class StreamConnection(LineProtocol):
         if message.get("id") is not None:
             self.send(line({"jsonrpc": "2.0", "id": message["id"], **answer}))
 
-    def _over(self) -> None:
+    def _end(self) -> None:
         self.closed.set()
-        self._read.set()
+        self._writable.set()
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
@@ -234,7 +235,7 @@ def _error_text(error: Any) -> str:
 
 
 async def open_stream(sock: socket.socket, call: Call, breach: Callable[[str], None]) -> StreamConnection:
-    """Speak stream mode on a connected socket, which is taken over."""
+    """Open a stream on a connected socket, which the connection then owns."""
     loop = asyncio.get_running_loop()
     _, connection = await loop.create_unix_connection(lambda: StreamConnection(call, breach), sock=sock)
     return connection

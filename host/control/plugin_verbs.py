@@ -26,7 +26,7 @@ from host.control.verbs import (
     StartedRun,
 )
 from host.delivery.dispatch import Dispatcher
-from host.plugins.logs import LAST_WORDS, UNREAD_LOG, Logs, bounded
+from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
@@ -77,7 +77,7 @@ class PluginVerbs:
             "hooks": sorted(plugin.hooks.values()),
             "config": config_items(self._config, plugin.name, manifest),
             "missing": self._config.missing(plugin.name, manifest) if manifest is not None else [],
-            "stderr": [text for _, text in log.last][-LAST_WORDS:],
+            "stderr": [text for _, text in log.stderr_tail][-STDERR_TAIL:],
             "log_bytes_dropped": log.dropped,
         }
 
@@ -89,7 +89,7 @@ class PluginVerbs:
         lines = log.read(request.lines)
         if request.follow:
             caller.narrow(UNREAD_LOG)
-            caller.on_close.append(log.follow(bounded(caller)))
+            caller.on_close.append(log.follow(bounded(caller.drained, caller.notify)))
         return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
 
     async def start(self, request: PluginStart, _: Caller) -> StartedRun:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from host.control.parameters import Request, Spec
 from host.wire.lines import LineProtocol
-from host.wire.strict import WireError, line, parse_object, peer_of
+from host.wire.strict_json import WireError, line, parse_object, peer_of
 from isolator.audit.schema import ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 

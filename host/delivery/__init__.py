@@ -1,1 +1,1 @@
-"""From the queue to the sidecar: workers, attempts, outcomes, health."""
+"""Delivery from the queue to the sidecar: workers, attempts, outcomes, health."""

@@ -1,7 +1,7 @@
-"""How an attempt begins: counted in the database and on record in the trail before its first byte is sent.
+"""Start of attempts: each is counted in the database and on record in the trail before its first byte is sent.
 
-So nothing is ever delivered more often than its attempts say, whoever is killed, and whatever a plugin does with an
-event is recorded after it. The attempts of all plugins that are ready in one turn of the event loop begin together:
+So nothing is ever delivered more often than its attempts count, whoever is killed, and a plugin's acts on an event are
+recorded after it. The attempts of all plugins that are ready in one turn of the event loop begin together:
 one transaction counts them, one packet hands their records over, and then all of them are written at once. An event
 for fifty plugins waits for each of these things once and not for each of them fifty times.
 """
@@ -13,15 +13,14 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from host.queue.interface import Delivery
-from host.queue.sqlite import SqliteQueue
+from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDispatched
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One delivery that is about to be tried; ``send`` writes the request at once and never raises."""
+    """A delivery that is about to be tried; ``send`` writes the request at once and never raises."""
 
     delivery: Delivery
     run: str
@@ -30,9 +29,9 @@ class Attempt:
 
 
 class Attempts:
-    """The attempts of all workers."""
+    """Begins the attempts of all workers; with ``wait_for_trail`` none is sent before the kernel holds its record."""
 
-    def __init__(self, queue: SqliteQueue, audit: AuditClient, *, wait_for_trail: bool) -> None:
+    def __init__(self, queue: Queue, audit: AuditClient, *, wait_for_trail: bool) -> None:
         self._queue, self._audit = queue, audit
         self._wait_for_trail = wait_for_trail
         self._loop = asyncio.get_running_loop()
@@ -41,14 +40,14 @@ class Attempts:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, attempt: Attempt) -> None:
-        """Have it counted, recorded and sent, in the loop's next turn if database and trail can be written."""
+        """Count, record and send an attempt, in the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
-        self.soon()
+        self.schedule()
 
-    def soon(self) -> None:
-        """Begin in the loop's next turn what has gathered by then.
+    def schedule(self) -> None:
+        """Begin in the loop's next turn the attempts that have gathered by then.
 
-        Called as workers are woken, that saves a turn: what they begin in the next one is sent in the same.
+        Called as workers are woken, that saves a turn: their attempts are sent in the turn in which they run.
         """
         if not self._scheduled:
             self._scheduled = True
@@ -90,7 +89,7 @@ class Attempts:
         )
 
     async def close(self) -> None:
-        """Begin no more; what was counted is an attempt of unknown outcome at the next start."""
+        """Begin no more; an attempt that was counted has an unknown outcome at the next start."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

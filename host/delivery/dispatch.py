@@ -1,52 +1,90 @@
-"""The workers by plugin: what one of them does is in ``worker``.
+"""Dispatcher: a worker per plugin.
 
-Workers share nothing but the event loop: a plugin that hangs, floods or crashes costs its own queue time and nobody
-else's.
+Workers share nothing but the event loop: a plugin that hangs, floods or crashes costs its own queue time alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from host.delivery.worker import Shared, Worker
-from host.plugins.registry import Plugin
+from host.delivery.attempts import Attempts
+from host.delivery.gate import DispatchGate
+from host.delivery.oneshot import OneshotDelivery
+from host.delivery.outcome import Outcomes
+from host.delivery.sidecar import SidecarLink
+from host.delivery.stream import HostApiCall, StreamDelivery
+from host.delivery.worker import Worker
+from host.events import Catalogue
+from host.plugins.registry import Plugin, Registry
+from host.plugins.secrets import Redactor
+from host.queue.interface import Queue
+from isolator.audit.client import AuditClient
+from isolator.ipc.channel import Channel
 
 
 class Dispatcher:
-    """The workers by plugin."""
+    """The workers by plugin; ``redactor`` gives a plugin's, ``api`` answers calls of stream plugins to the host API."""
 
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
+    def __init__(
+        self,
+        *,
+        supervisor: Channel,
+        queue: Queue,
+        attempts: Attempts,
+        gate: DispatchGate,
+        registry: Registry,
+        catalogue: Catalogue,
+        audit: AuditClient,
+        redactor: Callable[[str], Redactor],
+        api: HostApiCall,
+    ) -> None:
         self.workers: dict[str, Worker] = {}
+        self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
+        self._registry, self._catalogue, self._audit = registry, catalogue, audit
+        self._redactor, self._api = redactor, api
+
+    def _new_worker(self, name: str) -> Worker:
+        consumer = self._queue.consumer(name)
+        sidecar = SidecarLink(name, self._supervisor, self._audit)
+        outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts)
+        return Worker(
+            consumer,
+            self._registry,
+            self._gate,
+            sidecar,
+            outcomes,
+            OneshotDelivery(sidecar, outcomes, self._catalogue),
+            StreamDelivery(sidecar, outcomes, self._catalogue, self._api),
+        )
 
     def plugin_changed(self, plugin: Plugin) -> None:
-        """Make sure the plugin has a worker, and let it look again."""
+        """Make sure the plugin has a worker, and wake it."""
         worker = self.workers.get(plugin.name)
         if worker is None:
-            worker = self.workers[plugin.name] = Worker(self.shared, plugin.name)
+            worker = self.workers[plugin.name] = self._new_worker(plugin.name)
         if plugin.run is not None and plugin.state == "running":
             worker.run_started(plugin.run)
-        worker.news()
+        worker.wake()
 
-    def plugin_news(self, name: str) -> None:
-        """Something changed that may let a held worker go on."""
+    def wake(self, name: str) -> None:
+        """Let a worker that holds back try again: its obstacle may be cleared."""
         if name in self.workers:
-            self.workers[name].news()
+            self.workers[name].wake()
 
-    def tell(self, name: str, method: str, params: Mapping[str, Any]) -> None:
-        """See ``Worker.tell``."""
+    def notify(self, name: str, method: str, params: Mapping[str, Any]) -> None:
+        """See ``Worker.notify``."""
         if name in self.workers:
-            self.workers[name].tell(method, params)
+            self.workers[name].notify(method, params)
 
-    async def take_leave(self, name: str, run: str, reason: str) -> None:
-        """See ``Worker.take_leave``."""
+    async def drain(self, name: str, run: str, reason: str) -> None:
+        """See ``Worker.drain``."""
         if name in self.workers:
-            await self.workers[name].take_leave(run, reason)
+            await self.workers[name].drain(run, reason)
 
     async def plugin_removed(self, name: str) -> None:
-        """Stop its worker."""
+        """Stop the plugin's worker."""
         worker = self.workers.pop(name, None)
         if worker is not None:
             await worker.close()
@@ -62,9 +100,9 @@ class Dispatcher:
             self.workers[name].run_ended(run, expected=expected)
 
     def status(self, name: str) -> dict[str, Any]:
-        """What the worker is doing, for listings."""
+        """Return the worker's present step and its obstacle, for listings."""
         worker = self.workers.get(name)
-        return {"worker": worker.status if worker else None, "holding": worker.holding if worker else None}
+        return {"worker": worker.status if worker else None, "holding": worker.blocked_on if worker else None}
 
     async def close(self) -> None:
         """Stop every worker."""

@@ -1,9 +1,9 @@
-"""Is the sidecar well, and is it needed? One task per plugin that asks for either.
+"""Health and idleness of sidecars: one task per plugin that asks for either.
 
 Stream plugins are pinged every 30 s; three misses in a row restart the sidecar. One-shot plugins are pinged only when
 their manifest asks for it (a script that ignores ``method`` would act on a ping as on an event), never while a request
-is in flight, and any well-formed JSON-RPC reply is a pong. A plugin is never declared dead because *this* process
-slept: a round in which the clock moved much further than was waited for is void.
+is in flight, and any JSON object is a pong. A plugin is never declared dead because *this* process slept: a round in
+which the clock moved much further than the round's wait is void.
 
 A plugin with an idle time is stopped when it had nothing to do for that long; the next event starts it again.
 """
@@ -14,17 +14,15 @@ import asyncio
 import contextlib
 import time
 
-from host.channel.oneshot import exchange
 from host.channel.reply import LostError, NotSentError
 from host.delivery.worker import Worker
 from host.plugins.registry import Plugin, Registry
-from host.wire.strict import WireError, line, parse_object
+from host.wire.strict_json import WireError
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
 
-_PING = line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1})
 OVERSLEPT = 1.0
 """Seconds by which a round may be late before its result is void."""
 
@@ -76,7 +74,11 @@ class Watch:
         assert plugin.manifest is not None
         health, run = plugin.manifest.health, self._worker.run
         before, began = self._loop.time(), time.perf_counter_ns()
-        why = await self._ask(plugin, health.timeout)
+        why = None
+        try:
+            await self._worker.ping(plugin, health.timeout)
+        except (LostError, NotSentError, WireError) as error:
+            why = str(error)
         if self._worker.run != run or self._loop.time() - before > health.timeout + OVERSLEPT:
             return
         latency = (time.perf_counter_ns() - began) // 1000
@@ -92,33 +94,9 @@ class Watch:
             self._misses = 0
             await self._supervisor.call("run.restart", name=plugin.name, reason=f"{health.misses} pings were missed")
 
-    async def _ask(self, plugin: Plugin, timeout: float) -> str | None:
-        """Why there was no pong, or None."""
-        worker = self._worker
-        try:
-            if plugin.mode == "stream":
-                # A stream that nobody opened yet is nobody's to lose; one that has a request to answer has its
-                # deadline, and may well be too busy for a ping.
-                stream = worker.stream[1] if worker.stream is not None else None
-                if stream is not None and not stream.closed.is_set() and not stream.in_flight:
-                    await stream.request("ping", {}, timeout)
-                return None
-            if worker.busy:
-                return None
-            async with worker.turn:
-                sock, _ = await worker.connection(plugin)
-                with sock:
-                    reply = await exchange(
-                        sock, line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1}), timeout
-                    )
-            parse_object(reply)
-            return None
-        except (LostError, NotSentError, WireError) as error:
-            return str(error)
-
 
 def pings(plugin: Plugin) -> bool:
-    """Whether this plugin is pinged: as its manifest says, else stream plugins are."""
+    """Whether this plugin is pinged: as its manifest has it, by default only in stream mode."""
     if plugin.manifest is None:
         return False
     wanted = plugin.manifest.health.ping

@@ -1,7 +1,8 @@
-"""What becomes of an attempt: recorded in the trail and in the queue; who is to blame for a crash.
+"""Rules of delivery: which attempts count, when to try again, when to give up, when an event is quarantined.
 
-The one place that knows the rules of delivery: what counts as an attempt, when to try again, when to give up, and
-when an event is quarantined because the plugin dies of it.
+Each attempt's outcome is recorded in the trail and in the queue. An event that the plugin dies of is a poison message:
+two crashes that are attributed to it and it is quarantined. A crash is attributed to the request that was in flight
+alone; when several were, none is accused, but each of them is retried in isolation from then on.
 """
 
 from __future__ import annotations
@@ -13,39 +14,53 @@ from host.channel.reply import Outcome
 from host.delivery.attempts import Attempt, Attempts
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
-from host.queue.consumer import SqliteConsumer, backoff
-from host.queue.interface import Delivery, Result, State
+from host.queue.interface import RETRY_BACKOFF, Consumer, Delivery, Result, State
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
 
 CRASHES_TO_QUARANTINE = 2
 CRASH_WINDOW = 5.0
-"""Seconds within which a death of the sidecar is blamed on the attempt whose connection broke."""
+"""Seconds within which a death of the sidecar is attributed to the attempt whose connection broke before it."""
 STORED_REPLY = 4096
+"""Characters of a reply that are kept."""
 
 
 class Outcomes:
-    """The rules, for one plugin."""
+    """The outcomes of one plugin's attempts."""
 
     def __init__(
         self,
         name: str,
-        consumer: SqliteConsumer,
+        consumer: Consumer,
         audit: AuditClient,
         redactor: Callable[[str], Redactor],
         attempts: Attempts,
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
         self._attempts = attempts
-        self._died: set[str] = set()
-        self._suspect: tuple[str, Delivery, float] | None = None
         self._in_flight: dict[int, str] = {}
+        """Run by event number."""
         self._overlapped: set[int] = set()
-        self.careful: set[int] = set()
-        """Events that were in flight together when the plugin crashed: each goes alone until it is cleared."""
+        """Events in flight that were not alone all the time."""
+        self._died: set[str] = set()
+        """Runs that died while the host had their requests in flight."""
+        self._crash_candidate: tuple[str, Delivery, float] | None = None
+        """The run, the delivery that was alone in flight as its connection broke, and when that was."""
+        self._isolated_retries: dict[int, Delivery] = {}
+        """Deliveries that were in flight together when the plugin crashed, by event number."""
+
+    @property
+    def isolated_retries(self) -> bool:
+        """Whether each delivery has to go alone, as the plugin may die of one of those that are retried."""
+        while self._isolated_retries:
+            seq, delivery = next(iter(self._isolated_retries.items()))
+            if not delivery.final:
+                return True
+            del self._isolated_retries[seq]
+        return False
 
     def begin(self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None]) -> None:
-        """Begin an attempt: ``send`` is called when it may be written, and must not raise; ``concluded`` comes last."""
+        """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it."""
 
         def written() -> None:
             if self._in_flight:
@@ -55,10 +70,10 @@ class Outcomes:
 
         self._attempts.begin(Attempt(delivery, run, request, written))
 
-    def concluded(
+    def conclude(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
     ) -> None:
-        """An attempt ended; ``broken``: the connection did, which may mean that the plugin died of it."""
+        """End an attempt after ``latency`` µs; ``broken``: its connection broke, perhaps as the plugin died of it."""
         assert delivery.event is not None
         self._in_flight.pop(delivery.seq, None)
         alone = delivery.seq not in self._overlapped
@@ -84,25 +99,24 @@ class Outcomes:
         )
         if outcome.kind in ("ok", "skipped"):
             state: State = "ok" if outcome.kind == "ok" else "skipped"
-            self.careful.discard(delivery.seq)
-            self._consumer.done(delivery, Result(state, outcome.status, detail, reply, latency))
+            self._consumer.ack(delivery, Result(state, outcome.status, detail, reply, latency))
         elif outcome.kind == "rejected":
-            self.given_up(delivery, detail or "rejected by the plugin", outcome.status, reply, latency)
+            self.give_up(delivery, detail or "rejected by the plugin", outcome.status, reply, latency)
         else:
             self._try_again(
                 plugin, delivery, outcome, Result("retry", outcome.status or outcome.kind, detail, reply, latency)
             )
             if broken:
-                self._accuse(delivery, run, alone=alone)
+                self._attribute_crash(delivery, run, alone=alone)
         if not self._in_flight:
             self._died.clear()
 
-    def refused(self, plugin: Plugin, delivery: Delivery, why: str) -> None:
-        """Nothing was sent, and it counts as an attempt all the same."""
+    def refuse(self, plugin: Plugin, delivery: Delivery, why: str) -> None:
+        """Count an attempt although nothing was sent."""
         delivery.attempts += 1
         self._try_again(plugin, delivery, Outcome("failed"), Result("retry", "refused", why))
 
-    def given_up(
+    def give_up(
         self,
         delivery: Delivery,
         why: str,
@@ -110,48 +124,46 @@ class Outcomes:
         reply: str | None = None,
         latency: int | None = None,
     ) -> None:
-        """A dead letter."""
-        self.careful.discard(delivery.seq)
-        self._consumer.done(delivery, Result("dead", status, why, reply, latency))
+        """Make the delivery a dead letter."""
+        self._consumer.term(delivery, Result("dead", status, why, reply, latency))
         self._record_end(EventDead, delivery, why)
 
     def run_died(self, run: str) -> None:
-        """The sidecar ended and nobody wanted that."""
+        """Attribute an unexpected end of the sidecar to the delivery that caused it, now or once it has concluded."""
         if run in self._in_flight.values():
             self._died.add(run)
-        elif self._suspect is not None and self._suspect[0] == run:
-            _, delivery, at = self._suspect
+        elif self._crash_candidate is not None and self._crash_candidate[0] == run:
+            _, delivery, at = self._crash_candidate
             if asyncio.get_running_loop().time() - at < CRASH_WINDOW:
-                self._blame(delivery)
-        self._suspect = None
+                self._count_crash(delivery)
+        self._crash_candidate = None
 
     def _try_again(self, plugin: Plugin, delivery: Delivery, outcome: Outcome, result: Result) -> None:
         wait = outcome.retry_after
         if outcome.kind == "busy":
             delivery.attempts -= 1
-            self._consumer.again(delivery, result, delay=1.0 if wait is None else wait)
+            self._consumer.nak(delivery, result, delay=1.0 if wait is None else wait)
         elif delivery.attempts >= plugin.attempts:
             why = f"{delivery.attempts} attempts failed; the last: {result.detail or result.status}"
-            self.given_up(delivery, why, result.status, result.reply, result.latency_us)
+            self.give_up(delivery, why, result.status, result.reply, result.latency_us)
         else:
-            self._consumer.again(delivery, result, delay=backoff(delivery.attempts) if wait is None else wait)
+            pause = RETRY_BACKOFF.after(delivery.attempts - 1) if wait is None else wait
+            self._consumer.nak(delivery, result, delay=pause)
 
-    def _accuse(self, delivery: Delivery, run: str, *, alone: bool) -> None:
+    def _attribute_crash(self, delivery: Delivery, run: str, *, alone: bool) -> None:
         if not alone:
-            # Several were in flight and one of them may be the culprit: from now on each is tried alone.
-            self.careful.add(delivery.seq)
+            self._isolated_retries[delivery.seq] = delivery
         elif run in self._died:
-            self._blame(delivery)
+            self._count_crash(delivery)
         else:
-            self._suspect = (run, delivery, asyncio.get_running_loop().time())
+            self._crash_candidate = (run, delivery, asyncio.get_running_loop().time())
 
-    def _blame(self, delivery: Delivery) -> None:
-        self._consumer.note_crash(delivery)
-        if delivery.crashes >= CRASHES_TO_QUARANTINE:
+    def _count_crash(self, delivery: Delivery) -> None:
+        self._consumer.count_crash(delivery)
+        if delivery.crashes >= CRASHES_TO_QUARANTINE and not (delivery.taken or delivery.final):
             why = f"the plugin crashed {delivery.crashes} times while handling it"
-            if self._consumer.cancel(delivery.seq, Result("quarantined", detail=why)) is not None:
-                self.careful.discard(delivery.seq)
-                self._record_end(EventQuarantined, delivery, why)
+            self._consumer.term(delivery, Result("quarantined", detail=why))
+            self._record_end(EventQuarantined, delivery, why)
 
     def _record_end(self, kind: type[EventDead | EventQuarantined], delivery: Delivery, why: str) -> None:
         self._audit.record(

@@ -1,1 +1,1 @@
-"""Plugins as the host knows them: registry, manifest, config and secrets, logs."""
+"""Plugins on the host's side: registry, manifest, config and secrets, logs."""

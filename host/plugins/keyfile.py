@@ -1,4 +1,4 @@
-"""The keys that config is sealed with: a file beside the database, of the host's user and readable by nobody else."""
+"""Key file: the keys that config is sealed with, beside the database, readable by the host's user alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from isolator.errors import IsolatorError
 
 
 class KeyFile:
-    """The host's keys, newest first; the file is made on first use and never readable by anyone else."""
+    """The host's keys, newest first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class KeyFile:
         self.keys = keys
 
     def seal(self, plugin: str, key: str, value: str) -> bytes:
-        """Encrypt one value for one place."""
+        """Encrypt a value; it opens only under the same plugin and key name."""
         nonce = os.urandom(12)
         return _key_id(self.keys[0]) + nonce + AESGCM(self.keys[0]).encrypt(nonce, value.encode(), _place(plugin, key))
 

@@ -1,9 +1,9 @@
-"""The sidecars' stdout and stderr: read, cut, redacted, stored, never a reason to wait or to grow.
+"""Logs of sidecars: stdout and stderr are read, cut, redacted, stored, and never a reason to wait or to grow.
 
-Each pipe is read whenever there is something in it. Lines are cut at 64 KiB. A plugin may write 1 MiB a second (both
-pipes together); what exceeds that is counted and thrown away without being looked at: the pipe is then emptied in
-the kernel (``splice`` to ``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing and the
-plugin's own writes are what slows down. The count appears in the log as a line of its own.
+Each pipe is read whenever it holds data. Lines are cut at 64 KiB. A plugin may write 1 MiB a second (both pipes
+together); the excess is counted and dropped unread: the pipe is then emptied in the kernel (``splice`` to
+``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing and slows the plugin's own writes
+down. The count appears in the log as a line of its own.
 
 Stored as JSON lines ``{"time","run","stream","line"}`` in one file per plugin, rotated at 4 MiB, three kept.
 """
@@ -16,63 +16,58 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from host.plugins.secrets import Redactor
-from host.wire.strict import dumps
+from host.wire.strict_json import dumps
 from isolator.audit.client import utc_now
 
 MAX_LINE = 64 * 1024
 RATE = 1 << 20
-"""Bytes kept per plugin and second."""
+"""Bytes kept per plugin and second.
+
+Seconds begin with a full budget (no token bucket: its trickle would let a flood in by a few bytes a read).
+"""
 FLOOD_BEAT = 0.01
 ROTATE_AT, KEPT = 4 << 20, 3
 _SPLICE = 1 << 20
 UNREAD_LOG = 1 << 18
-"""Bytes that wait for who follows a log and does not read it."""
-LAST_WORDS, LAST_WORD, LAST_WORDS_SECONDS = 5, 400, 0.5
-"""Lines of stderr that are told when a run has ended, their length, and the patience with a pipe that has no end."""
+"""Bytes that wait for a follower of a log that does not read it."""
+STDERR_TAIL = 5
+"""Lines of stderr that are reported when a run has ended."""
+_TAIL_LINE, _TAIL_SECONDS = 400, 0.5
+"""Characters of such a line, and the wait for the end of the pipe."""
 
 Follower = Callable[[dict[str, Any]], None]
 
 
-class Reader(Protocol):
-    """The part of ``host.control.server.Caller`` that a follower needs."""
-
-    @property
-    def drained(self) -> asyncio.Event: ...
-
-    @property
-    def notify(self) -> Callable[[str, Mapping[str, Any]], None]: ...
-
-
-def bounded(reader: Reader) -> Follower:
-    """A follower that passes lines on, but for those that come while the ones before are unread: they are counted."""
+def bounded(drained: asyncio.Event, notify: Callable[[str, Mapping[str, Any]], None]) -> Follower:
+    """Make a follower that sends lines by ``notify``; while ``drained`` is not set it only counts them."""
     unread = 0
 
-    def tell(entry: dict[str, Any]) -> None:
+    def follow(entry: dict[str, Any]) -> None:
         nonlocal unread
-        if not reader.drained.is_set():
+        if not drained.is_set():
             unread += 1
             return
         if unread:
-            reader.notify("log", {**entry, "stream": "isolator", "line": f"[{unread} lines dropped: read too slowly]"})
+            notify("log", {**entry, "stream": "isolator", "line": f"[{unread} lines dropped: read too slowly]"})
             unread = 0
-        reader.notify("log", entry)
+        notify("log", entry)
 
-    return tell
+    return follow
 
 
 class PluginLog:
-    """One plugin's log: its file, its budget, those who follow it."""
+    """Log of one plugin: its file, its budget, its followers."""
 
     def __init__(self, folder: Path, name: str, redactor: Callable[[str], Redactor]) -> None:
         self.name = name
         self.path = folder / f"{name}.log"
         self.dropped = 0
-        """Bytes thrown away since the host started."""
-        self.last: deque[tuple[str | None, str]] = deque(maxlen=20)
-        """The newest lines of stderr, each with its run, for the cause of a crash."""
+        """Bytes dropped since the host started."""
+        self.stderr_tail: deque[tuple[str | None, str]] = deque(maxlen=20)
+        """(run, line) of the newest lines of stderr, for the cause of a crash."""
         self._redactor = redactor
         self._followers: set[Follower] = set()
         self._budget, self._second = RATE, 0.0
@@ -86,8 +81,8 @@ class PluginLog:
         self._followers.add(follower)
         return lambda: self._followers.discard(follower)
 
-    def allowance(self) -> int:
-        """Bytes that may still be kept in this second."""
+    def budget(self) -> int:
+        """Return the bytes that may still be kept in this second."""
         now = self._loop.time()
         if now - self._second >= 1.0:
             self._second, self._budget = now, RATE
@@ -101,16 +96,16 @@ class PluginLog:
         self._budget -= len(line) + 1
         text = self._redactor(self.name)(line.decode("utf-8", "replace"))
         if stream == "stderr":
-            self.last.append((run, text[:LAST_WORD]))
+            self.stderr_tail.append((run, text[:_TAIL_LINE]))
         self._store(run, stream, text)
 
     def drop(self, count: int) -> None:
-        """Count bytes that were thrown away."""
+        """Count bytes that are dropped."""
         self.dropped += count
         self._unreported += count
 
     def read(self, limit: int) -> list[bytes]:
-        """The last ``limit`` stored lines, as JSON."""
+        """Read the last ``limit`` stored lines, as JSON."""
         lines: deque[bytes] = deque(maxlen=limit)
         for path in (*reversed([self._old(n) for n in range(1, KEPT)]), self.path):
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -156,12 +151,12 @@ class PluginLog:
 
 
 class _Pipe:
-    """One read end; owns its descriptor."""
+    """Read end of a pipe; owns its descriptor. ``on_close`` is called when it has ended or been closed."""
 
     def __init__(
-        self, log: PluginLog, run: str, stream: str, fd: int, null: int, gone: Callable[[_Pipe], None]
+        self, log: PluginLog, run: str, stream: str, fd: int, null: int, on_close: Callable[[_Pipe], None]
     ) -> None:
-        self._log, self._fd, self._null, self._gone = log, fd, null, gone
+        self._log, self._fd, self._null, self._on_close = log, fd, null, on_close
         self.run, self.stream = run, stream
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -171,13 +166,13 @@ class _Pipe:
         self._loop.add_reader(fd, self._readable)
 
     def _readable(self) -> None:
-        allowed = self._log.allowance()
-        if allowed <= 0:
+        budget = self._log.budget()
+        if budget <= 0:
             self._loop.remove_reader(self._fd)
             self._flooded()
             return
         try:
-            chunk = os.read(self._fd, min(MAX_LINE, allowed))
+            chunk = os.read(self._fd, min(MAX_LINE, budget))
         except BlockingIOError:
             return
         except OSError:
@@ -199,9 +194,9 @@ class _Pipe:
             yield line[:MAX_LINE]
 
     def _flooded(self) -> None:
-        """Empty the pipe unseen, once per beat, until there is an allowance again."""
+        """Empty the pipe unread, once per beat, until there is a budget again."""
         self._beat = None
-        if self._log.allowance() > 0:
+        if self._log.budget() > 0:
             self._loop.add_reader(self._fd, self._readable)
             return
         try:
@@ -214,7 +209,7 @@ class _Pipe:
             self.close()
             return
         if count > 0:
-            # The line that was begun is not the line that will end.
+            # Bytes were lost in the middle of the line that had begun.
             self._log.drop(count + len(self._partial))
             self._partial.clear()
         self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
@@ -231,11 +226,11 @@ class _Pipe:
             self._log.keep(self.run, self.stream, bytes(self._partial))
             self._partial.clear()
         self.ended.set()
-        self._gone(self)
+        self._on_close(self)
 
 
 class Logs:
-    """Every plugin's log."""
+    """Logs of all plugins."""
 
     def __init__(self, folder: Path, redactor: Callable[[str], Redactor]) -> None:
         self._folder = folder
@@ -245,36 +240,36 @@ class Logs:
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def of(self, name: str) -> PluginLog:
-        """The log of one plugin."""
+        """Return the log of one plugin."""
         log = self._logs.get(name)
         if log is None:
             log = self._logs[name] = PluginLog(self._folder, name, self._redactor)
         return log
 
-    async def last_words(self, name: str, run: str) -> list[str]:
-        """The last lines that a run which has ended wrote to stderr, once its pipe is read to the end."""
+    async def stderr_tail(self, name: str, run: str) -> list[str]:
+        """Return the last lines that an ended run wrote to stderr, once its pipe is read to the end."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORDS_SECONDS):
+            async with asyncio.timeout(_TAIL_SECONDS):
                 for pipe in [p for p in self._pipes.get(name, ()) if (p.run, p.stream) == (run, "stderr")]:
                     await pipe.ended.wait()
-        return [text for of, text in self.of(name).last if of == run][-LAST_WORDS:]
+        return [line for of, line in self.of(name).stderr_tail if of == run][-STDERR_TAIL:]
 
     def attach(self, name: str, run: str, stdout: int, stderr: int) -> None:
-        """Read the two pipes of a new run; takes over the descriptors."""
+        """Read the two pipes of a new run; owns the descriptors from then on."""
         log = self.of(name)
         pipes = self._pipes.setdefault(name, set())
         for stream, fd in (("stdout", stdout), ("stderr", stderr)):
             pipes.add(_Pipe(log, run, stream, fd, self._null, pipes.discard))
 
     def remove(self, name: str) -> None:
-        """Forget a removed plugin."""
+        """Delete the log of a removed plugin."""
         for pipe in list(self._pipes.pop(name, ())):
             pipe.close()
         self.of(name).remove()
         del self._logs[name]
 
     def close(self) -> None:
-        """Close everything."""
+        """Close every pipe and file."""
         for pipes in self._pipes.values():
             for pipe in list(pipes):
                 pipe.close()

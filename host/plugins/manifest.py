@@ -1,4 +1,4 @@
-"""The whole manifest: what the supervisor reads of it (``ManifestCore``) and what only the host needs.
+"""Whole manifest: the part that the supervisor reads (``ManifestCore``) and the part that only the host needs.
 
 The core decides about security and is parsed by the supervisor too, with the same code; here ``transport``,
 ``delivery``, ``activation``, ``health`` and ``config_schema`` are read as strictly, because a typo in any of them
@@ -26,8 +26,8 @@ MAX_CONFIG = 96 * 1024
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
-# Names that decide how a program is loaded, found or resolved, or that belong to the cage. A config value under one
-# of these would be code execution or a lie about the cage, so they are refused in either spelling.
+# Names that decide how a program is loaded, found or resolved, or that belong to the cage. A config value of such a
+# name would be code execution or a lie about the cage, so it is refused in either spelling.
 _RESERVED = re.compile(
     r"PATH|HOME|LANG|TZ|TMPDIR|SHELL|USER|LOGNAME|PWD|OLDPWD|IFS|ENV|BASH_ENV|SHELLOPTS|BASHOPTS|PS4|"
     r"CDPATH|PROMPT_COMMAND|NODE_OPTIONS|NODE_PATH|NODE_EXTRA_CA_CERTS|GCONV_PATH|LOCPATH|NLSPATH|"
@@ -39,21 +39,21 @@ _RESERVED = re.compile(
 
 
 class ConfigField(Frozen):
-    """One entry of ``config_schema``."""
+    """Entry of ``config_schema``."""
 
     key: str
     type: ConfigType = "string"
     required: bool = False
     secret: bool = False
     default: str | None = None
-    """As text, the way it is injected."""
+    """The text that is injected."""
     values: tuple[str, ...] = ()
     """The choices of an enum."""
     description: str = ""
 
 
 class Transport(Frozen):
-    """How requests reach the sidecar; declared, never probed."""
+    """``transport``: how requests reach the sidecar. Declared, never probed."""
 
     mode: Literal["oneshot", "stream"] = "oneshot"
     meta: Literal["fit", "never"] = "fit"
@@ -63,17 +63,17 @@ class Transport(Frozen):
 
 
 class DeliverySpec(Frozen):
-    """What the author asks of delivery; the operator's figures are in the effective policy."""
+    """``delivery``: the author's wishes; the operator's figures are in the effective policy."""
 
     order_by: str | None = None
-    """None: as the event says; ``none``: no order; else a payload field."""
+    """None: the event type's order; ``none``: no order; else a payload field."""
     concurrency: int = 16
     """Stream mode: keys in parallel."""
     expires: float | None = None
 
 
 class Activation(Frozen):
-    """When the sidecar starts and stops by itself."""
+    """``activation``: when the sidecar starts and stops by itself."""
 
     start: Literal["lazy", "eager"] = "lazy"
     idle: float | None = None
@@ -81,7 +81,7 @@ class Activation(Frozen):
 
 
 class Health(Frozen):
-    """``ping`` None: the mode's default (stream: yes, oneshot: no)."""
+    """``health``: pings; ``ping`` None is the mode's default (stream: yes, oneshot: no)."""
 
     ping: bool | None = None
     interval: float = 30.0
@@ -90,7 +90,7 @@ class Health(Frozen):
 
 
 class Manifest(Frozen):
-    """A whole ``plugin.json``."""
+    """Whole ``plugin.json``."""
 
     core: ManifestCore
     transport: Transport = Transport()
@@ -98,26 +98,26 @@ class Manifest(Frozen):
     activation: Activation = Activation()
     health: Health = Health()
     config: tuple[ConfigField, ...] | None = None
-    """None: no schema, so any key given at registration is an implicit secret string."""
+    """None: no schema, so any key that comes with the registration is an implicit secret string."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is odd but harmless, one line each."""
+        """Oddities that do no harm, one line each."""
         return tuple(f'unknown key "{key}" is ignored' for key in self.core.extra)
 
     def field(self, key: str) -> ConfigField | None:
-        """The schema's entry for a key."""
+        """Find the schema's entry for a key."""
         return next((field for field in self.config or () if field.key == key), None)
 
 
 def parse(text: bytes, *, name: str = MANIFEST_NAME) -> Manifest:
-    """Parse a whole manifest; raises UsageError with file, line, key and what to do."""
+    """Parse a whole manifest; raises UsageError with file, line, key and a remedy."""
     data, lines = load_json_with_lines(text, max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=name)
     return from_data(data, lines=lines, name=name)
 
 
 def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, name: str = MANIFEST_NAME) -> Manifest:
-    """As ``parse`` for an object that is already parsed; without ``lines`` errors name keys only."""
+    """Read a manifest from parsed JSON; without ``lines`` errors name keys only. Raises UsageError."""
     where = dict(lines or {})
     core = parse_manifest(data, lines=where, name=name)
     top = Table(data, name=name, lines=where)
@@ -132,14 +132,14 @@ def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, n
 
 
 def environment_names(key: str) -> tuple[str, ...]:
-    """The variables a config key is injected under: as spelled, and in UPPER_SNAKE."""
+    """Variables that a config key is injected as: in its own spelling, and in UPPER_SNAKE."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
     upper = re.sub(r"[^A-Z0-9_]", "_", snake.upper())
     return (key,) if upper == key else (key, upper)
 
 
 def check_key(key: str) -> str:
-    """A config key that can be a variable; raises ValueError for a bad or reserved one."""
+    """Check that a config key can be a variable; raises ValueError for a bad or reserved one."""
     if not _KEY.fullmatch(key):
         raise ValueError("must be letters, digits, '_', '-' or '.', starting with a letter")
     for variable in environment_names(key):
@@ -149,34 +149,34 @@ def check_key(key: str) -> str:
 
 
 def check_value(field: ConfigField, text: str) -> str:
-    """A config value as it will be injected; raises UsageError."""
+    """Check a config value and return the text that is injected; raises UsageError."""
     limit = MAX_FILE if field.type == "file" else MAX_VALUE
-    what = f"config {field.key}"
+    subject = f"config {field.key}"
     if len(text.encode("utf-8", "surrogateescape")) > limit:
-        raise UsageError(what, f"is longer than {limit} bytes")
+        raise UsageError(subject, f"is longer than {limit} bytes")
     if "\0" in text:
-        raise UsageError(what, "contains a NUL character")
+        raise UsageError(subject, "contains a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(what, "is not valid UTF-8") from None
+        raise UsageError(subject, "is not valid UTF-8") from None
     if field.type == "file":
         return text
     text = text.removesuffix("\n")
     if "\n" in text or "\r" in text:
-        raise UsageError(what, "contains a line break", 'declare it as {"type": "file"}')
+        raise UsageError(subject, "contains a line break", 'declare it as {"type": "file"}')
     if field.type == "integer" and not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        raise UsageError(what, "must be a whole number")
+        raise UsageError(subject, "must be a whole number")
     if field.type == "number" and not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
-        raise UsageError(what, "must be a number")
+        raise UsageError(subject, "must be a number")
     if field.type == "boolean":
         truth = {"true": "true", "1": "true", "yes": "true", "on": "true"}
         truth |= {"false": "false", "0": "false", "no": "false", "off": "false"}
         if text.lower() not in truth:
-            raise UsageError(what, "must be true or false")
+            raise UsageError(subject, "must be true or false")
         text = truth[text.lower()]
     if field.type == "enum" and text not in field.values:
-        raise UsageError(what, "must be one of " + ", ".join(field.values))
+        raise UsageError(subject, "must be one of " + ", ".join(field.values))
     return text
 
 

@@ -1,8 +1,8 @@
-"""Which plugins there are, as the supervisor says; what the host knows about each; who gets which event.
+"""Registry: the supervisor's plugin entries, parsed, and the subscribers of each event.
 
 The supervisor is the source of truth. The host keeps one row per name so that, after a time when it was not
-running, it can tell a plugin it knows from a new one of the same name: config and queue of a removed plugin must never
-reach another that takes its name.
+running, it can distinguish a plugin it knows from a new one of the same name: config and queue of a removed plugin must
+never reach another that takes its name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_ORDER = "none"
 
 @dataclass(frozen=True)
 class Plugin:
-    """One plugin entry of the supervisor, parsed; ``raw`` is the entry itself."""
+    """Plugin entry of the supervisor, parsed; ``raw`` is the entry itself."""
 
     name: str
     version: str
@@ -41,7 +41,7 @@ class Plugin:
     manifest: Manifest | None
     raw: dict[str, Any] = field(repr=False)
     hooks: Mapping[str, str] = field(default_factory=dict)
-    """Canonical event name → the spelling the plugin subscribed by."""
+    """Canonical event name → the spelling that the plugin subscribed with."""
 
     @property
     def versions(self) -> set[str]:
@@ -68,7 +68,7 @@ class Plugin:
 
 
 class Registry:
-    """The plugins of this daemon by name."""
+    """Plugins of this daemon by name."""
 
     def __init__(self, catalogue: Catalogue, store: Store) -> None:
         self._catalogue = catalogue
@@ -80,18 +80,18 @@ class Registry:
         return iter(list(self._plugins.values()))
 
     def get(self, name: str) -> Plugin | None:
-        """The plugin of that name, or None."""
+        """Find a plugin by name."""
         return self._plugins.get(name)
 
     def need(self, name: str) -> Plugin:
-        """The plugin of that name; raises NotFoundError."""
+        """Find a plugin by name; raises NotFoundError."""
         plugin = self._plugins.get(name)
         if plugin is None:
             raise NotFoundError(f"plugin {name}", "is not registered", "see 'isolator plugin list'")
         return plugin
 
     def put(self, entry: Mapping[str, Any]) -> Plugin:
-        """Take over one entry of the supervisor's."""
+        """Add or replace a plugin, from an entry of the supervisor's."""
         plugin = self._parse(dict(entry))
         self._plugins[plugin.name] = plugin
         self._subscribe()
@@ -106,13 +106,13 @@ class Registry:
         return plugin
 
     def remove(self, name: str) -> None:
-        """The supervisor removed it."""
+        """Remove a plugin."""
         self._plugins.pop(name, None)
         self._subscribe()
         self._store.submit(lambda db: db.execute("DELETE FROM plugins WHERE name=?", (name,)))
 
     def note_run(self, name: str, *, run: str | None, pid: int | None, state: str) -> None:
-        """A sidecar started or ended."""
+        """Note that a sidecar has started or ended."""
         plugin = self._plugins.get(name)
         if plugin is not None:
             raw = {**plugin.raw, "run": run, "pid": pid, "state": state}
@@ -120,11 +120,11 @@ class Registry:
             self._subscribe()
 
     def known(self) -> set[str]:
-        """Names that have a row, registered at present or not."""
+        """Return the names that have a row, registered at present or not."""
         return {name for (name,) in self._store.read(lambda db: db.execute("SELECT name FROM plugins").fetchall())}
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
-        """Who gets this event, each with the key that orders it there."""
+        """Find the plugins that get this event, each with the key that orders it there."""
         found = []
         for plugin in self._subscribers.get(event_type.name, ()):
             order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
@@ -137,7 +137,7 @@ class Registry:
         subscribers: dict[str, list[Plugin]] = {}
         for plugin in self._plugins.values():
             # A plugin that waits for approval has been granted nothing yet; one that is stopped, failed or disabled
-            # keeps its subscription: what it misses waits for it.
+            # keeps its subscription: its events wait for it.
             if plugin.state in ("pending", "rejected"):
                 continue
             for event in plugin.hooks:
@@ -172,7 +172,7 @@ class Registry:
 
 
 def _manifest_of(entry: Mapping[str, Any]) -> tuple[Manifest | None, str | None]:
-    """The entry's manifest, or why it cannot be read."""
+    """Parse the entry's manifest: (manifest, None) or (None, why it cannot be read)."""
     if not entry.get("manifest"):
         return None, None
     try:
@@ -182,7 +182,7 @@ def _manifest_of(entry: Mapping[str, Any]) -> tuple[Manifest | None, str | None]
 
 
 def load_event_types(store: Store) -> list[tuple[str, dict[str, Any], str | None, int]]:
-    """The platform's own events as they were registered: name, JSON Schema, order_by, version."""
+    """Load the platform's registered events: (name, JSON Schema, order_by, version) of each."""
 
     def query(db: sqlite3.Connection) -> list[tuple[str, dict[str, Any], str | None, int]]:
         rows = db.execute("SELECT name, schema, order_by, version FROM event_types").fetchall()

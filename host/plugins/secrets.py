@@ -5,9 +5,9 @@ Each value is sealed with AES-256-GCM under a key that lies beside the database 
 not open. ``rotate`` keeps old and new key in the file until every row is sealed with the new one, so that a crash at
 any instant leaves all rows readable.
 
-Values given with an update belong to that version until it has proved itself: they are kept apart under its digest,
-count while it is the version in use, and become the plugin's config when it is settled. When it fails or is never
-approved, the config is what it was before, whoever was killed meanwhile.
+Values that come with an update belong to that version until it has proved itself: they are kept apart under its
+digest, count while it is the version in use, and become the plugin's config when it is confirmed. When it fails or is
+never approved, the config is as before, whoever was killed meanwhile.
 
 Redaction is by value: wherever text of a plugin is stored or shown, each secret value (of at least four characters),
 as it is, JSON-escaped, percent-encoded or base64-encoded, becomes ``[redacted]``. That protects from accidents; a
@@ -62,7 +62,7 @@ class Redactor:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a sidecar gets of its config; ``secrets`` are the names of the variables that hold secrets."""
+    """Config as a sidecar gets it; ``secrets`` are the names of the variables that hold secrets."""
 
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class ConfigItem:
-    """One line of a listing; ``value`` is None for secrets, always."""
+    """Line of a listing; ``value`` is None for secrets, always."""
 
     key: str
     type: str
@@ -90,14 +90,14 @@ class _Value:
 
 
 class ConfigStore:
-    """Every plugin's config, decrypted in memory and sealed on disk."""
+    """Config of every plugin, decrypted in memory and sealed on disk."""
 
     def __init__(self, store: Store, key_file: Path) -> None:
         self._store = store
         self._keys = KeyFile(key_file)
         self._values: dict[str, dict[str, _Value]] = {}
         self._next: dict[str, dict[str, dict[str, _Value]]] = {}
-        """Per plugin and digest: what was given with a version that is not settled."""
+        """Per plugin and digest: the values of a version that is not confirmed."""
         self._redactors: dict[str, Redactor] = {}
         self.broken: dict[str, IsolatorError] = {}
         """Plugins whose config cannot be read, with the reason; they are not started."""
@@ -118,7 +118,7 @@ class ConfigStore:
         except IsolatorError as error:
             self._unusable = error
         self.problem = str(self._unusable) if self._unusable is not None else None
-        """What is wrong with the key file, if it is of no use."""
+        """Why the key file is of no use, if so."""
         for plugin, digest, key, secret, kind, sealed in rows:
             try:
                 if self._unusable is not None:
@@ -130,7 +130,7 @@ class ConfigStore:
                 self.broken[plugin] = error
 
     def redactor(self, plugin: str) -> Redactor:
-        """Replaces this plugin's secret values."""
+        """Return the redactor of a plugin's secret values."""
         redactor = self._redactors.get(plugin)
         if redactor is None:
             sets = [self._values.get(plugin, {}), *self._next.get(plugin, {}).values()]
@@ -140,7 +140,7 @@ class ConfigStore:
         return redactor
 
     def check(self, manifest: Manifest, values: Mapping[str, str]) -> dict[str, tuple[ConfigField, str]]:
-        """The values as they would be stored; raises UsageError or NotFoundError."""
+        """Check values, and return them by key as they would be stored; raises UsageError or NotFoundError."""
         checked = {}
         for key, text in values.items():
             if manifest.config is None:
@@ -158,7 +158,7 @@ class ConfigStore:
         return checked
 
     async def set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False) -> None:
-        """Store values; ``replace`` forgets all others first (a plugin of that name is new)."""
+        """Store values; ``replace`` deletes all others first (a plugin of that name is new)."""
         if self._unusable is not None:
             raise self._unusable
         checked = self.check(manifest, values)
@@ -183,16 +183,16 @@ class ConfigStore:
         self.broken.pop(plugin, None)
 
     async def set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
-        """Keep values for the version of that digest, in place of what an earlier attempt at it was given."""
+        """Keep values for the version of that digest; those of an earlier attempt at it are dropped."""
         if self._unusable is not None:
             raise self._unusable
         checked = self.check(manifest, values)
-        given = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
-        _check_size(plugin, {**self._values.get(plugin, {}), **given})
+        kept = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
+        _check_size(plugin, {**self._values.get(plugin, {}), **kept})
         now = time.time()
         rows = [
             (plugin, digest, key, value.secret, value.type, self._keys.seal(plugin, key, value.text), now)
-            for key, value in given.items()
+            for key, value in kept.items()
         ]
 
         def write(db: sqlite3.Connection) -> None:
@@ -202,16 +202,16 @@ class ConfigStore:
         await self._store.run(write)
         versions = self._next.setdefault(plugin, {})
         versions.pop(digest, None)
-        if given:
-            versions[digest] = given
+        if kept:
+            versions[digest] = kept
         self._redactors.pop(plugin, None)
 
     def settle(self, plugin: str, digest: str) -> None:
-        """The version of that digest is here to stay: what came with it is the plugin's config now."""
-        given = self._next.get(plugin, {}).pop(digest, None)
-        if given is None:
+        """Make the values of a confirmed version the plugin's config."""
+        kept = self._next.get(plugin, {}).pop(digest, None)
+        if kept is None:
             return
-        self._values[plugin] = {**self._values.get(plugin, {}), **given}
+        self._values[plugin] = {**self._values.get(plugin, {}), **kept}
 
         def move(db: sqlite3.Connection) -> None:
             db.execute(
@@ -224,7 +224,7 @@ class ConfigStore:
         self._store.submit(move)
 
     def drop_next(self, plugin: str, digest: str) -> None:
-        """The version of that digest did not stay: forget what came with it."""
+        """Drop the values of a version that was not confirmed."""
         if self._next.get(plugin, {}).pop(digest, None) is not None:
             self._redactors.pop(plugin, None)
             self._store.submit(
@@ -232,11 +232,11 @@ class ConfigStore:
             )
 
     def unsettled(self) -> list[tuple[str, str]]:
-        """(plugin, digest) of the versions for which values are kept."""
+        """Return (plugin, digest) of the versions for which values are kept."""
         return [(plugin, digest) for plugin, versions in self._next.items() for digest in versions]
 
     async def unset(self, plugin: str, key: str) -> None:
-        """Forget one value; raises NotFoundError."""
+        """Delete a value; raises NotFoundError."""
         if key not in self._values.get(plugin, {}):
             raise NotFoundError(f"config {key} of {plugin}", "is not set")
         await self._store.run(lambda db: db.execute("DELETE FROM config WHERE plugin=? AND key=?", (plugin, key)))
@@ -244,7 +244,7 @@ class ConfigStore:
         self._redactors.pop(plugin, None)
 
     async def forget(self, plugin: str) -> None:
-        """Forget everything of a removed plugin."""
+        """Delete the config of a removed plugin."""
 
         def delete(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
@@ -257,7 +257,7 @@ class ConfigStore:
         self.broken.pop(plugin, None)
 
     def listing(self, plugin: str, manifest: Manifest | None) -> list[ConfigItem]:
-        """Every key of the schema and every key that is set; secrets without their value."""
+        """List every key of the schema and every key that is set; secrets without their value."""
         values = self._values.get(plugin, {})
         items = []
         fields = {f.key: f for f in (manifest.config or ()) if manifest is not None} if manifest is not None else {}
@@ -281,12 +281,12 @@ class ConfigStore:
         return {**self._values.get(plugin, {}), **self._next.get(plugin, {}).get(digest, {})}
 
     def missing(self, plugin: str, manifest: Manifest, digest: str = "") -> list[str]:
-        """Required keys without a value, for the version of that digest."""
+        """Find required keys without a value, for the version of that digest."""
         values = self._in_use(plugin, digest)
         return [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in values]
 
     def environment(self, plugin: str, manifest: Manifest | None, digest: str = "") -> Environment:
-        """What the next start of the version of that digest gets; raises IsolatorError when something is missing."""
+        """Build the environment of the next start of a version; raises IsolatorError when a value is missing."""
         if plugin in self.broken:
             raise self.broken[plugin]
         values = self._in_use(plugin, digest)
@@ -353,5 +353,5 @@ def _check_size(plugin: str, values: Mapping[str, _Value]) -> None:
 
 
 def _by_variable(manifest: Manifest, name: str) -> ConfigField | None:
-    """``--config SLACK_WEBHOOK_URL=…`` means the key ``slack_webhook_url``."""
+    """Find a field by its variable: ``--config SLACK_WEBHOOK_URL=…`` means the key ``slack_webhook_url``."""
     return next((f for f in manifest.config or () if name in environment_names(f.key)), None)

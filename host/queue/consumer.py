@@ -1,139 +1,125 @@
-"""One plugin's deliveries: the lane in memory, kept in step with the rows on disk."""
+"""Consumer of the embedded queue: one plugin's lane in memory, kept in step with the rows on disk."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from host.queue.interface import Delivery, Result
 from host.queue.lane import Lane
-
-if TYPE_CHECKING:
-    from host.queue.sqlite import SqliteQueue
 
 _PREFETCH = 64
 """Payloads that are read back together."""
 
 
-def backoff(attempts: int, *, spread: float = 0.2) -> float:
-    """Seconds before the next attempt after ``attempts`` failed ones: 1·2ⁿ, at most ten minutes, ±20 %."""
-    base = min(2.0 ** min(attempts - 1, 20), 600.0)
-    return base * random.uniform(1 - spread, 1 + spread)
+class DeliveryRows(Protocol):
+    """Rows of the deliveries on disk, as far as a consumer needs them."""
+
+    def load(self, delivery: Delivery, upcoming: Sequence[Delivery]) -> None:
+        """Read the payload of a delivery and of those that follow soon; ``event`` stays None where it is pruned."""
+
+    def write(self, delivery: Delivery, result: Result, due: float) -> None:
+        """Record the state of a delivery, with the Unix time of its next attempt (0: none)."""
+
+    def write_crashes(self, delivery: Delivery) -> None:
+        """Record ``delivery.crashes``."""
 
 
 class SqliteConsumer:
-    """One plugin's deliveries; see ``host.queue.interface.Consumer``."""
+    """One plugin's deliveries; see ``host.queue.interface.Consumer``.
 
-    def __init__(self, queue: SqliteQueue, plugin: str) -> None:
-        self._queue = queue
-        self._plugin = plugin
+    ``on_expired`` is called for each delivery that expired unsent.
+    """
+
+    def __init__(self, rows: DeliveryRows, on_expired: Callable[[Delivery], None]) -> None:
+        self._rows, self._on_expired = rows, on_expired
         self._lane = Lane()
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._on_delivery_pending: Callable[[], bool] | None = None
         self.reserved = 0
-        """Deliveries written but not yet synced: they count against the limit."""
-        self.on_soon: Callable[[], bool] = lambda: False
-        """Called when a delivery for an idle plugin is being written and will be there shortly.
-
-        Answers whether it will be tried as soon as it is there: then its attempt is counted with it.
-        """
+        """Deliveries that are being written: they count against the limit."""
 
     @property
     def depth(self) -> int:
         return self._lane.depth
 
-    @property
-    def idle(self) -> bool:
-        """Whether the taker waits and the first delivery is on its way."""
-        return self._waiter is not None and self._lane.depth == 0 and self.reserved == 1
+    def announce(self) -> bool:
+        """Let a taker that waits for the one reserved delivery prepare; whether it will send that one at once."""
+        hook = self._on_delivery_pending
+        return hook is not None and self.reserved == 1 and self._lane.depth == 0 and hook()
 
     def add(self, delivery: Delivery) -> None:
-        """A delivery that is safe enters the lane."""
+        """Let a delivery that is safe on disk enter the lane."""
         self._lane.add(delivery)
-        if self._waiter is not None:
-            self._wake()
+        self._wake()
 
-    async def take(self) -> Delivery:
+    async def take(self, on_delivery_pending: Callable[[], bool] | None = None) -> Delivery:
         loop = asyncio.get_running_loop()
         while True:
             delivery = self._lane.pop(loop.time())
             if delivery is None:
-                await self._wait(loop)
+                await self._wait(loop, on_delivery_pending)
                 continue
             if delivery.expires <= loop.time():
-                self.done(delivery, Result("expired", detail="not delivered in time"))
-                self._queue.on_expired(delivery)
+                self.term(delivery, Result("expired", detail="not delivered in time"))
+                self._on_expired(delivery)
                 continue
             if delivery.event is None:
-                self._queue.load(delivery, self._lane.upcoming(_PREFETCH))
-            if delivery.event is None:  # its event is gone: nothing can be sent any more
-                self.done(delivery, Result("dead", detail="the event is no longer stored"))
+                self._rows.load(delivery, self._lane.upcoming(_PREFETCH))
+            if delivery.event is None:  # pruned: nothing can be sent any more
+                self.term(delivery, Result("dead", detail="the event is no longer stored"))
                 continue
             return delivery
 
-    def done(self, delivery: Delivery, result: Result) -> None:
-        if delivery.cancelled:
+    def ack(self, delivery: Delivery, result: Result) -> None:
+        self.term(delivery, result)
+
+    def term(self, delivery: Delivery, result: Result) -> None:
+        if delivery.final:
             return
-        self._lane.done(delivery)
-        self._queue.write(delivery, result, 0.0)
-        self._queue.progressed(delivery)
+        self._lane.remove(delivery)
+        self._rows.write(delivery, result, 0.0)
         self._wake()
 
-    def again(self, delivery: Delivery, result: Result, *, delay: float) -> None:
-        if delivery.cancelled:
+    def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
+        if delivery.final:
             return
         self._lane.put_back(delivery, asyncio.get_running_loop().time() + delay)
-        self._queue.write(delivery, result, time.time() + delay)
-        self._queue.progressed(delivery)
+        self._rows.write(delivery, result, time.time() + delay)
         self._wake()
 
     def release(self, delivery: Delivery) -> None:
-        if delivery.cancelled:
+        if delivery.final:
             return
         if delivery.counted:
-            self._queue.write(delivery, Result("queued"), 0.0)
+            self._rows.write(delivery, Result("queued"), 0.0)
         self._lane.put_back(delivery, delivery.due)
         self._wake()
 
-    def cancel(self, seq: int, result: Result) -> Delivery | None:
-        """End a delivery that waits for its retry, without sending it; None if it is not waiting here."""
-        delivery = self._lane.find(seq)
-        if delivery is None or delivery.taken:
-            return None
-        self._lane.cancel(delivery)
-        self._queue.write(delivery, result, 0.0)
-        self._queue.progressed(delivery)
-        self._wake()
-        return delivery
-
-    def note_crash(self, delivery: Delivery) -> None:
-        """Count a crash of the plugin while this delivery was in flight."""
+    def count_crash(self, delivery: Delivery) -> None:
         delivery.crashes += 1
-        values = (delivery.crashes, delivery.seq, delivery.plugin)
-        self._queue.store.submit(
-            lambda db: db.execute("UPDATE deliveries SET crashes=? WHERE seq=? AND plugin=?", values)
-        )
+        self._rows.write_crashes(delivery)
 
     def drop_all(self) -> int:
-        """Forget everything that waits here (the plugin is removed)."""
+        """Forget everything that is pending (the plugin is removed); returns how many."""
         pending = self._lane.pending()
         for delivery in pending:
-            delivery.cancelled = True
+            delivery.final = True
         self._lane = Lane()
         self._wake()
         return len(pending)
 
-    async def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._waiter = loop.create_future()
+    async def _wait(self, loop: asyncio.AbstractEventLoop, on_delivery_pending: Callable[[], bool] | None) -> None:
+        self._waiter, self._on_delivery_pending = loop.create_future(), on_delivery_pending
         due = self._lane.next_due()
         self._timer = loop.call_at(due, self._wake) if due is not None else None
         try:
             await self._waiter
         finally:
-            self._waiter = None
+            self._waiter = self._on_delivery_pending = None
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None

@@ -1,21 +1,26 @@
-"""The durable delivery queue: what it promises (here), the embedded SQLite one, and the lanes it keeps in memory.
+"""Promises of a durable delivery queue, whatever keeps it.
 
 A queue accepts an event once and delivers it to each subscribed plugin at least once. ``accept`` returns when the
 event and all its deliveries are safe. Per plugin a ``Consumer`` hands out deliveries: in the order of acceptance
-within one key, keys in parallel, and never two of one key at a time. The taker must end each with exactly one of
-``done``, ``again`` (later) or ``release`` (as if never taken).
+within one key, keys in parallel, and never two of one key at a time. The taker ends each with exactly one of four
+calls, named as in NATS JetStream: ``ack`` (handled), ``term`` (given up), ``nak`` (again later) or ``release`` (as if
+never taken).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+
+from isolator.pacing import Backoff
 
 State = Literal["queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined"]
 DEFAULT_TTL = 7 * 86400.0
 """Seconds after which an undelivered event expires."""
 FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined"})
+RETRY_BACKOFF = Backoff(1.0, 600.0, spread=0.2)
+"""Pauses before a failed delivery's next attempt: 1·2ⁿ seconds, at most ten minutes, ±20 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class NewEvent:
-    """What ``accept`` is asked to keep."""
+    """An event as ``accept`` takes it; ``ttl`` in seconds, ``payload`` compact JSON."""
 
     name: str
     payload: str
@@ -48,7 +53,7 @@ class NewEvent:
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:
-    """One plugin that gets the event; ``key`` is None where no order is kept."""
+    """A plugin that gets the event; ``key`` is None where no order is kept."""
 
     plugin: str
     key: str | None
@@ -66,7 +71,10 @@ class Accepted:
 
 @dataclass(slots=True)
 class Delivery:
-    """One event on its way to one plugin. ``attempts`` counts attempts that were sent, this one not included."""
+    """One event on its way to one plugin. ``attempts`` counts attempts that were sent, this one not included.
+
+    ``due`` and ``expires`` are loop times in seconds; ``due`` 0 means at once.
+    """
 
     seq: int
     plugin: str
@@ -76,8 +84,10 @@ class Delivery:
     due: float = 0.0
     expires: float = 0.0
     event: Event | None = None
-    cancelled: bool = False
     taken: bool = False
+    """A taker has it; otherwise it waits in its lane, unless it is ``final``."""
+    final: bool = False
+    """It has left its lane for good: a late ``ack``, ``nak``, ``term`` or ``release`` changes nothing."""
     counted: bool = False
     """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     ready_at: float = 0.0
@@ -85,7 +95,7 @@ class Delivery:
 
     @property
     def id(self) -> str:
-        """The delivery's name in listings and in the trail; the event must be loaded."""
+        """Name of the delivery in listings and in the trail; the event must be loaded."""
         assert self.event is not None
         return f"{self.event.id}.{self.plugin}"
 
@@ -102,39 +112,49 @@ class Result:
 
 
 class Consumer(Protocol):
-    """One plugin's deliveries."""
+    """One plugin's deliveries, for one taker."""
 
     @property
     def depth(self) -> int:
-        """Deliveries not yet final, those in flight included."""
+        """Deliveries that are not final, those in flight included."""
 
-    async def take(self) -> Delivery:
-        """The next delivery that may be sent now, with its event loaded."""
+    async def take(self, on_delivery_pending: Callable[[], bool] | None = None) -> Delivery:
+        """Wait for the next delivery that may be sent now; its event is loaded.
 
-    def done(self, delivery: Delivery, result: Result) -> None:
-        """Final: ok, skipped, dead, expired or quarantined."""
+        ``on_delivery_pending`` is called while the taker waits and its next delivery is on the way to disk. It returns
+        whether that delivery will be sent as soon as it is there: then its first attempt is counted with the event.
+        """
 
-    def again(self, delivery: Delivery, result: Result, *, delay: float) -> None:
-        """Deliver again after ``delay`` seconds; later events of its key wait."""
+    def ack(self, delivery: Delivery, result: Result) -> None:
+        """End a taken delivery that the plugin handled: ``ok`` or ``skipped``."""
+
+    def term(self, delivery: Delivery, result: Result) -> None:
+        """Give a delivery up, taken or waiting: ``dead``, ``expired`` or ``quarantined``. Only a replay repeats it."""
+
+    def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
+        """Deliver again after ``delay`` seconds, also after a restart; later events of its key wait."""
 
     def release(self, delivery: Delivery) -> None:
-        """Give it back untouched: nothing was sent."""
+        """Put a taken delivery back where it was: nothing was sent, no attempt counts."""
+
+    def count_crash(self, delivery: Delivery) -> None:
+        """Count a crash of the plugin that the delivery is held responsible for."""
 
 
 class Queue(Protocol):
-    """What dispatch and the control API need from any queue, on one host or on several."""
+    """A queue as dispatch and the control API use it, on one host or on several."""
 
     async def accept(self, event: NewEvent, subscribers: Sequence[Subscriber]) -> Accepted:
-        """Keep the event and one delivery per subscriber; returns when that is safe."""
+        """Keep the event and one delivery per subscriber; returns when both are safe."""
 
     def consumer(self, plugin: str) -> Consumer:
-        """The lane of one plugin."""
+        """The deliveries of one plugin."""
 
     async def sent(self, deliveries: Sequence[Delivery]) -> None:
-        """Attempts begin, of any plugins; when this returns a crash of the host counts them: they may be sent."""
+        """Count an attempt of each, of any plugins; they may be sent once this returns: the count survives a crash."""
 
     async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
-        """Queue finished deliveries again (those that are dead when no plugin is named); returns the plugins."""
+        """Queue deliveries that were given up again, with ``plugin`` also what succeeded there; returns the plugins."""
 
     async def purge(self, plugin: str) -> int:
         """Forget a removed plugin's deliveries; returns how many were not final."""

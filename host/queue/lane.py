@@ -1,4 +1,4 @@
-"""One plugin's pending deliveries in memory: which one may go next.
+"""Scheduling of one plugin's pending deliveries, in memory.
 
 Per key the deliveries stand in order of acceptance and only the first may move; a first one that waits for its
 retry, or is in flight, holds back the rest of its key and nothing else. Among the keys whose first may go, the
@@ -18,12 +18,12 @@ from host.queue.interface import Delivery
 
 
 class Lane:
-    """The scheduling state of one plugin; knows nothing of storage."""
+    """Pending deliveries of one plugin; knows nothing of storage."""
 
     def __init__(self) -> None:
         self.depth = 0
         self._keys: dict[object, deque[Delivery]] = {}
-        # The running number settles ties: a cancelled delivery may still stand beside its replay.
+        # The running number settles ties: a delivery that was given up may still stand beside its replay.
         self._ready: list[tuple[int, int, Delivery]] = []
         self._waiting: list[tuple[float, int, int, Delivery]] = []
         self._number = itertools.count()
@@ -45,64 +45,47 @@ class Lane:
             heapq.heappush(self._ready, (seq, number, delivery))
         while self._ready:
             delivery = heapq.heappop(self._ready)[2]
-            if not delivery.cancelled:
+            if not delivery.final:
                 delivery.taken = True
                 return delivery
         return None
 
     def next_due(self) -> float | None:
         """When the earliest waiting delivery becomes ready; None if none waits."""
-        while self._waiting and self._waiting[0][3].cancelled:
+        while self._waiting and self._waiting[0][3].final:
             heapq.heappop(self._waiting)
         return self._waiting[0][0] if self._waiting else None
 
-    def done(self, delivery: Delivery) -> None:
-        """A taken delivery is final: the next of its key may go."""
-        self.depth -= 1
-        self._advance(delivery)
-
     def put_back(self, delivery: Delivery, due: float) -> None:
-        """A taken delivery waits until ``due``; its key waits with it."""
+        """Let a taken delivery wait until ``due``; its key waits with it."""
         delivery.taken = False
         delivery.due = due
         self._offer(delivery)
 
-    def cancel(self, delivery: Delivery) -> None:
-        """A delivery that is not taken becomes final without being sent."""
-        if delivery.taken or delivery.cancelled:
-            raise ValueError("only a waiting delivery can be cancelled")
-        delivery.cancelled = True
+    def remove(self, delivery: Delivery) -> None:
+        """Take out a delivery that is final, sent or not: the next of its key may go."""
+        if delivery.final:
+            raise ValueError("the delivery is final already")
+        delivery.final = True
         self.depth -= 1
-        line = self._keys[self._key(delivery)]
-        if line[0] is delivery:
-            self._advance(delivery)
-        else:
-            line.remove(delivery)
-
-    def find(self, seq: int) -> Delivery | None:
-        """The delivery of that event, if it is pending here."""
-        for line in self._keys.values():
-            for delivery in line:
-                if delivery.seq == seq:
-                    return delivery
-        return None
-
-    def upcoming(self, count: int) -> list[Delivery]:
-        """Some deliveries that will be taken soon and whose payload is worth loading now."""
-        return [entry[2] for entry in self._ready[:count] if not entry[2].cancelled]
-
-    def pending(self) -> list[Delivery]:
-        """Every delivery that is not final."""
-        return [delivery for line in self._keys.values() for delivery in line]
-
-    def _advance(self, delivery: Delivery) -> None:
         key = self._key(delivery)
         line = self._keys[key]
+        if line[0] is not delivery:
+            line.remove(delivery)
+            return
         line.popleft()
         if line:
             self._offer(line[0])
         else:
             del self._keys[key]
+
+    def upcoming(self, count: int) -> list[Delivery]:
+        """Deliveries that will be taken soon, at most ``count``; their payload is worth loading now."""
+        return [entry[2] for entry in self._ready[:count] if not entry[2].final]
+
+    def pending(self) -> list[Delivery]:
+        """Every delivery that is not final."""
+        return [delivery for line in self._keys.values() for delivery in line]
 
     def _offer(self, delivery: Delivery) -> None:
         if delivery.due > 0.0:

@@ -1,4 +1,4 @@
-"""What the queue's tables look like to those who list, show and prune them."""
+"""Queries on the queue's tables: list, show, prune."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ GIVEN_UP = "('dead', 'expired', 'quarantined')"
 
 
 def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
-    """One event as dispatch needs it."""
+    """An event as dispatch needs it."""
     row = db.execute(f"{EVENT} WHERE {where}", (value,)).fetchone()
     return Event(*row) if row is not None else None
 
 
 def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | None:
-    """One event with its deliveries, as listings show it."""
+    """An event with its deliveries, as listings show it."""
     columns = "seq, id, name, time, accepted, subject, payload, by"
     found = db.execute(f"SELECT {columns} FROM events WHERE {where}", (value,)).fetchone()
     if found is None:
@@ -36,7 +36,7 @@ def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | N
 
 
 def events(db: sqlite3.Connection, limit: int, name: str | None, before: int | None) -> list[EventRow]:
-    """The newest events first."""
+    """Events with their deliveries, newest first."""
     found = db.execute(
         "SELECT seq FROM events WHERE (? IS NULL OR name=?) AND (? IS NULL OR seq<?) ORDER BY seq DESC LIMIT ?",
         (name, name, before, before, limit),
@@ -54,7 +54,7 @@ def dead(db: sqlite3.Connection, plugin: str | None, limit: int) -> list[Deliver
 
 
 def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:
-    """The events that a plugin has not done with, oldest first, each with its attempts so far."""
+    """(event id, attempts so far) of a plugin's deliveries that are not final, oldest first."""
     return db.execute(
         "SELECT e.id, d.attempts FROM deliveries d JOIN events e ON e.seq=d.seq"
         f" WHERE d.plugin=? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN ('ok', 'skipped') ORDER BY d.seq",
@@ -63,9 +63,9 @@ def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:
 
 
 def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pruned: int) -> int:
-    """Drop what is finished and older than event number ``oldest`` or the time ``before``; bound the dead letters.
+    """Drop finished deliveries older than event number ``oldest`` or Unix time ``before``; bound the dead letters.
 
-    ``pruned`` is what the call before returned. At most 4000 further events a call and no scan of what stays, so that
+    ``pruned`` is the previous call's result. At most 4000 further events a call and no scan of those that stay, so that
     a call stays short.
     """
     first_kept = db.execute("SELECT seq FROM events WHERE accepted >= ? ORDER BY seq LIMIT 1", (before,)).fetchone()

@@ -1,11 +1,11 @@
-"""The embedded queue: events and deliveries in the host's database, lanes in memory.
+"""Embedded queue: events and deliveries in the host's database, lanes in memory.
 
 ``accept`` writes the event and one delivery per subscriber in one transaction and returns once that is synced; only
 then do the deliveries enter their lanes, so nothing is ever dispatched that a power cut could still take back.
 An attempt is counted before it is sent. When an event is accepted for a plugin that waits for one, that is done in
 the event's own transaction: should the host die before it is sent, one attempt too many is counted, never too few.
 Outcomes are written in the same order in which they happen and ride along with the next sync: after a crash the
-log holds a prefix of what happened, so what is delivered twice is delivered twice *in order*.
+log holds a prefix of history, so events that are delivered twice are delivered twice *in order*.
 
 At start every delivery that is not final goes back into its lane. One that was in flight counts as an attempt whose
 outcome is unknown and waits for its back-off.
@@ -29,9 +29,10 @@ from typing import Any
 from host.database import Store
 from host.events import format_time
 from host.queue import rows
-from host.queue.consumer import SqliteConsumer, backoff
+from host.queue.consumer import SqliteConsumer
 from host.queue.interface import (
     FINAL,
+    RETRY_BACKOFF,
     Accepted,
     Delivery,
     DeliveryRow,
@@ -47,20 +48,20 @@ PENDING = "('queued', 'retry', 'in_flight')"
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _PRUNE_EVERY = 1000
-
+LONGEST_WAIT = 720.0
+"""Seconds: the longest back-off with its spread. A row that is due later was written under another clock."""
 
 Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
-FINISHED = "('ok', 'skipped', 'dead', 'expired', 'quarantined')"
 
 
 @dataclass
 class _Accept:
-    """One event between ``accept`` and its sync."""
+    """An event between ``accept`` and its sync."""
 
-    asked: NewEvent
+    new: NewEvent
     event: Event
-    taken: list[Subscriber]
+    admitted: list[Subscriber]
     counted: set[str]
     """The plugins among them whose first attempt is counted with the event."""
     overflowed: list[Subscriber]
@@ -69,15 +70,19 @@ class _Accept:
     """The event that already has this ``dedupe_key``."""
 
     def accepted(self) -> Accepted:
-        """What the caller hears."""
         if self.earlier is not None:
             return Accepted(self.earlier, (), duplicate=True)
         overflowed = tuple(s.plugin for s in self.overflowed)
-        return Accepted(self.event, (*(s.plugin for s in self.taken), *overflowed), overflowed)
+        return Accepted(self.event, (*(s.plugin for s in self.admitted), *overflowed), overflowed)
 
 
 class SqliteQueue:
-    """See ``host.queue.interface.Queue``."""
+    """The queue of one host process; see ``host.queue.interface.Queue``.
+
+    ``on_accepted`` is called once per accepted event when it is safe, before anything of it can be dispatched;
+    ``on_ready`` when events have entered their lanes: the takers that waited for them run in the loop's next turn;
+    ``on_expired`` for each delivery that expired unsent.
+    """
 
     def __init__(
         self,
@@ -87,14 +92,13 @@ class SqliteQueue:
         keep_events: int = 50_000,
         keep_seconds: float = 14 * 86400.0,
         keep_dead: int = 10_000,
+        on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None,
+        on_ready: Callable[[], None] = lambda: None,
+        on_expired: Callable[[Delivery], None] = lambda _: None,
     ) -> None:
         self.store = store
         self.limit = limit
-        self.on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None
-        """Called once per accepted event when it is safe, before anything of it can be dispatched."""
-        self.on_ready: Callable[[], None] = lambda: None
-        """Called when events have entered their lanes: the workers that waited for them run in the loop's next turn."""
-        self.on_expired: Callable[[Delivery], None] = lambda _: None
+        self._on_accepted, self._on_ready, self._on_expired = on_accepted, on_ready, on_expired
         self._keep = (keep_events, keep_seconds, keep_dead)
         self._loop = asyncio.get_running_loop()
         self._consumers: dict[str, SqliteConsumer] = {}
@@ -136,20 +140,20 @@ class SqliteQueue:
             subject=event.subject,
             trace=event.trace,
         )
-        taken, overflowed = [], []
+        admitted, overflowed = [], []
         counted: set[str] = set()
         for subscriber in subscribers:
             consumer = self._consumer(subscriber.plugin)
             if consumer.depth + consumer.reserved < self.limit:
                 consumer.reserved += 1
-                taken.append(subscriber)
+                admitted.append(subscriber)
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if consumer.idle and event.dedupe_key is None and consumer.on_soon():
+                if event.dedupe_key is None and consumer.announce():
                     counted.add(subscriber.plugin)
             else:
                 overflowed.append(subscriber)
-        entry = _Accept(event, stored, taken, counted, overflowed, done)
+        entry = _Accept(event, stored, admitted, counted, overflowed, done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -166,16 +170,16 @@ class SqliteQueue:
         deliveries: list[tuple[Any, ...]] = []
         seen: dict[str, Event] = {}
         for entry in batch:
-            asked, event = entry.asked, entry.event
-            if asked.dedupe_key is not None:
-                entry.earlier = seen.get(asked.dedupe_key) or rows.event(db, "dedupe_key=?", asked.dedupe_key)
+            new, event = entry.new, entry.event
+            if new.dedupe_key is not None:
+                entry.earlier = seen.get(new.dedupe_key) or rows.event(db, "dedupe_key=?", new.dedupe_key)
                 if entry.earlier is not None:
                     continue
-                seen[asked.dedupe_key] = event
+                seen[new.dedupe_key] = event
             seq, at = event.seq, event.accepted
             row = (seq, event.id, event.name, event.time, at, event.expires, event.subject, event.payload)
-            events.append((*row, asked.dedupe_key, event.trace, asked.by))
-            for s in entry.taken:
+            events.append((*row, new.dedupe_key, event.trace, new.by))
+            for s in entry.admitted:
                 state, attempts = ("in_flight", 1) if s.plugin in entry.counted else ("queued", 0)
                 deliveries.append((seq, s.plugin, state, attempts, s.key, None, at))
             deliveries += [(seq, s.plugin, "dead", 0, s.key, "queue_full", at) for s in entry.overflowed]
@@ -190,13 +194,13 @@ class SqliteQueue:
             self._accepting = None
         now = self._loop.time()
         for entry in batch:
-            for subscriber in entry.taken:
+            for subscriber in entry.admitted:
                 self._consumer(subscriber.plugin).reserved -= 1
             if error is None and entry.earlier is None:
-                self.on_accepted(entry.asked, entry.accepted())
+                self._on_accepted(entry.new, entry.accepted())
                 self._enter_lanes(entry, now)
-        # The next turn: first the workers that waited for these events, then what they begin, then the answers.
-        self.on_ready()
+        # In the next turn run the workers that waited for these events, then their attempts, then the answers.
+        self._on_ready()
         for entry in batch:
             self._loop.call_soon(entry.done, entry.accepted() if error is None else None, error)
         self._since_prune += len(batch)
@@ -215,13 +219,13 @@ class SqliteQueue:
         self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned), pruned)
 
     def _enter_lanes(self, entry: _Accept, now: float) -> None:
-        for subscriber in entry.taken:
+        for subscriber in entry.admitted:
             consumer = self._consumer(subscriber.plugin)
             delivery = Delivery(
                 entry.event.seq,
                 subscriber.plugin,
                 subscriber.key,
-                expires=now + entry.asked.ttl,
+                expires=now + entry.new.ttl,
                 counted=subscriber.plugin in entry.counted,
                 ready_at=now,
             )
@@ -237,7 +241,7 @@ class SqliteQueue:
     def _consumer(self, plugin: str) -> SqliteConsumer:
         consumer = self._consumers.get(plugin)
         if consumer is None:
-            consumer = self._consumers[plugin] = SqliteConsumer(self, plugin)
+            consumer = self._consumers[plugin] = SqliteConsumer(self, self._on_expired)
         return consumer
 
     async def sent(self, deliveries: Sequence[Delivery]) -> None:
@@ -246,12 +250,19 @@ class SqliteQueue:
             delivery.attempts += 1
             delivery.counted = False
         for delivery in fresh:
-            self.write(delivery, Result("in_flight"), 0.0)
+            self._write(delivery, Result("in_flight"), 0.0)
         if fresh:
             await self.store.committed()
 
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
-        """Record where a delivery stands; within one transaction only its last state is written."""
+        """Record the state of a delivery and the Unix time of its next attempt; wakes those who wait for its event."""
+        self._write(delivery, result, due)
+        if self._watchers and delivery.event is not None:
+            for watcher in self._watchers.get(delivery.event.id, ()):
+                watcher.set()
+
+    def _write(self, delivery: Delivery, result: Result, due: float) -> None:
+        # Within one transaction only the last state of a delivery is written.
         delivery.counted = False
         batch = self._outcomes
         if batch is None:
@@ -282,7 +293,7 @@ class SqliteQueue:
         )
 
     def load(self, delivery: Delivery, upcoming: Sequence[Delivery]) -> None:
-        """Read the payloads of a delivery and of those that follow it soon."""
+        """Read the payload of a delivery and of those that follow soon; ``event`` stays None where it is pruned."""
         wanted = [delivery, *(d for d in upcoming if d.event is None and d is not delivery)]
         marks = ",".join("?" * len(wanted))
         found = self.store.read(
@@ -292,13 +303,12 @@ class SqliteQueue:
         for item in wanted:
             item.event = events.get(item.seq)
 
-    def progressed(self, delivery: Delivery) -> None:
-        """Tell those who wait for this event that something happened."""
-        if self._watchers and delivery.event is not None:
-            for watcher in self._watchers.get(delivery.event.id, ()):
-                watcher.set()
+    def write_crashes(self, delivery: Delivery) -> None:
+        """Record ``delivery.crashes``."""
+        values = (delivery.crashes, delivery.seq, delivery.plugin)
+        self.store.submit(lambda db: db.execute("UPDATE deliveries SET crashes=? WHERE seq=? AND plugin=?", values))
 
-    # Listing and mending
+    # Listing and repeating
 
     async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
         event = self._event(event_id)
@@ -322,12 +332,12 @@ class SqliteQueue:
             db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + 86400.0, event.seq))
             return [(name, key) for name, key in found]
 
-        again = await self.store.run(requeue)
+        requeued = await self.store.run(requeue)
         loop_now = self._loop.time()
-        for name, key in again:
+        for name, key in requeued:
             expires = loop_now + max(event.expires - now, 86400.0)
             self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, event=event, ready_at=loop_now))
-        return [name for name, _ in again]
+        return [name for name, _ in requeued]
 
     async def purge(self, plugin: str) -> int:
         consumer = self._consumers.pop(plugin, None)
@@ -336,18 +346,17 @@ class SqliteQueue:
         return waiting
 
     def unfinished(self, plugin: str) -> list[tuple[str, int]]:
-        """The events that a plugin has not done with, oldest first, each with its attempts so far."""
+        """(event id, attempts so far) of a plugin's deliveries that are not final, oldest first."""
         return self.store.read(lambda db: rows.unfinished(db, plugin))
 
     async def list_events(
         self, *, limit: int = 50, name: str | None = None, before: int | None = None
     ) -> list[EventRow]:
-        """The newest events first, with their deliveries."""
-
+        """Events with their deliveries, newest first; ``before`` is an event number."""
         return await self.store.scan(lambda db: rows.events(db, limit, name, before))
 
     def show(self, event_id: str) -> EventRow:
-        """One event with its deliveries; raises NotFoundError."""
+        """Show one event with its deliveries; raises NotFoundError."""
         row = self.store.read(lambda db: rows.event_row(db, "id=?", event_id))
         if row is None:
             raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
@@ -355,11 +364,10 @@ class SqliteQueue:
 
     async def list_dead(self, *, plugin: str | None = None, limit: int = 1000) -> list[DeliveryRow]:
         """Deliveries that were given up, newest first."""
-
         return await self.store.scan(lambda db: rows.dead(db, plugin, limit))
 
     async def wait(self, event_id: str, *, timeout: float) -> EventRow:
-        """The event once all its deliveries are final, or as it stands after ``timeout`` seconds."""
+        """Wait at most ``timeout`` seconds until all deliveries of an event are final; returns it as it then stands."""
         changed = asyncio.Event()
         watchers = self._watchers.setdefault(event_id, set())
         watchers.add(changed)
@@ -367,8 +375,8 @@ class SqliteQueue:
             async with asyncio.timeout(timeout):
                 while True:
                     changed.clear()
-                    # An outcome is told at once and written in the loop's next turn: what is read must include those
-                    # that were told before we listened, or nothing would ever wake us.
+                    # An outcome wakes its watchers at once and is written in the loop's next turn: the row must include
+                    # outcomes from before we watched, or nothing would ever wake us.
                     await self._written()
                     row = self.show(event_id)
                     if all(delivery.state in FINAL for delivery in row.deliveries):
@@ -393,7 +401,7 @@ class SqliteQueue:
         return event
 
     def depths(self) -> dict[str, int]:
-        """Pending deliveries by plugin."""
+        """Number of pending deliveries by plugin."""
         return {plugin: consumer.depth for plugin, consumer in self._consumers.items()}
 
     def _recover(self) -> None:
@@ -408,14 +416,14 @@ class SqliteQueue:
             due = due_at
             delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
             if state == "in_flight":
-                due = now + backoff(attempts)
-                self.write(delivery, Result("retry", detail="the host stopped while this was in flight"), due)
+                due = now + RETRY_BACKOFF.after(attempts - 1)
+                self._write(delivery, Result("retry", detail="the host stopped while this was in flight"), due)
             if due > 0.0:
-                # The clock may have been set back meanwhile: nothing waits longer than the longest back-off.
-                delivery.due = loop_now + min(max(0.0, due - now), 720.0)
+                # The clock may have been set back meanwhile.
+                delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)
             self._consumer(plugin).add(delivery)
 
 
 def new_event_id(now: float) -> str:
-    """``ev_`` + 12 hex digits of milliseconds + 16 random ones: sorts by time, unguessable."""
+    """Make an event id: ``ev_``, 12 hex digits of milliseconds, 16 random ones. Sorts by time, cannot be guessed."""
     return f"ev_{int(now * 1000):012x}{os.urandom(8).hex()}"

@@ -1,1 +1,1 @@
-"""Lines and JSON from peers that are not trusted."""
+"""Lines and JSON from untrusted peers."""

@@ -1,9 +1,9 @@
 """Newline-framed messages on a stream, read so that no peer can make the others wait.
 
-A peer that sends no newline costs at most ``limit`` bytes and what one read brings. A peer that floods gets so many
-lines a turn of the event loop (``per_turn``) and so many bytes a second (``budget``); what is beyond stays in the
-kernel, where it is the sender that waits. A peer that does not read its answers is not read either. A peer that breaks
-a rule is told once and cut off.
+A peer that sends no newline costs at most ``limit`` bytes and one read. A peer that floods gets so many
+lines a turn of the event loop (``per_turn``) and so many bytes a second (``budget``); the rest stays in the kernel,
+where it is the sender that waits. A peer that does not read its answers is not read either. A peer that breaks a rule
+gets one error and is cut off.
 """
 
 from __future__ import annotations
@@ -16,42 +16,40 @@ from isolator.ipc.accept_loop import AcceptLoop
 from isolator.pacing import TokenBucket
 
 LINGER = 2.0
-
-
-Budget = TokenBucket
+"""Seconds that a peer has to read the rest before a closed connection is cut."""
 
 
 class LineProtocol(asyncio.Protocol):
-    """Subclasses implement ``line_received``."""
+    """Reads lines; subclasses implement ``line_received``."""
 
     limit = 1 << 20
     """Longest line in bytes."""
     write_high = 1 << 20
     """Unsent answers beyond this pause reading."""
     per_turn = 16
-    budget: Budget | None = None
-    """Of bytes; may be shared by several connections."""
+    budget: TokenBucket | None = None
+    """Bytes that may be received; several connections may share one."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
-        self._looked = 0
-        """There is no newline before this place of the buffer."""
+        self._searched = 0
+        """Offset in the buffer before which there is no newline."""
         self._held: set[str] = set()
         self._scheduled = False
 
     def line_received(self, data: bytes) -> None:
-        """One complete line without its newline."""
+        """Handle a complete line, without its newline."""
         raise NotImplementedError
 
     def too_long(self) -> None:
-        """A line exceeded ``limit``; the connection is closed after this returns."""
+        """Handle a line that exceeds ``limit``; the connection is closed afterwards."""
 
     @property
     def unread(self) -> bool:
-        """Whether whole lines have come whose turn is not yet."""
-        return self._buffer.find(b"\n", self._looked) >= 0
+        """Whether complete lines wait for their turn."""
+        return self._buffer.find(b"\n", self._searched) >= 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -61,18 +59,18 @@ class LineProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self._buffer.clear()
-        self._looked = 0
+        self._searched = 0
 
     def data_received(self, data: bytes) -> None:
         if self.budget is not None and (wait := self.budget.take(len(data))):
             self.hold("budget")
             self._loop.call_later(wait, self.unhold, "budget")
         if not self._buffer and not self._held and data.find(b"\n") == len(data) - 1 <= self.limit:
-            if len(data) > 1:  # what nearly every message is: one line, whole
+            if len(data) > 1:  # as nearly every message is: one complete line
                 self.line_received(data[:-1])
             return
         self._buffer += data
-        self._go_on()
+        self._read_lines()
 
     def pause_writing(self) -> None:
         self.hold("unread answers")
@@ -81,38 +79,38 @@ class LineProtocol(asyncio.Protocol):
         self.unhold("unread answers")
 
     def hold(self, why: str) -> None:
-        """Take nothing more until every reason is gone."""
+        """Read no further line while a reason stands; ``unhold`` ends one."""
         self._held.add(why)
         if self.transport is not None:
             self.transport.pause_reading()
 
     def unhold(self, why: str) -> None:
-        """One reason is gone."""
+        """Drop a reason; reading goes on when it was the last."""
         if why in self._held:
             self._held.discard(why)
             if not self._held:
-                self._go_on_soon()
+                self._schedule()
 
     def send(self, data: bytes) -> None:
-        """Write bytes if the peer is still there."""
+        """Write bytes if the connection is open."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
     def close(self) -> None:
-        """Close once what was written has been sent, which the peer has ``LINGER`` seconds to read."""
+        """Close once all that was written has been sent, or after ``LINGER`` seconds."""
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
                 self._loop.call_later(LINGER, self.transport.abort)
             self.transport.close()
 
-    def _go_on(self) -> None:
+    def _read_lines(self) -> None:
         start = 0
         for _ in range(self.per_turn):
             if self._held or self.transport is None or self.transport.is_closing():
                 break
-            end = self._buffer.find(b"\n", self._looked)
+            end = self._buffer.find(b"\n", self._searched)
             if end < 0:
-                self._looked = len(self._buffer)
+                self._searched = len(self._buffer)
                 if len(self._buffer) - start > self.limit:
                     return self._overflow()
                 self.transport.resume_reading()
@@ -120,30 +118,30 @@ class LineProtocol(asyncio.Protocol):
             if end - start > self.limit:
                 return self._overflow()
             data = bytes(self._buffer[start:end])
-            start = self._looked = end + 1
+            start = self._searched = end + 1
             if data:
                 self.line_received(data)
         else:
             if self.transport is not None:
                 self.transport.pause_reading()
-                self._go_on_soon()
+                self._schedule()
         if start and self._buffer:
             del self._buffer[:start]
-            self._looked -= start
+            self._searched -= start
         return None
 
-    def _go_on_soon(self) -> None:
+    def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
         self._scheduled = False
-        self._go_on()
+        self._read_lines()
 
     def _overflow(self) -> None:
         self._buffer.clear()
-        self._looked = 0
+        self._searched = 0
         self.too_long()
         self.close()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import isolator.errors
 import isolator_client.errors
-from host.wire import lines, strict
+from host.wire import lines, strict_json
 from isolator_client import protocol
 from isolator_client.errors import IsolatorError, UsageError
 from isolator_client.protocol import Lines, Notification, Reply, error_of, request
@@ -28,7 +28,7 @@ VALUES = st.recursive(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), VALUES, max_size=3)), st.data())
 def test_messages_arrive_whole_however_they_are_cut(results: list[dict[str, Any]], data: st.DataObject) -> None:
-    stream = b"".join(strict.line({"jsonrpc": "2.0", "id": n, "result": r}) for n, r in enumerate(results))
+    stream = b"".join(strict_json.line({"jsonrpc": "2.0", "id": n, "result": r}) for n, r in enumerate(results))
     arriving, messages = Lines(), []
     while stream:
         step = data.draw(st.integers(1, len(stream)))
@@ -42,7 +42,7 @@ def test_messages_arrive_whole_however_they_are_cut(results: list[dict[str, Any]
 def test_the_daemon_reads_whatever_is_sent(value: Any) -> None:
     line = request(7, "event.emit", {"payload": value})
     assert line.endswith(b"\n") and line.count(b"\n") == 1
-    message = strict.parse_object(line[:-1])
+    message = strict_json.parse_object(line[:-1])
     assert message == {"jsonrpc": "2.0", "id": 7, "method": "event.emit", "params": {"payload": value}}
 
 
@@ -78,12 +78,12 @@ def test_what_the_daemon_would_not_read_is_not_sent(value: Any) -> None:
 
 def test_the_bounds_are_those_of_the_daemon() -> None:
     assert lines.LineProtocol.limit == protocol.REQUEST_LIMIT
-    assert (protocol.DEPTH_LIMIT, protocol.COMMA_LIMIT) == (strict.MAX_DEPTH, strict.MAX_VALUES)
+    assert (protocol.DEPTH_LIMIT, protocol.COMMA_LIMIT) == (strict_json.MAX_DEPTH, strict_json.MAX_VALUES)
     for value in (_nested(protocol.DEPTH_LIMIT - 2), [0] * (protocol.COMMA_LIMIT - 10)):
-        strict.parse_object(request(1, "m", {"v": value})[:-1])
-    with pytest.raises(strict.WireError):
+        strict_json.parse_object(request(1, "m", {"v": value})[:-1])
+    with pytest.raises(strict_json.WireError):
         deeper = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "m", "params": {"v": _nested(63)}})
-        strict.parse_object(deeper.encode())
+        strict_json.parse_object(deeper.encode())
 
 
 @pytest.mark.parametrize("line", [b"nonsense", b"[]", b'"text"', b"\xff", b"[" * 100_000])

@@ -1,4 +1,4 @@
-"""How attempts begin: counted and on record before anything is sent, together, and whoever is killed in between."""
+"""Start of attempts: counted and on record before anything is sent, together, and whoever is killed in between."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _rows(store: Store) -> dict[str, tuple[str, int]]:
         return {plugin: (state, attempts) for plugin, state, attempts in found}
 
 
-async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_come_before_what_is_sent(
+async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_are_recorded_before_they_are_sent(
     store: Store,
 ) -> None:
     queue = SqliteQueue(store)
@@ -75,11 +75,10 @@ async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_come_be
     theirs.close()
 
 
-async def test_who_waits_is_sent_the_event_in_the_turn_after_it_is_safe_and_before_the_answer(store: Store) -> None:
-    queue = SqliteQueue(store)
+async def test_waiting_worker_sends_in_the_turn_after_the_event_is_safe_and_before_the_answer(store: Store) -> None:
+    queue = SqliteQueue(store, on_ready=lambda: attempts.schedule())  # noqa: PLW0108 # it does not exist yet
     ours, theirs = pair()
     attempts = Attempts(queue, AuditClient(ours), wait_for_trail=True)
-    queue.on_ready = attempts.soon
     sent: list[str] = []
 
     async def work(name: str) -> None:
@@ -97,7 +96,7 @@ async def test_who_waits_is_sent_the_event_in_the_turn_after_it_is_safe_and_befo
     theirs.close()
 
 
-async def test_nothing_is_sent_before_the_kernel_has_its_record(store: Store) -> None:
+async def test_delivery_is_not_sent_before_the_kernel_has_its_record(store: Store) -> None:
     queue = SqliteQueue(store)
     ours, theirs = pair()
     audit = AuditClient(ours)
@@ -122,11 +121,13 @@ async def test_nothing_is_sent_before_the_kernel_has_its_record(store: Store) ->
     theirs.close()
 
 
-async def test_who_waits_for_an_event_has_its_attempt_counted_with_it(store: Store) -> None:
+async def test_attempt_of_a_taker_that_waits_is_counted_with_the_event(store: Store) -> None:
     queue = SqliteQueue(store)
     consumers = {name: queue.consumer(name) for name in NAMES}
-    consumers["b"].on_soon = consumers["c"].on_soon = lambda: True
-    takes = {name: asyncio.create_task(consumer.take()) for name, consumer in consumers.items()}
+    takes = {
+        name: asyncio.create_task(consumer.take(lambda sent_at_once=name != "a": sent_at_once))
+        for name, consumer in consumers.items()
+    }
     await asyncio.sleep(0)
     await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber(name, None) for name in NAMES])
     assert _rows(store) == {
@@ -156,9 +157,8 @@ async def test_who_waits_for_an_event_has_its_attempt_counted_with_it(store: Sto
 async def test_a_duplicate_counts_nothing(store: Store) -> None:
     queue = SqliteQueue(store)
     consumer = queue.consumer("a")
-    consumer.on_soon = lambda: True
     event = NewEvent("deploy.completed", "{}", dedupe_key="once")
-    take = asyncio.create_task(consumer.take())
+    take = asyncio.create_task(consumer.take(lambda: True))
     await asyncio.sleep(0)
     await queue.accept(event, [Subscriber("a", None)])
     assert (await queue.accept(event, [Subscriber("a", None)])).duplicate
@@ -182,7 +182,7 @@ AuditClient.flushed = killed
 
 @pytest.mark.parametrize("key", [{}, {"dedupe_key": "once"}], ids=["counted with the event", "counted after it"])
 @pytest.mark.parametrize("records_first", ["pass", "await flushed(self)"], ids=["unrecorded", "recorded"])
-async def test_killed_between_the_count_and_the_writes_loses_nothing_and_sends_nothing_uncounted(
+async def test_host_killed_between_count_and_send_loses_no_event_and_sends_none_uncounted(
     daemon: Daemon, records_first: str, key: dict[str, str]
 ) -> None:
     await daemon.kill_host()
@@ -224,10 +224,10 @@ async def test_killed_between_the_count_and_the_writes_loses_nothing_and_sends_n
     assert sorted(seen.read_text().splitlines()) == [f"{plugin} {event['id']}" for plugin in sorted(counted)]
     # Those that did not begin in the turn in which it died have no record of their first attempt.
     records = [r for r in daemon.of_type("event.dispatched") if r["event_id"] == event["id"]]
-    told = {(r["plugin"], r["data"]["attempt"]) for r in records}
-    assert len(told) == len(records)
+    recorded = {(r["plugin"], r["data"]["attempt"]) for r in records}
+    assert len(recorded) == len(records)
     again = {(plugin, attempts + 1) for plugin, attempts in counted.items()}
-    lost = told - again
-    assert again <= told
+    lost = recorded - again
+    assert again <= recorded
     assert lost <= {(plugin, 1) for plugin, attempts in counted.items() if attempts}
     assert bool(lost) == (records_first != "pass")

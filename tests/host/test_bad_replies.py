@@ -1,4 +1,4 @@
-"""What one-shot sidecars do to their host: garbage, floods, silence, deaths; the others do not notice."""
+"""Bad one-shot sidecars: garbage, floods, silence, deaths; their neighbours do not notice."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_a_reply_byte_by_byte_does_not_hold_up_others(daemon: Daemon) -> N
     assert good[0]["state"] == "ok"
 
 
-async def test_what_follows_the_first_line_is_ignored(daemon: Daemon) -> None:
+async def test_bytes_after_the_first_line_are_ignored(daemon: Daemon) -> None:
     reply = '{"jsonrpc":"2.0","result":{"status":"ok"},"id":1}'
     more = f"b'{reply}' + b'\\n' + b'garbage\\n' * 1000"
     daemon.add("chatty", sidecars.raw(f"connection.recv(4096)\nconnection.sendall({more})\nconnection.close()"))

@@ -28,7 +28,7 @@ async def test_an_event_starts_the_plugin_and_reaches_it(daemon: Daemon) -> None
     assert kinds == ["event.accepted", "event.dispatched", "event.response"]
 
 
-async def test_the_request_is_what_the_trail_says_it_is(daemon: Daemon) -> None:
+async def test_trail_has_size_and_digest_of_the_request(daemon: Daemon) -> None:
     daemon.add("echo", sidecars.raw('data = connection.recv(65536)\nprint(data.decode(), end="", flush=True)\n'
                'connection.sendall(b\'{"jsonrpc":"2.0","result":{},"id":1}\')\nconnection.close()'))  # fmt: skip
     emitted = await daemon.emit()
@@ -43,7 +43,7 @@ async def test_the_request_is_what_the_trail_says_it_is(daemon: Daemon) -> None:
     assert request["params"]["_meta"]["attempt"] == 1
 
 
-async def test_the_older_spelling_is_received_by_who_subscribed_it(daemon: Daemon) -> None:
+async def test_older_spelling_of_an_event_reaches_its_subscriber(daemon: Daemon) -> None:
     script = sidecars.oneshot('return {"message": method}')
     daemon.add("old", script, hooks=["on_deploy_complete"])
     daemon.add("new", script, hooks=["deploy.completed"])
@@ -109,7 +109,7 @@ async def test_attempts_end_in_a_dead_letter_that_can_be_replayed(daemon: Daemon
 @pytest.mark.parametrize(
     ("code", "state"), [(-31001, "dead"), (-31007, "ok"), (-32601, "dead"), (-32602, "dead"), (-31008, "dead")]
 )
-async def test_error_codes_mean_what_they_say(daemon: Daemon, code: int, state: str) -> None:
+async def test_error_code_decides_between_success_and_dead_letter(daemon: Daemon, code: int, state: str) -> None:
     reply = f'b\'{{"jsonrpc":"2.0","error":{{"code":{code},"message":"so"}},"id":1}}\\n\''
     daemon.add("coded", sidecars.raw(f"connection.recv(4096)\nconnection.sendall({reply})\nconnection.close()"))
     delivery = await daemon.deliver()
@@ -218,7 +218,7 @@ return {{}}
 # The trail
 
 
-async def test_nothing_is_sent_while_the_trail_cannot_be_written(daemon: Daemon) -> None:
+async def test_event_is_held_while_the_trail_cannot_be_written(daemon: Daemon) -> None:
     daemon.add("good", sidecars.OK)
     await daemon.deliver()
     daemon.tell_audit({"blocked": "no space left"})
@@ -231,7 +231,7 @@ async def test_nothing_is_sent_while_the_trail_cannot_be_written(daemon: Daemon)
     assert row["deliveries"][0]["state"] == "ok"
 
 
-async def test_a_new_audit_process_gets_what_the_old_one_did_not_write(daemon: Daemon) -> None:
+async def test_a_new_audit_process_gets_the_records_that_the_old_one_did_not_write(daemon: Daemon) -> None:
     from isolator.ipc.channel import pair
 
     daemon.audit_acks = False
@@ -250,7 +250,7 @@ async def test_a_new_audit_process_gets_what_the_old_one_did_not_write(daemon: D
     assert len(daemon.of_type("event.accepted")) == 1
 
 
-# Who may receive
+# Subscription
 
 
 async def test_only_subscribed_events_are_dispatched(daemon: Daemon) -> None:

@@ -1,4 +1,4 @@
-"""The host API: permissions, the private store, limits, and a platform's own methods."""
+"""Host API: permissions, the private store, limits, and a platform's own methods."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def _reply(daemon: Daemon, **fields: Any) -> Any:
     return json.loads(delivery["reply"])["result"]
 
 
-async def test_a_plugin_says_hello_and_learns_who_it_is(daemon: Daemon) -> None:
+async def test_hello_and_whoami_answer_with_the_plugin_itself(daemon: Daemon) -> None:
     daemon.add("who", _caller('return [call("plugin.hello", {"name": "who", "api_version": "1"}), call("whoami")]'))
     hello, whoami = await _reply(daemon)
     assert hello["result"]["protocol"] == "1"
@@ -50,13 +50,13 @@ async def test_a_plugin_says_hello_and_learns_who_it_is(daemon: Daemon) -> None:
     assert whoami["result"]["hooks"] == ["deploy.completed"]
 
 
-async def test_an_unknown_protocol_is_refused_with_what_is_spoken(daemon: Daemon) -> None:
+async def test_an_unknown_protocol_is_refused_with_those_supported(daemon: Daemon) -> None:
     daemon.add("old", _caller('return call("plugin.hello", {"api_version": "9"})'))
     error = (await _reply(daemon))["error"]
     assert (error["code"], error["data"]["supported"]) == (-31002, ["1"])
 
 
-async def test_without_the_permission_the_answer_says_which_line_grants_it(daemon: Daemon) -> None:
+async def test_call_without_its_permission_is_refused_with_the_line_that_grants_it(daemon: Daemon) -> None:
     daemon.add("nosy", _caller('return call("kv.get", {"key": "a"})'))
     error = (await _reply(daemon))["error"]
     assert error["code"] == -31010
@@ -222,7 +222,7 @@ async def test_a_caller_that_never_reads_costs_a_bounded_amount(daemon: Daemon) 
 
 
 class BackupFailed(BaseModel):
-    """An event of a platform's own."""
+    """Event of a platform's own."""
 
     volume: str
     attempts: int
@@ -289,7 +289,7 @@ async def test_a_platform_that_dies_fails_its_calls_at_once(daemon: Daemon) -> N
     assert (error["code"], error["message"]) == (-31000, "the platform went away")
 
 
-async def test_without_a_daemon_the_library_says_so(tmp_path: Any) -> None:
+async def test_library_without_a_daemon_reports_that_it_is_not_running(tmp_path: Any) -> None:
     with pytest.raises(UnavailableError, match="the daemon is not running"):
         async with PluginHost.connect(tmp_path):
             pass

@@ -1,4 +1,4 @@
-"""What a plugin may do to its host on each of its channels, and what it costs the others: nothing.
+"""Hostile plugins on each channel to the host: their neighbours lose nothing.
 
 Each behaviour runs while a neighbour is delivered to. Afterwards the host has the memory and the descriptors that it
 had before, and every event of the neighbour's arrived at the first attempt.
@@ -159,7 +159,7 @@ ON_A_STREAM = {
         connection.sendall(json.dumps({"jsonrpc": "2.0", "id": id, "result": {}}).encode()[:20])
         connection.close()
         """,
-    "answers that nobody asked for": """
+    "replies to no request": """
         for n in range(100000):
             send(id="%016x" % n, result={})
         """,
@@ -230,11 +230,11 @@ DELIVERED = {"descriptors", "byte by byte", "its own socket, rebound for each ev
 
 @contextlib.asynccontextmanager
 async def unharmed(daemon: Daemon) -> AsyncIterator[None]:
-    """Around a behaviour: a neighbour gets its events meanwhile, and the host is as it was."""
+    """Assert that a neighbour gets its events meanwhile, and that the host is as before afterwards."""
     daemon.add("good", sidecars.OK, hooks=["domain.added"])
     await daemon.outcome(await daemon.ask("event.emit", name="domain.added", payload=NEIGHBOUR))
     assert daemon.host is not None
-    before = _figures(daemon.host.pid)
+    before = _usage(daemon.host.pid)
     ids = []
     over = asyncio.Event()
 
@@ -252,12 +252,12 @@ async def unharmed(daemon: Daemon) -> AsyncIterator[None]:
     for event in ids:
         (delivery,) = (await daemon.ask("event.wait", id=event, timeout=15))["deliveries"]
         assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
-    await daemon.poll(lambda: _figures(daemon.host.pid)[1] <= before[1] + 40)  # connections that may be open, no more
-    after = _figures(daemon.host.pid)
+    await daemon.poll(lambda: _usage(daemon.host.pid)[1] <= before[1] + 40)  # connections that may be open, no more
+    after = _usage(daemon.host.pid)
     assert after[0] - before[0] < GROWTH, f"the host grew by {(after[0] - before[0]) >> 20} MiB"
 
 
-def _figures(pid: int) -> tuple[int, int]:
+def _usage(pid: int) -> tuple[int, int]:
     """(resident bytes, descriptors) of the host."""
     status = Path(f"/proc/{pid}/statm").read_text()
     return int(status.split()[1]) * 4096, len(list(Path(f"/proc/{pid}/fd").iterdir()))
@@ -270,19 +270,19 @@ def _indent(body: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ON_THE_HOST_API)
-async def test_on_the_host_api(daemon: Daemon, kind: str) -> None:
+async def test_hostile_caller_of_the_host_api_harms_nobody(daemon: Daemon, kind: str) -> None:
     script = API + sidecars.oneshot(_indent(ON_THE_HOST_API[kind]) + "\nreturn {}")
     async with unharmed(daemon):
         daemon.add("hostile", script, permissions=["kv"])
         row = await daemon.outcome(await daemon.emit())
     (delivery,) = row["deliveries"]
     assert delivery["state"] == "ok", delivery
-    said = json.loads(delivery["reply"])["result"].get("message", "")
-    assert ANSWERS.get(kind, "") in said, said
+    answer = json.loads(delivery["reply"])["result"].get("message", "")
+    assert ANSWERS.get(kind, "") in answer, answer
 
 
 @pytest.mark.parametrize("kind", ON_A_STREAM)
-async def test_on_a_stream(daemon: Daemon, kind: str) -> None:
+async def test_hostile_stream_plugin_harms_nobody(daemon: Daemon, kind: str) -> None:
     more: dict[str, Any] = {"transport": {"mode": "stream"}, "delivery": {"timeout": "2s", "attempts": 1}}
     async with unharmed(daemon):
         daemon.add("hostile", sidecars.stream(_indent(ON_A_STREAM[kind])), hooks=["noise.made"], **more)
@@ -302,7 +302,7 @@ async def test_on_a_stream(daemon: Daemon, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ON_ONE_SHOT)
-async def test_on_one_shot(daemon: Daemon, kind: str) -> None:
+async def test_hostile_one_shot_plugin_harms_nobody(daemon: Daemon, kind: str) -> None:
     body = "connection.recv(4096)\n" + _indent(ON_ONE_SHOT[kind]) + "\nconnection.close()"
     async with unharmed(daemon):
         daemon.add("hostile", sidecars.raw(body), delivery={"attempts": 1})

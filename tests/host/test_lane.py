@@ -1,4 +1,4 @@
-"""The lane against a plain model: order per key, holding back, nothing lost, nothing twice."""
+"""Lane against a plain model: order per key, holding back, nothing lost, nothing twice."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.sampled_from(["a", "b", "c", None])),
         st.tuples(st.just("pop"), st.none()),
-        st.tuples(st.just("done"), st.integers(0, 5)),
-        st.tuples(st.just("again"), st.tuples(st.integers(0, 5), st.floats(0.5, 3))),
-        st.tuples(st.just("cancel"), st.integers(0, 20)),
+        st.tuples(st.just("ack"), st.integers(0, 5)),
+        st.tuples(st.just("nak"), st.tuples(st.integers(0, 5), st.floats(0.5, 3))),
+        st.tuples(st.just("term"), st.integers(0, 20)),
         st.tuples(st.just("tick"), st.floats(0.1, 4)),
     ),
     max_size=80,
@@ -51,19 +51,19 @@ def test_a_lane_keeps_order_per_key_and_loses_nothing(steps: list[tuple[str, obj
                 assert all(d.key != delivery.key for d in flight), "one of a key at a time"
                 assert all(d.seq >= delivery.seq for d in pending.values() if d.key == delivery.key)
             flight.append(delivery)
-        elif step == "done" and flight:
+        elif step == "ack" and flight:
             delivery = flight.pop(int(argument) % len(flight))  # type: ignore[call-overload]
-            lane.done(delivery)
+            lane.remove(delivery)
             del pending[delivery.seq]
             finished.setdefault(delivery.key, []).append(delivery.seq)
-        elif step == "again" and flight:
+        elif step == "nak" and flight:
             index, delay = argument  # type: ignore[misc]
             delivery = flight.pop(index % len(flight))
             lane.put_back(delivery, now + delay)
-        elif step == "cancel" and pending:
+        elif step == "term" and pending:
             delivery = list(pending.values())[int(argument) % len(pending)]  # type: ignore[call-overload]
             if delivery not in flight:
-                lane.cancel(delivery)
+                lane.remove(delivery)
                 del pending[delivery.seq]
         elif step == "tick":
             now += float(argument)  # type: ignore[arg-type]
@@ -78,18 +78,18 @@ def test_a_lane_keeps_order_per_key_and_loses_nothing(steps: list[tuple[str, obj
     now += 10.0
     while (left := lane.pop(now)) is not None:
         del pending[left.seq]
-        lane.done(left)
+        lane.remove(left)
     assert not pending
     assert lane.depth == 0
 
 
-def test_a_cancelled_delivery_may_be_added_again() -> None:
+def test_a_removed_delivery_may_be_added_again() -> None:
     lane = Lane()
     first = Delivery(1, "p", "a")
     lane.add(first)
     assert lane.pop(0.0) is first
     lane.put_back(first, 5.0)
-    lane.cancel(first)
+    lane.remove(first)
     again = Delivery(1, "p", "a")
     lane.add(again)
     lane.put_back(lane.pop(0.0) or first, 5.0)

@@ -1,4 +1,4 @@
-"""Sidecars' output: bounded in every way, and never a reason for the host to wait or grow."""
+"""Logs of sidecars: bounded in every way, and never a reason for the host to wait or grow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ for fd in (1, 2):
 def _lines(daemon: Daemon, name: str) -> list[dict[str, str]]:
     files = sorted(daemon.paths.plugin_log.glob(f"{name}.log*"), reverse=True)
     texts = [path.read_text() for path in files]
-    # What is being written at this moment has no end yet.
+    # A line that is being written at this moment has no end yet.
     return [json.loads(line) for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
@@ -71,7 +71,7 @@ async def test_bytes_that_are_no_text_are_kept_readable(daemon: Daemon) -> None:
     assert b"\x1b" not in raw
 
 
-async def test_the_last_words_of_a_crash_are_shown(daemon: Daemon) -> None:
+async def test_stderr_tail_of_a_crash_is_shown(daemon: Daemon) -> None:
     sidecar = daemon.add("crasher", 'import sys\nprint("cannot find key.json", file=sys.stderr)\nsys.exit(1)\n')
     sidecar.give_up_after = 1
     emitted = await daemon.emit()
@@ -81,24 +81,23 @@ async def test_the_last_words_of_a_crash_are_shown(daemon: Daemon) -> None:
     assert shown["stderr"] == ["cannot find key.json"]
 
 
-async def test_last_words_are_those_of_the_run_and_wait_for_the_end_of_its_pipe(tmp_path: Path) -> None:
+async def test_stderr_tail_is_that_of_the_run_and_waits_for_the_end_of_its_pipe(tmp_path: Path) -> None:
     logs = Logs(tmp_path, lambda name: lambda text: text.replace("secret", "[x]"))
-    for run, words in (("r1", b"of another run\n"), ("r2", b"a secret\n" + b"b\n" * 9 + b"unfinished")):
+    for run, output in (("r1", b"of another run\n"), ("r2", b"a secret\n" + b"b\n" * 9 + b"unfinished")):
         reading, writing = os.pipe()
         silent, done = os.pipe()
         os.close(done)
         logs.attach("p", run, silent, reading)
-        asked = asyncio.create_task(logs.last_words("p", run))
+        tail = asyncio.create_task(logs.stderr_tail("p", run))
         await asyncio.sleep(0.01)
-        assert not asked.done()
-        os.write(writing, words)
+        assert not tail.done()
+        os.write(writing, output)
         os.close(writing)
-        told = await asked
-        assert told == ["of another run"] if run == "r1" else told == ["b"] * 4 + ["unfinished"]
+        assert await tail == (["of another run"] if run == "r1" else ["b"] * 4 + ["unfinished"])
     logs.close()
 
 
-async def test_who_follows_a_log_and_does_not_read_it_misses_lines_and_is_told(daemon: Daemon) -> None:
+async def test_follower_that_does_not_read_misses_lines_and_gets_their_number(daemon: Daemon) -> None:
     script = 'for n in range(int(params["branch"])):\n    print(n, "x" * 30000, flush=True)\nreturn {}'
     daemon.add("chatty", sidecars.oneshot(script))
     sock = socket.socket(socket.AF_UNIX)

@@ -1,4 +1,4 @@
-"""The embedded queue and its database: durable, bounded, one fsync for many, and the faults of storage."""
+"""Embedded queue and its database: durable, bounded, one fsync for many, and the faults of storage."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from host.database import SCHEMA_VERSION, Store
-from host.queue.consumer import backoff
-from host.queue.interface import NewEvent, Result, Subscriber
+from host.queue.interface import RETRY_BACKOFF, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -53,9 +52,7 @@ async def test_acceptance_waits_for_the_sync(store: Store, monkeypatch: pytest.M
     assert (await take).event == accepted.event
 
 
-async def test_a_failed_sync_is_fatal_and_nobody_is_told_that_it_is_safe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_failed_sync_is_fatal_and_fails_the_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fatal: list[str] = []
     store = Store(tmp_path / "host.db", fatal=fatal.append)
 
@@ -70,14 +67,14 @@ async def test_a_failed_sync_is_fatal_and_nobody_is_told_that_it_is_safe(
     await store.close()
 
 
-async def test_what_waits_is_there_again_after_a_restart(tmp_path: Path) -> None:
+async def test_waiting_deliveries_are_there_again_after_a_restart(tmp_path: Path) -> None:
     store = Store(tmp_path / "host.db")
     queue = SqliteQueue(store)
     ids = [(await queue.accept(_event(str(n)), [Subscriber("p", "k")])).event.id for n in range(3)]
     consumer = queue.consumer("p")
     first = await consumer.take()
     await queue.sent([first])
-    consumer.done(first, Result("ok"))
+    consumer.ack(first, Result("ok"))
     second = await consumer.take()
     await queue.sent([second])
     await store.close()
@@ -117,9 +114,37 @@ async def test_a_full_queue_is_visible_and_replayable(store: Store) -> None:
     dead = await queue.list_dead()
     assert [d.detail for d in dead] == ["queue_full"] * 2
     consumer = queue.consumer("p")
-    consumer.done(await consumer.take(), Result("ok"))
+    consumer.ack(await consumer.take(), Result("ok"))
     assert await queue.replay(dead[0].event_id) == ["p"]
     assert queue.consumer("p").depth == 3
+
+
+async def test_delivery_that_is_final_stays_final(store: Store) -> None:
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k")])
+    consumer = queue.consumer("p")
+    delivery = await consumer.take()
+    consumer.ack(delivery, Result("ok"))
+    consumer.term(delivery, Result("dead"))
+    consumer.nak(delivery, Result("retry"), delay=0.0)
+    consumer.release(delivery)
+    await store.committed()
+    assert (consumer.depth, queue.show(accepted.event.id).deliveries[0].state) == (0, "ok")
+
+
+async def test_term_of_a_delivery_that_waits_lets_the_next_of_its_key_go(store: Store) -> None:
+    queue = SqliteQueue(store)
+    first, second = [(await queue.accept(_event(), [Subscriber("p", "k")])).event for _ in range(2)]
+    consumer = queue.consumer("p")
+    delivery = await consumer.take()
+    consumer.nak(delivery, Result("retry"), delay=600.0)
+    take = asyncio.create_task(consumer.take())
+    await asyncio.sleep(0)
+    assert not take.done()
+    consumer.term(delivery, Result("quarantined"))
+    assert (await take).event == second
+    await store.committed()
+    assert queue.show(first.id).deliveries[0].state == "quarantined"
 
 
 async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
@@ -130,13 +155,12 @@ async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
         delivery = await consumer.take()
         assert delivery.event is not None
         assert delivery.event.payload == f'{{"n":"{number}"}}'
-        consumer.done(delivery, Result("ok"))
+        consumer.ack(delivery, Result("ok"))
 
 
 async def test_an_expired_event_is_not_delivered(store: Store) -> None:
-    queue = SqliteQueue(store)
     expired: list[int] = []
-    queue.on_expired = lambda delivery: expired.append(delivery.seq)
+    queue = SqliteQueue(store, on_expired=lambda delivery: expired.append(delivery.seq))
     old = await queue.accept(_event(ttl=0.05), [Subscriber("p", "k")])
     new = await queue.accept(_event(), [Subscriber("p", "k")])
     await asyncio.sleep(0.1)
@@ -153,8 +177,8 @@ async def test_the_database_stays_bounded(store: Store) -> None:
     for round_ in range(15):
         await asyncio.gather(*(queue.accept(_event(), [Subscriber("p", None)]) for _ in range(200)))
         for number in range(200):
-            state = "dead" if number % 2 else "ok"
-            consumer.done(await consumer.take(), Result(state))  # type: ignore[arg-type]
+            end, state = (consumer.term, "dead") if number % 2 else (consumer.ack, "ok")
+            end(await consumer.take(), Result(state))  # type: ignore[arg-type]
         assert consumer.depth == 0, round_
     count = store.read(lambda db: db.execute("SELECT count(*) FROM events").fetchone()[0])
     dead = store.read(lambda db: db.execute("SELECT count(*) FROM deliveries WHERE state='dead'").fetchone()[0])
@@ -166,11 +190,11 @@ async def test_one_old_dead_letter_does_not_keep_everything_behind_it(store: Sto
     queue = SqliteQueue(store, keep_events=100)
     consumer = queue.consumer("p")
     dead = await queue.accept(_event(), [Subscriber("p", None)])
-    consumer.done(await consumer.take(), Result("dead"))
+    consumer.term(await consumer.take(), Result("dead"))
     for _ in range(14):
         await asyncio.gather(*(queue.accept(_event(), [Subscriber("p", None)]) for _ in range(1000)))
         for _ in range(1000):
-            consumer.done(await consumer.take(), Result("ok"))
+            consumer.ack(await consumer.take(), Result("ok"))
     count = store.read(lambda db: db.execute("SELECT count(*) FROM events").fetchone()[0])
     assert count <= 2200
     assert queue.show(dead.event.id).deliveries[0].state == "dead"
@@ -223,7 +247,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-async def test_nothing_is_sent_before_its_attempt_is_on_record(store: Store) -> None:
+async def test_delivery_is_not_sent_before_its_attempt_is_on_record(store: Store) -> None:
     queue = SqliteQueue(store)
     accepted = await queue.accept(_event(), [Subscriber("p", "k")])
     consumer = queue.consumer("p")
@@ -250,7 +274,7 @@ async def test_a_full_disk_refuses_events_keeps_outcomes_and_recovers(small_disk
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(b"x" * 4096)
-    consumer.done(delivery, Result("ok"))
+    consumer.ack(delivery, Result("ok"))
     with pytest.raises(UnavailableError, match="cannot be written"):
         await queue.accept(_event("x" * 60_000), [Subscriber("p", "k")])
     assert store.blocked is not None
@@ -286,16 +310,16 @@ async def test_a_power_cut_at_any_byte_of_the_log_starts_again_with_a_prefix(tmp
 def test_the_back_off_grows_to_ten_minutes() -> None:
     for attempts, expected in ((1, 1), (2, 2), (3, 4), (10, 512), (11, 600), (100, 600)):
         for _ in range(50):
-            assert expected * 0.8 <= backoff(attempts) <= expected * 1.2
+            assert expected * 0.8 <= RETRY_BACKOFF.after(attempts - 1) <= expected * 1.2
 
 
-async def test_who_waits_right_after_the_outcome_hears_of_it(store: Store) -> None:
+async def test_wait_that_begins_right_after_the_outcome_sees_it(store: Store) -> None:
     queue = SqliteQueue(store)
     accepted = await queue.accept(_event(), [Subscriber("p", "k")])
     consumer = queue.consumer("p")
     delivery = await consumer.take()
     await queue.sent([delivery])
-    consumer.done(delivery, Result("ok"))  # told, but not written before the loop's next turn
+    consumer.ack(delivery, Result("ok"))  # written in the loop's next turn
     async with asyncio.timeout(5):  # not wait_for: a task of its own would begin after that turn
         row = await queue.wait(accepted.event.id, timeout=30)
     assert [d.state for d in row.deliveries] == ["ok"]

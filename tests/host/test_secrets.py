@@ -170,7 +170,7 @@ async def test_reserved_and_impossible_keys_are_refused(tmp_path: Path, key: str
     await store.close()
 
 
-def test_both_spellings() -> None:
+def test_config_key_has_two_spellings_as_a_variable() -> None:
     assert environment_names("slack_webhook_url") == ("slack_webhook_url", "SLACK_WEBHOOK_URL")
     assert environment_names("webhookUrl") == ("webhookUrl", "WEBHOOK_URL")
     assert environment_names("API_KEY") == ("API_KEY",)

@@ -53,7 +53,7 @@ async def test_sidecars_go_on_running_while_the_host_is_replaced(daemon: Daemon)
     assert sidecar.starts == 1
 
 
-async def test_what_was_in_flight_at_the_crash_is_an_attempt_and_comes_again_with_the_same_id(daemon: Daemon) -> None:
+async def test_event_in_flight_at_the_crash_has_an_attempt_and_comes_again_with_the_same_id(daemon: Daemon) -> None:
     script, log = _recorder(daemon, 0.7)
     daemon.add("slow", script)
     emitted = await daemon.emit(deployment_id="x")
@@ -78,7 +78,7 @@ async def test_logs_go_on_after_the_host_was_killed(daemon: Daemon) -> None:
     await daemon.poll(lambda: len((daemon.paths.plugin_log / "talker.log").read_text().splitlines()) == 2)
 
 
-async def test_a_restarted_sidecar_gets_what_is_next(daemon: Daemon) -> None:
+async def test_a_restarted_sidecar_gets_the_next_event(daemon: Daemon) -> None:
     script, log = _recorder(daemon)
     sidecar = daemon.add("recorder", script)
     for number in range(5):

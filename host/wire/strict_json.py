@@ -1,4 +1,4 @@
-"""JSON from people we do not trust; the lines it travels in are in ``lines``.
+"""Strict JSON: parsing the bytes of untrusted peers, and writing JSON that they can read.
 
 ``parse`` accepts exactly one JSON value of bounded depth, in valid UTF-8, without NaN or infinities; everything
 else is a ``WireError`` whose text is safe to show.
@@ -18,16 +18,16 @@ import pydantic_core
 MAX_DEPTH = 64
 
 MAX_VALUES = 100_000
-"""More of them take so long to read that others would notice; counted as commas, wherever they stand."""
+"""Most values of one message: more take so long to read that others would notice. Counted as commas."""
 
 # Only such numbers can overflow to infinity, which the JSON reader itself lets pass.
 _HUGE = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{300}")
 _SHAPE = bytes(48 if 48 <= c <= 57 else 101 if c in b"eE" else 43 if c == 43 else 32 for c in range(256))
-"""Every digit as 0, every e as e: what may be a huge number is found at the speed of memory, not of a pattern."""
+"""Every digit as 0, every E as e: a number that may be huge is found at the speed of memory, not of a pattern."""
 
 
 class WireError(ValueError):
-    """The bytes are not what the protocol allows; ``code`` is the JSON-RPC error code."""
+    """Bytes that the protocol does not allow; ``code`` is the JSON-RPC error code."""
 
     def __init__(self, why: str, code: int = -32700) -> None:
         super().__init__(why)
@@ -35,7 +35,7 @@ class WireError(ValueError):
 
 
 def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
-    """One JSON value, strictly; raises WireError."""
+    """Parse one JSON value; raises WireError."""
     if len(data) > MAX_VALUES and data.count(b",") > MAX_VALUES:
         raise WireError(f"more than {MAX_VALUES} values", -32600)
     try:
@@ -51,7 +51,7 @@ def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def parse_object(data: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """As ``parse``; the value must be an object."""
+    """Parse one JSON object; raises WireError."""
     value = parse(data, max_depth=max_depth)
     if not isinstance(value, dict):
         raise WireError("not a JSON object", -32600)
@@ -59,12 +59,12 @@ def parse_object(data: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> str:
-    """Compact JSON as it goes on the wire."""
+    """Encode as compact JSON."""
     return _encode(value).decode()
 
 
 def line(value: Any) -> bytes:
-    """One JSON line, newline included."""
+    """Encode as a JSON line, newline included."""
     return _encode(value) + b"\n"
 
 
@@ -72,12 +72,12 @@ def _encode(value: Any) -> bytes:
     try:
         return pydantic_core.to_json(value)
     except pydantic_core.PydanticSerializationError:
-        # Half a surrogate pair, as file names may hold: escaped, so that what is sent is valid UTF-8.
+        # Half a surrogate pair, as file names may hold: escaped, so that the text is valid UTF-8.
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def peer_of(sock: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) of the process at the other end, as the kernel recorded it at connect or listen."""
+    """Return (pid, uid, gid) of the process at the other end, as the kernel recorded it at connect or listen."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid, gid
 

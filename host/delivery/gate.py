@@ -1,0 +1,31 @@
+"""Gate of dispatch: nothing is sent while the trail or the database cannot be written."""
+
+from __future__ import annotations
+
+from host.database import Store
+from isolator.audit.client import AuditClient
+
+
+class DispatchGate:
+    """Open while trail and database can be written; without ``halt_without_audit`` the database alone decides."""
+
+    def __init__(self, audit: AuditClient, store: Store, *, halt_without_audit: bool) -> None:
+        self._audit, self._store = audit, store
+        self._halt_without_audit = halt_without_audit
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request may be sent now."""
+        return not self._halted and self._store.blocked is None
+
+    @property
+    def _halted(self) -> bool:
+        return self._halt_without_audit and self._audit.blocked is not None
+
+    async def wait_open(self) -> None:
+        """Return once ``is_open``."""
+        while not self.is_open:
+            if self._halted:
+                await self._audit.writable()
+            else:
+                await self._store.unblocked.wait()

@@ -1,0 +1,111 @@
+"""Link to one plugin's sidecar: its run, connections to it, the requests it has not answered yet.
+
+The sidecar is started by ``run.ensure`` (the first event does) and reached by ``run.connect``, which gives a connected
+socket. Before a sidecar is stopped, for whatever reason, the supervisor asks for a drain: from then on the run is sent
+nothing more, while it may still answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from host.channel.reply import NotSentError
+from host.plugins.registry import Plugin
+from host.wire.strict_json import peer_of
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginHealth
+from isolator.errors import IsolatorError
+from isolator.ipc.channel import Channel
+
+CONNECT_DEADLINE = 10.0
+"""Seconds for the sidecar's socket to appear and accept."""
+
+
+class SidecarLink:
+    """The sidecar of one plugin, as its worker and its deliveries see it."""
+
+    def __init__(self, name: str, supervisor: Channel, audit: AuditClient) -> None:
+        self.name = name
+        self.run: str | None = None
+        """The run that is delivered to, if any."""
+        self.status = "idle"
+        """Present step of delivery, for listings: idle, holding, starting, connecting or in_flight."""
+        self._supervisor, self._audit = supervisor, audit
+        self._reached: str | None = None
+        self._draining: str | None = None
+        self._unanswered = 0
+        self._all_answered = asyncio.Event()
+        self._all_answered.set()
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a run is there to which requests may be sent."""
+        return self.run is not None and self.run != self._draining
+
+    @property
+    def reached(self) -> bool:
+        """Whether the present run has accepted a connection before, so that a new one is a matter of microseconds."""
+        return self.run == self._reached
+
+    async def connect(self) -> tuple[socket.socket, str]:
+        """Connect to the sidecar, which is started if need be; returns the non-blocking socket and the run.
+
+        Raises IsolatorError, NotSentError.
+        """
+        self.status = "starting" if self.run is None else "connecting"
+        if self.run is None:
+            answer = await self._supervisor.call("run.ensure", name=self.name, reason="event")
+            self.run = str(answer.fields["run"])
+            answer.close()
+        run = self.run
+        try:
+            answer = await self._supervisor.call(
+                "run.connect", name=self.name, run=run, deadline=CONNECT_DEADLINE, timeout=CONNECT_DEADLINE + 5
+            )
+        except IsolatorError:
+            # The run may have ended meanwhile: the next connection ensures one again.
+            self.run = None
+            raise
+        if len(answer.fds) != 1:
+            answer.close()
+            raise NotSentError("the supervisor sent no connection")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, answer.fds.pop())
+        sock.setblocking(False)
+        self._reached = run
+        return sock, run
+
+    def check_peer(self, sock: socket.socket, plugin: Plugin, run: str) -> str | None:
+        """Return None if the plugin serves the socket; else record who does, and return the record's text.
+
+        A plugin owns its socket's directory and may put a hard link to another's socket there, or pass its name
+        on; the kernel names the process that called listen().
+        """
+        uid = peer_of(sock)[1]
+        if plugin.uid is None or uid == plugin.uid:
+            return None
+        detail = f"its socket is served by uid {uid} instead of {plugin.uid}; nothing was sent"
+        self.record_fault(run, detail)
+        return detail
+
+    def record_fault(self, run: str, detail: str) -> None:
+        """Record a fault of the plugin in the trail."""
+        self._audit.record(PluginHealth(ok=False, detail=detail), plugin=self.name, run=run)
+
+    def begin_request(self, run: str) -> None:
+        """Count a request until ``end_request``; raises NotSentError when the run is being stopped."""
+        if run == self._draining:
+            raise NotSentError("the plugin is being stopped")
+        self._unanswered += 1
+        self._all_answered.clear()
+
+    def end_request(self) -> None:
+        """Count a request as answered, or as never to be answered."""
+        self._unanswered -= 1
+        if not self._unanswered:
+            self._all_answered.set()
+
+    async def drain(self) -> None:
+        """Begin no further request to the present run; returns once none is unanswered."""
+        self._draining = self.run
+        await self._all_answered.wait()
