@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from isolator.policy import names
 from isolator.policy.destinations import PUBLIC_PORTS, Network, parse_host
-from isolator.policy.host import CEILING, Ceiling, Limits
+from isolator.policy.host import Ceiling
+from isolator.policy.keys import CEILING, SWITCHES, Limits
 from isolator.policy.model import EgressRule
 
 
@@ -33,7 +34,8 @@ class Bounds:
     hooks: tuple[str, ...] = ("*",)
     permissions: tuple[str, ...] = ("*",)
     egress: Egress = Egress(everything=True)
-    allow_no_sni: bool = True
+    switches: frozenset[str] = frozenset(switch.name for switch in SWITCHES)
+    """The names of those that may be yes."""
     read: tuple[str, ...] = ("/",)
     strict: bool = False
 
@@ -45,7 +47,7 @@ def meet(a: Bounds, b: Bounds) -> Bounds:
         hooks=_meet_patterns(a.hooks, b.hooks, names.covers_hook),
         permissions=_meet_patterns(a.permissions, b.permissions, names.covers_permission),
         egress=meet_egress(a.egress, b.egress),
-        allow_no_sni=a.allow_no_sni and b.allow_no_sni,
+        switches=a.switches & b.switches,
         read=_meet_patterns(a.read, b.read, names.path_covers),
         strict=a.strict or b.strict,
     )

@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING, Literal
 from isolator.errors import UsageError
 from isolator.policy import names
 from isolator.policy.destinations import never_reachable
-from isolator.policy.grant import GrantedLimits, PluginPolicy
+from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.limits import BY_NAME, NUMBERS
+from isolator.policy.keys import (
+    BY_NAME,
+    LIMITS,
+    SWITCHES,
+    ConnectionLimits,
+    DeliveryLimits,
+    FileLimits,
+    Frozen,
+    NetworkSwitches,
+    ResourceLimits,
+    StopLimits,
+)
 from isolator.policy.meet.bounds import Bounds, Egress, egress_within
 from isolator.policy.meet.bounds import meet as meet_bounds
 from isolator.policy.meet.lines import explain_lines
@@ -34,7 +45,6 @@ from isolator.policy.model import (
     RestartPolicy,
 )
 from isolator.policy.parse.load import check_ceiling, load_plugin_policy
-from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
     from isolator.policy.request import ManifestCore
@@ -114,6 +124,9 @@ def _compose(
     plugin: str, bounds: Bounds, grant: PluginPolicy, host: HostConfig, listen: tuple[ListenRule, ...]
 ) -> EffectivePolicy:
     limits = bounds.limits
+    # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
+    inodes = min(limits.state_inodes, max(64, limits.state // 4096))
+    limits = limits.model_copy(update={"state_inodes": inodes})
     rules = tuple(rule for rule in bounds.egress.rules if never_reachable(rule, host.exceptions) is None)
     mode: Literal["none", "listed", "public"] = "public" if bounds.egress.public else "listed" if rules else "none"
     network = NetworkPolicy(
@@ -122,40 +135,29 @@ def _compose(
         exceptions=host.exceptions if mode != "none" else (),
         listen=listen,
         resolvers=host.resolvers if mode != "none" else (),
-        allow_no_sni=bounds.allow_no_sni and mode != "none",
-        connects_per_second=limits.connects_per_second,
-        connect_burst=limits.connect_burst,
-        connects_open=limits.connects_open,
+        **limits.part(ConnectionLimits),
+        **_switches(NetworkSwitches, bounds.switches, networked=mode != "none"),
     )
-    restart = {name: value for name, value in grant.restart if value is not None}
     return EffectivePolicy(
         plugin=plugin,
         hooks=bounds.hooks,
         permissions=bounds.permissions,
         network=network,
-        resources=ResourcePolicy(
-            memory=limits.memory,
-            memory_high=limits.memory * 7 // 8,
-            cpu=limits.cpu,
-            tasks=limits.tasks,
-            nofile=limits.nofile,
-            io_read=min(limits.io_read, NO_CAP),
-            io_write=min(limits.io_write, NO_CAP),
-        ),
-        filesystem=FilesystemPolicy(
-            read=bounds.read,
-            state=limits.state,
-            # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
-            state_inodes=min(limits.state_inodes, max(64, limits.state // 4096)),
-            tmp=limits.tmp,
-            tmp_inodes=limits.tmp_inodes,
-            shm=limits.shm,
-        ),
+        resources=ResourcePolicy(memory_high=limits.memory * 7 // 8, **limits.part(ResourceLimits)),
+        filesystem=FilesystemPolicy(read=bounds.read, **limits.part(FileLimits)),
         syscalls="strict" if bounds.strict else "default",
-        restart=RestartPolicy(**(host.restart.model_dump() | restart | {"stop_grace": limits.stop_grace})),
-        delivery_timeout=limits.delivery_timeout,
-        delivery_attempts=limits.delivery_attempts,
+        restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | limits.part(StopLimits))),
+        **limits.part(DeliveryLimits),
     )
+
+
+def _switches(section: type[Frozen], on: frozenset[str], *, networked: bool) -> dict[str, bool]:
+    """The switches that ``section`` declares; one that needs a network is off without one."""
+    return {
+        switch.name: switch.name in on and (networked or not switch.needs_network)
+        for switch in SWITCHES
+        if switch.name in section.model_fields
+    }
 
 
 def policy_for_run(
@@ -195,20 +197,20 @@ def policy_for_run(
         raise UsageError("--read", str(error)) from None
     # What the flags alone grant is checked first, so that the error names them and not the file.
     check_ceiling(
-        PluginPolicy(source="the command line", egress=rules, read=paths, limits=GrantedLimits.model_validate(flags)),
+        PluginPolicy(source="the command line", egress=rules, read=paths, limits=flags),
         host,
     )
     grant = grant.model_copy(
         update={
             "hooks": (),
             "permissions": (),
-            "limits": grant.limits.model_copy(update=flags),
+            "limits": grant.limits | flags,
             "egress": (*(grant.egress or ()), *rules),
             "read": (*(grant.read or ()), *paths),
         }
     )
     bounds = meet_bounds(ceiling_bounds(host), grant_bounds(grant, host, unwritten=True))
-    if grant.limits.state is None:
+    if "state" not in grant.limits:
         bounds = Bounds(**(vars(bounds) | {"limits": bounds.limits.model_copy(update={"state": 0})}))
     return _compose("run", bounds, grant, host, grant.listen or ())
 
@@ -223,17 +225,16 @@ def asks_more(old: ManifestCore, new: ManifestCore, host: HostConfig) -> tuple[s
     for rule in after.egress.rules:
         if not egress_within(Egress(rules=(rule,)), before.egress):
             more.append(f"connections to {names.format_egress(rule)}")
-    for number in NUMBERS:
-        then, now = getattr(before.limits, number.name), getattr(after.limits, number.name)
+    for limit in LIMITS:
+        then, now = getattr(before.limits, limit.name), getattr(after.limits, limit.name)
         if now > then:
-            more.append(f"{number.key} {number.show(now)} instead of {number.show(then)}")
-    known = old.sandbox.filesystem.read or ()
-    for path in new.sandbox.filesystem.read or ():
+            more.append(f"{limit.key} {limit.show(now)} instead of {limit.show(then)}")
+    known = old.sandbox.read or ()
+    for path in new.sandbox.read or ():
         if not any(names.path_covers(outer, path) for outer in known):
             more.append(f"reading {path}")
     more += [f"listening on port {port}" for port in sorted(_ports(new) - _ports(old))]
-    if after.allow_no_sni and not before.allow_no_sni:
-        more.append("TLS without a server name")
+    more += [switch.phrase for switch in SWITCHES if switch.name in after.switches - before.switches]
     if before.strict and not after.strict:
         more.append('the syscall profile "default" instead of "strict"')
     return tuple(more)

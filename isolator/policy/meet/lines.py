@@ -10,7 +10,7 @@ from isolator.policy import names
 from isolator.policy.destinations import PUBLIC, never_reachable
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.limits import NUMBERS, Number, asked
+from isolator.policy.keys import LIMITS, RATE, SWITCHES, Limit, Switch
 from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within, meet_egress, normal_egress
 from isolator.policy.meet.proposal import DEFAULT_GRANT, Line, Verdict
 from isolator.policy.meet.sides import grant_bounds, request_bounds
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "plugin.json"
 DEFAULT = "default"
-_ALWAYS_SHOWN = ("memory", "cpu", "tasks", "nofile", "state", "tmp", "delivery_timeout", "delivery_attempts")
 
 
 def explain_lines(
@@ -60,12 +59,13 @@ class _Explainer:
             names.covers_permission,
         )
         yield from self._egress()
-        yield from self._no_sni()
+        for switch in SWITCHES:
+            if self.grant.switches.get(switch.name) or self.core.switches.get(switch.name):
+                yield self._switch(switch)
         yield from self._listen()
-        for number in NUMBERS:
-            said = getattr(self.grant.limits, number.name)
-            if number.name in _ALWAYS_SHOWN or said is not None or self._is_capped(number):
-                yield self._number(number, said)
+        for limit in LIMITS:
+            if limit.always_shown or limit.name in self.grant.limits or self._is_capped(limit):
+                yield self._limit(limit)
         yield from self._read()
         yield self._syscalls()
 
@@ -170,21 +170,17 @@ class _Explainer:
                 return index, names.format_egress(granted)
         return None
 
-    def _no_sni(self) -> Iterator[Line]:
-        request = self.core.sandbox.network
-        if not self.grant.allow_no_sni and not (request and request.allow_no_sni):
-            return
-        asked_for = None if self.core.synthesised else "yes" if self.wanted.allow_no_sni else "no"
-        given = "yes" if self.grant.allow_no_sni else None
-        key, add = "grant.allow_no_sni", "allow_no_sni = true"
-        if self.effective.network.allow_no_sni or not self.wanted.allow_no_sni or self.effective.network.mode == "none":
-            shown = "yes" if self.effective.network.allow_no_sni else "no"
-            yield self._line("allow_no_sni", asked_for, given, shown, "granted", key=key)
-        elif not self.host.ceiling.allow_no_sni:
-            source = self._ceiling_source("allow_no_sni")
-            yield self._line("allow_no_sni", "yes", given, "no", "refused", key=key, source=source)
-        else:
-            yield self._line("allow_no_sni", "yes", given, "no", "pending", key=key, add=add)
+    def _switch(self, switch: Switch) -> Line:
+        field, key = switch.name, switch.policy
+        wanted, got = field in self.wanted.switches, self.effective.value(switch)
+        given = "yes" if self.grant.switches.get(field) else None
+        moot = switch.needs_network and self.effective.network.mode == "none"
+        if got or not wanted or moot:
+            requested = None if self.core.synthesised or not switch.manifest else "yes" if wanted else "no"
+            return self._line(field, requested, given, "yes" if got else "no", "granted", key=key)
+        if not getattr(self.host.ceiling, field):
+            return self._line(field, "yes", given, "no", "refused", key=key, source=self._ceiling_source(field))
+        return self._line(field, "yes", given, "no", "pending", key=key, add=f"{switch.key} = true")
 
     def _listen(self) -> Iterator[Line]:
         request = self.core.sandbox.network
@@ -214,42 +210,36 @@ class _Explainer:
                     "listen", text, None, "no", "pending", key="grant.listen", add=add, reason=entry.reason
                 )
 
-    def _number(self, number: Number, said: float | None) -> Line:
-        wanted = asked(self.core, number)
-        key = f"{number.section}.{number.key}"
-        most = getattr(self.host.ceiling.limits, number.name)
-        allowed = getattr(self.allowed.limits, number.name)
-        value = min(most, allowed, getattr(self.wanted.limits, number.name))
-        given = number.show(said) if said is not None else None
-        field, shown = number.name, number.show(value)
+    def _limit(self, limit: Limit) -> Line:
+        field, key = limit.name, limit.policy
+        wanted, said = self.core.limits.get(field), self.grant.limits.get(field)
+        most, allowed = getattr(self.host.ceiling.limits, field), getattr(self.allowed.limits, field)
+        value = min(most, allowed, getattr(self.wanted.limits, field))
+        given, shown = None if said is None else limit.show(said), limit.show(value)
+        requested = None if wanted is None else limit.show(wanted)
         if wanted is not None and value < wanted:
             if wanted > most:
-                why = f"over the ceiling, {number.show(most)}"
-                source = self._ceiling_source(number.name) if value == most else None
-                return self._line(
-                    field, number.show(wanted), given, shown, "refused", key=key, source=source, reason=why
-                )
-            return self._line(field, number.show(wanted), given, shown, "pending", key=key, add=number.toml(wanted))
+                why = f"over the ceiling, {limit.show(most)}"
+                source = self._ceiling_source(field) if value == most else None
+                return self._line(field, requested, given, shown, "refused", key=key, source=source, reason=why)
+            return self._line(field, requested, given, shown, "pending", key=key, add=limit.toml(wanted))
         source = MANIFEST if wanted == value and said != value else None
         if source is None and value != allowed:
-            # The manifest says nothing, and its default or the ceiling is less than what is granted.
-            source = self._ceiling_source(number.name) if value == most else self._default_source(number)
+            # The manifest is silent, and its default or the ceiling is less than what is granted.
+            source = self._ceiling_source(field) if value == most else self._default_source(field)
         elif source is None and said is None:
-            source = self._default_source(number)
-        requested = number.show(wanted) if wanted is not None else None
+            source = self._default_source(field)
         return self._line(field, requested, given, shown, "granted", key=key, source=source)
 
-    def _is_capped(self, number: Number) -> bool:
-        """Whether it is a rate, which has no cap unless somebody says so, and somebody does."""
-        if number.kind != "rate":
-            return False
-        return getattr(self.effective.resources, number.name) < NO_CAP or asked(self.core, number) is not None
+    def _is_capped(self, limit: Limit) -> bool:
+        """Whether a rate, which has no cap unless somebody sets one, has one or was asked for."""
+        return limit.unit is RATE and (self.effective.value(limit) < NO_CAP or limit.name in self.core.limits)
 
-    def _default_source(self, number: Number) -> str:
-        return self.host.where.get(f"defaults.{number.name}") or DEFAULT
+    def _default_source(self, field: str) -> str:
+        return self.host.where.get(f"defaults.{field}") or DEFAULT
 
     def _read(self) -> Iterator[Line]:
-        wanted, granted = self.core.sandbox.filesystem.read, self.grant.read or ()
+        wanted, granted = self.core.sandbox.read, self.grant.read or ()
         if wanted is None:
             for index, path in enumerate(granted):
                 if path in self.effective.filesystem.read:

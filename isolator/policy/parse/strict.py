@@ -13,11 +13,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from isolator.errors import UsageError
-from isolator.policy.units import shown
+from isolator.policy.keys import Key
+from isolator.policy.units import parse_boolean, shown
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -204,14 +205,19 @@ class Table:
         return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins int and T to object
 
     def boolean(self, key: str, default: T) -> bool | T:
-        """True or false, nothing that merely looks like it."""
+        """True or false."""
+        return self.parsed(key, parse_boolean, default)  # type: ignore[arg-type]  # mypy joins bool and T to object
 
-        def check(value: Any) -> bool:
-            if not isinstance(value, bool):
-                raise ValueError("must be true or false")
-            return value
-
-        return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins bool and T to object
+    def declared(self, keys: Iterable[Key], place: Callable[[Key], str]) -> dict[str, Any]:
+        """The declared keys that this table sets, by name; ``place``: the dotted key in a file of this kind, or ""."""
+        table, found = ".".join(map(str, self.path)), {}
+        for declared in keys:
+            section, _, key = place(declared).rpartition(".")
+            if key and section == table:
+                value = self.parsed(key, declared.check, None)
+                if value is not None:
+                    found[declared.name] = value
+        return found
 
     def items(self, key: str, parser: Callable[[Any], T], *, limit: int = 64) -> tuple[T, ...] | None:
         """A list, each element parsed; None when the key is absent."""

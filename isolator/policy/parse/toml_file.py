@@ -12,12 +12,13 @@ import os
 import re
 import stat
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from isolator.errors import DeniedError, NotFoundError, UsageError
 from isolator.policy import names
-from isolator.policy.limits import NUMBERS
+from isolator.policy.keys import Key
 from isolator.policy.model import EgressRule
 from isolator.policy.parse.strict import Table
 from isolator.policy.parse.toml_lines import parse_toml
@@ -101,16 +102,9 @@ def egress_of(table: Table, key: str) -> tuple[tuple[EgressRule, ...] | None, bo
     return tuple(entry for entry in entries if entry is not None), None in entries
 
 
-def numbers_of(table: Table, section: str | None) -> dict[str, float]:
-    """The numbers that a table sets, by field of ``Limits``; ``section`` None takes all of them by their flat names."""
-    found: dict[str, float] = {}
-    for number in NUMBERS:
-        key = number.name if section is None else number.key
-        if section in (None, number.section):
-            value = table.parsed(key, number.check, None)
-            if value is not None:
-                found[number.name] = value
-    return found
+def declared_in(tables: Iterable[Table], keys: Iterable[Key]) -> dict[str, Any]:
+    """Values of the declared keys that a policy file sets in one of its tables, by name."""
+    return {name: value for table in tables for name, value in table.declared(keys, lambda key: key.policy).items()}
 
 
 def restart_of(table: Table) -> dict[str, Any]:
