@@ -86,7 +86,7 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
 @contextlib.contextmanager
 def policy_target(session: StandaloneSession, host: HostConfig, policy_file: Path | None) -> Iterator[Target]:
     """A cage as ``isolator run`` makes it."""
-    from isolator.policy.meet.effective import policy_for_run
+    from isolator.policy.meet.single_run import policy_for_run
     from isolator.probe.run import Target
     from isolator.standalone.session import run_spec
 

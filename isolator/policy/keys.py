@@ -223,10 +223,6 @@ class NetworkSwitches(Frozen):
 class Limits(StopLimits, DeliveryLimits, ConnectionLimits, FileLimits, ResourceLimits):
     """Every number that has a default and a ceiling."""
 
-    def part(self, section: type[Frozen]) -> dict[str, Any]:
-        """The values of one of the classes above, to construct what inherits it."""
-        return {name: getattr(self, name) for name in section.model_fields}
-
 
 class Switches(NetworkSwitches):
     """Every yes-or-no key."""

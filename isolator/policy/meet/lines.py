@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from isolator.policy import names
 from isolator.policy.destinations import PUBLIC, never_reachable
@@ -15,10 +14,8 @@ from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within, m
 from isolator.policy.meet.proposal import DEFAULT_GRANT, Line, Verdict
 from isolator.policy.meet.sides import grant_bounds, request_bounds
 from isolator.policy.model import EffectivePolicy, EgressRule
+from isolator.policy.request import ManifestCore
 from isolator.policy.units import NO_CAP
-
-if TYPE_CHECKING:
-    from isolator.policy.request import ManifestCore
 
 MANIFEST = "plugin.json"
 DEFAULT = "default"

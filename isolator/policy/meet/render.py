@@ -6,17 +6,13 @@ and not granted stands there as a comment with the line to uncomment.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from isolator.policy.destinations import PUBLIC
 from isolator.policy.keys import LIMITS
 from isolator.policy.meet.bounds import Egress
 from isolator.policy.meet.lines import egress_texts, toml_list
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.model import EffectivePolicy
-
-if TYPE_CHECKING:
-    from isolator.policy.request import ManifestCore
+from isolator.policy.request import ManifestCore
 
 
 def render_policy(core: ManifestCore, proposal: Proposal) -> str:

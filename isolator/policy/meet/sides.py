@@ -15,7 +15,7 @@ from isolator.policy.keys import LIMITS, SWITCHES, Limits
 from isolator.policy.meet.bounds import UNBOUNDED, Bounds, Egress, ceiling_egress, normal_egress
 from isolator.policy.model import EgressRule
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for its start-up time: ``isolator run`` has no manifest
     from isolator.policy.request import ManifestCore
 
 
