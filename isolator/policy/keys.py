@@ -62,8 +62,10 @@ class Key:
 
     policy: str
     """Dotted key in a policy file: ``limits.memory``."""
-    manifest: str = ""
+    manifest: str
     """Dotted key in a manifest; empty where an author has no say."""
+    about: str
+    """Meaning, as a phrase of Markdown for the tables of the documents."""
     name: str = ""
     """Its field's name; filled in by ``_declared``."""
 
@@ -134,58 +136,133 @@ class ResourceLimits(Frozen):
 
     memory: Annotated[
         int,
-        Limit("limits.memory", "sandbox.resources.memory", unit=SIZE, most=2 * GIB, least=4 * MIB,
-              always_shown=True, written=True),
-    ] = 256 * MIB  # fmt: skip
+        Limit(
+            "limits.memory",
+            "sandbox.resources.memory",
+            "memory, without any swap; a plugin that takes more is ended",
+            unit=SIZE,
+            most=2 * GIB,
+            least=4 * MIB,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 256 * MIB
     cpu: Annotated[
         int,
-        Limit("limits.cpu", "sandbox.resources.cpu", unit=CPU, most=4000, least=10, always_shown=True, written=True),
+        Limit(
+            "limits.cpu",
+            "sandbox.resources.cpu",
+            "share of one core; `200%` is two cores",
+            unit=CPU,
+            most=4000,
+            least=10,
+            always_shown=True,
+            written=True,
+        ),
     ] = 250
     tasks: Annotated[
         int,
-        Limit("limits.tasks", "sandbox.resources.tasks", most=512, least=1, always_shown=True, written=True),
+        Limit(
+            "limits.tasks",
+            "sandbox.resources.tasks",
+            "processes and threads together",
+            most=512,
+            least=1,
+            always_shown=True,
+            written=True,
+        ),
     ] = 64
     nofile: Annotated[
         int,
-        Limit("limits.nofile", "sandbox.resources.nofile", most=4096, least=16, always_shown=True, written=True),
+        Limit(
+            "limits.nofile",
+            "sandbox.resources.nofile",
+            "open files",
+            most=4096,
+            least=16,
+            always_shown=True,
+            written=True,
+        ),
     ] = 1024
     io_read: Annotated[
-        int, Limit("limits.io_read", "sandbox.resources.io_read", unit=RATE, most=NO_CAP, least=64 * KIB)
+        int,
+        Limit(
+            "limits.io_read",
+            "sandbox.resources.io_read",
+            "bytes per second from each disk it reaches: the one its state is on, and those of what it reads",
+            unit=RATE,
+            most=NO_CAP,
+            least=64 * KIB,
+        ),
     ] = NO_CAP
-    """Bytes per second that it may read of each block device."""
     io_write: Annotated[
-        int, Limit("limits.io_write", "sandbox.resources.io_write", unit=RATE, most=NO_CAP, least=64 * KIB)
+        int,
+        Limit(
+            "limits.io_write",
+            "sandbox.resources.io_write",
+            "bytes per second to each of those disks",
+            unit=RATE,
+            most=NO_CAP,
+            least=64 * KIB,
+        ),
     ] = NO_CAP
 
 
+# A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.
 class FileLimits(Frozen):
-    """Sizes of the file systems that a cage may fill.
-
-    A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.
-    """
+    """Sizes of the file systems that a cage may fill."""
 
     state: Annotated[
         int,
-        Limit("filesystem.state", "sandbox.filesystem.state", unit=VOLUME, most=10 * GIB,
-              always_shown=True, written=True),
-    ] = 64 * MIB  # fmt: skip
-    """Size of the persistent, writable /state in bytes; 0 means none."""
+        Limit(
+            "filesystem.state",
+            "sandbox.filesystem.state",
+            "size of `/state`, which is kept; `0`: none",
+            unit=VOLUME,
+            most=10 * GIB,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 64 * MIB
     tmp: Annotated[
         int,
-        Limit("filesystem.tmp", "sandbox.filesystem.tmp", unit=SIZE, most=256 * MIB, least=64 * KIB,
-              always_shown=True, written=True),
-    ] = 32 * MIB  # fmt: skip
-    shm: Annotated[int, Limit("filesystem.shm", unit=SIZE, most=64 * MIB, least=64 * KIB)] = 8 * MIB
-    state_inodes: Annotated[int, Limit("filesystem.state_inodes", most=1 << 20, least=16)] = 16384
-    tmp_inodes: Annotated[int, Limit("filesystem.tmp_inodes", most=1 << 16, least=16)] = 4096
+        Limit(
+            "filesystem.tmp",
+            "sandbox.filesystem.tmp",
+            "size of `/tmp`, in memory",
+            unit=SIZE,
+            most=256 * MIB,
+            least=64 * KIB,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 32 * MIB
+    shm: Annotated[
+        int, Limit("filesystem.shm", "", "size of `/dev/shm`, in memory", unit=SIZE, most=64 * MIB, least=64 * KIB)
+    ] = 8 * MIB
+    state_inodes: Annotated[
+        int,
+        Limit(
+            "filesystem.state_inodes",
+            "",
+            "number of files in `/state`; at most one for each 4 KiB",
+            most=1 << 20,
+            least=16,
+        ),
+    ] = 16384
+    tmp_inodes: Annotated[
+        int, Limit("filesystem.tmp_inodes", "", "number of files in `/tmp`", most=1 << 16, least=16)
+    ] = 4096
 
 
 class ConnectionLimits(Frozen):
     """Caps kept by the broker."""
 
-    connects_per_second: Annotated[int, Limit("limits.connects_per_second", most=200, least=1)] = 20
-    connect_burst: Annotated[int, Limit("limits.connect_burst", most=400, least=1)] = 40
-    connects_open: Annotated[int, Limit("limits.connects_open", most=512, least=1)] = 64
+    connects_per_second: Annotated[
+        int, Limit("limits.connects_per_second", "", "new connections, on average", most=200, least=1)
+    ] = 20
+    connect_burst: Annotated[int, Limit("limits.connect_burst", "", "new connections at once", most=400, least=1)] = 40
+    connects_open: Annotated[int, Limit("limits.connects_open", "", "connections at one time", most=512, least=1)] = 64
 
 
 class DeliveryLimits(Frozen):
@@ -193,19 +270,37 @@ class DeliveryLimits(Frozen):
 
     delivery_timeout: Annotated[
         float,
-        Limit("delivery.timeout", "delivery.timeout", unit=TIME, most=900.0, least=0.1,
-              always_shown=True, left_to_author=True),
-    ] = 10.0  # fmt: skip
+        Limit(
+            "delivery.timeout",
+            "delivery.timeout",
+            "time for one answer to an event",
+            unit=TIME,
+            most=900.0,
+            least=0.1,
+            always_shown=True,
+            left_to_author=True,
+        ),
+    ] = 10.0
     delivery_attempts: Annotated[
         int,
-        Limit("delivery.attempts", "delivery.attempts", most=100, least=1, always_shown=True, left_to_author=True),
+        Limit(
+            "delivery.attempts",
+            "delivery.attempts",
+            "attempts before an event is dead",
+            most=100,
+            least=1,
+            always_shown=True,
+            left_to_author=True,
+        ),
     ] = 12
 
 
 class StopLimits(Frozen):
     """Patience with a plugin that is stopped, kept by the supervisor."""
 
-    stop_grace: Annotated[float, Limit("restart.stop_grace", unit=TIME, most=60.0)] = 5.0
+    stop_grace: Annotated[
+        float, Limit("restart.stop_grace", "", "time between SIGTERM and SIGKILL", unit=TIME, most=60.0)
+    ] = 5.0
 
 
 class NetworkSwitches(Frozen):
@@ -213,10 +308,14 @@ class NetworkSwitches(Frozen):
 
     allow_no_sni: Annotated[
         bool,
-        Switch("grant.allow_no_sni", "sandbox.network.allow_no_sni", phrase="TLS without a server name",
-               needs_network=True),
-    ] = False  # fmt: skip
-    """Let TLS without a readable server name (or with an encrypted ClientHello) through to a name grant."""
+        Switch(
+            "grant.allow_no_sni",
+            "sandbox.network.allow_no_sni",
+            "let TLS to a granted name through that does not name its server, or hides it (encrypted ClientHello)",
+            phrase="TLS without a server name",
+            needs_network=True,
+        ),
+    ] = False
 
 
 # pydantic takes the fields of the last base first; their order is part of ``HostConfig.digest``.
