@@ -1,7 +1,8 @@
-"""Can this file be executed in a cage? Told at registration, with what to do, rather than at the first event."""
+"""Check that a file can be executed in a cage: at registration, with the remedy, rather than at the first event."""
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import stat
@@ -9,6 +10,7 @@ import struct
 from pathlib import Path
 
 from isolator.errors import UsageError
+from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
 
 _MACHINES = {
@@ -20,29 +22,24 @@ _MACHINES = {
 def check_program(folder: Path, relative: str, *, shown: str) -> None:
     """Raise UsageError unless ``relative`` below ``folder`` is a program this host can execute.
 
-    No component may be a link, so what was approved cannot point elsewhere. ``shown`` is how the operator knows it.
+    No component may be a link, so that an approved path cannot point elsewhere. ``shown`` is its name for the operator.
     """
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with FdSet() as owned:
+        directory = owned.add(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
-            fd = openat2(directory, relative.removeprefix("./"), os.O_RDONLY | os.O_NONBLOCK)
+            fd = owned.add(openat2(directory, relative.removeprefix("./"), os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
             why = {
-                2: "no such file",
-                40: "it is (or lies behind) a symbolic link",
-                18: "it is outside the plugin's folder",
+                errno.ENOENT: "no such file",
+                errno.ELOOP: "it is (or lies behind) a symbolic link",
+                errno.EXDEV: "it is outside the plugin's folder",
             }.get(error.errno or 0, error.strerror or "cannot be opened")
             raise UsageError(f"binary {shown}", why, 'correct "binary" in plugin.json') from None
-    finally:
-        os.close(directory)
-    try:
         check_descriptor(fd, shown=shown)
-    finally:
-        os.close(fd)
 
 
 def check_descriptor(fd: int, *, shown: str) -> None:
-    """The same for a file that is already open."""
+    """Raise UsageError unless an open file is a program this host can execute."""
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         raise UsageError(f"binary {shown}", "not a regular file", 'correct "binary" in plugin.json')
