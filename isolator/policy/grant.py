@@ -36,5 +36,5 @@ class PluginPolicy(Frozen):
     """``FILE:LINE`` of every value by its dotted key: ``grant.egress``, ``grant.egress[1]``, ``limits.memory``."""
 
     def at(self, key: str) -> str:
-        """Where a value is set, or the file when it is not."""
+        """Place of a value, ``FILE:LINE``; the file alone when it does not set it."""
         return self.where.get(key, self.source)

@@ -1,6 +1,6 @@
-"""What ``host.toml`` settles: the ceiling that nobody exceeds, the defaults, and the daemon's own settings.
+"""Settings of ``host.toml``: the ceiling that nobody exceeds, the defaults, and the daemon's own settings.
 
-The models alone; reading the file is ``load.py``. The values here are the default posture: a host without a
+The models alone; ``parse/host_file.py`` reads the file. The values here are the default posture: a host without a
 ``host.toml`` behaves as if it held exactly these. Sizes are bytes, cpu thousandths of a core, durations seconds.
 """
 
@@ -27,7 +27,7 @@ class _Bounds(Frozen):
     egress: tuple[EgressRule, ...] | None = None
     """None: any destination that is not on the always-blocked list."""
     egress_public: bool = True
-    """May a policy grant "public", that is, any public address?"""
+    """Whether a policy may grant "public", that is, any public address."""
     read: tuple[str, ...] = ("/",)
     syscalls: Profile = "default"
 
@@ -48,7 +48,7 @@ class Inbound(Frozen):
     ports: tuple[tuple[int, int], ...] = ()
 
     def allows(self, address: str, port: int) -> bool:
-        """May a policy listen there?"""
+        """Whether a policy may listen there."""
         return address in self.addresses and any(first <= port <= last for first, last in self.ports)
 
 
@@ -68,7 +68,7 @@ class Roles(Frozen):
 
 
 def without_trail(disk_full: str) -> str:
-    """What ``[audit] disk_full`` means for as long as the trail cannot be written, for an alarm."""
+    """Consequence of ``[audit] disk_full`` while the trail cannot be written, as a clause of an alarm."""
     if disk_full == "stop":
         return "nothing is started or dispatched until it can be"
     return 'the daemon goes on without it (disk_full = "continue")'
@@ -88,7 +88,7 @@ class AuditSettings(Frozen):
 
 
 class Metrics(Frozen):
-    """Where Prometheus may scrape; None serves nothing. Loopback addresses only."""
+    """Loopback address and port that Prometheus scrapes; port None serves nothing."""
 
     address: str = "127.0.0.1"
     port: int | None = None

@@ -42,7 +42,7 @@ class Frozen(BaseModel):
 
 @dataclass(frozen=True)
 class Unit:
-    """How a kind of number is written: ``show`` gives text that ``parse`` (raises ValueError) reads back exactly."""
+    """Spelling of a kind of number: ``parse`` (raises ValueError) reads back exactly what ``show`` writes."""
 
     parse: Callable[[Any], float]
     show: Callable[[Any], str]
@@ -67,7 +67,7 @@ class Key:
     about: str
     """Meaning, as a phrase of Markdown for the tables of the documents."""
     name: str = ""
-    """Its field's name; filled in by ``_declared``."""
+    """The field's name; filled in by ``_declared``."""
 
     @property
     def section(self) -> str:
@@ -76,7 +76,7 @@ class Key:
 
     @property
     def key(self) -> str:
-        """Its key in that table."""
+        """The last part of ``policy``: the key in that table."""
         return self.policy.rpartition(".")[2]
 
     def check(self, value: Any) -> Any:
@@ -98,7 +98,7 @@ class Limit(Key):
     written: bool = False
     """The policy file that ``plugin add`` writes has it."""
     left_to_author: bool = False
-    """Where the policy file is silent, the author chooses up to the ceiling: it confines nobody."""
+    """The author chooses up to the ceiling where the policy file is silent: the number confines nobody."""
 
     def check(self, value: Any) -> float:
         """``unit.parse``, and refuse what is too small to make sense."""
@@ -122,9 +122,9 @@ class Switch(Key):
     """Yes or no; yes only where ceiling, grant and request all say yes. A ceiling that is silent says yes."""
 
     phrase: str = ""
-    """What a manifest that says yes asks for, as an update names it: ``TLS without a server name``."""
+    """The request of a manifest that says yes, as an update lists it: ``TLS without a server name``."""
     needs_network: bool = False
-    """It means nothing, and so is no, where a plugin has no network."""
+    """Meaningless, and so no, where a plugin has no network."""
 
     def check(self, value: Any) -> bool:
         """True or false; raises ValueError."""

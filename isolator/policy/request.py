@@ -1,8 +1,8 @@
-"""What an author requests: the manifest's ``sandbox`` and the few other fields that decide about security.
+"""The request of an author: the manifest's ``sandbox`` and the few other fields that decide about security.
 
 The supervisor reads this much of ``plugin.json`` and no more; the host reads the whole file
 (``host/plugins/manifest.py``) and warns about unknown top-level keys. Everything here is a
-*request*: nothing is granted by being asked for.
+*request*, which by itself grants nothing.
 ``None`` always means "the manifest is silent", which is not the same as an empty list (``egress: []`` is no network).
 """
 
@@ -127,7 +127,7 @@ def parse_manifest(
     if "hooks" not in data:
         top.text("hooks")
     delivery = top.table("delivery")
-    asked = _Asked()
+    requested = _Requested()
     core = ManifestCore(
         name=plugin,
         version=version,
@@ -137,15 +137,15 @@ def parse_manifest(
         args=_arguments(top),
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
-        sandbox=_sandbox(top.table("sandbox"), asked),
+        sandbox=_sandbox(top.table("sandbox"), requested),
         transport=dict(top.table("transport").data),
         delivery=dict(delivery.data),
         activation=dict(top.table("activation").data),
         health=dict(top.table("health").data),
         config_schema=dict(top.table("config_schema").data) if "config_schema" in top else None,
     )
-    asked.take(delivery)
-    return core.model_copy(update={"limits": asked.limits, "switches": asked.switches, "extra": top.unknown()})
+    requested.take(delivery)
+    return core.model_copy(update={"limits": requested.limits, "switches": requested.switches, "extra": top.unknown()})
 
 
 def synthesise_manifest(name: str, binary_sha256: str, binary_name: str, hooks: Iterable[str]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _arguments(top: Table) -> tuple[str, ...]:
     return tuple(value)
 
 
-class _Asked:
+class _Requested:
     """The declared keys (``keys.py``) that a manifest sets, collected table by table."""
 
     def __init__(self) -> None:
@@ -207,8 +207,8 @@ class _Asked:
         self.switches |= table.declared(SWITCHES, lambda key: key.manifest)
 
 
-def _sandbox(top: Table, asked: _Asked) -> SandboxRequest:
-    network = _network(top.table("network"), asked) if "network" in top else None
+def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
+    network = _network(top.table("network"), requested) if "network" in top else None
     syscalls: Any
     if isinstance(top.data.get("syscalls"), dict):
         inner = top.table("syscalls")
@@ -217,15 +217,15 @@ def _sandbox(top: Table, asked: _Asked) -> SandboxRequest:
     else:
         syscalls = top.choice("syscalls", ("default", "strict"), None)
     filesystem, resources = top.table("filesystem"), top.table("resources")
-    asked.take(filesystem)
+    requested.take(filesystem)
     request = SandboxRequest(network=network, read=_read(filesystem), syscalls=syscalls)
-    asked.take(resources)
+    requested.take(resources)
     for table in (filesystem, resources, top):
         table.finish()
     return request
 
 
-def _network(top: Table, asked: _Asked) -> NetworkRequest:
+def _network(top: Table, requested: _Requested) -> NetworkRequest:
     egress: tuple[EgressRequest, ...] | None = None
     if top.data.get("egress") == "public":
         top.take("egress")
@@ -248,7 +248,7 @@ def _network(top: Table, asked: _Asked) -> NetworkRequest:
                 listen.append(ListenRequest(port=names.parse_port(entry)))
             except ValueError as error:
                 top.fail(("listen", index), str(error))
-    asked.take(top)
+    requested.take(top)
     top.finish()
     return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen))
 

@@ -1,8 +1,8 @@
 """Sizes, rates, shares of a core, counts and durations: how people write them, and how they are written back.
 
 Sizes are bytes with binary multiples (``64M`` = 64 MiB), cpu is thousandths of one core (``25%`` = 250),
-durations are seconds. Every formatter's output parses back to the very same value, because what
-``plugin add`` shows and stores must mean what was shown. Parsers raise ``ValueError`` with a sentence
+durations are seconds. Every formatter's output parses back to the very same value, because the policy
+file that ``plugin add`` stores must mean exactly what was shown. Parsers raise ``ValueError`` with a sentence
 that says what is wrong; the caller knows the file and the line.
 """
 
@@ -135,7 +135,7 @@ def format_duration(number: float) -> str:
 
 
 def _short(text: str) -> str:
-    """What a stranger wrote, fit for one line on a terminal: no control characters, at most 40 of the rest."""
+    """A stranger's text, fit for one line on a terminal: no control characters, at most 40 of the rest."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= 40 else clean[:39] + "…"
 

@@ -58,14 +58,14 @@ def check_descriptor(fd: int, *, shown: str) -> None:
 
 
 def _check_interpreter(head: bytes, shown: str) -> None:
-    words = os.fsdecode(head[2:].split(b"\n", 1)[0]).split()
-    if not words:
+    fields = os.fsdecode(head[2:].split(b"\n", 1)[0]).split()
+    if not fields:
         raise UsageError(f"binary {shown}", "its first line names no interpreter", "write #!/usr/bin/env python3")
-    if words[0].endswith("\r") or words[-1].endswith("\r"):
+    if fields[0].endswith("\r") or fields[-1].endswith("\r"):
         raise UsageError(f"binary {shown}", "its first line ends in CR LF", "save it with Unix line ends")
-    interpreter = words[0]
+    interpreter = fields[0]
     if interpreter == "/usr/bin/env":
-        name = next((word for word in words[1:] if not word.startswith("-") and "=" not in word), "")
+        name = next((text for text in fields[1:] if not text.startswith("-") and "=" not in text), "")
         if not any(Path(folder, name).exists() for folder in ("/usr/local/bin", "/usr/bin", "/bin")):
             raise UsageError(f"binary {shown}", f"no interpreter {name!r} on this host", f"install {name}")
     elif not Path(interpreter).exists():

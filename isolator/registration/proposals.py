@@ -108,7 +108,7 @@ class Proposals:
         return policy_files.read(self.policy_file(name))
 
     def policy_file(self, name: str) -> Path:
-        """Where a plugin's policy is."""
+        """Path of a plugin's policy."""
         return self._paths.policies / f"{name}.toml"
 
     def propose(self, core: ManifestCore) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Candidate:
     source: Source
     release: Release
     more: tuple[str, ...] = ()
-    """Its requests beyond the version in use, one phrase each."""
+    """Requests beyond those of the version in use, one phrase each."""
 
 
 class Registrar(Proposals):
@@ -186,7 +186,7 @@ class Registrar(Proposals):
     def use(
         self, now: Registration, release: Release, *, source: Source | None = None, policy_text: str | None = None
     ) -> Registration:
-        """Make ``release`` the version in use, with ``policy_text`` as its policy file when one is given."""
+        """Make ``release`` the version in use, with ``policy_text`` as its policy file unless None."""
         previous = tuple(r for r in (now.release, *now.previous) if r.digest != release.digest)[:KEPT]
         after = replace(now, release=release, previous=previous, pending=None, source=source or now.source)
         return self._change(now, after, policy_text)
@@ -226,7 +226,7 @@ class Registrar(Proposals):
         self.store.prune(now.name, now.kept)
 
     def remove(self, registration: Registration, forget_state: Callable[[str], None]) -> None:
-        """Remove state, policy, user and files; its processes must be gone."""
+        """Remove state, policy, user and files; its processes must have ended."""
         self.store.mark_removed(registration.name)
         forget_state(registration.name)
         self._forget(registration)

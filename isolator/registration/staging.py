@@ -198,10 +198,10 @@ class _Copy:
                 raise UsageError(f"{self.shown}/{path}", "not a regular file, a folder or a link", "remove it")
         return self.digest.hexdigest()
 
-    def _update(self, *words: str) -> None:
+    def _update(self, *fields: str) -> None:
         # With lengths: a file name may hold any byte, and two different folders must never have the same digest.
-        for word in (str(len(words)), *words):
-            data = word.encode(errors="surrogateescape")
+        for text in (str(len(fields)), *fields):
+            data = text.encode(errors="surrogateescape")
             self.digest.update(len(data).to_bytes(8, "big") + data)
 
     def _link(self, source: int, name: str, target: Path, path: str, depth: int) -> None:

@@ -61,12 +61,12 @@ class Registration:
     pending: Release | None = None
     """A newer version that asks for more than this one and waits for approval."""
     source: Source = field(default_factory=Source)
-    """Where the newest version came from."""
+    """Origin of the newest version."""
     enabled: bool = True
     policy_sha256: str = ""
     """Of the policy file as it was written for this plugin; while the file has it, no operator has edited it."""
     serial: int = 0
-    """Counts the changes; tells an interrupted change that took effect from one that did not."""
+    """Number of changes; tells an interrupted change that took effect from one that did not."""
 
     @property
     def version(self) -> str:
@@ -188,7 +188,7 @@ class Store:
         ]
 
     def folder(self, name: str, release: Release) -> Path:
-        """Where the files of a version are."""
+        """Folder of a version's files."""
         return self.base / name / release.digest
 
     def manifest(self, name: str, release: Release) -> bytes:

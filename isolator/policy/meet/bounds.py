@@ -1,4 +1,4 @@
-"""What the ceiling, a grant and a request have in common: bounds, and the meet of two of them.
+"""Bounds, the common form of ceiling, grant and request, and the meet of two of them.
 
 Each source of authority becomes one ``Bounds``; the effective policy is the meet of all. ``meet`` keeps only what both
 sides allow, field by field, so it is commutative in what it allows, idempotent, and can only narrow: whatever it
@@ -28,7 +28,7 @@ class Egress:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one source of authority allows at most. The defaults allow everything."""
+    """The most that one source of authority allows. The defaults allow everything."""
 
     limits: Limits
     hooks: tuple[str, ...] = ("*",)
@@ -41,7 +41,7 @@ class Bounds:
 
 
 def meet(a: Bounds, b: Bounds) -> Bounds:
-    """What both allow. Where two spellings of a name mean the same, ``b``'s stays."""
+    """Bounds that allow exactly what both allow. Where two spellings of a name mean the same, ``b``'s stays."""
     return Bounds(
         limits=meet_limits(a.limits, b.limits),
         hooks=_meet_patterns(a.hooks, b.hooks, names.covers_hook),
@@ -108,7 +108,7 @@ def ceiling_egress(ceiling: Ceiling) -> Egress:
 
 
 def egress_within(inner: Egress, outer: Egress) -> bool:
-    """Does ``outer`` allow all that ``inner`` allows?"""
+    """Whether ``outer`` allows all that ``inner`` allows."""
     return meet_egress(outer, inner) == normal_egress(inner)
 
 

@@ -2,8 +2,8 @@
 
 Each side is turned into ``Bounds`` (``sides.py``), the three are met (``bounds.py``) and the result is written as an
 effective policy (``compose.py``); no field is decided anywhere else. ``lines.py`` explains line by line what an author
-asked for and did not get. Without a policy file, the default grant is worked out: the numbers asked for within the
-default posture, and exactly the names that are asked for; an operator has to approve it.
+asked for and did not get. Without a policy file, the default grant is worked out: the requested numbers within the
+default posture, and exactly the names that are requested; an operator has to approve it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from isolator.policy.request import UNWRITTEN, ManifestCore
 
 
 def meet(core: ManifestCore, grant: PluginPolicy | None, host: HostConfig) -> Proposal:
-    """What this plugin may do, and why. ``grant`` None: work out the default grant, which needs approval."""
-    given = grant if grant is not None else default_grant(core, host)
-    effective = effective_policy(core, given, host)
+    """The effective policy of a plugin, explained. ``grant`` None: that of the default grant, which needs approval."""
+    in_force = grant if grant is not None else default_grant(core, host)
+    effective = effective_policy(core, in_force, host)
     proposal = Proposal(
         effective=effective,
-        lines=explain_lines(core, given, host, effective),
+        lines=explain_lines(core, in_force, host, effective),
         needs_approval=grant is None,
         policy_file=grant.source if grant is not None else None,
     )
@@ -41,7 +41,7 @@ def meet(core: ManifestCore, grant: PluginPolicy | None, host: HostConfig) -> Pr
 
 
 def policy_alone(grant: PluginPolicy, host: HostConfig, name: str) -> Proposal:
-    """What a policy file allows at most, whatever a manifest may ask for; for ``policy explain`` and ``prove``."""
+    """The most that a policy file allows, whatever a manifest may request; for ``policy explain``."""
     core = ManifestCore(
         name=name,
         version=UNWRITTEN,
@@ -63,7 +63,7 @@ def effective_policy(core: ManifestCore, grant: PluginPolicy, host: HostConfig) 
 
 
 def default_grant(core: ManifestCore, host: HostConfig) -> PluginPolicy:
-    """What is granted when an operator agrees without writing a policy: the names asked for, the default posture.
+    """The grant of an operator who agrees without writing a policy: the requested names, the default posture.
 
     Folders of the host, forwarded ports and TLS without a name are never part of it.
     """
@@ -94,7 +94,7 @@ def _listen(core: ManifestCore, grant: PluginPolicy, host: HostConfig) -> tuple[
 
 
 def asks_more(old: ManifestCore, new: ManifestCore, host: HostConfig) -> tuple[str, ...]:
-    """What ``new`` asks for beyond ``old``, one phrase each; an update that does so waits for the operator."""
+    """Requests of ``new`` beyond those of ``old``, one phrase each; an update with any waits for the operator."""
     before, after = request_bounds(old, host, unwritten=False), request_bounds(new, host, unwritten=False)
     more = [f"event {hook}" for hook in after.hooks if not any(names.covers_hook(h, hook) for h in before.hooks)]
     more += [f"permission {name}" for name in after.permissions if name not in before.permissions]

@@ -1,4 +1,4 @@
-"""Line by line: what was asked, what was granted, what came of it, where it comes from, and what to add to grant it."""
+"""Explanation line by line: request, grant, effective value and its source, and the line of a policy that grants it."""
 
 from __future__ import annotations
 
@@ -108,34 +108,36 @@ class _Explainer:
         effective: tuple[str, ...],
         covers: Callable[[str, str], bool],
     ) -> Iterator[Line]:
-        """Events or permissions: one line for each that is asked for."""
+        """Events or permissions: one line for each that is requested."""
         most: tuple[str, ...] = getattr(self.host.ceiling, kind)
         for name in wanted:
             pattern = next(((i, g) for i, g in enumerate(granted or ()) if covers(g, name)), None)
-            given = pattern[1] if pattern else None
+            granting = pattern[1] if pattern else None
             key = f"grant.{kind}[{pattern[0]}]" if pattern else f"grant.{kind}"
             if any(covers(e, name) for e in effective):
-                yield self._line(kind, name, given, name, "granted", key=key)
+                yield self._line(kind, name, granting, name, "granted", key=key)
             elif not any(covers(m, name) for m in most):
                 source = self._ceiling_source(kind)
-                yield self._line(kind, name, given, "no", "refused", key=key, source=source, reason="over the ceiling")
+                yield self._line(
+                    kind, name, granting, "no", "refused", key=key, source=source, reason="over the ceiling"
+                )
             else:
                 add = toml_list(kind, (*(granted or ()), name))
                 yield self._line(kind, name, None, "no", "pending", key=f"grant.{kind}", add=add)
 
     def _egress(self) -> Iterator[Line]:
         network, granted = self.effective.network, self.allowed.egress
-        given = ", ".join(egress_texts(granted)) or "none"
+        granting = ", ".join(egress_texts(granted)) or "none"
         request = self.core.sandbox.network
         if request is not None and request.egress is not None:
             if not request.egress:
-                yield self._line("egress", "none", given, "none", "granted", key="grant.egress", source=MANIFEST)
+                yield self._line("egress", "none", granting, "none", "granted", key="grant.egress", source=MANIFEST)
             for entry in request.egress:
                 yield self._destination(EgressRule(host=entry.host, ports=entry.ports), entry.reason)
             return
         shown = [*([PUBLIC] if network.mode == "public" else []), *map(names.format_egress, network.egress)]
         requested = None if self.core.synthesised else PUBLIC
-        yield self._line("egress", requested, given, ", ".join(shown) or "none", "granted", key="grant.egress")
+        yield self._line("egress", requested, granting, ", ".join(shown) or "none", "granted", key="grant.egress")
 
     def _destination(self, rule: EgressRule, reason: str) -> Line:
         text = names.format_egress(rule)
@@ -143,9 +145,9 @@ class _Explainer:
         kept = meet_egress(meet_egress(ceiling_egress(self.host.ceiling), self.allowed.egress), one)
         rules = tuple(r for r in kept.rules if never_reachable(r, self.host.exceptions) is None)
         shown = ", ".join(map(names.format_egress, rules)) or "no"
-        given = self._covering(rule)
-        key = f"grant.egress[{given[0]}]" if given else "grant.egress"
-        granted = given[1] if given else ("public" if self.allowed.egress.public and rules else None)
+        covering = self._covering(rule)
+        key = f"grant.egress[{covering[0]}]" if covering else "grant.egress"
+        granted = covering[1] if covering else ("public" if self.allowed.egress.public and rules else None)
         blocked = never_reachable(rule, self.host.exceptions)
         if blocked:
             why = f"never reachable: {blocked}"
@@ -170,14 +172,14 @@ class _Explainer:
     def _switch(self, switch: Switch) -> Line:
         field, key = switch.name, switch.policy
         wanted, got = field in self.wanted.switches, self.effective.value(switch)
-        given = "yes" if self.grant.switches.get(field) else None
+        granting = "yes" if self.grant.switches.get(field) else None
         moot = switch.needs_network and self.effective.network.mode == "none"
         if got or not wanted or moot:
             requested = None if self.core.synthesised or not switch.manifest else "yes" if wanted else "no"
-            return self._line(field, requested, given, "yes" if got else "no", "granted", key=key)
+            return self._line(field, requested, granting, "yes" if got else "no", "granted", key=key)
         if not getattr(self.host.ceiling, field):
-            return self._line(field, "yes", given, "no", "refused", key=key, source=self._ceiling_source(field))
-        return self._line(field, "yes", given, "no", "pending", key=key, add=f"{switch.key} = true")
+            return self._line(field, "yes", granting, "no", "refused", key=key, source=self._ceiling_source(field))
+        return self._line(field, "yes", granting, "no", "pending", key=key, add=f"{switch.key} = true")
 
     def _listen(self) -> Iterator[Line]:
         request = self.core.sandbox.network
@@ -209,27 +211,27 @@ class _Explainer:
 
     def _limit(self, limit: Limit) -> Line:
         field, key = limit.name, limit.policy
-        wanted, said = self.core.limits.get(field), self.grant.limits.get(field)
+        wanted, set_to = self.core.limits.get(field), self.grant.limits.get(field)
         most, allowed = getattr(self.host.ceiling.limits, field), getattr(self.allowed.limits, field)
         value = min(most, allowed, getattr(self.wanted.limits, field))
-        given, shown = None if said is None else limit.show(said), limit.show(value)
+        granting, shown = None if set_to is None else limit.show(set_to), limit.show(value)
         requested = None if wanted is None else limit.show(wanted)
         if wanted is not None and value < wanted:
             if wanted > most:
                 why = f"over the ceiling, {limit.show(most)}"
                 source = self._ceiling_source(field) if value == most else None
-                return self._line(field, requested, given, shown, "refused", key=key, source=source, reason=why)
-            return self._line(field, requested, given, shown, "pending", key=key, add=limit.toml(wanted))
-        source = MANIFEST if wanted == value and said != value else None
+                return self._line(field, requested, granting, shown, "refused", key=key, source=source, reason=why)
+            return self._line(field, requested, granting, shown, "pending", key=key, add=limit.toml(wanted))
+        source = MANIFEST if wanted == value and set_to != value else None
         if source is None and value != allowed:
             # The manifest is silent, and its default or the ceiling is less than what is granted.
             source = self._ceiling_source(field) if value == most else self._default_source(field)
-        elif source is None and said is None:
+        elif source is None and set_to is None:
             source = self._default_source(field)
-        return self._line(field, requested, given, shown, "granted", key=key, source=source)
+        return self._line(field, requested, granting, shown, "granted", key=key, source=source)
 
     def _is_capped(self, limit: Limit) -> bool:
-        """Whether a rate, which has no cap unless somebody sets one, has one or was asked for."""
+        """Whether a limit is a rate (no cap unless somebody sets one) with a cap or a request."""
         return limit.unit is RATE and (self.effective.value(limit) < NO_CAP or limit.name in self.core.limits)
 
     def _default_source(self, field: str) -> str:
@@ -246,24 +248,24 @@ class _Explainer:
             covering = next((i for i, g in enumerate(granted) if names.path_covers(g, path)), None)
             if path in kept or any(names.path_covers(p, path) for p in self.effective.filesystem.read):
                 key = f"filesystem.read[{covering}]" if covering is not None else "filesystem.read"
-                given = granted[covering] if covering is not None else None
-                yield self._line("read", path, given, path, "granted", key=key)
+                granting = granted[covering] if covering is not None else None
+                yield self._line("read", path, granting, path, "granted", key=key)
             elif not any(names.path_covers(most, path) for most in self.host.ceiling.read):
                 source = self._ceiling_source("read")
                 shown = ", ".join(kept) or "no"
                 yield self._line("read", path, None, shown, "refused", key="filesystem.read", source=source)
             else:
                 add = toml_list("read", (*granted, path))
-                given = ", ".join(kept) or None
-                yield self._line("read", path, given, given or "no", "pending", key="filesystem.read", add=add)
+                granting = ", ".join(kept) or None
+                yield self._line("read", path, granting, granting or "no", "pending", key="filesystem.read", add=add)
 
     def _syscalls(self) -> Line:
-        wanted, given, got = self.core.sandbox.syscalls, self.grant.syscalls, self.effective.syscalls
+        wanted, granting, got = self.core.sandbox.syscalls, self.grant.syscalls, self.effective.syscalls
         key = "syscalls.profile"
         if wanted == "default" and got == "strict":
             if self.host.ceiling.syscalls == "strict":
                 source = self._ceiling_source("syscalls")
-                return self._line("syscalls", wanted, given, got, "refused", key=key, source=source)
-            return self._line("syscalls", wanted, given, got, "pending", key=key, add='profile = "default"')
-        origin = MANIFEST if wanted == got == "strict" and given != got else None
-        return self._line("syscalls", wanted, given, got, "granted", key=key, source=origin)
+                return self._line("syscalls", wanted, granting, got, "refused", key=key, source=source)
+            return self._line("syscalls", wanted, granting, got, "pending", key=key, add='profile = "default"')
+        origin = MANIFEST if wanted == got == "strict" and granting != got else None
+        return self._line("syscalls", wanted, granting, got, "granted", key=key, source=origin)

@@ -1,7 +1,7 @@
 """The policy file that ``plugin add`` writes: exactly what was shown, as TOML that an operator can edit.
 
-Loading it back gives the same effective policy, digest and all; the tests state that as a property. What was asked for
-and not granted stands there as a comment with the line to uncomment.
+Loading it back gives the same effective policy, digest and all; the tests state that as a property. A request
+that is not granted stands there as a comment with the line to uncomment.
 """
 
 from __future__ import annotations

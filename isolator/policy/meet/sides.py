@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # for its start-up time: ``isolator run`` has no manifest
 
 
 def ceiling_bounds(host: HostConfig) -> Bounds:
-    """What nobody exceeds on this host."""
+    """Bounds that nobody exceeds on this host."""
     ceiling = host.ceiling
     return Bounds(
         limits=ceiling.limits,
@@ -34,7 +34,7 @@ def ceiling_bounds(host: HostConfig) -> Bounds:
 
 
 def grant_bounds(grant: PluginPolicy, host: HostConfig, *, unwritten: bool) -> Bounds:
-    """What the operator allows this plugin; the default posture where the policy file does not say."""
+    """Bounds of the operator's grant; the default posture where the policy file is silent."""
     usual = host.defaults
     if not unwritten:
         free = [limit.name for limit in LIMITS if limit.left_to_author]
@@ -52,7 +52,7 @@ def grant_bounds(grant: PluginPolicy, host: HostConfig, *, unwritten: bool) -> B
 
 
 def request_bounds(core: ManifestCore, host: HostConfig, *, unwritten: bool) -> Bounds:
-    """What the author asks for; see the module's text for what silence means. ``unwritten``: there is no author."""
+    """Bounds of the author's request, silence as in the module's text. ``unwritten``: there is no author."""
     sandbox = core.sandbox
     silent = UNBOUNDED if unwritten else host.defaults
     numbers = {limit.name: getattr(silent if limit.manifest else UNBOUNDED, limit.name) for limit in LIMITS}

@@ -1,4 +1,4 @@
-"""Reading ``host.toml`` and ``policies/NAME.toml``: what they say, at which line, and whether the host allows it.
+"""Load ``host.toml`` and ``policies/NAME.toml``: values, their lines, and whether the host allows them.
 
 Every value keeps its ``FILE:LINE``; every error is one line that begins with it. Who may have written the files, and
 how they are read, is ``toml_file.py``.
@@ -138,6 +138,6 @@ def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
 
 
 def _element(policy: PluginPolicy, key: str, text: str) -> str:
-    """The path of the list element that gave a rule; the list itself when it cannot be told."""
+    """The path of the list element that holds a rule; of the list when that is unknown."""
     rules = [names.format_egress(rule) for rule in policy.egress or ()]
     return f"{key}[{rules.index(text)}]" if not policy.egress_public and text in rules else key

@@ -1,8 +1,7 @@
 """A TOML file that only root can write, and the pieces that host.toml and the policy files have in common.
 
 These files decide what untrusted code may do, so they are believed only if nobody but root can write them: the file
-is opened without following a link and its owner, type and mode are checked on the open descriptor, so that what was
-checked is what is read.
+is opened without following a link, and its owner, type and mode are checked on the descriptor that is then read.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,8 @@ def read_trusted(path: Path | str, *, also_owner: int | None = None, max_bytes: 
         if status.st_uid not in (0, also_owner):
             raise DeniedError(str(path), f"belongs to uid {status.st_uid}, not to root", f"chown root {path}")
         # Distributions with user-private groups make files 0664; such a group is its owner alone.
-        loose = stat.S_IWOTH if also_owner and status.st_uid == status.st_gid == also_owner else stat.S_IWOTH | 0o020
-        if status.st_mode & loose:
+        too_open = stat.S_IWOTH if also_owner and status.st_uid == status.st_gid == also_owner else stat.S_IWOTH | 0o020
+        if status.st_mode & too_open:
             mode = stat.S_IMODE(status.st_mode)
             raise DeniedError(str(path), f"others can write it (mode {mode:04o})", f"chmod go-w {path}")
         chunks = bytearray()
@@ -72,6 +71,7 @@ def invoker() -> int:
 
 
 def document(text: bytes, source: str) -> Table:
+    """The top table of a TOML text; raises UsageError with the line of a syntax error."""
     try:
         data, lines = parse_toml(text.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -87,6 +87,7 @@ def document(text: bytes, source: str) -> Table:
 
 
 def where_of(top: Table) -> dict[str, str]:
+    """``FILE:LINE`` of every value of a document by its dotted key."""
     bare = Table({}, name=top.name, lines=top.lines)
     return {bare.dotted(*path): f"{top.name}:{line}" for path, line in top.lines.items()}
 
@@ -108,6 +109,7 @@ def declared_in(tables: Iterable[Table], keys: Iterable[Key]) -> dict[str, Any]:
 
 
 def restart_of(table: Table) -> dict[str, Any]:
+    """Fields of ``CrashPolicy`` that a ``[restart]`` table sets."""
     found: dict[str, Any] = {
         "backoff_min": table.parsed("backoff_min", duration_between(0.1, 3600), None),
         "backoff_max": table.parsed("backoff_max", duration_between(0.1, 86400), None),
@@ -120,7 +122,9 @@ def restart_of(table: Table) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def duration_between(low: float, high: float) -> Any:
+def duration_between(low: float, high: float) -> Callable[[Any], float]:
+    """A parser of durations within bounds, in seconds."""
+
     def check(value: Any) -> float:
         seconds = parse_duration(value)
         if not low <= seconds <= high:
