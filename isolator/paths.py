@@ -1,4 +1,4 @@
-"""Where everything lives. ``--root DIR`` (or ``ISOLATOR_ROOT``) puts every path below DIR.
+"""Every path of a daemon. ``--root DIR`` (or ``ISOLATOR_ROOT``) puts every path below DIR.
 
 Several daemons live side by side: names that are global to the machine (users, cgroups) carry an
 instance id derived from the root, empty for the default root.
@@ -88,7 +88,7 @@ class Paths:
 
     @property
     def journal(self) -> Path:
-        """What was made outside a process; gone after a reboot, as are the things it names."""
+        """Record of everything made outside a process; on a tmpfs, so a reboot clears it with what it names."""
         return self.run / "journal"
 
     @property

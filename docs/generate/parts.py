@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from docs.generate import policy_keys
 from docs.generate.floors import floors
 from docs.generate.replace import Part
 from docs.generate.schemas import FOLDER, json_schema, types_table
@@ -17,4 +18,6 @@ PARTS: tuple[Part, ...] = (
     Part("docs/egress.md", "denial rules", denial.table),
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
     Part("docs/embedding.md", "verbs", verbs),
+    Part("docs/policy.md", "policy keys", policy_keys.for_operators),
+    Part("docs/manifest.md", "policy keys", policy_keys.for_authors),
 )

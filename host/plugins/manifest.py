@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from isolator.errors import UsageError
-from isolator.policy.model import Frozen
+from isolator.policy.keys import Frozen
 from isolator.policy.parse.strict import Table, load_json_with_lines, printable, prose
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore, parse_manifest
 from isolator.policy.units import parse_duration

@@ -231,7 +231,7 @@ def print_lines(lines: list[bytes], as_json: bool) -> None:
 
 
 def readable(read: Callable[[], T]) -> T:
-    """What ``read`` returns; an error that a person understands when the files may not be read."""
+    """Return ``read()``; raises IsolatorError with a remedy when the files may not be read."""
     try:
         return read()
     except PermissionError as error:

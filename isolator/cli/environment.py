@@ -1,4 +1,4 @@
-"""Where the service's code lives: a root-owned environment that nothing but ``isolator install`` changes.
+"""Home of the service's code: a root-owned environment that nothing but ``isolator install`` changes.
 
 A wheel in a virtual environment of root's is such a place already and is used as it is. A copy of a clone (what
 ``./dev exec`` runs from) is not: it is replaced with every change of the clone. Then its code and the runtime

@@ -92,20 +92,20 @@ def _unit_path(paths: Paths) -> Path:
     return Path(f"/etc/systemd/system/{paths.named('isolator')}.service")
 
 
-def _systemctl(*words: str, check: bool = True) -> None:
+def _systemctl(*arguments: str, check: bool = True) -> None:
     result = subprocess.run(
-        ["systemctl", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        ["systemctl", *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     if check and result.returncode != 0:
-        unit = words[-1]
+        unit = arguments[-1]
         raise IsolatorError(
-            f"systemctl {' '.join(words)}", result.stderr.strip().splitlines()[0] if result.stderr else "it failed",
+            f"systemctl {' '.join(arguments)}", result.stderr.strip().splitlines()[0] if result.stderr else "it failed",
             f"journalctl -u {unit} -n 20" if unit.endswith(".service") else "see the journal",
         )  # fmt: skip
 
 
 def _refuse_unfit_host(paths: Paths) -> None:
-    """What would keep the daemon from starting is said here, before anything is changed."""
+    """Raise IsolatorError for whatever would keep the daemon from starting, before anything is changed."""
     from isolator.layers.ledger import missing
     from isolator.policy.parse.load import load_host_config
 
@@ -145,7 +145,7 @@ def _link(program: Path) -> None:
 
 
 def _write_completions(program: Path) -> None:
-    """Write what click generates, for the shells whose folders are there or that look at once for a new one."""
+    """Write click's completions for bash, and for the other shells that are installed."""
     for shell, path in COMPLETIONS.items():
         if shell != "bash" and shutil.which(shell) is None:
             continue

@@ -1,4 +1,4 @@
-"""``isolator policy``: check policy files before the daemon meets them, and say in plain words what one means.
+"""``isolator policy``: check policy files before the daemon meets them, and explain one in plain language.
 
 Works without a daemon. A file may be a plugin's policy, a ``host.toml`` or a manifest (``plugin.json``); policies are
 held against the ``host.toml`` of the same command line, else against the installed one.
@@ -116,13 +116,13 @@ def proposal_text(proposal: Proposal) -> list[str]:
 
 
 def _table(lines: tuple[Line, ...]) -> list[str]:
-    asked = any(line.requested is not None for line in lines)
+    has_requests = any(line.requested is not None for line in lines)
     header = ("what", "asked", "granted", "effective", "verdict", "from")
     rows = [header]
     for line in lines:
         source = f"{line.source}: {line.reason}" if line.verdict == "refused" and line.reason else line.source
         rows.append((line.field, line.requested or "-", line.granted or "-", line.effective, line.verdict, source))
-    if not asked:
+    if not has_requests:
         rows = [(row[0], row[2], row[3], row[5]) for row in rows]  # type: ignore[misc]  # fewer columns, all text
     widths = [min(40, max(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

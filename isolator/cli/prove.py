@@ -86,7 +86,7 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
 @contextlib.contextmanager
 def policy_target(session: StandaloneSession, host: HostConfig, policy_file: Path | None) -> Iterator[Target]:
     """A cage as ``isolator run`` makes it."""
-    from isolator.policy.meet.effective import policy_for_run
+    from isolator.policy.meet.single_run import policy_for_run
     from isolator.probe.run import Target
     from isolator.standalone.session import run_spec
 
@@ -105,11 +105,11 @@ def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> It
     import secrets
 
     from isolator.probe.run import Target
-    from isolator.registration.registrar import Registrar
+    from isolator.registration.proposals import Proposals
     from isolator.supervisor.cage_spec import Environment, plugin_spec
     from isolator.volume.volume import Volume
 
-    loaded = Registrar(session.paths, host).load(name)
+    loaded = Proposals(session.paths, host).load(name)
     if loaded.proposal is None:
         raise UsageError(f"plugin {name}", loaded.error, f"isolator plugin show {name}")
     effective = loaded.proposal.effective

@@ -68,7 +68,7 @@ def run(
         paths = Paths.of(root)
 
         def load() -> tuple[HostConfig, EffectivePolicy]:
-            from isolator.policy.meet.effective import policy_for_run
+            from isolator.policy.meet.single_run import policy_for_run
             from isolator.policy.parse.load import load_host_config
 
             host = load_host_config(paths.host_toml)

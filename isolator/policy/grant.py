@@ -1,6 +1,6 @@
-"""What an operator grants to one plugin: the model of ``policies/NAME.toml``. Reading it is ``load.py``.
+"""The grant of an operator to one plugin: the model of ``policies/NAME.toml``. Reading it is ``load.py``.
 
-None means that the file does not say, so the default posture holds for that field. Units as in ``hostconfig.py``.
+None, or a name that a mapping lacks, means that the file is silent, so that the default posture holds there.
 """
 
 from __future__ import annotations
@@ -8,38 +8,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from isolator.policy.host import Profile
-from isolator.policy.model import EgressRule, Frozen, ListenRule
-
-
-class GrantedLimits(Frozen):
-    """The numbers that the file sets; names as in ``Limits``."""
-
-    memory: int | None = None
-    cpu: int | None = None
-    tasks: int | None = None
-    nofile: int | None = None
-    io_read: int | None = None
-    io_write: int | None = None
-    state: int | None = None
-    tmp: int | None = None
-    shm: int | None = None
-    state_inodes: int | None = None
-    tmp_inodes: int | None = None
-    connects_per_second: int | None = None
-    connect_burst: int | None = None
-    connects_open: int | None = None
-    delivery_timeout: float | None = None
-    delivery_attempts: int | None = None
-    stop_grace: float | None = None
-
-
-class GrantedRestart(Frozen):
-    """Overrides of ``RestartPolicy``."""
-
-    backoff_min: float | None = None
-    backoff_max: float | None = None
-    crashes: int | None = None
-    window: float | None = None
+from isolator.policy.keys import Frozen
+from isolator.policy.model import EgressRule, ListenRule
 
 
 class PluginPolicy(Frozen):
@@ -54,14 +24,17 @@ class PluginPolicy(Frozen):
     egress_public: bool = False
     """The list holds "public": any public address, TCP 443 and 80, besides the rules."""
     listen: tuple[ListenRule, ...] | None = None
-    allow_no_sni: bool | None = None
-    limits: GrantedLimits = GrantedLimits()
-    restart: GrantedRestart = GrantedRestart()
+    switches: dict[str, bool] = Field(default_factory=dict)
+    """Yes-or-no keys that the file sets, by the names of ``keys.py``."""
+    limits: dict[str, int | float] = Field(default_factory=dict)
+    """Numbers that the file sets, likewise."""
+    restart: dict[str, int | float] = Field(default_factory=dict)
+    """Overrides of ``CrashPolicy``."""
     read: tuple[str, ...] | None = None
     syscalls: Profile | None = None
     where: dict[str, str] = Field(default_factory=dict)
     """``FILE:LINE`` of every value by its dotted key: ``grant.egress``, ``grant.egress[1]``, ``limits.memory``."""
 
     def at(self, key: str) -> str:
-        """Where a value is set, or the file when it is not."""
+        """Place of a value, ``FILE:LINE``; the file alone when it does not set it."""
         return self.where.get(key, self.source)

@@ -1,69 +1,25 @@
-"""What ``host.toml`` settles: the ceiling that nobody exceeds, the defaults, and the daemon's own settings.
+"""Settings of ``host.toml``: the ceiling that nobody exceeds, the defaults, and the daemon's own settings.
 
-The models alone; reading the file is ``load.py``. The values here are the default posture: a host without a
+The models alone; ``parse/host_file.py`` reads the file. The values here are the default posture: a host without a
 ``host.toml`` behaves as if it held exactly these. Sizes are bytes, cpu thousandths of a core, durations seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from isolator.policy.model import GIB, KIB, MIB, AddressException, EgressRule, Frozen, RestartPolicy
-from isolator.policy.units import NO_CAP
+from isolator.policy.keys import CEILING, MIB, SWITCHES, Frozen, Limits, Switches
+from isolator.policy.model import AddressException, EgressRule, RestartPolicy
 
 Role = Literal["viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
 
 
-class Limits(Frozen):
-    """Every number that has a default and a ceiling."""
-
-    memory: int = 256 * MIB
-    cpu: int = 250
-    tasks: int = 64
-    nofile: int = 1024
-    io_read: int = NO_CAP
-    """Bytes per second of each device."""
-    io_write: int = NO_CAP
-    state: int = 64 * MIB
-    tmp: int = 32 * MIB
-    shm: int = 8 * MIB
-    state_inodes: int = 16384
-    tmp_inodes: int = 4096
-    connects_per_second: int = 20
-    connect_burst: int = 40
-    connects_open: int = 64
-    delivery_timeout: float = 10.0
-    delivery_attempts: int = 12
-    stop_grace: float = 5.0
-
-
-CEILING = Limits(
-    memory=2 * GIB,
-    cpu=4000,
-    tasks=512,
-    nofile=4096,
-    io_read=NO_CAP,
-    io_write=NO_CAP,
-    state=10 * GIB,
-    tmp=256 * MIB,
-    shm=64 * MIB,
-    state_inodes=1 << 20,
-    tmp_inodes=1 << 16,
-    connects_per_second=200,
-    connect_burst=400,
-    connects_open=512,
-    delivery_timeout=900.0,
-    delivery_attempts=100,
-    stop_grace=60.0,
-)
-
-
-class Ceiling(Frozen):
-    """What nobody exceeds, whatever a policy grants."""
+class _Bounds(Frozen):
+    """The fields of a ceiling that are no switches; they come first, as in ``HostConfig.digest``."""
 
     limits: Limits = CEILING
     hooks: tuple[str, ...] = ("*",)
@@ -71,10 +27,18 @@ class Ceiling(Frozen):
     egress: tuple[EgressRule, ...] | None = None
     """None: any destination that is not on the always-blocked list."""
     egress_public: bool = True
-    """May a policy grant "public", that is, any public address?"""
+    """Whether a policy may grant "public", that is, any public address."""
     read: tuple[str, ...] = ("/",)
     syscalls: Profile = "default"
-    allow_no_sni: bool = True
+
+
+class Ceiling(Switches, _Bounds):
+    """Bounds that nobody exceeds, whatever a policy grants. Silence about a switch allows it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _silence_allows(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {switch.name: True for switch in SWITCHES} | data
 
 
 class Inbound(Frozen):
@@ -84,7 +48,7 @@ class Inbound(Frozen):
     ports: tuple[tuple[int, int], ...] = ()
 
     def allows(self, address: str, port: int) -> bool:
-        """May a policy listen there?"""
+        """Whether a policy may listen there."""
         return address in self.addresses and any(first <= port <= last for first, last in self.ports)
 
 
@@ -104,7 +68,7 @@ class Roles(Frozen):
 
 
 def without_trail(disk_full: str) -> str:
-    """What ``[audit] disk_full`` means for as long as the trail cannot be written, for an alarm."""
+    """Consequence of ``[audit] disk_full`` while the trail cannot be written, as a clause of an alarm."""
     if disk_full == "stop":
         return "nothing is started or dispatched until it can be"
     return 'the daemon goes on without it (disk_full = "continue")'
@@ -124,7 +88,7 @@ class AuditSettings(Frozen):
 
 
 class Metrics(Frozen):
-    """Where Prometheus may scrape; None serves nothing. Loopback addresses only."""
+    """Loopback address and port that Prometheus scrapes; port None serves nothing."""
 
     address: str = "127.0.0.1"
     port: int | None = None
@@ -163,29 +127,3 @@ class HostConfig(Frozen):
     def digest(self) -> str:
         """SHA-256 of the settings, wherever they were read from."""
         return hashlib.sha256(self.model_dump_json(exclude={"source", "where"}).encode()).hexdigest()
-
-
-SMALLEST: dict[str, float] = {
-    "memory": 4 * MIB,
-    "cpu": 10,
-    "tasks": 1,
-    "nofile": 16,
-    "io_read": 64 * KIB,
-    "io_write": 64 * KIB,
-    # A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.
-    "tmp": 64 * KIB,
-    "shm": 64 * KIB,
-    "tmp_inodes": 16,
-    "state": 0,
-    "state_inodes": 16,
-    "connects_per_second": 1,
-    "connect_burst": 1,
-    "connects_open": 1,
-    "delivery_timeout": 0.1,
-    "delivery_attempts": 1,
-    "stop_grace": 0,
-}
-"""The least that makes sense; less is taken for a typing error (``memory = 256`` is 256 bytes)."""
-
-SMALLEST_STATE = MIB
-"""The least that a state folder can be when there is one: it is a file system of its own."""

@@ -1,7 +1,7 @@
 """The effective policy of one plugin: request ∩ grant ∩ ceiling, frozen, canonical, hashed.
 
-Sizes are bytes, cpu is thousandths of one core (``25%`` = 250), durations are seconds. This is what
-the layers enforce and what crosses process borders; the meet that makes it is in ``effective.py``.
+The layers enforce it and it crosses process borders; the meet that makes it is in ``effective.py``. Numbers and
+yes-or-no keys are inherited from where they are declared (``keys.py``, with their units).
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from isolator.policy.units import NO_CAP
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-class Frozen(BaseModel):
-    """Base of every policy model: strict about unknown keys, immutable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from isolator.policy.keys import (
+    MIB,
+    ConnectionLimits,
+    DeliveryLimits,
+    FileLimits,
+    Frozen,
+    Key,
+    NetworkSwitches,
+    ResourceLimits,
+    StopLimits,
+)
 
 
 class EgressRule(Frozen):
@@ -45,7 +45,7 @@ class ListenRule(Frozen):
     cage_port: int
 
 
-class NetworkPolicy(Frozen):
+class NetworkPolicy(ConnectionLimits, NetworkSwitches):
     """``none``: no network; ``listed``: those rules only; ``public``: any public address, TCP 443 and 80."""
 
     mode: Literal["none", "listed", "public"] = "public"
@@ -54,51 +54,37 @@ class NetworkPolicy(Frozen):
     listen: tuple[ListenRule, ...] = ()
     resolvers: tuple[str, ...] = ()
     """Upstream DNS as ``ADDRESS`` or ``ADDRESS:PORT``; empty means the host's /etc/resolv.conf."""
-    allow_no_sni: bool = False
-    """Let TLS without a readable server name (or with an encrypted ClientHello) through to a name grant."""
-    connects_per_second: int = 20
-    connect_burst: int = 40
-    connects_open: int = 64
 
 
-class ResourcePolicy(Frozen):
+class ResourcePolicy(ResourceLimits):
     """Caps kept by the cgroup and rlimits layers."""
 
-    memory: int = 256 * MIB
     memory_high: int = 224 * MIB
     swap: int = 0
-    cpu: int = 250
-    tasks: int = 64
-    nofile: int = 1024
-    io_read: int = NO_CAP
-    """Bytes per second that it may read of each block device."""
-    io_write: int = NO_CAP
 
 
-class FilesystemPolicy(Frozen):
-    """What the cage sees and may fill."""
+class FilesystemPolicy(FileLimits):
+    """The parts of the host that the cage sees, and the sizes of its own file systems."""
 
     read: tuple[str, ...] = ()
     """Absolute host paths bound read-only at the same place."""
-    state: int = 64 * MIB
-    """Size of the persistent, writable /state in bytes; 0 means none."""
-    state_inodes: int = 16384
-    tmp: int = 32 * MIB
-    tmp_inodes: int = 4096
-    shm: int = 8 * MIB
 
 
-class RestartPolicy(Frozen):
-    """Back-off between crashes, and when to give up."""
+class CrashPolicy(Frozen):
+    """Times between a crash and the next start, in seconds, and when to give up."""
 
     backoff_min: float = 0.5
     backoff_max: float = 60.0
     crashes: int = 5
     window: float = 600.0
-    stop_grace: float = 5.0
 
 
-class EffectivePolicy(Frozen):
+# ``stop_grace`` comes last, as in ``HostConfig.digest``.
+class RestartPolicy(StopLimits, CrashPolicy):
+    """Back-off between crashes, when to give up, and the time to stop in."""
+
+
+class EffectivePolicy(DeliveryLimits):
     """Everything a plugin may do. Two equal policies have equal digests."""
 
     plugin: str
@@ -109,8 +95,11 @@ class EffectivePolicy(Frozen):
     filesystem: FilesystemPolicy = FilesystemPolicy()
     syscalls: Literal["default", "strict"] = "default"
     restart: RestartPolicy = RestartPolicy()
-    delivery_timeout: float = 10.0
-    delivery_attempts: int = 12
+
+    def value(self, key: Key) -> Any:
+        """The value of a declared key, in whichever section it stands."""
+        sections = (self.network, self.resources, self.filesystem, self.restart, self)
+        return next(getattr(section, key.name) for section in sections if key.name in type(section).model_fields)
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, ASCII."""

@@ -1,8 +1,8 @@
-"""What an author requests: the manifest's ``sandbox`` and the few other fields that decide about security.
+"""The request of an author: the manifest's ``sandbox`` and the few other fields that decide about security.
 
 The supervisor reads this much of ``plugin.json`` and no more; the host reads the whole file
 (``host/plugins/manifest.py``) and warns about unknown top-level keys. Everything here is a
-*request*: nothing is granted by being asked for.
+*request*, which by itself grants nothing.
 ``None`` always means "the manifest is silent", which is not the same as an empty list (``egress: []`` is no network).
 """
 
@@ -16,24 +16,8 @@ from pydantic import Field
 
 from isolator.policy import names
 from isolator.policy.destinations import parse_host
-from isolator.policy.limits import BY_NAME
-from isolator.policy.model import Frozen
-from isolator.policy.parse.strict import Path, Table, load_json_with_lines, load_strict_json, printable, prose
-
-__all__ = [
-    "MANIFEST_NAME",
-    "EgressRequest",
-    "FilesystemRequest",
-    "ListenRequest",
-    "ManifestCore",
-    "NetworkRequest",
-    "ResourceRequest",
-    "SandboxRequest",
-    "load_strict_json",
-    "parse_manifest",
-    "parse_manifest_core",
-    "synthesise_manifest",
-]
+from isolator.policy.keys import LIMITS, SWITCHES, Frozen
+from isolator.policy.parse.strict import Path, Table, load_json_with_lines, printable, prose
 
 MANIFEST_NAME = "plugin.json"
 MAX_BYTES, MAX_DEPTH = 256 * 1024, 16
@@ -68,43 +52,23 @@ class ListenRequest(Frozen):
 
 
 class NetworkRequest(Frozen):
-    """``egress`` None: nothing said, so public addresses; empty: no network; a list: that and nothing else."""
+    """``egress`` None: silent, so public addresses; empty: no network; a list: that and nothing else."""
 
     egress: tuple[EgressRequest, ...] | None = None
     listen: tuple[ListenRequest, ...] | None = None
-    allow_no_sni: bool = False
-
-
-class FilesystemRequest(Frozen):
-    """Sizes in bytes; ``read`` is a tuple of absolute host paths, None when the manifest is silent."""
-
-    state: int | None = None
-    tmp: int | None = None
-    read: tuple[str, ...] | None = None
-
-
-class ResourceRequest(Frozen):
-    """Memory in bytes, cpu in thousandths of one core, I/O in bytes per second."""
-
-    memory: int | None = None
-    cpu: int | None = None
-    tasks: int | None = None
-    nofile: int | None = None
-    io_read: int | None = None
-    io_write: int | None = None
 
 
 class SandboxRequest(Frozen):
     """The manifest's ``sandbox``; ``network`` None means that the manifest does not speak of the network."""
 
     network: NetworkRequest | None = None
-    filesystem: FilesystemRequest = FilesystemRequest()
-    resources: ResourceRequest = ResourceRequest()
+    read: tuple[str, ...] | None = None
+    """Absolute host paths of ``filesystem.read``."""
     syscalls: Literal["default", "strict"] | None = None
 
 
 class ManifestCore(Frozen):
-    """The part of a manifest that the supervisor relies on. ``delivery_*`` are None when the manifest is silent."""
+    """The part of a manifest that the supervisor relies on."""
 
     name: str
     version: str
@@ -116,8 +80,10 @@ class ManifestCore(Frozen):
     description: str = ""
     permissions: tuple[str, ...] = ()
     sandbox: SandboxRequest = SandboxRequest()
-    delivery_timeout: float | None = None
-    delivery_attempts: int | None = None
+    limits: dict[str, int | float] = Field(default_factory=dict)
+    """Numbers that the manifest asks for, in ``sandbox`` or elsewhere, by the names of ``keys.py``."""
+    switches: dict[str, bool] = Field(default_factory=dict)
+    """Yes-or-no keys, likewise."""
     transport: dict[str, Any] = Field(default_factory=dict)
     delivery: dict[str, Any] = Field(default_factory=dict)
     activation: dict[str, Any] = Field(default_factory=dict)
@@ -161,6 +127,7 @@ def parse_manifest(
     if "hooks" not in data:
         top.text("hooks")
     delivery = top.table("delivery")
+    requested = _Requested()
     core = ManifestCore(
         name=plugin,
         version=version,
@@ -170,16 +137,15 @@ def parse_manifest(
         args=_arguments(top),
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
-        sandbox=_sandbox(top.table("sandbox")),
-        delivery_timeout=_number(delivery, "delivery_timeout", "timeout"),
-        delivery_attempts=_number(delivery, "delivery_attempts", "attempts"),
+        sandbox=_sandbox(top.table("sandbox"), requested),
         transport=dict(top.table("transport").data),
         delivery=dict(delivery.data),
         activation=dict(top.table("activation").data),
         health=dict(top.table("health").data),
         config_schema=dict(top.table("config_schema").data) if "config_schema" in top else None,
     )
-    return core.model_copy(update={"extra": top.unknown()})
+    requested.take(delivery)
+    return core.model_copy(update={"limits": requested.limits, "switches": requested.switches, "extra": top.unknown()})
 
 
 def synthesise_manifest(name: str, binary_sha256: str, binary_name: str, hooks: Iterable[str]) -> dict[str, Any]:
@@ -228,15 +194,21 @@ def _arguments(top: Table) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _number(table: Table, name: str, key: str | None = None) -> Any:
-    """A limit by its name in ``Limits``; None when the manifest is silent."""
-    return table.parsed(key or name, BY_NAME[name].check, None)
+class _Requested:
+    """The declared keys (``keys.py``) that a manifest sets, collected table by table."""
+
+    def __init__(self) -> None:
+        self.limits: dict[str, float] = {}
+        self.switches: dict[str, bool] = {}
+
+    def take(self, table: Table) -> None:
+        """Read those of one table."""
+        self.limits |= table.declared(LIMITS, lambda key: key.manifest)
+        self.switches |= table.declared(SWITCHES, lambda key: key.manifest)
 
 
-def _sandbox(top: Table) -> SandboxRequest:
-    network = _network(top.table("network")) if "network" in top else None
-    filesystem = top.table("filesystem")
-    resources = top.table("resources")
+def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
+    network = _network(top.table("network"), requested) if "network" in top else None
     syscalls: Any
     if isinstance(top.data.get("syscalls"), dict):
         inner = top.table("syscalls")
@@ -244,29 +216,16 @@ def _sandbox(top: Table) -> SandboxRequest:
         inner.finish()
     else:
         syscalls = top.choice("syscalls", ("default", "strict"), None)
-    request = SandboxRequest(
-        network=network,
-        filesystem=FilesystemRequest(
-            state=_number(filesystem, "state"),
-            tmp=_number(filesystem, "tmp"),
-            read=_read(filesystem),
-        ),
-        resources=ResourceRequest(
-            memory=_number(resources, "memory"),
-            cpu=_number(resources, "cpu"),
-            tasks=_number(resources, "tasks"),
-            nofile=_number(resources, "nofile"),
-            io_read=_number(resources, "io_read"),
-            io_write=_number(resources, "io_write"),
-        ),
-        syscalls=syscalls,
-    )
+    filesystem, resources = top.table("filesystem"), top.table("resources")
+    requested.take(filesystem)
+    request = SandboxRequest(network=network, read=_read(filesystem), syscalls=syscalls)
+    requested.take(resources)
     for table in (filesystem, resources, top):
         table.finish()
     return request
 
 
-def _network(top: Table) -> NetworkRequest:
+def _network(top: Table, requested: _Requested) -> NetworkRequest:
     egress: tuple[EgressRequest, ...] | None = None
     if top.data.get("egress") == "public":
         top.take("egress")
@@ -289,9 +248,9 @@ def _network(top: Table) -> NetworkRequest:
                 listen.append(ListenRequest(port=names.parse_port(entry)))
             except ValueError as error:
                 top.fail(("listen", index), str(error))
-    allow_no_sni = top.boolean("allow_no_sni", False)
+    requested.take(top)
     top.finish()
-    return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen), allow_no_sni=allow_no_sni)
+    return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen))
 
 
 def _egress(top: Table, entry: Table | Any, index: int) -> EgressRequest:

@@ -1,8 +1,8 @@
-"""Sizes, shares of a core and durations: how people write them, and how they are written back.
+"""Sizes, rates, shares of a core, counts and durations: how people write them, and how they are written back.
 
 Sizes are bytes with binary multiples (``64M`` = 64 MiB), cpu is thousandths of one core (``25%`` = 250),
-durations are seconds. Every formatter's output parses back to the very same value, because what
-``plugin add`` shows and stores must mean what was shown. Parsers raise ``ValueError`` with a sentence
+durations are seconds. Every formatter's output parses back to the very same value, because the policy
+file that ``plugin add`` stores must mean exactly what was shown. Parsers raise ``ValueError`` with a sentence
 that says what is wrong; the caller knows the file and the line.
 """
 
@@ -51,6 +51,14 @@ def format_size(number: int) -> str:
     return str(number)
 
 
+def parse_volume(value: object) -> int:
+    """Bytes of a file system of its own: as ``parse_size``, but 0 (none) or at least 1 MiB."""
+    number = parse_size(value)
+    if 0 < number < _MULTIPLE["M"]:
+        raise ValueError(f"{format_size(number)} cannot hold a file system; at least 1M, or 0 for none")
+    return number
+
+
 def parse_rate(value: object) -> int:
     """Bytes per second of ``20M``, or ``NO_CAP`` of ``none``."""
     return NO_CAP if value == "none" else parse_size(value)
@@ -78,6 +86,24 @@ def parse_cpu(value: object) -> int:
 def format_cpu(number: int) -> str:
     """``25%`` for 250, ``12.5%`` for 125."""
     return f"{number // 10}%" if number % 10 == 0 else f"{number // 10}.{number % 10}%"
+
+
+def parse_count(value: object) -> int:
+    """A whole number from 0 to 2³¹ - 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    if value < 0:
+        raise ValueError(f"{value} is negative")
+    if value > 2**31 - 1:
+        raise ValueError(f"{value} is too large")
+    return value
+
+
+def parse_boolean(value: object) -> bool:
+    """True or false, nothing that merely looks like it."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
 
 
 def parse_duration(value: object) -> float:
@@ -109,7 +135,7 @@ def format_duration(number: float) -> str:
 
 
 def _short(text: str) -> str:
-    """What a stranger wrote, fit for one line on a terminal: no control characters, at most 40 of the rest."""
+    """A stranger's text, fit for one line on a terminal: no control characters, at most 40 of the rest."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= 40 else clean[:39] + "…"
 

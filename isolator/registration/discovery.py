@@ -81,7 +81,7 @@ def scan(folders: Iterable[str], registered: Mapping[str, str]) -> list[Found]:
 
 
 class Discovery:
-    """The entries of one daemon, kept up to date. ``report`` is told what came, changed and went."""
+    """The entries of one daemon, kept up to date; ``report`` is called with the new, changed and removed ones."""
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
-"""Can this file be executed in a cage? Told at registration, with what to do, rather than at the first event."""
+"""Check that a file can be executed in a cage: at registration, with the remedy, rather than at the first event."""
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import stat
@@ -9,6 +10,7 @@ import struct
 from pathlib import Path
 
 from isolator.errors import UsageError
+from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
 
 _MACHINES = {
@@ -20,29 +22,24 @@ _MACHINES = {
 def check_program(folder: Path, relative: str, *, shown: str) -> None:
     """Raise UsageError unless ``relative`` below ``folder`` is a program this host can execute.
 
-    No component may be a link, so what was approved cannot point elsewhere. ``shown`` is how the operator knows it.
+    No component may be a link, so that an approved path cannot point elsewhere. ``shown`` is its name for the operator.
     """
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with FdSet() as owned:
+        directory = owned.add(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
-            fd = openat2(directory, relative.removeprefix("./"), os.O_RDONLY | os.O_NONBLOCK)
+            fd = owned.add(openat2(directory, relative.removeprefix("./"), os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
             why = {
-                2: "no such file",
-                40: "it is (or lies behind) a symbolic link",
-                18: "it is outside the plugin's folder",
+                errno.ENOENT: "no such file",
+                errno.ELOOP: "it is (or lies behind) a symbolic link",
+                errno.EXDEV: "it is outside the plugin's folder",
             }.get(error.errno or 0, error.strerror or "cannot be opened")
             raise UsageError(f"binary {shown}", why, 'correct "binary" in plugin.json') from None
-    finally:
-        os.close(directory)
-    try:
         check_descriptor(fd, shown=shown)
-    finally:
-        os.close(fd)
 
 
 def check_descriptor(fd: int, *, shown: str) -> None:
-    """The same for a file that is already open."""
+    """Raise UsageError unless an open file is a program this host can execute."""
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         raise UsageError(f"binary {shown}", "not a regular file", 'correct "binary" in plugin.json')
@@ -61,14 +58,14 @@ def check_descriptor(fd: int, *, shown: str) -> None:
 
 
 def _check_interpreter(head: bytes, shown: str) -> None:
-    words = os.fsdecode(head[2:].split(b"\n", 1)[0]).split()
-    if not words:
+    fields = os.fsdecode(head[2:].split(b"\n", 1)[0]).split()
+    if not fields:
         raise UsageError(f"binary {shown}", "its first line names no interpreter", "write #!/usr/bin/env python3")
-    if words[0].endswith("\r") or words[-1].endswith("\r"):
+    if fields[0].endswith("\r") or fields[-1].endswith("\r"):
         raise UsageError(f"binary {shown}", "its first line ends in CR LF", "save it with Unix line ends")
-    interpreter = words[0]
+    interpreter = fields[0]
     if interpreter == "/usr/bin/env":
-        name = next((word for word in words[1:] if not word.startswith("-") and "=" not in word), "")
+        name = next((text for text in fields[1:] if not text.startswith("-") and "=" not in text), "")
         if not any(Path(folder, name).exists() for folder in ("/usr/local/bin", "/usr/bin", "/bin")):
             raise UsageError(f"binary {shown}", f"no interpreter {name!r} on this host", f"install {name}")
     elif not Path(interpreter).exists():

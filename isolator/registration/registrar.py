@@ -1,9 +1,9 @@
 """Registration: from a stranger's folder to a plugin that an operator has agreed to, and from one version to the next.
 
-``stage`` copies and reads, makes nothing that lasts, and says what an operator has to be shown. Then ``add`` makes the
-user, writes the policy file that was shown and puts the files in their place; ``hold`` keeps a newer version that asks
-for more until it is approved; ``use`` makes a version the one in use, and ``put_back`` the one before. ``remove``
-forgets everything. Who may run when is not known here (``registration_ops.py``).
+``stage`` copies and reads, makes nothing that lasts, and returns the proposal for an operator. Then ``add`` makes the
+user, writes the policy file that was shown and puts the files in their place; ``hold`` keeps a newer version that
+asks for more until it is approved; ``use`` makes a version the one in use, and ``put_back`` the one before. ``remove``
+forgets everything. Which versions may run when is the supervisor's to know (``updates.py``).
 
 Killed at any instant, a daemon finds on its next start either the old or the new state: ``recover`` undoes what was
 begun before its one decisive rename, and finishes what was begun after it (see ``store.py``).
@@ -11,44 +11,30 @@ begun before its one decisive rename, and finishes what was begun after it (see 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
-from isolator.layers.explain import proposal_json
+from isolator.errors import NotFoundError, UsageError
 from isolator.layers.user import add_user, refuse_existing, remove_user, user_name
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
-from isolator.policy.meet.effective import asks_more, meet
+from isolator.layers.explain import proposal_json
 from isolator.policy.meet.proposal import Proposal
-from isolator.policy.parse.load import load_plugin_policy
 from isolator.policy.request import ManifestCore, parse_manifest_core
 from isolator.registration import policy_files, staging
+from isolator.registration.proposals import Proposals
 from isolator.registration.staging import Source, Staged, check_staged, hash_binary
-from isolator.registration.store import KEPT, Intent, Registration, Release, Store
+from isolator.registration.store import KEPT, Intent, Registration, Release
 
 _MAX_STAGED = 64
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A registration with everything that its files and policies say now; ``error`` when they are unusable."""
-
-    registration: Registration
-    manifest: dict[str, Any]
-    proposal: Proposal | None
-    argv: list[str] = field(default_factory=list)
-    error: str = ""
-
-
-@dataclass(frozen=True)
 class Candidate:
-    """A staged plugin with what an operator is shown of it."""
+    """A staged plugin and the proposal that an operator is shown."""
 
     staged: Staged
     core: ManifestCore
@@ -56,23 +42,22 @@ class Candidate:
     source: Source
     release: Release
     more: tuple[str, ...] = ()
-    """What it asks for beyond the version in use."""
+    """Requests beyond those of the version in use, one phrase each."""
 
 
-class Registrar:
-    """The registered plugins of one daemon and the staged ones."""
+class Registrar(Proposals):
+    """The registered plugins of one daemon and the staged ones: the changes of both."""
 
     def __init__(self, paths: Paths, host: HostConfig) -> None:
-        self._paths, self._host = paths, host
-        self.store = Store(paths.plugins)
+        super().__init__(paths, host)
         self._staged: dict[str, Candidate] = {}
         self._lock = threading.Lock()
         """Of ``_staged`` and of the machine's list of users: commands for different plugins run in threads."""
 
     def recover(self, forget_state: Callable[[str], None]) -> list[str]:
-        """Undo or finish what a killed daemon had begun; returns one line for each. Nothing may run yet.
+        """Undo or finish the changes of a killed daemon; returns one line for each. Nothing may run yet.
 
-        ``forget_state`` deletes what a plugin of that name has stored.
+        ``forget_state`` deletes the stored state of a plugin of that name.
         """
         done = []
         for intent in self.store.intents():
@@ -94,40 +79,7 @@ class Registrar:
         policy_files.clear(self._paths.policies)
         return done
 
-    def names(self) -> list[str]:
-        """Every registered name."""
-        return self.store.names()
-
-    def load(self, name: str) -> Loaded:
-        """Read a registration, its manifest and its policy; what is broken is told, not raised."""
-        return self.read(self.store.load(name))
-
-    def read(self, registration: Registration) -> Loaded:
-        """The same for a registration that is (or is about to be) in use."""
-        name = registration.name
-        text = b"{}"
-        try:
-            text = self.store.manifest(name, registration.release)
-            core = parse_manifest_core(text, name=f"{name}/plugin.json")
-            proposal = self.granted(core)
-            return Loaded(registration, json.loads(text), proposal, _argv(registration.release, core))
-        except (IsolatorError, OSError, ValueError) as error:
-            manifest: dict[str, Any] = {}
-            with contextlib.suppress(ValueError):
-                manifest = json.loads(text)
-            return Loaded(registration, manifest, None, error=str(error))
-
-    def granted(self, core: ManifestCore) -> Proposal:
-        """What the policy file grants this manifest; raises when there is none, or it is of no use."""
-        proposal = self._meet(core)
-        if proposal.needs_approval:
-            raise NeedsApprovalError(
-                f"policy {self.policy_file(core.name)}", "the file is gone",
-                f"put it back, or isolator plugin approve {core.name}",
-            )  # fmt: skip
-        return proposal
-
-    # --- what is staged --------------------------------------------------------------------------------------
+    # --- staged plugins --------------------------------------------------------------------------------------
 
     def stage(self, source: Source, *, update: str | None = None) -> Candidate:
         """Copy and read a plugin. ``update`` names the registered one that it is a newer version of."""
@@ -161,7 +113,7 @@ class Registrar:
         return candidate
 
     def candidate(self, token: str) -> Candidate:
-        """What was staged; raises NotFoundError when it was discarded meanwhile."""
+        """A staged plugin; raises NotFoundError when it was discarded meanwhile."""
         candidate = self._staged.get(token)
         if candidate is None:
             raise NotFoundError("what was staged", "has expired", "run the command again")
@@ -174,7 +126,11 @@ class Registrar:
         if candidate is not None:
             staging.discard(candidate.staged)
 
-    # --- what changes the registrations ----------------------------------------------------------------------
+    def shown(self, candidate: Candidate) -> dict[str, Any]:
+        """The proposal of a staged plugin as JSON (docs/internals.md)."""
+        return proposal_json(candidate.proposal, policy_file=str(self.policy_file(candidate.staged.name)))
+
+    # --- changes of registrations ----------------------------------------------------------------------
 
     def add(self, token: str) -> Registration:
         """Register a staged plugin under a name that is free."""
@@ -230,13 +186,13 @@ class Registrar:
     def use(
         self, now: Registration, release: Release, *, source: Source | None = None, policy_text: str | None = None
     ) -> Registration:
-        """Make ``release`` the version in use, with ``policy_text`` as its policy file when one is given."""
+        """Make ``release`` the version in use, with ``policy_text`` as its policy file unless None."""
         previous = tuple(r for r in (now.release, *now.previous) if r.digest != release.digest)[:KEPT]
         after = replace(now, release=release, previous=previous, pending=None, source=source or now.source)
         return self._change(now, after, policy_text)
 
     def earlier(self, now: Registration) -> Release:
-        """The version to go back to; raises what keeps it from being used."""
+        """The version to go back to; raises NotFoundError or UsageError when it cannot be used."""
         if not now.previous:
             raise NotFoundError(f"plugin {now.name}", "there is no earlier version to go back to")
         release = now.previous[0]
@@ -270,106 +226,18 @@ class Registrar:
         self.store.prune(now.name, now.kept)
 
     def remove(self, registration: Registration, forget_state: Callable[[str], None]) -> None:
-        """Remove state, policy, user and files; its processes must be gone."""
+        """Remove state, policy, user and files; its processes must have ended."""
         self.store.mark_removed(registration.name)
         forget_state(registration.name)
         self._forget(registration)
 
     def finish_removal(self, name: str, forget_state: Callable[[str], None]) -> bool:
-        """Remove what an interrupted removal has left of a plugin; False when there is nothing."""
+        """Complete an interrupted removal of a plugin; False when there is none."""
         left = [registration for registration in self.store.removed() if registration.name == name]
         for registration in left:
             forget_state(name)
             self._forget(registration)
         return bool(left)
-
-    # --- what an operator is shown ---------------------------------------------------------------------------
-
-    def shown(self, candidate: Candidate) -> dict[str, Any]:
-        """The proposal of what was staged (see docs/internals.md)."""
-        return proposal_json(candidate.proposal, policy_file=str(self.policy_file(candidate.staged.name)))
-
-    def explain(self, name: str) -> dict[str, Any]:
-        """The proposal of a registered plugin as of now; of the version that waits for approval if there is one."""
-        now = self.store.load(name)
-        release = now.pending or now.release
-        core = self._core(now, release)
-        proposal = self._proposed(now, core) if now.pending else self._meet(core)
-        shown = proposal_json(proposal, policy_file=str(self.policy_file(name)))
-        return {
-            **shown,
-            "version": release.version,
-            "digest": release.digest,
-            "differences": list(self._more(now, core)) if now.pending else [],
-            "changed_binary": self.binary_changed(now),
-        }
-
-    def waiting(self, registration: Registration) -> dict[str, Any] | None:
-        """What waits for approval, for listings."""
-        pending = registration.pending
-        if pending is None:
-            return None
-        try:
-            more = self._more(registration, self._core(registration, pending))
-        except (IsolatorError, OSError) as error:
-            more = (str(error),)
-        return {"version": pending.version, "digest": pending.digest, "differences": list(more)}
-
-    def proposed_policy(self, now: Registration) -> str | None:
-        """The policy text that approving the waiting version writes; None: the file is an operator's own."""
-        assert now.pending is not None
-        return self._proposed(now, self._core(now, now.pending)).policy_text
-
-    def policy_text(self, name: str) -> str | None:
-        """The policy file as it is."""
-        return policy_files.read(self.policy_file(name))
-
-    def policy_file(self, name: str) -> Path:
-        """Where a plugin's policy is."""
-        return self._paths.policies / f"{name}.toml"
-
-    def propose(self, core: ManifestCore) -> dict[str, Any]:
-        """The proposal for a manifest that was found and is not registered."""
-        return proposal_json(self._meet(core), policy_file=str(self.policy_file(core.name)))
-
-    def binary_changed(self, now: Registration) -> bool:
-        """Whether a binary registered by path is another one than was approved."""
-        if now.release.kind != "binary":
-            return False
-        try:
-            return hash_binary(Path(now.release.binary_path)) != now.release.binary_sha256
-        except (IsolatorError, OSError):
-            return False
-
-    # -----------------------------------------------------------------------------------------------------------
-
-    def _core(self, registration: Registration, release: Release) -> ManifestCore:
-        text = self.store.manifest(registration.name, release)
-        return parse_manifest_core(text, name=f"{registration.name}/plugin.json")
-
-    def _more(self, registration: Registration, core: ManifestCore) -> tuple[str, ...]:
-        try:
-            before = self._core(registration, registration.release)
-        except (IsolatorError, OSError) as error:
-            return (f"all of it: the version in use cannot be read ({error})",)
-        return asks_more(before, core, self._host)
-
-    def _meet(self, core: ManifestCore) -> Proposal:
-        try:
-            grant = load_plugin_policy(self.policy_file(core.name), self._host)
-        except NotFoundError:
-            return meet(core, None, self._host)
-        return meet(core, grant, self._host)
-
-    def _proposed(self, now: Registration, core: ManifestCore) -> Proposal:
-        """What approving a version that asks for more gives it.
-
-        A policy file that nobody has edited since it was written here is written anew, so that to approve is to grant.
-        An operator's own stays as it is: what it does not grant is shown as pending.
-        """
-        text = self.policy_text(now.name)
-        ours = text is None or (now.policy_sha256 and policy_files.digest(text) == now.policy_sha256)
-        return meet(core, None, self._host) if ours else self._meet(core)
 
     def _still_as_shown(self, candidate: Candidate) -> None:
         proposal = self._meet(candidate.core)
@@ -420,9 +288,3 @@ class Registrar:
         self.policy_file(registration.name).unlink(missing_ok=True)
         remove_user(registration.user)
         self.store.delete(registration.name)
-
-
-def _argv(release: Release, core: ManifestCore) -> list[str]:
-    if release.kind == "binary":
-        return [f"/run/isolator/bin/{Path(release.binary_path).name}", *core.args]
-    return [f"/plugin/{core.binary.removeprefix('./')}", *core.args]

@@ -1,8 +1,8 @@
-"""Staging: a bounded copy of what a stranger offers, read but not yet agreed to.
+"""Staging: a bounded copy of a stranger's folder, read but not yet agreed to.
 
 The copy follows no link, opens nothing that is not a regular file or a folder, and is bounded in size, number and
 depth; its digest is the SHA-256 over names, modes and contents. A binary that is registered by path stays where it is:
-only its manifest is staged, beside the SHA-256 of what it was.
+only its manifest is staged, beside the SHA-256 of its content.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import re
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from isolator.errors import UsageError
+from isolator.linux.descriptors import FdSet
 from isolator.linux.files import open_nofollow, openat2
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
+from isolator.policy.request import parse_manifest_core, synthesise_manifest
 from isolator.registration.program import check_descriptor, check_program
 
 MANIFEST = "plugin.json"
@@ -30,13 +33,13 @@ MAX_FILES = 50_000
 MAX_BYTES = 2 << 30
 MAX_DEPTH = 64
 PREFIX = ".staging-"
-"""What the store's staging folders begin with; the store removes them when a daemon starts."""
+"""Beginning of the names of staging folders; the store removes them when a daemon starts."""
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an operator named: a folder (``path``), or a binary with what belongs to it. Empty means not given."""
+    """Origin of a plugin as an operator named it: a folder (``path``), or a binary with flags. Empty: not named."""
 
     path: str = ""
     name: str = ""
@@ -61,7 +64,7 @@ class Staged:
 
 
 def stage(base: Path, source: Source) -> Staged:
-    """Copy what ``source`` names into a new folder below ``base``; raises UsageError for what cannot be a plugin."""
+    """Copy ``source`` into a new folder below ``base``; raises UsageError when it cannot be a plugin."""
     stager = _Stager(base)
     if source.path:
         return stager.stage_folder(Path(source.path))
@@ -72,7 +75,7 @@ def stage(base: Path, source: Source) -> Staged:
 
 
 def discard(staged: Staged) -> None:
-    """Delete what was staged."""
+    """Delete a staged copy."""
     shutil.rmtree(staged.folder, ignore_errors=True)
 
 
@@ -82,21 +85,14 @@ class _Stager:
 
     def stage_folder(self, path: Path) -> Staged:
         """Copy a folder and read its manifest; nothing is registered yet."""
-        source = _open_folder(path)
-        token, target = self._new_staging()
-        try:
-            digest = _Copy(str(path)).folder(source, target)
+        with FdSet() as owned, self._new_staging() as (token, target):
+            digest = _Copy(str(path)).folder(owned.add(_open_folder(path)), target)
             manifest = _read_manifest(target, path)
-            name = _name_in(manifest, path)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-        finally:
-            os.close(source)
-        return Staged(token, name, digest, target, manifest, synthesised=False)
+            name = parse_manifest_core(manifest, name=str(path / MANIFEST)).name
+            return Staged(token, name, digest, target, manifest, synthesised=False)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
-        """Register a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
+        """Stage a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
 
         A ``plugin.json`` beside the binary whose name fits is read first, and flags only narrow its hooks.
         """
@@ -107,28 +103,16 @@ class _Stager:
         if files is None and beside.exists():
             staged = self.stage_folder(binary.parent)
             return self._narrowed(staged, name, binary, hooks)
-        fd = open_binary(binary)
-        try:
-            sha256 = hash_descriptor(fd)
-        finally:
-            os.close(fd)
-        token, target = self._new_staging()
-        try:
+        sha256 = hash_binary(binary)
+        with FdSet() as owned, self._new_staging() as (token, target):
             digest, kind, program = "", "binary", f"./{binary.name}"
             if files is not None:
-                source = _open_folder(files)
-                try:
-                    digest = _Copy(str(files)).folder(source, target)
-                finally:
-                    os.close(source)
+                digest = _Copy(str(files)).folder(owned.add(_open_folder(files)), target)
                 files = _resolve(files)
                 if binary.is_relative_to(files):
                     kind, program = "folder", f"./{binary.relative_to(files)}"
-            manifest = _synthesise(name, sha256, program, hooks)
+            manifest = json.dumps(synthesise_manifest(name, sha256, program, hooks), indent=2).encode()
             _write_new(target / MANIFEST, manifest, 0o644)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
         digest = hashlib.sha256(b"\0".join([digest.encode(), sha256.encode(), manifest])).hexdigest()
         if kind == "folder":
             return Staged(token, name, digest, target, manifest, synthesised=True)
@@ -163,19 +147,26 @@ class _Stager:
             return replace(staged, manifest=manifest, digest=digest)
         return staged
 
-    def _new_staging(self) -> tuple[str, Path]:
+    @contextlib.contextmanager
+    def _new_staging(self) -> Iterator[tuple[str, Path]]:
+        """Token and folder of a new copy; the folder is deleted when the block fails."""
         token = secrets.token_hex(8)
         folder = self._base / f"{PREFIX}{token}"
         folder.mkdir(mode=0o755)
         folder.chmod(0o755)
-        return token, folder
+        try:
+            yield token, folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @dataclass
 class _Copy:
     """One bounded copy of a stranger's folder."""
 
-    what: str
+    shown: str
+    """The folder's name in errors."""
     files: int = 0
     size: int = 0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
@@ -183,36 +174,34 @@ class _Copy:
     def folder(self, source: int, target: Path, *, depth: int = 0, prefix: str = "") -> str:
         """Copy everything below ``source``; returns the digest so far (the whole one at depth 0)."""
         if depth > MAX_DEPTH:
-            raise UsageError(f"{self.what}/{prefix}", f"deeper than {MAX_DEPTH} folders", "flatten it")
+            raise UsageError(f"{self.shown}/{prefix}", f"deeper than {MAX_DEPTH} folders", "flatten it")
         for name in sorted(os.listdir(source)):  # by descriptor
             self.files += 1
             if self.files > MAX_FILES:
-                raise UsageError(self.what, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
+                raise UsageError(self.shown, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
             path = f"{prefix}{name}"
             info = os.stat(name, dir_fd=source, follow_symlinks=False)
             if stat.S_ISDIR(info.st_mode):
                 if name == ".git":
                     continue
-                self._note("d", path)
+                self._update("d", path)
                 (target / name).mkdir()
                 (target / name).chmod(0o755)
-                fd = openat2(source, name, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    self.folder(fd, target / name, depth=depth + 1, prefix=f"{path}/")
-                finally:
-                    os.close(fd)
+                with FdSet() as owned:
+                    below = owned.add(openat2(source, name, os.O_RDONLY | os.O_DIRECTORY))
+                    self.folder(below, target / name, depth=depth + 1, prefix=f"{path}/")
             elif stat.S_ISLNK(info.st_mode):
                 self._link(source, name, target, path, depth)
             elif stat.S_ISREG(info.st_mode):
                 self._file(source, name, target / name, path)
             else:
-                raise UsageError(f"{self.what}/{path}", "not a regular file, a folder or a link", "remove it")
+                raise UsageError(f"{self.shown}/{path}", "not a regular file, a folder or a link", "remove it")
         return self.digest.hexdigest()
 
-    def _note(self, *words: str) -> None:
+    def _update(self, *fields: str) -> None:
         # With lengths: a file name may hold any byte, and two different folders must never have the same digest.
-        for word in (str(len(words)), *words):
-            data = word.encode(errors="surrogateescape")
+        for text in (str(len(fields)), *fields):
+            data = text.encode(errors="surrogateescape")
             self.digest.update(len(data).to_bytes(8, "big") + data)
 
     def _link(self, source: int, name: str, target: Path, path: str, depth: int) -> None:
@@ -220,30 +209,28 @@ class _Copy:
         # Harmless in the cage, but outside it other tools (a backup, a copy) would follow it out of the store.
         steps = os.path.normpath(os.path.join(os.path.dirname(path), goal))
         if goal.startswith("/") or steps == ".." or steps.startswith("../"):
-            raise UsageError(f"{self.what}/{path}", f"a link out of the folder, to {goal}", "copy the file itself")
-        self._note("l", path, goal)
+            raise UsageError(f"{self.shown}/{path}", f"a link out of the folder, to {goal}", "copy the file itself")
+        self._update("l", path, goal)
         (target / name).symlink_to(goal)
 
     def _file(self, source: int, name: str, target: Path, path: str) -> None:
         # O_NONBLOCK: what was a file a moment ago may be a FIFO now, and opening it would block for ever.
-        fd = openat2(source, name, os.O_RDONLY | os.O_NONBLOCK)
-        try:
+        with FdSet() as owned:
+            fd = owned.add(openat2(source, name, os.O_RDONLY | os.O_NONBLOCK))
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
-                raise UsageError(f"{self.what}/{path}", "changed while it was being read", "try again")
+                raise UsageError(f"{self.shown}/{path}", "changed while it was being read", "try again")
             executable = bool(info.st_mode & 0o111)
             content = hashlib.sha256()
             with target.open("xb") as out:
                 while chunk := os.read(fd, _CHUNK):
                     self.size += len(chunk)
                     if self.size > MAX_BYTES:
-                        raise UsageError(self.what, f"more than {MAX_BYTES >> 20} MiB", "leave out what is not needed")
+                        raise UsageError(self.shown, f"more than {MAX_BYTES >> 20} MiB", "leave out what is not needed")
                     content.update(chunk)
                     out.write(chunk)
                 os.fchmod(out.fileno(), 0o755 if executable else 0o644)
-            self._note("x" if executable else "f", path, content.hexdigest())
-        finally:
-            os.close(fd)
+            self._update("x" if executable else "f", path, content.hexdigest())
 
 
 def open_binary(path: Path) -> int:
@@ -283,21 +270,15 @@ def hash_descriptor(fd: int) -> str:
 
 def hash_binary(path: Path) -> str:
     """SHA-256 of a binary that stays where it is; raises UsageError when others could change it."""
-    fd = open_binary(path)
-    try:
-        return hash_descriptor(fd)
-    finally:
-        os.close(fd)
+    with FdSet() as owned:
+        return hash_descriptor(owned.add(open_binary(path)))
 
 
 def check_staged(staged: Staged, binary: str, shown: str) -> None:
-    """Raise UsageError unless what was staged can be executed; ``binary`` as its manifest names it."""
+    """Raise UsageError unless a staged plugin can be executed; ``binary`` as its manifest names it."""
     if staged.kind == "binary":
-        fd = open_binary(Path(staged.binary_path))
-        try:
-            check_descriptor(fd, shown=staged.binary_path)
-        finally:
-            os.close(fd)
+        with FdSet() as owned:
+            check_descriptor(owned.add(open_binary(Path(staged.binary_path))), shown=staged.binary_path)
     else:
         check_program(staged.folder, binary, shown=f"{shown}/{binary.removeprefix('./')}")
 
@@ -325,18 +306,6 @@ def _read_manifest(folder: Path, source: Path) -> bytes:
         )  # fmt: skip
     with path.open("rb") as file:
         return file.read(MAX_MANIFEST + 1)  # one byte too many is refused by who parses it
-
-
-def _name_in(manifest: bytes, path: Path) -> str:
-    from isolator.policy.request import parse_manifest_core
-
-    return parse_manifest_core(manifest, name=str(path / MANIFEST)).name
-
-
-def _synthesise(name: str, sha256: str, program: str, hooks: list[str]) -> bytes:
-    from isolator.policy.request import synthesise_manifest
-
-    return json.dumps(synthesise_manifest(name, sha256, program, hooks), indent=2).encode()
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:

@@ -1,23 +1,22 @@
-"""The root-owned store of plugins: what was approved is what runs.
+"""The root-owned store of plugins: a daemon runs nothing but its copies of approved versions.
 
 A folder is copied to ``plugins/NAME/DIGEST/``, where DIGEST is the SHA-256 over its names, modes and contents;
 previous digests stay for rollback. ``plugin.state`` beside the digests says which one is in use. A binary that is
 registered by path stays where it is and is pinned by its SHA-256, checked on an opened descriptor at every start.
 
-A daemon may be killed at any instant. What makes a change real is one rename: of ``plugin.state`` for an addition or a
-new version, of ``plugin.state`` to ``plugin.removed`` for a removal. Before anything else outside the digests is
-touched (a user, a policy file), ``plugin.intent`` says what; whoever finds an intent or a ``plugin.removed`` undoes or
-finishes (``registrar.recover``). Folders of digests that nothing refers to are just deleted.
+A daemon may be killed at any instant. One rename makes a change real: of ``plugin.state`` for an addition or a new
+version, of ``plugin.state`` to ``plugin.removed`` for a removal. Before anything else outside the digests is touched
+(a user, a policy file), ``plugin.intent`` names it; ``Registrar.recover`` undoes intents and finishes removals. Folders
+of digests that nothing refers to are just deleted.
 
-A new version that is started and watched is on trial: ``plugin.trial`` keeps what it replaced until it is judged, so
-that a daemon which was killed meanwhile can judge again (``registration_ops.py``).
+A new version that is started and watched is on trial: ``plugin.trial`` keeps the one it replaced until it is judged, so
+that a daemon which was killed meanwhile can judge again (the supervisor's ``updates.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isolator.errors import IsolatorError, NotFoundError
-from isolator.linux.files import sync_filesystem
+from isolator.registration.durable import replace_file, sync_folder, sync_tree
 from isolator.registration.staging import MANIFEST, NAME, PREFIX, Source, Staged
 
 KEPT = 5
@@ -62,12 +61,12 @@ class Registration:
     pending: Release | None = None
     """A newer version that asks for more than this one and waits for approval."""
     source: Source = field(default_factory=Source)
-    """Where the newest version came from."""
+    """Origin of the newest version."""
     enabled: bool = True
     policy_sha256: str = ""
     """Of the policy file as it was written for this plugin; while the file has it, no operator has edited it."""
     serial: int = 0
-    """Counts the changes; tells an interrupted change that took effect from one that did not."""
+    """Number of changes; tells an interrupted change that took effect from one that did not."""
 
     @property
     def version(self) -> str:
@@ -85,7 +84,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class Intent:
-    """What is about to be changed outside the store's digests."""
+    """A change outside the store's digests that is about to be made."""
 
     name: str
     serial: int
@@ -100,7 +99,7 @@ class Intent:
 
 @dataclass(frozen=True)
 class Trial:
-    """A version that is watched at its start: what comes back if it fails, and who wanted it."""
+    """A version that is watched at its start: the registration that comes back if it fails, and who wanted it."""
 
     before: Registration
     policy: str | None
@@ -129,7 +128,7 @@ class Store:
         return sorted(path.parent.name for path in self.base.glob(f"*/{_STATE}"))
 
     def load(self, name: str) -> Registration:
-        """One registration; raises NotFoundError when there is none of that name."""
+        """Read one registration; raises NotFoundError when there is none of that name."""
         if not NAME.match(name):
             raise NotFoundError(f"plugin {name!r}", "no such plugin", "see 'isolator plugin list'")
         try:
@@ -142,7 +141,7 @@ class Store:
             ) from None
 
     def save(self, registration: Registration) -> None:
-        """Replace the registration atomically and durably: what it says is true from here on."""
+        """Replace the registration atomically and durably; it is true from here on."""
         self._write(registration.name, _STATE, asdict(registration))
 
     def begin(self, intent: Intent) -> None:
@@ -150,23 +149,23 @@ class Store:
         self._write(intent.name, _INTENT, asdict(intent))
 
     def end(self, name: str) -> None:
-        """The change is complete, or undone."""
+        """Forget the intent: the change is complete, or undone."""
         (self.base / name / _INTENT).unlink(missing_ok=True)
 
     def intents(self) -> list[Intent]:
-        """Changes that were begun and not ended."""
+        """Changes that were begun and not ended, by name."""
         return [Intent(**json.loads(path.read_bytes())) for path in sorted(self.base.glob(f"*/{_INTENT}"))]
 
     def begin_trial(self, trial: Trial) -> None:
-        """From the next registration on the version is on trial."""
+        """Put the version of the next registration on trial."""
         self._write(trial.before.name, _TRIAL, asdict(trial))
 
     def end_trial(self, name: str) -> None:
-        """The version was judged."""
+        """Record that the version was judged."""
         (self.base / name / _TRIAL).unlink(missing_ok=True)
 
     def trial(self, name: str) -> Trial | None:
-        """What the version in use replaced, if it is still on trial."""
+        """The trial of the version in use, if it has not been judged."""
         try:
             data = json.loads((self.base / name / _TRIAL).read_bytes())
             trial = Trial(**{**data, "before": _registration(data["before"])})
@@ -175,10 +174,10 @@ class Store:
         return trial if self.load(name).serial == trial.serial else None
 
     def mark_removed(self, name: str) -> None:
-        """From here on the plugin does not exist, and what is left of it is only to be deleted."""
+        """End a plugin's existence; its remains are only to be deleted."""
         folder = self.base / name
         (folder / _STATE).rename(folder / _REMOVED)
-        _sync_folder(folder)
+        sync_folder(folder)
 
     def removed(self) -> list[Registration]:
         """Plugins whose removal was begun and not ended."""
@@ -189,7 +188,7 @@ class Store:
         ]
 
     def folder(self, name: str, release: Release) -> Path:
-        """Where the files of a version are."""
+        """Folder of a version's files."""
         return self.base / name / release.digest
 
     def manifest(self, name: str, release: Release) -> bytes:
@@ -197,7 +196,7 @@ class Store:
         return (self.folder(name, release) / MANIFEST).read_bytes()
 
     def keep(self, staged: Staged) -> None:
-        """Move what was staged to its place under its digest; a second copy of the same digest is dropped.
+        """Move a staged copy to its place under its digest; a second copy of the same digest is dropped.
 
         On disk before anything refers to it: after a power cut there is never a registration of empty files.
         """
@@ -206,13 +205,9 @@ class Store:
         if place.exists():
             shutil.rmtree(staged.folder)
             return
-        fd = os.open(staged.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sync_filesystem(fd)
-        finally:
-            os.close(fd)
+        sync_tree(staged.folder)
         staged.folder.rename(place)
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
 
     def prune(self, name: str, kept: Iterable[Release]) -> None:
         """Delete the files of every version that is not to be kept."""
@@ -222,9 +217,9 @@ class Store:
                 self._trash(folder)
 
     def prune_all(self) -> None:
-        """Delete what a killed daemon left: staged copies, and digests that no registration refers to.
+        """Delete the remains of a killed daemon: staged copies, and digests that no registration refers to.
 
-        For a daemon that starts; while one runs, what is staged may still be wanted.
+        For a daemon that starts; while one runs, staged copies may still be wanted.
         """
         for leftover in self.base.glob(f"{PREFIX}*"):
             shutil.rmtree(leftover)
@@ -269,13 +264,7 @@ class Store:
 
     def _write(self, name: str, file: str, content: dict[str, Any]) -> None:
         folder = self._folder_of(name)
-        temporary = folder / f".{file}"
-        with temporary.open("w") as out:
-            json.dump(content, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(folder / file)
-        _sync_folder(folder)
+        replace_file(folder / file, json.dumps(content, indent=1).encode(), temporary=folder / f".{file}")
 
 
 def _registration(data: dict[str, Any]) -> Registration:
@@ -288,13 +277,3 @@ def _registration(data: dict[str, Any]) -> Registration:
             "source": Source(**{**data["source"], "hooks": tuple(data["source"]["hooks"])}),
         }
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise IsolatorError(str(folder), error.strerror or "cannot be synced", "check the disk") from None
-    finally:
-        os.close(fd)

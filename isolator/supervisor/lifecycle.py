@@ -37,7 +37,7 @@ from isolator.supervisor.run import Run, RunSurroundings, close_all, prepare_run
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
-    from isolator.registration.registrar import Loaded
+    from isolator.registration.proposals import Loaded
     from isolator.registration.store import Registration
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from isolator.audit.schema import ConfigChanged, PluginRejected
 from isolator.linux.folder_watch import FolderWatch
-from isolator.registration.registrar import Loaded
+from isolator.registration.proposals import Loaded
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from isolator.policy import names
 from isolator.policy.destinations import parse_host
-from isolator.policy.host import Limits
+from isolator.policy.keys import SWITCHES, Limits
 from isolator.policy.meet.bounds import Bounds, Egress, egress_within, meet, meet_egress, normal_egress
 from isolator.policy.model import EgressRule
 
@@ -41,7 +41,7 @@ bounds = st.builds(
     hooks=hooks,
     permissions=permissions,
     egress=egresses,
-    allow_no_sni=st.booleans(),
+    switches=st.sets(st.sampled_from([switch.name for switch in SWITCHES])).map(frozenset),
     read=paths,
     strict=st.booleans(),
 )
@@ -81,7 +81,7 @@ def allows(bound: Bounds) -> dict[str, object]:
         for atom in atoms
     }
     answers |= {f"to {h}:{p}": reaches(bound.egress, h, p) for h in (*NAMES, *ADDRESSES) for p in PORTS}
-    answers |= {f"no sni {bound.allow_no_sni}": True} if bound.allow_no_sni else {}
+    answers |= {f"switch {switch.name}": switch.name in bound.switches for switch in SWITCHES}
     return answers
 
 
@@ -90,11 +90,8 @@ def allows(bound: Bounds) -> dict[str, object]:
 def test_a_meet_allows_exactly_what_both_allow(a: Bounds, b: Bounds) -> None:
     both, left, right = allows(meet(a, b)), allows(a), allows(b)
     for question in left:
-        if question.startswith("no sni"):
-            continue
         assert both[question] == (left[question] and right[question]), question
     result = meet(a, b)
-    assert result.allow_no_sni == (a.allow_no_sni and b.allow_no_sni)
     assert result.strict == (a.strict or b.strict)
     for name in Limits.model_fields:
         assert getattr(result.limits, name) == min(getattr(a.limits, name), getattr(b.limits, name))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from isolator.policy.meet.effective import asks_more, meet
 from isolator.layers.explain import sentences
-from isolator.policy.meet.effective import asks_more, meet, policy_for_run
 from isolator.policy.meet.proposal import Line, Proposal
+from isolator.policy.meet.single_run import policy_for_run
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.parse.load import check_ceiling, parse_host_config
 from isolator.policy.units import format_rate, parse_size

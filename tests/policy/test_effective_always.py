@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.layers.explain import ORDER, proposal_json
-from isolator.policy.host import HostConfig, Limits
+from isolator.policy.host import HostConfig
+from isolator.policy.keys import LIMITS, SWITCHES, Limits
 from isolator.policy.meet.bounds import Egress, egress_within
 from isolator.policy.meet.effective import asks_more, meet, policy_alone
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
@@ -114,19 +116,10 @@ def widened(narrow: EffectivePolicy, wide: EffectivePolicy) -> list[str]:
     if not egress_within(_set(narrow.network), _set(wide.network)):
         found.append(f"egress {narrow.network} {wide.network}")
     found += [str(rule) for rule in narrow.network.listen if rule not in wide.network.listen]
-    for part in ("resources", "filesystem"):
-        for name, value in getattr(narrow, part):
-            if isinstance(value, int) and value > getattr(getattr(wide, part), name):
-                found.append(name)
-    found += [
-        name
-        for name in ("connects_per_second", "connect_burst", "connects_open", "allow_no_sni")
-        if getattr(narrow.network, name) > getattr(wide.network, name)
-    ]
+    found += [key.name for key in (*LIMITS, *SWITCHES) if narrow.value(key) > wide.value(key)]
+    found += ["memory_high"] if narrow.resources.memory_high > wide.resources.memory_high else []
     if narrow.syscalls == "default" and wide.syscalls == "strict":
         found.append("syscalls")
-    if narrow.delivery_timeout > wide.delivery_timeout or narrow.restart.stop_grace > wide.restart.stop_grace:
-        found.append("time")
     return found
 
 
@@ -144,21 +137,13 @@ def test_the_effective_policy_is_within_the_ceiling_the_grant_and_the_request(
     # The grant under the ceiling, with nobody's request that narrows it. How long a delivery may take is left to the
     # author where the operator is silent, so there it is held against the ceiling.
     alone = policy_alone(grant, host, core.name).effective
-    if grant.limits.delivery_timeout is None:
-        alone = alone.model_copy(update={"delivery_timeout": ceiling.delivery_timeout})
+    left = [limit.name for limit in LIMITS if limit.left_to_author and limit.name not in grant.limits]
+    alone = alone.model_copy(update={name: getattr(ceiling, name) for name in left})
     assert widened(effective, alone) == []
-    assert effective.resources.memory <= ceiling.memory
-    assert effective.resources.tasks <= ceiling.tasks
-    assert effective.filesystem.state <= ceiling.state
+    assert all(effective.value(limit) <= getattr(ceiling, limit.name) for limit in LIMITS)
     assert all(host.inbound.allows(rule.address, rule.port) for rule in effective.network.listen)
     asked = core.sandbox
-    for value, requested in (
-        (effective.resources.memory, asked.resources.memory),
-        (effective.resources.tasks, asked.resources.tasks),
-        (effective.filesystem.tmp, asked.filesystem.tmp),
-        (effective.filesystem.state, asked.filesystem.state),
-    ):
-        assert requested is None or value <= requested
+    assert all(effective.value(limit) <= core.limits.get(limit.name, inf) for limit in LIMITS)
     assert set(effective.hooks) <= set(core.hooks)
     assert set(effective.permissions) <= set(core.permissions)
     if asked.network is not None and asked.network.egress is not None:

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolator.errors import UsageError
-from isolator.policy.request import load_strict_json, parse_manifest, parse_manifest_core, synthesise_manifest
+from isolator.policy.keys import LIMITS
+from isolator.policy.parse.strict import load_strict_json
+from isolator.policy.request import parse_manifest, parse_manifest_core, synthesise_manifest
 from tests.policy.samples import MANIFEST, asking, manifest
 
 TEXT = json.dumps(MANIFEST, indent=2)
+RESOURCES = ", ".join(sorted(limit.key for limit in LIMITS if limit.manifest.startswith("sandbox.resources.")))
 
 
 def refusal(text: str | bytes) -> str:
@@ -33,10 +36,9 @@ def test_the_manifest_of_the_design() -> None:
     assert network is not None
     assert network.egress is not None
     assert [(e.host, e.ports, e.reason) for e in network.egress] == [("hooks.slack.com", (443,), "post the message")]
-    assert (core.sandbox.filesystem.state, core.sandbox.filesystem.tmp) == (64 << 20, 32 << 20)
-    resources = core.sandbox.resources
-    assert (resources.memory, resources.cpu, resources.tasks, resources.nofile) == (256 << 20, 250, 64, 1024)
-    assert (core.delivery_timeout, core.delivery_attempts) == (10.0, 12)
+    sizes = {"memory": 256 << 20, "state": 64 << 20, "tmp": 32 << 20}
+    counts = {"cpu": 250, "tasks": 64, "nofile": 1024, "delivery_timeout": 10.0, "delivery_attempts": 12}
+    assert core.limits == sizes | counts
     assert core.delivery["order_by"] == "project_id"
     assert core.transport == {"mode": "oneshot"}
     assert core.extra == ()
@@ -46,7 +48,7 @@ def test_the_manifest_of_the_design() -> None:
 def test_the_least_manifest_asks_for_nothing() -> None:
     core = parse_manifest(dict(name="ab", version="1.0.0", api_version="1", binary="run", hooks=[]))
     assert core.sandbox.network is None
-    assert core.sandbox.resources.memory is None
+    assert core.limits == {} and core.switches == {}
     assert core.binary == "./run"
 
 
@@ -81,7 +83,7 @@ def test_required_keys(key: str) -> None:
         ('"network"', '"netwrok"', "sandbox.netwrok", 'did you mean "network"?'),
         ('"reason"', '"raeson"', "sandbox.network.egress[0].raeson", 'did you mean "reason"?'),
         ('"memory"', '"mem"', "sandbox.resources.mem", 'did you mean "memory"?'),
-        ('"memory"', '"ram"', "sandbox.resources.ram", "known here: cpu, io_read, io_write, memory, nofile, tasks"),
+        ('"memory"', '"ram"', "sandbox.resources.ram", f"known here: {RESOURCES}"),
         ('"state"', '"State"', "sandbox.filesystem.State", 'did you mean "state"?'),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isolator.policy.host import HostConfig
+from isolator.policy.keys import SWITCHES
 from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
 
 SHIPPED = Path(__file__).parents[2] / "policies"
@@ -44,7 +45,7 @@ def test_host_toml_shows_every_key() -> None:
     numbers = set(HostConfig().defaults.model_dump())
     assert numbers <= set(data["ceiling"])
     assert numbers <= set(data["defaults"])
-    assert {"hooks", "permissions", "egress", "read", "syscalls", "allow_no_sni"} <= set(data["ceiling"])
+    assert {"hooks", "permissions", "egress", "read", "syscalls", *(s.name for s in SWITCHES)} <= set(data["ceiling"])
     assert set(data["roles"]) == {"viewer", "emitter", "operator"}
     assert set(data["network"]) == {"exceptions", "resolvers"}
     assert set(data["inbound"]) == {"addresses", "ports"}

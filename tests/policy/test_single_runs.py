@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from isolator.errors import UsageError
-from isolator.policy.meet.effective import policy_for_run
+from isolator.policy.meet.single_run import policy_for_run
 from tests.policy.samples import DEFAULT, POLICY
 
 

@@ -1,4 +1,4 @@
-"""What the ceiling, a grant and a request have in common: bounds, and the meet of two of them.
+"""Bounds, the common form of ceiling, grant and request, and the meet of two of them.
 
 Each source of authority becomes one ``Bounds``; the effective policy is the meet of all. ``meet`` keeps only what both
 sides allow, field by field, so it is commutative in what it allows, idempotent, and can only narrow: whatever it
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from isolator.policy import names
 from isolator.policy.destinations import PUBLIC_PORTS, Network, parse_host
-from isolator.policy.host import CEILING, Ceiling, Limits
+from isolator.policy.host import Ceiling
+from isolator.policy.keys import CEILING, SWITCHES, Limits
 from isolator.policy.model import EgressRule
 
 
@@ -27,25 +28,26 @@ class Egress:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one source of authority allows at most. The defaults allow everything."""
+    """The most that one source of authority allows. The defaults allow everything."""
 
     limits: Limits
     hooks: tuple[str, ...] = ("*",)
     permissions: tuple[str, ...] = ("*",)
     egress: Egress = Egress(everything=True)
-    allow_no_sni: bool = True
+    switches: frozenset[str] = frozenset(switch.name for switch in SWITCHES)
+    """The names of those that may be yes."""
     read: tuple[str, ...] = ("/",)
     strict: bool = False
 
 
 def meet(a: Bounds, b: Bounds) -> Bounds:
-    """What both allow. Where two spellings of a name mean the same, ``b``'s stays."""
+    """Bounds that allow exactly what both allow. Where two spellings of a name mean the same, ``b``'s stays."""
     return Bounds(
         limits=meet_limits(a.limits, b.limits),
         hooks=_meet_patterns(a.hooks, b.hooks, names.covers_hook),
         permissions=_meet_patterns(a.permissions, b.permissions, names.covers_permission),
         egress=meet_egress(a.egress, b.egress),
-        allow_no_sni=a.allow_no_sni and b.allow_no_sni,
+        switches=a.switches & b.switches,
         read=_meet_patterns(a.read, b.read, names.path_covers),
         strict=a.strict or b.strict,
     )
@@ -106,7 +108,7 @@ def ceiling_egress(ceiling: Ceiling) -> Egress:
 
 
 def egress_within(inner: Egress, outer: Egress) -> bool:
-    """Does ``outer`` allow all that ``inner`` allows?"""
+    """Whether ``outer`` allows all that ``inner`` allows."""
     return meet_egress(outer, inner) == normal_egress(inner)
 
 

@@ -1,28 +1,24 @@
-"""Line by line: what was asked, what was granted, what came of it, where it comes from, and what to add to grant it."""
+"""Explanation line by line: request, grant, effective value and its source, and the line of a policy that grants it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from isolator.policy import names
 from isolator.policy.destinations import PUBLIC, never_reachable
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.limits import NUMBERS, Number, asked
+from isolator.policy.keys import LIMITS, RATE, SWITCHES, Limit, Switch
 from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within, meet_egress, normal_egress
 from isolator.policy.meet.proposal import DEFAULT_GRANT, Line, Verdict
 from isolator.policy.meet.sides import grant_bounds, request_bounds
 from isolator.policy.model import EffectivePolicy, EgressRule
+from isolator.policy.request import ManifestCore
 from isolator.policy.units import NO_CAP
-
-if TYPE_CHECKING:
-    from isolator.policy.request import ManifestCore
 
 MANIFEST = "plugin.json"
 DEFAULT = "default"
-_ALWAYS_SHOWN = ("memory", "cpu", "tasks", "nofile", "state", "tmp", "delivery_timeout", "delivery_attempts")
 
 
 def explain_lines(
@@ -60,12 +56,13 @@ class _Explainer:
             names.covers_permission,
         )
         yield from self._egress()
-        yield from self._no_sni()
+        for switch in SWITCHES:
+            if self.grant.switches.get(switch.name) or self.core.switches.get(switch.name):
+                yield self._switch(switch)
         yield from self._listen()
-        for number in NUMBERS:
-            said = getattr(self.grant.limits, number.name)
-            if number.name in _ALWAYS_SHOWN or said is not None or self._is_capped(number):
-                yield self._number(number, said)
+        for limit in LIMITS:
+            if limit.always_shown or limit.name in self.grant.limits or self._is_capped(limit):
+                yield self._limit(limit)
         yield from self._read()
         yield self._syscalls()
 
@@ -111,34 +108,36 @@ class _Explainer:
         effective: tuple[str, ...],
         covers: Callable[[str, str], bool],
     ) -> Iterator[Line]:
-        """Events or permissions: one line for each that is asked for."""
+        """Events or permissions: one line for each that is requested."""
         most: tuple[str, ...] = getattr(self.host.ceiling, kind)
         for name in wanted:
             pattern = next(((i, g) for i, g in enumerate(granted or ()) if covers(g, name)), None)
-            given = pattern[1] if pattern else None
+            granting = pattern[1] if pattern else None
             key = f"grant.{kind}[{pattern[0]}]" if pattern else f"grant.{kind}"
             if any(covers(e, name) for e in effective):
-                yield self._line(kind, name, given, name, "granted", key=key)
+                yield self._line(kind, name, granting, name, "granted", key=key)
             elif not any(covers(m, name) for m in most):
                 source = self._ceiling_source(kind)
-                yield self._line(kind, name, given, "no", "refused", key=key, source=source, reason="over the ceiling")
+                yield self._line(
+                    kind, name, granting, "no", "refused", key=key, source=source, reason="over the ceiling"
+                )
             else:
                 add = toml_list(kind, (*(granted or ()), name))
                 yield self._line(kind, name, None, "no", "pending", key=f"grant.{kind}", add=add)
 
     def _egress(self) -> Iterator[Line]:
         network, granted = self.effective.network, self.allowed.egress
-        given = ", ".join(egress_texts(granted)) or "none"
+        granting = ", ".join(egress_texts(granted)) or "none"
         request = self.core.sandbox.network
         if request is not None and request.egress is not None:
             if not request.egress:
-                yield self._line("egress", "none", given, "none", "granted", key="grant.egress", source=MANIFEST)
+                yield self._line("egress", "none", granting, "none", "granted", key="grant.egress", source=MANIFEST)
             for entry in request.egress:
                 yield self._destination(EgressRule(host=entry.host, ports=entry.ports), entry.reason)
             return
         shown = [*([PUBLIC] if network.mode == "public" else []), *map(names.format_egress, network.egress)]
         requested = None if self.core.synthesised else PUBLIC
-        yield self._line("egress", requested, given, ", ".join(shown) or "none", "granted", key="grant.egress")
+        yield self._line("egress", requested, granting, ", ".join(shown) or "none", "granted", key="grant.egress")
 
     def _destination(self, rule: EgressRule, reason: str) -> Line:
         text = names.format_egress(rule)
@@ -146,9 +145,9 @@ class _Explainer:
         kept = meet_egress(meet_egress(ceiling_egress(self.host.ceiling), self.allowed.egress), one)
         rules = tuple(r for r in kept.rules if never_reachable(r, self.host.exceptions) is None)
         shown = ", ".join(map(names.format_egress, rules)) or "no"
-        given = self._covering(rule)
-        key = f"grant.egress[{given[0]}]" if given else "grant.egress"
-        granted = given[1] if given else ("public" if self.allowed.egress.public and rules else None)
+        covering = self._covering(rule)
+        key = f"grant.egress[{covering[0]}]" if covering else "grant.egress"
+        granted = covering[1] if covering else ("public" if self.allowed.egress.public and rules else None)
         blocked = never_reachable(rule, self.host.exceptions)
         if blocked:
             why = f"never reachable: {blocked}"
@@ -170,21 +169,17 @@ class _Explainer:
                 return index, names.format_egress(granted)
         return None
 
-    def _no_sni(self) -> Iterator[Line]:
-        request = self.core.sandbox.network
-        if not self.grant.allow_no_sni and not (request and request.allow_no_sni):
-            return
-        asked_for = None if self.core.synthesised else "yes" if self.wanted.allow_no_sni else "no"
-        given = "yes" if self.grant.allow_no_sni else None
-        key, add = "grant.allow_no_sni", "allow_no_sni = true"
-        if self.effective.network.allow_no_sni or not self.wanted.allow_no_sni or self.effective.network.mode == "none":
-            shown = "yes" if self.effective.network.allow_no_sni else "no"
-            yield self._line("allow_no_sni", asked_for, given, shown, "granted", key=key)
-        elif not self.host.ceiling.allow_no_sni:
-            source = self._ceiling_source("allow_no_sni")
-            yield self._line("allow_no_sni", "yes", given, "no", "refused", key=key, source=source)
-        else:
-            yield self._line("allow_no_sni", "yes", given, "no", "pending", key=key, add=add)
+    def _switch(self, switch: Switch) -> Line:
+        field, key = switch.name, switch.policy
+        wanted, got = field in self.wanted.switches, self.effective.value(switch)
+        granting = "yes" if self.grant.switches.get(field) else None
+        moot = switch.needs_network and self.effective.network.mode == "none"
+        if got or not wanted or moot:
+            requested = None if self.core.synthesised or not switch.manifest else "yes" if wanted else "no"
+            return self._line(field, requested, granting, "yes" if got else "no", "granted", key=key)
+        if not getattr(self.host.ceiling, field):
+            return self._line(field, "yes", granting, "no", "refused", key=key, source=self._ceiling_source(field))
+        return self._line(field, "yes", granting, "no", "pending", key=key, add=f"{switch.key} = true")
 
     def _listen(self) -> Iterator[Line]:
         request = self.core.sandbox.network
@@ -214,42 +209,36 @@ class _Explainer:
                     "listen", text, None, "no", "pending", key="grant.listen", add=add, reason=entry.reason
                 )
 
-    def _number(self, number: Number, said: float | None) -> Line:
-        wanted = asked(self.core, number)
-        key = f"{number.section}.{number.key}"
-        most = getattr(self.host.ceiling.limits, number.name)
-        allowed = getattr(self.allowed.limits, number.name)
-        value = min(most, allowed, getattr(self.wanted.limits, number.name))
-        given = number.show(said) if said is not None else None
-        field, shown = number.name, number.show(value)
+    def _limit(self, limit: Limit) -> Line:
+        field, key = limit.name, limit.policy
+        wanted, set_to = self.core.limits.get(field), self.grant.limits.get(field)
+        most, allowed = getattr(self.host.ceiling.limits, field), getattr(self.allowed.limits, field)
+        value = min(most, allowed, getattr(self.wanted.limits, field))
+        granting, shown = None if set_to is None else limit.show(set_to), limit.show(value)
+        requested = None if wanted is None else limit.show(wanted)
         if wanted is not None and value < wanted:
             if wanted > most:
-                why = f"over the ceiling, {number.show(most)}"
-                source = self._ceiling_source(number.name) if value == most else None
-                return self._line(
-                    field, number.show(wanted), given, shown, "refused", key=key, source=source, reason=why
-                )
-            return self._line(field, number.show(wanted), given, shown, "pending", key=key, add=number.toml(wanted))
-        source = MANIFEST if wanted == value and said != value else None
+                why = f"over the ceiling, {limit.show(most)}"
+                source = self._ceiling_source(field) if value == most else None
+                return self._line(field, requested, granting, shown, "refused", key=key, source=source, reason=why)
+            return self._line(field, requested, granting, shown, "pending", key=key, add=limit.toml(wanted))
+        source = MANIFEST if wanted == value and set_to != value else None
         if source is None and value != allowed:
-            # The manifest says nothing, and its default or the ceiling is less than what is granted.
-            source = self._ceiling_source(number.name) if value == most else self._default_source(number)
-        elif source is None and said is None:
-            source = self._default_source(number)
-        requested = number.show(wanted) if wanted is not None else None
-        return self._line(field, requested, given, shown, "granted", key=key, source=source)
+            # The manifest is silent, and its default or the ceiling is less than what is granted.
+            source = self._ceiling_source(field) if value == most else self._default_source(field)
+        elif source is None and set_to is None:
+            source = self._default_source(field)
+        return self._line(field, requested, granting, shown, "granted", key=key, source=source)
 
-    def _is_capped(self, number: Number) -> bool:
-        """Whether it is a rate, which has no cap unless somebody says so, and somebody does."""
-        if number.kind != "rate":
-            return False
-        return getattr(self.effective.resources, number.name) < NO_CAP or asked(self.core, number) is not None
+    def _is_capped(self, limit: Limit) -> bool:
+        """Whether a limit is a rate (no cap unless somebody sets one) with a cap or a request."""
+        return limit.unit is RATE and (self.effective.value(limit) < NO_CAP or limit.name in self.core.limits)
 
-    def _default_source(self, number: Number) -> str:
-        return self.host.where.get(f"defaults.{number.name}") or DEFAULT
+    def _default_source(self, field: str) -> str:
+        return self.host.where.get(f"defaults.{field}") or DEFAULT
 
     def _read(self) -> Iterator[Line]:
-        wanted, granted = self.core.sandbox.filesystem.read, self.grant.read or ()
+        wanted, granted = self.core.sandbox.read, self.grant.read or ()
         if wanted is None:
             for index, path in enumerate(granted):
                 if path in self.effective.filesystem.read:
@@ -259,24 +248,24 @@ class _Explainer:
             covering = next((i for i, g in enumerate(granted) if names.path_covers(g, path)), None)
             if path in kept or any(names.path_covers(p, path) for p in self.effective.filesystem.read):
                 key = f"filesystem.read[{covering}]" if covering is not None else "filesystem.read"
-                given = granted[covering] if covering is not None else None
-                yield self._line("read", path, given, path, "granted", key=key)
+                granting = granted[covering] if covering is not None else None
+                yield self._line("read", path, granting, path, "granted", key=key)
             elif not any(names.path_covers(most, path) for most in self.host.ceiling.read):
                 source = self._ceiling_source("read")
                 shown = ", ".join(kept) or "no"
                 yield self._line("read", path, None, shown, "refused", key="filesystem.read", source=source)
             else:
                 add = toml_list("read", (*granted, path))
-                given = ", ".join(kept) or None
-                yield self._line("read", path, given, given or "no", "pending", key="filesystem.read", add=add)
+                granting = ", ".join(kept) or None
+                yield self._line("read", path, granting, granting or "no", "pending", key="filesystem.read", add=add)
 
     def _syscalls(self) -> Line:
-        wanted, given, got = self.core.sandbox.syscalls, self.grant.syscalls, self.effective.syscalls
+        wanted, granting, got = self.core.sandbox.syscalls, self.grant.syscalls, self.effective.syscalls
         key = "syscalls.profile"
         if wanted == "default" and got == "strict":
             if self.host.ceiling.syscalls == "strict":
                 source = self._ceiling_source("syscalls")
-                return self._line("syscalls", wanted, given, got, "refused", key=key, source=source)
-            return self._line("syscalls", wanted, given, got, "pending", key=key, add='profile = "default"')
-        origin = MANIFEST if wanted == got == "strict" and given != got else None
-        return self._line("syscalls", wanted, given, got, "granted", key=key, source=origin)
+                return self._line("syscalls", wanted, granting, got, "refused", key=key, source=source)
+            return self._line("syscalls", wanted, granting, got, "pending", key=key, add='profile = "default"')
+        origin = MANIFEST if wanted == got == "strict" and granting != got else None
+        return self._line("syscalls", wanted, granting, got, "granted", key=key, source=origin)

@@ -1,4 +1,4 @@
-"""The outcome of a meet: the effective policy, and one line for each thing that was asked for or granted."""
+"""The outcome of a meet: the effective policy, and one line for each thing that was requested or granted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from isolator.policy.model import EffectivePolicy
 
 DEFAULT_GRANT = "default grant"
-"""What ``Line.source`` says where no policy file exists yet."""
+"""``Line.source`` where no policy file exists yet."""
 
 
 Verdict = Literal["granted", "pending", "refused"]
@@ -16,7 +16,7 @@ Verdict = Literal["granted", "pending", "refused"]
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was asked for or granted, and what became of it."""
+    """One thing that was requested or granted, and its effective value."""
 
     field: str
     requested: str | None
@@ -24,13 +24,13 @@ class Line:
     effective: str
     verdict: Verdict
     source: str
-    """Where the effective value comes from: ``FILE:LINE``, ``plugin.json``, or a default."""
+    """Origin of the effective value: ``FILE:LINE``, ``plugin.json``, or a default."""
     add: str = ""
     """For a pending line: the TOML line that grants it, in place of the key's present line if there is one."""
     section: str = ""
     """The table of the policy file that ``add`` belongs to."""
     at: str = ""
-    """Where ``add`` goes: ``FILE:LINE`` of the line it replaces, or the file."""
+    """Place of ``add``: ``FILE:LINE`` of the line it replaces, or the file."""
     reason: str = ""
     """The author's reason, or why it was refused."""
 
@@ -44,9 +44,9 @@ class Proposal:
     needs_approval: bool
     policy_file: str | None = None
     policy_text: str | None = None
-    """What ``plugin add`` will write; None when a policy file is there."""
+    """The policy file that ``plugin add`` will write; None when there is one."""
 
     @property
     def pending(self) -> tuple[Line, ...]:
-        """What is asked for and not granted."""
+        """Lines of requests that are not granted."""
         return tuple(line for line in self.lines if line.verdict == "pending")

@@ -1,24 +1,18 @@
 """The policy file that ``plugin add`` writes: exactly what was shown, as TOML that an operator can edit.
 
-Loading it back gives the same effective policy, digest and all; the tests state that as a property. What was asked for
-and not granted stands there as a comment with the line to uncomment.
+Loading it back gives the same effective policy, digest and all; the tests state that as a property. A request
+that is not granted stands there as a comment with the line to uncomment.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from isolator.policy.destinations import PUBLIC
-from isolator.policy.limits import NUMBERS
+from isolator.policy.keys import LIMITS
 from isolator.policy.meet.bounds import Egress
 from isolator.policy.meet.lines import egress_texts, toml_list
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.model import EffectivePolicy
-
-if TYPE_CHECKING:
-    from isolator.policy.request import ManifestCore
-
-_WRITTEN = ("memory", "cpu", "tasks", "nofile", "state", "tmp")
+from isolator.policy.request import ManifestCore
 
 
 def render_policy(core: ManifestCore, proposal: Proposal) -> str:
@@ -30,10 +24,9 @@ def render_policy(core: ManifestCore, proposal: Proposal) -> str:
         "filesystem": [],
         "syscalls": [f'profile = "{effective.syscalls}"'],
     }
-    values = effective.resources.model_dump() | effective.filesystem.model_dump()
-    for number in NUMBERS:
-        if number.name in _WRITTEN:
-            sections[number.section].append(number.toml(values[number.name]))
+    for limit in LIMITS:
+        if limit.written:
+            sections[limit.section].append(limit.toml(effective.value(limit)))
     sections["filesystem"].append(toml_list("read", effective.filesystem.read))
     for line in proposal.lines:
         if line.verdict == "pending" and line.section in sections:

@@ -10,65 +10,59 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from isolator.policy.grant import PluginPolicy
-from isolator.policy.host import HostConfig, Limits
-from isolator.policy.limits import NUMBERS, asked
+from isolator.policy.host import HostConfig
+from isolator.policy.keys import LIMITS, SWITCHES, Limits
 from isolator.policy.meet.bounds import UNBOUNDED, Bounds, Egress, ceiling_egress, normal_egress
 from isolator.policy.model import EgressRule
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for its start-up time: ``isolator run`` has no manifest
     from isolator.policy.request import ManifestCore
 
 
 def ceiling_bounds(host: HostConfig) -> Bounds:
-    """What nobody exceeds on this host."""
+    """Bounds that nobody exceeds on this host."""
     ceiling = host.ceiling
     return Bounds(
         limits=ceiling.limits,
         hooks=ceiling.hooks,
         permissions=ceiling.permissions,
         egress=ceiling_egress(ceiling),
-        allow_no_sni=ceiling.allow_no_sni,
+        switches=frozenset(switch.name for switch in SWITCHES if getattr(ceiling, switch.name)),
         read=ceiling.read,
         strict=ceiling.syscalls == "strict",
     )
 
 
 def grant_bounds(grant: PluginPolicy, host: HostConfig, *, unwritten: bool) -> Bounds:
-    """What the operator allows this plugin; the default posture where the policy file does not say."""
+    """Bounds of the operator's grant; the default posture where the policy file is silent."""
     usual = host.defaults
     if not unwritten:
-        # How long one delivery may take confines nobody: unless the operator says otherwise, the author chooses.
-        free = ("delivery_timeout", "delivery_attempts")
+        free = [limit.name for limit in LIMITS if limit.left_to_author]
         usual = usual.model_copy(update={name: getattr(host.ceiling.limits, name) for name in free})
-    said = {name: value for name, value in grant.limits if value is not None}
     silent = grant.egress is None
     return Bounds(
-        limits=usual.model_copy(update=said),
+        limits=usual.model_copy(update=grant.limits),
         hooks=("*",) if grant.hooks is None else grant.hooks,
         permissions=grant.permissions or (),
         egress=normal_egress(Egress(public=silent or grant.egress_public, rules=grant.egress or ())),
-        allow_no_sni=bool(grant.allow_no_sni),
+        switches=frozenset(name for name, yes in grant.switches.items() if yes),
         read=grant.read or (),
         strict=(grant.syscalls or host.default_syscalls) == "strict",
     )
 
 
 def request_bounds(core: ManifestCore, host: HostConfig, *, unwritten: bool) -> Bounds:
-    """What the author asks for; see the module's text for what silence means. ``unwritten``: there is no author."""
+    """Bounds of the author's request, silence as in the module's text. ``unwritten``: there is no author."""
     sandbox = core.sandbox
     silent = UNBOUNDED if unwritten else host.defaults
-    numbers: dict[str, float] = {}
-    for number in NUMBERS:
-        value = asked(core, number)
-        base = silent if number.asked else UNBOUNDED
-        numbers[number.name] = getattr(base, number.name) if value is None else value
+    numbers = {limit.name: getattr(silent if limit.manifest else UNBOUNDED, limit.name) for limit in LIMITS}
     return Bounds(
-        limits=Limits.model_validate(numbers),
+        limits=Limits.model_validate(numbers | core.limits),
         hooks=core.hooks,
         permissions=core.permissions,
         egress=requested_egress(core, unwritten=unwritten),
-        allow_no_sni=unwritten or bool(sandbox.network and sandbox.network.allow_no_sni),
-        read=("/",) if sandbox.filesystem.read is None else sandbox.filesystem.read,
+        switches=frozenset(s.name for s in SWITCHES if unwritten or not s.manifest or core.switches.get(s.name)),
+        read=("/",) if sandbox.read is None else sandbox.read,
         strict=sandbox.syscalls == "strict",
     )
 

@@ -9,20 +9,18 @@ from typing import Any
 
 from isolator.policy import names
 from isolator.policy.host import (
-    CEILING,
     MAY_DEGRADE,
     AuditSettings,
     Ceiling,
     HostConfig,
     Inbound,
-    Limits,
     Metrics,
     Roles,
 )
-from isolator.policy.limits import BY_NAME
+from isolator.policy.keys import BY_NAME, CEILING, LIMITS, SWITCHES, Limits
 from isolator.policy.model import AddressException, RestartPolicy
 from isolator.policy.parse.strict import Table, did_you_mean, printable
-from isolator.policy.parse.toml_file import document, duration_between, egress_of, numbers_of, restart_of, where_of
+from isolator.policy.parse.toml_file import document, duration_between, egress_of, restart_of, where_of
 from isolator.policy.units import parse_size
 
 
@@ -32,15 +30,14 @@ def parse_host_config(text: bytes, *, source: str) -> HostConfig:
     ceiling, defaults, network = top.table("ceiling"), top.table("defaults"), top.table("network")
     inbound, roles, audit = top.table("inbound"), top.table("roles"), top.table("audit")
     metrics, restart = top.table("metrics"), top.table("restart")
-    most = CEILING.model_copy(update=numbers_of(ceiling, None))
-    usual = numbers_of(defaults, None)
+    most = CEILING.model_copy(update=ceiling.declared(LIMITS, lambda key: f"ceiling.{key.name}"))
+    usual = defaults.declared(LIMITS, lambda key: f"defaults.{key.name}")
     for name, value in usual.items():
         if value > getattr(most, name):
             shown = BY_NAME[name].show
             defaults.fail(name, f"{shown(value)} is over the ceiling, {shown(getattr(most, name))}")
     egress, public = egress_of(ceiling, "egress")
     base = Ceiling()
-    stop_grace = Limits(**usual).stop_grace  # type: ignore[arg-type]  # numbers_of() gives ints where ints belong
     config = HostConfig(
         uid_range=_uid_range(top),
         plugin_dirs=top.strings("plugin_dirs", _absolute) or (),
@@ -53,11 +50,11 @@ def parse_host_config(text: bytes, *, source: str) -> HostConfig:
             egress_public=public or egress is None,
             read=_or(ceiling.strings("read", _absolute), base.read),
             syscalls=ceiling.choice("syscalls", ("default", "strict"), base.syscalls),  # type: ignore[arg-type]  # checked
-            allow_no_sni=ceiling.boolean("allow_no_sni", base.allow_no_sni),
+            **ceiling.declared(SWITCHES, lambda key: f"ceiling.{key.name}"),
         ),
-        defaults=Limits(**usual),  # type: ignore[arg-type]  # as above
+        defaults=Limits(**usual),
         default_syscalls=defaults.choice("syscalls", ("default", "strict"), "default"),  # type: ignore[arg-type]  # checked
-        restart=RestartPolicy(**restart_of(restart), stop_grace=stop_grace),
+        restart=RestartPolicy(**restart_of(restart), stop_grace=Limits(**usual).stop_grace),
         roles=Roles(
             viewer=roles.items("viewer", _uid) or (),
             emitter=roles.items("emitter", _uid) or (),

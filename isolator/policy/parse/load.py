@@ -1,4 +1,4 @@
-"""Reading ``host.toml`` and ``policies/NAME.toml``: what they say, at which line, and whether the host allows it.
+"""Load ``host.toml`` and ``policies/NAME.toml``: values, their lines, and whether the host allows them.
 
 Every value keeps its ``FILE:LINE``; every error is one line that begins with it. Who may have written the files, and
 how they are read, is ``toml_file.py``.
@@ -7,17 +7,24 @@ how they are read, is ``toml_file.py``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from isolator.errors import NotFoundError, UsageError
 from isolator.policy import names
 from isolator.policy.destinations import never_reachable
-from isolator.policy.grant import GrantedLimits, GrantedRestart, PluginPolicy
+from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.limits import NUMBERS
+from isolator.policy.keys import LIMITS, SWITCHES
 from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
 from isolator.policy.parse.host_file import parse_host_config
-from isolator.policy.parse.toml_file import document, egress_of, invoker, numbers_of, read_trusted, restart_of, where_of
+from isolator.policy.parse.toml_file import (
+    declared_in,
+    document,
+    egress_of,
+    invoker,
+    read_trusted,
+    restart_of,
+    where_of,
+)
 
 __all__ = [
     "HostConfig",
@@ -59,14 +66,8 @@ def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
     grant, limits, filesystem = top.table("grant"), top.table("limits"), top.table("filesystem")
     syscalls, restart, delivery = top.table("syscalls"), top.table("restart"), top.table("delivery")
     egress, public = egress_of(grant, "egress")
-    numbers: dict[str, Any] = {}
-    for table, section in (
-        (limits, "limits"),
-        (filesystem, "filesystem"),
-        (restart, "restart"),
-        (delivery, "delivery"),
-    ):
-        numbers |= numbers_of(table, section)
+    tables = (grant, limits, filesystem, syscalls, restart, delivery, top)
+    numbers = declared_in(tables, LIMITS)
     policy = PluginPolicy(
         source=source,
         hooks=grant.strings("hooks", names.parse_hook_grant),
@@ -74,14 +75,14 @@ def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
         egress=egress,
         egress_public=public,
         listen=grant.strings("listen", names.parse_listen, limit=32),
-        allow_no_sni=grant.boolean("allow_no_sni", None),
-        limits=GrantedLimits(**numbers),
-        restart=GrantedRestart(**restart_of(restart)),
+        switches=declared_in(tables, SWITCHES),
+        limits=numbers,
+        restart=restart_of(restart),
         read=filesystem.strings("read", names.parse_read_path),
         syscalls=syscalls.choice("profile", ("default", "strict"), None),  # type: ignore[arg-type]  # choice() checks it
         where=where_of(top),
     )
-    for table in (grant, limits, filesystem, syscalls, restart, delivery, top):
+    for table in tables:
         table.finish()
     return policy
 
@@ -94,14 +95,15 @@ def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
     def refuse(key: str, why: str, remedy: str = edit) -> None:
         raise UsageError(policy.at(key), f"{key}: {why}", remedy)
 
-    for number in NUMBERS:
-        granted, most = getattr(policy.limits, number.name), getattr(ceiling.limits, number.name)
+    for limit in LIMITS:
+        granted, most = policy.limits.get(limit.name), getattr(ceiling.limits, limit.name)
         if granted is not None and granted > most:
-            refuse(f"{number.section}.{number.key}", f"{number.show(granted)} is over the ceiling, {number.show(most)}")
+            refuse(limit.policy, f"{limit.show(granted)} is over the ceiling, {limit.show(most)}")
     if policy.syscalls == "default" and ceiling.syscalls == "strict":
         refuse("syscalls.profile", '"default" is over the ceiling, "strict"')
-    if policy.allow_no_sni and not ceiling.allow_no_sni:
-        refuse("grant.allow_no_sni", "the ceiling forbids it")
+    for switch in SWITCHES:
+        if policy.switches.get(switch.name) and not getattr(ceiling, switch.name):
+            refuse(switch.policy, "the ceiling forbids it")
     for index, hook in enumerate(policy.hooks or ()):
         if not any(names.covers_hook(most, hook) for most in ceiling.hooks):
             refuse(f"grant.hooks[{index}]", f"{hook} is over the ceiling, {', '.join(ceiling.hooks) or 'none'}")
@@ -136,6 +138,6 @@ def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
 
 
 def _element(policy: PluginPolicy, key: str, text: str) -> str:
-    """The path of the list element that gave a rule; the list itself when it cannot be told."""
+    """The path of the list element that holds a rule; of the list when that is unknown."""
     rules = [names.format_egress(rule) for rule in policy.egress or ()]
     return f"{key}[{rules.index(text)}]" if not policy.egress_public and text in rules else key

@@ -1,9 +1,9 @@
-"""Strict reading of what others wrote: JSON without surprises, and tables without unknown keys.
+"""Strict reading of strangers' files: JSON without surprises, and tables without unknown keys.
 
 ``load_strict_json`` refuses everything on which two JSON readers may disagree (duplicate keys, NaN, huge numbers,
 lone surrogates, bad UTF-8), because the author's linter and this daemon must see the same request. One pass over the
 tokens, before the real parser, bounds the depth and remembers the line of every key. ``Table`` then hands out the
-values of one object, each checked for its type; ``finish`` refuses whatever nobody asked for, with "did you mean".
+values of one object, each checked for its type; ``finish`` refuses every key that nobody read, with "did you mean".
 Every error is a ``UsageError`` that names file, line and the path of the key (``sandbox.network.egres``).
 """
 
@@ -13,11 +13,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from isolator.errors import UsageError
-from isolator.policy.units import shown
+from isolator.policy.keys import Key
+from isolator.policy.units import parse_boolean, shown
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -140,7 +141,7 @@ class Table:
         self._taken: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        """Is it there? Asking makes the key a known one."""
+        """Whether the key is there; it counts as known from now on."""
         self._taken.add(key)
         return key in self.data
 
@@ -204,14 +205,19 @@ class Table:
         return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins int and T to object
 
     def boolean(self, key: str, default: T) -> bool | T:
-        """True or false, nothing that merely looks like it."""
+        """True or false."""
+        return self.parsed(key, parse_boolean, default)  # type: ignore[arg-type]  # mypy joins bool and T to object
 
-        def check(value: Any) -> bool:
-            if not isinstance(value, bool):
-                raise ValueError("must be true or false")
-            return value
-
-        return self.parsed(key, check, default)  # type: ignore[arg-type]  # mypy joins bool and T to object
+    def declared(self, keys: Iterable[Key], place: Callable[[Key], str]) -> dict[str, Any]:
+        """The declared keys that this table sets, by name; ``place``: the dotted key in a file of this kind, or ""."""
+        table, found = ".".join(map(str, self.path)), {}
+        for declared in keys:
+            section, _, key = place(declared).rpartition(".")
+            if key and section == table:
+                value = self.parsed(key, declared.check, None)
+                if value is not None:
+                    found[declared.name] = value
+        return found
 
     def items(self, key: str, parser: Callable[[Any], T], *, limit: int = 64) -> tuple[T, ...] | None:
         """A list, each element parsed; None when the key is absent."""
@@ -229,7 +235,7 @@ class Table:
         return self.items(key, lambda value: parser(printable(value, 1024)), limit=limit)
 
     def choice(self, key: str, choices: tuple[str, ...], default: T) -> str | T:
-        """One of a few words."""
+        """One of a few texts."""
 
         def check(value: Any) -> str:
             if value not in choices:
@@ -274,9 +280,9 @@ class Table:
         return tuple(key for key in self.data if key not in self._taken)
 
 
-def did_you_mean(word: str, known: set[str] | frozenset[str] | tuple[str, ...]) -> str:
-    """``did you mean "egress"?``, or the known words when none is near."""
-    near = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+def did_you_mean(key: str, known: set[str] | frozenset[str] | tuple[str, ...]) -> str:
+    """``did you mean "egress"?``, or the known keys when none is near."""
+    near = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.6)
     if near:
         return f'did you mean "{near[0]}"?'
     return "known here: " + ", ".join(sorted(known)) if known else "nothing is expected here"

@@ -1,8 +1,7 @@
 """A TOML file that only root can write, and the pieces that host.toml and the policy files have in common.
 
 These files decide what untrusted code may do, so they are believed only if nobody but root can write them: the file
-is opened without following a link and its owner, type and mode are checked on the open descriptor, so that what was
-checked is what is read.
+is opened without following a link, and its owner, type and mode are checked on the descriptor that is then read.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import os
 import re
 import stat
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from isolator.errors import DeniedError, NotFoundError, UsageError
 from isolator.policy import names
-from isolator.policy.limits import NUMBERS
+from isolator.policy.keys import Key
 from isolator.policy.model import EgressRule
 from isolator.policy.parse.strict import Table
 from isolator.policy.parse.toml_lines import parse_toml
@@ -48,8 +48,8 @@ def read_trusted(path: Path | str, *, also_owner: int | None = None, max_bytes: 
         if status.st_uid not in (0, also_owner):
             raise DeniedError(str(path), f"belongs to uid {status.st_uid}, not to root", f"chown root {path}")
         # Distributions with user-private groups make files 0664; such a group is its owner alone.
-        loose = stat.S_IWOTH if also_owner and status.st_uid == status.st_gid == also_owner else stat.S_IWOTH | 0o020
-        if status.st_mode & loose:
+        too_open = stat.S_IWOTH if also_owner and status.st_uid == status.st_gid == also_owner else stat.S_IWOTH | 0o020
+        if status.st_mode & too_open:
             mode = stat.S_IMODE(status.st_mode)
             raise DeniedError(str(path), f"others can write it (mode {mode:04o})", f"chmod go-w {path}")
         chunks = bytearray()
@@ -71,6 +71,7 @@ def invoker() -> int:
 
 
 def document(text: bytes, source: str) -> Table:
+    """The top table of a TOML text; raises UsageError with the line of a syntax error."""
     try:
         data, lines = parse_toml(text.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -86,6 +87,7 @@ def document(text: bytes, source: str) -> Table:
 
 
 def where_of(top: Table) -> dict[str, str]:
+    """``FILE:LINE`` of every value of a document by its dotted key."""
     bare = Table({}, name=top.name, lines=top.lines)
     return {bare.dotted(*path): f"{top.name}:{line}" for path, line in top.lines.items()}
 
@@ -101,19 +103,13 @@ def egress_of(table: Table, key: str) -> tuple[tuple[EgressRule, ...] | None, bo
     return tuple(entry for entry in entries if entry is not None), None in entries
 
 
-def numbers_of(table: Table, section: str | None) -> dict[str, float]:
-    """The numbers that a table sets, by field of ``Limits``; ``section`` None takes all of them by their flat names."""
-    found: dict[str, float] = {}
-    for number in NUMBERS:
-        key = number.name if section is None else number.key
-        if section in (None, number.section):
-            value = table.parsed(key, number.check, None)
-            if value is not None:
-                found[number.name] = value
-    return found
+def declared_in(tables: Iterable[Table], keys: Iterable[Key]) -> dict[str, Any]:
+    """Values of the declared keys that a policy file sets in one of its tables, by name."""
+    return {name: value for table in tables for name, value in table.declared(keys, lambda key: key.policy).items()}
 
 
 def restart_of(table: Table) -> dict[str, Any]:
+    """Fields of ``CrashPolicy`` that a ``[restart]`` table sets."""
     found: dict[str, Any] = {
         "backoff_min": table.parsed("backoff_min", duration_between(0.1, 3600), None),
         "backoff_max": table.parsed("backoff_max", duration_between(0.1, 86400), None),
@@ -126,7 +122,9 @@ def restart_of(table: Table) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def duration_between(low: float, high: float) -> Any:
+def duration_between(low: float, high: float) -> Callable[[Any], float]:
+    """A parser of durations within bounds, in seconds."""
+
     def check(value: Any) -> float:
         seconds = parse_duration(value)
         if not low <= seconds <= high:

@@ -1,0 +1,344 @@
+"""The keys of a policy that are a number or yes-or-no, each declared once.
+
+A declaration is an annotated field: its type and default, and as a ``Limit`` or ``Switch`` how it is written, what the
+host allows at most, and where a policy file and a manifest have it. The sections of the effective policy
+(``model.py``) and the host's ``Limits`` and ``Ceiling`` inherit the fields; whatever reads, meets, explains or writes
+policies goes over ``LIMITS`` and ``SWITCHES``. ``docs/recipes/policy-key.md`` says how to add one.
+
+Sizes are bytes, cpu is thousandths of one core (``25%`` = 250), durations are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from isolator.policy.units import (
+    NO_CAP,
+    format_cpu,
+    format_duration,
+    format_rate,
+    format_size,
+    parse_boolean,
+    parse_count,
+    parse_cpu,
+    parse_duration,
+    parse_rate,
+    parse_size,
+    parse_volume,
+)
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Frozen(BaseModel):
+    """Base of every policy model: strict about unknown keys, immutable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Spelling of a kind of number: ``parse`` (raises ValueError) reads back exactly what ``show`` writes."""
+
+    parse: Callable[[Any], float]
+    show: Callable[[Any], str]
+
+
+SIZE = Unit(parse_size, format_size)
+VOLUME = Unit(parse_volume, format_size)
+RATE = Unit(parse_rate, format_rate)
+CPU = Unit(parse_cpu, format_cpu)
+COUNT = Unit(parse_count, str)
+TIME = Unit(parse_duration, format_duration)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Declaration of one key. ``[ceiling]`` and ``[defaults]`` of ``host.toml`` have it under its field's name."""
+
+    policy: str
+    """Dotted key in a policy file: ``limits.memory``."""
+    manifest: str
+    """Dotted key in a manifest; empty where an author has no say."""
+    about: str
+    """Meaning, as a phrase of Markdown for the tables of the documents."""
+    name: str = ""
+    """The field's name; filled in by ``_declared``."""
+
+    @property
+    def section(self) -> str:
+        """The table of a policy file that holds it."""
+        return self.policy.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """The last part of ``policy``: the key in that table."""
+        return self.policy.rpartition(".")[2]
+
+    def check(self, value: Any) -> Any:
+        """The model's value of one from a file; raises ValueError."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Limit(Key):
+    """A number; the smallest of ceiling, grant and request counts."""
+
+    unit: Unit = COUNT
+    most: float = 0
+    """The ceiling of a host that does not say otherwise."""
+    least: float = 0
+    """The least that makes sense; less is taken for a typing error (``memory = 256`` is 256 bytes)."""
+    always_shown: bool = False
+    """``explain`` has a line of it even where nobody speaks of it."""
+    written: bool = False
+    """The policy file that ``plugin add`` writes has it."""
+    left_to_author: bool = False
+    """The author chooses up to the ceiling where the policy file is silent: the number confines nobody."""
+
+    def check(self, value: Any) -> float:
+        """``unit.parse``, and refuse what is too small to make sense."""
+        number = self.unit.parse(value)
+        if number < self.least:
+            raise ValueError(f"{self.show(number)} is less than the least that works, {self.show(self.least)}")
+        return number
+
+    def show(self, number: float) -> str:
+        """The number as people write it."""
+        return self.unit.show(number)
+
+    def toml(self, number: float) -> str:
+        """``key = value`` as it stands in a policy file."""
+        shown = self.show(number)
+        return f"{self.key} = {shown}" if shown.isdigit() else f'{self.key} = "{shown}"'
+
+
+@dataclass(frozen=True)
+class Switch(Key):
+    """Yes or no; yes only where ceiling, grant and request all say yes. A ceiling that is silent says yes."""
+
+    phrase: str = ""
+    """The request of a manifest that says yes, as an update lists it: ``TLS without a server name``."""
+    needs_network: bool = False
+    """Meaningless, and so no, where a plugin has no network."""
+
+    def check(self, value: Any) -> bool:
+        """True or false; raises ValueError."""
+        return parse_boolean(value)
+
+
+class ResourceLimits(Frozen):
+    """Caps kept by the cgroup and rlimits layers."""
+
+    memory: Annotated[
+        int,
+        Limit(
+            "limits.memory",
+            "sandbox.resources.memory",
+            "memory, without any swap; a plugin that takes more is ended",
+            unit=SIZE,
+            most=2 * GIB,
+            least=4 * MIB,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 256 * MIB
+    cpu: Annotated[
+        int,
+        Limit(
+            "limits.cpu",
+            "sandbox.resources.cpu",
+            "share of one core; `200%` is two cores",
+            unit=CPU,
+            most=4000,
+            least=10,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 250
+    tasks: Annotated[
+        int,
+        Limit(
+            "limits.tasks",
+            "sandbox.resources.tasks",
+            "processes and threads together",
+            most=512,
+            least=1,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 64
+    nofile: Annotated[
+        int,
+        Limit(
+            "limits.nofile",
+            "sandbox.resources.nofile",
+            "open files",
+            most=4096,
+            least=16,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 1024
+    io_read: Annotated[
+        int,
+        Limit(
+            "limits.io_read",
+            "sandbox.resources.io_read",
+            "bytes per second from each disk it reaches: the one its state is on, and those of what it reads",
+            unit=RATE,
+            most=NO_CAP,
+            least=64 * KIB,
+        ),
+    ] = NO_CAP
+    io_write: Annotated[
+        int,
+        Limit(
+            "limits.io_write",
+            "sandbox.resources.io_write",
+            "bytes per second to each of those disks",
+            unit=RATE,
+            most=NO_CAP,
+            least=64 * KIB,
+        ),
+    ] = NO_CAP
+
+
+# A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.
+class FileLimits(Frozen):
+    """Sizes of the file systems that a cage may fill."""
+
+    state: Annotated[
+        int,
+        Limit(
+            "filesystem.state",
+            "sandbox.filesystem.state",
+            "size of `/state`, which is kept; `0`: none",
+            unit=VOLUME,
+            most=10 * GIB,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 64 * MIB
+    tmp: Annotated[
+        int,
+        Limit(
+            "filesystem.tmp",
+            "sandbox.filesystem.tmp",
+            "size of `/tmp`, in memory",
+            unit=SIZE,
+            most=256 * MIB,
+            least=64 * KIB,
+            always_shown=True,
+            written=True,
+        ),
+    ] = 32 * MIB
+    shm: Annotated[
+        int, Limit("filesystem.shm", "", "size of `/dev/shm`, in memory", unit=SIZE, most=64 * MIB, least=64 * KIB)
+    ] = 8 * MIB
+    state_inodes: Annotated[
+        int,
+        Limit(
+            "filesystem.state_inodes",
+            "",
+            "number of files in `/state`; at most one for each 4 KiB",
+            most=1 << 20,
+            least=16,
+        ),
+    ] = 16384
+    tmp_inodes: Annotated[
+        int, Limit("filesystem.tmp_inodes", "", "number of files in `/tmp`", most=1 << 16, least=16)
+    ] = 4096
+
+
+class ConnectionLimits(Frozen):
+    """Caps kept by the broker."""
+
+    connects_per_second: Annotated[
+        int, Limit("limits.connects_per_second", "", "new connections, on average", most=200, least=1)
+    ] = 20
+    connect_burst: Annotated[int, Limit("limits.connect_burst", "", "new connections at once", most=400, least=1)] = 40
+    connects_open: Annotated[int, Limit("limits.connects_open", "", "connections at one time", most=512, least=1)] = 64
+
+
+class DeliveryLimits(Frozen):
+    """Patience with one event, kept by the host."""
+
+    delivery_timeout: Annotated[
+        float,
+        Limit(
+            "delivery.timeout",
+            "delivery.timeout",
+            "time for one answer to an event",
+            unit=TIME,
+            most=900.0,
+            least=0.1,
+            always_shown=True,
+            left_to_author=True,
+        ),
+    ] = 10.0
+    delivery_attempts: Annotated[
+        int,
+        Limit(
+            "delivery.attempts",
+            "delivery.attempts",
+            "attempts before an event is dead",
+            most=100,
+            least=1,
+            always_shown=True,
+            left_to_author=True,
+        ),
+    ] = 12
+
+
+class StopLimits(Frozen):
+    """Patience with a plugin that is stopped, kept by the supervisor."""
+
+    stop_grace: Annotated[
+        float, Limit("restart.stop_grace", "", "time between SIGTERM and SIGKILL", unit=TIME, most=60.0)
+    ] = 5.0
+
+
+class NetworkSwitches(Frozen):
+    """Yes-or-no keys kept by the broker."""
+
+    allow_no_sni: Annotated[
+        bool,
+        Switch(
+            "grant.allow_no_sni",
+            "sandbox.network.allow_no_sni",
+            "let TLS to a granted name through that does not name its server, or hides it (encrypted ClientHello)",
+            phrase="TLS without a server name",
+            needs_network=True,
+        ),
+    ] = False
+
+
+# pydantic takes the fields of the last base first; their order is part of ``HostConfig.digest``.
+class Limits(StopLimits, DeliveryLimits, ConnectionLimits, FileLimits, ResourceLimits):
+    """Every number that has a default and a ceiling."""
+
+
+class Switches(NetworkSwitches):
+    """Every yes-or-no key."""
+
+
+K = TypeVar("K", bound=Key)
+
+
+def _declared(model: type[Frozen], kind: type[K]) -> tuple[K, ...]:
+    fields = model.model_fields.items()
+    return tuple(replace(key, name=name) for name, info in fields for key in info.metadata if isinstance(key, kind))
+
+
+_SECTIONS = ("limits", "filesystem", "delivery", "restart")
+LIMITS = tuple(sorted(_declared(Limits, Limit), key=lambda limit: _SECTIONS.index(limit.section)))
+"""In the order in which ``explain`` shows them."""
+SWITCHES = _declared(Switches, Switch)
+BY_NAME = {limit.name: limit for limit in LIMITS}
+
+CEILING = Limits.model_validate({limit.name: limit.most for limit in LIMITS})

@@ -1,0 +1,54 @@
+"""Bounds written as an effective policy, section by section."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from isolator.policy.destinations import never_reachable
+from isolator.policy.grant import PluginPolicy
+from isolator.policy.host import HostConfig
+from isolator.policy.keys import SWITCHES, Frozen
+from isolator.policy.meet.bounds import Bounds
+from isolator.policy.model import (
+    EffectivePolicy,
+    FilesystemPolicy,
+    ListenRule,
+    NetworkPolicy,
+    ResourcePolicy,
+    RestartPolicy,
+)
+
+
+def compose(
+    plugin: str, bounds: Bounds, grant: PluginPolicy, host: HostConfig, listen: tuple[ListenRule, ...]
+) -> EffectivePolicy:
+    """The effective policy that allows what ``bounds`` allow; ``listen``: the ports that are forwarded."""
+    rules = tuple(rule for rule in bounds.egress.rules if never_reachable(rule, host.exceptions) is None)
+    mode: Literal["none", "listed", "public"] = "public" if bounds.egress.public else "listed" if rules else "none"
+    values = dict(bounds.limits)
+    # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
+    values["state_inodes"] = min(values["state_inodes"], max(64, values["state"] // 4096))
+    for switch in SWITCHES:
+        values[switch.name] = switch.name in bounds.switches and (mode != "none" or not switch.needs_network)
+
+    def declared(section: type[Frozen]) -> dict[str, Any]:
+        return {name: values[name] for name in section.model_fields if name in values}
+
+    return EffectivePolicy(
+        plugin=plugin,
+        hooks=bounds.hooks,
+        permissions=bounds.permissions,
+        network=NetworkPolicy(
+            mode=mode,
+            egress=rules,
+            exceptions=host.exceptions if mode != "none" else (),
+            listen=listen,
+            resolvers=host.resolvers if mode != "none" else (),
+            **declared(NetworkPolicy),
+        ),
+        resources=ResourcePolicy(memory_high=values["memory"] * 7 // 8, **declared(ResourcePolicy)),
+        filesystem=FilesystemPolicy(read=bounds.read, **declared(FilesystemPolicy)),
+        syscalls="strict" if bounds.strict else "default",
+        restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
+        **declared(EffectivePolicy),
+    )

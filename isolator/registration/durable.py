@@ -1,0 +1,42 @@
+"""Files and folders that survive a power cut: replaced whole, and on disk before anything relies on them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from isolator.errors import IsolatorError
+from isolator.linux.files import sync_filesystem
+
+
+def replace_file(path: Path, content: bytes, *, temporary: Path) -> None:
+    """Replace ``path`` (mode 0644) atomically and durably; ``temporary`` in the same folder is what a kill leaves."""
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    with os.fdopen(fd, "wb") as out:
+        out.write(content)
+        os.fchmod(out.fileno(), 0o644)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk; raises IsolatorError when the disk fails."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise IsolatorError(str(folder), error.strerror or "cannot be synced", "check the disk") from None
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Put everything below a folder on disk, with the rest of its file system."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_filesystem(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,159 @@
+"""Reading side of registration: registered plugins, their proposals and explanations; nothing is changed here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError
+from isolator.paths import Paths
+from isolator.policy.host import HostConfig
+from isolator.policy.meet.effective import asks_more, meet
+from isolator.layers.explain import proposal_json
+from isolator.policy.meet.proposal import Proposal
+from isolator.policy.parse.load import load_plugin_policy
+from isolator.policy.request import ManifestCore, parse_manifest_core
+from isolator.registration import policy_files
+from isolator.registration.staging import hash_binary
+from isolator.registration.store import Registration, Release, Store
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A registration with its manifest and effective policy as of now; ``error`` when one is unusable."""
+
+    registration: Registration
+    manifest: dict[str, Any]
+    proposal: Proposal | None
+    argv: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+class Proposals:
+    """The registered plugins of one daemon, and the proposal for each."""
+
+    def __init__(self, paths: Paths, host: HostConfig) -> None:
+        self._paths, self._host = paths, host
+        self.store = Store(paths.plugins)
+
+    def names(self) -> list[str]:
+        """Every registered name."""
+        return self.store.names()
+
+    def load(self, name: str) -> Loaded:
+        """Read a registration, its manifest and its policy; a broken one is described, not raised."""
+        return self.read(self.store.load(name))
+
+    def read(self, registration: Registration) -> Loaded:
+        """As ``load`` for a registration that is (or is about to be) in use."""
+        name = registration.name
+        text = b"{}"
+        try:
+            text = self.store.manifest(name, registration.release)
+            core = parse_manifest_core(text, name=f"{name}/plugin.json")
+            proposal = self.granted(core)
+            return Loaded(registration, json.loads(text), proposal, _argv(registration.release, core))
+        except (IsolatorError, OSError, ValueError) as error:
+            manifest: dict[str, Any] = {}
+            with contextlib.suppress(ValueError):
+                manifest = json.loads(text)
+            return Loaded(registration, manifest, None, error=str(error))
+
+    def granted(self, core: ManifestCore) -> Proposal:
+        """The proposal for a manifest under its policy file; raises when there is none, or it is of no use."""
+        proposal = self._meet(core)
+        if proposal.needs_approval:
+            raise NeedsApprovalError(
+                f"policy {self.policy_file(core.name)}", "the file is gone",
+                f"put it back, or isolator plugin approve {core.name}",
+            )  # fmt: skip
+        return proposal
+
+    def explain(self, name: str) -> dict[str, Any]:
+        """The proposal of a registered plugin as of now; of the version that waits for approval if there is one."""
+        now = self.store.load(name)
+        release = now.pending or now.release
+        core = self._core(now, release)
+        proposal = self._proposed(now, core) if now.pending else self._meet(core)
+        shown = proposal_json(proposal, policy_file=str(self.policy_file(name)))
+        return {
+            **shown,
+            "version": release.version,
+            "digest": release.digest,
+            "differences": list(self._more(now, core)) if now.pending else [],
+            "changed_binary": self.binary_changed(now),
+        }
+
+    def waiting(self, registration: Registration) -> dict[str, Any] | None:
+        """The version that waits for approval, for listings."""
+        pending = registration.pending
+        if pending is None:
+            return None
+        try:
+            more = self._more(registration, self._core(registration, pending))
+        except (IsolatorError, OSError) as error:
+            more = (str(error),)
+        return {"version": pending.version, "digest": pending.digest, "differences": list(more)}
+
+    def proposed_policy(self, now: Registration) -> str | None:
+        """The policy text that approving the waiting version writes; None: the file is an operator's own."""
+        assert now.pending is not None
+        return self._proposed(now, self._core(now, now.pending)).policy_text
+
+    def policy_text(self, name: str) -> str | None:
+        """The policy file as it is."""
+        return policy_files.read(self.policy_file(name))
+
+    def policy_file(self, name: str) -> Path:
+        """Path of a plugin's policy."""
+        return self._paths.policies / f"{name}.toml"
+
+    def propose(self, core: ManifestCore) -> dict[str, Any]:
+        """The proposal for a manifest that was found and is not registered."""
+        return proposal_json(self._meet(core), policy_file=str(self.policy_file(core.name)))
+
+    def binary_changed(self, now: Registration) -> bool:
+        """Whether a binary registered by path is another one than was approved."""
+        if now.release.kind != "binary":
+            return False
+        try:
+            return hash_binary(Path(now.release.binary_path)) != now.release.binary_sha256
+        except (IsolatorError, OSError):
+            return False
+
+    def _core(self, registration: Registration, release: Release) -> ManifestCore:
+        text = self.store.manifest(registration.name, release)
+        return parse_manifest_core(text, name=f"{registration.name}/plugin.json")
+
+    def _more(self, registration: Registration, core: ManifestCore) -> tuple[str, ...]:
+        try:
+            before = self._core(registration, registration.release)
+        except (IsolatorError, OSError) as error:
+            return (f"all of it: the version in use cannot be read ({error})",)
+        return asks_more(before, core, self._host)
+
+    def _meet(self, core: ManifestCore) -> Proposal:
+        try:
+            grant = load_plugin_policy(self.policy_file(core.name), self._host)
+        except NotFoundError:
+            return meet(core, None, self._host)
+        return meet(core, grant, self._host)
+
+    def _proposed(self, now: Registration, core: ManifestCore) -> Proposal:
+        """The proposal that approving a version which asks for more puts in force.
+
+        A policy file that nobody has edited since it was written here is written anew, so that to approve is to grant.
+        An operator's own stays as it is: whatever it does not grant is shown as pending.
+        """
+        text = self.policy_text(now.name)
+        ours = text is None or (now.policy_sha256 and policy_files.digest(text) == now.policy_sha256)
+        return meet(core, None, self._host) if ours else self._meet(core)
+
+
+def _argv(release: Release, core: ManifestCore) -> list[str]:
+    if release.kind == "binary":
+        return [f"/run/isolator/bin/{Path(release.binary_path).name}", *core.args]
+    return [f"/plugin/{core.binary.removeprefix('./')}", *core.args]
