@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError
+from isolator.layers.explain import proposal_json
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import asks_more, meet
-from isolator.layers.explain import proposal_json
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.parse.load import load_plugin_policy
 from isolator.policy.request import ManifestCore, parse_manifest_core

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from isolator.errors import NotFoundError, UsageError
+from isolator.layers.explain import proposal_json
 from isolator.layers.user import add_user, refuse_existing, remove_user, user_name
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
-from isolator.layers.explain import proposal_json
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.request import ManifestCore, parse_manifest_core
 from isolator.registration import policy_files, staging

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from isolator.policy.meet.effective import asks_more, meet
 from isolator.layers.explain import sentences
+from isolator.policy.meet.effective import asks_more, meet
 from isolator.policy.meet.proposal import Line, Proposal
 from isolator.policy.meet.single_run import policy_for_run
 from isolator.policy.model import EffectivePolicy
