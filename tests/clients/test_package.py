@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import isolator_client
-from host.control.verbs import listing, verbs
+from host.control.verbs import listing, result_keys, verbs
 from isolator.cli import environment
 from isolator_client import calls
 from tests.host.fake_supervisor import REPO
@@ -68,6 +68,22 @@ def test_every_file_names_its_licence() -> None:
 # Of one mind with the daemon
 
 
+class _Noted(dict[str, Any]):
+    """Answer that notes the keys that are read."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.seen: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+
 CALLS = {
     "emit": calls.emit("deploy.completed", {}, "key", 60.0, "00-1-2-03"),
     "wait": calls.wait("ev_1", 1.0),
@@ -88,6 +104,15 @@ def test_the_control_socket_offers_each_verb_and_takes_its_parameters(name: str)
     given = json.loads(json.dumps(call.params))
     assert set(given) <= set(listing()[call.method]["params"])
     request.parse(given)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_client_reads_keys_that_the_answer_has(name: str) -> None:
+    call = CALLS[name]
+    keys = result_keys(verbs()[call.method].spec.result)
+    answer = _Noted({key: [] for key in keys})
+    call.read(answer)
+    assert answer.seen <= keys.keys()
 
 
 def test_the_readme_tells_the_role_of_each_call() -> None:
