@@ -33,7 +33,8 @@ from isolator.layers.seccomp.layer import SeccompSection, compiled
 from isolator.linux import mount
 from isolator.linux.descriptors import FdSet
 from isolator.policy.host import HostConfig
-from isolator.policy.meet.effective import meet, policy_alone, policy_for_run
+from isolator.policy.meet.effective import meet, policy_alone
+from isolator.policy.meet.single_run import policy_for_run
 from isolator.policy.model import (
     AddressException,
     EffectivePolicy,
