@@ -74,7 +74,7 @@ def _begun_elsewhere(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("tamper", "why"),
     [
-        (_changed, "record 6 is no record, or was changed"),
+        (_changed, "record 6 is no record, or its hash does not fit"),
         (lambda lines: lines[:5] + lines[6:], "record 6 is missing: 7 came instead"),
         (lambda lines: lines[:5] + lines[4:], "record 5 came again"),
         (lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]], "record 6 is missing"),

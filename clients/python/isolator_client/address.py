@@ -20,8 +20,8 @@ def control_socket(path: StrPath | None = None, root: StrPath | None = None) -> 
     """Choose the socket: ``path``, else the one below ``root``, else below ``$ISOLATOR_ROOT``, else below ``/``."""
     if path is not None:
         return os.path.abspath(path)
-    top = os.path.realpath(root or os.environ.get("ISOLATOR_ROOT") or "/")
-    return os.path.join(top, "run/isolator/control.sock")
+    top = os.fspath(root) if root else os.environ.get("ISOLATOR_ROOT", "")
+    return os.path.join(os.path.realpath(top or "/"), "run/isolator/control.sock")
 
 
 @contextlib.contextmanager

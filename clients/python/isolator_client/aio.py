@@ -10,7 +10,7 @@ The daemon forgets a connection's methods when it closes, and has lost its event
 that were open when a connection ended fail with ``UnavailableError`` and are not repeated: nobody knows whether they
 were heard, and only the caller knows whether twice is harmless.
 
-The audit trail comes over a connection of its own, so that a slow reader holds up nothing else.
+Each reader of the audit trail has a connection for itself: one that reads slowly delays neither calls nor handlers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from isolator_client.trail import Recorded, Trail
 T = TypeVar("T")
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[Any]]
-"""Answers a plugin's call: (the plugin's name, its parameters) → a JSON value. Raises IsolatorError to refuse."""
+"""Function of the platform that gets a plugin's name and parameters, and returns a value that JSON can hold.
+
+An IsolatorError that it raises is told to the plugin as a refusal.
+"""
 
 REFUSED = -31001
 """Code of an answer to a plugin: it will not work, also not later."""
@@ -126,7 +129,8 @@ class AsyncClient:
         """Emit an event: when this returns, it is on disk with a delivery for each plugin that subscribed to it.
 
         ``dedupe_key`` makes a repetition harmless, ``ttl`` are the seconds after which it expires undelivered. Raises
-        UsageError for a payload that does not fit the event, UnavailableError when nobody knows whether it was taken.
+        UsageError when the event's schema refuses the payload, UnavailableError when nobody knows whether the event
+        was taken.
         """
         return await self._do(calls.emit(name, payload, dedupe_key, ttl, traceparent))
 
@@ -172,9 +176,10 @@ class AsyncClient:
     async def audit(self, *, after: int | None = None, lines: int = 0) -> AsyncGenerator[Recorded, None]:
         """Yield the records of the audit trail as they are written, over a connection of its own.
 
-        They begin after record ``after``, else with the last ``lines`` that are there. While the daemon is away, it is
-        connected to again and the records go on where they were. Raises IsolatorError when a record does not continue
-        the one before, or the trail ends before ``after``: then it was changed. Takes the role ``viewer``.
+        The first is the one behind number ``after``; without it, the last ``lines`` that exist come first. A daemon
+        that goes away is waited for, and the records resume behind the last one yielded. Raises IsolatorError at a
+        break of the chain, and for an ``after`` that the trail does not reach: both mean that somebody changed it.
+        Takes the role ``viewer``.
         """
         trail, waiting = Trail(after, lines), pauses()
         while True:
@@ -282,7 +287,7 @@ class AsyncClient:
         except IsolatorError as error:
             text = str(error)[:TEXT_LIMIT].encode(errors="replace").decode()
             line = encode(number, "api.answer", {"call": call, "error": {"code": REFUSED, "message": text}})
-        except Exception as error:  # a bug of the handler's, or a result that is no JSON
+        except Exception as error:  # the handler is broken, or its result is no JSON
             _report(f"the handler of {given.get('method')} failed", error)
             failure = {"code": FAILED, "message": "the platform failed"}
             line = encode(number, "api.answer", {"call": call, "error": failure})

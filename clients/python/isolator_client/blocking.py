@@ -90,7 +90,8 @@ class Client:
         """Emit an event: when this returns, it is on disk with a delivery for each plugin that subscribed to it.
 
         ``dedupe_key`` makes a repetition harmless, ``ttl`` are the seconds after which it expires undelivered. Raises
-        UsageError for a payload that does not fit the event, UnavailableError when nobody knows whether it was taken.
+        UsageError when the event's schema refuses the payload, UnavailableError when nobody knows whether the event
+        was taken.
         """
         from isolator_client import calls
 
@@ -138,9 +139,10 @@ class Client:
     def audit(self, *, after: int | None = None, lines: int = 0) -> Iterator[Recorded]:
         """Yield the records of the audit trail as they are written, over a connection of its own.
 
-        They begin after record ``after``, else with the last ``lines`` that are there. While the daemon is away, it is
-        connected to again and the records go on where they were. Raises IsolatorError when a record does not continue
-        the one before, or the trail ends before ``after``: then it was changed. Takes the role ``viewer``.
+        The first is the one behind number ``after``; without it, the last ``lines`` that exist come first. A daemon
+        that goes away is waited for, and the records resume behind the last one yielded. Raises IsolatorError at a
+        break of the chain, and for an ``after`` that the trail does not reach: both mean that somebody changed it.
+        Takes the role ``viewer``.
         """
         from isolator_client.trail import Trail
 

@@ -91,7 +91,7 @@ class Trail:
     def _next(self, line: str) -> Recorded:
         record = _parse(line)
         if record is None or record.hash != _hash(line):
-            raise _broken(f"record {self._seq + 1} is no record, or was changed after it was written")
+            raise _broken(f"record {self._seq + 1} is no record, or its hash does not fit its bytes")
         expected = self._seq + 1
         # Old records are deleted when their time has come: who asks for all of them gets those that are left.
         if record.seq > expected > 1:
