@@ -44,6 +44,7 @@ class Network(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
+        from isolator.policy.destinations import PUBLIC
         from isolator.policy.names import format_listen
 
         network = policy.network
@@ -60,10 +61,7 @@ class Network(Layer):
         sni = " TLS without a server name is let through." if network.allow_no_sni else ""
         if network.mode == "public":
             besides = f", besides {listing(listed)}" if listed else ""
-            return (
-                f"May connect to any public address, TCP 80 and 443{besides}; {never}; names it asks for leave this"
-                f" host.{sni}{inbound}"
-            )
+            return f"May connect to {PUBLIC}{besides}; {never}; names it asks for leave this host.{sni}{inbound}"
         return f"May connect to {listing(listed)} and to nothing else; {never}.{sni}{inbound}"
 
     def load(self, spec: CageSpec) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any
 
 from isolator.policy import names
+from isolator.policy.destinations import Network, parse_host
 from isolator.policy.host import (
     MAY_DEGRADE,
     AuditSettings,
@@ -178,11 +179,10 @@ def _port_range(value: Any) -> tuple[int, int]:
 def _exceptions(network: Table) -> tuple[AddressException, ...]:
     def parse(text: str) -> tuple[AddressException, ...]:
         rule = names.parse_egress(text)
-        try:
-            cidr = str(ip_network(rule.host))
-        except ValueError:
-            raise ValueError(f'"{text}": an exception is an address or a CIDR with its port, never a name') from None
-        return tuple(AddressException(cidr=cidr, port=port) for port in rule.ports)
+        host = parse_host(rule.host)
+        if not isinstance(host, Network):
+            raise ValueError(f'"{text}": an exception is an address or a CIDR with its port, never a name')
+        return tuple(AddressException(cidr=str(host.network), port=port) for port in rule.ports)
 
     found: Iterable[tuple[AddressException, ...]] = network.strings("exceptions", parse, limit=256) or ()
     return tuple(exception for group in found for exception in group)
