@@ -58,12 +58,12 @@ profile = "default"
 """The policy of the design, whole."""
 
 DEFAULT = HostConfig()
-"""A host whose operator has said nothing."""
+"""A host without a host.toml."""
 
 OPEN = parse_host_config(
     b"[inbound]\nports = ['8000-8099']\n[network]\nexceptions = ['10.0.0.5:5432']", source="host.toml"
 )
-"""One that lets ports be forwarded in, and an address of its own network be reached."""
+"""A host that lets ports be forwarded in, and an address of its own network be reached."""
 
 
 def manifest(**changes: Any) -> ManifestCore:
@@ -83,5 +83,5 @@ def policy(text: str = POLICY) -> PluginPolicy:
 
 
 def synthesised() -> ManifestCore:
-    """What stands for the manifest of a single binary."""
+    """The manifest that is made for a single binary."""
     return parse_manifest(synthesise_manifest("google-indexer", "ab" * 32, "indexer", ["deploy.completed"]))

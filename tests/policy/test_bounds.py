@@ -87,7 +87,7 @@ def allows(bound: Bounds) -> dict[str, object]:
 
 @settings(max_examples=400, deadline=None)
 @given(bounds, bounds)
-def test_a_meet_allows_exactly_what_both_allow(a: Bounds, b: Bounds) -> None:
+def test_meet_allows_exactly_what_both_sides_allow(a: Bounds, b: Bounds) -> None:
     both, left, right = allows(meet(a, b)), allows(a), allows(b)
     for question in left:
         assert both[question] == (left[question] and right[question]), question
@@ -112,7 +112,7 @@ def test_adding_any_layer_never_widens_any_field(layers: list[Bounds], more: Bou
 
 @settings(max_examples=200, deadline=None)
 @given(egresses, egresses)
-def test_one_set_has_one_spelling(a: Egress, b: Egress) -> None:
+def test_set_of_destinations_has_one_spelling(a: Egress, b: Egress) -> None:
     assert normal_egress(normal_egress(a)) == normal_egress(a)
     assert meet_egress(a, b) == meet_egress(b, a) or a.everything or b.everything
     assert normal_egress(meet_egress(a, a)) == normal_egress(a)
@@ -136,11 +136,11 @@ def test_one_set_has_one_spelling(a: Egress, b: Egress) -> None:
         ("0.0.0.0/0", "slack.com", False),
     ],
 )
-def test_what_a_rule_covers(outer: str, inner: str, covered: bool) -> None:
+def test_host_of_a_rule_covers_whole_labels_and_networks(outer: str, inner: str, covered: bool) -> None:
     assert parse_host(outer).covers(parse_host(inner)) is covered
 
 
-def test_an_older_spelling_is_kept_as_the_plugin_wrote_it() -> None:
+def test_older_spelling_of_an_event_stays_as_the_plugin_wrote_it() -> None:
     granted = Bounds(limits=Limits(), hooks=("deploy.*",))
     asked = Bounds(limits=Limits(), hooks=("on_deploy_complete", "domain.added"))
     assert meet(granted, asked).hooks == ("on_deploy_complete",)

@@ -26,12 +26,12 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_good_file(tmp_path: Path, file: Path) -> None:
+def test_check_of_a_good_file_prints_ok(tmp_path: Path, file: Path) -> None:
     done = isolator(tmp_path, "check", file)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}: ok\n", "")
 
 
-def test_each_bad_file_is_one_line_with_its_line_number(tmp_path: Path, file: Path) -> None:
+def test_check_prints_one_line_for_each_bad_file_with_its_line_number(tmp_path: Path, file: Path) -> None:
     typo, unit = tmp_path / "typo.toml", tmp_path / "unit.toml"
     typo.write_text(POLICY.replace("egress ", "egres  "))
     unit.write_text(POLICY.replace('"25%"', '"25"'))
@@ -43,7 +43,7 @@ def test_each_bad_file_is_one_line_with_its_line_number(tmp_path: Path, file: Pa
     assert second.startswith(f"isolator: {unit}:9: limits.cpu: ")
 
 
-def test_exit_codes(tmp_path: Path, file: Path) -> None:
+def test_exit_codes_tell_missing_from_writable_files(tmp_path: Path, file: Path) -> None:
     assert isolator(tmp_path, "check", tmp_path / "none.toml").returncode == 3
     assert isolator(tmp_path, "check").returncode == 2
     file.chmod(0o666)
@@ -53,7 +53,7 @@ def test_exit_codes(tmp_path: Path, file: Path) -> None:
     assert isolator(tmp_path, "explain", file).returncode == 4
 
 
-def test_policies_are_held_against_the_host_toml_given_or_installed(tmp_path: Path, file: Path) -> None:
+def test_policies_are_held_against_the_named_or_installed_host_toml(tmp_path: Path, file: Path) -> None:
     given = tmp_path / "low.toml"
     given.write_text("[ceiling]\nmemory = '100M'\n")
     done = isolator(tmp_path, "check", file, given)
@@ -67,7 +67,7 @@ def test_policies_are_held_against_the_host_toml_given_or_installed(tmp_path: Pa
     assert f"{installed}:2: ceiling.taks" in isolator(tmp_path, "check", file).stderr
 
 
-def test_json(tmp_path: Path, file: Path) -> None:
+def test_check_prints_a_list_as_json(tmp_path: Path, file: Path) -> None:
     bad = tmp_path / "plugin.json"
     bad.write_text('{"name": "ab"}')
     results = json.loads(isolator(tmp_path, "check", file, bad, "--json").stdout)
@@ -78,7 +78,7 @@ def test_json(tmp_path: Path, file: Path) -> None:
     assert "version is missing" in results[1]["error"]
 
 
-def test_explain(tmp_path: Path, file: Path) -> None:
+def test_explain_of_a_policy_prints_sentences_and_lines(tmp_path: Path, file: Path) -> None:
     done = isolator(tmp_path, "explain", file)
     assert done.returncode == 0, done.stderr
     assert "May connect to hooks.slack.com (TCP 443) and to nothing else" in done.stdout
@@ -89,7 +89,7 @@ def test_explain(tmp_path: Path, file: Path) -> None:
     assert data["sentences"]["network"].startswith("May connect to hooks.slack.com")
 
 
-def test_explain_with_a_manifest_shows_what_to_add(tmp_path: Path, file: Path) -> None:
+def test_explain_with_a_manifest_shows_the_lines_to_add(tmp_path: Path, file: Path) -> None:
     manifest = tmp_path / "plugin.json"
     manifest.write_text(json.dumps(MANIFEST | {"permissions": ["read:deployments", "read:secrets"]}))
     done = isolator(tmp_path, "explain", file, "--manifest", manifest)
@@ -98,7 +98,7 @@ def test_explain_with_a_manifest_shows_what_to_add(tmp_path: Path, file: Path) -
     assert "default grant" in alone.stdout
 
 
-def test_the_files_that_ship_are_good(tmp_path: Path) -> None:
+def test_shipped_files_are_good(tmp_path: Path) -> None:
     files = sorted(SHIPPED.rglob("*.toml"))
     assert {"host.toml", "slack-deploy-notifier.toml", "hostile.toml"} <= {file.name for file in files}
     done = isolator(tmp_path, "check", *files)

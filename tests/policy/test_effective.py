@@ -23,7 +23,7 @@ def line(proposal: Proposal, field: str, requested: str | None = None) -> Line:
     return found[0]
 
 
-def test_the_example_of_the_design() -> None:
+def test_example_of_the_design_is_granted_as_requested() -> None:
     proposal = meet(manifest(), policy(), DEFAULT)
     effective = proposal.effective
     assert effective.hooks == ("deploy.completed", "deploy.failed", "deploy.started")
@@ -38,7 +38,7 @@ def test_the_example_of_the_design() -> None:
     assert line(proposal, "egress").source == "policies/p.toml:5"
 
 
-def test_nothing_said_anywhere_is_the_default_posture() -> None:
+def test_silence_everywhere_is_the_default_posture() -> None:
     effective = meet(manifest(sandbox=None, delivery=None), None, DEFAULT).effective
     silent = EffectivePolicy(plugin="slack-deploy-notifier", hooks=effective.hooks, permissions=effective.permissions)
     assert effective == silent
@@ -108,7 +108,7 @@ def test_a_small_state_folder_has_room_for_more_than_its_own_inodes(state: str, 
     assert meet(core, policy('[filesystem]\nstate = "1G"'), DEFAULT).effective.filesystem.state_inodes == inodes
 
 
-def test_who_decides_how_long_a_delivery_may_take() -> None:
+def test_delivery_timeout_is_the_authors_unless_the_operator_sets_one() -> None:
     said = policy('[delivery]\ntimeout = "2m"')
     assert meet(manifest(delivery={"timeout": "5m"}), None, DEFAULT).effective.delivery_timeout == 300
     assert meet(manifest(delivery={"timeout": "5m"}), said, DEFAULT).effective.delivery_timeout == 120
@@ -163,7 +163,7 @@ def test_an_exception_of_the_host_opens_exactly_itself() -> None:
     assert proposal.effective.network.exceptions == OPEN.exceptions
 
 
-def test_pending_lines_say_what_to_write_and_where() -> None:
+def test_pending_lines_name_the_line_to_write_and_its_place() -> None:
     grant = policy("[grant]\nhooks = ['deploy.*']\npermissions = []\negress = ['a.com:443']")
     core = manifest(
         hooks=["deploy.started", "domain.added"],
@@ -187,7 +187,7 @@ def test_pending_lines_say_what_to_write_and_where() -> None:
     assert line(proposal, "listen").add == 'listen = ["127.0.0.1:8005:8005"]'
 
 
-def test_every_pending_line_does_what_it_says() -> None:
+def test_every_pending_line_grants_its_request_when_written() -> None:
     core = manifest(
         hooks=["deploy.started", "domain.added"],
         sandbox={
@@ -262,7 +262,7 @@ def test_the_ceiling_holds_even_over_defaults_and_old_policies() -> None:
     )
 
 
-def test_what_an_update_asks_for_beyond_the_old_version() -> None:
+def test_update_lists_its_requests_beyond_the_old_version() -> None:
     old = asking(network={"egress": ["*.a.com:443"]}, resources={"memory": "64M"}, syscalls="strict")
     less = asking(network={"egress": ["x.a.com:443"]}, resources={"memory": "32M"}, syscalls="strict")
     assert asks_more(old, less, DEFAULT) == ()

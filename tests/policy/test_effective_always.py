@@ -1,4 +1,4 @@
-"""What holds of every request, grant and ceiling: nothing is ever more than the least of them; shown is in force."""
+"""Properties of every request, grant and ceiling: nothing exceeds the least of them; the policy shown is in force."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_lower_ceiling_never_widens_anything(core: ManifestCore, grant: Any, h
 
 @settings(max_examples=300, deadline=None)
 @given(_CORES, _HOST_CONFIGS)
-def test_the_policy_that_is_written_means_what_was_shown(core: ManifestCore, host: HostConfig) -> None:
+def test_written_policy_has_the_effect_that_was_shown(core: ManifestCore, host: HostConfig) -> None:
     shown = meet(core, None, host)
     assert shown.policy_text is not None
     loaded = parse_plugin_policy(shown.policy_text.encode(), source="policies/p.toml")
@@ -183,7 +183,7 @@ def test_the_policy_that_is_written_means_what_was_shown(core: ManifestCore, hos
 
 @settings(max_examples=200, deadline=None)
 @given(_CORES, st.none() | _GRANTS, _HOST_CONFIGS)
-def test_lines_agree_with_what_is_in_force(core: ManifestCore, grant: Any, host: HostConfig) -> None:
+def test_lines_agree_with_the_policy_in_force(core: ManifestCore, grant: Any, host: HostConfig) -> None:
     proposal = meet(core, grant, host)
     for one in proposal.lines:
         assert bool(one.add) == (one.verdict == "pending"), one
@@ -202,5 +202,5 @@ def test_lines_agree_with_what_is_in_force(core: ManifestCore, grant: Any, host:
 
 
 @given(_CORES)
-def test_the_same_request_asks_for_nothing_more(core: ManifestCore) -> None:
+def test_same_request_asks_for_nothing_more(core: ManifestCore) -> None:
     assert asks_more(core, core, DEFAULT) == ()

@@ -1,4 +1,4 @@
-"""Policy files: who may write them, what they may say, and that every error names its line."""
+"""Policy files: owners and modes, contents, and errors that name their line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def error_of(text: str, *, settings: HostConfig | None = None) -> str:
     return str(caught.value)
 
 
-def test_the_policy_of_the_design() -> None:
+def test_policy_of_the_design_is_read_whole() -> None:
     found = policy()
     assert found.hooks == ("deploy.*",)
     assert found.egress == (EgressRule(host="hooks.slack.com", ports=(443,)),)
@@ -134,7 +134,7 @@ def test_errors_name_file_and_line(text: str, line: int, why: str) -> None:
     assert why in message
 
 
-def test_what_the_host_restricts_further() -> None:
+def test_grants_over_a_lower_ceiling_are_refused() -> None:
     assert "over the ceiling, 1G" in error_of("[limits]\nmemory = '2G'", settings=host())
     assert "over the ceiling, read:*" in error_of("[grant]\npermissions = ['read:a', 'kv']", settings=host())
     assert "outside what the ceiling" in error_of("[filesystem]\nread = ['/opt/x']", settings=host())
@@ -147,7 +147,7 @@ def test_what_the_host_restricts_further() -> None:
     check_ceiling(policy("[grant]\negress = ['10.9.0.7:5432']\nlisten = ['8080:80', '[::1]:9000:1']"), host())
 
 
-def test_host_toml() -> None:
+def test_host_toml_sets_every_section() -> None:
     found = host()
     assert (found.uid_range, found.plugin_dirs, found.may_degrade) == ((71000, 71999), ("/opt/plugins",), ("landlock",))
     assert (found.ceiling.limits.memory, found.ceiling.limits.tasks) == (1 << 30, 512)
@@ -236,7 +236,7 @@ def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
         load_plugin_policy(file, also_owner=12345)
 
 
-def test_what_is_not_a_plain_file_is_refused(file: Path, tmp_path: Path) -> None:
+def test_links_fifos_and_folders_are_refused(file: Path, tmp_path: Path) -> None:
     link, fifo = tmp_path / "link.toml", tmp_path / "fifo.toml"
     link.symlink_to(file)
     os.mkfifo(fifo)

@@ -1,4 +1,4 @@
-"""What a manifest may say, and what is said to an author who got it wrong."""
+"""Contents of a manifest, and the errors that an author gets for a wrong one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def line_of(fragment: str, text: str = TEXT) -> int:
     return text[: text.index(fragment)].count("\n") + 1
 
 
-def test_the_manifest_of_the_design() -> None:
+def test_manifest_of_the_design_is_read_whole() -> None:
     core = parse_manifest_core(TEXT.encode())
     network = core.sandbox.network
     assert network is not None
@@ -71,7 +71,7 @@ def test_unknown_top_level_keys_are_for_newer_hosts() -> None:
 
 
 @pytest.mark.parametrize("key", ["name", "version", "api_version", "binary", "hooks"])
-def test_required_keys(key: str) -> None:
+def test_missing_required_key_is_refused(key: str) -> None:
     data = {k: v for k, v in MANIFEST.items() if k != key}
     assert f"{key} is missing" in refusal(json.dumps(data))
 
@@ -87,7 +87,7 @@ def test_required_keys(key: str) -> None:
         ('"state"', '"State"', "sandbox.filesystem.State", 'did you mean "state"?'),
     ],
 )
-def test_a_typo_in_the_sandbox_names_line_path_and_what_was_meant(old: str, new: str, path: str, hint: str) -> None:
+def test_typo_in_the_sandbox_is_refused_with_line_path_and_suggestion(old: str, new: str, path: str, hint: str) -> None:
     text = TEXT.replace(old, new)
     message = refusal(text)
     assert message.startswith(f"plugin.json:{line_of(new, text)}: {path}: unknown key")
@@ -209,7 +209,7 @@ def test_text_for_people_cannot_drive_a_terminal() -> None:
         ("\ufeff{}", "not JSON"),
     ],
 )
-def test_json_on_which_readers_differ(text: str, why: str) -> None:
+def test_json_on_which_readers_differ_is_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         load_strict_json(text.encode())
 
@@ -237,7 +237,7 @@ _JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text('abc"\\ {', max_size=3), _JSON, max_size=4), st.sampled_from([None, 1, "\t"]))
-def test_whatever_is_unambiguous_is_read_as_written(value: dict[str, Any], indent: Any) -> None:
+def test_unambiguous_json_is_read_as_written(value: dict[str, Any], indent: Any) -> None:
     assert load_strict_json(json.dumps(value, indent=indent).encode(), max_depth=64) == value
 
 
@@ -250,7 +250,7 @@ def test_garbage_is_refused_and_never_crashes(text: bytes) -> None:
         assert str(error).isprintable()
 
 
-def test_a_synthesised_manifest() -> None:
+def test_synthesised_manifest_is_a_manifest_of_its_binary() -> None:
     data = synthesise_manifest("google-indexer", "9f2c41d07ab3" + "0" * 52, "google-indexer", ["deploy.completed"])
     core = parse_manifest(data)
     assert (core.version, core.api_version) == ("0.0.0+sha256.9f2c41d07ab3", "1")

@@ -17,7 +17,7 @@ def test_a_run_without_flags_has_no_network_and_no_state() -> None:
     assert effective.resources.memory == 256 << 20
 
 
-def test_flags_of_a_run() -> None:
+def test_flags_of_a_run_become_its_policy() -> None:
     effective = policy_for_run(
         DEFAULT, memory="64M", cpu="50%", tasks=7, egress=["example.com:443", "b.org:80"], read=["/srv/x/"]
     )
@@ -47,7 +47,7 @@ def test_wrong_flags_of_a_run_are_refused(flags: dict[str, Any], why: str) -> No
     assert why in str(caught.value)
 
 
-def test_flags_and_a_policy_file(tmp_path: Any) -> None:
+def test_flags_replace_numbers_and_add_to_lists_of_the_policy_file(tmp_path: Any) -> None:
     path = tmp_path / "p.toml"
     path.write_text(POLICY)
     alone = policy_for_run(DEFAULT, path)

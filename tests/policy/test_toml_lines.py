@@ -73,12 +73,12 @@ EXPECTED = {
 }
 
 
-def test_every_spelling() -> None:
+def test_every_spelling_of_a_key_has_its_line() -> None:
     _, lines = parse_toml(TRICKY)
     assert {path: lines.get(path) for path in EXPECTED} == EXPECTED
 
 
-def test_windows_line_ends() -> None:
+def test_windows_line_ends_count_once() -> None:
     _, lines = parse_toml('a = 1\r\nb = """\r\nx\r\n"""\r\nc = 3\r\n')
     assert (lines["a",], lines["b",], lines["c",]) == (1, 2, 5)
 

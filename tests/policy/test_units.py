@@ -18,7 +18,7 @@ from isolator.policy.units import (
     ("text", "size"),
     [("64M", 64 << 20), ("1.5G", 3 << 29), ("64 MiB", 64 << 20), ("10kb", 10240), ("0", 0), (4096, 4096), ("7B", 7)],
 )
-def test_sizes(text: object, size: int) -> None:
+def test_sizes_are_powers_of_1024(text: object, size: int) -> None:
     assert parse_size(text) == size
 
 
@@ -31,7 +31,7 @@ def test_nonsense_sizes_are_refused(text: object) -> None:
 
 
 @pytest.mark.parametrize(("text", "cpu"), [("25%", 250), ("12.5%", 125), ("400%", 4000), ("0.1%", 1)])
-def test_cpu(text: str, cpu: int) -> None:
+def test_cpu_is_thousandths_of_a_core(text: str, cpu: int) -> None:
     assert parse_cpu(text) == cpu
 
 
@@ -42,7 +42,7 @@ def test_nonsense_cpu_is_refused(text: object) -> None:
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("10s", 10), ("15m", 900), ("1.5h", 5400), (3, 3.0)])
-def test_durations(text: object, seconds: float) -> None:
+def test_durations_are_seconds(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 

@@ -34,7 +34,7 @@ EFFECTS = frozenset(
 )
 
 
-class World:
+class Site:
     """One root with one registrar, and the plugin's folders to register from."""
 
     def __init__(self, root: Path) -> None:
@@ -86,69 +86,69 @@ def _content(path: Path) -> Any:
     return path.read_bytes()
 
 
-def added(world: World) -> None:
-    world.wipe()
-    world.registrar.add(world.token(world.one))
-    (world.paths.state / NAME).mkdir()
-    (world.paths.state / NAME / "image").write_text("precious")
+def added(site: Site) -> None:
+    site.wipe()
+    site.registrar.add(site.token(site.one))
+    (site.paths.state / NAME).mkdir()
+    (site.paths.state / NAME / "image").write_text("precious")
 
 
-def updated(world: World) -> None:
-    added(world)
-    update(world)
+def updated(site: Site) -> None:
+    added(site)
+    update(site)
 
 
-def held(world: World) -> None:
-    added(world)
-    world.registrar.hold(world.token(world.more, NAME))
+def held(site: Site) -> None:
+    added(site)
+    site.registrar.hold(site.token(site.more, NAME))
 
 
-def approved(world: World) -> None:
-    held(world)
-    approve(world)
+def approved(site: Site) -> None:
+    held(site)
+    approve(site)
 
 
-def add(world: World) -> None:
-    world.registrar.add(world.token(world.one))
+def add(site: Site) -> None:
+    site.registrar.add(site.token(site.one))
 
 
-def hold(world: World) -> None:
-    world.registrar.hold(world.token(world.more, NAME))
+def hold(site: Site) -> None:
+    site.registrar.hold(site.token(site.more, NAME))
 
 
-def update(world: World) -> None:
-    now = world.now()
-    release, source = world.registrar.accept(world.token(world.two, NAME))
-    world.registrar.prune(world.registrar.use(now, release, source=source))
+def update(site: Site) -> None:
+    now = site.now()
+    release, source = site.registrar.accept(site.token(site.two, NAME))
+    site.registrar.prune(site.registrar.use(now, release, source=source))
 
 
-def approve(world: World) -> None:
-    now = world.now()
+def approve(site: Site) -> None:
+    now = site.now()
     assert now.pending is not None
-    text = world.registrar.proposed_policy(now)
+    text = site.registrar.proposed_policy(now)
     assert text is not None and "api.example.com" in text
-    world.registrar.use(now, now.pending, policy_text=text)
+    site.registrar.use(now, now.pending, policy_text=text)
 
 
-def roll_back(world: World) -> None:
-    world.registrar.roll_back(world.now())
+def roll_back(site: Site) -> None:
+    site.registrar.roll_back(site.now())
 
 
-def put_back(world: World) -> None:
+def put_back(site: Site) -> None:
     """The approved version did not come up: the one before, with its policy."""
-    now = world.now()
+    now = site.now()
     before = replace(now, release=now.previous[0], previous=(), pending=now.release)
-    text = world.registrar.policy_text(NAME)
+    text = site.registrar.policy_text(NAME)
     assert text is not None and "api.example.com" in text
-    world.registrar.prune(world.registrar.put_back(before, now, text.replace('["api.example.com:443"]', "[]")))
+    site.registrar.prune(site.registrar.put_back(before, now, text.replace('["api.example.com:443"]', "[]")))
 
 
-def remove(world: World) -> None:
-    world.registrar.remove(world.now(), world.forget_state)
+def remove(site: Site) -> None:
+    site.registrar.remove(site.now(), site.forget_state)
 
 
-CHANGES: dict[str, tuple[Callable[[World], None], Callable[[World], None]]] = {
-    "add": (World.wipe, add),
+CHANGES: dict[str, tuple[Callable[[Site], None], Callable[[Site], None]]] = {
+    "add": (Site.wipe, add),
     "update": (added, update),
     "hold": (added, hold),
     "approve": (held, approve),
@@ -184,49 +184,49 @@ def _killed_before(step: int, change: Callable[[], None]) -> bool:
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_either_the_old_state_or_the_new_one(kind: str, shared_dir: Path) -> None:
-    world = World(shared_dir)
+def test_killed_change_leaves_the_old_state_or_the_new_one(kind: str, shared_dir: Path) -> None:
+    site = Site(shared_dir)
     prepare, change = CHANGES[kind]
     try:
-        prepare(world)
-        world.start()
-        old = world.snapshot()
-        change(world)
-        world.start()
-        new = world.snapshot()
+        prepare(site)
+        site.start()
+        old = site.snapshot()
+        change(site)
+        site.start()
+        new = site.snapshot()
         assert old != new
-        prepare(world)
+        prepare(site)
         outcomes = []
         for step in range(1, 500):
-            killed = _killed_before(step, lambda: change(world))
-            world.start()
-            found = world.snapshot()
+            killed = _killed_before(step, lambda: change(site))
+            site.start()
+            found = site.snapshot()
             assert found in (old, new), f"killed before step {step} of {kind}: neither the old state nor the new"
-            assert not list(world.paths.plugins.glob("*/plugin.intent"))
+            assert not list(site.paths.plugins.glob("*/plugin.intent"))
             outcomes.append(found == new)
             if not killed:
                 break
             if found == new:
-                prepare(world)
+                prepare(site)
         assert len(outcomes) >= 5 and outcomes[-1], "the change never completed"
         assert outcomes == sorted(outcomes), "old states after new ones: there is more than one decisive step"
-        world.start()
-        assert world.snapshot() in (old, new), "recovering twice is not the same as once"
+        site.start()
+        assert site.snapshot() in (old, new), "recovering twice is not the same as once"
     finally:
-        world.start()
-        world.wipe()
+        site.start()
+        site.wipe()
 
 
-def test_a_failed_addition_leaves_nothing(shared_dir: Path) -> None:
-    world = World(shared_dir)
-    before = world.snapshot()
-    token = world.token(world.one)
-    world.registrar._host = HostConfig(uid_range=(70000, 70000))
+def test_failed_addition_leaves_nothing(shared_dir: Path) -> None:
+    site = Site(shared_dir)
+    before = site.snapshot()
+    token = site.token(site.one)
+    site.registrar._host = HostConfig(uid_range=(70000, 70000))
     taken = "isolator-test-taken"
     os.system(f"useradd --system --no-create-home --uid 70000 {taken} 2>/dev/null")
     try:
         with pytest.raises(Exception, match="no free uid"):
-            world.registrar.add(token)
+            site.registrar.add(token)
     finally:
         os.system(f"userdel {taken} 2>/dev/null")
-    assert world.snapshot() == before
+    assert site.snapshot() == before

@@ -1,4 +1,4 @@
-"""What lies in plugin_dirs is found and told apart, whoever can write there."""
+"""Plugins in plugin_dirs are found, pending or rejected, whoever can write there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def found(*folders: Path, registered: dict[str, str] | None = None) -> dict[str,
     return {entry.name: entry.error for entry in scan(map(str, folders), registered or {})}
 
 
-def test_the_first_of_a_name_is_pending_and_the_others_say_why_not(tmp_path: Path) -> None:
+def test_first_folder_of_a_name_is_pending_and_the_others_are_rejected(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     write_plugin(one / "alpha")
     write_plugin(two / "alpha")
@@ -27,14 +27,14 @@ def test_the_first_of_a_name_is_pending_and_the_others_say_why_not(tmp_path: Pat
     assert name.startswith("found-") and f"taken by {one}/alpha" in error
 
 
-def test_a_registered_name_is_taken_unless_it_came_from_there(tmp_path: Path) -> None:
+def test_registered_name_is_taken_unless_its_folder_is_the_source(tmp_path: Path) -> None:
     folder = write_plugin(tmp_path / "alpha")
     assert found(tmp_path, registered={"alpha": str(folder)}) == {}
     ((name, error),) = found(tmp_path, registered={"alpha": ""}).items()
     assert name != "alpha" and "is taken" in error
 
 
-def test_a_broken_one_never_hides_another(tmp_path: Path) -> None:
+def test_broken_folder_never_hides_another(tmp_path: Path) -> None:
     write_plugin(tmp_path / "good")
     for name, content in {"empty": b"", "list": b"[]", "deep": b"[" * 9000, "large": b" " * (1 << 20)}.items():
         (tmp_path / name).mkdir()
@@ -48,7 +48,7 @@ def test_a_broken_one_never_hides_another(tmp_path: Path) -> None:
     assert len(names) == 5 and all(names.values()), names
 
 
-def test_the_look_is_bounded(tmp_path: Path) -> None:
+def test_scan_of_a_folder_is_bounded(tmp_path: Path) -> None:
     for number in range(MOST + 10):
         folder = tmp_path / f"p{number:04}"
         folder.mkdir()
@@ -57,25 +57,25 @@ def test_the_look_is_bounded(tmp_path: Path) -> None:
     assert len(found(tmp_path)) <= MOST
 
 
-async def test_changes_are_told_once_they_have_settled(tmp_path: Path) -> None:
-    told: asyncio.Queue[set[str]] = asyncio.Queue()
-    watch = FolderWatch(told.put_nowait)
+async def test_folder_changes_are_reported_once_they_have_settled(tmp_path: Path) -> None:
+    reported: asyncio.Queue[set[str]] = asyncio.Queue()
+    watch = FolderWatch(reported.put_nowait)
     try:
         watch.set([str(tmp_path), str(tmp_path / "missing")])
         for text in ("a", "ab", "abc"):
             (tmp_path / "file.new").write_text(text)
         (tmp_path / "file.new").rename(tmp_path / "file")
         async with asyncio.timeout(10):
-            assert f"{tmp_path}/file" in await told.get()
+            assert f"{tmp_path}/file" in await reported.get()
         (tmp_path / "file").chmod(0o600)
         async with asyncio.timeout(10):
-            assert await told.get() == {f"{tmp_path}/file"}
+            assert await reported.get() == {f"{tmp_path}/file"}
         (tmp_path / "sub").mkdir()
         watch.set([str(tmp_path / "sub")])
         (tmp_path / "file").unlink()
         (tmp_path / "sub/other").write_text("")
         async with asyncio.timeout(10):
-            while f"{tmp_path}/sub/other" not in (seen := await told.get()):
+            while f"{tmp_path}/sub/other" not in (seen := await reported.get()):
                 assert f"{tmp_path}/file" not in seen, "a folder that is not watched any more"
     finally:
         watch.close()

@@ -1,4 +1,4 @@
-"""What strangers offer is copied whole or refused with a reason, and nothing of it leads out of its folder."""
+"""A stranger's folder is copied whole or refused with a reason, and nothing of it leads out of its folder."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def offer(base: Path, folder: Path) -> Staged:
     return stage(base, Source(path=str(folder)))
 
 
-def refused(base: Path, folder: Path, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+def refused(base: Path, folder: Path, pattern: str) -> None:
+    with pytest.raises(UsageError, match=pattern):
         offer(base, folder)
     assert not list(base.iterdir()), "a refused package left a copy"
 
@@ -97,7 +97,7 @@ def test_the_digest_is_of_names_modes_and_contents(base: Path, package: Path) ->
         seen.add(now)
 
 
-def test_names_that_look_like_two_files_are_one(base: Path, package: Path) -> None:
+def test_file_name_that_looks_like_two_files_has_another_digest(base: Path, package: Path) -> None:
     (package / "a").write_text("")
     (package / "b").write_text("")
     two = digest(base, package)
@@ -199,10 +199,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_packages(base: Path, package: Path, kind: str) -> None:
-    change, words = HOSTILE[kind]
+def test_hostile_package_is_refused(base: Path, package: Path, kind: str) -> None:
+    change, pattern = HOSTILE[kind]
     change(package)
-    refused(base, package, words)
+    refused(base, package, pattern)
 
 
 def test_links_within_the_folder_stay_links(base: Path, package: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_copy_is_bounded(base: Path, package: Path, monkeypatch: pytest.Monk
     refused(base, package, "more than 4 MiB")
 
 
-def test_a_folder_that_changes_while_it_is_read(base: Path, package: Path, tmp_path: Path) -> None:
+def test_folder_that_changes_while_it_is_read_leaks_no_secret(base: Path, package: Path, tmp_path: Path) -> None:
     """Somebody exchanges a file for a link to a secret, again and again: the secret is never in a copy."""
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -340,7 +340,7 @@ def registration(name: str, *digests: str) -> Registration:
     return Registration(name, "user", 1, first, previous=tuple(others))
 
 
-def test_what_is_kept_is_found_again_and_the_rest_is_pruned(base: Path, package: Path) -> None:
+def test_kept_versions_are_found_again_and_the_rest_is_pruned(base: Path, package: Path) -> None:
     store = Store(base)
     digests = []
     for number in range(3):
@@ -361,12 +361,12 @@ def test_what_is_kept_is_found_again_and_the_rest_is_pruned(base: Path, package:
 
 
 @pytest.mark.parametrize("name", ["..", "../parcel", "a/b", "", ".staging-1", "A", "x" * 64, "a\nb"])
-def test_names_that_are_no_names(base: Path, name: str) -> None:
+def test_invalid_name_is_not_found(base: Path, name: str) -> None:
     with pytest.raises(NotFoundError):
         Store(base).load(name)
 
 
-def test_a_state_file_that_cannot_be_read_is_told(base: Path) -> None:
+def test_unreadable_state_file_is_an_error_with_its_path(base: Path) -> None:
     (base / "parcel").mkdir()
     for content in ("", "{}", "[]", '{"name": 1}'):
         (base / "parcel/plugin.state").write_text(content)
@@ -374,7 +374,7 @@ def test_a_state_file_that_cannot_be_read_is_told(base: Path) -> None:
             Store(base).load("parcel")
 
 
-def test_what_a_killed_daemon_left_is_cleared(base: Path, package: Path) -> None:
+def test_remains_of_a_killed_daemon_are_cleared(base: Path, package: Path) -> None:
     store = Store(base)
     kept = offer(base, package)
     store.keep(kept)
