@@ -441,7 +441,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(
             r"Has no network but a loopback of its own\.", no_network,
             "host-loopback public-address private-network datagram outside-resolver ping",
-            ("broker/test_broker.py::test_no_network_refuses_everything_at_once",),
+            ("broker/test_broker.py::test_policy_without_network_refuses_everything_at_once",),
         ),
         Clause(
             "May connect to any public address, TCP 80 and 443",
@@ -474,7 +474,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(r"\."),
         Clause(
             r" TLS without a server name is let through\.",
-            tests=("broker/test_guarantees.py::test_no_server_name_can_be_allowed",),
+            tests=("broker/test_guarantees.py::test_missing_server_name_can_be_allowed",),
         ),
         Clause(
             r" This host forwards (?P<outside>\S+) to its port (?P<inside>\d+).*\.", forwards,
