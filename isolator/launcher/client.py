@@ -81,9 +81,9 @@ class Launcher:
             raise
 
     async def keep(self, cage: str, cgroup: int) -> None:
-        """From now on the launcher kills this group when the supervisor is gone.
+        """Have the launcher kill this group when the supervisor goes away.
 
-        Until it has read this, only the cage's own pid 1 watches over that (``init.guard``).
+        Until the launcher has read this, only the cage's own pid 1 watches for that (``init.guard``).
         """
         await self._send(json.dumps({"keep": cage}).encode(), [cgroup])
 

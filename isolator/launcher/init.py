@@ -48,7 +48,7 @@ def guard() -> None:
 
 
 def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
-    """Start the sidecar and look after the cage's processes until it ends."""
+    """Start the sidecar; reap, forward signals and report its status, until it ends."""
     watched = FORWARDED | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:

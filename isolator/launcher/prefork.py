@@ -71,5 +71,5 @@ def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
 
 
 def _fail(sock: socket.socket, step: str, error: Exception) -> None:
-    with contextlib.suppress(OSError):  # the supervisor is gone
+    with contextlib.suppress(OSError):  # the supervisor went away
         send_packet(sock, json.dumps(enter.failure(step, error)).encode())

@@ -108,7 +108,7 @@ def main() -> None:
     try:
         send_packet(sock, b'{"ready": true}')
     except BrokenPipeError:
-        return  # the command line was wrong: the process that started this one is gone
+        return  # the command line was wrong: the process that started this one has ended
     # The objects that exist now are shared by every cage's pid 1: the collector would write to all of them.
     gc.collect()
     gc.freeze()

@@ -37,7 +37,7 @@ ControlState = Literal["enforced", "degraded", "unavailable"]
 
 @dataclass(frozen=True)
 class Control:
-    """One line of the ledger: can this host keep this promise, and if not, why and what helps."""
+    """One line of the ledger: whether this host can keep a promise, the kernel's reason, and the remedy."""
 
     name: str
     layer: str
@@ -50,7 +50,7 @@ class Control:
 
     @property
     def key(self) -> str:
-        """Its stable name: LAYER or LAYER.PART, as ``may_degrade`` of host.toml and ``plugin.started`` spell it."""
+        """The stable name: LAYER or LAYER.PART, as ``may_degrade`` of host.toml and ``plugin.started`` spell it."""
         return f"{self.layer}.{self.part}" if self.part else self.layer
 
     def to_json(self) -> dict[str, Any]:

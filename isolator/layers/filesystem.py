@@ -1,7 +1,7 @@
 """The cage's view of files: an empty tmpfs filled with exactly what it needs.
 
 The parts that are the same for every cage are built once: the launcher makes itself a mount namespace whose root is the
-*template* (``build_template``) and nothing else; the host's root is gone from it. A cage is cloned with a copy of that
+*template* (``build_template``) and nothing else; the host's root is detached. A cage is cloned with a copy of that
 namespace, so it never sees the host's mounts at all, and has only its own few mounts left to make. (Copying the
 template's dozen mounts is also much cheaper than copying and detaching the host's.)
 
@@ -104,16 +104,16 @@ class MountOperation(Part):
 
     @abstractmethod
     def execute(self, fds: dict[str, int]) -> None:
-        """Carry it out; raises OSError."""
+        """Carry out the operation; raises OSError."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Its result in a few words, with the path as the cage sees it."""
+        """The operation's result in a few words, with the path as the cage sees it."""
 
 
 @dataclass(frozen=True)
 class ResizeTmpfs(MountOperation, kind="resize"):
-    """Set how much may go into a file system in memory that was made ahead, as mount options."""
+    """Set the capacity, as mount options, of a file system in memory that was made ahead."""
 
     target: str
     options: str
@@ -140,7 +140,7 @@ class MountProc(MountOperation, kind="proc"):
 
 @dataclass(frozen=True)
 class FillFolder(MountOperation, kind="fill"):
-    """Write small files into a folder that was made ahead, and give it and them to a user."""
+    """Write small files into a folder that was made ahead; their owner, and the folder's, is one user."""
 
     target: str
     files: dict[str, str]
@@ -177,7 +177,7 @@ class AttachMount(MountOperation, kind="attach"):
 
 @dataclass(frozen=True)
 class SealMount(MountOperation, kind="seal"):
-    """Make a file system in memory that is filled now read-only."""
+    """Make a file system in memory read-only, after it was filled."""
 
     target: str
 

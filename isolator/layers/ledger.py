@@ -48,7 +48,7 @@ def ledger(*further: Check) -> tuple[Control, ...]:
 def missing(may_degrade: frozenset[str] = frozenset(), *, besides: frozenset[str] = frozenset()) -> list[Control]:
     """Mandatory controls without which nothing may start on this host.
 
-    Those whose key is in ``may_degrade`` are done without; layers named in ``besides`` are not asked.
+    Those whose key is in ``may_degrade`` are left out, and so are the layers named in ``besides``.
     """
     return [
         _with_key(control)
@@ -70,7 +70,7 @@ def optional_controllers(may_degrade: Iterable[str]) -> frozenset[str]:
 
 
 def _with_key(control: Control) -> Control:
-    """Tell in the remedy how to do without it, where that is possible."""
+    """Add to the remedy how to do without the control, where that is possible."""
     if control.key not in MAY_DEGRADE:
         return control
     return replace(control, remedy=f'{control.remedy}; or list "{control.key}" in may_degrade of host.toml')

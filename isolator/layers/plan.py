@@ -138,7 +138,7 @@ class Plan:
 
 
 def _wire(value: object) -> Any:
-    """A value that JSON does not have: for ``json.dumps``."""
+    """Encode a value of a type that JSON does not have, for ``json.dumps``."""
     if isinstance(value, Part):
         return [value.kind, value.__dict__]
     if isinstance(value, bytes):
@@ -147,7 +147,7 @@ def _wire(value: object) -> Any:
 
 
 def _read_parts(base: type[P], wire: list[Any]) -> tuple[P, ...]:
-    """Read parts that are all of a subclass of ``base``. In the way of every start: a part takes 2 µs."""
+    """Read parts, each of a subclass of ``base``. Every start waits for this: a part takes 2 µs."""
     parts = []
     for one in wire:
         if type(one) is not list or len(one) != 2 or type(one[0]) is not str or type(one[1]) is not dict:

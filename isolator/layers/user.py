@@ -99,7 +99,7 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
 
 
 def refuse_existing(name: str) -> None:
-    """Raise when there is a user of that name: it was made by somebody else, for something else."""
+    """Raise ConfinementError when there is a user of that name: another program made it, for another purpose."""
     with contextlib.suppress(KeyError):
         uid = pwd.getpwnam(name).pw_uid
         raise ConfinementError(
@@ -139,7 +139,7 @@ def remove_user(name: str) -> None:
 
 
 def _account_tool(command: list[str], user: str, *, accepted: int = 0) -> int:
-    """Run a tool until it finds /etc/passwd unlocked; its exit code, which is 0 or ``accepted``."""
+    """Run a tool until it finds /etc/passwd unlocked; returns its exit code, which is 0 or ``accepted``."""
     import subprocess
 
     # Another tool may hold the lock of /etc/passwd for a moment; there is no event to wait for.

@@ -154,12 +154,18 @@ def limits(*, fork: bool) -> dict[str, Any]:
         found["dumped"] = os.WCOREDUMP(os.waitpid(child, 0)[1])
         found["core files"] = sorted(set(os.listdir("/tmp")) - before)
     else:
-        found["fork"] = error_of(os.fork)
+        found["fork"] = error_of(_fork_and_wait)
     found["spawn"] = error_of(os.posix_spawn, "/usr/bin/true", ["true"], {})
     if found["spawn"] == "done":
         os.wait()
     found["tasks"] = _tasks()
     return found
+
+
+def _fork_and_wait() -> None:
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def _tasks() -> int:

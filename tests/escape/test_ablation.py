@@ -155,7 +155,7 @@ def whole(arena: Range) -> dict[str, Finding]:
 
 @pytest.fixture(scope="module")
 def weakened(arena: Range) -> dict[str, dict[str, Finding]]:
-    """Findings by weakness, made when first asked for."""
+    """Findings by weakness, made at their first use."""
 
     class Lazily(dict[str, dict[str, Finding]]):
         def __missing__(self, key: str) -> dict[str, Finding]:

@@ -1,4 +1,4 @@
-"""What needs no right and would reach past the cage, seen from the host's side: it did not."""
+"""Calls that need no right and would reach past the cage do not, seen from the host's side."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _waits(file: Path) -> bool:
     return "delalloc" in listing
 
 
-def test_sync_flushes_nobody_elses_files(shared_dir: Path, elsewhere: Path) -> None:
+def test_sync_in_a_cage_flushes_no_file_of_the_host(shared_dir: Path, elsewhere: Path) -> None:
     file = elsewhere / "file"
     assert any(_waits_after_a_sync(shared_dir, file) for _ in range(5)), "a cage made the host write another's data"
     os.sync()
@@ -81,12 +81,12 @@ WATCHES = """
 """
 
 
-def test_changes_can_still_be_watched(shared_dir: Path) -> None:
+def test_changes_of_files_can_be_watched(shared_dir: Path) -> None:
     done = isolator(shared_dir, "run", "--", "python3", "-c", textwrap.dedent(WATCHES))
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_what_asks_for_no_core_dumps_runs(shared_dir: Path) -> None:
+def test_a_program_that_forbids_core_dumps_runs(shared_dir: Path) -> None:
     """The limit stays where it is: what does not insist goes on."""
     done = isolator(shared_dir, "run", "--", "bash", "-c", "ulimit -c 0; ulimit -n 100; ulimit -n; echo fine")
     assert done.stdout == "100\nfine\n", done.stderr

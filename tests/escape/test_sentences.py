@@ -346,8 +346,8 @@ def without_effect(_: re.Match[str], seen: Inspected) -> None:
 
 
 def recorded(_: re.Match[str], seen: Inspected) -> None:
-    asked = {name for name in profiles._DENIED if name in _refused(seen.policy.syscalls)}
-    assert {"mount", "ptrace", "bpf", "unshare"} <= asked <= seen.denied
+    made = {name for name in profiles._DENIED if name in _refused(seen.policy.syscalls)}
+    assert {"mount", "ptrace", "bpf", "unshare"} <= made <= seen.denied
 
 
 def no_process(_: re.Match[str], seen: Inspected) -> None:
@@ -404,11 +404,11 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(r"\."),
         Clause(
             r" It (?P<verb>read)s at most (?P<rate>\w+) a second", disk,
-            tests=("layers/test_disk_caps.py::test_a_cap_slows",),
+            tests=("layers/test_disk_caps.py::test_a_cap_slows_writing_and_reading",),
         ),
         Clause(
             r"( It| and) (?P<verb>write)s at most (?P<rate>\w+) a second", disk,
-            tests=("layers/test_disk_caps.py::test_a_cap_slows",),
+            tests=("layers/test_disk_caps.py::test_a_cap_slows_writing_and_reading",),
         ),
         Clause(r" of each disk\.", tests=("layers/test_disk_caps.py::test_reading_the_hosts_files_is_capped",)),
     ),
@@ -441,7 +441,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(
             r"Has no network but a loopback of its own\.", no_network,
             "host-loopback public-address private-network datagram outside-resolver ping",
-            ("broker/test_broker.py::test_no_network_refuses_everything_at_once",),
+            ("broker/test_broker.py::test_policy_without_network_refuses_everything_at_once",),
         ),
         Clause(
             "May connect to any public address, TCP 80 and 443",
@@ -474,7 +474,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(r"\."),
         Clause(
             r" TLS without a server name is let through\.",
-            tests=("broker/test_guarantees.py::test_no_server_name_can_be_allowed",),
+            tests=("broker/test_guarantees.py::test_missing_server_name_can_be_allowed",),
         ),
         Clause(
             r" This host forwards (?P<outside>\S+) to its port (?P<inside>\d+).*\.", forwards,

@@ -66,7 +66,7 @@ async def _took(root: Path, script: str, limits: ResourcePolicy) -> float:
 
 
 @pytest.mark.parametrize(("script", "cap"), [(WRITE, "io_write"), (FSYNC, "io_write"), (READ, "io_read")])
-async def test_a_cap_slows(shared_dir: Path, script: str, cap: str) -> None:
+async def test_a_cap_slows_writing_and_reading(shared_dir: Path, script: str, cap: str) -> None:
     """The kernel keeps the rate from the first byte on, so it takes about a second; without a cap hundredths of one."""
     other = {"io_read": "io_write", "io_write": "io_read"}[cap]
     free = await _took(shared_dir, script, ResourcePolicy())
@@ -119,7 +119,7 @@ async def test_a_cap_that_cannot_be_kept_stops_the_start(shared_dir: Path, monke
         assert (await one.cage.wait()).returncode == 0
 
 
-async def test_a_cap_that_is_not_there_is_noticed(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_cap_is_noticed(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup_io, "apply", lambda *_: None)
     with pytest.raises(ConfinementError, match="nothing"):
         async with cage(shared_dir, ["true"], policy(resources=ResourcePolicy(io_read=RATE))):

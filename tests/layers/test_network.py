@@ -56,7 +56,7 @@ def connect(cage: network.CageNetwork, address: str, port: int) -> str:
 
 
 def denials(cage: network.CageNetwork) -> list[nflog.Refused]:
-    """What the ruleset logged so far."""
+    """The refusals that the ruleset has logged so far."""
     found = []
     with socket.socket(fileno=os.dup(cage.sockets[4])) as log:
         log.setblocking(False)
@@ -272,7 +272,7 @@ def test_a_change_before_anybody_watched_counts(make: Make) -> None:
         network.confirm(cage, LISTED)
 
 
-def test_a_watch_tells_of_a_change(make: Make) -> None:
+def test_a_watch_reports_a_change(make: Make) -> None:
     cage = make(LISTED)
     with network.watch(cage) as watch:
         with pytest.raises(BlockingIOError):
@@ -282,7 +282,7 @@ def test_a_watch_tells_of_a_change(make: Make) -> None:
         assert watch.recv(65536)
 
 
-def test_reopen_after_the_broker_is_gone(make: Make) -> None:
+def test_listeners_reopen_after_the_broker_has_ended(make: Make) -> None:
     cage = make(LISTED)
     network.close_sockets(cage)
     # The thread that loaded the rules has a copy of them (isolator.linux.nftables) until it has ended for the kernel,

@@ -1,6 +1,6 @@
-"""The compiled filters answer every call as the rules say, told by carrying the programs out.
+"""The compiled filters answer every call as the rules say: the programs are interpreted here.
 
-What the kernel then does is the business of the attacks (``isolator prove``, tests/escape).
+The attacks show that the kernel does the same (``isolator prove``, tests/escape).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NONE: Arguments = (0,) * 6
 
 
 def carry_out(program: bytes, number: int, arguments: Arguments, arch: int = AUDIT_ARCH_X86_64) -> int:
-    """What the program returns; with IndexError if it leaves its own end."""
+    """The program's answer; raises IndexError if it runs past its end."""
     data = [number, arch, 0, 0]
     for argument in arguments:
         data += [argument & WORD, argument >> 32]
@@ -66,11 +66,11 @@ def holds(condition: Condition, arguments: Arguments) -> bool:
     return found == condition.value if isinstance(condition, Equal) else found != 0
 
 
-def said(rules: Sequence[Judged], arguments: Arguments, otherwise: int) -> int:
+def expected(rules: Sequence[Judged], arguments: Arguments, otherwise: int) -> int:
     return next((r.answer for r in rules if all(holds(c, arguments) for c in r.conditions)), otherwise)
 
 
-def telling(rules: Sequence[Judged]) -> Iterator[Arguments]:
+def edge_arguments(rules: Sequence[Judged]) -> Iterator[Arguments]:
     """Arguments at, beside and between the values that the rules compare with, in all combinations of two arguments."""
     values: dict[int, set[int]] = {}
     for condition in (one for rule in rules for one in rule.conditions):
@@ -96,13 +96,13 @@ def test_a_filter_answers_as_its_rules_say(name: str, monkeypatch: pytest.Monkey
     assert len(seen) > (2 if name == seccomp.SEALING else 300)
     otherwise = carry_out(program, 5000, NONE)
     for number in range(1024):
-        for arguments in telling(seen.get(number, ())):
-            assert carry_out(program, number, arguments) == said(seen.get(number, ()), arguments, otherwise)
+        for arguments in edge_arguments(seen.get(number, ())):
+            assert carry_out(program, number, arguments) == expected(seen.get(number, ()), arguments, otherwise)
     assert len(program) // 8 < 450, "each start of a cage pays for the length"
 
 
 @pytest.mark.parametrize("name", ["default", "strict", seccomp.SEALING])
-def test_what_is_not_a_call_of_this_architecture_ends_the_process(name: str) -> None:
+def test_a_call_of_another_architecture_ends_the_process(name: str) -> None:
     program = seccomp.compile_profile(name)
     for number in (0x40000000, 0x40000001, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE):
         assert carry_out(program, number, NONE) == RET_KILL_PROCESS
@@ -143,10 +143,10 @@ def test_any_rules_are_compiled_to_what_they_say(
     calls: dict[int, Sequence[Judged]] = {number: [Judged(answer)] for number, answer in plain.items()} | by_argument
     program = compile_calls(calls, otherwise=9, arch=arch)
     for number in {0, 599, 600, 601, *calls}:
-        assert carry_out(program, number, NONE, arch) == said(calls.get(number, ()), NONE, 9)
+        assert carry_out(program, number, NONE, arch) == expected(calls.get(number, ()), NONE, 9)
     for number, rules in by_argument.items():
-        arguments = data.draw(st.sampled_from(list(itertools.islice(telling(rules), 200))))
-        assert carry_out(program, number, arguments, arch) == said(rules, arguments, 9)
+        arguments = data.draw(st.sampled_from(list(itertools.islice(edge_arguments(rules), 200))))
+        assert carry_out(program, number, arguments, arch) == expected(rules, arguments, 9)
 
 
 def test_long_programs_reach_their_far_ends() -> None:
@@ -156,5 +156,5 @@ def test_long_programs_reach_their_far_ends() -> None:
     assert len(program) // 8 > 40 * 300
     for call in (0, 1, 40, 78, 79):
         for value in (0, 1, 150, 299, 300):
-            wanted = said(rules, (value, 0, 0, 0, 0, 0), 9) if call % 2 == 0 else 9
+            wanted = expected(rules, (value, 0, 0, 0, 0, 0), 9) if call % 2 == 0 else 9
             assert carry_out(program, call, (value, 0, 0, 0, 0, 0)) == wanted

@@ -81,7 +81,7 @@ def devices(places: Iterable[int | str]) -> list[str]:
 
 
 def apply(leaf: Leaf, limits: ResourcePolicy, disks: Iterable[str], pid: int) -> None:
-    """Write the caps and, on v1, let ``pid`` in; raises ConfinementError when they cannot be kept."""
+    """Write the caps and, on v1, add ``pid`` to the group; raises ConfinementError when they cannot be kept."""
     if not _rates(leaf, limits, ""):
         raise ConfinementError("disk bandwidth cap", "no io controller", _REMEDY)
     for disk in disks:
@@ -95,7 +95,7 @@ def apply(leaf: Leaf, limits: ResourcePolicy, disks: Iterable[str], pid: int) ->
 
 
 def confirm(leaf: Leaf, limits: ResourcePolicy, disks: Iterable[str], pid: int) -> None:
-    """Read the caps back, and who is under them."""
+    """Read back the caps and, on v1, the member of the group; raises ConfinementError."""
     for disk in disks:
         for path, value in _rates(leaf, limits, disk):
             lines = {line.split()[0]: line for line in path.read_text().splitlines()}

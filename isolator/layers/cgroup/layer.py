@@ -124,7 +124,7 @@ class Cgroup(Layer):
         self._confirm_all(self._processor_caps)
 
     def confirm_again(self, process: Process) -> None:
-        """All of it, of a cage that runs."""
+        """Confirm the groups of a running cage, the processor's cap included."""
         self.confirm(process)
         self._confirm_all(self._processor_caps)
 
@@ -167,5 +167,5 @@ class Cgroup(Layer):
 
 
 def _same_pages(found: str, wanted: str) -> bool:
-    """The kernel rounds sizes down to whole pages."""
+    """Whether two sizes are equal in whole pages, to which the kernel rounds down."""
     return found.isdigit() and wanted.isdigit() and 0 <= int(wanted) - int(found) < os.sysconf("SC_PAGE_SIZE")

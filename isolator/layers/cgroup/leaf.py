@@ -64,9 +64,9 @@ class Leaf:
         return [self.unified, *dict.fromkeys(self.v1.values()), *([self.blkio] if self.blkio else [])]
 
     def create(self, limits: ResourcePolicy | None) -> dict[Path, str]:
-        """Make the groups and write the limits but the processor's, before anything of a cage is in them.
+        """Make the groups and write the limits but the processor's, before a process of the cage is in them.
 
-        Returns what was written, by file.
+        Returns the value of each file.
         """
         self.create_v1()
         with contextlib.suppress(FileExistsError):
@@ -76,7 +76,7 @@ class Leaf:
         return _write_all(self.values(limits)) if limits is not None else {}
 
     def cap_processor(self, limits: ResourcePolicy) -> dict[Path, str]:
-        """Write the limits of the processor; returns what was written, by file."""
+        """Write the limits of the processor; returns the value of each file."""
         return _write_all(self.cpu_values(limits))
 
     def create_v1(self) -> None:
@@ -86,14 +86,14 @@ class Leaf:
                 os.mkdir(folder)
 
     def rename_v1(self, other: Leaf) -> None:
-        """Give the v1 groups, with what is in them, the names that those of ``other`` are to have (v2 cannot)."""
+        """Rename the v1 groups, with the processes in them, to those of ``other`` (v2 cannot)."""
         for mine, its in dict(zip(self.v1.values(), other.v1.values(), strict=True)).items():
             os.rename(mine, its)
 
     def values(self, limits: ResourcePolicy) -> dict[Path, str]:
-        """Each file and what is written to it, in order; nothing for a controller that this host lacks.
+        """The value of each file, in the order of writing; nothing for a controller that this host lacks.
 
-        What caps the processor is apart, in ``cpu_values``.
+        The processor's cap is apart, in ``cpu_values``.
         """
         tasks = str(limits.tasks + 1)  # pid 1 of the cage is ours
         values: dict[Path, str] = {}
@@ -118,7 +118,7 @@ class Leaf:
         return values
 
     def cpu_values(self, limits: ResourcePolicy) -> dict[Path, str]:
-        """As ``values``, for the processor."""
+        """The value of each file that caps the processor, in the order of writing."""
         quota, period = cpu_quota(limits.cpu)
         if "cpu" in self.on_v2:
             return {self.unified / "cpu.max": f"{quota} {period}"}
@@ -130,9 +130,8 @@ class Leaf:
     def attach_v1(self, pid: int) -> None:
         """Put the process that will clone a cage into the v1 groups; blocks for an RCU grace period or two.
 
-        It also becomes what the kernel kills first when the whole host is out of memory: its child would inherit the
-        daemon's own protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE a cage cannot set
-        this back.
+        The kernel then kills it first when the whole host is out of memory: its child would inherit the daemon's own
+        protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE a cage cannot set this back.
         """
         self._join(pid)
         _write(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
@@ -158,7 +157,7 @@ class Leaf:
             return []
 
     def kill(self) -> None:
-        """Kill every process of the leaf at once; no error when it is empty or gone (or a v1 group, which cannot)."""
+        """Kill every process of the leaf at once; no error when it is empty, removed, or a v1 group."""
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(self.unified / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -251,7 +250,7 @@ def _counter(path: Path, key: str) -> int:
 
 
 def has_disk_caps(limits: ResourcePolicy | None) -> bool:
-    """Whether a policy has any such cap."""
+    """Whether a policy caps disk bandwidth."""
     return limits is not None and min(limits.io_read, limits.io_write) < NO_CAP
 
 

@@ -83,7 +83,7 @@ class Subtree:
         return list(dict.fromkeys([self.unified, *self.v1.values(), *([self.blkio] if self.blkio else [])]))
 
     def remove(self) -> None:
-        """Remove the subtree's tops; leaves must be gone."""
+        """Remove the subtree's tops; there must be no leaf left."""
         for folder in self.folders():
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -141,7 +141,7 @@ def _delegated(own: Path, controllers: frozenset[str]) -> Path:
 
 
 def _vacate(own: Path, leaf: Path) -> None:
-    """Move what runs in a group into a leaf of it: no processes may be in a group that distributes controllers (EBUSY).
+    """Move a group's processes into a leaf of it: no processes may be in a group that distributes controllers (EBUSY).
 
     In a delegated one these are the unit's own: our launcher, and the shell that called us. In any other only we and
     our launcher are moved; strangers stay, and the controllers cannot be enabled.
@@ -186,7 +186,7 @@ def _take_scope() -> Path:
             "control groups", f"systemd gave no delegated scope ({result.stderr.strip()})",
             "run it as a unit with Delegate=yes, or through 'systemd-run --scope -p Delegate=yes'",
         )  # fmt: skip
-    # The job runs after the reply. A move into another group wakes nobody, so this looks again until it happened.
+    # The job runs after the reply. A move into another group wakes nobody, so it is polled for.
     deadline = time.monotonic() + 10
     while Path("/proc/self/cgroup").read_text() == before:
         if time.monotonic() > deadline:

@@ -8,7 +8,7 @@ the kernel removes the namespace with everything in it, so there is nothing to c
 
 The kernel numbers each change of a namespace's rules (the generation): ``confirm`` asks whether it is still the one
 that loading made. ``watch`` reports a change when it happens, and reads the rules back, so that a change which was
-undone is told apart from one that was not.
+undone is distinguished from one that was not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SYSCTLS = {
 
 @dataclass
 class CageNetwork:
-    """A prepared network. Whoever holds it owns its descriptors; ``release`` closes them."""
+    """A prepared network namespace. Its holder owns its descriptors; ``release`` closes them."""
 
     netns_fd: int
     sockets: list[int]
@@ -101,7 +101,7 @@ def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
 def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
     """Fresh listeners and NFLOG socket for a new broker, in the order of ``sockets``; raises ConfinementError.
 
-    The old broker's must be gone: the addresses are the same.
+    The old broker's must be closed: the addresses are the same.
     """
     try:
         return netns.in_network(network.netns_fd, lambda: _detach(_open_sockets()))
@@ -126,19 +126,19 @@ def host_listeners(policy: NetworkPolicy) -> list[int]:
 
 
 def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[int]:
-    """Unconnected TCP sockets that live inside the cage's network; raises UnavailableError when it is gone.
+    """Unconnected TCP sockets that live inside the cage's network; raises UnavailableError when it has ended.
 
     Connecting one reaches the cage's own loopback, whoever does it, and nothing else that the ruleset does not allow:
     it is how the broker, outside, gets a connection to a port of the cage. Loopback traffic needs no rule of its own.
     """
-    gone = UnavailableError("the cage's network", "has ended", "nothing is to be done")
+    ended = UnavailableError("the cage's network", "has ended", "nothing is to be done")
     try:
         fd = os.dup(network.netns_fd)
     except OSError:
-        raise gone from None
+        raise ended from None
     try:
         if os.fstat(fd).st_ino != network.inode:
-            raise gone
+            raise ended
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         return netns.in_network(fd, lambda: _detach([socket.socket(family) for _ in range(count)]))
     except OSError as error:
@@ -214,7 +214,7 @@ def check() -> list[Control]:
 
 
 def _build() -> CageNetwork:
-    """In the new namespace's thread."""
+    """Build the network, in the thread of the new namespace."""
     timings: dict[str, float] = {}
     mark = Stopwatch(timings)
     with contextlib.ExitStack() as undo:
@@ -238,7 +238,7 @@ def _ruleset(policy: NetworkPolicy, prefix: str) -> str:
 
 
 def _load(network: CageNetwork, text: str, mark: Stopwatch) -> None:
-    """In a thread that is in the namespace: one transaction, which the kernel takes whole or not at all."""
+    """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
     with nftables.Nftables() as nft:
         nft.run(text)
     network.generation = network.generations.current()

@@ -57,7 +57,7 @@ class Judged:
 
 
 def compile_calls(calls: Mapping[int, Sequence[Judged]], *, otherwise: int, arch: int) -> bytes:
-    """The program, 8 bytes an instruction.
+    """Compile the rules of calls, by number, to a program of 8 bytes an instruction.
 
     ``calls``: the rules of each number; the first one that holds decides. Calls and arguments that no rule names are
     answered ``otherwise``. Another architecture than ``arch`` (AUDIT_ARCH_*) ends the process, x32 among them.
@@ -166,16 +166,16 @@ class _Code:
     _instructions: list[_Instruction] = field(default_factory=list)
     _labels: list[int] = field(default_factory=list)
     _arrivals: dict[int, set[int]] = field(default_factory=dict)
-    """What may be loaded at a label: the places loaded from; -1 is anything."""
+    """The places that may be loaded at a label; -1: any."""
     _loaded: int = -1
 
     def label(self) -> int:
-        """A place that is not known yet."""
+        """A new label, whose place is not known yet."""
         self._labels.append(-1)
         return len(self._labels) - 1
 
     def place(self, label: int) -> None:
-        """The label is here; only jumps lead here, as what stands before it has ended or is one itself."""
+        """Put the label here. Only jumps lead here: the instruction before it is an end or a jump."""
         self._labels[label] = len(self._instructions)
         found = self._arrivals.pop(label, {-1})
         self._loaded = found.pop() if len(found) == 1 else -1
@@ -187,22 +187,22 @@ class _Code:
             self._loaded = at
 
     def mask(self, mask: int) -> None:
-        """Leave only these bits of what is loaded."""
+        """Clear all bits of the accumulator but these."""
         self._instructions.append(_Instruction(_AND, mask))
         self._loaded = -1
 
     def jump(self, operation: int, constant: int, yes: int, no: int) -> None:
-        """Compare what is loaded, and go on at one of two labels."""
+        """Compare the accumulator, and go on at one of two labels."""
         self._instructions.append(_Instruction(operation, constant, yes, no))
         for label in (yes, no):
             self._arrivals.setdefault(label, set()).add(self._loaded)
 
     def answer(self, value: int) -> None:
-        """The end, with this answer."""
+        """End with this answer."""
         self._instructions.append(_Instruction(_RETURN, value))
 
     def assemble(self) -> bytes:
-        """The bytes."""
+        """The program's bytes."""
         self._lengthen()
         return b"".join(self._bytes(place, one) for place, one in enumerate(self._instructions))
 
@@ -216,7 +216,7 @@ class _Code:
         return self._labels[label] - place - 1 if label >= 0 else 0
 
     def _lengthen(self) -> None:
-        """A conditional jump has one byte for its distance: what leads farther takes a long jump that follows it."""
+        """Lengthen conditional jumps, which have one byte for their distance, by a long jump that follows them."""
         place = 0
         while place < len(self._instructions):
             one = self._instructions[place]

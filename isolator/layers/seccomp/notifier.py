@@ -52,7 +52,7 @@ class _Watched:
 
 
 class SeccompNotifier:
-    """Watches the listeners of running cages."""
+    """Answers the denied calls of running cages, by their listeners."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

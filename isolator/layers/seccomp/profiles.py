@@ -73,8 +73,8 @@ _CLONE_NEW = 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x200
 _TERMINAL_IOCTLS = (0x5412, 0x541C, 0x541D, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCCONS, TIOCSETD
 _AF_UNIX, _INTERNET = 1, (2, 10)  # AF_INET, AF_INET6
 _PROTOCOLS = (0, 1, 6, 17, 58)  # the usual one of the type, ICMP, TCP, UDP, ICMPv6
-_MPTCP = 262  # Go's listeners try it first and fall back without a word, so it is refused without a record
-_AF_NETLINK = 16  # asked for all the time (getaddrinfo, if_nameindex), so refused without a record
+_MPTCP = 262  # Go's listeners try it first and fall back silently, so it is refused without a record
+_AF_NETLINK = 16  # libraries try it all the time (getaddrinfo, if_nameindex), so it is refused without a record
 _PRCTL = (
     1, 2,  # PDEATHSIG
     3, 4,  # DUMPABLE
@@ -96,7 +96,7 @@ _PRCTL = (
     0x53564D41,  # SET_VMA (names of mappings)
     0x59616D61,  # SET_PTRACER (crash reporters ask; there is nobody to trace)
 )  # fmt: skip
-_PERSONALITIES = (0x0, 0xFFFFFFFF, 0x0040000, 0x0008)  # default, query, ADDR_NO_RANDOMIZE, LINUX32 as asked by setarch
+_PERSONALITIES = (0x0, 0xFFFFFFFF, 0x0040000, 0x0008)  # default, query, ADDR_NO_RANDOMIZE, LINUX32 as setarch sets it
 _USES = 0x1 | 0x10 | 0x20  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
 _F_NOTIFY = 1026
 _RLIMIT_CORE = 4
@@ -148,7 +148,7 @@ def _sockets() -> Iterator[Rule]:
 
 
 def _watches() -> Iterator[Rule]:
-    """Changes of files may be watched, mere use of them may not.
+    """Allow watches on changes of files, and refuse watches on their mere use.
 
     A watch is on the inode, whichever mount it is seen through: opens of /usr/bin/* tell which programs the host and
     the other plugins run, and when.
@@ -173,7 +173,7 @@ def _host_wide() -> Iterator[Rule]:
 
 
 def _huge_pages(*, strict: bool) -> Iterator[Rule]:
-    """The host's reserved huge pages are counted against no memory cap, so nobody gets any."""
+    """Refuse huge pages: the host's reserved ones are counted against no memory cap."""
     yield from _either("mmap", AnyBit(3, _MAP_HUGETLB), REFUSE, ALLOW)
     if not strict:
         yield from _either("memfd_create", AnyBit(1, _MFD_HUGETLB), REFUSE, ALLOW)
