@@ -106,7 +106,7 @@ class WithFds(Generic[R]):
 
 
 class Request(Body, Generic[R]):
-    """Base of what one process asks another, or (``Channel.tell``) lets it know without waiting for the reply."""
+    """Base of every request, which ``Channel.ask`` sends and waits for the reply, ``Channel.tell`` without waiting."""
 
     op: ClassVar[str]
     reply: ClassVar[type[Body] | None]

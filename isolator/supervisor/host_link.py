@@ -1,6 +1,6 @@
-"""The host process as the rest of the supervisor uses it: told of plugins and runs, asked for their config.
+"""The host process, which learns of plugins and runs, and knows the plugins' config.
 
-Nothing waits for a host that is away longer than it must: it is told everything when it is back.
+A host that is away misses nothing: the next one gets every plugin with ``hello`` and every run after it.
 """
 
 from __future__ import annotations

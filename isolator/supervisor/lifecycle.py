@@ -1,10 +1,9 @@
-"""The life of one plugin's sidecar: start, watch, stop, back off, give up.
+"""Life cycle of one plugin's sidecar: start, watch, stop, back off, give up.
 
-States: ``stopped starting running stopping backoff failed disabled rejected``. A start is asked for by the
-host when an event waits, or by an operator. Once started it is wanted until it is stopped: a crash is followed by
-a restart after a back-off (exponential with jitter); too many crashes in the window and it is ``failed``, kept and
-shown, until an operator starts it again. A ``trial`` is the start of a new version: watched until it is up, and not
-repeated when it fails, so that the version before can come back.
+The host requests a start when an event waits, or for an operator. Once started it is wanted until it is stopped: a
+crash is followed by a restart after a back-off (exponential with jitter); too many crashes in the window and it is
+``failed``, kept and shown, until an operator starts it again. A trial is the start of a new version: watched until it
+is up, and not repeated when it fails, so that the version before can come back.
 
 One run at a time, and one task that owns it from the first journal entry to the last group removed. Whoever starts,
 stops or exchanges a version holds the plugin's lock (``plugins.py``).
@@ -154,7 +153,7 @@ class Plugin:
             self._verdict = None
 
     async def stop(self, reason: str) -> None:
-        """Stop the run and want none; returns when everything of it is gone."""
+        """Stop the run and want none; returns when everything of it is removed."""
         self._wanted = False
         self._stop_reason = reason
         self._end_backoff.set()
@@ -248,7 +247,8 @@ class Plugin:
         return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(count - 1)
 
     async def _one_run(self, reason: str) -> tuple[str, CageExit | None, str]:
-        """Build one cage, watch it to its end, take everything down: (run id, its end, what kept it from starting)."""
+        """Build one cage, watch it to its end, take everything down; returns the run's id, its end and, when it did not
+        start, the reason."""
         assert self.effective is not None
         run: Run | None = None
         run_id = secrets.token_hex(5)

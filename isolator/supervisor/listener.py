@@ -1,4 +1,4 @@
-"""Listening Unix sockets in folders of the supervisor's."""
+"""Listening Unix sockets by path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def listen(path: Path, *, mode: int, owner: int, backlog: int) -> socket.socket:
-    """Listen at ``path``, however long it is, in place of what is there; with its final owner and mode."""
+    """Listen at ``path``, however long it is, with its final owner and mode; an earlier socket there is replaced."""
     path.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -2,7 +2,7 @@
 
 A plugin's file that changes is read again. The same effective policy: nothing happens. Another one: the plugin is
 restarted with it. Nonsense, or no file at all: the last good one stays in force, and the error is shown. ``host.toml``
-is read at the start only: what it sets (uids, ceilings, the trail) holds for everything that runs already.
+is read at the start only: its settings (uids, ceilings, the trail) hold for everything that runs already.
 """
 
 from __future__ import annotations
