@@ -87,7 +87,7 @@ class Plugin:
 
     @property
     def wanted(self) -> bool:
-        """Whether it runs, or will by itself."""
+        """Whether the sidecar runs, or will by itself."""
         return self._wanted and self._task is not None and not self._task.done()
 
     def adopt(self, loaded: Loaded) -> None:
@@ -125,7 +125,7 @@ class Plugin:
         return self.run
 
     def start(self, reason: str) -> None:
-        """Start it unless it is started; raises IsolatorError when it may not run."""
+        """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
         if self.state in _REMEDIES:
             raise DeniedError(
                 f"plugin {self.name}", self.error or f"is {self.state}", _REMEDIES[self.state].format(self.name)
@@ -144,7 +144,7 @@ class Plugin:
             self._task = asyncio.create_task(self._supervise(reason), name=f"plugin {self.name}")
 
     async def try_version(self, reason: str) -> str:
-        """Start it and watch until it is up; returns why it failed, empty when it did not."""
+        """Start a new version and watch until it is up; returns why it failed, empty when it did not."""
         self._verdict = asyncio.get_running_loop().create_future()
         try:
             self.start(reason)

@@ -68,7 +68,7 @@ class ChildProcess:
         handlers: Mapping[str, Handler] | None = None,
         inherit: Callable[[], dict[str, int]] = dict,
     ) -> None:
-        """Start it for the first time (a failure is the caller's) and keep it running.
+        """Start the service for the first time (a failure is the caller's) and keep it running.
 
         Each process gets the descriptors that ``inherit`` returns by name; they are closed here. ``introduce`` says
         hello to it; ``handlers`` serve its requests.
@@ -81,7 +81,7 @@ class ChildProcess:
         self._task = asyncio.create_task(self._keep(launch), name=f"service {self.spec.name}")
 
     async def stop(self) -> None:
-        """Close its channel, wait 5 s for its end, then kill it. Harmless before ``start``."""
+        """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
         self._stopping = True
         if self._task is not None:
             self._task.cancel()

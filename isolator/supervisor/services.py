@@ -50,7 +50,7 @@ class Services:
         self._cache = paths.cache
 
     async def start(self, table: PluginTable, handlers: Mapping[str, Handler]) -> None:
-        """Start them; returns when the host accepts commands, which ``handlers`` serve."""
+        """Start the services; returns when the host accepts commands, which ``handlers`` serve."""
         audit, broker, host = self.audit, self.broker, self.host
 
         async def introduce_broker(channel: Channel) -> None:

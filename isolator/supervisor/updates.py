@@ -217,7 +217,7 @@ class Updates:
         return found
 
     def judge_again(self, held: list[tuple[Plugin, Trial]]) -> None:
-        """Start them and watch; takes over their locks."""
+        """Start these versions and watch; takes over their locks."""
         for plugin, trial in held:
             self._table.own(self._judge_held(plugin, trial))
 
