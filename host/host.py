@@ -41,7 +41,7 @@ from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, SecretInjected
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Handler
+from isolator.ipc.body import Handler, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import (
     DrainRun,
@@ -176,16 +176,14 @@ class Host:
 
     def handlers(self) -> dict[str, Handler]:
         """The supervisor's requests and notifications, by op."""
-        return dict(
-            (
-                PluginChanged.on(self._plugin_changed),
-                GetEnvironment.on(self._run_environment),
-                RunStarted.on_fds(self._run_started),
-                DrainRun.on(self._drain_run),
-                RunEnded.on(self._run_ended),
-                GetStderrTail.on(self._stderr_tail),
-                NewAuditSocket.on_fds(self._audit_source),
-            )
+        return by_op(
+            PluginChanged.on(self._plugin_changed),
+            GetEnvironment.on(self._run_environment),
+            RunStarted.on_fds(self._run_started),
+            DrainRun.on(self._drain_run),
+            RunEnded.on(self._run_ended),
+            GetStderrTail.on(self._stderr_tail),
+            NewAuditSocket.on_fds(self._audit_source),
         )
 
     async def start(self, introduction: Introduction) -> None:

@@ -27,6 +27,7 @@ from isolator.audit.schema import SENDERS
 from isolator.audit.writer import Writer
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
+from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
 from isolator.linux import daemon_log
 from isolator.paths import Paths
@@ -86,13 +87,11 @@ async def serve(channel: socket.socket) -> None:
             listener = socket.socket(fileno=fds.pop())
             listeners.append(await serve_metrics(running.metrics, listener))
 
-    handlers = dict(
-        (
-            messages.AuditHello.on(hello),
-            messages.RecordSource.on_fds(source),
-            messages.Flush.on(flush),
-            messages.ServeMetrics.on_fds(metrics),
-        )
+    handlers = by_op(
+        messages.AuditHello.on(hello),
+        messages.RecordSource.on_fds(source),
+        messages.Flush.on(flush),
+        messages.ServeMetrics.on_fds(metrics),
     )
     peer = Channel(channel, handlers, name="audit")
     await peer.closed.wait()

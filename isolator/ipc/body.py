@@ -7,7 +7,7 @@ A request type names its operation and, as its type argument, its reply; both en
         reason: str = "event"
 
     running = await channel.ask(Ensure(name="echo"))     # one end
-    handlers = dict((Ensure.on(ensure), ...))            # the other: async def ensure(request: Ensure) -> Running
+    Channel(socket, by_op(Ensure.on(ensure), ...))       # the other: async def ensure(request: Ensure) -> Running
 
 The sender of a message may be a process that was taken over, so ``from_json`` believes nothing: a missing or unknown
 key, another type than the field's, or a number that is not finite is a ``UsageError``, which the channel returns as
@@ -49,6 +49,11 @@ class Message:
 
 
 Handler = Callable[[Message], Awaitable["Message | Json | None"]]
+
+
+def by_op(*served: tuple[str, Handler]) -> dict[str, Handler]:
+    """Handlers by operation, from ``Request.on`` and ``Request.on_fds``."""
+    return dict(served)
 
 
 def omitted(*, default: Any) -> Any:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
-from isolator.ipc.body import WithFds
+from isolator.ipc.body import WithFds, by_op
 from isolator.ipc.channel import MAX_FDS, Channel, Handler, pair, receive_packet
 from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage
 from isolator.linux.descriptors import close_all
@@ -43,7 +43,7 @@ async def broker_for(
         return WithFds(None, network_layer.connectors(network, count, version=version))
 
     def broker() -> contextlib.AbstractAsyncContextManager[None]:
-        handlers = dict((CageSockets.on(inside),)) if outside else {}
+        handlers = by_op(CageSockets.on(inside)) if outside else {}
         return _broker(sockets, policy, run, paths, config, records, handlers)
 
     lazy = policy.network.mode != "public" and not policy.network.egress

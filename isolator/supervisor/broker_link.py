@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isolator.errors import IsolatorError, NotFoundError
-from isolator.ipc.body import Handler, WithFds
+from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage
 from isolator.layers.network import namespace as network_layer
@@ -45,7 +45,7 @@ class BrokerLink:
 
     def handlers(self) -> dict[str, Handler]:
         """Requests of the broker."""
-        return dict((CageSockets.on(self._cage_sockets),))
+        return by_op(CageSockets.on(self._cage_sockets))
 
     async def hello(self, channel: Channel) -> None:
         """Say hello to a new broker."""

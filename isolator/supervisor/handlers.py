@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from isolator.ipc import messages
-from isolator.ipc.body import Handler, WithFds
+from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.ledger import ledger
 from isolator.registration.staging import Source
 from isolator.supervisor.lifecycle import Plugin
@@ -31,28 +31,26 @@ class Handlers:
     def __init__(self, table: PluginTable, updates: Updates) -> None:
         self._table, self._updates = table, updates
 
-    def by_op(self) -> dict[str, Handler]:
+    def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
         whole = self._to_the_end
-        return dict(
-            (
-                messages.EnsureRun.on(self._ensure),
-                messages.ConnectRun.on(self._connect),
-                messages.StopRun.on(whole(self._stop)),
-                messages.RestartRun.on(whole(self._restart)),
-                messages.StagePlugin.on(self._stage),
-                messages.DiscardPlugin.on(self._discard),
-                messages.CommitPlugin.on(whole(self._commit)),
-                messages.UpdatePlugin.on(whole(self._update)),
-                messages.RollBackPlugin.on(whole(self._roll_back)),
-                messages.ApprovePlugin.on(whole(self._approve)),
-                messages.RemovePlugin.on(whole(self._remove)),
-                messages.EnablePlugin.on(whole(self._enable)),
-                messages.DisablePlugin.on(whole(self._disable)),
-                messages.ListPlugins.on(self._list),
-                messages.ExplainPolicy.on(self._explain),
-                messages.GetLedger.on(self._ledger),
-            )
+        return by_op(
+            messages.EnsureRun.on(self._ensure),
+            messages.ConnectRun.on(self._connect),
+            messages.StopRun.on(whole(self._stop)),
+            messages.RestartRun.on(whole(self._restart)),
+            messages.StagePlugin.on(self._stage),
+            messages.DiscardPlugin.on(self._discard),
+            messages.CommitPlugin.on(whole(self._commit)),
+            messages.UpdatePlugin.on(whole(self._update)),
+            messages.RollBackPlugin.on(whole(self._roll_back)),
+            messages.ApprovePlugin.on(whole(self._approve)),
+            messages.RemovePlugin.on(whole(self._remove)),
+            messages.EnablePlugin.on(whole(self._enable)),
+            messages.DisablePlugin.on(whole(self._disable)),
+            messages.ListPlugins.on(self._list),
+            messages.ExplainPolicy.on(self._explain),
+            messages.GetLedger.on(self._ledger),
         )
 
     def _to_the_end(self, handler: Callable[[Q], Coroutine[Any, Any, T]]) -> Callable[[Q], Coroutine[Any, Any, T]]:

@@ -89,7 +89,7 @@ async def running_daemon(paths: Paths, config: HostConfig) -> AsyncIterator[None
         stack.push_async_callback(_stop, table, services, audit)
         updates = Updates(table, context)
         on_trial = await updates.hold_trials()
-        await services.start(table, Handlers(table, updates).by_op())
+        await services.start(table, Handlers(table, updates).all())
         runtime.pool.begin(EVERY_LAYER)
         if cleared or not services.audit.found.ended:
             why = "the daemon before did not end by itself; what its processes had not handed over is lost"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.ipc import messages
-from isolator.ipc.body import Handler, WithFds
+from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.explain import proposal_json
 from isolator.policy.meet.effective import meet
 from isolator.policy.request import parse_manifest_core
@@ -29,17 +29,15 @@ class FakeRegistrar:
 
     def handlers(self) -> dict[str, Handler]:
         """By operation."""
-        return dict(
-            (
-                messages.StagePlugin.on(self._stage),
-                messages.CommitPlugin.on(self._commit),
-                messages.UpdatePlugin.on(self._update),
-                messages.DiscardPlugin.on(self._discard),
-                messages.RemovePlugin.on(self._remove),
-                messages.EnablePlugin.on(self._enable),
-                messages.DisablePlugin.on(self._disable),
-                messages.ExplainPolicy.on(self._explain),
-            )
+        return by_op(
+            messages.StagePlugin.on(self._stage),
+            messages.CommitPlugin.on(self._commit),
+            messages.UpdatePlugin.on(self._update),
+            messages.DiscardPlugin.on(self._discard),
+            messages.RemovePlugin.on(self._remove),
+            messages.EnablePlugin.on(self._enable),
+            messages.DisablePlugin.on(self._disable),
+            messages.ExplainPolicy.on(self._explain),
         )
 
     async def _stage(self, request: messages.StagePlugin) -> WithFds[messages.Staged]:

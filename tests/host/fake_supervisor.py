@@ -27,7 +27,7 @@ from typing import Any
 from isolator.audit.client import utc_now
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
 from isolator.ipc import messages
-from isolator.ipc.body import WithFds
+from isolator.ipc.body import WithFds, by_op
 from isolator.ipc.channel import Channel, pair
 from isolator.ipc.messages import PluginState
 from isolator.paths import Paths
@@ -118,14 +118,12 @@ class Daemon(FakeAudit):
         audit_theirs.close()
         self.listen_to_audit(audit_ours)
         handlers = (
-            dict(
-                (
-                    messages.EnsureRun.on(self._ensure),
-                    messages.ConnectRun.on(self._connect),
-                    messages.StopRun.on(self._stop),
-                    messages.RestartRun.on(self._restart),
-                    messages.ListPlugins.on(self._status),
-                )
+            by_op(
+                messages.EnsureRun.on(self._ensure),
+                messages.ConnectRun.on(self._connect),
+                messages.StopRun.on(self._stop),
+                messages.RestartRun.on(self._restart),
+                messages.ListPlugins.on(self._status),
             )
             | self.registrar.handlers()
         )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from isolator.errors import IsolatorError, UnavailableError, UsageError
-from isolator.ipc.body import Message, WithFds
+from isolator.ipc.body import Message, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel, pair
 from isolator.ipc.messages import ConnectRun, EnsureRun, GetEnvironment, NewAuditSocket, Running
 
@@ -37,7 +37,7 @@ async def ensure(request: EnsureRun) -> Running:
 def linked() -> tuple[Channel, socket.socket]:
     """A channel that serves ``run.ensure``, and the bare socket of its peer."""
     mine, theirs = pair()
-    return Channel(mine, dict((EnsureRun.on(ensure),)), name="host"), theirs
+    return Channel(mine, by_op(EnsureRun.on(ensure)), name="host"), theirs
 
 
 async def answer_to(theirs: socket.socket, packet: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ async def answer_to(theirs: socket.socket, packet: dict[str, Any]) -> dict[str, 
 
 async def test_request_is_answered_with_its_reply() -> None:
     mine, theirs = pair()
-    asked, serving = Channel(mine), Channel(theirs, dict((EnsureRun.on(ensure),)))
+    asked, serving = Channel(mine), Channel(theirs, by_op(EnsureRun.on(ensure)))
     assert await asked.ask(EnsureRun(name="one"), timeout=5) == Running(run="run of one", pid=7)
     asked.close()
     serving.close()
@@ -63,7 +63,7 @@ async def test_descriptors_come_with_a_reply() -> None:
 
     before = descriptors()
     mine, theirs = pair()
-    asked, serving = Channel(mine), Channel(theirs, dict((ConnectRun.on(connect),)))
+    asked, serving = Channel(mine), Channel(theirs, by_op(ConnectRun.on(connect)))
     found = await asked.ask_fds(ConnectRun(name="one", run="r"), timeout=5)
     assert len(found.fds) == 1
     os.close(found.fds[0])
@@ -100,7 +100,7 @@ async def test_error_that_repeats_too_much_of_the_request_is_still_answered() ->
 
     faults = Faults()
     mine, theirs = pair()
-    channel = Channel(mine, dict((EnsureRun.on(fails),)))
+    channel = Channel(mine, by_op(EnsureRun.on(fails)))
     # Sent as UTF-8, repeated as escapes of six characters each.
     packet = json.dumps({"op": "run.ensure", "id": 1, "name": "ü" * 60_000}, ensure_ascii=False).encode()
     theirs.setblocking(False)
@@ -169,7 +169,7 @@ async def test_wrong_number_of_descriptors_is_refused(count: int) -> None:
 
     before = descriptors()
     mine, theirs = pair()
-    asked, serving = Channel(mine), Channel(theirs, dict((NewAuditSocket.on_fds(take),)))
+    asked, serving = Channel(mine), Channel(theirs, by_op(NewAuditSocket.on_fds(take)))
     with Path(os.devnull).open() as file, pytest.raises(UsageError, match="descriptors came with it"):
         await asked.ask(NewAuditSocket(), fds=[file.fileno()] * count, timeout=5)
     asked.close()
