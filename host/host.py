@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -42,7 +41,21 @@ from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, SecretInjected
 from isolator.errors import IsolatorError
-from isolator.ipc.channel import Channel, Handler, Message
+from isolator.ipc.body import Handler, by_op
+from isolator.ipc.channel import Channel
+from isolator.ipc.messages import (
+    DrainRun,
+    Environment,
+    GetEnvironment,
+    GetStderrTail,
+    HostHello,
+    NewAuditSocket,
+    PluginChanged,
+    PluginEntry,
+    RunEnded,
+    RunStarted,
+    StderrTail,
+)
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
@@ -58,31 +71,26 @@ class Introduction:
 
     paths: Paths
     settings: HostConfig
-    plugins: list[dict[str, Any]]
-    """Plugin entries (docs/internals.md)."""
+    plugins: tuple[PluginEntry, ...]
     fresh: bool
     """The daemon has just started: eager plugins are to be started."""
     listener: socket.socket | None
     """The control socket."""
 
     @classmethod
-    def read(cls, message: Message) -> Introduction:
+    def read(cls, hello: HostHello, fds: list[int]) -> Introduction:
         """Take over a ``hello`` and its descriptors: the listener, and a file with the entries if there are many."""
-        fields, fds = message.fields, message.fds
-        config = fields.get("config")
-        if isinstance(config, str):
-            config = HostConfig.model_validate_json(config).model_dump()
         listener = socket.socket(fileno=fds.pop(0)) if fds else None
-        plugins = fields.get("plugins", ())
-        if plugins is None and fds:
+        plugins = hello.plugins
+        if plugins is None:
             with os.fdopen(fds.pop(0), "rb") as file:
                 file.seek(0)
-                plugins = json.load(file)
+                plugins = tuple(PluginEntry.from_json(entry, hello.op) for entry in json.load(file))
         return cls(
-            paths=Paths.of(fields["root"]),
-            settings=HostConfig.model_validate(dict(config or {})),
-            plugins=list(plugins or ()),
-            fresh=bool(fields.get("fresh")),
+            paths=Paths.of(hello.root),
+            settings=HostConfig.model_validate(hello.config),
+            plugins=plugins,
+            fresh=hello.fresh,
             listener=listener,
         )
 
@@ -168,15 +176,15 @@ class Host:
 
     def handlers(self) -> dict[str, Handler]:
         """The supervisor's requests and notifications, by op."""
-        return {
-            "plugin.changed": self._plugin_changed,
-            "run.environment": self._run_environment,
-            "run.started": self._run_started,
-            "run.stopping": self._drain_run,
-            "run.ended": self._run_ended,
-            "run.last_words": self._stderr_tail,
-            "audit.source": self._audit_source,
-        }
+        return by_op(
+            PluginChanged.on(self._plugin_changed),
+            GetEnvironment.on(self._run_environment),
+            RunStarted.on_fds(self._run_started),
+            DrainRun.on(self._drain_run),
+            RunEnded.on(self._run_ended),
+            GetStderrTail.on(self._stderr_tail),
+            NewAuditSocket.on_fds(self._audit_source),
+        )
 
     async def start(self, introduction: Introduction) -> None:
         """Take over the plugins, accept commands, and start eager plugins."""
@@ -202,53 +210,48 @@ class Host:
         self._logs.close()
         await self._store.close()
 
-    async def _plugin_changed(self, message: Message) -> None:
-        removed = message.fields.get("removed")
-        if removed is not None:
-            await self._lifecycle.forget(str(removed))
-        else:
-            await self._lifecycle.adopt(message.fields["plugin"])
+    async def _plugin_changed(self, request: PluginChanged) -> None:
+        if request.removed is not None:
+            await self._lifecycle.forget(request.removed)
+        elif request.plugin is not None:
+            await self._lifecycle.adopt(request.plugin)
 
-    async def _run_environment(self, message: Message) -> dict[str, Any]:
-        name = str(message.fields["name"])
+    async def _run_environment(self, request: GetEnvironment) -> Environment:
+        name = request.name
         plugin = self._registry.get(name)
         manifest, digest = (plugin.manifest, plugin.digest) if plugin is not None else (None, "")
         environment = self._config.environment(name, manifest, digest)
         if environment.secrets:
             self._audit.record(SecretInjected(names=list(environment.secrets)), plugin=name)
-        return {"env": environment.env, "files": environment.files, "secrets": list(environment.secrets)}
+        return Environment(env=environment.env, files=environment.files, secrets=tuple(environment.secrets))
 
-    async def _run_started(self, message: Message) -> None:
-        name, run = str(message.fields["name"]), str(message.fields["run"])
-        if len(message.fds) >= 2:
-            stdout, stderr = message.fds.pop(0), message.fds.pop(0)
-            self._logs.attach(name, run, stdout, stderr)
-        if message.fds:
-            self._api.serve(name, run, socket.socket(fileno=message.fds.pop(0)))
-        self._registry.note_run(name, run=run, pid=message.fields.get("pid"), state="running")
+    async def _run_started(self, request: RunStarted, fds: list[int]) -> None:
+        name, run = request.name, request.run
+        stdout, stderr, listener = fds
+        fds.clear()
+        self._logs.attach(name, run, stdout, stderr)
+        self._api.serve(name, run, socket.socket(fileno=listener))
+        self._registry.note_run(name, run=run, pid=request.pid, state="running")
         self._dispatcher.run_started(name, run)
 
-    async def _drain_run(self, message: Message) -> dict[str, Any]:
-        fields = message.fields
-        await self._dispatcher.drain(str(fields["name"]), str(fields["run"]), str(fields.get("reason", "")))
-        return {}
+    async def _drain_run(self, request: DrainRun) -> None:
+        await self._dispatcher.drain(request.name, request.run, request.reason)
 
-    async def _run_ended(self, message: Message) -> None:
-        fields = message.fields
-        name, run = str(fields["name"]), str(fields["run"])
+    async def _run_ended(self, request: RunEnded) -> None:
+        name, run = request.name, request.run
         plugin = self._registry.get(name)
         if plugin is not None and plugin.run in (run, None):
-            self._registry.note_run(name, run=None, pid=None, state=str(fields.get("state", "stopped")))
-        self._dispatcher.run_ended(name, run, expected=bool(fields.get("expected")))
+            self._registry.note_run(name, run=None, pid=None, state=request.state)
+        self._dispatcher.run_ended(name, run, expected=request.expected)
 
-    async def _stderr_tail(self, message: Message) -> dict[str, Any]:
-        return {"stderr": await self._logs.stderr_tail(str(message.fields["name"]), str(message.fields["run"]))}
+    async def _stderr_tail(self, request: GetStderrTail) -> StderrTail:
+        return StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
 
     def _begin_attempts(self) -> None:
         self._attempts.schedule()
 
-    async def _audit_source(self, message: Message) -> None:
-        take_audit_end(self._audit, message)
+    async def _audit_source(self, _: NewAuditSocket, fds: list[int]) -> None:
+        self._audit.reconnect(socket.socket(fileno=fds.pop()))
         self._gauges.repeat()
 
 
@@ -275,9 +278,3 @@ class QueueGauges:
                 self._audit.gauges(queue=depths)
                 self._sent = depths
             await asyncio.sleep(QUEUE_BEAT)
-
-
-def take_audit_end(audit: AuditClient, message: Message) -> None:
-    """Go on with the audit process whose end came with an ``audit.source``."""
-    if message.fds:
-        audit.reconnect(socket.socket(fileno=message.fds.pop(0)))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from host.database import Store
 from host.delivery.dispatch import Dispatcher
@@ -20,6 +18,7 @@ from host.queue.sqlite import SqliteQueue
 from host.supervisor_link import MAX_EXCHANGE, SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
+from isolator.ipc.messages import PluginEntry
 
 
 @dataclass
@@ -39,10 +38,10 @@ class PluginLifecycle:
     watches: Watches
     _starts: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
-    async def adopt(self, entry: Mapping[str, Any]) -> Plugin:
+    async def adopt(self, entry: PluginEntry) -> Plugin:
         """Take over one plugin entry of the supervisor's."""
         plugin = self.registry.put(entry)
-        if not entry.get("on_trial"):
+        if not plugin.raw.get("on_trial"):
             self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
         await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
@@ -83,7 +82,7 @@ class PluginLifecycle:
         current = self.registry.need(plugin.name)
         if current.state == "failed":
             # What failed may well have failed for want of it.
-            await self.adopt((await self.link.enable(plugin.name))["plugin"])
+            await self.adopt((await self.link.enable(plugin.name)).plugin)
         self.dispatcher.wake(plugin.name)
         if current.run is None:
             self.start_if_eager(self.registry.need(plugin.name))

@@ -13,14 +13,14 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
 
 import prctl
 
-from host.host import Host, Introduction, take_audit_end
+from host.host import Host, Introduction
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
-from isolator.ipc.channel import Channel, Message
+from isolator.ipc.channel import Channel
+from isolator.ipc.messages import HostHello, NewAuditSocket
 from isolator.linux import daemon_log
 
 _logger = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ async def serve(channel_fd: int, audit_fd: int | None) -> int:
     audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None)
     running: asyncio.Future[Host] = loop.create_future()
 
-    async def hello(message: Message) -> dict[str, Any]:
+    async def hello(request: HostHello, fds: list[int]) -> None:
         if running.done():
             raise UsageError("hello", "was already said")
-        introduction = Introduction.read(message)
+        introduction = Introduction.read(request, fds)
         host = Host(introduction.paths, introduction.settings, channel, audit)
         running.set_result(host)
         # Before anything is awaited: a message behind the hello finds its handler.
@@ -44,13 +44,12 @@ async def serve(channel_fd: int, audit_fd: int | None) -> int:
             channel.handle(op, handler)
         await host.start(introduction)
         loop.call_soon(_freeze)
-        return {}
 
-    async def audit_source(message: Message) -> None:
-        take_audit_end(audit, message)
+    async def audit_source(_: NewAuditSocket, fds: list[int]) -> None:
+        audit.reconnect(socket.socket(fileno=fds.pop()))
 
-    channel.handle("hello", hello)
-    channel.handle("audit.source", audit_source)
+    for op, handler in (HostHello.on_fds(hello), NewAuditSocket.on_fds(audit_source)):
+        channel.handle(op, handler)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from docs.generate import policy_keys
+from docs.generate import messages, policy_keys
 from docs.generate.floors import floors
 from docs.generate.replace import Part
 from docs.generate.schemas import FOLDER, json_schema, types_table
 from docs.generate.verbs import verbs
 from isolator.audit.schema import RECORDS
+from isolator.ipc.messages import DIRECTIONS
 from isolator.policy import denial
 
 PARTS: tuple[Part, ...] = (
@@ -20,4 +21,6 @@ PARTS: tuple[Part, ...] = (
     Part("docs/embedding.md", "verbs", verbs),
     Part("docs/policy.md", "policy keys", policy_keys.for_operators),
     Part("docs/manifest.md", "policy keys", policy_keys.for_authors),
+    *(Part("docs/internals.md", name, partial(messages.direction, name)) for name in DIRECTIONS),
+    Part("docs/internals.md", "plugin entry", messages.entries),
 )

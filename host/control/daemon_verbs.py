@@ -48,4 +48,4 @@ class DaemonVerbs:
         }
 
     async def ledger(self, _: Ledger, __: Caller) -> Controls:
-        return cast(Controls, await self._link.ledger())
+        return cast(Controls, (await self._link.ledger()).to_json())

@@ -82,7 +82,7 @@ class PluginVerbs:
         }
 
     async def explain(self, request: PluginExplain, _: Caller) -> Explanation:
-        return cast(Explanation, await self._link.explain(self._registry.need(request.name).name))
+        return cast(Explanation, (await self._link.explain(self._registry.need(request.name).name)).to_json())
 
     async def logs(self, request: PluginLogs, caller: Caller) -> LogLines:
         log = self._logs.of(self._registry.need(request.name).name)
@@ -93,18 +93,21 @@ class PluginVerbs:
         return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
 
     async def start(self, request: PluginStart, _: Caller) -> StartedRun:
-        return cast(StartedRun, await self._link.ensure_run(self._registry.need(request.name).name, "operator"))
+        run = await self._link.ensure_run(self._registry.need(request.name).name, "operator")
+        return {"run": run.run, "pid": run.pid}
 
     async def stop(self, request: PluginStop, _: Caller) -> Nothing:
-        return cast(Nothing, await self._link.stop_run(self._registry.need(request.name).name, "operator"))
+        await self._link.stop_run(self._registry.need(request.name).name, "operator")
+        return {}
 
     async def restart(self, request: PluginRestart, _: Caller) -> StartedRun:
-        return cast(StartedRun, await self._link.restart_run(self._registry.need(request.name).name, "restart"))
+        run = await self._link.restart_run(self._registry.need(request.name).name, "restart")
+        return {"run": run.run, "pid": run.pid}
 
     async def _entries(self) -> list[dict[str, Any]]:
         """The supervisor's entries with live figures, or the last known ones while it does not answer."""
         try:
-            return await self._link.entries()
+            return [entry.to_json() for entry in await self._link.entries()]
         except IsolatorError:
             return [plugin.raw for plugin in self._registry]
 

@@ -6,9 +6,9 @@ import asyncio
 import difflib
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import (
@@ -39,7 +39,8 @@ from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged
 from isolator.errors import IsolatorError, UsageError
-from isolator.ipc.channel import Message
+from isolator.ipc import messages
+from isolator.linux.descriptors import close_all
 from isolator.policy.request import MAX_BYTES
 
 
@@ -85,23 +86,25 @@ class RegistrationVerbs:
 
     async def stage(self, request: PluginStage, caller: Caller) -> StagedPlugin:
         wanted = ("path", "name", "binary", "hooks", "files", "update")
-        answer = await self._link.stage({k: v for k in wanted if (v := getattr(request, k)) is not None})
-        token = str(answer.fields["token"])
+        given = {k: v for k in wanted if (v := getattr(request, k)) is not None}
+        answer = await self._link.stage(messages.StagePlugin.from_json(given, "plugin.stage"))
+        found = answer.body
+        token = found.token
         try:
             where = request.path or os.path.dirname(request.binary or "")
-            manifest = manifests.parse(_read_all(answer), name=os.path.join(where, "plugin.json"))
+            manifest = manifests.parse(_read_all(answer.fds), name=os.path.join(where, "plugin.json"))
             checked = self._config.check(manifest, request.config)
             self._check_hooks(manifest.core.hooks)
         except IsolatorError:
             self._link.discard(token)
             raise
         finally:
-            answer.close()
-        self._staged[token] = _Staged(manifest, str(answer.fields["digest"]))
+            close_all(answer.fds)
+        self._staged[token] = _Staged(manifest, found.digest)
         caller.on_close.append(lambda: self._abandon(token))
         required = [spec.key for spec in manifest.config or () if spec.required and spec.default is None]
         shown = {
-            **answer.fields,
+            **found.to_json(),
             "version": manifest.core.version,
             "description": manifest.core.description,
             "warnings": list(manifest.warnings),
@@ -161,20 +164,20 @@ class RegistrationVerbs:
                 if now is None or staged.digest not in now.versions:
                     self._config.drop_next(name, staged.digest)
                 raise
-            updated = answer | await self._registered(request, manifest, answer, caller)
+            updated = answer.to_json() | await self._registered(request, manifest, answer, caller)
             if request.config and updated.get("unchanged"):
                 await self._lifecycle.restart_for_config(self._registry.need(name), sorted(request.config))
             return cast(UpdatedPlugin, updated)
 
     async def _registered(
-        self, request: PluginCommit | PluginUpdate, manifest: Manifest, answer: Mapping[str, Any], caller: Caller
+        self, request: PluginCommit | PluginUpdate, manifest: Manifest, answer: messages.OnePlugin, caller: Caller
     ) -> RegisteredPlugin:
         name = manifest.core.name
         self._staged.pop(request.token, None)
         if request.config:
-            keys, waits = sorted(request.config), bool(answer.get("pending"))
+            keys, waits = sorted(request.config), isinstance(answer, messages.UpdatedPlugin) and answer.pending
             self._audit.record(ConfigChanged(names=keys, by=caller.by, waits=waits), plugin=name)
-        plugin = await self._lifecycle.adopt(answer["plugin"])
+        plugin = await self._lifecycle.adopt(answer.plugin)
         missing = self._config.missing(name, plugin.manifest or manifest)
         self._lifecycle.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
@@ -206,17 +209,17 @@ class RegistrationVerbs:
         name = self._registry.need(request.name).name
         async with self._locks[name]:
             self._registry.need(name)
-            answer = await self._link.remove(name, caller.by)
+            await self._link.remove(name, caller.by)
             await self._lifecycle.forget(name)
-            return cast(Nothing, answer)
+            return {}
 
-    async def _change(self, name: str, change: Callable[[str], Awaitable[dict[str, Any]]]) -> ChangedPlugin:
+    async def _change(self, name: str, change: Callable[[str], Awaitable[messages.OnePlugin]]) -> ChangedPlugin:
         """Have the supervisor change a registered plugin, and take over its entry."""
         self._registry.need(name)
         async with self._locks[name]:
             self._registry.need(name)
             answer = await change(name)
-            return {"plugin": _shown(await self._lifecycle.adopt(answer["plugin"]))}
+            return {"plugin": _shown(await self._lifecycle.adopt(answer.plugin))}
 
     def _abandon(self, token: str) -> None:
         if self._staged.pop(token, None) is not None:
@@ -227,13 +230,13 @@ def _shown(plugin: Plugin) -> PluginEntry:
     return cast(PluginEntry, {key: value for key, value in plugin.raw.items() if key not in ("manifest", "effective")})
 
 
-def _read_all(answer: Message) -> bytes:
+def _read_all(fds: list[int]) -> bytes:
     """The staged manifest, one byte more than it may have at most."""
-    if not answer.fds:
+    if not fds:
         raise IsolatorError("plugin add", "the supervisor sent no manifest", "this is a bug; please report it")
     data = b""
     while len(data) <= MAX_BYTES:
-        chunk = os.pread(answer.fds[0], MAX_BYTES + 1 - len(data), len(data))
+        chunk = os.pread(fds[0], MAX_BYTES + 1 - len(data), len(data))
         if not chunk:
             break
         data += chunk

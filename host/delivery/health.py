@@ -22,6 +22,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
+from isolator.ipc.messages import RestartRun, StopRun
 
 OVERSLEPT = 1.0
 """Seconds by which a round may be late before its result is void."""
@@ -63,7 +64,7 @@ class Watch:
                 continue
             with contextlib.suppress(IsolatorError):
                 if idle is not None and self._worker.run is not None and self._idle_for() >= idle:
-                    await self._supervisor.call("run.stop", name=plugin.name, reason="idle")
+                    await self._supervisor.ask(StopRun(name=plugin.name, reason="idle"))
                 elif pings(plugin) and self._worker.run is not None:
                     await self._ping(plugin)
 
@@ -92,7 +93,8 @@ class Watch:
         self._audit.record(missed, plugin=plugin.name, run=run)
         if self._misses >= health.misses:
             self._misses = 0
-            await self._supervisor.call("run.restart", name=plugin.name, reason=f"{health.misses} pings were missed")
+            why = f"{health.misses} pings were missed"
+            await self._supervisor.ask(RestartRun(name=plugin.name, reason=why))
 
 
 def pings(plugin: Plugin) -> bool:

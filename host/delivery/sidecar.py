@@ -17,6 +17,8 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
+from isolator.ipc.messages import ConnectRun, EnsureRun
+from isolator.linux.descriptors import close_all
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
@@ -55,20 +57,17 @@ class SidecarLink:
         """
         self.status = "starting" if self.run is None else "connecting"
         if self.run is None:
-            answer = await self._supervisor.call("run.ensure", name=self.name, reason="event")
-            self.run = str(answer.fields["run"])
-            answer.close()
+            self.run = (await self._supervisor.ask(EnsureRun(name=self.name))).run
         run = self.run
         try:
-            answer = await self._supervisor.call(
-                "run.connect", name=self.name, run=run, deadline=CONNECT_DEADLINE, timeout=CONNECT_DEADLINE + 5
-            )
+            request = ConnectRun(name=self.name, run=run, deadline=CONNECT_DEADLINE)
+            answer = await self._supervisor.ask_fds(request, timeout=CONNECT_DEADLINE + 5)
         except IsolatorError:
             # The run may have ended meanwhile: the next connection ensures one again.
             self.run = None
             raise
         if len(answer.fds) != 1:
-            answer.close()
+            close_all(answer.fds)
             raise NotSentError("the supervisor sent no connection")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, answer.fds.pop())
         sock.setblocking(False)

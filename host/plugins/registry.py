@@ -20,6 +20,7 @@ from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.queue.interface import Subscriber
 from isolator.errors import IsolatorError, NotFoundError
+from isolator.ipc.messages import PluginEntry
 from isolator.policy.model import EffectivePolicy
 
 NO_ORDER = "none"
@@ -90,9 +91,9 @@ class Registry:
             raise NotFoundError(f"plugin {name}", "is not registered", "see 'isolator plugin list'")
         return plugin
 
-    def put(self, entry: Mapping[str, Any]) -> Plugin:
+    def put(self, entry: PluginEntry) -> Plugin:
         """Add or replace a plugin, from an entry of the supervisor's."""
-        plugin = self._parse(dict(entry))
+        plugin = self._parse(entry)
         self._plugins[plugin.name] = plugin
         self._subscribe()
         row = (plugin.name, plugin.digest, plugin.version, time.time())
@@ -144,39 +145,38 @@ class Registry:
                 subscribers.setdefault(event, []).append(plugin)
         self._subscribers = subscribers
 
-    def _parse(self, entry: dict[str, Any]) -> Plugin:
-        error = entry.get("error")
-        before = self._plugins.get(str(entry["name"]))
-        same = before is not None and all(before.raw.get(key) == entry.get(key) for key in ("manifest", "effective"))
+    def _parse(self, entry: PluginEntry) -> Plugin:
+        raw, before = entry.to_json(), self._plugins.get(entry.name)
+        same = before is not None and all(before.raw.get(key) == raw[key] for key in ("manifest", "effective"))
         if before is not None and same:
             # Most changes are of the state alone, and they come in bursts.
             effective, manifest, problem = before.effective, before.manifest, None
         else:
-            effective = EffectivePolicy.model_validate(entry["effective"]) if entry.get("effective") else None
+            effective = EffectivePolicy.model_validate(entry.effective) if entry.effective else None
             manifest, problem = _manifest_of(entry)
         hooks = {self._catalogue.canonical(hook): hook for hook in (effective.hooks if effective is not None else ())}
         return Plugin(
-            name=str(entry["name"]),
-            version=str(entry.get("version", "")),
-            digest=str(entry.get("digest", "")),
-            state=str(entry.get("state", "stopped")),
-            error=str(error) if error else problem,
-            uid=entry.get("uid"),
-            run=entry.get("run"),
-            pid=entry.get("pid"),
+            name=entry.name,
+            version=entry.version,
+            digest=entry.digest,
+            state=entry.state,
+            error=entry.error or problem,
+            uid=entry.uid,
+            run=entry.run,
+            pid=entry.pid,
             effective=effective,
             manifest=manifest,
-            raw=entry,
+            raw=raw,
             hooks=hooks,
         )
 
 
-def _manifest_of(entry: Mapping[str, Any]) -> tuple[Manifest | None, str | None]:
+def _manifest_of(entry: PluginEntry) -> tuple[Manifest | None, str | None]:
     """Parse the entry's manifest: (manifest, None) or (None, why it cannot be read)."""
-    if not entry.get("manifest"):
+    if not entry.manifest:
         return None, None
     try:
-        return manifests.from_data(entry["manifest"]), None
+        return manifests.from_data(entry.manifest), None
     except IsolatorError as error:
         return None, str(error)
 

@@ -26,7 +26,9 @@ from isolator.audit.metrics import serve_metrics
 from isolator.audit.schema import SENDERS
 from isolator.audit.writer import Writer
 from isolator.errors import IsolatorError, UsageError
-from isolator.ipc import channel as ipc
+from isolator.ipc import messages
+from isolator.ipc.body import by_op
+from isolator.ipc.channel import Channel
 from isolator.linux import daemon_log
 from isolator.paths import Paths
 
@@ -54,12 +56,12 @@ async def serve(channel: socket.socket) -> None:
             raise IsolatorError("audit", "hello has to come first")
         return writer
 
-    async def hello(message: ipc.Message) -> dict[str, Any]:
+    async def hello(request: messages.AuditHello) -> messages.AuditReady:
         nonlocal writer
         if writer is not None:
             raise IsolatorError("audit", "hello came twice")
-        config = message.fields.get("config") or {}
-        writer = Writer(Paths.of(message.fields["root"]), limits_of(config))
+        config = request.config
+        writer = Writer(Paths.of(request.root), limits_of(config))
         await writer.open()
         port = (config.get("metrics") or {}).get("port")
         if port is not None:
@@ -69,26 +71,29 @@ async def serve(channel: socket.socket) -> None:
                 listeners.append(await serve_metrics(writer.metrics, listener))
             except OSError as error:  # the trail is worth more than its metrics
                 _log.error("no metrics on %s:%s: %s", address, port, error.strerror)
-        return {"blocked": writer.blocked, "ended": writer.ended, "runs": writer.runs}
+        return messages.AuditReady(blocked=writer.blocked, ended=writer.ended, runs=writer.runs)
 
-    async def source(message: ipc.Message) -> None:
-        name = message.fields.get("name")
-        if name not in SENDERS or len(message.fds) != 1:
-            raise UsageError("audit source", f"{name!r} with {len(message.fds)} descriptors")
-        running = ready()
-        running.attach(name, socket.socket(fileno=message.fds.pop()))
+    async def source(request: messages.RecordSource, fds: list[int]) -> None:
+        if request.name not in SENDERS:
+            raise UsageError("audit source", f"no source is called {request.name!r}")
+        ready().attach(request.name, socket.socket(fileno=fds.pop()))
 
-    async def flush(message: ipc.Message) -> None:
+    async def flush(_: messages.Flush) -> None:
         await ready().flush()
 
-    async def metrics(message: ipc.Message) -> None:
+    async def metrics(_: messages.ServeMetrics, fds: list[int]) -> None:
         running = ready()
-        while message.fds:
-            listener = socket.socket(fileno=message.fds.pop())
+        while fds:
+            listener = socket.socket(fileno=fds.pop())
             listeners.append(await serve_metrics(running.metrics, listener))
 
-    handlers: dict[str, ipc.Handler] = {"hello": hello, "source": source, "flush": flush, "metrics": metrics}
-    peer = ipc.Channel(channel, handlers, name="audit")
+    handlers = by_op(
+        messages.AuditHello.on(hello),
+        messages.RecordSource.on_fds(source),
+        messages.Flush.on(flush),
+        messages.ServeMetrics.on_fds(metrics),
+    )
+    peer = Channel(channel, handlers, name="audit")
     await peer.closed.wait()
     for listener in listeners:
         listener.close()

@@ -14,7 +14,8 @@ from isolator.broker.outbound import Outbound, Shared
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.errors import UnavailableError, UsageError
-from isolator.ipc.channel import Channel, Message
+from isolator.ipc.channel import Channel
+from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, NewAuditSocket
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 
@@ -36,44 +37,38 @@ class Broker:
         self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
         self._ticker = asyncio.create_task(self._tick())
 
-    async def hello(self, message: Message) -> dict[str, object]:
+    async def hello(self, request: BrokerHello) -> None:
         """The supervisor's first call; answered when the host's addresses are known."""
-        audit_first = message.fields.get("config", {}).get("audit", {}).get("disk_full", "stop") == "stop"
+        audit_first = request.config.get("audit", {}).get("disk_full", "stop") == "stop"
         self._shared = replace(self._shared, audit_first=audit_first)
         await self._host.watch()
-        return {}
 
-    async def attach(self, message: Message) -> dict[str, object]:
+    async def attach(self, request: AttachCage, fds: list[int]) -> None:
         """Take over the sockets of a run and serve it; a run that is attached already is replaced.
 
         Five of the cage's own, then a listener of the host's for each of the policy's ``listen`` rules.
         """
-        policy = NetworkPolicy.model_validate(message.fields["policy"])
+        policy = NetworkPolicy.model_validate(request.policy)
         expected = SOCKETS + len(policy.listen)
-        if len(message.fds) != expected:
-            raise UsageError("cage.attach", f"{len(message.fds)} descriptors instead of {expected}")
-        run = str(message.fields["run"])
+        if len(fds) != expected:
+            raise UsageError(request.op, f"{len(fds)} descriptors instead of {expected}")
+        run = request.run
         rules = Rules(policy)
         await self._drop(run)
-        fds, message.fds = message.fds, []
         sockets = [socket.socket(fileno=fd) for fd in fds]
-        plugin, fetch = str(message.fields["plugin"]), partial(self._sockets, run)
-        self._cages[run] = Outbound(run, plugin, rules, self._shared, fetch, sockets)
-        return {}
+        fds.clear()
+        self._cages[run] = Outbound(run, request.plugin, rules, self._shared, partial(self._sockets, run), sockets)
 
-    async def detach(self, message: Message) -> dict[str, object]:
+    async def detach(self, request: DetachCage) -> None:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
-        await self._drop(str(message.fields["run"]))
+        await self._drop(request.run)
         with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
             async with asyncio.timeout(FLUSH):
                 await self.audit.flushed()
-        return {}
 
-    async def audit_source(self, message: Message) -> dict[str, object]:
+    async def audit_source(self, _: NewAuditSocket, fds: list[int]) -> None:
         """Switch to a new audit process."""
-        if message.fds:
-            self.audit.reconnect(socket.socket(fileno=message.fds.pop(0)))
-        return {}
+        self.audit.reconnect(socket.socket(fileno=fds.pop()))
 
     async def close(self) -> None:
         """End every cage."""
@@ -86,9 +81,8 @@ class Broker:
         """Unconnected sockets inside a run's network, from the supervisor; raises IsolatorError."""
         if self.supervisor is None:
             raise UnavailableError("the supervisor", "is not there yet", "try again")
-        answer = await self.supervisor.call("cage.sockets", run=run, count=count, version=version, timeout=5)
-        fds, answer.fds = answer.fds, []
-        return [socket.socket(fileno=fd) for fd in fds]
+        answer = await self.supervisor.ask_fds(CageSockets(run=run, count=count, version=version), timeout=5)
+        return [socket.socket(fileno=fd) for fd in answer.fds]
 
     async def _drop(self, run: str) -> None:
         outbound = self._cages.pop(run, None)

@@ -15,6 +15,8 @@ import socket
 from isolator.audit.client import AuditClient
 from isolator.broker.broker import Broker
 from isolator.broker.hardening import harden
+from isolator.ipc import messages
+from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
 
 
@@ -24,12 +26,12 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
     broker = Broker(audit)
     channel = Channel(
         channel_socket,
-        {
-            "hello": broker.hello,
-            "cage.attach": broker.attach,
-            "cage.detach": broker.detach,
-            "audit.source": broker.audit_source,
-        },
+        by_op(
+            messages.BrokerHello.on(broker.hello),
+            messages.AttachCage.on_fds(broker.attach),
+            messages.DetachCage.on(broker.detach),
+            messages.NewAuditSocket.on_fds(broker.audit_source),
+        ),
         name="supervisor",
     )
     broker.supervisor = channel

@@ -104,9 +104,10 @@ def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> It
     """A cage like a plugin's, with an empty state folder of the same size in place of its own."""
     import secrets
 
+    from isolator.ipc.messages import Environment
     from isolator.probe.run import Target
     from isolator.registration.proposals import Proposals
-    from isolator.supervisor.cage_spec import Environment, plugin_spec
+    from isolator.supervisor.cage_spec import plugin_spec
     from isolator.volume.volume import Volume
 
     loaded = Proposals(session.paths, host).load(name)
@@ -118,7 +119,7 @@ def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> It
     state = Volume(base, name, session.runtime.journal)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
-        return plugin_spec(loaded.registration, effective, argv, session.paths, run, Environment(), state, owned)
+        return plugin_spec(loaded.registration, effective, argv, session.paths, run, Environment(), state, owned.append)
 
     try:
         yield Target(spec, host, inline=effective.syscalls == "strict")

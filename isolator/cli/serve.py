@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from isolator.linux import daemon_log
 from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
 from isolator.paths import Paths
 
@@ -26,7 +27,7 @@ def serve(root: str | None, config: str | None) -> None:
     every plugin cleanly.
     """
     from isolator.policy.parse.load import load_host_config
-    from isolator.supervisor.supervisor import Supervisor, log_line
+    from isolator.supervisor.supervisor import running_daemon
 
     paths = Paths.of(root)
     host_config = load_host_config(Path(config) if config else paths.host_toml)
@@ -36,18 +37,17 @@ def serve(root: str | None, config: str | None) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-        supervisor = Supervisor(paths, host_config, log=log_line)
-        await supervisor.start()
-        try:
-            click.echo("isolator: ready")
-            _notify("READY=1")
-            watchdog = asyncio.create_task(_watchdog())
-            await stopping.wait()
-            watchdog.cancel()
-        finally:
-            _notify("STOPPING=1")
-            await supervisor.stop()
+        async with running_daemon(paths, host_config):
+            try:
+                click.echo("isolator: ready")
+                _notify("READY=1")
+                watchdog = asyncio.create_task(_watchdog())
+                await stopping.wait()
+                watchdog.cancel()
+            finally:
+                _notify("STOPPING=1")
 
+    daemon_log.set_up()
     os.umask(0o022)
     leave_memory_out()
     let_children_start_no_handler()

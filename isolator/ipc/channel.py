@@ -7,41 +7,30 @@ and no peer to authenticate. Both ends may call and notify. A message is one pac
     notification {"op": NAME, ...fields}              never answered
     reply        {"re": N, "ok": {...}} or {"re": N, "error": {...}}
 
-Descriptors travel beside a message (SCM_RIGHTS, at most 64) and belong to the receiver from then on.
+``fields`` are the body of a type in ``messages.py``: ``ask`` and ``tell`` send one, ``Request.on`` makes the handler
+that receives one. Descriptors travel beside a message (SCM_RIGHTS, at most 64) and belong to the receiver from then on.
 Packets are at most ``MAX_PACKET`` bytes; anything larger travels as a descriptor (a file or a memfd).
-When the peer goes away every pending call fails with ``UnavailableError`` and ``closed`` is set.
+When the peer goes away every pending call fails with ``UnavailableError`` and ``closed`` is set. A peer that sends
+something else than messages is broken or was taken over: its channel is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.body import Handler, Message, R, Request, WithFds
 from isolator.ipc.packet import MAX_FDS, MAX_PACKET, receive_packet, send_packet
+from isolator.linux.descriptors import close_all
 
-
-@dataclass
-class Message:
-    """One message with the descriptors that came along; whoever handles it owns them."""
-
-    fields: dict[str, Any]
-    fds: list[int] = field(default_factory=list)
-
-    def close(self) -> None:
-        """Close every descriptor that was not taken out."""
-        while self.fds:
-            os.close(self.fds.pop())
-
-
-Handler = Callable[[Message], Awaitable["Message | dict[str, Any] | None"]]
+logger = logging.getLogger(__name__)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -69,7 +58,7 @@ class Channel:
         self._next = 0
         self._out: deque[tuple[bytes, list[int]]] = deque()
         self._full = False
-        """The peer's buffer was, and the loop tells us when it is not."""
+        """The peer's buffer was full, and the loop calls when it has room."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop.add_reader(sock, self._readable)
 
@@ -77,10 +66,35 @@ class Channel:
         """Register or replace the handler of one op."""
         self._handlers[op] = handler
 
+    async def ask(self, request: Request[R], *, fds: Sequence[int] = (), timeout: float | None = None) -> R:
+        """Send a request and return its reply.
+
+        Raises the error that the peer raised, UnavailableError when it went away or did not answer within ``timeout``
+        seconds, UsageError when the answer is not of the reply's type.
+        """
+        answer = await self.call(request.op, fds=fds, timeout=timeout, **request.to_json())
+        answer.close()
+        return request.read_reply(answer.fields)
+
+    async def ask_fds(
+        self, request: Request[R], *, fds: Sequence[int] = (), timeout: float | None = None
+    ) -> WithFds[R]:
+        """As ``ask``, with the descriptors that came along: the caller's from then on."""
+        answer = await self.call(request.op, fds=fds, timeout=timeout, **request.to_json())
+        try:
+            return WithFds(request.read_reply(answer.fields), answer.fds)
+        except BaseException:
+            answer.close()
+            raise
+
+    def tell(self, request: Request[Any], *, fds: Sequence[int] = ()) -> None:
+        """Send a request as a notification, which is never answered; silently dropped when the peer is gone."""
+        self.notify(request.op, fds=fds, **request.to_json())
+
     async def call(
         self, op: str, /, *, fds: Sequence[int] = (), timeout: float | None = None, **fields: Any
     ) -> Message:
-        """Ask and wait for the answer; raises the error the peer raised, or UnavailableError if it is gone."""
+        """``ask`` without types."""
         if self.closed.is_set():
             raise UnavailableError(self.name, "not running at the moment", "try again")
         self._next += 1
@@ -97,7 +111,7 @@ class Channel:
             self._pending.pop(number, None)
 
     def notify(self, op: str, /, *, fds: Sequence[int] = (), **fields: Any) -> None:
-        """Tell without waiting; silently dropped when the peer is gone."""
+        """``tell`` without types."""
         if not self.closed.is_set():
             self._send({"op": op, **fields}, fds)
 
@@ -110,7 +124,7 @@ class Channel:
         self._loop.remove_writer(self._sock)
         self._sock.close()
         for _, fds in self._out:
-            _close_all(fds)
+            close_all(fds)
         self._out.clear()
         for future in self._pending.values():
             if not future.done():
@@ -139,7 +153,7 @@ class Channel:
                 self.close()
                 return
             self._out.popleft()
-            _close_all(fds)
+            close_all(fds)
         if self._full:
             self._loop.remove_writer(self._sock)
             self._full = False
@@ -157,31 +171,47 @@ class Channel:
             if not payload:
                 self.close()
                 return
-            self._dispatch(Message(json.loads(payload), fds))
+            try:
+                self._dispatch(Message(_parse(payload), fds))
+            except (TypeError, ValueError, RecursionError) as error:
+                close_all(fds)
+                logger.error("%s sent no message: %s", self.name, ascii(str(error))[:200])
+                self.close()
 
     def _dispatch(self, message: Message) -> None:
+        """Settle the call that is answered, or start a handler; raises TypeError for what is neither."""
         if "re" in message.fields:
-            future = self._pending.get(message.fields["re"])
-            if future is None or future.done():
-                message.close()
-            elif "error" in message.fields:
-                message.close()
-                future.set_exception(IsolatorError.from_json(message.fields["error"]))
-            else:
-                future.set_result(Message(message.fields.get("ok") or {}, message.fds))
+            self._settle(message)
             return
+        if not isinstance(message.fields.get("op"), str) or not isinstance(message.fields.get("id"), int | None):
+            raise TypeError("neither a request nor a reply")
         task = self._loop.create_task(self._serve(message))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _settle(self, message: Message) -> None:
+        future = self._pending.get(message.fields["re"])
+        error, result = message.fields.get("error"), message.fields.get("ok") or {}
+        if not isinstance(result, dict) or not isinstance(error, dict | None):
+            raise TypeError("neither a result nor an error")
+        if future is None or future.done():
+            message.close()
+        elif error is not None:
+            message.close()
+            future.set_exception(IsolatorError.from_json(error))
+        else:
+            future.set_result(Message(result, message.fds))
+
     async def _serve(self, message: Message) -> None:
-        op, number = message.fields.get("op"), message.fields.get("id")
+        op, number = message.fields["op"], message.fields.get("id")
         answer: dict[str, Any]
         fds: list[int] = []
         try:
-            handler = self._handlers.get(str(op))
+            handler = self._handlers.get(op)
             if handler is None:
-                raise IsolatorError(f"{self.name}: {op}", "no such operation", "versions of the daemon may be mixed")
+                raise IsolatorError(
+                    f"{self.name}: {op[:80]}", "no such operation", "versions of the daemon may be mixed"
+                )
             result = await handler(message)
             if isinstance(result, Message):
                 answer, fds = {"re": number, "ok": result.fields}, result.fds
@@ -190,18 +220,23 @@ class Channel:
         except IsolatorError as error:
             answer = {"re": number, "error": error.to_json()}
         except OSError as error:
-            answer = {"re": number, "error": IsolatorError(str(op), error.strerror or str(error)).to_json()}
+            answer = {"re": number, "error": IsolatorError(op, error.strerror or str(error)).to_json()}
         except Exception as error:  # the peer must get an answer whatever happened; the loop logs the rest
             self._loop.call_exception_handler({"message": f"{self.name}: {op} failed", "exception": error})
-            answer = {"re": number, "error": IsolatorError(str(op), f"{type(error).__name__}: {error}").to_json()}
+            answer = {"re": number, "error": IsolatorError(op, f"{type(error).__name__}: {error}").to_json()}
         finally:
             message.close()
-        if number is not None and not self.closed.is_set():
-            self._send(answer, fds)
-        _close_all(fds)
+        try:
+            if number is not None and not self.closed.is_set():
+                self._send(answer, fds)
+        except IsolatorError as error:  # too long, as an error is that repeats what the peer sent
+            self._send({"re": number, "error": error.to_json()}, ())
+        finally:
+            close_all(fds)
 
 
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        with contextlib.suppress(OSError):
-            os.close(fds.pop())
+def _parse(payload: bytes) -> dict[str, Any]:
+    fields = json.loads(payload)
+    if not isinstance(fields, dict):
+        raise TypeError("not a JSON object")
+    return fields

@@ -1,4 +1,4 @@
-"""What lies in the folders that ``host.toml`` lists as ``plugin_dirs``: found, shown, and never run before approval.
+"""Discovery of plugins in the folders that ``host.toml`` lists as ``plugin_dirs``: shown, never run before approval.
 
 Each folder in one of them that holds a ``plugin.json`` is an entry: *pending* when its manifest can be read, else
 *rejected* with the reason. Nothing but the manifest is read, and nothing is believed: approving copies the folder into
@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.messages import FoundEntry, PluginState
 from isolator.linux.files import openat2
 from isolator.linux.folder_watch import FolderWatch
 from isolator.policy.request import MAX_BYTES, ManifestCore, parse_manifest_core
 from isolator.registration.staging import MANIFEST, NAME
+
+logger = logging.getLogger(__name__)
 
 MOST = 256
 """Entries that are looked at in one folder; whoever can write there must not keep the daemon busy with more."""
@@ -40,24 +44,17 @@ class Found:
     manifest: dict[str, Any] = field(default_factory=dict)
     core: ManifestCore | None = None
 
-    def entry(self) -> dict[str, Any]:
-        """As the host and the command line see it (docs/internals.md)."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "digest": "",
-            "state": "rejected" if self.error else "pending",
-            "error": self.error,
-            "found": self.folder,
-            "run": None,
-            "pid": None,
-            "uid": None,
-            "started_at": None,
-            "restarts": 0,
-            "effective": None,
-            "effective_digest": None,
-            "manifest": self.manifest or None,
-        }
+    def entry(self) -> FoundEntry:
+        """As the host and the command line see it."""
+        return FoundEntry(
+            name=self.name,
+            version=self.version,
+            digest="",
+            state=PluginState.REJECTED if self.error else PluginState.PENDING,
+            error=self.error,
+            found=self.folder,
+            manifest=self.manifest or None,
+        )
 
 
 def scan(folders: Iterable[str], registered: Mapping[str, str]) -> list[Found]:
@@ -88,10 +85,9 @@ class Discovery:
         folders: tuple[str, ...],
         registered: Callable[[], Mapping[str, str]],
         report: Callable[[dict[str, Found], list[str]], None],
-        log: Callable[[str], None],
     ) -> None:
         self.found: dict[str, Found] = {}
-        self._folders, self._registered, self._report, self._log = folders, registered, report, log
+        self._folders, self._registered, self._report = folders, registered, report
         self._watch: FolderWatch | None = None
         self._again = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -102,7 +98,7 @@ class Discovery:
             return
         for folder in self._folders:
             if not Path(folder).is_dir():
-                self._log(f"plugin_dirs: {folder} is not a folder (yet)")
+                logger.warning("plugin_dirs: %s is not a folder (yet)", folder)
         self._watch = FolderWatch(lambda _: self._again.set())
         await self._look()
         self._task = asyncio.create_task(self._keep(), name="discovery")

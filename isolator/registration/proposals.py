@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError
+from isolator.ipc.messages import PendingVersion
 from isolator.layers.explain import proposal_json
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
@@ -87,7 +88,7 @@ class Proposals:
             "changed_binary": self.binary_changed(now),
         }
 
-    def waiting(self, registration: Registration) -> dict[str, Any] | None:
+    def waiting(self, registration: Registration) -> PendingVersion | None:
         """The version that waits for approval, for listings."""
         pending = registration.pending
         if pending is None:
@@ -96,7 +97,7 @@ class Proposals:
             more = self._more(registration, self._core(registration, pending))
         except (IsolatorError, OSError) as error:
             more = (str(error),)
-        return {"version": pending.version, "digest": pending.digest, "differences": list(more)}
+        return PendingVersion(version=pending.version, digest=pending.digest, differences=tuple(more))
 
     def proposed_policy(self, now: Registration) -> str | None:
         """The policy text that approving the waiting version writes; None: the file is an operator's own."""

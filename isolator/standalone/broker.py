@@ -11,7 +11,9 @@ import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
-from isolator.ipc.channel import MAX_FDS, Channel, Handler, Message, pair, receive_packet
+from isolator.ipc.body import WithFds, by_op
+from isolator.ipc.channel import MAX_FDS, Channel, Handler, pair, receive_packet
+from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage
 from isolator.linux.descriptors import close_all
 from isolator.standalone.records import Records
 
@@ -36,12 +38,13 @@ async def broker_for(
     outside = network_layer.host_listeners(policy.network)
     sockets, network.sockets = [*network.sockets, *outside], []
 
-    async def inside(message: Message) -> Message:
-        count, version = int(message.fields.get("count", 1)), int(message.fields.get("version", 4))
-        return Message({}, network_layer.connectors(network, min(count, MAX_FDS), version=version))
+    async def inside(request: CageSockets) -> WithFds[None]:
+        count, version = min(max(request.count, 1), MAX_FDS), 6 if request.version == 6 else 4
+        return WithFds(None, network_layer.connectors(network, count, version=version))
 
     def broker() -> contextlib.AbstractAsyncContextManager[None]:
-        return _broker(sockets, policy, run, paths, config, records, {"cage.sockets": inside} if outside else {})
+        handlers = by_op(CageSockets.on(inside)) if outside else {}
+        return _broker(sockets, policy, run, paths, config, records, handlers)
 
     lazy = policy.network.mode != "public" and not policy.network.egress
     try:
@@ -125,13 +128,13 @@ async def _broker(
     reader = _Reader(audit, records)
     channel = Channel(mine, handlers, name="broker")
     try:
-        await channel.call("hello", root=str(paths.root), config=config.model_dump(mode="json"), timeout=20)
-        await channel.call("cage.attach", fds=sockets, run=run, plugin=policy.plugin,
-                           policy=policy.network.model_dump(mode="json"), timeout=10)  # fmt: skip
+        await channel.ask(BrokerHello(root=str(paths.root), config=config.model_dump(mode="json")), timeout=20)
+        attach = AttachCage(run=run, plugin=policy.plugin, policy=policy.network.model_dump(mode="json"))
+        await channel.ask(attach, fds=sockets, timeout=10)
         close_all(sockets)  # a kept copy would let connects hang instead of being refused when the broker dies
         yield
         with contextlib.suppress(Exception):  # it may have died; what it had to say is said
-            await channel.call("cage.detach", run=run, timeout=5)
+            await channel.ask(DetachCage(run=run), timeout=5)
         reader.drain()
     finally:
         channel.close()

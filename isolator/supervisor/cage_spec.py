@@ -1,9 +1,9 @@
-"""How a plugin's cage differs from any other: its user, its files, its state, its socket, its environment."""
+"""Specification of a plugin's cage: its user, files, state, socket and environment."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,19 +16,12 @@ from isolator.registration import store as plugin_store
 from isolator.registration.staging import hash_descriptor, open_binary
 
 if TYPE_CHECKING:
+    from isolator.ipc.messages import Environment
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
     from isolator.volume.volume import Volume
 
 SOCKET = "plugin.sock"
-
-
-@dataclass
-class Environment:
-    """What the host says a run gets: its config as variables and secret files."""
-
-    env: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
 
 
 def plugin_spec(
@@ -39,9 +32,9 @@ def plugin_spec(
     run: str,
     environment: Environment,
     state: Volume,
-    owned: list[int],
+    own: Callable[[int], object],
 ) -> CageSpec:
-    """The cage of one run. What it opens is appended to ``owned``, half-way too; the caller closes it all.
+    """The cage of one run. ``own`` takes over each descriptor that is opened, also when this fails half-way.
 
     Raises DeniedError when a binary registered by path is not the one that was approved any more.
     """
@@ -51,7 +44,7 @@ def plugin_spec(
     binds: list[Bind] = []
 
     def bind(target: str, fd: int, *, writable: bool = False) -> None:
-        owned.append(fd)
+        own(fd)
         binds.append(Bind(target, fd, writable=writable, executable=not writable))
 
     bind("/plugin", os.open(store.folder(name, registration.release), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -74,7 +67,7 @@ def plugin_spec(
     options = {"size": "64k", "nr_inodes": "16", "mode": "0700", "uid": str(uid), "gid": str(gid)}
     attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
     directory = mount.new_filesystem("tmpfs", options, attributes=attributes)
-    owned.append(directory)
+    own(directory)
     return CageSpec(
         name=name,
         run=run,
@@ -94,7 +87,7 @@ def plugin_spec(
 
 
 def host_api_folder(paths: Paths, name: str) -> Path:
-    """The folder on the host side that holds a plugin's host-API socket; bound whole, so it survives the host."""
+    """Folder on the host that holds a plugin's host-API socket; bound whole into the cage, so it survives the host."""
     folder = paths.run / "hostapi" / name
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
@@ -102,7 +95,7 @@ def host_api_folder(paths: Paths, name: str) -> Path:
 
 
 def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environment) -> dict[str, str]:
-    """Everything a sidecar finds in its environment (protocol.md): nothing is inherited."""
+    """Environment of a sidecar (docs/plugins.md); nothing is inherited."""
     state = "/state" if policy.filesystem.state else ""
     return {
         **environment.env,

@@ -1,26 +1,24 @@
-"""The life of one plugin's sidecar: start, watch, stop, back off, give up.
+"""Life cycle of one plugin's sidecar: start, watch, stop, back off, give up.
 
-States: ``stopped starting running stopping backoff failed disabled rejected``. A start is asked for by the
-host when an event waits, or by an operator. Once started it is wanted until it is stopped: a crash is followed by
-a restart after a back-off (exponential with jitter); too many crashes in the window and it is ``failed``, kept and
-shown, until an operator starts it again. A ``trial`` is the start of a new version: watched until it is up, and not
-repeated when it fails, so that the version before can come back.
+The host requests a start when an event waits, or for an operator. Once started it is wanted until it is stopped: a
+crash is followed by a restart after a back-off (exponential with jitter); too many crashes in the window and it is
+``failed``, kept and shown, until an operator starts it again. A trial is the start of a new version: watched until it
+is up, and not repeated when it fails, so that the version before can come back.
 
 One run at a time, and one task that owns it from the first journal entry to the last group removed. Whoever starts,
-stops or exchanges a version holds the plugin's lock (``registration_ops.py``).
+stops or exchanges a version holds the plugin's lock (``plugins.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.audit.schema import (
     PluginCrashed,
@@ -28,12 +26,14 @@ from isolator.audit.schema import (
     PluginQuarantined,
     PluginStarted,
     PluginStopped,
+    Resources,
     SyscallDenied,
 )
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
-from isolator.supervisor.cage_spec import Environment
-from isolator.supervisor.run import Run, RunSurroundings, close_all, prepare_run
+from isolator.ipc.messages import Environment, PluginState
+from isolator.pacing import Backoff
+from isolator.supervisor.run import Run, RunContext, prepare_run
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -43,50 +43,39 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
-class Surroundings(RunSurroundings, Protocol):
-    """What a plugin's life needs of the supervisor."""
-
-    def run_started(self, plugin: Plugin, pipes: list[int]) -> None: ...
-
-    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None: ...
-
-    def run_ended(self, plugin: Plugin, run: str, end: CageExit, *, expected: bool, retry_in: float | None) -> None: ...
-
-    def changed(self, plugin: Plugin) -> None: ...
-
-    def record_resources(self, plugin: Plugin) -> None: ...
+_BACKOFF_SPREAD = 0.2
 
 
 class Plugin:
-    """One registered plugin, and its run if it has one."""
+    """One registered plugin, and its run if it has one. ``changed`` is called with it after each change of state."""
 
     registration: Registration
     effective: EffectivePolicy | None
     argv: list[str]
     manifest: dict[str, Any]
-    state: str
+    state: PluginState
     error: str
 
-    def __init__(self, around: Surroundings, loaded: Loaded) -> None:
+    def __init__(self, context: RunContext, loaded: Loaded, changed: Callable[[Plugin], None]) -> None:
         self.run: Run | None = None
         self.restarts = 0
         self.notice = ""
-        """What is wrong with its policy file while an earlier content of it stays in force."""
-        self._around = around
-        self._crashes: deque[float] = deque()
-        self._task: asyncio.Task[None] | None = None
-        self._changed = asyncio.Condition()
-        self._wanted = False
-        self._hurry = asyncio.Event()
-        self._halt = asyncio.Event()
-        """The run is to end, however far its start has come."""
-        self._reason = ""
-        """Why it is to end."""
+        """The fault of its policy file while an earlier content of it stays in force."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
-        self._trial: asyncio.Future[str] | None = None
-        self.take(loaded)
+        self._context, self._on_change = context, changed
+        self._crashes: deque[float] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._settled = asyncio.Condition()
+        """Notified after each change of state."""
+        self._wanted = False
+        self._end_backoff = asyncio.Event()
+        self._stop = asyncio.Event()
+        """The run is to end, however far its start has come."""
+        self._stop_reason = ""
+        self._verdict: asyncio.Future[str] | None = None
+        """Outcome of the trial that is under way."""
+        self.adopt(loaded)
 
     @property
     def name(self) -> str:
@@ -98,94 +87,107 @@ class Plugin:
 
     @property
     def wanted(self) -> bool:
-        """Whether it runs, or will by itself."""
+        """Whether the sidecar runs, or will by itself."""
         return self._wanted and self._task is not None and not self._task.done()
 
-    def take(self, loaded: Loaded) -> None:
-        """Go on with this version and policy; nothing of it may run."""
+    def adopt(self, loaded: Loaded) -> None:
+        """Switch to another version or policy. The plugin must not be running."""
         assert self.run is None
         self.registration, self.manifest, self.argv = loaded.registration, loaded.manifest, loaded.argv
         self.effective = loaded.proposal.effective if loaded.proposal else None
         self.error, self.notice = loaded.error, ""
         self._crashes.clear()
-        self.state = self._resting()
+        self.state = self._idle_state()
 
-    def renew(self, registration: Registration) -> None:
-        """It was enabled or disabled; version and policy are the same, and what had failed is forgiven."""
+    def set_enabled(self, registration: Registration) -> None:
+        """Take over a registration that was enabled or disabled, and forget earlier failures."""
         self.registration = registration
         if not self.wanted:
             self._crashes.clear()
             self.error = "" if self.effective is not None else self.error
-            self._set(self._resting())
+            self._set(self._idle_state())
 
-    def _resting(self) -> str:
+    def _idle_state(self) -> PluginState:
         if self.effective is None:
-            return "rejected"
-        return "stopped" if self.registration.enabled else "disabled"
+            return PluginState.REJECTED
+        return PluginState.STOPPED if self.registration.enabled else PluginState.DISABLED
 
-    # --- what others ask -------------------------------------------------------------------------------------
+    # --- start and stop --------------------------------------------------------------------------------------
 
-    async def up(self) -> Run:
-        """The running run; waits for a start or a back-off in progress, and raises when nothing comes of it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.state not in ("starting", "backoff", "stopping"))
-        if self.state != "running" or self.run is None:
+    async def wait_running(self) -> Run:
+        """Return the running run, after a start or a back-off in progress; raises when nothing comes of it."""
+        async with self._settled:
+            await self._settled.wait_for(lambda: self.state not in _PASSING)
+        if self.state != PluginState.RUNNING or self.run is None:
             raise UnavailableError(
                 f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'"
             )
         return self.run
 
-    def begin(self, reason: str) -> None:
-        """Start it unless it is started; raises when it may not."""
+    def start(self, reason: str) -> None:
+        """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
         if self.state in _REMEDIES:
             raise DeniedError(
                 f"plugin {self.name}", self.error or f"is {self.state}", _REMEDIES[self.state].format(self.name)
             )
-        if self.state == "failed":
+        if self.state == PluginState.FAILED:
             if reason != "operator":
                 raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
             self._crashes.clear()
         if reason == "operator":
-            self._hurry.set()
+            self._end_backoff.set()
         if self._task is None or self._task.done():
             self._wanted = True
-            self._halt.clear()
+            self._stop.clear()
             self.error = ""
-            self._set("starting")
-            self._task = asyncio.create_task(self._live(reason), name=f"plugin {self.name}")
+            self._set(PluginState.STARTING)
+            self._task = asyncio.create_task(self._supervise(reason), name=f"plugin {self.name}")
 
-    async def trial(self, reason: str) -> str:
-        """Start it and watch until it is up; returns why it failed, empty when it did not."""
-        self._trial = asyncio.get_running_loop().create_future()
+    async def try_version(self, reason: str) -> str:
+        """Start a new version and watch until it is up; returns why it failed, empty when it did not."""
+        self._verdict = asyncio.get_running_loop().create_future()
         try:
-            self.begin(reason)
-            return await self._trial
+            self.start(reason)
+            return await self._verdict
         finally:
-            self._trial = None
+            self._verdict = None
 
     async def stop(self, reason: str) -> None:
-        """Stop the run and want none; returns when everything of it is gone."""
+        """Stop the run and want none; returns when everything of it is removed."""
         self._wanted = False
-        self._reason = reason
-        self._hurry.set()
-        self._halt.set()
+        self._stop_reason = reason
+        self._end_backoff.set()
+        self._stop.set()
         if self._task is not None and not self._task.done():
-            if self.state in ("starting", "running"):
-                self._set("stopping")
+            if self.state in (PluginState.STARTING, PluginState.RUNNING):
+                self._set(PluginState.STOPPING)
             await asyncio.wait([self._task])
-        if self.effective is not None and self.state != "failed":
+        if self.effective is not None and self.state != PluginState.FAILED:
             self.error = ""
 
     async def connect(self, run_id: str, deadline: float) -> socket.socket:
-        """A connection to the sidecar's socket, made for the host, which could not reach it itself."""
+        """Connect to the socket of a run; raises as ``Run.connect``."""
         run = self.run
         if run is None or run.id != run_id:
             raise UnavailableError(f"plugin {self.name}", "that run has ended", "ask again")
         return await run.connect(self.registration.uid, deadline, lambda: self.run is run)
 
+    # --- the host and the trail --------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """Give a new host the log pipes and the host API of the run, if there is one."""
+        run = self.run
+        if run is not None and self.state == PluginState.RUNNING:
+            self._context.host.run_started(self.name, self.registration.uid, run.id, run.cage.pid, run.pipes)
+
+    def record_usage(self) -> None:
+        """Write the ``resources`` record of the run, if there is one."""
+        if self.run is not None and self.run.cage.started:
+            self._context.audit.record(Resources(**self.run.usage()), plugin=self.name, run=self.run.id)
+
     # --- the task that owns a run ----------------------------------------------------------------------------
 
-    async def _live(self, reason: str) -> None:
+    async def _supervise(self, reason: str) -> None:
         try:
             while self._wanted:
                 run_id, end, problem = await self._one_run(reason)
@@ -193,33 +195,35 @@ class Plugin:
                 why = problem or _describe(end)
                 retry = None if expected or self._failed_trial(why) else self._after_crash(why)
                 if end is not None:
-                    self._around.run_ended(self, run_id, end, expected=expected, retry_in=retry)
+                    self._context.host.run_ended(
+                        self.name, run_id, end, state=self.state, expected=expected, retry_in=retry
+                    )
                 if retry is None:
                     break
-                self._hurry.clear()
+                self._end_backoff.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._hurry.wait(), retry)
+                    await asyncio.wait_for(self._end_backoff.wait(), retry)
                 if self._wanted:
                     self.restarts += 1
-                    self._set("starting")
+                    self._set(PluginState.STARTING)
                     reason = "restart after a crash"
         finally:
             self._conclude_trial("it was stopped")
         self._wanted = False
-        if self.state != "failed":
-            self._set(self._resting())
+        if self.state != PluginState.FAILED:
+            self._set(self._idle_state())
 
     def _failed_trial(self, why: str) -> bool:
-        if self._trial is None or self._trial.done():
+        if self._verdict is None or self._verdict.done():
             return False
         self.error = why
-        self._set("stopped")
+        self._set(PluginState.STOPPED)
         self._conclude_trial(why)
         return True
 
     def _conclude_trial(self, outcome: str) -> None:
-        if self._trial is not None and not self._trial.done():
-            self._trial.set_result(outcome)
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_result(outcome)
 
     def _after_crash(self, why: str) -> float | None:
         """Note a crash; returns the seconds to wait, or None when there were too many."""
@@ -232,42 +236,42 @@ class Plugin:
         count = len(self._crashes)
         if count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
-            self._set("failed")
-            record = self._around.audit.record
+            self._set(PluginState.FAILED)
+            record = self._context.audit.record
             record(PluginFailed(reason=self.error), plugin=self.name)
             why = f"crashed too often; waits for 'isolator plugin start {self.name}'"
             record(PluginQuarantined(reason=why, crashes=count, seconds=limits.window), plugin=self.name)
             return None
         self.error = why
-        self._set("backoff")
-        pause: float = min(limits.backoff_max, limits.backoff_min * 2 ** (count - 1))
-        return pause * random.uniform(0.8, 1.2)
+        self._set(PluginState.BACKOFF)
+        return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(count - 1)
 
     async def _one_run(self, reason: str) -> tuple[str, CageExit | None, str]:
-        """Build one cage, watch it to its end, take everything down: (run id, its end, what kept it from starting)."""
+        """Build one cage, watch it to its end, take everything down; returns the run's id, its end and, when it did not
+        start, the reason."""
         assert self.effective is not None
         run: Run | None = None
         run_id = secrets.token_hex(5)
         try:
-            environment = await self._until_halted(self._environment())
+            environment = await self._until_stopped(self._environment())
             if environment is None:
                 return run_id, None, ""
             run = self.run = await prepare_run(
-                self._around, self.registration, self.effective, self.argv, run_id, environment
+                self._context, self.registration, self.effective, self.argv, run_id, environment
             )
             await run.cage.start()
             self._started(run, reason)
             end = await run.watch(
-                self._halt,
-                steady=lambda: self._conclude_trial(""),
-                leave=lambda: self._around.run_stopping(self, run_id, self._reason),
+                self._stop,
+                on_steady=lambda: self._conclude_trial(""),
+                drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
             )
-            self._record_end(run, end, await self._around.last_words(self.name, run_id))
+            self._record_end(run, end, await self._context.host.stderr_tail(self.name, run_id))
             return run_id, end, ""
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
             why = _why(error)
             crashed = PluginCrashed(cause="did not start", reason=why)
-            self._around.audit.record(crashed, plugin=self.name, run=run_id)
+            self._context.audit.record(crashed, plugin=self.name, run=run_id)
             return run_id, None, why
         finally:
             self.run = None
@@ -275,16 +279,17 @@ class Plugin:
                 await run.take_down()
 
     async def _environment(self) -> Environment:
-        """What waits for others: until the trail can be written, and until the host, which knows the config, is up."""
-        await self._around.may_start()
-        return await self._around.environment(self.name)
+        """Wait until the trail can be written and the host is up, which knows the config; return that."""
+        if self._context.wait_for_trail:
+            await self._context.audit.writable()
+        return await self._context.host.environment(self.name)
 
-    async def _until_halted(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """The outcome of ``work``; None when it was given up because the plugin is to stop."""
+    async def _until_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return the outcome of ``work``; None when it was given up because the plugin is to stop."""
         task = asyncio.create_task(work)
-        halted = asyncio.create_task(self._halt.wait())
-        await asyncio.wait({task, halted}, return_when=asyncio.FIRST_COMPLETED)
-        halted.cancel()
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
@@ -298,8 +303,8 @@ class Plugin:
         controls = ledger(volume.check)
         spec = run.cage.spec
         run.started_at = utc_now()
-        close_all(run.loose)
-        audit = self._around.audit
+        run.for_start.close()
+        audit = self._context.audit
         started = PluginStarted(
             reason=reason,
             pid=run.cage.pid,
@@ -315,7 +320,7 @@ class Plugin:
         )
         audit.record(started, plugin=self.name, run=run.id, urgent=True)
         if run.cage.listener >= 0:
-            self._around.denials.watch(
+            self._context.notifier.watch(
                 run.cage.listener,
                 lambda denied: audit.record(
                     SyscallDenied(call=denied.call, count=denied.count),
@@ -326,12 +331,12 @@ class Plugin:
                 ),
             )
             run.cage.listener = -1
-        if not self._halt.is_set():
-            self._set("running")
-        self._around.run_started(self, run.pipes)
+        if not self._stop.is_set():
+            self._set(PluginState.RUNNING)
+        self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
 
-    def _record_end(self, run: Run, end: CageExit, last_words: list[str]) -> None:
-        self._around.record_resources(self)
+    def _record_end(self, run: Run, end: CageExit, stderr_tail: tuple[str, ...]) -> None:
+        self.record_usage()
         ended = (PluginCrashed if self._wanted else PluginStopped)(
             exit_code=end.exit_code,
             signal=end.signal,
@@ -339,24 +344,25 @@ class Plugin:
             oom_kills=end.events.oom_kills,
             task_denials=end.events.task_denials,
             uptime=round(end.uptime, 3),
-            stderr=last_words,
+            stderr=list(stderr_tail),
         )
         # Urgent: on its way before the journal forgets the run. If we die between, nobody else would tell.
-        self._around.audit.record(ended, plugin=self.name, run=run.id, urgent=True)
+        self._context.audit.record(ended, plugin=self.name, run=run.id, urgent=True)
 
-    def _set(self, state: str) -> None:
+    def _set(self, state: PluginState) -> None:
         self.state = state
-        self._around.changed(self)
+        self._on_change(self)
         asyncio.get_running_loop().create_task(self._notify()).add_done_callback(lambda t: t.exception())
 
     async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        async with self._settled:
+            self._settled.notify_all()
 
 
+_PASSING = frozenset({PluginState.STARTING, PluginState.BACKOFF, PluginState.STOPPING})
 _REMEDIES = {
-    "disabled": "isolator plugin enable {0}",
-    "rejected": "see 'isolator plugin show {0}' and correct it",
+    PluginState.DISABLED: "isolator plugin enable {0}",
+    PluginState.REJECTED: "see 'isolator plugin show {0}' and correct it",
 }
 
 

@@ -1,71 +1,55 @@
-"""The plugins of one daemon: which there are, and that one thing happens to one plugin at a time.
+"""Table of the daemon's plugins; one thing at a time happens to each.
 
-Whoever starts, stops, adds, exchanges or removes a plugin holds its lock; an event that wants it meanwhile waits. What
-the host asks runs to its end even if the host dies. What exactly can be asked of a registration is in
-``registration_ops.py``; what follows from an edited policy file in ``policy_watch.py``.
+Whoever starts, stops, adds, exchanges or removes a plugin holds its lock; an event that wants it meanwhile waits.
+Versions are exchanged in ``updates.py``; ``policy_watch.py`` follows edited policy files.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from isolator.audit.schema import PluginPending, PluginRejected
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UnavailableError
-from isolator.ipc.channel import Handler, Message
-from isolator.policy.host import HostConfig
+from isolator.ipc.messages import PendingVersion, PluginEntry, PluginState, RegisteredEntry
 from isolator.registration.discovery import Discovery, Found
+from isolator.registration.proposals import Loaded
 from isolator.registration.registrar import Registrar
 from isolator.registration.store import Registration
-from isolator.supervisor.lifecycle import Plugin, Surroundings
-from isolator.supervisor.run import Run
+from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.run import Run, RunContext
 from isolator.volume.volume import Volume
 
 T = TypeVar("T")
-
-
-class Daemon(Surroundings, Protocol):
-    """What the registrations need of the supervisor."""
-
-    config: HostConfig
-
-    def tell_host(self, op: str, /, **fields: Any) -> None: ...
+logger = logging.getLogger(__name__)
 
 
 class PluginTable:
-    """Every plugin by name."""
+    """Every plugin by name, and the folders in which others are found."""
 
-    def __init__(self, daemon: Daemon, registrar: Registrar, log: Callable[[str], None]) -> None:
+    def __init__(self, context: RunContext, registrar: Registrar, plugin_dirs: tuple[str, ...]) -> None:
         self.plugins: dict[str, Plugin] = {}
-        self.daemon, self.registrar, self.log = daemon, registrar, log
-        self.discovery = Discovery(daemon.config.plugin_dirs, self._sources, self._discovered, log)
+        self.registrar = registrar
+        self.discovery = Discovery(plugin_dirs, self._sources, self._discovered)
+        self._context = context
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
-        self._waiting: dict[str, tuple[str, str, dict[str, Any] | None]] = {}
-
-    def handlers(self) -> dict[str, Handler]:
-        """What the host may ask about runs."""
-        return {
-            "run.ensure": self._on_ensure,
-            "run.connect": self._on_connect,
-            "run.stop": self.to_the_end(self._on_stop),
-            "run.restart": self.to_the_end(self._on_restart),
-            "plugin.status": self._on_status,
-        }
+        self._pending: dict[str, tuple[str, str, PendingVersion | None]] = {}
 
     def load(self) -> None:
-        """Know every registered plugin; what is broken about one is shown with it."""
+        """Read every registered plugin; a broken one is kept as ``rejected``, an unreadable one is left out."""
         for name in self.registrar.names():
             try:
-                plugin = self.plugins[name] = Plugin(self.daemon, self.registrar.load(name))
+                plugin = self.add(self.registrar.load(name))
             except IsolatorError as error:
-                self.log(f"plugin {name} is left out: {error}")
+                logger.error("plugin %s is left out: %s", name, error)
                 continue
             if plugin.error:
-                self.log(f"plugin {name} is rejected: {plugin.error}")
+                logger.error("plugin %s is rejected: %s", name, plugin.error)
 
     async def close(self) -> None:
         """Let nothing begin any more, end what is in progress, and stop every plugin."""
@@ -78,14 +62,38 @@ class PluginTable:
             for plugin in self.plugins.values():
                 group.create_task(plugin.stop("the daemon stops"))
         for name in self.plugins:
-            await asyncio.to_thread(Volume(self.daemon.paths.state, name, self.daemon.runtime.journal).close)
+            await asyncio.to_thread(self.volume(name).close)
 
     def lock(self, name: str) -> asyncio.Lock:
-        """What is held while something happens to the plugin of that name."""
+        """The lock under which something happens to the plugin of that name."""
         return self._locks[name]
 
+    def own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start work that ends with the daemon at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def volume(self, name: str) -> Volume:
+        """The persistent state of the plugin of that name."""
+        return Volume(self._context.paths.state, name, self._context.runtime.journal)
+
+    # --- entries ---------------------------------------------------------------------------------------------
+
+    def add(self, loaded: Loaded) -> Plugin:
+        """Add a registered plugin, or put it in the place of one that was found."""
+        plugin = self.plugins[loaded.registration.name] = Plugin(self._context, loaded, self.announce)
+        self.discovery.found.pop(plugin.name, None)
+        return plugin
+
+    def drop(self, name: str) -> None:
+        """Drop a plugin that is registered no more, and tell the host, which may have come back meanwhile."""
+        del self.plugins[name]
+        self._context.host.plugin_removed(name)
+
     def find(self, name: str) -> Plugin:
-        """The registered plugin of that name; raises what tells why there is none."""
+        """The registered plugin of that name; raises IsolatorError with the reason why there is none."""
         plugin = self.plugins.get(name)
         if plugin is not None:
             return plugin
@@ -98,105 +106,77 @@ class PluginTable:
             f"plugin {name}", f"was found in {found.folder} and not yet approved", f"isolator plugin approve {name}"
         )
 
-    def entries(self) -> list[dict[str, Any]]:
+    def announce(self, plugin: Plugin) -> None:
+        """Tell the host of a plugin's new state."""
+        self._context.host.plugin_changed(self.entry(plugin))
+
+    def entries(self) -> list[PluginEntry]:
         """Every plugin, registered or found, as the host and the command line see it."""
         return [*map(self.entry, self.plugins.values()), *(found.entry() for found in self.discovery.found.values())]
 
-    def entry(self, plugin: Plugin) -> dict[str, Any]:
+    def entry(self, plugin: Plugin) -> RegisteredEntry:
         """One registered plugin as the host and the command line see it."""
         run, registration, effective = plugin.run, plugin.registration, plugin.effective
-        return {
-            "name": plugin.name,
-            "version": plugin.version,
-            "digest": registration.digest,
-            "state": plugin.state,
-            "error": "; ".join(filter(None, (plugin.error, plugin.notice))),
-            "run": run.id if run else None,
-            "pid": run.cage.pid if run and plugin.state == "running" else None,
-            "uid": registration.uid,
-            "started_at": run.started_at if run else None,
-            "restarts": plugin.restarts,
-            "effective": effective.model_dump(mode="json") if effective else None,
-            "effective_digest": effective.digest() if effective else None,
-            "manifest": plugin.manifest,
-            "binary": registration.release.binary_path or None,
-            "previous": [release.digest for release in registration.previous],
-            "pending": self.pending(registration),
-            "on_trial": plugin.on_trial,
-            "source": registration.source.path or registration.source.binary,
-        }
+        return RegisteredEntry(
+            name=plugin.name,
+            version=plugin.version,
+            digest=registration.digest,
+            state=plugin.state,
+            error="; ".join(filter(None, (plugin.error, plugin.notice))),
+            run=run.id if run else None,
+            pid=run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
+            uid=registration.uid,
+            started_at=run.started_at if run else None,
+            restarts=plugin.restarts,
+            effective=effective.model_dump(mode="json") if effective else None,
+            effective_digest=effective.digest() if effective else None,
+            manifest=plugin.manifest,
+            binary=registration.release.binary_path or None,
+            previous=tuple(release.digest for release in registration.previous),
+            pending=self.pending(registration),
+            on_trial=plugin.on_trial,
+            source=registration.source.path or registration.source.binary,
+        )
 
-    def pending(self, registration: Registration) -> dict[str, Any] | None:
-        """What waits for approval; worked out once for each pair of versions, as entries are sent often."""
+    def pending(self, registration: Registration) -> PendingVersion | None:
+        """The version that waits for approval; compared once with each version in use, as entries are sent often."""
         if registration.pending is None:
             return None
         key = (registration.digest, registration.pending.digest)
-        known = self._waiting.get(registration.name)
+        known = self._pending.get(registration.name)
         if known is None or known[:2] != key:
-            known = self._waiting[registration.name] = (*key, self.registrar.waiting(registration))
+            known = self._pending[registration.name] = (*key, self.registrar.waiting(registration))
         return known[2]
-
-    def to_the_end(
-        self, handler: Callable[[Message], Coroutine[Any, Any, T]]
-    ) -> Callable[[Message], Coroutine[Any, Any, T]]:
-        """A handler that is not cancelled when the host, which asked, dies."""
-
-        async def run(message: Message) -> T:
-            return await asyncio.shield(self.own(handler(message)))
-
-        return run
-
-    def own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Do something that ends with the daemon at the latest."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # --- runs ------------------------------------------------------------------------------------------------
 
-    async def _on_ensure(self, message: Message) -> dict[str, Any]:
-        run = await self._ensure(name_in(message), str(message.fields.get("reason", "event")))
-        return {"run": run.id, "pid": run.cage.pid}
-
-    async def _ensure(self, name: str, reason: str) -> Run:
+    async def ensure(self, name: str, reason: str) -> Run:
+        """Start a plugin unless it runs, and wait until it does."""
         self.find(name)
         async with self.lock(name):
             if self._closing:
                 raise UnavailableError("daemon", "it is stopping", "start it again")
             plugin = self.find(name)
-            plugin.begin(reason)
+            plugin.start(reason)
         # Outside the lock: a start may take a while and a back-off longer, and both can be stopped.
-        return await plugin.up()
+        return await plugin.wait_running()
 
-    async def _on_connect(self, message: Message) -> Message:
-        plugin = self.find(name_in(message))
-        connection = await plugin.connect(str(message.fields["run"]), float(message.fields.get("deadline", 10)))
-        return Message({}, [connection.detach()])
-
-    async def _on_stop(self, message: Message) -> dict[str, Any]:
-        name = name_in(message)
+    async def stop(self, name: str, reason: str) -> None:
+        """Stop a plugin's run."""
         self.find(name)
         async with self.lock(name):
-            await self.find(name).stop(str(message.fields.get("reason", "asked")))
-        return {}
+            await self.find(name).stop(reason)
 
-    async def _on_restart(self, message: Message) -> dict[str, Any]:
-        name = name_in(message)
+    async def restart(self, name: str, reason: str) -> Run:
+        """Stop and start a plugin, and wait until it runs."""
         self.find(name)
         async with self.lock(name):
             plugin = self.find(name)
-            await plugin.stop(str(message.fields.get("reason", "restart")))
-            plugin.begin("operator")
-        run = await plugin.up()
-        return {"run": run.id, "pid": run.cage.pid}
+            await plugin.stop(reason)
+            plugin.start("operator")
+        return await plugin.wait_running()
 
-    async def _on_status(self, message: Message) -> dict[str, Any]:
-        # Without what is large and what the host has from ``plugin.changed``: this is asked for every listing.
-        large = ("manifest", "effective")
-        return {"plugins": [{k: v for k, v in entry.items() if k not in large} for entry in self.entries()]}
-
-    # --- what is found ---------------------------------------------------------------------------------------
+    # --- discovery -------------------------------------------------------------------------------------------
 
     def _sources(self) -> dict[str, str]:
         return {name: plugin.registration.source.path for name, plugin in self.plugins.items()}
@@ -204,16 +184,11 @@ class PluginTable:
     def _discovered(self, changed: dict[str, Found], gone: list[str]) -> None:
         for name, found in changed.items():
             if found.error:
-                self.log(f"{found.folder} is rejected: {found.error}")
-                self.daemon.audit.record(PluginRejected(folder=found.folder, reason=found.error), plugin=name)
+                logger.warning("%s is rejected: %s", found.folder, found.error)
+                self._context.audit.record(PluginRejected(folder=found.folder, reason=found.error), plugin=name)
             else:
-                self.log(f"plugin {name} was found in {found.folder} and waits for approval")
-                self.daemon.audit.record(PluginPending(folder=found.folder, version=found.version), plugin=name)
-            self.daemon.tell_host("plugin.changed", plugin=found.entry())
+                logger.info("plugin %s was found in %s and waits for approval", name, found.folder)
+                self._context.audit.record(PluginPending(folder=found.folder, version=found.version), plugin=name)
+            self._context.host.plugin_changed(found.entry())
         for name in gone:
-            self.daemon.tell_host("plugin.changed", removed=name)
-
-
-def name_in(message: Message) -> str:
-    """The plugin that a message is about."""
-    return str(message.fields.get("name"))
+            self._context.host.plugin_removed(name)

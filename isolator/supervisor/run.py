@@ -14,27 +14,32 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import FsDenied, NetDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
-from isolator.cage.runtime import CageRuntime
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
+from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
+from isolator.pacing import Backoff
 from isolator.policy.denial import DenialRule
-from isolator.supervisor.cage_spec import SOCKET, Environment, plugin_spec
+from isolator.supervisor.cage_spec import SOCKET, plugin_spec
 from isolator.volume.volume import Volume
 
 if TYPE_CHECKING:
     from isolator.audit.client import AuditClient
+    from isolator.cage.runtime import CageRuntime
+    from isolator.ipc.messages import Environment
     from isolator.layers.seccomp.notifier import SeccompNotifier
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
     from isolator.registration.store import Registration
+    from isolator.supervisor.broker_link import BrokerLink
+    from isolator.supervisor.host_link import HostLink
     from isolator.supervisor.socket_watch import SocketWatch
 
 SOCKET_SECONDS = 10.0
@@ -43,24 +48,19 @@ STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 
 
-class RunSurroundings(Protocol):
-    """What a run needs of the supervisor."""
+@dataclass(frozen=True)
+class RunContext:
+    """The parts of the daemon that runs use."""
 
-    runtime: CageRuntime
     paths: Paths
+    runtime: CageRuntime
     audit: AuditClient
-    denials: SeccompNotifier
+    host: HostLink
+    broker: BrokerLink
     sockets: SocketWatch
-
-    async def may_start(self) -> None: ...
-
-    async def last_words(self, name: str, run: str) -> list[str]: ...
-
-    async def environment(self, name: str) -> Environment: ...
-
-    async def attach_network(self, run: str, plugin: str, network: network_layer.CageNetwork, policy: Any) -> None: ...
-
-    async def detach_network(self, run: str) -> None: ...
+    notifier: SeccompNotifier
+    wait_for_trail: bool
+    """Start nothing while the trail cannot be written."""
 
 
 @dataclass
@@ -75,86 +75,91 @@ class Run:
     """The socket directory: a descriptor of its mount, which is attached nowhere on the host."""
     pipes: list[int]
     """Read ends of stdout and stderr, kept for a host that comes back."""
-    loose: list[int]
+    kept: FdSet
+    """Owner of ``directory`` and ``pipes``."""
+    for_start: FdSet
     """Descriptors that only the start needs."""
-    around: RunSurroundings
+    context: RunContext
     socket_there: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
-    """What it used when it was last looked at."""
-    over: bool = False
-    """Its first process has ended; what is left of the others is about to."""
-    verdict: str = ""
-    """Why the supervisor ended it, when it did; told in place of what the process itself reports."""
+    exited: bool = False
+    """Its first process has ended; the others are about to."""
+    forced_cause: str = ""
+    """Why the supervisor ended it, if it did; takes the place of the cause that the process itself reports."""
+    _usage: dict[str, Any] = field(default_factory=dict)
 
-    def end(self, why: str) -> None:
-        """Kill the whole cage at once, for a reason."""
-        self.verdict = self.verdict or why
+    def terminate(self, cause: str) -> None:
+        """Kill the whole cage at once; ``cause`` is recorded as that of its end."""
+        self.forced_cause = self.forced_cause or cause
         if self.cage.started:
             self.cage.kill()
 
     def detect_drift(self) -> str:
-        """What somebody changed about the running cage's groups; empty when it is as it was made."""
+        """Return which of the running cage's control groups somebody has changed, and how; empty: none."""
         return self.cage.detect_drift() if self.cage.started else ""
 
-    def look(self) -> dict[str, Any]:
-        """What it uses now, or came to; of processes that have ended meanwhile, what they had when last looked at."""
+    def usage(self) -> dict[str, Any]:
+        """Return the resources used so far; those of processes that have ended as of the call before."""
         leaf = self.cage.leaf
-        now = snapshot(leaf.folders(), [] if self.over else leaf.processes())
-        before = {} if now["processes"] else {key: self.figures[key] for key in OF_PROCESSES if key in self.figures}
-        self.figures = {**before, **now}
-        return self.figures
+        now = snapshot(leaf.folders(), [] if self.exited else leaf.processes())
+        before = {} if now["processes"] else {key: self._usage[key] for key in OF_PROCESSES if key in self._usage}
+        self._usage = {**before, **now}
+        return self._usage
 
     async def watch(
-        self, halt: asyncio.Event, *, steady: Callable[[], None], leave: Callable[[], Awaitable[None]]
+        self, stop: asyncio.Event, *, on_steady: Callable[[], None], drain: Callable[[], Awaitable[None]]
     ) -> CageExit:
         """Wait for the end; a sidecar that does not make its socket in time is ended.
 
-        It is stopped when ``halt`` is set, after ``leave``, in which those who speak with it end their conversation.
-        ``steady`` is called when the socket has been there for ``STEADY_SECONDS``.
+        ``stop`` ends it gracefully, after ``drain``. ``on_steady`` is called when the socket has been there for
+        ``STEADY_SECONDS``.
         """
         loop = asyncio.get_running_loop()
-        watched = self.around.sockets.add(self.directory, self._look_for_socket)
-        self._look_for_socket()
+        watched = self.context.sockets.add(self.directory, self._check_socket)
+        self._check_socket()
         drift = network_layer.watch(self.cage.network)
         loop.add_reader(drift, self._ruleset_changed, drift)
         waiting = asyncio.create_task(self.cage.wait())
         there = asyncio.create_task(self.socket_there.wait())
-        stopping = asyncio.create_task(self._stop_when(halt, leave))
+        stopping = asyncio.create_task(self._stop_when(stop, drain))
         try:
             await asyncio.wait({waiting, there}, timeout=SOCKET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            self.around.sockets.remove(watched)
+            self.context.sockets.remove(watched)
             if self.socket_there.is_set():
                 await asyncio.wait({waiting}, timeout=STEADY_SECONDS)
                 if not waiting.done():
-                    steady()
+                    on_steady()
             elif not waiting.done():
                 await self.cage.stop(self.effective.restart.stop_grace)
-                self.verdict = self.verdict or f"no socket in {SOCKET_SECONDS:g} s"
+                self.forced_cause = self.forced_cause or f"no socket in {SOCKET_SECONDS:g} s"
             end = await waiting
-            self.over = True
-            return replace(end, cause=self.verdict) if self.verdict else end
+            self.exited = True
+            return replace(end, cause=self.forced_cause) if self.forced_cause else end
         finally:
-            self.around.sockets.remove(watched)
+            self.context.sockets.remove(watched)
             loop.remove_reader(drift)
             drift.close()
             for task in (there, stopping, waiting):
                 task.cancel()
 
-    async def _stop_when(self, halt: asyncio.Event, leave: Callable[[], Awaitable[None]]) -> None:
-        await halt.wait()
+    async def _stop_when(self, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]) -> None:
+        await stop.wait()
         try:
-            await leave()
+            await drain()
         except Exception as error:  # whatever it was, the run is stopped
-            context = {"message": f"{self.plugin} was stopped without a leave", "exception": error}
+            context = {"message": f"{self.plugin} was stopped without being drained", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
-        self.look()
+        self.usage()
         await self.cage.stop(self.effective.restart.stop_grace)
 
     async def connect(self, uid: int, deadline: float, alive: Callable[[], bool]) -> socket.socket:
-        """A connection to the sidecar's socket, made for the host, which could not reach it itself."""
-        end = asyncio.get_running_loop().time() + deadline
-        pause = 0.001
+        """Connect to the sidecar's socket for the host, which could not reach it itself.
+
+        Tries for ``deadline`` seconds and while ``alive``. Raises UnavailableError, or DeniedError when the socket is
+        not one of the user ``uid``.
+        """
+        loop = asyncio.get_running_loop()
+        end, backoff = loop.time() + deadline, Backoff(0.001, 0.05)
         while True:
             if not alive():
                 raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "ask again")
@@ -162,11 +167,11 @@ class Run:
                 return self._connect_once(uid)
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
                 # Bound but not yet listening, or its backlog of one is full: no event tells when that changes.
-                if asyncio.get_running_loop().time() + pause > end:
+                pause = backoff.next()
+                if loop.time() + pause > end:
                     why = f"its socket does not accept connections ({error.strerror})"
                     raise UnavailableError(f"plugin {self.plugin}", why, "see 'isolator plugin logs'") from None
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, 0.05)
 
     def _connect_once(self, uid: int) -> socket.socket:
         fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
@@ -174,7 +179,7 @@ class Run:
             info = os.fstat(fd)
             if not stat.S_ISSOCK(info.st_mode) or info.st_uid != uid:
                 denied = FsDenied(path=SOCKET, count=1, why="not a socket of the plugin's own")
-                self.around.audit.record(denied, plugin=self.plugin, run=self.id)
+                self.context.audit.record(denied, plugin=self.plugin, run=self.id)
                 raise DeniedError(
                     f"plugin {self.plugin}", "its socket was replaced by something else", "nothing was sent"
                 )
@@ -195,14 +200,14 @@ class Run:
             os.close(fd)
 
     async def take_down(self) -> None:
-        """Everything of the run is removed; idempotent where it matters: after a start that failed half-way too."""
-        close_all(self.loose)
+        """Remove everything of the run; also after a start that failed half-way."""
+        self.for_start.close()
         await self.cage.release()
         with contextlib.suppress(UnavailableError):
-            await self.around.detach_network(self.id)
-        close_all([self.directory, *self.pipes])
+            await self.context.broker.detach(self.id)
+        self.kept.close()
 
-    def _look_for_socket(self) -> None:
+    def _check_socket(self) -> None:
         with contextlib.suppress(OSError):
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
             self.socket_there.set()
@@ -216,49 +221,40 @@ class Run:
             network_layer.confirm(self.cage.network, self.effective.network)
         except ConfinementError as error:
             denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=error.why)
-            self.around.audit.record(denied, plugin=self.plugin, run=self.id)
-            self.end("its network rules were changed")
+            self.context.audit.record(denied, plugin=self.plugin, run=self.id)
+            self.terminate("its network rules were changed")
 
 
 async def prepare_run(
-    around: RunSurroundings, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
+    context: RunContext, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
     environment: Environment,
 ) -> Run:  # fmt: skip
-    """Everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
+    """Make everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
     name = registration.name
-    owned: list[int] = []
-    try:
-        state = Volume(around.paths.state, name, around.runtime.journal)
-        files = effective.filesystem
-        if files.state and not state.ready(files.state):
-            # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
-            gid = plugin_gid(registration.user, registration.uid)
-            owner = {"uid": registration.uid, "gid": gid}
-            os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
-        spec = plugin_spec(registration, effective, argv, around.paths, run_id, environment, state, owned)
+    state = Volume(context.paths.state, name, context.runtime.journal)
+    files = effective.filesystem
+    if files.state and not state.ready(files.state):
+        # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
+        gid = plugin_gid(registration.user, registration.uid)
+        owner = {"uid": registration.uid, "gid": gid}
+        os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
 
-        async def hand_over(made: network_layer.CageNetwork) -> None:
-            await around.attach_network(run_id, name, made, effective.network)
+    async def hand_over(made: network_layer.CageNetwork) -> None:
+        await context.broker.attach(run_id, name, made, effective.network, run.terminate)
 
-        pipes, writers = _log_pipes()
-        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    with FdSet() as owned:
+        spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, owned.add)
+        pipes, writers = _log_pipes(owned)
+        null = owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        cage = Cage(spec, context.runtime, Stdio(null, *writers), handover=hand_over)
         directory = spec.mounts["/run/isolator/plugin"]
-        cage = Cage(spec, around.runtime, Stdio(null, *writers), handover=hand_over)
-        run = Run(run_id, name, effective, cage, directory, pipes, [], around)
-        owned.remove(directory)
-        run.loose, owned = [*owned, null, *writers], []
+        kept = FdSet([owned.release(fd) for fd in (directory, *pipes)])
+        for_start = FdSet(owned.release_all())
+        run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context)
         return run
-    finally:
-        close_all(owned)
 
 
-def close_all(fds: list[int]) -> None:
-    """Close descriptors and forget them."""
-    while fds:
-        os.close(fds.pop())
-
-
-def _log_pipes() -> tuple[list[int], list[int]]:
+def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:
     """Pipes for stdout and stderr: read ends, and write ends opened read-write.
 
     A write end alone would give the plugin EPIPE when the reader, the host, dies.
@@ -266,8 +262,10 @@ def _log_pipes() -> tuple[list[int], list[int]]:
     readers, writers = [], []
     for _ in range(2):
         read, write = os.pipe2(os.O_CLOEXEC)
-        writers.append(os.open(f"/proc/self/fd/{write}", os.O_RDWR | os.O_CLOEXEC))
-        os.close(write)
+        readers.append(owned.add(read))
+        try:
+            writers.append(owned.add(os.open(f"/proc/self/fd/{write}", os.O_RDWR | os.O_CLOEXEC)))
+        finally:
+            os.close(write)
         os.set_blocking(read, False)
-        readers.append(read)
     return readers, writers

@@ -9,67 +9,79 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from isolator.ipc.channel import Channel, Handler, pair
+from isolator.errors import UnavailableError
+from isolator.ipc.body import Handler
+from isolator.ipc.channel import Channel, pair
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
+from isolator.linux.descriptors import close_all
+from isolator.linux.readable import readable
 from isolator.linux.unprivileged import service_command
+from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
+
+logger = logging.getLogger(__name__)
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 5.0
 _STEADY_SECONDS = 30.0
+_UP_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """What a service is: its module, its user, and what it can ask of the supervisor."""
+    """Module and user of a service."""
 
     name: str
     module: str
     uid: int
     gid: int
-    handlers: Mapping[str, Handler] = field(default_factory=dict)
 
 
 class ChildProcess:
-    """One service, started again whenever it dies. ``on_up`` introduces it to the others each time."""
+    """One service. ``channel`` is None before its first start and closed between two processes."""
 
-    def __init__(
-        self,
-        spec: ServiceSpec,
-        subtree: Subtree,
-        journal: Journal,
-        *,
-        on_up: Callable[[ChildProcess], Awaitable[None]],
-        inherit: Callable[[], dict[str, int]] = dict,
-        log: Callable[[str], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, spec: ServiceSpec, subtree: Subtree, journal: Journal) -> None:
         self.spec = spec
         self.channel: Channel | None = None
         self.starts = 0
         self.up = asyncio.Event()
         """Set while the service answers."""
         self.ended = ""
-        """How it ended the last time."""
+        """How the process before ended."""
         self._subtree, self._journal = subtree, journal
-        self._on_up, self._inherit, self._log = on_up, inherit, log
         self._process: subprocess.Popen[bytes] | None = None
         self._leaf: Leaf | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
 
-    async def start(self) -> None:
-        """Start it for the first time (a failure is the caller's) and keep it running."""
-        await self._launch()
-        self._task = asyncio.create_task(self._keep(), name=f"service {self.spec.name}")
+    async def start(
+        self,
+        introduce: Callable[[Channel], Awaitable[None]],
+        *,
+        handlers: Mapping[str, Handler] | None = None,
+        inherit: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        """Start the service for the first time (a failure is the caller's) and keep it running.
+
+        Each process gets the descriptors that ``inherit`` returns by name; they are closed here. ``introduce`` says
+        hello to it; ``handlers`` serve its requests.
+        """
+
+        async def launch() -> None:
+            await self._launch(introduce, handlers or {}, inherit)
+
+        await launch()
+        self._task = asyncio.create_task(self._keep(launch), name=f"service {self.spec.name}")
 
     async def stop(self) -> None:
-        """Close its channel, wait 5 s for its end, then kill it."""
+        """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
         self._stopping = True
         if self._task is not None:
             self._task.cancel()
@@ -84,19 +96,35 @@ class ChildProcess:
                     await _ended(self._process)
         await self._clear()
 
+    async def wait_up(self) -> Channel:
+        """Wait until the service answers; raises UnavailableError when it does not come up."""
+        try:
+            async with asyncio.timeout(_UP_SECONDS):
+                await self.up.wait()
+        except TimeoutError:
+            why = f"did not come up in {_UP_SECONDS:g} s"
+            raise UnavailableError(self.spec.name, why, "see the daemon's log") from None
+        assert self.channel is not None
+        return self.channel
+
     @property
     def pid(self) -> int | None:
-        """Its pid, for resource figures."""
+        """Pid of the present process, or of the last."""
         return self._process.pid if self._process is not None else None
 
-    async def _launch(self) -> None:
+    async def _launch(
+        self,
+        introduce: Callable[[Channel], Awaitable[None]],
+        handlers: Mapping[str, Handler],
+        inherit: Callable[[], dict[str, int]],
+    ) -> None:
         spec = self.spec
         leaf = Leaf(self._subtree.unified / f"service.{spec.name}")
         self._journal.record(Entry(f"service.{spec.name}", "service", tuple(map(str, leaf.folders()))))
         leaf.create(None)
         self._leaf = leaf
         mine, theirs = pair()
-        inherited = {"channel": theirs.fileno(), **self._inherit()}
+        inherited = {"channel": theirs.detach(), **inherit()}
         command = service_command(spec.module, spec.uid, spec.gid, inherited)
         try:
             self._process = subprocess.Popen(
@@ -104,19 +132,15 @@ class ChildProcess:
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}, start_new_session=True, umask=0o027,
             )  # fmt: skip
         finally:
-            for fd in inherited.values():
-                if fd == theirs.fileno():
-                    theirs.close()
-                else:
-                    os.close(fd)
+            close_all(inherited.values())
         (leaf.unified / "cgroup.procs").write_text(str(self._process.pid))
-        self.channel = Channel(mine, self.spec.handlers, name=spec.name)
+        channel = self.channel = Channel(mine, handlers, name=spec.name)
         self.starts += 1
-        await self._on_up(self)
+        await introduce(channel)
         self.up.set()
 
-    async def _keep(self) -> None:
-        backoff = _BACKOFF_FIRST
+    async def _keep(self, launch: Callable[[], Awaitable[None]]) -> None:
+        backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
         loop = asyncio.get_running_loop()
         while not self._stopping:
             started = loop.time()
@@ -125,17 +149,16 @@ class ChildProcess:
             self.up.clear()
             await self._clear()
             self.ended = _how(self._process.returncode)
-            self._log(f"{self.spec.name} ended ({self.ended}); starting it again")
+            logger.warning("%s ended (%s); starting it again", self.spec.name, self.ended)
             if loop.time() - started > _STEADY_SECONDS:
-                backoff = _BACKOFF_FIRST
+                backoff.reset()
             while True:
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, _BACKOFF_LAST)
+                await asyncio.sleep(backoff.next())
                 try:
-                    await self._launch()
+                    await launch()
                     break
                 except Exception as error:  # whatever it was, the service must come back; the next try is paced
-                    self._log(f"{self.spec.name} did not start: {error}")
+                    logger.error("%s did not start: %s", self.spec.name, error)
                     await self._clear()
 
     async def _clear(self) -> None:
@@ -155,14 +178,10 @@ class ChildProcess:
 async def _ended(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
-    loop = asyncio.get_running_loop()
     fd = os.pidfd_open(process.pid)
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: None if ready.done() else ready.set_result(None))
     try:
-        await ready
+        await readable(fd)
     finally:
-        loop.remove_reader(fd)
         os.close(fd)
     process.wait()
 

@@ -24,8 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isolator.audit.client import utc_now
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError
-from isolator.ipc.channel import Channel, Message, pair
+from isolator.ipc import messages
+from isolator.ipc.body import WithFds, by_op
+from isolator.ipc.channel import Channel, pair
+from isolator.ipc.messages import PluginState
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
@@ -113,28 +117,28 @@ class Daemon(FakeAudit):
         theirs.close()
         audit_theirs.close()
         self.listen_to_audit(audit_ours)
-        handlers = {
-            "run.ensure": self._ensure,
-            "run.connect": self._connect,
-            "run.stop": self._stop,
-            "run.restart": self._restart,
-            "plugin.status": self._status,
-            **self.registrar.handlers(),
-        }
+        handlers = (
+            by_op(
+                messages.EnsureRun.on(self._ensure),
+                messages.ConnectRun.on(self._connect),
+                messages.StopRun.on(self._stop),
+                messages.RestartRun.on(self._restart),
+                messages.ListPlugins.on(self._status),
+            )
+            | self.registrar.handlers()
+        )
         self.channel = Channel(ours, handlers, name="host")
         self.paths.control_socket.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(self.paths.control_socket))
         self.paths.control_socket.chmod(0o666)
         listener.listen(128)
-        await self.channel.call(
-            "hello",
-            timeout=20,
-            fds=[listener.fileno()],
+        hello = messages.HostHello(
             root=str(self.root),
             config=self.config.model_dump(mode="json"),
-            plugins=[self.entry(s) for s in self.sidecars.values()],
+            plugins=tuple(map(self.entry, self.sidecars.values())),
         )
+        await self.channel.ask(hello, fds=[listener.fileno()], timeout=20)
         listener.close()
         for sidecar in self.sidecars.values():
             if sidecar.state == "running":
@@ -200,35 +204,33 @@ class Daemon(FakeAudit):
         self.sidecars[sidecar.name] = sidecar
         return sidecar
 
-    def entry(self, sidecar: Sidecar) -> dict[str, Any]:
-        """Return the plugin entry of docs/internals.md."""
+    def entry(self, sidecar: Sidecar) -> messages.RegisteredEntry:
+        """A plugin as the supervisor shows it to the host."""
         core = parse_manifest_core(json.dumps(sidecar.manifest).encode())
         effective = meet(core, None, self.config).effective
-        return {
-            "name": sidecar.name,
-            "version": core.version,
-            "digest": "0" * 64,
-            "state": sidecar.state,
-            "error": None,
-            "run": sidecar.run,
-            "pid": sidecar.process.pid if sidecar.process is not None and sidecar.run else None,
-            "uid": sidecar.uid,
-            "started_at": time.time(),
-            "restarts": max(0, sidecar.starts - 1),
-            "effective": effective.model_dump(mode="json"),
-            "effective_digest": effective.digest(),
-            "manifest": sidecar.manifest,
-        }
+        return messages.RegisteredEntry(
+            name=sidecar.name,
+            version=core.version,
+            digest="0" * 64,
+            state=PluginState(sidecar.state),
+            run=sidecar.run,
+            pid=sidecar.process.pid if sidecar.process is not None and sidecar.run else None,
+            uid=sidecar.uid,
+            started_at=utc_now(),
+            restarts=max(0, sidecar.starts - 1),
+            effective=effective.model_dump(mode="json"),
+            effective_digest=effective.digest(),
+            manifest=sidecar.manifest,
+        )
 
     def changed(self, sidecar: Sidecar) -> None:
         """Notify the host of a changed plugin."""
         if self.channel is not None:
-            self.channel.notify("plugin.changed", plugin=self.entry(sidecar))
+            self.channel.tell(messages.PluginChanged(plugin=self.entry(sidecar)))
 
     async def _spawn(self, sidecar: Sidecar) -> None:
         assert self.channel is not None
-        answer = (await self.channel.call("run.environment", name=sidecar.name, timeout=10)).fields
-        sidecar.env = dict(answer["env"])
+        sidecar.env = (await self.channel.ask(messages.GetEnvironment(name=sidecar.name), timeout=10)).env
         self._runs += 1
         sidecar.starts += 1
         sidecar.run, sidecar.stopping = f"run{self._runs}", False
@@ -266,20 +268,15 @@ class Daemon(FakeAudit):
         return sidecar.folder / "host.sock"
 
     def _announce(self, sidecar: Sidecar) -> None:
-        assert self.channel is not None and sidecar.process is not None
+        assert self.channel is not None and sidecar.process is not None and sidecar.run is not None
         path = self._host_socket(sidecar)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         os.chown(path, sidecar.uid, sidecar.uid)
         listener.listen(16)
-        self.channel.notify(
-            "run.started",
-            fds=[*sidecar.pipes, listener.fileno()],
-            name=sidecar.name,
-            run=sidecar.run,
-            pid=sidecar.process.pid,
-        )
+        started = messages.RunStarted(name=sidecar.name, run=sidecar.run, pid=sidecar.process.pid)
+        self.channel.tell(started, fds=[*sidecar.pipes, listener.fileno()])
         listener.close()
         self.wake()
 
@@ -290,8 +287,7 @@ class Daemon(FakeAudit):
         again = not expected and sidecar.starts < sidecar.give_up_after
         sidecar.state = "stopped" if expected else "backoff" if again else "failed"
         assert self.channel is not None
-        self.channel.notify(
-            "run.ended",
+        ended = messages.RunEnded(
             name=sidecar.name,
             run=run,
             exit_code=code if code >= 0 else None,
@@ -299,9 +295,10 @@ class Daemon(FakeAudit):
             cause="exit",
             expected=expected,
             uptime=1.0,
-            state=sidecar.state,
+            state=PluginState(sidecar.state),
             retry_in=BACKOFF if again else None,
         )
+        self.channel.tell(ended)
         self.wake()
         if again:
             await asyncio.sleep(BACKOFF)
@@ -314,7 +311,7 @@ class Daemon(FakeAudit):
         """Drain, send SIGTERM, wait."""
         sidecar.stopping = True
         if sidecar.run is not None and self.channel is not None:
-            await self.channel.call("run.stopping", name=sidecar.name, run=sidecar.run, reason=reason, timeout=5)
+            await self.channel.ask(messages.DrainRun(name=sidecar.name, run=sidecar.run, reason=reason), timeout=5)
         process = sidecar.process
         if process is not None and process.returncode is None:
             process.terminate()
@@ -323,30 +320,32 @@ class Daemon(FakeAudit):
 
     # Requests of the host
 
-    def find(self, message: Message) -> Sidecar:
-        """Find the plugin that a message names."""
-        name = str(message.fields.get("name"))
+    def find(self, name: str) -> Sidecar:
+        """The plugin of that name."""
         if name not in self.sidecars:
             raise NotFoundError(f"plugin {name}", "no such plugin")
         return self.sidecars[name]
 
-    async def _ensure(self, message: Message) -> dict[str, Any]:
-        sidecar = self.find(message)
+    async def _ensure(self, request: messages.EnsureRun) -> messages.Running:
+        sidecar = self.find(request.name)
         if sidecar.state == "disabled":
             raise IsolatorError(f"plugin {sidecar.name}", "is disabled")
-        if sidecar.state == "failed" and message.fields.get("reason") != "operator":
+        if sidecar.state == "failed" and request.reason != "operator":
             raise IsolatorError(f"plugin {sidecar.name}", "has failed")
         async with sidecar.lock:
             if sidecar.run is None:
                 await self._spawn(sidecar)
-        assert sidecar.process is not None
-        return {"run": sidecar.run, "pid": sidecar.process.pid}
+        return self._running(sidecar)
 
-    async def _connect(self, message: Message) -> Message:
-        sidecar = self.find(message)
-        end = time.monotonic() + float(message.fields["deadline"])
+    def _running(self, sidecar: Sidecar) -> messages.Running:
+        assert sidecar.run is not None and sidecar.process is not None
+        return messages.Running(run=sidecar.run, pid=sidecar.process.pid)
+
+    async def _connect(self, request: messages.ConnectRun) -> WithFds[None]:
+        sidecar = self.find(request.name)
+        end = time.monotonic() + request.deadline
         while True:
-            if sidecar.run != message.fields["run"]:
+            if sidecar.run != request.run:
                 raise UnavailableError(f"plugin {sidecar.name}", "that run has ended")
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
@@ -355,7 +354,7 @@ class Daemon(FakeAudit):
                 if not stat.S_ISSOCK(path.lstat().st_mode):
                     raise IsolatorError("its socket was replaced")
                 sock.connect(self.foreign_listener or str(path))
-                return Message({}, [sock.detach()])
+                return WithFds(None, [sock.detach()])
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
                 sock.close()
                 if time.monotonic() > end:
@@ -365,20 +364,18 @@ class Daemon(FakeAudit):
                 sock.close()
                 raise
 
-    async def _stop(self, message: Message) -> dict[str, Any]:
-        await self.stop_sidecar(self.find(message), str(message.fields.get("reason")))
-        return {}
+    async def _stop(self, request: messages.StopRun) -> None:
+        await self.stop_sidecar(self.find(request.name), request.reason)
 
-    async def _restart(self, message: Message) -> dict[str, Any]:
-        sidecar = self.find(message)
+    async def _restart(self, request: messages.RestartRun) -> messages.Running:
+        sidecar = self.find(request.name)
         await self.stop_sidecar(sidecar)
         async with sidecar.lock:
             await self._spawn(sidecar)
-        assert sidecar.process is not None
-        return {"run": sidecar.run, "pid": sidecar.process.pid}
+        return self._running(sidecar)
 
-    async def _status(self, _: Message) -> dict[str, Any]:
-        return {"plugins": [self.entry(s) for s in self.sidecars.values()]}
+    async def _status(self, _: messages.ListPlugins) -> messages.Plugins:
+        return messages.Plugins(plugins=tuple(map(self.entry, self.sidecars.values())))
 
     # Requests to the host
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from isolator.cage import cage
+from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.recovery.journal import Journal
-from isolator.supervisor import service as services
+from isolator.supervisor import service
+from isolator.supervisor.broker_link import BrokerLink
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.run import Run
-from isolator.supervisor.supervisor import Supervisor
 from tests.system.daemon import Daemon
 
 PLUGIN = "echo"
@@ -65,7 +66,8 @@ def _write(order: Path, victims: dict[str, str]) -> None:
 def main() -> None:
     root = Path(sys.argv[1])
     order = root / "kill-at"
-    supervisors: list[Supervisor] = []
+    processes: dict[str, Any] = {}
+    """The launcher and the services, by name, as they were made last."""
 
     def reached(step: str) -> None:
         victims = _read(order)
@@ -75,13 +77,10 @@ def main() -> None:
         _write(order, victims)
         if victim == "supervisor":
             signal.raise_signal(signal.SIGKILL)
-        one = supervisors[0]
-        pid = one.runtime.launcher.pid if victim == "launcher" else one._running()._services[victim].pid
-        assert pid is not None
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(processes[victim].pid, signal.SIGKILL)
 
-    def around(owner: type, name: str, *, before: str = "", after: str = "", when: Callable[..., bool] | None = None):
+    def wrap(owner: type, name: str, *, before: str = "", after: str = "", when: Callable[..., bool] | None = None):
         whole = getattr(owner, name)
 
         def tell(step: str, arguments: tuple[Any, ...]) -> None:
@@ -110,22 +109,27 @@ def main() -> None:
             reached(step)
 
     cage.Stopwatch = Ticking  # type: ignore[misc]
-    made = Supervisor.__init__
 
-    def remember(self: Supervisor, *arguments: Any, **further: Any) -> None:
-        made(self, *arguments, **further)
-        supervisors.append(self)
+    def remember(owner: type, name: Callable[[Any], str]) -> None:
+        made = owner.__init__
 
-    Supervisor.__init__ = remember  # type: ignore[method-assign]
-    around(Plugin, "_started", after="told")
-    around(Plugin, "_record_end", before="ended", after="recorded")
-    around(cage.Cage, "release", before="release")
-    around(Cgroup, "release", after="groups gone")
-    around(Journal, "forget", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))
-    around(Supervisor, "detach_network", after="network gone")
-    around(Run, "take_down", after="all gone")
+        def init(self: Any, *arguments: Any, **further: Any) -> None:
+            made(self, *arguments, **further)
+            processes[name(self)] = self
+
+        owner.__init__ = init
+
+    remember(Launcher, lambda _: "launcher")
+    remember(service.ChildProcess, lambda process: process.spec.name)
+    wrap(Plugin, "_started", after="told")
+    wrap(Plugin, "_record_end", before="ended", after="recorded")
+    wrap(cage.Cage, "release", before="release")
+    wrap(Cgroup, "release", after="groups gone")
+    wrap(Journal, "forget", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))
+    wrap(BrokerLink, "detach", after="network gone")
+    wrap(Run, "take_down", after="all gone")
     # Services that die one after the other all day: only the pause between their starts is shortened.
-    services._BACKOFF_LAST = services._BACKOFF_FIRST  # type: ignore[misc]
+    service._BACKOFF_LAST = service._BACKOFF_FIRST  # type: ignore[misc]
 
     from host.cli.main import main as command_line
 

@@ -19,13 +19,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from isolator.cage.runtime import CageRuntime
+from isolator.ipc.messages import Environment
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.seccomp import layer as seccomp
@@ -37,8 +37,8 @@ from isolator.recovery import journal as journal_module
 from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.registration.staging import Source
-from isolator.supervisor.cage_spec import Environment
 from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.run import RunContext
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.volume.volume import Volume
 from tests.registration.test_cut_short import EFFECTS, WRITES
@@ -55,8 +55,8 @@ HIDDEN: tuple[tuple[Any, str], ...] = (
 """What changes something and raises no audit event."""
 
 
-class _Deaf:
-    """In place of the audit trail and of the denials: what they are told matters to the test of the whole daemon."""
+class _NoAudit:
+    """In place of the audit client and of the seccomp notifier: their records are tested with the whole daemon."""
 
     def record(self, *_: Any, **__: Any) -> None: ...
 
@@ -64,37 +64,28 @@ class _Deaf:
         os.close(listener)
 
 
-@dataclass
-class _Around:
-    """What a plugin's life needs of the supervisor, without services."""
+class _NoBroker:
+    """In place of the link to the broker."""
 
-    runtime: CageRuntime
-    paths: Paths
-    audit: Any
-    denials: Any
-    sockets: SocketWatch
+    async def attach(self, *_: Any) -> None: ...
 
-    async def may_start(self) -> None: ...
+    async def detach(self, run: str) -> None: ...
+
+
+class _NoHost:
+    """In place of the link to the host."""
 
     async def environment(self, name: str) -> Environment:
-        return Environment({"KEY": "value"}, {"secret": "text"})
+        return Environment(env={"KEY": "value"}, files={"secret": "text"})
 
-    async def attach_network(self, run: str, plugin: str, network: Any, policy: Any) -> None: ...
+    def run_started(self, *_: Any) -> None: ...
 
-    async def detach_network(self, run: str) -> None: ...
+    async def drain(self, name: str, run: str, reason: str) -> None: ...
 
-    def run_started(self, plugin: Plugin, pipes: list[int]) -> None: ...
-
-    async def run_stopping(self, plugin: Plugin, run: str, reason: str) -> None: ...
-
-    async def last_words(self, name: str, run: str) -> list[str]:
-        return []
+    async def stderr_tail(self, name: str, run: str) -> tuple[str, ...]:
+        return ()
 
     def run_ended(self, *_: Any, **__: Any) -> None: ...
-
-    def changed(self, plugin: Plugin) -> None: ...
-
-    def record_resources(self, plugin: Plugin) -> None: ...
 
 
 class _World:
@@ -119,11 +110,14 @@ class _World:
         journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         launcher = Launcher()
         tell(launcher.pid)
-        around = _Around(CageRuntime(launcher, journal, subtree), self.paths, _Deaf(), _Deaf(), SocketWatch())
-        plugin = Plugin(around, self.registrar.load(NAME))
+        context: Any = RunContext(
+            self.paths, CageRuntime(launcher, journal, subtree), _NoAudit(), _NoHost(), _NoBroker(), SocketWatch(),
+            _NoAudit(), wait_for_trail=False,
+        )  # fmt: skip
+        plugin = Plugin(context, self.registrar.load(NAME), lambda _: None)
         begin()
-        plugin.begin("operator")
-        await plugin.up()
+        plugin.start("operator")
+        await plugin.wait_running()
         await plugin.stop("asked")
         Volume(self.paths.state, NAME, journal).close()
         end()
@@ -267,11 +261,11 @@ def test_nothing_is_left_whichever_step_it_dies_at(world: _World) -> None:
     assert pwd.getpwuid(world.uid)
 
 
-def test_it_is_stopped_although_taking_leave_fails(world: _World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_is_stopped_although_its_drain_fails(world: _World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fails(*_: Any) -> None:
         raise RuntimeError("whatever it was")
 
-    monkeypatch.setattr(_Around, "run_stopping", fails)
+    monkeypatch.setattr(_NoHost, "drain", fails)
     life = world.live(lambda _: None, lambda: None, lambda: None)
     asyncio.run(asyncio.wait_for(life, seconds(8)))
     assert not world.outside() and not world.caged()

@@ -1,0 +1,84 @@
+"""The audit process, connected to everyone who records: supervisor, broker, host.
+
+Each sender has a source socket of its own. When the audit process is started again every sender gets a new one; when a
+sender is, the records that its predecessor had not handed over are a gap in the trail.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import AuditGap
+from isolator.ipc.channel import Channel, pair
+from isolator.ipc.messages import AuditHello, AuditReady, NewAuditSocket, RecordSource, ServeMetrics
+from isolator.paths import Paths
+from isolator.policy.host import HostConfig
+from isolator.supervisor.listener import listen
+from isolator.supervisor.service import ChildProcess
+
+
+class AuditLink:
+    """The audit process. ``client`` is the supervisor's own sender, ``senders`` the other processes that record."""
+
+    def __init__(
+        self, process: ChildProcess, client: AuditClient, senders: Sequence[ChildProcess], paths: Paths,
+        config: HostConfig,
+    ) -> None:  # fmt: skip
+        self.process = process
+        self.found = AuditReady(blocked=None, ended=True, runs={})
+        """State of the trail at the first start."""
+        self._client, self._senders, self._paths, self._config = client, senders, paths, config
+        self._ends: dict[str, socket.socket] = {}
+        self._made_for: dict[str, int] = {}
+        """By source: the start of the audit process for which its socket was made."""
+
+    async def introduce(self, channel: Channel) -> None:
+        """Say hello to a new audit process, and give every sender a socket to it."""
+        hello = AuditHello(root=str(self._paths.root), config=self._config.model_dump(mode="json"))
+        found = await channel.ask(hello, timeout=20)
+        self._client.reconnect(socket.socket(fileno=self.source_end("supervisor")))
+        with listen(self._paths.metrics_socket, mode=0o600, owner=0, backlog=16) as metrics:
+            channel.tell(ServeMetrics(), fds=[metrics.fileno()])
+        for sender in self._senders:
+            if sender.up.is_set():
+                self._renew(sender)
+        if self.process.starts > 1:
+            self._client.record(AuditGap(count=0, why="the audit process ended and was started again"))
+        else:
+            self.found = found
+
+    def source_end(self, source: str) -> int:
+        """A descriptor of the sending end of a new source socket; the other end goes to the audit process."""
+        mine, theirs = pair()
+        old = self._ends.pop(source, None)
+        if old is not None:
+            old.close()
+        self._ends[source] = mine
+        self._made_for[source] = self.process.starts
+        with theirs:
+            if self.process.channel is not None:
+                self.process.channel.tell(RecordSource(name=source), fds=[theirs.fileno()])
+        return os.dup(mine.fileno())
+
+    def note_restart(self, sender: ChildProcess) -> None:
+        """Record the gap of a sender that came back: nobody knows how many records its predecessor had not sent."""
+        if sender.starts > 1:
+            why = f"the {sender.spec.name} process ended ({sender.ended}); what it had not handed over is lost"
+            self._client.record(AuditGap(count=None, why=why, source=sender.spec.name))
+
+    def catch_up(self, sender: ChildProcess) -> None:
+        """Connect a sender that was coming up while the audit process was started again: ``introduce`` left it out.
+
+        Nothing may be awaited after this: ``up`` is set next, and from then on ``introduce`` takes care of it.
+        """
+        if self.process.up.is_set() and self.process.starts != self._made_for[sender.spec.name]:
+            self._renew(sender)
+
+    def _renew(self, sender: ChildProcess) -> None:
+        assert sender.channel is not None
+        fd = self.source_end(sender.spec.name)
+        sender.channel.tell(NewAuditSocket(), fds=[fd])
+        os.close(fd)

@@ -1,0 +1,146 @@
+"""Requests of the host, from messages to the operations of ``plugins.py`` and ``updates.py`` and back.
+
+A request that changes something runs to its end even if the host, which sent it, dies meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from isolator.ipc import messages
+from isolator.ipc.body import Handler, WithFds, by_op
+from isolator.layers.ledger import ledger
+from isolator.registration.staging import Source
+from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.plugins import PluginTable
+from isolator.supervisor.run import Run
+from isolator.supervisor.updates import Updates
+from isolator.volume import volume
+
+Q = TypeVar("Q")
+T = TypeVar("T")
+
+
+class Handlers:
+    """Handlers of everything that the host may ask."""
+
+    def __init__(self, table: PluginTable, updates: Updates) -> None:
+        self._table, self._updates = table, updates
+
+    def all(self) -> dict[str, Handler]:
+        """Every handler by operation."""
+        whole = self._to_the_end
+        return by_op(
+            messages.EnsureRun.on(self._ensure),
+            messages.ConnectRun.on(self._connect),
+            messages.StopRun.on(whole(self._stop)),
+            messages.RestartRun.on(whole(self._restart)),
+            messages.StagePlugin.on(self._stage),
+            messages.DiscardPlugin.on(self._discard),
+            messages.CommitPlugin.on(whole(self._commit)),
+            messages.UpdatePlugin.on(whole(self._update)),
+            messages.RollBackPlugin.on(whole(self._roll_back)),
+            messages.ApprovePlugin.on(whole(self._approve)),
+            messages.RemovePlugin.on(whole(self._remove)),
+            messages.EnablePlugin.on(whole(self._enable)),
+            messages.DisablePlugin.on(whole(self._disable)),
+            messages.ListPlugins.on(self._list),
+            messages.ExplainPolicy.on(self._explain),
+            messages.GetLedger.on(self._ledger),
+        )
+
+    def _to_the_end(self, handler: Callable[[Q], Coroutine[Any, Any, T]]) -> Callable[[Q], Coroutine[Any, Any, T]]:
+        """The handler, not cancelled when the host dies."""
+
+        async def run(request: Q) -> T:
+            return await asyncio.shield(self._table.own(handler(request)))
+
+        return run
+
+    # --- runs ------------------------------------------------------------------------------------------------
+
+    async def _ensure(self, request: messages.EnsureRun) -> messages.Running:
+        return _running(await self._table.ensure(request.name, request.reason))
+
+    async def _connect(self, request: messages.ConnectRun) -> WithFds[None]:
+        connection = await self._table.find(request.name).connect(request.run, request.deadline)
+        return WithFds(None, [connection.detach()])
+
+    async def _stop(self, request: messages.StopRun) -> None:
+        await self._table.stop(request.name, request.reason)
+
+    async def _restart(self, request: messages.RestartRun) -> messages.Running:
+        return _running(await self._table.restart(request.name, request.reason))
+
+    # --- registrations ---------------------------------------------------------------------------------------
+
+    async def _stage(self, request: messages.StagePlugin) -> WithFds[messages.Staged]:
+        source = Source(
+            path=request.path, name=request.name, binary=request.binary, hooks=request.hooks, files=request.files
+        )
+        candidate = await self._updates.stage(source, request.update or None)
+        staged, now = candidate.staged, self._table.plugins.get(candidate.staged.name)
+        manifest = os.memfd_create("plugin.json", os.MFD_CLOEXEC)
+        os.write(manifest, staged.manifest)
+        os.lseek(manifest, 0, os.SEEK_SET)
+        shown = messages.Staged(
+            token=staged.token,
+            name=staged.name,
+            digest=staged.digest,
+            synthesised=staged.synthesised,
+            proposal=self._table.registrar.shown(candidate),
+            registered=now is not None,
+            differences=candidate.more,
+            unchanged=now is not None and now.registration.release == candidate.release,
+        )
+        return WithFds(shown, [manifest])
+
+    async def _discard(self, request: messages.DiscardPlugin) -> None:
+        self._table.registrar.discard(request.token)
+
+    async def _commit(self, request: messages.CommitPlugin) -> messages.OnePlugin:
+        return self._one(await self._updates.commit(request.token, request.by))
+
+    async def _update(self, request: messages.UpdatePlugin) -> messages.UpdatedPlugin:
+        done = await self._updates.update(request.token, request.by, approve=request.approve)
+        return messages.UpdatedPlugin(
+            plugin=self._table.entry(done.plugin), unchanged=done.unchanged, pending=done.pending,
+            differences=done.differences,
+        )  # fmt: skip
+
+    async def _roll_back(self, request: messages.RollBackPlugin) -> messages.OnePlugin:
+        return self._one(await self._updates.roll_back(request.name, request.by))
+
+    async def _approve(self, request: messages.ApprovePlugin) -> messages.OnePlugin:
+        return self._one(await self._updates.approve(request.name, request.by, request.digest))
+
+    async def _remove(self, request: messages.RemovePlugin) -> None:
+        await self._updates.remove(request.name, request.by)
+
+    async def _enable(self, request: messages.EnablePlugin) -> messages.OnePlugin:
+        return self._one(await self._updates.enable(request.name))
+
+    async def _disable(self, request: messages.DisablePlugin) -> messages.OnePlugin:
+        return self._one(await self._updates.disable(request.name))
+
+    async def _list(self, _: messages.ListPlugins) -> messages.Plugins:
+        # Without what is large and what the host has from ``plugin.changed``: this is asked for every listing.
+        small = (replace(entry, manifest=None, effective=None) for entry in self._table.entries())
+        return messages.Plugins(plugins=tuple(small))
+
+    async def _explain(self, request: messages.ExplainPolicy) -> messages.Proposal:
+        return messages.Proposal(proposal=await self._updates.explain(request.name))
+
+    async def _ledger(self, _: messages.GetLedger) -> messages.Ledger:
+        return messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))
+
+    def _one(self, plugin: Plugin) -> messages.OnePlugin:
+        return messages.OnePlugin(plugin=self._table.entry(plugin))
+
+
+def _running(run: Run) -> messages.Running:
+    return messages.Running(run=run.id, pid=run.cage.pid)

@@ -1,0 +1,120 @@
+"""The host process, which learns of plugins and runs, and knows the plugins' config.
+
+A host that is away misses nothing: the next one gets every plugin with ``hello`` and every run after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+
+from isolator.cage.processes import CageExit
+from isolator.errors import IsolatorError
+from isolator.ipc.body import Request
+from isolator.ipc.channel import MAX_PACKET, Channel
+from isolator.ipc.messages import (
+    DrainRun,
+    Environment,
+    GetEnvironment,
+    GetStderrTail,
+    HostHello,
+    PluginChanged,
+    PluginEntry,
+    PluginState,
+    RunEnded,
+    RunStarted,
+)
+from isolator.linux.descriptors import FdSet
+from isolator.paths import Paths
+from isolator.policy.host import HostConfig
+from isolator.supervisor.cage_spec import host_api_folder
+from isolator.supervisor.listener import listen
+from isolator.supervisor.service import ChildProcess
+
+DRAIN_SECONDS = 3.0
+"""Time in which the host drains a run that is to stop; the host itself allows less."""
+_STDERR_TAIL_SECONDS = 1.0
+"""The end of a run is recorded without its stderr rather than later."""
+
+
+class HostLink:
+    """The host process."""
+
+    def __init__(self, process: ChildProcess, paths: Paths, config: HostConfig) -> None:
+        self.process = process
+        self._paths, self._config = paths, config
+
+    async def hello(self, channel: Channel, entries: Sequence[PluginEntry]) -> None:
+        """Say hello to a new host: it gets every plugin and a fresh listener on the control socket.
+
+        All may connect to it; the caller's uid decides what it may do. The mode holds until the host sets its own.
+        """
+        plugins: tuple[PluginEntry, ...] | None = tuple(entries)
+        encoded = json.dumps([entry.to_json() for entry in entries]).encode()
+        with FdSet() as owned:
+            fds = [owned.add(listen(self._paths.control_socket, mode=0o666, owner=0, backlog=1024).detach())]
+            if len(encoded) > MAX_PACKET // 2:
+                plugins = None
+                fds.append(owned.add(os.memfd_create("plugins", os.MFD_CLOEXEC)))
+                with os.fdopen(os.dup(fds[-1]), "wb") as file:
+                    file.write(encoded)
+            hello = HostHello(
+                root=str(self._paths.root), config=self._config.model_dump(mode="json"), plugins=plugins,
+                fresh=self.process.starts == 1,
+            )  # fmt: skip
+            await channel.ask(hello, fds=fds, timeout=30)
+
+    def plugin_changed(self, entry: PluginEntry) -> None:
+        """Tell the host of a plugin's new state."""
+        self._tell(PluginChanged(plugin=entry))
+
+    def plugin_removed(self, name: str) -> None:
+        """Tell the host that a plugin exists no more."""
+        self._tell(PluginChanged(removed=name))
+
+    async def environment(self, name: str) -> Environment:
+        """Return a plugin's config, once the host is up; raises IsolatorError."""
+        channel = await self.process.wait_up()
+        return await channel.ask(GetEnvironment(name=name), timeout=10)
+
+    def run_started(self, name: str, uid: int, run: str, pid: int, pipes: Sequence[int]) -> None:
+        """Give the host the log pipes of a run and a fresh listener of the plugin's host API."""
+        path = host_api_folder(self._paths, name) / "host.sock"
+        with listen(path, mode=0o600, owner=uid, backlog=16) as listener:
+            self._tell(RunStarted(name=name, run=run, pid=pid), fds=[*pipes, listener.fileno()])
+
+    async def drain(self, name: str, run: str, reason: str) -> None:
+        """Let the host drain a run before a stop: it sends nothing new, waits for replies, sends ``shutdown``.
+
+        Returns within ``DRAIN_SECONDS``, whatever becomes of the host.
+        """
+        if self.process.channel is not None:
+            with contextlib.suppress(IsolatorError):
+                request = DrainRun(name=name, run=run, reason=reason)
+                await self.process.channel.ask(request, timeout=DRAIN_SECONDS)
+
+    def run_ended(
+        self, name: str, run: str, end: CageExit, *, state: PluginState, expected: bool, retry_in: float | None
+    ) -> None:
+        """Tell the host how a run ended."""
+        ended = RunEnded(
+            name=name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause, expected=expected,
+            uptime=end.uptime, state=state, retry_in=retry_in,
+        )  # fmt: skip
+        self._tell(ended)
+
+    async def stderr_tail(self, name: str, run: str) -> tuple[str, ...]:
+        """Return the last lines of an ended run's stderr, redacted; none when the host is away."""
+        if self.process.channel is None or not self.process.up.is_set():
+            return ()
+        try:
+            request = GetStderrTail(name=name, run=run)
+            return (await self.process.channel.ask(request, timeout=_STDERR_TAIL_SECONDS)).stderr
+        except IsolatorError:
+            return ()
+
+    def _tell(self, request: Request[None], fds: Sequence[int] = ()) -> None:
+        if self.process.channel is not None:
+            self.process.channel.tell(request, fds=fds)

@@ -1,0 +1,26 @@
+"""Listening Unix sockets by path."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+
+def listen(path: Path, *, mode: int, owner: int, backlog: int) -> socket.socket:
+    """Listen at ``path``, however long it is, with its final owner and mode; an earlier socket there is replaced."""
+    path.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        previous = os.umask(0o177)
+        try:
+            listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.umask(previous)
+        os.chown(path, owner, -1)
+        os.chmod(path, mode)
+        listener.listen(backlog)
+        return listener
+    finally:
+        os.close(folder)

@@ -1,0 +1,177 @@
+"""A channel whose other end may have been taken over: refusals, no traceback, and no descriptor stays open."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isolator.errors import IsolatorError, UnavailableError, UsageError
+from isolator.ipc.body import Message, WithFds, by_op
+from isolator.ipc.channel import MAX_PACKET, Channel, pair
+from isolator.ipc.messages import ConnectRun, EnsureRun, GetEnvironment, NewAuditSocket, Running
+
+
+class Faults:
+    """The event loop's unhandled errors."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.seen.append(context))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def ensure(request: EnsureRun) -> Running:
+    return Running(run=f"run of {request.name}", pid=7)
+
+
+def linked() -> tuple[Channel, socket.socket]:
+    """A channel that serves ``run.ensure``, and the bare socket of its peer."""
+    mine, theirs = pair()
+    return Channel(mine, by_op(EnsureRun.on(ensure)), name="host"), theirs
+
+
+async def answer_to(theirs: socket.socket, packet: dict[str, Any]) -> dict[str, Any]:
+    theirs.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(theirs, json.dumps(packet).encode())
+    answer = json.loads(await loop.sock_recv(theirs, MAX_PACKET))
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def test_request_is_answered_with_its_reply() -> None:
+    mine, theirs = pair()
+    asked, serving = Channel(mine), Channel(theirs, by_op(EnsureRun.on(ensure)))
+    assert await asked.ask(EnsureRun(name="one"), timeout=5) == Running(run="run of one", pid=7)
+    asked.close()
+    serving.close()
+
+
+async def test_descriptors_come_with_a_reply() -> None:
+    async def connect(_: ConnectRun) -> WithFds[None]:
+        return WithFds(None, [os.open("/dev/null", os.O_RDONLY)])
+
+    before = descriptors()
+    mine, theirs = pair()
+    asked, serving = Channel(mine), Channel(theirs, by_op(ConnectRun.on(connect)))
+    found = await asked.ask_fds(ConnectRun(name="one", run="r"), timeout=5)
+    assert len(found.fds) == 1
+    os.close(found.fds[0])
+    await asked.ask(ConnectRun(name="one", run="r"), timeout=5)  # whoever wants none is left none
+    asked.close()
+    serving.close()
+    await asyncio.sleep(0)
+    assert descriptors() == before
+
+
+async def test_request_with_a_wrong_field_is_refused_and_the_next_served() -> None:
+    faults = Faults()
+    channel, theirs = linked()
+    refused = await answer_to(theirs, {"op": "run.ensure", "id": 1, "name": {"of": "a plugin"}})
+    assert refused["error"]["code"] == "usage" and "'name'" in refused["error"]["why"]
+    assert (await answer_to(theirs, {"op": "run.ensure", "id": 2, "name": "one"}))["ok"]["pid"] == 7
+    assert not faults.seen
+    channel.close()
+    theirs.close()
+
+
+async def test_unknown_operation_however_long_is_refused() -> None:
+    faults = Faults()
+    channel, theirs = linked()
+    assert "no such operation" in (await answer_to(theirs, {"op": "x" * 150_000, "id": 1}))["error"]["why"]
+    assert not faults.seen
+    channel.close()
+    theirs.close()
+
+
+async def test_error_that_repeats_too_much_of_the_request_is_still_answered() -> None:
+    async def fails(request: EnsureRun) -> Running:
+        raise IsolatorError(request.name, "no such plugin")
+
+    faults = Faults()
+    mine, theirs = pair()
+    channel = Channel(mine, by_op(EnsureRun.on(fails)))
+    # Sent as UTF-8, repeated as escapes of six characters each.
+    packet = json.dumps({"op": "run.ensure", "id": 1, "name": "ü" * 60_000}, ensure_ascii=False).encode()
+    theirs.setblocking(False)
+    theirs.send(packet)
+    answer = json.loads(await asyncio.get_running_loop().sock_recv(theirs, MAX_PACKET))
+    assert "exceed" in answer["error"]["why"]
+    assert not faults.seen
+    channel.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"\xff", b"{", b"7", b"null", b"[]", b'"text"', b"[" * 150_000, b'{"re": []}', b'{"re": 1, "ok": 7}',
+        b'{"re": 1, "error": "text"}', b"{}", b'{"op": 1}', b'{"op": "run.ensure", "id": "1"}',
+        b'{"op": "run.ensure", "id": [1]}',
+    ],
+)  # fmt: skip
+async def test_packet_that_is_no_message_closes_the_channel(packet: bytes) -> None:
+    faults = Faults()
+    before = descriptors()
+    channel, theirs = linked()
+    with Path(os.devnull).open() as file:
+        socket.send_fds(theirs, [packet], [file.fileno()])
+    await asyncio.wait_for(channel.closed.wait(), 10)
+    theirs.close()
+    assert not faults.seen
+    assert descriptors() == before
+
+
+async def replied(answer: Callable[[Message], Awaitable[Any]]) -> Any:
+    """The outcome of a request whose reply ``answer`` makes."""
+    mine, theirs = pair()
+    asked, serving = Channel(mine, name="host"), Channel(theirs, {"run.environment": answer})
+    try:
+        return await asked.ask(GetEnvironment(name="one"), timeout=5)
+    finally:
+        asked.close()
+        serving.close()
+
+
+@pytest.mark.parametrize("fields", [{"env": [1]}, {"env": {"KEY": None}}, {"more": 1}])
+async def test_reply_of_another_type_is_an_error_of_the_asker(fields: dict[str, Any]) -> None:
+    async def answer(_: Message) -> Message:
+        return Message(fields, [os.open("/dev/null", os.O_RDONLY)])
+
+    before = descriptors()
+    with pytest.raises(UsageError, match=r"the answer to run\.environment"):
+        await replied(answer)
+    assert descriptors() == before
+
+
+async def test_reply_that_is_no_object_ends_the_channel() -> None:
+    async def answer(_: Message) -> Any:
+        return ["env"]
+
+    with pytest.raises(UnavailableError):
+        await replied(answer)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+async def test_wrong_number_of_descriptors_is_refused(count: int) -> None:
+    async def take(_: NewAuditSocket, fds: list[int]) -> None:
+        raise AssertionError("the handler was called")
+
+    before = descriptors()
+    mine, theirs = pair()
+    asked, serving = Channel(mine), Channel(theirs, by_op(NewAuditSocket.on_fds(take)))
+    with Path(os.devnull).open() as file, pytest.raises(UsageError, match="descriptors came with it"):
+        await asked.ask(NewAuditSocket(), fds=[file.fileno()] * count, timeout=5)
+    asked.close()
+    serving.close()
+    assert descriptors() == before
