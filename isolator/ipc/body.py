@@ -31,7 +31,6 @@ from isolator.errors import UsageError
 
 Json = dict[str, Any]
 R = TypeVar("R", bound="Body | None")
-B = TypeVar("B", bound="Body")
 _Check = Callable[[object], Any]
 
 

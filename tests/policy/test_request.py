@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from isolator.errors import UsageError
 from isolator.policy.keys import LIMITS
-from isolator.policy.parse.strict import load_strict_json
+from isolator.policy.parse.strict import load_json_with_lines
 from isolator.policy.request import parse_manifest, parse_manifest_core, synthesise_manifest
 from tests.policy.samples import MANIFEST, asking, manifest
 
@@ -211,7 +211,7 @@ def test_text_for_people_cannot_drive_a_terminal() -> None:
 )
 def test_json_on_which_readers_differ_is_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
-        load_strict_json(text.encode())
+        load_json_with_lines(text.encode())
 
 
 def test_errors_of_syntax_name_the_line() -> None:
@@ -222,9 +222,9 @@ def test_errors_of_syntax_name_the_line() -> None:
 
 
 def test_depth_and_size_are_bounded() -> None:
-    assert load_strict_json(('{"a": ' + "[" * 15 + "]" * 15 + "}").encode())
+    assert load_json_with_lines(('{"a": ' + "[" * 15 + "]" * 15 + "}").encode())[0]
     with pytest.raises(UsageError, match="at most 262144"):
-        load_strict_json(b'{"a": "' + b"x" * 262144 + b'"}')
+        load_json_with_lines(b'{"a": "' + b"x" * 262144 + b'"}')
 
 
 _JSON = st.recursive(
@@ -238,7 +238,7 @@ _JSON = st.recursive(
 
 @given(st.dictionaries(st.text('abc"\\ {', max_size=3), _JSON, max_size=4), st.sampled_from([None, 1, "\t"]))
 def test_unambiguous_json_is_read_as_written(value: dict[str, Any], indent: Any) -> None:
-    assert load_strict_json(json.dumps(value, indent=indent).encode(), max_depth=64) == value
+    assert load_json_with_lines(json.dumps(value, indent=indent).encode(), max_depth=64)[0] == value
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))

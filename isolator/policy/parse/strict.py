@@ -1,6 +1,6 @@
 """Strict reading of strangers' files: JSON without surprises, and tables without unknown keys.
 
-``load_strict_json`` refuses everything on which two JSON readers may disagree (duplicate keys, NaN, huge numbers,
+``load_json_with_lines`` refuses everything on which two JSON readers may disagree (duplicate keys, NaN, huge numbers,
 lone surrogates, bad UTF-8), because the author's linter and this daemon must see the same request. One pass over the
 tokens, before the real parser, bounds the depth and remembers the line of every key. ``Table`` then hands out the
 values of one object, each checked for its type; ``finish`` refuses every key that nobody read, with "did you mean".
@@ -27,17 +27,13 @@ Lines = Mapping[Path, int]
 _TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"|[{}\[\]:,]|\n|[^\s{}\[\]:,"]+|"')
 
 
-def load_strict_json(
-    text: bytes, *, max_bytes: int = 256 * 1024, max_depth: int = 16, name: str = "plugin.json"
-) -> dict[str, Any]:
-    """Parse one JSON object; ``name`` is what errors call the file. Raises UsageError that names the line."""
-    return load_json_with_lines(text, max_bytes=max_bytes, max_depth=max_depth, name=name)[0]
-
-
 def load_json_with_lines(
-    text: bytes, *, max_bytes: int, max_depth: int, name: str
+    text: bytes, *, max_bytes: int = 256 * 1024, max_depth: int = 16, name: str = "plugin.json"
 ) -> tuple[dict[str, Any], dict[Path, int]]:
-    """As ``load_strict_json``, and the line of every key and array element by its path."""
+    """Parse one JSON object; returns it, and the line of every key and array element by its path.
+
+    ``name`` is the file in errors. Raises UsageError that names the line.
+    """
     if len(text) > max_bytes:
         raise UsageError(name, f"{len(text)} bytes; at most {max_bytes} are read", "make it smaller")
     try:
