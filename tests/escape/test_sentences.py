@@ -529,7 +529,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause("Receives [^;]+", tests=("host/test_dispatch.py::test_only_subscribed_events_are_dispatched",)),
         Clause(
             "; may ask the host for [^;]+",
-            tests=("host/test_host_api.py::test_without_the_permission_the_answer_says_which_line_grants_it",),
+            tests=("host/test_host_api.py::test_call_without_its_permission_is_refused_with_the_line_that_grants_it",),
         ),
         Clause(r"; answers within [\w.]+", tests=("system/test_bad_plugins.py::test_bad_answers_hurt_nobody_else",)),
         Clause(
