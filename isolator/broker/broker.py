@@ -13,7 +13,7 @@ from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.outbound import Outbound, Shared
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
-from isolator.errors import UnavailableError, UsageError
+from isolator.errors import UsageError
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, NewAuditSocket
 from isolator.policy.destinations import Rules
@@ -26,14 +26,12 @@ FLUSH = 2.0
 
 
 class Broker:
-    """The cages by run. ``close`` ends them all."""
+    """The cages by run. ``close`` ends them all. Sockets inside cages come from ``supervisor``."""
 
-    def __init__(self, audit: AuditClient) -> None:
+    def __init__(self, audit: AuditClient, supervisor: Channel) -> None:
+        self.audit, self._supervisor = audit, supervisor
         self._cages: dict[str, Outbound] = {}
-        self.audit = audit
         self._host = HostAddresses()
-        self.supervisor: Channel | None = None
-        """The channel to request sockets inside cages on; set once it is there."""
         self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
         self._ticker = asyncio.create_task(self._tick())
 
@@ -78,10 +76,8 @@ class Broker:
         self._host.close()
 
     async def _sockets(self, run: str, count: int, version: int) -> list[socket.socket]:
-        """Unconnected sockets inside a run's network, from the supervisor; raises IsolatorError."""
-        if self.supervisor is None:
-            raise UnavailableError("the supervisor", "is not there yet", "try again")
-        answer = await self.supervisor.ask_fds(CageSockets(run=run, count=count, version=version), timeout=5)
+        """Request unconnected sockets inside a run's network; raises IsolatorError."""
+        answer = await self._supervisor.ask_fds(CageSockets(run=run, count=count, version=version), timeout=5)
         return [socket.socket(fileno=fd) for fd in answer.fds]
 
     async def _drop(self, run: str) -> None:

@@ -23,18 +23,16 @@ from isolator.ipc.channel import Channel
 async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
     """Serve the supervisor's calls until its channel closes."""
     audit = AuditClient(audit_socket)
-    broker = Broker(audit)
-    channel = Channel(
-        channel_socket,
-        by_op(
-            messages.BrokerHello.on(broker.hello),
-            messages.AttachCage.on_fds(broker.attach),
-            messages.DetachCage.on(broker.detach),
-            messages.NewAuditSocket.on_fds(broker.audit_source),
-        ),
-        name="supervisor",
+    channel = Channel(channel_socket, name="supervisor")
+    broker = Broker(audit, channel)
+    handlers = by_op(
+        messages.BrokerHello.on(broker.hello),
+        messages.AttachCage.on_fds(broker.attach),
+        messages.DetachCage.on(broker.detach),
+        messages.NewAuditSocket.on_fds(broker.audit_source),
     )
-    broker.supervisor = channel
+    for op, handler in handlers.items():
+        channel.handle(op, handler)
     try:
         await channel.closed.wait()
     finally:
