@@ -29,8 +29,8 @@ from isolator.registration.staging import MANIFEST, NAME
 
 logger = logging.getLogger(__name__)
 
-MOST = 256
-"""Entries that are looked at in one folder; whoever can write there must not keep the daemon busy with more."""
+MAX_ENTRIES = 256
+"""Entries that are read in one folder: whoever can write there must not keep the daemon busy with more."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,18 @@ class Discovery:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Look for the first time, and keep looking."""
+        """Scan for the first time, and again after every change."""
         if not self._folders:
             return
         for folder in self._folders:
             if not Path(folder).is_dir():
                 logger.warning("plugin_dirs: %s is not a folder (yet)", folder)
         self._watch = FolderWatch(lambda _: self._again.set())
-        await self._look()
+        await self._scan()
         self._task = asyncio.create_task(self._keep(), name="discovery")
 
-    def look_again(self) -> None:
-        """What is registered has changed."""
+    def rescan(self) -> None:
+        """Scan again: the registrations have changed."""
         self._again.set()
 
     def close(self) -> None:
@@ -118,11 +118,11 @@ class Discovery:
         while True:
             await self._again.wait()
             self._again.clear()
-            await self._look()
+            await self._scan()
 
-    async def _look(self) -> None:
+    async def _scan(self) -> None:
         assert self._watch is not None
-        # Watched before they are read: what changes meanwhile gives another look.
+        # Watched before they are read: a change meanwhile causes another scan.
         self._watch.set(await asyncio.to_thread(_watched, self._folders))
         entries = await asyncio.to_thread(scan, self._folders, self._registered())
         # Registered while the folders were being read: it is not to be found any more.
@@ -131,9 +131,9 @@ class Discovery:
         if len(now) < len(entries):
             self._again.set()
         changed = {name: entry for name, entry in now.items() if self.found.get(name) != entry}
-        gone = [name for name in self.found if name not in now and name not in known]
+        removed = [name for name in self.found if name not in now and name not in known]
         self.found = now
-        self._report(changed, gone)
+        self._report(changed, removed)
 
 
 def _candidates(folder: str) -> Iterable[tuple[str, int]]:
@@ -144,7 +144,7 @@ def _candidates(folder: str) -> Iterable[tuple[str, int]]:
         return
     try:
         real = os.path.realpath(folder)
-        for name in sorted(os.listdir(base))[:MOST]:
+        for name in sorted(os.listdir(base))[:MAX_ENTRIES]:
             if name.startswith("."):
                 continue
             with contextlib.suppress(OSError):

@@ -94,7 +94,7 @@ class Updates:
                 who=who,
             )
             self._audit.record(added, plugin=name)
-        self._table.discovery.look_again()
+        self._table.discovery.rescan()
         return plugin
 
     async def update(self, token: str, who: str | None, *, approve: bool) -> Updated:
@@ -174,7 +174,7 @@ class Updates:
             folder = host_api_folder(self._paths, name)
             (folder / "host.sock").unlink(missing_ok=True)
             folder.rmdir()
-        self._table.discovery.look_again()
+        self._table.discovery.rescan()
 
     async def enable(self, name: str) -> Plugin:
         """Let a plugin run; clears ``failed`` too."""
@@ -312,7 +312,7 @@ class Updates:
         )  # fmt: skip
         self._audit.record(exchanged, plugin=plugin.name)
         self._table.announce(plugin)
-        self._table.discovery.look_again()
+        self._table.discovery.rescan()
 
     async def _restore(self, plugin: Plugin, trial: Trial, after: Registration, failure: str, *, running: bool) -> None:
         """Put the version before in place of one that failed."""

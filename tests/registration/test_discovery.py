@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from isolator.linux.folder_watch import FolderWatch
-from isolator.registration.discovery import MOST, scan
+from isolator.registration.discovery import MAX_ENTRIES, scan
 from tests.system.daemon import write_plugin
 
 
@@ -49,12 +49,12 @@ def test_broken_folder_never_hides_another(tmp_path: Path) -> None:
 
 
 def test_scan_of_a_folder_is_bounded(tmp_path: Path) -> None:
-    for number in range(MOST + 10):
+    for number in range(MAX_ENTRIES + 10):
         folder = tmp_path / f"p{number:04}"
         folder.mkdir()
         body = {"name": f"p{number}", "version": "1.0.0", "api_version": "1", "binary": "./x", "hooks": []}
         (folder / "plugin.json").write_text(json.dumps(body))
-    assert len(found(tmp_path)) <= MOST
+    assert len(found(tmp_path)) <= MAX_ENTRIES
 
 
 async def test_folder_changes_are_reported_once_they_have_settled(tmp_path: Path) -> None:
