@@ -7,6 +7,7 @@ compares the file behind its descriptor with the one that the path names, while 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -17,12 +18,15 @@ def lock_file(path: str | os.PathLike[str], *, create: bool = True, wait: bool =
 
     Returns the descriptor that holds the lock, open for reading and appending; closing it releases the lock. Returns
     None when somebody else holds the lock and ``wait`` is False, or when the file was removed meanwhile and ``create``
-    is False. Raises OSError when the file cannot be opened; the path's last component may be no link.
+    is False. Raises OSError when the file cannot be opened or is no regular file; the path's last component may be no
+    link.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     while True:
         fd = os.open(path, flags, 0o600)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_at(fd, path):
                 return fd
@@ -40,5 +44,5 @@ def lock_file(path: str | os.PathLike[str], *, create: bool = True, wait: bool =
 def _is_at(fd: int, path: str | os.PathLike[str]) -> bool:
     mine = os.fstat(fd)
     with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(mine, os.stat(path, follow_symlinks=False)) and stat.S_ISREG(mine.st_mode)
+        return os.path.samestat(mine, os.stat(path, follow_symlinks=False))
     return False

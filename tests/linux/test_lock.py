@@ -52,3 +52,9 @@ def test_missing_file_is_an_error_and_a_link_is_not_followed(tmp_path: Path) -> 
     with pytest.raises(OSError, match="Too many levels"):
         lock_file(tmp_path / "link")
     assert not (tmp_path / "target").exists()
+
+
+def test_pipe_in_the_place_of_a_lock_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        lock_file(tmp_path / "pipe")
