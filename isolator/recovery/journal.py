@@ -12,13 +12,14 @@ import functools
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from isolator.errors import IsolatorError
 from isolator.linux.lock import lock_file
 
 _COMPACT_LINES = 4000
+_SERVICE_NAMES = frozenset({"service.audit", "service.broker", "service.host"})
 
 
 @functools.cache
@@ -52,8 +53,21 @@ def read_entries(content: bytes) -> dict[str, Entry]:
             found.pop(record["gone"], None)
         elif record.get("boot") == here:
             record["folders"] = tuple(record["folders"])
-            found[record["name"]] = Entry(**record)
+            found[record["name"]] = _with_todays_kind(Entry(**record))
     return found
+
+
+def _with_todays_kind(entry: Entry) -> Entry:
+    """The entry; of versions that wrote ``leaf`` for every group, with the kind that its name implies.
+
+    A daemon that is killed, updated and started again finds the journal of the version before.
+    """
+    if entry.kind == "leaf":
+        if entry.name in _SERVICE_NAMES:
+            return replace(entry, kind="service")
+        if entry.name.startswith("_spare."):
+            return replace(entry, kind="spare")
+    return entry
 
 
 def read_unlocked(path: Path) -> dict[str, Entry] | None:
