@@ -65,6 +65,8 @@ class Staged:
 
 def stage(base: Path, source: Source) -> Staged:
     """Copy ``source`` into a new folder below ``base``; raises UsageError when it cannot be a plugin."""
+    for path in (source.path, source.binary, source.files):
+        _check_characters(path)
     stager = _Stager(base)
     if source.path:
         return stager.stage_folder(Path(source.path))
@@ -281,6 +283,16 @@ def check_staged(staged: Staged, binary: str, shown: str) -> None:
             check_descriptor(owned.add(open_binary(Path(staged.binary_path))), shown=staged.binary_path)
     else:
         check_program(staged.folder, binary, shown=f"{shown}/{binary.removeprefix('./')}")
+
+
+def _check_characters(path: str) -> None:
+    """Raise UsageError for text that no file's path can be; nobody has checked it before."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UsageError(ascii(path)[:80], "has characters that no path can have", "check the path")
 
 
 def _resolve(path: Path) -> Path:

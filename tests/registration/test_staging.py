@@ -205,6 +205,15 @@ def test_hostile_package_is_refused(base: Path, package: Path, kind: str) -> Non
     refused(base, package, pattern)
 
 
+@pytest.mark.parametrize("text", ["/srv/a\0b", "/srv/\ud800", "\0"])
+@pytest.mark.parametrize("key", ["path", "binary", "files"])
+def test_text_that_no_path_can_be_is_refused(base: Path, package: Path, key: str, text: str) -> None:
+    source = {"name": "parcel", "binary": str(package / "main"), key: text}
+    with pytest.raises(UsageError, match="no path can have"):
+        stage(base, Source(**source))
+    assert not list(base.iterdir())
+
+
 def test_links_within_the_folder_stay_links(base: Path, package: Path) -> None:
     (package / "sub").mkdir()
     (package / "sub/back").symlink_to("../main")
