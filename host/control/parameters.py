@@ -111,11 +111,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class Object:
-    """A JSON object of any content."""
+    """A JSON object of any content; ``what`` and ``why`` are those of the error, where they differ from the key's."""
+
+    what: str = ""
+    why: str = "must be an object"
 
     def parse(self, key: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise UsageError(key, "must be an object")
+            raise UsageError(self.what or key, self.why)
         return value
 
     def schema(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class EventEmit(Request, verb="event.emit", role="emitter", result=Emitted):
     """Accept one event; it and its deliveries are on disk when the answer comes."""
 
     name: Name
-    payload: Annotated[dict[str, Any], Object()] = field(default_factory=dict)
+    payload: Annotated[dict[str, Any], Object("event", "the payload must be an object")] = field(default_factory=dict)
     dedupe_key: Annotated[str | None, Text(256, nullable=True)] = None
     ttl: Annotated[float | None, Number(MAX_TTL, nullable=True)] = None
     trace: Annotated[str | None, Text(128, least=0, nullable=True)] = None
@@ -154,7 +154,7 @@ class EventRegister(Request, verb="event.register", role="operator", recorded=Tr
     """Register or replace an event type of the platform's."""
 
     name: Name
-    schema: Annotated[dict[str, Any], Object()]
+    schema: Annotated[dict[str, Any], Object("event", "schema must be a JSON Schema object")]
     order_by: OptionalText = None
     version: Annotated[int, Whole(10_000)] = 1
 

@@ -13,6 +13,7 @@ from host.control.parameters import Request
 from host.control.verbs import (
     AuditFollow,
     EventEmit,
+    EventRegister,
     EventReplay,
     EventWait,
     PluginLogs,
@@ -60,7 +61,8 @@ def test_every_handler_returns_the_declared_result() -> None:
         (EventWait, {"id": "e", "timeout": float("nan")}, "timeout: must be a number from 0 to 3600.0"),
         (PluginLogs, {"name": "p", "lines": 10_001}, "lines: must be a number from 0 to 10000"),
         (PluginLogs, {"name": "p", "follow": 1}, "follow: must be true or false"),
-        (EventEmit, {"name": "e", "payload": []}, "payload: must be an object"),
+        (EventEmit, {"name": "e", "payload": []}, "event: the payload must be an object"),
+        (EventRegister, {"name": "e", "schema": 5}, "event: schema must be a JSON Schema object"),
         (EventEmit, {"name": "e", "ttl": 1e9}, "ttl: must be a number from 0 to 2678400.0"),
         (EventEmit, {"name": "e", "dedupe_key": "k" * 257}, "dedupe_key: must be text of at most 256 characters"),
         (EventReplay, {"id": "e", "plugin": 5}, "plugin: is missing or not text"),
