@@ -67,7 +67,7 @@ class Stdio:
 class Cage:
     """A cage, from ``start`` to ``release``.
 
-    ``handover`` receives the cage's network once its rules are in force, and awaited before the exec: it takes the
+    ``handover`` gets the cage's network once its rules are in force, and is awaited before the exec: it takes the
     broker's sockets. ``without`` names layers to leave out, for tests of their absence.
     """
 

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from isolator.launcher.client import Launcher
     from isolator.layers.cgroup.subtree import Subtree
     from isolator.layers.network.namespace import CageNetwork
-    from isolator.linux.readable import readable
-from isolator.recovery.journal import Journal
+    from isolator.recovery.journal import Journal
 
 PREFIX = "_spare."
 """Begins the names of the groups; a plugin's name begins with a letter."""
