@@ -251,7 +251,7 @@ class Writer:
             )
 
     def _take_gauges(self, line: bytes) -> None:
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             self.metrics.gauges(json.loads(line).get("gauges"))
 
     def _is_new(self, record: Incoming, source: str, now: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from isolator.audit.client import AuditClient
+from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.metrics import MAX_LABELS, Metrics
 from isolator.audit.record import Incoming
 from isolator.audit.snapshots import snapshot
+from isolator.ipc import channel as ipc
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.policy.model import ResourcePolicy
@@ -95,6 +97,20 @@ async def test_queue_lengths_of_the_host_are_shown_and_in_no_trail(daemon: Daemo
     await daemon.stop()
     assert [r["type"] for r in daemon.records()] == ["audit.gap", "audit.seal"]
     assert daemon.records()[0]["data"]["source"] == "broker"
+
+
+async def test_gauges_nested_too_deep_cost_no_record_beside_them(daemon: Daemon) -> None:
+    await daemon.start()
+    ours, theirs = ipc.pair()
+    assert daemon.channel is not None
+    with ours, theirs:
+        await daemon.channel.call("source", name="host", fds=[theirs.fileno()], timeout=20)
+        data = {"event": "e", "subject": "s", "bytes": 1, "sha256": "0" * 64, "plugins": [], "by": "uid:0"}
+        record = json.dumps({"time": utc_now(), "type": "event.accepted", "data": data}).encode()
+        ours.send(b'{"gauges":' + b"[" * 50_000 + b"\n" + record)
+        await daemon.flush()
+        assert "event.accepted" in [r["type"] for r in daemon.records()]
+    await daemon.stop()
 
 
 def test_records_of_a_plugins_life_are_counted() -> None:
