@@ -22,6 +22,7 @@ from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import HostHello, NewAuditSocket
 from isolator.linux import daemon_log
+from isolator.linux.descriptors import open_standard_streams
 
 _logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def _freeze() -> None:
 
 def main() -> None:
     """Entry point of the process."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(prog="host.service")
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--audit-fd", type=int)

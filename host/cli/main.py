@@ -14,6 +14,7 @@ import click
 
 from isolator import __version__
 from isolator.errors import IsolatorError
+from isolator.linux.descriptors import open_standard_streams
 
 # command -> (module, attribute, one line for --help); kept here so that --help imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -70,6 +71,7 @@ def cli(ctx: click.Context, root: str | None, debug: bool) -> None:
 
 def main() -> None:
     """Entry point: every failure becomes one line on stderr and an exit code of the contract."""
+    open_standard_streams()
     debug = "--debug" in sys.argv[1:]
     try:
         code = cli.main(standalone_mode=False)

@@ -30,6 +30,7 @@ from isolator.ipc import messages
 from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
 from isolator.linux import daemon_log
+from isolator.linux.descriptors import open_standard_streams
 from isolator.paths import Paths
 
 _log = logging.getLogger("isolator.audit")
@@ -103,6 +104,7 @@ async def serve(channel: socket.socket) -> None:
 
 def main() -> None:
     """Entry point."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(prog="isolator.audit.service")
     parser.add_argument("--channel-fd", type=int, required=True)
     arguments = parser.parse_args()

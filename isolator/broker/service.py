@@ -18,6 +18,7 @@ from isolator.broker.hardening import harden
 from isolator.ipc import messages
 from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
+from isolator.linux.descriptors import open_standard_streams
 
 
 async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
@@ -42,6 +43,7 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
 
 def main() -> None:
     """Entry point of the process."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(prog="isolator.broker.service")
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--filter-fd", type=int, required=True)

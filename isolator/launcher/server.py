@@ -30,6 +30,7 @@ from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
 from isolator.layers.plan import ParkOrder
 from isolator.linux.coredump import leave_memory_out
+from isolator.linux.descriptors import open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 
 
@@ -93,6 +94,7 @@ def _kill(cgroup: int) -> None:
 
 def main() -> None:
     """Entry point: ``FD PATH...``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
+    open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the end of the socket ends this process, never a terminal's ^C
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

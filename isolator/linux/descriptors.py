@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -15,6 +16,20 @@ def close_all(fds: Iterable[int]) -> None:
             os.close(fd)
     if isinstance(fds, list):
         fds.clear()
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null on each of the descriptors 0 to 2 that whoever started this process had closed.
+
+    For the first line of every entry point: the next descriptor that is opened would get the free number, and pass for
+    a standard stream of whatever this process starts.
+    """
+    while (fd := os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115, PTH123  # they last as long as the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115, PTH123
 
 
 class FdSet:
