@@ -29,6 +29,7 @@ from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError
 from isolator.ipc.channel import receive_packet, send_packet
+from isolator.ipc.packet import send_message
 from isolator.launcher.client import Clone, clone_remedy
 from isolator.layers.base import CageSpec, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -158,7 +159,7 @@ class Cage:
                     spare.hand_over_groups()
                 packet, fds = plan.pack()
                 with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link shows below
-                    send_packet(spare.link, packet, fds)
+                    send_message(spare.link, packet, fds)
                 if "cgroup" in plan.fds:
                     await runtime.launcher.keep(spec.leaf, plan.fds["cgroup"])
             finally:
@@ -343,5 +344,6 @@ def _exec_remedy(number: object) -> str:
     return {
         errno.ENOENT: "check the name; only /usr, the plugin's files and the folders named in the policy are visible",
         errno.EACCES: "make it executable (chmod +x) and readable by everyone",
+        errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
         errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",
     }.get(number if isinstance(number, int) else 0, "check the program")

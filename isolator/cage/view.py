@@ -17,4 +17,6 @@ def open_read_path(path: str) -> int:
         return open_nofollow(path)
     except OSError as error:
         why = "a component is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise ConfinementError(f"read path {path}", why or "", "name the real path in the policy") from None
+        many = error.errno == errno.EMFILE
+        remedy = "name fewer paths, or raise 'ulimit -Hn'" if many else "name the real path in the policy"
+        raise ConfinementError(f"read path {path}", why or "", remedy) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import socket
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from isolator.linux import daemon_log
 from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
+from isolator.linux.descriptors import allow_many_files
 from isolator.paths import Paths
 
 
@@ -51,14 +51,8 @@ def serve(root: str | None, config: str | None) -> None:
     os.umask(0o022)
     leave_memory_out()
     let_children_start_no_handler()
-    _allow_many_files()
+    allow_many_files()
     asyncio.run(main())
-
-
-def _allow_many_files() -> None:
-    """A running plugin takes about ten descriptors here, and a login shell allows 1024; the services inherit this."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _notify(state: str) -> None:

@@ -1,4 +1,9 @@
-"""One packet with descriptors over SOCK_SEQPACKET. Standard library only: the launcher uses it too."""
+"""One packet with descriptors over SOCK_SEQPACKET. Standard library only: the launcher uses it too.
+
+A message of any length and number of descriptors is one packet where it fits in one. Else its payload travels in a
+memfd, the first of its descriptors, and these in as many packets as they need: each begins with a zero byte, which no
+JSON does, and says how many more descriptors follow.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,14 @@ import array
 import errno
 import os
 import socket
+import struct
 from collections.abc import Sequence
 
 MAX_PACKET = 160 * 1024
 MAX_FDS = 64
+
+_PART = struct.Struct("=BI")
+"""Zero, and the number of descriptors in the packets that follow."""
 
 
 def send_packet(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
@@ -30,3 +39,33 @@ def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
             os.close(fd)
         raise OSError(errno.EMSGSIZE, "truncated packet")
     return payload, list(fds)
+
+
+def send_message(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
+    """Send a message as the module's text says; the payload begins with another byte than zero. Raises OSError."""
+    if len(payload) <= MAX_PACKET and len(fds) <= MAX_FDS:
+        send_packet(sock, payload, fds)
+        return
+    memory = os.memfd_create("message", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(memory, "wb", closefd=False) as file:
+            file.write(payload)
+        every = [memory, *fds]
+        for start in range(0, len(every), MAX_FDS):
+            part = every[start : start + MAX_FDS]
+            send_packet(sock, _PART.pack(0, len(every) - start - len(part)), part)
+    finally:
+        os.close(memory)
+
+
+def receive_message(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive a message of ``send_message`` from a peer that is trusted with memory; as ``receive_packet``."""
+    payload, fds = receive_packet(sock)
+    if payload[:1] != b"\0":
+        return payload, fds
+    while _PART.unpack(payload)[1]:
+        payload, more = receive_packet(sock)
+        fds += more
+    with os.fdopen(fds.pop(0), "rb") as file:
+        file.seek(0)
+        return file.read(), fds

@@ -3,8 +3,8 @@
 The child is born in its cgroups, has mount, ipc, uts and pid namespaces of its own, and inherits the work that layers
 did ahead in the parked process (isolator.launcher.prefork). Order matters, and each place has its reason:
 
- 1. rlimits      before the uid changes, while hard limits can still be set; most are set ahead
- 2. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
+ 1. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
+ 2. rlimits      once the mounts' descriptors are closed, which may be more than the limit; most are set ahead
  3. namespaces   cgroup namespace, own session, host name
  4. network      enter the network namespace
  5. user         no groups, then gid, then uid
@@ -41,7 +41,7 @@ from isolator.layers.user import UserSection
 from isolator.linux.files import close_all_but
 
 STEPS: tuple[type[Section], ...] = (
-    RlimitsSection, FilesystemSection, NamespacesSection, NetworkSection, UserSection, CapabilitiesSection,
+    FilesystemSection, RlimitsSection, NamespacesSection, NetworkSection, UserSection, CapabilitiesSection,
     NoNewPrivsSection, LandlockSection,
 )  # fmt: skip
 """The sections that a process enters, in the order of the module's text; seccomp follows after the other steps."""
@@ -89,10 +89,9 @@ def failure(step: str, error: BaseException) -> dict[str, Any]:
 
 
 def _set_stdio(plan: Plan) -> None:
-    # High numbers first, so that no dup2 overwrites a descriptor that is still needed.
-    spare = [os.dup(plan.fds[name]) for name in ("stdin", "stdout", "stderr")]
-    for number, fd in enumerate(spare):
-        os.dup2(fd, number, inheritable=True)
+    # The launcher has descriptors of its own at 0 to 2, so that no dup2 overwrites one that is still needed.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(plan.fds[name], number, inheritable=True)
 
 
 def _send(link: socket.socket, message: dict[str, Any], fds: list[int]) -> None:

@@ -19,7 +19,7 @@ import os
 import socket
 from typing import NoReturn
 
-from isolator.ipc.packet import receive_packet, send_packet
+from isolator.ipc.packet import receive_message, send_packet
 from isolator.launcher import enter, init
 from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs
 from isolator.layers.plan import ParkOrder, Plan
@@ -39,7 +39,7 @@ def park(order: ParkOrder, link: int, status: int) -> NoReturn:
             if section.kind in order.layers:
                 section.enter_ahead(order)
         _rehearse()
-        packet, fds = receive_packet(sock)
+        packet, fds = receive_message(sock)
         if packet:
             _clone(Plan.unpack(packet, fds), sock, status)
     except Exception as error:

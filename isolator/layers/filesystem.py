@@ -170,6 +170,7 @@ class AttachMount(MountOperation, kind="attach"):
     def execute(self, fds: dict[str, int]) -> None:
         _place(self.target, is_folder=self.is_folder)
         mount.attach(fds[self.fd], self.target)
+        os.close(fds[self.fd])  # there may be more of them than the cage may have open files
 
     def describe(self) -> str:
         return f"/{self.target}: a mounted {'folder' if self.is_folder else 'file'}"
@@ -209,7 +210,8 @@ class FilesystemSection(Section, kind="filesystem"):
         root = -1
         if self.own_root:
             mount.unmount("/dev/shm")  # else it would come along with /dev
-            root = _take_over_template()
+            places = [one.target for one in self.operations if isinstance(one, AttachMount)]
+            root = _take_over_template(sum(place.count("/") + 1 for place in places))
             _make_own_places()
         for operation in self.operations:
             try:
@@ -320,9 +322,10 @@ def _known(target: str) -> bool:
     return target in _PLACES or target.startswith("run/isolator/") or target.removeprefix("etc/") in _ETC_FILES
 
 
-def _new_root() -> int:
-    """A new empty root, parked where it hides nothing that is needed, as the working directory."""
-    root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": "1024", "mode": "0755"})
+def _new_root(places: int = 0) -> int:
+    """A new empty root with room for ``places`` more files, parked where it hides nothing needed, as the working
+    directory."""
+    root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": f"{1024 + places}", "mode": "0755"})
     mount.attach(root, _PARKING)
     os.chdir(root)
     return root
@@ -336,13 +339,13 @@ def _enter_root(root: int) -> None:
     mount.pivot_root()
 
 
-def _take_over_template() -> int:
+def _take_over_template(places: int) -> int:
     """A root of this cage's own, with the template's folders in it and room for more mount points."""
     folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]
     links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
     shared = ("usr", "etc", "dev", *(name for name in _MERGED if name in folders))
     trees = {name: mount.clone_tree(f"/{name}") for name in shared}
-    root = _new_root()
+    root = _new_root(places)
     for name, target in links.items():
         os.symlink(target, name)
     for name in folders:

@@ -1,6 +1,6 @@
 """The plan of one cage, as it travels from the supervisor to the process that becomes the cage. Standard library only.
 
-A plan is one packet: JSON, in which a part (a layer's section, a mount operation) is ``[KIND, {FIELD: VALUE}]``.
+A plan is one message: JSON, in which a part (a layer's section, a mount operation) is ``[KIND, {FIELD: VALUE}]``.
 Reading is strict: an unknown kind, fields other than the part's own in their order, or a value of another type is a
 ValueError, and the cage does not start. No error quotes a value: files of a plan are secret.
 """

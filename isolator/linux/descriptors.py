@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import Iterable
 from types import TracebackType
@@ -27,9 +28,18 @@ def open_standard_streams() -> None:
     while (fd := os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115, PTH123  # they last as long as the process
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115, PTH123
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  # they last as long as the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files to the hard one: a login shell allows 1024, and every child inherits it.
+
+    A running plugin takes about ten descriptors of its supervisor, a folder that a cage sees one or two.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class FdSet:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from isolator.errors import ConfinementError
 from isolator.launcher.client import Launcher
 from isolator.linux.coredump import let_children_start_no_handler
+from isolator.linux.descriptors import allow_many_files
 
 if TYPE_CHECKING:
     from isolator.cage.cage import Cage, Stdio
@@ -47,6 +48,7 @@ class StandaloneSession:
 
     async def __aenter__(self) -> StandaloneSession:
         let_children_start_no_handler()
+        allow_many_files()
         self._launcher = Launcher()
         self._stack.callback(self._launcher.close)
         return self

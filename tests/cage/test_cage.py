@@ -43,6 +43,11 @@ async def test_a_name_that_is_nowhere_on_the_path(shared_dir: Path) -> None:
         await _end(shared_dir, "no-such-program")
 
 
+async def test_an_argument_that_the_kernel_refuses(shared_dir: Path) -> None:
+    with pytest.raises(ConfinementError, match="Argument list too long; the kernel takes 2 MiB"):
+        await _end(shared_dir, "true", "x" * 200_000)
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "complaint"),
     [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cage_fixture import COMMAND, caged, children, isolator, leaves
+from tests.support.timeouts import seconds
 
 
 def test_output_input_and_exit_code(shared_dir: Path) -> None:
@@ -85,6 +86,29 @@ def test_a_read_path_behind_a_link_is_refused(shared_dir: Path) -> None:
     result = isolator(shared_dir, "run", "--read", str(shared_dir / "link"), "--", "true")
     assert result.returncode in (2, 125)
     assert "symbolic link" in result.stderr
+
+
+def test_arguments_may_be_as_long_as_the_kernel_takes(shared_dir: Path) -> None:
+    words = [str(number) for number in range(60_000)]
+    result = isolator(shared_dir, "run", "--", "sh", "-c", 'echo $# "$1"', "sh", *words, "x" * 100_000)
+    assert (result.returncode, result.stdout) == (0, "60001 0\n"), result.stderr
+
+
+def test_hundreds_of_paths_can_be_read_with_few_open_files(shared_dir: Path) -> None:
+    """More than one packet holds of descriptors, than a shell allows, and than the cage may have open at once."""
+    paths = [shared_dir / f"a/b/{number}" for number in range(700)]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "file").write_text(f"{path.name}\n")
+    policy = shared_dir / "policy.toml"
+    policy.write_text("[limits]\nnofile = 16\n")
+    flags = [word for path in paths for word in ("--read", str(path))]
+    result = subprocess.run(
+        ["bash", "-c", 'ulimit -Sn 1024; exec "$@"', "bash", *COMMAND, "--root", str(shared_dir), "run",
+         "--policy", str(policy), *flags, "--", "sh", "-c", f"cat {shared_dir}/a/b/*/file | wc -l"],
+        capture_output=True, text=True, check=False, timeout=seconds(60),
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, "700\n"), result.stderr
 
 
 def test_denials_are_shown(shared_dir: Path) -> None:
