@@ -149,7 +149,7 @@ class Cage:
             leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
             runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
             mark("journal")
-            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
+            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd, to_group=spec.to_group)
             plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
             try:
                 for layer in self._layers:
@@ -281,7 +281,7 @@ class Cage:
         return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", "see 'isolator check'")
 
     def signal(self, number: int) -> None:
-        """Send a signal to pid 1 of the cage, which forwards it to the sidecar."""
+        """Send a signal to pid 1 of the cage, which forwards it to the sidecar or its group (``CageSpec.to_group``)."""
         self.processes.signal(number)
 
     async def wait(self) -> CageExit:

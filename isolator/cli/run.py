@@ -18,6 +18,7 @@ from isolator.errors import ConfinementError, IsolatorError
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
+    from isolator.cage.cage import Cage
     from isolator.cage.processes import CageExit
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
@@ -104,6 +105,7 @@ async def _run(
 ) -> CageExit:
     from isolator.linux.descriptors import close_all
     from isolator.standalone.session import StandaloneSession, run_spec
+    from isolator.standalone.terminal import streams_restored
 
     # The launcher starts on the other core while the policy's modules load here.
     async with StandaloneSession(paths) as session:
@@ -114,6 +116,7 @@ async def _run(
 
         run_id = secrets.token_hex(5)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(streams_restored())
             records = Records(audit, run_id)
             stack.callback(records.close)
             lease = session.lease(host)
@@ -127,13 +130,25 @@ async def _run(
                 loop.add_signal_handler(number, early.append, number)
             async with session.cage(spec, host, Stdio(0, 1, 2), records) as cage:
                 for number in _FORWARDED:
-                    loop.add_signal_handler(number, cage.signal, number)
+                    loop.add_signal_handler(number, _forward, loop, cage, number)
                 for missed in early:
-                    cage.signal(missed)
+                    _forward(loop, cage, missed)
                 end = await cage.wait()
                 records.record(CageStopped(**_summary(end)))
                 return end
 
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCONT)
+def _forward(loop: asyncio.AbstractEventLoop, cage: Cage, number: int) -> None:
+    """Pass a signal on to the cage's foreground process group; a stop stops this process too."""
+    cage.signal(number)
+    if number == signal.SIGTSTP:
+        loop.remove_signal_handler(number)  # the kernel's own stop: it knows whether somebody is there to go on
+        os.kill(os.getpid(), number)
+        loop.add_signal_handler(number, _forward, loop, cage, number)
+        cage.signal(signal.SIGCONT)
+
+
+_FORWARDED = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT,
+)  # fmt: skip
 """The cage has a session of its own, so a terminal's signals do not reach it by themselves."""

@@ -29,6 +29,7 @@ FORWARDED = {
     signal.SIGUSR1,
     signal.SIGUSR2,
     signal.SIGWINCH,
+    signal.SIGTSTP,
     signal.SIGCONT,
 }
 _IGNORED = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
@@ -63,7 +64,7 @@ def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
     while True:
         received = signal.sigwaitinfo(watched).si_signo
         if received != signal.SIGCHLD:
-            os.kill(sidecar, received)
+            _forward(sidecar, received, to_group=plan.to_group)
             continue
         while True:
             try:
@@ -75,6 +76,14 @@ def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
             if pid == sidecar:
                 os.write(status, struct.pack("=i", raw))
                 os._exit(0)
+
+
+def _forward(sidecar: int, number: int, *, to_group: bool) -> None:
+    """Send a signal to the sidecar, which leads a process group from its start, or to that group."""
+    try:
+        os.kill(-sidecar if to_group else sidecar, number)
+    except ProcessLookupError:  # it has joined another group
+        os.kill(sidecar, number)
 
 
 def _spawn(plan: Plan) -> int:

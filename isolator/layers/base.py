@@ -87,6 +87,8 @@ class CageSpec:
     """Detached mounts by the place where they go (the socket directory, the state)."""
     files: dict[str, str] = field(default_factory=dict)
     """Secret files by name: 0400, in memory, in /run/isolator/config."""
+    to_group: bool = False
+    """Signals go to the sidecar's whole process group (``Plan.to_group``)."""
 
     @property
     def leaf(self) -> str:

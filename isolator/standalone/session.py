@@ -174,4 +174,5 @@ def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, u
         },
         cwd="/",
         binds=binds,
+        to_group=True,
     )  # fmt: skip

@@ -1,0 +1,141 @@
+"""``isolator run`` on a terminal: keys and signals reach all of the command, and the terminal is left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import select
+import shlex
+import signal
+import subprocess
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cage_fixture import COMMAND, caged
+from tests.support.timeouts import seconds
+from tests.system.daemon import wait_for
+
+WAITS = """import signal
+print("ready", flush=True)
+while True: signal.pause()"""
+
+CATCHES = """import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
+print("ready", flush=True)
+print("child got", signal.sigwait({signal.SIGTERM, signal.SIGHUP}).value, flush=True)"""
+
+
+class Terminal:
+    """A person's terminal: the end that the keyboard and the screen are on, and a command that has the other one."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.keyboard, self.line = pty.openpty()
+        self._screen = b""
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command], stdin=self.line, stdout=self.line, stderr=self.line
+        )
+
+    def press(self, keys: str) -> None:
+        os.write(self.keyboard, keys.encode())
+
+    def shows(self, text: str) -> str:
+        """Wait until the screen has shown ``text``; returns everything up to it, and forgets that."""
+        wanted = text.encode()
+        while wanted not in self._screen:
+            assert select.select([self.keyboard], [], [], seconds(30))[0], (text, self._screen)
+            self._screen += os.read(self.keyboard, 4096)
+        shown, _, self._screen = self._screen.partition(wanted)
+        return (shown + wanted).decode(errors="replace")
+
+    def end(self) -> int:
+        """Wait for the command's end; returns its exit code."""
+        return self.process.wait(seconds(30))
+
+    def rest(self) -> str:
+        """Everything that the screen has shown since."""
+        while select.select([self.keyboard], [], [], 0)[0]:
+            self._screen += os.read(self.keyboard, 4096)
+        return self._screen.decode(errors="replace")
+
+
+def _run(root: Path, *arguments: str) -> list[str]:
+    return [*COMMAND, "--root", str(root), "run", *arguments]
+
+
+@contextlib.contextmanager
+def terminal(command: list[str]) -> Iterator[Terminal]:
+    one = Terminal(command)
+    try:
+        yield one
+    finally:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGHUP)
+            try:
+                one.process.wait(seconds(10))
+            except subprocess.TimeoutExpired:
+                one.process.kill()
+                one.process.wait()
+        os.close(one.keyboard)
+        os.close(one.line)
+
+
+def test_ctrl_c_ends_a_script_with_the_program_that_it_waits_for(shared_dir: Path) -> None:
+    with terminal(_run(shared_dir, "--", "sh", "-c", f"python3 -c '{WAITS}'; echo went on")) as one:
+        one.shows("ready")
+        one.press("\x03")
+        assert one.end() == 128 + signal.SIGINT
+        assert "went on" not in one.rest()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_program_that_a_script_waits_for(shared_dir: Path, number: signal.Signals) -> None:
+    script = f"trap 'echo shell got it' TERM HUP; python3 -c '{CATCHES}'; echo went on"
+    with terminal(_run(shared_dir, "--", "sh", "-c", script)) as one:
+        one.shows("ready")
+        one.process.send_signal(number)
+        one.shows(f"child got {number.value}")
+        one.shows("shell got it")
+        one.shows("went on")
+        assert one.end() == 0
+
+
+def test_ctrl_z_stops_the_cage_and_fg_continues_it(shared_dir: Path) -> None:
+    script = f"trap 'echo continued' CONT; python3 -c '{WAITS}'; echo went on"
+    with terminal(["bash", "--norc", "-i"]) as one:
+        one.press(shlex.join(_run(shared_dir, "--", "sh", "-c", script)) + "\n")
+        one.shows("ready\r\n")
+        one.press("\x1a")
+        one.shows("Stopped")
+        sidecar = caged(shared_dir)[1:]
+        wait_for(lambda: {_state(pid) for pid in sidecar} == {"T"}, what="the stop of everything in the cage")
+        one.press("fg\n")
+        wait_for(lambda: "T" not in {_state(pid) for pid in sidecar}, what="their continuation")
+        one.press("\x03")
+        one.press("echo code $?\n")
+        one.shows("code 130")
+        one.press("exit\n")
+        assert one.end() == 0
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_the_modes_of_the_terminal_are_put_back(shared_dir: Path) -> None:
+    with terminal(_run(shared_dir, "--", "sh", "-c", "stty -echo -icanon; stty -a | grep -o ' -echo '")) as one:
+        before = termios.tcgetattr(one.line)
+        one.shows("-echo")
+        assert one.end() == 0
+        assert termios.tcgetattr(one.line) == before
+
+
+def test_a_stream_that_blocked_blocks_again(shared_dir: Path) -> None:
+    code = "import os; os.set_blocking(0, False); print('open', os.get_blocking(0), flush=True)"
+    with terminal(_run(shared_dir, "--", "python3", "-c", code)) as one:
+        one.shows("open False")
+        assert one.end() == 0
+        assert os.get_blocking(one.line)
