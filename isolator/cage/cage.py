@@ -278,7 +278,11 @@ class Cage:
             return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
         if step == "exec":
             return ConfinementError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
-        return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", "see 'isolator check'")
+        here = step == "working directory"
+        remedy = (
+            "only folders that the cage sees can be one: --read or --write shows it" if here else "see 'isolator check'"
+        )
+        return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", remedy)
 
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar or its group (``CageSpec.to_group``)."""

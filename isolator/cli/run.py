@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from isolator.cage.cage import Cage
     from isolator.cage.processes import CageExit
     from isolator.policy.host import HostConfig
+    from isolator.policy.meet.single_run import Net
     from isolator.policy.model import EffectivePolicy
 
 
@@ -39,6 +41,18 @@ if TYPE_CHECKING:
 @click.option("--tasks", metavar="N", type=int, help="Processes and threads at once (default 64).")
 @click.option("--egress", metavar="HOST:PORT", multiple=True, help="Let it reach HOST:PORT; may be repeated.")
 @click.option("--read", metavar="PATH", multiple=True, help="Show PATH read-only at the same place; may be repeated.")
+@click.option(
+    "--net", type=click.Choice(["none", "names", "public"]), help="No network; what --egress names; any public address."
+)
+@click.option(
+    "--env", metavar="NAME[=VALUE]", multiple=True, help="Set a variable, or let this one through; may be repeated."
+)
+@click.option(
+    "--env-file", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Set those of FILE, one a line."
+)
+@click.option("--cwd", metavar="DIR", default="/", help="Start in DIR, which --read or --write shows (default /).")
+@click.option("--tmp", metavar="SIZE", help="Size of /tmp, in memory (default 32M).")
+@click.option("--nofile", metavar="N", type=int, help="Open files at once (default 1024).")
 @click.option("--audit", metavar="FILE", type=click.Path(path_type=Path), help="Append its records to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print how it ended as JSON on stderr.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -51,6 +65,12 @@ def run(
     tasks: int | None,
     egress: tuple[str, ...],
     read: tuple[str, ...],
+    net: Net | None,
+    env: tuple[str, ...],
+    env_file: tuple[Path, ...],
+    cwd: str,
+    tmp: str | None,
+    nofile: int | None,
     audit: Path | None,
     as_json: bool,
     command: tuple[str, ...],
@@ -74,11 +94,14 @@ def run(
 
             host = load_host_config(paths.host_toml)
             return host, policy_for_run(
-                host, policy_file, memory=memory, cpu=cpu, tasks=tasks, egress=egress,
-                read=[os.path.abspath(path) for path in read],
+                host, policy_file, memory=memory, cpu=cpu, tasks=tasks, nofile=nofile, tmp=tmp, net=net, egress=egress,
+                read=[os.path.abspath(path) for path in read], note=_note,
             )  # fmt: skip
 
-        end = asyncio.run(_run(paths, load, list(command), audit))
+        from isolator.standalone.variables import variables
+
+        place = Place(list(command), variables(env, env_file), os.path.abspath(cwd))
+        end = asyncio.run(_run(paths, load, place, audit))
     except IsolatorError as error:
         click.echo(f"isolator: {error}", err=True)
         raise SystemExit(2 if error.exit_code == 2 else 125) from None
@@ -87,6 +110,19 @@ def run(
     elif end.cause not in ("exit", "signal"):
         click.echo(f"isolator: {command[0]} was ended: {end.cause}", err=True)
     raise SystemExit(end.returncode)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The command, its variables besides the usual ones, and the folder that it starts in."""
+
+    command: list[str]
+    env: dict[str, str]
+    cwd: str
+
+
+def _note(text: str) -> None:
+    click.echo(f"isolator: note: {text}", err=True)
 
 
 def _summary(end: CageExit) -> dict[str, Any]:
@@ -101,7 +137,7 @@ def _summary(end: CageExit) -> dict[str, Any]:
 
 
 async def _run(
-    paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], command: list[str], audit: Path | None
+    paths: Paths, load: Callable[[], tuple[HostConfig, EffectivePolicy]], place: Place, audit: Path | None
 ) -> CageExit:
     from isolator.linux.descriptors import close_all
     from isolator.standalone.session import StandaloneSession, run_spec
@@ -122,7 +158,7 @@ async def _run(
             lease = session.lease(host)
             owned: list[int] = []
             stack.callback(close_all, owned)
-            spec = run_spec(paths, policy, command, run_id, lease.uid, owned)
+            spec = run_spec(paths, policy, place.command, run_id, lease.uid, owned, env=place.env, cwd=place.cwd)
             # From before the command runs: one that arrives early is kept for it, and does not end us instead.
             early: list[int] = []
             loop = asyncio.get_running_loop()

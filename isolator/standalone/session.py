@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator
-from types import TracebackType
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from isolator.errors import ConfinementError
@@ -149,8 +149,21 @@ class StandaloneSession:
             yield built
 
 
-def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, uid: int, owned: list[int]) -> CageSpec:
-    """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close."""
+def run_spec(
+    paths: Paths,
+    policy: EffectivePolicy,
+    argv: list[str],
+    run: str,
+    uid: int,
+    owned: list[int],
+    *,
+    env: Mapping[str, str] = MappingProxyType({}),
+    cwd: str = "/",
+) -> CageSpec:
+    """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close.
+
+    ``env``: variables besides the usual ones.
+    """
     from isolator.cage.view import PATH, open_read_path
     from isolator.layers.base import Bind, CageSpec
 
@@ -171,8 +184,9 @@ def run_spec(paths: Paths, policy: EffectivePolicy, argv: list[str], run: str, u
             "PATH": f"{PATH}:/usr/sbin:/sbin",
             "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
             **({"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}),
+            **env,
         },
-        cwd="/",
+        cwd=cwd,
         binds=binds,
         to_group=True,
     )  # fmt: skip

@@ -111,6 +111,64 @@ def test_hundreds_of_paths_can_be_read_with_few_open_files(shared_dir: Path) -> 
     assert (result.returncode, result.stdout) == (0, "700\n"), result.stderr
 
 
+def test_variables_come_from_options_and_files_and_never_from_the_command_line_of_ps(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASSED", "from here")
+    monkeypatch.setenv("NOT_NAMED", "stays")
+    file = shared_dir / "env"
+    file.write_text('# secrets\n\nTOKEN=s3cret = "quoted"\nLANG=C\nPASSED\nWINS=file\n')
+    file.chmod(0o600)
+    flags = ["--env-file", str(file), "--env", "WINS=option", "--env", "EMPTY="]
+    with _running(shared_dir, *flags, "--", "sh", "-c", "env; echo ready; read end", stdin=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        shown = dict(line.rstrip("\n").split("=", 1) for line in iter(process.stdout.readline, "ready\n"))
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [process.pid, *caged(shared_dir)]]
+        process.communicate("end\n", timeout=seconds(20))
+    wanted = {"TOKEN": 's3cret = "quoted"', "LANG": "C", "PASSED": "from here", "WINS": "option", "EMPTY": ""}
+    assert shown.items() >= wanted.items()
+    assert "NOT_NAMED" not in shown
+    assert not any(b"s3cret" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--env", "SURELY_NOT_SET"], "--env SURELY_NOT_SET: is not set here"),
+        (["--env-file", "/no/such/file"], "--env-file /no/such/file: No such file"),
+        (["--env-file", "{root}/bad"], "{root}/bad:2: is no NAME=VALUE"),
+    ],
+)
+def test_a_wrong_variable_is_explained_without_its_value(shared_dir: Path, flags: list[str], complaint: str) -> None:
+    (shared_dir / "bad").write_text("GOOD=1\nsecret words=2\n")
+    result = isolator(shared_dir, "run", *(flag.format(root=shared_dir) for flag in flags), "--", "true")
+    assert result.returncode == 2
+    assert complaint.format(root=shared_dir) in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_folder_to_start_in_size_of_tmp_and_open_files(shared_dir: Path) -> None:
+    script = "pwd; ulimit -n; df -k --output=size /tmp | tail -1"
+    flags = ["--read", str(shared_dir), "--cwd", str(shared_dir), "--tmp", "3M", "--nofile", "77"]
+    result = isolator(shared_dir, "run", *flags, "--", "bash", "-c", script)
+    assert result.stdout.split() == [str(shared_dir), "77", "3072"], result.stderr
+
+
+def test_a_folder_to_start_in_that_the_cage_does_not_see(shared_dir: Path) -> None:
+    result = isolator(shared_dir, "run", "--cwd", str(shared_dir), "--", "true")
+    assert result.returncode == 125
+    assert f"working directory: {shared_dir}: No such file or directory; only folders that the cage" in result.stderr
+
+
+def test_what_a_policy_file_cannot_mean_here_is_said(shared_dir: Path) -> None:
+    policy = shared_dir / "policy.toml"
+    policy.write_text('[filesystem]\nstate = "16M"\n')
+    result = isolator(shared_dir, "run", "--policy", str(policy), "--", "true")
+    assert result.returncode == 0
+    assert result.stderr.startswith(f"isolator: note: {policy}: filesystem.state has no effect: ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_denials_are_shown(shared_dir: Path) -> None:
     code = "import socket, ctypes; ctypes.CDLL(None).ptrace(0, 0, 0, 0); socket.create_connection(('192.0.2.1', 80))"
     result = isolator(shared_dir, "run", "--", "python3", "-c", code)
@@ -166,7 +224,7 @@ def test_it_says_that_it_needs_root(shared_dir: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_passed_on(shared_dir: Path, number: signal.Signals) -> None:
     script = f"trap 'echo caught; exit 9' {number}; echo ready; while :; do sleep 0.05; done"
-    with _running(shared_dir, "bash", "-c", script) as process:
+    with _running(shared_dir, "--", "bash", "-c", script) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
@@ -176,7 +234,7 @@ def test_signals_are_passed_on(shared_dir: Path, number: signal.Signals) -> None
 
 def test_nothing_survives_a_killed_run(shared_dir: Path) -> None:
     """The launcher sees the end of its supervisor and kills the cage's group."""
-    with _running(shared_dir, "bash", "-c", "sleep 300 & echo $$; wait") as process:
+    with _running(shared_dir, "--", "bash", "-c", "sleep 300 & echo $$; wait") as process:
         assert process.stdout is not None
         process.stdout.readline()
         pids = caged(shared_dir)
@@ -188,7 +246,7 @@ def test_nothing_survives_a_killed_run(shared_dir: Path) -> None:
 
 
 def test_nothing_survives_when_the_launcher_is_killed_too(shared_dir: Path) -> None:
-    with _running(shared_dir, "bash", "-c", "sleep 300 & echo $$; wait") as process:
+    with _running(shared_dir, "--", "bash", "-c", "sleep 300 & echo $$; wait") as process:
         assert process.stdout is not None
         process.stdout.readline()
         pids = caged(shared_dir)
@@ -201,8 +259,10 @@ def test_nothing_survives_when_the_launcher_is_killed_too(shared_dir: Path) -> N
     _remove(leaves(shared_dir))
 
 
-def _running(root: Path, *command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, "--root", str(root), "run", "--", *command], stdout=subprocess.PIPE, text=True)
+def _running(root: Path, *words: str, stdin: int | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "--root", str(root), "run", *words], stdin=stdin, stdout=subprocess.PIPE, text=True
+    )
 
 
 def _wait_gone(pids: list[int]) -> None:
