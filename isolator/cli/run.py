@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--tasks", metavar="N", type=int, help="Processes and threads at once (default 64).")
 @click.option("--egress", metavar="HOST:PORT", multiple=True, help="Let it reach HOST:PORT; may be repeated.")
 @click.option("--read", metavar="PATH", multiple=True, help="Show PATH read-only at the same place; may be repeated.")
+@click.option("--write", metavar="DIR", multiple=True, help="Let it change DIR, at the same place; may be repeated.")
 @click.option(
     "--net", type=click.Choice(["none", "names", "public"]), help="No network; what --egress names; any public address."
 )
@@ -65,6 +66,7 @@ def run(
     tasks: int | None,
     egress: tuple[str, ...],
     read: tuple[str, ...],
+    write: tuple[str, ...],
     net: Net | None,
     env: tuple[str, ...],
     env_file: tuple[Path, ...],
@@ -87,6 +89,7 @@ def run(
         if os.geteuid() != 0:
             raise ConfinementError("isolator run", "building a cage needs root", "run it with sudo")
         paths = Paths.of(root)
+        folders = tuple("/" + os.path.abspath(path).lstrip("/") for path in write)
 
         def load() -> tuple[HostConfig, EffectivePolicy]:
             from isolator.policy.meet.single_run import policy_for_run
@@ -95,12 +98,12 @@ def run(
             host = load_host_config(paths.host_toml)
             return host, policy_for_run(
                 host, policy_file, memory=memory, cpu=cpu, tasks=tasks, nofile=nofile, tmp=tmp, net=net, egress=egress,
-                read=[os.path.abspath(path) for path in read], note=_note,
+                read=[os.path.abspath(path) for path in read], write=folders, note=_note,
             )  # fmt: skip
 
         from isolator.standalone.variables import variables
 
-        place = Place(list(command), variables(env, env_file), os.path.abspath(cwd))
+        place = Place(list(command), variables(env, env_file), os.path.abspath(cwd), folders)
         end = asyncio.run(_run(paths, load, place, audit))
     except IsolatorError as error:
         click.echo(f"isolator: {error}", err=True)
@@ -114,11 +117,12 @@ def run(
 
 @dataclass(frozen=True)
 class Place:
-    """The command, its variables besides the usual ones, and the folder that it starts in."""
+    """The command, its variables besides the usual ones, the folder that it starts in, and those that it may change."""
 
     command: list[str]
     env: dict[str, str]
     cwd: str
+    write: tuple[str, ...]
 
 
 def _note(text: str) -> None:
@@ -158,7 +162,9 @@ async def _run(
             lease = session.lease(host)
             owned: list[int] = []
             stack.callback(close_all, owned)
-            spec = run_spec(paths, policy, place.command, run_id, lease.uid, owned, env=place.env, cwd=place.cwd)
+            spec = run_spec(
+                paths, policy, place.command, run_id, lease.uid, owned, env=place.env, cwd=place.cwd, write=place.write
+            )
             # From before the command runs: one that arrives early is kept for it, and does not end us instead.
             early: list[int] = []
             loop = asyncio.get_running_loop()

@@ -65,6 +65,8 @@ class Bind:
     fd: int
     writable: bool = False
     executable: bool = True
+    ids: int = -1
+    """The user namespace whose maps its owners are shown with (``mount.map_ids``), the caller's; -1: as they are."""
 
 
 @dataclass

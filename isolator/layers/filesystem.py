@@ -26,6 +26,7 @@ There is no /sys, no terminal, nothing else of /run, /var, /home or /root.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from abc import abstractmethod
@@ -255,11 +256,13 @@ class Filesystem(Layer):
         fs = spec.policy.filesystem
         mounts: list[AttachMount] = []
 
-        def bind(target: str, source: int, attributes: int) -> None:
+        def bind(target: str, source: int, attributes: int, ids: int = -1) -> None:
             # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
             tree = mount.clone_tree("", directory=source)
             name = f"mount{len(mounts)}"
             plan.own(name, tree)
+            if ids >= 0:
+                _map_ids(tree, ids, target)
             mount.set_attributes(tree, attributes)
             mounts.append(AttachMount(target.lstrip("/"), name, stat.S_ISDIR(os.fstat(tree).st_mode)))
 
@@ -274,7 +277,7 @@ class Filesystem(Layer):
             attributes = mount.NOSUID | mount.NODEV
             attributes |= 0 if entry.writable else mount.RDONLY
             attributes |= 0 if entry.executable else mount.NOEXEC
-            bind(entry.target, entry.fd, attributes)
+            bind(entry.target, entry.fd, attributes, entry.ids)
         for target, fd in spec.mounts.items():
             name = f"mount{len(mounts)}"
             plan.fds[name] = fd
@@ -301,6 +304,20 @@ class Filesystem(Layer):
                 raise mismatch(self.name, place, "nosuid,nodev", ",".join(sorted(found.options)))
         if "ro" not in mounts["/usr"].options:
             raise mismatch(self.name, "/usr", "read-only", "writable")
+
+
+def _map_ids(tree: int, ids: int, target: str) -> None:
+    from isolator.errors import ConfinementError
+
+    try:
+        mount.map_ids(tree, ids)
+    except OSError as error:
+        why = {
+            errno.EINVAL: "its file system, or one mounted below it, cannot show owners as others (idmapped mounts)",
+            errno.EPERM: "its owners are shown as others already (an idmapped mount, or a container's)",
+        }.get(error.errno or 0, error.strerror or "")
+        remedy = "use a folder on ext4, xfs, btrfs, or tmpfs from Linux 6.3; --read shows any"
+        raise ConfinementError(f"writable folder {target}", why, remedy) from None
 
 
 class _Mounted(NamedTuple):

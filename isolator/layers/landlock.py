@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from isolator.layers.base import CageSpec, Control, Layer, Process
 from isolator.layers.phrases import listing
-from isolator.layers.plan import ParkOrder, Plan, Section
+from isolator.layers.plan import ParkOrder, Part, Plan, Section
 from isolator.linux import landlock
 
 if TYPE_CHECKING:
@@ -27,10 +27,18 @@ _WRITABLE_LATER = ("/state", "/run/isolator/plugin")
 
 
 @dataclass(frozen=True)
+class WritableFolder(Part, kind="writable_folder"):
+    """A folder of the host that the cage may change, as the cage sees it."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class LandlockSection(Section, kind="landlock"):
-    """The kernel's Landlock ABI."""
+    """The kernel's Landlock ABI, and the folders to write in besides those of every cage."""
 
     abi: int
+    folders: tuple[WritableFolder, ...] = ()
 
     @staticmethod
     def enter_ahead(order: ParkOrder) -> None:
@@ -44,7 +52,7 @@ class LandlockSection(Section, kind="landlock"):
             ruleset = _ahead.ruleset
         else:
             ruleset = _ruleset(self.abi)
-        for path in _WRITABLE_LATER:
+        for path in (*_WRITABLE_LATER, *(folder.path for folder in self.folders)):
             if os.path.isdir(path):  # the child avoids importing pathlib
                 landlock.allow(ruleset, self.abi, path, landlock.READ | landlock.WRITE)
         landlock.restrict_self(ruleset)
@@ -81,7 +89,8 @@ class Landlock(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         with contextlib.suppress(OSError):
-            plan.add(LandlockSection(landlock.abi()))
+            folders = tuple(WritableFolder(bind.target) for bind in spec.binds if bind.writable)
+            plan.add(LandlockSection(landlock.abi(), folders))
 
     def confirm(self, process: Process) -> None:
         """Confirm nothing: the kernel shows a process's Landlock domain nowhere. ``restrict_self`` has succeeded."""

@@ -22,6 +22,8 @@ NOSUID = 0x02
 NODEV = 0x04
 NOEXEC = 0x08
 
+_IDMAP = 0x00100000
+
 MS_PRIVATE = 1 << 18
 
 _OPEN_TREE_CLONE = 1
@@ -75,13 +77,24 @@ def set_attributes(fd: int, attributes: int, *, clear: int = 0, recursive: bool 
     _setattr(fd, "", attributes, clear, 0, AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0))
 
 
+def map_ids(fd: int, namespace: int) -> None:
+    """Show the detached tree behind ``fd`` with the owners that a user namespace's maps give (mount_setattr(2)).
+
+    Each line of a map is: first id on disk, first id as it is shown, count. Raises EINVAL where a file system of the
+    tree has no such mounts, EPERM where one is mapped already.
+    """
+    _setattr(fd, "", _IDMAP, 0, 0, AT_EMPTY_PATH | AT_RECURSIVE, namespace=namespace)
+
+
 def set_propagation(path: str, propagation: int) -> None:
     """Change the propagation of the whole tree at ``path``."""
     _setattr(AT_FDCWD, path, 0, 0, propagation, AT_RECURSIVE)
 
 
-def _setattr(fd: int, path: str, attributes: int, clear: int, propagation: int, flags: int) -> None:
-    attr = _MountAttr(attr_set=attributes, attr_clr=clear, propagation=propagation)
+def _setattr(
+    fd: int, path: str, attributes: int, clear: int, propagation: int, flags: int, *, namespace: int = 0
+) -> None:
+    attr = _MountAttr(attr_set=attributes, attr_clr=clear, propagation=propagation, userns_fd=namespace)
     syscall("mount_setattr", fd, os.fsencode(path), flags, ctypes.byref(attr), ctypes.sizeof(attr))
 
 

@@ -13,6 +13,7 @@ CLONE_NEWNS = 0x20000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 CLONE_INTO_CGROUP = 0x200000000
@@ -73,3 +74,47 @@ def setdomainname(name: str) -> None:
     """Set the NIS domain name of the calling process's UTS namespace (it would otherwise leak the host's)."""
     raw = os.fsencode(name)
     call(libc.setdomainname, "setdomainname", raw, ctypes.c_size_t(len(raw)))
+
+
+IdMap = tuple[tuple[int, int, int], ...]
+"""Lines of a map of user_namespaces(7): first id inside, first id outside, count."""
+
+
+def new_user_namespace(uids: IdMap, gids: IdMap) -> int:
+    """A descriptor of a user namespace with these maps, in which no process is; for ``mount.map_ids``.
+
+    A forked process makes it, and lives until it is set up. Raises OSError (ENOSPC: user.max_user_namespaces is 0).
+    """
+    import signal
+
+    ready, its_ready = os.pipe2(os.O_CLOEXEC)
+    its_hold, hold = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(hold)
+            unshare(CLONE_NEWUSER)
+            os.write(its_ready, b"0")
+            os.read(its_hold, 1)  # until this process is killed, or the other one ends
+        except OSError as error:
+            os.write(its_ready, str(error.errno).encode())
+        finally:
+            os._exit(0)
+    try:
+        os.close(its_ready)
+        os.close(its_hold)
+        number = int(os.read(ready, 16) or 0)
+        if number:
+            raise OSError(number, os.strerror(number), "new user namespace")
+        for name, lines in (("uid_map", uids), ("gid_map", gids)):
+            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, "".join(f"{inside} {outside} {count}\n" for inside, outside, count in lines).encode())
+            finally:
+                os.close(fd)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(ready)
+        os.close(hold)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -157,12 +157,13 @@ def run_spec(
     uid: int,
     owned: list[int],
     *,
+    write: Iterable[str] = (),
     env: Mapping[str, str] = MappingProxyType({}),
     cwd: str = "/",
 ) -> CageSpec:
     """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close.
 
-    ``env``: variables besides the usual ones.
+    ``write``: folders that it may change; ``env``: variables besides the usual ones.
     """
     from isolator.cage.view import PATH, open_read_path
     from isolator.layers.base import Bind, CageSpec
@@ -171,6 +172,11 @@ def run_spec(
     for path in policy.filesystem.read:
         owned.append(open_read_path(path))
         binds.append(Bind(path, owned[-1]))
+    for path in write:
+        from isolator.standalone.writable import writable_folder
+
+        binds.append(writable_folder(path, uid, owned, executable=policy.syscalls != "strict"))
+    binds.sort(key=lambda bind: bind.target)  # a folder before those below it; of one path, the writable one on top
     return CageSpec(
         name="run",
         run=run,

@@ -22,7 +22,7 @@ from isolator.layers.filesystem import (
     ResizeTmpfs,
     SealMount,
 )
-from isolator.layers.landlock import LandlockSection
+from isolator.layers.landlock import LandlockSection, WritableFolder
 from isolator.layers.ledger import LAYERS
 from isolator.layers.plan import Part, Plan, Section
 from isolator.layers.rlimits import RlimitsSection
@@ -42,7 +42,7 @@ operations: st.SearchStrategy[MountOperation] = st.one_of(
 sections: st.SearchStrategy[Section] = st.one_of(
     st.builds(UserSection, numbers, numbers),
     st.builds(RlimitsSection, numbers),
-    st.builds(LandlockSection, numbers),
+    st.builds(LandlockSection, numbers, st.lists(st.builds(WritableFolder, texts), max_size=2).map(tuple)),
     st.builds(SeccompSection, st.binary(max_size=50), st.binary(max_size=9)),
     st.builds(FilesystemSection, st.booleans(), st.lists(operations, max_size=6).map(tuple)),
 )
