@@ -149,7 +149,8 @@ class Cage:
             leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
             runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
             mark("journal")
-            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd, to_group=spec.to_group)
+            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
+            plan.to_group, plan.terminal = spec.to_group, spec.terminal
             plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
             try:
                 for layer in self._layers:

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 @click.command(
     context_settings={"allow_interspersed_args": False},
-    epilog="\b\nExamples:\n  isolator run -- cat /etc/shadow\n"
-    "  isolator run --memory 64M --tasks 8 -- python3 -c 'print(1)'\n"
-    "  isolator run --egress example.org:443 -- curl -sI https://example.org\n"
-    "  isolator run --read /srv/data -- ls /srv/data",
+    epilog="\b\nAn agent's tools, on a project folder:\n"
+    '  isolator run --write "$PWD" --cwd "$PWD" -- sh -c "$TOOL_CALL"\n'
+    "\b\nA build:\n"
+    '  isolator run --write "$PWD" --cwd "$PWD" --tasks 256 --cpu 200% -- make -j2\n'
+    "\b\nAn MCP server, with its token in a file:\n"
+    "  isolator run --read /opt/weather --env-file weather.env \\\n"
+    "    --egress api.example.com:443 -- python3 /opt/weather/server.py",
 )
 @click.option(
     "--policy", "policy_file", metavar="FILE", type=click.Path(path_type=Path), help="Take the grants of FILE."
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 @click.option("--cwd", metavar="DIR", default="/", help="Start in DIR, which --read or --write shows (default /).")
 @click.option("--tmp", metavar="SIZE", help="Size of /tmp, in memory (default 32M).")
 @click.option("--nofile", metavar="N", type=int, help="Open files at once (default 1024).")
+@click.option("-t", "--tty", is_flag=True, help="Give it a terminal of its own, joined to this one.")
 @click.option("--audit", metavar="FILE", type=click.Path(path_type=Path), help="Append its records to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print how it ended as JSON on stderr.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -73,15 +77,16 @@ def run(
     cwd: str,
     tmp: str | None,
     nofile: int | None,
+    tty: bool,
     audit: Path | None,
     as_json: bool,
     command: tuple[str, ...],
 ) -> None:
     """Run one COMMAND in a cage, with this terminal's input and output.
 
-    It gets a free uid, no network unless --egress, /usr read-only and 32 MiB of /tmp; the current folder is not
-    visible unless named with --read. Exits with the command's code (128 + signal if killed), or 125 if the cage
-    could not be built.
+    It gets a free uid, no network unless --egress or --net, /usr read-only and 32 MiB of /tmp; the current folder is
+    not visible unless named with --read or --write; what it makes there with --write belongs to the caller. Exits with
+    the command's code (128 + signal if killed), or 125 if the cage could not be built.
     """
     if not command:
         raise click.UsageError("no command; write it after '--', e.g. isolator run -- id")
@@ -103,7 +108,7 @@ def run(
 
         from isolator.standalone.variables import variables
 
-        place = Place(list(command), variables(env, env_file), os.path.abspath(cwd), folders)
+        place = Place(list(command), variables(env, env_file), os.path.abspath(cwd), folders, tty)
         end = asyncio.run(_run(paths, load, place, audit))
     except IsolatorError as error:
         click.echo(f"isolator: {error}", err=True)
@@ -117,12 +122,13 @@ def run(
 
 @dataclass(frozen=True)
 class Place:
-    """The command, its variables besides the usual ones, the folder that it starts in, and those that it may change."""
+    """The command and its surroundings: variables besides the usual ones, folders, terminal."""
 
     command: list[str]
     env: dict[str, str]
     cwd: str
     write: tuple[str, ...]
+    tty: bool
 
 
 def _note(text: str) -> None:
@@ -145,7 +151,7 @@ async def _run(
 ) -> CageExit:
     from isolator.linux.descriptors import close_all
     from isolator.standalone.session import StandaloneSession, run_spec
-    from isolator.standalone.terminal import streams_restored
+    from isolator.standalone.terminal import CageTerminal, streams_restored
 
     # The launcher starts on the other core while the policy's modules load here.
     async with StandaloneSession(paths) as session:
@@ -162,22 +168,32 @@ async def _run(
             lease = session.lease(host)
             owned: list[int] = []
             stack.callback(close_all, owned)
+            terminal = CageTerminal(lease.uid) if place.tty else None
+            if terminal is not None:
+                stack.callback(terminal.close)
             spec = run_spec(
-                paths, policy, place.command, run_id, lease.uid, owned, env=place.env, cwd=place.cwd, write=place.write
-            )
+                paths, policy, place.command, run_id, lease.uid, owned,
+                env=place.env, cwd=place.cwd, write=place.write, terminal=terminal,
+            )  # fmt: skip
             # From before the command runs: one that arrives early is kept for it, and does not end us instead.
             early: list[int] = []
             loop = asyncio.get_running_loop()
             for number in _FORWARDED:
                 loop.add_signal_handler(number, early.append, number)
-            async with session.cage(spec, host, Stdio(0, 1, 2), records) as cage:
+            stdio = Stdio(0, 1, 2) if terminal is None else Stdio(*[terminal.stream] * 3)
+            async with session.cage(spec, host, stdio, records) as cage:
                 for number in _FORWARDED:
                     loop.add_signal_handler(number, _forward, loop, cage, number)
+                if terminal is not None:
+                    loop.add_signal_handler(signal.SIGWINCH, terminal.resize)
+                    terminal.join()
                 for missed in early:
                     _forward(loop, cage, missed)
                 end = await cage.wait()
                 records.record(CageStopped(**_summary(end)))
-                return end
+            if terminal is not None:
+                await terminal.finish()
+            return end
 
 
 def _forward(loop: asyncio.AbstractEventLoop, cage: Cage, number: int) -> None:

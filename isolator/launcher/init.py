@@ -35,6 +35,7 @@ FORWARDED = {
 _IGNORED = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 """Signals that may be ignored here and must not be in the sidecar: Python ignores some, the launcher the terminal's,
 and the program that started the daemon any at all (nohup, a shell's job)."""
+_TERMINAL = "/dev/pts/0"
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
@@ -96,6 +97,15 @@ def _spawn(plan: Plan) -> int:
     def spawn(path: str) -> int:
         return os.posix_spawn(path, plan.argv, plan.env, setpgroup=0, setsigmask=(), setsigdef=_IGNORED)
 
+    def spawn_on_terminal(path: str) -> int:
+        # The first terminal that the leader of a session opens becomes the session's.
+        first = ((os.POSIX_SPAWN_OPEN, 0, _TERMINAL, os.O_RDWR, 0),)
+        return os.posix_spawn(
+            path, plan.argv, plan.env, file_actions=first, setsid=True, setsigmask=(), setsigdef=_IGNORED
+        )
+
+    if plan.terminal:
+        return _first(plan, spawn_on_terminal)
     return _first(plan, spawn)
 
 
@@ -104,7 +114,11 @@ def _fork(plan: Plan, seccomp: SeccompSection, report: socket.socket) -> int:
     sidecar = os.fork()
     if sidecar:
         return sidecar
-    os.setpgid(0, 0)
+    if plan.terminal:
+        os.setsid()
+        os.dup2(os.open(_TERMINAL, os.O_RDWR), 0)
+    else:
+        os.setpgid(0, 0)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -89,6 +89,8 @@ class CageSpec:
     """Detached mounts by the place where they go (the socket directory, the state)."""
     files: dict[str, str] = field(default_factory=dict)
     """Secret files by name: 0400, in memory, in /run/isolator/config."""
+    terminal: bool = False
+    """The sidecar is on a terminal of its own (``Plan.terminal``): ``mounts`` has its /dev/pts."""
     to_group: bool = False
     """Signals go to the sidecar's whole process group (``Plan.to_group``)."""
 

@@ -9,6 +9,7 @@ template's dozen mounts is also much cheaper than copying and detaching the host
     /etc        certificates, alternatives of the host; nsswitch.conf, resolv.conf; links to      template
                 /run/isolator/etc for passwd, group, hosts, hostname, machine-id
     /dev        null zero full random urandom, the standard links                                 template
+    /dev/pts    terminals of the cage's own, where it was given one (``isolator run --tty``)      cage
     /etc/ld.so.cache, localtime   of the host, read-only, as they are at this start               cage
     /proc       only processes, only its own (hidepid=invisible, subset=pid)                      cage
     /tmp /dev/shm          tmpfs with size and inode caps                                         cage
@@ -20,7 +21,7 @@ template's dozen mounts is also much cheaper than copying and detaching the host
 A policy that names more paths to read needs mount points that the template does not have: then the child makes a root
 of its own, takes the template's folders over, and pivots into it.
 
-There is no /sys, no terminal, nothing else of /run, /var, /home or /root.
+There is no /sys, no terminal of the host, nothing else of /run, /var, /home or /root.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ _ETC_FILES = ("ld.so.cache", "localtime", "mime.types")
 """Files of the host that packages replace by rename, so that a bind made earlier would show the old one."""
 _ETC_OF_CAGE = ("passwd", "group", "hosts", "hostname", "machine-id")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
-_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
-_PLACES = ("plugin", "state", "tmp", "proc", "dev/shm", "run/isolator", "etc")
+_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+          "ptmx": "pts/ptmx"}  # fmt: skip
+_PLACES = ("plugin", "state", "tmp", "proc", "dev/shm", "dev/pts", "run/isolator", "etc")
 _SCRATCH_PLACES = ("tmp", "dev/shm")
 _OWN = ("plugin", "host", "config", "bin", "etc")
 """The folders in /run/isolator."""

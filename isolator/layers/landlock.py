@@ -25,6 +25,8 @@ _WRITABLE = ("/tmp", "/dev/shm")
 _WRITABLE_LATER = ("/state", "/run/isolator/plugin")
 """Mounted by the plan: each is a mount of its own, so that a right on its mount point would mean nothing."""
 
+_DEVICE = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
+
 
 @dataclass(frozen=True)
 class WritableFolder(Part, kind="writable_folder"):
@@ -55,6 +57,8 @@ class LandlockSection(Section, kind="landlock"):
         for path in (*_WRITABLE_LATER, *(folder.path for folder in self.folders)):
             if os.path.isdir(path):  # the child avoids importing pathlib
                 landlock.allow(ruleset, self.abi, path, landlock.READ | landlock.WRITE)
+        if os.path.isdir("/dev/pts"):
+            landlock.allow(ruleset, self.abi, "/dev/pts", _DEVICE | landlock.READ_DIR)
         landlock.restrict_self(ruleset)
 
 
@@ -112,8 +116,7 @@ def _ruleset(version: int) -> int:
     landlock.allow(ruleset, version, "/", landlock.READ)
     for path in _WRITABLE:
         landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
-    device = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
     for name in ("null", "zero", "full", "random", "urandom"):
         if os.path.exists(f"/dev/{name}"):
-            landlock.allow(ruleset, version, f"/dev/{name}", device)
+            landlock.allow(ruleset, version, f"/dev/{name}", _DEVICE)
     return ruleset

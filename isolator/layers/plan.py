@@ -97,6 +97,8 @@ class Plan:
     fds: dict[str, int] = field(default_factory=dict)
     to_group: bool = False
     """Signals to the cage go to the sidecar's process group, as those of a terminal do, not to the sidecar alone."""
+    terminal: bool = False
+    """The sidecar leads a session whose terminal is /dev/pts/0, its standard input."""
     _owned: FdSet = field(default_factory=FdSet, repr=False, compare=False)
 
     def add(self, section: Section) -> None:
@@ -120,7 +122,7 @@ class Plan:
         """The packet, and the descriptors that go with it."""
         body = [
             self.cage, self.argv, self.env, self.cwd, self.umask, self.clone_flags, list(self.sections.values()),
-            list(self.fds), self.to_group,
+            list(self.fds), self.to_group, self.terminal,
         ]  # fmt: skip
         return json.dumps(body, separators=(",", ":"), default=_wire).encode(), list(self.fds.values())
 
@@ -130,17 +132,17 @@ class Plan:
         body = json.loads(packet)
         if type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
             raise ValueError("the packet is no plan")
-        cage, argv, env, cwd, umask, clone_flags, sections, names, to_group = body
+        cage, argv, env, cwd, umask, clone_flags, sections, names, to_group, terminal = body
         if {*map(type, argv), *map(type, names)} - {str}:
             raise ValueError("an argument or a descriptor's name of the plan is no text")
         if len(names) != len(fds):
             raise ValueError(f"the plan names {len(names)} descriptors, {len(fds)} came along")
         found = {section.kind: section for section in _read_parts(Section, sections)}  # type: ignore[type-abstract]
         named = dict(zip(names, fds, strict=True))
-        return cls(cage, argv, _read_texts(env), cwd, umask, clone_flags, found, named, to_group)
+        return cls(cage, argv, _read_texts(env), cwd, umask, clone_flags, found, named, to_group, terminal)
 
 
-_WIRE_TYPES = (str, list, dict, str, int, int, list, list, bool)
+_WIRE_TYPES = (str, list, dict, str, int, int, list, list, bool, bool)
 
 
 def _wire(value: object) -> Any:

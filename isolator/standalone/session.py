@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
     from isolator.standalone.records import Records
+    from isolator.standalone.terminal import CageTerminal
 
 
 class StandaloneSession:
@@ -160,6 +161,7 @@ def run_spec(
     write: Iterable[str] = (),
     env: Mapping[str, str] = MappingProxyType({}),
     cwd: str = "/",
+    terminal: CageTerminal | None = None,
 ) -> CageSpec:
     """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close.
 
@@ -194,5 +196,7 @@ def run_spec(
         },
         cwd=cwd,
         binds=binds,
+        mounts={} if terminal is None else {"/dev/pts": terminal.mount},
+        terminal=terminal is not None,
         to_group=True,
     )  # fmt: skip

@@ -49,7 +49,7 @@ sections: st.SearchStrategy[Section] = st.one_of(
 plans = st.builds(
     Plan, texts, st.lists(texts, max_size=3), files, texts, numbers, numbers,
     st.lists(sections, max_size=5).map(lambda found: {one.kind: one for one in found}),
-    st.dictionaries(texts, st.integers(0, 999), max_size=4), st.booleans(),
+    st.dictionaries(texts, st.integers(0, 999), max_size=4), st.booleans(), st.booleans(),
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_two_parts_cannot_have_one_name() -> None:
 def _packet(**changes: Any) -> bytes:
     body = {
         "cage": "c", "argv": ["true"], "env": {"A": "b"}, "cwd": "/", "umask": 18, "clone_flags": 0,
-        "sections": [["user", {"uid": 1, "gid": 2}]], "fds": ["stdin"], "to_group": False,
+        "sections": [["user", {"uid": 1, "gid": 2}]], "fds": ["stdin"], "to_group": False, "terminal": False,
     }  # fmt: skip
     return json.dumps([*(body | changes).values()]).encode()
 

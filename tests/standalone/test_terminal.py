@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import select
 import shlex
 import signal
+import struct
 import subprocess
 import termios
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cage_fixture import COMMAND, caged
+from tests.support.cage_fixture import COMMAND, caged, isolator
 from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for
 
@@ -34,10 +36,14 @@ class Terminal:
 
     def __init__(self, command: list[str]) -> None:
         self.keyboard, self.line = pty.openpty()
+        self.resize(24, 80)
         self._screen = b""
         self.process = subprocess.Popen(
             ["setsid", "--ctty", *command], stdin=self.line, stdout=self.line, stderr=self.line
         )
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.line, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     def press(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())
@@ -139,3 +145,65 @@ def test_a_stream_that_blocked_blocks_again(shared_dir: Path) -> None:
         one.shows("open False")
         assert one.end() == 0
         assert os.get_blocking(one.line)
+
+
+def test_a_shell_on_a_terminal_of_its_own_controls_jobs(shared_dir: Path) -> None:
+    with terminal(
+        _run(shared_dir, "--tty", "--env", "PS1=> ", "--env", "TERM=dumb", "--", "bash", "--norc", "-i")
+    ) as one:
+        one.shows("> ")
+        one.press("tty; stty size; cat\n")
+        one.shows("/dev/pts/0\r\n24 80\r\n")
+        one.press("typed\n")
+        one.shows("typed\r\ntyped\r\n")
+        one.press("\x1a")
+        one.shows("Stopped")
+        one.press("fg\n")
+        one.shows("\ncat\r\n")
+        one.press("again\n")
+        one.shows("again\r\nagain\r\n")
+        one.press("\x03")
+        one.shows("^C")
+        one.press("echo code $?; exit 7\n")
+        one.shows("code 130")
+        assert one.end() == 7
+
+
+def test_the_callers_terminal_is_not_in_the_cage(shared_dir: Path) -> None:
+    script = "stty size -echo; stty rows 7; ls -1 /dev/pts; stty size"
+    with terminal(_run(shared_dir, "--tty", "--", "sh", "-c", script)) as one:
+        before = termios.tcgetattr(one.line)
+        assert one.end() == 0
+        assert one.rest() == "24 80\r\n0\r\nptmx\r\n7 80\r\n"
+        assert termios.tcgetattr(one.line) == before
+        size = fcntl.ioctl(one.line, termios.TIOCGWINSZ, b"\0" * 8)
+        assert struct.unpack("4H", size)[:2] == (24, 80)
+
+
+def test_a_change_of_size_arrives(shared_dir: Path) -> None:
+    script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"
+    with terminal(_run(shared_dir, "--tty", "--", "bash", "-c", script)) as one:
+        one.shows("ready")
+        one.resize(33, 99)
+        one.shows("33 99")
+        assert one.end() == 0
+
+
+@pytest.mark.parametrize("line", ["line\n", "no end of line"])
+def test_a_terminal_without_one_outside_ends_with_the_input(shared_dir: Path, line: str) -> None:
+    result = isolator(shared_dir, "run", "-t", "--", "sh", "-c", "test -t 0 -a -t 1 && cat", input=line)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == line * 2  # typed, and as cat has it
+
+
+def test_all_output_arrives_before_the_end(shared_dir: Path) -> None:
+    result = isolator(shared_dir, "run", "-t", "--", "seq", "20000")
+    assert result.stdout.split() == [str(number) for number in range(1, 20001)]
+
+
+def test_a_terminal_that_nobody_reads_hangs_up(shared_dir: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" </dev/null | head -n1', "bash", *_run(shared_dir, "-t", "--", "yes")],
+        capture_output=True, text=True, check=False, timeout=seconds(60),
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("y\n", 128 + signal.SIGHUP), done.stderr
