@@ -24,8 +24,9 @@ from isolator.errors import UsageError
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import open_nofollow, openat2
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
-from isolator.policy.request import parse_manifest_core, synthesise_manifest
+from isolator.policy.request import synthesise_manifest
 from isolator.registration.program import check_descriptor, check_program
+from isolator.registration.reading import ManifestReader
 
 MANIFEST = "plugin.json"
 NAME = re.compile(r"^[a-z][a-z0-9-]{1,62}$")
@@ -63,11 +64,11 @@ class Staged:
     binary_sha256: str = ""
 
 
-def stage(base: Path, source: Source) -> Staged:
+def stage(base: Path, source: Source, reader: ManifestReader) -> Staged:
     """Copy ``source`` into a new folder below ``base``; raises UsageError when it cannot be a plugin."""
     for path in (source.path, source.binary, source.files):
         _check_characters(path)
-    stager = _Stager(base)
+    stager = _Stager(base, reader)
     if source.path:
         return stager.stage_folder(Path(source.path))
     if source.name and source.binary:
@@ -82,15 +83,15 @@ def discard(staged: Staged) -> None:
 
 
 class _Stager:
-    def __init__(self, base: Path) -> None:
-        self._base = base
+    def __init__(self, base: Path, reader: ManifestReader) -> None:
+        self._base, self._reader = base, reader
 
     def stage_folder(self, path: Path) -> Staged:
         """Copy a folder and read its manifest; nothing is registered yet."""
         with FdSet() as owned, self._new_staging() as (token, target):
             digest = _Copy(str(path)).folder(owned.add(_open_folder(path)), target)
             manifest = _read_manifest(target, path)
-            name = parse_manifest_core(manifest, name=str(path / MANIFEST)).name
+            name = self._reader.read(manifest, str(path / MANIFEST)).core.name
             return Staged(token, name, digest, target, manifest, synthesised=False)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
@@ -114,6 +115,7 @@ class _Stager:
                 if binary.is_relative_to(files):
                     kind, program = "folder", f"./{binary.relative_to(files)}"
             manifest = json.dumps(synthesise_manifest(name, sha256, program, hooks), indent=2).encode()
+            self._reader.read(manifest, "plugin add")
             _write_new(target / MANIFEST, manifest, 0o644)
         digest = hashlib.sha256(b"\0".join([digest.encode(), sha256.encode(), manifest])).hexdigest()
         if kind == "folder":
@@ -122,7 +124,7 @@ class _Stager:
 
     def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
         try:
-            body = json.loads(staged.manifest)
+            body = self._reader.read(staged.manifest, str(binary.parent / MANIFEST)).manifest
             if staged.name != name:
                 raise UsageError(
                     f"--name {name}", f"{binary.parent / MANIFEST} calls it {staged.name}",

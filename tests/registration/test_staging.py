@@ -15,10 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.policy.host import HostConfig
 from isolator.registration import staging
+from isolator.registration.reading import ManifestReader
 from isolator.registration.staging import Source, Staged, discard, stage
 from isolator.registration.store import Registration, Release, Store
 from tests.system.daemon import write_plugin
+
+READER = ManifestReader(HostConfig().uid_range)
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def offer(base: Path, folder: Path) -> Staged:
-    return stage(base, Source(path=str(folder)))
+    return stage(base, Source(path=str(folder)), READER)
 
 
 def refused(base: Path, folder: Path, pattern: str) -> None:
@@ -210,7 +214,7 @@ def test_hostile_package_is_refused(base: Path, package: Path, kind: str) -> Non
 def test_text_that_no_path_can_be_is_refused(base: Path, package: Path, key: str, text: str) -> None:
     source = {"name": "parcel", "binary": str(package / "main"), key: text}
     with pytest.raises(UsageError, match="no path can have"):
-        stage(base, Source(**source))
+        stage(base, Source(**source), READER)
     assert not list(base.iterdir())
 
 
@@ -290,7 +294,7 @@ def binary(shared_dir: Path) -> Path:
 
 
 def by_path(base: Path, path: Path, *hooks: str, name: str = "tool-name") -> Staged:
-    return stage(base, Source(name=name, binary=str(path), hooks=hooks or ("deploy.completed",)))
+    return stage(base, Source(name=name, binary=str(path), hooks=hooks or ("deploy.completed",)), READER)
 
 
 def test_a_binary_is_pinned_and_not_copied(base: Path, binary: Path) -> None:
