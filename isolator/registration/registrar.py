@@ -95,12 +95,13 @@ class Registrar(Proposals):
                     f"plugin update {registration.name}", f"{shown} holds {core.name}",
                     "add that as a plugin of its own: isolator plugin add",
                 )  # fmt: skip
-            check_staged(staged, core.binary, source.path or str(Path(shown).parent))
             more: tuple[str, ...] = ()
             if registration is not None:
                 more = self._more(registration, core)
             release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256)
             proposal = self._proposed(registration, core) if more and registration else self._meet(core)
+            read = (*(core.sandbox.read or ()), *proposal.effective.filesystem.read)
+            check_staged(staged, core.binary, source.path or str(Path(shown).parent), read=read)
         except BaseException:
             staging.discard(staged)
             raise
