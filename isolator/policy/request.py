@@ -141,8 +141,8 @@ def check(core: ManifestCore) -> None:
     _check_each([entry.host for entry in egress], lambda host: str(parse_host(printable(host, 300))))
     _check_each([entry.port for entry in listen], names.parse_port)
     for entry in egress:
-        _check_each(entry.ports[:65], names.parse_port)
-        if not entry.ports or len(entry.ports) > 64 or names.sorted_ports(entry.ports) != entry.ports:
+        _check_each(entry.ports, names.parse_port)
+        if not entry.ports or names.sorted_ports(entry.ports) != entry.ports:
             raise ValueError("no set of ports")
     limits = {limit.name: limit for limit in LIMITS if limit.manifest}
     for name, number in core.limits.items():

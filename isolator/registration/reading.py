@@ -35,7 +35,8 @@ _BATCH = 32
 _MAX_ANSWER = 4 * MAX_BYTES
 _SECONDS = 60.0
 """Patience with one answer, in which the reader has its few seconds of processor time."""
-_KEPT = 4096
+_KEPT_BYTES = 8 << 20
+"""Of the texts whose answers are kept; what is made of them takes several times as much."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class ReadManifest:
     """All of it, for the host, which reads it as strictly."""
 
 
-_known: OrderedDict[bytes, ReadManifest | UsageError] = OrderedDict()
+_known: OrderedDict[bytes, tuple[ReadManifest | UsageError, int]] = OrderedDict()
+"""Answers by the SHA-256 of their text, each with its size; what was not wanted for longest goes first."""
 _lock = threading.Lock()
+_OVERHEAD = 1024
 
 
 class ManifestReader:
@@ -72,7 +75,7 @@ class ManifestReader:
             for digest in digests:
                 if digest in _known:
                     _known.move_to_end(digest)
-                    found[digest] = _known[digest]
+                    found[digest] = _known[digest][0]
         new = {digest: text for digest, (text, _) in zip(digests, manifests, strict=True) if digest not in found}
         while new:
             batch = list(new)[:_BATCH]
@@ -81,11 +84,13 @@ class ManifestReader:
                 found[digest] = answer
                 del new[digest]
         with _lock:
-            for digest, answer in found.items():
+            for digest, (text, _) in zip(digests, manifests, strict=True):
+                answer = found[digest]
                 if isinstance(answer, (ReadManifest, UsageError)):
-                    _known[digest] = answer
-            while len(_known) > _KEPT:
-                _known.popitem(last=False)
+                    _known[digest] = (answer, len(text) + _OVERHEAD)
+            kept = sum(size for _, size in _known.values())
+            while kept > _KEPT_BYTES:
+                kept -= _known.popitem(last=False)[1][1]
         return [_named(found[digest], name) for digest, (_, name) in zip(digests, manifests, strict=True)]
 
     def _answers(self, texts: Sequence[bytes]) -> list[ReadManifest | IsolatorError]:
@@ -184,6 +189,7 @@ def _checked(line: bytes) -> ReadManifest | IsolatorError:
             return UsageError(at, prose(why), prose(remedy))
         found = ReadManifest(ManifestCore.model_validate(answer["core"]), answer["manifest"])
         check(found.core)
+        _check_json(answer["core"])
         _check_json(found.manifest)
         return found
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):

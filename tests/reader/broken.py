@@ -67,6 +67,7 @@ ANSWERS: dict[str, Callable[[], bytes]] = {
     "hook": _changed(hooks=["*"]),
     "read": _changed(sandbox={"read": ["/run/secret"]}),
     "text": _changed(description="\x1b[2J"),
+    "argument": _changed(args=["\ud800"]),
     "limit": _changed(limits={"memory": -1}),
     "huge limit": _changed(limits={"memory": 1e308}),
     "unknown limit": _changed(limits={"wishes": 3}),

@@ -75,6 +75,12 @@ def test_same_bytes_are_read_once_in_the_life_of_a_process(monkeypatch: pytest.M
         READER.read(b"[]", "two")
 
 
+def test_answers_that_are_kept_are_bounded_in_size() -> None:
+    large = [json.dumps(MANIFEST | {"description": "x" * 250_000 + str(number)}).encode() for number in range(40)]
+    READER.read_all([(text, "p") for text in large])
+    assert 20 < len(reading._known) < 40
+
+
 @pytest.mark.usefixtures("broken")
 @pytest.mark.parametrize("kind", BAD)
 def test_broken_reader_is_cut_off_and_others_are_read(kind: str) -> None:
