@@ -9,6 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """The text on one line of a terminal or a log: a stranger's names end up in errors, with whatever is in them."""
+    if not text or text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class IsolatorError(Exception):
     """A failure with a cause; ``what`` names the object, ``why`` the reason, ``remedy`` the next step."""
 
@@ -16,7 +23,7 @@ class IsolatorError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
-        self.what, self.why, self.remedy = what, why, remedy
+        self.what, self.why, self.remedy = printable(what), printable(why), printable(remedy)
         super().__init__(str(self))
 
     def __str__(self) -> str:

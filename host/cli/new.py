@@ -44,7 +44,7 @@ SAMPLES: dict[str, dict[str, object]] = {
 def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
     """Start a new plugin in DIR from a working example."""
     from isolator.policy.names import OLDER_HOOKS
-    from isolator.policy.request import parse_manifest
+    from isolator.reader.manifest import parse_manifest
 
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -190,6 +190,9 @@ class RegistrationVerbs:
         found = self._registry.need(request.name).raw.get("found")
         if found:
             staged = await self.stage(PluginStage(path=found), caller)
+            if request.digest and request.digest != staged["digest"]:
+                self._abandon(staged["token"])
+                raise UsageError(f"plugin {request.name}", "something else is in its folder now", "look at it again")
             return cast(ApprovedPlugin, await self.commit(PluginCommit(token=staged["token"]), caller))
         changed = await self._change(request.name, lambda name: self._link.approve(name, caller.by, request.digest))
         return cast(ApprovedPlugin, changed)

@@ -1,6 +1,6 @@
 """Whole manifest: the part that the supervisor reads (``ManifestCore``) and the part that only the host needs.
 
-The core decides about security and is parsed by the supervisor too, with the same code; here ``transport``,
+The core decides about security and is parsed for the supervisor too, with the same code; here ``transport``,
 ``delivery``, ``activation``, ``health`` and ``config_schema`` are read as strictly, because a typo in any of them
 changes what the plugin receives. Unknown top-level keys are a warning: newer authors, older hosts.
 """
@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from isolator.errors import UsageError
 from isolator.policy.keys import Frozen
-from isolator.policy.parse.strict import Table, load_json_with_lines, printable, prose
-from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore, parse_manifest
+from isolator.policy.parse.strict import Table, printable, prose
+from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore
 from isolator.policy.units import parse_duration
+from isolator.reader.json_text import load_json_with_lines
+from isolator.reader.manifest import parse_manifest
 
 ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
 

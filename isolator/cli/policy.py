@@ -132,7 +132,7 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.meet.effective import meet, policy_alone
     from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
-    from isolator.policy.request import parse_manifest_core
+    from isolator.reader.manifest import parse_manifest_core
 
     kind = _kind(file)
     if kind == "manifest":
@@ -160,7 +160,7 @@ def _host(root: str | None) -> HostConfig:
 def _check(path: Path, host: HostConfig | None) -> HostConfig | None:
     """Raise what is wrong with one file; the settings when it is a ``host.toml``."""
     from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
-    from isolator.policy.request import parse_manifest_core
+    from isolator.reader.manifest import parse_manifest_core
 
     kind = _kind(path)
     if kind == "host":

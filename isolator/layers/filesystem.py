@@ -65,6 +65,11 @@ _MS_SCRATCH = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
 _PARKING = "/proc"  # exists on every host, and nothing below it is a source; only in a namespace of the caller's own
 
 
+def host_folders() -> tuple[str, ...]:
+    """Folders of the host that every cage has at the same place."""
+    return ("/usr", *(f"/{name}" for name in _MERGED), *(f"/etc/{name}" for name in _ETC_OF_HOST))
+
+
 def build_template() -> None:
     """Give the calling process (the launcher) a mount namespace that holds the template and nothing else."""
     from isolator.linux.namespaces import CLONE_NEWNS, unshare

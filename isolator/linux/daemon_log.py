@@ -19,9 +19,19 @@ class _Formatter(logging.Formatter):
         self._prefix, self._priorities = prefix, priorities
 
     def format(self, record: logging.LogRecord) -> str:
+        # Lines are the program's to begin, never a stranger's whose names are among the arguments.
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_on_one_line, record.args))
         head = f"<{_PRIORITIES.get(record.levelno, 6)}>" if self._priorities else ""
         text = f"{self._prefix}: {super().format(record)}"
         return "\n".join(f"{head}{line}" for line in text.splitlines() or [text])
+
+
+def _on_one_line(argument: object) -> object:
+    text = argument if isinstance(argument, (str, int, float)) else str(argument)
+    if not isinstance(text, str) or text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def set_up(prefix: str = "isolator") -> None:

@@ -1,30 +1,33 @@
 """The request of an author: the manifest's ``sandbox`` and the few other fields that decide about security.
 
-The supervisor reads this much of ``plugin.json`` and no more; the host reads the whole file
-(``host/plugins/manifest.py``) and warns about unknown top-level keys. Everything here is a
-*request*, which by itself grants nothing.
+The supervisor relies on this much of ``plugin.json`` and no more. ``isolator/reader/`` parses the text, in a process
+without privilege; here are the types, and ``check`` for the answer. Everything here is a *request*, which by itself
+grants nothing.
 ``None`` always means "the manifest is silent", which is not the same as an empty list (``egress: []`` is no network).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from isolator.policy import names
 from isolator.policy.destinations import parse_host
-from isolator.policy.keys import LIMITS, SWITCHES, Frozen
-from isolator.policy.parse.strict import Path, Table, load_json_with_lines, printable, prose
+from isolator.policy.keys import COUNT, LIMITS, SWITCHES, Frozen
+from isolator.policy.parse.strict import printable, prose
+
+T = TypeVar("T")
 
 MANIFEST_NAME = "plugin.json"
 MAX_BYTES, MAX_DEPTH = 256 * 1024, 16
+MAX_ARGUMENTS, MAX_ARGUMENT = 64, 4096
 API_MAJORS = (1,)
 """Majors of the plugin protocol that this version can speak."""
 
-_VERSION = re.compile(
+VERSION = re.compile(
     r"(?:0|[1-9]\d{0,8})(?:\.(?:0|[1-9]\d{0,8})){2}"
     r"(?:-(?:0|[1-9]\d*|\d*[A-Za-z-][0-9A-Za-z-]*)(?:\.(?:0|[1-9]\d*|\d*[A-Za-z-][0-9A-Za-z-]*))*)?"
     r"(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?",
@@ -33,7 +36,7 @@ _VERSION = re.compile(
 UNWRITTEN = "0.0.0+sha256.000000000000"
 """The version of no plugin in particular; counts as synthesised."""
 _SYNTHESISED = re.compile(r"0\.0\.0\+sha256\.[0-9a-f]{12}")
-_API = re.compile(r"[1-9][0-9]{0,3}(?:\.[0-9]{1,4})?")
+API = re.compile(r"[1-9][0-9]{0,3}(?:\.[0-9]{1,4})?")
 
 
 class EgressRequest(Frozen):
@@ -98,200 +101,59 @@ class ManifestCore(Frozen):
         return bool(_SYNTHESISED.fullmatch(self.version))
 
 
-def parse_manifest_core(text: bytes, *, name: str = MANIFEST_NAME) -> ManifestCore:
-    """Parse ``plugin.json``; ``name`` is what errors call it. Raises UsageError with file, line, key and remedy."""
-    data, lines = load_json_with_lines(text, max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=name)
-    return parse_manifest(data, lines=lines, name=name)
-
-
-def parse_manifest(
-    data: dict[str, Any], *, lines: dict[Path, int] | None = None, name: str = MANIFEST_NAME
-) -> ManifestCore:
-    """As ``parse_manifest_core`` for an object that is already parsed; without ``lines`` errors name keys only."""
-    top = Table(data, name=name, lines=lines or {})
-    top.take("$schema")
-    plugin = top.text("name")
-    if not names.PLUGIN_NAME.fullmatch(plugin):
-        top.fail("name", "must be 2 to 63 lower-case letters, digits and dashes, starting with a letter")
-    version = top.text("version")
-    if not _VERSION.fullmatch(version):
-        top.fail("version", "not a semantic version", 'write it like "1.2.0"')
-    if isinstance(data.get("api_version"), (int, float)):
-        top.fail("api_version", "must be text", f'write "{data["api_version"]}"')
-    api = top.text("api_version")
-    if not _API.fullmatch(api):
-        top.fail("api_version", "not a protocol version", 'write it like "1"')
-    if int(api.partition(".")[0]) not in API_MAJORS:
-        spoken = ", ".join(map(str, API_MAJORS))
-        top.fail("api_version", f"this host speaks {spoken}", "update the host, or use an older version of the plugin")
-    if "hooks" not in data:
-        top.text("hooks")
-    delivery = top.table("delivery")
-    requested = _Requested()
-    core = ManifestCore(
-        name=plugin,
-        version=version,
-        api_version=api,
-        binary=_binary(top),
-        hooks=top.strings("hooks", names.parse_hook) or (),
-        args=_arguments(top),
-        description=top.parsed("description", prose, ""),
-        permissions=top.strings("permissions", names.parse_permission) or (),
-        sandbox=_sandbox(top.table("sandbox"), requested),
-        transport=dict(top.table("transport").data),
-        delivery=dict(delivery.data),
-        activation=dict(top.table("activation").data),
-        health=dict(top.table("health").data),
-        config_schema=dict(top.table("config_schema").data) if "config_schema" in top else None,
-    )
-    requested.take(delivery)
-    return core.model_copy(update={"limits": requested.limits, "switches": requested.switches, "extra": top.unknown()})
-
-
 def synthesise_manifest(name: str, binary_sha256: str, binary_name: str, hooks: Iterable[str]) -> dict[str, Any]:
-    """The manifest of a plugin that was registered with flags and brought none.
+    """The manifest of a plugin that was registered with flags and brought none; its reader refuses a wrong flag.
 
     The version is made of the binary's digest, so that another binary is another version.
-    Raises UsageError when a flag is wrong.
     """
-    data = {
+    return {
         "name": name,
         "version": f"0.0.0+sha256.{binary_sha256[:12]}",
         "api_version": "1",
         "binary": f"./{binary_name}",
         "hooks": list(hooks),
     }
-    parse_manifest(data, name="plugin add")
-    return data
 
 
-def _binary(top: Table) -> str:
-    binary = top.text("binary", limit=512)
-    parts = [part for part in binary.split("/") if part not in ("", ".")]
-    if binary.startswith("/"):
-        top.fail("binary", "must be relative to the manifest", 'write it like "./notifier"')
-    if ".." in parts:
-        top.fail("binary", 'must not leave the manifest\'s folder with ".."')
-    if not parts or binary.endswith("/"):
-        top.fail("binary", "names no file", 'write it like "./notifier"')
-    return "./" + "/".join(parts)
+def check(core: ManifestCore) -> None:
+    """Raise ValueError unless every field is one that the parser makes; in time that grows with its size alone.
+
+    For a core that comes out of a process which has had a stranger's bytes in its hands.
+    """
+    if not names.PLUGIN_NAME.fullmatch(core.name):
+        raise ValueError("no name of a plugin")
+    if len(core.version) > 256 or not VERSION.fullmatch(core.version) or not API.fullmatch(core.api_version):
+        raise ValueError("no version")
+    first, *rest = printable(core.binary, 520).split("/")
+    if first != "." or not rest or {"", ".", ".."} & set(rest):
+        raise ValueError("no path below the manifest's folder")
+    if len(core.args) > MAX_ARGUMENTS or any("\0" in text or len(text) > MAX_ARGUMENT for text in core.args):
+        raise ValueError("no arguments")
+    sandbox = core.sandbox
+    network = sandbox.network or NetworkRequest()
+    egress, listen = network.egress or (), network.listen or ()
+    if max(map(len, (core.hooks, core.permissions, sandbox.read or (), egress, listen))) > 64:
+        raise ValueError("too many entries")
+    _check_each(core.hooks, names.parse_hook)
+    _check_each(core.permissions, names.parse_permission)
+    _check_each(sandbox.read or (), names.parse_read_path)
+    _check_each((core.description, *(one.reason for one in egress), *(one.reason for one in listen)), prose)
+    _check_each([entry.host for entry in egress], lambda host: str(parse_host(printable(host, 300))))
+    _check_each([entry.port for entry in listen], names.parse_port)
+    for entry in egress:
+        _check_each(entry.ports, names.parse_port)
+        if not entry.ports or names.sorted_ports(entry.ports) != entry.ports:
+            raise ValueError("no set of ports")
+    limits = {limit.name: limit for limit in LIMITS if limit.manifest}
+    for name, number in core.limits.items():
+        limit = limits.get(name)
+        if limit is None or limit.check(number if limit.unit is COUNT else limit.show(number)) != number:
+            raise ValueError("no limit that a manifest can have")
+    if not core.switches.keys() <= {switch.name for switch in SWITCHES if switch.manifest}:
+        raise ValueError("no switch that a manifest can have")
 
 
-def _arguments(top: Table) -> tuple[str, ...]:
-    def one(value: Any) -> str:
-        if not isinstance(value, str) or "\0" in value or len(value) > 4096:
-            raise ValueError("must be text of at most 4096 characters without NUL")
-        return value
-
-    value = top.take("args", [])
-    if not isinstance(value, list) or len(value) > 64:
-        top.fail("args", "must be a list of at most 64 texts")
-    for index, item in enumerate(value):
-        try:
-            one(item)
-        except ValueError as error:
-            top.fail(("args", index), str(error))
-    return tuple(value)
-
-
-class _Requested:
-    """The declared keys (``keys.py``) that a manifest sets, collected table by table."""
-
-    def __init__(self) -> None:
-        self.limits: dict[str, float] = {}
-        self.switches: dict[str, bool] = {}
-
-    def take(self, table: Table) -> None:
-        """Read those of one table."""
-        self.limits |= table.declared(LIMITS, lambda key: key.manifest)
-        self.switches |= table.declared(SWITCHES, lambda key: key.manifest)
-
-
-def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
-    network = _network(top.table("network"), requested) if "network" in top else None
-    syscalls: Any
-    if isinstance(top.data.get("syscalls"), dict):
-        inner = top.table("syscalls")
-        syscalls = inner.choice("profile", ("default", "strict"), None)
-        inner.finish()
-    else:
-        syscalls = top.choice("syscalls", ("default", "strict"), None)
-    filesystem, resources = top.table("filesystem"), top.table("resources")
-    requested.take(filesystem)
-    request = SandboxRequest(network=network, read=_read(filesystem), syscalls=syscalls)
-    requested.take(resources)
-    for table in (filesystem, resources, top):
-        table.finish()
-    return request
-
-
-def _network(top: Table, requested: _Requested) -> NetworkRequest:
-    egress: tuple[EgressRequest, ...] | None = None
-    if top.data.get("egress") == "public":
-        top.take("egress")
-    else:
-        entries = top.tables("egress")
-        if entries is not None:
-            egress = tuple(_egress(top, entry, index) for index, entry in enumerate(entries))
-    listen: list[ListenRequest] = []
-    wanted = top.tables("listen", limit=16)
-    for index, entry in enumerate(wanted or ()):
-        if isinstance(entry, Table):
-            if "port" not in entry:
-                entry.text("port")
-            listen.append(
-                ListenRequest(port=entry.parsed("port", names.parse_port, 0), reason=entry.parsed("reason", prose, ""))
-            )
-            entry.finish()
-        else:
-            try:
-                listen.append(ListenRequest(port=names.parse_port(entry)))
-            except ValueError as error:
-                top.fail(("listen", index), str(error))
-    requested.take(top)
-    top.finish()
-    return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen))
-
-
-def _egress(top: Table, entry: Table | Any, index: int) -> EgressRequest:
-    if isinstance(entry, str):
-        try:
-            rule = names.parse_egress(printable(entry, 512))
-        except ValueError as error:
-            top.fail(("egress", index), str(error))
-        return EgressRequest(host=rule.host, ports=rule.ports)
-    if not isinstance(entry, Table):
-        top.fail(("egress", index), "must be an object", 'write {"host": "hooks.slack.com", "ports": [443]}')
-    if "host" not in entry:
-        entry.text("host")
-    host = entry.parsed("host", lambda value: str(parse_host(printable(value, 300))), "")
-    ports = entry.items("ports", names.parse_port, limit=32)
-    if ports == ():
-        entry.fail("ports", "is empty", "name the ports, or leave the key out for 443")
-    request = EgressRequest(
-        host=host,
-        ports=names.sorted_ports(ports if ports is not None else (443,)),
-        reason=entry.parsed("reason", prose, ""),
-    )
-    entry.finish()
-    return request
-
-
-def _read(filesystem: Table) -> tuple[str, ...] | None:
-    """Absolute paths, each plain or as ``{"path", "reason"}``."""
-    entries = filesystem.tables("read", limit=32)
-    if entries is None:
-        return None
-    paths = []
-    for index, entry in enumerate(entries):
-        if isinstance(entry, Table):
-            paths.append(entry.parsed("path", lambda value: names.parse_read_path(printable(value, 1024)), ""))
-            entry.text("path")
-            entry.parsed("reason", prose, "")
-            entry.finish()
-        else:
-            try:
-                paths.append(names.parse_read_path(printable(entry, 1024)))
-            except ValueError as error:
-                filesystem.fail(("read", index), str(error))
-    return tuple(paths)
+def _check_each(values: Iterable[T], canonical: Callable[[T], T]) -> None:
+    for value in values:
+        if canonical(value) != value:
+            raise ValueError("not in the form in which the parser leaves it")

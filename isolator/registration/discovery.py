@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -24,7 +23,8 @@ from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import FoundEntry, PluginState
 from isolator.linux.files import openat2
 from isolator.linux.folder_watch import FolderWatch
-from isolator.policy.request import MAX_BYTES, ManifestCore, parse_manifest_core
+from isolator.policy.request import MAX_BYTES, ManifestCore
+from isolator.registration.reading import ManifestReader, ReadManifest
 from isolator.registration.staging import MANIFEST, NAME
 
 logger = logging.getLogger(__name__)
@@ -57,24 +57,59 @@ class Found:
         )
 
 
-def scan(folders: Iterable[str], registered: Mapping[str, str]) -> list[Found]:
-    """Every entry. ``registered``: the names in use, each with the folder it was registered from."""
-    found: list[Found] = []
-    taken = dict(registered)
+def scan(folders: Iterable[str], registered: Mapping[str, str], reader: ManifestReader) -> list[Found]:
+    """Every entry, each under a name of its own. ``registered``: the names in use, each with its folder.
+
+    A name belongs to the first manifest that has it; a folder without one of its own never takes one away.
+    """
     sources = {source for source in registered.values() if source}
+    texts: dict[str, bytes] = {}
+    errors: dict[str, IsolatorError] = {}
     for folder in folders:
         for place, child in _candidates(folder):
-            if place in sources:
-                os.close(child)
-                continue
             try:
-                entry = _read(place, child, taken)
+                if place not in sources:
+                    text = _manifest(child, f"{place}/{MANIFEST}")
+                    if text is not None:
+                        texts[place] = text
+            except IsolatorError as error:
+                errors[place] = error
             finally:
                 os.close(child)
-            if entry is not None:
-                taken.setdefault(entry.name, place)
-                found.append(entry)
+    answers = reader.read_all([(text, f"{place}/{MANIFEST}") for place, text in texts.items()])
+    read: dict[str, ReadManifest] = {}
+    for place, answer in zip(texts, answers, strict=True):
+        if isinstance(answer, ReadManifest):
+            read[place] = answer
+        else:
+            errors[place] = answer
+    taken, found = dict(registered), []
+    for place, one in read.items():
+        if one.core.name in taken:
+            errors[place] = _taken(place, one.core.name, taken[one.core.name])
+        else:
+            taken[one.core.name] = place
+            found.append(Found(one.core.name, place, version=one.core.version, manifest=one.manifest, core=one.core))
+    for place, refusal in errors.items():
+        name = _placeholder(place, taken)
+        taken[name] = place
+        found.append(Found(name, place, error=str(refusal)))
     return found
+
+
+def _taken(place: str, name: str, other: str) -> UsageError:
+    return UsageError(
+        f"{place}/{MANIFEST}", f'the name "{name}" is taken' + (f" by {other}" if other else ""), "choose another name"
+    )
+
+
+def _placeholder(place: str, taken: Mapping[str, str]) -> str:
+    """A name to show a folder by that has none of its own: the folder's, or one that its path alone decides."""
+    name, text = os.path.basename(place), os.fsencode(place)
+    while not NAME.match(name) or name in taken:
+        text = hashlib.sha256(text).hexdigest().encode()
+        name = f"found-{text[:8].decode()}"
+    return name
 
 
 class Discovery:
@@ -83,11 +118,13 @@ class Discovery:
     def __init__(
         self,
         folders: tuple[str, ...],
+        reader: ManifestReader,
         registered: Callable[[], Mapping[str, str]],
         report: Callable[[dict[str, Found], list[str]], None],
     ) -> None:
         self.found: dict[str, Found] = {}
-        self._folders, self._registered, self._report = folders, registered, report
+        self._folders, self._reader = folders, reader
+        self._registered, self._report = registered, report
         self._watch: FolderWatch | None = None
         self._again = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -124,12 +161,13 @@ class Discovery:
         assert self._watch is not None
         # Watched before they are read: a change meanwhile causes another scan.
         self._watch.set(await asyncio.to_thread(_watched, self._folders))
-        entries = await asyncio.to_thread(scan, self._folders, self._registered())
-        # Registered while the folders were being read: it is not to be found any more.
+        before = self._registered()
+        entries = await asyncio.to_thread(scan, self._folders, before, self._reader)
         known = self._registered()
-        now = {entry.name: entry for entry in entries if entry.name not in known}
-        if len(now) < len(entries):
+        if known != before:
+            # What was registered while the folders were being read is not to be found any more.
             self._again.set()
+        now = {entry.name: entry for entry in entries if entry.name not in known}
         changed = {name: entry for name, entry in now.items() if self.found.get(name) != entry}
         removed = [name for name in self.found if name not in now and name not in known]
         self.found = now
@@ -152,27 +190,6 @@ def _candidates(folder: str) -> Iterable[tuple[str, int]]:
                 yield os.path.join(real, name), child
     finally:
         os.close(base)
-
-
-def _read(place: str, child: int, taken: Mapping[str, str]) -> Found | None:
-    """The entry of one folder; None when it holds no manifest."""
-    shown = f"{place}/{MANIFEST}"
-    name = os.path.basename(place)
-    if not NAME.match(name) or name in taken:
-        name = f"found-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
-    try:
-        text = _manifest(child, shown)
-        if text is None:
-            return None
-        core = parse_manifest_core(text, name=shown)
-        if core.name in taken:
-            other = taken[core.name]
-            raise UsageError(
-                shown, f'the name "{core.name}" is taken' + (f" by {other}" if other else ""), "choose another name"
-            )
-        return Found(core.name, place, version=core.version, manifest=json.loads(text), core=core)
-    except IsolatorError as error:
-        return Found(name, place, error=str(error))
 
 
 def _manifest(child: int, shown: str) -> bytes | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import asks_more, meet
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.parse.load import load_plugin_policy
-from isolator.policy.request import ManifestCore, parse_manifest_core
+from isolator.policy.request import ManifestCore
 from isolator.registration import policy_files
+from isolator.registration.reading import ManifestReader
 from isolator.registration.staging import hash_binary
 from isolator.registration.store import Registration, Release, Store
 
@@ -39,6 +39,17 @@ class Proposals:
     def __init__(self, paths: Paths, host: HostConfig) -> None:
         self._paths, self._host = paths, host
         self.store = Store(paths.plugins)
+        self.reader = ManifestReader(host.uid_range)
+
+    def read_ahead(self) -> None:
+        """Read the manifests of every registered version that may soon be needed, together."""
+        texts = []
+        for name in self.names():
+            with contextlib.suppress(IsolatorError, OSError):
+                now = self.store.load(name)
+                for release in (now.release, *([now.pending] if now.pending else ())):
+                    texts.append((self.store.manifest(name, release), name))
+        self.reader.read_all(texts)
 
     def names(self) -> list[str]:
         """Every registered name."""
@@ -51,16 +62,13 @@ class Proposals:
     def read(self, registration: Registration) -> Loaded:
         """As ``load`` for a registration that is (or is about to be) in use."""
         name = registration.name
-        text = b"{}"
+        manifest: dict[str, Any] = {}
         try:
-            text = self.store.manifest(name, registration.release)
-            core = parse_manifest_core(text, name=f"{name}/plugin.json")
-            proposal = self.granted(core)
-            return Loaded(registration, json.loads(text), proposal, _argv(registration.release, core))
+            found = self.reader.read(self.store.manifest(name, registration.release), f"{name}/plugin.json")
+            manifest = found.manifest
+            proposal = self.granted(found.core)
+            return Loaded(registration, manifest, proposal, _argv(registration.release, found.core))
         except (IsolatorError, OSError, ValueError) as error:
-            manifest: dict[str, Any] = {}
-            with contextlib.suppress(ValueError):
-                manifest = json.loads(text)
             return Loaded(registration, manifest, None, error=str(error))
 
     def granted(self, core: ManifestCore) -> Proposal:
@@ -127,7 +135,7 @@ class Proposals:
 
     def _core(self, registration: Registration, release: Release) -> ManifestCore:
         text = self.store.manifest(registration.name, release)
-        return parse_manifest_core(text, name=f"{registration.name}/plugin.json")
+        return self.reader.read(text, f"{registration.name}/plugin.json").core
 
     def _more(self, registration: Registration, core: ManifestCore) -> tuple[str, ...]:
         try:

@@ -23,7 +23,7 @@ from isolator.layers.user import add_user, refuse_existing, remove_user, user_na
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.proposal import Proposal
-from isolator.policy.request import ManifestCore, parse_manifest_core
+from isolator.policy.request import ManifestCore
 from isolator.registration import policy_files, staging
 from isolator.registration.proposals import Proposals
 from isolator.registration.staging import Source, Staged, check_staged, hash_binary
@@ -86,21 +86,22 @@ class Registrar(Proposals):
         registration = self.store.load(update) if update is not None else None
         if registration is not None and source == Source():
             source = registration.source
-        staged = staging.stage(self._paths.plugins, source)
+        staged = staging.stage(self._paths.plugins, source, self.reader)
         try:
             shown = source.path or source.binary
-            core = parse_manifest_core(staged.manifest, name=f"{shown}/plugin.json")
+            core = self.reader.read(staged.manifest, f"{shown}/plugin.json").core
             if registration is not None and core.name != registration.name:
                 raise UsageError(
                     f"plugin update {registration.name}", f"{shown} holds {core.name}",
                     "add that as a plugin of its own: isolator plugin add",
                 )  # fmt: skip
-            check_staged(staged, core.binary, source.path or str(Path(shown).parent))
             more: tuple[str, ...] = ()
             if registration is not None:
                 more = self._more(registration, core)
             release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256)
             proposal = self._proposed(registration, core) if more and registration else self._meet(core)
+            read = (*(core.sandbox.read or ()), *proposal.effective.filesystem.read)
+            check_staged(staged, core.binary, source.path or str(Path(shown).parent), read=read)
         except BaseException:
             staging.discard(staged)
             raise

@@ -8,6 +8,7 @@ only its manifest is staged, beside the SHA-256 of its content.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +24,11 @@ from typing import Literal
 
 from isolator.errors import UsageError
 from isolator.linux.descriptors import FdSet
-from isolator.linux.files import open_nofollow, openat2
+from isolator.linux.files import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, open_nofollow, openat2
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
-from isolator.policy.request import parse_manifest_core, synthesise_manifest
-from isolator.registration.program import check_descriptor, check_program
+from isolator.policy.request import synthesise_manifest
+from isolator.registration.program import CageView, check_descriptor, check_program
+from isolator.registration.reading import ManifestReader
 
 MANIFEST = "plugin.json"
 NAME = re.compile(r"^[a-z][a-z0-9-]{1,62}$")
@@ -35,6 +38,9 @@ MAX_DEPTH = 64
 PREFIX = ".staging-"
 """Beginning of the names of staging folders; the store removes them when a daemon starts."""
 _CHUNK = 1 << 20
+_TICK_NS = 100_000_000
+_MAX_HASHED = 1024
+_hashed: dict[tuple[int, ...], str] = {}
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,11 @@ class Staged:
     binary_sha256: str = ""
 
 
-def stage(base: Path, source: Source) -> Staged:
+def stage(base: Path, source: Source, reader: ManifestReader) -> Staged:
     """Copy ``source`` into a new folder below ``base``; raises UsageError when it cannot be a plugin."""
     for path in (source.path, source.binary, source.files):
         _check_characters(path)
-    stager = _Stager(base)
+    stager = _Stager(base, reader)
     if source.path:
         return stager.stage_folder(Path(source.path))
     if source.name and source.binary:
@@ -82,15 +88,15 @@ def discard(staged: Staged) -> None:
 
 
 class _Stager:
-    def __init__(self, base: Path) -> None:
-        self._base = base
+    def __init__(self, base: Path, reader: ManifestReader) -> None:
+        self._base, self._reader = base, reader
 
     def stage_folder(self, path: Path) -> Staged:
         """Copy a folder and read its manifest; nothing is registered yet."""
         with FdSet() as owned, self._new_staging() as (token, target):
-            digest = _Copy(str(path)).folder(owned.add(_open_folder(path)), target)
+            digest = _Copy(str(path)).whole(owned.add(_open_folder(path)), target)
             manifest = _read_manifest(target, path)
-            name = parse_manifest_core(manifest, name=str(path / MANIFEST)).name
+            name = self._reader.read(manifest, str(path / MANIFEST)).core.name
             return Staged(token, name, digest, target, manifest, synthesised=False)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
@@ -109,11 +115,12 @@ class _Stager:
         with FdSet() as owned, self._new_staging() as (token, target):
             digest, kind, program = "", "binary", f"./{binary.name}"
             if files is not None:
-                digest = _Copy(str(files)).folder(owned.add(_open_folder(files)), target)
+                digest = _Copy(str(files)).whole(owned.add(_open_folder(files)), target)
                 files = _resolve(files)
                 if binary.is_relative_to(files):
                     kind, program = "folder", f"./{binary.relative_to(files)}"
             manifest = json.dumps(synthesise_manifest(name, sha256, program, hooks), indent=2).encode()
+            self._reader.read(manifest, "plugin add")
             _write_new(target / MANIFEST, manifest, 0o644)
         digest = hashlib.sha256(b"\0".join([digest.encode(), sha256.encode(), manifest])).hexdigest()
         if kind == "folder":
@@ -122,7 +129,7 @@ class _Stager:
 
     def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
         try:
-            body = json.loads(staged.manifest)
+            body = self._reader.read(staged.manifest, str(binary.parent / MANIFEST)).manifest
             if staged.name != name:
                 raise UsageError(
                     f"--name {name}", f"{binary.parent / MANIFEST} calls it {staged.name}",
@@ -172,15 +179,50 @@ class _Copy:
     files: int = 0
     size: int = 0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    links: list[str] = field(default_factory=list)
 
-    def folder(self, source: int, target: Path, *, depth: int = 0, prefix: str = "") -> str:
-        """Copy everything below ``source``; returns the digest so far (the whole one at depth 0)."""
+    def whole(self, source: int, target: Path) -> str:
+        """Copy everything below ``source``; returns the digest."""
+        # Before the first byte: what is too large costs a walk, and no disk.
+        self._survey(source, 0, "")
+        self.files = self.size = 0
+        self._folder(source, target, 0, "")
+        with FdSet() as owned:
+            root = owned.add(_open_folder(target))
+            for path in self.links:
+                self._check_link(root, target, path)
+        return self.digest.hexdigest()
+
+    def _survey(self, source: int, depth: int, prefix: str) -> None:
+        self._check_depth(depth, prefix)
+        with os.scandir(source) as entries:
+            for entry in entries:
+                self._count()
+                if entry.is_dir(follow_symlinks=False) and entry.name != ".git":
+                    with FdSet() as owned:
+                        below = owned.add(openat2(source, entry.name, os.O_RDONLY | os.O_DIRECTORY))
+                        self._survey(below, depth + 1, f"{prefix}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    self._count_size(entry.stat(follow_symlinks=False).st_size)
+
+    def _check_depth(self, depth: int, prefix: str) -> None:
         if depth > MAX_DEPTH:
             raise UsageError(f"{self.shown}/{prefix}", f"deeper than {MAX_DEPTH} folders", "flatten it")
+
+    def _count(self) -> None:
+        self.files += 1
+        if self.files > MAX_FILES:
+            raise UsageError(self.shown, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
+
+    def _count_size(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_BYTES:
+            raise UsageError(self.shown, f"more than {MAX_BYTES >> 20} MiB", "leave out what is not needed")
+
+    def _folder(self, source: int, target: Path, depth: int, prefix: str) -> None:
+        self._check_depth(depth, prefix)
         for name in sorted(os.listdir(source)):  # by descriptor
-            self.files += 1
-            if self.files > MAX_FILES:
-                raise UsageError(self.shown, f"more than {MAX_FILES} files", "leave out what the plugin does not need")
+            self._count()
             path = f"{prefix}{name}"
             info = os.stat(name, dir_fd=source, follow_symlinks=False)
             if stat.S_ISDIR(info.st_mode):
@@ -191,14 +233,13 @@ class _Copy:
                 (target / name).chmod(0o755)
                 with FdSet() as owned:
                     below = owned.add(openat2(source, name, os.O_RDONLY | os.O_DIRECTORY))
-                    self.folder(below, target / name, depth=depth + 1, prefix=f"{path}/")
+                    self._folder(below, target / name, depth + 1, f"{path}/")
             elif stat.S_ISLNK(info.st_mode):
                 self._link(source, name, target, path, depth)
             elif stat.S_ISREG(info.st_mode):
                 self._file(source, name, target / name, path)
             else:
                 raise UsageError(f"{self.shown}/{path}", "not a regular file, a folder or a link", "remove it")
-        return self.digest.hexdigest()
 
     def _update(self, *fields: str) -> None:
         # With lengths: a file name may hold any byte, and two different folders must never have the same digest.
@@ -208,12 +249,24 @@ class _Copy:
 
     def _link(self, source: int, name: str, target: Path, path: str, depth: int) -> None:
         goal = os.readlink(name, dir_fd=source)
-        # Harmless in the cage, but outside it other tools (a backup, a copy) would follow it out of the store.
         steps = os.path.normpath(os.path.join(os.path.dirname(path), goal))
         if goal.startswith("/") or steps == ".." or steps.startswith("../"):
-            raise UsageError(f"{self.shown}/{path}", f"a link out of the folder, to {goal}", "copy the file itself")
+            raise self._leads_out(path, goal)
         self._update("l", path, goal)
         (target / name).symlink_to(goal)
+        self.links.append(path)
+
+    def _check_link(self, root: int, target: Path, path: str) -> None:
+        """Follow a link of the finished copy: by way of another link, ``..`` is elsewhere than its text says."""
+        try:
+            os.close(openat2(root, path, os.O_PATH, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # leads nowhere at all
+                raise self._leads_out(path, os.readlink(target / path)) from None
+
+    def _leads_out(self, path: str, goal: str) -> UsageError:
+        # Harmless in the cage, but outside it other tools (a backup, a copy) would follow it out of the store.
+        return UsageError(f"{self.shown}/{path}", f"a link out of the folder, to {goal}", "copy the file itself")
 
     def _file(self, source: int, name: str, target: Path, path: str) -> None:
         # O_NONBLOCK: what was a file a moment ago may be a FIFO now, and opening it would block for ever.
@@ -226,12 +279,13 @@ class _Copy:
             content = hashlib.sha256()
             with target.open("xb") as out:
                 while chunk := os.read(fd, _CHUNK):
-                    self.size += len(chunk)
-                    if self.size > MAX_BYTES:
-                        raise UsageError(self.shown, f"more than {MAX_BYTES >> 20} MiB", "leave out what is not needed")
+                    self._count_size(len(chunk))
                     content.update(chunk)
                     out.write(chunk)
                 os.fchmod(out.fileno(), 0o755 if executable else 0o644)
+                out.flush()
+                # Python compares it with what a .pyc notes of its source. Not part of the digest.
+                os.utime(out.fileno(), ns=(info.st_mtime_ns, info.st_mtime_ns))
             self._update("x" if executable else "f", path, content.hexdigest())
 
 
@@ -261,7 +315,26 @@ def open_binary(path: Path) -> int:
 
 
 def hash_descriptor(fd: int) -> str:
-    """SHA-256 of an open file."""
+    """SHA-256 of an open file; from memory when it has not changed since it was last hashed."""
+    now, before = time.time_ns(), _identity(fd)
+    if before in _hashed:
+        return _hashed[before]
+    digest = _hash(fd)
+    # A change within the clock's tick before the first byte would not be seen.
+    if _identity(fd) == before and now - before[-1] > _TICK_NS:
+        while len(_hashed) >= _MAX_HASHED:
+            _hashed.pop(next(iter(_hashed)), None)
+        _hashed[before] = digest
+    return digest
+
+
+def _identity(fd: int) -> tuple[int, ...]:
+    """What changes with a file: nobody but root can set its ctime (by the clock), and these files are root's."""
+    info = os.fstat(fd)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _hash(fd: int) -> str:
     digest = hashlib.sha256()
     offset = 0
     while chunk := os.pread(fd, _CHUNK, offset):
@@ -276,13 +349,17 @@ def hash_binary(path: Path) -> str:
         return hash_descriptor(owned.add(open_binary(path)))
 
 
-def check_staged(staged: Staged, binary: str, shown: str) -> None:
-    """Raise UsageError unless a staged plugin can be executed; ``binary`` as its manifest names it."""
+def check_staged(staged: Staged, binary: str, shown: str, *, read: tuple[str, ...]) -> None:
+    """Raise UsageError unless a cage can execute a staged plugin; ``binary`` as its manifest names it.
+
+    ``read``: folders of the host that it sees, or may be granted.
+    """
+    view = CageView(staged.folder, read)
     if staged.kind == "binary":
         with FdSet() as owned:
-            check_descriptor(owned.add(open_binary(Path(staged.binary_path))), shown=staged.binary_path)
+            check_descriptor(owned.add(open_binary(Path(staged.binary_path))), view, shown=staged.binary_path)
     else:
-        check_program(staged.folder, binary, shown=f"{shown}/{binary.removeprefix('./')}")
+        check_program(view, binary, shown=f"{shown}/{binary.removeprefix('./')}")
 
 
 def _check_characters(path: str) -> None:

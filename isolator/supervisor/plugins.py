@@ -33,7 +33,7 @@ class PluginTable:
     def __init__(self, context: RunContext, registrar: Registrar, plugin_dirs: tuple[str, ...]) -> None:
         self.plugins: dict[str, Plugin] = {}
         self.registrar = registrar
-        self.discovery = Discovery(plugin_dirs, self._sources, self._discovered)
+        self.discovery = Discovery(plugin_dirs, registrar.reader, self._sources, self._discovered)
         self._context = context
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -42,6 +42,7 @@ class PluginTable:
 
     def load(self) -> None:
         """Read every registered plugin; a broken one is kept as ``rejected``, an unreadable one is left out."""
+        self.registrar.read_ahead()
         for name in self.registrar.names():
             try:
                 plugin = self.add(self.registrar.load(name))

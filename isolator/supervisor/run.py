@@ -14,6 +14,7 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import FsDenied, NetDenied
@@ -27,6 +28,7 @@ from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
 from isolator.pacing import Backoff
 from isolator.policy.denial import DenialRule
+from isolator.registration.staging import hash_binary
 from isolator.supervisor.cage_spec import SOCKET, plugin_spec
 from isolator.volume.volume import Volume
 
@@ -238,6 +240,10 @@ async def prepare_run(
         gid = plugin_gid(registration.user, registration.uid)
         owner = {"uid": registration.uid, "gid": gid}
         os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
+
+    if registration.release.kind == "binary":
+        # Read whole, and from memory when the cage is specified.
+        await asyncio.to_thread(hash_binary, Path(registration.release.binary_path))
 
     async def hand_over(made: network_layer.CageNetwork) -> None:
         await context.broker.attach(run_id, name, made, effective.network, run.terminate)

@@ -27,6 +27,7 @@ from isolator.audit.schema import (
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
 from isolator.registration import policy_files
+from isolator.registration.proposals import Loaded
 from isolator.registration.registrar import Candidate
 from isolator.registration.staging import Source
 from isolator.registration.store import Registration, Release, Trial
@@ -86,7 +87,7 @@ class Updates:
         async with self._table.lock(name):
             await asyncio.to_thread(self._registrar.finish_removal, name, self._forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
-            plugin = self._table.add(self._registrar.read(registration))
+            plugin = self._table.add(await self._read(registration))
             added = PluginAdded(
                 new=registration.digest,
                 version=registration.version,
@@ -123,7 +124,7 @@ class Updates:
         async with self._table.lock(name):
             plugin = self._table.find(name)
             now = plugin.registration
-            self._check(now, await asyncio.to_thread(self._registrar.earlier, now))
+            await self._check(now, await asyncio.to_thread(self._registrar.earlier, now))
             change = _Exchange("rollback", PluginRolledBack.TYPE, who)
             await self._exchange(plugin, change, lambda: self._registrar.roll_back(now))
             return plugin
@@ -150,7 +151,7 @@ class Updates:
                 running = plugin.wanted
                 await plugin.stop("approved")
                 registration = await asyncio.to_thread(self._registrar.grant, now)
-                plugin.adopt(self._registrar.read(registration))
+                plugin.adopt(await self._read(registration))
                 self._record_approval(plugin, now.release, (), who)
                 if running:
                     plugin.start("approve")
@@ -249,7 +250,7 @@ class Updates:
         release, waiting = now.pending, self._table.pending(now)
         text = await asyncio.to_thread(self._registrar.proposed_policy, now)
         if text is None:
-            self._check(now, release)
+            await self._check(now, release)
         self._record_approval(plugin, release, waiting.differences if waiting is not None else (), who)
         change = _Exchange("approve", PluginUpdated.TYPE, who)
         await self._exchange(plugin, change, lambda: self._registrar.use(now, release, policy_text=text))
@@ -261,9 +262,9 @@ class Updates:
         )  # fmt: skip
         self._audit.record(approved, plugin=plugin.name)
 
-    def _check(self, now: Registration, release: Release) -> None:
+    async def _check(self, now: Registration, release: Release) -> None:
         """Raise the fault that would keep a version from being used, while the one in use still runs."""
-        loaded = self._registrar.read(replace(now, release=release))
+        loaded = await self._read(replace(now, release=release))
         if loaded.error:
             raise UsageError(f"plugin {now.name} {release.version}", loaded.error, f"{now.version} stays in use")
 
@@ -287,7 +288,7 @@ class Updates:
     async def _judge(self, plugin: Plugin, trial: Trial, after: Registration, *, running: bool) -> None:
         before, failure = trial.before, ""
         try:
-            loaded = self._registrar.read(after)
+            loaded = await self._read(after)
             plugin.on_trial = running
             plugin.adopt(loaded)
             self._table.announce(plugin)
@@ -331,13 +332,17 @@ class Updates:
 
     async def _resume(self, plugin: Plugin, registration: Registration, *, running: bool) -> None:
         """Go on with a version that is in use again, and give it the time to come up."""
-        plugin.adopt(self._registrar.read(registration))
+        plugin.adopt(await self._read(registration))
         self._table.announce(plugin)
         if running:
             with contextlib.suppress(IsolatorError, TimeoutError):
                 async with asyncio.timeout(SOCKET_SECONDS):
                     plugin.start("rollback")
                     await plugin.wait_running()
+
+    async def _read(self, registration: Registration) -> Loaded:
+        # In a thread: its manifest may be one that no reader has read yet.
+        return await asyncio.to_thread(self._registrar.read, registration)
 
     def _forget_state(self, name: str) -> None:
         self._table.volume(name).remove()

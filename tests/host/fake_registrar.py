@@ -13,7 +13,7 @@ from isolator.ipc import messages
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.explain import proposal_json
 from isolator.policy.meet.effective import meet
-from isolator.policy.request import parse_manifest_core
+from isolator.reader.manifest import parse_manifest_core
 
 if TYPE_CHECKING:
     from tests.host.fake_supervisor import Daemon

@@ -33,7 +33,7 @@ from isolator.ipc.messages import PluginState
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
-from isolator.policy.request import parse_manifest_core
+from isolator.reader.manifest import parse_manifest_core
 from tests.host.audit_fake import FakeAudit
 from tests.host.fake_registrar import FakeRegistrar
 from tests.support.answers import checked

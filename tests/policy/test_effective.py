@@ -285,6 +285,18 @@ def test_update_lists_its_requests_beyond_the_old_version() -> None:
     assert "connections to any public address" in asks_more(old, manifest(sandbox=None), DEFAULT)
 
 
+def test_update_that_falls_silent_asks_for_all_that_its_policy_grants() -> None:
+    narrow = asking(network={"egress": [], "listen": [3000]}, filesystem={"read": ["/srv/public"]})
+    none = asking(network={"egress": [], "listen": []}, filesystem={"read": []})
+    silent = asking(network={"egress": []})
+    for old in (narrow, none):
+        assert asks_more(old, silent, DEFAULT) == (
+            "reading every folder that its policy grants",
+            "listening on every port that its policy forwards",
+        )
+    assert asks_more(silent, silent, DEFAULT) == asks_more(narrow, none, DEFAULT) == ()
+
+
 def test_sentences_are_plain() -> None:
     found = sentences(meet(manifest(), policy(), DEFAULT).effective)
     assert found["network"].startswith("May connect to hooks.slack.com (TCP 443) and to nothing else")

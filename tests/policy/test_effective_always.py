@@ -16,7 +16,7 @@ from isolator.policy.meet.effective import asks_more, meet, policy_alone
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from isolator.policy.names import covers_hook, covers_permission, path_covers
 from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
-from isolator.policy.request import ManifestCore
+from isolator.policy.request import ManifestCore, check
 from tests.policy.samples import DEFAULT, OPEN, manifest, policy, synthesised
 
 _HOSTS = ["a.com", "x.a.com", "*.a.com", "b.org", "8.8.8.8", "8.8.8.0/24", "10.0.0.5", "10.0.0.0/8", "2606::1"]
@@ -68,6 +68,13 @@ _HOST_CONFIGS = st.sampled_from(
         parse_host_config(b"[defaults]\nsyscalls='strict'\ncpu='3%'\n[restart]\ncrashes=2", source="host.toml"),
     ]
 )
+
+
+@given(core=_CORES)
+def test_every_parsed_manifest_passes_the_check_of_the_reader_s_answers(core: ManifestCore) -> None:
+    answer = ManifestCore.model_validate_json(core.model_dump_json())
+    check(answer)
+    assert answer == core
 
 
 def _toml(value: Any) -> str:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from isolator.errors import UsageError
 from isolator.policy.keys import LIMITS
-from isolator.policy.parse.strict import load_json_with_lines
-from isolator.policy.request import parse_manifest, parse_manifest_core, synthesise_manifest
+from isolator.policy.request import synthesise_manifest
+from isolator.reader.json_text import load_json_with_lines
+from isolator.reader.manifest import parse_manifest, parse_manifest_core
 from tests.policy.samples import MANIFEST, asking, manifest
 
 TEXT = json.dumps(MANIFEST, indent=2)
@@ -256,4 +257,4 @@ def test_synthesised_manifest_is_a_manifest_of_its_binary() -> None:
     assert (core.version, core.api_version) == ("0.0.0+sha256.9f2c41d07ab3", "1")
     assert core.synthesised
     with pytest.raises(UsageError, match="hooks"):
-        synthesise_manifest("google-indexer", "0" * 64, "x", ["deploy completed"])
+        parse_manifest(synthesise_manifest("google-indexer", "0" * 64, "x", ["deploy completed"]))

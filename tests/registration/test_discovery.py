@@ -8,12 +8,16 @@ import os
 from pathlib import Path
 
 from isolator.linux.folder_watch import FolderWatch
+from isolator.policy.host import HostConfig
 from isolator.registration.discovery import MAX_ENTRIES, scan
+from isolator.registration.reading import ManifestReader
 from tests.system.daemon import write_plugin
+
+READER = ManifestReader(HostConfig().uid_range)
 
 
 def found(*folders: Path, registered: dict[str, str] | None = None) -> dict[str, str]:
-    return {entry.name: entry.error for entry in scan(map(str, folders), registered or {})}
+    return {entry.name: entry.error for entry in scan(map(str, folders), registered or {}, READER)}
 
 
 def test_first_folder_of_a_name_is_pending_and_the_others_are_rejected(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.policy.host import HostConfig
 from isolator.registration import staging
+from isolator.registration.reading import ManifestReader
 from isolator.registration.staging import Source, Staged, discard, stage
 from isolator.registration.store import Registration, Release, Store
-from tests.system.daemon import write_plugin
+from tests.system.daemon import wait_for, write_plugin
+
+READER = ManifestReader(HostConfig().uid_range)
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def offer(base: Path, folder: Path) -> Staged:
-    return stage(base, Source(path=str(folder)))
+    return stage(base, Source(path=str(folder)), READER)
 
 
 def refused(base: Path, folder: Path, pattern: str) -> None:
@@ -53,6 +58,7 @@ def test_the_copy_is_the_folder_with_plain_modes(base: Path, package: Path) -> N
     (package / "lib/secret").write_text("x")
     (package / "lib/secret").chmod(0o600)
     (package / "link").symlink_to("lib/data")
+    os.utime(package / "lib/data", (1_000_000_000, 1_000_000_000))
     (package / ".git").mkdir()
     (package / ".git/config").write_text("not needed")
     os.chown(package / "lib/data", 65533, 65533)
@@ -61,6 +67,8 @@ def test_the_copy_is_the_folder_with_plain_modes(base: Path, package: Path) -> N
     assert copied == {"plugin.json", "main", "lib", "lib/data", "lib/secret", "link"}
     modes = {name: stat.S_IMODE((staged.folder / name).stat().st_mode) for name in ("lib", "lib/data", "lib/secret")}
     assert modes == {"lib": 0o755, "lib/data": 0o755, "lib/secret": 0o644}
+    # A .pyc counts only while its source has the time of change that it notes.
+    assert (staged.folder / "lib/data").stat().st_mtime == 1_000_000_000
     assert all(path.lstat().st_uid == 0 for path in staged.folder.rglob("*"))
     assert os.readlink(staged.folder / "link") == "lib/data"
     assert (staged.name, staged.kind, staged.synthesised) == ("parcel", "folder", False)
@@ -170,6 +178,12 @@ def _link(goal: str) -> Callable[[Path], None]:
     return make
 
 
+def _link_by_way_of_a_link(folder: Path) -> None:
+    (folder / "d/e").mkdir(parents=True)
+    (folder / "d/e/x").symlink_to("../..")
+    (folder / "evil").symlink_to("d/e/x/../other")
+
+
 def _manifest(change: Callable[[Path], object]) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         (folder / "plugin.json").unlink()
@@ -186,6 +200,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "absolute link": (_link("/etc/shadow"), "a link out of the folder"),
     "link up": (_link("../../other"), "a link out of the folder"),
     "link round": (_link("../../parcel/main"), "a link out of the folder"),
+    "link out by way of a link": (_link_by_way_of_a_link, "evil: a link out of the folder, to d/e/x/../other"),
     "link to proc": (_link("/proc/self/root/etc"), "a link out of the folder"),
     "manifest link": (_manifest(lambda path: path.symlink_to("main")), "not a regular file"),
     "manifest fifo": (_manifest(os.mkfifo), "not a regular file"),
@@ -210,7 +225,7 @@ def test_hostile_package_is_refused(base: Path, package: Path, kind: str) -> Non
 def test_text_that_no_path_can_be_is_refused(base: Path, package: Path, key: str, text: str) -> None:
     source = {"name": "parcel", "binary": str(package / "main"), key: text}
     with pytest.raises(UsageError, match="no path can have"):
-        stage(base, Source(**source))
+        stage(base, Source(**source), READER)
     assert not list(base.iterdir())
 
 
@@ -234,6 +249,30 @@ def test_the_copy_is_bounded(base: Path, package: Path, monkeypatch: pytest.Monk
     with (package / "sparse").open("wb") as file:
         file.truncate(1 << 40)
     refused(base, package, "more than 4 MiB")
+
+
+def test_folder_that_is_too_large_is_refused_before_a_byte_is_copied(base: Path, package: Path) -> None:
+    with (package / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    READER.read((package / "plugin.json").read_bytes(), "read before")
+    before = written()
+    refused(base, package, "more than 2048 MiB")
+    assert written() - before < 1 << 20
+
+
+def written() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["wchar"])
+
+
+def test_names_of_a_stranger_stay_on_the_line_of_their_error(base: Path, package: Path) -> None:
+    odd = "\x1b[2J\nisolator: ready\x9b"
+    for make in (os.mkfifo, lambda path: path.symlink_to(f"/{odd}")):
+        make(package / odd)
+        with pytest.raises(UsageError) as caught:
+            offer(base, package)
+        assert str(caught.value).isprintable() and r"\x1b[2J\nisolator: ready\x9b" in str(caught.value)
+        (package / odd).unlink()
 
 
 def test_folder_that_changes_while_it_is_read_leaks_no_secret(base: Path, package: Path, tmp_path: Path) -> None:
@@ -290,7 +329,7 @@ def binary(shared_dir: Path) -> Path:
 
 
 def by_path(base: Path, path: Path, *hooks: str, name: str = "tool-name") -> Staged:
-    return stage(base, Source(name=name, binary=str(path), hooks=hooks or ("deploy.completed",)))
+    return stage(base, Source(name=name, binary=str(path), hooks=hooks or ("deploy.completed",)), READER)
 
 
 def test_a_binary_is_pinned_and_not_copied(base: Path, binary: Path) -> None:
@@ -302,6 +341,19 @@ def test_a_binary_is_pinned_and_not_copied(base: Path, binary: Path) -> None:
     binary.write_text("#!/bin/sh\nexit 1\n")
     changed = by_path(base, binary)
     assert changed.digest != first and changed.binary_sha256 != staged.binary_sha256
+
+
+def test_a_pinned_binary_is_read_again_only_when_it_has_changed(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = staging._hash
+    monkeypatch.setattr(staging, "_hash", lambda fd: read.append(fd) or real(fd))
+    wait_for(lambda: time.time_ns() - binary.stat().st_ctime_ns > 2 * staging._TICK_NS)
+    first = staging.hash_binary(binary)
+    assert (staging.hash_binary(binary), len(read)) == (first, 1)
+    times = binary.stat()
+    binary.write_text("#!/bin/no\n")  # as long as before
+    os.utime(binary, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert staging.hash_binary(binary) != first
 
 
 def test_a_binary_that_others_can_change_is_refused(base: Path, binary: Path) -> None:

@@ -111,13 +111,20 @@ def asks_more(old: ManifestCore, new: ManifestCore, host: HostConfig) -> tuple[s
     for path in new.sandbox.read or ():
         if not any(names.path_covers(outer, path) for outer in known):
             more.append(f"reading {path}")
-    more += [f"listening on port {port}" for port in sorted(_ports(new) - _ports(old))]
+    # Silence leaves the choice to the policy, which may grant more than the version before has requested.
+    if new.sandbox.read is None and old.sandbox.read is not None:
+        more.append("reading every folder that its policy grants")
+    ports, former = _ports(new), _ports(old)
+    more += [f"listening on port {port}" for port in sorted((ports or set()) - (former or set()))]
+    if ports is None and former is not None:
+        more.append("listening on every port that its policy forwards")
     more += [switch.phrase for switch in SWITCHES if switch.name in after.switches - before.switches]
     if before.strict and not after.strict:
         more.append('the syscall profile "default" instead of "strict"')
     return tuple(more)
 
 
-def _ports(core: ManifestCore) -> set[int]:
+def _ports(core: ManifestCore) -> set[int] | None:
+    """The requested ports; None: the manifest is silent."""
     network = core.sandbox.network
-    return {entry.port for entry in (network.listen or ())} if network is not None else set()
+    return None if network is None or network.listen is None else {entry.port for entry in network.listen}

@@ -6,6 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
+from host.client.client import Client
+from isolator.errors import UsageError
 from tests.system.daemon import daemon, event, wait_for, write_plugin
 from tests.system.updates.plugins import make, states
 
@@ -61,6 +65,19 @@ def test_found_plugins_wait_for_approval(tmp_path: Path) -> None:
         d.stop()
         d.start()
         assert states(d)["found-one"] == "pending"
+
+
+def test_found_plugin_is_approved_only_as_it_was_shown(tmp_path: Path) -> None:
+    folder = make(tmp_path / "place/found-one", "1.0.0")
+    with daemon(host_toml=f'plugin_dirs = ["{tmp_path}/place"]\n') as d, Client(str(d.root)) as client:
+        shown = client.call("plugin.stage", path=str(folder))["digest"]
+        (folder / "main").write_text("#!/bin/sh\n# another\n")
+        with pytest.raises(UsageError, match="something else is in its folder now"):
+            client.call("plugin.approve", name="found-one", digest=shown)
+        assert states(d) == {"found-one": "pending"}
+        again = client.call("plugin.stage", path=str(folder))["digest"]
+        client.call("plugin.approve", name="found-one", digest=again)
+        assert states(d) == {"found-one": "stopped"}
 
 
 def test_found_links_and_pipes_are_not_followed(tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""Parser of the part of ``plugin.json`` that decides about security.
+
+The host reads the whole file (``host/plugins/manifest.py``) and warns about unknown top-level keys. What runs as root
+imports neither: it starts ``service.py`` and checks the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from isolator.policy import names
+from isolator.policy.destinations import parse_host
+from isolator.policy.keys import LIMITS, SWITCHES
+from isolator.policy.parse.strict import Path, Table, printable, prose
+from isolator.policy.request import (
+    API,
+    API_MAJORS,
+    MANIFEST_NAME,
+    MAX_ARGUMENT,
+    MAX_ARGUMENTS,
+    MAX_BYTES,
+    MAX_DEPTH,
+    VERSION,
+    EgressRequest,
+    ListenRequest,
+    ManifestCore,
+    NetworkRequest,
+    SandboxRequest,
+)
+from isolator.reader.json_text import load_json_with_lines
+
+
+def parse_manifest_core(text: bytes, *, name: str = MANIFEST_NAME) -> ManifestCore:
+    """Parse ``plugin.json``; ``name`` is what errors call it. Raises UsageError with file, line, key and remedy."""
+    data, lines = load_json_with_lines(text, max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=name)
+    return parse_manifest(data, lines=lines, name=name)
+
+
+def parse_manifest(
+    data: dict[str, Any], *, lines: dict[Path, int] | None = None, name: str = MANIFEST_NAME
+) -> ManifestCore:
+    """As ``parse_manifest_core`` for an object that is already parsed; without ``lines`` errors name keys only."""
+    top = Table(data, name=name, lines=lines or {})
+    top.take("$schema")
+    plugin = top.text("name")
+    if not names.PLUGIN_NAME.fullmatch(plugin):
+        top.fail("name", "must be 2 to 63 lower-case letters, digits and dashes, starting with a letter")
+    version = top.text("version")
+    if not VERSION.fullmatch(version):
+        top.fail("version", "not a semantic version", 'write it like "1.2.0"')
+    if isinstance(data.get("api_version"), (int, float)):
+        top.fail("api_version", "must be text", f'write "{data["api_version"]}"')
+    api = top.text("api_version")
+    if not API.fullmatch(api):
+        top.fail("api_version", "not a protocol version", 'write it like "1"')
+    if int(api.partition(".")[0]) not in API_MAJORS:
+        spoken = ", ".join(map(str, API_MAJORS))
+        top.fail("api_version", f"this host speaks {spoken}", "update the host, or use an older version of the plugin")
+    if "hooks" not in data:
+        top.text("hooks")
+    delivery = top.table("delivery")
+    requested = _Requested()
+    core = ManifestCore(
+        name=plugin,
+        version=version,
+        api_version=api,
+        binary=_binary(top),
+        hooks=top.strings("hooks", names.parse_hook) or (),
+        args=_arguments(top),
+        description=top.parsed("description", prose, ""),
+        permissions=top.strings("permissions", names.parse_permission) or (),
+        sandbox=_sandbox(top.table("sandbox"), requested),
+        transport=dict(top.table("transport").data),
+        delivery=dict(delivery.data),
+        activation=dict(top.table("activation").data),
+        health=dict(top.table("health").data),
+        config_schema=dict(top.table("config_schema").data) if "config_schema" in top else None,
+    )
+    requested.take(delivery)
+    return core.model_copy(update={"limits": requested.limits, "switches": requested.switches, "extra": top.unknown()})
+
+
+def _binary(top: Table) -> str:
+    binary = top.text("binary", limit=512)
+    parts = [part for part in binary.split("/") if part not in ("", ".")]
+    if binary.startswith("/"):
+        top.fail("binary", "must be relative to the manifest", 'write it like "./notifier"')
+    if ".." in parts:
+        top.fail("binary", 'must not leave the manifest\'s folder with ".."')
+    if not parts or binary.endswith("/"):
+        top.fail("binary", "names no file", 'write it like "./notifier"')
+    return "./" + "/".join(parts)
+
+
+def _arguments(top: Table) -> tuple[str, ...]:
+    def one(value: Any) -> str:
+        if not isinstance(value, str) or "\0" in value or len(value) > MAX_ARGUMENT:
+            raise ValueError(f"must be text of at most {MAX_ARGUMENT} characters without NUL")
+        return value
+
+    value = top.take("args", [])
+    if not isinstance(value, list) or len(value) > MAX_ARGUMENTS:
+        top.fail("args", f"must be a list of at most {MAX_ARGUMENTS} texts")
+    for index, item in enumerate(value):
+        try:
+            one(item)
+        except ValueError as error:
+            top.fail(("args", index), str(error))
+    return tuple(value)
+
+
+class _Requested:
+    """The declared keys (``keys.py``) that a manifest sets, collected table by table."""
+
+    def __init__(self) -> None:
+        self.limits: dict[str, float] = {}
+        self.switches: dict[str, bool] = {}
+
+    def take(self, table: Table) -> None:
+        """Read those of one table."""
+        self.limits |= table.declared(LIMITS, lambda key: key.manifest)
+        self.switches |= table.declared(SWITCHES, lambda key: key.manifest)
+
+
+def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
+    network = _network(top.table("network"), requested) if "network" in top else None
+    syscalls: Any
+    if isinstance(top.data.get("syscalls"), dict):
+        inner = top.table("syscalls")
+        syscalls = inner.choice("profile", ("default", "strict"), None)
+        inner.finish()
+    else:
+        syscalls = top.choice("syscalls", ("default", "strict"), None)
+    filesystem, resources = top.table("filesystem"), top.table("resources")
+    requested.take(filesystem)
+    request = SandboxRequest(network=network, read=_read(filesystem), syscalls=syscalls)
+    requested.take(resources)
+    for table in (filesystem, resources, top):
+        table.finish()
+    return request
+
+
+def _network(top: Table, requested: _Requested) -> NetworkRequest:
+    egress: tuple[EgressRequest, ...] | None = None
+    if top.data.get("egress") == "public":
+        top.take("egress")
+    else:
+        entries = top.tables("egress")
+        if entries is not None:
+            egress = tuple(_egress(top, entry, index) for index, entry in enumerate(entries))
+    listen: list[ListenRequest] = []
+    wanted = top.tables("listen", limit=16)
+    for index, entry in enumerate(wanted or ()):
+        if isinstance(entry, Table):
+            if "port" not in entry:
+                entry.text("port")
+            listen.append(
+                ListenRequest(port=entry.parsed("port", names.parse_port, 0), reason=entry.parsed("reason", prose, ""))
+            )
+            entry.finish()
+        else:
+            try:
+                listen.append(ListenRequest(port=names.parse_port(entry)))
+            except ValueError as error:
+                top.fail(("listen", index), str(error))
+    requested.take(top)
+    top.finish()
+    return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen))
+
+
+def _egress(top: Table, entry: Table | Any, index: int) -> EgressRequest:
+    if isinstance(entry, str):
+        try:
+            rule = names.parse_egress(printable(entry, 512))
+        except ValueError as error:
+            top.fail(("egress", index), str(error))
+        return EgressRequest(host=rule.host, ports=rule.ports)
+    if not isinstance(entry, Table):
+        top.fail(("egress", index), "must be an object", 'write {"host": "hooks.slack.com", "ports": [443]}')
+    if "host" not in entry:
+        entry.text("host")
+    host = entry.parsed("host", lambda value: str(parse_host(printable(value, 300))), "")
+    ports = entry.items("ports", names.parse_port, limit=32)
+    if ports == ():
+        entry.fail("ports", "is empty", "name the ports, or leave the key out for 443")
+    request = EgressRequest(
+        host=host,
+        ports=names.sorted_ports(ports if ports is not None else (443,)),
+        reason=entry.parsed("reason", prose, ""),
+    )
+    entry.finish()
+    return request
+
+
+def _read(filesystem: Table) -> tuple[str, ...] | None:
+    """Absolute paths, each plain or as ``{"path", "reason"}``."""
+    entries = filesystem.tables("read", limit=32)
+    if entries is None:
+        return None
+    paths = []
+    for index, entry in enumerate(entries):
+        if isinstance(entry, Table):
+            paths.append(entry.parsed("path", lambda value: names.parse_read_path(printable(value, 1024)), ""))
+            entry.text("path")
+            entry.parsed("reason", prose, "")
+            entry.finish()
+        else:
+            try:
+                paths.append(names.parse_read_path(printable(entry, 1024)))
+            except ValueError as error:
+                filesystem.fail(("read", index), str(error))
+    return tuple(paths)

@@ -1,0 +1,219 @@
+"""Manifests of strangers, read by a process that has no right to anything (``isolator/reader/``).
+
+The daemon passes on bytes and gets typed requests back, which it checks once more: whoever breaks the parser can lie
+about what a plugin requests, but neither stop the daemon nor hand it anything of another shape. The same bytes are read
+once in the life of a process, so only what is new costs one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from isolator.errors import IsolatorError, UsageError
+from isolator.layers.user import UidLease
+from isolator.linux.unprivileged import service_command
+from isolator.policy.parse.strict import prose
+from isolator.policy.request import MAX_BYTES, MAX_DEPTH, ManifestCore, check
+
+_MODULE = "isolator.reader.service"
+"""Named, never imported."""
+_BATCH = 32
+"""Manifests for one process: its start takes as long as reading hundreds."""
+_MAX_ANSWER = 4 * MAX_BYTES
+_SECONDS = 60.0
+"""Patience with one answer, in which the reader has its few seconds of processor time."""
+_KEPT_BYTES = 8 << 20
+"""Of the texts whose answers are kept; what is made of them takes several times as much."""
+
+
+@dataclass(frozen=True)
+class ReadManifest:
+    """One manifest as the reader understands it."""
+
+    core: ManifestCore
+    manifest: dict[str, Any]
+    """All of it, for the host, which reads it as strictly."""
+
+
+_known: OrderedDict[bytes, tuple[ReadManifest | UsageError, int]] = OrderedDict()
+"""Answers by the SHA-256 of their text, each with its size; what was not wanted for longest goes first."""
+_lock = threading.Lock()
+_OVERHEAD = 1024
+
+
+class ManifestReader:
+    """Reads manifests as users of ``uid_range`` that nobody else is."""
+
+    def __init__(self, uid_range: tuple[int, int]) -> None:
+        self._uid_range = uid_range
+
+    def read(self, text: bytes, name: str) -> ReadManifest:
+        """Read one manifest; ``name`` is what errors call it. Raises UsageError with file, line, key and remedy."""
+        (found,) = self.read_all([(text, name)])
+        if isinstance(found, IsolatorError):
+            raise found
+        return found
+
+    def read_all(self, manifests: Sequence[tuple[bytes, str]]) -> list[ReadManifest | IsolatorError]:
+        """Read several (text, name); one that cannot be read is its error."""
+        digests = [hashlib.sha256(text).digest() for text, _ in manifests]
+        found: dict[bytes, ReadManifest | IsolatorError] = {}
+        with _lock:
+            for digest in digests:
+                if digest in _known:
+                    _known.move_to_end(digest)
+                    found[digest] = _known[digest][0]
+        new = {digest: text for digest, (text, _) in zip(digests, manifests, strict=True) if digest not in found}
+        while new:
+            batch = list(new)[:_BATCH]
+            # The reader ends with a manifest that it cannot bear; those after it get another one.
+            for digest, answer in zip(batch, self._answers([new[digest] for digest in batch]), strict=False):
+                found[digest] = answer
+                del new[digest]
+        with _lock:
+            for digest, (text, _) in zip(digests, manifests, strict=True):
+                answer = found[digest]
+                if isinstance(answer, (ReadManifest, UsageError)):
+                    _known[digest] = (answer, len(text) + _OVERHEAD)
+            kept = sum(size for _, size in _known.values())
+            while kept > _KEPT_BYTES:
+                kept -= _known.popitem(last=False)[1][1]
+        return [_named(found[digest], name) for digest, (_, name) in zip(digests, manifests, strict=True)]
+
+    def _answers(self, texts: Sequence[bytes]) -> list[ReadManifest | IsolatorError]:
+        """Answers of one process, as far as it comes, and at least one."""
+        answers: list[ReadManifest | IsolatorError] = []
+        try:
+            lease = UidLease(self._uid_range)
+            try:
+                for answer in _read(texts, lease.uid):
+                    answers.append(answer)  # those before a failure count
+            finally:
+                lease.release()
+        except (IsolatorError, OSError) as error:
+            # Not the manifest's fault.
+            answers.append(IsolatorError("", f"could not be read: {error}", "try again"))
+        return answers
+
+
+def _read(texts: Sequence[bytes], uid: int) -> Iterator[ReadManifest | IsolatorError]:
+    process = _start(texts, uid)
+    assert process.stdout is not None
+    try:
+        for line in _lines(process.stdout.fileno(), len(texts)):
+            yield _checked(line)
+    except EOFError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        yield _ended(process.returncode)
+    except _NoAnswerError as error:
+        yield UsageError("", str(error), "simplify it")
+    except TimeoutError:
+        yield IsolatorError("", f"was not read within {_SECONDS:g} s", "try again when the host is less busy")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _ended(code: int | None) -> IsolatorError:
+    if code is not None and code < 0:
+        how = signal.Signals(-code).name
+        return UsageError("", f"takes too much processor time or memory to read ({how})", "simplify it")
+    return IsolatorError("", f"could not be read: its reader ended with code {code}", "run 'isolator check'")
+
+
+class _NoAnswerError(Exception):
+    """The reader wrote something that the parser does not make."""
+
+
+def _start(texts: Sequence[bytes], uid: int) -> subprocess.Popen[bytes]:
+    # A file and not a pipe: it is there whole, so nobody waits for the other.
+    stdin = os.memfd_create("manifests", os.MFD_CLOEXEC)
+    try:
+        with open(stdin, "wb", closefd=False) as file:  # a descriptor
+            for text in texts:
+                bounded = text[: MAX_BYTES + 1]  # one byte too many is refused by who parses it
+                file.write(len(bounded).to_bytes(4, "big") + bounded)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        return subprocess.Popen(
+            [*service_command(_MODULE, uid, uid, {}), str(len(texts))],
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+        )  # fmt: skip
+    finally:
+        os.close(stdin)
+
+
+def _lines(fd: int, count: int) -> Iterator[bytes]:
+    """So many lines, each bounded. Raises _NoAnswerError, EOFError or TimeoutError when there are not so many."""
+    data = bytearray()
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    for _ in range(count):
+        end = time.monotonic() + _SECONDS
+        while b"\n" not in data:
+            if len(data) > _MAX_ANSWER:
+                raise _NoAnswerError("is too large once it is read")
+            if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+                raise TimeoutError
+            chunk = os.read(fd, 1 << 16)
+            if not chunk:
+                raise EOFError
+            data += chunk
+        line, _, data = data.partition(b"\n")
+        yield bytes(line)
+
+
+def _checked(line: bytes) -> ReadManifest | IsolatorError:
+    """The answer in one line; raises _NoAnswerError when it is not one that the parser makes."""
+    try:
+        answer = json.loads(line, parse_constant=_refuse)
+        if "core" not in answer:
+            at, why, remedy = (str(answer[key]) for key in ("at", "why", "remedy"))
+            if not re.fullmatch(r"(?::[0-9]{1,9})?", at):
+                raise ValueError("no line")
+            return UsageError(at, prose(why), prose(remedy))
+        found = ReadManifest(ManifestCore.model_validate(answer["core"]), answer["manifest"])
+        check(found.core)
+        _check_json(answer["core"])
+        _check_json(found.manifest)
+        return found
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+        raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
+
+
+def _check_json(manifest: Any) -> None:
+    if not isinstance(manifest, dict):
+        raise ValueError("no object")
+    json.dumps(manifest, ensure_ascii=False, allow_nan=False).encode()
+    level: list[Any] = [manifest]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise ValueError("too deep")
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _named(answer: ReadManifest | IsolatorError, name: str) -> ReadManifest | IsolatorError:
+    if isinstance(answer, ReadManifest):
+        return answer
+    return type(answer)(name + answer.what, answer.why, answer.remedy)
