@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +35,9 @@ from isolator.audit.schema import (
 )
 
 HEAD_NAME = "head.json"
-SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
+_SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
+_SEAL_BEGIN = re.compile(rb'\{"seq":[1-9][0-9]{0,17},"time":"[^"]*",' + re.escape(_SEAL_MARK))
+"""Beginning of a seal's line. The mark alone proves nothing: ``data`` of any record may hold an object that spells it."""
 _DELIVERY_MARKS = tuple(f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse))
 _WINDOW = 4 << 20
 
@@ -145,12 +148,22 @@ def _tail(fd: int, size: int) -> tuple[int, bytes, int]:
         if start:
             skip = data.find(b"\n") + 1
             start, data = start + skip, data[skip:]
-        at = data.rfind(SEAL_MARK)
-        if at >= 0:
-            return start, data, data.rfind(b"\n", 0, at) + 1
+        begin = _last_seal(data)
+        if begin is not None:
+            return start, data, begin
         if size - window <= 0:
             return start, data, 0
         window *= 4
+
+
+def _last_seal(data: bytes) -> int | None:
+    """The offset of the last line that is a seal, of whole lines."""
+    end = len(data)
+    while (at := data.rfind(_SEAL_MARK, 0, end)) >= 0:
+        end = data.rfind(b"\n", 0, at) + 1
+        if _SEAL_BEGIN.match(data, end):
+            return end
+    return None
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:

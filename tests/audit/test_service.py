@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from typing import Any
 
 import pytest
 
@@ -304,6 +305,27 @@ async def test_a_forged_end_is_not_built_upon(daemon: Daemon) -> None:
     await daemon.stop()
     assert "rewritten" in daemon.of_type("audit.gap")[0]["data"]["why"]
     assert check(daemon).misfits[0].seq == 6
+
+
+@pytest.mark.parametrize(
+    "mark", [{"type": "audit.seal", "origin": "audit"}, {"x": {"type": "audit.seal", "origin": "audit"}}]
+)
+async def test_record_that_holds_the_mark_of_a_seal_is_taken_for_none(daemon: Daemon, mark: dict[str, Any]) -> None:
+    """A nested object spells the very bytes with which a seal begins; the next writer goes on after the record."""
+    await daemon.start(seal_records=8)
+    host = await daemon.source("host")
+    for number in range(10):
+        host.record(any_record("event.accepted", number=number, extra=mark if number == 9 else None))
+    await durable(host)
+    await daemon.kill()
+    await daemon.start(seal_records=8)
+    await daemon.source("host", host)
+    host.record(any_record("event.accepted", number=10))
+    await durable(host)
+    await daemon.stop()
+    assert [r["data"]["number"] for r in daemon.of_type("event.accepted")] == list(range(11))
+    assert not check(daemon).misfits
+    assert not daemon.of_type("audit.gap")
 
 
 async def test_head_is_readable_only_for_the_writer(daemon: Daemon) -> None:
