@@ -22,7 +22,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from isolator.audit.schema import AuditGap, RecordData
+from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
 from isolator.ipc.channel import MAX_PACKET
 
 MAX_PENDING = 20_000
@@ -202,7 +202,9 @@ class AuditClient:
         except (TypeError, ValueError, RecursionError) as error:
             why = f"{type}: cannot be written as JSON ({error})"
         gap = AuditGap(count=1, why=why[:512])
-        return _encode(sent | {"type": gap.TYPE, "data": gap.data}).encode()
+        # Of the identifiers only as much as the writer keeps: they may be all that was too long.
+        names = {key: str(sent[key])[:MAX_ID] for key in IDENTIFIERS if sent[key] is not None}
+        return _encode(sent | names | {"type": gap.TYPE, "data": gap.data}).encode()
 
     def _send_failed(self, error: OSError) -> None:
         if self._sock is not None and isinstance(error, BlockingIOError):

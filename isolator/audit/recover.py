@@ -37,7 +37,7 @@ from isolator.audit.schema import (
 HEAD_NAME = "head.json"
 _SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
 _SEAL_BEGIN = re.compile(rb'\{"seq":[1-9][0-9]{0,17},"time":"[^"]*",' + re.escape(_SEAL_MARK))
-"""Beginning of a seal's line. The mark alone proves nothing: ``data`` of any record may hold an object that spells it."""
+"""Beginning of a seal's line. The mark alone proves nothing: an object in the ``data`` of any record may spell it."""
 _DELIVERY_MARKS = tuple(f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse))
 _WINDOW = 4 << 20
 

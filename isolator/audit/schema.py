@@ -25,6 +25,11 @@ SENDERS = (HOST, SUPERVISOR, BROKER)
 
 ApiVerdict = Literal["granted", "denied", "failed", "unknown", "limited"]
 
+IDENTIFIERS = ("plugin", "run", "event_id", "delivery_id")
+"""The keys of a record, beside those of ``data``, that its sender fills in; text or null."""
+MAX_ID = 256
+"""Longest identifier kept whole, in characters."""
+
 ABSENT: Any = object()
 """Default of a field that a record may lack, and its value as an attribute of such a record."""
 
