@@ -46,8 +46,12 @@ class AuditClient:
     def __init__(self, sock: socket.socket | None) -> None:
         self.blocked: str | None = AWAY
         """Why the writer cannot write at the moment, else None."""
+        self.alarm: str | None = None
+        """Why the trail will not last as long as it should, else None; it is written all the same."""
         self.on_blocked: Callable[[str | None], None] = lambda _: None
         """Called with the new value each time ``blocked`` changes."""
+        self.on_alarm: Callable[[str | None], None] = lambda _: None
+        """Called with the new value each time ``alarm`` changes."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
         self._session = secrets.token_hex(4)
@@ -152,6 +156,7 @@ class AuditClient:
         sock.setblocking(False)
         self._sock = sock
         self._answered = 0
+        self.alarm = None  # the new writer reports its own, as it does what follows
         if self.blocked is not None:
             self._set_blocked(None)  # the new writer reports it if it cannot write either
             self._wake()
@@ -232,6 +237,9 @@ class AuditClient:
             if "blocked" in message and message["blocked"] != self.blocked:
                 self._set_blocked(message["blocked"])
                 changed = True
+            if "alarm" in message and message["alarm"] != self.alarm:
+                self.alarm = message["alarm"]
+                self.on_alarm(self.alarm)
         fresh = min(total - self._answered, len(self._unacked))
         for _ in range(fresh):
             self._unacked.popleft()

@@ -11,8 +11,8 @@ without its last 75 characters and the newline: a verifier needs neither a JSON 
 
 What a source sends is parsed, checked against the types that this source may write (`schema.py`), and spelled anew:
 every string is escaped to ASCII (no control character, terminal escape, bidirectional or invisible character survives
-as itself), a string over ``MAX_TEXT`` (an identifier over ``MAX_ID``) is cut, and ``cut`` then holds its full length and
-SHA-256.
+as itself), a string over ``MAX_TEXT`` (an identifier over ``MAX_ID``) is cut, and ``cut`` then holds its full length
+and SHA-256.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _mended(value: Any) -> Any:
 
 
 def _identifier(value: dict[str, Any], key: str, cuts: dict[str, dict[str, Any]]) -> str | None:
-    """An identifier, cut like any string: a caller may name a plugin as it likes, and that is on record all the same."""
+    """An identifier, cut like any string: a caller may name a plugin as it likes, and is on record all the same."""
     text = value.get(key)
     if text is None:
         return None
