@@ -17,10 +17,9 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
-from isolator.audit.files import LIVE, first_line, hash_of, last_line, prev_of, rotated, seq_of
+from isolator.audit.files import LIVE, begun, first_line, hash_of, last_line, prev_of, rotated, seq_of
 from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
 from isolator.audit.schema import (
     AUDIT,
@@ -82,7 +81,7 @@ def read_head(path: Path) -> Head | None:
     try:
         value = json.loads(path.read_bytes())
         seq, digest = value["seq"], value["hash"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
 
@@ -117,12 +116,9 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
         known[seq] = end.hash
         good += len(line) + 1
     if size:
-        line = first_line(directory / LIVE)
-        end.first = seq_of(line) or end.first
-        record = parse(line)
+        end.first = seq_of(first_line(directory / LIVE)) or end.first
         # A time that cannot be read counts as old: then a new file is begun, which harms nothing.
-        with contextlib.suppress(ValueError):
-            end.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
+        end.begun = begun(directory / LIVE)
     _collect_deliveries(end, data[: good - start])
     end.stopped = _ends_with_a_stop(data[: good - start])
     end.size = size
