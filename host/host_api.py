@@ -208,7 +208,7 @@ class HostApi:
         if level not in LEVELS or not isinstance(message, str):
             raise ApiError(-32602, f"log.write needs message (text) and level ({', '.join(LEVELS)})")
         log = self._logs.of(context.plugin.name)
-        data = message.encode("utf-8", "replace")[: 64 * 1024]
+        data = log.pieces(message.encode("utf-8", "replace"), ended=True)[0][0]
         if log.budget() < len(data):
             log.drop(len(data))
             raise ApiError(QUOTA_EXCEEDED, "more log than 1 MiB a second")

@@ -74,6 +74,11 @@ class Paths:
         return self.lib / "audit"
 
     @property
+    def trail_begun(self) -> Path:
+        """There once a trail was begun, away from it and root's: a trail that is gone is noticed."""
+        return self.lib / "trail.begun"
+
+    @property
     def run(self) -> Path:
         return self.root / "run/isolator"
 

@@ -24,6 +24,8 @@ def types_table() -> str:
     for type, kind in RECORDS.items():
         names = [f"`{field.name}`" if field.required else f"[`{field.name}`]" for _, field in fields(kind)]
         meaning = " ".join(_docs(kind)[""].replace("``", "`").split())
+        if kind.SUMMED is not None:
+            meaning += f" Summed up beyond the budget: {kind.SUMMED.which}."
         rows.append(f"| [{type}](schemas/{type}.json) | {', '.join(kind.SOURCES)} | {meaning} | {', '.join(names)} |")
     return "\n".join(rows)
 

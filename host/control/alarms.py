@@ -18,6 +18,8 @@ class Alarms:
         found = []
         if self._audit.blocked is not None:
             found.append(f"{self._audit.blocked}; {without_trail(self._disk_full)}")
+        if self._audit.alarm is not None:
+            found.append(self._audit.alarm)
         if self._store.blocked is not None:
             found.append(f"the database cannot be written: {self._store.blocked}; nothing is accepted or dispatched")
         return found

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from host.control.parameters import Request, Spec
 from host.wire.lines import LineProtocol
 from host.wire.strict_json import WireError, line, parse_object, peer_of
-from isolator.audit.schema import ControlCalled
+from isolator.audit.schema import MAX_ID, ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 
 R = TypeVar("R", bound=Request)
@@ -304,7 +304,7 @@ class _Connection(LineProtocol):
         target = (params.get("name") or params.get("update")) if isinstance(params, dict) else None
         self._server.record(
             ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict),
-            plugin=target if isinstance(target, str) else None,
+            plugin=target[:MAX_ID] if isinstance(target, str) else None,
         )
 
 

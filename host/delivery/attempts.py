@@ -81,6 +81,7 @@ class Attempts:
                 queued_us=int(waited * 1e6) if waited is not None else None,
                 request_bytes=len(attempt.request),
                 request_sha256=hashlib.sha256(attempt.request).hexdigest(),
+                **({"busy": delivery.busy} if delivery.busy else {}),
             ),
             plugin=delivery.plugin,
             run=attempt.run,

@@ -142,6 +142,7 @@ class Outcomes:
         wait = outcome.retry_after
         if outcome.kind == "busy":
             delivery.attempts -= 1
+            delivery.busy += 1
             self._consumer.nak(delivery, result, delay=1.0 if wait is None else wait)
         elif delivery.attempts >= plugin.attempts:
             why = f"{delivery.attempts} attempts failed; the last: {result.detail or result.status}"

@@ -91,6 +91,20 @@ class PluginLog:
                 self._store(None, "isolator", f"[{dropped} bytes dropped: more than {RATE} bytes a second]")
         return self._budget
 
+    def pieces(self, data: bytes, *, ended: bool) -> tuple[list[bytes], bytes]:
+        """Cut a line into pieces of ``MAX_LINE``, no secret in two; returns them and what waits for its ``ended``."""
+        redactor, found = self._redactor(self.name), []
+        while len(data) > MAX_LINE + (0 if ended else redactor.longest):
+            at = redactor.cut(data, MAX_LINE)
+            found.append(data[:at])
+            data = data[at:]
+        return ([*found, data], b"") if ended else (found, data)
+
+    def skip(self, count: int) -> None:
+        """Count bytes that were read and are dropped."""
+        self._budget -= count
+        self.drop(count)
+
     def keep(self, run: str | None, stream: str, line: bytes) -> None:
         """Store one line."""
         self._budget -= len(line) + 1
@@ -160,7 +174,9 @@ class _Pipe:
         self.run, self.stream = run, stream
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._partial = bytearray()
+        self._partial = b""
+        self._torn = False
+        """Bytes of the present line were dropped; the rest may begin within a secret, and is dropped too."""
         self._beat: asyncio.TimerHandle | None = None
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._readable)
@@ -180,18 +196,21 @@ class _Pipe:
         if not chunk:
             self.close()
             return
-        self._partial += chunk
-        for line in self._lines():
+        if self._torn:
+            end = chunk.find(b"\n") + 1
+            self._log.skip(end or len(chunk))
+            if not end:
+                return
+            chunk, self._torn = chunk[end:], False
+        for line in self._lines(chunk):
             self._log.keep(self.run, self.stream, line)
 
-    def _lines(self) -> Iterator[bytes]:
-        *lines, rest = bytes(self._partial).split(b"\n")
-        while len(rest) >= MAX_LINE:
-            lines.append(rest[:MAX_LINE])
-            rest = rest[MAX_LINE:]
-        self._partial[:] = rest
+    def _lines(self, chunk: bytes) -> Iterator[bytes]:
+        *lines, rest = (self._partial + chunk).split(b"\n")
         for line in lines:
-            yield line[:MAX_LINE]
+            yield from self._log.pieces(line, ended=True)[0]
+        whole, self._partial = self._log.pieces(rest, ended=False)
+        yield from whole
 
     def _flooded(self) -> None:
         """Empty the pipe unread, once per beat, until there is a budget again."""
@@ -211,7 +230,7 @@ class _Pipe:
         if count > 0:
             # Bytes were lost in the middle of the line that had begun.
             self._log.drop(count + len(self._partial))
-            self._partial.clear()
+            self._partial, self._torn = b"", True
         self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
 
     def close(self) -> None:
@@ -223,8 +242,9 @@ class _Pipe:
         os.close(self._fd)
         self._fd = -1
         if self._partial:
-            self._log.keep(self.run, self.stream, bytes(self._partial))
-            self._partial.clear()
+            for line in self._log.pieces(self._partial, ended=True)[0]:
+                self._log.keep(self.run, self.stream, line)
+            self._partial = b""
         self.ended.set()
         self._on_close(self)
 

@@ -55,9 +55,24 @@ class Redactor:
         # Longest first: a value that contains another must not be left half shown.
         ordered = sorted((f for f in forms if len(f) >= _SHORTEST), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        raw = sorted((f.encode("utf-8", "surrogatepass") for f in ordered), key=len, reverse=True)
+        self._raw = re.compile(b"|".join(map(re.escape, raw))) if raw else None
+        self.longest = len(raw[0]) if raw else 0
+        """Bytes of the longest form of a value."""
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub(REDACTED, text) if self._pattern is not None else text
+
+    def cut(self, data: bytes, at: int) -> int:
+        """Where to cut ``data`` at about ``at``: not within a value, whose halves nobody would recognise.
+
+        What follows ``at`` has to be there for ``longest`` bytes, or to the end of the text.
+        """
+        if self._raw is not None:
+            for found in self._raw.finditer(data, max(0, at - self.longest), at + self.longest):
+                if found.start() < at < found.end():
+                    return found.start() or found.end()
+        return at
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ class Delivery:
     """It has left its lane for good: a late ``ack``, ``nak``, ``term`` or ``release`` changes nothing."""
     counted: bool = False
     """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
+    busy: int = 0
+    """Requests that were answered busy since this process started."""
     ready_at: float = 0.0
     """Loop time at which it could first be taken; only for latency figures."""
 

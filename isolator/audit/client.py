@@ -22,7 +22,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from isolator.audit.schema import AuditGap, RecordData
+from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
 from isolator.ipc.channel import MAX_PACKET
 
 MAX_PENDING = 20_000
@@ -46,8 +46,12 @@ class AuditClient:
     def __init__(self, sock: socket.socket | None) -> None:
         self.blocked: str | None = AWAY
         """Why the writer cannot write at the moment, else None."""
+        self.alarm: str | None = None
+        """Why the trail will not last as long as it should, else None; it is written all the same."""
         self.on_blocked: Callable[[str | None], None] = lambda _: None
         """Called with the new value each time ``blocked`` changes."""
+        self.on_alarm: Callable[[str | None], None] = lambda _: None
+        """Called with the new value each time ``alarm`` changes."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
         self._session = secrets.token_hex(4)
@@ -152,6 +156,7 @@ class AuditClient:
         sock.setblocking(False)
         self._sock = sock
         self._answered = 0
+        self.alarm = None  # the new writer reports its own, as it does what follows
         if self.blocked is not None:
             self._set_blocked(None)  # the new writer reports it if it cannot write either
             self._wake()
@@ -202,7 +207,9 @@ class AuditClient:
         except (TypeError, ValueError, RecursionError) as error:
             why = f"{type}: cannot be written as JSON ({error})"
         gap = AuditGap(count=1, why=why[:512])
-        return _encode(sent | {"type": gap.TYPE, "data": gap.data}).encode()
+        # Of the identifiers only as much as the writer keeps: they may be all that was too long.
+        names = {key: str(sent[key])[:MAX_ID] for key in IDENTIFIERS if sent[key] is not None}
+        return _encode(sent | names | {"type": gap.TYPE, "data": gap.data}).encode()
 
     def _send_failed(self, error: OSError) -> None:
         if self._sock is not None and isinstance(error, BlockingIOError):
@@ -230,6 +237,9 @@ class AuditClient:
             if "blocked" in message and message["blocked"] != self.blocked:
                 self._set_blocked(message["blocked"])
                 changed = True
+            if "alarm" in message and message["alarm"] != self.alarm:
+                self.alarm = message["alarm"]
+                self.on_alarm(self.alarm)
         fresh = min(total - self._answered, len(self._unacked))
         for _ in range(fresh):
             self._unacked.popleft()

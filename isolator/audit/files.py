@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 
-from isolator.audit.record import own_hash_fits
+from isolator.audit.record import own_hash_fits, parse
 
 LIVE = "audit.jsonl"
 _ROTATED = re.compile(r"audit\.(\d{12})\.jsonl")
@@ -62,6 +63,15 @@ def first_line(path: Path) -> bytes:
     """The first line of a file without its newline; empty when there is none."""
     with path.open("rb") as file:
         return file.readline(1 << 20).rstrip(b"\n")
+
+
+def begun(path: Path) -> float:
+    """Unix time of the first record of a file; 0 when it cannot be read."""
+    record = parse(first_line(path))
+    try:
+        return datetime.fromisoformat(record.time).timestamp() if record is not None else 0.0
+    except ValueError:
+        return 0.0
 
 
 def last_line(path: Path) -> bytes | None:

@@ -18,7 +18,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,13 +34,27 @@ _CHECK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """When to seal and rotate, and how many full files to keep (0: all); sizes in bytes, times in seconds."""
+    """When to seal and rotate, and which full files to keep; sizes in bytes, times in seconds.
+
+    Of full files ``keep_files`` are kept (0: all), and also what is younger than ``min_age``, as long as all of them
+    are not larger than ``keep_files`` times ``rotate_size``: room on the disk is bounded whatever is recorded.
+    """
 
     seal_records: int = 1000
     seal_interval: float = 60.0
     rotate_size: int = 64 << 20
     rotate_age: float = 86400.0
     keep_files: int = 90
+    min_age: float = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The age that the trail reaches before it is deleted, at the pace of the last ``min_age``; in seconds."""
+
+    lifetime: float
+    short: bool
+    """Whether that is less than ``min_age``, and no mere moment: a quarter of the room was taken at this pace."""
 
 
 @dataclass
@@ -61,6 +75,8 @@ class Chain:
         self.origins, self.runs = end.origins, end.runs
         self.bytes = 0
         """Bytes of the lines not taken yet."""
+        self.sum_up: Callable[[], list[Incoming]] = list
+        """Called before a file ends: records that have to be in it."""
         self.seals = 0
         self._signer, self._limits = signer, limits
         self._file_bytes = 0 if end.size >= limits.rotate_size else end.size
@@ -81,6 +97,9 @@ class Chain:
 
     def seal(self, now: str) -> None:
         """Sign what is not signed yet; begins a new file when this one is full."""
+        if self._is_full():
+            for record in self.sum_up():
+                self._add(record)
         signature = self._signer.sign(self.sealed + 1, self.seq, self.hash)
         seal = AuditSeal(
             from_=self.sealed + 1, to=self.seq, hash=self.hash, key=self._signer.name, signature=signature,
@@ -104,6 +123,11 @@ class Chain:
         self._batches, self._open, self.bytes = [], Batch(), 0
         return batches
 
+    def count(self, record: Incoming) -> None:
+        """Note the number of a record that is counted instead of written: its sender has not lost it."""
+        if record.number:
+            self.origins[record.origin.partition(":")[0]] = f"{record.session}:{record.number}"
+
     def _add(self, record: Incoming) -> None:
         line, digest = spell(self.seq + 1, record, self.hash)
         self.seq, self.hash = self.seq + 1, digest
@@ -111,8 +135,7 @@ class Chain:
         self._open.seq, self._open.hash = self.seq, digest
         self.bytes += len(line)
         self._file_bytes += len(line)
-        if record.number:
-            self.origins[record.origin.partition(":")[0]] = f"{record.session}:{record.number}"
+        self.count(record)
         follow_run(self.runs, record.type, record.plugin, record.run)
 
 
@@ -125,6 +148,8 @@ class Trail:
         self.seq = 0
         """The last record that is durable."""
         self.commits = 0
+        self.outlook: Outlook | None = None
+        """As of the newest file; None while there is nothing to judge by, or everything is kept."""
         self._log, self._lib, self._limits = log, lib, limits
         self._live = log / files.LIVE
         self._fd = self._head = -1
@@ -331,9 +356,11 @@ class Trail:
 
     def _retire(self) -> None:
         """Find the full files that are over the limit; deleting waits until a record accounts for them."""
+        if not self._limits.keep_files:
+            return
         pending = {path for _, paths in self._retired for path in paths}
         full = [path for path in files.rotated(self._log) if path not in pending]
-        surplus = full[: -self._limits.keep_files] if self._limits.keep_files else []
+        surplus = full[: self._surplus(full)]
         if not surplus:
             return
         follower = files.first_line(full[len(surplus)])
@@ -348,6 +375,26 @@ class Trail:
                 files=[path.name for path in surplus],
             )
         )
+
+    def _surplus(self, full: list[Path]) -> int:
+        """How many of the full files, oldest first, are to be deleted; judges on the way how long the trail lasts."""
+        limits, status = self._limits, [path.stat() for path in full]
+        now, room = time.time(), limits.keep_files * limits.rotate_size
+        # The last batch makes a file a little larger than it should be; that must not cost another file.
+        sizes = [min(file.st_size, limits.rotate_size) for file in status]
+        young = [now - file.st_mtime < limits.min_age for file in status]
+        recent = sum(size for size, is_young in zip(sizes, young, strict=True) if is_young)
+        self.outlook = None
+        if recent:
+            begun = max(files.begun(full[young.index(True)]), now - limits.min_age)
+            lifetime = room * max(1.0, now - begun) / recent
+            self.outlook = Outlook(lifetime, lifetime < limits.min_age and 4 * recent >= room)
+        used, count = sum(sizes), len(full)
+        for index, size in enumerate(sizes):
+            if used <= room and (count <= limits.keep_files or young[index]):
+                return index
+            used, count = used - size, count - 1
+        return len(full)
 
     def _delete_retired(self) -> None:
         while self._retired and self._retired[0][0] <= self.seq:

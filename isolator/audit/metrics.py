@@ -41,6 +41,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         to = self.registry
         self._records = Counter("isolator_audit_records", "Records in the trail by type", ["type"], registry=to)
+        self._summed = Counter(
+            "isolator_audit_summed_records", "Records counted in summaries by type", ["type"], registry=to
+        )
+        self._lifetime = Gauge(
+            "isolator_audit_lifetime_seconds", "How long the trail reaches back at its present pace", registry=to
+        )
         self._seq = Gauge("isolator_audit_seq", "Number of the last durable record", registry=to)
         self._lost = Counter("isolator_audit_lost_records", "Records known to be lost (audit.gap)", registry=to)
         self._commit = Histogram("isolator_audit_commit_seconds", "Write and fdatasync", buckets=_SECONDS, registry=to)
@@ -68,10 +74,10 @@ class Metrics:
         self._children: dict[tuple[Any, ...], Any] = {}
         self._queues: set[str] = set()
 
-    def observe(self, record: Incoming) -> None:
-        """Count one record, whatever its ``data`` holds."""
+    def observe(self, record: Incoming, *, summed: bool = False) -> None:
+        """Count one record, whatever its ``data`` holds; ``summed``: it is in a summary, not in the trail itself."""
         kind, data, plugin = record.type, record.data, record.plugin or ""
-        self._of(self._records, kind).inc()
+        self._of(self._summed if summed else self._records, kind).inc()
         area, _, what = kind.partition(".")
         if area == "event":
             self._event(what, data, plugin)
@@ -115,6 +121,10 @@ class Metrics:
     def set_blocked(self, blocked: bool) -> None:
         """Set whether the trail cannot be written at the moment."""
         self._blocked.set(int(blocked))
+
+    def set_lifetime(self, seconds: float) -> None:
+        """Set how long the trail reaches back at its present pace."""
+        self._lifetime.set(seconds)
 
     def _event(self, what: str, data: dict[str, Any], plugin: str) -> None:
         if what == "accepted":

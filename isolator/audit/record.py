@@ -11,7 +11,8 @@ without its last 75 characters and the newline: a verifier needs neither a JSON 
 
 What a source sends is parsed, checked against the types that this source may write (`schema.py`), and spelled anew:
 every string is escaped to ASCII (no control character, terminal escape, bidirectional or invisible character survives
-as itself), a string over ``MAX_TEXT`` is cut, and ``cut`` then holds its full length and SHA-256.
+as itself), a string over ``MAX_TEXT`` (an identifier over ``MAX_ID``) is cut, and ``cut`` then holds its full length
+and SHA-256.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 
 import pydantic_core
 
-from isolator.audit.schema import may_write
+from isolator.audit.schema import MAX_ID, may_write
 
 T = TypeVar("T")
 
@@ -34,7 +35,6 @@ GENESIS = "0" * 64
 MAX_TEXT = 4096
 """Longest string kept whole, in UTF-8 bytes."""
 MAX_DEPTH = 32
-MAX_ID = 256
 HASH_TAIL = 75
 """Length of ``,"hash":"HEX64"}``: the part of a line that its hash does not cover."""
 PREV_TAIL = HASH_TAIL + 74
@@ -96,13 +96,14 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         data = {}
     if not isinstance(data, dict):
         raise RejectedError("data is not an object")
+    cuts: dict[str, dict[str, Any]] = {}
     incoming = Incoming(
         time,
         type_,
-        _identifier(value, "plugin"),
-        _identifier(value, "run"),
-        _identifier(value, "event_id"),
-        _identifier(value, "delivery_id"),
+        _identifier(value, "plugin", cuts),
+        _identifier(value, "run", cuts),
+        _identifier(value, "event_id", cuts),
+        _identifier(value, "delivery_id", cuts),
         data,
         source,
     )
@@ -117,7 +118,8 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         incoming.began = began
     # A string over the cap or a deep nest only fits into a long or a bracketed line: most lines need no walk.
     if len(line) > MAX_TEXT or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
-        incoming.data, incoming.cut = cap(data)
+        incoming.data = cap(data, cuts)
+    incoming.cut = cuts or None
     return incoming
 
 
@@ -139,24 +141,27 @@ def _mended(value: Any) -> Any:
     return value
 
 
-def _identifier(value: dict[str, Any], key: str) -> str | None:
+def _identifier(value: dict[str, Any], key: str, cuts: dict[str, dict[str, Any]]) -> str | None:
+    """An identifier, cut like any string: a caller may name a plugin as it likes, and is on record all the same."""
     text = value.get(key)
     if text is None:
         return None
-    if not isinstance(text, str) or len(text) > MAX_ID:
-        raise RejectedError(f"{key} is not a string of at most {MAX_ID} characters")
+    if not isinstance(text, str):
+        raise RejectedError(f"{key} is not a string")
+    if len(text) > MAX_ID:
+        _note_cut(text.encode("utf-8", "replace"), key, cuts)
+        text = text[:MAX_ID]
     return text
 
 
-def cap(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]] | None]:
-    """Cut every string over ``MAX_TEXT``; returns the data and, by path, length and SHA-256 of what was cut.
+def cap(data: dict[str, Any], cuts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Cut every string over ``MAX_TEXT``; adds to ``cuts``, by path, length and SHA-256 of each that was cut.
 
     Raises RejectedError for a nest deeper than ``MAX_DEPTH``: recursion here and in every reader stays bounded.
     """
-    cuts: dict[str, dict[str, Any]] = {}
     kept = _capped(data, "data", 0, cuts)
     assert isinstance(kept, dict)
-    return kept, cuts or None
+    return kept
 
 
 def _capped(value: Any, path: str, depth: int, cuts: dict[str, dict[str, Any]]) -> Any:
@@ -181,8 +186,12 @@ def _short(text: str, path: str, cuts: dict[str, dict[str, Any]]) -> str:
     raw = text.encode("utf-8", "replace")
     if len(raw) <= MAX_TEXT:
         return text
-    cuts[path] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    _note_cut(raw, path, cuts)
     return raw[:MAX_TEXT].decode("utf-8", "ignore")
+
+
+def _note_cut(raw: bytes, path: str, cuts: dict[str, dict[str, Any]]) -> None:
+    cuts[path] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 @lru_cache(maxsize=8192)

@@ -15,11 +15,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
-from isolator.audit.files import LIVE, first_line, hash_of, last_line, prev_of, rotated, seq_of
+from isolator.audit.files import LIVE, begun, first_line, hash_of, last_line, prev_of, rotated, seq_of
 from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
 from isolator.audit.schema import (
     AUDIT,
@@ -34,7 +34,9 @@ from isolator.audit.schema import (
 )
 
 HEAD_NAME = "head.json"
-SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
+_SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
+_SEAL_BEGIN = re.compile(rb'\{"seq":[1-9][0-9]{0,17},"time":"[^"]*",' + re.escape(_SEAL_MARK))
+"""Beginning of a seal's line. The mark alone proves nothing: an object in the ``data`` of any record may spell it."""
 _DELIVERY_MARKS = tuple(f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse))
 _WINDOW = 4 << 20
 
@@ -79,7 +81,7 @@ def read_head(path: Path) -> Head | None:
     try:
         value = json.loads(path.read_bytes())
         seq, digest = value["seq"], value["hash"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
 
@@ -114,12 +116,9 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
         known[seq] = end.hash
         good += len(line) + 1
     if size:
-        line = first_line(directory / LIVE)
-        end.first = seq_of(line) or end.first
-        record = parse(line)
+        end.first = seq_of(first_line(directory / LIVE)) or end.first
         # A time that cannot be read counts as old: then a new file is begun, which harms nothing.
-        with contextlib.suppress(ValueError):
-            end.begun = datetime.fromisoformat(record.time).timestamp() if record else 0.0
+        end.begun = begun(directory / LIVE)
     _collect_deliveries(end, data[: good - start])
     end.stopped = _ends_with_a_stop(data[: good - start])
     end.size = size
@@ -145,12 +144,22 @@ def _tail(fd: int, size: int) -> tuple[int, bytes, int]:
         if start:
             skip = data.find(b"\n") + 1
             start, data = start + skip, data[skip:]
-        at = data.rfind(SEAL_MARK)
-        if at >= 0:
-            return start, data, data.rfind(b"\n", 0, at) + 1
+        begin = _last_seal(data)
+        if begin is not None:
+            return start, data, begin
         if size - window <= 0:
             return start, data, 0
         window *= 4
+
+
+def _last_seal(data: bytes) -> int | None:
+    """The offset of the last line that is a seal, of whole lines."""
+    end = len(data)
+    while (at := data.rfind(_SEAL_MARK, 0, end)) >= 0:
+        end = data.rfind(b"\n", 0, at) + 1
+        if _SEAL_BEGIN.match(data, end):
+            return end
+    return None
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:

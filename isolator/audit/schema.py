@@ -16,6 +16,8 @@ Sizes are in bytes; SHA-256 are 64 hex digits; ``*_us`` are microseconds; a *dig
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, dataclass_transform
 
 AUDIT, BROKER, HOST, SUPERVISOR = "audit", "broker", "host", "supervisor"
@@ -24,6 +26,11 @@ SENDERS = (HOST, SUPERVISOR, BROKER)
 """Those that send them to the writer, in the order in which it reads what came at the same time."""
 
 ApiVerdict = Literal["granted", "denied", "failed", "unknown", "limited"]
+
+IDENTIFIERS = ("plugin", "run", "event_id", "delivery_id")
+"""The keys of a record, beside those of ``data``, that its sender fills in; text or null."""
+MAX_ID = 256
+"""Longest identifier kept whole, in characters."""
 
 ABSENT: Any = object()
 """Default of a field that a record may lack, and its value as an attribute of such a record."""
@@ -44,6 +51,26 @@ class Field:
         return self if record is None else record.data.get(self.name, ABSENT)
 
 
+def _every(data: dict[str, Any]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Records of a type that the writer counts, beyond the budget of their cause, instead of writing each.
+
+    For what a plugin or a caller can repeat at will; never for what changes a plugin, its config or the daemon.
+    """
+
+    which: str
+    """Clause of the documents: which records of the type."""
+    by: str = ""
+    """Field of ``data`` by whose values they are counted apart."""
+    covers: Callable[[dict[str, Any]], bool] = _every
+    by_caller: bool = False
+    """Whether their cause is the ``uid`` in ``data``, and not the plugin."""
+
+
 @dataclass_transform(eq_default=False, kw_only_default=True, frozen_default=True)
 class RecordData:
     """Type and ``data`` of one record; base of all record types."""
@@ -53,6 +80,7 @@ class RecordData:
     """The processes that may write it."""
     CAUSED: ClassVar[bool] = False
     """Whether the writer adds the event in flight: ``event_id``, or, of several, ``event_ids`` in ``data``."""
+    SUMMED: ClassVar[Summed | None] = None
 
     __slots__ = ("data",)
 
@@ -369,6 +397,7 @@ class PluginHealth(RecordData):
 
     TYPE = "plugin.health"
     SOURCES = (HOST,)
+    SUMMED = Summed("all", by="ok")
 
     ok: bool
     latency_us: int = ABSENT
@@ -406,6 +435,7 @@ class EventDispatched(RecordData):
 
     TYPE = "event.dispatched"
     SOURCES = (HOST,)
+    SUMMED = Summed("after a reply of busy", covers=lambda data: "busy" in data)
 
     attempt: int
     """1 for the first."""
@@ -413,6 +443,8 @@ class EventDispatched(RecordData):
     """Time since the delivery was due; null when that is not known."""
     request_bytes: int
     request_sha256: str
+    busy: int = ABSENT
+    """Earlier requests of this delivery that were answered busy; such a reply is no attempt."""
 
 
 class EventResponse(RecordData):
@@ -420,6 +452,7 @@ class EventResponse(RecordData):
 
     TYPE = "event.response"
     SOURCES = (HOST,)
+    SUMMED = Summed("`outcome` busy", covers=lambda data: data.get("outcome") == "busy")
 
     attempt: int
     outcome: Literal["ok", "skipped", "retry", "busy", "rejected", "failed", "unknown"]
@@ -469,6 +502,7 @@ class EventReplayed(_GivenUp):
 
 class _Net(RecordData):
     CAUSED = True
+    SUMMED = Summed("all", by="rule")
 
     rule: str
     """The grant that allowed it, or the reason of a refusal."""
@@ -519,6 +553,7 @@ class NetClosed(RecordData):
     TYPE = "net.closed"
     SOURCES = (BROKER,)
     CAUSED = True
+    SUMMED = Summed("all", by="name")
 
     name: str | None
     address: str
@@ -567,6 +602,7 @@ class SyscallDenied(RecordData):
     TYPE = "syscall.denied"
     SOURCES = (SUPERVISOR,)
     CAUSED = True
+    SUMMED = Summed("all", by="call")
 
     call: str
     count: int
@@ -578,6 +614,7 @@ class FsDenied(RecordData):
     TYPE = "fs.denied"
     SOURCES = (SUPERVISOR,)
     CAUSED = True
+    SUMMED = Summed("all", by="path")
 
     path: str
     count: int
@@ -590,6 +627,7 @@ class ApiCalled(RecordData):
     TYPE = "api.called"
     SOURCES = (HOST,)
     CAUSED = True
+    SUMMED = Summed("all", by="method")
 
     method: str
     """``connect`` for a refused connection, ``*`` for calls beyond the rate limit."""
@@ -608,6 +646,7 @@ class ControlCalled(RecordData):
 
     TYPE = "control.called"
     SOURCES = (HOST,)
+    SUMMED = Summed("`verdict` not ok", by="verb", covers=lambda data: data.get("verdict") != "ok", by_caller=True)
 
     verb: str
     uid: int
@@ -719,6 +758,30 @@ class AuditGap(_Range):
     """Of the last record that was retired."""
     files: list[str] = ABSENT
     """Names of the files that were deleted."""
+
+
+class AuditSummary(RecordData):
+    """Records beyond the budget of their cause, counted instead of written; ``plugin`` names it if there is one."""
+
+    TYPE = "audit.summary"
+    SOURCES = (AUDIT,)
+
+    type: str
+    """Type of the records."""
+    source: str
+    """Process that sent the first of them."""
+    count: int
+    """Number of the records."""
+    total: int = ABSENT
+    """Number that they stand for, where some have a ``count`` of their own."""
+    first: str
+    """Time of the first."""
+    last: str
+    """Time of the last."""
+    uid: int = ABSENT
+    """Caller that caused them; missing also where many callers are counted together."""
+    by: dict[str, int] = ABSENT
+    """Their number by verb, method, rule, call, path or name; of many different ones the rest is ``other``."""
 
 
 RECORDS: dict[str, type[RecordData]] = {

@@ -9,6 +9,7 @@
 - **Group commit.** A commit begins when the one before ended and takes all that has gathered; nobody waits per
   record, and a slow disk makes batches larger, not the queue longer than ``MAX_WAITING`` bytes: then the sockets
   are left alone and the senders keep their records.
+- **Noise.** What a plugin or a caller repeats beyond its budget is counted and summed up (`budget.py`).
 - **Trouble.** When the trail cannot be opened or written, every source gets ``{"blocked": why}`` and the same
   work is tried again until it succeeds, then ``{"blocked": null}``. Senders keep what was not acknowledged.
 """
@@ -26,9 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from isolator.audit.budget import WINDOW, Budgets
 from isolator.audit.cause import Causes
 from isolator.audit.client import utc_now
-from isolator.audit.log import Chain, Limits, Trail
+from isolator.audit.log import Chain, Limits, Outlook, Trail
 from isolator.audit.metrics import Metrics
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
@@ -60,13 +62,14 @@ class Source:
         """Not read yet, so that another source's records come first."""
         self.reading = False
         self.blocked: str | None = None
-        self._sent_state: tuple[int, str | None] = (0, None)
+        self.alarm: str | None = None
+        self._sent_state: tuple[int, str | None, str | None] = (0, None, None)
         self._loop = asyncio.get_running_loop()
 
-    def report(self, *, acked: int | None = None, blocked: str | None) -> None:
+    def report(self, *, acked: int | None = None, blocked: str | None, alarm: str | None) -> None:
         """Report progress and trouble; a source that does not read gets the latest state once it does."""
         self.acked = self.acked if acked is None else acked
-        self.blocked = blocked
+        self.blocked, self.alarm = blocked, alarm
         self._push()
 
     def close(self) -> None:
@@ -81,6 +84,8 @@ class Source:
             message["acked"] = self.acked
         if self.blocked != self._sent_state[1]:
             message["blocked"] = self.blocked
+        if self.alarm != self._sent_state[2]:
+            message["alarm"] = self.alarm
         if message:
             try:
                 self.sock.send(json.dumps(message, separators=(",", ":")).encode(), socket.MSG_NOSIGNAL)
@@ -89,7 +94,7 @@ class Source:
                 return
             except OSError:
                 pass  # closed: noticed where it is read
-        self._sent_state = (self.acked, self.blocked)
+        self._sent_state = (self.acked, self.blocked, self.alarm)
         self._loop.remove_writer(self.sock)
 
 
@@ -99,12 +104,15 @@ class Writer:
     def __init__(self, paths: Paths, limits: Limits) -> None:
         self.metrics = Metrics()
         self.blocked: str | None = None
+        self.alarm: str | None = None
+        """Why the trail will not last as long as it should, else None."""
         self.ended = True
         """Whether, by the trail, the daemon before had stopped."""
         self._limits = limits
         self._trail = Trail(paths.audit_log, paths.audit_lib, limits)
         self._chain: Chain | None = None
         self._causes = Causes()
+        self._budgets = Budgets()
         self._sources: list[Source] = []
         self._loop = asyncio.get_running_loop()
         self._worker = ThreadPoolExecutor(1, "commit")
@@ -112,6 +120,7 @@ class Writer:
         self._wake = asyncio.Event()
         self._progress = asyncio.Condition()
         self._seal_timer: asyncio.TimerHandle | None = None
+        self._summary_timer: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
 
     async def open(self) -> None:
@@ -134,7 +143,7 @@ class Writer:
         source = Source(name, sock)
         self._sources.append(source)
         self._sources.sort(key=lambda s: SENDERS.index(s.name))
-        source.report(blocked=self.blocked)
+        source.report(blocked=self.blocked, alarm=self.alarm)
         if name == HOST:
             self._release()
         elif name == BROKER and not any(s.name == HOST for s in self._sources):
@@ -150,6 +159,7 @@ class Writer:
         async with self._progress:
             await self._progress.wait_for(lambda: self._chain is not None)
             assert self._chain is not None
+            self._sum_up(everything=True)
             target = self._chain.seq
             self._wake.set()
             await self._progress.wait_for(lambda: self._trail.seq >= target)
@@ -234,6 +244,12 @@ class Writer:
                 if source.name == HOST:
                     self._causes.observe(record, now)
                 self._causes.tag(record, now)
+                if not self._budgets.admit(record, source.name):
+                    self._chain.count(record)
+                    self.metrics.observe(record, summed=True)
+                    if self._summary_timer is None:
+                        self._summary_timer = self._loop.call_later(self._budgets.window, self._summary_due)
+                    continue
                 self._chain.append(record)
             except RejectedError as error:
                 refused.setdefault(str(error), []).append(line)
@@ -274,6 +290,28 @@ class Writer:
         self._chain.append(record)
         self.metrics.observe(record)
 
+    def _sum_up(self, *, everything: bool = False) -> None:
+        """Write the summaries that are due, or all."""
+        assert self._chain is not None
+        for summary in self._budgets.due(everything=everything):
+            self._chain.append(summary)
+            self.metrics.observe(summary)
+
+    def _last_summaries(self) -> list[Incoming]:
+        """The summaries that a full file ends with."""
+        summaries = self._budgets.due(everything=True)
+        for summary in summaries:
+            self.metrics.observe(summary)
+        return summaries
+
+    def _summary_due(self) -> None:
+        self._summary_timer = None
+        if self.blocked is None:
+            self._sum_up()
+            self._wake.set()
+        if self._budgets.counting:
+            self._summary_timer = self._loop.call_later(WINDOW, self._summary_due)
+
     def _detach(self, source: Source) -> None:
         source.close()
         self._sources.remove(source)
@@ -299,10 +337,12 @@ class Writer:
                     return
                 continue
             self._chain = Chain(end, signer, self._limits)
+            self._chain.sum_up = self._last_summaries
             self.ended = end.stopped
             for delivery in end.deliveries:
                 self._causes.observe(delivery, time.monotonic_ns())
         self._take_notes()
+        self._look_ahead()
         self._wake.set()
         self._unblock()
         attempted.set()
@@ -310,8 +350,10 @@ class Writer:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if self._stopping.is_set() and self._chain.unsealed:
-                self._chain.seal(utc_now())
+            if self._stopping.is_set():
+                self._sum_up(everything=True)
+                if self._chain.unsealed:
+                    self._chain.seal(utc_now())
             if not await self._commit():
                 return
             await asyncio.sleep(_GATHER)
@@ -346,9 +388,10 @@ class Writer:
                 stalled.cancel()
         self.metrics.committed(time.monotonic() - begun, self._trail.seq)
         self._unblock()
+        self._look_ahead()
         for source, received in reached:
             if received > source.acked:
-                source.report(acked=received, blocked=self.blocked)
+                source.report(acked=received, blocked=self.blocked, alarm=self.alarm)
         for source in [s for s in self._sources if not s.open and s.acked == s.received]:
             self._detach(source)
         self._take_notes()
@@ -377,19 +420,48 @@ class Writer:
                 self._trail.retired(self._chain.seq, note.files)
             self._wake.set()
 
+    def _look_ahead(self) -> None:
+        """Raise or end the alarm of a trail that fills up too fast, and set the budgets by it."""
+        outlook = self._trail.outlook
+        if outlook is not None:
+            self.metrics.set_lifetime(outlook.lifetime)
+        short = outlook is not None and outlook.short
+        self._budgets.tighten(short)
+        if short != (self.alarm is not None):
+            self.alarm = _too_fast(outlook, self._limits) if short and outlook is not None else None
+            self._report()
+
     def _block(self, why: str) -> None:
         if self.blocked != why:
             self.blocked = why
             self.metrics.set_blocked(True)
-            for source in self._sources:
-                source.report(blocked=why)
+            self._report()
 
     def _unblock(self) -> None:
         if self.blocked is not None:
             self.blocked = None
             self.metrics.set_blocked(False)
-            for source in self._sources:
-                source.report(blocked=None)
+            self._report()
+
+    def _report(self) -> None:
+        for source in self._sources:
+            source.report(blocked=self.blocked, alarm=self.alarm)
+
+
+def _too_fast(outlook: Outlook, limits: Limits) -> str:
+    room = limits.keep_files * limits.rotate_size >> 20
+    return (
+        f"the audit trail fills up: at this pace its {room} MiB reach back {_days(outlook.lifetime)}, and "
+        f"{_days(limits.min_age)} are wanted; see 'isolator audit query --type audit.summary --since 1d' for a cause "
+        "of noise, or give it more room (keep_files under [audit] in host.toml)"
+    )
+
+
+def _days(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _reason(error: BaseException) -> str:

@@ -82,6 +82,8 @@ class AuditSettings(Frozen):
     rotate_age: float = 86400.0
     keep_files: int = 90
     """Rotated files kept; 0 keeps all of them."""
+    min_age: float = 7 * 86400.0
+    """Age in seconds below which files are kept even if there are more, within the room of ``keep_files``."""
     seal_records: int = 1000
     seal_interval: float = 60.0
     snapshot_interval: float = 30.0

@@ -46,7 +46,8 @@ class AuditLink:
             if sender.up.is_set():
                 self._renew(sender)
         if self.process.starts > 1:
-            self._client.record(AuditGap(count=0, why="the audit process ended and was started again"))
+            why = "the audit process ended and was started again; what it had counted and not summed up is lost"
+            self._client.record(AuditGap(count=0, why=why))
         else:
             self.found = found
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
 from isolator.cage.runtime import CageRuntime
+from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
 from isolator.layers.user import add_service_user
@@ -36,6 +37,7 @@ class Services:
     """The services of one daemon. Their users and folders are made at once, the processes by ``start``."""
 
     def __init__(self, paths: Paths, config: HostConfig, runtime: CageRuntime, client: AuditClient) -> None:
+        _check_trail(paths)
         users = _make_users(paths)
         _make_folders(paths, users)
 
@@ -47,7 +49,7 @@ class Services:
         self.audit = AuditLink(audit, client, (broker, host), paths, config)
         self.broker = BrokerLink(broker, paths, config)
         self.host = HostLink(host, paths, config)
-        self._cache = paths.cache
+        self._cache, self._trail_begun = paths.cache, paths.trail_begun
 
     async def start(self, table: PluginTable, handlers: Mapping[str, Handler]) -> None:
         """Start the services; returns when the host accepts commands, which ``handlers`` serve."""
@@ -67,12 +69,48 @@ class Services:
             audit.catch_up(host.process)
 
         await audit.process.start(audit.introduce)
+        if audit.found.blocked is None:
+            self._trail_begun.touch()
         await broker.process.start(
             introduce_broker,
             handlers=broker.handlers(),
             inherit=lambda: {"audit": audit.source_end("broker"), "filter": filter_file(self._cache)},
         )
         await host.process.start(introduce_host, handlers=handlers, inherit=lambda: {"audit": audit.source_end("host")})
+
+
+def _check_trail(paths: Paths) -> None:
+    """Refuse to begin a trail anew where there was one: nobody would notice that the one before is gone.
+
+    If only its files or only its keys are gone, the writer notices and records it.
+    """
+    kept = (*paths.audit_log.glob("audit*.jsonl"), *paths.audit_lib.glob("*"))
+    if paths.trail_begun.exists() and not kept:
+        raise IsolatorError(
+            "audit trail",
+            f"{paths.audit_log} and {paths.audit_lib} are empty, and this daemon had a trail there: it was removed, "
+            "or its disk is not mounted",
+            f"mount it, or restore both from a backup; to begin a new trail instead, remove {paths.trail_begun}",
+        )
+
+
+def _own_folder(folder: Path, owner: int, group: int, mode: int) -> None:
+    """Make a folder, or take over what is there; never what a link leads to, which may be anybody's."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, flags)
+    except (FileExistsError, NotADirectoryError):
+        raise IsolatorError(
+            str(folder),
+            "is a link or a file, and its owner would have to be changed",
+            "put a folder there; to have it on another disk, mount that there (mount --bind)",
+        ) from None
+    try:
+        os.fchown(fd, owner, group)
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:
@@ -91,9 +129,7 @@ def _make_folders(paths: Paths, users: Mapping[str, tuple[int, int]]) -> None:
         (paths.host_lib, "host", "host", 0o700),
         (paths.plugin_log, "host", "host", 0o755),
     ):
-        folder.mkdir(parents=True, exist_ok=True)
-        os.chown(folder, users[name][0], users[group][1])
-        folder.chmod(mode)
+        _own_folder(folder, users[name][0], users[group][1], mode)
     _let_read(paths.audit_log, users["audit"][0], users["host"][1])
 
 

@@ -72,7 +72,8 @@ async def running_daemon(paths: Paths, config: HostConfig) -> AsyncIterator[None
         sockets = SocketWatch()
         stack.callback(sockets.close)
         audit = AuditClient(None)
-        audit.on_blocked = _TrailAlarm(config.audit.disk_full).blocked
+        trail_alarm = _TrailAlarm(config.audit.disk_full)
+        audit.on_blocked, audit.on_alarm = trail_alarm.blocked, trail_alarm.short
         stack.callback(audit.close)
         registrar = Registrar(paths, config)
         recovered = registrar.recover(lambda name: Volume(paths.state, name, journal).remove())
@@ -208,7 +209,7 @@ async def _take_snapshots(table: PluginTable, interval: float) -> None:
 
 
 class _TrailAlarm:
-    """Log lines for a trail that cannot be written."""
+    """Log lines for a trail that cannot be written, or fills up."""
 
     def __init__(self, disk_full: str) -> None:
         self._disk_full, self._raised = disk_full, False
@@ -223,3 +224,10 @@ class _TrailAlarm:
         elif self._raised:
             self._raised = False
             logger.info("the audit trail can be written again")
+
+    def short(self, why: str | None) -> None:
+        """Note why the trail will not last as long as it should; None: it will."""
+        if why is not None:
+            logger.critical("ALARM: %s", why)
+        else:
+            logger.info("the audit trail lasts as long as it should again")

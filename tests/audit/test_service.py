@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
 import socket
 import time
+from typing import Any
 
 import pytest
 
@@ -107,11 +109,15 @@ async def test_source_writes_only_its_own_record_types(
 async def test_record_that_is_too_long_leaves_a_gap(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")
+    host.record(any_record("event.response", response="short"), plugin="n" * 300_000, run="r")
+    await durable(host)  # what is sent in its place is short, or the sender would lose its writer
+    (gap,) = daemon.of_type("audit.gap")
+    assert (gap["plugin"], gap["run"]) == ("n" * 256, "r") and "too long for a record" in gap["data"]["why"]
     host.record(any_record("event.response", response="x" * (1 << 20)), plugin="p")
     host.record(any_record("event.response", response="x" * 100_000), plugin="p")
     await durable(host)
     await daemon.stop()
-    (gap,) = daemon.of_type("audit.gap")
+    _, gap = daemon.of_type("audit.gap")
     assert gap["data"]["count"] == 1 and "too long for a record" in gap["data"]["why"]
     (kept,) = daemon.of_type("event.response")
     assert kept["cut"]["data.response"]["bytes"] == 100_000
@@ -161,6 +167,28 @@ async def test_text_of_plugins_is_capped_escaped_and_one_string(daemon: Daemon) 
     assert len(record["data"]["long"].encode()) <= 4096
     assert record["cut"]["data.long"]["bytes"] == 10000
     assert record["cut"]["data.inner.0"]["bytes"] == 5000
+    assert not check(daemon).misfits
+
+
+async def test_identifier_of_any_length_is_on_record(daemon: Daemon) -> None:
+    """A refused caller may name a plugin as it likes; its refusal is recorded, not turned into a gap."""
+    await daemon.start()
+    host = await daemon.source("host")
+    names = ["n" * 256, "n" * 257, "\u00fc" * 5_000]
+    for name in names:
+        refused = any_record("control.called", verb="plugin.stop", uid=1, pid=1, role=None, verdict="denied")
+        host.record(refused, plugin=name, run=name, event_id=name, delivery_id=name)
+    await durable(host)
+    await daemon.stop()
+    assert not daemon.of_type("audit.gap")
+    records = daemon.of_type("control.called")
+    for key in ("plugin", "run", "event_id", "delivery_id"):
+        assert [r[key] for r in records] == [name[:256] for name in names]
+        cut = [r.get("cut", {}).get(key) for r in records]
+        assert cut[0] is None
+        for name, note in zip(names[1:], cut[1:], strict=True):
+            raw = name.encode()
+            assert note == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     assert not check(daemon).misfits
 
 
@@ -304,6 +332,27 @@ async def test_a_forged_end_is_not_built_upon(daemon: Daemon) -> None:
     await daemon.stop()
     assert "rewritten" in daemon.of_type("audit.gap")[0]["data"]["why"]
     assert check(daemon).misfits[0].seq == 6
+
+
+@pytest.mark.parametrize(
+    "mark", [{"type": "audit.seal", "origin": "audit"}, {"x": {"type": "audit.seal", "origin": "audit"}}]
+)
+async def test_record_that_holds_the_mark_of_a_seal_is_taken_for_none(daemon: Daemon, mark: dict[str, Any]) -> None:
+    """A nested object spells the very bytes with which a seal begins; the next writer goes on after the record."""
+    await daemon.start(seal_records=8)
+    host = await daemon.source("host")
+    for number in range(10):
+        host.record(any_record("event.accepted", number=number, extra=mark if number == 9 else None))
+    await durable(host)
+    await daemon.kill()
+    await daemon.start(seal_records=8)
+    await daemon.source("host", host)
+    host.record(any_record("event.accepted", number=10))
+    await durable(host)
+    await daemon.stop()
+    assert [r["data"]["number"] for r in daemon.of_type("event.accepted")] == list(range(11))
+    assert not check(daemon).misfits
+    assert not daemon.of_type("audit.gap")
 
 
 async def test_head_is_readable_only_for_the_writer(daemon: Daemon) -> None:

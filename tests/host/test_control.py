@@ -82,6 +82,14 @@ async def test_each_role_may_call_its_own_verbs_and_no_others(daemon: Daemon) ->
     assert accepted["data"]["by"] == "uid:64011"
 
 
+async def test_refusal_that_names_a_plugin_at_any_length_is_recorded(daemon: Daemon) -> None:
+    answer = await _as(daemon, 64009, "plugin.stop", name="n" * 100_000)
+    assert answer["error"]["data"]["code"] == "denied"
+    await daemon.until(lambda: daemon.of_type("control.called"))
+    (record,) = daemon.of_type("control.called")
+    assert (record["plugin"], record["data"]["uid"]) == ("n" * 256, 64009)
+
+
 async def _raw(daemon: Daemon, data: bytes) -> list[dict[str, Any]]:
     reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket), limit=1 << 24)
     writer.write(data)

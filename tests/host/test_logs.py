@@ -9,7 +9,10 @@ import socket
 import time
 from pathlib import Path
 
-from host.plugins.logs import Logs
+import pytest
+
+from host.plugins.logs import MAX_LINE, RATE, Logs
+from host.plugins.secrets import Redactor
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
@@ -86,7 +89,7 @@ async def test_stderr_tail_of_a_crash_is_shown(daemon: Daemon) -> None:
 
 
 async def test_stderr_tail_is_that_of_the_run_and_waits_for_the_end_of_its_pipe(tmp_path: Path) -> None:
-    logs = Logs(tmp_path, lambda name: lambda text: text.replace("secret", "[x]"))
+    logs = Logs(tmp_path, lambda _: Redactor(["secret"]))
     for run, output in (("r1", b"of another run\n"), ("r2", b"a secret\n" + b"b\n" * 9 + b"unfinished")):
         reading, writing = os.pipe()
         silent, done = os.pipe()
@@ -122,3 +125,61 @@ async def test_follower_that_does_not_read_misses_lines_and_gets_their_number(da
     lines = data.count(b"\n")
     assert lines < 55 and len(data) < 1 << 20
     writer.close()
+
+
+TOKEN = "tok-0123456789abcdef"
+
+
+def _piped(tmp_path: Path) -> tuple[Logs, int]:
+    """Logs with one run of the plugin ``p``, which knows a secret, and the writing end of its stdout."""
+    logs = Logs(tmp_path, lambda _: Redactor([TOKEN]))
+    out, end = os.pipe()
+    err, other = os.pipe()
+    os.close(other)
+    logs.attach("p", "r", out, err)
+    return logs, end
+
+
+async def _stored(logs: Logs, last: str) -> list[str]:
+    """The lines of ``p`` once the last of them is there."""
+    async with asyncio.timeout(seconds(20)):
+        while True:
+            lines = [json.loads(line)["line"] for line in logs.of("p").read(1000)]
+            if lines and lines[-1] == last:
+                return lines
+            await asyncio.sleep(0.01)
+
+
+def _shows_part(lines: list[str]) -> bool:
+    return any(TOKEN[at : at + 4] in line for line in lines for at in range(len(TOKEN) - 3))
+
+
+@pytest.mark.parametrize("before", [1, 10, len(TOKEN) - 1, len(TOKEN)])
+@pytest.mark.parametrize("ending", [b"", b"z" * 70_000, b"\n"])
+async def test_secret_across_a_cut_is_not_shown_in_halves(tmp_path: Path, before: int, ending: bytes) -> None:
+    """The cut falls ``before`` characters after its beginning; also when the pipe brings it in two parts."""
+    logs, end = _piped(tmp_path)
+    text = b"z" * (MAX_LINE - before) + TOKEN.encode() + ending
+    for part in (text[: MAX_LINE - 3], text[MAX_LINE - 3 :], b"\nend\n"):
+        await asyncio.to_thread(os.write, end, part)
+    lines = await _stored(logs, "end")
+    os.close(end)
+    logs.close()
+    assert not _shows_part(lines)
+    assert "".join(lines).count("[redacted]") == 1
+
+
+async def test_rest_of_a_line_that_a_flood_tore_is_dropped(tmp_path: Path) -> None:
+    logs, end = _piped(tmp_path)
+    log = logs.of("p")
+    log.budget()
+    log.keep("r", "stdout", b"y" * RATE)
+    os.write(end, b"begin " + TOKEN[:10].encode())
+    async with asyncio.timeout(seconds(20)):
+        while not any(b"bytes dropped" in line for line in log.read(10)):  # noqa: ASYNC110 # no event tells
+            await asyncio.sleep(0.01)  # until there is a budget again
+    os.write(end, TOKEN[10:].encode() + b" rest\nwhole\n")
+    lines = await _stored(logs, "whole")
+    os.close(end)
+    logs.close()
+    assert not _shows_part(lines)

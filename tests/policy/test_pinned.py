@@ -81,8 +81,8 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "d4b66f1443caba9bc5412e874ead310274392163e112280c325635a70739bb92"),
-        (OPEN, "1c625e474337a8a715acc7d7bfa7af89b537e28966304cf263dcb292898896dc"),
+        (HostConfig(), "777d4df41275f382373cd75da414d6682f8db08c373009ca423df32869e558b8"),
+        (OPEN, "ed798974b5208052a8d916fdf82f20342393a0bf81cabccf3f1f5ab18b9f6015"),
         (STRICT, "a44fc79327efbac1c9e80ae0ce74863d803875996ba76e697c172378468f59c7"),
     ],
     ids=["default", "open", "strict"],

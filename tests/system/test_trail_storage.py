@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -13,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from host.client.client import Client
 from isolator.audit import files
 from isolator.audit.record import parse
 from tests.support.disks import ext4_image, run, shut_down
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 
@@ -193,3 +197,42 @@ def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -
             lines += next(arriving)["lines"]
         assert [json.loads(line)["seq"] for line in lines] == list(range(first, first + len(lines)))
         all_is_well_again(d, wanted)
+
+
+def refused_start(d: Daemon) -> str:
+    """The one line with which a start is refused."""
+    done = subprocess.run(d.command(), capture_output=True, text=True, timeout=seconds(60), check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("place", ["var/log/isolator/audit", "var/lib/isolator/audit", "var/lib/isolator/host"])
+def test_link_in_the_place_of_a_folder_is_not_followed(place: str, tmp_path: Path) -> None:
+    """Its target keeps its owner and its mode."""
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    os.chown(victim, 64009, 64009)
+    with daemon(start=False) as d:
+        link = d.root / place
+        link.parent.mkdir(parents=True)
+        link.symlink_to(victim)
+        message = refused_start(d)
+        assert str(link) in message and "mount --bind" in message
+        status = victim.stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (64009, 64009, 0o700)
+        link.unlink()
+        d.start()
+
+
+def test_trail_that_is_gone_with_its_keys_is_not_begun_anew_in_silence() -> None:
+    with daemon() as d:
+        d.stop()
+        folders = (d.root / "var/log/isolator/audit", d.root / "var/lib/isolator/audit")
+        for folder in folders:
+            shutil.rmtree(folder)
+        message = refused_start(d)
+        marker = d.root / "var/lib/isolator/trail.begun"
+        assert all(str(folder) in message for folder in folders) and str(marker) in message
+        marker.unlink()  # what the message offers
+        d.start()
+        assert d.cli("audit", "verify").returncode == 0 and marker.exists()

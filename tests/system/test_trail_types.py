@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from docs.generate.schemas import fields
+from isolator.audit.budget import BURST
 from isolator.audit.schema import RECORDS
 from isolator.audit.text import printable
 from tests.support.internet_servers import OTHER, WEB
@@ -37,7 +39,9 @@ RARE = {
     "net.connect": "various count error direction cage_port",
     "net.closed": "direction cage_port",
     "net.denied": "various count detail asked why direction cage_port",
+    "event.dispatched": "busy",
     "api.called": "uid count",
+    "audit.summary": "total",
     "config.changed": "rotated lost why waits",
     "audit.gap": "bytes sha256 text kept found written from to hash files",
 }
@@ -173,9 +177,24 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     (d.root / METRICS).write_text(scrape(d))
     kill_9(d.service_pid("isolator.broker.service"))
     wait_for(lambda: [r for r in of(d, "audit.gap") if r["data"].get("source") == "broker"])
+    command = [sys.executable, "-I", "-c", STRANGER, str(d.root / "run/isolator/control.sock"), str(int(BURST) + 200)]
+    subprocess.run(command, check=True, user=STRANGERS_UID, group=STRANGERS_UID, extra_groups=[], cwd="/")
+    wait_for(lambda: of(d, "audit.summary"))
     return events
 
 
+STRANGERS_UID = 64009
+STRANGER = """\
+import socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+answers = sock.makefile()
+for _ in range(int(sys.argv[2]) // 100):
+    sock.sendall(b'{"jsonrpc":"2.0","id":1,"method":"plugin.list"}\\n' * 100)
+    for _ in range(100):
+        assert "denied" in answers.readline()
+"""
+"""A user without a role who is refused again and again."""
 METRICS = "metrics.txt"
 
 
@@ -225,6 +244,14 @@ def test_every_record_follows_its_published_schema(lived: Lived) -> None:
         for violation in violations(record, schemas[record["type"]])
     ]
     assert not wrong
+
+
+def test_refusals_of_a_stranger_are_on_record_or_counted(lived: Lived) -> None:
+    d, _ = lived
+    refused = [r for r in of(d, "control.called") if r["data"]["uid"] == STRANGERS_UID]
+    counted = [r["data"] for r in of(d, "audit.summary") if r["data"].get("uid") == STRANGERS_UID]
+    assert len(refused) >= BURST and counted
+    assert len(refused) + sum(data["count"] for data in counted) == int(BURST) + 200
 
 
 def test_each_start_has_its_end_and_its_stderr_tail(lived: Lived) -> None:

@@ -89,6 +89,7 @@ def _audit(table: Table) -> AuditSettings:
         rotate_size=table.parsed("rotate_size", _size(1 << 16), base.rotate_size),
         rotate_age=table.parsed("rotate_age", duration_between(60, 366 * 86400), base.rotate_age),
         keep_files=table.integer("keep_files", base.keep_files, high=1_000_000),
+        min_age=table.parsed("min_age", duration_between(0, 366 * 86400), base.min_age),
         seal_records=table.integer("seal_records", base.seal_records, low=1, high=1_000_000),
         seal_interval=table.parsed("seal_interval", duration_between(1, 86400), base.seal_interval),
         snapshot_interval=table.parsed("snapshot_interval", duration_between(1, 86400), base.snapshot_interval),
