@@ -1,9 +1,10 @@
 """Logs of sidecars: stdout and stderr are read, cut, redacted, stored, and never a reason to wait or to grow.
 
-Each pipe is read whenever it holds data. Lines are cut at 64 KiB. A plugin may write 1 MiB a second (both pipes
-together); the excess is counted and dropped unread: the pipe is then emptied in the kernel (``splice`` to
-``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing and slows the plugin's own writes
-down. The count appears in the log as a line of its own.
+Each pipe is read whenever it holds data, and ``LINES_PER_TURN`` of its lines are stored in one turn of the event
+loop. Blank lines are skipped, lines are cut at 64 KiB. A plugin may write 1 MiB a second (both pipes together), for
+which each line counts ``LINE_COST`` bytes beside its own; the excess is counted and dropped unread: the pipe is then
+emptied in the kernel (``splice`` to ``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing
+and slows the plugin's own writes down. The count appears in the log as a line of its own.
 
 Stored as JSON lines ``{"time","run","stream","line"}`` in one file per plugin, rotated at 4 MiB, three kept.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ RATE = 1 << 20
 
 Seconds begin with a full budget (no token bucket: its trickle would let a flood in by a few bytes a read).
 """
+LINE_COST = 128
+"""Bytes that each line counts beside its own: storing a line takes time, however short it is."""
+LINES_PER_TURN = 256
+_BLANK = re.compile(rb"\n{2,}")
 FLOOD_BEAT = 0.01
 ROTATE_AT, KEPT = 4 << 20, 3
 _SPLICE = 1 << 20
@@ -93,7 +99,7 @@ class PluginLog:
 
     def keep(self, run: str | None, stream: str, line: bytes) -> None:
         """Store one line."""
-        self._budget -= len(line) + 1
+        self._budget -= len(line) + LINE_COST
         text = self._redactor(self.name)(line.decode("utf-8", "replace"))
         if stream == "stderr":
             self.stderr_tail.append((run, text[:_TAIL_LINE]))
@@ -161,7 +167,9 @@ class _Pipe:
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._partial = bytearray()
-        self._beat: asyncio.TimerHandle | None = None
+        self._lines: deque[bytes] = deque()
+        """Complete lines that wait for their turn; the pipe is not read meanwhile."""
+        self._beat: asyncio.Handle | None = None
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._readable)
 
@@ -181,17 +189,33 @@ class _Pipe:
             self.close()
             return
         self._partial += chunk
-        for line in self._lines():
-            self._log.keep(self.run, self.stream, line)
-
-    def _lines(self) -> Iterator[bytes]:
-        *lines, rest = bytes(self._partial).split(b"\n")
+        *lines, rest = _BLANK.sub(b"\n", bytes(self._partial)).split(b"\n")
         while len(rest) >= MAX_LINE:
             lines.append(rest[:MAX_LINE])
             rest = rest[MAX_LINE:]
         self._partial[:] = rest
-        for line in lines:
-            yield line[:MAX_LINE]
+        self._lines.extend(line[:MAX_LINE] for line in lines if line)
+        self._store(LINES_PER_TURN)
+        if self._lines:
+            self._loop.remove_reader(self._fd)
+            self._beat = self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._store(LINES_PER_TURN)
+        if self._lines:
+            self._beat = self._loop.call_soon(self._go_on)
+        else:
+            self._beat = None
+            self._loop.add_reader(self._fd, self._readable)
+
+    def _store(self, most: int) -> None:
+        """Store at most that many of the waiting lines; beyond the budget they are dropped."""
+        for _ in range(min(most, len(self._lines))):
+            if self._log.budget() <= 0:
+                self._log.drop(sum(len(line) + 1 for line in self._lines))
+                self._lines.clear()
+                return
+            self._log.keep(self.run, self.stream, self._lines.popleft())
 
     def _flooded(self) -> None:
         """Empty the pipe unread, once per beat, until there is a budget again."""
@@ -222,6 +246,7 @@ class _Pipe:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = -1
+        self._store(len(self._lines))
         if self._partial:
             self._log.keep(self.run, self.stream, bytes(self._partial))
             self._partial.clear()
