@@ -14,7 +14,11 @@ a writer thread that holds the connection would fight the loop for the interpret
 After a failed sync the kernel may have dropped the pages it could not write, so nothing written since can be
 called safe: the process logs that and exits; its supervisor starts a new one, which recovers, moves the log into
 the database with a full checkpoint, and goes on. Checkpoints are made by the helper thread on a connection of its
-own, so that they never hold up the loop.
+own, so that they never hold up the loop: after so many commits, whether anything of them has to be durable or not, and
+when the log takes too large a part of the disk.
+
+When the disk is full the log is moved into the database all the same, which gives its space back: some space is
+reserved for that in a file beside the database, and writes are tried again until they succeed.
 """
 
 from __future__ import annotations
@@ -40,8 +44,17 @@ _log = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
+CHECKPOINT_LEAST = 8
+"""Commits between two checkpoints at least, however large the log is: a reader may keep it from shrinking."""
 WAL_HIGH = 32 << 20
 """Bytes of log beyond which commits wait for one checkpoint: a log that is appended to all the time never restarts."""
+WAL_SHARE = 4
+"""On a small disk the log is large already when it takes this part of what is free for it."""
+WAL_LOW = 256 << 10
+RESERVE, RESERVE_SHARE = 4 << 20, 8
+"""Bytes reserved for a checkpoint on a full disk; on a small disk at most this part of what is free."""
+RESCUE_EVERY = 1.0
+"""Seconds between two checkpoints of a full disk."""
 LAZY = 0.002
 """Seconds that the outcome of a delivery may wait for company. Lost in a crash, it means one more delivery."""
 RETRY = 0.1
@@ -100,6 +113,41 @@ class _Sync:
     checkpoint: bool = False
     hold: bool = False
     """Commits wait for the checkpoint, which can then cover the whole log."""
+    rescue: bool = False
+    """The disk is full: the reserve is given up for the checkpoint."""
+
+
+class _Reserve:
+    """Space on the disk that is given back when nothing else is left. Without one everything goes on as well."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._size = path, 0
+        self.held = False
+
+    def hold(self) -> None:
+        """Reserve the space, unless the disk has too little of it."""
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                disk = os.fstatvfs(fd)
+                # Once given back it is taken whole again, or whatever came then would live on the reserve.
+                self._size = self._size or min(RESERVE, disk.f_bavail * disk.f_frsize // RESERVE_SHARE) or 1
+                os.posix_fallocate(fd, 0, self._size)
+                self.held = True
+            except OSError:
+                os.ftruncate(fd, 0)
+            finally:
+                os.close(fd)
+
+    def release(self) -> None:
+        """Give the space back."""
+        self.held = False
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.ftruncate(fd, 0)
+            finally:
+                os.close(fd)
 
 
 class Store:
@@ -121,9 +169,15 @@ class Store:
         self._syncing = False
         self._held = False
         self._checkpointed = (0, 0)
+        self._rescued = 0.0
+        """Loop time of the newest checkpoint of a full disk."""
         self._closed = False
+        self._reserve = _Reserve(f"{path}-reserve")
+        self._reserve.release()
         self._connection = self._open()
         self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._reserve.hold()
+        self._wal_high = self._high()
         self._work: queue.SimpleQueue[_Sync | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._sync_loop, name="store-sync", daemon=True)
         self._thread.start()
@@ -156,12 +210,12 @@ class Store:
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            locked = "locked" in str(error)
-            raise IsolatorError(
-                str(self.path),
-                f"cannot be used as the host's database: {error}",
-                "end what holds it (see 'fuser')" if locked else _RESTORE,
-            ) from None
+            remedy = _RESTORE
+            if "locked" in str(error):
+                remedy = "end what holds it (see 'fuser')"
+            elif _is_full(error):
+                remedy = "make room on its disk, then it starts by itself; nothing is lost"
+            raise IsolatorError(str(self.path), f"cannot be used as the host's database: {error}", remedy) from None
         connection.execute("PRAGMA wal_autocheckpoint=0")
         return connection
 
@@ -257,6 +311,8 @@ class Store:
                 break
             except sqlite3.OperationalError as error:
                 self._rollback()
+                if _is_full(error):
+                    self._rescue()
                 return self._postpone(ops, str(error))
             except sqlite3.DatabaseError as error:
                 self._rollback()
@@ -284,8 +340,31 @@ class Store:
                 op.done(None, op.result)
         if waiting:
             self._gathering += waiting
+        if waiting or self._checkpoint_due:
             self._start_sync()
         return None
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        commits, rows = self._checkpointed
+        return (
+            self.commits - commits >= CHECKPOINT_COMMITS
+            or self._connection.total_changes - rows >= CHECKPOINT_ROWS
+            or (self.commits - commits >= CHECKPOINT_LEAST and os.fstat(self._wal).st_size > self._wal_high)
+        )
+
+    def _high(self) -> int:
+        """Bytes of log beyond which commits wait for a checkpoint, as the disk is now."""
+        disk = os.fstatvfs(self._wal)
+        room = disk.f_bavail * disk.f_frsize + os.fstat(self._wal).st_size
+        return min(WAL_HIGH, max(WAL_LOW, room // WAL_SHARE))
+
+    def _rescue(self) -> None:
+        """Give the space of the log back to a full disk, if that was not done just now."""
+        if not self._syncing and self._loop.time() - self._rescued > RESCUE_EVERY:
+            self._rescued = self._loop.time()
+            self._syncing = self._held = True
+            self._work.put(_Sync([], checkpoint=True, hold=True, rescue=True))
 
     def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:
         failed = []
@@ -333,16 +412,15 @@ class Store:
             self._loop.call_later(RETRY, self._commit)
 
     def _start_sync(self) -> None:
-        if self._syncing or not self._gathering:
+        if self._syncing or not (self._gathering or self._checkpoint_due):
             return
         self._syncing = True
         job, self._gathering = _Sync(self._gathering), []
-        commits, rows = self._checkpointed
-        changes = self._connection.total_changes
-        if self.commits - commits >= CHECKPOINT_COMMITS or changes - rows >= CHECKPOINT_ROWS:
-            self._checkpointed = (self.commits, changes)
+        if self._checkpoint_due:
+            self._checkpointed = (self.commits, self._connection.total_changes)
             job.checkpoint = True
-            self._held = job.hold = os.fstat(self._wal).st_size > WAL_HIGH
+            self._wal_high = self._high()
+            self._held = job.hold = os.fstat(self._wal).st_size > self._wal_high
         self._work.put(job)
 
     def _sync_loop(self) -> None:
@@ -355,9 +433,13 @@ class Store:
             except OSError as problem:
                 error = problem
             self._report(self._synced, job.ops, error)
+            if job.rescue:
+                self._reserve.release()
             if job.checkpoint and error is None:
                 with contextlib.suppress(sqlite3.Error):  # busy or full: the next round tries again
                     connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if job.hold else 'PASSIVE'})").fetchone()
+            if job.checkpoint and not self._reserve.held:
+                self._reserve.hold()
             if job.hold:
                 self._report(self._release)
         connection.close()
@@ -414,6 +496,12 @@ def _check_file(path: Path) -> None:
         raise IsolatorError(str(path), f"belongs to uid {status.st_uid}", f"chown {os.geteuid()} {path}")
     if not status.st_mode & stat.S_IWUSR or not status.st_mode & stat.S_IRUSR:
         raise IsolatorError(str(path), f"has the mode {status.st_mode & 0o777:o}", f"chmod 600 {path}")
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    """Whether the disk may be full; an I/O error is what SQLite reports where its index of the log cannot grow."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -44,12 +44,14 @@ from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import (
+    OUT_OF_MEMORY,
     DrainRun,
     Environment,
     GetEnvironment,
     GetStderrTail,
     HostHello,
     NewAuditSocket,
+    Origin,
     PluginChanged,
     PluginEntry,
     RunEnded,
@@ -132,7 +134,7 @@ class Host:
         self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
-        api = self._api = HostApi(registry, audit, store, logs)
+        api = self._api = HostApi(registry, audit, store, logs, config.redactor)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -242,7 +244,7 @@ class Host:
         plugin = self._registry.get(name)
         if plugin is not None and plugin.run in (run, None):
             self._registry.note_run(name, run=None, pid=None, state=request.state)
-        self._dispatcher.run_ended(name, run, expected=request.expected)
+        self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
 
     async def _stderr_tail(self, request: GetStderrTail) -> StderrTail:
         return StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
@@ -253,6 +255,12 @@ class Host:
     async def _audit_source(self, _: NewAuditSocket, fds: list[int]) -> None:
         self._audit.reconnect(socket.socket(fileno=fds.pop()))
         self._gauges.repeat()
+
+
+def _is_crash(ended: RunEnded) -> bool:
+    """Whether the run was killed by its own doing: by a signal or for its memory. An exit code is no crash."""
+    own = ended.origin == Origin.PLUGIN and not ended.expected
+    return own and (ended.signal is not None or ended.cause == OUT_OF_MEMORY)
 
 
 class QueueGauges:

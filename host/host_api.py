@@ -18,11 +18,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL
-from host.channel.stream import PROTOCOLS
+from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL, shown
+from host.channel.stream import CPU_A_SECOND, CPU_AT_ONCE, PROTOCOLS
 from host.database import Store
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
+from host.plugins.secrets import Redactor
 from host.wire.lines import Acceptor, LineProtocol
 from host.wire.strict_json import WireError, dumps, line, parse_object, peer_of
 from isolator.audit.client import AuditClient
@@ -69,6 +70,7 @@ class _Limits:
     calls: TokenBucket = field(default_factory=lambda: TokenBucket(RATE, BURST))
     connects: TokenBucket = field(default_factory=lambda: TokenBucket(CONNECTS_A_SECOND, CONNECTS_AT_ONCE))
     bytes: TokenBucket = field(default_factory=lambda: TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE))
+    cpu: TokenBucket = field(default_factory=lambda: TokenBucket(CPU_A_SECOND, CPU_AT_ONCE))
     refused: int = 0
     reported: float = 0.0
 
@@ -84,8 +86,10 @@ class ApiMethod:
 class HostApi:
     """Methods that plugins may call, and the listeners that they call on."""
 
-    def __init__(self, registry: Registry, audit: AuditClient, store: Store, logs: Logs) -> None:
-        self._registry, self._audit, self._logs = registry, audit, logs
+    def __init__(
+        self, registry: Registry, audit: AuditClient, store: Store, logs: Logs, redactor: Callable[[str], Redactor]
+    ) -> None:
+        self._registry, self._audit, self._logs, self._redactor = registry, audit, logs, redactor
         self._limits: dict[str, _Limits] = {}
         self._listeners: dict[str, Acceptor] = {}
         self._connections: dict[str, set[_Connection]] = {}
@@ -116,7 +120,7 @@ class HostApi:
         """Accept the calls of a plugin's run; closes an earlier listener of the same plugin."""
         self.forget(name)
         limits = self.limits(name)
-        self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits.bytes), limits.connects)
+        self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits), limits.connects)
 
     def limits(self, name: str) -> _Limits:
         """Return a plugin's limits, which a new run does not refill."""
@@ -160,7 +164,7 @@ class HostApi:
         """Answer a request: ``{"result": …}`` or ``{"error": {code, message, data}}``."""
         began = time.perf_counter_ns()
         verdict: ApiVerdict = "granted"
-        permission = None
+        permission, found = None, None
         try:
             plugin = self._registry.get(name)
             if plugin is None:
@@ -190,7 +194,9 @@ class HostApi:
             verdict = "failed"
             answer = {"error": {"code": RETRY_LATER, "message": str(error), "data": {"retry_after_ms": 1000}}}
         latency = (time.perf_counter_ns() - began) // 1000
-        called = ApiCalled(method=method[:80], permission=permission, verdict=verdict, latency_us=latency)
+        # A name that is no method's is the plugin's own text.
+        called_name = method[:80] if found is not None else shown(method, self._redactor(name), 80)
+        called = ApiCalled(method=called_name, permission=permission, verdict=verdict, latency_us=latency)
         self._audit.record(called, plugin=name, run=run)
         return answer
 
@@ -310,9 +316,10 @@ class _Connection(LineProtocol):
     limit = 256 * 1024
     write_high = 256 * 1024
 
-    def __init__(self, api: HostApi, name: str, run: str, budget: TokenBucket) -> None:
+    def __init__(self, api: HostApi, name: str, run: str, limits: _Limits) -> None:
         super().__init__()
-        self.name, self.run, self.budget = name, run, budget
+        self.name, self.run = name, run
+        self.budget, self.cpu = limits.bytes, limits.cpu
         self._api = api
         self._tasks: set[asyncio.Task[None]] = set()
 

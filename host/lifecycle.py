@@ -20,6 +20,11 @@ from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import PluginEntry
 
+EAGER_STARTS = 4
+"""Eager plugins that are started at once: plugins for which events wait come first."""
+EAGER_PATIENCE = 2.0
+"""Seconds after which one that is not up yet makes way for the next; it goes on starting."""
+
 
 @dataclass
 class PluginLifecycle:
@@ -37,9 +42,14 @@ class PluginLifecycle:
     dispatcher: Dispatcher
     watches: Watches
     _starts: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    _eager: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EAGER_STARTS), init=False)
+    _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    """By name, the removal that is under way."""
 
     async def adopt(self, entry: PluginEntry) -> Plugin:
-        """Take over one plugin entry of the supervisor's."""
+        """Take over one plugin entry of the supervisor's; not before a removed plugin of that name is forgotten."""
+        while (removal := self._removals.get(entry.name)) is not None:
+            await asyncio.wait([removal])
         plugin = self.registry.put(entry)
         if not plugin.raw.get("on_trial"):
             self.config.settle(plugin.name, plugin.digest)
@@ -48,7 +58,17 @@ class PluginLifecycle:
         return plugin
 
     async def forget(self, name: str) -> None:
-        """Forget a removed plugin wholly; safe to repeat."""
+        """Forget a removed plugin wholly; safe to repeat. At once no event is accepted for it any more."""
+        removal = self._removals.get(name)
+        if removal is None:
+            self.registry.remove(name)
+            removal = self._removals[name] = asyncio.get_running_loop().create_task(
+                self._forget(name), name=f"removal of {name}"
+            )
+            removal.add_done_callback(lambda _: self._removals.pop(name))
+        await asyncio.shield(removal)
+
+    async def _forget(self, name: str) -> None:
         await self.watches.forget(name)
         await self.dispatcher.plugin_removed(name)
         self.api.forget(name)
@@ -57,7 +77,7 @@ class PluginLifecycle:
         await self.config.forget(name)
         await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
         self.logs.remove(name)
-        self.registry.remove(name)
+        self.registry.erase(name)
         for event_id, attempts in dropped:
             self.records.dead(name, event_id, "the plugin was removed", attempts)
             if self.audit.unacknowledged > AUDIT_AHEAD:
@@ -69,13 +89,23 @@ class PluginLifecycle:
         if manifest is None or manifest.activation.start != "eager" or plugin.state != "stopped":
             return
         if not self.config.missing(plugin.name, manifest, plugin.digest):
-            task = asyncio.get_running_loop().create_task(self._start(plugin.name), name=f"start {plugin.name}")
-            self._starts.add(task)
-            task.add_done_callback(self._starts.discard)
+            self._begin(plugin.name, "eager")
 
-    async def _start(self, name: str) -> None:
+    def _begin(self, name: str, reason: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._start(name, reason), name=f"start {name}")
+        self._starts.add(task)
+        task.add_done_callback(self._starts.discard)
+
+    async def _start(self, name: str, reason: str) -> None:
+        async with self._eager if reason == "eager" else contextlib.nullcontext():
+            start = asyncio.ensure_future(self.link.ensure_run(name, reason))
+            try:
+                await asyncio.wait([start], timeout=EAGER_PATIENCE)
+            except asyncio.CancelledError:
+                start.cancel()
+                raise
         with contextlib.suppress(IsolatorError):
-            await self.link.ensure_run(name, "eager")
+            await start
 
     async def restart_for_config(self, plugin: Plugin, keys: list[str]) -> bool:
         """Let a plugin whose config has changed start again if it runs; returns whether it ran."""
@@ -84,6 +114,8 @@ class PluginLifecycle:
             # What failed may well have failed for want of it.
             await self.adopt((await self.link.enable(plugin.name)).plugin)
         self.dispatcher.wake(plugin.name)
+        if current.state == "backoff":
+            self._begin(plugin.name, "operator")  # it need not wait for the end of its pause either
         if current.run is None:
             self.start_if_eager(self.registry.need(plugin.name))
             return False
@@ -106,6 +138,6 @@ class PluginLifecycle:
             self.config.drop_next(name, digest)
 
     def close(self) -> None:
-        """Wait for no eager start any more."""
-        for task in self._starts:
+        """Wait for no eager start any more; a removal that is under way is repeated when the name is used again."""
+        for task in (*self._starts, *self._removals.values()):
             task.cancel()

@@ -71,6 +71,10 @@ class ConfinementError(IsolatorError):
     code, exit_code = "confinement", 125
 
 
+class ExecError(ConfinementError):
+    """A cage was built and confirmed, and its program could not be executed: a fault of the program's files."""
+
+
 class UnavailableError(IsolatorError):
     """Another process of the daemon is away for the moment; trying again is right."""
 

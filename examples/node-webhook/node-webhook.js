@@ -36,7 +36,10 @@ const server = net.createServer((connection) => {
     if (taken || !line.includes("\n")) return;
     taken = true;
     const request = JSON.parse(line);
-    const result = await post(request);
+    const result = await post(request).catch((error) => {
+      console.error(error); // whatever went wrong, the event comes again later
+      return { status: "retry", detail: error.message };
+    });
     connection.end(JSON.stringify({ jsonrpc: "2.0", id: request.id, result }) + "\n");
   });
 });

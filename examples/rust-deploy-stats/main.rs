@@ -29,9 +29,15 @@ fn serve(mut connection: UnixStream, state: &Path) -> Result<(), Error> {
     if !method.chars().all(|c| c.is_ascii_lowercase() || c == '.') {
         return Err(bad());
     }
-    let total = count(&state.join(method.replace('.', "-")))?;
-    println!("{method}: {total} so far");
-    writeln!(connection, r#"{{"jsonrpc":"2.0","id":{id},"result":{{"status":"ok","count":{total}}}}}"#)
+    let result = match count(&state.join(method.replace('.', "-"))) {
+        Ok(total) => format!(r#"{{"status":"ok","count":{total}}}"#),
+        Err(error) => {
+            eprintln!("{method}: {error}"); // the event comes again later
+            r#"{"status":"retry"}"#.to_string()
+        }
+    };
+    println!("{method}: {result}");
+    writeln!(connection, r#"{{"jsonrpc":"2.0","id":{id},"result":{result}}}"#)
 }
 
 fn main() -> Result<(), Error> {

@@ -69,7 +69,7 @@ class Exchange:
             chunk = chunk[:end]
         self._size += len(chunk)
         if self._size > ONESHOT_REPLY:
-            self._fail(f"reply longer than {ONESHOT_REPLY} bytes")
+            self._fail(f"reply longer than {ONESHOT_REPLY} bytes", answered=True)
         elif end >= 0:
             self.reply.set_result(b"".join((*self._chunks, chunk)))
         elif chunk:
@@ -79,9 +79,9 @@ class Exchange:
         else:
             self._fail("connection closed without a reply", crash=True)
 
-    def _fail(self, why: str, *, crash: bool = False) -> None:
+    def _fail(self, why: str, *, crash: bool = False, answered: bool = False) -> None:
         if not self.reply.done():
-            self.reply.set_exception(LostError(why, crash=crash))
+            self.reply.set_exception(LostError(why, crash=crash, answered=answered))
 
 
 async def exchange(sock: socket.socket, request: bytes, timeout: float) -> bytes:

@@ -8,7 +8,7 @@ have (the outcome is unknown: at least once means that the event is delivered ag
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,11 +36,19 @@ class NotSentError(Exception):
 
 
 class LostError(Exception):
-    """A request that may have reached the plugin and has no reply; ``crash`` if the connection broke."""
+    """A request that may have reached the plugin and has no reply that can be used.
 
-    def __init__(self, why: str, *, crash: bool = False) -> None:
+    ``crash``: the connection broke; ``answered``: there was a reply, too long to be read.
+    """
+
+    def __init__(self, why: str, *, crash: bool = False, answered: bool = False) -> None:
         super().__init__(why)
-        self.crash = crash
+        self.crash, self.answered = crash, answered
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of the attempt."""
+        return Outcome("failed", "bad_reply", str(self)) if self.answered else Outcome("unknown", detail=str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +123,17 @@ def oneshot_request(
 
 
 def read_reply(data: bytes, *, expect: object = 1) -> Outcome:
-    """Read a reply; anything that is no JSON-RPC reply to our request is a failed attempt."""
+    """Read a reply; anything that is no JSON-RPC reply to our request is a failed attempt.
+
+    One that ends too early may have been cut off by the plugin's death: its outcome is unknown.
+    """
     size, digest = len(data), hashlib.sha256(data).hexdigest()
     text = data.decode("utf-8", "replace")
     try:
         message = parse_object(data.strip())
     except WireError as error:
-        return Outcome("failed", "bad_reply", str(error), text, size, digest)
+        kind: Kind = "unknown" if "EOF while parsing" in str(error) and data.strip() else "failed"
+        return Outcome(kind, "bad_reply", str(error), text, size, digest)
     if message.get("id", expect) not in (expect, None):
         return Outcome("failed", "bad_reply", "the reply has another request's id", text, size, digest)
     kind, status, detail, retry_after = interpret(message)
@@ -129,7 +141,10 @@ def read_reply(data: bytes, *, expect: object = 1) -> Outcome:
 
 
 def interpret(message: Mapping[str, Any]) -> tuple[Kind, str | None, str | None, float | None]:
-    """Interpret a JSON-RPC reply: (kind, status, detail, seconds to wait before the next attempt)."""
+    """Interpret a JSON-RPC reply: (kind, status, detail, seconds to wait before the next attempt).
+
+    Status and detail are the plugin's, whole: to be redacted before they are cut.
+    """
     error = message.get("error")
     if error is not None:
         return _interpret_error(error)
@@ -166,10 +181,12 @@ def _interpret_error(error: Any) -> tuple[Kind, str | None, str | None, float | 
 
 
 def _text(value: Any) -> str | None:
-    if not isinstance(value, str) or not value:
-        return None
-    printable = "".join(c if c.isprintable() else " " for c in value[:400])
-    return printable
+    return value if isinstance(value, str) and value else None
+
+
+def shown(text: str, redact: Callable[[str], str], most: int = 400) -> str:
+    """A plugin's text as records and listings show it: redacted, then cut, then made printable."""
+    return "".join(c if c.isprintable() else " " for c in redact(text)[:most])
 
 
 def _seconds(value: Any) -> float | None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError
+from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
 from host.wire.lines import LineProtocol
 from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
@@ -26,6 +26,8 @@ PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0
 BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
 """Limits of a plugin's sending."""
+CPU_A_SECOND, CPU_AT_ONCE = 0.1, 0.5
+"""Seconds of the processor that reading one plugin's long messages may take."""
 CALLS_IN_FLIGHT = 32
 """Calls of the plugin to the host API that may be unanswered on this connection."""
 
@@ -50,8 +52,11 @@ class StreamConnection(LineProtocol):
     limit = STREAM_MESSAGE
     write_high = STREAM_MESSAGE
 
-    def __init__(self, call: Call, breach: Callable[[str], None]) -> None:
+    def __init__(
+        self, call: Call, breach: Callable[[str], None], cpu: TokenBucket, redact: Callable[[str], str]
+    ) -> None:
         super().__init__()
+        self.cpu, self._redact = cpu, redact
         self.budget = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE)
         self.closed = asyncio.Event()
         self.why = ""
@@ -136,11 +141,12 @@ class StreamConnection(LineProtocol):
             raise NotSentError(self.why) from None
         result = message.get("result")
         if not isinstance(result, dict):
-            self.abort(f"the plugin refused host.hello: {_error_text(message.get('error'))}")
+            self.abort(f"the plugin refused host.hello: {self._error_text(message.get('error'))}")
             raise NotSentError(self.why)
         protocol = str(result.get("protocol", "")).partition(".")[0]
         if protocol not in PROTOCOLS:
-            why = f"the plugin chose protocol {str(result.get('protocol'))[:20]!r}; offered: {', '.join(PROTOCOLS)}"
+            chosen = shown(str(result.get("protocol")), self._redact, 20)
+            why = f"the plugin chose protocol {chosen!r}; offered: {', '.join(PROTOCOLS)}"
             data = {"supported": list(PROTOCOLS)}
             self.notify("host.refused", {"code": UNSUPPORTED_PROTOCOL, "message": why, "data": data})
             self.abort(why)
@@ -153,6 +159,12 @@ class StreamConnection(LineProtocol):
             frozenset(granted if not isinstance(handles, list) else (h for h in granted if h in handles)),
             frozenset(str(c) for c in named) if isinstance(named, (list, set)) else frozenset(),
         )
+
+    def _error_text(self, error: Any) -> str:
+        if not isinstance(error, dict):
+            return "no result"
+        code, message = (shown(str(error.get(key)), self._redact, 200) for key in ("code", "message"))
+        return f"{code}: {message}"
 
     def abort(self, why: str, code: int = -32600) -> None:
         """Send an error with the reason, record the breach, close."""
@@ -228,14 +240,10 @@ def _expire(future: asyncio.Future[Any]) -> None:
         future.set_exception(LostError("no reply in time"))
 
 
-def _error_text(error: Any) -> str:
-    if isinstance(error, dict):
-        return f"{error.get('code')}: {str(error.get('message'))[:200]}"
-    return "no result"
-
-
-async def open_stream(sock: socket.socket, call: Call, breach: Callable[[str], None]) -> StreamConnection:
-    """Open a stream on a connected socket, which the connection then owns."""
+async def open_stream(
+    sock: socket.socket, call: Call, breach: Callable[[str], None], cpu: TokenBucket, redact: Callable[[str], str]
+) -> StreamConnection:
+    """Open a stream on a connected socket, which the connection then owns; ``cpu`` outlives it."""
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_unix_connection(lambda: StreamConnection(call, breach), sock=sock)
+    _, connection = await loop.create_unix_connection(lambda: StreamConnection(call, breach, cpu, redact), sock=sock)
     return connection

@@ -213,7 +213,9 @@ class RegistrationVerbs:
         async with self._locks[name]:
             self._registry.need(name)
             await self._link.remove(name, caller.by)
-            await self._lifecycle.forget(name)
+            now = self._registry.get(name)
+            if now is None or not now.raw.get("found"):  # else forgotten already, and found in a folder
+                await self._lifecycle.forget(name)
             return {}
 
     async def _change(self, name: str, change: Callable[[str], Awaitable[messages.OnePlugin]]) -> ChangedPlugin:

@@ -12,14 +12,15 @@ emitting is recorded by the event itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from host.control.parameters import Request, Spec
-from host.wire.lines import LineProtocol
+from host.wire.lines import Acceptor, LineProtocol
 from host.wire.strict_json import WireError, line, parse_object, peer_of
 from isolator.audit.schema import MAX_ID, ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
@@ -28,9 +29,14 @@ R = TypeVar("R", bound=Request)
 ROLES = ("viewer", "emitter", "operator")
 IN_FLIGHT = 256
 CONNECTIONS = 512
+"""Connections of root and of uids with a role."""
+KEPT_FOR_ROOT, SHARE = 32, 384
+"""Of those: places that only root can take, and the most that one uid can beside root."""
 BACKLOG = 1024
 """Callers that may wait to be accepted (listen(2): at most net.core.somaxconn); the next one that does not block gets
 EAGAIN, and most runtimes do not block."""
+STRANGERS, STRANGER_SHARE = 64, 8
+"""Connections of uids without a role, beside those: of all and of one."""
 
 
 @dataclass(eq=False)
@@ -117,38 +123,54 @@ class ControlServer:
         self._endpoints = {endpoint.request.spec.verb: endpoint for endpoint in endpoints}
         self.role_of = role_of
         self.record = record
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._connections: set[_Connection] = set()
+        self._of_uid: Counter[int] = Counter()
+        """Connections by uid."""
+        self._strangers = 0
 
     async def start(self, listener: socket.socket) -> None:
         """Accept on ``listener``, a listening Unix socket that the supervisor made, from now on."""
-        loop = asyncio.get_running_loop()
-        listener.setblocking(False)
-        # From 3.13 asyncio unlinks a listener's path when the server closes; this path is the supervisor's.
-        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-        self._server = await loop.create_unix_server(
-            lambda: _Connection(self), sock=listener, backlog=BACKLOG, **options
-        )
+        listener.listen(BACKLOG)
+        self._acceptor = Acceptor(listener, lambda: _Connection(self), refuse=_refuse)
 
     def endpoint(self, verb: Any) -> AnyEndpoint | None:
         """The endpoint of a verb, or None when there is no such verb."""
         return self._endpoints.get(verb) if isinstance(verb, str) else None
 
-    def opened(self, connection: _Connection) -> bool:
-        """Count a connection; False when there are too many."""
-        if len(self._connections) >= CONNECTIONS:
-            return False
-        self._connections.add(connection)
-        return True
+    def opened(self, connection: _Connection, caller: Caller) -> str | None:
+        """Count a connection; returns why it is one too many, or None."""
+        why = self._too_many(caller)
+        if why is None:
+            self._connections.add(connection)
+            self._of_uid[caller.uid] += 1
+            self._strangers += caller.role is None
+        return why
 
-    def closed(self, connection: _Connection) -> None:
+    def _too_many(self, caller: Caller) -> str | None:
+        known = len(self._connections) - self._strangers
+        mine = self._of_uid[caller.uid]
+        share = STRANGER_SHARE if caller.role is None else SHARE if caller.uid != 0 else CONNECTIONS
+        if mine >= share:
+            return f"{mine} connections of uid {caller.uid} are open, more are not served"
+        if caller.role is None:
+            return f"{STRANGERS} connections without a role are open" if self._strangers >= STRANGERS else None
+        most = CONNECTIONS if caller.uid == 0 else CONNECTIONS - KEPT_FOR_ROOT
+        return f"{known} connections are open, more are not served" if known >= most else None
+
+    def closed(self, connection: _Connection, caller: Caller) -> None:
         """Stop counting a closed connection."""
-        self._connections.discard(connection)
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self._of_uid[caller.uid] -= 1
+            if not self._of_uid[caller.uid]:
+                del self._of_uid[caller.uid]
+            self._strangers -= caller.role is None
 
     async def close(self) -> None:
         """Stop accepting and close every connection."""
-        if self._server is not None:
-            self._server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         for connection in list(self._connections):
             connection.close()
 
@@ -170,14 +192,15 @@ class _Connection(LineProtocol):
         pid, uid, _ = peer_of(transport.get_extra_info("socket"))
         self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self._cut)
         self._caller.drained.set()
-        if not self._server.opened(self):
-            why = f"{CONNECTIONS} connections are open, more are not served"
+        why = self._server.opened(self, self._caller)
+        if why is not None:
             self._answer(None, error=UnavailableError("control socket", why, "try again, or close some"))
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._server.closed(self)
+        if self._caller is not None:
+            self._server.closed(self, self._caller)
         for task in self._tasks:
             task.cancel()
         if self._caller is not None:
@@ -306,6 +329,14 @@ class _Connection(LineProtocol):
             ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict),
             plugin=target[:MAX_ID] if isinstance(target, str) else None,
         )
+
+
+def _refuse(connection: socket.socket) -> None:
+    """Tell a caller for whom there is no descriptor."""
+    error = UnavailableError("control socket", "the daemon has no descriptor left", "try again; raise LimitNOFILE")
+    body = {"code": -32000, "message": str(error), "data": error.to_json()}
+    with contextlib.suppress(OSError):
+        connection.send(line({"jsonrpc": "2.0", "id": None, "error": body}))
 
 
 def _may(caller: Caller, spec: Spec) -> bool:

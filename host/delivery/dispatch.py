@@ -56,8 +56,14 @@ class Dispatcher:
             sidecar,
             outcomes,
             OneshotDelivery(sidecar, outcomes, self._catalogue),
-            StreamDelivery(sidecar, outcomes, self._catalogue, self._api),
+            StreamDelivery(sidecar, outcomes, self._catalogue, self._api, self._redacted(name)),
         )
+
+    def _redacted(self, name: str) -> Callable[[str], str]:
+        def redact(text: str) -> str:
+            return self._redactor(name)(text)  # a new one after each change of the plugin's config
+
+        return redact
 
     def plugin_changed(self, plugin: Plugin) -> None:
         """Make sure the plugin has a worker, and wake it."""
@@ -94,10 +100,10 @@ class Dispatcher:
         if name in self.workers:
             self.workers[name].run_started(run)
 
-    def run_ended(self, name: str, run: str, *, expected: bool) -> None:
+    def run_ended(self, name: str, run: str, *, crashed: bool) -> None:
         """See ``Worker.run_ended``."""
         if name in self.workers:
-            self.workers[name].run_ended(run, expected=expected)
+            self.workers[name].run_ended(run, crashed=crashed)
 
     def status(self, name: str) -> dict[str, Any]:
         """Return the worker's present step and its obstacle, for listings."""

@@ -8,7 +8,7 @@ import socket
 import time
 
 from host.channel.oneshot import Exchange, exchange
-from host.channel.reply import LostError, NotSentError, Outcome, oneshot_request, read_reply
+from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
@@ -67,7 +67,7 @@ class OneshotDelivery:
             try:
                 outcome = read_reply(await exchange.reply)
             except LostError as error:
-                outcome, broken = Outcome("unknown", detail=str(error)), error.crash
+                outcome, broken = error.outcome, error.crash
             finally:
                 exchange.close()
                 self._sidecar.end_request()

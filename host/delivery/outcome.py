@@ -1,8 +1,9 @@
 """Rules of delivery: which attempts count, when to try again, when to give up, when an event is quarantined.
 
-Each attempt's outcome is recorded in the trail and in the queue. An event that the plugin dies of is a poison message:
-two crashes that are attributed to it and it is quarantined. A crash is attributed to the request that was in flight
-alone; when several were, none is accused, but each of them is retried in isolation from then on.
+Each attempt's outcome is recorded in the trail and in the queue. An event that the plugin dies of, by a signal or out
+of memory, is a poison message: two crashes that are attributed to it and it is quarantined. An exit code is a failed
+attempt like others, and an end by the daemon or an operator is nobody's crash. A crash is attributed to the request
+that was in flight alone; when several were, none is accused, but each of them is retried in isolation from then on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from host.channel.reply import Outcome
+from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
@@ -19,6 +20,8 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
 
 CRASHES_TO_QUARANTINE = 2
+UNREADABLE_REPLIES = 2
+"""Answers that are no reply after which an event is given up: the plugin has most likely done its work each time."""
 CRASH_WINDOW = 5.0
 """Seconds within which a death of the sidecar is attributed to the attempt whose connection broke before it."""
 STORED_REPLY = 4096
@@ -80,12 +83,13 @@ class Outcomes:
         self._overlapped.discard(delivery.seq)
         redact = self._redactor(self._name)
         reply = redact(outcome.text)[:STORED_REPLY] if outcome.text else None
-        detail = redact(outcome.detail) if outcome.detail else None
+        detail = shown(outcome.detail, redact) if outcome.detail else None
+        status = shown(outcome.status, redact) if outcome.status else None
         self._audit.record(
             EventResponse(
                 attempt=delivery.attempts,
                 outcome=outcome.kind,
-                status=outcome.status,
+                status=status,
                 detail=detail,
                 latency_us=latency,
                 response_bytes=outcome.size,
@@ -99,13 +103,11 @@ class Outcomes:
         )
         if outcome.kind in ("ok", "skipped"):
             state: State = "ok" if outcome.kind == "ok" else "skipped"
-            self._consumer.ack(delivery, Result(state, outcome.status, detail, reply, latency))
+            self._consumer.ack(delivery, Result(state, status, detail, reply, latency))
         elif outcome.kind == "rejected":
-            self.give_up(delivery, detail or "rejected by the plugin", outcome.status, reply, latency)
+            self.give_up(delivery, detail or "rejected by the plugin", status, reply, latency)
         else:
-            self._try_again(
-                plugin, delivery, outcome, Result("retry", outcome.status or outcome.kind, detail, reply, latency)
-            )
+            self._try_again(plugin, delivery, outcome, Result("retry", status or outcome.kind, detail, reply, latency))
             if broken:
                 self._attribute_crash(delivery, run, alone=alone)
         if not self._in_flight:
@@ -128,8 +130,12 @@ class Outcomes:
         self._consumer.term(delivery, Result("dead", status, why, reply, latency))
         self._record_end(EventDead, delivery, why)
 
-    def run_died(self, run: str) -> None:
-        """Attribute an unexpected end of the sidecar to the delivery that caused it, now or once it has concluded."""
+    def run_ended(self, run: str, *, crashed: bool) -> None:
+        """Attribute a crash of the sidecar to the delivery that caused it, now or once it has concluded."""
+        if not crashed:
+            if self._crash_candidate is not None and self._crash_candidate[0] == run:
+                self._crash_candidate = None
+            return
         if run in self._in_flight.values():
             self._died.add(run)
         elif self._crash_candidate is not None and self._crash_candidate[0] == run:
@@ -144,12 +150,21 @@ class Outcomes:
             delivery.attempts -= 1
             delivery.busy += 1
             self._consumer.nak(delivery, result, delay=1.0 if wait is None else wait)
+        elif self._answered_in_vain(delivery, outcome):
+            why = f"answered {UNREADABLE_REPLIES} times with what is no reply, perhaps after its work: {result.detail}"
+            self.give_up(delivery, why, result.status, result.reply, result.latency_us)
         elif delivery.attempts >= plugin.attempts:
             why = f"{delivery.attempts} attempts failed; the last: {result.detail or result.status}"
             self.give_up(delivery, why, result.status, result.reply, result.latency_us)
         else:
             pause = RETRY_BACKOFF.after(delivery.attempts - 1) if wait is None else wait
             self._consumer.nak(delivery, result, delay=pause)
+
+    @staticmethod
+    def _answered_in_vain(delivery: Delivery, outcome: Outcome) -> bool:
+        if (outcome.kind, outcome.status) == ("failed", "bad_reply"):
+            delivery.unreadable += 1
+        return delivery.unreadable >= UNREADABLE_REPLIES
 
     def _attribute_crash(self, delivery: Delivery, run: str, *, alone: bool) -> None:
         if not alone:

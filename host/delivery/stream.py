@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, Outcome, meta_of, params_text, read_reply
-from host.channel.stream import Greeting, Reply, StreamConnection, open_stream
+from host.channel.stream import CPU_A_SECOND, CPU_AT_ONCE, Greeting, Reply, StreamConnection, open_stream
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from isolator.pacing import TokenBucket
 
 HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 """Answers a call of a stream plugin to the host API: (plugin, run, method, params) → its reply's fields."""
@@ -43,12 +44,21 @@ class _Session:
 class StreamDelivery:
     """Delivers events to one plugin in stream mode."""
 
-    def __init__(self, sidecar: SidecarLink, outcomes: Outcomes, catalogue: Catalogue, api: HostApiCall) -> None:
+    def __init__(
+        self,
+        sidecar: SidecarLink,
+        outcomes: Outcomes,
+        catalogue: Catalogue,
+        api: HostApiCall,
+        redact: Callable[[str], str],
+    ) -> None:
         self._sidecar, self._outcomes, self._catalogue, self._api = sidecar, outcomes, catalogue, api
+        self._redact = redact
         self._session: _Session | None = None
         self._replies: set[Reply] = set()
         """Replies that are awaited, each from before its request is sent."""
         self._slot = asyncio.Event()
+        self._cpu = TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
 
     @property
     def busy(self) -> bool:
@@ -135,7 +145,10 @@ class StreamDelivery:
         async def call(method: str, params: Any) -> dict[str, Any]:
             return await self._api(plugin.name, run, method, params)
 
-        connection = await open_stream(sock, call, lambda why: self._sidecar.record_fault(run, f"protocol: {why}"))
+        def breach(why: str) -> None:
+            self._sidecar.record_fault(run, f"protocol: {why}")
+
+        connection = await open_stream(sock, call, breach, self._cpu, self._redact)
         spec = plugin.manifest
         greeting = await connection.hello(
             plugin={"name": plugin.name, "version": plugin.version},

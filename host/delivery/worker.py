@@ -81,13 +81,12 @@ class Worker:
         self._sidecar.run = run
         self.wake()
 
-    def run_ended(self, run: str, *, expected: bool) -> None:
-        """Deliver no more to this run; if its end was not ``expected``, an event in flight may be responsible."""
+    def run_ended(self, run: str, *, crashed: bool) -> None:
+        """Deliver no more to this run; if it ``crashed``, an event in flight may be responsible."""
         if self._sidecar.run == run:
             self._sidecar.run = None
             self._oneshot.drop_prepared()
-        if not expected:
-            self._outcomes.run_died(run)
+        self._outcomes.run_ended(run, crashed=crashed)
         self.wake()
 
     async def close(self) -> None:
@@ -149,6 +148,8 @@ class Worker:
         event = delivery.event
         assert event is not None
         self.last_used = asyncio.get_running_loop().time()
+        if plugin is not None and plugin.state == "rejected":
+            raise NotSentError(plugin.error or "its policy or manifest is of no use")
         hook = plugin.hooks.get(event.name) if plugin is not None else None
         if plugin is None or hook is None:
             self._outcomes.give_up(delivery, "the plugin no longer receives this event")

@@ -1,9 +1,10 @@
 """Logs of sidecars: stdout and stderr are read, cut, redacted, stored, and never a reason to wait or to grow.
 
-Each pipe is read whenever it holds data. Lines are cut at 64 KiB. A plugin may write 1 MiB a second (both pipes
-together); the excess is counted and dropped unread: the pipe is then emptied in the kernel (``splice`` to
-``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing and slows the plugin's own writes
-down. The count appears in the log as a line of its own.
+Each pipe is read whenever it holds data, and ``LINES_PER_TURN`` of its lines are stored in one turn of the event
+loop. Blank lines are skipped, lines are cut at 64 KiB. A plugin may write 1 MiB a second (both pipes together), for
+which each line counts ``LINE_COST`` bytes beside its own; the excess is counted and dropped unread: the pipe is then
+emptied in the kernel (``splice`` to ``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing
+and slows the plugin's own writes down. The count appears in the log as a line of its own.
 
 Stored as JSON lines ``{"time","run","stream","line"}`` in one file per plugin, rotated at 4 MiB, three kept.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ RATE = 1 << 20
 
 Seconds begin with a full budget (no token bucket: its trickle would let a flood in by a few bytes a read).
 """
+LINE_COST = 128
+"""Bytes that each line counts beside its own: storing a line takes time, however short it is."""
+LINES_PER_TURN = 256
+_BLANK = re.compile(rb"\n{2,}")
 FLOOD_BEAT = 0.01
 ROTATE_AT, KEPT = 4 << 20, 3
 _SPLICE = 1 << 20
@@ -107,7 +113,7 @@ class PluginLog:
 
     def keep(self, run: str | None, stream: str, line: bytes) -> None:
         """Store one line."""
-        self._budget -= len(line) + 1
+        self._budget -= len(line) + LINE_COST
         text = self._redactor(self.name)(line.decode("utf-8", "replace"))
         if stream == "stderr":
             self.stderr_tail.append((run, text[:_TAIL_LINE]))
@@ -177,7 +183,9 @@ class _Pipe:
         self._partial = b""
         self._torn = False
         """Bytes of the present line were dropped; the rest may begin within a secret, and is dropped too."""
-        self._beat: asyncio.TimerHandle | None = None
+        self._lines: deque[bytes] = deque()
+        """Complete lines that wait for their turn; the pipe is not read meanwhile."""
+        self._beat: asyncio.Handle | None = None
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._readable)
 
@@ -202,15 +210,32 @@ class _Pipe:
             if not end:
                 return
             chunk, self._torn = chunk[end:], False
-        for line in self._lines(chunk):
-            self._log.keep(self.run, self.stream, line)
-
-    def _lines(self, chunk: bytes) -> Iterator[bytes]:
-        *lines, rest = (self._partial + chunk).split(b"\n")
+        *lines, rest = _BLANK.sub(b"\n", self._partial + chunk).split(b"\n")
         for line in lines:
-            yield from self._log.pieces(line, ended=True)[0]
+            self._lines.extend(piece for piece in self._log.pieces(line, ended=True)[0] if piece)
         whole, self._partial = self._log.pieces(rest, ended=False)
-        yield from whole
+        self._lines.extend(whole)
+        self._store(LINES_PER_TURN)
+        if self._lines:
+            self._loop.remove_reader(self._fd)
+            self._beat = self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._store(LINES_PER_TURN)
+        if self._lines:
+            self._beat = self._loop.call_soon(self._go_on)
+        else:
+            self._beat = None
+            self._loop.add_reader(self._fd, self._readable)
+
+    def _store(self, most: int) -> None:
+        """Store at most that many of the waiting lines; beyond the budget they are dropped."""
+        for _ in range(min(most, len(self._lines))):
+            if self._log.budget() <= 0:
+                self._log.drop(sum(len(line) + 1 for line in self._lines))
+                self._lines.clear()
+                return
+            self._log.keep(self.run, self.stream, self._lines.popleft())
 
     def _flooded(self) -> None:
         """Empty the pipe unread, once per beat, until there is a budget again."""
@@ -241,6 +266,7 @@ class _Pipe:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = -1
+        self._store(len(self._lines))
         if self._partial:
             for line in self._log.pieces(self._partial, ended=True)[0]:
                 self._log.keep(self.run, self.stream, line)

@@ -107,9 +107,12 @@ class Registry:
         return plugin
 
     def remove(self, name: str) -> None:
-        """Remove a plugin."""
+        """Remove a plugin: from now on no event is addressed to it. The name stays known until ``erase``."""
         self._plugins.pop(name, None)
         self._subscribe()
+
+    def erase(self, name: str) -> None:
+        """Erase the row of a removed plugin: nothing is left that its namesake must not get."""
         self._store.submit(lambda db: db.execute("DELETE FROM plugins WHERE name=?", (name,)))
 
     def note_run(self, name: str, *, run: str | None, pid: int | None, state: str) -> None:
@@ -137,9 +140,9 @@ class Registry:
     def _subscribe(self) -> None:
         subscribers: dict[str, list[Plugin]] = {}
         for plugin in self._plugins.values():
-            # A plugin that waits for approval has been granted nothing yet; one that is stopped, failed or disabled
-            # keeps its subscription: its events wait for it.
-            if plugin.state in ("pending", "rejected"):
+            # A plugin that was found in a folder has been granted nothing yet. A registered one keeps its subscription,
+            # also while its policy is of no use: its events wait for it.
+            if "found" in plugin.raw:
                 continue
             for event in plugin.hooks:
                 subscribers.setdefault(event, []).append(plugin)
@@ -154,7 +157,9 @@ class Registry:
         else:
             effective = EffectivePolicy.model_validate(entry.effective) if entry.effective else None
             manifest, problem = _manifest_of(entry)
-        hooks = {self._catalogue.canonical(hook): hook for hook in (effective.hooks if effective is not None else ())}
+        # Without an effective policy all that the plugin asks for waits until it is known what is granted.
+        wanted = effective.hooks if effective is not None else manifest.core.hooks if manifest is not None else ()
+        hooks = {self._catalogue.canonical(hook): hook for hook in wanted}
         return Plugin(
             name=entry.name,
             version=entry.version,

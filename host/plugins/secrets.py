@@ -16,6 +16,7 @@ plugin that *wants* to print its own secret can always spell it differently.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -114,6 +115,8 @@ class ConfigStore:
         self._next: dict[str, dict[str, dict[str, _Value]]] = {}
         """Per plugin and digest: the values of a version that is not confirmed."""
         self._redactors: dict[str, Redactor] = {}
+        self._changing = asyncio.Lock()
+        """Held while values or the key change: memory and disk change together, one change after the other."""
         self.broken: dict[str, IsolatorError] = {}
         """Plugins whose config cannot be read, with the reason; they are not started."""
         rows = store.read(
@@ -174,6 +177,10 @@ class ConfigStore:
 
     async def set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False) -> None:
         """Store values; ``replace`` deletes all others first (a plugin of that name is new)."""
+        async with self._changing:
+            await self._set(plugin, manifest, values, replace=replace)
+
+    async def _set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool) -> None:
         if self._unusable is not None:
             raise self._unusable
         checked = self.check(manifest, values)
@@ -199,6 +206,10 @@ class ConfigStore:
 
     async def set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
         """Keep values for the version of that digest; those of an earlier attempt at it are dropped."""
+        async with self._changing:
+            await self._set_next(plugin, digest, manifest, values)
+
+    async def _set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
         if self._unusable is not None:
             raise self._unusable
         checked = self.check(manifest, values)
@@ -252,11 +263,12 @@ class ConfigStore:
 
     async def unset(self, plugin: str, key: str) -> None:
         """Delete a value; raises NotFoundError."""
-        if key not in self._values.get(plugin, {}):
-            raise NotFoundError(f"config {key} of {plugin}", "is not set")
-        await self._store.run(lambda db: db.execute("DELETE FROM config WHERE plugin=? AND key=?", (plugin, key)))
-        del self._values[plugin][key]
-        self._redactors.pop(plugin, None)
+        async with self._changing:
+            if key not in self._values.get(plugin, {}):
+                raise NotFoundError(f"config {key} of {plugin}", "is not set")
+            await self._store.run(lambda db: db.execute("DELETE FROM config WHERE plugin=? AND key=?", (plugin, key)))
+            del self._values[plugin][key]
+            self._redactors.pop(plugin, None)
 
     async def forget(self, plugin: str) -> None:
         """Delete the config of a removed plugin."""
@@ -265,11 +277,12 @@ class ConfigStore:
             db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
             db.execute("DELETE FROM config_next WHERE plugin=?", (plugin,))
 
-        await self._store.run(delete)
-        self._values.pop(plugin, None)
-        self._next.pop(plugin, None)
-        self._redactors.pop(plugin, None)
-        self.broken.pop(plugin, None)
+        async with self._changing:
+            await self._store.run(delete)
+            self._values.pop(plugin, None)
+            self._next.pop(plugin, None)
+            self._redactors.pop(plugin, None)
+            self.broken.pop(plugin, None)
 
     def listing(self, plugin: str, manifest: Manifest | None) -> list[ConfigItem]:
         """List every key of the schema and every key that is set; secrets without their value."""
@@ -334,6 +347,10 @@ class ConfigStore:
 
     async def rotate(self) -> int:
         """Make a new key and seal every value with it; returns how many. Safe to interrupt at any instant."""
+        async with self._changing:
+            return await self._rotate()
+
+    async def _rotate(self) -> int:
         if self._unusable is not None:
             raise self._unusable
         old = self._keys.keys

@@ -39,6 +39,7 @@ class SqliteConsumer:
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._on_delivery_pending: Callable[[], bool] | None = None
+        self._closed = False
         self.reserved = 0
         """Deliveries that are being written: they count against the limit."""
 
@@ -52,7 +53,10 @@ class SqliteConsumer:
         return hook is not None and self.reserved == 1 and self._lane.depth == 0 and hook()
 
     def add(self, delivery: Delivery) -> None:
-        """Let a delivery that is safe on disk enter the lane."""
+        """Let a delivery that is safe on disk enter the lane, unless everything was dropped meanwhile."""
+        if self._closed:
+            delivery.final = True
+            return
         self._lane.add(delivery)
         self._wake()
 
@@ -63,12 +67,12 @@ class SqliteConsumer:
             if delivery is None:
                 await self._wait(loop, on_delivery_pending)
                 continue
+            if delivery.event is None:
+                self._rows.load(delivery, self._lane.upcoming(_PREFETCH))
             if delivery.expires <= loop.time():
                 self.term(delivery, Result("expired", detail="not delivered in time"))
                 self._on_expired(delivery)
                 continue
-            if delivery.event is None:
-                self._rows.load(delivery, self._lane.upcoming(_PREFETCH))
             if delivery.event is None:  # pruned: nothing can be sent any more
                 self.term(delivery, Result("dead", detail="the event is no longer stored"))
                 continue
@@ -104,7 +108,8 @@ class SqliteConsumer:
         self._rows.write_crashes(delivery)
 
     def drop_all(self) -> int:
-        """Forget everything that is pending (the plugin is removed); returns how many."""
+        """Forget everything that is pending, and whatever still comes (the plugin is removed); returns how many."""
+        self._closed = True
         pending = self._lane.pending()
         for delivery in pending:
             delivery.final = True

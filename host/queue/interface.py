@@ -81,6 +81,8 @@ class Delivery:
     key: str | None
     attempts: int = 0
     crashes: int = 0
+    unreadable: int = 0
+    """Answers that were no reply, since this process started."""
     due: float = 0.0
     expires: float = 0.0
     event: Event | None = None

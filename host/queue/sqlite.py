@@ -61,7 +61,8 @@ class _Accept:
 
     new: NewEvent
     event: Event
-    admitted: list[Subscriber]
+    admitted: list[tuple[Subscriber, SqliteConsumer]]
+    """Each with its consumer: a plugin that takes the name of one that was removed has another."""
     counted: set[str]
     """The plugins among them whose first attempt is counted with the event."""
     overflowed: list[Subscriber]
@@ -73,7 +74,7 @@ class _Accept:
         if self.earlier is not None:
             return Accepted(self.earlier, (), duplicate=True)
         overflowed = tuple(s.plugin for s in self.overflowed)
-        return Accepted(self.event, (*(s.plugin for s in self.admitted), *overflowed), overflowed)
+        return Accepted(self.event, (*(s.plugin for s, _ in self.admitted), *overflowed), overflowed)
 
 
 class SqliteQueue:
@@ -102,6 +103,8 @@ class SqliteQueue:
         self._keep = (keep_events, keep_seconds, keep_dead)
         self._loop = asyncio.get_running_loop()
         self._consumers: dict[str, SqliteConsumer] = {}
+        self._purges: dict[str, int] = {}
+        """How often each name was purged."""
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._outcomes: _Outcomes | None = None
         self._accepting: list[_Accept] | None = None
@@ -146,7 +149,7 @@ class SqliteQueue:
             consumer = self._consumer(subscriber.plugin)
             if consumer.depth + consumer.reserved < self.limit:
                 consumer.reserved += 1
-                admitted.append(subscriber)
+                admitted.append((subscriber, consumer))
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
                 if event.dedupe_key is None and consumer.announce():
@@ -179,7 +182,7 @@ class SqliteQueue:
             seq, at = event.seq, event.accepted
             row = (seq, event.id, event.name, event.time, at, event.expires, event.subject, event.payload)
             events.append((*row, new.dedupe_key, event.trace, new.by))
-            for s in entry.admitted:
+            for s, _ in entry.admitted:
                 state, attempts = ("in_flight", 1) if s.plugin in entry.counted else ("queued", 0)
                 deliveries.append((seq, s.plugin, state, attempts, s.key, None, at))
             deliveries += [(seq, s.plugin, "dead", 0, s.key, "queue_full", at) for s in entry.overflowed]
@@ -194,8 +197,8 @@ class SqliteQueue:
             self._accepting = None
         now = self._loop.time()
         for entry in batch:
-            for subscriber in entry.admitted:
-                self._consumer(subscriber.plugin).reserved -= 1
+            for _, consumer in entry.admitted:
+                consumer.reserved -= 1
             if error is None and entry.earlier is None:
                 self._on_accepted(entry.new, entry.accepted())
                 self._enter_lanes(entry, now)
@@ -219,8 +222,7 @@ class SqliteQueue:
         self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned), pruned)
 
     def _enter_lanes(self, entry: _Accept, now: float) -> None:
-        for subscriber in entry.admitted:
-            consumer = self._consumer(subscriber.plugin)
+        for subscriber, consumer in entry.admitted:
             delivery = Delivery(
                 entry.event.seq,
                 subscriber.plugin,
@@ -332,7 +334,12 @@ class SqliteQueue:
             db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + 86400.0, event.seq))
             return [(name, key) for name, key in found]
 
-        requeued = await self.store.run(requeue)
+        purges = dict(self._purges)
+        requeued = [
+            (name, key)
+            for name, key in await self.store.run(requeue)
+            if purges.get(name) == self._purges.get(name)  # else the plugin was removed meanwhile
+        ]
         loop_now = self._loop.time()
         for name, key in requeued:
             expires = loop_now + max(event.expires - now, 86400.0)
@@ -340,6 +347,7 @@ class SqliteQueue:
         return [name for name, _ in requeued]
 
     async def purge(self, plugin: str) -> int:
+        self._purges[plugin] = self._purges.get(plugin, 0) + 1
         consumer = self._consumers.pop(plugin, None)
         waiting = consumer.drop_all() if consumer is not None else 0
         await self.store.run(lambda db: db.execute("DELETE FROM deliveries WHERE plugin=?", (plugin,)).rowcount)

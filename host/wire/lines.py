@@ -1,15 +1,17 @@
 """Newline-framed messages on a stream, read so that no peer can make the others wait.
 
-A peer that sends no newline costs at most ``limit`` bytes and one read. A peer that floods gets so many
-lines a turn of the event loop (``per_turn``) and so many bytes a second (``budget``); the rest stays in the kernel,
-where it is the sender that waits. A peer that does not read its answers is not read either. A peer that breaks a rule
-gets one error and is cut off.
+A peer that sends no newline costs at most ``limit`` bytes and one read. A peer that floods gets so many lines a turn of
+the event loop (``per_turn``), so many bytes a second (``budget``) and so much time of the processor (``cpu``); the rest
+stays in the kernel, where it is the sender that waits. Blank lines are skipped in one step. A peer that does not read
+its answers is not read either. A peer that breaks a rule gets one error and is cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import time
 from collections.abc import Callable
 
 from isolator.ipc.accept_loop import AcceptLoop
@@ -17,6 +19,11 @@ from isolator.pacing import TokenBucket
 
 LINGER = 2.0
 """Seconds that a peer has to read the rest before a closed connection is cut."""
+
+
+LONG_LINE = 4096
+"""Bytes from which on the time that a line takes is counted: of shorter ones the budget of bytes is enough."""
+_BLANK = re.compile(rb"\n+")
 
 
 class LineProtocol(asyncio.Protocol):
@@ -29,6 +36,8 @@ class LineProtocol(asyncio.Protocol):
     per_turn = 16
     budget: TokenBucket | None = None
     """Bytes that may be received; several connections may share one."""
+    cpu: TokenBucket | None = None
+    """Seconds of the processor that long lines may take; several connections may share one."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
@@ -67,7 +76,7 @@ class LineProtocol(asyncio.Protocol):
             self._loop.call_later(wait, self.unhold, "budget")
         if not self._buffer and not self._held and data.find(b"\n") == len(data) - 1 <= self.limit:
             if len(data) > 1:  # as nearly every message is: one complete line
-                self.line_received(data[:-1])
+                self._receive(data[:-1])
             return
         self._buffer += data
         self._read_lines()
@@ -117,10 +126,12 @@ class LineProtocol(asyncio.Protocol):
                 break
             if end - start > self.limit:
                 return self._overflow()
+            if end == start and (blank := _BLANK.match(self._buffer, start)):
+                start = self._searched = blank.end()
+                continue
             data = bytes(self._buffer[start:end])
             start = self._searched = end + 1
-            if data:
-                self.line_received(data)
+            self._receive(data)
         else:
             if self.transport is not None:
                 self.transport.pause_reading()
@@ -129,6 +140,16 @@ class LineProtocol(asyncio.Protocol):
             del self._buffer[:start]
             self._searched -= start
         return None
+
+    def _receive(self, data: bytes) -> None:
+        if self.cpu is None or len(data) < LONG_LINE:
+            self.line_received(data)
+            return
+        began = time.thread_time()
+        self.line_received(data)
+        if wait := self.cpu.take(time.thread_time() - began):
+            self.hold("cpu")
+            self._loop.call_later(wait, self.unhold, "cpu")
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -147,12 +168,18 @@ class LineProtocol(asyncio.Protocol):
 
 
 class Acceptor(AcceptLoop):
-    """Accepts one plugin's connections, each with a protocol of its own, within ``budget`` a second."""
+    """Accepts connections, each with a protocol of its own, within ``budget`` a second; ``refuse`` as in AcceptLoop."""
 
-    def __init__(self, listener: socket.socket, made: Callable[[], LineProtocol], budget: TokenBucket) -> None:
-        super().__init__(listener, self._connect, budget=budget)
+    def __init__(
+        self,
+        listener: socket.socket,
+        made: Callable[[], LineProtocol],
+        budget: TokenBucket | None = None,
+        refuse: Callable[[socket.socket], object] | None = None,
+    ) -> None:
         self._made = made
         self._tasks: set[asyncio.Task[object]] = set()
+        super().__init__(listener, self._connect, budget=budget, refuse=refuse)
 
     def _connect(self, connection: socket.socket, _: object) -> None:
         task = self._loop.create_task(self._loop.connect_accepted_socket(self._made, connection))

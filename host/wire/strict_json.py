@@ -1,7 +1,9 @@
 """Strict JSON: parsing the bytes of untrusted peers, and writing JSON that they can read.
 
 ``parse`` accepts exactly one JSON value of bounded depth, in valid UTF-8, without NaN or infinities; everything
-else is a ``WireError`` whose text is safe to show.
+else is a ``WireError`` whose text is safe to show. Two things that common writers write although no standard has them
+are read all the same: a byte order mark at the beginning (.NET), and the escape of half a surrogate pair (Node and
+Python, of a text that was cut in the middle of an emoji), which is read as U+FFFD.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ import pydantic_core
 MAX_DEPTH = 64
 
 MAX_VALUES = 100_000
-"""Most values of one message: more take so long to read that others would notice. Counted as commas."""
+"""Most values of one message: more take so long to read that others would notice. Counted as commas and brackets."""
 
-# Only such numbers can overflow to infinity, which the JSON reader itself lets pass.
-_HUGE = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{300}")
 _SHAPE = bytes(48 if 48 <= c <= 57 else 101 if c in b"eE" else 43 if c == 43 else 32 for c in range(256))
-"""Every digit as 0, every E as e: a number that may be huge is found at the speed of memory, not of a pattern."""
+"""Every digit as 0, every E as e: a number that may be huge is found at the speed of memory, not of a pattern.
+
+Only exponents of three digits and runs of 300 can overflow to infinity, which the JSON reader itself lets pass.
+"""
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HALF_PAIR = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 
 
 class WireError(ValueError):
@@ -36,16 +44,17 @@ class WireError(ValueError):
 
 def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     """Parse one JSON value; raises WireError."""
-    if len(data) > MAX_VALUES and data.count(b",") > MAX_VALUES:
+    brackets = data.count(b"[") + data.count(b"{")
+    if len(data) > MAX_VALUES and brackets + data.count(b",") > MAX_VALUES:
         raise WireError(f"more than {MAX_VALUES} values", -32600)
     try:
         value = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise WireError(f"not valid JSON: {_short(str(error))}") from None
+        value = _from_common_writer(data, error)
     # Each level needs an opening bracket, so few brackets prove the depth without walking the value.
-    if data.count(b"[") + data.count(b"{") > max_depth and _deeper(value, max_depth):
+    if brackets > max_depth and _deeper(value, max_depth):
         raise WireError(f"nested deeper than {max_depth} levels")
-    if _may_be_huge(data) and _HUGE.search(data) and _infinite(value):
+    if _may_be_huge(data) and _infinite(value):
         raise WireError("a number is too large")
     return value
 
@@ -80,6 +89,20 @@ def peer_of(sock: socket.socket) -> tuple[int, int, int]:
     """Return (pid, uid, gid) of the process at the other end, as the kernel recorded it at connect or listen."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid, gid
+
+
+def _from_common_writer(data: bytes, error: ValueError) -> Any:
+    """Parse what is JSON but for a byte order mark and half surrogate pairs; raises WireError."""
+    text = data.removeprefix(_BYTE_ORDER_MARK)
+    if b"\\ud" in text or b"\\uD" in text:
+        # Between two escaped backslashes each backslash begins an escape.
+        text = b"\\\\".join(_HALF_PAIR.sub(rb"\\ufffd", piece) for piece in text.split(b"\\\\"))
+    if text != data:
+        try:
+            return pydantic_core.from_json(text, allow_inf_nan=False)
+        except ValueError as still:
+            error = still
+    raise WireError(f"not valid JSON: {_short(str(error))}") from None
 
 
 def _deeper(value: Any, depth: int) -> bool:

@@ -339,6 +339,8 @@ class CageStopped(RecordData):
 class _Ended(RecordData):
     cause: str
     """``exit``, ``signal``, or in words why it was ended."""
+    origin: str = ABSENT
+    """Whose doing it was: ``plugin``, ``operator`` or ``daemon``. Only the first counts against the plugin."""
     exit_code: int | None = ABSENT
     signal: int | None = ABSENT
     """Number of the signal that killed it."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare
-from isolator.errors import ConfinementError
+from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.channel import receive_packet, send_packet
 from isolator.ipc.packet import send_message
 from isolator.launcher.client import Clone, clone_remedy
@@ -278,7 +278,7 @@ class Cage:
             remedy = clone_remedy(number if isinstance(number, int) else 0)
             return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
         if step == "exec":
-            return ConfinementError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
+            return ExecError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
         here = step == "working directory"
         remedy = (
             "only folders that the cage sees can be one: --read or --write shows it" if here else "see 'isolator check'"

@@ -14,6 +14,7 @@ import struct
 import time
 from dataclasses import dataclass, field
 
+from isolator.ipc.messages import OUT_OF_MEMORY
 from isolator.launcher.client import Clone
 from isolator.layers.cgroup.leaf import Events, Leaf
 
@@ -138,7 +139,7 @@ class CageProcesses:
 
     def _cause(self, code: int, number: int | None, events: Events) -> str:
         if events.oom_kills:
-            return "out of memory"
+            return OUT_OF_MEMORY
         if self._stopping:
             return "stopped"
         if number == signal.SIGSYS:

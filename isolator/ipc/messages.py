@@ -31,6 +31,18 @@ class PluginState(StrEnum):
     FAILED = "failed"
 
 
+OUT_OF_MEMORY = "out of memory"
+"""Cause of the end of a run whose cage was out of memory."""
+
+
+class Origin(StrEnum):
+    """Whose doing the end of a run was. Only the plugin's own counts against it and against its events."""
+
+    PLUGIN = "plugin"
+    OPERATOR = "operator"
+    DAEMON = "daemon"
+
+
 class PluginEntry(Body):
     """A plugin as the host and the command line see it: ``RegisteredEntry`` or ``FoundEntry``."""
 
@@ -254,6 +266,8 @@ class RunEnded(Request[None], op="run.ended"):
     exit_code: int | None
     signal: int | None
     cause: str
+    origin: Origin
+    """whose doing it was"""
     expected: bool
     uptime: float
     state: PluginState

@@ -20,6 +20,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    Origin,
     PluginChanged,
     PluginEntry,
     PluginState,
@@ -96,12 +97,13 @@ class HostLink:
                 await self.process.channel.ask(request, timeout=DRAIN_SECONDS)
 
     def run_ended(
-        self, name: str, run: str, end: CageExit, *, state: PluginState, expected: bool, retry_in: float | None
-    ) -> None:
+        self, name: str, run: str, end: CageExit, *, origin: Origin, state: PluginState, expected: bool,
+        retry_in: float | None,
+    ) -> None:  # fmt: skip
         """Tell the host how a run ended."""
         ended = RunEnded(
-            name=name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause, expected=expected,
-            uptime=end.uptime, state=state, retry_in=retry_in,
+            name=name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin,
+            expected=expected, uptime=end.uptime, state=state, retry_in=retry_in,
         )  # fmt: skip
         self._tell(ended)
 

@@ -2,7 +2,9 @@
 
 The host requests a start when an event waits, or for an operator. Once started it is wanted until it is stopped: a
 crash is followed by a restart after a back-off (exponential with jitter); too many crashes in the window and it is
-``failed``, kept and shown, until an operator starts it again. A trial is the start of a new version: watched until it
+``failed``, kept and shown, until an operator starts it again. Only the plugin's own doing counts for that, and an exit
+code after events had reached it does not: that is a failed attempt, which the host repeats and in the end gives up.
+A trial is the start of a new version: watched until it
 is up, and not repeated when it fails, so that the version before can come back.
 
 One run at a time, and one task that owns it from the first journal entry to the last group removed. Whoever starts,
@@ -18,6 +20,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.audit.schema import (
@@ -30,8 +33,8 @@ from isolator.audit.schema import (
     SyscallDenied,
 )
 from isolator.cage.processes import CageExit
-from isolator.errors import DeniedError, IsolatorError, UnavailableError
-from isolator.ipc.messages import Environment, PluginState
+from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
+from isolator.ipc.messages import Environment, Origin, PluginState
 from isolator.pacing import Backoff
 from isolator.supervisor.run import Run, RunContext, prepare_run
 
@@ -64,7 +67,10 @@ class Plugin:
         self.on_trial = False
         """Whether the version in use is not judged yet."""
         self._context, self._on_change = context, changed
+        self._ends: deque[float] = deque()
+        """Times of the ends in the window that nobody wanted: the pauses grow with them."""
         self._crashes: deque[float] = deque()
+        """Times of those that count for giving up."""
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Condition()
         """Notified after each change of state."""
@@ -96,14 +102,14 @@ class Plugin:
         self.registration, self.manifest, self.argv = loaded.registration, loaded.manifest, loaded.argv
         self.effective = loaded.proposal.effective if loaded.proposal else None
         self.error, self.notice = loaded.error, ""
-        self._crashes.clear()
+        self._forget_crashes()
         self.state = self._idle_state()
 
     def set_enabled(self, registration: Registration) -> None:
         """Take over a registration that was enabled or disabled, and forget earlier failures."""
         self.registration = registration
         if not self.wanted:
-            self._crashes.clear()
+            self._forget_crashes()
             self.error = "" if self.effective is not None else self.error
             self._set(self._idle_state())
 
@@ -133,7 +139,7 @@ class Plugin:
         if self.state == PluginState.FAILED:
             if reason != "operator":
                 raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
-            self._crashes.clear()
+            self._forget_crashes()
         if reason == "operator":
             self._end_backoff.set()
         if self._task is None or self._task.done():
@@ -190,14 +196,15 @@ class Plugin:
     async def _supervise(self, reason: str) -> None:
         try:
             while self._wanted:
-                run_id, end, problem = await self._one_run(reason)
+                ended = await self._one_run(reason)
                 expected = not self._wanted
-                why = problem or _describe(end)
-                retry = None if expected or self._failed_trial(why) else self._after_crash(why)
-                if end is not None:
+                why = ended.problem or _describe(ended.exit)
+                retry = None if expected or self._failed_trial(why) else self._after_crash(why, counts=ended.counts)
+                if ended.exit is not None:
                     self._context.host.run_ended(
-                        self.name, run_id, end, state=self.state, expected=expected, retry_in=retry
-                    )
+                        self.name, ended.run, ended.exit, origin=ended.origin, state=self.state, expected=expected,
+                        retry_in=retry,
+                    )  # fmt: skip
                 if retry is None:
                     break
                 self._end_backoff.clear()
@@ -225,16 +232,23 @@ class Plugin:
         if self._verdict is not None and not self._verdict.done():
             self._verdict.set_result(outcome)
 
-    def _after_crash(self, why: str) -> float | None:
-        """Note a crash; returns the seconds to wait, or None when there were too many."""
+    def _forget_crashes(self) -> None:
+        self._ends.clear()
+        self._crashes.clear()
+
+    def _after_crash(self, why: str, *, counts: bool) -> float | None:
+        """Note an end that nobody wanted; returns the seconds to wait, or None when too many of them count."""
         assert self.effective is not None
         limits = self.effective.restart
         now = time.monotonic()
-        self._crashes.append(now)
-        while self._crashes and now - self._crashes[0] > limits.window:
-            self._crashes.popleft()
+        self._ends.append(now)
+        if counts:
+            self._crashes.append(now)
+        for times in (self._ends, self._crashes):
+            while times and now - times[0] > limits.window:
+                times.popleft()
         count = len(self._crashes)
-        if count >= limits.crashes:
+        if counts and count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
             self._set(PluginState.FAILED)
             record = self._context.audit.record
@@ -244,18 +258,17 @@ class Plugin:
             return None
         self.error = why
         self._set(PluginState.BACKOFF)
-        return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(count - 1)
+        return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(len(self._ends) - 1)
 
-    async def _one_run(self, reason: str) -> tuple[str, CageExit | None, str]:
-        """Build one cage, watch it to its end, take everything down; returns the run's id, its end and, when it did not
-        start, the reason."""
+    async def _one_run(self, reason: str) -> _Ended:
+        """Build one cage, watch it to its end, take everything down."""
         assert self.effective is not None
         run: Run | None = None
         run_id = secrets.token_hex(5)
         try:
             environment = await self._until_stopped(self._environment())
             if environment is None:
-                return run_id, None, ""
+                return _Ended(run_id, None, Origin.OPERATOR)
             run = self.run = await prepare_run(
                 self._context, self.registration, self.effective, self.argv, run_id, environment
             )
@@ -266,13 +279,16 @@ class Plugin:
                 on_steady=lambda: self._conclude_trial(""),
                 drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
             )
-            self._record_end(run, end, await self._context.host.stderr_tail(self.name, run_id))
-            return run_id, end, ""
+            origin = run.origin if self._wanted else Origin.OPERATOR
+            self._record_end(run, end, origin, await self._context.host.stderr_tail(self.name, run_id))
+            counts = origin == Origin.PLUGIN and not (run.reached and end.cause == "exit")
+            return _Ended(run_id, end, origin, counts=counts)
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
             why = _why(error)
-            crashed = PluginCrashed(cause="did not start", reason=why)
+            origin = _origin(error)
+            crashed = PluginCrashed(cause="did not start", origin=origin, reason=why)
             self._context.audit.record(crashed, plugin=self.name, run=run_id)
-            return run_id, None, why
+            return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN)
         finally:
             self.run = None
             if run is not None:
@@ -335,12 +351,13 @@ class Plugin:
             self._set(PluginState.RUNNING)
         self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
 
-    def _record_end(self, run: Run, end: CageExit, stderr_tail: tuple[str, ...]) -> None:
+    def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
         self.record_usage()
         ended = (PluginCrashed if self._wanted else PluginStopped)(
             exit_code=end.exit_code,
             signal=end.signal,
             cause=end.cause,
+            origin=origin,
             oom_kills=end.events.oom_kills,
             task_denials=end.events.task_denials,
             uptime=round(end.uptime, 3),
@@ -364,6 +381,25 @@ _REMEDIES = {
     PluginState.DISABLED: "isolator plugin enable {0}",
     PluginState.REJECTED: "see 'isolator plugin show {0}' and correct it",
 }
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """End of a run, or of its start: then ``exit`` is None and ``problem`` the reason."""
+
+    run: str
+    exit: CageExit | None
+    origin: Origin
+    problem: str = ""
+    counts: bool = False
+    """It counts for giving the plugin up."""
+
+
+def _origin(error: Exception) -> Origin:
+    """Whose doing it was that a start failed."""
+    if isinstance(error, ExecError):
+        return Origin.PLUGIN
+    return Origin.OPERATOR if isinstance(error, (UsageError, NotFoundError, DeniedError)) else Origin.DAEMON
 
 
 def _why(error: Exception) -> str:

@@ -22,6 +22,7 @@ from isolator.audit.snapshots import OF_PROCESSES, snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
 from isolator.errors import ConfinementError, DeniedError, UnavailableError
+from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
 from isolator.linux.descriptors import FdSet
@@ -88,11 +89,16 @@ class Run:
     """Its first process has ended; the others are about to."""
     forced_cause: str = ""
     """Why the supervisor ended it, if it did; takes the place of the cause that the process itself reports."""
+    origin: Origin = Origin.PLUGIN
+    """Whose doing its end is, unless it is stopped."""
+    reached: bool = False
+    """The host has connected to its socket."""
     _usage: dict[str, Any] = field(default_factory=dict)
 
-    def terminate(self, cause: str) -> None:
-        """Kill the whole cage at once; ``cause`` is recorded as that of its end."""
-        self.forced_cause = self.forced_cause or cause
+    def terminate(self, cause: str, origin: Origin = Origin.DAEMON) -> None:
+        """Kill the whole cage at once; ``cause`` and ``origin`` are recorded as those of its end."""
+        if not self.forced_cause:
+            self.forced_cause, self.origin = cause, origin
         if self.cage.started:
             self.cage.kill()
 
@@ -193,6 +199,7 @@ class Run:
             except BaseException:
                 connection.close()
                 raise
+            self.reached = True
             return connection
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EXDEV):
@@ -224,7 +231,7 @@ class Run:
         except ConfinementError as error:
             denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=error.why)
             self.context.audit.record(denied, plugin=self.plugin, run=self.id)
-            self.terminate("its network rules were changed")
+            self.terminate("its network rules were changed", Origin.OPERATOR)
 
 
 async def prepare_run(

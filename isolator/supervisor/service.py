@@ -30,6 +30,9 @@ from isolator.recovery.journal import Entry, Journal
 logger = logging.getLogger(__name__)
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 5.0
+"""Seconds: pauses between starts that fail."""
+_LONGEST_AWAY = 1.0
+"""Seconds before one that was up and died is started again, however often that happens: callers wait for it."""
 _STEADY_SECONDS = 30.0
 _UP_SECONDS = 30.0
 
@@ -140,7 +143,7 @@ class ChildProcess:
         self.up.set()
 
     async def _keep(self, launch: Callable[[], Awaitable[None]]) -> None:
-        backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
+        deaths, failures = Backoff(_BACKOFF_FIRST, _LONGEST_AWAY), Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
         loop = asyncio.get_running_loop()
         while not self._stopping:
             started = loop.time()
@@ -151,15 +154,18 @@ class ChildProcess:
             self.ended = _how(self._process.returncode)
             logger.warning("%s ended (%s); starting it again", self.spec.name, self.ended)
             if loop.time() - started > _STEADY_SECONDS:
-                backoff.reset()
+                deaths.reset()
+            pause = deaths.next()
             while True:
-                await asyncio.sleep(backoff.next())
+                await asyncio.sleep(pause)
                 try:
                     await launch()
+                    failures.reset()
                     break
                 except Exception as error:  # whatever it was, the service must come back; the next try is paced
                     logger.error("%s did not start: %s", self.spec.name, error)
                     await self._clear()
+                    pause = failures.next()
 
     async def _clear(self) -> None:
         if self.channel is not None:

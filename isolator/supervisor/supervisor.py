@@ -23,6 +23,7 @@ from isolator.audit.client import AWAY, AuditClient
 from isolator.audit.schema import AuditGap, HostStarted, HostStopped, PluginStopped
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
+from isolator.ipc.messages import Origin
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
@@ -205,7 +206,7 @@ async def _take_snapshots(table: PluginTable, interval: float) -> None:
                 changed = run.detect_drift()
                 if changed:
                     logger.warning("plugin %s is started anew: %s", plugin.name, changed)
-                    run.terminate("its control groups were changed")
+                    run.terminate("its control groups were changed", Origin.OPERATOR)
 
 
 class _TrailAlarm:

@@ -100,6 +100,8 @@ class FakeRegistrar:
         await self._daemon.stop_sidecar(sidecar)
         del self._daemon.sidecars[sidecar.name]
         shutil.rmtree(sidecar.folder)
+        assert self._daemon.channel is not None
+        self._daemon.channel.tell(messages.PluginChanged(removed=sidecar.name))
 
     async def _enable(self, request: messages.EnablePlugin) -> messages.OnePlugin:
         return await self._set_state(request.name, "stopped")

@@ -61,6 +61,8 @@ class Sidecar:
     env: dict[str, str] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     give_up_after: int = 1000
+    origin: messages.Origin = messages.Origin.PLUGIN
+    """Whose doing an end is that was not asked for."""
 
     @property
     def socket_folder(self) -> Path:
@@ -76,6 +78,12 @@ class Daemon(FakeAudit):
         self.paths = Paths.of(root)
         self.config = HostConfig.model_validate(config or {})
         self.host: asyncio.subprocess.Process | None = None
+        self.fresh = False
+        """Whether the host is told that the daemon has just started."""
+        self.ensured: list[str] = []
+        """Plugins that the host wanted started, in order."""
+        self.starts_may_go_on = asyncio.Event()
+        self.starts_may_go_on.set()
         self.channel: Channel | None = None
         self.sidecars: dict[str, Sidecar] = {}
         self.foreign_listener: str | None = None
@@ -137,6 +145,7 @@ class Daemon(FakeAudit):
             root=str(self.root),
             config=self.config.model_dump(mode="json"),
             plugins=tuple(map(self.entry, self.sidecars.values())),
+            fresh=self.fresh,
         )
         await self.channel.ask(hello, fds=[listener.fileno()], timeout=20)
         listener.close()
@@ -218,8 +227,8 @@ class Daemon(FakeAudit):
             uid=sidecar.uid,
             started_at=utc_now(),
             restarts=max(0, sidecar.starts - 1),
-            effective=effective.model_dump(mode="json"),
-            effective_digest=effective.digest(),
+            effective=effective.model_dump(mode="json") if sidecar.state != "rejected" else None,
+            effective_digest=effective.digest() if sidecar.state != "rejected" else None,
             manifest=sidecar.manifest,
         )
 
@@ -293,6 +302,7 @@ class Daemon(FakeAudit):
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             cause="exit",
+            origin=messages.Origin.OPERATOR if expected else sidecar.origin,
             expected=expected,
             uptime=1.0,
             state=PluginState(sidecar.state),
@@ -332,6 +342,9 @@ class Daemon(FakeAudit):
             raise IsolatorError(f"plugin {sidecar.name}", "is disabled")
         if sidecar.state == "failed" and request.reason != "operator":
             raise IsolatorError(f"plugin {sidecar.name}", "has failed")
+        self.ensured.append(sidecar.name)
+        self.wake()
+        await self.starts_may_go_on.wait()
         async with sidecar.lock:
             if sidecar.run is None:
                 await self._spawn(sidecar)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from isolator.ipc.messages import Origin
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -24,7 +25,6 @@ from tests.support import sidecars
         'b\'{"jsonrpc":"2.0","result":{},"id":77}\\n\'',
         "b'{\"jsonrpc\":\"2.0\",\"result\":' + b'[' * 5000 + b']' * 5000 + b',\"id\":1}\\n'",
         "b'{\"jsonrpc\":\"2.0\",\"result\":' + b'[' * 70 + b']' * 70 + b',\"id\":1}\\n'",
-        'b\'{"jsonrpc":"2.0","result":"\\\\ud800","id":1}\\n\'',
         "b'\\n'",
     ],
 )
@@ -37,6 +37,32 @@ async def test_garbage_is_a_failed_attempt_and_harms_nobody(daemon: Daemon, answ
     assert states == {"liar": "dead", "honest": "ok"}
     (bad,) = [r for r in daemon.of_type("event.response") if r["plugin"] == "liar"]
     assert bad["data"]["outcome"] in ("failed", "unknown")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"jsonrpc":"2.0","id":1,"result":{"status":"ok","message":"half \\ud83d"}}',
+        '{"jsonrpc":"2.0","id":1,"result":{"status":"ok","message":"\\ude00 half, whole \\ud83d\\ude00"}}',
+        '\ufeff{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}',
+    ],
+)
+async def test_replies_of_common_writers_are_read(daemon: Daemon, reply: str) -> None:
+    answer = repr(reply.encode() + b"\n")
+    daemon.add("cut", sidecars.raw(f"connection.recv(4096)\nconnection.sendall({answer})\nconnection.close()"))
+    delivery = await daemon.deliver()
+    assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
+
+
+@pytest.mark.parametrize("answer", ["b'done\\n'", "b'[]\\n'", "b'x' * 70_000"])
+async def test_finished_work_with_an_unreadable_reply_is_not_repeated_for_ever(daemon: Daemon, answer: str) -> None:
+    body = (
+        f"connection.recv(4096)\ntry:\n    connection.sendall({answer})\nexcept OSError:\n    pass\nconnection.close()"
+    )
+    daemon.add("odd", sidecars.raw(body))
+    delivery = await daemon.deliver()
+    assert (delivery["state"], delivery["attempts"]) == ("dead", 2)
+    assert "answered 2 times with what is no reply" in str(delivery["detail"])
 
 
 async def test_a_reply_of_a_gigabyte_costs_the_host_nothing(daemon: Daemon) -> None:
@@ -141,8 +167,11 @@ async def test_a_plugin_that_never_listens_holds_only_itself(daemon: Daemon) -> 
     assert states == {"deaf": ("queued", 0), "good": ("ok", 1)}
 
 
+KILLS_ITSELF = 'if params["deployment_id"] == "poison":\n    os.kill(os.getpid(), signal.SIGKILL)\nreturn {}'
+
+
 async def test_an_event_that_kills_the_plugin_twice_is_quarantined_and_the_rest_goes_on(daemon: Daemon) -> None:
-    daemon.add("fragile", sidecars.oneshot('if params["deployment_id"] == "poison":\n    os._exit(9)\nreturn {}'))
+    daemon.add("fragile", sidecars.oneshot(KILLS_ITSELF))
     poison = await daemon.emit(deployment_id="poison")
     after = await daemon.emit(deployment_id="fine")
     (delivery,) = (await daemon.outcome(after))["deliveries"]
@@ -151,6 +180,27 @@ async def test_an_event_that_kills_the_plugin_twice_is_quarantined_and_the_rest_
     assert (delivery["state"], delivery["attempts"]) == ("quarantined", 2)
     (record,) = daemon.of_type("event.quarantined")
     assert record["event_id"] == poison["id"]
+
+
+async def test_an_uncaught_exception_is_a_failed_attempt_like_others(daemon: Daemon) -> None:
+    body = """
+if params["_meta"]["attempt"] < 4:
+    raise OSError("503 Service Unavailable")
+return {}
+"""
+    daemon.add("unlucky", sidecars.oneshot(body))
+    delivery = await daemon.deliver()
+    assert (delivery["state"], delivery["attempts"]) == ("ok", 4)
+    assert not daemon.of_type("event.quarantined")
+
+
+@pytest.mark.parametrize("origin", [Origin.DAEMON, Origin.OPERATOR])
+async def test_event_does_not_answer_for_a_run_that_others_ended(daemon: Daemon, origin: Origin) -> None:
+    sidecar = daemon.add("victim", sidecars.oneshot(KILLS_ITSELF), delivery={"attempts": 3})
+    sidecar.origin = origin
+    delivery = await daemon.deliver(deployment_id="poison")
+    assert (delivery["state"], delivery["attempts"]) == ("dead", 3)
+    assert not daemon.of_type("event.quarantined")
 
 
 async def test_a_socket_served_by_somebody_else_gets_nothing(daemon: Daemon) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from host.control.server import CONNECTIONS
+from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS
 from isolator.errors import UnavailableError
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
@@ -26,7 +26,10 @@ import json, socket, sys
 sock = socket.socket(socket.AF_UNIX)
 sock.connect(sys.argv[1])
 request = {"jsonrpc": "2.0", "id": 1, "method": sys.argv[2], "params": json.loads(sys.argv[3])}
-sock.sendall(json.dumps(request).encode() + b"\\n")
+try:
+    sock.sendall(json.dumps(request).encode() + b"\\n")
+except BrokenPipeError:
+    pass
 print(sock.makefile().readline())
 """
 
@@ -185,3 +188,51 @@ async def test_one_caller_too_many_is_refused_with_a_remedy(daemon: Daemon) -> N
             stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(daemon.paths.control_socket))
         with pytest.raises(UnavailableError, match="try again"):
             await daemon.ask("status")
+
+
+HOLD = """
+import socket, sys
+held = []
+for _ in range(int(sys.argv[2])):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].connect(sys.argv[1])
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.asynccontextmanager
+async def _held(daemon: Daemon, uid: int, count: int) -> AsyncIterator[None]:
+    """Idle connections of a uid."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-c", HOLD, str(daemon.paths.control_socket), str(count)),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=uid, group=uid, extra_groups=[], cwd="/",
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    assert await process.stdout.readline() == b"held\n"
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        await process.wait()
+
+
+async def test_idle_connections_of_strangers_keep_nobody_out(daemon: Daemon) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for uid in range(64020, 64020 + STRANGERS // STRANGER_SHARE + 2):
+            await stack.enter_async_context(_held(daemon, uid, CONNECTIONS // 8))
+        assert (await daemon.ask("status"))["plugins"] == 0
+        assert "result" in await _as(daemon, 64011, "status")
+        refused = await _as(daemon, 64020, "status")
+        assert "connections of uid 64020 are open" in refused["error"]["message"]
+        refused = await _as(daemon, 64099, "status")
+        assert "connections without a role are open" in refused["error"]["message"]
+
+
+async def test_idle_connections_of_one_role_leave_places_for_the_others(daemon: Daemon) -> None:
+    async with _held(daemon, 64010, CONNECTIONS), _held(daemon, 64011, CONNECTIONS):
+        assert (await daemon.ask("status"))["plugins"] == 0
+        refused = await _as(daemon, 64012, "status")
+        assert "connections are open" in refused["error"]["message"]
+    async with _held(daemon, 64010, CONNECTIONS):
+        assert "result" in await _as(daemon, 64011, "status")

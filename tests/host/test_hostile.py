@@ -120,7 +120,29 @@ ON_THE_HOST_API = {
     "half a surrogate pair": """
         sock = connect()
         answer = call(sock, b'{"jsonrpc":"2.0","method":"kv.set","params":{"key":"\\\\ud800","value":1},"id":1}')
-        return {"message": answer["error"]["message"]}
+        return {"message": f"answered {answer['result']}"}
+        """,
+    "lines that are dear to read": """
+        sock = connect()
+        sock.settimeout(1)
+        digits = (b"1" * 299 + b" ") * 860
+        line = b'{"jsonrpc":"2.0","id":1,"method":"x","params":{"a":"e000","s":"' + digits + b'"}}\\n'
+        end = time.monotonic() + 3
+        try:
+            while time.monotonic() < end:
+                sock.sendall(line)
+        except OSError:
+            pass
+        """,
+    "blank lines": """
+        sock = connect()
+        sock.settimeout(1)
+        end = time.monotonic() + 3
+        try:
+            while time.monotonic() < end:
+                sock.sendall(b"\\n" * 65536)
+        except OSError:
+            pass
         """,
     "half a request, then gone": """
         for _ in range(20):
@@ -139,7 +161,7 @@ ANSWERS = {
     "ids of any size and twice": "answered",
     "numbers of a megabyte": "not valid JSON",
     "deep": "nested deeper",
-    "half a surrogate pair": "not valid JSON",
+    "half a surrogate pair": "answered {}",
 }
 
 ON_A_STREAM = {

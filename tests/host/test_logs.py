@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from host.plugins.logs import MAX_LINE, RATE, Logs
+from host.plugins.logs import LINES_PER_TURN, MAX_LINE, RATE, Logs
 from host.plugins.secrets import Redactor
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
@@ -183,3 +183,30 @@ async def test_rest_of_a_line_that_a_flood_tore_is_dropped(tmp_path: Path) -> No
     os.close(end)
     logs.close()
     assert not _shows_part(lines)
+
+
+async def test_blank_and_short_lines_take_many_turns_and_no_record_each(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, lambda _: Redactor())
+    stored: list[str] = []
+    in_turn: list[int] = []
+
+    def count() -> None:
+        in_turn.append(len(stored) - sum(in_turn))
+        if "end" in stored:
+            ended.set()
+        else:
+            loop.call_soon(count)
+
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    logs.of("p").follow(lambda entry: stored.append(entry["line"]))
+    out, err = os.pipe(), os.pipe()
+    logs.attach("p", "run", out[0], err[0])
+    os.write(out[1], b"\n" * 30_000 + b"a\n\n" * 2000 + b"end\n")
+    loop.call_soon(count)
+    async with asyncio.timeout(seconds(20)):
+        await ended.wait()
+    assert stored == ["a"] * 2000 + ["end"]
+    assert max(in_turn) <= LINES_PER_TURN
+    for fd in (out[1], err[1]):
+        os.close(fd)
+    logs.close()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from host.database import SCHEMA_VERSION, Store
-from host.queue.interface import RETRY_BACKOFF, NewEvent, Result, Subscriber
+from host.database import SCHEMA_VERSION, WAL_HIGH, Store
+from host.queue.interface import RETRY_BACKOFF, Delivery, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -35,6 +35,43 @@ async def test_many_accepts_share_few_syncs(store: Store) -> None:
     await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", "k")]) for n in range(1000)))
     assert store.read(lambda db: db.execute("SELECT count(*) FROM deliveries").fetchone()[0]) == 1000
     assert store.syncs <= 20
+
+
+async def test_event_accepted_during_a_removal_is_not_for_the_namesake(store: Store) -> None:
+    queue = SqliteQueue(store)
+    queue.consumer("p")
+    accept = asyncio.create_task(queue.accept(_event(), [Subscriber("p", "k")]))
+    await asyncio.sleep(0)
+    await queue.purge("p")
+    accepted = await accept
+    assert queue.consumer("p").depth == 0
+    assert queue.unfinished("p") == []
+    assert queue.show(accepted.event.id).deliveries == ()
+
+
+async def test_replay_during_a_removal_is_not_for_the_namesake(store: Store) -> None:
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k")])
+    queue.consumer("p").term(await queue.consumer("p").take(), Result("dead"))
+    replay = asyncio.create_task(queue.replay(accepted.event.id))
+    await asyncio.sleep(0)
+    await queue.purge("p")
+    assert await replay == []
+    assert queue.consumer("p").depth == 0
+
+
+async def test_expired_delivery_has_its_event_also_after_a_restart(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    accepted = await SqliteQueue(store).accept(_event(ttl=0.01), [Subscriber("p", None)])
+    await store.close()
+    store = Store(tmp_path / "host.db")
+    expired: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
+    take = asyncio.create_task(SqliteQueue(store, on_expired=expired.set_result).consumer("p").take())
+    delivery = await expired
+    assert delivery.event is not None
+    assert delivery.event.id == accepted.event.id
+    take.cancel()
+    await store.close()
 
 
 async def test_acceptance_waits_for_the_sync(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +275,67 @@ async def test_a_lock_held_by_somebody_delays_and_loses_nothing(store: Store) ->
     assert store.blocked is None
 
 
+@contextlib.contextmanager
+def _largest_log(store: Store) -> Iterator[list[int]]:
+    """The largest size of the write-ahead log after any commit; the list's only item."""
+    largest, apply = [0], store._commit
+
+    def commit() -> None:
+        apply()
+        largest[0] = max(largest[0], os.stat(f"{store.path}-wal").st_size)
+
+    store._commit = commit  # type: ignore[method-assign]
+    yield largest
+
+
+async def _outcomes_alone(queue: SqliteQueue, count: int) -> None:
+    """Write that many outcomes, each in a transaction of its own, while no event is accepted."""
+    await queue.accept(_event("x" * 3000), [Subscriber("p", None)])
+    consumer = queue.consumer("p")
+    for _ in range(count):
+        delivery = await consumer.take()
+        await queue.sent([delivery])
+        consumer.nak(delivery, Result("retry", reply="r" * 3000), delay=0.0)
+        await queue.store.committed()
+        await asyncio.sleep(0)
+
+
+async def test_log_is_bounded_also_while_nothing_is_accepted(store: Store) -> None:
+    with _largest_log(store) as largest:
+        await _outcomes_alone(SqliteQueue(store), 3000)
+    assert 0 < largest[0] < WAL_HIGH + (2 << 20)
+
+
+async def test_log_does_not_fill_a_small_disk(small_disk: Path) -> None:
+    store = Store(small_disk / "host.db")
+    with _largest_log(store) as largest:
+        await _outcomes_alone(SqliteQueue(store), 1500)
+    assert store.blocked is None
+    assert 0 < largest[0] < 1 << 20
+    await store.close()
+
+
+async def test_disk_that_is_full_when_the_daemon_starts_is_made_room_on_by_the_reserve(small_disk: Path) -> None:
+    store = Store(small_disk / "host.db")
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event("x" * 30_000), [Subscriber("p", "k")])
+    copies = {name: (small_disk / name).read_bytes() for name in ("host.db", "host.db-wal")}
+    await store.close()
+    for name, data in copies.items():  # as a kill leaves them
+        (small_disk / name).write_bytes(data)
+    with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"x" * 4096)
+    store = Store(small_disk / "host.db")
+    queue = SqliteQueue(store)
+    delivery = await queue.consumer("p").take()
+    assert delivery.id == f"{accepted.event.id}.p"
+    await queue.sent([delivery])
+    queue.consumer("p").ack(delivery, Result("ok"))
+    await store.committed()
+    await store.close()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -276,7 +374,7 @@ async def test_a_full_disk_refuses_events_keeps_outcomes_and_recovers(small_disk
             file.write(b"x" * 4096)
     consumer.ack(delivery, Result("ok"))
     with pytest.raises(UnavailableError, match="cannot be written"):
-        await queue.accept(_event("x" * 60_000), [Subscriber("p", "k")])
+        await queue.accept(_event("x" * 600_000), [Subscriber("p", "k")])
     assert store.blocked is not None
     filler.unlink()
     await asyncio.wait_for(store.unblocked.wait(), 5)

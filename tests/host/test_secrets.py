@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sqlite3
@@ -40,6 +41,26 @@ async def test_values_are_encrypted_and_bound_to_their_place(tmp_path: Path) -> 
     assert config.environment("p1", _manifest()).env == {"token": "plain-text-token", "TOKEN": "plain-text-token"}
     with pytest.raises(IsolatorError, match="cannot be decrypted"):
         config.environment("p2", _manifest())
+    await store.close()
+
+
+async def test_values_that_are_set_beside_a_rotation_are_there_after_a_restart(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    config = ConfigStore(store, tmp_path / "key")
+    await config.set("p1", _manifest(), {"old": "value-1"})
+    await asyncio.gather(
+        config.set("p1", _manifest(), {"old": "value-2", "new": "fresh"}),
+        config.rotate(),
+        config.set("p1", _manifest(), {"late": "added"}),
+        config.unset("p1", "new"),
+        config.rotate(),
+    )
+    known = config.environment("p1", _manifest()).env
+    await store.close()
+    store = Store(tmp_path / "host.db")
+    config = ConfigStore(store, tmp_path / "key")
+    assert config.environment("p1", _manifest()).env == known
+    assert known == {"old": "value-2", "OLD": "value-2", "late": "added", "LATE": "added"}
     await store.close()
 
 

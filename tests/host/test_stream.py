@@ -188,7 +188,7 @@ async def test_of_many_in_flight_only_the_culprit_is_quarantined(daemon: Daemon)
 import select
 if params["project_id"] == "poison":
     select.select([connection], [], [], 0.2)
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.05)
 send(id=id, result={})
 """
@@ -299,3 +299,33 @@ async def test_the_example_counts(daemon: Daemon) -> None:
     _add(daemon, "counter", EXAMPLE.read_text(), permissions=["kv"])
     replies = [json.loads((await _only(daemon))["reply"])["result"]["count"] for _ in range(3)]
     assert replies == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "script"),
+    [
+        (
+            "oneshot",
+            sidecars.oneshot('return {"status": "sent " + TOKEN, "message": "x" * 395 + TOKEN}'),
+        ),
+        ("stream", stream('send(id=id, result={"status": os.environ["TOKEN"], "message": TOKEN})')),
+        ("stream", stream("pass", hello='None, error={"code": TOKEN, "message": "x" * 195 + TOKEN')),
+        ("stream", stream("pass", hello='{"protocol": "x" * 17 + TOKEN}')),
+        ("stream", stream("send(id=id, method=TOKEN)\nsend(id=id, result={})")),
+    ],
+)
+async def test_no_text_of_the_plugin_shows_a_secret(daemon: Daemon, mode: str, script: str) -> None:
+    secret = "xoxb-123456789-abcdef"
+    schema = {"token": {"type": "string", "secret": True}}
+    script = script.replace("import json,", 'TOKEN = __import__("os").environ["TOKEN"]\nimport json,', 1)
+    sidecar = daemon.add("leaky", script, transport={"mode": mode}, config_schema=schema, delivery={"attempts": 1})
+    await daemon.ask("config.set", name="leaky", config={"token": secret})
+    emitted = await daemon.emit()
+    row = await daemon.outcome(emitted, timeout=2.0)
+    shown = [row, await daemon.ask("plugin.show", name="leaky"), await daemon.ask("event.list"), daemon.records]
+    assert sidecar.starts
+    assert secret[:6] not in json.dumps(shown)
+    await daemon.stop_sidecar(sidecar)
+    await daemon.kill_host()
+    for path in daemon.paths.host_lib.glob("host.db*"):
+        assert secret[:6].encode() not in path.read_bytes()

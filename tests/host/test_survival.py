@@ -5,10 +5,14 @@ A hundred kills under load, with a whole daemon, are in tests/system/test_killed
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+from host.lifecycle import EAGER_STARTS
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -112,3 +116,71 @@ async def test_a_removed_plugin_leaves_no_config_and_no_queue_for_its_namesake(d
     (delivery,) = (await daemon.outcome(await daemon.emit()))["deliveries"]
     assert delivery["state"] == "ok"
     assert "token" not in sidecar.env
+
+
+async def test_no_event_from_before_reaches_a_plugin_that_takes_the_name_of_a_removed_one(daemon: Daemon) -> None:
+    accepted: list[dict[str, Any]] = []
+    removed = asyncio.Event()
+
+    async def emit_on() -> None:
+        while not removed.is_set():
+            accepted.append(await daemon.emit())
+
+    for number in range(4):
+        daemon.add("again", sidecars.OK)
+        await daemon.deliver()
+        removed.clear()
+        emitters = [asyncio.create_task(emit_on()) for _ in range(4)]
+        await daemon.ask("plugin.remove", name="again")
+        removed.set()
+        await asyncio.gather(*emitters)
+        sidecar = daemon.add("again", sidecars.LOGGED)
+        fresh = await daemon.emit(deployment_id=f"fresh{number}")
+        await daemon.outcome(fresh)
+        lines = [entry["line"] for entry in (await daemon.ask("plugin.logs", name="again"))["lines"]]
+        events = [json.loads(line.removeprefix("event ")) for line in lines if line.startswith("event ")]
+        assert {event["deployment_id"] for event in events} == {f"fresh{number}"}
+        for event in accepted:
+            shown = await daemon.ask("event.show", id=event["id"])
+            assert [d for d in shown["deliveries"] if d["state"] in ("queued", "retry", "in_flight")] == []
+        accepted.clear()
+        await daemon.ask("plugin.remove", name=sidecar.name)
+
+
+async def test_events_of_a_plugin_whose_policy_is_of_no_use_wait_for_it(daemon: Daemon) -> None:
+    sidecar = daemon.add("typo", sidecars.OK)
+    sidecar.state = "disabled"
+    daemon.changed(sidecar)
+    before = await daemon.emit()
+    await daemon.kill_host()
+    sidecar.state = "rejected"
+    await daemon.start_host()
+    meanwhile = await daemon.emit()
+    assert meanwhile["plugins"] == ["typo"]
+    for event in (before, meanwhile):
+        assert [d["state"] for d in (await daemon.outcome(event, timeout=0.3))["deliveries"]] == ["queued"]
+    sidecar.state = "stopped"
+    daemon.changed(sidecar)
+    for event in (before, meanwhile):
+        assert [d["state"] for d in (await daemon.outcome(event))["deliveries"]] == ["ok"]
+
+
+async def test_plugins_for_which_events_wait_start_before_all_eager_ones(daemon: Daemon) -> None:
+    waiting = daemon.add("waiting", sidecars.OK)
+    waiting.state = "disabled"
+    daemon.changed(waiting)
+    emitted = await daemon.emit()
+    await daemon.kill_host()
+    waiting.state, daemon.fresh = "stopped", True
+    for number in range(3 * EAGER_STARTS):
+        daemon.add(f"eager{number}", sidecars.OK, activation={"start": "eager"})
+    daemon.first = "import host.lifecycle\nhost.lifecycle.EAGER_PATIENCE = 600.0\n"
+    daemon.starts_may_go_on.clear()
+    await daemon.start_host()
+    await daemon.until(lambda: len(daemon.ensured) == 1 + EAGER_STARTS)
+    await daemon.ask("status")
+    assert len(daemon.ensured) == 1 + EAGER_STARTS
+    assert "waiting" in daemon.ensured
+    daemon.starts_may_go_on.set()
+    assert [d["state"] for d in (await daemon.outcome(emitted))["deliveries"] if d["plugin"] == "waiting"] == ["ok"]
+    await daemon.until(lambda: len(daemon.ensured) == 1 + 3 * EAGER_STARTS)

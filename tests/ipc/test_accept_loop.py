@@ -12,6 +12,7 @@ import pytest
 
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.pacing import TokenBucket
+from tests.support.timeouts import seconds
 
 
 @pytest.fixture
@@ -98,6 +99,32 @@ async def test_lack_of_descriptors_is_a_rest_not_an_end(listener: socket.socket,
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     await accepted.reached(8)
+    loop.close()
+    accepted.close()
+
+
+async def test_peers_are_told_of_the_lack_of_descriptors_and_the_log_once(
+    listener: socket.socket, clients: list[socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    accepted, filler = Accepted(), [os.open("/dev/null", os.O_RDONLY)]
+    loop = AcceptLoop(listener, accepted.add, refuse=lambda connection: connection.send(b"none left"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                filler.append(os.dup(filler[0]))
+        for client in clients[:2]:
+            client.setblocking(False)
+            async with asyncio.timeout(seconds(20)):
+                assert await asyncio.get_running_loop().sock_recv(client, 100) == b"none left"
+        assert not accepted
+    finally:
+        for fd in filler:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await accepted.reached(6)
+    assert len([r for r in caplog.records if "no connection can be accepted" in r.message]) == 1
     loop.close()
     accepted.close()
 

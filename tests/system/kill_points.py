@@ -129,7 +129,7 @@ def main() -> None:
     wrap(BrokerLink, "detach", after="network gone")
     wrap(Run, "take_down", after="all gone")
     # Services that die one after the other all day: only the pause between their starts is shortened.
-    service._BACKOFF_LAST = service._BACKOFF_FIRST  # type: ignore[misc]
+    service._BACKOFF_LAST = service._LONGEST_AWAY = service._BACKOFF_FIRST  # type: ignore[misc]
 
     from host.cli.main import main as command_line
 

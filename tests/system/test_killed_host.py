@@ -45,7 +45,8 @@ class Impatient(Daemon):
 
     def command(self) -> list[str]:
         program = (
-            "import sys; import isolator.supervisor.service as service; service._BACKOFF_LAST = service._BACKOFF_FIRST;"
+            "import sys; import isolator.supervisor.service as service;"
+            " service._BACKOFF_LAST = service._LONGEST_AWAY = service._BACKOFF_FIRST;"
             " from host.cli.main import main; sys.exit(main())"
         )
         return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]

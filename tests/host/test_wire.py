@@ -1,0 +1,109 @@
+"""Lines and JSON of untrusted peers: common writers are read, and no line costs more than its share."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from host.wire.lines import LONG_LINE, LineProtocol
+from host.wire.strict_json import MAX_VALUES, WireError, parse
+from isolator.pacing import TokenBucket
+from tests.support.timeouts import seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('"half \\ud83d"', "half \ufffd"),
+        ('"\\ude00 half"', "\ufffd half"),
+        ('"whole \\ud83d\\ude00"', "whole \U0001f600"),
+        ('"\\ud83d\\ud83d\\ude00\\ude00"', "\ufffd\U0001f600\ufffd"),
+        ('"no escape: \\\\ud83d, one: \\\\\\uD83D"', "no escape: \\ud83d, one: \\\ufffd"),
+        ('{"\\ud83d": 1}', {"\ufffd": 1}),
+        ('\ufeff{"a": 1}', {"a": 1}),
+    ],
+)
+def test_text_of_common_writers_is_read(text: str, value: object) -> None:
+    assert parse(text.encode()) == value
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\ud83d', '"\\ud8"', "\ufeff\ufeff{}", "\ufeff", '"\\ud83d" x', '{"a": NaN, "b": "\\ud83d"}']
+)
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(WireError, match="not valid JSON"):
+        parse(text.encode())
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e+0999", "9" * 400 + ".5", "1e309"])
+def test_infinite_number_is_refused_also_behind_text_that_resembles_one(number: str) -> None:
+    with pytest.raises(WireError):
+        parse(f'{{"a": "e000 {"1" * 299} ", "b": [{number}]}}'.encode())
+
+
+def test_brackets_count_as_values() -> None:
+    with pytest.raises(WireError, match="values"):
+        parse(b"[" + b",".join([b"[[]]"] * (MAX_VALUES // 2)) + b"]")
+
+
+class Reader(LineProtocol):
+    """Keeps its lines; ``turns`` counts those of the event loop that it took for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[bytes] = []
+        self.turns = 0
+        self.more = asyncio.Event()
+
+    def line_received(self, data: bytes) -> None:
+        self.lines.append(data)
+        self.more.set()
+
+    def _next_turn(self) -> None:
+        self.turns += 1
+        super()._next_turn()
+
+    async def until(self, count: int) -> None:
+        """Wait for a number of lines."""
+        async with asyncio.timeout(seconds(20)):
+            while len(self.lines) < count:
+                self.more.clear()
+                await self.more.wait()
+
+
+@pytest.fixture
+async def reader() -> AsyncIterator[tuple[Reader, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    made = Reader()
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: made, ours)
+    yield made, theirs
+    made.close()
+    theirs.close()
+
+
+async def test_blank_lines_take_no_turns_of_the_loop(reader: tuple[Reader, socket.socket]) -> None:
+    protocol, peer = reader
+    loop = asyncio.get_running_loop()
+    for _ in range(16):
+        await loop.sock_sendall(peer, b"\n" * 65536)
+    await loop.sock_sendall(peer, b"\n\na\n\n\nb\n")
+    await protocol.until(2)
+    assert protocol.lines == [b"a", b"b"]
+    assert protocol.turns <= 1
+
+
+async def test_long_line_beyond_the_time_of_its_peer_waits(reader: tuple[Reader, socket.socket]) -> None:
+    protocol, peer = reader
+    now = 0.0
+    protocol.cpu = TokenBucket(1e-3, 0.0, clock=lambda: now)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(peer, b"short\n" + b"x" * LONG_LINE + b"\nafter\n")
+    await protocol.until(2)
+    assert len(protocol.lines) == 2
+    await protocol.until(3)
+    assert protocol.lines[2] == b"after"
