@@ -27,7 +27,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import guard, nflog, sniff
 from isolator.broker.dial import dial
-from isolator.broker.dns import Answers, NameServer
+from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer
 from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound
@@ -49,6 +49,8 @@ KERNEL_LATE = 0.1
 """Seconds by which a refusal of the kernel may be read after the plugin felt it: record and reset leave together."""
 UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
+QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
+"""Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
 
@@ -97,6 +99,8 @@ class Outbound:
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._repeats = RepeatCounter(self._write, self._loop.time)
+        # The rate of questions bounds these: each name that is looked at has a record of its own.
+        self._questions = RepeatCounter(self._write, self._loop.time, keys=QUESTION_KEYS)
         answers = Answers(rules, self._pool, self._resolver, self.blocked, self._query, shared.unrecordable)
         self._name_server = NameServer(answers, dns_udp, dns_tcp)
         if tcp6.family != socket.AF_INET6:
@@ -122,10 +126,12 @@ class Outbound:
         self._loop.remove_reader(self._nflog)
         self._nflog.close()
         self._repeats.flush(everything=True)
+        self._questions.flush(everything=True)
 
     def tick(self) -> None:
         """Write counts that are due and end flows that stand still; to be called once a second."""
         self._repeats.flush()
+        self._questions.flush()
         for flows in (self._flows, self._inbound.flows):
             flows.end_idle(self._loop.time() - IDLE)
 
@@ -290,8 +296,8 @@ class Outbound:
         else:
             self._write(record, since_ns=since_ns, happened_ns=happened_ns)
 
-    def _query(self, name: str, kind: str, verdict: str, rule: str) -> None:
-        self._repeats.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule))
+    def _query(self, name: str, kind: str, verdict: str, rule: str, count: int = 1) -> None:
+        self._questions.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule), count=count)
 
     def _write(self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None) -> None:
         self._shared.audit.record(record, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns)

@@ -66,8 +66,9 @@ class DenialRule(StrEnum):
     # Names.
     NAME_FORM = "name-form", "that is no host name"
     RECORD_TYPE = "record-type", "only addresses are answered; other records can carry data out"
+    DNS_FORM = "dns-form", "that is no question for the address of an internet name"
     DNS_RATE = "dns-rate", "it asked for names faster than a cage may"
-    DNS_BUSY = "dns-busy", "too many of its lookups were under way"
+    DNS_BUSY = "dns-busy", "too many of its lookups were under way, or their answers took too long to read"
     TOO_MANY_NAMES = "too-many-names", "it used more names than a cage may"
     UPSTREAM = "upstream", "the host's resolver gave no answer"
     # The host's own troubles.
