@@ -60,7 +60,8 @@ class DenialRule(StrEnum):
     NOT_TLS = "not-tls", "something other than TLS on port 443", Remedy.NO_SNI
     NO_HOST = "no-host", "HTTP without a Host", Remedy.NO_SNI
     NOT_HTTP = "not-http", "something other than HTTP on port 80", Remedy.NO_SNI
-    MALFORMED = "malformed", "what it sent first breaks the rules of TLS or HTTP, so nobody can tell whom it is for"
+    HTTP2 = "http2", "HTTP/2 without TLS, whose requests name their server where nobody sees it", Remedy.NO_SNI
+    MALFORMED = "malformed", "what it sent breaks the rules of TLS or HTTP, so nobody can tell whom it is for"
     INCOMPLETE = "incomplete", "it stopped in the middle of saying whom the connection is for"
     SILENT = "silent", "it connected and then did not say whom the connection is for"
     # Names.
