@@ -7,6 +7,8 @@ import errno
 import socket
 from collections.abc import Sequence
 
+from isolator.broker.buffers import keep_small
+from isolator.broker.relay import keep_alive
 from isolator.policy.addresses import Address
 
 STAGGER = 0.25
@@ -15,13 +17,16 @@ TIMEOUT = 10.0
 """Seconds for all addresses together."""
 
 
-async def dial(addresses: Sequence[Address], port: int) -> tuple[socket.socket, Address]:
-    """Connect by TCP; returns the socket and the address that answered. Raises OSError, ETIMEDOUT after ``TIMEOUT``."""
+async def dial(addresses: Sequence[Address], port: int, *, small: bool = False) -> tuple[socket.socket, Address]:
+    """Connect by TCP; returns the socket and the address that answered. Raises OSError, ETIMEDOUT after ``TIMEOUT``.
+
+    ``small``: with buffers that do not grow.
+    """
     loop = asyncio.get_running_loop()
     if len(addresses) == 1:
         try:
             async with asyncio.timeout(TIMEOUT):
-                return await _connect(addresses[0], port), addresses[0]
+                return await _connect(addresses[0], port, small), addresses[0]
         except TimeoutError as late:
             raise OSError(errno.ETIMEDOUT, "no answer in time") from late
     waiting = list(addresses)
@@ -32,7 +37,7 @@ async def dial(addresses: Sequence[Address], port: int) -> tuple[socket.socket, 
         while waiting or running:
             if waiting:
                 address = waiting.pop(0)
-                running[loop.create_task(_connect(address, port))] = address
+                running[loop.create_task(_connect(address, port, small))] = address
             left = end - loop.time()
             pause = min(STAGGER, left) if waiting else left
             done, _ = await asyncio.wait(running, timeout=max(pause, 0), return_when=asyncio.FIRST_COMPLETED)
@@ -55,12 +60,14 @@ async def dial(addresses: Sequence[Address], port: int) -> tuple[socket.socket, 
                 result.close()
 
 
-async def _connect(address: Address, port: int) -> socket.socket:
+async def _connect(address: Address, port: int, small: bool) -> socket.socket:
     sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
+        if small:
+            keep_small(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(sock)
         await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
     except BaseException:  # cancelled too: the socket has no other owner yet
         sock.close()

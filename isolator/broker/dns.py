@@ -5,6 +5,9 @@ now. A covered one is looked up outside, so that the plugin gets the real error 
 the address that stands for it in this cage. Only ``A`` has an answer; ``AAAA`` is answered empty (there are no virtual
 IPv6 addresses, and the broker dials whichever family works); every other type is withheld, because it could carry
 data (TXT, ANY) or lead around the check of names (HTTPS, SVCB).
+
+Every question is on record: one within the rate by its name, one that is refused unread (over the rate, or no question
+at all) in a count.
 """
 
 from __future__ import annotations
@@ -16,19 +19,12 @@ import struct
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Any
+from typing import Any, Protocol
 
-import dns.exception
-import dns.flags
-import dns.message
-import dns.opcode
-import dns.rcode
-import dns.rdataclass
-import dns.rdatatype
-import dns.rrset
-
-from isolator.broker.resolver import ResolveError, Resolver
+from isolator.broker import wire
+from isolator.broker.resolver import Overworked, ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
+from isolator.broker.wire import Code
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
@@ -36,6 +32,8 @@ from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules, normal_name
 
 QUERIES_PER_SECOND, QUERY_BURST = 50, 100
+READ_PER_SECOND, READ_BURST = 500, 500
+"""Messages of one cage that are read at all; the others wait in its socket, where the kernel drops the excess."""
 MAX_BUSY = 32
 """Lookups of one cage under way at once."""
 MAX_TCP, TCP_IDLE = 8, 10.0
@@ -43,18 +41,23 @@ MAX_QUERY = 512
 MAX_LABELS = 16
 """Deeper names serve to carry data out, not to find hosts."""
 
-Record = Callable[[str, str, str, str], None]
-"""Called with name, type, verdict (``allowed``, ``denied``, ``withheld``, ``failed``) and rule."""
+_SO_MEMINFO, _MEMINFO, _DROPS = 55, struct.Struct("=9I"), 8
+
+
+class Record(Protocol):
+    """Records questions: name, type, verdict (``allowed``, ``denied``, ``withheld``, ``failed``), rule, how many."""
+
+    def __call__(self, name: str, kind: str, verdict: str, rule: str, count: int = 1) -> None: ...
 
 
 @dataclass(frozen=True)
 class Decision:
     """The reply to a question (code, address if any), and the verdict and rule of its record."""
 
-    rcode: dns.rcode.Rcode
+    code: Code
     verdict: str
     rule: str
-    address: str | None = None
+    address: IPv4Address | None = None
 
 
 class Answers:
@@ -77,67 +80,66 @@ class Answers:
         self._refusal = refusal
         self._bucket = TokenBucket(QUERIES_PER_SECOND, QUERY_BURST)
 
-    async def answer(self, wire: bytes) -> bytes | None:
+    async def answer(self, message: bytes) -> bytes | None:
         """The reply to one message, or None when none is due; never raises, whatever the bytes."""
+        in_time = self._bucket.try_take()
         try:
-            query = dns.message.from_wire(wire[:MAX_QUERY], question_only=True)
-        except (dns.exception.DNSException, ValueError, struct.error, IndexError):
+            question = wire.read_question(message[:MAX_QUERY])
+        except wire.Broken:
+            self._record("", "", "denied", DenialRule.DNS_FORM if in_time else DenialRule.DNS_RATE)
             return None
-        if query.flags & dns.flags.QR or len(query.question) != 1:
-            return None
-        reply = dns.message.make_response(query, recursion_available=True)
-        question = query.question[0]
-        if not self._bucket.try_take():
+        if not in_time:
             self._record("", "", "denied", DenialRule.DNS_RATE)
-            reply.set_rcode(dns.rcode.REFUSED)
-            return reply.to_wire()
-        if query.opcode() != dns.opcode.QUERY or question.rdclass != dns.rdataclass.IN:
-            reply.set_rcode(dns.rcode.NOTIMP)
-            return reply.to_wire()
-        kind = dns.rdatatype.to_text(question.rdtype)
-        text = question.name.to_text(omit_final_dot=True)
-        decision = await self._decide(text, question.rdtype)
-        self._record(text.lower(), kind, decision.verdict, decision.rule)
-        reply.set_rcode(decision.rcode)
-        if decision.address is not None:
-            reply.answer.append(dns.rrset.from_text(question.name, TTL, "IN", "A", decision.address))
-        return reply.to_wire()
+            return question.reply(Code.REFUSED)
+        kind = wire.type_text(question.kind)
+        if question.plain:
+            decision = await self._decide(question.name, question.kind)
+        else:
+            decision = Decision(Code.NOTIMP, "denied", DenialRule.DNS_FORM)
+        self._record(question.name.lower(), kind, decision.verdict, decision.rule)
+        return question.reply(decision.code, decision.address, TTL)
 
-    async def _decide(self, text: str, kind: dns.rdatatype.RdataType) -> Decision:
+    def dropped(self, count: int) -> None:
+        """Record messages that the kernel dropped, because they came faster than they were read."""
+        self._record("", "", "denied", DenialRule.DNS_RATE, count)
+
+    async def _decide(self, text: str, kind: int) -> Decision:
         name = normal_name(text)
-        nowhere = dns.rcode.NXDOMAIN
+        nowhere = Code.NXDOMAIN
         if name is None or name.count(".") >= MAX_LABELS:
             return Decision(nowhere, "denied", DenialRule.NAME_FORM)
         if name == "localhost" or name.endswith(".localhost"):
-            address = "127.0.0.1" if kind == dns.rdatatype.A else None
-            return Decision(dns.rcode.NOERROR, "allowed", "localhost", address)
+            address = IPv4Address("127.0.0.1") if kind == wire.A else None
+            return Decision(Code.NOERROR, "allowed", "localhost", address)
         ports = self._rules.name_ports(name)
         if not ports:
             return Decision(nowhere, "denied", self._rules.name(name, 443).rule)
         rule = self._rules.name(name, min(ports)).rule
-        if kind == dns.rdatatype.AAAA:
-            return Decision(dns.rcode.NOERROR, "allowed", rule)
-        if kind != dns.rdatatype.A:
-            return Decision(dns.rcode.NOERROR, "withheld", DenialRule.RECORD_TYPE)
+        if kind == wire.AAAA:
+            return Decision(Code.NOERROR, "allowed", rule)
+        if kind != wire.A:
+            return Decision(Code.NOERROR, "withheld", DenialRule.RECORD_TYPE)
         refused = self._refusal()
         if refused is not None:
-            return Decision(dns.rcode.SERVFAIL, "failed", refused)
+            return Decision(Code.SERVFAIL, "failed", refused)
         if self._resolver.busy >= MAX_BUSY:
-            return Decision(dns.rcode.SERVFAIL, "failed", DenialRule.DNS_BUSY)
+            return Decision(Code.SERVFAIL, "failed", DenialRule.DNS_BUSY)
         try:
             found = await self._resolver.resolve(name)
+        except Overworked:
+            return Decision(Code.SERVFAIL, "failed", DenialRule.DNS_BUSY)
         except ResolveError:
-            return Decision(dns.rcode.SERVFAIL, "failed", DenialRule.UPSTREAM)
+            return Decision(Code.SERVFAIL, "failed", DenialRule.UPSTREAM)
         if not found.addresses:
-            return Decision(dns.rcode.NOERROR if found.exists else nowhere, "allowed", rule)
+            return Decision(Code.NOERROR if found.exists else nowhere, "allowed", rule)
         reasons = [self._blocked(address, port) for address in found.addresses for port in ports]
         if all(reasons):
             # Nothing could ever be reached through it: say so now rather than at each connection.
             return Decision(nowhere, "denied", reasons[0] or "")
-        virtual: IPv4Address | None = self._pool.lookup(name)
+        virtual = self._pool.lookup(name)
         if virtual is None:
-            return Decision(dns.rcode.SERVFAIL, "denied", DenialRule.TOO_MANY_NAMES)
-        return Decision(dns.rcode.NOERROR, "allowed", rule, str(virtual))
+            return Decision(Code.SERVFAIL, "denied", DenialRule.TOO_MANY_NAMES)
+        return Decision(Code.NOERROR, "allowed", rule, virtual)
 
 
 class NameServer:
@@ -148,12 +150,18 @@ class NameServer:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = 0
+        self._reading = TokenBucket(READ_PER_SECOND, READ_BURST)
+        self._resting: asyncio.TimerHandle | None = None
+        self._drops = 0
         udp.setblocking(False)
         self._loop.add_reader(udp, self._readable)
         self._accepting = AcceptLoop(tcp, lambda connection, _: self._spawn(self._stream(connection)))
 
     async def close(self) -> None:
         """Stop answering and close the sockets."""
+        if self._resting is not None:
+            self._resting.cancel()
+        self._count_drops()
         self._loop.remove_reader(self._udp)
         self._udp.close()
         self._accepting.close()
@@ -164,13 +172,28 @@ class NameServer:
     def _readable(self) -> None:
         for _ in range(32):
             try:
-                wire, peer = self._udp.recvfrom(MAX_QUERY)
+                message, peer = self._udp.recvfrom(MAX_QUERY)
             except OSError:
                 return
-            self._spawn(self._datagram(wire, peer))
+            self._spawn(self._datagram(message, peer))
+            if pause := self._reading.take():
+                self._loop.remove_reader(self._udp)
+                self._resting = self._loop.call_later(pause, self._rested)
+                return
 
-    async def _datagram(self, wire: bytes, peer: tuple[str, int]) -> None:
-        reply = await self._answers.answer(wire)
+    def _rested(self) -> None:
+        self._resting = None
+        self._count_drops()
+        self._loop.add_reader(self._udp, self._readable)
+
+    def _count_drops(self) -> None:
+        drops = _MEMINFO.unpack(self._udp.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))[_DROPS]
+        if drops != self._drops:
+            self._answers.dropped((drops - self._drops) & 0xFFFFFFFF)
+            self._drops = drops
+
+    async def _datagram(self, message: bytes, peer: tuple[str, int]) -> None:
+        reply = await self._answers.answer(message)
         if reply is not None:
             with contextlib.suppress(OSError):  # the client has gone, or its socket is full: it asks again
                 self._udp.sendto(reply, peer)
@@ -184,7 +207,9 @@ class NameServer:
                     length = struct.unpack("!H", await reader.readexactly(2))[0]
                     if length > MAX_QUERY:
                         return
-                    reply = await self._answers.answer(await reader.readexactly(length))
+                    message = await reader.readexactly(length)
+                    await asyncio.sleep(self._reading.take())
+                    reply = await self._answers.answer(message)
                     if reply is None:
                         return
                     writer.write(struct.pack("!H", len(reply)) + reply)

@@ -52,6 +52,8 @@ class Flow:
     cage_port: int | None = None
     """The cage's own port, for a connection that comes in from outside."""
     pipes: list[Pipe] = field(default_factory=list)
+    roomy: bool = False
+    """Whether its outer buffers may grow (``buffers``)."""
     recorded: bool = False
     reason: str = "closed"
     began: int = field(default_factory=time.monotonic_ns)
@@ -90,11 +92,17 @@ class Flow:
         return self.pipes[0], self.pipes[1]
 
     async def relay(self) -> bool:
-        """Wait for both directions; True for an orderly end. A broken direction ends the other at once."""
+        """Wait for both directions; True for an orderly end. A broken direction ends the other at once.
+
+        Raises Denied for what a gate refused.
+        """
         up, down = self.pipes
         await asyncio.wait([up.ended, down.ended], return_when=asyncio.FIRST_COMPLETED)
-        if not up.error and not down.error:
+        if not (up.error or down.error or up.denied or down.denied):
             await asyncio.wait([up.ended, down.ended])
+        denied = up.denied or down.denied
+        if denied is not None:
+            raise denied
         error = up.error or down.error
         if error is not None:
             self.failed(error)
@@ -144,6 +152,12 @@ class FlowTable:
             if flow.touched < before:
                 flow.reason = "idle"
                 task.cancel()
+
+    def end_incomplete(self, before: float) -> None:
+        """End every flow whose client has left half a greeting or request unfinished since ``before``."""
+        for flow in self._flows.values():
+            for pipe in flow.pipes:
+                pipe.end_incomplete(before)
 
     async def close(self) -> None:
         """End every flow, because its cage ended; all their records are written when it returns."""

@@ -7,11 +7,21 @@ through, because it has no name to compare; on other ports other protocols pass,
 
 from __future__ import annotations
 
+from typing import Any
+
 from isolator.broker.sniff import Hello
 from isolator.policy.denial import DenialRule
 
 TLS_PORTS = frozenset({443})
 HTTP_PORTS = frozenset({80})
+
+
+class Denied(Exception):
+    """A connection that is refused; ``rule`` is a ``DenialRule``, ``found`` are further fields of its record."""
+
+    def __init__(self, rule: str, **found: Any) -> None:
+        super().__init__(rule)
+        self.rule, self.found = rule, found
 
 
 def speaks_first(port: int) -> bool:
@@ -21,10 +31,11 @@ def speaks_first(port: int) -> bool:
 
 def objection(hello: Hello, name: str, port: int, *, allow_no_sni: bool) -> DenialRule | None:
     """The rule that refuses these first bytes on a connection to ``name``, or None."""
-    if hello.protocol == "other":
+    if hello.protocol in {"other", "http2"}:
         if allow_no_sni:
             return None
-        return DenialRule.NOT_TLS if port in TLS_PORTS else DenialRule.NOT_HTTP if port in HTTP_PORTS else None
+        unread = DenialRule.HTTP2 if hello.protocol == "http2" else None
+        return DenialRule.NOT_TLS if port in TLS_PORTS else DenialRule.NOT_HTTP if port in HTTP_PORTS else unread
     if hello.protocol == "http":
         if port in TLS_PORTS and not allow_no_sni:
             return DenialRule.NOT_TLS

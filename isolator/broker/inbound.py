@@ -18,8 +18,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 
+from isolator.broker.buffers import Buffers, keep_small
 from isolator.broker.flow import Flow, FlowTable
-from isolator.broker.relay import Scratch, reset
+from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Write
 from isolator.errors import IsolatorError
 from isolator.ipc.accept_loop import AcceptLoop
@@ -49,12 +50,14 @@ class Inbound:
         fetch: Fetch,
         write: Write,
         scratch: Scratch,
+        buffers: Buffers,
         *,
         limit: int,
         refusal: Callable[[], DenialRule | None],
     ) -> None:
         self.flows = FlowTable(limit)
         self._fetch, self._write, self._scratch, self._refusal = fetch, write, scratch, refusal
+        self._buffers = buffers
         self._loop = asyncio.get_running_loop()
         self._stock: deque[socket.socket] = deque()
         self._filling: asyncio.Task[None] | None = None
@@ -77,6 +80,9 @@ class Inbound:
         flow.rule = f"listen {format_listen(rule)}"
         refused = DenialRule.TOO_MANY_OPEN if self.flows.full else self._refusal()
         if refused is None:
+            flow.roomy = self._buffers.take()
+            if not flow.roomy:
+                keep_small(client)
             self.flows.start(flow, self._carry(flow))
         else:
             self._write(flow.denied(refused))
@@ -90,6 +96,7 @@ class Inbound:
             self._write(flow.opened(), happened_ns=flow.began)
             for sock in (flow.client, flow.server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(sock)
             for pipe in flow.join(self._scratch):
                 pipe.start()
             orderly = await flow.relay()
@@ -98,6 +105,8 @@ class Inbound:
             self._write(flow.unreachable())
         finally:
             flow.release(orderly=orderly)
+            if flow.roomy:
+                self._buffers.give()
             if flow.recorded:
                 self._write(flow.closed(self._loop.time()))
 

@@ -6,8 +6,8 @@ For each accepted connection, in this order:
    any other address was written by the plugin itself.
 2. Name or address and port against the policy; then, for a name, its addresses now; each address against the
    always-blocked list and the host's own. The checked addresses are dialled: there is no second lookup.
-3. The first bytes against the name (``guard``), before any of them is passed on.
-4. Bytes both ways until both ends are done, one breaks off, or nothing moved for ``IDLE`` seconds.
+3. The first bytes against the name (``guard``), and whatever else in the clear names a server (``gate``).
+4. Bytes both ways until both ends are done, one breaks off, or nothing moved for the policy's ``idle``.
 
 A refusal is a reset, at once. Each decision is a record: ``net.connect`` and ``net.closed``, or ``net.denied``.
 """
@@ -20,18 +20,22 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import guard, nflog, sniff
+from isolator.broker.buffers import Buffers
 from isolator.broker.dial import dial
-from isolator.broker.dns import Answers, NameServer
+from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer
 from isolator.broker.flow import Flow, FlowTable
+from isolator.broker.gate import Gate
+from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound
-from isolator.broker.relay import Scratch, reset
+from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Repeatable, RepeatCounter
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
@@ -41,24 +45,16 @@ from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import VIRTUAL, Rules
 
-IDLE = 900.0
-"""Seconds without a byte in either direction after which a connection is ended."""
 FIRST_BYTES = 15.0
-"""Seconds for a client to send its first bytes where they are compared before anything passes."""
+"""Seconds for a client to send its first bytes where they are compared before anything passes, or to end a request."""
 KERNEL_LATE = 0.1
 """Seconds by which a refusal of the kernel may be read after the plugin felt it: record and reset leave together."""
 UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
+QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
+"""Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
-
-
-class Denied(Exception):
-    """A connection that is refused; ``rule`` is a ``DenialRule``, ``found`` are further fields of its record."""
-
-    def __init__(self, rule: str, **found: Any) -> None:
-        super().__init__(rule)
-        self.rule, self.found = rule, found
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,12 @@ class Outbound:
         self._shared, self._rules = shared, rules
         self._loop = asyncio.get_running_loop()
         self._flows = FlowTable(policy.connects_open)
+        self._buffers = Buffers()
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._repeats = RepeatCounter(self._write, self._loop.time)
+        # The rate of questions bounds these: each name that is looked at has a record of its own.
+        self._questions = RepeatCounter(self._write, self._loop.time, keys=QUESTION_KEYS)
         answers = Answers(rules, self._pool, self._resolver, self.blocked, self._query, shared.unrecordable)
         self._name_server = NameServer(answers, dns_udp, dns_tcp)
         if tcp6.family != socket.AF_INET6:
@@ -106,7 +105,7 @@ class Outbound:
         self._nflog = log
         self._loop.add_reader(log, self._read_refusals)
         self._inbound = Inbound(
-            zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, shared.scratch,
+            zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, shared.scratch, self._buffers,
             limit=policy.connects_open, refusal=shared.unrecordable,
         )  # fmt: skip
 
@@ -122,12 +121,15 @@ class Outbound:
         self._loop.remove_reader(self._nflog)
         self._nflog.close()
         self._repeats.flush(everything=True)
+        self._questions.flush(everything=True)
 
     def tick(self) -> None:
         """Write counts that are due and end flows that stand still; to be called once a second."""
         self._repeats.flush()
+        self._questions.flush()
+        self._flows.end_incomplete(self._loop.time() - FIRST_BYTES)
         for flows in (self._flows, self._inbound.flows):
-            flows.end_idle(self._loop.time() - IDLE)
+            flows.end_idle(self._loop.time() - self._rules.policy.idle)
 
     def blocked(self, address: Address, port: int) -> DenialRule | None:
         """The rule that keeps a resolved address out of reach at ``port``, or None."""
@@ -163,6 +165,8 @@ class Outbound:
                 self._repeats.add(flow.unreachable())
         finally:
             flow.release(orderly=orderly)
+            if flow.roomy:
+                self._buffers.give()
             if flow.recorded:
                 self._write(flow.closed(self._loop.time()))
 
@@ -174,24 +178,38 @@ class Outbound:
             flow.name = entry.name if entry is not None else None
             raise Denied(refusal)
         addresses = await self._destination(flow)
-        if flow.name is not None and guard.speaks_first(flow.port):
-            hello = self._loop.create_task(self._first_bytes(flow))
+        if flow.name is None:
+            await self._dial(flow, addresses)
+            self._join(flow)
+            return
+        gate = Gate(partial(self._judge, flow), strict=guard.speaks_first(flow.port))
+        if guard.speaks_first(flow.port):
+            hello = self._loop.create_task(self._first_bytes(flow, gate))
             try:
                 await self._dial(flow, addresses)
                 first = await hello
             finally:
                 hello.cancel()
                 await asyncio.gather(hello, return_exceptions=True)
+            self._join(flow, gate, first)
         else:
             await self._dial(flow, addresses)
-            first = b""
+            self._join(flow, gate)
+
+    def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
         flow.recorded = True
         self._write(flow.opened(), happened_ns=flow.began)
         up, down = flow.join(self._shared.scratch)
+        if gate is not None:
+            up.guard(gate, down)
         down.start()
-        if flow.name is not None and not guard.speaks_first(flow.port):
-            first = await self._first_bytes(flow)
         up.start(first)
+
+    def _judge(self, flow: Flow, hello: sniff.Hello) -> None:
+        assert flow.name is not None
+        rule = guard.objection(hello, flow.name, flow.port, allow_no_sni=self._rules.policy.allow_no_sni)
+        if rule is not None:
+            raise Denied(rule, asked=list(hello.names[:4]))
 
     async def _destination(self, flow: Flow) -> tuple[Address, ...]:
         """The addresses that this flow may go to; at least one."""
@@ -227,39 +245,28 @@ class Outbound:
         return usable
 
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:
-        flow.server, flow.dialled = await dial(addresses, flow.port)
+        flow.roomy = self._buffers.take()
+        flow.server, flow.dialled = await dial(addresses, flow.port, small=not flow.roomy)
         flow.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(flow.client)
 
-    async def _first_bytes(self, flow: Flow) -> bytes:
-        """Read until the guard can judge; returns the bytes; raises Denied or OSError."""
-        assert flow.name is not None
-        data = b""
-        client_first = guard.speaks_first(flow.port)
-        hello: sniff.Hello | None = None
+    async def _first_bytes(self, flow: Flow, gate: Gate) -> bytes:
+        """Read until the gate lets bytes pass; returns these; raises Denied or OSError."""
+        began = False
         try:
-            # A client of a protocol where the server speaks first may be silent for as long as it likes.
-            async with asyncio.timeout(FIRST_BYTES if client_first else None) as deadline:
-                while hello is None:
+            async with asyncio.timeout(FIRST_BYTES):
+                while not gate.passing:
                     part = await self._loop.sock_recv(flow.client, sniff.LIMIT)
                     if not part:
-                        break
-                    if not data and not client_first:
-                        deadline.reschedule(self._loop.time() + FIRST_BYTES)
-                    data += part
-                    hello = sniff.sniff(data)
+                        if began:
+                            raise Denied(DenialRule.INCOMPLETE)
+                        return b""
+                    began = True
+                    first = bytes(gate.feed(part))
         except TimeoutError:
             # To pass on half of the compared bytes after a while would be a way round the comparison.
-            raise Denied(DenialRule.INCOMPLETE if data else DenialRule.SILENT) from None
-        except sniff.Malformed as error:
-            raise Denied(DenialRule.MALFORMED, detail=str(error)) from None
-        if hello is None:
-            if not data:
-                return b""
-            raise Denied(DenialRule.INCOMPLETE)
-        rule = guard.objection(hello, flow.name, flow.port, allow_no_sni=self._rules.policy.allow_no_sni)
-        if rule is not None:
-            raise Denied(rule, asked=list(hello.names[:4]))
-        return data
+            raise Denied(DenialRule.INCOMPLETE if began else DenialRule.SILENT) from None
+        return first
 
     def _read_refusals(self) -> None:
         """Record the packets that the ruleset refused before they reached a listener."""
@@ -290,8 +297,8 @@ class Outbound:
         else:
             self._write(record, since_ns=since_ns, happened_ns=happened_ns)
 
-    def _query(self, name: str, kind: str, verdict: str, rule: str) -> None:
-        self._repeats.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule))
+    def _query(self, name: str, kind: str, verdict: str, rule: str, count: int = 1) -> None:
+        self._questions.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule), count=count)
 
     def _write(self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None) -> None:
         self._shared.audit.record(record, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns)

@@ -2,6 +2,8 @@
 
 Callbacks on the event loop rather than streams: one read buffer serves every flow, and a direction keeps bytes of its
 own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait.
+
+A flow to a name has a ``Gate`` between client and server until everything may pass; then its bytes are not looked at.
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ import asyncio
 import contextlib
 import socket
 import struct
+
+from isolator.broker.gate import Gate
+from isolator.broker.guard import Denied
+from isolator.policy.denial import DenialRule
 
 CHUNK = 256 * 1024
 SMALL = 32 * 1024
@@ -26,6 +32,13 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def keep_alive(sock: socket.socket) -> None:
+    """Notice within two minutes that the other end of a quiet connection is gone; the flow then ends on both sides."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 class Scratch:
     """The read buffer of one event loop, and the number of bytes that its flows keep waiting."""
 
@@ -35,12 +48,18 @@ class Scratch:
 
 
 class Pipe:
-    """One direction. ``ended`` is set when the source's end was passed on, or ``error`` says why it broke off."""
+    """One direction. ``ended`` is set when the source's end was passed on, or ``error`` says why it broke off.
+
+    ``denied``: the refusal of something that the client sent. ``gate`` holds back what has to be looked at.
+    """
 
     def __init__(self, source: socket.socket, sink: socket.socket, scratch: Scratch) -> None:
         self.total = 0
         self.touched = 0.0
         self.error: OSError | None = None
+        self.denied: Denied | None = None
+        self.gate: Gate | None = None
+        self._answers: Pipe | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source, self._sink, self._scratch = source, sink, scratch
         self._loop = asyncio.get_running_loop()
@@ -53,7 +72,12 @@ class Pipe:
         if first:
             self._send(memoryview(first))
         if not self._rest and not self.ended.done():
-            self._read(True)
+            self._go_on()
+
+    def guard(self, gate: Gate, back: Pipe) -> None:
+        """Let pass what ``gate`` lets pass; ``back``, the other direction, tells it of the server's answers."""
+        if not gate.done:
+            self.gate, back._answers = gate, self
 
     def stop(self) -> None:
         """Take the pipe off the loop; bytes that still wait are dropped."""
@@ -63,6 +87,12 @@ class Pipe:
             self._keep(memoryview(b""))
         if not self.ended.done():
             self.ended.set_result(None)
+
+    def end_incomplete(self, before: float) -> None:
+        """End the pipe if its gate has held half of something since ``before``, on the event loop's clock."""
+        gate = self.gate
+        if gate is not None and gate.incomplete and not gate.waiting and self.touched < before:
+            self._incomplete()
 
     def _readable(self) -> None:
         buffer = self._scratch.buffer
@@ -79,8 +109,46 @@ class Pipe:
             if not count:
                 self._finish()
                 return
-            if not self._send(buffer[:count]) or count < size // 2:
+            if self.gate is not None or self._answers is not None:
+                if not self._look(buffer[:count]):
+                    return
+            elif not self._send(buffer[:count]):
                 return
+            if count < size // 2:
+                return
+
+    def _look(self, data: memoryview | bytes) -> bool:
+        """Pass on what the gate lets pass, and tell it of the server's bytes; False when reading must not go on."""
+        passing: memoryview | bytes = data
+        try:
+            if self.gate is not None:
+                passing = self.gate.feed(data)
+                if self.gate.done:
+                    self.gate = None
+            elif self._answers is not None:
+                self._answered(self._answers, data)
+        except Denied as denied:
+            self.denied = denied
+            self.stop()
+            return False
+        return (not passing or self._send(memoryview(passing))) and not self._waits()
+
+    def _answered(self, pipe: Pipe, data: memoryview | bytes) -> None:
+        if pipe.gate is None or not pipe.gate.answered(data):
+            self._answers = None
+        if not pipe._reading and not pipe._rest and not pipe.ended.done():
+            asyncio.get_running_loop().call_soon(pipe._go_on)
+
+    def _waits(self) -> bool:
+        if self.gate is None or not self.gate.waiting:
+            return False
+        self._read(False)
+        return True
+
+    def _go_on(self) -> None:
+        """Read on, after what waited for the server's answer."""
+        if not self._rest and not self.ended.done() and (self.gate is None or self._look(b"")):
+            self._read(True)
 
     def _send(self, data: memoryview) -> bool:
         """Pass ``data`` on; False when the sink took only part of it and the source now waits."""
@@ -113,7 +181,7 @@ class Pipe:
         self._keep(self._rest[sent:])
         if not self._rest:
             self._loop.remove_writer(self._sink)
-            self._read(True)
+            self._go_on()
 
     def _keep(self, rest: memoryview) -> None:
         self._scratch.waiting += len(rest) - len(self._rest)
@@ -128,8 +196,16 @@ class Pipe:
                 self._loop.remove_reader(self._source)
 
     def _finish(self) -> None:
+        if self.gate is not None and self.gate.incomplete:
+            return self._incomplete()
+        if self._answers is not None:
+            self._look(b"")
         with contextlib.suppress(OSError):
             self._sink.shutdown(socket.SHUT_WR)
+        self.stop()
+
+    def _incomplete(self) -> None:
+        self.denied = Denied(DenialRule.INCOMPLETE)
         self.stop()
 
     def _fail(self, error: OSError) -> None:

@@ -3,36 +3,48 @@
 A cache of its own per cage, so that one plugin cannot find out from timing which names another looks up. Answers are
 kept for their TTL and no longer; the addresses that were checked are dialled, because both come from here.
 CNAMEs are followed, across answers if the server does not, up to ``MAX_CHAIN``; only the addresses at the end count.
+
+Both families are asked at once, and a server that is silent for ``STAGGER`` seconds gets the next one beside it: a
+client waits for five seconds in all. Whoever answers first counts; a family that says nothing is not waited for once
+the other has addresses. Reading answers has a budget in CPU time per cage, because a plugin's author may run the
+server at the far end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import fcntl
 import secrets
 import socket
 import struct
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
-import dns.exception
-import dns.flags
-import dns.message
-import dns.name
-import dns.rcode
-import dns.rdatatype
-import dns.rrset
-
+from isolator.broker import wire
+from isolator.broker.wire import Code, Reply
+from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address, parse_address
+from isolator.policy.destinations import normal_name
 
 MAX_CHAIN = 8
 MAX_ADDRESSES = 16
 MAX_CACHED = 1024
 MAX_TTL = 300
 NEGATIVE_TTL = 5
-TIMEOUT = 2.0
-"""Seconds for one server's answer; every server is tried twice."""
+MAX_ANSWER = 16 * 1024
+"""Bytes of an answer over TCP that are read."""
+TIMEOUT = 4.0
+"""Seconds for one family's answer, whoever gives it."""
+STAGGER, RETRY = 0.4, 1.5
+"""Seconds that one server has before the next is asked beside it; and before the first is asked again."""
+FAMILY_GRACE = 0.3
+"""Seconds that one family has to answer after the other gave addresses."""
+CPU_PER_SECOND, CPU_BURST = 0.05, 0.25
+"""Seconds of CPU time for reading the answers of one cage."""
+_SIOCGIFINDEX = 0x8933
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,27 @@ class ResolveError(Exception):
     """No server gave an answer; the message is the last failure."""
 
 
+class Overworked(ResolveError):
+    """The answers of this cage have cost more CPU time than it has; nothing was asked."""
+
+
 @dataclass(frozen=True)
 class Server:
-    """One upstream server."""
+    """One upstream server; ``scope``: the interface of a link-local address."""
 
     address: Address
     port: int = 53
+    scope: str = ""
+
+    @classmethod
+    def of_host(cls, text: str) -> Server | None:
+        """As ``parse``, and a scoped address (``fe80::1%eth0``): the host's own file may name a router that way."""
+        plain, _, scope = text.partition("%")
+        try:
+            address = ip_address(plain)
+        except ValueError:
+            return None
+        return cls(address, scope=scope) if scope and address.is_link_local else cls.parse(text)
 
     @classmethod
     def parse(cls, text: str) -> Server | None:
@@ -81,7 +108,7 @@ class HostResolvers:
             status = self._path.stat()
             if (stamp := (status.st_mtime_ns, status.st_ino)) != self._stamp:
                 lines = [line.split() for line in self._path.read_text(errors="replace").splitlines()]
-                found = [Server.parse(line[1]) for line in lines if len(line) > 1 and line[0] == "nameserver"]
+                found = [Server.of_host(line[1]) for line in lines if len(line) > 1 and line[0] == "nameserver"]
                 self._servers = tuple(server for server in found if server is not None)
                 self._stamp = stamp
         except OSError:
@@ -96,6 +123,7 @@ class Resolver:
         self._configured = tuple(server for text in configured if (server := Server.parse(text)) is not None)
         self._host = host
         self._loop = asyncio.get_running_loop()
+        self._work = TokenBucket(CPU_PER_SECOND, CPU_BURST)
         self._cache: OrderedDict[str, tuple[float, Answer]] = OrderedDict()
         self._running: dict[str, asyncio.Task[Answer]] = {}
 
@@ -106,6 +134,8 @@ class Resolver:
             return cached[1]
         task = self._running.get(name)
         if task is None:
+            if self._work.tokens <= 0:
+                raise Overworked("reading its answers takes too much CPU time")
             task = self._loop.create_task(self._lookup(name))
             self._running[name] = task
             task.add_done_callback(lambda _: self._running.pop(name, None))
@@ -125,14 +155,23 @@ class Resolver:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _lookup(self, name: str) -> Answer:
-        results = await asyncio.gather(
-            self._family(name, dns.rdatatype.A), self._family(name, dns.rdatatype.AAAA), return_exceptions=True
-        )
+        families = [self._loop.create_task(self._family(name, kind)) for kind in (wire.A, wire.AAAA)]
+        try:
+            done, late = await asyncio.wait(families, return_when=asyncio.FIRST_COMPLETED)
+            if late:
+                enough = all(task.exception() is None and task.result()[0].addresses for task in done)
+                await asyncio.wait(late, timeout=FAMILY_GRACE if enough else None)
+        finally:
+            for task in families:
+                task.cancel()
+            results = await asyncio.gather(*families, return_exceptions=True)
         answers = [result for result in results if not isinstance(result, BaseException)]
-        failures = [result for result in results if isinstance(result, BaseException)]
-        for failure in failures:
+        for failure in results:
             # An answer of one family is enough; a failure that is none of DNS is a bug and must show.
-            if not isinstance(failure, ResolveError) or not any(answer.addresses for answer, _ in answers):
+            if isinstance(failure, BaseException) and not (
+                isinstance(failure, ResolveError | asyncio.CancelledError)
+                and any(answer.addresses for answer, _ in answers)
+            ):
                 raise failure
         addresses = tuple(dict.fromkeys(address for answer, _ in answers for address in answer.addresses))
         merged = Answer(addresses[:MAX_ADDRESSES], any(answer.exists for answer, _ in answers))
@@ -143,90 +182,104 @@ class Resolver:
             self._cache.popitem(last=False)
         return merged
 
-    async def _family(self, name: str, kind: dns.rdatatype.RdataType) -> tuple[Answer, int]:
-        target = dns.name.from_text(name)
+    async def _family(self, name: str, kind: int) -> tuple[Answer, int]:
+        target = name
         ttl = MAX_TTL
         for _ in range(MAX_CHAIN):
-            message = await self._ask(target, kind)
-            step = _follow(message, target, kind)
+            if normal_name(target) is None:  # an alias may lead to any bytes
+                return Answer(()), NEGATIVE_TTL
+            reply = await self._ask(target, kind)
+            step = _follow(reply, target)
             ttl = min(ttl, step.ttl)
-            final = step.target == target or any(rrset.rdtype == dns.rdatatype.SOA for rrset in message.authority)
-            if step.addresses or final or message.rcode() == dns.rcode.NXDOMAIN:
-                exists = message.rcode() != dns.rcode.NXDOMAIN
+            exists = reply.code != Code.NXDOMAIN
+            if step.addresses or step.target == target or reply.final or not exists:
                 return Answer(step.addresses, exists), (ttl if step.addresses else NEGATIVE_TTL)
             target = step.target
         raise ResolveError("a chain of aliases that is too long")
 
-    async def _ask(self, target: dns.name.Name, kind: dns.rdatatype.RdataType) -> dns.message.Message:
+    async def _ask(self, target: str, kind: int) -> Reply:
+        """The first good answer of any server; each is asked twice at most."""
         servers = self._configured or self._host.servers()
-        last = "no resolver is configured"
-        for server in servers * 2:
-            try:
-                message = await self._exchange(server, target, kind)
-            except (OSError, TimeoutError, dns.exception.DNSException, ValueError, struct.error) as error:
-                last = f"{server.address}: {str(error) or type(error).__name__}"
-                continue
-            if message.rcode() in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN}:
-                return message
-            last = f"{server.address}: {dns.rcode.to_text(message.rcode())}"
+        last = "no answer in time" if servers else "no resolver is configured"
+        waiting = list(servers * 2)
+        running: dict[asyncio.Task[Reply], Server] = {}
+        end = self._loop.time() + TIMEOUT
+        try:
+            while waiting or running:
+                pause = RETRY if len(waiting) == len(servers) + 1 else STAGGER
+                if waiting:
+                    server = waiting.pop(0)
+                    running[self._loop.create_task(self._exchange(server, target, kind))] = server
+                left = end - self._loop.time()
+                if left <= 0:
+                    break
+                done, _ = await asyncio.wait(
+                    running, timeout=min(pause, left) if waiting else left, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    server = running.pop(task)
+                    try:
+                        reply = task.result()
+                    except (OSError, wire.Broken) as error:
+                        last = f"{server.address}: {str(error) or type(error).__name__}"
+                        continue
+                    if reply.code in {Code.NOERROR, Code.NXDOMAIN}:
+                        return reply
+                    last = f"{server.address}: code {reply.code}"
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
         raise ResolveError(last)
 
-    async def _exchange(
-        self, server: Server, target: dns.name.Name, kind: dns.rdatatype.RdataType
-    ) -> dns.message.Message:
-        query = dns.message.make_query(target, kind, id=secrets.randbits(16), use_edns=0, payload=1232)
-        wire = query.to_wire()
-        where = (str(server.address), server.port)
-        async with asyncio.timeout(TIMEOUT):
-            with _socket(server, socket.SOCK_DGRAM) as sock:
-                # Connected: only this server can answer, and a refusal is reported at once.
-                await self._loop.sock_connect(sock, where)
-                await self._loop.sock_sendall(sock, wire)
-                while True:
-                    # Forged or late packets do not end the wait for the right one.
-                    with contextlib.suppress(dns.exception.DNSException, ValueError, struct.error):
-                        answer = dns.message.from_wire(await self._loop.sock_recv(sock, 4096), ignore_trailing=True)
-                        if query.is_response(answer):
-                            break
-            if not answer.flags & dns.flags.TC:
-                return answer
-            with _socket(server, socket.SOCK_STREAM) as sock:
-                await self._loop.sock_connect(sock, where)
-                await self._loop.sock_sendall(sock, struct.pack("!H", len(wire)) + wire)
-                length = struct.unpack("!H", await _read(sock, 2))[0]
-                answer = dns.message.from_wire(await _read(sock, length))
-        if not query.is_response(answer):
-            raise ResolveError("an answer to another question")
-        return answer
+    async def _exchange(self, server: Server, target: str, kind: int) -> Reply:
+        asked = wire.query(secrets.randbits(16), target, kind)
+        with _socket(server, socket.SOCK_DGRAM) as sock:
+            # Connected: only this server can answer, and a refusal is reported at once.
+            await self._loop.sock_connect(sock, _where(server, sock))
+            await self._loop.sock_sendall(sock, asked)
+            # Forged or late packets do not end the wait for the right one.
+            while not wire.answers(answer := await self._loop.sock_recv(sock, 4096), asked):
+                pass
+        reply = self._read(answer, asked, kind)
+        if not reply.truncated:
+            return reply
+        with _socket(server, socket.SOCK_STREAM) as sock:
+            await self._loop.sock_connect(sock, _where(server, sock))
+            await self._loop.sock_sendall(sock, struct.pack("!H", len(asked)) + asked)
+            length = struct.unpack("!H", await _read(sock, 2))[0]
+            answer = await _read(sock, min(length, MAX_ANSWER))
+        if not wire.answers(answer, asked):
+            raise wire.Broken("an answer to another question")
+        return self._read(answer, asked, kind)
+
+    def _read(self, answer: bytes, asked: bytes, kind: int) -> Reply:
+        started = time.thread_time()
+        try:
+            return wire.read_reply(answer, asked, kind)
+        finally:
+            self._work.take(time.thread_time() - started)
 
 
 @dataclass(frozen=True)
 class _Step:
-    target: dns.name.Name
+    target: str
     addresses: tuple[Address, ...]
     ttl: int
 
 
-def _follow(message: dns.message.Message, target: dns.name.Name, kind: dns.rdatatype.RdataType) -> _Step:
+def _follow(reply: Reply, target: str) -> _Step:
     """Walk the aliases inside one answer, to addresses or to the name to ask for next."""
     ttl = MAX_TTL
     for _ in range(MAX_CHAIN):
-        records = _records(message, target, kind)
-        if records is not None:
-            found = (parse_address(record.to_text()) for record in records)
-            return _Step(target, tuple(item for item in found if item is not None), min(ttl, records.ttl))
-        alias = _records(message, target, dns.rdatatype.CNAME)
-        if alias is None:
+        found = reply.addresses.get(target)
+        if found is not None:
+            return _Step(target, tuple(address for address, _ in found), min(ttl, *(each for _, each in found)))
+        if target not in reply.aliases:
             break
-        ttl = min(ttl, alias.ttl)
-        target = alias[0].target
+        target, life = reply.aliases[target]
+        ttl = min(ttl, life)
     return _Step(target, (), ttl)
-
-
-def _records(
-    message: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.RdataType
-) -> dns.rrset.RRset | None:
-    return next((rrset for rrset in message.answer if rrset.name == name and rrset.rdtype == kind), None)
 
 
 def _socket(server: Server, kind: socket.SocketKind) -> socket.socket:
@@ -234,6 +287,19 @@ def _socket(server: Server, kind: socket.SocketKind) -> socket.socket:
     sock = socket.socket(family, kind)
     sock.setblocking(False)
     return sock
+
+
+def _where(server: Server, sock: socket.socket) -> tuple[str, int] | tuple[str, int, int, int]:
+    """The socket address of a server; raises OSError when its interface is not there."""
+    if not server.scope or not isinstance(server.address, IPv6Address):
+        return str(server.address), server.port
+    if server.scope.isdigit():
+        index = int(server.scope)
+    else:
+        # Not if_nametoindex: it makes a Unix socket for this, which the broker may not.
+        request = struct.pack("=16si20x", server.scope.encode()[:15], 0)
+        index = struct.unpack("=16si20x", fcntl.ioctl(sock, _SIOCGIFINDEX, request))[1]
+    return str(server.address), server.port, 0, index
 
 
 async def _read(sock: socket.socket, count: int) -> bytes:

@@ -1,26 +1,33 @@
-"""Read the server name in a connection's first bytes: TLS server name, HTTP Host.
+"""Read the server name in what a client sends in the clear: TLS server name, HTTP Host.
 
 Hostile input, read by hand: every length is checked against the bytes that came, at most ``LIMIT`` are read, and
 the only outcomes are a ``Hello``, ``None`` (more bytes are needed) or ``Malformed``. Nothing is decrypted or changed.
+A reader takes bytes as they come and looks at each a fixed number of times, however small the pieces are.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from isolator.policy.destinations import normal_name
 
 LIMIT = 16 * 1024
 """Bytes that a ClientHello or an HTTP head may take; real ones are well below 4 KiB."""
+HANDSHAKE = 22
+"""Type of a TLS record with handshake messages."""
 
 _METHODS = (
     b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PROPFIND PROPPATCH MKCOL COPY MOVE LOCK UNLOCK "
     b"SEARCH REPORT MKCALENDAR ACL BIND REBIND UNBIND MERGE PURGE QUERY PRI"
 )
 _WAIT_FOR = tuple(method + b" " for method in _METHODS.split())
-_HTTP2 = b"PRI * HTTP/2.0\r\n"
+_HTTP2 = b"PRI * HTTP/2.0"
+_BLANK = b"\r\n\t "
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_MAX_METHOD = 32
+_CHANGE_CIPHER, _ALERT = b"\x14\x03", b"\x15\x03"
 
 _SERVER_NAME, _ECH, _ESNI = 0, 0xFE0D, 0xFFCE
 
@@ -30,63 +37,184 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True)
+class Request:
+    """The framing of an HTTP/1 request."""
+
+    length: int = 0
+    """Bytes of the body; -1 for a chunked one."""
+    connect: bool = False
+    upgrade: tuple[str, ...] = ()
+    """The protocols that it offers to go on with."""
+
+
+@dataclass(frozen=True)
 class Hello:
     """The names in the first bytes, all of them; ``encrypted``: another may be hidden (ECH)."""
 
-    protocol: Literal["tls", "http", "other"]
+    protocol: Literal["tls", "http", "http2", "other"]
     names: tuple[str, ...] = ()
     encrypted: bool = False
+    request: Request | None = field(default=None, compare=False)
+    """For ``http``."""
 
 
 def sniff(data: bytes) -> Hello | None:
     """Read the first bytes a client sent; None when more are needed; raises Malformed."""
-    if not data:
+    return Sniffer().feed(data)
+
+
+class Sniffer:
+    """Reads the first bytes of a client, or the head of its next request. ``rest``: bytes behind what was read."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self.certain = False
+        """Whether the bytes so far begin TLS or HTTP; those that may turn out to be can be no whole request yet."""
+        self._data = bytearray()
+        self._tls: HelloReader | None = None
+        self._start = 0  # of the text: servers skip blank lines before a request, so they hide nothing here either
+        self._line = -1
+        self._seen = 0
+
+    @property
+    def in_records(self) -> bool:
+        """Whether the first byte was that of a TLS handshake record."""
+        return self._tls is not None
+
+    def feed(self, part: bytes | memoryview) -> Hello | None:
+        """The hello, once there is enough of it; raises Malformed."""
+        if self._tls is not None:
+            return self._read_tls(self._tls, part)
+        self._data += part
+        data = self._data
+        if not data:
+            return None
+        if data[0] >= 0x80 or (data[0] < 0x20 and data[0] not in _BLANK):
+            return self._binary(bytes(data))
+        return self._text()
+
+    def _binary(self, data: bytes) -> Hello | None:
+        if data[0] == HANDSHAKE:
+            if len(data) >= 2 and data[1] != 3:
+                return Hello("other")
+            self.certain = True
+            if len(data) < 2:
+                return None
+            self._tls = HelloReader()
+            return self._read_tls(self._tls, data)
+        if len(data) < 5 and (data[0] >= 0x80 or data[:2] in {_CHANGE_CIPHER, _ALERT, _CHANGE_CIPHER[:1], _ALERT[:1]}):
+            return None
+        # A server may skip what precedes a ClientHello; no client begins so.
+        if data[:2] in {_CHANGE_CIPHER, _ALERT} and data[2] <= 4 and data[3:5] in {b"\0\1", b"\0\2"}:
+            raise Malformed("TLS that does not begin with a ClientHello")
+        # The ClientHello of SSL 2, which servers still read as the way to TLS: it has no server name.
+        if data[0] >= 0x80 and data[2:4] == b"\1\3" and data[4] <= 4:
+            return Hello("tls")
+        return Hello("other")
+
+    def _read_tls(self, reader: HelloReader, part: bytes | memoryview) -> Hello | None:
+        hello = reader.feed(part)
+        self.rest = reader.rest
+        return hello
+
+    def _text(self) -> Hello | None:
+        data = self._data
+        while self._start < len(data) and data[self._start] in _BLANK:
+            self._start += 1
+        if self._start == len(data):
+            return self._more()
+        if self._line < 0:
+            self._line = data.find(b"\n", max(self._start, self._seen))
+            self._seen = len(data)
+            if self._line < 0:
+                return self._half_line()
+            line = bytes(data[self._start : self._line])
+            # Anything that names HTTP in its first line is held to its rules; ``EHLO name`` and the like are not HTTP.
+            if b"HTTP/" not in line.upper():
+                return Hello("other")
+            if line.startswith(_HTTP2):
+                return Hello("http2")
+            self.certain = True
+            self._seen = self._line
+        end, size = _blank_line(data, max(self._line, self._seen - 2))
+        self._seen = len(data)
+        if end < 0:
+            return self._more()
+        self.rest = bytes(data[end + size :])
+        return _request(bytes(data[self._start : end + size]))
+
+    def _half_line(self) -> Hello | None:
+        """Other protocols may wait for an answer to half a line, so only what must be HTTP is certain."""
+        start = bytes(self._data[self._start : self._start + _MAX_METHOD + 1])
+        method, space, _ = start.partition(b" ")
+        if not _TOKEN.fullmatch(method) or (not space and len(method) > _MAX_METHOD):
+            return Hello("other")
+        upper = start.upper()
+        self.certain = any(upper.startswith(method) or method.startswith(upper) for method in _WAIT_FOR)
+        return self._more()
+
+    def _more(self) -> Hello | None:
+        if len(self._data) >= LIMIT:
+            raise Malformed(f"no end within {LIMIT} bytes")
         return None
-    if data[0] == 0x16:
-        return _tls(data)
-    # Servers skip blank lines before a request, so they hide nothing here either.
-    text = data[:LIMIT].lstrip(b"\r\n\t ")
-    if not text:
-        return _more(data)
-    line, end, _ = text.partition(b"\n")
-    if not end:
-        # Waiting for a line that never comes would hang other protocols, so only what begins like HTTP waits.
-        start = text[:16].upper()
-        waits = any(start.startswith(method) or method.startswith(start) for method in _WAIT_FOR)
-        return _more(data) if waits else Hello("other")
-    # Anything that names HTTP in its first line is held to its rules; ``EHLO name`` and the like are not HTTP.
-    if b"HTTP/" not in line.upper() or text.startswith(_HTTP2):
-        return Hello("other")
-    return _http(text)
 
 
-def _tls(data: bytes) -> Hello | None:
-    """The ClientHello, which may be spread over several records (RFC 8446, 4 and 5.1)."""
-    if len(data) >= 2 and data[1] != 3:
-        return Hello("other")
-    message = bytearray()
-    offset = 0
-    need = 4
-    while len(message) < need:
-        if len(data) - offset < 5:
-            return _more(data)
-        if data[offset] != 0x16 or data[offset + 1] != 3:
+class HelloReader:
+    """Reads one ClientHello, which may be spread over several records (RFC 8446, 4 and 5.1)."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self._header = bytearray()
+        self._message = bytearray()
+        self._left = 0
+        self._read = 0
+
+    def feed(self, data: bytes | memoryview) -> Hello | None:
+        """The hello, once it is whole; ``rest`` are the bytes behind it. Raises Malformed."""
+        at = 0
+        while at < len(data):
+            if not self._left:
+                part = data[at : at + 5 - len(self._header)]
+                self._header += part
+                at += len(part)
+                self._left = self._length()
+                continue
+            part = data[at : at + self._left]
+            at += len(part)
+            self._left -= len(part)
+            self._message += part
+            if self._whole():
+                self.rest = bytes(data[at:])
+                return _client_hello(_Reader(bytes(self._message[4:])))
+        self._read += len(data)
+        if self._read >= LIMIT:
+            raise Malformed(f"no end within {LIMIT} bytes")
+        return None
+
+    def _length(self) -> int:
+        header = self._header
+        if header[0] != HANDSHAKE or (len(header) > 1 and header[1] != 3):
             raise Malformed("a TLS record that is no handshake in the middle of the ClientHello")
-        length = int.from_bytes(data[offset + 3 : offset + 5], "big")
+        if len(header) < 5:
+            return 0
+        length = int.from_bytes(header[3:5], "big")
         if not 0 < length <= LIMIT:
             raise Malformed("a TLS record of impossible length")
-        part = data[offset + 5 : offset + 5 + length]
-        message += part
-        if len(message) >= 4:
-            if message[0] != 1:
-                raise Malformed("the first TLS message is no ClientHello")
-            need = 4 + int.from_bytes(message[1:4], "big")
-            if need > LIMIT:
-                raise Malformed("a ClientHello of impossible length")
-        if len(part) < length and len(message) < need:
-            return _more(data)
-        offset += 5 + length
-    return _client_hello(_Reader(bytes(message[4:need])))
+        header.clear()
+        return length
+
+    def _whole(self) -> bool:
+        message = self._message
+        if message[0] != 1:
+            raise Malformed("the first TLS message is no ClientHello")
+        if len(message) < 4:
+            return False
+        need = 4 + int.from_bytes(message[1:4], "big")
+        if need > LIMIT:
+            raise Malformed("a ClientHello of impossible length")
+        if len(message) > need or (len(message) == need and self._left):
+            raise Malformed("something behind the ClientHello in its record")
+        return len(message) == need
 
 
 def _client_hello(body: _Reader) -> Hello:
@@ -113,17 +241,29 @@ def _client_hello(body: _Reader) -> Hello:
     return Hello("tls", tuple(names), encrypted)
 
 
-def _http(data: bytes) -> Hello | None:
-    """Every server name in an HTTP/1 request's head: Host headers and an absolute target."""
-    end = re.search(rb"\r?\n\r?\n", data)
-    if end is None:
-        return _more(data)
-    lines = re.split(rb"\r?\n", data[: end.start()])
-    if b"\r" in data[: end.start()].replace(b"\r\n", b""):
-        # A lone CR ends a line for some servers and not for others: two readers, two Hosts.
-        raise Malformed("a lone CR in the HTTP head")
+def _blank_line(data: bytearray, start: int) -> tuple[int, int]:
+    """Offset and size of the first empty line with the line end before it; -1 when there is none from ``start`` on."""
+    while (end := data.find(b"\n", start)) >= 0:
+        before = 1 if end and data[end - 1] == 0x0D else 0
+        if data[end + 1 : end + 2] == b"\n":
+            return end - before, before + 2
+        if data[end + 1 : end + 3] == b"\r\n":
+            return end - before, before + 3
+        start = end + 1
+    return -1, 0
+
+
+def _request(head: bytes) -> Hello:
+    """Every server name in an HTTP/1 request's head: Host headers and an absolute target; and its framing."""
+    ends = head.count(b"\r\n")
+    if head.count(b"\r") != ends or (ends and head.count(b"\n") != ends):
+        # Some servers end a line there and others do not: two readers, two Hosts.
+        raise Malformed("a lone CR, or two kinds of line ends, in the HTTP head")
+    if b"\0" in head:
+        raise Malformed("a zero byte in the HTTP head")
+    lines = head.rstrip(b"\r\n").split(b"\r\n" if ends else b"\n")
     request = lines[0].split(b" ")
-    if len(request) != 3 or not request[2].startswith(b"HTTP/1."):
+    if len(request) != 3 or not re.fullmatch(rb"HTTP/1\.[0-9]", request[2]):
         raise Malformed("no HTTP/1 request line")
     names = []
     if b"://" in request[1].partition(b"?")[0]:
@@ -131,15 +271,34 @@ def _http(data: bytes) -> Hello | None:
         names.append(_host(authority.rpartition(b"@")[2]))
     elif request[0] == b"CONNECT":
         names.append(_host(request[1]))
+    headers: dict[bytes, list[bytes]] = {}
     for line in lines[1:]:
         if line[:1] in {b" ", b"\t"}:
             raise Malformed("a folded HTTP header")
         key, colon, value = line.partition(b":")
-        if not colon or key != key.strip() or not key:
+        if not colon or not _TOKEN.fullmatch(key):
             raise Malformed("an HTTP header without a name")
-        if key.lower() == b"host":
-            names.append(_host(value.strip(b" \t")))
-    return Hello("http", tuple(names))
+        headers.setdefault(key.lower(), []).append(value.strip(b" \t"))
+    names += map(_host, headers.get(b"host", []))
+    upgrade = tuple(
+        item.strip().decode("latin-1").lower() for item in b",".join(headers.get(b"upgrade", [])).split(b",")
+    )
+    framing = Request(_length(headers, request[2]), request[0] == b"CONNECT", upgrade if upgrade != ("",) else ())
+    return Hello("http", tuple(names), request=framing)
+
+
+def _length(headers: dict[bytes, list[bytes]], version: bytes) -> int:
+    """Length of the body, -1 for a chunked one; refuses what two readers could read differently (RFC 9112, 6.3)."""
+    lengths, codings = headers.get(b"content-length", []), headers.get(b"transfer-encoding", [])
+    if codings:
+        if lengths or len(codings) > 1 or codings[0].lower() != b"chunked" or version == b"HTTP/1.0":
+            raise Malformed("an HTTP request whose length is ambiguous")
+        return -1
+    if not lengths:
+        return 0
+    if len(set(lengths)) > 1 or not re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
+        raise Malformed("an HTTP request whose length is ambiguous")
+    return int(lengths[0])
 
 
 def _host(authority: bytes) -> str:
@@ -154,13 +313,6 @@ def _host(authority: bytes) -> str:
 def _text(raw: bytes) -> str:
     text = raw.decode("ascii", "backslashreplace")
     return normal_name(text) or text[:255]
-
-
-def _more(data: bytes) -> Hello | None:
-    """More bytes are needed, unless there were enough already."""
-    if len(data) >= LIMIT:
-        raise Malformed(f"no end within {LIMIT} bytes")
-    return None
 
 
 class _Reader:

@@ -60,14 +60,16 @@ class DenialRule(StrEnum):
     NOT_TLS = "not-tls", "something other than TLS on port 443", Remedy.NO_SNI
     NO_HOST = "no-host", "HTTP without a Host", Remedy.NO_SNI
     NOT_HTTP = "not-http", "something other than HTTP on port 80", Remedy.NO_SNI
-    MALFORMED = "malformed", "what it sent first breaks the rules of TLS or HTTP, so nobody can tell whom it is for"
+    HTTP2 = "http2", "HTTP/2 without TLS, whose requests name their server where nobody sees it", Remedy.NO_SNI
+    MALFORMED = "malformed", "what it sent breaks the rules of TLS or HTTP, so nobody can tell whom it is for"
     INCOMPLETE = "incomplete", "it stopped in the middle of saying whom the connection is for"
     SILENT = "silent", "it connected and then did not say whom the connection is for"
     # Names.
     NAME_FORM = "name-form", "that is no host name"
     RECORD_TYPE = "record-type", "only addresses are answered; other records can carry data out"
+    DNS_FORM = "dns-form", "that is no question for the address of an internet name"
     DNS_RATE = "dns-rate", "it asked for names faster than a cage may"
-    DNS_BUSY = "dns-busy", "too many of its lookups were under way"
+    DNS_BUSY = "dns-busy", "too many of its lookups were under way, or their answers took too long to read"
     TOO_MANY_NAMES = "too-many-names", "it used more names than a cage may"
     UPSTREAM = "upstream", "the host's resolver gave no answer"
     # The host's own troubles.

@@ -263,6 +263,17 @@ class ConnectionLimits(Frozen):
     ] = 20
     connect_burst: Annotated[int, Limit("limits.connect_burst", "", "new connections at once", most=400, least=1)] = 40
     connects_open: Annotated[int, Limit("limits.connects_open", "", "connections at one time", most=512, least=1)] = 64
+    idle: Annotated[
+        float,
+        Limit(
+            "limits.idle",
+            "",
+            "time without a byte after which a connection is ended; a dead one ends within two minutes",
+            unit=TIME,
+            most=30 * 86400.0,
+            least=1.0,
+        ),
+    ] = 86400.0
 
 
 class DeliveryLimits(Frozen):

@@ -8,20 +8,28 @@ names both, and each of them alone is shown to be enough.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import re
+import socket
+import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
+from isolator.broker import buffers
 from isolator.layers.network import namespace as network
 from isolator.layers.network import ruleset
+from isolator.linux import netns
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import listed
 from tests.broker.test_guarantees import RAW
 from tests.support.internet_servers import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
 from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, run_client
+from tests.support.timeouts import seconds
 
 Ruleset = Callable[[str], str]
 
@@ -255,6 +263,8 @@ FIRST = [
     ("not-http", 80, "raw('hooks.example.com', 80, b'\\x01\\x02\\r\\n\\r\\n')"),
     ("host-mismatch", 8080,
      "raw('hooks.example.com', 8080, b'GET / HTTP/1.1\\r\\nHost: other.example.com\\r\\n\\r\\n')"),
+    ("http2", 8080, "raw('hooks.example.com', 8080, b'PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n')"),
+    ("no-sni", 8080, "raw('hooks.example.com', 8080, b'\\x80\\x2e\\x01\\x03\\x03' + bytes(43))"),
 ]  # fmt: skip
 
 
@@ -293,6 +303,76 @@ async def test_unreadable_first_bytes_are_not_passed_on(pretend: PretendInternet
                 assert not [r for r in broker.records if r["type"] == "net.connect"]
 
 
+TWO_REQUESTS = r"""
+def two(host, port, second):
+    try:
+        with socket.create_connection((host, port), 5) as s:
+            s.sendall(b'GET / HTTP/1.1\r\nHost: hooks.example.com\r\n\r\n')
+            got = b''
+            while not got.endswith(b'from=45.0.0.2'):
+                got += s.recv(1000)
+            s.sendall(b'GET / HTTP/1.1\r\nHost: ' + second + b'\r\n\r\n')
+            return s.recv(12).decode() or 'closed'
+    except OSError as e:
+        return name_of(e)
+"""
+RETRIED = r"""
+import os
+def retried(second, wait):
+    def extensions(name, share):
+        share = b'\0\x1d\0\x20' + os.urandom(31) + b'\x09' if share else b''
+        server = struct.pack('!HBH', len(name) + 3, 0, len(name)) + name
+        return ((0, server), (10, b'\0\2\0\x1d'), (13, b'\0\6\x08\x04\x04\x03\x04\x01'), (43, b'\2\3\4'),
+                (51, struct.pack('!H', len(share)) + share))
+    try:
+        with socket.create_connection(('hooks.example.com', 443), 5) as s:
+            s.settimeout(5)
+            s.sendall(hello(*extensions(b'hooks.example.com', False)))
+            if wait:
+                assert bytes.fromhex('cf21ad74e59a6111') in s.recv(4096)
+            s.sendall(hello(*extensions(second, True)))
+            got = b''
+            while len(got) < (5 if wait else 100):  # more than a HelloRetryRequest
+                part = s.recv(4096)
+                if not part:
+                    return 'closed'
+                got += part
+            return 'answered'
+    except OSError as e:
+        return name_of(e)
+"""
+
+
+@pytest.mark.parametrize("port", [80, 8080])
+async def test_later_request_of_a_connection_is_stopped_by_one_check(pretend: PretendInternet, port: int) -> None:
+    policy = listed("hooks.example.com:80,8080")
+    ask = f"{TWO_REQUESTS}print(two('hooks.example.com', {port}, b'hooks.example.com'))"
+    other = ask.replace("b'hooks", "b'other")
+    async with cage(pretend, policy) as (caged, broker):
+        assert await caged.client(ask) == "HTTP/1.1 200"
+        assert await caged.client(other) in {"ECONNRESET", "closed"}
+        await broker.wait_for("net.denied", rule="host-mismatch", port=port)
+        await broker.wait_for("net.closed", reason="host-mismatch")
+    async with cage(pretend, policy, off=["later"]) as (caged, broker):
+        assert await caged.client(other) == "HTTP/1.1 200"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_second_hello_with_another_name_is_stopped_by_one_check(pretend: PretendInternet, wait: bool) -> None:
+    policy = listed("hooks.example.com:443")
+    ask, other = (f"{HELLO}{RETRIED}print(retried(b'{name}.example.com', {wait}))" for name in ("hooks", "other"))
+    async with cage(pretend, policy) as (caged, broker):
+        assert await caged.client(ask) == "answered"
+        assert await caged.client(other) in {"ECONNRESET", "closed"}
+        await broker.wait_for("net.denied", rule="sni-mismatch", port=443)
+        first = (await broker.wait_for("net.closed", reason="sni-mismatch"))["sent"]
+    async with cage(pretend, policy, off=["later"]) as (caged, broker):
+        await caged.client(other)
+        # The reply is the server's own affair: both hellos went there.
+        assert (await broker.wait_for("net.closed"))["sent"] > 2 * first
+        assert not [r for r in broker.records if r["type"] == "net.denied"]
+
+
 # --- everything but TCP --------------------------------------------------------------------------------------
 
 PACKETS = {
@@ -307,10 +387,6 @@ PACKETS = {
 @pytest.mark.parametrize("kind", PACKETS)
 @pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 def test_other_protocols_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, kind: str, on: bool) -> None:
-    import socket
-
-    from isolator.linux import netns
-
     if not on:
         change = without("goto refused", "policy drop")
         monkeypatch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
@@ -362,6 +438,65 @@ print(sum(attempt(s.recv, 3) == b'220' for s in kept))
             await broker.wait_for("net.denied", rule="too-many-open")
     async with cage(pretend, policy, off=["open"], change=without("goto over_open")) as (caged, _):
         assert int(await caged.client(storm)) == 30
+
+
+HOLD = """
+held = [tcp('hooks.example.com', 9000) for _ in range(40)]
+print('holding', flush=True)
+time.sleep(3600)
+"""
+
+
+async def test_kernel_memory_of_outer_connections_is_bounded(pretend: PretendInternet) -> None:
+    small, most = 2 * 2 * buffers.SMALL, buffers.BUDGET + 40 * 4 * buffers.SMALL
+
+    def allowed() -> list[int]:
+        """What each outer connection to the pouring server may take, in bytes."""
+        table = netns.in_network(
+            pretend.host_fd,
+            lambda: subprocess.run(["ss", "-Htmn", "dport", "=", "9000"], check=True, capture_output=True, text=True),
+        ).stdout
+        return [int(rb) + int(tb) for rb, tb in re.findall(r"rb(\d+),.*?tb(\d+)", table)]
+
+    async def until(reached: Callable[[], bool]) -> None:
+        async with asyncio.timeout(seconds(60)):
+            # No event tells of a buffer that grows.
+            while not await asyncio.to_thread(reached):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    server = pouring(pretend.internet.bound(WEB, 9000))
+    policy = listed("hooks.example.com:9000", connect_burst=400, connects_per_second=200)
+    try:
+        for off in ([], ["buffers"]):
+            async with cage(pretend, policy, off=off) as (caged, _):
+                client = asyncio.create_task(caged.client(HOLD, timeout=3600))
+                await until(lambda: len(allowed()) == 40)
+                if off:
+                    await until(lambda: sum(allowed()) > most)
+                else:
+                    await until(lambda: sum(size <= small for size in allowed()) >= 40 - buffers.BUDGET // (1 << 20))
+                    assert sum(allowed()) <= most
+                client.cancel()
+                await asyncio.gather(client, return_exceptions=True)
+    finally:
+        server.close()
+
+
+def pouring(listener: socket.socket) -> socket.socket:
+    """Send without end to each connection of ``listener``."""
+
+    def pour(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            while True:
+                connection.sendall(bytes(1 << 16))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=pour, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener
 
 
 async def test_questions_over_the_rate_are_refused(pretend: PretendInternet) -> None:

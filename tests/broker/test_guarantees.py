@@ -10,6 +10,7 @@ from isolator.policy.model import AddressException, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import METADATA, OTHER, PRIVATE, WEB
 from tests.support.pretend_internet import BrokerProcess, PretendInternet
+from tests.support.timeouts import seconds
 
 RAW = """
 def raw(host, port, data, timeout=5):
@@ -229,6 +230,30 @@ async def test_a_new_address_of_the_host_is_out_of_reach_at_once(
         run_in(pretend.host_fd, "ip", "addr", "del", f"{OTHER}/32", "dev", "lo")
 
 
+async def test_new_gateway_of_the_host_is_out_of_reach(
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
+) -> None:
+    import asyncio
+
+    from tests.support.internet_servers import run_in
+
+    gateway = "45.0.0.77"
+    run_in(pretend.internet.fd, "ip", "addr", "add", f"{gateway}/32", "dev", "lo")
+    cage = await cages(NetworkPolicy(mode="public"))
+    ask = f"{RAW}print(raw({gateway!r}, 80, b'GET / HTTP/1.0\\r\\n\\r\\n')[:12])"
+    assert await cage.client(ask) == "HTTP/1.1 200"
+    run_in(pretend.host_fd, "ip", "route", "add", "9.9.9.0/24", "via", gateway)
+    try:
+        async with asyncio.timeout(seconds(20)):
+            # The broker's reading of the routes has no event of its own.
+            while await cage.client(ask) != "ECONNRESET":  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        await broker.wait_for("net.denied", address=gateway, rule="gateway")
+    finally:
+        run_in(pretend.host_fd, "ip", "route", "del", "9.9.9.0/24")
+        run_in(pretend.internet.fd, "ip", "addr", "del", f"{gateway}/32", "dev", "lo")
+
+
 async def test_kernel_denials_reach_the_trail_once_and_counted(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("hooks.example.com:443"))
     script = """
@@ -280,6 +305,39 @@ async def test_detach_ends_flows_and_records_them_before_it_answers(cages: MakeC
     closed = [r["data"] for r in broker.records if r["type"] == "net.closed"]
     assert [item["reason"] for item in closed] == ["cage ended"]
     assert await client == "ECONNRESET"
+
+
+async def test_quiet_connection_is_ended_when_the_policy_says(cages: MakeCage, broker: BrokerProcess) -> None:
+    cage = await cages(listed("hooks.example.com:25", idle=1.0))
+    assert (
+        await cage.client("s = tcp('hooks.example.com', 25, 60)\ns.recv(100)\nprint(attempt(s.recv, 1))")
+        == "ECONNRESET"
+    )
+    assert (await broker.wait_for("net.closed", timeout=seconds(10)))["reason"] == "idle"
+
+
+async def test_dead_end_of_a_quiet_connection_is_looked_for_on_both_sides(
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
+) -> None:
+    import asyncio
+    import re
+    import subprocess
+
+    from isolator.linux import netns
+
+    cage = await cages(listed("hooks.example.com:25"))
+    client = asyncio.create_task(
+        cage.client("s = tcp('hooks.example.com', 25)\ns.recv(100)\ns.recv(100)", timeout=3600)
+    )
+    await broker.wait_for("net.connect")
+    command = ["ss", "-Htno", "state", "established"]
+    for fd, port in ((pretend.host_fd, "dport = 25"), (cage.network.netns_fd, "sport = 65053")):
+        found = netns.in_network(
+            fd, lambda port=port: subprocess.run([*command, port], check=True, capture_output=True, text=True).stdout
+        )
+        assert re.search(r"keepalive,(1min|[0-9]+sec)", found), found
+    client.cancel()
+    await asyncio.gather(client, return_exceptions=True)
 
 
 async def test_attach_with_too_few_sockets_is_an_error(broker: BrokerProcess) -> None:

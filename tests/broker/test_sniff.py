@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isolator.broker.guard import objection
-from isolator.broker.sniff import LIMIT, Hello, Malformed, sniff
+from isolator.broker.sniff import LIMIT, Hello, Malformed, Sniffer, sniff
 
 
 def hello(name: str | None) -> bytes:
@@ -116,11 +117,92 @@ def test_bytes_that_break_the_rules_are_malformed(data: bytes) -> None:
 @pytest.mark.parametrize(
     "data",
     [b"EHLO me\r\n", b"SSH-2.0-x\r\n", b"\0\0\0\x08\x04\xd2\x16\x2f", b"AMQP\0\0\x09\x01", b"PING\r\n", b"*1\r\n",
-     b"x", b"hello",
-     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x02\x00"],
+     b"{x", b"h" * 40,
+     b"\x16\x02\x00"],
 )  # fmt: skip
 def test_other_protocols_are_other(data: bytes) -> None:
     assert sniff(data) == Hello("other")
+
+
+@pytest.mark.parametrize("data", [b"x", b"hello", b"FOO / HT", b"\x14\x03", b"\x80\x2e"])
+def test_bytes_that_may_become_a_request_are_not_certain(data: bytes) -> None:
+    sniffer = Sniffer()
+    assert sniffer.feed(data) is None and not sniffer.certain
+
+
+@pytest.mark.parametrize("method", ["FOO", "GET", "X-Y"])
+def test_request_in_any_pieces_is_seen(method: str) -> None:
+    data = f"{method} / HTTP/1.1\r\nHost: evil.net\r\n\r\nrest".encode()
+    for cut in range(1, len(data) - 4):
+        sniffer = Sniffer()
+        assert sniffer.feed(data[:cut]) is None or cut >= len(data) - 4
+        assert sniffer.feed(data[cut:]) == Hello("http", ("evil.net",))
+        assert sniffer.rest == b"rest"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x14\x03\x03\0\1\1" + REAL, b"\x15\x03\x03\0\2\1\0" + REAL, REAL[:3] + b"\xff\xff" + REAL[5:] + REAL]
+)
+def test_tls_that_begins_otherwise_is_malformed(data: bytes) -> None:
+    with pytest.raises(Malformed):
+        sniff(data)
+
+
+def test_hello_of_ssl_2_is_tls_without_a_name() -> None:
+    assert sniff(b"\x80\x2e\x01\x03\x03" + bytes(43)) == Hello("tls")
+
+
+def test_second_hello_in_the_record_of_the_first_is_malformed() -> None:
+    message = REAL[5:] * 2
+    with pytest.raises(Malformed, match="behind the ClientHello"):
+        sniff(REAL[:3] + len(message).to_bytes(2, "big") + message)
+
+
+def test_http2_in_the_clear_is_seen() -> None:
+    assert sniff(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") == Hello("http2")
+
+
+def work(pieces: list[bytes]) -> int:
+    """The number of bytes that a reader looks at, or copies, for these pieces."""
+    seen = 0
+
+    class Counted(bytearray):
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal seen
+            seen += len(range(len(self))[key]) if isinstance(key, slice) else 1
+            return super().__getitem__(key)
+
+        def find(self, sub: Any, start: int = 0, end: int | None = None) -> int:
+            nonlocal seen
+            seen += len(self) - start
+            return super().find(sub, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isolator.broker.sniff.bytearray", Counted, raising=False)
+        sniffer = Sniffer()
+        with contextlib.suppress(Malformed):
+            for piece in pieces:
+                sniffer.feed(piece)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["tls records", "tls bytes", "head", "lines", "first line"])
+def test_work_for_small_pieces_grows_no_faster_than_their_number(kind: str) -> None:
+    def pieces(count: int) -> list[bytes]:
+        if kind == "tls records":
+            message = b"\x01\0\x3f\0" + bytes(count)
+            return [b"\x16\x03\x01\0\x01" + message[i : i + 1] for i in range(count)]
+        if kind == "tls bytes":
+            return [bytes((byte,)) for byte in b"\x16\x03\x01\x3f\0\x01\0\x3e\0" + bytes(count)]
+        texts = {
+            "head": b"GET / HTTP/1.1\r\na: " + b"b" * count,
+            "lines": b"GET / HTTP/1.1\r\n" + b"a:\r\n" * (count // 4),
+            "first line": b"GET /" + b"b" * count,
+        }
+        text = texts[kind]
+        return [text[i : i + 1] for i in range(len(text))]
+
+    assert work(pieces(2400)) <= 3 * work(pieces(1200)) + 100
 
 
 TLS, HTTP, OTHER = Hello("tls", ("a.com",)), Hello("http", ("a.com",)), Hello("other")
@@ -146,6 +228,10 @@ TLS, HTTP, OTHER = Hello("tls", ("a.com",)), Hello("http", ("a.com",)), Hello("o
         (OTHER, "a.com", 443, False, "not-tls"),
         (OTHER, "a.com", 80, False, "not-http"),
         (OTHER, "a.com", 22, False, None),
+        (Hello("http2"), "a.com", 443, False, "not-tls"),
+        (Hello("http2"), "a.com", 80, False, "not-http"),
+        (Hello("http2"), "a.com", 50051, False, "http2"),
+        (Hello("http2"), "a.com", 50051, True, None),
     ],
 )
 def test_guard_objects_to_another_or_no_name(found: Hello, name: str, port: int, lax: bool, rule: str | None) -> None:

@@ -11,8 +11,10 @@ that lets everything through. Nothing but tests starts it; the product has no su
 ``granted-literals``  any address is granted, at any port
 ``first:RULE``       that one objection to a connection's first bytes
 ``sniff``            the first bytes are not read at all: they are of no known protocol, which passes
+``later``            nothing behind the first hello or request is looked at
 ``allocated``        a virtual address that was never answered stands for hooks.example.com
 ``open``             the number of open connections
+``buffers``           the outer connections of a cage may all have large buffers
 ``dns-rate``         the rate of questions
 ``recordable``       connections are let out that cannot be recorded
 ===================  ==================================================================================================
@@ -23,7 +25,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from isolator.broker import dns, flow, guard, host_addresses, outbound, sniff
+from isolator.broker import buffers, dns, flow, gate, guard, host_addresses, outbound, sniff
 from isolator.broker.service import main
 from isolator.policy import destinations
 
@@ -77,12 +79,16 @@ def switch_off(check: str) -> None:
     elif check.startswith("first:"):
         _without_objection(check.removeprefix("first:"))
     elif check == "sniff":
-        sniff.sniff = lambda data: sniff.Hello("other")
+        sniff.Sniffer.feed = lambda self, part: sniff.Hello("other")  # type: ignore[method-assign]
         guard.objection = lambda *arguments, **named: None
+    elif check == "later":
+        gate.Gate._behind_hello = lambda self, hello: None  # type: ignore[method-assign]
     elif check == "allocated":
         _any_virtual_address()
     elif check == "open":
         flow.FlowTable.full = property(lambda self: False)  # type: ignore[method-assign, assignment]
+    elif check == "buffers":
+        buffers.BUDGET = 1 << 40
     elif check == "dns-rate":
         dns.QUERY_BURST = 1 << 30
     elif check == "recordable":

@@ -197,6 +197,7 @@ def test_virtual_pool_is_bounded_and_keeps_addresses_in_use() -> None:
     assert used is not None
     used.flows = 1
     assert pool.lookup("n3.com") is not None
+    assert first[0] is not None and pool.entry(first[0]) is used
     assert pool.lookup("n0.com") == first[0]
     assert first[1] is not None and pool.entry(first[1]) is None
     assert len(pool) == 3

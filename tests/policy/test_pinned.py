@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "156cfe25c77a9c00ffc1ceb54233a1582766a7a7fb77759478d02814658cdb80",
+        "cee8f91066aa9d40f3e2f9e8b2f821a713e4e512b71f5454780bbda30401f066",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "d7fcad8e6f1082a90292365bb5fbd75daed2f1dc5498a8d8ddf3d0d25e63c31c",
+        "5437528a8f99314e23115ce462e78caa249b2a720bfc2c87f18a705e67158928",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "de31d8df73f9a3d6490b6e7977b49c2242f26b66d58c3d52c0d0f5a254cecec0",
+        "6ac57f72b42fe0f37ddb2aedf2455fc29645e9186aba8b05ad5f4bca1d89d135",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "2b7b7664f9c2adf995ed9729a719ad2abdb59b5313ea6c46e72cfbaf5de875c5",
+        "e36b61c9c50dd45a824a35f8490243afd00fddd9ef50954774b096eecebd881c",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "c8852a76c7dfa7faa55b1ec71a2790d220ce25ea630d6a797bf8322184c65f8f",
+        "3721fe44fb5b16c6a0b4c1eb3798659e7a20eed62a2c5e50fc9b4d61aeab3d39",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "6fe62fe1350bb382f6fd40fcecf98c419ddf7932420fd69710a2819cc92a5688",
+        "2ec5cc3589103755f8d871d6ca29245c764200eba033ffba49caf5820ceceacb",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "1110a3eaa67a17645ebabfe2277777a9efd57d31ad21c38dd8c0ed3a0a462176",
+        "885a89bed1462e80442e7e3074363270a53988d515cf48a15ba0cb6f601f5947",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "66dabf6d7df33c76e64b5ff616e659e51837362c4b0e36213514c36dea43dad4",
+        "42b5671b60999a22610333befaeca5732010567581b550b7de67ae146e3088bb",
     ),
 }
 
@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "777d4df41275f382373cd75da414d6682f8db08c373009ca423df32869e558b8"),
-        (OPEN, "ed798974b5208052a8d916fdf82f20342393a0bf81cabccf3f1f5ab18b9f6015"),
-        (STRICT, "a44fc79327efbac1c9e80ae0ce74863d803875996ba76e697c172378468f59c7"),
+        (HostConfig(), "e1d6b81a245e77733ccfcb0dbaa76e084c8f036d7cd7d30a27e766e5c015809d"),
+        (OPEN, "5086f3c489de4bc5998de835f9a2a257d5ee054ca180a9a6574d6466d274e707"),
+        (STRICT, "374440ccc754bd51d97e79acfe6363a356e456e9187a8242685297fac86e6a2e"),
     ],
     ids=["default", "open", "strict"],
 )

@@ -48,8 +48,11 @@ class Dns:
         self.records: dict[str, list[str] | Callable[[], list[str]]] = {}
         self.ttl = 60
         self.queries: list[str] = []
-        self.silent = False
+        self.silent: set[str] = set()
+        """Record types that are not answered."""
         self.truncate = False
+        self.crafted: Callable[[bytes, bool], list[bytes]] | None = None
+        """The datagrams, or the one message over TCP (True), to send for a query instead of an honest reply."""
         self._udp, self._tcp = udp, tcp
         threading.Thread(target=self._serve, daemon=True).start()
         threading.Thread(target=self._serve_tcp, daemon=True).start()
@@ -60,6 +63,10 @@ class Dns:
                 wire, peer = self._udp.recvfrom(4096)
                 if not wire:  # shut down
                     return
+                if self.crafted is not None:
+                    for datagram in self.crafted(wire, False):
+                        self._udp.sendto(datagram, peer)
+                    continue
                 reply = self._reply(wire)
                 if reply is not None:
                     if self.truncate:
@@ -74,7 +81,8 @@ class Dns:
                 connection, _ = self._tcp.accept()
                 with connection, connection.makefile("rb") as stream:
                     length = struct.unpack("!H", stream.read(2))[0]
-                    reply = self._reply(stream.read(length))
+                    wire = stream.read(length)
+                    reply = self._reply(wire) if self.crafted is None else self.crafted(wire, True)[0]
                     if reply is not None:
                         connection.sendall(struct.pack("!H", len(reply)) + reply)
 
@@ -83,7 +91,7 @@ class Dns:
         question = query.question[0]
         name = question.name.to_text(omit_final_dot=True).lower()
         self.queries.append(name)
-        if self.silent:
+        if dns.rdatatype.to_text(question.rdtype) in self.silent:
             return None
         reply = dns.message.make_response(query)
         found = self.records.get(name)

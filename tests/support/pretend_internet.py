@@ -285,7 +285,7 @@ async def run_client(pretend: PretendInternet, fd: int, resolv: str, code: str, 
     try:
         async with asyncio.timeout(timeout):
             out, err = await process.communicate()
-    except TimeoutError:
+    except (TimeoutError, asyncio.CancelledError):
         process.kill()
         await process.wait()
         raise

@@ -1,0 +1,272 @@
+"""The gate between client and server: what waits, what passes, what ends the connection; and the relay with a gate."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+
+import pytest
+
+from isolator.broker.gate import _RETRY, Gate
+from isolator.broker.guard import Denied, objection
+from isolator.broker.relay import Pipe, Scratch
+from isolator.broker.sniff import Hello
+from tests.broker.test_sniff import REAL, hello
+from tests.support.timeouts import seconds
+
+NAME = "hooks.example.com"
+GET = b"GET / HTTP/1.1\r\nHost: hooks.example.com\r\n\r\n"
+OTHER_GET = b"GET / HTTP/1.1\r\nHost: other.example.com\r\n\r\n"
+SOCKET = b"GET / HTTP/1.1\r\nHost: hooks.example.com\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+CCS, EARLY = b"\x14\x03\x03\0\1\1", b"\x17\x03\x03\0\x04data"
+WARNING = b"\x15\x03\x03\0\2\1\x70"
+
+
+def gate(port: int = 8080, *, lax: bool = False) -> Gate:
+    def judge(found: Hello) -> None:
+        rule = objection(found, NAME, port, allow_no_sni=lax)
+        if rule is not None:
+            raise Denied(rule)
+
+    return Gate(judge, strict=port in (80, 443))
+
+
+def server_hello(random: bytes = bytes(32)) -> bytes:
+    message = b"\2\0\0\x26\x03\x03" + random + b"\0\x13\1\0"
+    return b"\x16\x03\x03" + len(message).to_bytes(2, "big") + message
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def denied(made: Gate, *parts: bytes) -> str:
+    """The rule by which the gate refuses these bytes."""
+    with pytest.raises(Denied) as caught:
+        for part in parts:
+            made.feed(part)
+    return str(caught.value.rule)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("answer", [server_hello(), WARNING + server_hello(), b"220 not TLS at all\r\n"])
+def test_handshake_behind_the_first_hello_waits_for_the_server_and_then_passes(size: int, answer: bytes) -> None:
+    made = gate(443)
+    finished = CCS + b"\x16\x03\x03\0\x20\1" + bytes(31)  # TLS 1.2, resumed: encrypted, and looks like a hello
+    passed = b"".join(bytes(made.feed(part)) for part in pieces(REAL + EARLY + finished, size))
+    assert passed == REAL + EARLY + CCS and made.waiting
+    for part in pieces(answer, size):
+        made.answered(part)
+    assert not made.waiting
+    assert made.feed(b"more") == finished[len(CCS) :] + b"more" and made.done
+
+
+@pytest.mark.parametrize("size", [1, 10_000])
+@pytest.mark.parametrize("first", [b"", CCS, EARLY, CCS + EARLY])
+def test_second_hello_is_held_to_the_name(size: int, first: bytes) -> None:
+    for second, rule in ((REAL, None), (hello("other.example.com"), "sni-mismatch"), (hello(None), "no-sni")):
+        made = gate(443)
+        made.feed(REAL)
+        made.answered(server_hello(_RETRY))
+        if rule is None:
+            passed = b"".join(bytes(made.feed(part)) for part in pieces(first + second, size))
+            assert passed == first + second and made.done
+        else:
+            assert denied(made, *pieces(first + second, size)) == rule
+
+
+def test_second_hello_that_does_not_wait_for_the_server_is_held_to_the_name() -> None:
+    made = gate(443)
+    assert made.feed(REAL + hello("other.example.com")) == REAL
+    made.answered(server_hello(_RETRY))
+    assert denied(made, b"") == "sni-mismatch"
+
+
+@pytest.mark.parametrize("size", [1, 3, 10_000])
+def test_every_request_of_a_connection_is_held_to_the_name(size: int) -> None:
+    post = GET.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\nContent-Length: 60\r\n\r\n") + OTHER_GET.ljust(60)
+    chunked = GET.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+    chunked += b"%x;x=y\r\n" % len(OTHER_GET) + OTHER_GET + b"\r\n0\r\nTrailer: x\r\n\r\n"
+    honest = GET + post + chunked + b"\r\n" + GET
+    made = gate()
+    assert b"".join(bytes(made.feed(part)) for part in pieces(honest, size)) == honest
+    for before in (GET, post, chunked, honest):
+        assert denied(gate(), *pieces(before + OTHER_GET, size)) == "host-mismatch"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"Content-Length: 5\r\nContent-Length: 6",
+        b"Content-Length: 5, 5",
+        b"Content-Length: +5",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: gzip, chunked",
+        b"Transfer-Encoding: xchunked",
+        b"Transfer-Encoding: chunked\nContent-Length: 5",
+        b"Transfer-Encoding\x0b: chunked",
+        b"X: \0",
+    ],
+)
+def test_request_that_two_servers_could_read_differently_is_refused(lines: bytes) -> None:
+    assert denied(gate(), GET[:-2] + lines + b"\r\n\r\n") == "malformed"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"5\nhello\r\n",
+        b"x\r\n",
+        b"5 \r\nhello",
+        b"5\r\nhelloX\r\n",
+        b"0\r\nHost: b\r\n\r\n",
+        b"0\r\nx\r\n",
+        b"1" * 5000,
+    ],
+)
+def test_chunked_body_that_breaks_the_rules_is_refused(body: bytes) -> None:
+    assert denied(gate(), GET[:-2] + b"Transfer-Encoding: chunked\r\n\r\n" + body) == "malformed"
+
+
+def test_bytes_that_are_no_request_behind_one_are_refused() -> None:
+    for data in (b"EHLO me\r\n", b"\x01\x02\x03\x04\x05", REAL, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        assert denied(gate(), GET + data) == "malformed"
+
+
+@pytest.mark.parametrize("size", [1, 10_000])
+def test_bytes_behind_an_accepted_upgrade_pass(size: int) -> None:
+    for request, answer in (
+        (SOCKET, b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 101 Switching Protocols\r\n\r\n"),
+        (b"CONNECT hooks.example.com:8080 HTTP/1.1\r\nHost: hooks.example.com\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"),
+    ):
+        made = gate()
+        assert b"".join(bytes(made.feed(part)) for part in pieces(request + b"\x82\x05", size)) == request
+        assert made.waiting
+        for part in pieces(answer, size):
+            made.answered(part)
+        assert made.feed(OTHER_GET) == b"\x82\x05" + OTHER_GET and made.done
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 426 Upgrade\r\n", b"nonsense and more", b""])
+def test_request_behind_a_refused_upgrade_is_held_to_the_name(answer: bytes) -> None:
+    made = gate()
+    assert made.feed(SOCKET + GET) == SOCKET
+    made.answered(answer)
+    assert made.feed(b"") == GET and not made.done
+    assert denied(made, OTHER_GET) == "host-mismatch"
+
+
+def test_upgrade_of_a_later_request_opens_nothing() -> None:
+    # The answer to an earlier request could contain the bytes of a 101.
+    made = gate()
+    assert made.feed(GET + SOCKET) == GET + SOCKET
+    made.answered(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+    assert denied(made, OTHER_GET) == "host-mismatch"
+
+
+def test_upgrade_to_http_2_is_refused_like_http_2_itself() -> None:
+    for lax in (False, True):
+        made = gate(lax=lax)
+        made.feed(SOCKET.replace(b"websocket", b"h2c"))
+        answer = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
+        if lax:
+            made.answered(answer)
+            assert made.feed(b"x") == b"x"
+        else:
+            with pytest.raises(Denied, match="http2"):
+                made.answered(answer)
+
+
+@pytest.mark.parametrize("data", [b"\0\0\0\x08", b"EHLO me\r\nGET / HTTP/1.1\r\n", b'{"a": 1}'])
+def test_other_protocol_passes_at_once_and_is_not_looked_at_again(data: bytes) -> None:
+    made = gate()
+    assert made.feed(data) == data and made.done
+
+
+def test_half_a_line_of_an_unknown_protocol_passes_and_the_rest_is_held_to_the_name() -> None:
+    made = gate()
+    assert made.feed(b"FOO / HT") == b"FOO / HT" and not made.done
+    assert made.feed(b"TP/1.1\r\nHost: other.") == b""
+    assert denied(made, b"example.com\r\n\r\n") == "host-mismatch"
+
+
+class Ends:
+    """A flow between two socket pairs, with a gate: ``client`` and ``server`` are the far ends."""
+
+    def __init__(self, made: Gate) -> None:
+        self.client, inner = socket.socketpair()
+        outer, self.server = socket.socketpair()
+        self.sockets: Sequence[socket.socket] = (self.client, inner, outer, self.server)
+        for sock in self.sockets:
+            sock.setblocking(False)
+        scratch = Scratch()
+        self.up, self.down = Pipe(inner, outer, scratch), Pipe(outer, inner, scratch)
+        self.up.guard(made, self.down)
+        self.down.start()
+        self.up.start()
+
+    async def says(self, sock: socket.socket, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(sock, data)
+
+    async def hears(self, sock: socket.socket, count: int) -> bytes:
+        data = b""
+        async with asyncio.timeout(seconds(10)):
+            while len(data) < count:
+                part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
+                if not part:
+                    break
+                data += part
+        return data
+
+    def close(self) -> None:
+        self.up.stop()
+        self.down.stop()
+        for sock in self.sockets:
+            sock.close()
+
+
+async def test_relay_goes_on_when_the_server_has_answered() -> None:
+    ends = Ends(gate(443))
+    finished = CCS + b"\x16\x03\x03\0\x20\1" + bytes(31)
+    await ends.says(ends.client, REAL + finished)
+    assert await ends.hears(ends.server, len(REAL + CCS)) == REAL + CCS
+    await ends.says(ends.server, server_hello())
+    assert await ends.hears(ends.client, len(server_hello())) == server_hello()
+    assert await ends.hears(ends.server, len(finished) - len(CCS)) == finished[len(CCS) :]
+    await ends.says(ends.client, b"x" * 100_000)
+    assert len(await ends.hears(ends.server, 100_000)) == 100_000
+    assert ends.up.gate is None and ends.down._answers is None  # nothing is looked at any more
+    ends.close()
+
+
+async def test_relay_passes_on_what_waited_when_the_server_ends() -> None:
+    ends = Ends(gate(443))
+    await ends.says(ends.client, REAL + b"\x16\x03\x03\0\1\1")
+    await ends.hears(ends.server, len(REAL))
+    ends.server.shutdown(socket.SHUT_WR)
+    assert await ends.hears(ends.server, 6) == b"\x16\x03\x03\0\1\1"
+    ends.close()
+
+
+async def test_relay_ends_with_the_refusal() -> None:
+    for later, rule in ((OTHER_GET, "host-mismatch"), (GET[:20], "incomplete")):
+        ends = Ends(gate())
+        await ends.says(ends.client, GET + later)
+        ends.client.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(seconds(10)):
+            await ends.up.ended
+        assert ends.up.denied is not None and ends.up.denied.rule == rule
+        ends.close()
+
+
+async def test_request_that_stays_unfinished_is_ended() -> None:
+    ends = Ends(gate())
+    await ends.says(ends.client, GET + GET[:20])
+    assert await ends.hears(ends.server, len(GET)) == GET
+    ends.up.end_incomplete(ends.up.touched)
+    assert not ends.up.ended.done()
+    ends.up.end_incomplete(ends.up.touched + 1)
+    assert ends.up.denied is not None and ends.up.denied.rule == "incomplete"
+    ends.close()
