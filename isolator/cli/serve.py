@@ -24,7 +24,8 @@ def serve(root: str | None, config: str | None) -> None:
     """Run the daemon in the foreground.
 
     Prints 'isolator: ready' on stdout when it accepts commands (and tells systemd). SIGTERM or ^C stops it and
-    every plugin cleanly.
+    every plugin cleanly, and so does the end of the terminal that it was started from. Without a terminal, SIGHUP is
+    ignored.
     """
     from isolator.policy.parse.load import load_host_config
     from isolator.supervisor.supervisor import running_daemon
@@ -37,6 +38,8 @@ def serve(root: str | None, config: str | None) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup(1) keeps it so
+            loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else _ignore)
         async with running_daemon(paths, host_config):
             try:
                 click.echo("isolator: ready")
@@ -53,6 +56,15 @@ def serve(root: str | None, config: str | None) -> None:
     let_children_start_no_handler()
     _allow_many_files()
     asyncio.run(main())
+
+
+def _has_terminal() -> bool:
+    """Whether one of the standard streams is a terminal, whose end (SIGHUP) is then the daemon's."""
+    return any(map(os.isatty, range(3)))
+
+
+def _ignore() -> None:
+    """Do nothing: unlike SIG_IGN, a handler is not inherited by what is started."""
 
 
 def _allow_many_files() -> None:

@@ -51,6 +51,7 @@ class Daemon:
         self._enter = ["unshare", "-n"] if network is None else ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
         self.process: subprocess.Popen[bytes] | None = None
         self.log = root / "serve.log"
+        self.stdin = subprocess.DEVNULL
         if host_toml:
             etc = root / "etc/isolator"
             etc.mkdir(parents=True)
@@ -65,7 +66,7 @@ class Daemon:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._enter, *self.command()], stdout=subprocess.PIPE, stderr=log,
-                stdin=subprocess.DEVNULL,
+                stdin=self.stdin,
             )  # fmt: skip
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], timeout)
