@@ -16,6 +16,8 @@ from isolator.linux import daemon_log
 from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
 from isolator.paths import Paths
 
+_EXTENSION_SECONDS = 120
+
 
 @click.command(epilog="\b\nExamples:\n  isolator serve\n  isolator --root /tmp/try serve")
 @click.option("--config", metavar="FILE", help="Read FILE instead of /etc/isolator/host.toml.")
@@ -40,15 +42,19 @@ def serve(root: str | None, config: str | None) -> None:
             loop.add_signal_handler(number, stopping.set)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup(1) keeps it so
             loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else _ignore)
-        async with running_daemon(paths, host_config):
+        extending = asyncio.create_task(_extend_timeout())
+        async with running_daemon(paths, host_config, progress=_notify_progress):
             try:
                 click.echo("isolator: ready")
-                _notify("READY=1")
+                _notify("READY=1\nSTATUS=")
+                extending.cancel()
                 watchdog = asyncio.create_task(_watchdog())
                 await stopping.wait()
                 watchdog.cancel()
             finally:
                 _notify("STOPPING=1")
+                extending = asyncio.create_task(_extend_timeout())
+        extending.cancel()
 
     daemon_log.set_up()
     os.umask(0o022)
@@ -81,6 +87,18 @@ def _notify(state: str) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.send(state.encode())
+
+
+def _notify_progress(step: str) -> None:
+    """Tell systemd which step of the start begins; each has the time of a whole start (TimeoutStartSec=)."""
+    _notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION_SECONDS * 1_000_000}\nSTATUS={step}")
+
+
+async def _extend_timeout() -> None:
+    """Extend the time for the start or the stop while the event loop turns: its waits have deadlines of their own."""
+    while True:
+        _notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION_SECONDS * 1_000_000}")
+        await asyncio.sleep(_EXTENSION_SECONDS / 6)
 
 
 async def _watchdog() -> None:

@@ -29,12 +29,14 @@ from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Handler, Message, R, Request, WithFds
-from isolator.ipc.packet import MAX_FDS, MAX_PACKET, receive_packet, send_packet
+from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, receive_packet, send_packet
 from isolator.linux.descriptors import close_all
 
 logger = logging.getLogger(__name__)
 
 
+ALIVE = "alive"
+"""A request that every channel answers by itself: its process's event loop turns."""
 MOST_WAITING, MOST_WAITING_FDS = 64 << 20, 4096
 """Bytes and descriptors that may wait for a peer to read."""
 MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
@@ -188,6 +190,12 @@ class Channel:
                 payload, fds = receive_packet(self._sock)
             except BlockingIOError:
                 return
+            except TruncatedPacketError as error:
+                if not error.payload:
+                    self.close()
+                    return
+                self._without_descriptors(error)
+                continue
             except OSError:
                 payload, fds = b"", []
             if not payload:
@@ -200,6 +208,18 @@ class Channel:
                 logger.error("%s sent no message: %s", self.name, ascii(str(error))[:200])
                 self.close()
 
+    def _without_descriptors(self, error: TruncatedPacketError) -> None:
+        """Fail one request or answer whose descriptors found no room in this process; the channel goes on."""
+        full = UnavailableError(self.name, "no descriptor is free to receive what came", "see 'ulimit -n'").to_json()
+        try:
+            fields = _parse(error.payload)
+            if "re" in fields:
+                self._settle(Message({"re": fields["re"], "error": full}))
+            elif isinstance(fields.get("id"), int):
+                self._send({"re": fields["id"], "error": full}, ())
+        except (TypeError, ValueError, RecursionError):
+            self.close()
+
     def _dispatch(self, message: Message, size: int) -> None:
         """Settle the call that is answered, or start a handler; raises TypeError for what is neither."""
         if "re" in message.fields:
@@ -207,6 +227,10 @@ class Channel:
             return
         if not isinstance(message.fields.get("op"), str) or not isinstance(message.fields.get("id"), int | None):
             raise TypeError("neither a request nor a reply")
+        if message.fields["op"] == ALIVE:
+            message.close()
+            self._send({"re": message.fields.get("id"), "ok": {}}, ())
+            return
         if len(self._tasks) >= MOST_AT_ONCE or self._served_bytes + size > MOST_BYTES_AT_ONCE:
             self._refuse(message)
             return
