@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isolator.errors import UnavailableError
+from isolator.errors import IsolatorError, UnavailableError
 
 T = TypeVar("T")
 
@@ -64,6 +64,8 @@ async def until_silent(
                 await answered(ask(), pid, name, ticks=BUSY_TICKS)
             except UnavailableError as error:
                 return None if closed.is_set() else error
+            except IsolatorError:
+                pass  # a refusal is an answer, too
     return None
 
 

@@ -29,6 +29,7 @@ from isolator.linux.unprivileged import service_command
 from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
+from isolator.supervisor.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class ChildProcess:
         self._subtree, self._journal = subtree, journal
         self._process: subprocess.Popen[bytes] | None = None
         self._leaf: Leaf | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
         self._stopping = False
 
     async def start(
@@ -83,15 +84,12 @@ class ChildProcess:
             await self._launch(introduce, handlers or {}, inherit)
 
         await launch()
-        self._task = asyncio.create_task(self._keep(launch), name=f"service {self.spec.name}")
+        self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
 
     async def stop(self) -> None:
         """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
         self._stopping = True
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._tasks.close()
         self.up.clear()
         if self.channel is not None:
             self.channel.close()
