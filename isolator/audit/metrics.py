@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -186,5 +187,7 @@ async def serve_metrics(metrics: Metrics, listener: socket.socket) -> asyncio.Se
 
     listener.setblocking(False)
     if listener.family == socket.AF_UNIX:
-        return await asyncio.start_unix_server(answer, sock=listener, limit=8192)
+        # The supervisor made the socket's name and removes it; from 3.13 on, asyncio would.
+        options: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        return await asyncio.start_unix_server(answer, sock=listener, limit=8192, **options)
     return await asyncio.start_server(answer, sock=listener, limit=8192)

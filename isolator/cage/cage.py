@@ -30,7 +30,7 @@ from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.channel import receive_packet, send_packet
 from isolator.ipc.packet import send_message
-from isolator.launcher.client import Clone, clone_remedy
+from isolator.launcher.client import Clone, Launcher, clone_remedy
 from isolator.layers.base import CageSpec, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
@@ -97,6 +97,8 @@ class Cage:
         self._layers = [layer for layer in every if layer.name not in without]
         self._handover = handover
         self._spare: Spare | None = None
+        self._kept_by: Launcher | None = None
+        """The launcher that holds a descriptor of the cage's group, however far the start came."""
         self._loading: asyncio.Task[None] | None = None
         self._processes: CageProcesses | None = None
         self._process = Process(0)
@@ -162,6 +164,7 @@ class Cage:
                 with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link shows below
                     send_message(spare.link, packet, fds)
                 if "cgroup" in plan.fds:
+                    self._kept_by = runtime.launcher
                     await runtime.launcher.keep(spec.leaf, plan.fds["cgroup"])
             finally:
                 plan.close_owned()
@@ -322,8 +325,10 @@ class Cage:
             await self._reap_late_clone(self._spare)
         if self._processes is not None:
             await self._processes.reap()
-            self._runtime.launcher.forget(self.spec.leaf)
             self._processes = None
+        if self._kept_by is not None:
+            self._kept_by.forget(self.spec.leaf)
+            self._kept_by = None
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1

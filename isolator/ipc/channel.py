@@ -10,6 +10,8 @@ and no peer to authenticate. Both ends may call and notify. A message is one pac
 ``fields`` are the body of a type in ``messages.py``: ``ask`` and ``tell`` send one, ``Request.on`` makes the handler
 that receives one. Descriptors travel beside a message (SCM_RIGHTS, at most 64) and belong to the receiver from then on.
 Packets are at most ``MAX_PACKET`` bytes; anything larger travels as a descriptor (a file or a memfd).
+Nothing here grows without a bound: a peer that does not read, so that more than ``MOST_WAITING`` waits for it, is given
+up, and of its requests those beyond ``MOST_AT_ONCE`` are refused. ``alive`` is answered by the channel itself.
 When the peer goes away every pending call fails with ``UnavailableError`` and ``closed`` is set. A peer that sends
 something else than messages is broken or was taken over: its channel is closed.
 """
@@ -27,10 +29,18 @@ from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Handler, Message, R, Request, WithFds
-from isolator.ipc.packet import MAX_FDS, MAX_PACKET, receive_packet, send_packet
+from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, receive_packet, send_packet
 from isolator.linux.descriptors import close_all
 
 logger = logging.getLogger(__name__)
+
+
+ALIVE = "alive"
+"""A request that every channel answers by itself: its process's event loop turns."""
+MOST_WAITING, MOST_WAITING_FDS = 64 << 20, 4096
+"""Bytes and descriptors that may wait for a peer to read."""
+MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
+"""Requests of a peer that are served at the same time, and their bytes."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -57,6 +67,8 @@ class Channel:
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._next = 0
         self._out: deque[tuple[bytes, list[int]]] = deque()
+        self._out_bytes = self._out_fds = 0
+        self._served_bytes = 0
         self._full = False
         """The peer's buffer was full, and the loop calls when it has room."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -107,6 +119,10 @@ class Channel:
                 return await future
         except TimeoutError:
             raise UnavailableError(self.name, f"no answer to {op} in {timeout:g} s", "see its log") from None
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().close()  # the answer came at that very moment
+            raise
         finally:
             self._pending.pop(number, None)
 
@@ -126,6 +142,7 @@ class Channel:
         for _, fds in self._out:
             close_all(fds)
         self._out.clear()
+        self._out_bytes = self._out_fds = 0
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(UnavailableError(self.name, "went away in the middle of a request", "try again"))
@@ -137,8 +154,13 @@ class Channel:
         if len(payload) > MAX_PACKET:
             raise IsolatorError("internal message", f"{len(payload)} bytes exceed {MAX_PACKET}", "pass it as a file")
         # The caller may close its descriptors at once, so what waits in the queue is a duplicate.
-        self._out.append((payload, [os.dup(fd) for fd in fds]))
+        self._out.append((payload, _duplicates(fds)))
+        self._out_bytes += len(payload)
+        self._out_fds += len(fds)
         self._flush()
+        if self._out_bytes > MOST_WAITING or self._out_fds > MOST_WAITING_FDS:
+            logger.error("%s does not read what it is sent (%d messages wait)", self.name, len(self._out))
+            self.close()
 
     def _flush(self) -> None:
         while self._out:
@@ -153,6 +175,8 @@ class Channel:
                 self.close()
                 return
             self._out.popleft()
+            self._out_bytes -= len(payload)
+            self._out_fds -= len(fds)
             close_all(fds)
         if self._full:
             self._loop.remove_writer(self._sock)
@@ -166,28 +190,65 @@ class Channel:
                 payload, fds = receive_packet(self._sock)
             except BlockingIOError:
                 return
+            except TruncatedPacketError as error:
+                if not error.payload:
+                    self.close()
+                    return
+                self._without_descriptors(error)
+                continue
             except OSError:
                 payload, fds = b"", []
             if not payload:
                 self.close()
                 return
             try:
-                self._dispatch(Message(_parse(payload), fds))
+                self._dispatch(Message(_parse(payload), fds), len(payload))
             except (TypeError, ValueError, RecursionError) as error:
                 close_all(fds)
                 logger.error("%s sent no message: %s", self.name, ascii(str(error))[:200])
                 self.close()
 
-    def _dispatch(self, message: Message) -> None:
+    def _without_descriptors(self, error: TruncatedPacketError) -> None:
+        """Fail one request or answer whose descriptors found no room in this process; the channel goes on."""
+        full = UnavailableError(self.name, "no descriptor is free to receive what came", "see 'ulimit -n'").to_json()
+        try:
+            fields = _parse(error.payload)
+            if "re" in fields:
+                self._settle(Message({"re": fields["re"], "error": full}))
+            elif isinstance(fields.get("id"), int):
+                self._send({"re": fields["id"], "error": full}, ())
+        except (TypeError, ValueError, RecursionError):
+            self.close()
+
+    def _dispatch(self, message: Message, size: int) -> None:
         """Settle the call that is answered, or start a handler; raises TypeError for what is neither."""
         if "re" in message.fields:
             self._settle(message)
             return
         if not isinstance(message.fields.get("op"), str) or not isinstance(message.fields.get("id"), int | None):
             raise TypeError("neither a request nor a reply")
+        if message.fields["op"] == ALIVE:
+            message.close()
+            self._send({"re": message.fields.get("id"), "ok": {}}, ())
+            return
+        if len(self._tasks) >= MOST_AT_ONCE or self._served_bytes + size > MOST_BYTES_AT_ONCE:
+            self._refuse(message)
+            return
         task = self._loop.create_task(self._serve(message))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._served_bytes += size
+        task.add_done_callback(lambda done: self._served(done, size))
+
+    def _served(self, task: asyncio.Task[None], size: int) -> None:
+        self._tasks.discard(task)
+        self._served_bytes -= size
+
+    def _refuse(self, message: Message) -> None:
+        message.close()
+        number = message.fields.get("id")
+        if number is not None:
+            busy = UnavailableError(self.name, "too many requests at once", "ask again when some are answered")
+            self._send({"re": number, "error": busy.to_json()}, ())
 
     def _settle(self, message: Message) -> None:
         future = self._pending.get(message.fields["re"])
@@ -233,6 +294,17 @@ class Channel:
             self._send({"re": number, "error": error.to_json()}, ())
         finally:
             close_all(fds)
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError:
+        close_all(made)
+        raise
+    return made
 
 
 def _parse(payload: bytes) -> dict[str, Any]:

@@ -21,6 +21,14 @@ _PART = struct.Struct("=BI")
 """Zero, and the number of descriptors in the packets that follow."""
 
 
+class TruncatedPacketError(OSError):
+    """A packet that did not arrive whole. ``payload``: its text when only descriptors were lost, for want of room."""
+
+    def __init__(self, payload: bytes) -> None:
+        super().__init__(errno.EMSGSIZE, "truncated packet")
+        self.payload = payload
+
+
 def send_packet(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
     """Send one packet with descriptors; raises BlockingIOError when a non-blocking peer is full."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -37,7 +45,7 @@ def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for fd in fds:
             os.close(fd)
-        raise OSError(errno.EMSGSIZE, "truncated packet")
+        raise TruncatedPacketError(b"" if flags & socket.MSG_TRUNC else payload)
     return payload, list(fds)
 
 

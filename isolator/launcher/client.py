@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -10,14 +11,19 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import isolator
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.channel import pair, receive_packet, send_packet
+from isolator.ipc.packet import TruncatedPacketError
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
+
+
+_END_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Launcher:
         mine, theirs = pair()
         self._sock = mine
         self._waiting: deque[asyncio.Future[Clone]] = deque()
+        self._alive: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.closed = asyncio.Event()
         self._ready = False
@@ -80,6 +87,14 @@ class Launcher:
                 self._abandon(future.result())
             raise
 
+    async def alive(self) -> None:
+        """Return when the launcher answers; raises UnavailableError when it has died. One call at a time."""
+        if self.closed.is_set():
+            raise UnavailableError("launcher", "not running at the moment", "try again")
+        self._alive = self._loop.create_future()
+        await self._send(b'{"alive": true}', [])
+        await self._alive
+
     async def keep(self, cage: str, cgroup: int) -> None:
         """Have the launcher kill this group when the supervisor goes away.
 
@@ -94,9 +109,17 @@ class Launcher:
             task.add_done_callback(lambda done: done.exception())
 
     def close(self) -> None:
-        """End the launcher; it kills the cages that it still keeps."""
+        """End the launcher; it kills the cages that it still keeps. One that hangs is killed after a moment."""
         self._lost()
-        self._process.wait()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+
+    def kill(self) -> None:
+        """Kill the launcher alone: its cages are left to the caller."""
+        self._process.kill()
 
     async def _send(self, packet: bytes, fds: list[int]) -> None:
         while True:
@@ -117,18 +140,27 @@ class Launcher:
             packet, fds = receive_packet(self._sock)
         except BlockingIOError:
             return
+        except TruncatedPacketError as error:
+            packet, fds = error.payload, []
         except OSError:
             packet, fds = b"", []
         if not packet:
             self._lost()
             return
         answer = json.loads(packet)
+        if "alive" in answer:
+            if self._alive is not None and not self._alive.done():
+                self._alive.set_result(None)
+            return
         if not self._ready:
             self._ready = True
             if "ready" not in answer:
                 self._problem = ConfinementError("root of the cages", answer["detail"], "see 'isolator check'")
             return
         future = self._waiting.popleft()
+        if "pid" in answer and not fds:  # no descriptor is free for its pidfd
+            self._reap(answer["pid"])
+            answer = {"errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
         if future.done():  # nobody waits for it any more
             if "pid" in answer:
                 self._abandon(Clone(answer["pid"], fds[0]))
@@ -142,7 +174,10 @@ class Launcher:
     def _abandon(self, parked: Clone) -> None:
         """Reap a parked process that nobody waits for: it sees the end of its link, and ends."""
         os.close(parked.pidfd)
-        self._loop.run_in_executor(None, os.waitpid, parked.pid, 0)
+        self._reap(parked.pid)
+
+    def _reap(self, pid: int) -> None:
+        self._loop.run_in_executor(None, os.waitpid, pid, 0)
 
     def _lost(self) -> None:
         if self.closed.is_set():
@@ -151,7 +186,8 @@ class Launcher:
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
-        for future in self._waiting:
+        waiting: list[asyncio.Future[Any]] = [*self._waiting, *([self._alive] if self._alive is not None else [])]
+        for future in waiting:
             if not future.done():
                 error = self._problem or UnavailableError("launcher", "it has died", "the supervisor starts it again")
                 future.set_exception(error)
@@ -159,11 +195,10 @@ class Launcher:
 
 def clone_remedy(number: int) -> str:
     """The remedy to suggest for an errno of clone3."""
-    import errno
-
     return {
         errno.EPERM: "run as root, outside a container that forbids namespaces",
         errno.ENOSYS: "use kernel 5.7 or newer",
+        errno.EMFILE: "allow the daemon more descriptors (ulimit -n, LimitNOFILE=)",
         errno.EAGAIN: "the host is out of process ids",
         errno.EBUSY: "the cgroup leaf distributes controllers; run 'isolator gc'",
     }.get(number, "see 'isolator check'")

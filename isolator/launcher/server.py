@@ -10,11 +10,15 @@ The launcher holds the cgroup descriptor of every cage between ``keep`` and ``fo
 socket closes, for whatever reason, it kills those cgroups and ends.
 
 Packets, supervisor → launcher: ``{"park": ORDER}`` with the link and the status pipe, answered by ``{"pid": N}`` with
-the pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer.
+the pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
+``{"alive": true}``, which is sent back.
+
+A table that is full of descriptors refuses a park, and ends nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -24,7 +28,7 @@ import sys
 
 import prctl  # noqa: F401  # the layers use it after the cage's root has replaced the one it is found in
 
-from isolator.ipc.packet import receive_packet, send_packet
+from isolator.ipc.packet import TruncatedPacketError, receive_packet, send_packet
 from isolator.launcher.prefork import park
 from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
@@ -40,22 +44,36 @@ def serve(sock: socket.socket) -> None:
     while True:
         try:
             packet, fds = receive_packet(sock)
+        except TruncatedPacketError as error:
+            packet, fds = error.payload, []  # no descriptor is left: refuse, and keep the cages that there are
         except OSError:
             packet, fds = b"", []
         if not packet:
             break
         body = json.loads(packet)
-        if "park" in body:
+        if "alive" in body:
+            send_packet(sock, packet)
+        elif "park" in body and len(fds) < 2:
+            answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
+            send_packet(sock, json.dumps(answer).encode())
+        elif "park" in body:
             order = ParkOrder(frozenset(body["park"]["layers"]), body["park"]["last_capability"])
             _park(sock, order, fds)
         elif "keep" in body:
-            cgroups[body["keep"]] = fds[0]
+            if fds:  # or its pid 1 alone watches for the end of the supervisor
+                _forget(cgroups, body["keep"])
+                cgroups[body["keep"]] = fds[0]
         else:
-            fd = cgroups.pop(body["forget"], -1)
-            if fd >= 0:
-                os.close(fd)
+            _forget(cgroups, body["forget"])
+    sock.close()  # a full table has room for one descriptor again
     for fd in cgroups.values():
         _kill(fd)
+
+
+def _forget(cgroups: dict[str, int], cage: str) -> None:
+    fd = cgroups.pop(cage, -1)
+    if fd >= 0:
+        os.close(fd)
 
 
 def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,15 @@ from isolator.linux.lock import lock_file
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
-LOCKS = Path("/run/lock/isolator")
-"""Lock files, one for each uid in use without a passwd entry; the same for every instance on the machine."""
+LOCKS = Path("/run/isolator-uids")
+"""Lock files, one for each uid in use without a passwd entry; the same for every instance on the machine. Not below
+``/run/lock``, where any user may make a folder of that name first."""
 
 _USERADD = (
     "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
     "--shell", "/usr/sbin/nologin",
 )  # fmt: skip
-_LOCKED_EXIT = 1  # useradd's "can't update password file", which includes a lock held by another tool
+_LOCKED_EXITS = {1, 10}  # useradd(8), userdel(8): "can't update" the password or the group file, also when it is locked
 _UID_TAKEN = 4
 
 
@@ -147,7 +149,7 @@ def _account_tool(command: list[str], user: str, *, accepted: int = 0) -> int:
         result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if result.returncode in (0, accepted):
             return result.returncode
-        if result.returncode != _LOCKED_EXIT or not wait:
+        if result.returncode not in _LOCKED_EXITS or not wait:
             break
         time.sleep(wait)
     raise IsolatorError(f"system user {user}", result.stderr.strip() or f"{command[0]} failed", "see /etc/passwd")
@@ -157,7 +159,7 @@ class UidLease:
     """A free uid without a passwd entry, held until ``release``."""
 
     def __init__(self, uid_range: tuple[int, int]) -> None:
-        LOCKS.mkdir(parents=True, exist_ok=True)
+        _make_locks()
         taken = {entry.pw_uid for entry in pwd.getpwall()}
         for uid in range(uid_range[1], uid_range[0] - 1, -1):  # from the top: plugins' users come from the bottom
             if uid not in taken and self._lock(uid):
@@ -169,7 +171,7 @@ class UidLease:
         try:
             fd = lock_file(LOCKS / str(uid))
         except FileNotFoundError:
-            LOCKS.mkdir(parents=True, exist_ok=True)  # another release removed the empty folder
+            _make_locks()  # another release removed the empty folder
             return self._lock(uid)
         self._fd = -1 if fd is None else fd
         return fd is not None
@@ -183,6 +185,15 @@ class UidLease:
             self._fd = -1
             with contextlib.suppress(OSError):
                 LOCKS.rmdir()
+
+
+def _make_locks() -> None:
+    with contextlib.suppress(FileExistsError):
+        LOCKS.mkdir(mode=0o700)
+    with contextlib.suppress(FileNotFoundError):
+        status = LOCKS.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
+            raise ConfinementError(str(LOCKS), "is not a folder of root's alone", "remove it")
 
 
 def _range_full(uid_range: tuple[int, int]) -> ConfinementError:

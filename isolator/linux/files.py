@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import stat
 
-from isolator.linux._libc import libc, syscall
+from isolator.linux._libc import call, libc, syscall
 
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
@@ -43,6 +45,22 @@ def open_nofollow(path: str, flags: int = os.O_PATH) -> int:
         raise OSError(error.errno, error.strerror, path) from None
 
 
+def read_plain(path: str | os.PathLike[str], *, most: int) -> bytes:
+    """Content of a plain file of at most ``most`` bytes; follows no link and never waits. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a plain file", str(path))
+        content = b""
+        while chunk := os.read(fd, most + 1 - len(content)):
+            content += chunk
+        if len(content) > most:
+            raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
+        return content
+    finally:
+        os.close(fd)
+
+
 def close_all_but(keep: set[int]) -> None:
     """Close every descriptor that is not in ``keep`` (close_range(2))."""
     low = 0
@@ -59,5 +77,5 @@ def eventfd() -> int:
 
 
 def sync_filesystem(fd: int) -> None:
-    """Flush the file system behind ``fd`` (syncfs(2))."""
-    libc.syncfs(ctypes.c_int(fd))
+    """Flush the file system behind ``fd`` (syncfs(2)); raises OSError also for a write that failed before (EIO)."""
+    call(libc.syncfs, "sync of a file system", ctypes.c_int(fd))

@@ -14,12 +14,15 @@ import os
 import threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from isolator.errors import IsolatorError
 from isolator.linux.lock import lock_file
 
+KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
 _COMPACT_LINES = 4000
 _SERVICE_NAMES = frozenset({"service.audit", "service.broker", "service.host"})
+_MOST = 64 << 20
 
 
 @functools.cache
@@ -41,20 +44,32 @@ class Entry:
 
 
 def read_entries(content: bytes) -> dict[str, Entry]:
-    """The entries of this boot that a journal's content leaves open, by name."""
+    """The entries of this boot that a journal's content leaves open, by name.
+
+    A line that is no entry is passed over: the torn last one of a killed daemon announced what was not made yet, and of
+    a damaged journal the groups and mounts are found without it.
+    """
     here = boot_id()
     found: dict[str, Entry] = {}
     for line in content.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
-            continue  # the torn last line of a killed daemon: what it announced was not made yet
-        if "gone" in record:
-            found.pop(record["gone"], None)
-        elif record.get("boot") == here:
-            record["folders"] = tuple(record["folders"])
-            found[record["name"]] = _with_todays_kind(Entry(**record))
+            if "gone" in record:
+                found.pop(record["gone"], None)
+            elif record["boot"] == here:
+                entry = _with_todays_kind(_entry(record))
+                found[entry.name] = entry
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
     return found
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    entry = Entry(**{**record, "folders": tuple(record["folders"])})
+    paths = all(isinstance(folder, str) and folder.startswith("/") for folder in entry.folders)
+    if not isinstance(entry.name, str) or entry.kind not in KINDS or not entry.folders or not paths:
+        raise ValueError("no entry")
+    return entry
 
 
 def _with_todays_kind(entry: Entry) -> Entry:
@@ -70,15 +85,22 @@ def _with_todays_kind(entry: Entry) -> Entry:
     return entry
 
 
+def _content(fd: int, path: Path) -> bytes:
+    size = os.fstat(fd).st_size
+    if size > _MOST:
+        raise IsolatorError(str(path), f"is damaged: it has {size} bytes", "delete it, and start again")
+    return os.pread(fd, size, 0)
+
+
 def read_unlocked(path: Path) -> dict[str, Entry] | None:
     """The open entries of a daemon that is dead, changing nothing; None while a daemon has the journal locked."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return {}
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return read_entries(os.pread(fd, os.fstat(fd).st_size, 0))
+        return read_entries(_content(fd, path))
     except BlockingIOError:
         return None
     finally:
@@ -87,7 +109,10 @@ def read_unlocked(path: Path) -> dict[str, Entry] | None:
 
 def _open_locked(path: Path, *, wait: bool) -> int:
     """Open (or make) the file and take its lock; raises IsolatorError when another daemon has it."""
-    fd = lock_file(path, wait=wait)
+    try:
+        fd = lock_file(path, wait=wait)
+    except OSError as error:
+        raise IsolatorError(str(path), error.strerror or "cannot be opened", "remove it, and start again") from None
     if fd is None:
         raise IsolatorError(
             f"daemon on {path.parent}", "another one is running there",
@@ -104,7 +129,11 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._fd = _open_locked(path, wait=wait)
-        content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        try:
+            content = _content(self._fd, path)
+        except BaseException:
+            os.close(self._fd)
+            raise
         self.open = read_entries(content)
         self._lock = threading.Lock()
         """State folders are made ready in threads."""

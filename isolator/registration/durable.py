@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from isolator.errors import IsolatorError
@@ -24,19 +25,19 @@ def replace_file(path: Path, content: bytes, *, temporary: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on disk; raises IsolatorError when the disk fails."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise IsolatorError(str(folder), error.strerror or "cannot be synced", "check the disk") from None
-    finally:
-        os.close(fd)
+    _sync(folder, os.fsync)
 
 
 def sync_tree(folder: Path) -> None:
-    """Put everything below a folder on disk, with the rest of its file system."""
+    """Put everything below a folder on disk, with the rest of its file system; raises as ``sync_folder``."""
+    _sync(folder, sync_filesystem)
+
+
+def _sync(folder: Path, sync: Callable[[int], object]) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        sync_filesystem(fd)
+        sync(fd)
+    except OSError as error:
+        raise IsolatorError(str(folder), error.strerror or "cannot be synced", "check the disk") from None
     finally:
         os.close(fd)

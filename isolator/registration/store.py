@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from isolator.errors import IsolatorError, NotFoundError
+from isolator.linux.files import read_plain
 from isolator.registration.durable import replace_file, sync_folder, sync_tree
 from isolator.registration.staging import MANIFEST, NAME, PREFIX, Source, Staged
 
@@ -32,6 +35,14 @@ KEPT = 5
 """Earlier versions that stay for rollback."""
 _STATE, _INTENT, _REMOVED, _TRIAL = "plugin.state", "plugin.intent", "plugin.removed", "plugin.trial"
 _MARKERS = (_INTENT, _REMOVED)
+_MOST = 4 << 20
+"""Bytes of a file here; two policies and a few names are far less."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+N = TypeVar("N", "Registration", "Intent")
 
 
 @dataclass(frozen=True)
@@ -132,13 +143,13 @@ class Store:
         if not NAME.match(name):
             raise NotFoundError(f"plugin {name!r}", "no such plugin", "see 'isolator plugin list'")
         try:
-            return _registration(json.loads((self.base / name / _STATE).read_bytes()))
+            registration = self._read(self.base / name / _STATE, _registration)
         except FileNotFoundError:
             raise NotFoundError(f"plugin {name}", "no such plugin", "see 'isolator plugin list'") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise IsolatorError(
-                str(self.base / name / _STATE), f"cannot be read: {error}", "restore it, or delete the folder"
-            ) from None
+        if registration.name != name:
+            why = f"cannot be read: it is that of {ascii(registration.name)[:80]}"
+            raise IsolatorError(str(self.base / name / _STATE), why, "restore it, or delete the folder")
+        return registration
 
     def save(self, registration: Registration) -> None:
         """Replace the registration atomically and durably; it is true from here on."""
@@ -154,7 +165,7 @@ class Store:
 
     def intents(self) -> list[Intent]:
         """Changes that were begun and not ended, by name."""
-        return [Intent(**json.loads(path.read_bytes())) for path in sorted(self.base.glob(f"*/{_INTENT}"))]
+        return list(self._readable(_INTENT, _intent))
 
     def begin_trial(self, trial: Trial) -> None:
         """Put the version of the next registration on trial."""
@@ -167,9 +178,8 @@ class Store:
     def trial(self, name: str) -> Trial | None:
         """The trial of the version in use, if it has not been judged."""
         try:
-            data = json.loads((self.base / name / _TRIAL).read_bytes())
-            trial = Trial(**{**data, "before": _registration(data["before"])})
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            trial = self._read(self.base / name / _TRIAL, _trial)
+        except (FileNotFoundError, IsolatorError):
             return None  # one that cannot be read is no reason not to start: the version in use stays in use
         return trial if self.load(name).serial == trial.serial else None
 
@@ -181,11 +191,8 @@ class Store:
 
     def removed(self) -> list[Registration]:
         """Plugins whose removal was begun and not ended."""
-        return [
-            _registration(json.loads(path.read_bytes()))
-            for path in sorted(self.base.glob(f"*/{_REMOVED}"))
-            if not (path.parent / _STATE).exists()
-        ]
+        left = self._readable(_REMOVED, _registration)
+        return [registration for registration in left if not (self.base / registration.name / _STATE).exists()]
 
     def folder(self, name: str, release: Release) -> Path:
         """Folder of a version's files."""
@@ -219,21 +226,28 @@ class Store:
     def prune_all(self) -> None:
         """Delete the remains of a killed daemon: staged copies, and digests that no registration refers to.
 
-        For a daemon that starts; while one runs, staged copies may still be wanted.
+        For a daemon that starts; while one runs, staged copies may still be wanted. Files and folders that no daemon
+        makes here (``lost+found``, a backup) stay.
         """
         for leftover in self.base.glob(f"{PREFIX}*"):
-            shutil.rmtree(leftover)
+            if _is_folder(leftover):
+                shutil.rmtree(leftover)
         for name in self.names():
             with contextlib.suppress(IsolatorError):
                 trial = self.trial(name)
                 if trial is None:
                     self.end_trial(name)
                 self.prune(name, (*self.load(name).kept, *(trial.before.kept if trial else ())))
-        for unfinished in self.base.glob("*/.plugin.*"):
-            unfinished.unlink()
+        for marker in (_STATE, _TRIAL, *_MARKERS):
+            for unfinished in self.base.glob(f"*/.{marker}"):
+                if not unfinished.is_dir():
+                    unfinished.unlink()
         for folder in self.base.iterdir():
-            if not (folder / _STATE).exists() and not any((folder / marker).exists() for marker in _MARKERS):
+            own = _is_folder(folder) and NAME.match(folder.name)
+            if own and _is_forgotten(folder):
                 shutil.rmtree(folder)
+            elif not own or not any((folder / file).exists() for file in (_STATE, *_MARKERS)):
+                logger.warning("%s is nothing of the daemon's; it is left alone", ascii(str(folder))[1:-1])
 
     def delete(self, name: str) -> None:
         """Delete every file of a plugin; the marks that say so last."""
@@ -262,18 +276,83 @@ class Store:
         folder.chmod(0o755)
         return folder
 
+    def _readable(self, file: str, convert: Callable[[Any], N]) -> Iterator[N]:
+        """Every plugin's file of that name that can be read; the others are named in the log and stay as they are."""
+        for path in sorted(self.base.glob(f"*/{file}")):
+            try:
+                found = self._read(path, convert)
+                if found.name != path.parent.name:
+                    raise IsolatorError(str(path), "cannot be read: it is that of another plugin", "delete it")
+                yield found
+            except (IsolatorError, FileNotFoundError) as error:
+                logger.error("%s", error)
+
+    def _read(self, path: Path, convert: Callable[[Any], T]) -> T:
+        """One file of JSON; raises FileNotFoundError, and IsolatorError with one line that names it."""
+        try:
+            return convert(json.loads(read_plain(path, most=_MOST)))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            why = error.strerror or "the disk fails"
+        except RecursionError:
+            why = "it is nested too deeply"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = ascii(str(error))[1:-1][:200] or type(error).__name__
+        raise IsolatorError(str(path), f"cannot be read: {why}", "restore it, or delete the folder")
+
     def _write(self, name: str, file: str, content: dict[str, Any]) -> None:
         folder = self._folder_of(name)
         replace_file(folder / file, json.dumps(content, indent=1).encode(), temporary=folder / f".{file}")
 
 
-def _registration(data: dict[str, Any]) -> Registration:
-    return Registration(
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_forgotten(folder: Path) -> bool:
+    """Whether a plugin's folder holds nothing but versions that no registration names."""
+    return all(_is_folder(entry) and _DIGEST.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def _registration(data: Any) -> Registration:
+    """A registration from its JSON; raises ValueError, KeyError, TypeError or AttributeError for what is none."""
+    made = Registration(
         **{
             **data,
-            "release": Release(**data["release"]),
-            "previous": tuple(Release(**release) for release in data["previous"]),
-            "pending": Release(**data["pending"]) if data["pending"] else None,
+            "release": _release(data["release"]),
+            "previous": tuple(map(_release, data["previous"])),
+            "pending": _release(data["pending"]) if data["pending"] else None,
             "source": Source(**{**data["source"], "hooks": tuple(data["source"]["hooks"])}),
         }
     )
+    _check(made, name=str, user=str, uid=int, enabled=bool, policy_sha256=str, serial=int)
+    _check(made.source, path=str, binary=str, files=str, name=str)
+    return made
+
+
+def _release(data: Any) -> Release:
+    made = Release(**data)
+    _check(made, digest=str, version=str, kind=str, binary_path=str, binary_sha256=str)
+    if not made.digest.isalnum():  # it names a folder
+        raise ValueError("a digest that is none")
+    return made
+
+
+def _intent(data: Any) -> Intent:
+    made = Intent(**data)
+    _check(made, name=str, serial=int, user=str, policy_before=str | None, policy_sha256=str)
+    return made
+
+
+def _trial(data: Any) -> Trial:
+    made = Trial(**{**data, "before": _registration(data["before"])})
+    optional = str | None
+    _check(made, policy=optional, reason=str, record=str, who=optional, old_policy_sha256=optional)
+    return made
+
+
+def _check(made: object, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(getattr(made, name), kind):
+            raise TypeError(f"{name} is {type(getattr(made, name)).__name__}")

@@ -38,7 +38,7 @@ class AuditLink:
     async def introduce(self, channel: Channel) -> None:
         """Say hello to a new audit process, and give every sender a socket to it."""
         hello = AuditHello(root=str(self._paths.root), config=self._config.model_dump(mode="json"))
-        found = await channel.ask(hello, timeout=20)
+        found = await self.process.first_answer(channel.ask(hello))
         self._client.reconnect(socket.socket(fileno=self.source_end("supervisor")))
         with listen(self._paths.metrics_socket, mode=0o600, owner=0, backlog=16) as metrics:
             channel.tell(ServeMetrics(), fds=[metrics.fileno()])

@@ -49,7 +49,7 @@ class BrokerLink:
 
     async def hello(self, channel: Channel) -> None:
         """Say hello to a new broker."""
-        await channel.ask(self._hello, timeout=20)
+        await self.process.first_answer(channel.ask(self._hello))
 
     async def attach_again(self, channel: Channel) -> None:
         """Make the sockets of every running cage anew and hand them to a new broker."""

@@ -65,7 +65,7 @@ class HostLink:
                 root=str(self._paths.root), config=self._config.model_dump(mode="json"), plugins=plugins,
                 fresh=self.process.starts == 1,
             )  # fmt: skip
-            await channel.ask(hello, fds=fds, timeout=30)
+            await self.process.first_answer(channel.ask(hello, fds=fds))
 
     def plugin_changed(self, entry: PluginEntry) -> None:
         """Tell the host of a plugin's new state."""

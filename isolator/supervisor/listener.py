@@ -13,14 +13,16 @@ def listen(path: Path, *, mode: int, owner: int, backlog: int) -> socket.socket:
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        previous = os.umask(0o177)
         try:
+            # The name gets the socket's own mode (unix_bind()): the umask belongs to every thread.
+            os.fchmod(listener.fileno(), 0o600)
             listener.bind(f"/proc/self/fd/{folder}/{path.name}")
-        finally:
-            os.umask(previous)
-        os.chown(path, owner, -1)
-        os.chmod(path, mode)
-        listener.listen(backlog)
+            os.chown(path, owner, -1)
+            os.chmod(path, mode)
+            listener.listen(backlog)
+        except BaseException:
+            listener.close()
+            raise
         return listener
     finally:
         os.close(folder)

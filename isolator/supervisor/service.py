@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler
-from isolator.ipc.channel import Channel, pair
+from isolator.ipc.channel import ALIVE, Channel, pair
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.descriptors import close_all
@@ -26,8 +28,12 @@ from isolator.linux.readable import readable
 from isolator.linux.unprivileged import service_command
 from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
+from isolator.supervisor import alive
+from isolator.supervisor.tasks import Tasks
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 0.1, 5.0
 """Seconds: pauses between starts that fail."""
@@ -61,7 +67,7 @@ class ChildProcess:
         self._subtree, self._journal = subtree, journal
         self._process: subprocess.Popen[bytes] | None = None
         self._leaf: Leaf | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
         self._stopping = False
 
     async def start(
@@ -81,15 +87,12 @@ class ChildProcess:
             await self._launch(introduce, handlers or {}, inherit)
 
         await launch()
-        self._task = asyncio.create_task(self._keep(launch), name=f"service {self.spec.name}")
+        self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
 
     async def stop(self) -> None:
         """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
         self._stopping = True
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._tasks.close()
         self.up.clear()
         if self.channel is not None:
             self.channel.close()
@@ -109,6 +112,11 @@ class ChildProcess:
             raise UnavailableError(self.spec.name, why, "see the daemon's log") from None
         assert self.channel is not None
         return self.channel
+
+    async def first_answer(self, work: Awaitable[T]) -> T:
+        """Wait for the answer to hello while the process makes progress; raises UnavailableError."""
+        assert self._process is not None
+        return await alive.answered(work, self._process.pid, self.spec.name)
 
     @property
     def pid(self) -> int | None:
@@ -148,10 +156,13 @@ class ChildProcess:
         while not self._stopping:
             started = loop.time()
             assert self.channel is not None and self._process is not None
-            await self.channel.closed.wait()
+            ask = functools.partial(self.channel.call, ALIVE)
+            silent = await alive.until_silent(self.channel.closed, ask, self._process.pid, self.spec.name)
+            if silent is not None:
+                logger.critical("ALARM: %s; it is replaced", silent)
             self.up.clear()
             await self._clear()
-            self.ended = _how(self._process.returncode)
+            self.ended = silent.why if silent is not None else _how(self._process.returncode)
             logger.warning("%s ended (%s); starting it again", self.spec.name, self.ended)
             if loop.time() - started > _STEADY_SECONDS:
                 deaths.reset()

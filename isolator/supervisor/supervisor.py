@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
@@ -28,17 +28,21 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
+from isolator.linux import mount
+from isolator.linux.namespaces import CLONE_NEWNS, unshare
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig, without_trail
 from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
+from isolator.supervisor import alive
 from isolator.supervisor.handlers import Handlers
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.policy_watch import PolicyWatch
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.services import Services
 from isolator.supervisor.socket_watch import SocketWatch
+from isolator.supervisor.tasks import Tasks
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
 from isolator.volume.volume import Volume
@@ -47,9 +51,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def running_daemon(paths: Paths, config: HostConfig) -> AsyncIterator[None]:
+async def running_daemon(
+    paths: Paths, config: HostConfig, *, progress: Callable[[str], None] = lambda step: None
+) -> AsyncIterator[None]:
     """A daemon that accepts commands; nothing of it is left when the context is left.
 
+    ``progress`` is called with each step of the start as it begins.
     Raises IsolatorError with one clear line when this host or this root cannot carry a daemon.
     """
     _check_host(paths, config)
@@ -58,9 +65,11 @@ async def running_daemon(paths: Paths, config: HostConfig) -> AsyncIterator[None
         journal = Journal(paths.journal)
         stack.callback(_remove_run_folder, paths)
         stack.callback(journal.close)
+        progress("clearing what an earlier daemon left")
         cleared = recovery.clear(paths, journal)
         for left in cleared:
             logger.info("%s", f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}".rstrip())
+        _take_mounts_out_of_sight()
         subtree = open_subtree(paths.named("isolator"), optional=optional_controllers(config.may_degrade))
         journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         stack.callback(journal.forget, "subtree")
@@ -86,11 +95,15 @@ async def running_daemon(paths: Paths, config: HostConfig) -> AsyncIterator[None
             wait_for_trail=config.audit.disk_full == "stop",
         )  # fmt: skip
         table = PluginTable(context, registrar, config.plugin_dirs)
+        progress("reading the plugins")
         table.load()
-        stack.callback(asyncio.create_task(_keep_launcher(runtime, table), name="launcher").cancel)
+        tasks = Tasks()
+        stack.push_async_callback(tasks.close)
+        tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table))
         stack.push_async_callback(_stop, table, services, audit)
         updates = Updates(table, context)
         on_trial = await updates.hold_trials()
+        progress("starting the services")
         await services.start(table, Handlers(table, updates).all())
         runtime.pool.begin(EVERY_LAYER)
         if cleared or not services.audit.found.ended:
@@ -109,8 +122,7 @@ async def running_daemon(paths: Paths, config: HostConfig) -> AsyncIterator[None
             )
         )
         _record_dead(audit, services.audit.found.runs, cleared)
-        snapshots = _take_snapshots(table, config.audit.snapshot_interval)
-        stack.callback(asyncio.create_task(snapshots, name="snapshots").cancel)
+        tasks.keep("snapshots", lambda: _take_snapshots(table, config.audit.snapshot_interval))
         stack.callback(PolicyWatch(table, context, config).close)
         await table.discovery.start()
         yield
@@ -144,6 +156,17 @@ def _check_host(paths: Paths, config: HostConfig) -> None:
                 f"root {paths.root}", f"the daemon's unprivileged processes cannot enter {folder}",
                 f"chmod o+x {folder}, or choose a --root elsewhere",
             )  # fmt: skip
+
+
+def _take_mounts_out_of_sight() -> None:
+    """Move to a mount namespace of the daemon's own, in which what the host mounts later still appears.
+
+    Plugins' state is mounted in it alone. Any user may have a private copy of the host's mounts (``unshare -Urm``), and
+    a mount in that copy would hold the image for as long as its process likes. Where the host's root is no shared mount
+    (no systemd), later mounts stay with the host.
+    """
+    unshare(CLONE_NEWNS)
+    mount.set_propagation("/", mount.MS_SLAVE)
 
 
 def _make_folders(paths: Paths) -> None:
@@ -187,9 +210,13 @@ def _close_launcher(runtime: CageRuntime) -> None:
 
 async def _keep_launcher(runtime: CageRuntime, table: PluginTable) -> None:
     while True:
-        await runtime.launcher.closed.wait()
+        launcher = runtime.launcher
+        silent = await alive.until_silent(launcher.closed, launcher.alive, launcher.pid, "launcher")
+        if silent is not None:
+            logger.critical("ALARM: %s; it is replaced", silent)
+            launcher.kill()
         logger.error("the launcher has died; starting it and its cages again")
-        runtime.launcher.close()
+        launcher.close()
         for plugin in table.plugins.values():
             if plugin.run is not None:
                 plugin.run.terminate("the launcher died")
@@ -201,12 +228,17 @@ async def _take_snapshots(table: PluginTable, interval: float) -> None:
         await asyncio.sleep(interval)
         for plugin in table.plugins.values():
             run = plugin.run
-            if run is not None and plugin.state == "running":
+            if run is None or plugin.state != "running":
+                continue
+            try:
                 plugin.record_usage()
                 changed = run.detect_drift()
-                if changed:
-                    logger.warning("plugin %s is started anew: %s", plugin.name, changed)
-                    run.terminate("its control groups were changed", Origin.OPERATOR)
+            except OSError as error:  # one plugin's; the others' turn comes
+                logger.error("plugin %s: no snapshot: %s", plugin.name, error)
+                continue
+            if changed:
+                logger.warning("plugin %s is started anew: %s", plugin.name, changed)
+                run.terminate("its control groups were changed", Origin.OPERATOR)
 
 
 class _TrailAlarm:

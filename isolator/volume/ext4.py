@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from isolator.errors import ConfinementError
+from isolator.linux.files import read_plain
 
 TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
 BLOCK = 4096
@@ -61,9 +62,10 @@ class Ext4Image:
     def granted(self) -> Size | None:
         """The size it was made for; None when that is not known."""
         try:
-            return Size(**json.loads(self._note.read_text()))
-        except (OSError, ValueError, TypeError):
+            found = Size(**json.loads(read_plain(self._note, most=4096)))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
+        return found if all(type(number) is int and number > 0 for number in (found.size, found.inodes)) else None
 
     def make(self, wanted: Size, uid: int, gid: int) -> None:
         """Make it; what an attempt that was cut short has left is replaced."""
@@ -145,9 +147,14 @@ class Ext4Image:
             raise self._failed(_last_line(result.stderr), "is the disk full?")
 
     def _read(self, path: Path) -> _Superblock:
-        with path.open("rb") as file:
-            file.seek(_SUPERBLOCK)
-            data = file.read(1024)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                data = os.pread(fd, 1024, _SUPERBLOCK)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._failed(f"{path}: {error.strerror}", "restore it from a backup") from None
         if len(data) < 1024 or struct.unpack_from("<H", data, 56)[0] != _MAGIC:
             raise self._failed("the image is damaged: it holds no file system", f"restore {path} from a backup")
         (blocks_low,), (free_low,) = struct.unpack_from("<I", data, 4), struct.unpack_from("<I", data, 12)

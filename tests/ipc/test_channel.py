@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from isolator.errors import IsolatorError, UnavailableError, UsageError
+from isolator.ipc import channel as channels
 from isolator.ipc.body import Message, WithFds, by_op
-from isolator.ipc.channel import MAX_PACKET, Channel, pair
+from isolator.ipc.channel import MAX_PACKET, Channel, pair, send_packet
 from isolator.ipc.messages import ConnectRun, EnsureRun, GetEnvironment, NewAuditSocket, Running
 
 
@@ -175,3 +176,71 @@ async def test_wrong_number_of_descriptors_is_refused(count: int) -> None:
     asked.close()
     serving.close()
     assert descriptors() == before
+
+
+async def test_peer_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MOST_WAITING", 1 << 20)
+    before = descriptors()
+    channel, theirs = linked()
+    null = os.open("/dev/null", os.O_RDONLY)
+    sent = 0
+    while not channel.closed.is_set():
+        channel.notify("note", fds=[null], text="x" * 100_000)
+        sent += 1
+        assert sent < 100, "the queue has no bound"
+    theirs.close()
+    os.close(null)
+    assert descriptors() == before
+
+
+async def test_peer_that_reads_no_descriptors_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MOST_WAITING_FDS", 256)
+    channel, theirs = linked()
+    null = os.open("/dev/null", os.O_RDONLY)
+    for _ in range(64):
+        channel.notify("note", fds=[null] * 60, text="x" * 50_000)
+    assert channel.closed.is_set()
+    theirs.close()
+    os.close(null)
+
+
+async def test_more_requests_than_can_be_served_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MOST_AT_ONCE", 4)
+    let_go = asyncio.Event()
+
+    async def slow(request: EnsureRun) -> Running:
+        await let_go.wait()
+        return Running(run=request.name, pid=1)
+
+    mine, theirs = pair()
+    asked, serving = Channel(mine), Channel(theirs, by_op(EnsureRun.on(slow)), name="host")
+    calls = [asyncio.create_task(asked.ask(EnsureRun(name=str(number)), timeout=20)) for number in range(6)]
+    done, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    while len(done) < 2:
+        more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        done |= more
+    assert all("too many requests at once" in str(one.exception()) for one in done)
+    let_go.set()
+    assert len(await asyncio.gather(*waiting)) == 4
+    assert (await asked.ask(EnsureRun(name="after"), timeout=20)).run == "after"
+    asked.close()
+    serving.close()
+
+
+async def test_answer_that_comes_as_its_asker_is_cancelled_leaves_no_descriptor() -> None:
+    mine, theirs = pair()
+    asked = Channel(mine)
+    before = descriptors()
+    null = os.open("/dev/null", os.O_RDONLY)
+    asking = asyncio.create_task(asked.ask_fds(ConnectRun(name="one", run="r")))
+    await asyncio.sleep(0)
+    request = json.loads(theirs.recv(MAX_PACKET))
+    send_packet(theirs, json.dumps({"re": request["id"], "ok": {}}).encode(), [null])
+    os.close(null)
+    asked._readable()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert descriptors() == before
+    asked.close()
+    theirs.close()

@@ -51,6 +51,7 @@ class Daemon:
         self._enter = ["unshare", "-n"] if network is None else ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
         self.process: subprocess.Popen[bytes] | None = None
         self.log = root / "serve.log"
+        self.stdin = subprocess.DEVNULL
         if host_toml:
             etc = root / "etc/isolator"
             etc.mkdir(parents=True)
@@ -65,7 +66,7 @@ class Daemon:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._enter, *self.command()], stdout=subprocess.PIPE, stderr=log,
-                stdin=subprocess.DEVNULL,
+                stdin=self.stdin,
             )  # fmt: skip
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], timeout)
@@ -104,6 +105,11 @@ class Daemon:
     def json(self, *words: str, code: int | None = 0) -> Any:
         """The same with ``--json``, parsed."""
         return json.loads(self.cli(*words, "--json", code=code).stdout)
+
+    def state(self, plugin: str) -> Path:
+        """A plugin's state folder, which is mounted in the daemon's own mount namespace; for the present process."""
+        assert self.process is not None
+        return Path(f"/proc/{self.process.pid}/root{self.root}/var/lib/isolator/state/{plugin}/mnt/state")
 
     def records(self) -> list[dict[str, Any]]:
         """The whole trail; what has just happened is in it a few milliseconds later, when the writer commits again."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.layers.plan import Plan, Section
 from isolator.linux import seccomp
+from isolator.linux.files import read_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from isolator.layers.seccomp.profiles import Rule
     from isolator.policy.model import EffectivePolicy
 
+
+_DIGEST = 32
+_MOST = 1 << 20
+"""Bytes of a kept program; the kernel takes 32 KiB."""
 
 SEALING = "strict-sealing"
 """The second program of the profile ``strict``, stacked on the first one in the sidecar's own process."""
@@ -125,25 +130,42 @@ def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> byt
 
     digest = hashlib.sha256(source.encode()).hexdigest()[:32]
     if digest not in _compiled:
-        path = cache / f"seccomp-{name}-{digest}.bpf"
-        try:
-            program = path.read_bytes()
-        except OSError:
+        path = cache / f"seccomp-{name}-{digest}.filter"
+        program = _stored(path)
+        if program is None:
             program = make()
             _store(path, program)
         _compiled[digest] = program
     return _compiled[digest]
 
 
+def _stored(path: Path) -> bytes | None:
+    """The program that ``_store`` kept; None when there is none, or it is damaged."""
+    import hashlib
+
+    try:
+        content = read_plain(path, most=_MOST)
+    except OSError:
+        return None
+    program, digest = content[:-_DIGEST], content[-_DIGEST:]
+    return program if program and hashlib.sha256(program).digest() == digest else None
+
+
 def _store(path: Path, program: bytes) -> None:
+    """Keep a program, and its SHA-256 after it: a power cut or a full disk may leave an empty file."""
+    import hashlib
     import tempfile
 
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         fd, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(fd, "wb") as out:
-            out.write(program)
-        os.replace(temporary, path)  # both names are in the same root-owned folder
+        try:
+            with os.fdopen(fd, "wb") as out:
+                out.write(program + hashlib.sha256(program).digest())
+            os.replace(temporary, path)  # both names are in the same root-owned folder
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def compile_profile(profile: str) -> bytes:

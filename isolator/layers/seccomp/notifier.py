@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import select
 import threading
@@ -83,25 +84,45 @@ class SeccompNotifier:
 
     def _serve(self) -> None:
         while not self._stopped:
-            busy = any(cage.counts or cage.paused for cage in self._cages.values())
-            for fd, events in self._epoll.poll(0.1 if busy else -1):
-                if fd == self._wake:
-                    continue
-                if events & select.EPOLLIN:
-                    self._answer(fd)
-                elif events & (select.EPOLLHUP | select.EPOLLERR):
-                    self._drop(fd)
+            for fd, events in self._epoll.poll(0.1 if self._busy() else -1):
+                if fd != self._wake:
+                    self._guarded(fd, functools.partial(self._handle, fd, events))
             now = time.monotonic()
-            with self._lock:
-                cages = list(self._cages.items())
-            for listener, cage in cages:
-                self._report(cage, now)
-                if cage.paused and cage.answers.tokens >= 1:
-                    cage.paused = False
-                    self._epoll.modify(listener, select.EPOLLIN)
+            for listener, cage in self._present():
+                self._guarded(listener, functools.partial(self._go_on, listener, cage, now))
+
+    def _present(self) -> list[tuple[int, _Watched]]:
+        with self._lock:
+            return list(self._cages.items())
+
+    def _busy(self) -> bool:
+        return any(cage.counts or cage.paused for _, cage in self._present())
+
+    def _guarded(self, listener: int, work: Callable[[], None]) -> None:
+        """Do one cage's work; its failure costs that cage its answers (the kernel refuses its calls), nobody else."""
+        try:
+            work()
+        except Exception as error:
+            context = {"message": "a cage's denied calls are answered no more", "exception": error}
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
+            self._drop(listener)
+
+    def _handle(self, listener: int, events: int) -> None:
+        if events & select.EPOLLIN:
+            self._answer(listener)
+        elif events & (select.EPOLLHUP | select.EPOLLERR):
+            self._drop(listener)
+
+    def _go_on(self, listener: int, cage: _Watched, now: float) -> None:
+        self._report(cage, now)
+        if cage.paused and cage.answers.tokens >= 1:
+            cage.paused = False
+            self._epoll.modify(listener, select.EPOLLIN)
 
     def _answer(self, listener: int) -> None:
-        cage = self._cages[listener]
+        with self._lock:
+            cage = self._cages[listener]
         if cage.answers.tokens < 1:
             cage.paused = True
             self._epoll.modify(listener, 0)  # EPOLLHUP is still reported

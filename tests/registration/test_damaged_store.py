@@ -1,0 +1,124 @@
+"""Strangers' files and damaged ones in the plugins folder: the daemon names each in a line and goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from isolator.errors import IsolatorError
+from isolator.registration.durable import sync_tree
+from isolator.registration.store import Intent, Registration, Release, Store
+
+GOOD = Registration("good", "plugin-good", 60001, Release("a" * 64, "1.0.0"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(tmp_path / "plugins")
+    made.save(GOOD)
+    return made
+
+
+def test_what_no_daemon_made_stays(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    base = store.base
+    (base / "lost+found").mkdir()
+    (base / "notes.txt").write_text("mine")
+    (base / ".staging-file").write_text("mine")
+    (base / "link").symlink_to("/nowhere")
+    (base / "backup").mkdir()
+    (base / "backup/precious").write_text("mine")
+    before = sorted(base.rglob("*"))
+    with caplog.at_level(logging.WARNING):
+        store.prune_all()
+    assert sorted(base.rglob("*")) == before
+    for name in ("lost+found", "notes.txt", "link", "backup"):
+        assert f"{base / name} is nothing of the daemon's" in caplog.text
+
+
+def test_remains_of_a_killed_daemon_go(store: Store) -> None:
+    base = store.base
+    for folder in (".staging-12", "gone", f"gone/{'b' * 64}", "empty"):
+        (base / folder).mkdir()
+    (base / f"gone/{'b' * 64}/main").write_text("x")
+    (base / "good/.plugin.state").write_text("{")
+    store.prune_all()
+    assert sorted(path.name for path in base.iterdir()) == ["good"]
+    assert [path.name for path in (base / "good").iterdir()] == ["plugin.state"]
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "nested": lambda path: path.write_bytes(b"[" * 100_000),
+    "no UTF-8": lambda path: path.write_bytes(b'{"name": "\xff\xfe"}'),
+    "a list": lambda path: path.write_bytes(b"[1]"),
+    "a number": lambda path: path.write_bytes(b"7"),
+    "another shape": lambda path: path.write_bytes(b'{"name": "good"}'),
+    "a FIFO": os.mkfifo,
+    "a folder": os.mkdir,
+    "a link": lambda path: path.symlink_to("/etc/passwd"),
+    "sparse": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+    "another type": lambda path: path.write_text(json.dumps({**asdict(GOOD), "uid": "60001"})),
+    "another plugin": lambda path: path.write_text(json.dumps({**asdict(GOOD), "name": "other"})),
+    "a way out": lambda path: path.write_text(
+        json.dumps({**asdict(GOOD), "release": {"digest": "../x", "version": "1"}})
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_state_is_one_plugin_s_fault_in_one_line(store: Store, kind: str) -> None:
+    path = store.base / "good/plugin.state"
+    path.unlink()
+    DAMAGE[kind](path)
+    with pytest.raises(IsolatorError) as refused:
+        store.load("good")
+    assert str(refused.value).startswith(f"{path}: cannot be read: ")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    store.prune_all()
+    assert store.names() == ["good"] and os.path.lexists(path)
+
+
+@pytest.mark.parametrize("file", ["plugin.intent", "plugin.removed", "plugin.trial"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_mark_stops_nobody(store: Store, kind: str, file: str, caplog: pytest.LogCaptureFixture) -> None:
+    store.begin(Intent("other", 1, user="plugin-other"))
+    path = store.base / "good" / file
+    DAMAGE[kind](path)
+    assert [intent.name for intent in store.intents()] == ["other"]
+    assert store.removed() == [] and store.trial("good") is None
+    if file == "plugin.intent" or (file == "plugin.removed" and kind != "another plugin"):
+        assert str(path) in caplog.text
+    assert store.load("good") == GOOD
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 whose image lies on a full disk: what is written to it fails on its way there."""
+    outer, place = tmp_path / "outer", tmp_path / "place"
+    outer.mkdir()
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", outer], check=True)
+    try:
+        with (outer / "image").open("wb") as image:
+            image.truncate(32 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", outer / "image"], check=True)
+        subprocess.run(["mount", "-o", "loop", outer / "image", place], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+    finally:
+        subprocess.run(["umount", outer], check=True)
+
+
+def test_failed_write_of_a_copy_is_noticed_before_anything_refers_to_it(failing_disk: Path) -> None:
+    (failing_disk / "main").write_bytes(os.urandom(8 << 20))
+    with pytest.raises(IsolatorError, match=f"{failing_disk}: "):
+        sync_tree(failing_disk)
