@@ -58,7 +58,8 @@ _STATIC = {
 
 _READ_ONLY = mount.RDONLY | mount.NOSUID | mount.NODEV
 _SCRATCH = mount.NOSUID | mount.NODEV | mount.NOEXEC
-_MS_SCRATCH = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+_MS_NOEXEC = 8
+_MS_SCRATCH = 2 | 4 | _MS_NOEXEC  # MS_NOSUID, MS_NODEV
 _PARKING = "/proc"  # exists on every host, and nothing below it is a source; only in a namespace of the caller's own
 
 
@@ -113,13 +114,14 @@ class MountOperation(Part):
 
 @dataclass(frozen=True)
 class ResizeTmpfs(MountOperation, kind="resize"):
-    """Set the capacity, as mount options, of a file system in memory that was made ahead."""
+    """Set the capacity, as mount options, of a file system in memory made ahead, and whether programs run there."""
 
     target: str
     options: str
+    executable: bool
 
     def execute(self, fds: dict[str, int]) -> None:
-        mount.remount(self.target, _MS_SCRATCH, self.options)
+        mount.remount(self.target, _MS_SCRATCH & ~(_MS_NOEXEC if self.executable else 0), self.options)
 
     def describe(self) -> str:
         return f"/{self.target}: tmpfs, {self.options}"
@@ -243,14 +245,17 @@ class Filesystem(Layer):
         fs = policy.filesystem
         state = f"/state up to {format_size(fs.state)}" if fs.state else "no persistent folder"
         more = f", and read-only {listing(fs.read)}" if fs.read else ""
+        noexec = ", and execute none of it" if policy.syscalls == "strict" else ""
         return (
             f"Sees its own files, /usr and public files of /etc (certificates, alternatives, time zone) read-only{more}"
             f"; may write {state}, /tmp up to {format_size(fs.tmp)}, /dev/shm up to {format_size(fs.shm)} and its"
-            " socket's folder; nothing else of this host is there but the devices null, zero, full, random and urandom."
+            f" socket's folder{noexec}; nothing else of this host is there but the devices null, zero, full, random and"
+            " urandom."
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
+        runs = spec.policy.syscalls != "strict"  # what the plugin wrote
         mounts: list[AttachMount] = []
 
         def bind(target: str, source: int, attributes: int) -> None:
@@ -258,7 +263,7 @@ class Filesystem(Layer):
             tree = mount.clone_tree("", directory=source)
             name = f"mount{len(mounts)}"
             plan.own(name, tree)
-            mount.set_attributes(tree, attributes)
+            mount.set_attributes(tree, attributes, clear=mount.NOEXEC & ~attributes)
             mounts.append(AttachMount(target.lstrip("/"), name, stat.S_ISDIR(os.fstat(tree).st_mode)))
 
         for name in _ETC_FILES:
@@ -270,16 +275,15 @@ class Filesystem(Layer):
                     os.close(fd)
         for entry in spec.binds:
             attributes = mount.NOSUID | mount.NODEV
-            attributes |= 0 if entry.writable else mount.RDONLY
-            attributes |= 0 if entry.executable else mount.NOEXEC
+            attributes |= (0 if runs else mount.NOEXEC) if entry.writable else mount.RDONLY
             bind(entry.target, entry.fd, attributes)
         for target, fd in spec.mounts.items():
             name = f"mount{len(mounts)}"
             plan.fds[name] = fd
             mounts.append(AttachMount(target.lstrip("/"), name, is_folder=True))
         operations: tuple[MountOperation, ...] = (
-            ResizeTmpfs("tmp", f"size={fs.tmp},nr_inodes={fs.tmp_inodes}"),
-            ResizeTmpfs("dev/shm", f"size={fs.shm},nr_inodes=1024"),
+            ResizeTmpfs("tmp", f"size={fs.tmp},nr_inodes={fs.tmp_inodes}", runs),
+            ResizeTmpfs("dev/shm", f"size={fs.shm},nr_inodes=1024", runs),
             MountProc("hidepid=invisible,subset=pid"),
             FillFolder("run/isolator/etc", _etc(spec), 0, 0, 0o755, 0o444),
             FillFolder("run/isolator/config", spec.files, spec.uid, spec.gid, 0o500, 0o400),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from .kit import Held, Promise, attempt, syscall
@@ -127,10 +129,32 @@ def write_read_only(promise: Promise) -> str:
     raise why
 
 
-@attempt("filesystem", "execute a program brought along in a writable folder")
+@attempt("filesystem", "execute a program brought along in a writable folder", strict=True)
 def execute_from_scratch(promise: Promise) -> str:
+    return _in_scratch(Path("/usr/bin/true"), _execute)
+
+
+@attempt("filesystem", "load code brought along in a writable folder", strict=True)
+def load_from_scratch(promise: Promise) -> str:
+    def load(path: str) -> None:
+        with Path(path).open("rb") as file:
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
+
+    return _in_scratch(Path("/usr/bin/true"), load)
+
+
+@attempt("seccomp", "execute a program brought along in memory", strict=True)
+def execute_from_memory(promise: Promise) -> str:
+    fd = syscall("memfd_create", b"probe", 0)
+    os.write(fd, Path("/usr/bin/true").read_bytes())
+    _execute(fd)
+    return "it ran"
+
+
+def _in_scratch(program: Path, use: Callable[[str], None]) -> str:
+    """Write the program into each writable folder in turn until ``use`` of it succeeds."""
     why = OSError(errno.ENOENT, "no writable folder")
-    program = Path("/usr/bin/true").read_bytes()
+    content = program.read_bytes()
     for folder in ("/tmp", "/dev/shm", "/state", "/run/isolator/plugin"):
         path = f"{folder}/probe-program"
         try:
@@ -140,24 +164,35 @@ def execute_from_scratch(promise: Promise) -> str:
                 why = error
             continue
         try:
-            os.write(fd, program)
-        except OSError as error:  # a folder of 64 KiB may be too small for it
+            os.write(fd, content)
+            os.close(fd)
+            use(path)
+        except OSError as error:  # refused, or a folder of 64 KiB is too small for it
             why = error
             continue
         finally:
-            os.close(fd)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.execv(path, [path])
-            except OSError as error:
-                os._exit(error.errno or 1)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.unlink(path)
-        if code == 0:
-            return f"{path} ran"
-        why = OSError(code, os.strerror(code), path)
+            os.unlink(path)
+        return path
     raise why
+
+
+def _execute(program: str | int) -> None:
+    """Execute a file, by path or by descriptor, in a child where one can be made; raises OSError.
+
+    Where none can, success ends this process: then the attempt has no result, which never counts as held.
+    """
+    try:
+        child = os.fork()
+    except PermissionError:
+        os.execve(program, ["true"], {})
+    if child == 0:
+        try:
+            os.execve(program, ["true"], {})
+        except OSError as error:
+            os._exit(error.errno or 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        raise OSError(code, os.strerror(code), str(program))
 
 
 @attempt("filesystem", "make a device node")

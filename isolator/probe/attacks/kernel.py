@@ -194,7 +194,6 @@ _forbidden("clock", "adjust the clock", _clock)
 _forbidden("host-name", "change the host name", _host_name)
 _forbidden("executable-data", "make all its memory executable", lambda: syscall("personality", 0x400000))
 _forbidden("kernel-messages", "read the kernel's messages", lambda: syscall("syslog", 10, None, 0))
-_forbidden("shared-memory", "make System V shared memory", lambda: syscall("shmget", 0, 4096, 0o600))
 _forbidden("message-queue", "make a POSIX message queue", lambda: syscall("mq_open", b"probe", 0o102, 0o600, None))
 
 
