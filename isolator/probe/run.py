@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import Bind, CageSpec
+from isolator.layers.filesystem import TERMINALS
 from isolator.layers.ledger import LAYERS
 from isolator.linux.descriptors import close_all
 from isolator.linux.shared_memory import readable_segment
@@ -161,6 +162,7 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
         tmp_inodes=fs.tmp_inodes,
         shm=fs.shm,
         state=fs.state,
+        terminals=TERMINALS,
         read_only=["/", "/usr", "/etc", "/run", "/run/isolator", "/run/isolator/host", "/plugin", PLACE, *fs.read],
         hidden=[
             str(path)

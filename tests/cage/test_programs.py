@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -205,6 +206,55 @@ gcc -shared -fPIC -o library.so main.c; python3 -c 'import ctypes; assert ctypes
 def test_what_is_built_in_a_cage_runs(shared_dir: Path) -> None:
     """Under the default profile; the battery's strict attempts show that none of it does under the other."""
     assert _run(shared_dir, "bash", "-c", BUILT) == "script\n"
+
+
+TERMINAL = """
+import os, pty, shutil, subprocess
+child, master = pty.fork()
+if child == 0:
+    os.execvp("bash", ["bash", "-ic", "tty; jobs; stty size"])
+seen = b""
+try:
+    while part := os.read(master, 1000):
+        seen += part
+except OSError:  # EIO: the last one has closed it
+    pass
+assert b"/dev/pts/0" in seen and b"job control" not in seen, seen
+if shutil.which("script"):
+    assert "/dev/pts/" in subprocess.run(["script", "-qec", "tty", "/dev/null"], capture_output=True, text=True).stdout
+if shutil.which("tmux"):
+    terminal = os.openpty()[1]
+    subprocess.run(
+        ["tmux", "-S", "/tmp/tmux", "new-session", "tty > /tmp/name"], stdin=terminal, stdout=terminal, check=True
+    )
+    assert open("/tmp/name").read().startswith("/dev/pts/")
+print("fine")
+"""
+
+
+def test_programs_have_terminals_of_their_own(shared_dir: Path) -> None:
+    done = isolator(shared_dir, "run", "--", "env", "TERM=linux", "python3", "-c", TERMINAL)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_public_files_of_etc_are_there(shared_dir: Path) -> None:
+    """Whatever of them this host has: where links of /usr lead, and what libraries read."""
+    names = "fonts/fonts.conf ssl/openssl.cnf services protocols java-17-openjdk/security/java.security"
+    code = f"import os; print([n for n in {names.split()} if not os.path.exists('/etc/' + n)])"
+    absent = [name for name in names.split() if not Path("/etc", name).exists()]
+    assert _run(shared_dir, "python3", "-c", code) == f"{absent}\n"
+
+
+def test_a_path_below_etc_can_be_granted(shared_dir: Path) -> None:
+    """A folder that the view lacks, one beside a mounted one, and a file that is a link in every other cage."""
+    with tempfile.TemporaryDirectory(dir="/etc/ssl") as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, "file").write_text("granted")
+        for path, wanted in ((folder, "granted"), (f"{folder}/file", "granted"), ("/etc/hosts", "")):
+            file = path if Path(path).is_file() else f"{path}/file"
+            code = f"cat {file}; test -e /etc/ssl/certs -a -s /etc/resolv.conf -a -s /etc/passwd || echo lost"
+            found = _run(shared_dir, "sh", "-c", code, read=path)
+            assert found == (wanted or Path(path).read_text())
 
 
 # --- strict --------------------------------------------------------------------------------------------------

@@ -106,6 +106,10 @@ HOST_IPC = """
 import isolator.launcher.server
 isolator.launcher.server.BEFORE_THE_PLAN = ("mnt", "uts")
 """
+MANY_TERMINALS = """
+from isolator.layers import filesystem
+filesystem._TERMINAL_OPTIONS = "newinstance,ptmxmode=0666,mode=0600"
+"""
 SET_ID_FILES = """
 from isolator.layers import filesystem
 filesystem._READ_ONLY &= ~filesystem.mount.NOSUID

@@ -90,7 +90,8 @@ ABLATIONS = {
     "the host's IPC objects": Ablation(_weak(template=cages.HOST_IPC), "read-segment"),
     "no view of its own": Ablation(
         _weak("filesystem", edits=OUTSIDE, template=cages.HOST_VIEW),
-        "list-host-folders daemon-files see-sys host-devices fill-tmp-inodes machine-id fill-tmp fill-shm",
+        "list-host-folders daemon-files see-sys host-devices host-terminals fill-tmp-inodes machine-id fill-tmp "
+        "fill-shm",
     ),
     "root without a view or Landlock": Ablation(
         _weak("filesystem", "landlock", root=True, edits=OUTSIDE, template=cages.HOST_VIEW),
@@ -115,6 +116,7 @@ ABLATIONS = {
     ),
     "the host's network, no Landlock": Ablation(_weak("network", "landlock"), "abstract-socket"),
     "no network rules": Ablation(_weak(edits=(cages.no_rules,)), "broker-port"),
+    "terminals without a cap": Ablation(_weak(template=cages.MANY_TERMINALS), "fill-terminals"),
     "set-user-ID programs": Ablation(
         _weak("no_new_privs", "seccomp", "landlock", template=cages.SET_ID_FILES), "set-user-id-program"
     ),

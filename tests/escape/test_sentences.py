@@ -228,8 +228,9 @@ _VIEW = {
     "/", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/plugin", "/state", "/tmp", "/dev/shm",
     "/proc", "/etc", "/dev",
     "/run/isolator", "/run/isolator/plugin", "/etc/ssl/certs", "/etc/alternatives", "/etc/ca-certificates", "/etc/pki",
-    "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types",
+    "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/dev/pts",
 }  # fmt: skip
+_PUBLIC = "/etc/(fonts|java-[^/]+|python3[^/]*|perl|groff|terminfo|dictionaries-common)"
 _PLAIN_DEVICES = ["full", "null", "random", "urandom", "zero"]
 
 
@@ -277,9 +278,14 @@ def executes_none(_: re.Match[str], seen: Inspected) -> None:
 
 def nothing_else(_: re.Match[str], seen: Inspected) -> None:
     devices = {f"/dev/{name}" for name in _PLAIN_DEVICES}
-    assert set(seen.inside["mounts"]) <= _VIEW | devices | set(seen.policy.filesystem.read)
+    found = {place for place in seen.inside["mounts"] if not re.fullmatch(_PUBLIC, place)}
+    assert found <= _VIEW | devices | set(seen.policy.filesystem.read)
     assert seen.inside["devices"] == _PLAIN_DEVICES
     assert set(seen.inside["proc"]) <= {"self", "thread-self"}
+
+
+def own_terminals(_: re.Match[str], seen: Inspected) -> None:
+    assert seen.inside["terminal"] == "/dev/pts/0"
 
 
 # --- network -------------------------------------------------------------------------------------------------
@@ -434,7 +440,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
     ),
     "filesystem": (
         Clause(
-            r"Sees its own files, /usr and public files of /etc \(certificates, alternatives, time zone\) read-only",
+            r"Sees its own files, /usr and public files of /etc \(certificates, fonts and the like\) read-only",
             read_only, "write-read-only",
         ),
         Clause(r", and read-only (?P<paths>.+?)(?=; may write)", read_paths),
@@ -445,10 +451,11 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(" and its socket's folder", socket_folder, "fill-socket-folder"),
         Clause(", and execute none of it", executes_none),
         Clause(
-            r"; nothing else of this host is there but the devices null, zero, full, random and urandom\.",
+            r"; nothing else of this host is there but the devices null, zero, full, random and urandom",
             nothing_else,
             "list-host-folders list-root-home daemon-files see-sys host-devices read-shadow kernel-memory machine-id",
         ),
+        Clause(r"; has up to \d+ terminals of its own\.", own_terminals, "host-terminals fill-terminals"),
     ),
     "network": (
         Clause(

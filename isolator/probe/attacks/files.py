@@ -112,6 +112,27 @@ def host_devices(promise: Promise) -> str:
     raise Held("only null, zero, full, random and urandom")
 
 
+@attempt("filesystem", "find a terminal of the host")
+def host_terminals(promise: Promise) -> str:
+    found = [name for name in os.listdir("/dev/pts") if name.isdigit()]
+    if not found:
+        raise Held("there is none but what it opens itself")
+    return f"terminals {found}"
+
+
+@attempt("filesystem", "take more terminals than granted, whose buffers no memory cap counts")
+def fill_terminals(promise: Promise) -> str:
+    opened: list[int] = []
+    try:
+        while len(opened) <= promise.terminals:
+            opened.append(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Held(f"refused after {len(opened)} of {promise.terminals}") from None
+    return f"{len(opened)} terminals"
+
+
 @attempt("filesystem", "write where only reading is granted")
 def write_read_only(promise: Promise) -> str:
     why = OSError(errno.ENOENT, "none of the folders is there")

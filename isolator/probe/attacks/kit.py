@@ -119,6 +119,7 @@ class Promise:
     tmp_inodes: int = 0
     shm: int = 0
     state: int = 0
+    terminals: int = 0
     read_only: list[str] = field(default_factory=list)
     """Folders of the cage that nothing may be written to."""
     hidden: list[str] = field(default_factory=list)
