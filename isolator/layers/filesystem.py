@@ -65,6 +65,7 @@ _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/se
           "ptmx": "pts/ptmx"}  # fmt: skip
 _PLACES = ("plugin", "state", "tmp", "proc", "dev/shm", "dev/pts", "run/isolator", "etc")
 _SCRATCH_PLACES = ("tmp", "dev/shm")
+_WRITABLE = ("/tmp", "/dev/shm", "/state", "/run/isolator/plugin")
 _OWN = ("plugin", "host", "config", "bin", "etc")
 """The folders in /run/isolator."""
 _STATIC = {
@@ -279,7 +280,7 @@ class Filesystem(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
-        runs = spec.policy.syscalls != "strict"  # what the plugin wrote
+        self._runs = runs = spec.policy.syscalls != "strict"  # what the plugin wrote
         mounts: list[AttachMount] = []
 
         def bind(target: str, source: int, attributes: int) -> None:
@@ -287,7 +288,7 @@ class Filesystem(Layer):
             tree = mount.clone_tree("", directory=source)
             name = f"mount{len(mounts)}"
             plan.own(name, tree)
-            mount.set_attributes(tree, attributes, clear=mount.NOEXEC & ~attributes)
+            mount.set_attributes(tree, attributes)
             mounts.append(AttachMount(target.lstrip("/"), name, stat.S_ISDIR(os.fstat(tree).st_mode)))
 
         for name in _ETC_FILES:
@@ -323,6 +324,8 @@ class Filesystem(Layer):
         for place, found in mounts.items():
             if place.startswith("/dev/") and place != "/dev/shm":
                 continue
+            if place in _WRITABLE and not self._runs and "noexec" not in found.options:
+                raise mismatch(self.name, place, "noexec", ",".join(sorted(found.options)))
             if "nosuid" not in found.options or "nodev" not in found.options:
                 raise mismatch(self.name, place, "nosuid,nodev", ",".join(sorted(found.options)))
         if "ro" not in mounts["/usr"].options:
@@ -370,10 +373,11 @@ def _take_over_template() -> int:
     links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
     shared = ["usr", "dev", *(name for name in _MERGED if name in folders)]
     texts: dict[str, str] = {}
-    for name, info in _pieces("/etc", os.stat("/etc").st_dev):
+    device = os.stat("/etc").st_dev
+    for name, info in _pieces("/etc", device):
         if stat.S_ISLNK(info.st_mode):
             links[name] = os.readlink(f"/{name}")
-        elif info.st_dev != os.stat("/etc").st_dev:
+        elif info.st_dev != device:
             shared.append(name)
         elif stat.S_ISREG(info.st_mode):
             with open(f"/{name}") as file:  # noqa: PTH123  # the child avoids importing pathlib
@@ -433,7 +437,7 @@ def _public_text(path: str) -> str:
     """The text of a small file that everybody may read, or nothing."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd) as file:  # noqa: PTH123
+        with open(fd) as file:  # noqa: PTH123  # the launcher avoids importing pathlib
             info = os.fstat(fd)
             if stat.S_ISREG(info.st_mode) and info.st_mode & stat.S_IROTH and info.st_size <= _LARGEST_COPY:
                 return file.read()

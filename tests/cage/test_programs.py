@@ -257,6 +257,27 @@ def test_a_path_below_etc_can_be_granted(shared_dir: Path) -> None:
             assert found == (wanted or Path(path).read_text())
 
 
+INTERFACES = """
+import socket
+assert [name for _, name in socket.if_nameindex()] == ["lo"]
+for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_UNSPEC, "127.0.0.1")):
+    found = socket.getaddrinfo("localhost", 80, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+    assert address in [place[0] for *_, place in found], found
+for address in ("127.0.0.1", "192.0.0.8"):  # the cage's own, and what an interface shows is its own too
+    server = socket.create_server((address, 0))
+    socket.create_connection(server.getsockname(), timeout=20)
+print("fine")
+"""
+
+
+def test_programs_list_the_cages_interfaces(shared_dir: Path) -> None:
+    done = isolator(shared_dir, "run", "--", "python3", "-c", INTERFACES)
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+    if shutil.which("node", path="/usr/bin"):
+        code = "console.log(Object.keys(require('os').networkInterfaces()).join())"
+        assert _run(shared_dir, "node", "-e", code) == "lo\n"
+
+
 # --- strict --------------------------------------------------------------------------------------------------
 
 

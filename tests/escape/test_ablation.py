@@ -49,7 +49,7 @@ ABLATIONS = {
         "watch-files quota executable-data i386-call x32-call trace-child read-memory "
         "netlink-socket vsock-socket crypto-socket terminal-input terminal-input-64 console-paste console-paste-64 "
         "line-discipline watch-programs watch-programs-by-signal asynchronous-io huge-pages huge-pages-in-files "
-        "uncommon-protocol core-handler",
+        "uncommon-protocol core-handler netlink-answers",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
@@ -76,7 +76,7 @@ ABLATIONS = {
     "root": Ablation(
         _weak(root=True),
         "become-another join-group have-capability raise-limit raise-priority raw-socket raw-socket-6 "
-        "file-capability read-init-environment",
+        "file-capability read-init-environment change-network",
     ),
     "root without control groups": Ablation(_weak("cgroup", root=True), "real-time"),
     "no user of its own": Ablation(_weak("user"), "become-root identity"),
@@ -112,7 +112,7 @@ ABLATIONS = {
     "the host's network": Ablation(
         _weak("network"),
         "host-loopback metadata-service metadata-service-6 private-network mapped-private-network public-address "
-        "outside-resolver outside-resolver-tcp datagram datagram-6 multicast ping other-interfaces",
+        "outside-resolver outside-resolver-tcp datagram datagram-6 multicast ping other-interfaces list-interfaces",
     ),
     "the host's network, no Landlock": Ablation(_weak("network", "landlock"), "abstract-socket"),
     "no network rules": Ablation(_weak(edits=(cages.no_rules,)), "broker-port"),
@@ -201,6 +201,13 @@ def test_an_attempt_gets_through_a_weakened_cage(
         if name in _NO_FILE and found.detail == _NO_FILE[name][0]:
             pytest.skip(_NO_FILE[name][1])
     assert found.outcome == "through", f"with {group}: {found.outcome}: {found.detail}"
+
+
+def test_programs_run_in_every_folder_but_the_sockets_under_the_default_profile(
+    weakened: dict[str, dict[str, Finding]],
+) -> None:
+    for name in ("execute-from-scratch", "load-from-scratch"):
+        assert weakened["the default profile"][name].detail == "/tmp, /dev/shm, /state"
 
 
 def _own_capabilities() -> int:

@@ -436,7 +436,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(", host name", own_host_name, "learn-host-name"),
         Clause(", IPC objects", own_ipc, "read-segment"),
         Clause(", control groups", own_groups, "learn-cgroup"),
-        Clause(r" and network interfaces\.", own_interfaces, "other-interfaces"),
+        Clause(r" and network interfaces\.", own_interfaces, "other-interfaces list-interfaces change-network"),
     ),
     "filesystem": (
         Clause(

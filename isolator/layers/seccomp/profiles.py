@@ -15,7 +15,7 @@ from isolator.layers.seccomp import bpf
 from isolator.layers.seccomp.bpf import AnyBit, Condition, Equal
 
 ALLOW, DENY, NO_FAMILY, REFUSE = "allow", "deny", "no_family", "refuse"
-NO_PROTOCOL, INVALID, PRETEND = "no_protocol", "invalid", "pretend"
+NO_PROTOCOL, INVALID, PRETEND, LEND = "no_protocol", "invalid", "pretend", "lend"
 
 Rule = tuple[str, str, tuple[Condition, ...]]
 """(call, action, the conditions on its arguments, which must all hold)."""
@@ -75,7 +75,7 @@ _TERMINAL_IOCTLS = (0x5412, 0x541C, 0x541D, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCC
 _AF_UNIX, _INTERNET = 1, (2, 10)  # AF_INET, AF_INET6
 _PROTOCOLS = (0, 1, 6, 17, 58)  # the usual one of the type, ICMP, TCP, UDP, ICMPv6
 _MPTCP = 262  # Go's listeners try it first and fall back silently, so it is refused without a record
-_AF_NETLINK = 16  # libraries try it all the time (getaddrinfo, if_nameindex), so it is refused without a record
+AF_NETLINK, NETLINK_ROUTE = 16, 0  # other protocols are tried all the time, so they are refused without a record
 _PRCTL = (
     1, 2,  # PDEATHSIG
     3, 4,  # DUMPABLE
@@ -137,7 +137,13 @@ def rules(profile: str) -> Iterator[Rule]:
 
 
 def _sockets() -> Iterator[Rule]:
-    """TCP, UDP, ICMP and Unix sockets. Asking for another protocol makes the kernel load its module, for anybody."""
+    """TCP, UDP, ICMP and Unix sockets. Asking for another protocol makes the kernel load its module, for anybody.
+
+    Sockets of NETLINK_ROUTE, by which libraries list interfaces and addresses, are lent by the notifier. Without a
+    capability they only read, and the cage's own network is all that there is to read; but what waits in them is
+    charged to no memory cap, so a cage has few.
+    """
+    yield "socket", LEND, (Equal(0, WORD, AF_NETLINK), Equal(2, WORD, NETLINK_ROUTE))
     for call in ("socket", "socketpair"):
         yield call, ALLOW, (Equal(0, WORD, _AF_UNIX),)
         for family in _INTERNET:
@@ -145,7 +151,7 @@ def _sockets() -> Iterator[Rule]:
             for protocol in _PROTOCOLS:
                 yield call, ALLOW, (of_family, Equal(2, WORD, protocol))
             yield call, NO_PROTOCOL, (of_family, Equal(2, WORD, _MPTCP))
-        yield call, NO_FAMILY, (Equal(0, WORD, _AF_NETLINK),)
+        yield call, NO_FAMILY, (Equal(0, WORD, AF_NETLINK),)
         yield call, DENY, ()
 
 

@@ -173,8 +173,8 @@ def execute_from_memory(promise: Promise) -> str:
 
 
 def _in_scratch(program: Path, use: Callable[[str], None]) -> str:
-    """Write the program into each writable folder in turn until ``use`` of it succeeds."""
-    why = OSError(errno.ENOENT, "no writable folder")
+    """Write the program into each writable folder and use it there; the folders where that succeeds."""
+    through, why = [], OSError(errno.ENOENT, "no writable folder")
     content = program.read_bytes()
     for folder in ("/tmp", "/dev/shm", "/state", "/run/isolator/plugin"):
         path = f"{folder}/probe-program"
@@ -188,12 +188,13 @@ def _in_scratch(program: Path, use: Callable[[str], None]) -> str:
             os.write(fd, content)
             os.close(fd)
             use(path)
+            through.append(folder)
         except OSError as error:  # refused, or a folder of 64 KiB is too small for it
             why = error
-            continue
         finally:
             os.unlink(path)
-        return path
+    if through:
+        return ", ".join(through)
     raise why
 
 
