@@ -53,7 +53,7 @@ def _rehearse() -> None:
     plan = Plan("", ["x"], {"x": "x"})
     attach = tuple(AttachMount("x", f"mount{number}", is_folder=True) for number in range(8))
     fill = FillFolder("x", {"x": "x" * 1024}, 0, 0, 0, 0)
-    plan.add(FilesystemSection(own_root=False, operations=(ResizeTmpfs("x", "x"), fill, *attach)))
+    plan.add(FilesystemSection(own_root=False, operations=(ResizeTmpfs("x", "x", executable=True), fill, *attach)))
     plan.add(SeccompSection(b"x" * 4096))
     plan.add(UserSection(0, 0))
     Plan.unpack(plan.pack()[0], [])

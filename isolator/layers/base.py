@@ -59,12 +59,14 @@ class Control:
 
 @dataclass(frozen=True)
 class Bind:
-    """A file or folder of the host that the cage sees at ``target``; ``fd``: its O_PATH descriptor, the caller's."""
+    """A file or folder of the host that the cage sees at ``target``; ``fd``: its O_PATH descriptor, the caller's.
+
+    Under the profile ``strict`` nothing below a writable one can be executed.
+    """
 
     target: str
     fd: int
     writable: bool = False
-    executable: bool = True
     ids: int = -1
     """The user namespace whose maps its owners are shown with (``mount.map_ids``), the caller's; -1: as they are."""
 

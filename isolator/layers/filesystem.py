@@ -6,10 +6,11 @@ namespace, so it never sees the host's mounts at all, and has only its own few m
 template's dozen mounts is also much cheaper than copying and detaching the host's.)
 
     /usr (and /bin, /lib, ... as the host has them)  read-only                                    template
-    /etc        certificates, alternatives of the host; nsswitch.conf, resolv.conf; links to      template
-                /run/isolator/etc for passwd, group, hosts, hostname, machine-id
+    /etc        public folders and files of the host (certificates, alternatives, fonts, ...);    template
+                nsswitch.conf, resolv.conf; links to /run/isolator/etc for passwd, group,
+                hosts, hostname, machine-id
     /dev        null zero full random urandom, the standard links                                 template
-    /dev/pts    terminals of the cage's own, where it was given one (``isolator run --tty``)      cage
+    /dev/pts    terminals of its own; with ``isolator run --tty`` those of the caller's making        cage
     /etc/ld.so.cache, localtime   of the host, read-only, as they are at this start               cage
     /proc       only processes, only its own (hidepid=invisible, subset=pid)                      cage
     /tmp /dev/shm          tmpfs with size and inode caps                                         cage
@@ -19,7 +20,8 @@ template's dozen mounts is also much cheaper than copying and detaching the host
                            etc/, bin/ (a binary registered by path); one small tmpfs, read-only
 
 A policy that names more paths to read needs mount points that the template does not have: then the child makes a root
-of its own, takes the template's folders over, and pivots into it.
+of its own, takes over what the template has, and pivots into it. There /etc is made anew, piece by piece: mount points
+may be missing below it too.
 
 There is no /sys, no terminal of the host, nothing else of /run, /var, /home or /root.
 """
@@ -28,9 +30,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import stat
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,7 +47,17 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_ETC_OF_HOST = ("ssl/certs", "alternatives", "ca-certificates", "pki")
+_ETC_OF_HOST = (
+    "ssl/certs", "alternatives", "ca-certificates", "pki", "fonts", "java-*", "python3*", "perl", "groff", "terminfo",
+    "dictionaries-common",
+)  # fmt: skip
+"""Folders of the host that everybody may read and that files of /usr lead into; patterns."""
+_ETC_COPIES = (
+    "ssl/openssl.cnf", "services", "protocols", "rpc", "ethertypes", "host.conf", "gai.conf", "magic", "magic.mime",
+    "locale.alias", "inputrc", "debian_version", "os-release",
+)  # fmt: skip
+"""Small public files of the host, as they are when the template is made."""
+_LARGEST_COPY = 64 * 1024
 _ETC_FILES = ("ld.so.cache", "localtime", "mime.types")
 """Files of the host that packages replace by rename, so that a bind made earlier would show the old one."""
 _ETC_OF_CAGE = ("passwd", "group", "hosts", "hostname", "machine-id")
@@ -52,6 +66,7 @@ _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/se
           "ptmx": "pts/ptmx"}  # fmt: skip
 _PLACES = ("plugin", "state", "tmp", "proc", "dev/shm", "dev/pts", "run/isolator", "etc")
 _SCRATCH_PLACES = ("tmp", "dev/shm")
+_WRITABLE = ("/tmp", "/dev/shm", "/state", "/run/isolator/plugin")
 _OWN = ("plugin", "host", "config", "bin", "etc")
 """The folders in /run/isolator."""
 _STATIC = {
@@ -59,9 +74,14 @@ _STATIC = {
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
 
+TERMINALS = 16
+"""Terminals that a cage may have open at once: their buffers are the kernel's, and no memory cap counts them."""
+_TERMINAL_OPTIONS = f"newinstance,ptmxmode=0666,mode=0600,max={TERMINALS}"
+
 _READ_ONLY = mount.RDONLY | mount.NOSUID | mount.NODEV
 _SCRATCH = mount.NOSUID | mount.NODEV | mount.NOEXEC
-_MS_SCRATCH = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_SCRATCH = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _PARKING = "/proc"  # exists on every host, and nothing below it is a source; only in a namespace of the caller's own
 
 
@@ -84,15 +104,18 @@ def build_template() -> None:
             links[name] = os.readlink(path)
         elif os.path.isdir(path):
             sources[name] = path
-    sources |= {f"etc/{name}": f"/etc/{name}" for name in _ETC_OF_HOST if os.path.exists(f"/etc/{name}")}
+    found = [path for pattern in _ETC_OF_HOST for path in glob.glob(f"/etc/{pattern}") if os.path.isdir(path)]
+    sources |= {path[1:]: path for path in found}
+    copies = {f"etc/{name}": text for name in _ETC_COPIES if (text := _public_text(f"/etc/{name}"))}
     trees = [(target, *_take(source)) for target, source in sources.items()]
     trees += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
     root = _new_root()
     for place in _PLACES:
         _place(place, is_folder=True)
-    for name in (*_ETC_FILES, *_STATIC):
-        _place(f"etc/{name.removeprefix('etc/')}", is_folder=False)
-    for name, text in _STATIC.items():
+    for name in _ETC_FILES:
+        _place(f"etc/{name}", is_folder=False)
+    for name, text in (_STATIC | copies).items():
+        _place(name, is_folder=False)
         _write(name, text, 0o444)
     for name in _ETC_OF_CAGE:
         os.symlink(f"/run/isolator/etc/{name}", f"etc/{name}")
@@ -121,13 +144,14 @@ class MountOperation(Part):
 
 @dataclass(frozen=True)
 class ResizeTmpfs(MountOperation, kind="resize"):
-    """Set the capacity, as mount options, of a file system in memory that was made ahead."""
+    """Set the capacity, as mount options, of a file system in memory made ahead, and whether programs run there."""
 
     target: str
     options: str
+    executable: bool
 
     def execute(self, fds: dict[str, int]) -> None:
-        mount.remount(self.target, _MS_SCRATCH, self.options)
+        mount.remount(self.target, _MS_SCRATCH & ~(_MS_NOEXEC if self.executable else 0), self.options)
 
     def describe(self) -> str:
         return f"/{self.target}: tmpfs, {self.options}"
@@ -217,8 +241,9 @@ class FilesystemSection(Section, kind="filesystem"):
         os.chdir("/")
         root = -1
         if self.own_root:
-            mount.unmount("/dev/shm")  # else it would come along with /dev
             places = [one.target for one in self.operations if isinstance(one, AttachMount)]
+            for place in ("/dev/shm", "/dev/pts"):
+                mount.unmount(place)  # else it would come along with /dev
             root = _take_over_template(sum(place.count("/") + 1 for place in places))
             _make_own_places()
         for operation in self.operations:
@@ -253,14 +278,17 @@ class Filesystem(Layer):
         fs = policy.filesystem
         state = f"/state up to {format_size(fs.state)}" if fs.state else "no persistent folder"
         more = f", and read-only {listing(fs.read)}" if fs.read else ""
+        noexec = ", and execute none of it" if policy.syscalls == "strict" else ""
         return (
-            f"Sees its own files, /usr and public files of /etc (certificates, alternatives, time zone) read-only{more}"
-            f"; may write {state}, /tmp up to {format_size(fs.tmp)}, /dev/shm up to {format_size(fs.shm)} and its"
-            " socket's folder; nothing else of this host is there but the devices null, zero, full, random and urandom."
+            f"Sees its own files, /usr and public files of /etc (certificates, fonts and the like) read-only"
+            f"{more}; may write {state}, /tmp up to {format_size(fs.tmp)}, /dev/shm up to {format_size(fs.shm)} and its"
+            f" socket's folder{noexec}; nothing else of this host is there but the devices null, zero, full, random and"
+            f" urandom; has up to {TERMINALS} terminals of its own."
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
+        self._runs = runs = spec.policy.syscalls != "strict"  # what the plugin wrote
         mounts: list[AttachMount] = []
 
         def bind(target: str, source: int, attributes: int, ids: int = -1) -> None:
@@ -282,16 +310,15 @@ class Filesystem(Layer):
                     os.close(fd)
         for entry in spec.binds:
             attributes = mount.NOSUID | mount.NODEV
-            attributes |= 0 if entry.writable else mount.RDONLY
-            attributes |= 0 if entry.executable else mount.NOEXEC
+            attributes |= (0 if runs else mount.NOEXEC) if entry.writable else mount.RDONLY
             bind(entry.target, entry.fd, attributes, entry.ids)
         for target, fd in spec.mounts.items():
             name = f"mount{len(mounts)}"
             plan.fds[name] = fd
             mounts.append(AttachMount(target.lstrip("/"), name, is_folder=True))
         operations: tuple[MountOperation, ...] = (
-            ResizeTmpfs("tmp", f"size={fs.tmp},nr_inodes={fs.tmp_inodes}"),
-            ResizeTmpfs("dev/shm", f"size={fs.shm},nr_inodes=1024"),
+            ResizeTmpfs("tmp", f"size={fs.tmp},nr_inodes={fs.tmp_inodes}", runs),
+            ResizeTmpfs("dev/shm", f"size={fs.shm},nr_inodes=1024", runs),
             MountProc("hidepid=invisible,subset=pid"),
             FillFolder("run/isolator/etc", _etc(spec), 0, 0, 0o755, 0o444),
             FillFolder("run/isolator/config", spec.files, spec.uid, spec.gid, 0o500, 0o400),
@@ -307,6 +334,8 @@ class Filesystem(Layer):
         for place, found in mounts.items():
             if place.startswith("/dev/") and place != "/dev/shm":
                 continue
+            if place in _WRITABLE and not self._runs and "noexec" not in found.options:
+                raise mismatch(self.name, place, "noexec", ",".join(sorted(found.options)))
             if "nosuid" not in found.options or "nodev" not in found.options:
                 raise mismatch(self.name, place, "nosuid,nodev", ",".join(sorted(found.options)))
         if "ro" not in mounts["/usr"].options:
@@ -367,25 +396,50 @@ def _take_over_template(places: int) -> int:
     """A root of this cage's own, with the template's folders in it and room for more mount points."""
     folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]
     links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
-    shared = ("usr", "etc", "dev", *(name for name in _MERGED if name in folders))
-    trees = {name: mount.clone_tree(f"/{name}") for name in shared}
+    shared = ["usr", "dev", *(name for name in _MERGED if name in folders)]
+    texts: dict[str, str] = {}
+    device = os.stat("/etc").st_dev
+    for name, info in _pieces("/etc", device):
+        if stat.S_ISLNK(info.st_mode):
+            links[name] = os.readlink(f"/{name}")
+        elif info.st_dev != device:
+            shared.append(name)
+        elif stat.S_ISREG(info.st_mode):
+            with open(f"/{name}") as file:  # noqa: PTH123  # the child avoids importing pathlib
+                texts[name] = file.read()
+    trees = [(name, os.path.isdir(f"/{name}"), mount.clone_tree(f"/{name}")) for name in shared]
     root = _new_root(places)
-    for name, target in links.items():
-        os.symlink(target, name)
-    for name in folders:
+    for name in (*folders, "run/isolator"):
         _place(name, is_folder=True)
-    _place("run/isolator", is_folder=True)
-    for name, fd in trees.items():
+    for name, text in texts.items():
+        _place(name, is_folder=False)
+        _write(name, text, 0o444)
+    for name, target in links.items():
+        os.makedirs(os.path.dirname(name) or ".", 0o755, exist_ok=True)
+        os.symlink(target, name)
+    for name, is_folder, fd in trees:
         mount.set_attributes(fd, mount.RDONLY | mount.NOSUID, recursive=False)
+        _place(name, is_folder=is_folder)
         mount.attach(fd, name)
         os.close(fd)
     return root
+
+
+def _pieces(folder: str, device: int) -> Iterator[tuple[str, os.stat_result]]:
+    """Everything in a folder of the template by its path in the root, down to where something is mounted."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            info = entry.stat(follow_symlinks=False)
+            yield entry.path[1:], info
+            if stat.S_ISDIR(info.st_mode) and info.st_dev == device:
+                yield from _pieces(entry.path, device)
 
 
 def _make_own_places() -> None:
     """Make the folders that a cage has to itself, in memory, below the current directory; the plan sets their sizes."""
     for target in _SCRATCH_PLACES:
         mount.mount("tmpfs", target, _MS_SCRATCH, "size=4k,nr_inodes=2,mode=1777")
+    mount.mount("devpts", "dev/pts", _MS_SCRATCH & ~_MS_NODEV, _TERMINAL_OPTIONS)
     mount.mount("tmpfs", "run/isolator", _MS_SCRATCH, "size=2m,nr_inodes=128,mode=0755")
     for name in _OWN:
         os.mkdir(f"run/isolator/{name}", 0o755)
@@ -404,9 +458,25 @@ def _take_device(name: str) -> tuple[bool, int]:
     return False, fd
 
 
+def _public_text(path: str) -> str:
+    """The text of a small file that everybody may read, or nothing."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd) as file:  # noqa: PTH123  # the launcher avoids importing pathlib
+            info = os.fstat(fd)
+            if stat.S_ISREG(info.st_mode) and info.st_mode & stat.S_IROTH and info.st_size <= _LARGEST_COPY:
+                return file.read()
+    return ""
+
+
 def _place(target: str, *, is_folder: bool) -> None:
-    """Make the mount point ``target`` below the current directory, with the folders above it, unless it is there."""
-    if os.path.lexists(target):
+    """Make the mount point ``target`` below the current directory, with the folders above it, unless it is there.
+
+    A link of the template gives way: what is mounted on a link is seen at its other end.
+    """
+    if os.path.islink(target):
+        os.unlink(target)
+    elif os.path.lexists(target):
         return
     parent = target if is_folder else os.path.dirname(target)
     if parent:

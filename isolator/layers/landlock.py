@@ -2,8 +2,8 @@
 
 Reading and executing are not restricted: the ruleset allows both from ``/`` on, and the view alone decides what is
 there. Changes (writing, making, renaming, removing) are refused outside of the folders that the view has writable, and
-so are ioctls on devices other than the five standard ones (ABI 5). From ABI 6 signals and abstract sockets do not leave
-the cage either (the pid and network namespaces are the first wall there).
+so are ioctls on devices other than the five standard ones and the cage's own terminals (ABI 5). From ABI 6 signals and
+abstract sockets do not leave the cage either (the pid and network namespaces are the first wall there).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _ruleset(version: int) -> int:
     landlock.allow(ruleset, version, "/", landlock.READ)
     for path in _WRITABLE:
         landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
-    for name in ("null", "zero", "full", "random", "urandom"):
+    for name in ("null", "zero", "full", "random", "urandom", "pts"):
         if os.path.exists(f"/dev/{name}"):
             landlock.allow(ruleset, version, f"/dev/{name}", _DEVICE)
     return ruleset

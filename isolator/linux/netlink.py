@@ -19,12 +19,13 @@ NETLINK_ADD_MEMBERSHIP = 1
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_CREATE, _NLM_F_REPLACE = 1, 4, 0x400, 0x100
 
-_RTM_NEWLINK, _RTM_NEWROUTE, _RTM_GETROUTE = 16, 24, 26
+_RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 16, 20, 24, 26
 _IFF_UP = 1
 _LO = 1  # the loopback device is always the first of its namespace
 _RT_TABLE_LOCAL, _RTPROT_BOOT, _RTN_LOCAL = 255, 3, 2
 _RT_SCOPE_HOST, _RT_SCOPE_UNIVERSE = 254, 0
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTN_OWN = frozenset({2, 3, 4, 5})  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 
 _NFNL_SUBSYS_ULOG, _NFNL_SUBSYS_NFTABLES = 4, 10
@@ -37,6 +38,11 @@ _NFTA_GEN_ID = 1
 _NFNLGRP_NFTABLES = 7
 _SO_RCVBUFFORCE = 33
 
+OWN_ADDRESSES = ("192.0.0.8", "100::1")
+"""Addresses of every cage besides its loopback's: the IPv4 dummy address (RFC 7600), and one of the discard prefix (RFC
+6666). With AI_ADDRCONFIG the C library looks a name up for a family only if an interface has an address of it that is
+not 127.0.0.1 or ::1."""
+
 NFLOG_GROUP = 5
 """The group that a cage's ruleset logs to; groups are per network namespace."""
 
@@ -45,14 +51,17 @@ def bring_up_loopback() -> None:
     """Set ``lo`` up and make every address local to it, so that any destination reaches this namespace.
 
     As ``ip link set lo up; ip route add local default dev lo src 127.0.0.1`` and the same for IPv6. Without a
-    preferred source a connection would get its destination as its own address. Raises OSError.
+    preferred source a connection would get its destination as its own address. ``lo`` also gets ``OWN_ADDRESSES``.
+    Raises OSError.
     """
     link = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, _LO, _IFF_UP, _IFF_UP)
     with _open(NETLINK_ROUTE) as sock:
         _ask(sock, _RTM_NEWLINK, 0, link)
         _ask(sock, _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, _local_default(socket.AF_INET, "127.0.0.1"))
+        _ask(sock, _RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_REPLACE, _address(socket.AF_INET, OWN_ADDRESSES[0]))
         if socket.has_ipv6 and os.path.exists("/proc/sys/net/ipv6"):
             _ask(sock, _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, _local_default(socket.AF_INET6, "::1"))
+            _ask(sock, _RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_REPLACE, _address(socket.AF_INET6, OWN_ADDRESSES[1]))
 
 
 class RouteQuery:
@@ -175,6 +184,12 @@ def _local_default(family: int, source: str) -> bytes:
     head = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _RT_TABLE_LOCAL, _RTPROT_BOOT, scope, _RTN_LOCAL, 0)
     prefer = _attribute(_RTA_PREFSRC, socket.inet_pton(family, source))
     return head + _attribute(_RTA_OIF, struct.pack("=I", _LO)) + prefer
+
+
+def _address(family: int, address: str) -> bytes:
+    packed = socket.inet_pton(family, address)
+    head = struct.pack("=BBBBI", family, len(packed) * 8, 0, _RT_SCOPE_UNIVERSE, _LO)
+    return head + _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

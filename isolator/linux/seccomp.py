@@ -18,9 +18,11 @@ _WAIT_KILLABLE_RECV = 1 << 5  # from 5.19; without it a signal can make a denied
 
 RET_KILL_PROCESS, RET_USER_NOTIF, RET_ERRNO, RET_ALLOW = 0x80000000, 0x7FC00000, 0x00050000, 0x7FFF0000
 
-_RECV, _SEND, _ID_VALID = 0xC0502100, 0xC0182101, 0x40082102
+_RECV, _SEND, _ID_VALID, _ADD_DESCRIPTOR = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103
 _NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # id, pid, flags, then seccomp_data: nr, arch, ip, args
 _RESPONSE = struct.Struct("=QqiI")
+_DESCRIPTOR = struct.Struct("=QIIII")  # id, flags, ours, its number, its flags
+_AND_ANSWER = 2  # SECCOMP_ADDFD_FLAG_SEND, from 5.14
 
 
 class _Program(ctypes.Structure):
@@ -94,3 +96,17 @@ def deny(listener: int, notification: Notification, error: int = errno.EPERM) ->
     except OSError as failure:
         if failure.errno != errno.ENOENT:  # the caller was killed
             raise
+
+
+def is_waiting(listener: int, notification: Notification) -> bool:
+    """Whether the caller still waits for its answer, so that its pid is still its own."""
+    try:
+        fcntl.ioctl(listener, _ID_VALID, struct.pack("=Q", notification.id))
+    except OSError:
+        return False
+    return True
+
+
+def answer_with(listener: int, notification: Notification, fd: int, flags: int) -> None:
+    """Make the call return a copy of ``fd``, with descriptor flags of the open(2) kind; raises OSError."""
+    fcntl.ioctl(listener, _ADD_DESCRIPTOR, bytearray(_DESCRIPTOR.pack(notification.id, _AND_ANSWER, fd, 0, flags)))

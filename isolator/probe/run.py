@@ -23,8 +23,10 @@ from typing import Any, Literal
 
 from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import Bind, CageSpec
+from isolator.layers.filesystem import TERMINALS
 from isolator.layers.ledger import LAYERS
 from isolator.linux.descriptors import close_all
+from isolator.linux.shared_memory import readable_segment
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.probe.attacks import battery
@@ -74,8 +76,10 @@ class Target:
 async def attack(
     session: StandaloneSession, target: Target, records: Records, names: Sequence[str] | None = None
 ) -> AsyncIterator[Finding]:
-    """Make the attempts (all of them by default), layer by layer, yielding each finding as it comes."""
-    chosen = [ATTEMPTS[name] for name in (names if names is not None else ATTEMPTS)]
+    """Make the attempts, layer by layer, yielding each finding as it comes; all that the profile stops by default."""
+    if names is None:
+        names = [name for name, attempt in ATTEMPTS.items() if target.inline or not attempt.strict]
+    chosen = [ATTEMPTS[name] for name in names]
     chosen.sort(key=lambda attempt: _LAYERS.index(attempt.layer))
     with _bait() as bait:
         shared = [] if target.inline else [attempt for attempt in chosen if not attempt.alone]
@@ -158,6 +162,7 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
         tmp_inodes=fs.tmp_inodes,
         shm=fs.shm,
         state=fs.state,
+        terminals=TERMINALS,
         read_only=["/", "/usr", "/etc", "/run", "/run/isolator", "/run/isolator/host", "/plugin", PLACE, *fs.read],
         hidden=[
             str(path)
@@ -176,9 +181,13 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
 
 @contextlib.contextmanager
 def _bait() -> Iterator[dict[str, Any]]:
-    """Things of the host to be found: services on its loopback, a string in the environment, its names."""
+    """Things of the host to be found: services on its loopback, shared memory, its environment, its names."""
     marker, abstract = secrets.token_hex(8), f"isolator-probe-{secrets.token_hex(8)}"
-    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+        readable_segment(marker.encode()) as segment,
+    ):
         unix.bind(f"\0{abstract}")
         unix.listen()
         os.environ["ISOLATOR_PROBE"] = marker
@@ -186,6 +195,7 @@ def _bait() -> Iterator[dict[str, Any]]:
             yield {
                 "marker": marker,
                 "abstract": abstract,
+                "segment": segment,
                 "host_port": tcp.getsockname()[1],
                 "host_name": socket.gethostname(),
                 "machine_id": _machine_id(),

@@ -45,7 +45,7 @@ def plugin_spec(
 
     def bind(target: str, fd: int, *, writable: bool = False) -> None:
         own(fd)
-        binds.append(Bind(target, fd, writable=writable, executable=not writable))
+        binds.append(Bind(target, fd, writable=writable))
 
     bind("/plugin", os.open(store.folder(name, registration.release), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     release = registration.release

@@ -119,7 +119,7 @@ class Volume:
         finally:
             os.close(backing)
         try:
-            attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
+            attributes = mount.NOSUID | mount.NODEV  # whether programs run there is the cage's matter
             fd = mount.new_filesystem("ext4", {"source": path, "errors": "remount-ro"}, attributes=attributes)
             try:
                 self._make_state_folder(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -158,6 +159,123 @@ def test_compiled(shared_dir: Path, compiler: str, name: str, source: str, argum
     made = subprocess.run([path, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert _run(shared_dir, f"{folder}/program", read=str(folder)) == "fine\n"
+
+
+OWN_OBJECTS = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+def done(answer):
+    assert answer != -1, os.strerror(ctypes.get_errno())
+    return answer
+segment = done(libc.shmget(0, 4096, 0o1600))
+address = libc.shmat(segment, None, 0)
+ctypes.memset(address, 1, 4096)
+done(libc.shmdt(ctypes.c_void_p(address))); done(libc.shmctl(segment, 0, None))
+sets = done(libc.semget(0, 1, 0o1600)); done(libc.semctl(sets, 0, 0))
+queue = done(libc.msgget(0, 0o1600)); done(libc.msgctl(queue, 0, None))
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+done(libc.capset(header, none))
+done(libc.syncfs(os.open("/tmp", os.O_RDONLY)))
+for number in NUMA:
+    assert libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 38  # as without CONFIG_NUMA
+print("fine")
+"""
+
+
+def test_calls_that_reach_only_the_cages_own_work_and_are_not_on_record(shared_dir: Path) -> None:
+    import pyseccomp
+
+    names = ("mbind", "set_mempolicy", "get_mempolicy", "move_pages", "migrate_pages")
+    numbers = [pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) for name in names]
+    done = isolator(shared_dir, "run", "--", "python3", "-c", OWN_OBJECTS.replace("NUMA", str(numbers)))
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
+BUILT = """
+set -e
+cd /tmp; cp /usr/bin/true program; ./program; printf '#!/bin/sh\\necho script\\n' > script; chmod +x script; ./script
+cp /usr/bin/true /dev/shm/program; /dev/shm/program
+test -x /usr/bin/gcc || exit 0
+printf 'int main(void) { return 0; } int number(void) { return 7; }' > main.c
+gcc -o built main.c; ./built
+gcc -shared -fPIC -o library.so main.c; python3 -c 'import ctypes; assert ctypes.CDLL("/tmp/library.so").number() == 7'
+"""
+
+
+def test_what_is_built_in_a_cage_runs(shared_dir: Path) -> None:
+    """Under the default profile; the battery's strict attempts show that none of it does under the other."""
+    assert _run(shared_dir, "bash", "-c", BUILT) == "script\n"
+
+
+TERMINAL = """
+import os, pty, shutil, subprocess
+child, master = pty.fork()
+if child == 0:
+    os.execvp("bash", ["bash", "-ic", "tty; jobs; stty size"])
+seen = b""
+try:
+    while part := os.read(master, 1000):
+        seen += part
+except OSError:  # EIO: the last one has closed it
+    pass
+assert b"/dev/pts/0" in seen and b"job control" not in seen, seen
+if shutil.which("script"):
+    assert "/dev/pts/" in subprocess.run(["script", "-qec", "tty", "/dev/null"], capture_output=True, text=True).stdout
+if shutil.which("tmux"):
+    terminal = os.openpty()[1]
+    subprocess.run(
+        ["tmux", "-S", "/tmp/tmux", "new-session", "tty > /tmp/name"], stdin=terminal, stdout=terminal, check=True
+    )
+    assert open("/tmp/name").read().startswith("/dev/pts/")
+print("fine")
+"""
+
+
+def test_programs_have_terminals_of_their_own(shared_dir: Path) -> None:
+    done = isolator(shared_dir, "run", "--", "env", "TERM=linux", "python3", "-c", TERMINAL)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_public_files_of_etc_are_there(shared_dir: Path) -> None:
+    """Whatever of them this host has: where links of /usr lead, and what libraries read."""
+    names = "fonts/fonts.conf ssl/openssl.cnf services protocols java-17-openjdk/security/java.security"
+    code = f"import os; print([n for n in {names.split()} if not os.path.exists('/etc/' + n)])"
+    absent = [name for name in names.split() if not Path("/etc", name).exists()]
+    assert _run(shared_dir, "python3", "-c", code) == f"{absent}\n"
+
+
+def test_a_path_below_etc_can_be_granted(shared_dir: Path) -> None:
+    """A folder that the view lacks, one beside a mounted one, and a file that is a link in every other cage."""
+    with tempfile.TemporaryDirectory(dir="/etc/ssl") as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, "file").write_text("granted")
+        for path, wanted in ((folder, "granted"), (f"{folder}/file", "granted"), ("/etc/hosts", "")):
+            file = path if Path(path).is_file() else f"{path}/file"
+            code = f"cat {file}; test -e /etc/ssl/certs -a -s /etc/resolv.conf -a -s /etc/passwd || echo lost"
+            found = _run(shared_dir, "sh", "-c", code, read=path)
+            assert found == (wanted or Path(path).read_text())
+
+
+INTERFACES = """
+import socket
+assert [name for _, name in socket.if_nameindex()] == ["lo"]
+for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_UNSPEC, "127.0.0.1")):
+    found = socket.getaddrinfo("localhost", 80, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+    assert address in [place[0] for *_, place in found], found
+for address in ("127.0.0.1", "192.0.0.8"):  # the cage's own, and what an interface shows is its own too
+    server = socket.create_server((address, 0))
+    socket.create_connection(server.getsockname(), timeout=20)
+print("fine")
+"""
+
+
+def test_programs_list_the_cages_interfaces(shared_dir: Path) -> None:
+    done = isolator(shared_dir, "run", "--", "python3", "-c", INTERFACES)
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+    if shutil.which("node", path="/usr/bin"):
+        code = "console.log(Object.keys(require('os').networkInterfaces()).join())"
+        assert _run(shared_dir, "node", "-e", code) == "lo\n"
 
 
 # --- strict --------------------------------------------------------------------------------------------------

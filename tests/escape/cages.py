@@ -102,6 +102,14 @@ def private_copy_of_the_host():
     mount.set_propagation("/", mount.MS_PRIVATE)
 isolator.launcher.server.build_template = private_copy_of_the_host
 """
+HOST_IPC = """
+import isolator.launcher.server
+isolator.launcher.server.BEFORE_THE_PLAN = ("mnt", "uts")
+"""
+MANY_TERMINALS = """
+from isolator.layers import filesystem
+filesystem._TERMINAL_OPTIONS = "newinstance,ptmxmode=0666,mode=0600"
+"""
 SET_ID_FILES = """
 from isolator.layers import filesystem
 filesystem._READ_ONLY &= ~filesystem.mount.NOSUID
@@ -235,7 +243,10 @@ class Range:
                 def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
                     return furnish(run_spec(paths, self.policy, argv, run, lease.uid, owned), owned)
 
-                target = Target(spec, self.host, cage_type=WeakenedCage, further={"weakness": weakness})
+                target = Target(
+                    spec, self.host, inline=self.policy.syscalls == "strict", cage_type=WeakenedCage,
+                    further={"weakness": weakness},
+                )  # fmt: skip
                 with contextlib.closing(Records(None, "probe", quiet=True)) as records:
                     return {f.name: f async for f in attack(session, target, records, names)}
 
@@ -262,7 +273,7 @@ class Range:
                 if weakness.uncapped
                 else state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=uid)
             )
-            bind("/state", folder, writable=True, executable=False)
+            bind("/state", folder, writable=True)
             options = {"mode": "0700", "uid": str(uid), "gid": str(uid)}
             if not weakness.uncapped:
                 options |= {"size": "64k", "nr_inodes": "16"}

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -46,10 +46,10 @@ ABLATIONS = {
     "no filter": Ablation(
         _weak("seccomp"),
         "unshare-user clone-user-namespace clone3-user-namespace keyring join-keyring perf-events userfaultfd io-uring "
-        "watch-files quota executable-data shared-memory i386-call x32-call trace-child read-memory "
+        "watch-files quota executable-data i386-call x32-call trace-child read-memory "
         "netlink-socket vsock-socket crypto-socket terminal-input terminal-input-64 console-paste console-paste-64 "
         "line-discipline watch-programs watch-programs-by-signal asynchronous-io huge-pages huge-pages-in-files "
-        "uncommon-protocol core-handler",
+        "uncommon-protocol core-handler netlink-answers",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
@@ -62,7 +62,7 @@ ABLATIONS = {
         _weak("seccomp", root=True),
         "unshare-mount unshare-pid unshare-ipc unshare-uts unshare-cgroup unshare-network bpf kexec kernel-module "
         "kernel-messages reboot swap clock host-name packet-socket xdp-socket key-socket open-by-handle trace-init "
-        "steal-descriptor chroot change-rules",
+        "steal-descriptor chroot change-rules huge-pages-in-segments",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
@@ -76,7 +76,7 @@ ABLATIONS = {
     "root": Ablation(
         _weak(root=True),
         "become-another join-group have-capability raise-limit raise-priority raw-socket raw-socket-6 "
-        "file-capability read-init-environment",
+        "file-capability read-init-environment change-network",
     ),
     "root without control groups": Ablation(_weak("cgroup", root=True), "real-time"),
     "no user of its own": Ablation(_weak("user"), "become-root identity"),
@@ -84,11 +84,13 @@ ABLATIONS = {
     "no Landlock": Ablation(_weak("landlock"), "write-proc"),
     "no resource limits": Ablation(_weak("rlimits"), "descriptors lock-memory pending-signals"),
     "no control groups": Ablation(
-        _weak("cgroup"), "processes threads processor-time memory memory-in-files memory-in-sockets"
+        _weak("cgroup"),
+        "processes threads processor-time memory memory-in-files memory-in-segments memory-in-sockets",
     ),
+    "the host's IPC objects": Ablation(_weak(template=cages.HOST_IPC), "read-segment"),
     "no view of its own": Ablation(
         _weak("filesystem", edits=OUTSIDE, template=cages.HOST_VIEW),
-        "list-host-folders daemon-files see-sys host-devices execute-from-scratch fill-tmp-inodes machine-id fill-tmp "
+        "list-host-folders daemon-files see-sys host-devices host-terminals fill-tmp-inodes machine-id fill-tmp "
         "fill-shm",
     ),
     "root without a view or Landlock": Ablation(
@@ -110,14 +112,18 @@ ABLATIONS = {
     "the host's network": Ablation(
         _weak("network"),
         "host-loopback metadata-service metadata-service-6 private-network mapped-private-network public-address "
-        "outside-resolver outside-resolver-tcp datagram datagram-6 multicast ping other-interfaces",
+        "outside-resolver outside-resolver-tcp datagram datagram-6 multicast ping other-interfaces list-interfaces",
     ),
     "the host's network, no Landlock": Ablation(_weak("network", "landlock"), "abstract-socket"),
     "no network rules": Ablation(_weak(edits=(cages.no_rules,)), "broker-port"),
+    "terminals without a cap": Ablation(_weak(template=cages.MANY_TERMINALS), "fill-terminals"),
     "set-user-ID programs": Ablation(
         _weak("no_new_privs", "seccomp", "landlock", template=cages.SET_ID_FILES), "set-user-id-program"
     ),
     "new privileges": Ablation(_weak("no_new_privs", "seccomp", "landlock"), "no-new-privs"),
+    "the default profile": Ablation(
+        _weak(), "execute-from-scratch load-from-scratch execute-from-memory executable-segment"
+    ),
     "a descriptor left open": Ablation(_weak(edits=(cages.open_descriptor,)), "inherited-descriptors"),
     "a leaked environment": Ablation(_weak(edits=(cages.leaked_environment,)), "inherited-environment"),
 }
@@ -171,9 +177,15 @@ def test_every_attempt_has_an_ablation() -> None:
     assert sorted(named) == sorted(ATTEMPTS)
 
 
-@pytest.mark.parametrize("name", list(ATTEMPTS))
+@pytest.mark.parametrize("name", [name for name, one in ATTEMPTS.items() if not one.strict])
 def test_the_whole_cage_holds_an_attempt(whole: dict[str, Finding], name: str) -> None:
     assert whole[name].outcome == "held", whole[name].detail
+
+
+@pytest.mark.parametrize("name", [name for name, one in ATTEMPTS.items() if one.strict])
+def test_a_strict_cage_holds_an_attempt(arena: Range, name: str) -> None:
+    found = replace(arena, policy=arena.policy.model_copy(update={"syscalls": "strict"})).attack([name])
+    assert found[name].outcome == "held" and found[name].errno in (errno.EACCES, errno.EPERM), found[name].detail
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, one in ABLATIONS.items() for n in one.names.split()])
@@ -189,6 +201,13 @@ def test_an_attempt_gets_through_a_weakened_cage(
         if name in _NO_FILE and found.detail == _NO_FILE[name][0]:
             pytest.skip(_NO_FILE[name][1])
     assert found.outcome == "through", f"with {group}: {found.outcome}: {found.detail}"
+
+
+def test_programs_run_in_every_folder_but_the_sockets_under_the_default_profile(
+    weakened: dict[str, dict[str, Finding]],
+) -> None:
+    for name in ("execute-from-scratch", "load-from-scratch"):
+        assert weakened["the default profile"][name].detail == "/tmp, /dev/shm, /state"
 
 
 def _own_capabilities() -> int:

@@ -87,9 +87,12 @@ def test_changes_of_files_can_be_watched(shared_dir: Path) -> None:
 
 
 def test_a_program_that_forbids_core_dumps_runs(shared_dir: Path) -> None:
-    """The limit stays where it is: what does not insist goes on."""
-    done = isolator(shared_dir, "run", "--", "bash", "-c", "ulimit -c 0; ulimit -n 100; ulimit -n; echo fine")
+    """It succeeds, and the limit stays where it is: also what insists goes on."""
+    done = isolator(shared_dir, "run", "--", "bash", "-ec", "ulimit -c 0; ulimit -n 100; ulimit -n; echo fine")
     assert done.stdout == "100\nfine\n", done.stderr
+    code = "import resource as r; print(r.getrlimit(r.RLIMIT_CORE)); r.prlimit(0, r.RLIMIT_CORE, (0, 0))"
+    insists = isolator(shared_dir, "run", "--", "python3", "-c", code)
+    assert insists.stdout == "(1, 1)\n" and "ValueError" in insists.stderr, "a value before it would be made up"
 
 
 def test_a_crash_starts_nothing_on_the_host(shared_dir: Path) -> None:

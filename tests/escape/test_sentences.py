@@ -26,7 +26,7 @@ from hypothesis import given, settings
 
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.explain import ORDER, sentences
-from isolator.layers.filesystem import AttachMount, FilesystemSection
+from isolator.layers.filesystem import AttachMount, FilesystemSection, ResizeTmpfs
 from isolator.layers.plan import Plan
 from isolator.layers.seccomp import profiles
 from isolator.layers.seccomp.layer import SeccompSection, compiled
@@ -228,8 +228,9 @@ _VIEW = {
     "/", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/plugin", "/state", "/tmp", "/dev/shm",
     "/proc", "/etc", "/dev",
     "/run/isolator", "/run/isolator/plugin", "/etc/ssl/certs", "/etc/alternatives", "/etc/ca-certificates", "/etc/pki",
-    "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types",
+    "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/dev/pts",
 }  # fmt: skip
+_PUBLIC = "/etc/(fonts|java-[^/]+|python3[^/]*|perl|groff|terminfo|dictionaries-common)"
 _PLAIN_DEVICES = ["full", "null", "random", "urandom", "zero"]
 
 
@@ -268,11 +269,23 @@ def socket_folder(_: re.Match[str], seen: Inspected) -> None:
     assert set(seen.inside["writable"]) - {"/tmp", "/dev/shm", "/state"} == {"/run/isolator/plugin"}
 
 
+def executes_none(_: re.Match[str], seen: Inspected) -> None:
+    """The attempts of the profile ``strict`` (test_ablation.py) try it."""
+    assert {"/tmp", "/dev/shm", "/run/isolator/plugin"} <= set(seen.inside["writable"]), "nothing was tried"
+    for place in seen.inside["writable"]:
+        assert "noexec" in seen.inside["mounts"][place]
+
+
 def nothing_else(_: re.Match[str], seen: Inspected) -> None:
     devices = {f"/dev/{name}" for name in _PLAIN_DEVICES}
-    assert set(seen.inside["mounts"]) <= _VIEW | devices | set(seen.policy.filesystem.read)
+    found = {place for place in seen.inside["mounts"] if not re.fullmatch(_PUBLIC, place)}
+    assert found <= _VIEW | devices | set(seen.policy.filesystem.read)
     assert seen.inside["devices"] == _PLAIN_DEVICES
     assert set(seen.inside["proc"]) <= {"self", "thread-self"}
+
+
+def own_terminals(_: re.Match[str], seen: Inspected) -> None:
+    assert seen.inside["terminal"] == "/dev/pts/0"
 
 
 # --- network -------------------------------------------------------------------------------------------------
@@ -340,9 +353,12 @@ def ordinary_calls(found: re.Match[str], seen: Inspected) -> None:
     assert seen.inside["status"]["Seccomp"] == "2"
 
 
+_PRETENDED = ("sync", "syncfs")
+
+
 def without_effect(_: re.Match[str], seen: Inspected) -> None:
     for name, answer in _answers(seen).items():
-        assert answer in ("EPERM", "ENOSYS") or (name, answer) == ("sync", "done"), name  # sync(2) is pretended
+        assert answer in ("EPERM", "ENOSYS") or (name in _PRETENDED and answer == "done"), name
 
 
 def recorded(_: re.Match[str], seen: Inspected) -> None:
@@ -389,7 +405,9 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(r" and with no way to become another user\.", no_other_user, "become-root become-another join-group"),
     ),
     "cgroup": (
-        Clause(r"May use (?P<memory>\w+) of memory", memory, "memory memory-in-files memory-in-sockets"),
+        Clause(
+            r"May use (?P<memory>\w+) of memory", memory, "memory memory-in-files memory-in-segments memory-in-sockets"
+        ),
         Clause(
             r" \(slowed down above (?P<high>\w+) on cgroup v2\)", slowed,
             tests=("cage/test_cage.py::test_out_of_memory",),
@@ -416,13 +434,13 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause("Sees only its own processes", own_processes, "other-processes other-processes-in-proc kill-init"),
         Clause(", mounts", own_mounts, "list-host-folders join-namespace"),
         Clause(", host name", own_host_name, "learn-host-name"),
-        Clause(", IPC objects", own_ipc),
+        Clause(", IPC objects", own_ipc, "read-segment"),
         Clause(", control groups", own_groups, "learn-cgroup"),
-        Clause(r" and network interfaces\.", own_interfaces, "other-interfaces"),
+        Clause(r" and network interfaces\.", own_interfaces, "other-interfaces list-interfaces change-network"),
     ),
     "filesystem": (
         Clause(
-            r"Sees its own files, /usr and public files of /etc \(certificates, alternatives, time zone\) read-only",
+            r"Sees its own files, /usr and public files of /etc \(certificates, fonts and the like\) read-only",
             read_only, "write-read-only",
         ),
         Clause(r", and read-only (?P<paths>.+?)(?=; may write)", read_paths),
@@ -431,11 +449,13 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause(r", /tmp up to (?P<tmp>\w+)", scratch_size, "fill-tmp fill-tmp-inodes"),
         Clause(r", /dev/shm up to (?P<shm>\w+)", scratch_size, "fill-shm"),
         Clause(" and its socket's folder", socket_folder, "fill-socket-folder"),
+        Clause(", and execute none of it", executes_none),
         Clause(
-            r"; nothing else of this host is there but the devices null, zero, full, random and urandom\.",
+            r"; nothing else of this host is there but the devices null, zero, full, random and urandom",
             nothing_else,
             "list-host-folders list-root-home daemon-files see-sys host-devices read-shadow kernel-memory machine-id",
         ),
+        Clause(r"; has up to \d+ terminals of its own\.", own_terminals, "host-terminals fill-terminals"),
     ),
     "network": (
         Clause(
@@ -637,7 +657,7 @@ async def _inspect(root: Path, policy: EffectivePolicy, weakness: Weakness) -> I
         bind("/plugin", os.open(plugin, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         if (fs := policy.filesystem).state:
             folder = state.open(size=fs.state, inodes=fs.state_inodes, uid=spec.uid, gid=spec.gid)
-            bind("/state", folder, writable=True, executable=False)
+            bind("/state", folder, writable=True)
         options = {"mode": "0700", "uid": str(spec.uid), "gid": str(spec.gid), "size": "64k", "nr_inodes": "16"}
         attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
         spec.mounts = {"/run/isolator/plugin": owned.add(mount.new_filesystem("tmpfs", options, attributes=attributes))}
@@ -750,10 +770,6 @@ class Noticed:
 
 
 OTHER_GROUPS = "import os\nos.setgroups([4, 24])"
-HOST_IPC = """
-import isolator.launcher.server
-isolator.launcher.server.BEFORE_THE_PLAN = ("mnt", "uts")
-"""
 
 
 def _no_sealing(plan: Plan, _: WeakenedCage) -> None:
@@ -766,6 +782,13 @@ def _default_profile(plan: Plan, cage: WeakenedCage) -> None:
     section = plan.section(SeccompSection)
     assert section is not None
     plan.add(replace(section, program=compiled("default", cage.spec.cache), sealing=b""))
+
+
+def _programs_run(plan: Plan, _: WeakenedCage) -> None:
+    view = plan.section(FilesystemSection)
+    assert view is not None
+    operations = (replace(one, executable=True) if isinstance(one, ResizeTmpfs) else one for one in view.operations)
+    plan.add(replace(view, operations=tuple(operations)))
 
 
 def _further_mount(target: str) -> cages.Edit:
@@ -798,12 +821,13 @@ WEAKNESSES = {
     "the host's processes": Noticed("plain", Weakness(edits=(cages.host_pids,)), (own_processes,)),
     "the host's name": Noticed("plain", Weakness(edits=(cages.host_name,)), (own_host_name,)),
     "the host's control groups": Noticed("plain", Weakness(edits=(cages.no_cgroup_namespace,)), (own_groups,)),
-    "the host's IPC objects": Noticed("plain", Weakness(template=HOST_IPC), (own_ipc,)),
+    "the host's IPC objects": Noticed("plain", Weakness(template=cages.HOST_IPC), (own_ipc,)),
     "the host's network": Noticed("plain", Weakness(frozenset({"network"})), (own_interfaces, no_network)),
     "a state folder": Noticed("plain", Weakness(edits=(_further_mount("/state"),)), (no_state,)),
     "a writable read path": Noticed(
         EVERYTHING, Weakness(frozenset({"landlock"}), (_read_path_is_writable,)), (read_paths,)
     ),
+    "folders with programs": Noticed(EVERYTHING, Weakness(edits=(_programs_run,)), (executes_none,)),
     "no limits": Noticed("plain", Weakness(frozenset({"rlimits"})), (open_files, locked_memory)),
     "no filter": Noticed("plain", Weakness(frozenset({"seccomp"})), (without_effect, recorded)),
     "no second filter": Noticed(EVERYTHING, Weakness(edits=(_no_sealing,)), (no_process,)),

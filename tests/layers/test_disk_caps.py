@@ -49,7 +49,7 @@ async def _took(root: Path, script: str, limits: ResourcePolicy) -> float:
 
     def furnish(spec: CageSpec) -> None:
         spec.policy = policy(resources=limits)
-        spec.binds = [*spec.binds, Bind("/state", folder, writable=True, executable=False)]
+        spec.binds = [*spec.binds, Bind("/state", folder, writable=True)]
 
     with contextlib.closing(Journal(root / "run/state.journal")) as journal:
         state = Volume(root / "state", "capped", journal)

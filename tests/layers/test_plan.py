@@ -144,7 +144,7 @@ def test_a_descriptor_that_a_plan_owns_is_closed_once() -> None:
 @pytest.mark.parametrize(
     ("operation", "words"),
     [
-        (ResizeTmpfs("tmp", "size=1"), "/tmp: tmpfs, size=1"),
+        (ResizeTmpfs("tmp", "size=1", executable=True), "/tmp: tmpfs, size=1"),
         (MountProc("subset=pid"), "/proc: proc, subset=pid"),
         (FillFolder("run/x", {}, 7, 8, 0o500, 0o400), "/run/x: a folder of uid 7, mode 0500"),
         (AttachMount("plugin", "mount0", is_folder=True), "/plugin: a mounted folder"),

@@ -71,16 +71,19 @@ def expected(rules: Sequence[Judged], arguments: Arguments, otherwise: int) -> i
 
 
 def edge_arguments(rules: Sequence[Judged]) -> Iterator[Arguments]:
-    """Arguments at, beside and between the values that the rules compare with, in all combinations of two arguments."""
+    """Arguments at, beside and between the values that the rules compare with, in all combinations; and each single bit
+    of one argument with those of the others."""
     values: dict[int, set[int]] = {}
+    bits: dict[int, set[int]] = {}
     for condition in (one for rule in rules for one in rule.conditions):
         middle = condition.value if isinstance(condition, Equal) else condition.mask
         beside = {middle, middle - 1, middle + 1, middle | 1 << 32, middle | 1 << 63, ~condition.mask}
         values.setdefault(condition.index, {0, 1 << 32, (1 << 64) - 1}).update(one % (1 << 64) for one in beside)
-        values[condition.index].update(1 << bit for bit in range(64) if condition.mask & 1 << bit)
-    for picked in itertools.product(*values.values()):
-        changed = dict(zip(values, picked, strict=True))
-        yield tuple(changed.get(index, 0) for index in range(6))
+        bits.setdefault(condition.index, set()).update(1 << bit for bit in range(64) if condition.mask & 1 << bit)
+    for swept in (-1, *bits):
+        for picked in itertools.product(*(bits[index] if index == swept else values[index] for index in values)):
+            changed = dict(zip(values, picked, strict=True))
+            yield tuple(changed.get(index, 0) for index in range(6))
 
 
 @pytest.mark.parametrize("name", ["default", "strict", seccomp.SEALING, "broker"])

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
-from isolator.linux.netlink import NFLOG_GROUP
+from isolator.linux.netlink import NFLOG_GROUP, OWN_ADDRESSES
 from isolator.policy.addresses import Range
 from isolator.policy.destinations import Rules
 
@@ -48,8 +48,8 @@ def render(rules: Rules, prefix: str) -> str:
     untracked = [
         f"tcp sport {PORT} accept",
         f"tcp dport {PORT} accept",
-        "ip daddr 127.0.0.0/8 notrack",
-        "ip6 daddr ::1 notrack",
+        f"ip daddr {{ 127.0.0.0/8, {OWN_ADDRESSES[0]} }} notrack",
+        f"ip6 daddr {{ ::1, {OWN_ADDRESSES[1]} }} notrack",
     ]
     final = [
         "ct state untracked accept",

@@ -4,6 +4,8 @@ allowed        the calls of ordinary services (isolator/layers/seccomp/profiles.
 denied         calls that only an attack or a mistake makes: handed to a user-notify listener, which answers EPERM and
                writes an audit record with the call's name. Notify only ever denies: a decision to allow on the
                strength of a pointer could be changed under the supervisor's eyes
+lent           a socket that lists network interfaces: the notifier makes it in the cage's network and hands it over,
+               for the arguments in the registers alone, up to a number at once
 narrowed       some ordinary calls fail, or do nothing, for certain arguments, without a record: programs ask all the
                time
 unknown        ENOSYS, so that a newer C library falls back to an older call; no record
@@ -192,6 +194,7 @@ def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> 
     answers = {
         syscalls.ALLOW: seccomp.RET_ALLOW,
         syscalls.DENY: seccomp.RET_USER_NOTIF,
+        syscalls.LEND: seccomp.RET_USER_NOTIF,
         syscalls.NO_FAMILY: seccomp.RET_ERRNO | errno.EAFNOSUPPORT,
         syscalls.REFUSE: seccomp.RET_ERRNO | errno.EPERM,
         syscalls.NO_PROTOCOL: seccomp.RET_ERRNO | errno.EPROTONOSUPPORT,

@@ -1,4 +1,6 @@
-"""Answer the calls that seccomp handed over: always EPERM, at a capped rate, and counted by name.
+"""Answer the calls that seccomp handed over: EPERM, at a capped rate, and counted by name.
+
+One call is answered with a descriptor instead: a socket of NETLINK_ROUTE, made here in the network of whoever asks.
 
 One thread for all cages: receiving a notification can block when its caller dies at that moment (on kernels before
 6.6), and must not hold up the event loop. A plugin that floods only makes itself wait: its listener is polled again
@@ -13,15 +15,21 @@ import errno
 import functools
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from isolator.linux import seccomp
+from isolator.layers.seccomp.profiles import AF_NETLINK, NETLINK_ROUTE, WORD
+from isolator.linux import netns, seccomp
 from isolator.pacing import TokenBucket
 
 ANSWERS_PER_SECOND = 500
+NETLINK_SOCKETS = 20
+"""Netlink sockets in a cage's network at once, those of the daemon among them. What waits in one, up to 416 KiB, is
+charged to nobody."""
 REPORT_SECONDS = 1.0
 
 
@@ -132,6 +140,9 @@ class SeccompNotifier:
             if notification is None:
                 return
             cage.answers.take()
+            if _asks_for_netlink(notification):
+                _lend_netlink(listener, notification)
+                return
             # Before the answer: the plugin cannot have gone on, so the event that it works on is still in flight.
             now = time.monotonic_ns()
             denied = cage.counts.setdefault(notification.number, Denied(call_name(notification.number), now, now))
@@ -158,6 +169,35 @@ class SeccompNotifier:
         with contextlib.suppress(OSError, ValueError):
             self._epoll.unregister(listener)
         os.close(listener)
+
+
+def _asks_for_netlink(asked: seccomp.Notification) -> bool:
+    family, protocol = asked.args[0] & WORD, asked.args[2] & WORD
+    return call_name(asked.number) == "socket" and (family, protocol) == (AF_NETLINK, NETLINK_ROUTE)
+
+
+def _lend_netlink(listener: int, asked: seccomp.Notification) -> None:
+    """Answer with a new socket of the caller's own network, or with EMFILE when there are many.
+
+    Its rights are no more than the caller's: rtnetlink asks for CAP_NET_ADMIN of who opened a socket and of who sends.
+    """
+    kind = asked.args[1] & WORD
+    try:
+        network = os.open(f"/proc/{asked.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lines = Path(f"/proc/{asked.pid}/net/protocols").read_text().splitlines()
+            if not seccomp.is_waiting(listener, asked):
+                return
+            if sum(int(line.split()[2]) for line in lines if line.startswith("NETLINK ")) >= NETLINK_SOCKETS:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            made = netns.in_network(network, lambda: socket.socket(AF_NETLINK, kind & ~socket.SOCK_CLOEXEC, 0))
+        finally:
+            os.close(network)
+        with made:
+            flags = os.O_CLOEXEC if kind & socket.SOCK_CLOEXEC else 0
+            seccomp.answer_with(listener, asked, made.fileno(), flags)
+    except OSError as error:
+        seccomp.deny(listener, asked, error.errno or errno.EPERM)
 
 
 _names: dict[int, str] = {}

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 
-from .kit import Held, Promise, attempt, libc, set_limit, syscall
+from .kit import Held, Promise, attach_segment, attempt, libc, set_limit, syscall
 
 _MIB = 1 << 20
 _BEYOND = 1.25
@@ -37,6 +37,27 @@ def memory_in_files(promise: Promise) -> str:
     fd = syscall("memfd_create", b"probe", 0)
     for offset in range(0, wanted, _MIB):
         os.posix_fallocate(fd, offset, _MIB)
+    return f"{wanted // _MIB} MiB in use"
+
+
+@attempt("seccomp", "execute System V shared memory", strict=True)
+def executable_segment(promise: Promise) -> str:
+    segment = syscall("shmget", 0, mmap.PAGESIZE, 0o700)  # IPC_PRIVATE
+    try:
+        attach_segment(segment, 0o100000)  # SHM_EXEC
+    finally:
+        syscall("shmctl", segment, 0, None)  # IPC_RMID
+    return "it is writable and executable"
+
+
+@attempt("cgroup", "the same in System V shared memory", alone=True, seconds=30)
+def memory_in_segments(promise: Promise) -> str:
+    wanted = int(promise.memory * _BEYOND) + 16 * _MIB
+    segment = syscall("shmget", 0, wanted, 0o600)  # IPC_PRIVATE
+    try:
+        ctypes.memset(attach_segment(segment), 1, wanted)
+    finally:
+        syscall("shmctl", segment, 0, None)  # IPC_RMID
     return f"{wanted // _MIB} MiB in use"
 
 
@@ -172,6 +193,8 @@ def lock_memory(promise: Promise) -> str:
 @attempt("rlimits", "leave a core dump to the host's handler")
 def core_dump(promise: Promise) -> str:
     set_limit(resource.RLIMIT_CORE, 4096)
+    if resource.getrlimit(resource.RLIMIT_CORE)[0] != 4096:
+        raise Held("the limit stays")
     return "core dumps are on"
 
 

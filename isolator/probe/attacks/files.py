@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from .kit import Held, Promise, attempt, syscall
@@ -110,6 +112,27 @@ def host_devices(promise: Promise) -> str:
     raise Held("only null, zero, full, random and urandom")
 
 
+@attempt("filesystem", "find a terminal of the host")
+def host_terminals(promise: Promise) -> str:
+    found = [name for name in os.listdir("/dev/pts") if name.isdigit()]
+    if not found:
+        raise Held("there is none but what it opens itself")
+    return f"terminals {found}"
+
+
+@attempt("filesystem", "take more terminals than granted, whose buffers no memory cap counts")
+def fill_terminals(promise: Promise) -> str:
+    opened: list[int] = []
+    try:
+        while len(opened) <= promise.terminals:
+            opened.append(os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Held(f"refused after {len(opened)} of {promise.terminals}") from None
+    return f"{len(opened)} terminals"
+
+
 @attempt("filesystem", "write where only reading is granted")
 def write_read_only(promise: Promise) -> str:
     why = OSError(errno.ENOENT, "none of the folders is there")
@@ -127,10 +150,32 @@ def write_read_only(promise: Promise) -> str:
     raise why
 
 
-@attempt("filesystem", "execute a program brought along in a writable folder")
+@attempt("filesystem", "execute a program brought along in a writable folder", strict=True)
 def execute_from_scratch(promise: Promise) -> str:
-    why = OSError(errno.ENOENT, "no writable folder")
-    program = Path("/usr/bin/true").read_bytes()
+    return _in_scratch(Path("/usr/bin/true"), _execute)
+
+
+@attempt("filesystem", "load code brought along in a writable folder", strict=True)
+def load_from_scratch(promise: Promise) -> str:
+    def load(path: str) -> None:
+        with Path(path).open("rb") as file:
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
+
+    return _in_scratch(Path("/usr/bin/true"), load)
+
+
+@attempt("seccomp", "execute a program brought along in memory", strict=True)
+def execute_from_memory(promise: Promise) -> str:
+    fd = syscall("memfd_create", b"probe", 0)
+    os.write(fd, Path("/usr/bin/true").read_bytes())
+    _execute(fd)
+    return "it ran"
+
+
+def _in_scratch(program: Path, use: Callable[[str], None]) -> str:
+    """Write the program into each writable folder and use it there; the folders where that succeeds."""
+    through, why = [], OSError(errno.ENOENT, "no writable folder")
+    content = program.read_bytes()
     for folder in ("/tmp", "/dev/shm", "/state", "/run/isolator/plugin"):
         path = f"{folder}/probe-program"
         try:
@@ -140,24 +185,36 @@ def execute_from_scratch(promise: Promise) -> str:
                 why = error
             continue
         try:
-            os.write(fd, program)
-        except OSError as error:  # a folder of 64 KiB may be too small for it
-            why = error
-            continue
-        finally:
+            os.write(fd, content)
             os.close(fd)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.execv(path, [path])
-            except OSError as error:
-                os._exit(error.errno or 1)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.unlink(path)
-        if code == 0:
-            return f"{path} ran"
-        why = OSError(code, os.strerror(code), path)
+            use(path)
+            through.append(folder)
+        except OSError as error:  # refused, or a folder of 64 KiB is too small for it
+            why = error
+        finally:
+            os.unlink(path)
+    if through:
+        return ", ".join(through)
     raise why
+
+
+def _execute(program: str | int) -> None:
+    """Execute a file, by path or by descriptor, in a child where one can be made; raises OSError.
+
+    Where none can, success ends this process: then the attempt has no result, which never counts as held.
+    """
+    try:
+        child = os.fork()
+    except PermissionError:
+        os.execve(program, ["true"], {})
+    if child == 0:
+        try:
+            os.execve(program, ["true"], {})
+        except OSError as error:
+            os._exit(error.errno or 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        raise OSError(code, os.strerror(code), str(program))
 
 
 @attempt("filesystem", "make a device node")

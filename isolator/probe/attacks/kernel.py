@@ -194,7 +194,6 @@ _forbidden("clock", "adjust the clock", _clock)
 _forbidden("host-name", "change the host name", _host_name)
 _forbidden("executable-data", "make all its memory executable", lambda: syscall("personality", 0x400000))
 _forbidden("kernel-messages", "read the kernel's messages", lambda: syscall("syslog", 10, None, 0))
-_forbidden("shared-memory", "make System V shared memory", lambda: syscall("shmget", 0, 4096, 0o600))
 _forbidden("message-queue", "make a POSIX message queue", lambda: syscall("mq_open", b"probe", 0o102, 0o600, None))
 
 
@@ -308,7 +307,7 @@ def _family(name: str, title: str, family: int, kind: int, protocol: int = 0, la
     attempt(layer, title, name=name)(run)
 
 
-_family("netlink-socket", "talk to the kernel's network by netlink", socket.AF_NETLINK, socket.SOCK_RAW)
+_family("netlink-socket", "list the host's sockets by netlink", socket.AF_NETLINK, socket.SOCK_RAW, 4)  # SOCK_DIAG
 _family("packet-socket", "read raw packets", socket.AF_PACKET, socket.SOCK_RAW, 0x0300)
 _family("vsock-socket", "reach the hypervisor by vsock", socket.AF_VSOCK, socket.SOCK_STREAM)
 _family("crypto-socket", "use the kernel's cryptography by AF_ALG", socket.AF_ALG, socket.SOCK_SEQPACKET)

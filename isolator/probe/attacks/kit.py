@@ -50,6 +50,7 @@ _OLD = {
     "reboot": (169, 142),
     "sethostname": (170, 161),
     "setns": (308, 268),
+    "shmctl": (31, 195),
     "shmget": (29, 194),
     "swapon": (167, 224),
     "syslog": (103, 116),
@@ -90,6 +91,16 @@ def set_limit(number: int, value: int) -> None:
         raise OSError(code, os.strerror(code), "setrlimit")
 
 
+def attach_segment(segment: int, flags: int = 0) -> int:
+    """The address of a System V segment, attached (shmat(2)). Raises OSError."""
+    libc.shmat.restype = ctypes.c_void_p
+    address: int = libc.shmat(ctypes.c_int(segment), None, ctypes.c_int(flags))
+    if address == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "shmat")
+    return address
+
+
 class Held(Exception):
     """The attempt was stopped by something that is no errno."""
 
@@ -108,6 +119,7 @@ class Promise:
     tmp_inodes: int = 0
     shm: int = 0
     state: int = 0
+    terminals: int = 0
     read_only: list[str] = field(default_factory=list)
     """Folders of the cage that nothing may be written to."""
     hidden: list[str] = field(default_factory=list)
@@ -120,6 +132,8 @@ class Promise:
     """A port on the host's 127.0.0.1 that accepts connections."""
     abstract: str = ""
     """An abstract Unix socket of the host that accepts connections."""
+    segment: int = 0
+    """The id of a System V segment of the host that anybody may read; it holds the marker."""
     granted: list[str] = field(default_factory=list)
     """Paths of the host that the policy lets it read."""
     init: int = 1
@@ -139,20 +153,22 @@ class Attempt:
     seconds: float
     alone: bool
     """The attempt may take the whole cage down with it, so it gets a cage of its own."""
+    strict: bool
+    """Only the profile ``strict`` stops it."""
 
 
 ATTEMPTS: dict[str, Attempt] = {}
 
 
 def attempt(
-    layer: str, title: str, *, name: str = "", seconds: float = 5.0, alone: bool = False
+    layer: str, title: str, *, name: str = "", seconds: float = 5.0, alone: bool = False, strict: bool = False
 ) -> Callable[[Callable[[Promise], str]], Callable[[Promise], str]]:
     """Declare a function as an attempt, named after it unless ``name`` says otherwise."""
 
     def declare(function: Callable[[Promise], str]) -> Callable[[Promise], str]:
         key = name or function.__name__.replace("_", "-")
         assert key not in ATTEMPTS, key
-        ATTEMPTS[key] = Attempt(key, layer, title, function, seconds, alone)
+        ATTEMPTS[key] = Attempt(key, layer, title, function, seconds, alone, strict)
         return function
 
     return declare

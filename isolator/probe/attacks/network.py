@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .kit import Held, Promise, attempt
 
+_NETLINK_SOCKETS = 20  # of a cage
 _BROKER_PORT = 65053
 _SECONDS = 1.5
 
@@ -143,6 +144,37 @@ def change_rules(promise: Promise) -> str:
             if code:
                 raise OSError(code, os.strerror(code))
         return f"a table was added ({length} bytes of answer)"
+
+
+@attempt("capabilities", "change its network by netlink")
+def change_network(promise: Promise) -> str:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.settimeout(_SECONDS)
+        link = struct.pack("=BxHiII", 0, 0, 1, 0, 1)  # interface 1, which is lo, shall be down
+        sock.send(struct.pack("=IHHII", 16 + len(link), 16, 1 | 4, 1, 0) + link)  # RTM_NEWLINK, acknowledged
+        code = -struct.unpack_from("=i", sock.recv(65536), 16)[0]
+        if code:
+            raise OSError(code, os.strerror(code))
+    return "the loopback is down"
+
+
+@attempt("network", "list the host's interfaces by netlink")
+def list_interfaces(promise: Promise) -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    if names == ["lo"]:
+        raise Held("there is only lo")
+    return f"interfaces {', '.join(names)}"
+
+
+@attempt("seccomp", "keep answers of netlink waiting, which no memory cap counts")
+def netlink_answers(promise: Promise) -> str:
+    kept: list[socket.socket] = []
+    try:
+        while len(kept) <= _NETLINK_SOCKETS:
+            kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
+    except OSError as error:
+        raise Held(f"{error.strerror} after {len(kept)} sockets") from None
+    return f"{len(kept)} sockets"
 
 
 def _message(kind: int, body: bytes, number: int) -> bytes:

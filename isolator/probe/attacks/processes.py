@@ -12,9 +12,10 @@ import socket
 import time
 from pathlib import Path
 
-from .kit import Held, Promise, attempt, libc, set_limit, syscall
+from .kit import Held, Promise, attach_segment, attempt, libc, set_limit, syscall
 
 _PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
+_SHM_RDONLY = 0o10000
 
 
 def _sleeper() -> int:
@@ -287,6 +288,13 @@ def learn_host_name(promise: Promise) -> str:
     if promise.host_name in (socket.gethostname(), os.uname().nodename):
         return promise.host_name
     raise Held(f"it sees {socket.gethostname()!r}")
+
+
+@attempt("namespaces", "read the host's System V shared memory")
+def read_segment(promise: Promise) -> str:
+    if ctypes.string_at(attach_segment(promise.segment, _SHM_RDONLY)) != promise.marker.encode():
+        raise Held("it is another one, of the cage's own")
+    return "it holds the marker"
 
 
 @attempt("namespaces", "learn where its control groups are")

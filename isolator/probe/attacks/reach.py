@@ -51,6 +51,13 @@ def huge_pages_in_files(promise: Promise) -> str:
     return "one huge page"
 
 
+@attempt("seccomp", "the same in System V shared memory")
+def huge_pages_in_segments(promise: Promise) -> str:
+    segment = syscall("shmget", 0, 1 << 21, 0o4600)  # SHM_HUGETLB
+    syscall("shmctl", segment, 0, None)  # IPC_RMID
+    return "one huge page is reserved"
+
+
 @attempt("seccomp", "use an uncommon protocol of the kernel, which loads its module for anybody")
 def uncommon_protocol(promise: Promise) -> str:
     why: OSError | None = None
