@@ -177,7 +177,7 @@ def run_spec(
     for path in write:
         from isolator.standalone.writable import writable_folder
 
-        binds.append(writable_folder(path, uid, owned, executable=policy.syscalls != "strict"))
+        binds.append(writable_folder(path, uid, owned))
     binds.sort(key=lambda bind: bind.target)  # a folder before those below it; of one path, the writable one on top
     return CageSpec(
         name="run",

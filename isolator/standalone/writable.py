@@ -19,7 +19,7 @@ from isolator.linux.namespaces import IdMap, new_user_namespace
 _LAST_ID = 0xFFFFFFFE
 
 
-def writable_folder(path: str, uid: int, owned: list[int], *, executable: bool) -> Bind:
+def writable_folder(path: str, uid: int, owned: list[int]) -> Bind:
     """The bind of a folder that the cage of ``uid`` may change; ``owned`` gets its descriptors.
 
     Raises ConfinementError when it is no folder, or root's.
@@ -37,7 +37,7 @@ def writable_folder(path: str, uid: int, owned: list[int], *, executable: bool) 
         remedy = "allow user namespaces to root: sysctl user.max_user_namespaces"
         raise ConfinementError(f"--write {path}", f"{error.strerror} ({error.filename})", remedy) from None
     owned.append(ids)
-    return Bind(path, folder, writable=True, executable=executable, ids=ids)
+    return Bind(path, folder, writable=True, ids=ids)
 
 
 def exchange(one: int, other: int) -> IdMap:
