@@ -219,9 +219,7 @@ class Cage:
             if "pid" in answer:
                 self._born(answer, fds, spare)
                 mark("clone")
-                for layer in self._layers:
-                    if layer.from_birth:
-                        layer.confirm(self._process)
+                self._confirm_birth(spare)
                 self.processes.watch_memory()
                 mark("confirm groups")
             elif answer.get("step") == "caged":
@@ -233,6 +231,21 @@ class Cage:
             else:
                 raise self._failure(answer)
         mark("enter")
+
+    def _confirm_birth(self, spare: Spare) -> None:
+        try:
+            for layer in self._layers:
+                if layer.from_birth:
+                    layer.confirm(self._process)
+        except ConfinementError:
+            # A process that has failed and ended is in no group any more; its report came before that.
+            with contextlib.suppress(BlockingIOError):
+                packet, fds = receive_packet(spare.link)
+                close_all(fds)
+                answer = json.loads(packet) if packet else {}
+                if answer.get("step") != "caged":
+                    raise self._failure(answer) from None
+            raise
 
     def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
         clone = Clone(int(str(answer["pid"])), fds[0])
