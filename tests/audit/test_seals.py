@@ -182,6 +182,16 @@ def test_writer_goes_on_from_its_note_and_not_from_a_rewritten_end(tmp_path: Pat
     assert "rewritten" in trail.notes[0].why
 
 
+def test_edit_of_the_last_record_is_noticed_at_the_next_start(tmp_path: Path) -> None:
+    """Number, prev and hash are left as they were; only the hash of its own bytes tells."""
+    written = Written(tmp_path, 13, LIMITS)
+    content = written.live.read_bytes()
+    written.live.write_bytes(content.replace(b'"number":12}', b'"number":13}'))
+    trail, (end, _) = reopened(written)
+    assert (end.seq, end.hash) == written.head
+    assert "cut or changed" in trail.notes[0].why
+
+
 def test_what_stands_after_a_break_of_the_chain_is_cut_off_and_kept(tmp_path: Path) -> None:
     written = Written(tmp_path, 13, LIMITS)
     size, count = written.live.stat().st_size, len(written.lines())
@@ -197,9 +207,12 @@ def test_what_stands_after_a_break_of_the_chain_is_cut_off_and_kept(tmp_path: Pa
 def test_next_writer_seals_from_the_seal_before(tmp_path: Path) -> None:
     """The range of its first seal begins where the last one ended, and origins go on from the records since."""
     written = Written(tmp_path, 0, LIMITS)
-    written._add([Incoming(TIME, "net.query", origin="broker:00000001:7", session="00000001", number=7)] * 12)
+    numbered = (
+        Incoming(TIME, "net.query", origin=f"broker:00000001:{n}", session="00000001", number=n) for n in range(1, 13)
+    )
+    written._add(numbered)
     _, (end, signer) = reopened(written)
-    assert (end.sealed, end.origins) == (10, {"broker": "00000001:7"})
+    assert (end.sealed, end.origins) == (10, {"broker": "00000001:12"})
     chain = Chain(end, signer, LIMITS)
     chain.seal(TIME)
     assert b'"data":{"from":11,"to":13,' in chain.take()[-1].lines[-1]
