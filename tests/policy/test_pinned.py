@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "e1d6b81a245e77733ccfcb0dbaa76e084c8f036d7cd7d30a27e766e5c015809d"),
-        (OPEN, "5086f3c489de4bc5998de835f9a2a257d5ee054ca180a9a6574d6466d274e707"),
-        (STRICT, "374440ccc754bd51d97e79acfe6363a356e456e9187a8242685297fac86e6a2e"),
+        (HostConfig(), "7b50e7c18f62b8ce3b782c91dba88ec37cab9aa5bbf8df9cac668e203f32b420"),
+        (OPEN, "976b4d25436f9625851b30d205611b2597d327101073b9761933c3bc990120ae"),
+        (STRICT, "87c6721bb10f447995dd3cd8d905bc08aaa288b32a50de2ba81ed372174a0b67"),
     ],
     ids=["default", "open", "strict"],
 )
