@@ -65,7 +65,7 @@ class Redactor:
         return self._pattern.sub(REDACTED, text) if self._pattern is not None else text
 
     def cut(self, data: bytes, at: int) -> int:
-        """Where to cut ``data`` at about ``at``: not within a value, whose halves nobody would recognise.
+        """Return the place of a cut of ``data`` near ``at``: not within a value, whose halves nobody would recognise.
 
         What follows ``at`` has to be there for ``longest`` bytes, or to the end of the text.
         """

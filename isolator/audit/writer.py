@@ -131,7 +131,7 @@ class Writer:
 
     @property
     def runs(self) -> dict[str, str]:
-        """By run that has no end in the trail, its plugin; empty while the trail cannot be taken up."""
+        """Plugins by run, of runs that have no end in the trail; empty while the trail cannot be taken up."""
         return dict(self._chain.runs) if self._chain is not None else {}
 
     def attach(self, name: str, sock: socket.socket) -> None:

@@ -115,7 +115,7 @@ class Gate:
         return passed + self._behind(self._watch, rest) if self._watch is not None else held
 
     def _behind_hello(self, hello: Hello) -> _Watch | None:
-        """What is watched behind the first hello."""
+        """Return the watch over the bytes behind the first hello."""
         if hello.protocol == "http" and hello.request is not None:
             return _Http(self._judge, hello.request)
         # A hello of SSL 2 has no records; a server that takes it speaks no TLS 1.3, and so asks for no second one.

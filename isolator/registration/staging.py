@@ -329,7 +329,7 @@ def hash_descriptor(fd: int) -> str:
 
 
 def _identity(fd: int) -> tuple[int, ...]:
-    """What changes with a file: nobody but root can set its ctime (by the clock), and these files are root's."""
+    """Identity of a file's content: only root can set its ctime (by the clock), and these files are root's."""
     info = os.fstat(fd)
     return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 

@@ -122,7 +122,7 @@ class Trial:
 
     @property
     def serial(self) -> int:
-        """Of the registration that is on trial; with any other the trial is over, or never began."""
+        """Serial of the registration that is on trial; with any other the trial is over, or never began."""
         return self.before.serial + 1
 
 

@@ -300,6 +300,7 @@ async def test_every_question_of_a_burst_is_on_record_by_name(cages: MakeCage, b
         (b"\x12\x34\x29" + dns.message.make_query("a.com", "A").to_wire()[3:], ("a.com", "A", "denied", "dns-form")),
         (dns.message.make_response(dns.message.make_query("a.com", "A")).to_wire(), ("", "", "denied", "dns-form")),
     ],
+    ids=["one byte", "two questions", "other class", "other operation", "answer"],
 )  # fmt: skip
 async def test_message_that_is_no_question_for_an_address_is_on_record(
     upstream: Dns, message: bytes, found: tuple[str, ...]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Isolator contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Where the control socket is, a name for it that connect(2) takes, and why connecting failed."""
+"""Address of the control socket, a name for it that connect(2) takes, and the reason of a failure."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LIMITING = ("memory", "cpu", "pids")
 
 @dataclass(frozen=True)
 class Hierarchies:
-    """Where this process is in each hierarchy, as absolute folders."""
+    """Groups of this process in each hierarchy, as absolute folders."""
 
     unified: Path | None
     v2: frozenset[str]
