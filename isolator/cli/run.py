@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @click.command(
     context_settings={"allow_interspersed_args": False},
-    epilog="\b\nAn agent's tools, on a project folder:\n"
+    epilog="\b\nExample: an agent's tools, on a project folder:\n"
     '  isolator run --write "$PWD" --cwd "$PWD" -- sh -c "$TOOL_CALL"\n'
-    "\b\nA build:\n"
+    "\b\nExample: a build:\n"
     '  isolator run --write "$PWD" --cwd "$PWD" --tasks 256 --cpu 200% -- make -j2\n'
-    "\b\nAn MCP server, with its token in a file:\n"
+    "\b\nExample: an MCP server, with its token in a file:\n"
     "  isolator run --read /opt/weather --env-file weather.env \\\n"
     "    --egress api.example.com:443 -- python3 /opt/weather/server.py",
 )

@@ -121,14 +121,22 @@ class Plugin:
     # --- start and stop --------------------------------------------------------------------------------------
 
     async def wait_running(self) -> Run:
-        """Return the running run, after a start or a back-off in progress; raises when nothing comes of it."""
+        """Return the running run, after a start or a back-off in progress; raises when nothing comes of it.
+
+        Starts that fail for a reason of the daemon's or the operator's are tried for ever; whoever waits is answered
+        after as many of them as a plugin's own would have.
+        """
         async with self._settled:
-            await self._settled.wait_for(lambda: self.state not in _PASSING)
+            await self._settled.wait_for(lambda: self.state not in _PASSING or self._fails_to_start())
         if self.state != PluginState.RUNNING or self.run is None:
             raise UnavailableError(
                 f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'"
             )
         return self.run
+
+    def _fails_to_start(self) -> bool:
+        limits = self.effective.restart if self.effective is not None else None
+        return self.state == PluginState.BACKOFF and limits is not None and len(self._ends) >= limits.crashes
 
     def start(self, reason: str) -> None:
         """Start the sidecar unless it is started; raises IsolatorError when it may not run."""

@@ -137,10 +137,11 @@ NEW_MAJOR = """
 from pydantic import BaseModel
 import host.events as events
 from isolator.policy import request
+from isolator.reader import manifest
 class Built(BaseModel):
     project_id: str
     seconds: int
-request.API_MAJORS = (1, 2)
+request.API_MAJORS = manifest.API_MAJORS = (1, 2)
 down = {2: lambda payload: {"project_id": payload["project_id"], "took_ms": payload["seconds"] * 1000}}
 events.BUILT_IN += (events.EventType("test.built", Built, "project_id", version=2, down=down),)
 """
@@ -148,6 +149,7 @@ events.BUILT_IN += (events.EventType("test.built", Built, "project_id", version=
 
 async def test_two_majors_of_a_payload_are_served_at_once(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isolator.policy.request.API_MAJORS", (1, 2))
+    monkeypatch.setattr("isolator.reader.manifest.API_MAJORS", (1, 2))
     await daemon.kill_host()
     daemon.first = NEW_MAJOR
     await daemon.start_host()

@@ -375,7 +375,6 @@ async def test_a_full_disk_refuses_events_keeps_outcomes_and_recovers(small_disk
     consumer.ack(delivery, Result("ok"))
     with pytest.raises(UnavailableError, match="cannot be written"):
         await queue.accept(_event("x" * 600_000), [Subscriber("p", "k")])
-    assert store.blocked is not None
     filler.unlink()
     await asyncio.wait_for(store.unblocked.wait(), 5)
     assert queue.show(accepted.event.id).deliveries[0].state == "ok"
@@ -390,7 +389,7 @@ async def test_a_power_cut_at_any_byte_of_the_log_starts_again_with_a_prefix(tmp
     image = (tmp_path / "host.db").read_bytes()
     log = (tmp_path / "host.db-wal").read_bytes()
     await store.close()
-    used = len(log.rstrip(b"\0"))
+    used = min(len(log), len(log.rstrip(b"\0")) + 4120)  # zeros may end the last frame, too
     for cut in [*range(0, used, 997), used]:
         folder = tmp_path / "cut"
         shutil.rmtree(folder, ignore_errors=True)

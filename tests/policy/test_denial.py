@@ -12,8 +12,8 @@ from isolator.policy.model import EffectivePolicy
 
 CODES = """
 not-granted no-network port blocked-address host-address gateway unallocated broker-port rate too-many-open protocol
-sni-mismatch host-mismatch no-sni encrypted-hello not-tls no-host not-http malformed incomplete silent name-form
-record-type dns-rate dns-busy too-many-names upstream audit-unavailable records-lost ruleset-changed
+sni-mismatch host-mismatch no-sni encrypted-hello not-tls no-host not-http http2 malformed incomplete silent name-form
+record-type dns-form dns-rate dns-busy too-many-names upstream audit-unavailable records-lost ruleset-changed
 """.split()
 """Written out: trails on disk and the programs that read them rely on these."""
 
