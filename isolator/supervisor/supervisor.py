@@ -28,8 +28,6 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
-from isolator.linux import mount
-from isolator.linux.namespaces import CLONE_NEWNS, unshare
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig, without_trail
 from isolator.recovery import daemon as recovery
@@ -69,7 +67,6 @@ async def running_daemon(
         cleared = recovery.clear(paths, journal)
         for left in cleared:
             logger.info("%s", f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}".rstrip())
-        _take_mounts_out_of_sight()
         subtree = open_subtree(paths.named("isolator"), optional=optional_controllers(config.may_degrade))
         journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         stack.callback(journal.forget, "subtree")
@@ -156,17 +153,6 @@ def _check_host(paths: Paths, config: HostConfig) -> None:
                 f"root {paths.root}", f"the daemon's unprivileged processes cannot enter {folder}",
                 f"chmod o+x {folder}, or choose a --root elsewhere",
             )  # fmt: skip
-
-
-def _take_mounts_out_of_sight() -> None:
-    """Move to a mount namespace of the daemon's own, in which what the host mounts later still appears.
-
-    Plugins' state is mounted in it alone. Any user may have a private copy of the host's mounts (``unshare -Urm``), and
-    a mount in that copy would hold the image for as long as its process likes. Where the host's root is no shared mount
-    (no systemd), later mounts stay with the host.
-    """
-    unshare(CLONE_NEWNS)
-    mount.set_propagation("/", mount.MS_SLAVE)
 
 
 def _make_folders(paths: Paths) -> None:

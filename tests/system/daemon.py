@@ -106,11 +106,6 @@ class Daemon:
         """The same with ``--json``, parsed."""
         return json.loads(self.cli(*words, "--json", code=code).stdout)
 
-    def state(self, plugin: str) -> Path:
-        """A plugin's state folder, which is mounted in the daemon's own mount namespace; for the present process."""
-        assert self.process is not None
-        return Path(f"/proc/{self.process.pid}/root{self.root}/var/lib/isolator/state/{plugin}/mnt/state")
-
     def records(self) -> list[dict[str, Any]]:
         """The whole trail; what has just happened is in it a few milliseconds later, when the writer commits again."""
         path = self.root / "var/log/isolator/audit/audit.jsonl"

@@ -94,7 +94,7 @@ def test_killed_supervisor_leaves_no_orphan_and_loses_no_event(tmp_path: Path) -
         for process in (pid, *services):
             wait_for(lambda process=process: not alive(process), what=f"{process} outlived its supervisor")
         d.start()
-        seen = d.state("echo") / "seen"
+        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wanted = {"dbefore", *(f"d{number}" for number in range(5))}
         wait_for(lambda: seen.exists() and set(seen.read_text().split()) >= wanted, what="an accepted event was lost")
         assert "earlier daemon left" in d.log.read_text()

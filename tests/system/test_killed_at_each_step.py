@@ -77,7 +77,7 @@ class Scene:
     def check(self, what: str) -> None:
         """The checks that can be made while it runs; ``what``: the fault that came before."""
         self.emit()
-        seen = self.daemon.state(PLUGIN) / "seen"
+        seen = self.paths.state / PLUGIN / "mnt/state/seen"
         wanted = {f"d{number}" for number in range(1, self.sent + 1)}
         wait_for(lambda: seen.exists() and wanted <= set(seen.read_text().split()), what=f"{what}: an event is lost")
         entry = wait_for(

@@ -302,7 +302,7 @@ def test_no_event_is_lost_whoever_is_killed(tmp_path: Path, platform_in: Any) ->
         platform.start()
         post(5)
         assert len(wanted) == 45
-        seen = d.state("echo") / "seen"
+        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wait_for(
             lambda: seen.exists() and set(seen.read_text().split()) >= set(wanted), 90,
             f"lost: {platform.ask('/health')} {platform.log.read_text()} {d.log.read_text()}",

@@ -125,7 +125,7 @@ def scene(tmp_path: Path) -> Iterator[tuple[Daemon, socket.socket]]:
 
 
 def _seen(d: Daemon) -> list[str]:
-    path = d.state("swapper") / "seen"
+    path = d.root / "var/lib/isolator/state/swapper/mnt/state/seen"
     return path.read_text().split("\n") if path.exists() else []
 
 

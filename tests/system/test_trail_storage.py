@@ -60,7 +60,7 @@ def prepare(d: Daemon, tmp_path: Path) -> None:
 
 def seen(d: Daemon) -> list[str]:
     """The events that the plugin was given."""
-    return (d.state("echo") / "seen").read_text().split()
+    return (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text().split()
 
 
 def metric(d: Daemon) -> str:
