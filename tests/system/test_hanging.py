@@ -31,7 +31,9 @@ def test_process_that_hangs_is_replaced(tmp_path: Path) -> None:
             assert f"ALARM: {name}: does not answer" in d.log.read_text()
             wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True), what=f"{name} did not come back")
         wait_for(lambda: d.cli("event", "emit", "deploy.completed", event(1), code=None).returncode == 0)
-        wait_for(lambda: "d1" in (d.state("echo") / "seen").read_text(), what=d.log.read_text())
+        wait_for(
+            lambda: "d1" in (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text(), what=d.log.read_text()
+        )
         assert d.stop() == 0
 
 
