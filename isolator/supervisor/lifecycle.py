@@ -68,6 +68,8 @@ class Plugin:
         """Whether the version in use is not judged yet."""
         self._context, self._on_change = context, changed
         self._ends: deque[float] = deque()
+        self._others_ends = 0
+        """Ends since it last ran that were the daemon's or the operator's doing."""
         """Times of the ends in the window that nobody wanted: the pauses grow with them."""
         self._crashes: deque[float] = deque()
         """Times of those that count for giving up."""
@@ -136,7 +138,7 @@ class Plugin:
 
     def _fails_to_start(self) -> bool:
         limits = self.effective.restart if self.effective is not None else None
-        return self.state == PluginState.BACKOFF and limits is not None and len(self._ends) >= limits.crashes
+        return self.state == PluginState.BACKOFF and limits is not None and self._others_ends >= limits.crashes
 
     def start(self, reason: str) -> None:
         """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
@@ -207,7 +209,7 @@ class Plugin:
                 ended = await self._one_run(reason)
                 expected = not self._wanted
                 why = ended.problem or _describe(ended.exit)
-                retry = None if expected or self._failed_trial(why) else self._after_crash(why, counts=ended.counts)
+                retry = None if expected or self._failed_trial(why) else self._after_crash(why, ended)
                 if ended.exit is not None:
                     self._context.host.run_ended(
                         self.name, ended.run, ended.exit, origin=ended.origin, state=self.state, expected=expected,
@@ -242,21 +244,25 @@ class Plugin:
 
     def _forget_crashes(self) -> None:
         self._ends.clear()
+        self._others_ends = 0
         self._crashes.clear()
 
-    def _after_crash(self, why: str, *, counts: bool) -> float | None:
+    def _after_crash(self, why: str, ended: _Ended) -> float | None:
         """Note an end that nobody wanted; returns the seconds to wait, or None when too many of them count."""
         assert self.effective is not None
         limits = self.effective.restart
         now = time.monotonic()
-        self._ends.append(now)
-        if counts:
+        if ended.origin == Origin.PLUGIN:
+            self._ends.append(now)
+        else:
+            self._others_ends += 1
+        if ended.counts:
             self._crashes.append(now)
         for times in (self._ends, self._crashes):
             while times and now - times[0] > limits.window:
                 times.popleft()
         count = len(self._crashes)
-        if counts and count >= limits.crashes:
+        if ended.counts and count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
             self._set(PluginState.FAILED)
             record = self._context.audit.record
@@ -266,7 +272,9 @@ class Plugin:
             return None
         self.error = why
         self._set(PluginState.BACKOFF)
-        return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(len(self._ends) - 1)
+        return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(
+            len(self._ends) + self._others_ends - 1
+        )
 
     async def _one_run(self, reason: str) -> _Ended:
         """Build one cage, watch it to its end, take everything down."""
@@ -357,6 +365,7 @@ class Plugin:
             run.cage.listener = -1
         if not self._stop.is_set():
             self._set(PluginState.RUNNING)
+            self._others_ends = 0
         self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
