@@ -44,7 +44,7 @@ class PluginLifecycle:
     _starts: set[asyncio.Task[None]] = field(default_factory=set, init=False)
     _eager: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EAGER_STARTS), init=False)
     _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
-    """By name, the removal that is under way."""
+    """Removals under way, by name."""
 
     async def adopt(self, entry: PluginEntry) -> Plugin:
         """Take over one plugin entry of the supervisor's; not before a removed plugin of that name is forgotten."""

@@ -68,7 +68,7 @@ class RegistrationVerbs:
         self._config, self._lifecycle, self._audit = config, lifecycle, audit
         self._staged: dict[str, _Staged] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By name: the plugin that is registered and its config change together."""
+        """Locks by name: the plugin that is registered and its config change together."""
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""

@@ -31,7 +31,7 @@ IN_FLIGHT = 256
 CONNECTIONS = 512
 """Connections of root and of uids with a role."""
 KEPT_FOR_ROOT, SHARE = 32, 384
-"""Of those: places that only root can take, and the most that one uid can beside root."""
+"""Places that only root can take, and the most that one uid can take beside root."""
 BACKLOG = 1024
 """Callers that may wait to be accepted (listen(2): at most net.core.somaxconn); the next one that does not block gets
 EAGAIN, and most runtimes do not block."""
@@ -177,7 +177,7 @@ class ControlServer:
 
 class _Connection(LineProtocol):
     per_turn = 256
-    """What comes in one turn is written in one transaction."""
+    """Messages in one turn, which one transaction writes."""
 
     def __init__(self, server: ControlServer) -> None:
         super().__init__()

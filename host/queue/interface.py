@@ -89,7 +89,7 @@ class Delivery:
     taken: bool = False
     """A taker has it; otherwise it waits in its lane, unless it is ``final``."""
     final: bool = False
-    """It has left its lane for good: a late ``ack``, ``nak``, ``term`` or ``release`` changes nothing."""
+    """Set once the delivery has left its lane for good; a late ``ack``, ``nak``, ``term``, ``release`` does nothing."""
     counted: bool = False
     """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     busy: int = 0

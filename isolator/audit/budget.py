@@ -61,7 +61,7 @@ class Budgets:
         self._clock = clock
         self._shares: dict[_Key, _Share] = {}
         self._callers: dict[str, TokenBucket] = {}
-        """By type, the bucket of all callers together."""
+        """Bucket of all callers together, by type."""
 
     @property
     def counting(self) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, dataclass_transform
 AUDIT, BROKER, HOST, SUPERVISOR = "audit", "broker", "host", "supervisor"
 """The processes that write records, by the first part of ``origin``."""
 SENDERS = (HOST, SUPERVISOR, BROKER)
-"""Those that send them to the writer, in the order in which it reads what came at the same time."""
+"""Processes that send records to the writer, in the order in which it reads simultaneous ones."""
 
 ApiVerdict = Literal["granted", "denied", "failed", "unknown", "limited"]
 
