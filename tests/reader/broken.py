@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def _spin() -> bytes:
 
 
 def _silent() -> bytes:
-    time.sleep(3600)
+    lock = threading.Lock()  # to sleep is a call that a hardened reader no longer has; to wait for a lock is one it has
+    lock.acquire()
+    lock.acquire()
     return b""
 
 

@@ -101,8 +101,9 @@ def open_files(known: Known) -> Outcome:
     """Raise the limit, then open files until it ends."""
     limit, descriptors, notes, left = int(known.get("files", FILES)), list[int](), list[str](), deadline()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limit + 1000  # beside those that are open already
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 64, max(limit + 64, before[1])))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, before[1])))
     except (OSError, ValueError) as error:
         notes.append(f"raising the limit: {error if isinstance(error, ValueError) else said(error)}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
