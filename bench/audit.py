@@ -43,7 +43,8 @@ _DATA: dict[str, Any] = {
     "rule": "hooks.slack.com:443",
 }
 _START = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1));"
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import isolator.audit.budget as budget;"
+    "budget.BURST = 1e12;"  # each record is written: to count the noise of one plugin is much cheaper
     "runpy.run_module('isolator.audit.service', run_name='__main__')"
 )
 
