@@ -55,7 +55,7 @@ Count = Annotated[int, Field(ge=0)]
 class Payload(BaseModel):
     """Base of every payload: strict, closed, immutable."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
 
 class DeployStarted(Payload):

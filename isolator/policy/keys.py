@@ -37,7 +37,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 class Frozen(BaseModel):
     """Base of every policy model: strict about unknown keys, immutable."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 @dataclass(frozen=True)
