@@ -61,6 +61,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--leaks", choices=("run", "test", "off"), default="run", help="look for leaks after the run, after each test"
     )
+    parser.addoption("--all", action="store_true", help="also run what is marked wide")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    wide = [item for item in items if item.get_closest_marker("wide") is not None]
+    if wide:
+        config.hook.pytest_deselected(items=wide)
+        items[:] = [item for item in items if item.get_closest_marker("wide") is None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
