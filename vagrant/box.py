@@ -1,11 +1,12 @@
 """Builds the virtual machine's disk from the distribution's packages alone, and keeps it by content hash.
 
-No box is downloaded and no boot loader is needed: ``mmdebstrap`` unpacks the host's own release into a folder,
-this module adds a user, a key and the network's settings, ``mkfs.ext4 -d`` turns the folder into a file system
-without ever mounting it, and QEMU starts the kernel and initial RAM disk that were taken out of it.
+No box is downloaded and no boot loader is needed: ``mmdebstrap`` unpacks the host's own release, or another one of its
+distribution, into a folder, this module adds a user, a key and the network's settings, ``mkfs.ext4 -d`` turns the
+folder into a file system without ever mounting it, and QEMU starts the kernel and initial RAM disk that were taken out
+of it.
 
-The machine never sees the internet: the Python environment that ``./dev`` would make is copied from this host (same
-release, hence the same Python), so that ``./dev`` inside finds everything there.
+The machine never sees the internet: the Python environment that ``./dev`` would make is there already. Of the host's
+own release, hence with the same Python, it is the host's; of another one ``./dev setup`` makes it in the folder.
 
 A box is ``/var/cache/isolator-dev/box-HASH``; HASH covers this file, the release and the Python dependencies.
 """
@@ -33,7 +34,7 @@ CMD_LINE = "root=/dev/vda ro console=ttyS0 net.ifnames=0 panic=1 quiet"
 
 _DISK = "6G"  # sparse; what the guest may fill
 _DISK_GIB = 6
-_KEPT = 2  # newest boxes; some 700 MB each
+_KEPT = 3  # newest boxes; some 700 MB each
 
 # Kernel packages without drivers for real hardware: small, and quick to boot under emulation.
 _KERNEL = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
@@ -43,6 +44,9 @@ _PACKAGES = (
     *("mount", "procps", "passwd", "apparmor", "bubblewrap", "crun", "runc", "firejail"),
     *("strace", "curl", "nodejs", "zsh", "fish"),
 )
+_BUILD_PACKAGES = ("python3-venv", "python3-dev", "gcc", "libc6-dev", "libcap-dev")  # what ./dev setup would install
+_SETTINGS = ("etc/pip.conf", "root/.config/pip/pip.conf", "etc/ssl/certs/ca-certificates.crt", "etc/resolv.conf")
+"""The host's ways to its mirrors, lent to the folder while ``./dev setup`` runs there."""
 # Periodic work of a long-lived machine only disturbs one that lives for minutes.
 _MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer")
 
@@ -102,12 +106,15 @@ class BuildError(Exception):
     """The box could not be built; the message is one line and names the log."""
 
 
-def ready_box(deps: Path) -> Box:
-    """The box for this host's release and the Python environment ``deps``; built first if there is none.
+def ready_box(deps: Path, tree: Path, codename: str | None = None) -> Box:
+    """The box of a release, the host's if none is named; built first if there is none.
 
-    Takes about two minutes the first time. Only the newest boxes are kept. Raises BuildError.
+    ``deps`` is the host's Python environment, ``tree`` the checkout whose ``./dev`` makes another release's. Takes two
+    minutes the first time, of another release five. Only the newest boxes are kept. Raises BuildError.
     """
-    release = _os_release()
+    distribution, own = _os_release()
+    release = (distribution, codename or own)
+    foreign = tree if release[1] != own else None
     key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([release, deps.name]).encode()).hexdigest()[:12]
     box = Box(CACHE / f"box-{key}")
     CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -117,7 +124,7 @@ def ready_box(deps: Path) -> Box:
         say(f"building the machine's disk, once: {box.folder}")
         work = Path(tempfile.mkdtemp(prefix=".box-", dir=CACHE))
         try:
-            _build(work, release, deps)
+            _build(work, release, own, deps, foreign)
             (work / "box").rename(box.folder)
             # Two clones at different states may take turns; a machine that runs keeps its disk open, deleted or not.
             for old in sorted(CACHE.glob("box-*"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
@@ -153,8 +160,8 @@ def _run(log: Path, *command: str | Path) -> None:
         raise BuildError(f"{command[0]} failed with {done.returncode}; its output is in {kept}")
 
 
-def _sources(distribution: str, codename: str) -> str:
-    """The host's own package sources of this release, so that its mirror and its keys are used; third parties not."""
+def _sources(distribution: str, own: str, codename: str) -> str:
+    """The host's own package sources of a release, so that its mirror and its keys are used; third parties not."""
     fields = "$(REPO_URI) $(CODENAME) $(RELEASE) $(COMPONENT) $(ORIGIN) $(SIGNED_BY)"
     listing = subprocess.run(
         ["apt-get", "indextargets", "--format", fields, "Created-By: Packages"],
@@ -165,21 +172,21 @@ def _sources(distribution: str, codename: str) -> str:
     lines = set()
     for line in listing.splitlines():
         words = line.split()
-        if len(words) < 5 or words[4].lower() != distribution or not words[1].startswith(codename):
+        if len(words) < 5 or words[4].lower() != distribution or not words[1].startswith(own):
             continue
-        lines.add(f"deb {words[0]} {words[1]} {words[3]}")
+        lines.add(f"deb {words[0]} {codename}{words[1].removeprefix(own)} {words[3]}")
     return "\n".join(sorted(lines)) + "\n"
 
 
-def _build(work: Path, release: tuple[str, str], deps: Path) -> None:
+def _build(work: Path, release: tuple[str, str], own: str, deps: Path, foreign: Path | None) -> None:
     distribution, codename = release
     root, out, log = work / "root", work / "box", work / "log"
     out.mkdir()
     if distribution not in _KERNEL:
         raise BuildError(f"no kernel package known for {distribution}; the box is built on Debian and Ubuntu hosts")
     sources = work / "sources.list"
-    sources.write_text(_sources(distribution, codename))
-    include = ",".join((_KERNEL[distribution], *_PACKAGES))
+    sources.write_text(_sources(distribution, own, codename))
+    include = ",".join((_KERNEL[distribution], *_PACKAGES, *(_BUILD_PACKAGES if foreign else ())))
     say(f"unpacking {release[0]} {release[1]} packages (a minute or two)")
     # root=mode root: the folder keeps its owners, so that mkfs can take them over.
     _run(
@@ -198,7 +205,11 @@ def _build(work: Path, release: tuple[str, str], deps: Path) -> None:
     _run(log, "chroot", root, "systemctl", "enable", "systemd-networkd", "isolator-vm-ready", "ssh")
     _run(log, "chroot", root, "systemctl", "mask", *_MASKED)
     _add_key(root, out, log)
-    shutil.copytree(deps, root / deps.relative_to("/"), symlinks=True)
+    if foreign is None:
+        shutil.copytree(deps, root / deps.relative_to("/"), symlinks=True)
+    else:
+        say(f"making the Python environment of {codename}")
+        _make_environment(root, foreign, log)
 
     _run(log, "cp", "--dereference", root / "vmlinuz", out / "vmlinuz")
     _run(log, "cp", "--dereference", root / "initrd.img", out / "initrd.img")
@@ -207,6 +218,30 @@ def _build(work: Path, release: tuple[str, str], deps: Path) -> None:
     _run(log, "mkfs.ext4", "-q", "-d", root, "-L", "isolator", raw, _DISK)
     _run(log, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, out / "box.img")
     _pack(out)
+
+
+def _make_environment(root: Path, tree: Path, log: Path) -> None:
+    """Run ``./dev setup`` in the folder; its environments stay, the copy of the tree that it made does not."""
+    kept = {name: root / f"{name}.own" for name in _SETTINGS if (root / name).exists() or (root / name).is_symlink()}
+    for name, aside in kept.items():
+        (root / name).rename(aside)
+    for name in _SETTINGS:
+        if Path("/", name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path("/", name), root / name)
+    shutil.copytree(tree, root / "setup")
+    try:
+        steps = 'mount -t proc none "$1/proc"; mount --rbind /dev "$1/dev"; exec chroot "$1" /setup/dev setup'
+        _run(log, "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", steps, "sh", root)
+    finally:
+        shutil.rmtree(root / "setup")
+        for name in _SETTINGS:
+            (root / name).unlink(missing_ok=True)
+        for name, aside in kept.items():
+            aside.rename(root / name)
+    for made in (root / "opt/isolator-dev").iterdir():
+        if made.is_dir() and made.name != "deps":
+            shutil.rmtree(made)
 
 
 def _add_key(root: Path, out: Path, log: Path) -> None:

@@ -38,6 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--direct", action="store_true", help="start QEMU without Vagrant and libvirt")
     parser.add_argument("--command", metavar="SHELL", help="run this in the copied tree instead of the tests")
     parser.add_argument("--reboots", action="store_true", help="only the tests that start the machine anew")
+    parser.add_argument("--release", metavar="NAME", help="of the distribution, such as trixie (the host's own)")
     parser.add_argument(
         "--stay", action="store_true", help="keep the machine afterwards, until ^C, and say how to enter"
     )
@@ -48,10 +49,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    parse(sys.argv[1:])  # a mistake in the arguments shows before minutes are spent
+    options = parse(sys.argv[1:])  # a mistake in the arguments shows before minutes are spent
     generation = Path(sys.prefix)
     try:
-        box = ready_box((generation / "deps").resolve())
+        box = ready_box((generation / "deps").resolve(), Path(__file__).parents[1], options.release)
     except BuildError as error:
         say(f"the VM's disk could not be built: {error}")
         return EXIT_INFRASTRUCTURE
