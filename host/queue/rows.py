@@ -80,7 +80,9 @@ def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pr
         if last is not None:
             db.execute(f"DELETE FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} AND seq<=?", (plugin, last[0]))
     db.execute(
-        "DELETE FROM events WHERE seq < ? AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq)", (below,)
+        "DELETE FROM events WHERE seq < ? AND seq < (SELECT max(seq) FROM events)"
+        " AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq)",
+        (below,),
     )
     return max(below, pruned)
 

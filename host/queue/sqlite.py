@@ -80,6 +80,7 @@ class _Accept:
 class SqliteQueue:
     """The queue of one host process; see ``host.queue.interface.Queue``.
 
+    ``after``: events get higher numbers than this one.
     ``on_accepted`` is called once per accepted event when it is safe, before anything of it can be dispatched;
     ``on_ready`` when events have entered their lanes: the takers that waited for them run in the loop's next turn;
     ``on_expired`` for each delivery that expired unsent.
@@ -93,6 +94,7 @@ class SqliteQueue:
         keep_events: int = 50_000,
         keep_seconds: float = 14 * 86400.0,
         keep_dead: int = 10_000,
+        after: int = 0,
         on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None,
         on_ready: Callable[[], None] = lambda: None,
         on_expired: Callable[[Delivery], None] = lambda _: None,
@@ -108,7 +110,7 @@ class SqliteQueue:
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._outcomes: _Outcomes | None = None
         self._accepting: list[_Accept] | None = None
-        self._seq = store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+        self._seq = max(after, newest_number(store))
         self._since_prune = self._pruned = 0
         self._recover()
 
@@ -430,6 +432,11 @@ class SqliteQueue:
                 # The clock may have been set back meanwhile.
                 delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)
             self._consumer(plugin).add(delivery)
+
+
+def newest_number(store: Store) -> int:
+    """Number of the newest event in the database, which is never pruned; 0 if there is none."""
+    return int(store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]))
 
 
 def new_event_id(now: float) -> str:
