@@ -605,9 +605,18 @@ def _is_full(error: sqlite3.Error) -> bool:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0, cached_statements=256)
+    connection.text_factory = _text
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA busy_timeout=0")
     return connection
+
+
+def _text(raw: bytes) -> str | None:
+    """A text of the database; None for one that is damaged: whoever reads rows checks their types."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def exit_after_failed_sync(why: str) -> None:

@@ -30,7 +30,7 @@ from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
 from host.delivery.health import Watches
-from host.events import Catalogue, from_schema
+from host.events import Catalogue
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
 from host.lifecycle import PluginLifecycle
@@ -132,8 +132,11 @@ class Host:
             _logger.warning("%s", config.problem)
             alarms.note(f"{config.problem}; plugins with config wait")
         catalogue = Catalogue()
-        for name, schema, order_by, version in load_event_types(store):
-            catalogue.register(from_schema(name, schema, order_by, version))
+        types, damaged = load_event_types(store)
+        for event_type in types:
+            catalogue.register(event_type)
+        if damaged:
+            alarms.note(f"{database}: damaged event types: {', '.join(damaged)}; have the platform register them again")
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
@@ -144,6 +147,9 @@ class Host:
             on_ready=self._begin_attempts,
             on_expired=records.expired,
         )
+        if queue.unreadable:
+            damage = f"{queue.unreadable} deliveries are damaged and left alone"
+            alarms.note(f"{database}: {damage}; restore it from a backup")
         self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)

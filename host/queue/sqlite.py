@@ -48,6 +48,8 @@ PENDING = "('queued', 'retry', 'in_flight')"
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _PRUNE_EVERY = 1000
+_PENDING_TYPES: tuple[Any, ...] = (int, str, (str, type(None)), int, int, (int, float), (int, float), str)
+"""Types of the columns that ``SqliteQueue`` takes up at its start."""
 LONGEST_WAIT = 720.0
 """Seconds: the longest back-off with its spread. A row that is due later was written under another clock."""
 
@@ -112,6 +114,8 @@ class SqliteQueue:
         self._accepting: list[_Accept] | None = None
         self._seq = max(after, newest_number(store))
         self._since_prune = self._pruned = 0
+        self.unreadable = 0
+        """Deliveries whose rows are damaged; they are left alone."""
         self._recover()
 
     # Accepting
@@ -303,7 +307,7 @@ class SqliteQueue:
         found = self.store.read(
             lambda db: db.execute(f"{rows.EVENT} WHERE seq IN ({marks})", [d.seq for d in wanted]).fetchall()
         )
-        events = {row[0]: Event(*row) for row in found}
+        events = {row[0]: rows.read_event(row) for row in found}
         for item in wanted:
             item.event = events.get(item.seq)
 
@@ -422,7 +426,11 @@ class SqliteQueue:
                 f" JOIN events e ON e.seq=d.seq WHERE d.state IN {PENDING} ORDER BY d.seq"
             ).fetchall()
         )
-        for seq, plugin, key, attempts, crashes, due_at, expires, state in pending:
+        for row in pending:
+            if not all(isinstance(value, kind) for value, kind in zip(row, _PENDING_TYPES, strict=True)):
+                self.unreadable += 1
+                continue
+            seq, plugin, key, attempts, crashes, due_at, expires, state = row
             due = due_at
             delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
             if state == "in_flight":
