@@ -17,6 +17,10 @@ the database with a full checkpoint, and goes on. Checkpoints are made by the he
 own, so that they never hold up the loop: after so many commits, whether anything of them has to be durable or not, and
 when the log takes too large a part of the disk.
 
+Before a sync counts, the files have to be those that the next start will find: when somebody removed, replaced, cut or
+overwrote one, all that the connection knows is written to a new file in the database's place, and the process ends as
+after a failed sync.
+
 When the disk is full the log is moved into the database all the same, which gives its space back: some space is
 reserved for that in a file beside the database, and writes are tried again until they succeed.
 """
@@ -30,7 +34,9 @@ import os
 import queue
 import sqlite3
 import stat
+import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +97,8 @@ CREATE TABLE event_types (
 );
 """
 _SCHEMA = _TABLES + _CONFIG_NEXT
-_RESTORE = "restore it from a backup, or move it away: queued events and config are in it"
+_RESTORE = "restore it from a backup, and keep this one until then: queued events and config are in it"
+_NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; nothing is lost"
 _MIGRATIONS = {1: _CONFIG_NEXT}
 """Statements that lead from a version to the next one."""
 
@@ -161,7 +168,7 @@ class Store:
         self.unblocked.set()
         self.commits = self.syncs = 0
         self._loop = asyncio.get_running_loop()
-        self._fatal = fatal or _exit_after_failed_sync
+        self._fatal = fatal or exit_after_failed_sync
         self._ops: list[_Op] = []
         self._scheduled = False
         self._lazy: asyncio.TimerHandle | None = None
@@ -176,6 +183,9 @@ class Store:
         self._reserve.release()
         self._connection = self._open()
         self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._wal_size = 0
+        """Bytes of the log at the newest sync: it shrinks by a checkpoint of ours alone."""
+        self._files = {name: _identity(name) for name in (str(path), f"{path}-wal", f"{path}-shm")}
         self._reserve.hold()
         self._wal_high = self._high()
         self._work: queue.SimpleQueue[_Sync | None] = queue.SimpleQueue()
@@ -210,11 +220,9 @@ class Store:
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            remedy = _RESTORE
+            remedy = _RESTORE if _is_damage(error) else _NOTHING_LOST
             if "locked" in str(error):
                 remedy = "end what holds it (see 'fuser')"
-            elif _is_full(error):
-                remedy = "make room on its disk, then it starts by itself; nothing is lost"
             raise IsolatorError(str(self.path), f"cannot be used as the host's database: {error}", remedy) from None
         connection.execute("PRAGMA wal_autocheckpoint=0")
         return connection
@@ -428,10 +436,15 @@ class Store:
         connection.execute("PRAGMA wal_autocheckpoint=0")
         while (job := self._work.get()) is not None:
             error: OSError | None = None
+            harm = None
             try:
                 os.fdatasync(self._wal)
+                harm = self._harm()
             except OSError as problem:
                 error = problem
+            if harm is not None:
+                self._report(self._move, job.ops, harm)
+                break
             self._report(self._synced, job.ops, error)
             if job.rescue:
                 self._reserve.release()
@@ -441,6 +454,7 @@ class Store:
             if job.checkpoint and not self._reserve.held:
                 self._reserve.hold()
             if job.hold:
+                self._wal_size = os.fstat(self._wal).st_size
                 self._report(self._release)
         connection.close()
 
@@ -456,17 +470,72 @@ class Store:
         self._syncing = False
         self.syncs += 1
         if error is not None:
-            for op in ops:
-                if op.done is not None:
-                    op.done(
-                        None, UnavailableError(str(self.path), f"cannot be synced: {error.strerror}", "see the disk")
-                    )
+            self._fail(ops, f"cannot be synced: {error.strerror}")
             self._fatal(f"{self.path}: sync failed: {error.strerror}")
             return
         self._start_sync()
         for op in ops:
             if op.done is not None:
                 op.done(op.result, None)
+
+    def _fail(self, ops: list[_Op], why: str) -> None:
+        for op in ops:
+            if op.done is not None:
+                op.done(None, UnavailableError(str(self.path), why, "see the disk"))
+
+    def _harm(self) -> str | None:
+        """Name the file that somebody removed, replaced, cut or overwrote while it was in use; None: all is well.
+
+        The log's size alone would not do: a commit after a cut writes at its old place and leaves a hole before it.
+        """
+        for name, identity in self._files.items():
+            now = _identity(name)
+            if now != identity:
+                return f"{name} was {'removed' if now is None else 'replaced'} while in use"
+        before, self._wal_size = self._wal_size, os.fstat(self._wal).st_size
+        if self._wal_size < before:
+            return f"{self.path}-wal was cut while in use"
+        if self._wal_size and not _has_wal_header(self._wal):
+            return f"{self.path}-wal was overwritten while in use"
+        return None
+
+    def _move(self, ops: list[_Op], harm: str) -> None:
+        """Save all that the connection knows in a new file in the database's place, and end: see the module."""
+        self._closed = True
+        try:
+            became = self._save()
+        except (OSError, sqlite3.Error) as error:
+            became = f"its content could not be saved ({error}), and accepted events may be lost"
+        self._fail(ops, harm)
+        self._fatal(f"{harm}; {became}")
+
+    def _save(self) -> str:
+        """Write the new file; returns what became of the content. Raises OSError, sqlite3.Error."""
+        new = Path(f"{self.path}.new")
+        new.unlink(missing_ok=True)
+        with contextlib.closing(sqlite3.connect(new)) as copy:
+            self._connection.backup(copy)
+            damage = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            new.unlink()
+            raise sqlite3.DatabaseError(damage.splitlines()[-1])
+        named = _identity(str(self.path))
+        kept = "all of its content was saved" if _has_wal_header(self._wal) else "what could be read of it was saved"
+        if named is not None and named != self._files[str(self.path)]:
+            aside = Path(f"{self.path}.aside-{time.time_ns()}")
+            self.path.rename(aside)
+            kept += f"; the other file is {aside}"
+        # A log that does not belong to the new file must not be beside it.
+        for name in (f"{self.path}-wal", f"{self.path}-shm", f"{new}-wal", f"{new}-shm"):
+            Path(name).unlink(missing_ok=True)
+        new.rename(self.path)
+        for path, flags in ((self.path, os.O_RDONLY), (self.path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+            fd = os.open(path, flags | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        return kept
 
     async def close(self) -> None:
         """Write and sync all that waits, and close; the log is moved into the database."""
@@ -498,6 +567,36 @@ def _check_file(path: Path) -> None:
         raise IsolatorError(str(path), f"has the mode {status.st_mode & 0o777:o}", f"chmod 600 {path}")
 
 
+def _identity(name: str) -> tuple[int, int] | None:
+    """Device and inode behind a name, None if there is none."""
+    try:
+        status = os.stat(name, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _has_wal_header(fd: int) -> bool:
+    """Whether a write-ahead log begins with a header whose checksum fits (SQLite's file format, "WAL File Format")."""
+    for _ in range(3):  # it may be in the middle of being written
+        header = os.pread(fd, 32, 0)
+        if len(header) == 32 and header[:4] in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
+            words = struct.unpack(f"{'>' if header[3] & 1 else '<'}6I", header[:24])
+            one = two = 0
+            for first, second in zip(words[::2], words[1::2], strict=True):
+                one = (one + first + two) & 0xFFFFFFFF
+                two = (two + second + one) & 0xFFFFFFFF
+            if (one, two) == struct.unpack(">2I", header[24:]):
+                return True
+        time.sleep(0.001)
+    return False
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether the file itself is of no use, not its disk."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 def _is_full(error: sqlite3.Error) -> bool:
     """Whether the disk may be full; an I/O error is what SQLite reports where its index of the log cannot grow."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -506,11 +605,21 @@ def _is_full(error: sqlite3.Error) -> bool:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0, cached_statements=256)
+    connection.text_factory = _text
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA busy_timeout=0")
     return connection
 
 
-def _exit_after_failed_sync(why: str) -> None:
+def _text(raw: bytes) -> str | None:
+    """A text of the database; None for one that is damaged: whoever reads rows checks their types."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def exit_after_failed_sync(why: str) -> None:
+    """End this process at once."""
     _log.critical("%s; stopping, because nothing written since can be called safe", why)
     os._exit(1)

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -24,27 +25,29 @@ from host.control.follow import TrailStreams
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.server import AnyEndpoint, ControlServer
-from host.database import Store
+from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
 from host.delivery.health import Watches
-from host.events import Catalogue, from_schema
+from host.events import Catalogue
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
 from host.lifecycle import PluginLifecycle
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
-from host.queue.sqlite import SqliteQueue
+from host.queue.missing import missing
+from host.queue.sqlite import SqliteQueue, newest_number
 from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import ConfigChanged, SecretInjected
+from isolator.audit.schema import ConfigChanged, DatabaseDamaged, SecretInjected
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
+    AlarmsChanged,
     DrainRun,
     Environment,
     GetEnvironment,
@@ -54,6 +57,7 @@ from isolator.ipc.messages import (
     Origin,
     PluginChanged,
     PluginEntry,
+    RaiseAlarm,
     RunEnded,
     RunStarted,
     StderrTail,
@@ -76,6 +80,8 @@ class Introduction:
     plugins: tuple[PluginEntry, ...]
     fresh: bool
     """The daemon has just started: eager plugins are to be started."""
+    alarms: tuple[str, ...]
+    """The supervisor's."""
     listener: socket.socket | None
     """The control socket."""
 
@@ -93,6 +99,7 @@ class Introduction:
             settings=HostConfig.model_validate(hello.config),
             plugins=plugins,
             fresh=hello.fresh,
+            alarms=hello.alarms,
             listener=listener,
         )
 
@@ -107,30 +114,42 @@ class Host:
         for folder in (paths.host_lib, paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
-        self._audit = audit
+        self._audit, self._channel = audit, channel
         link = SupervisorLink(channel)
         wait_for_trail = settings.audit.disk_full != "continue"
 
-        database, key = paths.host_lib / "host.db", paths.host_lib / "key"
+        database, key = paths.host_database, paths.host_lib / "key"
         lost = key.exists() and not database.exists()
-        store = self._store = Store(database)
+        store = self._store = Store(database, fatal=self._end)
         config = self._config = ConfigStore(store, key)
         if lost:
             _logger.warning(
                 "%s is gone, a new one was made: queued events, config and stored values are lost", database
             )
             audit.record(ConfigChanged(names=[], lost=True, why=f"{database} is gone"))
+        alarms = self._alarms = Alarms(audit, store, settings.audit.disk_full)
         if config.problem is not None:
             _logger.warning("%s", config.problem)
+            alarms.note(f"{config.problem}; plugins with config wait")
         catalogue = Catalogue()
-        for name, schema, order_by, version in load_event_types(store):
-            catalogue.register(from_schema(name, schema, order_by, version))
+        types, damaged = load_event_types(store)
+        for event_type in types:
+            catalogue.register(event_type)
+        if damaged:
+            alarms.note(f"{database}: damaged event types: {', '.join(damaged)}; have the platform register them again")
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
         queue = SqliteQueue(
-            store, on_accepted=records.accepted, on_ready=self._begin_attempts, on_expired=records.expired
+            store,
+            after=self._hold_against_the_trail(paths.audit_log),
+            on_accepted=records.accepted,
+            on_ready=self._begin_attempts,
+            on_expired=records.expired,
         )
+        if queue.unreadable:
+            damage = f"{queue.unreadable} deliveries are damaged and left alone"
+            alarms.note(f"{database}: {damage}; restore it from a backup")
         self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
@@ -162,7 +181,6 @@ class Host:
         )
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
-        alarms = Alarms(audit, store, settings.audit.disk_full)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, audit).endpoints(),
@@ -186,10 +204,12 @@ class Host:
             RunEnded.on(self._run_ended),
             GetStderrTail.on(self._stderr_tail),
             NewAuditSocket.on_fds(self._audit_source),
+            AlarmsChanged.on(self._alarms_changed),
         )
 
     async def start(self, introduction: Introduction) -> None:
         """Take over the plugins, accept commands, and start eager plugins."""
+        self._alarms.supervisor = introduction.alarms
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         self._lifecycle.drop_unsettled_values()
@@ -248,6 +268,28 @@ class Host:
 
     async def _stderr_tail(self, request: GetStderrTail) -> StderrTail:
         return StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
+
+    async def _alarms_changed(self, request: AlarmsChanged) -> None:
+        self._alarms.supervisor = request.alarms
+
+    def _hold_against_the_trail(self, trail: Path) -> int:
+        """Return the number of the newest accepted event, by the trail; an alarm if the database does not have it."""
+        held = newest_number(self._store)
+        lost = missing(trail, held)
+        if not lost.count:
+            return held
+        why = f"{lost.count} accepted events are on the trail and not in {self._store.path}, up to {lost.last}"
+        remedy = "it was damaged or restored from before; have the platform emit them again"
+        _logger.critical("ALARM: %s; %s", why, remedy)
+        self._audit.record(DatabaseDamaged(why=remedy.partition(";")[0], missing=lost.count, last=lost.last))
+        self._alarms.note(f"{why}; {remedy}")
+        return lost.number
+
+    def _end(self, why: str) -> None:
+        """End this process, which cannot rely on its database; what the trail and the supervisor know of it stays."""
+        self._audit.record(DatabaseDamaged(why=why), urgent=True)
+        self._channel.tell(RaiseAlarm(line=why))
+        exit_after_failed_sync(why)
 
     def _begin_attempts(self) -> None:
         self._attempts.schedule()

@@ -253,8 +253,11 @@ class KeyValue:
         row = self._store.read(
             lambda db: db.execute("SELECT value, expires FROM kv WHERE plugin=? AND key=?", where).fetchone()
         )
-        found = row is not None and (row[1] is None or row[1] > time.time())
-        return {"value": json.loads(row[0]) if found else None, "found": found}
+        found = row is not None and (not isinstance(row[1], int | float) or row[1] > time.time())
+        try:
+            return {"value": json.loads(row[0]) if found else None, "found": found}
+        except (ValueError, TypeError, RecursionError):
+            raise ApiError(-32603, "the stored value is damaged; set it again") from None
 
     async def set(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         """Serve ``{key, value, ttl?}`` → ``{}``; ``ttl`` in seconds. The answer means that the value is on disk."""

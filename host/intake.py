@@ -80,6 +80,7 @@ class EventRecords:
                 sha256=hashlib.sha256(data).hexdigest(),
                 plugins=list(accepted.plugins),
                 by=event.by,
+                number=stored.seq,
             ),
             event_id=stored.id,
         )

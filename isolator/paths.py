@@ -69,6 +69,11 @@ class Paths:
         return self.lib / "host"
 
     @property
+    def host_database(self) -> Path:
+        """The queue, the plugins' config and their stored values."""
+        return self.host_lib / "host.db"
+
+    @property
     def audit_lib(self) -> Path:
         """Owned by the audit user: the signing key, readable by it alone."""
         return self.lib / "audit"
@@ -77,6 +82,11 @@ class Paths:
     def trail_begun(self) -> Path:
         """There once a trail was begun, away from it and root's: a trail that is gone is noticed."""
         return self.lib / "trail.begun"
+
+    @property
+    def host_begun(self) -> Path:
+        """The same for the host's database."""
+        return self.lib / "host.begun"
 
     @property
     def run(self) -> Path:

@@ -12,10 +12,17 @@ class Alarms:
 
     def __init__(self, audit: AuditClient, store: Store, disk_full: str) -> None:
         self._audit, self._store, self._disk_full = audit, store, disk_full
+        self.supervisor: tuple[str, ...] = ()
+        """Alarms of the supervisor's: processes that hang or do not come up."""
+        self._noted: list[str] = []
+
+    def note(self, line: str) -> None:
+        """Add an alarm that stands as long as this process."""
+        self._noted.append(line)
 
     def lines(self) -> list[str]:
         """The alarms at this moment, one line each."""
-        found = []
+        found = [*self._noted, *self.supervisor]
         if self._audit.blocked is not None:
             found.append(f"{self._audit.blocked}; {without_trail(self._disk_full)}")
         if self._audit.alarm is not None:

@@ -27,12 +27,12 @@ class KeyFile:
     def load(self) -> bool:
         """Read the file; False if there is none. Raises IsolatorError when others could have read or written it."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
         except OSError as error:
             raise IsolatorError(str(self.path), f"cannot be opened: {error.strerror}", "restore the key file") from None
-        with os.fdopen(fd, "rb") as file:
+        try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
                 raise IsolatorError(
@@ -41,9 +41,11 @@ class KeyFile:
                     "if others may have read it, restore mode and owner, then run 'isolator config rotate-key'",
                 )
             try:
-                self.keys = [base64.b64decode(key, validate=True) for key in json.loads(file.read(4096))["keys"]]
-            except (ValueError, KeyError, TypeError):
+                self.keys = [base64.b64decode(key, validate=True) for key in json.loads(os.read(fd, 4096))["keys"]]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.keys = []
+        finally:
+            os.close(fd)
         if not self.keys or any(len(key) != 32 for key in self.keys):
             self.keys = []
             raise IsolatorError(str(self.path), "is damaged", "restore it from a backup")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from host.database import Store
-from host.events import Catalogue, EventType
+from host.events import Catalogue, EventType, from_schema
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.queue.interface import Subscriber
@@ -125,7 +125,8 @@ class Registry:
 
     def known(self) -> set[str]:
         """Return the names that have a row, registered at present or not."""
-        return {name for (name,) in self._store.read(lambda db: db.execute("SELECT name FROM plugins").fetchall())}
+        rows = self._store.read(lambda db: db.execute("SELECT name FROM plugins").fetchall())
+        return {name for (name,) in rows if isinstance(name, str)}
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
         """Find the plugins that get this event, each with the key that orders it there."""
@@ -186,11 +187,18 @@ def _manifest_of(entry: PluginEntry) -> tuple[Manifest | None, str | None]:
         return None, str(error)
 
 
-def load_event_types(store: Store) -> list[tuple[str, dict[str, Any], str | None, int]]:
-    """Load the platform's registered events: (name, JSON Schema, order_by, version) of each."""
+def load_event_types(store: Store) -> tuple[list[EventType], list[str]]:
+    """Load the platform's registered events, and the names of those whose rows are damaged."""
 
-    def query(db: sqlite3.Connection) -> list[tuple[str, dict[str, Any], str | None, int]]:
-        rows = db.execute("SELECT name, schema, order_by, version FROM event_types").fetchall()
-        return [(name, json.loads(schema), order_by, version) for name, schema, order_by, version in rows]
+    def query(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
+        return db.execute("SELECT name, schema, order_by, version FROM event_types").fetchall()
 
-    return store.read(query)
+    found, damaged = [], []
+    for name, schema, order_by, version in store.read(query):
+        try:
+            if not isinstance(name, str) or not isinstance(version, int) or not isinstance(order_by, str | None):
+                raise ValueError("no event type")
+            found.append(from_schema(name, json.loads(schema), order_by, version))
+        except (IsolatorError, ValueError, TypeError, AttributeError, RecursionError):
+            damaged.append(str(name))
+    return found, damaged

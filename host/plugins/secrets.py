@@ -138,9 +138,13 @@ class ConfigStore:
         self.problem = str(self._unusable) if self._unusable is not None else None
         """Why the key file is of no use, if so."""
         for plugin, digest, key, secret, kind, sealed in rows:
+            if not isinstance(plugin, str):
+                continue  # damaged: nobody knows whose it was
             try:
                 if self._unusable is not None:
                     raise self._unusable
+                if not isinstance(key, str) or not isinstance(kind, str) or not isinstance(sealed, bytes):
+                    raise IsolatorError(f"config {key} of {plugin}", "is damaged", "set it again")
                 text = self._keys.open(plugin, key, sealed)
                 values = self._values if digest is None else self._next.setdefault(plugin, {})
                 values.setdefault(plugin if digest is None else digest, {})[key] = _Value(text, bool(secret), kind)

@@ -73,8 +73,8 @@ class SqliteConsumer:
                 self.term(delivery, Result("expired", detail="not delivered in time"))
                 self._on_expired(delivery)
                 continue
-            if delivery.event is None:  # pruned: nothing can be sent any more
-                self.term(delivery, Result("dead", detail="the event is no longer stored"))
+            if delivery.event is None:  # pruned or damaged: nothing can be sent any more
+                self.term(delivery, Result("dead", detail="the event is no longer stored, or is damaged"))
                 continue
             return delivery
 

@@ -19,7 +19,18 @@ GIVEN_UP = "('dead', 'expired', 'quarantined')"
 def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
     """An event as dispatch needs it."""
     row = db.execute(f"{EVENT} WHERE {where}", (value,)).fetchone()
-    return Event(*row) if row is not None else None
+    return read_event(row) if row is not None else None
+
+
+def read_event(row: tuple[Any, ...]) -> Event | None:
+    """An event from a row of ``EVENT``; None for one that is damaged."""
+    event = Event(*row)
+    texts = all(isinstance(text, str) for text in (event.id, event.name, event.time, event.payload, event.subject))
+    times = isinstance(event.accepted, (int, float)) and isinstance(event.expires, (int, float))
+    if not texts or not times or not isinstance(event.trace, str | None):
+        return None
+    whole = event.payload.startswith("{") and event.payload.endswith("}") and "\n" not in event.payload
+    return event if whole else None
 
 
 def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | None:
@@ -31,7 +42,7 @@ def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | N
     seq, event_id, name, time, accepted, subject, payload, by = found
     deliveries = db.execute(f"{DELIVERY} WHERE d.seq=? ORDER BY d.plugin", (seq,)).fetchall()
     return EventRow(
-        event_id, name, time, accepted, subject, json.loads(payload), by, tuple(_delivery(row) for row in deliveries)
+        event_id, name, time, accepted, subject, _payload(payload), by, tuple(_delivery(row) for row in deliveries)
     )
 
 
@@ -80,9 +91,20 @@ def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pr
         if last is not None:
             db.execute(f"DELETE FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} AND seq<=?", (plugin, last[0]))
     db.execute(
-        "DELETE FROM events WHERE seq < ? AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq)", (below,)
+        "DELETE FROM events WHERE seq < ? AND seq < (SELECT max(seq) FROM events)"
+        " AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq)",
+        (below,),
     )
     return max(below, pruned)
+
+
+def _payload(text: object) -> dict[str, Any]:
+    """A payload as listings show it; empty when it is damaged."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _delivery(row: tuple[Any, ...]) -> DeliveryRow:

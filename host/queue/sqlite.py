@@ -48,6 +48,8 @@ PENDING = "('queued', 'retry', 'in_flight')"
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _PRUNE_EVERY = 1000
+_PENDING_TYPES: tuple[Any, ...] = (int, str, (str, type(None)), int, int, (int, float), (int, float), str)
+"""Types of the columns that ``SqliteQueue`` takes up at its start."""
 LONGEST_WAIT = 720.0
 """Seconds: the longest back-off with its spread. A row that is due later was written under another clock."""
 
@@ -80,6 +82,7 @@ class _Accept:
 class SqliteQueue:
     """The queue of one host process; see ``host.queue.interface.Queue``.
 
+    ``after``: events get higher numbers than this one.
     ``on_accepted`` is called once per accepted event when it is safe, before anything of it can be dispatched;
     ``on_ready`` when events have entered their lanes: the takers that waited for them run in the loop's next turn;
     ``on_expired`` for each delivery that expired unsent.
@@ -93,6 +96,7 @@ class SqliteQueue:
         keep_events: int = 50_000,
         keep_seconds: float = 14 * 86400.0,
         keep_dead: int = 10_000,
+        after: int = 0,
         on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None,
         on_ready: Callable[[], None] = lambda: None,
         on_expired: Callable[[Delivery], None] = lambda _: None,
@@ -108,8 +112,10 @@ class SqliteQueue:
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._outcomes: _Outcomes | None = None
         self._accepting: list[_Accept] | None = None
-        self._seq = store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+        self._seq = max(after, newest_number(store))
         self._since_prune = self._pruned = 0
+        self.unreadable = 0
+        """Deliveries whose rows are damaged; they are left alone."""
         self._recover()
 
     # Accepting
@@ -301,7 +307,7 @@ class SqliteQueue:
         found = self.store.read(
             lambda db: db.execute(f"{rows.EVENT} WHERE seq IN ({marks})", [d.seq for d in wanted]).fetchall()
         )
-        events = {row[0]: Event(*row) for row in found}
+        events = {row[0]: rows.read_event(row) for row in found}
         for item in wanted:
             item.event = events.get(item.seq)
 
@@ -420,7 +426,11 @@ class SqliteQueue:
                 f" JOIN events e ON e.seq=d.seq WHERE d.state IN {PENDING} ORDER BY d.seq"
             ).fetchall()
         )
-        for seq, plugin, key, attempts, crashes, due_at, expires, state in pending:
+        for row in pending:
+            if not all(isinstance(value, kind) for value, kind in zip(row, _PENDING_TYPES, strict=True)):
+                self.unreadable += 1
+                continue
+            seq, plugin, key, attempts, crashes, due_at, expires, state = row
             due = due_at
             delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
             if state == "in_flight":
@@ -430,6 +440,11 @@ class SqliteQueue:
                 # The clock may have been set back meanwhile.
                 delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)
             self._consumer(plugin).add(delivery)
+
+
+def newest_number(store: Store) -> int:
+    """Number of the newest event in the database, which is never pruned; 0 if there is none."""
+    return int(store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]))
 
 
 def new_event_id(now: float) -> str:

@@ -32,7 +32,8 @@ def first_of(path: Path) -> int | None:
 
 def rotated(directory: Path) -> list[Path]:
     """The full files, oldest first; raises OSError."""
-    return sorted(directory / entry.name for entry in os.scandir(directory) if _ROTATED.fullmatch(entry.name))
+    with os.scandir(directory) as entries:
+        return sorted(directory / e.name for e in entries if _ROTATED.fullmatch(e.name) and e.is_file())
 
 
 def trail(directory: Path) -> list[Path]:

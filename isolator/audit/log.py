@@ -26,7 +26,7 @@ from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
 from isolator.audit.recover import HEAD_NAME, ChainEnd, follow_run, read_head, recover
 from isolator.audit.schema import RETENTION, AuditGap, AuditSeal
-from isolator.audit.seal import Signer, load_signer, sync_directory
+from isolator.audit.seal import Signer, load_signer, set_aside, sync_directory
 
 _HEAD_SIZE = 256
 _CHECK_BYTES = 1 << 20
@@ -241,7 +241,7 @@ class Trail:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         named = self._named()
         if named is not None and not stat.S_ISREG(named.st_mode):
-            kept = self._set_aside(self._live)
+            kept = set_aside(self._live)
             self.notes.append(AuditGap(count=0, why=f"{files.LIVE} was not a regular file", kept=kept))
         fd = os.open(self._live, flags, 0o640)
         if os.fstat(fd).st_uid == os.geteuid():
@@ -251,16 +251,11 @@ class Trail:
     def _open_head(self) -> None:
         path = self._lib / HEAD_NAME
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            self._set_aside(path)
+            set_aside(path)
         head = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         if self._head >= 0:
             os.close(self._head)
         self._head = head
-
-    def _set_aside(self, path: Path) -> str:
-        aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")
-        os.rename(path, aside)
-        return aside.name
 
     def _check_tail(self) -> None:
         """After a failure: cut back to what is known to be safe, and read its last record from the disk."""
@@ -298,7 +293,7 @@ class Trail:
     def _restore_name(self, other: bool) -> None:
         """Put back the live file, which somebody removed or replaced: ours is still open."""
         why = f"{files.LIVE} was removed or replaced while in use, and restored"
-        note = AuditGap(count=0, why=why, kept=self._set_aside(self._live)) if other else AuditGap(count=0, why=why)
+        note = AuditGap(count=0, why=why, kept=set_aside(self._live)) if other else AuditGap(count=0, why=why)
         temporary = self._log / f"{files.LIVE}.new"
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -344,7 +339,7 @@ class Trail:
     def _rotate(self) -> None:
         full = self._log / files.rotated_name(self._first)
         if full.exists():
-            self.notes.append(AuditGap(count=0, why=f"{full.name} stood in the way", kept=self._set_aside(full)))
+            self.notes.append(AuditGap(count=0, why=f"{full.name} stood in the way", kept=set_aside(full)))
         os.rename(self._live, full)
         # The old descriptor is of no more use, and should making the new file fail, it is made by the next attempt.
         os.close(self._fd)

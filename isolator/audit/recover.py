@@ -32,8 +32,10 @@ from isolator.audit.schema import (
     PluginStarted,
     PluginStopped,
 )
+from isolator.linux.files import read_plain
 
 HEAD_NAME = "head.json"
+_HEAD_MOST = 4096
 _SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
 _SEAL_BEGIN = re.compile(rb'\{"seq":[1-9][0-9]{0,17},"time":"[^"]*",' + re.escape(_SEAL_MARK))
 """Beginning of a seal's line. The mark alone proves nothing: an object in the ``data`` of any record may spell it."""
@@ -76,12 +78,10 @@ class ChainEnd:
 
 def read_head(path: Path) -> Head | None:
     """The writer's note of its last record; None when it is missing or unreadable as such."""
-    if path.is_symlink() or not path.is_file():
-        return None
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_plain(path, most=_HEAD_MOST))
         seq, digest = value["seq"], value["hash"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
 

@@ -128,6 +128,32 @@ class HostStopped(RecordData):
     """Duration of the stop."""
 
 
+class ServiceEnded(RecordData):
+    """A process of the daemon's own ended by itself, or hung and was ended; another takes its place."""
+
+    TYPE = "service.ended"
+    SOURCES = (SUPERVISOR,)
+
+    service: str
+    """``audit``, ``broker``, ``host`` or ``launcher``."""
+    why: str
+    hung: bool
+    """It did not answer, and was replaced."""
+
+
+class DatabaseDamaged(RecordData):
+    """The host's database is not as it was left, or cannot be relied on any more."""
+
+    TYPE = "database.damaged"
+    SOURCES = (HOST,)
+
+    why: str
+    missing: int = ABSENT
+    """Events that the trail has as accepted and the database does not have."""
+    last: str = ABSENT
+    """Id of the newest of them."""
+
+
 class Resources(RecordData):
     """Use of one run: every ``snapshot_interval``, and once at its end."""
 
@@ -430,6 +456,8 @@ class EventAccepted(RecordData):
     """Plugins that it is delivered to."""
     by: str | None
     """``uid:N`` of the caller."""
+    number: int = ABSENT
+    """Number of the event in the queue; grows, with gaps. A queue that is restored from before is noticed by it."""
 
 
 class EventDispatched(RecordData):

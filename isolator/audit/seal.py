@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_pem_public_key,
 )
+
+from isolator.linux.files import read_plain
 
 KEY_NAME = "seal.key"
 PUBLIC_NAME = "public.pem"
@@ -111,12 +114,15 @@ def signature_fits(key: Ed25519PublicKey, first: int, last: int, last_hash: str,
 
 
 def _read(path: Path) -> bytes | None:
+    """The content of a file; None where there is none, after something else in its place was set aside."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        status = path.lstat()
     except FileNotFoundError:
         return None
-    with os.fdopen(fd, "rb") as file:
-        return file.read(1 << 20)
+    if not stat.S_ISREG(status.st_mode):
+        set_aside(path)
+        return None
+    return read_plain(path, most=1 << 20)
 
 
 def _read_key(path: Path) -> Ed25519PrivateKey | None:
@@ -129,7 +135,7 @@ def _read_key(path: Path) -> Ed25519PrivateKey | None:
         if path.is_symlink():
             raise ValueError("was a symbolic link") from error
         raise
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("was not a regular file")
@@ -138,9 +144,11 @@ def _read_key(path: Path) -> Ed25519PrivateKey | None:
         if status.st_mode & 0o077:
             raise ValueError(f"was open to others (mode {stat.S_IMODE(status.st_mode):04o})")
         try:
-            key = load_pem_private_key(file.read(65536), None)
+            key = load_pem_private_key(os.read(fd, 65536), None)
         except (ValueError, TypeError) as error:
             raise ValueError("could not be read as a key") from error
+    finally:
+        os.close(fd)
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError("was not an Ed25519 key")
     return key
@@ -159,6 +167,13 @@ def _replace(path: Path, content: bytes, mode: int) -> None:
         os.fsync(fd)
     os.rename(temporary, path)
     sync_directory(path.parent)
+
+
+def set_aside(path: Path) -> str:
+    """Rename what stands in the place of a file; returns its new name."""
+    aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")
+    os.rename(path, aside)
+    return aside.name
 
 
 def sync_directory(path: Path) -> None:

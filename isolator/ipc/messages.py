@@ -212,6 +212,14 @@ class HostHello(Request[None], op="hello", fds=range(3)):
     """null: in the second descriptor"""
     fresh: bool = False
     """the daemon has just started: H starts what is eager"""
+    alarms: tuple[str, ...] = ()
+    """those that S has"""
+
+
+class AlarmsChanged(Request[None], op="alarms"):
+    """Show these alarms of S's from now on."""
+
+    alarms: tuple[str, ...]
 
 
 class PluginChanged(Request[None], op="plugin.changed"):
@@ -298,6 +306,12 @@ class Running(Body):
 
     run: str
     pid: int
+
+
+class RaiseAlarm(Request[None], op="alarm"):
+    """Keep an alarm for the next H, too: this one ends, or has found something that a person has to know."""
+
+    line: str
 
 
 class EnsureRun(Request[Running], op="run.ensure"):
@@ -475,10 +489,11 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → B": (BrokerHello, AttachCage, DetachCage, NewAuditSocket),
     "B → S": (CageSockets,),
     "S → H": (
-        HostHello, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, GetStderrTail, NewAuditSocket,
+        HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, GetStderrTail,
+        NewAuditSocket,
     ),
     "H → S": (
-        EnsureRun, ConnectRun, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin, UpdatePlugin,
+        RaiseAlarm, EnsureRun, ConnectRun, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin, UpdatePlugin,
         RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin, ListPlugins, ExplainPolicy,
         GetLedger,
     ),

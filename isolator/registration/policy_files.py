@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from isolator.errors import IsolatorError
+from isolator.linux.files import read_plain
 from isolator.registration.durable import replace_file
 
+_MOST = 1 << 20
 _NEW = ".being-written"
 
 
 def clear(folder: Path) -> None:
     """Remove the unfinished files of a killed daemon."""
     for path in folder.glob(f".*{_NEW}"):
-        path.unlink()
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
 
 
 def read(path: Path) -> str | None:
-    """The file as it is; None when there is none."""
+    """The file as it is; None when there is none. Raises IsolatorError when something else has its name."""
     try:
-        return path.read_text(errors="surrogateescape")
+        return read_plain(path, most=_MOST).decode(errors="surrogateescape")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise IsolatorError(str(path), error.strerror or "cannot be read", "put a policy file there") from None
 
 
 def write(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from isolator.ipc.channel import Channel, pair
 from isolator.ipc.messages import AuditHello, AuditReady, NewAuditSocket, RecordSource, ServeMetrics
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
+from isolator.supervisor.kept import check_trail
 from isolator.supervisor.listener import listen
 from isolator.supervisor.service import ChildProcess
 
@@ -37,6 +38,7 @@ class AuditLink:
 
     async def introduce(self, channel: Channel) -> None:
         """Say hello to a new audit process, and give every sender a socket to it."""
+        check_trail(self._paths)
         hello = AuditHello(root=str(self._paths.root), config=self._config.model_dump(mode="json"))
         found = await self.process.first_answer(channel.ask(hello))
         self._client.reconnect(socket.socket(fileno=self.source_end("supervisor")))

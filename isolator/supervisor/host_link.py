@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from isolator.cage.processes import CageExit
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Request
+from isolator.ipc.body import Handler, Request, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel
 from isolator.ipc.messages import (
+    AlarmsChanged,
     DrainRun,
     Environment,
     GetEnvironment,
@@ -24,13 +25,16 @@ from isolator.ipc.messages import (
     PluginChanged,
     PluginEntry,
     PluginState,
+    RaiseAlarm,
     RunEnded,
     RunStarted,
 )
 from isolator.linux.descriptors import FdSet
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
+from isolator.supervisor.alarms import Alarms
 from isolator.supervisor.cage_spec import host_api_folder
+from isolator.supervisor.kept import check_host
 from isolator.supervisor.listener import listen
 from isolator.supervisor.service import ChildProcess
 
@@ -43,15 +47,21 @@ _STDERR_TAIL_SECONDS = 1.0
 class HostLink:
     """The host process."""
 
-    def __init__(self, process: ChildProcess, paths: Paths, config: HostConfig) -> None:
+    def __init__(self, process: ChildProcess, paths: Paths, config: HostConfig, alarms: Alarms) -> None:
         self.process = process
-        self._paths, self._config = paths, config
+        self._paths, self._config, self._alarms = paths, config, alarms
+        alarms.on_change = lambda lines: self._tell(AlarmsChanged(alarms=lines))
+
+    def handlers(self) -> dict[str, Handler]:
+        """Requests of the host that are about itself."""
+        return by_op(RaiseAlarm.on(self._raise_alarm))
 
     async def hello(self, channel: Channel, entries: Sequence[PluginEntry]) -> None:
         """Say hello to a new host: it gets every plugin and a fresh listener on the control socket.
 
         All may connect to it; the caller's uid decides what it may do. The mode holds until the host sets its own.
         """
+        check_host(self._paths)
         plugins: tuple[PluginEntry, ...] | None = tuple(entries)
         encoded = json.dumps([entry.to_json() for entry in entries]).encode()
         with FdSet() as owned:
@@ -63,7 +73,7 @@ class HostLink:
                     file.write(encoded)
             hello = HostHello(
                 root=str(self._paths.root), config=self._config.model_dump(mode="json"), plugins=plugins,
-                fresh=self.process.starts == 1,
+                fresh=self.process.starts == 1, alarms=self._alarms.lines,
             )  # fmt: skip
             await self.process.first_answer(channel.ask(hello, fds=fds))
 
@@ -116,6 +126,10 @@ class HostLink:
             return (await self.process.channel.ask(request, timeout=_STDERR_TAIL_SECONDS)).stderr
         except IsolatorError:
             return ()
+
+    async def _raise_alarm(self, request: RaiseAlarm) -> None:
+        self._alarms.raise_("host's own", request.line)
+        self._alarms.settle("host's own")
 
     def _tell(self, request: Request[None], fds: Sequence[int] = ()) -> None:
         if self.process.channel is not None:

@@ -29,6 +29,7 @@ from isolator.linux.unprivileged import service_command
 from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
+from isolator.supervisor.alarms import ServiceHealth
 from isolator.supervisor.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ class ServiceSpec:
 class ChildProcess:
     """One service. ``channel`` is None before its first start and closed between two processes."""
 
-    def __init__(self, spec: ServiceSpec, subtree: Subtree, journal: Journal) -> None:
+    def __init__(self, spec: ServiceSpec, subtree: Subtree, journal: Journal, health: ServiceHealth) -> None:
         self.spec = spec
+        self._health = health
         self.channel: Channel | None = None
         self.starts = 0
         self.up = asyncio.Event()
@@ -159,10 +161,11 @@ class ChildProcess:
             ask = functools.partial(self.channel.call, ALIVE)
             silent = await alive.until_silent(self.channel.closed, ask, self._process.pid, self.spec.name)
             if silent is not None:
-                logger.critical("ALARM: %s; it is replaced", silent)
+                self._health.hangs(self.spec.name, silent)
             self.up.clear()
             await self._clear()
             self.ended = silent.why if silent is not None else _how(self._process.returncode)
+            self._health.ended(self.spec.name, self.ended, hung=silent is not None)
             logger.warning("%s ended (%s); starting it again", self.spec.name, self.ended)
             if loop.time() - started > _STEADY_SECONDS:
                 deaths.reset()
@@ -172,9 +175,10 @@ class ChildProcess:
                 try:
                     await launch()
                     failures.reset()
+                    self._health.is_up(self.spec.name)
                     break
                 except Exception as error:  # whatever it was, the service must come back; the next try is paced
-                    logger.error("%s did not start: %s", self.spec.name, error)
+                    self._health.does_not_start(self.spec.name, error)
                     await self._clear()
                     pause = failures.next()
 

@@ -17,14 +17,16 @@ from pathlib import Path
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
 from isolator.cage.runtime import CageRuntime
-from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
 from isolator.layers.user import add_service_user
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
+from isolator.supervisor import kept
+from isolator.supervisor.alarms import ServiceHealth
 from isolator.supervisor.audit_link import AuditLink
 from isolator.supervisor.broker_link import BrokerLink
+from isolator.supervisor.folders import own_folder
 from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.service import ChildProcess, ServiceSpec
@@ -36,20 +38,23 @@ HOST_MODULE = "host.service"
 class Services:
     """The services of one daemon. Their users and folders are made at once, the processes by ``start``."""
 
-    def __init__(self, paths: Paths, config: HostConfig, runtime: CageRuntime, client: AuditClient) -> None:
-        _check_trail(paths)
+    def __init__(
+        self, paths: Paths, config: HostConfig, runtime: CageRuntime, client: AuditClient, health: ServiceHealth
+    ) -> None:
+        kept.check_trail(paths)
+        kept.check_host(paths)
         users = _make_users(paths)
         _make_folders(paths, users)
 
         def process(name: str, module: str) -> ChildProcess:
-            return ChildProcess(ServiceSpec(name, module, *users[name]), runtime.subtree, runtime.journal)
+            return ChildProcess(ServiceSpec(name, module, *users[name]), runtime.subtree, runtime.journal, health)
 
         broker, host = process("broker", "isolator.broker.service"), process("host", HOST_MODULE)
         audit = process("audit", "isolator.audit.service")
         self.audit = AuditLink(audit, client, (broker, host), paths, config)
         self.broker = BrokerLink(broker, paths, config)
-        self.host = HostLink(host, paths, config)
-        self._cache, self._trail_begun = paths.cache, paths.trail_begun
+        self.host = HostLink(host, paths, config, health.alarms)
+        self._paths = paths
 
     async def start(self, table: PluginTable, handlers: Mapping[str, Handler]) -> None:
         """Start the services; returns when the host accepts commands, which ``handlers`` serve."""
@@ -70,47 +75,18 @@ class Services:
 
         await audit.process.start(audit.introduce)
         if audit.found.blocked is None:
-            self._trail_begun.touch()
+            kept.note(self._paths.trail_begun)
         await broker.process.start(
             introduce_broker,
             handlers=broker.handlers(),
-            inherit=lambda: {"audit": audit.source_end("broker"), "filter": filter_file(self._cache)},
+            inherit=lambda: {"audit": audit.source_end("broker"), "filter": filter_file(self._paths.cache)},
         )
-        await host.process.start(introduce_host, handlers=handlers, inherit=lambda: {"audit": audit.source_end("host")})
-
-
-def _check_trail(paths: Paths) -> None:
-    """Refuse to begin a trail anew where there was one: nobody would notice that the one before is gone.
-
-    If only its files or only its keys are gone, the writer notices and records it.
-    """
-    kept = (*paths.audit_log.glob("audit*.jsonl"), *paths.audit_lib.glob("*"))
-    if paths.trail_begun.exists() and not kept:
-        raise IsolatorError(
-            "audit trail",
-            f"{paths.audit_log} and {paths.audit_lib} are empty, and this daemon had a trail there: it was removed, "
-            "or its disk is not mounted",
-            f"mount it, or restore both from a backup; to begin a new trail instead, remove {paths.trail_begun}",
+        await host.process.start(
+            introduce_host,
+            handlers={**handlers, **host.handlers()},
+            inherit=lambda: {"audit": audit.source_end("host")},
         )
-
-
-def _own_folder(folder: Path, owner: int, group: int, mode: int) -> None:
-    """Make a folder, or take over what is there; never what a link leads to, which may be anybody's."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, flags)
-    except (FileExistsError, NotADirectoryError):
-        raise IsolatorError(
-            str(folder),
-            "is a link or a file, and its owner would have to be changed",
-            "put a folder there; to have it on another disk, mount that there (mount --bind)",
-        ) from None
-    try:
-        os.fchown(fd, owner, group)
-        os.fchmod(fd, mode)
-    finally:
-        os.close(fd)
+        kept.note(self._paths.host_begun)
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:
@@ -129,7 +105,7 @@ def _make_folders(paths: Paths, users: Mapping[str, tuple[int, int]]) -> None:
         (paths.host_lib, "host", "host", 0o700),
         (paths.plugin_log, "host", "host", 0o755),
     ):
-        _own_folder(folder, users[name][0], users[group][1], mode)
+        own_folder(folder, mode, users[name][0], users[group][1])
     _let_read(paths.audit_log, users["audit"][0], users["host"][1])
 
 

@@ -34,6 +34,8 @@ from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.supervisor import alive
+from isolator.supervisor.alarms import Alarms, ServiceHealth
+from isolator.supervisor.folders import own_folder
 from isolator.supervisor.handlers import Handlers
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.policy_watch import PolicyWatch
@@ -86,7 +88,10 @@ async def running_daemon(
         recovered = registrar.recover(lambda name: Volume(paths.state, name, journal).remove())
         for line in recovered:
             logger.info("%s", line)
-        services = Services(paths, config, runtime, audit)
+        alarms = Alarms()
+        stack.callback(alarms.close)
+        health = ServiceHealth(alarms, audit)
+        services = Services(paths, config, runtime, audit, health)
         context = RunContext(
             paths, runtime, audit, services.host, services.broker, sockets, notifier,
             wait_for_trail=config.audit.disk_full == "stop",
@@ -96,7 +101,7 @@ async def running_daemon(
         table.load()
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
-        tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table))
+        tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, health))
         stack.push_async_callback(_stop, table, services, audit)
         updates = Updates(table, context)
         on_trial = await updates.hold_trials()
@@ -166,9 +171,7 @@ def _make_folders(paths: Paths) -> None:
         paths.run,
         paths.log,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)
-    paths.state.chmod(0o700)
+        own_folder(folder, 0o700 if folder == paths.state else 0o755)
 
 
 def _remove_run_folder(paths: Paths) -> None:
@@ -194,19 +197,21 @@ def _close_launcher(runtime: CageRuntime) -> None:
     runtime.launcher.close()  # whichever it is by then
 
 
-async def _keep_launcher(runtime: CageRuntime, table: PluginTable) -> None:
+async def _keep_launcher(runtime: CageRuntime, table: PluginTable, health: ServiceHealth) -> None:
     while True:
         launcher = runtime.launcher
         silent = await alive.until_silent(launcher.closed, launcher.alive, launcher.pid, "launcher")
         if silent is not None:
-            logger.critical("ALARM: %s; it is replaced", silent)
+            health.hangs("launcher", silent)
             launcher.kill()
         logger.error("the launcher has died; starting it and its cages again")
+        health.ended("launcher", silent.why if silent is not None else "it died", hung=silent is not None)
         launcher.close()
         for plugin in table.plugins.values():
             if plugin.run is not None:
                 plugin.run.terminate("the launcher died")
         runtime.launcher = Launcher()
+        health.is_up("launcher")
 
 
 async def _take_snapshots(table: PluginTable, interval: float) -> None:

@@ -113,8 +113,28 @@ WHILE_DOWN = {
     "head symlink": "note of its last record was missing",
     "public key": "was not the writer's",
     "key owner": "the signing key belonged to uid 0",
+    "key folder": "the signing key was not a regular file",
+    "key fifo": "the signing key was not a regular file",
+    "public folder": "",
+    "own public fifo": "",
+    "head folder": "note of its last record was missing",
+    "head fifo": "note of its last record was missing",
+    "long head": "note of its last record was missing",
+    "full folder": "",
+    "full fifo": "",
 }
 """Changes of the files while nobody writes them, and the text of the record of each."""
+PLACES = {
+    "key folder": "var/lib/isolator/audit/seal.key",
+    "key fifo": "var/lib/isolator/audit/seal.key",
+    "public folder": "var/log/isolator/audit/public.pem",
+    "own public fifo": "var/lib/isolator/audit/public.pem",
+    "head folder": "var/lib/isolator/audit/head.json",
+    "head fifo": "var/lib/isolator/audit/head.json",
+    "full folder": "var/log/isolator/audit/audit.000000000001.jsonl",
+    "full fifo": "var/log/isolator/audit/audit.000000000001.jsonl",
+}
+"""What has another thing in its place."""
 
 
 @pytest.mark.parametrize("how", WHILE_DOWN)
@@ -160,6 +180,15 @@ async def test_change_of_the_files_while_nobody_wrote_them_is_recorded(daemon: D
             head.symlink_to(victim)
         case "public key":
             (daemon.paths.audit_log / "public.pem").write_text("of somebody else\n")
+        case _ if how in PLACES:
+            place = daemon.paths.root / PLACES[how]
+            place.unlink(missing_ok=True)
+            if how.endswith("folder"):
+                place.mkdir()
+            else:
+                os.mkfifo(place)
+        case "long head":
+            head.write_bytes(b"[" * (1 << 20))
         case "key owner":
             os.chown(daemon.paths.audit_lib / "seal.key", 0, 0)
             (daemon.paths.audit_lib / "seal.key").chmod(0o644)
@@ -174,6 +203,8 @@ async def test_change_of_the_files_while_nobody_wrote_them_is_recorded(daemon: D
         host.record(any_record("event.accepted", number=number))
     await durable(host)
     await daemon.stop()
+    if how.startswith("full "):  # in nobody's way, but in that of the test
+        place.rmdir() if how == "full folder" else place.unlink()
     assert victim.read_text() == "of somebody else\n"
     assert live.is_file() and not live.is_symlink() and live.stat().st_mode & 0o777 == 0o640
     reasons = [gap["data"]["why"] for gap in daemon.of_type("audit.gap")]

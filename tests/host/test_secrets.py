@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import sqlite3
 import urllib.parse
 from pathlib import Path
@@ -64,7 +65,9 @@ async def test_values_that_are_set_beside_a_rotation_are_there_after_a_restart(t
     await store.close()
 
 
-@pytest.mark.parametrize("damage", ["missing", "readable", "link", "truncated"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "readable", "link", "truncated", "folder", "fifo", "nested", "latin-1", "number"]
+)
 async def test_a_bad_key_file_is_refused_with_a_reason_and_never_replaced(tmp_path: Path, damage: str) -> None:
     key = tmp_path / "key"
     store = Store(tmp_path / "host.db")
@@ -76,9 +79,14 @@ async def test_a_bad_key_file_is_refused_with_a_reason_and_never_replaced(tmp_pa
     elif damage == "link":
         key.rename(tmp_path / "elsewhere")
         key.symlink_to(tmp_path / "elsewhere")
-    else:
+    elif damage == "truncated":
         key.write_bytes(key.read_bytes()[:20])
-        key.chmod(0o600)
+    elif damage in ("folder", "fifo"):
+        key.unlink()
+        key.mkdir(mode=0o700) if damage == "folder" else os.mkfifo(key, 0o600)
+    else:
+        texts = {"nested": b"[" * 4096, "latin-1": b'{"keys": ["\xe4"]}', "number": b'{"keys": [1]}'}
+        key.write_bytes(texts[damage])
     config = ConfigStore(store, key)
     with pytest.raises(IsolatorError, match="key"):
         config.environment("p1", _manifest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from isolator.errors import IsolatorError
+from isolator.registration import policy_files
 from isolator.registration.store import Intent, Registration, Release, Store
 
 GOOD = Registration("good", "plugin-good", 60001, Release("a" * 64, "1.0.0"))
@@ -101,6 +103,7 @@ def test_damaged_mark_stops_nobody(store: Store, kind: str, file: str, caplog: p
 _FAILING_DISK = """
 import os, pathlib, subprocess, sys
 from isolator.errors import IsolatorError
+from isolator.registration import policy_files
 from isolator.registration.durable import sync_tree
 
 outer, place = (pathlib.Path(sys.argv[1], name) for name in ("outer", "place"))
@@ -129,3 +132,25 @@ def test_failed_write_of_a_copy_is_noticed_before_anything_refers_to_it(tmp_path
         check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert run.stdout.startswith(f"{tmp_path}/place: ")
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link", "large"])
+def test_policy_file_of_no_use_is_named_and_hangs_nobody(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "p.toml"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/etc/passwd")
+    else:
+        path.write_bytes(b"#" * (2 << 20))
+    with pytest.raises(IsolatorError, match=re.escape(str(path))):
+        policy_files.read(path)
+
+
+def test_folder_with_the_name_of_an_unfinished_policy_keeps_no_daemon_from_its_start(tmp_path: Path) -> None:
+    (tmp_path / ".p.toml.being-written").mkdir()
+    (tmp_path / ".q.toml.being-written").write_text("")
+    policy_files.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".p.toml.being-written"]

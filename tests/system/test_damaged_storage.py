@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
+from tests.system.daemon import Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +110,42 @@ def test_put_back_everything_is_there(stopped: Daemon) -> None:
         stopped.stop()
 
 
-def test_a_database_that_is_gone_is_told(stopped: Daemon) -> None:
+@pytest.mark.parametrize("gone", ["host.db*", "*", ""], ids=["database", "all files", "folder"])
+def test_database_that_is_gone_is_not_begun_anew_in_silence(stopped: Daemon, gone: str) -> None:
+    marker = stopped.root / "var/lib/isolator/host.begun"
     with kept(stopped) as folder:
-        for path in folder.glob("host.db*"):
+        for path in folder.glob(gone) if gone else ():
+            path.unlink()
+        if not gone:
+            shutil.rmtree(folder)
+        line = stopped.cli("serve", code=1).stderr
+        assert line.count("\n") == 1 and "mount it, or restore a backup" in line and str(marker) in line, line
+        assert not (folder / "host.db").exists()
+        marker.unlink()  # what the message offers
+        for path in folder.glob("*"):
             path.unlink()
         stopped.start()
         try:
-            assert "is gone, a new one was made" in stopped.log.read_text()
+            assert marker.exists()
             stopped.cli("event", "emit", "deploy.completed", event(2), "--wait")
         finally:
             stopped.stop()
+
+
+def test_host_that_dies_with_its_database_comes_back_with_it() -> None:
+    with daemon() as d:
+        host, pid = d.root / "var/lib/isolator/host", d.service_pid("host.service")
+        os.kill(pid, signal.SIGSTOP)
+        host.rename(d.root / "away")
+        kill_9(pid)
+        wait_for(lambda: "ALARM: host does not start: " in d.log.read_text())
+        assert "mount it, or restore a backup" in d.log.read_text()
+        with contextlib.suppress(FileNotFoundError):
+            host.rmdir()
+        (d.root / "away").rename(host)
+        wait_for(lambda: d.cli("event", "list", code=None).returncode == 0)
+        (ended,) = [r["data"] for r in d.records() if r["type"] == "service.ended"]
+        assert ended == {"service": "host", "why": "killed by SIGKILL", "hung": False}
 
 
 @pytest.mark.parametrize(("kind", "why"), [("missing", "is missing"), ("readable", "must be a plain file of uid")])
@@ -134,6 +161,7 @@ def test_without_its_key_a_plugin_with_secrets_waits_and_says_why(stopped: Daemo
             assert why in stopped.log.read_text()
             emitted = stopped.json("event", "emit", "deploy.completed", event(3))["id"]
             wait_for(lambda: why in (stopped.json("event", "show", emitted)["deliveries"][0]["holding"] or ""))
+            assert any(why in alarm for alarm in stopped.json("check", code=1)["alarms"])
             assert not key.exists() or key.stat().st_mode & 0o777 == 0o644, "a bad key was replaced"
         finally:
             stopped.stop()
@@ -156,3 +184,42 @@ def test_a_database_that_somebody_locks(stopped: Daemon) -> None:
         )
     finally:
         stopped.stop()
+
+
+def test_log_that_is_removed_in_use_costs_no_event(tmp_path: Path) -> None:
+    with daemon() as d:
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        d.cli("plugin", "disable", "echo")
+        accepted = [d.json("event", "emit", "deploy.completed", event(number))["id"] for number in range(5)]
+        pid = d.service_pid("host.service")
+        (d.root / "var/lib/isolator/host/host.db-wal").unlink()
+        d.cli("event", "emit", "deploy.completed", event("unanswered"), code=None)
+        wait_for(lambda: d.service_pid("host.service", missing_ok=True) not in (0, pid))
+        alarms = wait_for(lambda: d.json("check", code=None)["alarms"])
+        assert "host.db-wal was removed while in use; all of its content was saved" in alarms[0]
+        (record,) = [r["data"] for r in d.records() if r["type"] == "database.damaged"]
+        assert record["why"] in alarms[0]
+        kept = [row["id"] for row in d.json("event", "list")]
+        assert set(accepted) <= set(kept)
+
+
+def test_accepted_events_that_a_killed_host_could_not_save_are_told(tmp_path: Path) -> None:
+    with daemon() as d:
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        d.cli("plugin", "disable", "echo")
+        accepted = [d.json("event", "emit", "deploy.completed", event(number))["id"] for number in range(5)]
+        pid = d.service_pid("host.service")
+        wait_for(lambda: accepted[-1] in [r["event_id"] for r in d.records()])
+        os.kill(pid, signal.SIGSTOP)
+        (d.root / "var/lib/isolator/host/host.db-wal").unlink()
+        kill_9(pid)
+        alarms = wait_for(lambda: d.json("check", code=None)["alarms"])
+        assert f"5 accepted events are on the trail and not in {d.root / 'var/lib/isolator/host/host.db'}" in alarms[0]
+        (record,) = [r["data"] for r in d.records() if r["type"] == "database.damaged"]
+        assert (record["missing"], record["last"]) == (5, accepted[-1])
+        d.cli("event", "emit", "deploy.completed", event("next"))
+        numbers = [r["data"]["number"] for r in d.records() if r["type"] == "event.accepted"]
+        assert numbers == sorted(set(numbers))
+        d.stop()
+        d.start()
+        assert d.json("check")["alarms"] == []

@@ -28,12 +28,16 @@ def test_process_that_hangs_is_replaced(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGSTOP)
         for name, pid in before.items():
             wait_for(lambda pid=pid: not alive(pid), seconds(120), f"{name} hangs for ever")
-            assert f"ALARM: {name}: does not answer" in d.log.read_text()
+            wait_for(lambda name=name: f"ALARM: {name}: does not answer" in d.log.read_text())
             wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True), what=f"{name} did not come back")
         wait_for(lambda: d.cli("event", "emit", "deploy.completed", event(1), code=None).returncode == 0)
         wait_for(
             lambda: "d1" in (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text(), what=d.log.read_text()
         )
+        alarms = d.json("check", code=1)["alarms"]
+        assert all(any(alarm.startswith(f"{name}: does not answer") for alarm in alarms) for name in before), alarms
+        ended = {r["data"]["service"]: r["data"] for r in d.records() if r["type"] == "service.ended"}
+        assert ended.keys() == before.keys() and all(data["hung"] for data in ended.values())
         assert d.stop() == 0
 
 

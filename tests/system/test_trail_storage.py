@@ -224,15 +224,46 @@ def test_link_in_the_place_of_a_folder_is_not_followed(place: str, tmp_path: Pat
         d.start()
 
 
-def test_trail_that_is_gone_with_its_keys_is_not_begun_anew_in_silence() -> None:
+FILES, KEYS = "var/log/isolator/audit", "var/lib/isolator/audit"
+
+
+@pytest.mark.parametrize("gone", [(FILES, KEYS), (FILES,), (KEYS,)], ids=["both", "files", "keys"])
+def test_trail_that_is_gone_is_not_begun_anew_in_silence(gone: tuple[str, ...]) -> None:
     with daemon() as d:
         d.stop()
-        folders = (d.root / "var/log/isolator/audit", d.root / "var/lib/isolator/audit")
+        folders = [d.root / folder for folder in gone]
         for folder in folders:
             shutil.rmtree(folder)
         message = refused_start(d)
         marker = d.root / "var/lib/isolator/trail.begun"
         assert all(str(folder) in message for folder in folders) and str(marker) in message
         marker.unlink()  # what the message offers
+        if gone == (KEYS,):
+            assert f"move the files in {d.root / FILES} away" in message
+            for file in (d.root / FILES).iterdir():
+                file.unlink()
         d.start()
-        assert d.cli("audit", "verify").returncode == 0 and marker.exists()
+        began_anew = gone != (FILES,)  # else the keys know of records that are not there
+        assert (d.cli("audit", "verify", code=None).returncode == 0) == began_anew and marker.exists()
+
+
+def test_keys_without_their_folder_are_missed_although_the_marker_is_gone_too() -> None:
+    """All of /var/lib/isolator may be on a disk that is not mounted."""
+    with daemon() as d:
+        d.stop()
+        shutil.rmtree(d.root / "var/lib/isolator")
+        assert str(d.root / KEYS) in refused_start(d)
+
+
+@pytest.mark.parametrize("place", ["var/lib/isolator/state", "var/lib/isolator/plugins", "etc/isolator"])
+def test_link_in_the_place_of_a_folder_of_roots_is_not_followed(place: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o750)
+    with daemon(start=False) as d:
+        link = d.root / place
+        link.parent.mkdir(parents=True)
+        link.symlink_to(victim)
+        message = refused_start(d)
+        assert str(link) in message and "mount --bind" in message
+        assert victim.stat().st_mode & 0o7777 == 0o750
+        link.unlink()

@@ -42,6 +42,7 @@ RARE = {
     "event.dispatched": "busy",
     "api.called": "uid count",
     "audit.summary": "total",
+    "database.damaged": "missing last",
     "config.changed": "rotated lost why waits",
     "audit.gap": "bytes sha256 text kept found written from to hash files",
 }
@@ -177,6 +178,10 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     (d.root / METRICS).write_text(scrape(d))
     kill_9(d.service_pid("isolator.broker.service"))
     wait_for(lambda: [r for r in of(d, "audit.gap") if r["data"].get("source") == "broker"])
+    (d.root / "var/lib/isolator/host/host.db-wal").unlink()
+    d.cli("event", "emit", "deploy.completed", event("unanswered", branch="after"), code=None)
+    wait_for(lambda: of(d, "database.damaged"))
+    wait_for(lambda: d.cli("check", code=None).returncode == 1, what="the alarm is not shown")
     command = [sys.executable, "-I", "-c", STRANGER, str(d.root / "run/isolator/control.sock"), str(int(BURST) + 200)]
     subprocess.run(command, check=True, user=STRANGERS_UID, group=STRANGERS_UID, extra_groups=[], cwd="/")
     wait_for(lambda: of(d, "audit.summary"))

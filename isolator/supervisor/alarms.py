@@ -1,0 +1,91 @@
+"""Alarms of the supervisor: lines that a person has to see, in the daemon's log and in every listing of alarms."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from isolator.audit.client import AuditClient, utc_now
+from isolator.audit.schema import ServiceEnded
+from isolator.audit.text import printable
+from isolator.errors import UnavailableError
+
+logger = logging.getLogger(__name__)
+
+STANDS = 3600.0
+"""Seconds for which an alarm is shown after its cause is over."""
+_MOST, _LONGEST = 16, 1000
+
+
+class Alarms:
+    """The present alarms. ``on_change`` is called with all their lines, oldest first."""
+
+    def __init__(self, on_change: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
+        self.on_change = on_change
+        self._lines: dict[str, str] = {}
+        self._ends: dict[str, asyncio.TimerHandle] = {}
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The alarms at this moment, oldest first."""
+        return tuple(self._lines.values())
+
+    def raise_(self, key: str, line: str) -> None:
+        """Show a line, in place of the one that ``key`` had, until ``settle``."""
+        line = printable(line)[:_LONGEST]
+        self._keep_until_settled(key)
+        if self._lines.get(key) == line:
+            return
+        logger.critical("ALARM: %s", line)
+        self._lines.pop(key, None)
+        while len(self._lines) >= _MOST:
+            oldest = next(iter(self._lines))
+            self._keep_until_settled(oldest)
+            del self._lines[oldest]
+        self._lines[key] = line
+        self.on_change(self.lines)
+
+    def settle(self, key: str, after: float = STANDS) -> None:
+        """Let an alarm whose cause is over end ``after`` some seconds; nothing if there is none."""
+        if key in self._lines and key not in self._ends:
+            self._ends[key] = asyncio.get_running_loop().call_later(after, self._drop, key)
+
+    def close(self) -> None:
+        """Forget every alarm."""
+        for key in list(self._ends):
+            self._keep_until_settled(key)
+        self._lines.clear()
+
+    def _drop(self, key: str) -> None:
+        del self._lines[key], self._ends[key]
+        self.on_change(self.lines)
+
+    def _keep_until_settled(self, key: str) -> None:
+        end = self._ends.pop(key, None)
+        if end is not None:
+            end.cancel()
+
+
+class ServiceHealth:
+    """Ends of the daemon's own processes, on record, and in an alarm when one hung or does not come up."""
+
+    def __init__(self, alarms: Alarms, audit: AuditClient) -> None:
+        self.alarms, self._audit = alarms, audit
+
+    def hangs(self, name: str, silent: UnavailableError) -> None:
+        """Note that a process does not answer and is replaced."""
+        self.alarms.raise_(name, f"{name}: {silent.why}; it is replaced ({utc_now()[:19]}Z)")
+
+    def ended(self, name: str, why: str, *, hung: bool) -> None:
+        """Note the end of a process that should have gone on."""
+        self._audit.record(ServiceEnded(service=name, why=why, hung=hung))
+
+    def does_not_start(self, name: str, error: Exception) -> None:
+        """Note that a process does not come up."""
+        self.alarms.raise_(f"{name} down", f"{name} does not start: {error}")
+
+    def is_up(self, name: str) -> None:
+        """Note that a process is there again."""
+        self.alarms.settle(name)
+        self.alarms.settle(f"{name} down", 0.0)

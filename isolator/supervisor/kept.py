@@ -1,0 +1,60 @@
+"""Data of earlier runs, known by markers that root keeps away from them: what is missing is refused, not begun anew.
+
+A folder that is gone (removed, or its disk not mounted) looks like a first start; the marker tells the difference.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from isolator.errors import IsolatorError
+from isolator.paths import Paths
+from isolator.registration.durable import sync_folder
+
+
+def check_trail(paths: Paths) -> None:
+    """Raise IsolatorError when there was a trail and its files or its keys are gone.
+
+    In a new one nobody would notice. Of a single key that is missing the writer makes a record.
+    """
+    files, keys = any(paths.audit_log.glob("audit*.jsonl")), any(paths.audit_lib.glob("*"))
+    marker = paths.trail_begun
+    if not files and marker.exists():
+        raise _gone(
+            "audit trail",
+            f"{paths.audit_log} is empty" if keys else f"{paths.audit_log} and {paths.audit_lib} are empty",
+            f"to go on without it, which stays visible in the trail, remove {marker}"
+            if keys
+            else f"to begin a new trail instead, remove {marker}",
+        )
+    if files and not keys:
+        raise _gone(
+            "audit trail",
+            f"{paths.audit_lib}, where its keys were, is empty",
+            f"to begin a new trail instead, move the files in {paths.audit_log} away and remove {marker}",
+        )
+
+
+def check_host(paths: Paths) -> None:
+    """Raise IsolatorError when there was a database of the host's and it is gone."""
+    if paths.host_begun.exists() and not os.path.lexists(paths.host_database):
+        raise _gone(
+            str(paths.host_database),
+            "queued events, config and stored values were in it, and it is not there",
+            "to begin with an empty queue and without config instead, "
+            f"remove {paths.host_begun} and what is left in {paths.host_lib}",
+        )
+
+
+def note(marker: Path) -> None:
+    """Make a marker, durably; harmless if it is there."""
+    if not marker.exists():
+        marker.touch()
+        sync_folder(marker.parent)
+
+
+def _gone(subject: str, why: str, otherwise: str) -> IsolatorError:
+    return IsolatorError(
+        subject, f"{why}: it was removed, or its disk is not mounted", f"mount it, or restore a backup; {otherwise}"
+    )

@@ -1,0 +1,155 @@
+"""Files of the database that somebody removes, replaces, cuts or overwrites under a running host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from host.database import Store
+from host.queue.interface import NewEvent, Subscriber
+from host.queue.missing import missing
+from host.queue.sqlite import SqliteQueue, newest_number
+from isolator.audit.client import utc_now
+from isolator.audit.record import GENESIS, Incoming, spell
+
+HOST = """\
+import asyncio, sys
+from pathlib import Path
+from host.database import Store
+from host.queue.interface import NewEvent
+from host.queue.sqlite import SqliteQueue
+
+async def main():
+    queue = SqliteQueue(Store(Path(sys.argv[1])))
+    accept = lambda: queue.accept(NewEvent("deploy.completed", "{}"), [])
+    for _ in range(20):
+        await accept()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await accept()
+    print("accepted", flush=True)
+    sys.stdin.readline()
+asyncio.run(main())
+"""
+"""A process that accepts twenty events, and one more when it is asked to."""
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _replace(path: Path) -> None:
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    copy.rename(path)
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(os.urandom(4096))
+
+
+@pytest.mark.parametrize("harm", [_remove, _replace])
+@pytest.mark.parametrize("name", ["host.db", "host.db-wal", "host.db-shm"])
+async def test_nothing_is_accepted_into_a_file_that_the_next_start_will_not_find(
+    tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    await _harmed(tmp_path, name, harm)
+
+
+async def test_nothing_is_accepted_behind_a_log_that_was_overwritten(tmp_path: Path) -> None:
+    await _harmed(tmp_path, "host.db-wal", _overwrite)
+
+
+async def _harmed(folder: Path, name: str, harm: Callable[[Path], None]) -> None:
+    path = folder / "host.db"
+    host = await _host(path)
+    assert host.stdin is not None
+    harm(folder / name)
+    out, err = await host.communicate(b"\n")
+    assert (host.returncode, out) == (1, b""), "it was accepted, and would be lost"
+    saved = b"what could be read of it was saved" if harm is _overwrite else b"all of its content was saved"
+    assert name.encode() in err and saved in err
+    store = Store(path)
+    assert store.read(lambda db: db.execute("SELECT count(*) FROM events").fetchone()[0]) >= 20
+    await store.close()
+
+
+async def test_log_that_was_cut_ends_the_host_and_says_that_events_may_be_lost(tmp_path: Path) -> None:
+    path = tmp_path / "host.db"
+    host = await _host(path)
+    os.truncate(f"{path}-wal", 0)
+    out, err = await host.communicate(b"\n")
+    assert (host.returncode, out) == (1, b""), err
+    assert b"host.db-wal was" in err and b"all of its content" not in err
+    await Store(path).close()
+
+
+async def _host(path: Path) -> asyncio.subprocess.Process:
+    host = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOST, str(path), stdin=-1, stdout=-1, stderr=-1, cwd=Path(__file__).parents[2]
+    )
+    assert host.stdout is not None
+    assert await host.stdout.readline() == b"ready\n"
+    return host
+
+
+def _trail(folder: Path, *kinds: tuple[str, dict[str, object]], file: str = "audit.jsonl", fill: int = 0) -> None:
+    """A file of the trail with records of these types and data; each is followed by ``fill`` bytes of others."""
+    lines, seq, digest = [], 0, GENESIS
+    for number, (kind, data) in enumerate(kinds):
+        for incoming in (
+            Incoming(utc_now(), kind, event_id=f"ev_{number}", data=data),
+            *[Incoming(utc_now(), "audit.gap", data={"count": 0, "why": "x" * 500})] * (fill // 500),
+        ):
+            seq += 1
+            line, digest = spell(seq, incoming, digest)
+            lines.append(line)
+    (folder / file).write_bytes(b"".join(lines))
+
+
+def _accepted(*numbers: int) -> list[tuple[str, dict[str, object]]]:
+    return [("event.accepted", {"event": "e", "number": number}) for number in numbers]
+
+
+def test_events_of_the_trail_beyond_the_newest_in_the_queue_are_counted(tmp_path: Path) -> None:
+    _trail(tmp_path, *_accepted(1, 2, 3), file="audit.000000000001.jsonl")
+    _trail(tmp_path, *_accepted(4, 5, 7), fill=700_000)
+    for held, count in ((7, 0), (8, 0), (5, 1), (4, 2), (2, 4), (0, 6)):
+        found = missing(tmp_path, held)
+        assert (found.count, found.number, found.last) == ((count, 7, "ev_2") if count else (0, 0, "")), held
+
+
+def test_text_that_looks_like_an_accepted_event_counts_for_nothing(tmp_path: Path) -> None:
+    forged = {"detail": {"type": "event.accepted", "data": {"number": 99}}, "number": 99}
+    _trail(tmp_path, *_accepted(1), ("event.dead", forged))
+    with (tmp_path / "audit.jsonl").open("ab") as file:
+        file.write(b'{"seq":9,"type":"event.accepted","data":{"number":99}')  # torn
+    assert missing(tmp_path, 1).count == 0
+
+
+def test_trail_that_cannot_be_read_or_has_no_numbers_lacks_nothing(tmp_path: Path) -> None:
+    assert missing(tmp_path / "nowhere", 0).count == 0
+    _trail(tmp_path, ("event.accepted", {"event": "e"}))
+    assert missing(tmp_path, 0).count == 0
+
+
+async def test_newest_event_is_never_pruned_and_numbers_go_on_after_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store, after=10, keep_events=0)
+    for _ in range(1000):
+        await queue.accept(NewEvent("deploy.completed", "{}"), [])
+    queue.consumer("p")
+    last = await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", None)])
+    await queue.purge("p")
+    for _ in range(5):
+        queue._start_prune()
+        await store.committed()
+    assert newest_number(store) == last.event.seq == 1011
+    await store.close()
