@@ -65,21 +65,22 @@ class SupervisorLink:
         """Forget a staged plugin."""
         self._channel.tell(DiscardPlugin(token=token))
 
-    async def commit(self, token: str, by: str) -> OnePlugin:
+    async def commit(self, token: str, by: str, ticket: str | None) -> OnePlugin:
         """Register a staged plugin."""
-        return await self._ask(CommitPlugin(token=token, by=by))
+        return await self._ask(CommitPlugin(token=token, by=by, ticket=ticket))
 
-    async def update(self, token: str, by: str, *, approve: bool) -> UpdatedPlugin:
+    async def update(self, token: str, by: str, ticket: str | None, *, approve: bool) -> UpdatedPlugin:
         """Exchange the version in use for a staged one."""
-        return await self._ask(UpdatePlugin(token=token, by=by, approve=approve), timeout=MAX_EXCHANGE)
+        request = UpdatePlugin(token=token, by=by, ticket=ticket, approve=approve)
+        return await self._ask(request, timeout=MAX_EXCHANGE)
 
-    async def approve(self, name: str, by: str, digest: str | None) -> OnePlugin:
+    async def approve(self, name: str, by: str, ticket: str | None, digest: str | None) -> OnePlugin:
         """Take a pending version into use."""
-        return await self._ask(ApprovePlugin(name=name, by=by, digest=digest), timeout=MAX_EXCHANGE)
+        return await self._ask(ApprovePlugin(name=name, by=by, ticket=ticket, digest=digest), timeout=MAX_EXCHANGE)
 
-    async def roll_back(self, name: str, by: str) -> OnePlugin:
+    async def roll_back(self, name: str, by: str, ticket: str | None) -> OnePlugin:
         """Take the version before into use."""
-        return await self._ask(RollBackPlugin(name=name, by=by), timeout=MAX_EXCHANGE)
+        return await self._ask(RollBackPlugin(name=name, by=by, ticket=ticket), timeout=MAX_EXCHANGE)
 
     async def enable(self, name: str) -> OnePlugin:
         """Let a plugin run again."""
@@ -89,9 +90,9 @@ class SupervisorLink:
         """Stop a plugin and keep it stopped."""
         return await self._ask(DisablePlugin(name=name), timeout=MAX_EXCHANGE)
 
-    async def remove(self, name: str, by: str) -> None:
+    async def remove(self, name: str, by: str, ticket: str | None) -> None:
         """Remove a plugin."""
-        await self._ask(RemovePlugin(name=name, by=by))
+        await self._ask(RemovePlugin(name=name, by=by, ticket=ticket))
 
     async def entries(self) -> tuple[PluginEntry, ...]:
         """Every plugin with live figures, without ``manifest`` and ``effective``."""

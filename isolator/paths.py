@@ -97,6 +97,11 @@ class Paths:
         return self.run / "control.sock"
 
     @property
+    def ticket_socket(self) -> Path:
+        """The supervisor's own socket: who asks for a change, and what they hand over."""
+        return self.run / "ticket.sock"
+
+    @property
     def metrics_socket(self) -> Path:
         """Prometheus figures over HTTP."""
         return self.run / "metrics.sock"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from isolator.errors import NotFoundError, UsageError
+from isolator.errors import DeniedError, NotFoundError, UsageError
 
 _LIMIT = 1 << 20
 
@@ -75,6 +75,9 @@ def json_object(argument: str | None) -> dict[str, Any]:
 def absolute(path: str) -> str:
     """Resolve a path for the daemon; its links are followed with the caller's rights. Raises NotFoundError."""
     resolved = os.path.realpath(path)
-    if not Path(resolved).exists():
-        raise NotFoundError(path, "no such file or folder")
+    try:
+        if not Path(resolved).exists():
+            raise NotFoundError(path, "no such file or folder")
+    except PermissionError as error:
+        raise DeniedError(path, error.strerror or "", "let this user read it, or use sudo") from None
     return resolved

@@ -85,7 +85,7 @@ class RegistrationVerbs:
         ]
 
     async def stage(self, request: PluginStage, caller: Caller) -> StagedPlugin:
-        wanted = ("path", "name", "binary", "hooks", "files", "update")
+        wanted = ("path", "name", "binary", "hooks", "files", "update", "ticket")
         given = {k: v for k in wanted if (v := getattr(request, k)) is not None}
         answer = await self._link.stage(messages.StagePlugin.from_json(given, "plugin.stage"))
         found = answer.body
@@ -142,7 +142,7 @@ class RegistrationVerbs:
                 await self._lifecycle.forget(name)
             await self._config.set(name, staged.manifest, request.config, replace=is_new)
             try:
-                answer = await self._link.commit(request.token, caller.by)
+                answer = await self._link.commit(request.token, caller.by, request.ticket)
             except IsolatorError:
                 if is_new:
                     await self._config.forget(name)
@@ -158,7 +158,7 @@ class RegistrationVerbs:
             self._registry.need(name)
             await self._config.set_next(name, staged.digest, manifest, request.config)
             try:
-                answer = await self._link.update(request.token, caller.by, approve=request.approve)
+                answer = await self._link.update(request.token, caller.by, request.ticket, approve=request.approve)
             except IsolatorError:
                 now = self._registry.get(name)
                 if now is None or staged.digest not in now.versions:
@@ -193,12 +193,16 @@ class RegistrationVerbs:
             if request.digest and request.digest != staged["digest"]:
                 self._abandon(staged["token"])
                 raise UsageError(f"plugin {request.name}", "something else is in its folder now", "look at it again")
-            return cast(ApprovedPlugin, await self.commit(PluginCommit(token=staged["token"]), caller))
-        changed = await self._change(request.name, lambda name: self._link.approve(name, caller.by, request.digest))
+            return cast(
+                ApprovedPlugin, await self.commit(PluginCommit(token=staged["token"], ticket=request.ticket), caller)
+            )
+        changed = await self._change(
+            request.name, lambda name: self._link.approve(name, caller.by, request.ticket, request.digest)
+        )
         return cast(ApprovedPlugin, changed)
 
     async def roll_back(self, request: PluginRollback, caller: Caller) -> ChangedPlugin:
-        return await self._change(request.name, lambda name: self._link.roll_back(name, caller.by))
+        return await self._change(request.name, lambda name: self._link.roll_back(name, caller.by, request.ticket))
 
     async def enable(self, request: PluginEnable, _: Caller) -> ChangedPlugin:
         answer = await self._change(request.name, self._link.enable)
@@ -212,7 +216,7 @@ class RegistrationVerbs:
         name = self._registry.need(request.name).name
         async with self._locks[name]:
             self._registry.need(name)
-            await self._link.remove(name, caller.by)
+            await self._link.remove(name, caller.by, request.ticket)
             now = self._registry.get(name)
             if now is None or not now.raw.get("found"):  # else forgotten already, and found in a folder
                 await self._lifecycle.forget(name)

@@ -226,6 +226,7 @@ class PluginEntry(TypedDict):
     effective_digest: str | None
     binary: NotRequired[str | None]
     source: NotRequired[str]
+    source_files: NotRequired[str]
     previous: NotRequired[list[str]]
     pending: NotRequired[Pending | None]
     on_trial: NotRequired[bool]
@@ -323,8 +324,8 @@ class LogLines(TypedDict):
 class PluginStage(Request, verb="plugin.stage", role="operator", recorded=True, result=StagedPlugin):
     """Show the request and the grant of a plugin that is not registered yet; the answer's token registers it.
 
-    ``update`` names the registered plugin of which this is a newer version; without ``path`` it is taken from the
-    source of the last one.
+    ``update`` names the registered plugin of which this is a newer version; the rest may be left out then, as with the
+    last one. The files themselves were handed over with the ticket.
     """
 
     path: OptionalText = None
@@ -334,24 +335,28 @@ class PluginStage(Request, verb="plugin.stage", role="operator", recorded=True, 
     files: OptionalText = None
     update: OptionalText = None
     config: Config = field(default_factory=dict, repr=False)
+    ticket: OptionalText = None
 
 
 class PluginCommit(Request, verb="plugin.commit", role="operator", recorded=True, result=RegisteredPlugin):
-    """Register a staged plugin, with its config."""
+    """Register a staged plugin, with its config; takes a ticket of whoever handed it over."""
 
     token: Name
     config: Config = field(default_factory=dict, repr=False)
+    ticket: OptionalText = None
 
 
 class PluginUpdate(Request, verb="plugin.update", role="operator", recorded=True, result=UpdatedPlugin):
     """Exchange the version in use for a staged one; one that asks for more waits, unless ``approve``.
 
-    Values in ``config`` belong to the version: they go with it when it fails, and wait with it.
+    Values in ``config`` belong to the version: they go with it when it fails, and wait with it. Takes a ticket of
+    whoever handed it over.
     """
 
     token: Name
     config: Config = field(default_factory=dict, repr=False)
     approve: Annotated[bool, Flag()] = False
+    ticket: OptionalText = None
 
 
 class PluginDiscard(Request, verb="plugin.discard", role="operator", recorded=True, result=Nothing):
@@ -365,12 +370,14 @@ class PluginApprove(Request, verb="plugin.approve", role="operator", recorded=Tr
 
     name: Name
     digest: OptionalText = None
+    ticket: OptionalText = None
 
 
 class PluginRollback(Request, verb="plugin.rollback", role="operator", recorded=True, result=ChangedPlugin):
     """Go back to the version before."""
 
     name: Name
+    ticket: OptionalText = None
 
 
 class PluginEnable(Request, verb="plugin.enable", role="operator", recorded=True, result=ChangedPlugin):
@@ -389,6 +396,7 @@ class PluginRemove(Request, verb="plugin.remove", role="operator", recorded=True
     """Stop a plugin and forget it with its config and its queue."""
 
     name: Name
+    ticket: OptionalText = None
 
 
 class PluginStart(Request, verb="plugin.start", role="operator", recorded=True, result=StartedRun):

@@ -91,6 +91,8 @@ class RegisteredEntry(PluginEntry):
     on_trial: bool = False
     """the version in use is new and being watched"""
     source: str = ""
+    source_files: str = omitted(default="")
+    """the folder that was registered beside a binary"""
 
 
 class FoundEntry(PluginEntry):
@@ -370,13 +372,15 @@ class StagePlugin(Request[Staged], op="plugin.stage"):
     """
 
     path: str = omitted(default="")
-    """its folder; or the next four"""
+    """the name of its folder; or the next four"""
     name: str = omitted(default="")
     binary: str = omitted(default="")
     hooks: tuple[str, ...] = omitted(default=())
     files: str = omitted(default="")
     update: str | None = omitted(default=None)
     """the registered name that it is a newer version of; the rest may be left out then: as the last one"""
+    ticket: str | None = omitted(default=None)
+    """with which the caller has handed it over; may be missing for a folder that the supervisor has found"""
 
 
 class OnePlugin(Body):
@@ -390,6 +394,8 @@ class CommitPlugin(Request[OnePlugin], op="plugin.commit"):
 
     token: str
     by: str | None = None
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who agrees; may be missing for a plugin that was found"""
 
 
 class DiscardPlugin(Request[None], op="plugin.discard"):
@@ -413,6 +419,8 @@ class UpdatePlugin(Request[UpdatedPlugin], op="plugin.update"):
 
     token: str
     by: str | None = None
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who agrees"""
     approve: bool = False
     """take it over also if it asks for more"""
 
@@ -422,6 +430,8 @@ class RollBackPlugin(Request[OnePlugin], op="plugin.rollback"):
 
     name: str
     by: str | None = omitted(default=None)
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who asks; without one, `by` is on record as the host process's"""
 
 
 class ApprovePlugin(Request[OnePlugin], op="plugin.approve"):
@@ -429,6 +439,8 @@ class ApprovePlugin(Request[OnePlugin], op="plugin.approve"):
 
     name: str
     by: str | None = omitted(default=None)
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who asks; without one, `by` is on record as the host process's"""
     digest: str | None = omitted(default=None)
     """that of the version that was shown; an error if another one waits now"""
 
@@ -438,6 +450,8 @@ class RemovePlugin(Request[None], op="plugin.remove"):
 
     name: str
     by: str | None = None
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who asks; without one, `by` is on record as the host process's"""
 
 
 class EnablePlugin(Request[OnePlugin], op="plugin.enable"):

@@ -44,6 +44,14 @@ def clear_sets() -> None:
     syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref((_Data * 2)()))
 
 
+def keep_only(number: int) -> None:
+    """Empty the inheritable and ambient sets, and leave one capability below 32 in the other two."""
+    _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
+    sets = (_Data * 2)()
+    sets[0].effective = sets[0].permitted = 1 << number
+    syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref(sets))
+
+
 def set_securebits(bits: int) -> None:
     """Set the securebits; python-prctl refuses the ambient ones, which are newer than it."""
     _prctl(_PR_SET_SECUREBITS, bits)

@@ -71,12 +71,17 @@ def allow(ruleset: int, version: int, path: str, rights: int) -> None:
     """Allow rights on what ``path`` is now, and below it."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        rule = _PathBeneath(rights & handled_rights(version), fd)
-        syscall("landlock_add_rule", ruleset, _PATH_BENEATH, ctypes.byref(rule), 0)
+        allow_below(ruleset, version, fd, rights)
     except OSError as error:
         raise OSError(error.errno, error.strerror, f"landlock rule for {path}") from None
     finally:
         os.close(fd)
+
+
+def allow_below(ruleset: int, version: int, fd: int, rights: int) -> None:
+    """Allow rights on what a descriptor refers to, and below it."""
+    rule = _PathBeneath(rights & handled_rights(version), fd)
+    syscall("landlock_add_rule", ruleset, _PATH_BENEATH, ctypes.byref(rule), 0)
 
 
 def restrict_self(ruleset: int) -> None:

@@ -168,7 +168,8 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
             str(path)
             for path in (
                 paths.etc, paths.policies, paths.lib, paths.plugins, paths.state, paths.host_lib, paths.audit_lib,
-                paths.log, paths.audit_log, paths.plugin_log, paths.control_socket, paths.journal,
+                paths.log, paths.audit_log, paths.plugin_log, paths.control_socket, paths.ticket_socket,
+                paths.journal,
                 paths.run / "hostapi",
             )
         ],

@@ -11,20 +11,22 @@ begun before its one decisive rename, and finishes what was begun after it (see 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from isolator.errors import NotFoundError, UsageError
+from isolator.errors import ConfinementError, IsolatorError, NotFoundError, UsageError
 from isolator.layers.explain import proposal_json
-from isolator.layers.user import add_user, refuse_existing, remove_user, user_name
+from isolator.layers.user import add_user, plugin_gid, refuse_existing, remove_user, user_name
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.request import ManifestCore
 from isolator.registration import policy_files, staging
+from isolator.registration.collecting import Offer
 from isolator.registration.proposals import Proposals
 from isolator.registration.staging import Source, Staged, check_staged, hash_binary
 from isolator.registration.store import KEPT, Intent, Registration, Release
@@ -43,6 +45,8 @@ class Candidate:
     release: Release
     more: tuple[str, ...] = ()
     """Requests beyond those of the version in use, one phrase each."""
+    by: str | None = None
+    """Who handed it over, as the kernel says; None: the daemon itself read it."""
 
 
 class Registrar(Proposals):
@@ -76,17 +80,35 @@ class Registrar(Proposals):
             if self.finish_removal(registration.name, forget_state)
         ]
         self.store.prune_all()
+        for name in self.names():
+            with contextlib.suppress(IsolatorError, OSError):
+                now = self.store.load(name)
+                for release in now.kept:
+                    if self.store.folder(name, release).stat().st_mode & 0o007:  # an earlier version's daemon made it
+                        self._open_to_user(now, release)
         policy_files.clear(self._paths.policies)
         return done
 
     # --- staged plugins --------------------------------------------------------------------------------------
 
-    def stage(self, source: Source, *, update: str | None = None) -> Candidate:
-        """Copy and read a plugin. ``update`` names the registered one that it is a newer version of."""
-        registration = self.store.load(update) if update is not None else None
-        if registration is not None and source == Source():
-            source = registration.source
-        staged = staging.stage(self._paths.plugins, source, self.reader)
+    def stage(self, source: Source, offer: Offer, *, update: str | None = None, by: str | None = None) -> Candidate:
+        """Copy and read what the caller ``by`` offers; takes over ``offer``.
+
+        ``update`` names the registered plugin of which it is a newer version.
+        """
+        with contextlib.closing(offer):
+            registration = self.store.load(update) if update is not None else None
+            if registration is not None and source == Source():
+                source = registration.source
+            return self._take(staging.stage(self._paths.plugins, source, self.reader, offer), source, registration, by)
+
+    def stage_again(self, now: Registration) -> Candidate:
+        """Stage a binary that is registered by path and has changed; its files stay those of the store."""
+        folder = self.store.folder(now.name, now.release)
+        staged = staging.stage_again(self._paths.plugins, folder, now.name, now.source)
+        return self._take(staged, now.source, now, None)
+
+    def _take(self, staged: Staged, source: Source, registration: Registration | None, by: str | None) -> Candidate:
         try:
             shown = source.path or source.binary
             core = self.reader.read(staged.manifest, f"{shown}/plugin.json").core
@@ -105,7 +127,7 @@ class Registrar(Proposals):
         except BaseException:
             staging.discard(staged)
             raise
-        candidate = Candidate(staged, core, proposal, source, release, more)
+        candidate = Candidate(staged, core, proposal, source, release, more, by)
         with self._lock:
             self._staged[staged.token] = candidate
             expired = list(self._staged)[:-_MAX_STAGED]
@@ -152,6 +174,7 @@ class Registrar(Proposals):
                     policy_files.write(self.policy_file(name), text)
                 with self._lock:
                     uid = add_user(user, self._host.uid_range, comment=f"Isolator plugin {name}")
+                self.store.open_to(name, candidate.release, plugin_gid(user, uid))
                 registration = Registration(
                     name, user, uid, candidate.release, source=candidate.source, serial=1,
                     policy_sha256=intent.policy_sha256,
@@ -171,6 +194,7 @@ class Registrar(Proposals):
         now = self.store.load(candidate.staged.name)
         try:
             self.store.keep(candidate.staged)
+            self._open_to_user(now, candidate.release)
             return self._save(replace(now, pending=candidate.release, source=candidate.source))
         finally:
             self.discard(token)
@@ -180,6 +204,7 @@ class Registrar(Proposals):
         candidate = self.candidate(token)
         try:
             self.store.keep(candidate.staged)
+            self._open_to_user(self.store.load(candidate.staged.name), candidate.release)
             return candidate.release, candidate.source
         finally:
             self.discard(token)
@@ -239,6 +264,11 @@ class Registrar(Proposals):
             forget_state(name)
             self._forget(registration)
         return bool(left)
+
+    def _open_to_user(self, now: Registration, release: Release) -> None:
+        # Without its user a plugin does not start, and says so then; its files stay root's alone.
+        with contextlib.suppress(ConfinementError):
+            self.store.open_to(now.name, release, plugin_gid(now.user, now.uid))
 
     def _still_as_shown(self, candidate: Candidate) -> None:
         proposal = self._meet(candidate.core)

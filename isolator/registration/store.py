@@ -18,9 +18,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ _STATE, _INTENT, _REMOVED, _TRIAL = "plugin.state", "plugin.intent", "plugin.rem
 _MARKERS = (_INTENT, _REMOVED)
 _MOST = 4 << 20
 """Bytes of a file here; two policies and a few names are far less."""
+_MODE = 0o750
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 logger = logging.getLogger(__name__)
@@ -216,6 +219,19 @@ class Store:
         staged.folder.rename(place)
         sync_folder(place.parent)
 
+    def open_to(self, name: str, release: Release, gid: int) -> None:
+        """Let a plugin's group, and nobody else, enter the folder of a version and the one above it."""
+        folder = self.folder(name, release)
+        for place in (folder, folder.parent):
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                info = os.fstat(fd)
+                if (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) != (0, gid, _MODE):
+                    os.fchown(fd, 0, gid)
+                    os.fchmod(fd, _MODE)
+            finally:
+                os.close(fd)
+
     def prune(self, name: str, kept: Iterable[Release]) -> None:
         """Delete the files of every version that is not to be kept."""
         digests = {release.digest for release in kept}
@@ -272,8 +288,8 @@ class Store:
 
     def _folder_of(self, name: str) -> Path:
         folder = self.base / name
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o755)
+        folder.mkdir(mode=_MODE, exist_ok=True)
+        folder.chmod(_MODE)
         return folder
 
     def _readable(self, file: str, convert: Callable[[Any], N]) -> Iterator[N]:

@@ -47,6 +47,7 @@ def plugin_spec(
         own(fd)
         binds.append(Bind(target, fd, writable=writable))
 
+    store.open_to(name, registration.release, gid)  # also of a user that was made again
     bind("/plugin", os.open(store.folder(name, registration.release), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     release = registration.release
     if release.kind == "binary":

@@ -18,6 +18,7 @@ from isolator.registration.staging import Source
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import Run
+from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
 
@@ -28,8 +29,8 @@ T = TypeVar("T")
 class Handlers:
     """Handlers of everything that the host may ask."""
 
-    def __init__(self, table: PluginTable, updates: Updates) -> None:
-        self._table, self._updates = table, updates
+    def __init__(self, table: PluginTable, updates: Updates, tickets: Tickets) -> None:
+        self._table, self._updates, self._tickets = table, updates, tickets
 
     def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
@@ -82,7 +83,7 @@ class Handlers:
         source = Source(
             path=request.path, name=request.name, binary=request.binary, hooks=request.hooks, files=request.files
         )
-        candidate = await self._updates.stage(source, request.update or None)
+        candidate = await self._updates.stage(source, request.update or None, request.ticket)
         staged, now = candidate.staged, self._table.plugins.get(candidate.staged.name)
         manifest = os.memfd_create("plugin.json", os.MFD_CLOEXEC)
         os.write(manifest, staged.manifest)
@@ -103,23 +104,23 @@ class Handlers:
         self._table.registrar.discard(request.token)
 
     async def _commit(self, request: messages.CommitPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.commit(request.token, request.by))
+        return self._one(await self._updates.commit(request.token, request.ticket, request.by))
 
     async def _update(self, request: messages.UpdatePlugin) -> messages.UpdatedPlugin:
-        done = await self._updates.update(request.token, request.by, approve=request.approve)
+        done = await self._updates.update(request.token, request.ticket, approve=request.approve)
         return messages.UpdatedPlugin(
             plugin=self._table.entry(done.plugin), unchanged=done.unchanged, pending=done.pending,
             differences=done.differences,
         )  # fmt: skip
 
     async def _roll_back(self, request: messages.RollBackPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.roll_back(request.name, request.by))
+        return self._one(await self._updates.roll_back(request.name, self._who(request)))
 
     async def _approve(self, request: messages.ApprovePlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.approve(request.name, request.by, request.digest))
+        return self._one(await self._updates.approve(request.name, self._who(request), request.digest))
 
     async def _remove(self, request: messages.RemovePlugin) -> None:
-        await self._updates.remove(request.name, request.by)
+        await self._updates.remove(request.name, self._who(request))
 
     async def _enable(self, request: messages.EnablePlugin) -> messages.OnePlugin:
         return self._one(await self._updates.enable(request.name))
@@ -137,6 +138,9 @@ class Handlers:
 
     async def _ledger(self, _: messages.GetLedger) -> messages.Ledger:
         return messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))
+
+    def _who(self, request: messages.RollBackPlugin | messages.ApprovePlugin | messages.RemovePlugin) -> str | None:
+        return self._tickets.who(request.ticket, request.by)
 
     def _one(self, plugin: Plugin) -> messages.OnePlugin:
         return messages.OnePlugin(plugin=self._table.entry(plugin))

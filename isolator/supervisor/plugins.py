@@ -137,6 +137,7 @@ class PluginTable:
             pending=self.pending(registration),
             on_trial=plugin.on_trial,
             source=registration.source.path or registration.source.binary,
+            source_files=registration.source.files,
         )
 
     def pending(self, registration: Registration) -> PendingVersion | None:

@@ -43,6 +43,7 @@ from isolator.supervisor.run import RunContext
 from isolator.supervisor.services import Services
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.supervisor.tasks import Tasks
+from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
 from isolator.volume.volume import Volume
@@ -103,10 +104,13 @@ async def running_daemon(
         stack.push_async_callback(tasks.close)
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, health))
         stack.push_async_callback(_stop, table, services, audit)
-        updates = Updates(table, context)
+        tickets = Tickets(paths.ticket_socket, config)
+        stack.callback(tickets.close)
+        updates = Updates(table, context, tickets)
         on_trial = await updates.hold_trials()
         progress("starting the services")
-        await services.start(table, Handlers(table, updates).all())
+        tickets.start()
+        await services.start(table, Handlers(table, updates, tickets).all())
         runtime.pool.begin(EVERY_LAYER)
         if cleared or not services.audit.found.ended:
             why = "the daemon before did not end by itself; what its processes had not handed over is lost"
@@ -177,6 +181,7 @@ def _make_folders(paths: Paths) -> None:
 def _remove_run_folder(paths: Paths) -> None:
     paths.control_socket.unlink(missing_ok=True)
     paths.metrics_socket.unlink(missing_ok=True)
+    paths.ticket_socket.unlink(missing_ok=True)
     shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
     with contextlib.suppress(OSError):
         paths.run.rmdir()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +26,12 @@ from isolator.audit.schema import (
     PluginRolledBack,
     PluginUpdated,
 )
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import DeniedError, IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
+from isolator.linux.descriptors import FdSet
+from isolator.linux.files import openat2
 from isolator.registration import policy_files
+from isolator.registration.collecting import Offer
 from isolator.registration.proposals import Loaded
 from isolator.registration.registrar import Candidate
 from isolator.registration.staging import Source
@@ -35,9 +40,12 @@ from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import SOCKET_SECONDS, RunContext
+from isolator.supervisor.tickets import Tickets, by_uid
 
 logger = logging.getLogger(__name__)
 
+_COPIES = 2
+"""Copies at a time for one uid: each holds a thread for as long as the caller's files take."""
 _EXCHANGED: dict[str, type[PluginUpdated | PluginRolledBack]] = {
     kind.TYPE: kind for kind in (PluginUpdated, PluginRolledBack)
 }
@@ -68,22 +76,51 @@ class _Exchange:
 class Updates:
     """The operations on the registrations of one daemon; each raises IsolatorError when it is refused or fails.
 
-    ``who`` names for the trail who asked. ``token`` is that of a staged plugin (``Registrar.stage``).
+    ``who`` names for the trail who asked. ``token`` is that of a staged plugin (``Registrar.stage``), ``ticket`` one
+    that the supervisor itself gave to the caller (``tickets.py``).
     """
 
-    def __init__(self, table: PluginTable, context: RunContext) -> None:
+    def __init__(self, table: PluginTable, context: RunContext, tickets: Tickets) -> None:
         self._table, self._registrar, self._audit = table, table.registrar, context.audit
-        self._paths = context.paths
+        self._paths, self._tickets = context.paths, tickets
+        self._copying: defaultdict[int, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_COPIES))
 
-    async def stage(self, source: Source, update: str | None) -> Candidate:
-        """Copy and read a plugin; ``update`` names the registered one that it is a newer version of."""
-        if update is not None:
-            self._table.find(update)
-        return await asyncio.to_thread(self._registrar.stage, source, update=update)
+    async def stage(self, source: Source, update: str | None, ticket: str | None) -> Candidate:
+        """Copy and read a plugin; ``update`` names the registered one that it is a newer version of.
 
-    async def commit(self, token: str, who: str | None) -> Plugin:
-        """Register a staged plugin."""
-        name = self._registrar.candidate(token).staged.name
+        Nothing is read but what the caller has handed over with a ticket, or a folder that was found.
+        """
+        offer = self._tickets.offer(ticket) if ticket else await self._found(source)
+        by = by_uid(offer.uid) if ticket else None
+        try:
+            if update is not None:
+                self._table.find(update)
+            async with self._copying[offer.uid]:
+                return await asyncio.to_thread(self._registrar.stage, source, offer, update=update, by=by)
+        finally:
+            offer.close()
+
+    async def _found(self, source: Source) -> Offer:
+        """A folder of ``plugin_dirs``, with the rights of its owner; raises UsageError for any other path."""
+        if not any(found.folder == source.path for found in self._table.discovery.found.values()):
+            raise UsageError(
+                "plugin.stage", "names files and hands nothing over: the daemon opens no path for a caller",
+                "use the command line, or the isolator_client of this release (docs/embedding.md, Tickets)",
+            )  # fmt: skip
+        return await asyncio.to_thread(_offer_found, source.path)
+
+    def _agreed(self, candidate: Candidate, ticket: str | None, claim: str | None = None) -> str | None:
+        """Who agrees to a staged plugin, for the trail: whoever handed it over. Raises DeniedError for anybody else."""
+        who = self._tickets.who(ticket, claim)
+        if candidate.by is not None and who != candidate.by:
+            why = f"{candidate.by} handed it over, and {who if ticket else 'nobody'} agrees to it with a ticket"
+            raise DeniedError(f"plugin {candidate.staged.name}", why, "run the command again")
+        return who
+
+    async def commit(self, token: str, ticket: str | None, claim: str | None) -> Plugin:
+        """Register a staged plugin; ``claim`` names the caller as the host process does."""
+        candidate = self._registrar.candidate(token)
+        name, who = candidate.staged.name, self._agreed(candidate, ticket, claim)
         async with self._table.lock(name):
             await asyncio.to_thread(self._registrar.finish_removal, name, self._forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
@@ -98,9 +135,10 @@ class Updates:
         self._table.discovery.rescan()
         return plugin
 
-    async def update(self, token: str, who: str | None, *, approve: bool) -> Updated:
+    async def update(self, token: str, ticket: str | None, *, approve: bool) -> Updated:
         """Exchange the version in use for a staged one; one that asks for more waits unless ``approve``."""
         candidate = self._registrar.candidate(token)
+        who = self._agreed(candidate, ticket)
         async with self._table.lock(candidate.staged.name):
             plugin = self._table.find(candidate.staged.name)
             now = plugin.registration
@@ -142,7 +180,7 @@ class Updates:
             if now.pending is not None:
                 await self._approve_pending(plugin, who)
             elif await asyncio.to_thread(self._registrar.binary_changed, now):
-                candidate = await asyncio.to_thread(self._registrar.stage, now.source, update=name)
+                candidate = await asyncio.to_thread(self._registrar.stage_again, now)
                 self._record_approval(plugin, candidate.release, (), who)
                 release, source = await asyncio.to_thread(self._registrar.accept, candidate.staged.token)
                 change = _Exchange("approve", PluginUpdated.TYPE, who)
@@ -346,3 +384,14 @@ class Updates:
 
     def _forget_state(self, name: str) -> None:
         self._table.volume(name).remove()
+
+
+def _offer_found(path: str) -> Offer:
+    """An offer of a folder in one of ``plugin_dirs``; raises UsageError when it has gone."""
+    with FdSet() as owned:
+        try:
+            above = owned.add(os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            folder = owned.add(openat2(above, os.path.basename(path), os.O_RDONLY | os.O_DIRECTORY))
+        except OSError as error:
+            raise UsageError(path, error.strerror or "cannot be opened", "see 'isolator plugin list'") from None
+        return Offer.of_owner(folder)

@@ -25,6 +25,7 @@ from isolator.policy.host import HostConfig
 from isolator.registration.registrar import Registrar
 from isolator.registration.staging import Source
 from isolator.registration.store import Registration
+from tests.support.offers import offered
 from tests.system.daemon import write_plugin
 
 NAME = "cut-short"
@@ -57,7 +58,7 @@ class Site:
         shutil.rmtree(self.paths.state / name, ignore_errors=True)
 
     def token(self, folder: Path, update: str | None = None) -> str:
-        return self.registrar.stage(Source(path=str(folder)), update=update).staged.token
+        return self.registrar.stage(Source(path=str(folder)), offered(folder), update=update).staged.token
 
     def now(self) -> Registration:
         return self.registrar.store.load(NAME)

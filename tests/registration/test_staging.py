@@ -15,12 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isolator.collector.walk import write_folder
 from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.ipc import folder_stream
+from isolator.linux.descriptors import close_all
 from isolator.policy.host import HostConfig
-from isolator.registration import staging
+from isolator.registration import collecting, staging
 from isolator.registration.reading import ManifestReader
 from isolator.registration.staging import Source, Staged, discard, stage
 from isolator.registration.store import Registration, Release, Store
+from tests.support.offers import offered
+from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for, write_plugin
 
 READER = ManifestReader(HostConfig().uid_range)
@@ -39,7 +44,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def offer(base: Path, folder: Path) -> Staged:
-    return stage(base, Source(path=str(folder)), READER)
+    return stage(base, Source(path=str(folder)), READER, offered(folder))
 
 
 def refused(base: Path, folder: Path, pattern: str) -> None:
@@ -120,6 +125,25 @@ def test_file_name_that_looks_like_two_files_has_another_digest(base: Path, pack
     assert digest(base, package) != two
 
 
+def streamed(folder: Path, target: Path) -> str:
+    """The digest of a folder's copy, without a process for it."""
+    source, root = os.open(folder, os.O_RDONLY), os.open(target, os.O_RDONLY)
+    read, write = os.pipe()
+
+    def run() -> None:
+        writer = folder_stream.FolderWriter(write)
+        write_folder(source, writer)
+        writer.end()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        return collecting._Copy(folder_stream.FolderReader(read, seconds(30)), "it").whole(root).digest
+    finally:
+        thread.join()
+        close_all([source, root, read, write])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     trees=st.lists(
@@ -132,11 +156,10 @@ def test_different_folders_have_different_digests(
 ) -> None:
     found = []
     for tree in trees:
-        base = tmp_path_factory.mktemp("store")
-        folder = write_plugin(tmp_path_factory.mktemp("package") / "parcel")
+        target, folder = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("package")
         for name, content in tree.items():
             (folder / name).write_bytes(content)
-        found.append(digest(base, folder))
+        found.append(streamed(folder, target))
     assert (found[0] == found[1]) == (trees[0] == trees[1])
 
 
@@ -162,7 +185,7 @@ def _device(folder: Path) -> None:
 
 def _deep(folder: Path) -> None:
     place = os.open(folder, os.O_RDONLY)
-    for _ in range(staging.MAX_DEPTH + 2):
+    for _ in range(folder_stream.MAX_DEPTH + 2):
         os.mkdir("d", dir_fd=place)
         below = os.open("d", os.O_RDONLY, dir_fd=place)
         os.close(place)
@@ -225,7 +248,7 @@ def test_hostile_package_is_refused(base: Path, package: Path, kind: str) -> Non
 def test_text_that_no_path_can_be_is_refused(base: Path, package: Path, key: str, text: str) -> None:
     source = {"name": "parcel", "binary": str(package / "main"), key: text}
     with pytest.raises(UsageError, match="no path can have"):
-        stage(base, Source(**source), READER)
+        stage(base, Source(**source), READER, offered(package))
     assert not list(base.iterdir())
 
 
@@ -240,14 +263,14 @@ def test_links_within_the_folder_stay_links(base: Path, package: Path) -> None:
 
 
 def test_the_copy_is_bounded(base: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "MAX_FILES", 20)
+    monkeypatch.setattr(folder_stream, "MAX_FILES", 20)
     for number in range(19):
         (package / f"file{number}").touch()
     refused(base, package, "more than 20 files")
-    monkeypatch.setattr(staging, "MAX_FILES", 50)
-    monkeypatch.setattr(staging, "MAX_BYTES", 4 << 20)
+    monkeypatch.setattr(folder_stream, "MAX_FILES", 50)
+    monkeypatch.setattr(folder_stream, "MAX_BYTES", 4 << 20)
     with (package / "sparse").open("wb") as file:
-        file.truncate(1 << 40)
+        file.truncate(8 << 20)
     refused(base, package, "more than 4 MiB")
 
 
@@ -296,7 +319,7 @@ def test_folder_that_changes_while_it_is_read_leaks_no_secret(base: Path, packag
     thread.start()
     copies = 0
     try:
-        for _ in range(300):
+        for _ in range(30):
             try:
                 staged = offer(base, package)
             except (UsageError, OSError):
@@ -329,7 +352,9 @@ def binary(shared_dir: Path) -> Path:
 
 
 def by_path(base: Path, path: Path, *hooks: str, name: str = "tool-name") -> Staged:
-    return stage(base, Source(name=name, binary=str(path), hooks=hooks or ("deploy.completed",)), READER)
+    # As a client does: the folder if there is a manifest in it, else the binary.
+    offer = offered(path.parent if (path.parent / "plugin.json").exists() else path)
+    return stage(base, Source(name=name, binary=str(path), hooks=hooks or ("deploy.completed",)), READER, offer)
 
 
 def test_a_binary_is_pinned_and_not_copied(base: Path, binary: Path) -> None:
@@ -376,7 +401,7 @@ def test_a_binary_that_others_can_change_is_refused(base: Path, binary: Path) ->
     with pytest.raises(UsageError, match="not a regular file"):
         by_path(base, binary.parent)
     with pytest.raises(UsageError):
-        by_path(base, binary.parent / "missing")
+        stage(base, Source(name="tool-name", binary=str(binary.parent / "missing")), READER, offered(binary))
     assert not list(base.iterdir())
 
 

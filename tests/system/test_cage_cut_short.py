@@ -42,6 +42,7 @@ from isolator.supervisor.run import RunContext
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.volume.volume import Volume
 from tests.registration.test_cut_short import EFFECTS, WRITES
+from tests.support.offers import offered
 from tests.support.sidecars import raw
 from tests.support.timeouts import seconds
 from tests.system.daemon import alive, wait_for, write_plugin
@@ -96,7 +97,7 @@ class _World:
         sandbox = {"network": {"egress": []}, "filesystem": {"state": "2M"}}
         self.folder = write_plugin(root / "plugins" / NAME, raw("connection.close()"), sandbox=sandbox)
         self.registrar = Registrar(self.paths, HostConfig())
-        self.registrar.add(self.registrar.stage(Source(path=str(self.folder))).staged.token)
+        self.registrar.add(self.registrar.stage(Source(path=str(self.folder)), offered(self.folder)).staged.token)
         self.uid = self.registrar.store.load(NAME).uid
         # What a process does once is no step of a start: the children have it from here.
         seccomp.compiled("default", self.paths.cache)

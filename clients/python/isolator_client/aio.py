@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from isolator_client import address, calls
+from isolator_client import address, calls, tickets
 from isolator_client.calls import Call, Delivered, Emitted
 from isolator_client.errors import DeniedError, IsolatorError, UnavailableError
 from isolator_client.link import Link, connect, lost
@@ -113,8 +113,13 @@ class AsyncClient:
         """Ask for any verb of the control socket and return its answer.
 
         Raises the error that the daemon answers, UsageError for what cannot be sent, and UnavailableError while there
-        is no connection or when it ends before the answer.
+        is no connection or when it ends before the answer. Verbs that add or change a plugin take a ticket, which is
+        fetched here: files that the parameters name are opened by this process, with its rights.
         """
+        name = tickets.updated(method, params)
+        shown = None if name is None else await self._ask("plugin.show", {"name": name})
+        if method.startswith("plugin."):
+            params = await asyncio.to_thread(tickets.with_ticket, self.path, method, params, shown)
         return await self._ask(method, params)
 
     async def emit(

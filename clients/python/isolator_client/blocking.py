@@ -75,7 +75,17 @@ class Client:
     # Verbs
 
     def call(self, method: str, /, **params: Any) -> dict[str, Any]:
-        """Ask for any verb of the control socket and return its answer. Raises the error that the daemon answers."""
+        """Ask for any verb of the control socket and return its answer. Raises the error that the daemon answers.
+
+        Verbs that add or change a plugin take a ticket, which is fetched here: files that the parameters name are
+        opened by this process, with its rights.
+        """
+        if method.startswith("plugin."):
+            from isolator_client import tickets
+
+            name = tickets.updated(method, params)
+            shown = None if name is None else self._ask("plugin.show", {"name": name}, self.timeout)
+            params = tickets.with_ticket(self.path, method, params, shown)
         return self._ask(method, params, self.timeout)
 
     def emit(

@@ -1,0 +1,156 @@
+# SPDX-FileCopyrightText: Isolator contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Tickets: proof for the daemon's root process of who asks for a change, and the files that it is about.
+
+The control socket belongs to a process without privilege, which root does not have to believe. So a request that adds
+or changes a plugin goes along with a ticket, from a socket of root's own beside the control socket: the kernel tells
+root who connects to it, and the files of a plugin are handed over there as descriptors that this process has opened. No
+file is read that the caller could not have read.
+
+A ticket counts once, for a minute, and only for the user who got it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isolator_client import address
+from isolator_client.errors import UsageError
+from isolator_client.protocol import error_of, request
+
+SOCKET = "ticket.sock"
+"""Name of the socket, in the folder of the control socket."""
+
+PATIENCE = 30
+"""Seconds for a place in the socket's backlog, and again for the answer."""
+
+_AGREEING = frozenset({"plugin.commit", "plugin.update", "plugin.approve", "plugin.rollback", "plugin.remove"})
+_MANIFEST = "plugin.json"
+_ANSWER = 1 << 16
+
+
+def updated(method: str, params: Mapping[str, Any]) -> str | None:
+    """Return the plugin whose present source has to be known for the ticket: a new version from where the last was."""
+    if method == "plugin.stage" and not any(params.get(key) for key in ("ticket", "path", "binary")):
+        name = params.get("update")
+        return name if isinstance(name, str) else None
+    return None
+
+
+def with_ticket(
+    control: str, method: str, params: Mapping[str, Any], shown: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the parameters with a ticket, and absolute paths, if the verb takes one. May wait.
+
+    ``shown`` describes the plugin that ``updated`` named. Raises UsageError for files that cannot be handed over.
+    Without a ticket, for want of the role or from a daemon that has none, the daemon's own answer tells why.
+    """
+    made = dict(params)
+    if made.get("ticket") or not _can_be_sent(method, params):
+        return made
+    if method == "plugin.stage":
+        files, descriptors = _opened(made if shown is None else _source(shown))
+        if shown is None:
+            made |= files
+    elif method in _AGREEING:
+        descriptors = []
+    else:
+        return made
+    try:
+        ticket = _ask(os.path.join(os.path.dirname(control), SOCKET), descriptors)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return made if ticket is None else made | {"ticket": ticket}
+
+
+def _can_be_sent(method: str, params: Mapping[str, Any]) -> bool:
+    try:
+        return bool(request(0, method, params))
+    except UsageError:
+        return False
+
+
+def _source(shown: Mapping[str, Any]) -> dict[str, Any]:
+    source, files = str(shown.get("source") or ""), str(shown.get("source_files") or "")
+    if os.path.isdir(source) and not files:
+        return {"path": source}
+    return {"binary": source, "files": files}
+
+
+def _opened(params: Mapping[str, Any]) -> tuple[dict[str, str], list[int]]:
+    """Open what the parameters name; returns it with its real paths, and the descriptors, which are the caller's."""
+    path, binary, files = (str(params.get(key) or "") for key in ("path", "binary", "files"))
+    if path:
+        path = os.path.abspath(path)
+        return {"path": path}, [_open(path, os.O_DIRECTORY, "name a folder that has a plugin.json")]
+    if not binary:
+        return {}, []
+    real = _resolve(binary)
+    if not files:
+        folder = os.path.dirname(real)
+        if os.path.lexists(os.path.join(folder, _MANIFEST)):
+            return {"binary": real}, [_open(folder, os.O_DIRECTORY, "check the path")]
+        return {"binary": real}, [_open(real, os.O_NONBLOCK, "check the path")]
+    beside = _resolve(files)
+    descriptors = [_open(beside, os.O_DIRECTORY, "name a folder")]
+    if not real.startswith(beside.rstrip("/") + "/"):
+        try:
+            descriptors.append(_open(real, os.O_NONBLOCK, "check the path"))
+        except BaseException:
+            os.close(descriptors[0])
+            raise
+    return {"binary": real, "files": beside}, descriptors
+
+
+def _open(path: str, flags: int, remedy: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC | flags)
+    except OSError as error:
+        raise UsageError(path, error.strerror or "cannot be opened", remedy) from None
+    except ValueError:
+        raise UsageError(ascii(path)[:80], "has characters that no path can have", "check the path") from None
+
+
+def _resolve(path: str) -> str:
+    try:
+        return os.path.realpath(path, strict=True)
+    except OSError as error:
+        raise UsageError(path, error.strerror or "cannot be found", "check the path") from None
+    except ValueError:
+        raise UsageError(ascii(path)[:80], "has characters that no path can have", "check the path") from None
+
+
+def _ask(path: str, descriptors: Sequence[int]) -> str | None:
+    """Get a ticket; None where there are none for this user. Raises the error that the daemon answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        # The kernel's own limits: with one of Python's, connecting to a full backlog would fail at once.
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", PATIENCE, 0))
+        try:
+            with address.short_name(path) as name:
+                sock.connect(name)
+        except (PermissionError, FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            return None
+        except OSError as error:
+            raise address.refusal(error, path) from None
+        answer = b""
+        with contextlib.suppress(OSError):  # a daemon that refuses has said why before it closed
+            if descriptors:
+                socket.send_fds(sock, [b"\0"], descriptors)
+        with contextlib.suppress(OSError):
+            while len(answer) < _ANSWER and (data := sock.recv(_ANSWER)):
+                answer += data
+    try:
+        made = json.loads(answer)
+        if "error" in made:
+            raise error_of({"data": made["error"]})
+        return str(made["ticket"])
+    except (ValueError, KeyError, TypeError):
+        return None

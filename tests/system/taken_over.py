@@ -1,0 +1,111 @@
+"""A process of the daemon's, taken over: it does its work, and sends the supervisor whatever a test wants.
+
+``python3 -I -m tests.system.taken_over MODULE ARGUMENTS`` is MODULE, of the daemon's services, with a socket of its own
+(``$ORDERS/MODULE``) that takes lines of JSON. ``{"op": NAME, "fields": {}}`` goes to the supervisor over the channel
+that the process was given; ``{"connect": PATH}`` and ``{"open": PATH}`` are done with the process's own rights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import runpy
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from isolator.errors import IsolatorError
+from isolator.ipc import channel
+from tests.support.timeouts import seconds
+from tests.system.daemon import Daemon, daemon
+
+ORDERS = "orders"
+"""Folder of the sockets, below the daemon's root."""
+
+
+class TakenOver(Daemon):
+    """A daemon whose host and audit process are in an attacker's hands."""
+
+    def command(self) -> list[str]:
+        orders = self.root / ORDERS
+        orders.mkdir(exist_ok=True)
+        orders.chmod(0o777)
+        program = (
+            "import sys; from isolator.supervisor import service; real = service.service_command\n"
+            "def command(module, *rest):\n"
+            "    words = real(module, *rest)\n"
+            "    at = words.index(module)\n"
+            f"    taken = ['tests.system.taken_over', {str(orders)!r}, module]\n"
+            "    return words[:at] + (taken if 'broker' not in module else [module]) + words[at + 1:]\n"
+            "service.service_command = command\n"
+            "from host.cli.main import main; sys.exit(main())"
+        )
+        return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
+
+    def order(self, module: str, **order: Any) -> dict[str, Any]:
+        """Have a process do something; returns the answer, or the error under ``error``."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(seconds(60))
+            sock.connect(str(self.root / ORDERS / module))
+            sock.sendall(json.dumps(order).encode() + b"\n")
+            with sock.makefile("rb") as answers:
+                return json.loads(answers.readline())
+
+    def ask_as_host(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send the supervisor a request in the host process's name."""
+        return self.order("host.service", op=op, fields=fields)
+
+
+@contextlib.contextmanager
+def taken_over(host_toml: str = "") -> Iterator[TakenOver]:
+    """A running daemon of that kind."""
+    with daemon(host_toml=host_toml, kind=TakenOver) as made:
+        assert isinstance(made, TakenOver)
+        yield made
+
+
+async def _obey(link: channel.Channel, order: dict[str, Any]) -> dict[str, Any]:
+    try:
+        if "op" in order:
+            answer = await link.call(order["op"], timeout=seconds(60), **order["fields"])
+            answer.close()
+            return answer.fields
+        if "connect" in order:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(order["connect"])
+        else:
+            Path(order["open"]).read_bytes()
+    except IsolatorError as error:
+        return {"error": error.to_json()}
+    except OSError as error:
+        return {"error": {"code": type(error).__name__}}
+    return {}
+
+
+def main() -> None:
+    """Run the service, and obey."""
+    orders, module = sys.argv[1:3]
+    sys.argv = [module, *sys.argv[3:]]
+    real = channel.Channel.__init__
+    kept = []
+
+    def init(self: channel.Channel, *arguments: Any, **keywords: Any) -> None:
+        real(self, *arguments, **keywords)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(json.dumps(await _obey(self, json.loads(await reader.readline()))).encode() + b"\n")
+            writer.close()
+
+        path = Path(orders) / module
+        path.unlink(missing_ok=True)
+        kept.append(asyncio.get_running_loop().create_task(asyncio.start_unix_server(serve, path)))
+
+    channel.Channel.__init__ = init  # type: ignore[method-assign]
+    runpy.run_module(module, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
