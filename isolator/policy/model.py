@@ -10,6 +10,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
+from pydantic import Field
+
 from isolator.policy.keys import (
     MIB,
     ConnectionLimits,
@@ -95,6 +97,8 @@ class EffectivePolicy(DeliveryLimits):
     filesystem: FilesystemPolicy = FilesystemPolicy()
     syscalls: Literal["default", "strict"] = "default"
     restart: RestartPolicy = RestartPolicy()
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables of its environment that the operator sets; no secrets, they are shown."""
 
     def value(self, key: Key) -> Any:
         """The value of a declared key, in whichever section it stands."""

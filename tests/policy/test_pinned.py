@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "cee8f91066aa9d40f3e2f9e8b2f821a713e4e512b71f5454780bbda30401f066",
+        "e98725b3f6bb81e446bd98521844fc2f75958963be83a3af620db38fdfa5ec97",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "5437528a8f99314e23115ce462e78caa249b2a720bfc2c87f18a705e67158928",
+        "eb8de377e8c0d3789b0030f87e8378afabcb77c93df2896512fa5ef8b6451fa4",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "6ac57f72b42fe0f37ddb2aedf2455fc29645e9186aba8b05ad5f4bca1d89d135",
+        "0a2fb00aed1a3e2424bbc88c2bfef0d7d81da7d09a59663956222e87bde94714",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "e36b61c9c50dd45a824a35f8490243afd00fddd9ef50954774b096eecebd881c",
+        "4797cadd8d57002166035ad4322f62d8937fe89ea2aba77e396054bc4844cfc9",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "3721fe44fb5b16c6a0b4c1eb3798659e7a20eed62a2c5e50fc9b4d61aeab3d39",
+        "2b67d95c56a97584797680a34f1b529e62e6e3ea07341dc6de6d61cc92470df9",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "2ec5cc3589103755f8d871d6ca29245c764200eba033ffba49caf5820ceceacb",
+        "bb47143ad1173967f629d1259bd0f6ec864897fa2dbcf204aec1da40265a57f6",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "885a89bed1462e80442e7e3074363270a53988d515cf48a15ba0cb6f601f5947",
+        "227c6766d7715ae8c150433b9c531e59c71e098f4a0baf906d6aa5862e1ae69c",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "42b5671b60999a22610333befaeca5732010567581b550b7de67ae146e3088bb",
+        "95dcae358f4eafe06d5dacef3c9d20bd6ae8b9787256779a48ba625951b25cef",
     ),
 }
 

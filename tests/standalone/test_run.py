@@ -285,3 +285,25 @@ def _remove(folders: list[Path]) -> None:
             if child.is_dir():
                 child.rmdir()
         top.rmdir()
+
+
+def test_time_zone_is_utc_unless_somebody_sets_it(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = shared_dir / "berlin.toml"
+    policy.write_text('[env]\nTZ = "Europe/Berlin"\nGREETING = "hello there"\n')
+    show = ("--", "sh", "-c", 'echo "$TZ,$GREETING"')
+    monkeypatch.delenv("TZ", raising=False)
+    assert isolator(shared_dir, "run", *show).stdout == "UTC,\n"
+    assert isolator(shared_dir, "run", "--policy", str(policy), *show).stdout == "Europe/Berlin,hello there\n"
+    flag = isolator(shared_dir, "run", "--policy", str(policy), "--env", "TZ=Asia/Tokyo", *show)
+    assert flag.stdout == "Asia/Tokyo,hello there\n"
+    monkeypatch.setenv("TZ", "America/Lima")
+    assert isolator(shared_dir, "run", *show).stdout == "America/Lima,\n"
+
+
+def test_runtimes_agree_about_the_time_zone(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TZ", raising=False)
+    offsets = """date +%z; python3 -c 'import time; print(time.strftime("%z"))'
+perl -MPOSIX -e 'print strftime("%z", localtime)'"""
+    assert isolator(shared_dir, "run", "--", "sh", "-c", offsets).stdout.split() == ["+0000"] * 3
+    tokyo = isolator(shared_dir, "run", "--env", "TZ=Asia/Tokyo", "--", "sh", "-c", offsets)
+    assert tokyo.stdout.split() == ["+0900"] * 3

@@ -50,5 +50,6 @@ def compose(
         filesystem=FilesystemPolicy(read=bounds.read, **declared(FilesystemPolicy)),
         syscalls="strict" if bounds.strict else "default",
         restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
+        env=grant.env,
         **declared(EffectivePolicy),
     )

@@ -65,6 +65,9 @@ class _Explainer:
                 yield self._limit(limit)
         yield from self._read()
         yield self._syscalls()
+        for name, value in self.effective.env.items():
+            setting = f"{name}={value}"
+            yield self._line("env", None, setting, setting, "granted", key=f"env.{name}")
 
     def _line(
         self,
