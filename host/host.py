@@ -108,7 +108,7 @@ class Host:
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
         self._audit = audit
-        link = SupervisorLink(channel)
+        link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
 
         database, key = paths.host_lib / "host.db", paths.host_lib / "key"

@@ -228,6 +228,7 @@ class PluginEntry(TypedDict):
     source: NotRequired[str]
     previous: NotRequired[list[str]]
     pending: NotRequired[Pending | None]
+    ready: NotRequired[bool]
     on_trial: NotRequired[bool]
     found: NotRequired[str]
 

@@ -88,6 +88,8 @@ class RegisteredEntry(PluginEntry):
     previous: tuple[str, ...] = ()
     """digests of earlier versions, the latest first"""
     pending: PendingVersion | None = None
+    ready: bool = False
+    """the socket of its run has been there"""
     on_trial: bool = False
     """the version in use is new and being watched"""
     source: str = ""

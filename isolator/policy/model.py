@@ -21,7 +21,7 @@ from isolator.policy.keys import (
     Key,
     NetworkSwitches,
     ResourceLimits,
-    StopLimits,
+    RunLimits,
 )
 
 
@@ -82,7 +82,7 @@ class CrashPolicy(Frozen):
 
 
 # ``stop_grace`` comes last, as in ``HostConfig.digest``.
-class RestartPolicy(StopLimits, CrashPolicy):
+class RestartPolicy(RunLimits, CrashPolicy):
     """Back-off between crashes, when to give up, and the time to stop in."""
 
 

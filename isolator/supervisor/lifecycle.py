@@ -36,7 +36,7 @@ from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.ipc.messages import Environment, Origin, PluginState
 from isolator.pacing import Backoff
-from isolator.supervisor.run import Run, RunContext, prepare_run
+from isolator.supervisor.run import NO_SOCKET, Run, RunContext, prepare_run
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -292,6 +292,7 @@ class Plugin:
             self._started(run, reason)
             end = await run.watch(
                 self._stop,
+                on_ready=lambda: self._on_change(self),
                 on_steady=lambda: self._conclude_trial(""),
                 drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
             )
@@ -335,6 +336,7 @@ class Plugin:
         controls = ledger(volume.check)
         spec = run.cage.spec
         run.started_at = utc_now()
+        run.began = asyncio.get_running_loop().time()
         run.for_start.close()
         audit = self._context.audit
         started = PluginStarted(
@@ -432,4 +434,6 @@ def _describe(end: CageExit | None) -> str:
         return "did not start"
     if end.cause in ("exit", "signal"):
         return f"exit code {end.exit_code}" if end.signal is None else f"killed by signal {end.signal}"
+    if end.cause.startswith(NO_SOCKET):
+        return f"{end.cause}; raise start_timeout in [restart] of its policy if it needs longer"
     return end.cause

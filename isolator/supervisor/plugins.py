@@ -128,6 +128,7 @@ class PluginTable:
             pid=run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
             uid=registration.uid,
             started_at=run.started_at if run else None,
+            ready=run.socket_there.is_set() if run else False,
             restarts=plugin.restarts,
             effective=effective.model_dump(mode="json") if effective else None,
             effective_digest=effective.digest() if effective else None,

@@ -34,10 +34,12 @@ from isolator.registration.store import Registration, Release, Trial
 from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
-from isolator.supervisor.run import SOCKET_SECONDS, RunContext
+from isolator.supervisor.run import RunContext
 
 logger = logging.getLogger(__name__)
 
+RESUME_SECONDS = 10.0
+"""Seconds that a version which is in use again has for its cage."""
 _EXCHANGED: dict[str, type[PluginUpdated | PluginRolledBack]] = {
     kind.TYPE: kind for kind in (PluginUpdated, PluginRolledBack)
 }
@@ -336,7 +338,7 @@ class Updates:
         self._table.announce(plugin)
         if running:
             with contextlib.suppress(IsolatorError, TimeoutError):
-                async with asyncio.timeout(SOCKET_SECONDS):
+                async with asyncio.timeout(RESUME_SECONDS):
                     plugin.start("rollback")
                     await plugin.wait_running()
 

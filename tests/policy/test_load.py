@@ -122,6 +122,8 @@ def test_every_value_knows_its_line() -> None:
         ("[grant]\nallow_no_sni = 'yes'", 2, "true or false"),
         ("[syscalls]\nprofile = 'stict'", 2, '"default" or "strict"'),
         ("[restart]\nstop_grace = '2m'", 2, "over the ceiling, 1m"),
+        ("[restart]\nstart_timeout = '6m'", 2, "over the ceiling, 5m"),
+        ("[restart]\nstart_timeout = '10ms'", 2, "least that works, 1s"),
         ("[restart]\nbackoff_min = '9s'\nbackoff_max = '1s'", 2, "more than backoff_max"),
         ("[delivery]\ntimeout = '16m'", 2, "over the ceiling, 15m"),
         ("grant = 1", 1, "must be a table"),

@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "e98725b3f6bb81e446bd98521844fc2f75958963be83a3af620db38fdfa5ec97",
+        "e772bc6399e03b63bebb0b33d0901fb301ef2bdddedf394d2fd35727f861ab3b",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "eb8de377e8c0d3789b0030f87e8378afabcb77c93df2896512fa5ef8b6451fa4",
+        "cbe66b63747c9d6c32d6f35e09189d185926ef513b9fe4dc3b79dffaf1c7e06d",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "0a2fb00aed1a3e2424bbc88c2bfef0d7d81da7d09a59663956222e87bde94714",
+        "f5ae025fe97e3163052f84d6794c0bc957ea67a2057716a97b3b5130203cd89a",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "4797cadd8d57002166035ad4322f62d8937fe89ea2aba77e396054bc4844cfc9",
+        "0c02dc8237f7cf992434c3ee5451b793cfd6606ca696c1909a7fc1ba516641ff",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "2b67d95c56a97584797680a34f1b529e62e6e3ea07341dc6de6d61cc92470df9",
+        "e0a7391d6814b951307d43d75980e5e00080b254ba01f8ccd6f808a6384ccf9d",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "bb47143ad1173967f629d1259bd0f6ec864897fa2dbcf204aec1da40265a57f6",
+        "7021824894cd8b9e28eaae0f8dc46b5bbc363f2bf1b3e6c2cbc66b0514bbe42f",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "227c6766d7715ae8c150433b9c531e59c71e098f4a0baf906d6aa5862e1ae69c",
+        "e63977c5b2d732af9a52b24cd496d5239cbae6817592215a9d0349e262cceaf1",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "95dcae358f4eafe06d5dacef3c9d20bd6ae8b9787256779a48ba625951b25cef",
+        "78bf0f7bc3b9b5e3e9f3e0a6bb7f3d4856626ba3738b5a9e1928cc08d92f098a",
     ),
 }
 
@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "7b50e7c18f62b8ce3b782c91dba88ec37cab9aa5bbf8df9cac668e203f32b420"),
-        (OPEN, "976b4d25436f9625851b30d205611b2597d327101073b9761933c3bc990120ae"),
-        (STRICT, "87c6721bb10f447995dd3cd8d905bc08aaa288b32a50de2ba81ed372174a0b67"),
+        (HostConfig(), "5f3dffbe36cec2829a880880a84832e9555c65aecf787ee8c1d652e6e7baa4f4"),
+        (OPEN, "dee4720069a3f57f8672546cb1f085246b27222b34fcbae96defd5f7559c7ae4"),
+        (STRICT, "d3677d35b66902672067522330748ef2c34ab6fb768fc73b0132f7e2ce24a48d"),
     ],
     ids=["default", "open", "strict"],
 )
@@ -96,5 +96,5 @@ def test_explanation_and_written_policy_keep_their_text() -> None:
     shown = [[*map(asdict, proposal.lines), proposal.policy_text] for proposal in proposals]
     text = json.dumps(shown, sort_keys=True)
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "e376f520e28d8d716393266e9005c516e2b841882bf079bf3e14b037b1a550f4"
+        hashlib.sha256(text.encode()).hexdigest() == "7d173155126c30ac91e3324975b476795a364a6396399ecfeb2614f07e020ab3"
     ), text

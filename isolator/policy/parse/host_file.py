@@ -18,7 +18,7 @@ from isolator.policy.host import (
     Metrics,
     Roles,
 )
-from isolator.policy.keys import BY_NAME, CEILING, LIMITS, SWITCHES, Limits
+from isolator.policy.keys import BY_NAME, CEILING, LIMITS, SWITCHES, Limits, RunLimits
 from isolator.policy.model import AddressException, RestartPolicy
 from isolator.policy.parse.strict import Table, did_you_mean, printable
 from isolator.policy.parse.toml_file import document, duration_between, egress_of, restart_of, where_of
@@ -55,7 +55,7 @@ def parse_host_config(text: bytes, *, source: str) -> HostConfig:
         ),
         defaults=Limits(**usual),
         default_syscalls=defaults.choice("syscalls", ("default", "strict"), "default"),  # type: ignore[arg-type]  # checked
-        restart=RestartPolicy(**restart_of(restart), stop_grace=Limits(**usual).stop_grace),
+        restart=RestartPolicy(**restart_of(restart), **Limits(**usual).model_dump(include=set(RunLimits.model_fields))),
         roles=Roles(
             viewer=roles.items("viewer", _uid) or (),
             emitter=roles.items("emitter", _uid) or (),
