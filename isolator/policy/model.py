@@ -24,6 +24,9 @@ from isolator.policy.keys import (
     RunLimits,
 )
 
+VIRTUAL = "198.18.0.0/15"
+"""Default of ``NetworkPolicy.virtual``: a range for benchmarks, of which no host is part."""
+
 
 class EgressRule(Frozen):
     """One destination: a name, ``*.`` plus a name (whole labels), an address or a CIDR; and its TCP ports."""
@@ -56,6 +59,8 @@ class NetworkPolicy(ConnectionLimits, NetworkSwitches):
     listen: tuple[ListenRule, ...] = ()
     resolvers: tuple[str, ...] = ()
     """Upstream DNS as ``ADDRESS`` or ``ADDRESS:PORT``; empty means the host's /etc/resolv.conf."""
+    virtual: str = VIRTUAL
+    """The IPv4 network whose addresses stand for names inside a cage; none of it is ever dialled."""
 
 
 class ResourcePolicy(ResourceLimits):

@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "e772bc6399e03b63bebb0b33d0901fb301ef2bdddedf394d2fd35727f861ab3b",
+        "e0ffc8de73d9d01bba2961456c1af4442820f12c1c0e0077b151962a3f29de04",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "cbe66b63747c9d6c32d6f35e09189d185926ef513b9fe4dc3b79dffaf1c7e06d",
+        "fdf8452a4452df0756c39f5e2372c22972b515b6def0e1137f1024c0d5550a30",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "f5ae025fe97e3163052f84d6794c0bc957ea67a2057716a97b3b5130203cd89a",
+        "1e6eec2ab5f4d09b88b276f23f9ba68fd7ad0be5b2ac4811ceb70788d8dc6deb",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "0c02dc8237f7cf992434c3ee5451b793cfd6606ca696c1909a7fc1ba516641ff",
+        "e05a7737249774967e4d4d1a33af51199f23c9bcc9bf77325e63c3671681dd0a",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "e0a7391d6814b951307d43d75980e5e00080b254ba01f8ccd6f808a6384ccf9d",
+        "388394e70da61802992b31c263411e7d9fce1653547a107d18601de66f47cd19",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "7021824894cd8b9e28eaae0f8dc46b5bbc363f2bf1b3e6c2cbc66b0514bbe42f",
+        "35d8bf50177d1f95c12a1a9983cb769265c525b65ff2e84279cb511cb9b12ba7",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "e63977c5b2d732af9a52b24cd496d5239cbae6817592215a9d0349e262cceaf1",
+        "4823cdb65b850d88dc7e65673ec9d42b731e94e391b2078491468d210c7b9fa9",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "78bf0f7bc3b9b5e3e9f3e0a6bb7f3d4856626ba3738b5a9e1928cc08d92f098a",
+        "3f167a9629e4c333ab08947f832eb60832fb7efa62ee70aaa493732b8ccd6eb9",
     ),
 }
 
@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "5f3dffbe36cec2829a880880a84832e9555c65aecf787ee8c1d652e6e7baa4f4"),
-        (OPEN, "dee4720069a3f57f8672546cb1f085246b27222b34fcbae96defd5f7559c7ae4"),
-        (STRICT, "d3677d35b66902672067522330748ef2c34ab6fb768fc73b0132f7e2ce24a48d"),
+        (HostConfig(), "32920b36a8ed7300a5133a6fe4cb4f22471571c47b2872fb86967a92ca0031db"),
+        (OPEN, "0ebbda7803f24450001f2ce79c28a6e2a13c4be73a9ab0b4fcd1be470bc55f7f"),
+        (STRICT, "cfcedd4dfda6c0925a85e7eb4e2301e1492f83c6efd9b17a5db0359a7f90a8a2"),
     ],
     ids=["default", "open", "strict"],
 )

@@ -133,7 +133,7 @@ def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
     if policy.egress_public and not ceiling.egress_public:
         refuse("grant.egress", '"public" is over the ceiling')
     for rule in policy.egress or ():
-        blocked = never_reachable(rule, host.exceptions)
+        blocked = never_reachable(rule, host.exceptions, host.virtual)
         if not blocked and not egress_within(Egress(rules=(rule,)), ceiling_egress(ceiling)):
             text = names.format_egress(rule)
             refuse(_element(policy, "grant.egress", text), f"{text} is over the ceiling")
