@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -41,8 +41,8 @@ from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, SecretInjected
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Handler, by_op
-from isolator.ipc.channel import Channel
+from isolator.ipc.body import Handler, WithFds, by_op
+from isolator.ipc.channel import MAX_PACKET, Channel
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
     DrainRun,
@@ -58,6 +58,7 @@ from isolator.ipc.messages import (
     RunStarted,
     StderrTail,
 )
+from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
@@ -218,14 +219,18 @@ class Host:
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
 
-    async def _run_environment(self, request: GetEnvironment) -> Environment:
+    async def _run_environment(self, request: GetEnvironment) -> WithFds[Environment]:
         name = request.name
         plugin = self._registry.get(name)
         manifest, digest = (plugin.manifest, plugin.digest) if plugin is not None else (None, "")
         environment = self._config.environment(name, manifest, digest)
         if environment.secrets:
             self._audit.record(SecretInjected(names=list(environment.secrets)), plugin=name)
-        return Environment(env=environment.env, files=environment.files, secrets=tuple(environment.secrets))
+        answer = Environment(env=environment.env, files=environment.files, secrets=tuple(environment.secrets))
+        encoded = json.dumps(answer.files).encode()
+        if len(encoded) <= MAX_PACKET // 4:  # the variables have their half of the message
+            return WithFds(answer, [])
+        return WithFds(replace(answer, files={}, apart=True), [make_sealed(encoded)])
 
     async def _run_started(self, request: RunStarted, fds: list[int]) -> None:
         name, run = request.name, request.run

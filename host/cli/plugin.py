@@ -305,6 +305,8 @@ def _show_config(items: list[dict[str, Any]]) -> None:
     rows = []
     for item in items:
         value = "[secret]" if item["secret"] and item["is_set"] else item["value"] if item["is_set"] else None
+        if item["type"] == "file" and value not in (None, "[secret]"):
+            value = f"[{len(value.encode())} bytes]"
         default = f"(default {item['default']})" if not item["is_set"] and item["default"] is not None else None
         state = "required, not set" if item["required"] and not item["is_set"] else default
         rows.append([item["key"], item["type"], value, state])

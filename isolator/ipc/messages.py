@@ -229,13 +229,18 @@ class Environment(Body):
 
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    """by name of the secret file, its text"""
+    """by name of each file of its config, the text"""
+    apart: bool = False
+    """`files` are in the descriptor"""
     secrets: tuple[str, ...] = ()
     """names of the variables that hold secrets"""
 
 
 class GetEnvironment(Request[Environment], op="run.environment"):
-    """Return a plugin's config for a start."""
+    """Return a plugin's config for a start.
+
+    Reply's descriptors: a sealed memfd with the JSON of `files` when that is too long for a message
+    """
 
     name: str
 

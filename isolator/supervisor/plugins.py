@@ -123,7 +123,7 @@ class PluginTable:
             version=plugin.version,
             digest=registration.digest,
             state=plugin.state,
-            error="; ".join(filter(None, (plugin.error, plugin.notice))),
+            error="; ".join(filter(None, (plugin.error, plugin.notice, plugin.outdated))),
             run=run.id if run else None,
             pid=run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
             uid=registration.uid,

@@ -93,6 +93,8 @@ class Run:
     """Why the supervisor ended it, if it did; takes the place of the cause that the process itself reports."""
     origin: Origin = Origin.PLUGIN
     """Whose doing its end is, unless it is stopped."""
+    shown: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Device and inode of each path that its policy shows it, as they were at its start."""
     reached: bool = False
     """The host has connected to its socket."""
     _usage: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +109,10 @@ class Run:
     def detect_drift(self) -> str:
         """Return which of the running cage's control groups somebody has changed, and how; empty: none."""
         return self.cage.detect_drift() if self.cage.started else ""
+
+    def replaced(self) -> tuple[str, ...]:
+        """The paths it is shown at which the host has something else by now; blocks while a file system does."""
+        return tuple(path for path, identity in self.shown.items() if _identity_at(path) != identity)
 
     def usage(self) -> dict[str, Any]:
         """Return the resources used so far; those of processes that have ended as of the call before."""
@@ -276,10 +282,23 @@ async def prepare_run(
         null = owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         cage = Cage(spec, context.runtime, Stdio(null, *writers), handover=hand_over)
         directory = spec.mounts["/run/isolator/plugin"]
+        read = set(effective.filesystem.read)
+        shown = {bind.target: _identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
         kept = FdSet([owned.release(fd) for fd in (directory, *pipes)])
         for_start = FdSet(owned.release_all())
-        run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context)
+        run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context, shown=shown)
         return run
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _identity_at(path: str) -> tuple[int, int] | None:
+    try:
+        return _identity(os.lstat(path))
+    except OSError:
+        return None
 
 
 def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:
