@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host.control.alarms import Alarms
@@ -43,8 +43,8 @@ from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged, SecretInjected
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Handler, by_op
-from isolator.ipc.channel import Channel
+from isolator.ipc.body import Handler, WithFds, by_op
+from isolator.ipc.channel import MAX_PACKET, Channel
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
     AlarmsChanged,
@@ -62,6 +62,7 @@ from isolator.ipc.messages import (
     RunStarted,
     StderrTail,
 )
+from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
@@ -115,7 +116,7 @@ class Host:
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
         self._audit, self._channel = audit, channel
-        link = SupervisorLink(channel)
+        link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
 
         database, key = paths.host_database, paths.host_lib / "key"
@@ -238,14 +239,18 @@ class Host:
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
 
-    async def _run_environment(self, request: GetEnvironment) -> Environment:
+    async def _run_environment(self, request: GetEnvironment) -> WithFds[Environment]:
         name = request.name
         plugin = self._registry.get(name)
         manifest, digest = (plugin.manifest, plugin.digest) if plugin is not None else (None, "")
         environment = self._config.environment(name, manifest, digest)
         if environment.secrets:
             self._audit.record(SecretInjected(names=list(environment.secrets)), plugin=name)
-        return Environment(env=environment.env, files=environment.files, secrets=tuple(environment.secrets))
+        answer = Environment(env=environment.env, files=environment.files, secrets=tuple(environment.secrets))
+        encoded = json.dumps(answer.files).encode()
+        if len(encoded) <= MAX_PACKET // 4:  # the variables have their half of the message
+            return WithFds(answer, [])
+        return WithFds(replace(answer, files={}, apart=True), [make_sealed(encoded)])
 
     async def _run_started(self, request: RunStarted, fds: list[int]) -> None:
         name, run = request.name, request.run

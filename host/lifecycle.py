@@ -15,7 +15,7 @@ from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
-from host.supervisor_link import MAX_EXCHANGE, SupervisorLink
+from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import PluginEntry
@@ -130,7 +130,7 @@ class PluginLifecycle:
         Not at once: an update that an earlier process asked for may still be carried out.
         """
         for name, digest in self.config.unsettled():
-            asyncio.get_running_loop().call_later(MAX_EXCHANGE, self._drop_if_unsettled, name, digest)
+            asyncio.get_running_loop().call_later(self.link.exchange_timeout, self._drop_if_unsettled, name, digest)
 
     def _drop_if_unsettled(self, name: str, digest: str) -> None:
         plugin = self.registry.get(name)

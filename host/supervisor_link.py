@@ -30,20 +30,22 @@ from isolator.ipc.messages import (
 )
 
 SUPERVISOR_TIMEOUT = 120.0
-MAX_EXCHANGE = 240.0
-"""Seconds for one version to be stopped, another to be watched, and the first to come back."""
+_EXCHANGE_TIMEOUT = 220.0
+"""Seconds for one version to be stopped and another to take its place, besides the starts of both."""
 _STATUS_TIMEOUT = 5.0
 
 
 class SupervisorLink:
-    """The supervisor, as plugins and their runs are changed through it.
+    """The supervisor, as plugins and their runs are changed through it; ``start_timeout``: the host's ceiling.
 
     Each method raises the error that the supervisor raised, and UnavailableError when it is away or does not answer in
     time.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, start_timeout: float) -> None:
         self._channel = channel
+        self.exchange_timeout = _EXCHANGE_TIMEOUT + 2 * start_timeout
+        """Seconds for one version to be stopped, another to be watched, and the first to come back."""
 
     async def ensure_run(self, name: str, reason: str) -> Running:
         """Start a plugin unless it runs, and wait until it does."""
@@ -72,23 +74,25 @@ class SupervisorLink:
     async def update(self, token: str, by: str, ticket: str | None, *, approve: bool) -> UpdatedPlugin:
         """Exchange the version in use for a staged one."""
         request = UpdatePlugin(token=token, by=by, ticket=ticket, approve=approve)
-        return await self._ask(request, timeout=MAX_EXCHANGE)
+        return await self._ask(request, timeout=self.exchange_timeout)
 
     async def approve(self, name: str, by: str, ticket: str | None, digest: str | None) -> OnePlugin:
         """Take a pending version into use."""
-        return await self._ask(ApprovePlugin(name=name, by=by, ticket=ticket, digest=digest), timeout=MAX_EXCHANGE)
+        return await self._ask(
+            ApprovePlugin(name=name, by=by, ticket=ticket, digest=digest), timeout=self.exchange_timeout
+        )
 
     async def roll_back(self, name: str, by: str, ticket: str | None) -> OnePlugin:
         """Take the version before into use."""
-        return await self._ask(RollBackPlugin(name=name, by=by, ticket=ticket), timeout=MAX_EXCHANGE)
+        return await self._ask(RollBackPlugin(name=name, by=by, ticket=ticket), timeout=self.exchange_timeout)
 
     async def enable(self, name: str) -> OnePlugin:
         """Let a plugin run again."""
-        return await self._ask(EnablePlugin(name=name), timeout=MAX_EXCHANGE)
+        return await self._ask(EnablePlugin(name=name), timeout=self.exchange_timeout)
 
     async def disable(self, name: str) -> OnePlugin:
         """Stop a plugin and keep it stopped."""
-        return await self._ask(DisablePlugin(name=name), timeout=MAX_EXCHANGE)
+        return await self._ask(DisablePlugin(name=name), timeout=self.exchange_timeout)
 
     async def remove(self, name: str, by: str, ticket: str | None) -> None:
         """Remove a plugin."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +14,14 @@ from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, show_alarm
 from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
 from host.client.client import Client
 from isolator.errors import NotFoundError, UsageError
+from isolator.pacing import Backoff
+from isolator.policy import units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_AS_LONG_AS_STARTS_TAKE = None
+"""Time for the daemon's answer to what may start one version and then another: it has deadlines of its own."""
 
 
 @click.group(
@@ -88,7 +94,7 @@ def update(root: str | None, name: str, folder: str | None, config: tuple[str, .
     if folder is not None:
         request["path"] = arguments.absolute(folder)
     values, literal = arguments.config_values(config)
-    with Client(root) as client:
+    with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
         update_plugin(client, request, values, literal, yes=yes, as_json=as_json)
 
 
@@ -138,6 +144,8 @@ def show(root: str | None, name: str, as_json: bool) -> None:
     for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
         if found.get(key) not in (None, "", []):
             click.echo(f"{key + ':':18}{safe(found[key])}")
+        if key == "state" and (waits := _waits_for_socket(found)):
+            click.echo(f"{'start:':18}{waits}")
     if found.get("pending"):
         click.echo(f"{'waits:':18}{safe(_waiting(found))}")
         for phrase in found["pending"]["differences"]:
@@ -161,19 +169,45 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
         show_proposal(proposal)
 
 
+_SOON = 1.0
+"""Seconds after which ``plugin start`` says that a plugin is still on its way."""
+
+
+def _waits_for_socket(shown: Mapping[str, Any]) -> str | None:
+    """How long a plugin that runs has been without its socket, and how long it may be."""
+    if shown["state"] != "running" or shown.get("ready", True) or not shown.get("effective"):
+        return None
+    patience = units.format_duration(shown["effective"]["restart"]["start_timeout"])
+    return f"its socket is not there yet, after {ago(shown['started_at'])} of {patience}"
+
+
+def _progress(client: Client, name: str) -> str:
+    """What became of a start in its first moments, as the end of a sentence; empty: the plugin is ready."""
+    end, pause = time.monotonic() + _SOON, Backoff(0.02, 0.2)
+    while True:
+        shown = client.call("plugin.show", name=name)
+        waits = _waits_for_socket(shown)
+        if waits is None:
+            return "" if shown["state"] == "running" else f"; it is {shown['state']}: {safe(shown['error'])}"
+        if time.monotonic() > end:
+            return f"; {waits} (isolator plugin show {name})"
+        time.sleep(pause.next())
+
+
 def _simple(verb: str, summary: str, done: str) -> None:
     @plugin.command(verb, help=summary)
     @click.argument("name")
     @AS_JSON
     @click.pass_obj
     def command(root: str | None, name: str, as_json: bool) -> None:
-        with Client(root) as client:
+        with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
             answer = client.call(f"plugin.{verb}", name=name)
+            progress = _progress(client, name) if answer.get("pid") and not as_json else ""
         if as_json:
             print_json(answer)
         else:
             pid = f", pid {answer['pid']}" if answer.get("pid") else ""
-            click.echo(f"{done} {name}{pid}")
+            click.echo(f"{done} {name}{pid}{progress}")
 
 
 _simple("start", "Start a plugin now instead of at its first event.", "started")
@@ -194,7 +228,7 @@ def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
 
     That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
     """
-    with Client(root) as client:
+    with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
             register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, as_json=as_json)
@@ -271,6 +305,8 @@ def _show_config(items: list[dict[str, Any]]) -> None:
     rows = []
     for item in items:
         value = "[secret]" if item["secret"] and item["is_set"] else item["value"] if item["is_set"] else None
+        if item["type"] == "file" and value not in (None, "[secret]"):
+            value = f"[{len(value.encode())} bytes]"
         default = f"(default {item['default']})" if not item["is_set"] and item["default"] is not None else None
         state = "required, not set" if item["required"] and not item["is_set"] else default
         rows.append([item["key"], item["type"], value, state])

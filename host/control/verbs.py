@@ -229,6 +229,7 @@ class PluginEntry(TypedDict):
     source_files: NotRequired[str]
     previous: NotRequired[list[str]]
     pending: NotRequired[Pending | None]
+    ready: NotRequired[bool]
     on_trial: NotRequired[bool]
     found: NotRequired[str]
 

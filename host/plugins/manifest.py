@@ -22,9 +22,12 @@ from isolator.reader.manifest import parse_manifest
 ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
 
 MAX_VALUE = 8 * 1024
-MAX_FILE = 32 * 1024
+MAX_SECRET_FILE = 32 * 1024
+"""A secret is looked for, in several spellings, in each line that the plugin writes."""
+MAX_FILE, MAX_FILES = 256 * 1024, 1 << 20
+"""Bytes of one file that is no secret, and of all of them: the cage has 2 MiB for them."""
 MAX_CONFIG = 96 * 1024
-"""Bytes of all values of one plugin: they travel to the supervisor in one packet."""
+"""Bytes of all other values of one plugin, each counted twice: it may have two variables."""
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
@@ -152,10 +155,11 @@ def check_key(key: str) -> str:
 
 def check_value(field: ConfigField, text: str) -> str:
     """Check a config value and return the text that is injected; raises UsageError."""
-    limit = MAX_FILE if field.type == "file" else MAX_VALUE
+    limit = MAX_VALUE if field.type != "file" else MAX_SECRET_FILE if field.secret else MAX_FILE
     subject = f"config {field.key}"
     if len(text.encode("utf-8", "surrogateescape")) > limit:
-        raise UsageError(subject, f"is longer than {limit} bytes")
+        remedy = "put it where 'read' of [filesystem] in the policy shows it" if field.type == "file" else ""
+        raise UsageError(subject, f"is longer than {limit} bytes", remedy)
     if "\0" in text:
         raise UsageError(subject, "contains a NUL character")
     try:

@@ -30,7 +30,15 @@ from pathlib import Path
 
 from host.database import Store
 from host.plugins.keyfile import KeyFile
-from host.plugins.manifest import MAX_CONFIG, ConfigField, Manifest, check_key, check_value, environment_names
+from host.plugins.manifest import (
+    MAX_CONFIG,
+    MAX_FILES,
+    ConfigField,
+    Manifest,
+    check_key,
+    check_value,
+    environment_names,
+)
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy.parse.strict import did_you_mean
 
@@ -384,8 +392,11 @@ class ConfigStore:
 
 
 def _check_size(plugin: str, values: Mapping[str, _Value]) -> None:
-    if sum(len(value.text.encode()) + len(key) for key, value in values.items()) * 2 > MAX_CONFIG:
-        raise UsageError(f"config of {plugin}", f"is larger than {MAX_CONFIG // 2} bytes in all")
+    files = sum(len(value.text.encode()) for value in values.values() if value.type == "file" and not value.secret)
+    if files > MAX_FILES:
+        raise UsageError(f"config of {plugin}", f"has files of more than {MAX_FILES} bytes in all")
+    if (sum(len(value.text.encode()) + len(key) for key, value in values.items()) - files) * 2 > MAX_CONFIG:
+        raise UsageError(f"config of {plugin}", f"is larger than {MAX_CONFIG // 2} bytes in all, besides public files")
 
 
 def _by_variable(manifest: Manifest, name: str) -> ConfigField | None:

@@ -12,7 +12,7 @@ from isolator.audit.schema import NetDenied
 from isolator.broker.virtual import VirtualPool
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule, protocol_rule
-from isolator.policy.destinations import VIRTUAL, Rules
+from isolator.policy.destinations import Rules
 
 _PROTOCOLS = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp", 136: "udplite"}
 
@@ -47,7 +47,7 @@ def describe(refused: Refused, rules: Rules, pool: VirtualPool) -> NetDenied:
         rule = protocol_rule(refused.protocol)
     elif entry is not None:
         rule = DenialRule.PORT
-    elif isinstance(address, IPv4Address) and address in VIRTUAL:
+    elif isinstance(address, IPv4Address) and address in rules.virtual:
         rule = DenialRule.UNALLOCATED
     elif address.is_loopback:
         rule = DenialRule.BROKER_PORT

@@ -43,7 +43,7 @@ from isolator.ipc.accept_loop import AcceptLoop
 from isolator.linux.netlink import parse_nflog
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
-from isolator.policy.destinations import VIRTUAL, Rules
+from isolator.policy.destinations import Rules
 
 FIRST_BYTES = 15.0
 """Seconds for a client to send its first bytes where they are compared before anything passes, or to end a request."""
@@ -213,7 +213,7 @@ class Outbound:
 
     async def _destination(self, flow: Flow) -> tuple[Address, ...]:
         """The addresses that this flow may go to; at least one."""
-        if not (isinstance(flow.address, IPv4Address) and flow.address in VIRTUAL):
+        if not (isinstance(flow.address, IPv4Address) and flow.address in self._rules.virtual):
             verdict = self._rules.literal(flow.address, flow.port)
             flow.rule = verdict.rule
             if not verdict.allowed:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from isolator.errors import ConfinementError
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def time_zone() -> str:
+    """``TZ`` of a cage that sets none: that of the process which starts it, or UTC; never the host's ``localtime``.
+
+    Without the variable each runtime has a guess of its own.
+    """
+    return os.environ.get("TZ", "UTC")
 
 
 def open_read_path(path: str) -> int:

@@ -32,7 +32,7 @@ _HOST_KEYS = {
     "inbound",
     "metrics",
 }
-_POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls"}
+_POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls", "env"}
 
 
 @click.group(

@@ -88,6 +88,8 @@ class RegisteredEntry(PluginEntry):
     previous: tuple[str, ...] = ()
     """digests of earlier versions, the latest first"""
     pending: PendingVersion | None = None
+    ready: bool = False
+    """the socket of its run has been there"""
     on_trial: bool = False
     """the version in use is new and being watched"""
     source: str = ""
@@ -237,13 +239,18 @@ class Environment(Body):
 
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    """by name of the secret file, its text"""
+    """by name of each file of its config, the text"""
+    apart: bool = False
+    """`files` are in the descriptor"""
     secrets: tuple[str, ...] = ()
     """names of the variables that hold secrets"""
 
 
 class GetEnvironment(Request[Environment], op="run.environment"):
-    """Return a plugin's config for a start."""
+    """Return a plugin's config for a start.
+
+    Reply's descriptors: a sealed memfd with the JSON of `files` when that is too long for a message
+    """
 
     name: str
 

@@ -90,6 +90,15 @@ def protocol_rule(protocol: str) -> str:
     return f"{DenialRule.PROTOCOL}-{protocol}"
 
 
+INSTEAD = {
+    "inotify_add_watch": (
+        "in /usr the use of files tells what the host runs, so only changes can be watched: leave IN_OPEN, IN_ACCESS "
+        "and IN_CLOSE_NOWRITE out (Python's watchdog: event_filter=[FileModifiedEvent, ...])"
+    ),
+}
+"""By system call: why a cage refuses what ordinary programs ask of it, and what they can do instead."""
+
+
 def table() -> str:
     """Every code with its explanation and its remedy, as the table of docs/egress.md."""
     rows = ["| `rule` | because | allowed by |", "|---|---|---|"]

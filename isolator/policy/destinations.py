@@ -31,17 +31,18 @@ from isolator.policy.addresses import (
     wholly_blocked,
 )
 from isolator.policy.denial import DenialRule
-from isolator.policy.model import AddressException, EgressRule, NetworkPolicy
+from isolator.policy.model import VIRTUAL, AddressException, EgressRule, NetworkPolicy
 from isolator.policy.units import shown
 
-VIRTUAL = IPv4Network("198.18.0.0/15")
-"""Addresses that stand for names inside a cage; never dialled."""
 PUBLIC_PORTS = frozenset({80, 443})
 """TCP ports of the ``public`` mode."""
 PUBLIC = f"any public address, TCP {' and '.join(map(str, sorted(PUBLIC_PORTS)))}"
 """The destinations of the ``public`` mode in words."""
 GROUP_PREFIX = 20
 MAX_GROUPS = 31
+_WIDEST_VIRTUAL = 8
+_NEVER_VIRTUAL = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "192.0.0.0/24", "224.0.0.0/3")))
+"""Networks that a kernel or a cage has a meaning of its own for."""
 
 _LOCAL = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -157,12 +158,31 @@ def _labels(name: str) -> list[str] | None:
     return labels if all(map(_LABEL.fullmatch, labels)) else None
 
 
-def never_reachable(rule: EgressRule, exceptions: Iterable[AddressException]) -> str | None:
-    """The blocked network because of which no address of ``rule`` can be reached at any of its ports, or None.
+def parse_virtual(text: str) -> str:
+    """An IPv4 network whose addresses can stand for names; raises ValueError with a sentence."""
+    try:
+        network = IPv4Network(text)
+    except ValueError:
+        raise ValueError(
+            f'"{shown(text)}" is not an IPv4 network like "{VIRTUAL}" (its host bits must be zero)'
+        ) from None
+    if not _WIDEST_VIRTUAL <= network.prefixlen <= GROUP_PREFIX:
+        raise ValueError(f"{network} must be a /{_WIDEST_VIRTUAL} to /{GROUP_PREFIX}: names need room")
+    taken = next((other for other in _NEVER_VIRTUAL if other.overlaps(network)), None)
+    if taken is not None:
+        raise ValueError(f"{network} lies in {taken}, which programs and kernels take for something else")
+    return str(network)
 
-    A name is never refused here: its addresses are checked when they are dialled.
+
+def never_reachable(rule: EgressRule, exceptions: Iterable[AddressException], virtual: str = VIRTUAL) -> str | None:
+    """The network because of which no address of ``rule`` can be reached at any of its ports, or None.
+
+    It is on the always-blocked list, or stands for names in cages. A name is never refused here: its addresses are
+    checked when they are dialled.
     """
     host = parse_host(rule.host)
+    if isinstance(host, Network) and is_subnet(host.network, IPv4Network(virtual)):
+        return f"{virtual}, which stands for names in cages"
     blocked = wholly_blocked(host.network) if isinstance(host, Network) else None
     if not isinstance(host, Network) or blocked is None:
         return None
@@ -213,6 +233,8 @@ class Rules:
     def __init__(self, policy: NetworkPolicy) -> None:
         self.policy = policy
         self.public = policy.mode == "public"
+        self.virtual = IPv4Network(policy.virtual)
+        """Addresses that stand for names inside the cage; never dialled."""
         rules = policy.egress if policy.mode != "none" else ()
         granted = (parse_destination(rule.host, rule.ports) for rule in rules)
         # An exact name before a wildcard: a verdict names the first that allows it.
@@ -259,7 +281,7 @@ class Rules:
             granted.append((ip_network("0.0.0.0/0" if version == 4 else "::/0"), PUBLIC_PORTS))
         never = ranges_of(BLOCKED[version])
         # Addresses that are local in a cage, or stand for a name there, are never outside.
-        inside = ranges_of(network for network in (*_LOCAL, VIRTUAL) if network.version == version)
+        inside = ranges_of(network for network in (*_LOCAL, self.virtual) if network.version == version)
         grouped: dict[tuple[Range, ...], set[int]] = {}
         for port in sorted({port for _, ports in granted for port in ports}):
             want = ranges_of(network for network, ports in granted if port in ports)
@@ -294,5 +316,5 @@ class Rules:
             return ()
         union = frozenset().union(*sets)
         ordered = [union, *sorted(sets - {union}, key=sorted)][:MAX_GROUPS]
-        blocks = VIRTUAL.subnets(new_prefix=GROUP_PREFIX)
+        blocks = self.virtual.subnets(new_prefix=GROUP_PREFIX)
         return tuple(VirtualGroup(network, ports) for network, ports in zip(blocks, ordered, strict=False))

@@ -32,6 +32,8 @@ class PluginPolicy(Frozen):
     """Overrides of ``CrashPolicy``."""
     read: tuple[str, ...] | None = None
     syscalls: Profile | None = None
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables of its environment."""
     where: dict[str, str] = Field(default_factory=dict)
     """``FILE:LINE`` of every value by its dotted key: ``grant.egress``, ``grant.egress[1]``, ``limits.memory``."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from isolator.policy.keys import CEILING, MIB, SWITCHES, Frozen, Limits, Switches
-from isolator.policy.model import AddressException, EgressRule, RestartPolicy
+from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 
 Role = Literal["viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
@@ -110,6 +110,8 @@ class HostConfig(Frozen):
     roles: Roles = Roles()
     exceptions: tuple[AddressException, ...] = ()
     resolvers: tuple[str, ...] = ()
+    virtual: str = VIRTUAL
+    """Range of the addresses that stand for names inside cages."""
     inbound: Inbound = Inbound()
     audit: AuditSettings = AuditSettings()
     metrics: Metrics = Metrics()

@@ -306,12 +306,25 @@ class DeliveryLimits(Frozen):
     ] = 12
 
 
-class StopLimits(Frozen):
-    """Patience with a plugin that is stopped, kept by the supervisor."""
+class RunLimits(Frozen):
+    """Patience with a plugin that stops or starts, kept by the supervisor."""
 
     stop_grace: Annotated[
         float, Limit("restart.stop_grace", "", "time between SIGTERM and SIGKILL", unit=TIME, most=60.0)
     ] = 5.0
+    start_timeout: Annotated[
+        float,
+        Limit(
+            "restart.start_timeout",
+            "restart.start_timeout",
+            "time from a start to the plugin's socket",
+            unit=TIME,
+            most=300.0,
+            least=1.0,
+            always_shown=True,
+            left_to_author=True,
+        ),
+    ] = 10.0
 
 
 class NetworkSwitches(Frozen):
@@ -330,7 +343,7 @@ class NetworkSwitches(Frozen):
 
 
 # pydantic takes the fields of the last base first; their order is part of ``HostConfig.digest``.
-class Limits(StopLimits, DeliveryLimits, ConnectionLimits, FileLimits, ResourceLimits):
+class Limits(RunLimits, DeliveryLimits, ConnectionLimits, FileLimits, ResourceLimits):
     """Every number that has a default and a ceiling."""
 
 

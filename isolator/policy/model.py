@@ -10,6 +10,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
+from pydantic import Field
+
 from isolator.policy.keys import (
     MIB,
     ConnectionLimits,
@@ -19,8 +21,11 @@ from isolator.policy.keys import (
     Key,
     NetworkSwitches,
     ResourceLimits,
-    StopLimits,
+    RunLimits,
 )
+
+VIRTUAL = "198.18.0.0/15"
+"""Default of ``NetworkPolicy.virtual``: a range for benchmarks, of which no host is part."""
 
 
 class EgressRule(Frozen):
@@ -54,6 +59,8 @@ class NetworkPolicy(ConnectionLimits, NetworkSwitches):
     listen: tuple[ListenRule, ...] = ()
     resolvers: tuple[str, ...] = ()
     """Upstream DNS as ``ADDRESS`` or ``ADDRESS:PORT``; empty means the host's /etc/resolv.conf."""
+    virtual: str = VIRTUAL
+    """The IPv4 network whose addresses stand for names inside a cage; none of it is ever dialled."""
 
 
 class ResourcePolicy(ResourceLimits):
@@ -80,7 +87,7 @@ class CrashPolicy(Frozen):
 
 
 # ``stop_grace`` comes last, as in ``HostConfig.digest``.
-class RestartPolicy(StopLimits, CrashPolicy):
+class RestartPolicy(RunLimits, CrashPolicy):
     """Back-off between crashes, when to give up, and the time to stop in."""
 
 
@@ -95,6 +102,8 @@ class EffectivePolicy(DeliveryLimits):
     filesystem: FilesystemPolicy = FilesystemPolicy()
     syscalls: Literal["default", "strict"] = "default"
     restart: RestartPolicy = RestartPolicy()
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables of its environment that the operator sets; no secrets, they are shown."""
 
     def value(self, key: Key) -> Any:
         """The value of a declared key, in whichever section it stands."""

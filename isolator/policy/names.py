@@ -33,6 +33,11 @@ OLDER_HOOKS: dict[str, str] = {
 }
 """Older spellings of events. A plugin that subscribes to one receives that one; a grant covers both."""
 
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_THE_CAGES_OWN = re.compile(r"(?:PATH|HOME|TMPDIR|PLUGIN_.*|ISOLATOR_.*)")
+"""Variables in which a cage tells its program where things are; another value would be untrue."""
+MAX_VARIABLE = 4096
+
 NEVER_READ = ("/proc", "/sys", "/dev", "/run", "/var/run", "/state", "/plugin")
 """Host folders that are never bound into a cage: kernel interfaces, sockets of other services, the cage's own names."""
 
@@ -167,6 +172,21 @@ def parse_read_path(text: str) -> str:
         if path_covers(never, path):
             raise ValueError(f'"{shown(path)}" is below {never}, which is never made visible in a cage')
     return path
+
+
+def parse_variable(name: str, value: object) -> str:
+    """The value of a variable that an operator sets in the environment of a plugin."""
+    if not VARIABLE.fullmatch(name):
+        raise ValueError(f'"{shown(name)}" is not the name of a variable: letters, digits and "_", no digit first')
+    if _THE_CAGES_OWN.fullmatch(name):
+        raise ValueError(f"{shown(name)} is set by the cage itself; leave it out")
+    if not isinstance(value, str):
+        raise ValueError('must be text; write "1" for the number 1')
+    if len(value) > MAX_VARIABLE:
+        raise ValueError(f"{len(value)} characters; at most {MAX_VARIABLE}")
+    if not value.isprintable():
+        raise ValueError("holds control or invisible characters")
+    return value
 
 
 def path_covers(outer: str, inner: str) -> bool:

@@ -58,7 +58,7 @@ def parse_manifest(
         top.fail("api_version", f"this host speaks {spoken}", "update the host, or use an older version of the plugin")
     if "hooks" not in data:
         top.text("hooks")
-    delivery = top.table("delivery")
+    delivery, restart = top.table("delivery"), top.table("restart")
     requested = _Requested()
     core = ManifestCore(
         name=plugin,
@@ -77,6 +77,8 @@ def parse_manifest(
         config_schema=dict(top.table("config_schema").data) if "config_schema" in top else None,
     )
     requested.take(delivery)
+    requested.take(restart)
+    restart.finish()
     return core.model_copy(update={"limits": requested.limits, "switches": requested.switches, "extra": top.unknown()})
 
 

@@ -10,6 +10,7 @@ from typing import IO, Any
 from isolator.audit.client import utc_now
 from isolator.audit.schema import FsDenied, NetDenied, RecordData, SyscallDenied
 from isolator.errors import UsageError
+from isolator.policy.denial import INSTEAD
 
 _DENIALS = (NetDenied.TYPE, SyscallDenied.TYPE, FsDenied.TYPE)
 
@@ -55,7 +56,8 @@ class Records:
 
 def _denial(kind: str, data: dict[str, Any]) -> str:
     if kind == SyscallDenied.TYPE:
-        return f"system call {data.get('call')}"
+        instead = INSTEAD.get(str(data.get("call")))
+        return f"system call {data.get('call')}" + (f"; {instead}" if instead else "")
     if kind == NetDenied.TYPE:
         place = data.get("name") or data.get("address") or "?"
         port = f":{data['port']}" if data.get("port") else ""

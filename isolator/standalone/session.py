@@ -165,9 +165,9 @@ def run_spec(
 ) -> CageSpec:
     """The cage of one ``isolator run``; what it opens is appended to ``owned`` for the caller to close.
 
-    ``write``: folders that it may change; ``env``: variables besides the usual ones.
+    ``write``: folders that it may change; ``env``: variables besides the usual ones and the policy's.
     """
-    from isolator.cage.view import PATH, open_read_path
+    from isolator.cage.view import PATH, open_read_path, time_zone
     from isolator.layers.base import Bind, CageSpec
 
     binds = []
@@ -191,7 +191,9 @@ def run_spec(
         env={
             "PATH": f"{PATH}:/usr/sbin:/sbin",
             "HOME": "/tmp", "LANG": os.environ.get("LANG", "C.UTF-8"), "TMPDIR": "/tmp",
+            "TZ": time_zone(),
             **({"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}),
+            **policy.env,
             **env,
         },
         cwd=cwd,

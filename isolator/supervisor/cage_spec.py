@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from isolator.cage.view import PATH, open_read_path
+from isolator.cage.view import PATH, open_read_path, time_zone
 from isolator.errors import DeniedError
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.user import plugin_gid
@@ -96,14 +96,15 @@ def host_api_folder(paths: Paths, name: str) -> Path:
 
 
 def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environment) -> dict[str, str]:
-    """Environment of a sidecar (docs/plugins.md); nothing is inherited."""
+    """Environment of a sidecar (docs/plugins.md); of two who set a variable, the policy wins over the config."""
     state = "/state" if policy.filesystem.state else ""
     return {
         **environment.env,
+        "LANG": "C.UTF-8",
+        "TZ": time_zone(),
+        **policy.env,
         "PATH": PATH,
         "HOME": state or "/tmp",
-        "LANG": "C.UTF-8",
-        "TZ": os.environ.get("TZ", "UTC"),
         "TMPDIR": "/tmp",
         "PLUGIN_NAME": name,
         "PLUGIN_SOCKET": f"/run/isolator/plugin/{SOCKET}",

@@ -30,6 +30,7 @@ from isolator.ipc.messages import (
     RunStarted,
 )
 from isolator.linux.descriptors import FdSet
+from isolator.linux.memfd import read_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.supervisor.alarms import Alarms
@@ -40,6 +41,8 @@ from isolator.supervisor.service import ChildProcess
 
 DRAIN_SECONDS = 3.0
 """Time in which the host drains a run that is to stop; the host itself allows less."""
+_MAX_FILES = 8 << 20
+"""Bytes of the files of one plugin's config, as JSON."""
 _STDERR_TAIL_SECONDS = 1.0
 """The end of a run is recorded without its stderr rather than later."""
 
@@ -88,7 +91,15 @@ class HostLink:
     async def environment(self, name: str) -> Environment:
         """Return a plugin's config, once the host is up; raises IsolatorError."""
         channel = await self.process.wait_up()
-        return await channel.ask(GetEnvironment(name=name), timeout=10)
+        answer = await channel.ask_fds(GetEnvironment(name=name), timeout=10)
+        with FdSet(answer.fds):
+            if not answer.body.apart:
+                return answer.body
+            try:
+                files = json.loads(read_sealed(answer.fds[0], _MAX_FILES))
+            except (IndexError, OSError, ValueError, RecursionError) as error:
+                raise IsolatorError(f"config of {name}", f"the host sent no files: {error}", "see its log") from None
+        return Environment.from_json({**answer.body.to_json(), "files": files, "apart": False}, GetEnvironment.op)
 
     def run_started(self, name: str, uid: int, run: str, pid: int, pipes: Sequence[int]) -> None:
         """Give the host the log pipes of a run and a fresh listener of the plugin's host API."""

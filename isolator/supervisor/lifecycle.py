@@ -36,7 +36,7 @@ from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.ipc.messages import Environment, Origin, PluginState
 from isolator.pacing import Backoff
-from isolator.supervisor.run import Run, RunContext, prepare_run
+from isolator.supervisor.run import NO_SOCKET, Run, RunContext, prepare_run
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -64,6 +64,8 @@ class Plugin:
         self.restarts = 0
         self.notice = ""
         """The fault of its policy file while an earlier content of it stays in force."""
+        self.outdated = ""
+        """What its run sees that is not the host's any more."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
         self._context, self._on_change = context, changed
@@ -201,6 +203,21 @@ class Plugin:
         if self.run is not None and self.run.cage.started:
             self._context.audit.record(Resources(**self.run.usage()), plugin=self.name, run=self.run.id)
 
+    async def compare_files(self) -> None:
+        """Note which paths that its run is shown were replaced on the host: a mount stays with the file it was made of.
+
+        Paths may lie on file systems that hang, so whoever waits for this must not be waited for.
+        """
+        run = self.run
+        if run is None or not run.shown:
+            return
+        replaced = await asyncio.to_thread(run.replaced)
+        why = f"{', '.join(replaced)}: replaced on the host; it sees what was there until it is restarted"
+        outdated = why if replaced else ""
+        if self.run is run and outdated != self.outdated:
+            self.outdated = outdated
+            self._on_change(self)
+
     # --- the task that owns a run ----------------------------------------------------------------------------
 
     async def _supervise(self, reason: str) -> None:
@@ -292,6 +309,7 @@ class Plugin:
             self._started(run, reason)
             end = await run.watch(
                 self._stop,
+                on_ready=lambda: self._on_change(self),
                 on_steady=lambda: self._conclude_trial(""),
                 drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
             )
@@ -306,7 +324,7 @@ class Plugin:
             self._context.audit.record(crashed, plugin=self.name, run=run_id)
             return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN)
         finally:
-            self.run = None
+            self.run, self.outdated = None, ""
             if run is not None:
                 await run.take_down()
 
@@ -335,6 +353,7 @@ class Plugin:
         controls = ledger(volume.check)
         spec = run.cage.spec
         run.started_at = utc_now()
+        run.began = asyncio.get_running_loop().time()
         run.for_start.close()
         audit = self._context.audit
         started = PluginStarted(
@@ -432,4 +451,6 @@ def _describe(end: CageExit | None) -> str:
         return "did not start"
     if end.cause in ("exit", "signal"):
         return f"exit code {end.exit_code}" if end.signal is None else f"killed by signal {end.signal}"
+    if end.cause.startswith(NO_SOCKET):
+        return f"{end.cause}; raise start_timeout in [restart] of its policy if it needs longer"
     return end.cause

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from isolator.supervisor.host_link import HostLink
     from isolator.supervisor.socket_watch import SocketWatch
 
-SOCKET_SECONDS = 10.0
-"""A sidecar whose socket is not there this long after its start has failed to start."""
+NO_SOCKET = "no socket"
+"""First words of the cause of an end that a sidecar's missing socket was."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 
@@ -85,12 +85,16 @@ class Run:
     context: RunContext
     socket_there: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: str = ""
+    began: float = 0.0
+    """Loop time of its start."""
     exited: bool = False
     """Its first process has ended; the others are about to."""
     forced_cause: str = ""
     """Why the supervisor ended it, if it did; takes the place of the cause that the process itself reports."""
     origin: Origin = Origin.PLUGIN
     """Whose doing its end is, unless it is stopped."""
+    shown: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Device and inode of each path that its policy shows it, as they were at its start."""
     reached: bool = False
     """The host has connected to its socket."""
     _usage: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +110,10 @@ class Run:
         """Return which of the running cage's control groups somebody has changed, and how; empty: none."""
         return self.cage.detect_drift() if self.cage.started else ""
 
+    def replaced(self) -> tuple[str, ...]:
+        """The paths it is shown at which the host has something else by now; blocks while a file system does."""
+        return tuple(path for path, identity in self.shown.items() if _identity_at(path) != identity)
+
     def usage(self) -> dict[str, Any]:
         """Return the resources used so far; those of processes that have ended as of the call before."""
         leaf = self.cage.leaf
@@ -115,13 +123,19 @@ class Run:
         return self._usage
 
     async def watch(
-        self, stop: asyncio.Event, *, on_steady: Callable[[], None], drain: Callable[[], Awaitable[None]]
+        self,
+        stop: asyncio.Event,
+        *,
+        on_ready: Callable[[], None],
+        on_steady: Callable[[], None],
+        drain: Callable[[], Awaitable[None]],
     ) -> CageExit:
         """Wait for the end; a sidecar that does not make its socket in time is ended.
 
-        ``stop`` ends it gracefully, after ``drain``. ``on_steady`` is called when the socket has been there for
-        ``STEADY_SECONDS``.
+        ``stop`` ends it gracefully, after ``drain``. ``on_ready`` is called when the socket is there, ``on_steady``
+        when it has been for ``STEADY_SECONDS``.
         """
+        patience = self.effective.restart.start_timeout
         loop = asyncio.get_running_loop()
         watched = self.context.sockets.add(self.directory, self._check_socket)
         self._check_socket()
@@ -131,15 +145,16 @@ class Run:
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))
         try:
-            await asyncio.wait({waiting, there}, timeout=SOCKET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waiting, there}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             self.context.sockets.remove(watched)
             if self.socket_there.is_set():
+                on_ready()
                 await asyncio.wait({waiting}, timeout=STEADY_SECONDS)
                 if not waiting.done():
                     on_steady()
             elif not waiting.done():
                 await self.cage.stop(self.effective.restart.stop_grace)
-                self.forced_cause = self.forced_cause or f"no socket in {SOCKET_SECONDS:g} s"
+                self.forced_cause = self.forced_cause or f"{NO_SOCKET} in {patience:g} s"
             end = await waiting
             self.exited = True
             return replace(end, cause=self.forced_cause) if self.forced_cause else end
@@ -177,9 +192,15 @@ class Run:
                 # Bound but not yet listening, or its backlog of one is full: no event tells when that changes.
                 pause = backoff.next()
                 if loop.time() + pause > end:
-                    why = f"its socket does not accept connections ({error.strerror})"
+                    why = self._unreached(error)
                     raise UnavailableError(f"plugin {self.plugin}", why, "see 'isolator plugin logs'") from None
                 await asyncio.sleep(pause)
+
+    def _unreached(self, error: OSError) -> str:
+        if self.socket_there.is_set():
+            return f"its socket does not accept connections ({error.strerror})"
+        passed = asyncio.get_running_loop().time() - self.began
+        return f"its socket is not there yet, after {passed:.0f} s of {self.effective.restart.start_timeout:g}"
 
     def _connect_once(self, uid: int) -> socket.socket:
         fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
@@ -261,10 +282,23 @@ async def prepare_run(
         null = owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         cage = Cage(spec, context.runtime, Stdio(null, *writers), handover=hand_over)
         directory = spec.mounts["/run/isolator/plugin"]
+        read = set(effective.filesystem.read)
+        shown = {bind.target: _identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
         kept = FdSet([owned.release(fd) for fd in (directory, *pipes)])
         for_start = FdSet(owned.release_all())
-        run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context)
+        run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context, shown=shown)
         return run
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _identity_at(path: str) -> tuple[int, int] | None:
+    try:
+        return _identity(os.lstat(path))
+    except OSError:
+        return None
 
 
 def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:

@@ -220,6 +220,7 @@ async def _keep_launcher(runtime: CageRuntime, table: PluginTable, health: Servi
 
 
 async def _take_snapshots(table: PluginTable, interval: float) -> None:
+    comparing: dict[str, asyncio.Task[None]] = {}
     while True:
         await asyncio.sleep(interval)
         for plugin in table.plugins.values():
@@ -232,6 +233,8 @@ async def _take_snapshots(table: PluginTable, interval: float) -> None:
             except OSError as error:  # one plugin's; the others' turn comes
                 logger.error("plugin %s: no snapshot: %s", plugin.name, error)
                 continue
+            if plugin.name not in comparing or comparing[plugin.name].done():
+                comparing[plugin.name] = table.own(plugin.compare_files())
             if changed:
                 logger.warning("plugin %s is started anew: %s", plugin.name, changed)
                 run.terminate("its control groups were changed", Origin.OPERATOR)

@@ -39,13 +39,15 @@ from isolator.registration.store import Registration, Release, Trial
 from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
-from isolator.supervisor.run import SOCKET_SECONDS, RunContext
+from isolator.supervisor.run import RunContext
 from isolator.supervisor.tickets import Tickets, by_uid
 
 logger = logging.getLogger(__name__)
 
 _COPIES = 2
 """Copies at a time for one uid: each holds a thread for as long as the caller's files take."""
+RESUME_SECONDS = 10.0
+"""Seconds that a version which is in use again has for its cage."""
 _EXCHANGED: dict[str, type[PluginUpdated | PluginRolledBack]] = {
     kind.TYPE: kind for kind in (PluginUpdated, PluginRolledBack)
 }
@@ -374,7 +376,7 @@ class Updates:
         self._table.announce(plugin)
         if running:
             with contextlib.suppress(IsolatorError, TimeoutError):
-                async with asyncio.timeout(SOCKET_SECONDS):
+                async with asyncio.timeout(RESUME_SECONDS):
                     plugin.start("rollback")
                     await plugin.wait_running()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from isolator.policy.model import NetworkPolicy
+from isolator.policy.model import VIRTUAL, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
-from tests.support.internet_servers import WEB
+from tests.support.internet_servers import OTHER, WEB
 from tests.support.pretend_internet import BrokerProcess, PretendInternet
 
 
@@ -82,3 +82,32 @@ for address in ('169.254.169.254', '10.9.9.9', '45.0.0.2:8080', '::ffff:169.254.
     assert len(refused) == 12
     denied = await broker.wait_for("net.denied", address="169.254.169.254", port=80)
     assert denied["rule"] == "blocked-address"
+
+
+@pytest.mark.parametrize("virtual", [VIRTUAL, "11.8.0.0/15"])
+async def test_guard_against_private_addresses_lets_a_granted_name_through_in_a_range_that_looks_public(
+    cages: MakeCage, broker: BrokerProcess, virtual: str
+) -> None:
+    """As mcp-server-fetch and many others do: resolve, refuse what is not global, connect."""
+    cage = await cages(listed("hooks.example.com:443", virtual=virtual))
+    script = """
+import ipaddress
+address = ipaddress.ip_address(socket.gethostbyname('hooks.example.com'))
+print(get('https://hooks.example.com/') if address.is_global else f'{address} is not global')
+print(attempt(tcp, str(address - 1), 443))
+"""
+    lines = (await cage.client(script)).splitlines()
+    if virtual == VIRTUAL:
+        assert lines[0].endswith("is not global")
+    else:
+        assert lines[0] == "host=hooks.example.com from=45.0.0.2"
+        assert (await broker.wait_for("net.connect"))["address"] == WEB
+    await broker.wait_for("net.denied", rule="unallocated")
+
+
+async def test_address_in_the_range_for_names_is_never_dialled(cages: MakeCage, broker: BrokerProcess) -> None:
+    """A server answers there, its address is granted, and still it means a name in this cage."""
+    cage = await cages(listed(f"{OTHER}:80", "hooks.example.com:443", virtual="1.2.0.0/16"))
+    assert await cage.client(f"print(attempt(tcp, {OTHER!r}, 80))") == "ECONNREFUSED"
+    await broker.wait_for("net.denied", address=OTHER, port=80, rule="unallocated")
+    assert await cage.client("print(get('https://hooks.example.com/'))") == "host=hooks.example.com from=45.0.0.2"

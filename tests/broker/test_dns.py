@@ -8,7 +8,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import dns.flags
@@ -26,8 +26,8 @@ from isolator.broker.resolver import HostResolvers, ResolveError, Resolver, Serv
 from isolator.broker.virtual import VirtualPool
 from isolator.linux import netns
 from isolator.policy.addresses import parse_address
-from isolator.policy.destinations import VIRTUAL, Rules
-from isolator.policy.model import NetworkPolicy
+from isolator.policy.destinations import Rules
+from isolator.policy.model import VIRTUAL, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import OTHER, WEB, Dns, run_in
 from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet
@@ -79,7 +79,7 @@ async def ask(server: Answers, name: str, kind: str = "A") -> dns.message.Messag
 async def test_a_granted_name_gets_a_virtual_address_with_a_short_life(upstream: Dns) -> None:
     server, seen = name_server(listed("a.com:443"), upstream)
     reply = await ask(server, "A.com.")
-    assert IPv4Address(reply.answer[0][0].to_text()) in VIRTUAL
+    assert IPv4Address(reply.answer[0][0].to_text()) in IPv4Network(VIRTUAL)
     assert reply.answer[0].ttl == 30
     assert reply.answer[0].name.to_text() == "A.com."  # as in the question: clients may vary the case
     assert seen == [("a.com", "A", "allowed", "a.com:443")]

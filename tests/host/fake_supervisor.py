@@ -230,6 +230,7 @@ class Daemon(FakeAudit):
             effective=effective.model_dump(mode="json") if sidecar.state != "rejected" else None,
             effective_digest=effective.digest() if sidecar.state != "rejected" else None,
             manifest=sidecar.manifest,
+            ready=sidecar.run is not None,
         )
 
     def changed(self, sidecar: Sidecar) -> None:

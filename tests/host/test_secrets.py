@@ -216,3 +216,22 @@ def test_redaction_finds_a_value_however_it_is_written() -> None:
         assert "ord" not in shown.replace("[redacted]", "")
     assert redact("abc is too short to be replaced") == "abc is too short to be replaced"
     assert Redactor()("nothing") == "nothing"
+
+
+async def test_public_file_may_be_as_long_as_a_bundle_of_certificates(tmp_path: Path) -> None:
+    """A secret one may not: it is looked for in each line of the log."""
+    manifest = _manifest(
+        {**{f"bundle{n}": {"type": "file"} for n in range(5)}, "key": {"type": "file", "secret": True}}
+    )
+    store = Store(tmp_path / "host.db")
+    config = ConfigStore(store, tmp_path / "key")
+    await config.set("p1", manifest, {f"bundle{n}": "x" * (256 << 10) for n in range(4)} | {"key": "s" * 20_000})
+    assert len(config.environment("p1", manifest).files["bundle3"]) == 256 << 10
+    for bad, why in (
+        ({"bundle4": "x" * ((256 << 10) + 1)}, "is longer than 262144 bytes; put it where 'read' of"),
+        ({"bundle4": "x"}, "has files of more than 1048576 bytes in all"),
+        ({"key": "s" * 33_000}, "is longer than 32768 bytes; put it where 'read' of"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            await config.set("p1", manifest, bad)
+    await store.close()

@@ -105,3 +105,9 @@ def test_line_is_one_line_of_toml_whatever_the_record_holds(data: dict[str, Any]
     if advice.line is not None:
         assert "\n" not in advice.line
         tomllib.loads(advice.line)
+
+
+def test_refused_watch_on_the_use_of_files_says_what_to_watch_instead() -> None:
+    found = advise("syscall.denied", {"call": "inotify_add_watch"}, EffectivePolicy(plugin="p"))
+    assert found.line is None
+    assert "event_filter=[FileModifiedEvent, ...]" in found.why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from isolator.broker.virtual import KEEP, VirtualPool
 from isolator.errors import UsageError
 from isolator.policy.addresses import BLOCKED, always_blocked, spellings
-from isolator.policy.destinations import VIRTUAL, Rules, normal_name, parse_destination
-from isolator.policy.model import AddressException, NetworkPolicy
+from isolator.policy.destinations import Rules, never_reachable, normal_name, parse_destination, parse_virtual
+from isolator.policy.meet.effective import meet
+from isolator.policy.model import AddressException, EgressRule, NetworkPolicy
+from isolator.policy.parse.load import parse_host_config
 from tests.broker.conftest import listed
+from tests.policy.samples import asking
 
 
 # Addresses near the borders of blocks are the interesting ones; uniform ones almost never meet a /24.
@@ -79,7 +83,7 @@ def test_ipv4_ranges_of_the_ruleset_agree_with_the_check(address: IPv4Address, p
     in_ranges = any(
         port in ports and any(a <= number <= b for a, b in ranges) for ports, ranges in rules.literal_ranges(4)
     )
-    assert in_ranges == (rules.literal(address, port).allowed and address not in VIRTUAL)
+    assert in_ranges == (rules.literal(address, port).allowed and address not in rules.virtual)
 
 
 @given(v6, st.sampled_from([80, 443]))
@@ -205,11 +209,67 @@ def test_virtual_pool_is_bounded_and_keeps_addresses_in_use() -> None:
 
 @given(st.lists(st.integers(0, 5000), max_size=300))
 def test_no_two_names_ever_share_a_virtual_address(names: list[int]) -> None:
-    pool = VirtualPool(Rules(NetworkPolicy(mode="public")), _Clock(), capacity=100)
+    rules = Rules(NetworkPolicy(mode="public"))
+    pool = VirtualPool(rules, _Clock(), capacity=100)
     seen: dict[object, str] = {}
     for number in names:
         name = f"n{number}.com"
         address = pool.lookup(name)
         if address is not None:
             assert seen.setdefault(address, name) == name
-            assert address in VIRTUAL
+            assert address in rules.virtual
+
+
+@pytest.mark.parametrize("text", ["198.18.0.0/15", "11.8.0.0/15", "10.64.0.0/16", "25.0.0.0/8", "44.128.16.0/20"])
+def test_range_for_names_is_the_operators_choice(text: str) -> None:
+    assert parse_virtual(text) == text
+    rules = Rules(NetworkPolicy(mode="public", virtual=text))
+    assert {group.network.subnet_of(rules.virtual) for group in rules.virtual_groups} == {True}
+    pool = VirtualPool(rules, _Clock())
+    assert pool.lookup("a.example.com") in rules.virtual
+    first = rules.virtual[1]
+    assert not any(a <= int(first) <= b for _, ranges in rules.literal_ranges(4) for a, b in ranges)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("198.18.0.0", "must be a /8 to /20"),
+        ("198.18.0.0/24", "must be a /8 to /20"),
+        ("8.0.0.0/7", "must be a /8 to /20"),
+        ("198.18.0.1/15", "host bits must be zero"),
+        ("2001:db8::/32", "not an IPv4 network"),
+        ("names", "not an IPv4 network"),
+        ("127.0.0.0/16", "lies in 127.0.0.0/8"),
+        ("192.0.0.0/8", "lies in 192.0.0.0/24"),
+        ("169.254.0.0/16", "lies in 169.254.0.0/16"),
+        ("240.0.0.0/8", "lies in 224.0.0.0/3"),
+    ],
+)
+def test_range_that_cannot_stand_for_names_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        parse_virtual(text)
+
+
+def test_address_within_the_range_for_names_is_never_granted() -> None:
+    inside = EgressRule(host="11.8.7.7", ports=(443,))
+    assert never_reachable(inside, ()) is None
+    assert never_reachable(inside, (), "11.8.0.0/15") == "11.8.0.0/15, which stands for names in cages"
+    host = parse_host_config(b"[network]\nvirtual = '11.8.0.0/15'\n", source="host.toml")
+    proposal = meet(asking(network={"egress": ["11.8.7.7:443", "hooks.slack.com:443"]}), None, host)
+    assert [line.verdict for line in proposal.lines if line.field == "egress"] == ["refused", "granted"]
+    assert proposal.effective.network.virtual == "11.8.0.0/15"
+    assert [rule.host for rule in proposal.effective.network.egress] == ["hooks.slack.com"]
+
+
+def test_exception_within_the_range_for_names_is_refused_at_its_line() -> None:
+    with pytest.raises(UsageError, match=r"host.toml:2: network.exceptions: 198.18.7.0/24 lies in 198.18.0.0/15"):
+        parse_host_config(b"[network]\nexceptions = ['198.18.7.0/24:443']\n", source="host.toml")
+    moved = b"[network]\nexceptions = ['198.18.7.0/24:443']\nvirtual = '11.8.0.0/15'\n"
+    assert parse_host_config(moved, source="host.toml").exceptions[0].cidr == "198.18.7.0/24"
+
+
+def test_guards_of_python_take_the_default_for_private_and_the_advised_range_for_public() -> None:
+    """The table of docs/egress.md has more of them, measured once."""
+    assert not Rules(NetworkPolicy(mode="public")).virtual[5].is_global
+    assert Rules(NetworkPolicy(mode="public", virtual="11.8.0.0/15")).virtual[5].is_global

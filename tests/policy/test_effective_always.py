@@ -47,13 +47,14 @@ _SANDBOXES = _maybe(
     syscalls=st.sampled_from(["default", "strict"]),
 )
 _CORES = st.builds(
-    lambda hooks, permissions, sandbox, delivery: manifest(
-        hooks=hooks, permissions=permissions, sandbox=sandbox, delivery=delivery
+    lambda hooks, permissions, sandbox, delivery, restart: manifest(
+        hooks=hooks, permissions=permissions, sandbox=sandbox, delivery=delivery, restart=restart
     ),
     st.lists(_EVENTS, max_size=3),
     st.lists(_PERMISSIONS, max_size=3),
     _SANDBOXES,
     _maybe(timeout=st.sampled_from(["1s", "2m", "1h"]), attempts=st.integers(1, 200)),
+    _maybe(start_timeout=st.sampled_from(["1s", "2m", "1h"])),
 ) | st.just(synthesised())
 
 _HOST_CONFIGS = st.sampled_from(
@@ -110,8 +111,13 @@ _GRANTS = _maybe(
     ),
     filesystem=_maybe(read=_PATHS, state=_MEMORY | st.just("0"), tmp=_MEMORY),
     syscalls=_maybe(profile=st.sampled_from(["default", "strict"])),
-    restart=_maybe(crashes=st.integers(1, 9), stop_grace=st.sampled_from(["1s", "50s", "10m"])),
+    restart=_maybe(
+        crashes=st.integers(1, 9),
+        stop_grace=st.sampled_from(["1s", "50s", "10m"]),
+        start_timeout=st.sampled_from(["1s", "4m", "1h"]),
+    ),
     delivery=_maybe(timeout=st.sampled_from(["1s", "2m", "1h"]), attempts=st.integers(1, 200)),
+    env=_maybe(TZ=st.sampled_from(["UTC", "Asia/Tokyo"])),
 ).map(lambda sections: policy(_policy_text(sections)))
 
 

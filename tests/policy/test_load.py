@@ -9,6 +9,7 @@ import pytest
 
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError
 from isolator.policy.host import HostConfig
+from isolator.policy.meet.effective import meet
 from isolator.policy.model import AddressException, EgressRule
 from isolator.policy.parse.load import (
     check_ceiling,
@@ -17,7 +18,7 @@ from isolator.policy.parse.load import (
     parse_host_config,
     parse_plugin_policy,
 )
-from tests.policy.samples import POLICY, policy
+from tests.policy.samples import POLICY, manifest, policy
 
 HOST = """\
 uid_range = [71000, 71999]
@@ -121,6 +122,8 @@ def test_every_value_knows_its_line() -> None:
         ("[grant]\nallow_no_sni = 'yes'", 2, "true or false"),
         ("[syscalls]\nprofile = 'stict'", 2, '"default" or "strict"'),
         ("[restart]\nstop_grace = '2m'", 2, "over the ceiling, 1m"),
+        ("[restart]\nstart_timeout = '6m'", 2, "over the ceiling, 5m"),
+        ("[restart]\nstart_timeout = '10ms'", 2, "least that works, 1s"),
         ("[restart]\nbackoff_min = '9s'\nbackoff_max = '1s'", 2, "more than backoff_max"),
         ("[delivery]\ntimeout = '16m'", 2, "over the ceiling, 15m"),
         ("grant = 1", 1, "must be a table"),
@@ -259,3 +262,39 @@ def test_size_and_depth_are_bounded(file: Path) -> None:
             parse_plugin_policy(bomb.encode(), source="p")
     with pytest.raises(UsageError, match="p:2: not UTF-8"):
         parse_plugin_policy(b"a = 1\n\xff", source="p")
+
+
+def test_variables_of_a_policy_are_read_and_explained_at_their_lines() -> None:
+    grant = policy("[env]\nTZ = 'Europe/Berlin'\nNODE_EXTRA_CA_CERTS = '/etc/ssl/company.pem'\nLD_BIND_NOW = '1'\n")
+    check_ceiling(grant, HostConfig())
+    proposal = meet(manifest(), grant, HostConfig())
+    assert proposal.effective.env == {
+        "TZ": "Europe/Berlin", "NODE_EXTRA_CA_CERTS": "/etc/ssl/company.pem", "LD_BIND_NOW": "1",
+    }  # fmt: skip
+    (line,) = [line for line in proposal.lines if line.effective == "TZ=Europe/Berlin"]
+    assert (line.field, line.requested, line.verdict, line.source) == ("env", None, "granted", "policies/p.toml:2")
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("PATH = '/opt/bin'", "env.PATH: PATH is set by the cage itself; leave it out"),
+        ("PLUGIN_SOCKET = '/tmp/s'", "env.PLUGIN_SOCKET: PLUGIN_SOCKET is set by the cage itself"),
+        ("HOME = '/root'", "env.HOME: HOME is set by the cage itself"),
+        ("TMPDIR = '/'", "env.TMPDIR: TMPDIR is set by the cage itself"),
+        ("ISOLATOR_ROOT = '/'", "env.ISOLATOR_ROOT: ISOLATOR_ROOT is set by the cage itself"),
+        ("'A=B' = 'c'", 'env.A=B: "A=B" is not the name of a variable'),
+        ("7UP = 'c'", 'env.7UP: "7UP" is not the name of a variable'),
+        ("WORKERS = 4", 'env.WORKERS: must be text; write "1" for the number 1'),
+        (r'A = "a\u0007"', "env.A: holds control or invisible characters"),
+        (r'B = "a\nb"', "env.B: holds control or invisible characters"),
+        (f"C = '{'x' * 4097}'", "env.C: 4097 characters; at most 4096"),
+        ("\n".join(f"V{n} = ''" for n in range(65)), "env: 65 variables; at most 64"),
+        ("\n".join(f"V{n} = '{'x' * 4000}'" for n in range(5)), "env: 20010 characters; at most 16384"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_variable_that_a_policy_may_not_set_is_refused_at_its_line(line: str, why: str) -> None:
+    found = error_of(f"[env]\n{line}\n")
+    assert found.startswith(("policies/p.toml:2: ", "policies/p.toml:1: "))
+    assert why in found

@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "cee8f91066aa9d40f3e2f9e8b2f821a713e4e512b71f5454780bbda30401f066",
+        "e0ffc8de73d9d01bba2961456c1af4442820f12c1c0e0077b151962a3f29de04",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "5437528a8f99314e23115ce462e78caa249b2a720bfc2c87f18a705e67158928",
+        "fdf8452a4452df0756c39f5e2372c22972b515b6def0e1137f1024c0d5550a30",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "6ac57f72b42fe0f37ddb2aedf2455fc29645e9186aba8b05ad5f4bca1d89d135",
+        "1e6eec2ab5f4d09b88b276f23f9ba68fd7ad0be5b2ac4811ceb70788d8dc6deb",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "e36b61c9c50dd45a824a35f8490243afd00fddd9ef50954774b096eecebd881c",
+        "e05a7737249774967e4d4d1a33af51199f23c9bcc9bf77325e63c3671681dd0a",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "3721fe44fb5b16c6a0b4c1eb3798659e7a20eed62a2c5e50fc9b4d61aeab3d39",
+        "388394e70da61802992b31c263411e7d9fce1653547a107d18601de66f47cd19",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "2ec5cc3589103755f8d871d6ca29245c764200eba033ffba49caf5820ceceacb",
+        "35d8bf50177d1f95c12a1a9983cb769265c525b65ff2e84279cb511cb9b12ba7",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "885a89bed1462e80442e7e3074363270a53988d515cf48a15ba0cb6f601f5947",
+        "4823cdb65b850d88dc7e65673ec9d42b731e94e391b2078491468d210c7b9fa9",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "42b5671b60999a22610333befaeca5732010567581b550b7de67ae146e3088bb",
+        "3f167a9629e4c333ab08947f832eb60832fb7efa62ee70aaa493732b8ccd6eb9",
     ),
 }
 
@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "7b50e7c18f62b8ce3b782c91dba88ec37cab9aa5bbf8df9cac668e203f32b420"),
-        (OPEN, "976b4d25436f9625851b30d205611b2597d327101073b9761933c3bc990120ae"),
-        (STRICT, "87c6721bb10f447995dd3cd8d905bc08aaa288b32a50de2ba81ed372174a0b67"),
+        (HostConfig(), "32920b36a8ed7300a5133a6fe4cb4f22471571c47b2872fb86967a92ca0031db"),
+        (OPEN, "0ebbda7803f24450001f2ce79c28a6e2a13c4be73a9ab0b4fcd1be470bc55f7f"),
+        (STRICT, "cfcedd4dfda6c0925a85e7eb4e2301e1492f83c6efd9b17a5db0359a7f90a8a2"),
     ],
     ids=["default", "open", "strict"],
 )
@@ -96,5 +96,5 @@ def test_explanation_and_written_policy_keep_their_text() -> None:
     shown = [[*map(asdict, proposal.lines), proposal.policy_text] for proposal in proposals]
     text = json.dumps(shown, sort_keys=True)
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "e376f520e28d8d716393266e9005c516e2b841882bf079bf3e14b037b1a550f4"
+        hashlib.sha256(text.encode()).hexdigest() == "7d173155126c30ac91e3324975b476795a364a6396399ecfeb2614f07e020ab3"
     ), text

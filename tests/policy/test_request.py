@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolator.errors import UsageError
+from isolator.policy.host import HostConfig
 from isolator.policy.keys import LIMITS
+from isolator.policy.meet.effective import meet
 from isolator.policy.request import synthesise_manifest
 from isolator.reader.json_text import load_json_with_lines
 from isolator.reader.manifest import parse_manifest, parse_manifest_core
-from tests.policy.samples import MANIFEST, asking, manifest
+from tests.policy.samples import MANIFEST, asking, manifest, policy
 
 TEXT = json.dumps(MANIFEST, indent=2)
 RESOURCES = ", ".join(sorted(limit.key for limit in LIMITS if limit.manifest.startswith("sandbox.resources.")))
@@ -258,3 +260,22 @@ def test_synthesised_manifest_is_a_manifest_of_its_binary() -> None:
     assert core.synthesised
     with pytest.raises(UsageError, match="hooks"):
         parse_manifest(synthesise_manifest("google-indexer", "0" * 64, "x", ["deploy completed"]))
+
+
+def test_time_to_start_in_is_asked_for_up_to_the_ceiling() -> None:
+    core = manifest(restart={"start_timeout": "2m"})
+    assert core.limits["start_timeout"] == 120.0 and not core.extra
+    effective = meet(core, policy(), HostConfig()).effective
+    assert effective.restart.start_timeout == 120.0
+    assert meet(manifest(), policy(), HostConfig()).effective.restart.start_timeout == 10.0
+    (line,) = [
+        line
+        for line in meet(manifest(restart={"start_timeout": "1h"}), policy(), HostConfig()).lines
+        if line.field == "start_timeout"
+    ]
+    assert (line.verdict, line.effective, line.reason) == ("refused", "5m", "over the ceiling, 5m")
+
+
+def test_typo_in_restart_is_refused() -> None:
+    with pytest.raises(UsageError, match=r'restart\.start_timout: unknown key; did you mean "start_timeout"'):
+        manifest(restart={"start_timout": "2m"})

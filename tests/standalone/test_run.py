@@ -285,3 +285,39 @@ def _remove(folders: list[Path]) -> None:
             if child.is_dir():
                 child.rmdir()
         top.rmdir()
+
+
+def test_time_zone_is_utc_unless_somebody_sets_it(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = shared_dir / "berlin.toml"
+    policy.write_text('[env]\nTZ = "Europe/Berlin"\nGREETING = "hello there"\n')
+    show = ("--", "sh", "-c", 'echo "$TZ,$GREETING"')
+    monkeypatch.delenv("TZ", raising=False)
+    assert isolator(shared_dir, "run", *show).stdout == "UTC,\n"
+    assert isolator(shared_dir, "run", "--policy", str(policy), *show).stdout == "Europe/Berlin,hello there\n"
+    flag = isolator(shared_dir, "run", "--policy", str(policy), "--env", "TZ=Asia/Tokyo", *show)
+    assert flag.stdout == "Asia/Tokyo,hello there\n"
+    monkeypatch.setenv("TZ", "America/Lima")
+    assert isolator(shared_dir, "run", *show).stdout == "America/Lima,\n"
+
+
+def test_runtimes_agree_about_the_time_zone(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TZ", raising=False)
+    offsets = """date +%z; python3 -c 'import time; print(time.strftime("%z"))'
+perl -MPOSIX -e 'print strftime("%z", localtime)'"""
+    assert isolator(shared_dir, "run", "--", "sh", "-c", offsets).stdout.split() == ["+0000"] * 3
+    tokyo = isolator(shared_dir, "run", "--env", "TZ=Asia/Tokyo", "--", "sh", "-c", offsets)
+    assert tokyo.stdout.split() == ["+0900"] * 3
+
+
+def test_program_that_watches_the_use_of_files_hears_what_to_watch_instead(shared_dir: Path) -> None:
+    """Python's watchdog wants every kind of event unless it is given a filter."""
+    code = (
+        "import ctypes, os\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "watch = lambda mask: libc.inotify_add_watch(libc.inotify_init1(0), b'/tmp', mask) > 0 or ctypes.get_errno()\n"
+        "print(watch(0xFFF), watch(0xFFF & ~0x31))\n"
+    )
+    result = isolator(shared_dir, "run", "--", "python3", "-c", code)
+    assert result.stdout == "1 True\n"
+    assert "denied: system call inotify_add_watch; in /usr the use of files tells" in result.stderr
+    assert "event_filter=[FileModifiedEvent, ...]" in result.stderr

@@ -136,7 +136,7 @@ CRASHING = {
     "forbidden": "#!/usr/bin/python3\nimport ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(0x40000027))\n",
 }
 CAUSES = {
-    "exits": ("exit code 3", "exit"), "silent": ("no socket", "no socket in 10 s"),
+    "exits": ("exit code 3", "exit"), "silent": ("no socket", "no socket in 2 s"),
     "hungry": ("out of memory", "out of memory"), "forking": ("task limit", "task limit"),
     "segfault": ("killed by signal 11", "signal"), "forbidden": ("forbidden ABI", "forbidden ABI"),
 }  # fmt: skip
@@ -145,7 +145,8 @@ CAUSES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CRASHING)
 def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path, kind: str) -> None:
-    folder = write_plugin(tmp_path / kind, CRASHING[kind])
+    patience = {"restart": {"start_timeout": "2s"}} if kind == "silent" else {}
+    folder = write_plugin(tmp_path / kind, CRASHING[kind], **patience)
     running.cli("plugin", "add", str(folder), "--yes")
     try:
         running.cli("event", "emit", "deploy.completed", event(1))

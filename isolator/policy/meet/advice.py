@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isolator.policy.addresses import parse_address
-from isolator.policy.denial import DenialRule, Remedy
+from isolator.policy.denial import INSTEAD, DenialRule, Remedy
 from isolator.policy.destinations import normal_name
 from isolator.policy.meet.lines import toml_list
 from isolator.policy.model import EffectivePolicy
@@ -102,5 +102,5 @@ def _other(type: str, data: Mapping[str, Any], policy: EffectivePolicy) -> Advic
         line = toml_list("permissions", [*policy.permissions, permission])
         return Advice("its policy does not grant the permission", line, "grant")
     if type == "syscall.denied":
-        return Advice("no policy grants system calls beyond the default profile")
+        return Advice(INSTEAD.get(str(data.get("call")), "no policy grants system calls beyond the default profile"))
     return Advice("no policy grants this")

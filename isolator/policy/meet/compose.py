@@ -10,6 +10,7 @@ from isolator.policy.host import HostConfig
 from isolator.policy.keys import SWITCHES, Frozen
 from isolator.policy.meet.bounds import Bounds
 from isolator.policy.model import (
+    VIRTUAL,
     EffectivePolicy,
     FilesystemPolicy,
     ListenRule,
@@ -23,7 +24,7 @@ def compose(
     plugin: str, bounds: Bounds, grant: PluginPolicy, host: HostConfig, listen: tuple[ListenRule, ...]
 ) -> EffectivePolicy:
     """The effective policy that allows what ``bounds`` allow; ``listen``: the ports that are forwarded."""
-    rules = tuple(rule for rule in bounds.egress.rules if never_reachable(rule, host.exceptions) is None)
+    rules = tuple(rule for rule in bounds.egress.rules if never_reachable(rule, host.exceptions, host.virtual) is None)
     mode: Literal["none", "listed", "public"] = "public" if bounds.egress.public else "listed" if rules else "none"
     values = dict(bounds.limits)
     # Each inode takes 256 bytes of the image itself: more than one for each block would eat what was granted.
@@ -44,11 +45,13 @@ def compose(
             exceptions=host.exceptions if mode != "none" else (),
             listen=listen,
             resolvers=host.resolvers if mode != "none" else (),
+            virtual=host.virtual if mode != "none" else VIRTUAL,
             **declared(NetworkPolicy),
         ),
         resources=ResourcePolicy(memory_high=values["memory"] * 7 // 8, **declared(ResourcePolicy)),
         filesystem=FilesystemPolicy(read=bounds.read, **declared(FilesystemPolicy)),
         syscalls="strict" if bounds.strict else "default",
         restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
+        env=grant.env,
         **declared(EffectivePolicy),
     )

@@ -65,6 +65,9 @@ class _Explainer:
                 yield self._limit(limit)
         yield from self._read()
         yield self._syscalls()
+        for name, value in self.effective.env.items():
+            setting = f"{name}={value}"
+            yield self._line("env", None, setting, setting, "granted", key=f"env.{name}")
 
     def _line(
         self,
@@ -143,12 +146,12 @@ class _Explainer:
         text = names.format_egress(rule)
         one = Egress(rules=(rule,))
         kept = meet_egress(meet_egress(ceiling_egress(self.host.ceiling), self.allowed.egress), one)
-        rules = tuple(r for r in kept.rules if never_reachable(r, self.host.exceptions) is None)
+        rules = tuple(r for r in kept.rules if never_reachable(r, self.host.exceptions, self.host.virtual) is None)
         shown = ", ".join(map(names.format_egress, rules)) or "no"
         covering = self._covering(rule)
         key = f"grant.egress[{covering[0]}]" if covering else "grant.egress"
         granted = covering[1] if covering else ("public" if self.allowed.egress.public and rules else None)
-        blocked = never_reachable(rule, self.host.exceptions)
+        blocked = never_reachable(rule, self.host.exceptions, self.host.virtual)
         if blocked:
             why = f"never reachable: {blocked}"
             return self._line("egress", text, granted, "no", "refused", key=key, source="always blocked", reason=why)

@@ -11,7 +11,7 @@ from isolator.errors import UsageError
 from isolator.policy import names
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.keys import BY_NAME, DeliveryLimits, StopLimits
+from isolator.policy.keys import BY_NAME, DeliveryLimits, RunLimits
 from isolator.policy.meet.bounds import meet
 from isolator.policy.meet.compose import compose
 from isolator.policy.meet.sides import ceiling_bounds, grant_bounds
@@ -20,7 +20,7 @@ from isolator.policy.parse.load import check_ceiling, load_plugin_policy
 
 Net = Literal["none", "names", "public"]
 
-_NO_EFFECT = (*DeliveryLimits.model_fields, *StopLimits.model_fields)
+_NO_EFFECT = (*DeliveryLimits.model_fields, *RunLimits.model_fields)
 """Numbers of a policy file that mean nothing without a daemon."""
 
 

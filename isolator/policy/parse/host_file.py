@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 from isolator.policy import names
-from isolator.policy.destinations import Network, parse_host
+from isolator.policy.destinations import Network, parse_host, parse_virtual
 from isolator.policy.host import (
     MAY_DEGRADE,
     AuditSettings,
@@ -18,8 +18,8 @@ from isolator.policy.host import (
     Metrics,
     Roles,
 )
-from isolator.policy.keys import BY_NAME, CEILING, LIMITS, SWITCHES, Limits
-from isolator.policy.model import AddressException, RestartPolicy
+from isolator.policy.keys import BY_NAME, CEILING, LIMITS, SWITCHES, Limits, RunLimits
+from isolator.policy.model import VIRTUAL, AddressException, RestartPolicy
 from isolator.policy.parse.strict import Table, did_you_mean, printable
 from isolator.policy.parse.toml_file import document, duration_between, egress_of, restart_of, where_of
 from isolator.policy.units import parse_size
@@ -39,6 +39,14 @@ def parse_host_config(text: bytes, *, source: str) -> HostConfig:
             defaults.fail(name, f"{shown(value)} is over the ceiling, {shown(getattr(most, name))}")
     egress, public = egress_of(ceiling, "egress")
     base = Ceiling()
+    exceptions = _exceptions(network)
+    virtual = network.parsed("virtual", lambda value: parse_virtual(printable(value, 64)), VIRTUAL)
+    for item in exceptions:
+        if ip_network(item.cidr).overlaps(ip_network(virtual)):
+            network.fail(
+                "exceptions", f"{item.cidr} lies in {virtual}, which stands for names in cages",
+                "choose another range with [network] virtual",
+            )  # fmt: skip
     config = HostConfig(
         uid_range=_uid_range(top),
         plugin_dirs=top.strings("plugin_dirs", _absolute) or (),
@@ -55,14 +63,15 @@ def parse_host_config(text: bytes, *, source: str) -> HostConfig:
         ),
         defaults=Limits(**usual),
         default_syscalls=defaults.choice("syscalls", ("default", "strict"), "default"),  # type: ignore[arg-type]  # checked
-        restart=RestartPolicy(**restart_of(restart), stop_grace=Limits(**usual).stop_grace),
+        restart=RestartPolicy(**restart_of(restart), **Limits(**usual).model_dump(include=set(RunLimits.model_fields))),
         roles=Roles(
             viewer=roles.items("viewer", _uid) or (),
             emitter=roles.items("emitter", _uid) or (),
             operator=_or(roles.items("operator", _uid), (0,)),
         ),
-        exceptions=_exceptions(network),
+        exceptions=exceptions,
         resolvers=network.strings("resolvers", _resolver, limit=8) or (),
+        virtual=virtual,
         inbound=Inbound(
             addresses=_or(inbound.strings("addresses", _address), Inbound().addresses),
             ports=inbound.items("ports", _port_range) or (),

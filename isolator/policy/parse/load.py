@@ -6,6 +6,7 @@ how they are read, is ``toml_file.py``.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from isolator.errors import NotFoundError, UsageError
@@ -16,6 +17,7 @@ from isolator.policy.host import HostConfig
 from isolator.policy.keys import LIMITS, SWITCHES
 from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
 from isolator.policy.parse.host_file import parse_host_config
+from isolator.policy.parse.strict import Table
 from isolator.policy.parse.toml_file import (
     declared_in,
     document,
@@ -37,6 +39,10 @@ __all__ = [
     "parse_plugin_policy",
     "read_trusted",
 ]
+
+
+MAX_VARIABLES, MAX_ENVIRONMENT = 64, 16 * 1024
+"""The number of variables in a policy, and the characters of all of them."""
 
 
 def load_host_config(path: Path | str, *, also_owner: int | None = None) -> HostConfig:
@@ -66,7 +72,8 @@ def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
     grant, limits, filesystem = top.table("grant"), top.table("limits"), top.table("filesystem")
     syscalls, restart, delivery = top.table("syscalls"), top.table("restart"), top.table("delivery")
     egress, public = egress_of(grant, "egress")
-    tables = (grant, limits, filesystem, syscalls, restart, delivery, top)
+    env = top.table("env")
+    tables = (grant, limits, filesystem, syscalls, restart, delivery, env, top)
     numbers = declared_in(tables, LIMITS)
     policy = PluginPolicy(
         source=source,
@@ -80,11 +87,22 @@ def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
         restart=restart_of(restart),
         read=filesystem.strings("read", names.parse_read_path),
         syscalls=syscalls.choice("profile", ("default", "strict"), None),  # type: ignore[arg-type]  # choice() checks it
+        env=_variables(env),
         where=where_of(top),
     )
     for table in tables:
         table.finish()
     return policy
+
+
+def _variables(env: Table) -> dict[str, str]:
+    if len(env.data) > MAX_VARIABLES:
+        env.fail((), f"{len(env.data)} variables; at most {MAX_VARIABLES}")
+    found = {name: env.parsed(name, functools.partial(names.parse_variable, name), "") for name in env.data}
+    length = sum(len(name) + len(value) for name, value in found.items())
+    if length > MAX_ENVIRONMENT:
+        env.fail((), f"{length} characters; at most {MAX_ENVIRONMENT}")
+    return found
 
 
 def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
@@ -115,7 +133,7 @@ def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
     if policy.egress_public and not ceiling.egress_public:
         refuse("grant.egress", '"public" is over the ceiling')
     for rule in policy.egress or ():
-        blocked = never_reachable(rule, host.exceptions)
+        blocked = never_reachable(rule, host.exceptions, host.virtual)
         if not blocked and not egress_within(Egress(rules=(rule,)), ceiling_egress(ceiling)):
             text = names.format_egress(rule)
             refuse(_element(policy, "grant.egress", text), f"{text} is over the ceiling")

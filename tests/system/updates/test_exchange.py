@@ -55,7 +55,7 @@ def test_update_must_be_of_the_same_plugin(running: Daemon, tmp_path: Path, name
     assert "is already registered" in running.cli("plugin", "add", str(tmp_path / name), "--yes", code=2).stderr
 
 
-@pytest.mark.parametrize(("script", "why"), [(BROKEN, "exit code 7"), (SILENT, "no socket in 10 s")])
+@pytest.mark.parametrize(("script", "why"), [(BROKEN, "exit code 7"), (SILENT, "no socket in 3 s")])
 def test_a_version_that_does_not_come_up_is_rolled_back(
     running: Daemon, tmp_path: Path, name: str, script: str, why: str
 ) -> None:
@@ -63,7 +63,8 @@ def test_a_version_that_does_not_come_up_is_rolled_back(
     before = shown(running, name)
     files = store(running, name)
     started = time.monotonic()
-    result = running.cli("plugin", "update", name, str(make(tmp_path / "second" / name, "2.0.0", script)), code=1)
+    second = make(tmp_path / "second" / name, "2.0.0", script, restart={"start_timeout": "3s"})
+    result = running.cli("plugin", "update", name, str(second), code=1)
     assert result.stderr.startswith("isolator: ") and result.stderr.count("\n") == 1, result.stderr
     assert why in result.stderr and "1.0.0 is in use again" in result.stderr
     after = shown(running, name)

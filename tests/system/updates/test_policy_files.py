@@ -135,3 +135,44 @@ def test_host_toml_is_read_at_the_start_only(running: Daemon) -> None:
         running.cli("plugin", "list")
     finally:
         (running.root / "etc/isolator/host.toml").unlink()
+
+
+SHOWS_ENVIRONMENT = oneshot("""
+shown = {key: os.environ.get(key) for key in ("TZ", "NODE_EXTRA_CA_CERTS", "LANG", "PATH", "region", "REGION")}
+return {"status": "ok", "env": shown}
+""")
+
+
+def test_policy_sets_variables_and_an_edit_of_them_restarts_the_plugin(
+    running: Daemon, tmp_path: Path, name: str
+) -> None:
+    def environment(number: str) -> dict[str, str | None]:
+        emitted = running.json("event", "emit", "deploy.completed", event(f"env-{number}"), "--wait")
+        (reply,) = [
+            json.loads(r["data"]["response"])["result"]["env"]
+            for r in of_type(running, name, "event.response")
+            if r["event_id"] == emitted["id"]
+        ]
+        return dict(reply)
+
+    schema = {"region": {"type": "string", "default": "author's"}}
+    add(running, make(tmp_path / name, "1.0.0", SHOWS_ENVIRONMENT, config_schema=schema))
+    before = environment("before")
+    assert (before["TZ"], before["LANG"], before["REGION"]) == ("UTC", "C.UTF-8", "author's")
+    policy = running.root / f"etc/isolator/policies/{name}.toml"
+    digest = shown(running, name)["effective_digest"]
+    policy.write_text(
+        policy.read_text()
+        + """
+[env]
+TZ = "Europe/Berlin"
+NODE_EXTRA_CA_CERTS = "/etc/ssl/company.pem"
+REGION = "operator's"
+"""
+    )
+    wait_for(lambda: shown(running, name)["effective_digest"] != digest)
+    assert environment("after") == before | {
+        "TZ": "Europe/Berlin", "NODE_EXTRA_CA_CERTS": "/etc/ssl/company.pem", "REGION": "operator's",
+    }  # fmt: skip
+    assert "TZ=Europe/Berlin" in running.cli("plugin", "explain", name).stdout
+    assert len(of_type(running, name, "config.changed")) == 1

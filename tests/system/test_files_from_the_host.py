@@ -1,0 +1,75 @@
+"""Files that a plugin gets from outside: those of its config, and those that its policy shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.sidecars import oneshot
+from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Daemon]:
+    with daemon(host_toml='[audit]\nsnapshot_interval = "1s"\n') as d:
+        yield d
+
+
+def reply(d: Daemon, number: str) -> dict[str, object]:
+    emitted = d.json("event", "emit", "deploy.completed", event(number), "--wait")
+    (found,) = [r for r in d.records() if r["type"] == "event.response" and r["event_id"] == emitted["id"]]
+    return dict(json.loads(found["data"]["response"])["result"])
+
+
+BUNDLES = oneshot("""
+import hashlib
+files = [os.environ["FIRST"], os.environ["SECOND"]]
+return {"status": "ok", "sha256": [hashlib.sha256(open(file, "rb").read()).hexdigest() for file in files]}
+""")
+
+
+def test_bundles_of_certificates_fit_into_the_config(running: Daemon, tmp_path: Path) -> None:
+    """More than a message between the daemon's processes holds."""
+    import hashlib
+
+    schema = {"first": {"type": "file", "required": True}, "second": {"type": "file", "required": True}}
+    folder = write_plugin(tmp_path / "bundles", BUNDLES, config_schema=schema)
+    digests = []
+    for name in schema:
+        text = f"# {name}\n" + "MIIDdzCCAl+gAwIBAgIEAgAAuTANBgkqhkiG9w0BAQUFADBaMQswCQYDVQQGEwJJRTESMBAGA1UE\n" * 3000
+        (tmp_path / name).write_text(text)
+        digests.append(hashlib.sha256(text.encode()).hexdigest())
+    values = [word for name in schema for word in ("--config", f"{name}=@{tmp_path / name}")]
+    running.cli("plugin", "add", str(folder), "--yes", *values)
+    assert reply(running, "bundles")["sha256"] == digests
+    assert "[231009 bytes]" in running.cli("plugin", "config", "bundles").stdout
+    running.cli("plugin", "remove", "bundles")
+
+
+SHOWN = oneshot('return {"status": "ok", "text": open(os.environ["SHOWN"]).read()}')
+
+
+def test_plugin_whose_file_was_replaced_says_so_until_it_is_restarted(running: Daemon, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    shown = running.root / "certificate.pem"
+    shown.write_text("old")
+    folder = write_plugin(tmp_path / "shown", SHOWN, sandbox={"filesystem": {"read": [str(shown)]}})
+    policy = running.root / "etc/isolator/policies/shown.toml"
+    running.cli("plugin", "add", str(folder), "--yes")
+    policy.write_text(policy.read_text().replace("read = []", f'read = ["{shown}"]') + f'\n[env]\nSHOWN = "{shown}"\n')
+    wait_for(lambda: running.json("plugin", "show", "shown")["effective"]["filesystem"]["read"] == [str(shown)])
+    assert reply(running, "before")["text"] == "old"
+
+    renewed = running.root / "certificate.new"
+    renewed.write_text("new")
+    renewed.rename(shown)
+    entry = wait_for(lambda: (e := running.json("plugin", "show", "shown"))["error"] and e)
+    assert entry["error"] == f"{shown}: replaced on the host; it sees what was there until it is restarted"
+    assert entry["state"] == "running"
+    assert reply(running, "meanwhile")["text"] == "old"
+    running.cli("plugin", "restart", "shown")
+    assert not running.json("plugin", "show", "shown")["error"]
+    assert reply(running, "after")["text"] == "new"
