@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from isolator.registration import staging
 from isolator.registration.reading import ManifestReader
 from isolator.registration.staging import Source, Staged, discard, stage
 from isolator.registration.store import Registration, Release, Store
+from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for, write_plugin
 
 READER = ManifestReader(HostConfig().uid_range)
@@ -310,6 +312,44 @@ def test_folder_that_changes_while_it_is_read_leaks_no_secret(base: Path, packag
         thread.join()
     assert copies
     assert not list(base.iterdir()), "a copy that was cut short by a change was left"
+
+
+def _becomes_a_link(entry: Path, secret: Path) -> None:
+    entry.symlink_to(secret / "key" if entry.name == "file" else secret)
+
+
+def _becomes_a_pipe(entry: Path, _: Path) -> None:
+    os.mkfifo(entry)
+
+
+@pytest.mark.timeout(seconds(20))  # an open that waits for the other end of a pipe waits for ever
+@pytest.mark.parametrize(
+    ("name", "become"), [("folder", _becomes_a_link), ("file", _becomes_a_link), ("file", _becomes_a_pipe)]
+)
+def test_entry_that_is_exchanged_as_it_is_opened_is_neither_followed_nor_waited_for(
+    base: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+    become: Callable[[Path, Path], None],
+) -> None:  # fmt: skip
+    """At the worst moment: behind the last look at it."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("TOP SECRET")
+    (package / "folder").mkdir()
+    (package / "file").write_text("harmless")
+    look = os.stat
+
+    def looked(path: str | Path, **further: Any) -> os.stat_result:
+        found = look(path, **further)
+        if path == name and "dir_fd" in further and not (package / name).is_symlink():
+            (package / name).rename(tmp_path / "aside")
+            become(package / name, secret)
+        return found
+
+    monkeypatch.setattr(os, "stat", looked)
+    with pytest.raises((UsageError, OSError)):
+        offer(base, package)
+    assert (tmp_path / "aside").exists(), "nothing was exchanged"
+    assert not list(base.iterdir())
 
 
 # --- binaries that stay where they are -----------------------------------------------------------------------------
