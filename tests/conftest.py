@@ -29,6 +29,9 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(300)))
 
 _PATIENCE = seconds(15)  # that the kernel and stopping daemons get at the end of the run
 
+_ON_DEMAND = {"test_mutations.py": "mutations", "test_chaos.py": "kills"}
+"""Files of tests that run only with an option."""
+
 _run = pytest.StashKey["_Run"]()
 
 
@@ -62,6 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--leaks", choices=("run", "test", "off"), default="run", help="look for leaks after the run, after each test"
     )
     parser.addoption("--all", action="store_true", help="also run what is marked wide")
+    parser.addoption("--kills", type=int, default=0, help="faults of tests/chaos, which does not run without")
+    parser.addoption("--seed", type=int, default=None, help="seed of tests/chaos")
+    parser.addoption("--mutations", action="store_true", help="run tests in copies of the tree with a fault each")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,10 +83,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() != 0:
         # Skipping would look like passing: nearly every test makes users, cgroups or namespaces.
         pytest.exit("the tests make users, cgroups and namespaces: run 'sudo ./dev test'", returncode=1)
+    if config.getoption("mutations") and config.args == config.getini("testpaths"):
+        config.args[:] = ["tests/mutations"]
     os.umask(0o022)
     # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[_run] = _Run(worker=hasattr(config, "workerinput"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what has a command of its own: it takes longer than everything else together."""
+    option = _ON_DEMAND.get(collection_path.name)
+    return True if option is not None and not config.getoption(option) else None
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from isolator.policy.denial import DenialRule
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import METADATA, OTHER, PRIVATE, WEB
@@ -228,6 +232,29 @@ async def test_a_new_address_of_the_host_is_out_of_reach_at_once(
         await broker.wait_for("net.denied", address=OTHER, rule="host-address")
     finally:
         run_in(pretend.host_fd, "ip", "addr", "del", f"{OTHER}/32", "dev", "lo")
+
+
+_ADDED = """
+import subprocess
+from ipaddress import ip_address
+from isolator.broker.host_addresses import HostAddresses
+
+def owners():
+    return [addresses.owner(ip_address(text)) for text in ("1.2.3.4", "2a00::7", "::ffff:1.2.3.4")]
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+addresses = HostAddresses()
+before = owners()
+subprocess.run(["ip", "addr", "add", "1.2.3.4/32", "dev", "lo"], check=True)
+subprocess.run(["ip", "addr", "add", "2a00::7/128", "dev", "lo", "nodad"], check=True)
+print(before, owners())
+"""
+
+
+def test_new_address_of_the_host_is_its_own_before_any_notice_is_read() -> None:
+    command = ["unshare", "--net", sys.executable, "-c", _ADDED]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    mine = repr(DenialRule.HOST_ADDRESS)
+    assert run.stdout == f"[None, None, None] [{mine}, {mine}, {mine}]\n"
 
 
 async def test_new_gateway_of_the_host_is_out_of_reach(

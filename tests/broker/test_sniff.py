@@ -214,6 +214,7 @@ TLS, HTTP, OTHER = Hello("tls", ("a.com",)), Hello("http", ("a.com",)), Hello("o
         (TLS, "a.com", 443, False, None),
         (TLS, "b.com", 443, True, "sni-mismatch"),
         (TLS, "b.com", 8443, True, "sni-mismatch"),
+        (Hello("tls", ("a.com", "b.com")), "a.com", 443, True, "sni-mismatch"),
         (Hello("tls"), "a.com", 443, False, "no-sni"),
         (Hello("tls"), "a.com", 443, True, None),
         (Hello("tls"), "a.com", 9000, False, "no-sni"),

@@ -18,6 +18,7 @@ from isolator.layers.plan import Plan
 from isolator.linux.inotify import IN_MODIFY, Inotify
 from isolator.policy.model import ResourcePolicy
 from tests.support.cage_fixture import StartedCage, cage, leaves, policy
+from tests.system.daemon import wait_for
 
 MIB = 1 << 20
 
@@ -134,6 +135,17 @@ async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
     with pytest.raises(ConfinementError, match="layer user: Uid is"):
         async with cage(shared_dir, ["true"], cage_type=Lost):
             pass
+
+
+async def test_pid_1_is_root_s_to_look_into_and_holds_nothing_of_the_launcher(shared_dir: Path) -> None:
+    """The plugin has its uid: were it dumpable, its memory and its descriptors would be the plugin's too."""
+    async with cage(shared_dir, ["sleep", "300"]) as one:
+        process = Path(f"/proc/{one.cage.pid}")
+        # It closes the last ones when the sidecar runs.
+        await asyncio.to_thread(wait_for, lambda: len(os.listdir(process / "fd")) == 1, what="it holds more than one")
+        assert [(process / name).stat().st_uid for name in ("environ", "mem", "fd")] == [0, 0, 0]
+        # The pipe of its report on the sidecar's end.
+        assert [os.readlink(fd).split(":")[0] for fd in (process / "fd").iterdir()] == ["pipe"]
 
 
 # --- ending --------------------------------------------------------------------------------------------------

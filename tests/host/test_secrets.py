@@ -235,3 +235,27 @@ async def test_public_file_may_be_as_long_as_a_bundle_of_certificates(tmp_path: 
         with pytest.raises(UsageError, match=why):
             await config.set("p1", manifest, bad)
     await store.close()
+
+
+async def test_redaction_follows_each_change_of_the_config(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    config = ConfigStore(store, tmp_path / "key")
+
+    def shown(text: str) -> str:
+        return config.redactor("p1")(text)
+
+    assert shown("first-secret second-secret") == "first-secret second-secret"
+    await config.set("p1", _manifest(), {"token": "first-secret"})
+    assert shown("first-secret second-secret") == f"{REDACTED} second-secret"
+    await config.set("p1", _manifest(), {"token": "second-secret"})
+    assert shown("second-secret") == REDACTED
+    await config.set_next("p1", "d1", _manifest(), {"token": "secret-on-trial"})
+    assert shown("second-secret secret-on-trial") == f"{REDACTED} {REDACTED}"
+    config.settle("p1", "d1")
+    assert shown("secret-on-trial") == REDACTED
+    await config.set_next("p1", "d2", _manifest(), {"token": "secret-that-failed"})
+    config.drop_next("p1", "d2")
+    assert shown("secret-on-trial") == REDACTED and shown("secret-that-failed") == "secret-that-failed"
+    await config.unset("p1", "token")
+    assert shown("secret-on-trial") == "secret-on-trial"
+    await store.close()

@@ -103,8 +103,8 @@ def test_damaged_mark_stops_nobody(store: Store, kind: str, file: str, caplog: p
 _FAILING_DISK = """
 import os, pathlib, subprocess, sys
 from isolator.errors import IsolatorError
-from isolator.registration import policy_files
-from isolator.registration.durable import sync_tree
+from isolator.registration.staging import Staged
+from isolator.registration.store import Store
 
 outer, place = (pathlib.Path(sys.argv[1], name) for name in ("outer", "place"))
 outer.mkdir()
@@ -114,11 +114,15 @@ with (outer / "image").open("wb") as image:
     image.truncate(32 << 20)
 subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", outer / "image"], check=True)
 subprocess.run(["mount", "-o", "loop", outer / "image", place], check=True)
-(place / "main").write_bytes(os.urandom(8 << 20))
+store, digest = Store(place / "plugins"), "d" * 64
+folder = store.base / ".staging-1"
+folder.mkdir()
+(folder / "main").write_bytes(os.urandom(8 << 20))
 try:
-    sync_tree(place)
+    store.keep(Staged("1", "good", digest, folder, b"", synthesised=False))
 except IsolatorError as error:
     print(error)
+    print("kept" if (store.base / "good" / digest).exists() else "not kept")
 """
 
 
@@ -131,7 +135,8 @@ def test_failed_write_of_a_copy_is_noticed_before_anything_refers_to_it(tmp_path
         ["unshare", "--mount", sys.executable, "-c", _FAILING_DISK, tmp_path],
         check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert run.stdout.startswith(f"{tmp_path}/place: ")
+    error, kept = run.stdout.splitlines()
+    assert error.startswith(f"{tmp_path}/place/plugins/.staging-1: ") and kept == "not kept"
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link", "large"])

@@ -7,6 +7,7 @@ anything, looked at through the descriptor, and connected to through the same de
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from isolator.supervisor.cage_spec import SOCKET
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 KINDS = ("link", "broken-link", "link-to-folder", "fifo", "folder", "file", "own-other-file", "host-api")
@@ -166,6 +169,27 @@ def test_what_is_its_own_socket_is_used(scene: tuple[Daemon, socket.socket]) -> 
         wait_for(lambda kind=kind: f"after-{kind}" in _seen(d), what=f"{kind}: {_seen(d)}")
     assert "no device" in _seen(d) and "made a device" not in _seen(d)
     assert not _trapped(trap)
+
+
+def test_socket_of_another_owner_is_refused(scene: tuple[Daemon, socket.socket]) -> None:
+    """The plugin cannot make one; whoever can might have lent it to lead events elsewhere."""
+    d, _ = scene
+    d.cli("plugin", "start", "swapper")
+    pid = d.json("plugin", "show", "swapper")["pid"]
+    folder = os.open(f"/proc/{pid}/root/run/isolator/plugin", os.O_PATH | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(f"/proc/self/fd/{folder}/other")
+            other.listen(8)
+            os.rename(SOCKET, "own", src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename("other", SOCKET, src_dir_fd=folder, dst_dir_fd=folder)
+            _emit(d, "after-other")
+            wait_for(lambda: _refusals(d), what=f"it was not refused: {d.log.read_text()}")
+            assert not _trapped(other) and "after-other" not in _seen(d)
+            os.rename("own", SOCKET, src_dir_fd=folder, dst_dir_fd=folder)
+        wait_for(lambda: "after-other" in _seen(d), timeout=seconds(60), what=f"the event is lost: {_seen(d)}")
+    finally:
+        os.close(folder)
 
 
 def test_a_race_between_the_look_and_the_connect(scene: tuple[Daemon, socket.socket]) -> None:

@@ -7,6 +7,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from host.client.client import Client
+from isolator.errors import UsageError
 from tests.system.daemon import Daemon, daemon
 from tests.system.updates.plugins import BROKEN, add, answers, make, of_type, shown, version_that_answers
 
@@ -48,6 +52,17 @@ def test_a_version_that_asks_for_more_waits(tmp_path: Path) -> None:
         assert [rule["host"] for rule in rules] == ["api.example.com"]
         assert of_type(d, name, "plugin.pending") and of_type(d, name, "plugin.approved")
         assert "nothing waits" in d.cli("plugin", "approve", name, "--yes", code=2).stderr
+
+
+def test_version_is_approved_only_as_it_was_shown(running: Daemon, tmp_path: Path, name: str) -> None:
+    add(running, make(tmp_path / name, "1.0.0", **LESS), start=False)
+    running.cli("plugin", "update", name, str(make(tmp_path / "more" / name, "2.0.0", **MORE)), code=5)
+    seen = shown(running, name)["pending"]["digest"]
+    running.cli("plugin", "update", name, str(make(tmp_path / "other" / name, "2.0.1", **MORE)), code=5)
+    with Client(str(running.root)) as client, pytest.raises(UsageError, match="something else waits"):
+        client.call("plugin.approve", name=name, digest=seen)
+    now = shown(running, name)
+    assert (now["version"], now["pending"]["version"]) == ("1.0.0", "2.0.1")
 
 
 def test_approving_does_not_touch_an_edited_policy(running: Daemon, tmp_path: Path, name: str) -> None:

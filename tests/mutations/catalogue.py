@@ -1,0 +1,540 @@
+"""Mutations: faults, of one line each, that somebody could make in a line that security rests on.
+
+For each the tests are named that must fail with it. A mutation that no test notices is a promise without a proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A text that stands once in a file, the one that takes its place, and the tests that notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """As FILE::TEST below ``tests``."""
+
+
+def _mutations(file: str, *entries: tuple[str, str, str, str]) -> tuple[Mutation, ...]:
+    return tuple(Mutation(name, file, old, new, tuple(tests.split())) for name, old, new, tests in entries)
+
+
+_CAGE = "cage/test_cage.py::"
+_HOLDS = "escape/test_ablation.py::test_the_whole_cage_holds_an_attempt"
+_WALK = "collector/test_walk.py::"
+
+MUTATIONS = (
+    *_mutations(
+        "isolator/collector/walk.py",
+        (
+            "a collector follows links",
+            "return openat2(folder, name, os.O_RDONLY | flags)",
+            "return os.open(name, os.O_RDONLY | flags, dir_fd=folder)",
+            f"{_WALK}test_file_that_becomes_a_link_is_not_followed "
+            f"{_WALK}test_folder_that_becomes_a_link_is_not_followed",
+        ),
+        (
+            "a collector looks behind links",
+            "info = os.stat(name, dir_fd=folder, follow_symlinks=False)",
+            "info = os.stat(name, dir_fd=folder)",
+            "registration/test_staging.py::test_links_within_the_folder_stay_links",
+        ),
+        (
+            "a collector waits for a FIFO's writer",
+            "_open(folder, name, path, os.O_NONBLOCK)",
+            "_open(folder, name, path, 0)",
+            f"{_WALK}test_file_that_becomes_a_fifo_is_not_waited_for",
+        ),
+        (
+            "a collector copies what became something else",
+            'if not stat.S_ISREG(info.st_mode):\n                    raise UsageError(path, "changed',
+            'if False:\n                    raise UsageError(path, "changed',
+            f"{_WALK}test_file_that_becomes_a_fifo_is_not_waited_for",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/collecting.py",
+        (
+            "staging keeps links that lead out by way of others",
+            "self._check_link(root, path, goal)",
+            "pass",
+            "registration/test_staging.py::test_hostile_package_is_refused",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/staging.py",
+        (
+            "a registered binary may be another user's",
+            "info.st_uid != 0\n",
+            "False\n",
+            "registration/test_staging.py::test_a_binary_that_others_can_change_is_refused",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/store.py",
+        (
+            "a staged copy is not synced before it is kept",
+            "        sync_tree(staged.folder)\n",
+            "",
+            "registration/test_damaged_store.py::test_failed_write_of_a_copy_is_noticed_before_anything_refers_to_it",
+        ),
+    ),
+    *_mutations(
+        "isolator/supervisor/updates.py",
+        (
+            "approval of a version that was not shown",
+            "if digest and digest != (now.pending or now.release).digest:",
+            "if False:",
+            "system/updates/test_approval.py::test_version_is_approved_only_as_it_was_shown",
+        ),
+    ),
+    *_mutations(
+        "isolator/supervisor/cage_spec.py",
+        (
+            "a pinned binary that has changed runs",
+            "if found != release.binary_sha256:",
+            "if False:",
+            "system/updates/test_approval.py::test_a_binary_that_was_changed_runs_only_after_approval",
+        ),
+    ),
+    *_mutations(
+        "isolator/supervisor/run.py",
+        (
+            "a socket of another owner is believed",
+            " or info.st_uid != uid:",
+            ":",
+            "system/test_socket_swaps.py::test_socket_of_another_owner_is_refused",
+        ),
+        (
+            "a socket behind a link is used",
+            "fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        try:\n            info",
+            "fd = os.open(SOCKET, os.O_PATH, dir_fd=self.directory)\n        try:\n            info",
+            "system/test_socket_swaps.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/filesystem.py",
+        (
+            "/proc shows more than processes",
+            '"hidepid=invisible,subset=pid"',
+            '"hidepid=invisible"',
+            "escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+        (
+            "/proc shows processes of others",
+            '"hidepid=invisible,subset=pid"',
+            '"subset=pid"',
+            "escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+        (
+            "the daemon's folder in a cage can be written",
+            "mount.set_attributes(fd, _SCRATCH | mount.RDONLY, recursive=False)",
+            "mount.set_attributes(fd, _SCRATCH, recursive=False)",
+            "escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+        (
+            "the root of a cage can be written",
+            "mount.set_attributes(root, mount.RDONLY | mount.NOSUID | mount.NODEV, recursive=False)",
+            "mount.set_attributes(root, mount.NOSUID | mount.NODEV, recursive=False)",
+            f"{_CAGE}test_an_exit_code",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/capabilities.py",
+        (
+            "the securebits stay open",
+            "capability.set_securebits(_SECUREBITS)",
+            "pass",
+            "escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+        (
+            "the securebits are not locked",
+            "_NO_CAP_AMBIENT_RAISE | _LOCKS |",
+            "_NO_CAP_AMBIENT_RAISE |",
+            "escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+        (
+            "the bounding set stays",
+            "capability.drop_bounding_set(order.last_capability)",
+            "pass",
+            f"{_CAGE}test_an_exit_code",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/user.py",
+        (
+            "the launcher's groups come along",
+            "os.setgroups([])",
+            "os.setgroups([0])",
+            f"{_CAGE}test_an_exit_code",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/landlock.py",
+        (
+            "Landlock is prepared and not entered",
+            "        landlock.restrict_self(ruleset)\n",
+            "        pass\n",
+            "escape/test_sentences.py::test_landlock_is_a_second_wall",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/namespaces.py",
+        (
+            "the control group's place on the host is seen",
+            "ns.unshare(ns.CLONE_NEWCGROUP)",
+            "pass",
+            f"{_CAGE}test_an_exit_code",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/seccomp/profiles.py",
+        (
+            "clone makes namespaces",
+            'yield from _either("clone", AnyBit(0, _CLONE_NEW), DENY, ALLOW)',
+            'yield "clone", ALLOW, ()',
+            f"{_HOLDS}[clone-user-namespace]",
+        ),
+        (
+            "a terminal takes injected input",
+            "_TERMINAL_IOCTLS = (0x5412, ",
+            "_TERMINAL_IOCTLS = (",
+            f"{_HOLDS}[terminal-input]",
+        ),
+        (
+            "opens of programs are watched",
+            "_USES = 0x1 | 0x10 | 0x20",
+            "_USES = 0x1 | 0x10",
+            f"{_HOLDS}[watch-programs]",
+        ),
+        (
+            "memory of a strict cage becomes executable",
+            "yield from _either(call, AnyBit(2, _PROT_EXEC), DENY, ALLOW)",
+            "yield call, ALLOW, ()",
+            "cage/test_programs.py::test_strict_refuses escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/network/ruleset.py",
+        (
+            "the broker's listener takes direct connections",
+            '"ct status dnat accept"',
+            'f"tcp dport {PORT} accept"',
+            f"{_HOLDS}[broker-port] layers/test_network.py",
+        ),
+        (
+            "open connections are not counted",
+            'f"ct count over {policy.connects_open} goto over_open"',
+            'f"ct count over {policy.connects_open + 1000} goto over_open"',
+            "layers/test_network.py::test_open_connections_are_limited",
+        ),
+    ),
+    *_mutations(
+        "isolator/launcher/init.py",
+        (
+            "pid 1 of a cage can be traced",
+            "libc.prctl(ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(0))",
+            "libc.prctl(ctypes.c_int(_PR_SET_DUMPABLE), ctypes.c_ulong(1))",
+            f"{_CAGE}test_pid_1_is_root_s_to_look_into_and_holds_nothing_of_the_launcher",
+        ),
+        (
+            "pid 1 outlives the supervisor",
+            "libc.prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL))",
+            "pass",
+            "standalone/test_run.py::test_nothing_survives_when_the_launcher_is_killed_too",
+        ),
+    ),
+    *_mutations(
+        "isolator/launcher/enter.py",
+        (
+            "inherited descriptors stay open",
+            "close_all_but({0, 1, 2, link.fileno(), status})",
+            "pass",
+            f"{_CAGE}test_pid_1_is_root_s_to_look_into_and_holds_nothing_of_the_launcher",
+        ),
+        (
+            "a cage runs although it was not confirmed",
+            'if link.recv(1) != b"x":',
+            'if link.recv(1) == b"y":',
+            "launcher/test_enter.py::test_cage_that_is_given_up_runs_nothing",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/resolver.py",
+        (
+            "a datagram with any id or question is an answer",
+            "while not wire.answers(answer := await self._loop.sock_recv(sock, 4096), asked):",
+            "while not (answer := await self._loop.sock_recv(sock, 4096)):",
+            "broker/test_dns.py",
+        ),
+        (
+            "an answer over TCP may be to another question",
+            "if not wire.answers(answer, asked):",
+            "if False:",
+            "broker/test_dns.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/virtual.py",
+        (
+            "a virtual address is recycled while a flow uses it",
+            "if not entry.flows and not entry.fixed:",
+            "if not entry.fixed:",
+            "policy/test_destinations.py",
+        ),
+        (
+            "a virtual address is recycled soon after its answer",
+            "if entry.answered > oldest:",
+            "if False:",
+            "policy/test_destinations.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/host_addresses.py",
+        (
+            "gateways are never read again",
+            "        if self._timer is None:\n",
+            "        if False:\n",
+            "broker/test_guarantees.py::test_new_gateway_of_the_host_is_out_of_reach",
+        ),
+        (
+            "the host's addresses are those of its start",
+            "item in self._own or self._routes.is_own(str(item))",
+            "item in self._own",
+            "broker/test_guarantees.py::test_new_address_of_the_host_is_its_own_before_any_notice_is_read",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/outbound.py",
+        (
+            "addresses of the host itself can be reached",
+            "return self._shared.host.owner(address)",
+            "return None",
+            "broker/test_ablation.py::test_address_of_the_host_as_written_is_stopped_by_one_check",
+        ),
+        (
+            "a resolved address is dialled wherever it leads",
+            "if reason is None)",
+            "if True)",
+            "broker/test_guarantees.py::test_a_name_that_changes_its_address_after_the_answer_is_refused",
+        ),
+        (
+            "connections go out that cannot be recorded",
+            "return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None",
+            "return None",
+            "broker/test_hardening.py::test_new_connections_are_refused_while_the_trail_cannot_be_written",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/guard.py",
+        (
+            "one of two Host headers has to fit",
+            "return None if set(hello.names) == {name} else",
+            "return None if name in hello.names else",
+            "broker/test_sniff.py::test_guard_objects_to_another_or_no_name",
+        ),
+        (
+            "one of two TLS names has to fit",
+            "if set(hello.names) != {name}:",
+            "if name not in hello.names:",
+            "broker/test_sniff.py::test_guard_objects_to_another_or_no_name",
+        ),
+        (
+            "an encrypted hello passes",
+            "return DenialRule.ENCRYPTED_HELLO if hello.encrypted and not allow_no_sni else None",
+            "return None",
+            "broker/test_sniff.py::test_guard_objects_to_another_or_no_name",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/gate.py",
+        (
+            "the second hello is not held to the name",
+            "        self._judge(hello)\n        self.done = True  # a server asks once",
+            "        self.done = True  # a server asks once",
+            "broker/test_gate.py",
+        ),
+        (
+            "a chunk may be longer than it says",
+            'if line != b"\\r\\n":',
+            "if False:",
+            "broker/test_gate.py",
+        ),
+        (
+            "any answer to an upgrade opens the connection",
+            "self.done = status == 101 or ",
+            "self.done = status > 0 or ",
+            "broker/test_gate.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/policy/addresses.py",
+        (
+            "NAT64 hides an address",
+            "        if address in _NAT64:\n",
+            "        if False:\n",
+            "policy/test_destinations.py::test_every_ipv6_spelling_of_a_blocked_ipv4_address_is_blocked",
+        ),
+    ),
+    *_mutations(
+        "isolator/policy/destinations.py",
+        (
+            "a wildcard covers names that only end like it",
+            "return text.endswith(self.suffix)",
+            "return text.endswith(self.suffix[1:])",
+            "policy/test_destinations.py::test_a_wildcard_stands_for_whole_labels",
+        ),
+    ),
+    *_mutations(
+        "isolator/policy/meet/effective.py",
+        (
+            "the ceiling of the host does not count",
+            "bounds = meet_bounds(meet_bounds(ceiling_bounds(host), granted), request)",
+            "bounds = meet_bounds(granted, request)",
+            "policy/test_effective_always.py policy/test_effective.py",
+        ),
+        (
+            "an update may ask for more folders",
+            "if not any(names.path_covers(outer, path) for outer in known):",
+            "if False:",
+            "policy/test_effective.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/policy/parse/toml_file.py",
+        (
+            "a policy file that others can write is believed",
+            "if status.st_mode & too_open:",
+            "if False:",
+            "policy/test_load.py::test_a_file_that_others_can_write_is_refused",
+        ),
+    ),
+    *_mutations(
+        "isolator/policy/request.py",
+        (
+            "a broken reader names a program outside the folder",
+            'if first != "." or not rest or {"", ".", ".."} & set(rest):',
+            'if first != "." or not rest:',
+            "reader/test_reader.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/reader/hardening.py",
+        (
+            "the reader keeps every system call",
+            "    seccomp.load_filter(program, listener=False)\n",
+            "    pass\n",
+            "reader/test_reader.py::test_hardened_reader_can_do_none_of_what_an_unhardened_one_can",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/hardening.py",
+        (
+            "the broker starts programs",
+            'yield "clone", syscalls.REFUSE, (Equal(0, _CLONE_THREAD, 0),)',
+            'yield "clone", syscalls.ALLOW, (Equal(0, _CLONE_THREAD, 0),)',
+            "broker/test_hardening.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/audit/verify.py",
+        (
+            "a seal of a replaced key counts",
+            "elif self._order.index(name) < self._key:",
+            "elif False:",
+            "audit/test_seals.py::test_seal_of_a_key_that_was_replaced_does_not_count",
+        ),
+        (
+            "any source explains missing files",
+            " and record.origin == AUDIT:",
+            ":",
+            "audit/test_verify.py::test_only_the_writer_explains_missing_files",
+        ),
+    ),
+    *_mutations(
+        "isolator/audit/record.py",
+        (
+            "a source writes records of another's type",
+            "if not may_write(source, type_):",
+            "if False:",
+            "audit/test_service.py audit/test_schema.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/audit/seal.py",
+        (
+            "a signing key that others can read is used",
+            "if status.st_mode & 0o077:",
+            "if False:",
+            "audit/test_seals.py",
+        ),
+    ),
+    *_mutations(
+        "host/plugins/secrets.py",
+        (
+            "a new secret is not redacted",
+            "        self._values[plugin] = current\n        self._redactors.pop(plugin, None)\n",
+            "        self._values[plugin] = current\n",
+            "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
+        ),
+        (
+            "a secret of a version on trial is not redacted",
+            "            versions[digest] = kept\n        self._redactors.pop(plugin, None)\n",
+            "            versions[digest] = kept\n",
+            "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
+        ),
+    ),
+    *_mutations(
+        "host/plugins/keyfile.py",
+        (
+            "a sealed value can be moved to another plugin",
+            'return f"{plugin}\\0{key}".encode()',
+            "return key.encode()",
+            "host/test_secrets.py::test_values_are_encrypted_and_bound_to_their_place",
+        ),
+        (
+            "a key file that others can read is used",
+            " or status.st_mode & 0o077:",
+            ":",
+            "host/test_secrets.py::test_a_bad_key_file_is_refused_with_a_reason_and_never_replaced",
+        ),
+    ),
+    *_mutations(
+        "host/control/server.py",
+        (
+            "any role may call any verb",
+            "return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)",
+            "return caller.role is not None",
+            "host/test_control.py::test_each_role_may_call_its_own_verbs_and_no_others",
+        ),
+        (
+            "strangers take every place",
+            "share = STRANGER_SHARE if caller.role is None else",
+            "share = CONNECTIONS if caller.role is None else",
+            "host/test_control.py::test_idle_connections_of_strangers_keep_nobody_out",
+        ),
+    ),
+    *_mutations(
+        "host/host_api.py",
+        (
+            "another user calls the host API as a plugin",
+            "if plugin is None or plugin.uid != uid:",
+            "if plugin is None:",
+            "host/test_host_api.py::test_another_user_is_turned_away",
+        ),
+    ),
+    *_mutations(
+        "host/delivery/sidecar.py",
+        (
+            "an event goes to a socket of another user",
+            "if plugin.uid is None or uid == plugin.uid:",
+            "if True:",
+            "host/test_bad_replies.py::test_a_socket_served_by_somebody_else_gets_nothing",
+        ),
+    ),
+)  # fmt: skip
