@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.essential import end_process
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -432,6 +433,12 @@ class Store:
         self._work.put(job)
 
     def _sync_loop(self) -> None:
+        try:
+            self._sync()
+        except Exception as error:  # whatever it was: nobody would ever be answered again
+            end_process("sync of the database", error)
+
+    def _sync(self) -> None:
         connection = _connect(self.path)
         connection.execute("PRAGMA wal_autocheckpoint=0")
         while (job := self._work.get()) is not None:

@@ -45,6 +45,7 @@ from isolator.audit.schema import ConfigChanged, DatabaseDamaged, SecretInjected
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel
+from isolator.ipc.essential import essential
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
     AlarmsChanged,
@@ -316,7 +317,7 @@ class QueueGauges:
     def __init__(self, queue: SqliteQueue, audit: AuditClient) -> None:
         self._queue, self._audit = queue, audit
         self._sent: dict[str, int] | None = None
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="queue gauges")
+        self._task = essential(self._run(), "queue gauges")
 
     def repeat(self) -> None:
         """Send them once more though they are the same: there is a new audit process."""

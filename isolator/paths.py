@@ -84,9 +84,9 @@ class Paths:
         return self.lib / "trail.begun"
 
     @property
-    def host_begun(self) -> Path:
+    def database_begun(self) -> Path:
         """The same for the host's database."""
-        return self.lib / "host.begun"
+        return self.lib / "database.begun"
 
     @property
     def run(self) -> Path:

@@ -28,6 +28,8 @@ PERMISSION_DENIED, QUOTA_EXCEEDED = -31010, -31011
 # Errors that no repetition mends: "unknown method" and "bad params" of the standard, and permanent refusals.
 _PERMANENT = {PERMANENT, UNSUPPORTED_PROTOCOL, PAYLOAD_TOO_LARGE, CONFIG_INVALID, -32601, -32602}
 
+SHORTEST_PAUSE = 0.1
+"""Seconds before another attempt, also where the plugin asks for none."""
 Kind = Literal["ok", "skipped", "retry", "busy", "rejected", "failed", "unknown"]
 
 
@@ -62,7 +64,7 @@ class Outcome:
     size: int = 0
     sha256: str | None = None
     retry_after: float | None = None
-    """Seconds; at most ten minutes."""
+    """Seconds; a tenth of one at least, and ten minutes at most."""
 
 
 def build_params(
@@ -192,4 +194,4 @@ def shown(text: str, redact: Callable[[str], str], most: int = 400) -> str:
 def _seconds(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         return None
-    return float(min(value / 1000, 600.0))
+    return max(SHORTEST_PAUSE, float(min(value / 1000, 600.0)))

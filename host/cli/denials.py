@@ -15,8 +15,10 @@ import click
 from host.cli.output import safe
 from isolator.audit.record import Record
 from isolator.audit.schema import ApiCalled, FsDenied, NetDenied, NetQuery, SyscallDenied
+from isolator.policy.destinations import normal_name
 from isolator.policy.meet.advice import Advice, advise
-from isolator.policy.model import EffectivePolicy
+from isolator.policy.model import EffectivePolicy, EgressRule
+from isolator.policy.names import parse_egress
 
 TYPES = (NetDenied.TYPE, NetQuery.TYPE, SyscallDenied.TYPE, FsDenied.TYPE, ApiCalled.TYPE)
 _DIFFERS = frozenset({"count", "flow", "detail", "asked", "latency_us", "protocol", "event_ids", "cut"})
@@ -48,7 +50,8 @@ def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]
     """List each denial once, the latest last. ``entry`` is the plugin as ``plugin.show`` gives it."""
     effective = entry.get("effective")
     policy = EffectivePolicy.model_validate(effective) if effective else EffectivePolicy(plugin=str(entry["name"]))
-    requested = _requested(entry.get("manifest") or {})
+    manifest = entry.get("manifest") or {}
+    requested, permissions = _requested(manifest), manifest.get("permissions") or []
     found: dict[tuple[Any, ...], Denial] = {}
     for record in records:
         if not _refused(record):
@@ -58,7 +61,7 @@ def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]
             data.pop("type", None)  # a program asks for A and AAAA; it was refused one name
         key = (record.type, *sorted((name, str(value)) for name, value in data.items()))
         denial = found.pop(key, None) or Denial(
-            record.type, data, advise(record.type, data, policy, requested), first=record.time
+            record.type, data, advise(record.type, data, policy, requested, permissions), first=record.time
         )
         found[key] = denial
         count = record.data.get("count", 1)
@@ -107,6 +110,14 @@ def _requested(manifest: Mapping[str, Any]) -> list[str] | None:
     """The ``NAME:PORT`` rules that a manifest lists, or None when it lists none."""
     try:
         egress = manifest["sandbox"]["network"]["egress"]
-        return [f"{rule['host']}:{port}" for rule in egress for port in rule.get("ports", [443])]
-    except (KeyError, TypeError, AttributeError):
+        if egress == "public":
+            return None
+        rules = [
+            parse_egress(rule)
+            if isinstance(rule, str)
+            else EgressRule(host=rule["host"], ports=rule.get("ports", [443]))
+            for rule in egress
+        ]
+        return [f"{normal_name(rule.host) or rule.host}:{port}" for rule in rules for port in rule.ports]
+    except (KeyError, TypeError, AttributeError, ValueError):
         return None

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
     "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
-    "policy": ("isolator.cli.policy:policy", "Check and explain policy files."),
+    "policy": ("host.policy_command:policy", "Check and explain policy files."),
     "new": ("host.cli.new:new", "Start a new plugin from a working example."),
     "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),
     "install": ("isolator.cli.install:install", "Install the systemd service."),

@@ -52,6 +52,7 @@ def register_plugin(
         print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
         return
     click.echo(f"added {name} {done['plugin']['version']}; it starts with its first event")
+    _show_withheld(staged["proposal"])
     _warn_of_missing(name, done["missing"])
 
 
@@ -84,6 +85,7 @@ def update_plugin(
     if not as_json:
         unchanged = done.get("unchanged")
         click.echo(f"{name} {done['plugin']['version']} {'is in use already' if unchanged else 'is in use now'}")
+        _show_withheld(staged["proposal"])
         _warn_of_missing(name, done["missing"])
 
 
@@ -100,14 +102,28 @@ def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> No
         _require_consent("plugin approve", f"Approve {name} with exactly this?")
     answer = client.call("plugin.approve", name=name, digest=proposal["digest"])
     if as_json:
-        print_json(answer)
-    else:
-        click.echo(f"approved {name}; {answer['plugin']['version']} is in use now")
+        print_json({**answer, "withheld": _withheld(proposal)})
+        return
+    click.echo(f"approved {name}; {answer['plugin']['version']} is in use now")
+    _show_withheld(proposal)
+
+
+def _show_withheld(proposal: Mapping[str, Any]) -> None:
+    withheld = _withheld(proposal)
+    if withheld:
+        click.echo(f"What its policy withholds ({proposal['policy_file']}) stays withheld:")
+        for request in withheld:
+            click.echo(f"  - {safe(request)}")
+
+
+def _withheld(proposal: Mapping[str, Any]) -> list[str]:
+    """Requests that the policy, or the host, does not grant, or not wholly."""
+    return [f"{line['field']} {line['requested']}" for line in proposal["lines"] if line["verdict"] != "granted"]
 
 
 def _show_differences(name: str, more: Sequence[str]) -> None:
     if more:
-        click.echo(f"More than {name} was granted so far:")
+        click.echo(f"It asks for more than {name} was granted so far:")
         for phrase in more:
             click.echo(f"  + {safe(phrase)}")
         click.echo()

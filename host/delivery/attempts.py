@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDispatched
+from isolator.ipc.essential import essential
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Attempts:
         """
         if not self._scheduled:
             self._scheduled = True
-            task = self._loop.create_task(self._begin(), name="attempts")
+            task = essential(self._begin(), "attempts")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 
 from host.channel.reply import LostError, NotSentError
@@ -23,6 +24,8 @@ from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import RestartRun, StopRun
+
+_log = logging.getLogger(__name__)
 
 OVERSLEPT = 1.0
 """Seconds by which a round may be late before its result is void."""
@@ -62,11 +65,15 @@ class Watch:
             if self._loop.time() - before > wait + OVERSLEPT:
                 self._misses = 0
                 continue
-            with contextlib.suppress(IsolatorError):
+            try:
                 if idle is not None and self._worker.run is not None and self._idle_for() >= idle:
                     await self._supervisor.ask(StopRun(name=plugin.name, reason="idle"))
                 elif pings(plugin) and self._worker.run is not None:
                     await self._ping(plugin)
+            except IsolatorError:
+                pass  # the supervisor's reason, which shows with the plugin
+            except Exception:  # one round's; the next one is due all the same
+                _log.exception("plugin %s: no ping", plugin.name)
 
     def _idle_for(self) -> float:
         return 0.0 if self._worker.busy else self._loop.time() - self._worker.last_used

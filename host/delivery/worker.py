@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery
 from isolator.errors import IsolatorError
 from isolator.pacing import Backoff
+
+_log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 2.0
 """Seconds that a plugin which is to stop has to answer requests, and then ``shutdown``, before its SIGTERM."""
@@ -135,6 +138,18 @@ class Worker:
             except (NotSentError, IsolatorError) as error:
                 self._consumer.release(delivery)
                 await self._back_off(str(error))
+            except Exception as error:  # this delivery's: it counts as an attempt, and those behind it go on
+                _log.exception("plugin %s: a delivery failed within the host", self.name)
+                self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
+
+    def _note_failure(self, delivery: Delivery, why: str) -> None:
+        plugin = self._registry.get(self.name)
+        if not delivery.taken or delivery.final:
+            return  # it was concluded before
+        if plugin is None:
+            self._outcomes.give_up(delivery, why)
+        else:
+            self._outcomes.refuse(plugin, delivery, why)
 
     async def _back_off(self, why: str) -> None:
         self._sidecar.status, self.blocked_on = "holding", why

@@ -35,6 +35,7 @@ from isolator.audit.metrics import Metrics
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.ipc import channel as ipc
+from isolator.ipc.essential import essential
 from isolator.paths import Paths
 
 MAX_WAITING = 8 << 20
@@ -126,7 +127,7 @@ class Writer:
     async def open(self) -> None:
         """Take up the trail; returns after the first attempt, which goes on in the background if it failed."""
         attempted = asyncio.Event()
-        self._work = asyncio.create_task(self._run(attempted))
+        self._work = essential(self._run(attempted), "writer of the trail")
         await attempted.wait()
 
     @property

@@ -15,6 +15,7 @@ from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.errors import UsageError
 from isolator.ipc.channel import Channel
+from isolator.ipc.essential import essential
 from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, NewAuditSocket
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
@@ -33,7 +34,7 @@ class Broker:
         self._cages: dict[str, Outbound] = {}
         self._host = HostAddresses()
         self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
-        self._ticker = asyncio.create_task(self._tick())
+        self._ticker = essential(self._tick(), "ticks of the broker")
 
     async def hello(self, request: BrokerHello) -> None:
         """The supervisor's first call; answered when the host's addresses are known."""

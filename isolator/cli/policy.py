@@ -6,9 +6,11 @@ held against the ``host.toml`` of the same command line, else against the instal
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageErro
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
+    from isolator.policy.grant import PluginPolicy
     from isolator.policy.host import HostConfig
     from isolator.policy.meet.proposal import Line, Proposal
 
@@ -33,6 +36,8 @@ _HOST_KEYS = {
     "metrics",
 }
 _POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls", "env"}
+_REQUIRED = {"name": "stand-in", "version": "1.0.0", "api_version": "1", "binary": "./stand-in", "hooks": []}
+"""Keys of a manifest that may not be missing, with values that are good."""
 
 
 @click.group(
@@ -45,27 +50,42 @@ def policy() -> None:
 
 @policy.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--kind",
+    type=click.Choice(["host", "policy", "manifest"]),
+    help="What the files are (default: by name and folder, else by content).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_obj
-def check(root: str | None, files: tuple[Path, ...], as_json: bool) -> None:
+def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: bool) -> None:
     """Check policy files, host.toml or plugin.json; every problem with its file and line.
+
+    A plugin.json is checked as 'plugin add' does, its program with it; of a list the first problem is shown.
 
     Exit code: 0 all are good, 1 one is not, 3 one is not there, 4 one may be written by others than root.
     """
     results: list[dict[str, Any]] = []
     worst = 0
     host: HostConfig | None = None
+    kinds = {path: kind or _kind(path) for path in files}
     # host.toml first: it is what the others are held against.
-    for path in sorted(files, key=lambda path: _kind(path) != "host"):
+    for path in sorted(files, key=lambda path: kinds[path] != "host"):
+        notes: list[str] = []
+        errors: list[IsolatorError] = []
         try:
-            if _kind(path) != "host" and host is None:
+            if kinds[path] != "host" and host is None:
                 host = _host(root)
-            found = _check(path, host)
+            found = _check(path, kinds[path], host, errors, notes)
             host = found or host
-            results.append({"file": str(path), "kind": _kind(path), "ok": True, "error": None, "note": _note(path)})
+            notes += [] if kind else _notes(path, kinds[path])
         except IsolatorError as error:
-            worst = max(worst, error.exit_code if isinstance(error, (NotFoundError, DeniedError)) else 1)
-            results.append({"file": str(path), "kind": _kind(path), "ok": False, "error": str(error), "note": None})
+            errors.append(error)
+        for fault in errors:
+            worst = max(worst, fault.exit_code if isinstance(fault, (NotFoundError, DeniedError)) else 1)
+        results.append({
+            "file": str(path), "kind": kinds[path], "ok": not errors, "error": str(errors[0]) if errors else None,
+            "errors": list(map(str, errors)), "note": "; ".join(notes) if notes and not errors else None,
+        })  # fmt: skip
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
@@ -73,7 +93,8 @@ def check(root: str | None, files: tuple[Path, ...], as_json: bool) -> None:
             if result["ok"]:
                 click.echo(f"{result['file']}: ok" + (f" ({result['note']})" if result["note"] else ""))
             else:
-                click.echo(f"isolator: {result['error']}", err=True)
+                for line in result["errors"]:
+                    click.echo(f"isolator: {line}", err=True)
     sys.exit(worst)
 
 
@@ -157,27 +178,74 @@ def _host(root: str | None) -> HostConfig:
     return load_host_config(Paths.of(root).host_toml, also_owner=invoker())
 
 
-def _check(path: Path, host: HostConfig | None) -> HostConfig | None:
-    """Raise what is wrong with one file; the settings when it is a ``host.toml``."""
-    from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
-    from isolator.reader.manifest import parse_manifest_core
+def _check(
+    path: Path, kind: str, host: HostConfig | None, errors: list[IsolatorError], notes: list[str]
+) -> HostConfig | None:
+    """Collect what is wrong with one file; the settings when it is a good ``host.toml``."""
+    from isolator.policy.parse.host_file import host_config_of
+    from isolator.policy.parse.load import invoker, over_ceiling, policy_of, read_trusted
+    from isolator.policy.parse.strict import Table, every_fault
+    from isolator.policy.parse.toml_file import document
+    from isolator.policy.request import MAX_BYTES, MAX_DEPTH
+    from isolator.reader.json_text import load_json_with_lines
 
-    kind = _kind(path)
-    if kind == "host":
-        return load_host_config(_existing(path), also_owner=invoker())
     if kind == "manifest":
-        parse_manifest_core(_bytes(path), name=str(path))
-    else:
-        load_plugin_policy(path, host, also_owner=invoker())
+        data, lines = load_json_with_lines(_bytes(path), max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=str(path))
+        errors += every_fault(
+            lambda data: manifest_parser(data, lines, str(path)), copy.deepcopy(data), required=_REQUIRED
+        )
+        if not errors:
+            _check_program(path, data, lines, errors)
+            manifest_notes(data, errors, notes)
+        return None
+    top = document(read_trusted(path, also_owner=invoker()), str(path))
+    read: Callable[[Table], HostConfig | PluginPolicy] = host_config_of if kind == "host" else policy_of
+    whole = copy.deepcopy(dict(top.data))
+    errors += every_fault(lambda data: read(Table(data, name=top.name, lines=top.lines)), whole)
+    if kind == "host":
+        return None if errors else host_config_of(top)
+    if host is not None and not any(type(error) is UsageError for error in errors):
+        errors += over_ceiling(policy_of(Table(whole, name=top.name, lines=top.lines)), host)
     return None
 
 
+def _parse_core(data: dict[str, Any], lines: dict[Any, int], name: str) -> object:
+    from isolator.reader.manifest import parse_manifest
+
+    return parse_manifest(data, lines=lines, name=name)
+
+
+manifest_parser: Callable[[dict[str, Any], dict[Any, int], str], object] = _parse_core
+"""Reads the content of a plugin.json; the host's command line puts its own here, which reads the whole of it."""
+
+
+def _no_notes(data: dict[str, Any], errors: list[IsolatorError], notes: list[str]) -> None:
+    """Find nothing: the events are the host's."""
+
+
+manifest_notes: Callable[[dict[str, Any], list[IsolatorError], list[str]], None] = _no_notes
+"""Adds errors and notes on a manifest that can be read; the host's, which knows the events, as above."""
+
+
+def _check_program(path: Path, data: dict[str, Any], lines: dict[Any, int], errors: list[IsolatorError]) -> None:
+    from isolator.reader.manifest import parse_manifest
+    from isolator.registration.program import CageView, check_program
+
+    core = parse_manifest(data, lines=lines, name=str(path))
+    try:
+        check_program(CageView(path.resolve().parent, core.sandbox.read or ()), core.binary, shown=core.binary)
+    except UsageError as error:
+        errors.append(UsageError(f"{path}: {error.what}", error.why, error.remedy))
+
+
 def _kind(path: Path) -> str:
-    """``host``, ``policy`` or ``manifest``: by its name, else by the tables in it."""
+    """``host``, ``policy`` or ``manifest``: by its name and folder, else by the tables in it."""
     if path.suffix == ".json":
         return "manifest"
     if path.name == "host.toml":
         return "host"
+    if path.parent.name == "policies":
+        return "policy"
     try:
         with path.open("rb") as file:
             keys = set(tomllib.loads(file.read(256 * 1024).decode("utf-8", "replace")))
@@ -203,7 +271,10 @@ def _bytes(path: Path) -> bytes:
         raise IsolatorError(str(path), error.strerror or str(error)) from None
 
 
-def _note(path: Path) -> str | None:
-    if path.suffix == ".json" or path.stat().st_uid == 0:
-        return None
-    return "the daemon will only take it from root: sudo install -o root -m 0644"
+def _notes(path: Path, kind: str) -> list[str]:
+    notes = []
+    if kind == "host" and path.name != "host.toml":
+        notes.append("as a host.toml, by its content; see --kind")
+    if kind != "manifest" and path.stat().st_uid != 0:
+        notes.append("the daemon will only take it from root: sudo install -o root -m 0644")
+    return notes

@@ -29,7 +29,7 @@ from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Handler, Message, R, Request, WithFds
-from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, receive_packet, send_packet
+from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, drop_packet, receive_packet, send_packet
 from isolator.linux.descriptors import close_all
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ ALIVE = "alive"
 """A request that every channel answers by itself: its process's event loop turns."""
 MOST_WAITING, MOST_WAITING_FDS = 64 << 20, 4096
 """Bytes and descriptors that may wait for a peer to read."""
+REST = 0.2
+"""Seconds until a notification is looked at again whose descriptors found no room."""
 MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
 """Requests of a peer that are served at the same time, and their bytes."""
 
@@ -72,7 +74,9 @@ class Channel:
         self._full = False
         """The peer's buffer was full, and the loop calls when it has room."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop.add_reader(sock, self._readable)
+        self._exhausted = False
+        """A notification waits for descriptors to be free, and that is in the log."""
+        self._listen()
 
     def handle(self, op: str, handler: Handler) -> None:
         """Register or replace the handler of one op."""
@@ -187,20 +191,23 @@ class Channel:
             if self.closed.is_set():
                 return
             try:
-                payload, fds = receive_packet(self._sock)
+                payload, fds = receive_packet(self._sock, peek=True)
             except BlockingIOError:
                 return
             except TruncatedPacketError as error:
                 if not error.payload:
                     self.close()
-                    return
-                self._without_descriptors(error)
-                continue
+                elif self._without_descriptors(error):
+                    drop_packet(self._sock)
+                    continue
+                return
             except OSError:
                 payload, fds = b"", []
             if not payload:
                 self.close()
                 return
+            drop_packet(self._sock)
+            self._exhausted = False
             try:
                 self._dispatch(Message(_parse(payload), fds), len(payload))
             except (TypeError, ValueError, RecursionError) as error:
@@ -208,8 +215,11 @@ class Channel:
                 logger.error("%s sent no message: %s", self.name, ascii(str(error))[:200])
                 self.close()
 
-    def _without_descriptors(self, error: TruncatedPacketError) -> None:
-        """Fail one request or answer whose descriptors found no room in this process; the channel goes on."""
+    def _without_descriptors(self, error: TruncatedPacketError) -> bool:
+        """Fail one request or answer whose descriptors found no room in this process; the channel goes on.
+
+        False: it is a notification, which nobody would send again. It waits, and with it what comes behind it.
+        """
         full = UnavailableError(self.name, "no descriptor is free to receive what came", "see 'ulimit -n'").to_json()
         try:
             fields = _parse(error.payload)
@@ -217,8 +227,21 @@ class Channel:
                 self._settle(Message({"re": fields["re"], "error": full}))
             elif isinstance(fields.get("id"), int):
                 self._send({"re": fields["id"], "error": full}, ())
+            else:
+                if not self._exhausted:
+                    self._exhausted = True
+                    logger.error("no descriptor is free to receive what %s sent; it waits", self.name)
+                self._loop.remove_reader(self._sock)
+                self._loop.call_later(REST, self._listen)
+                return False
         except (TypeError, ValueError, RecursionError):
             self.close()
+            return False
+        return not self.closed.is_set()
+
+    def _listen(self) -> None:
+        if not self.closed.is_set():
+            self._loop.add_reader(self._sock, self._readable)
 
     def _dispatch(self, message: Message, size: int) -> None:
         """Settle the call that is answered, or start a handler; raises TypeError for what is neither."""
@@ -292,6 +315,9 @@ class Channel:
                 self._send(answer, fds)
         except IsolatorError as error:  # too long, as an error is that repeats what the peer sent
             self._send({"re": number, "error": error.to_json()}, ())
+        except OSError as error:  # no descriptor is free for the duplicates
+            refused = IsolatorError(op, error.strerror or str(error)).to_json()
+            self._send({"re": number, "error": refused}, ())
         finally:
             close_all(fds)
 

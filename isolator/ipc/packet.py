@@ -35,9 +35,13 @@ def send_packet(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) ->
     sock.sendmsg([payload], ancillary, socket.MSG_NOSIGNAL)
 
 
-def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive one packet and its descriptors (close-on-exec); ``b""`` means the peer is gone."""
-    payload, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+def receive_packet(sock: socket.socket, *, peek: bool = False) -> tuple[bytes, list[int]]:
+    """Receive one packet and its descriptors (close-on-exec); ``b""`` means the peer is gone.
+
+    With ``peek`` the packet stays, to be taken by ``drop_packet``: one whose descriptors found no room is not lost.
+    """
+    how = socket.MSG_CMSG_CLOEXEC | (socket.MSG_PEEK if peek else 0)
+    payload, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, socket.CMSG_SPACE(MAX_FDS * 4), how)
     fds = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -47,6 +51,11 @@ def receive_packet(sock: socket.socket) -> tuple[bytes, list[int]]:
             os.close(fd)
         raise TruncatedPacketError(b"" if flags & socket.MSG_TRUNC else payload)
     return payload, list(fds)
+
+
+def drop_packet(sock: socket.socket) -> None:
+    """Take the packet that was looked at. Descriptors of it that were received stay open."""
+    sock.recv(1)
 
 
 def send_message(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:

@@ -281,9 +281,10 @@ class Filesystem(Layer):
         noexec = ", and execute none of it" if policy.syscalls == "strict" else ""
         return (
             f"Sees its own files, /usr and public files of /etc (certificates, fonts and the like) read-only"
-            f"{more}; may write {state}, /tmp up to {format_size(fs.tmp)}, /dev/shm up to {format_size(fs.shm)} and its"
-            f" socket's folder{noexec}; nothing else of this host is there but the devices null, zero, full, random and"
-            f" urandom; has up to {TERMINALS} terminals of its own."
+            f"{more}; can lock (flock) what is the host's of them; may write {state}, /tmp up to"
+            f" {format_size(fs.tmp)}, /dev/shm up to {format_size(fs.shm)} and its socket's folder{noexec}; nothing"
+            f" else of this host is there but the devices null, zero, full, random and urandom; has up to {TERMINALS}"
+            f" terminals of its own."
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:

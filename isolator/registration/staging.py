@@ -310,8 +310,10 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    left = memoryview(content)
     try:
-        os.write(fd, content)
+        while left:  # on a disk that is nearly full a write may be short
+            left = left[os.write(fd, left) :]
         os.fchmod(fd, mode)
     finally:
         os.close(fd)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from isolator.ipc import messages
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.ledger import ledger
+from isolator.linux.descriptors import FdSet
 from isolator.registration.staging import Source
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
@@ -85,9 +86,6 @@ class Handlers:
         )
         candidate = await self._updates.stage(source, request.update or None, request.ticket)
         staged, now = candidate.staged, self._table.plugins.get(candidate.staged.name)
-        manifest = os.memfd_create("plugin.json", os.MFD_CLOEXEC)
-        os.write(manifest, staged.manifest)
-        os.lseek(manifest, 0, os.SEEK_SET)
         shown = messages.Staged(
             token=staged.token,
             name=staged.name,
@@ -98,7 +96,11 @@ class Handlers:
             differences=candidate.more,
             unchanged=now is not None and now.registration.release == candidate.release,
         )
-        return WithFds(shown, [manifest])
+        with FdSet() as owned:
+            manifest = owned.add(os.memfd_create("plugin.json", os.MFD_CLOEXEC))
+            os.write(manifest, staged.manifest)
+            os.lseek(manifest, 0, os.SEEK_SET)
+            return WithFds(shown, owned.release_all())
 
     async def _discard(self, request: messages.DiscardPlugin) -> None:
         self._table.registrar.discard(request.token)

@@ -38,12 +38,12 @@ def check_trail(paths: Paths) -> None:
 
 def check_host(paths: Paths) -> None:
     """Raise IsolatorError when there was a database of the host's and it is gone."""
-    if paths.host_begun.exists() and not os.path.lexists(paths.host_database):
+    if paths.database_begun.exists() and not os.path.lexists(paths.host_database):
         raise _gone(
             str(paths.host_database),
             "queued events, config and stored values were in it, and it is not there",
             "to begin with an empty queue and without config instead, "
-            f"remove {paths.host_begun} and what is left in {paths.host_lib}",
+            f"remove {paths.database_begun} and what is left in {paths.host_lib}",
         )
 
 

@@ -86,7 +86,7 @@ class Services:
             handlers={**handlers, **host.handlers()},
             inherit=lambda: {"audit": audit.source_end("host")},
         )
-        kept.note(self._paths.host_begun)
+        kept.note(self._paths.database_begun)
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import textwrap
@@ -107,3 +108,49 @@ def test_a_crash_starts_nothing_on_the_host(shared_dir: Path) -> None:
         subprocess.run(["sh", "-c", "ulimit -c 0; kill -ABRT $$"], check=False, user=64123, group=64123)
         started = wait_for(lambda: trace.exists() and (uids := trace.read_text().split()) and "64123" in uids and uids)
         assert not [uid for uid in started if 70000 <= int(uid) < 75000], "a crash in a cage started a program as root"
+
+
+def test_lock_in_a_cage_reaches_a_file_of_the_host_as_the_readme_says(shared_dir: Path) -> None:
+    """A limit, not a promise: a read-only bind shows the host's own inode. Files that no cage sees are out of reach."""
+    assert (
+        "A file of `/usr` that a cage sees is the host's own" in (Path(__file__).parents[2] / "README.md").read_text()
+    )
+    program = """
+        import fcntl, os, sys
+        file = os.open("/usr/bin/env", os.O_RDONLY)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        print("locked", flush=True)
+        sys.stdin.read()
+    """
+    with subprocess.Popen(
+        ["isolator", "--root", shared_dir, "run", "--", "python3", "-c", textwrap.dedent(program)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as cage:  # fmt: skip
+        assert cage.stdin is not None and cage.stdout is not None
+        assert cage.stdout.readline() == "locked\n"
+        with Path("/usr/bin/env").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        cage.stdin.close()
+        cage.wait()
+    with Path("/usr/bin/env").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+LABELS = """
+    import errno, socket, struct
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_INET6, kind) as sock:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            request = struct.pack("=16sIBBHHHI", bytes(15) + bytes([1]), 0, 0, 255, 1, 6, 6, 0)
+            try:
+                sock.setsockopt(socket.IPPROTO_IPV6, 32, request)  # IPV6_FLOWLABEL_MGR
+                print("leased")
+            except OSError as error:
+                assert error.errno == errno.EPERM, error
+    print("fine")
+"""
+
+
+def test_cage_leases_no_flow_label_of_the_hosts(shared_dir: Path) -> None:
+    done = isolator(shared_dir, "run", "--", "python3", "-c", textwrap.dedent(LABELS))
+    assert done.stdout == "fine\n", done.stderr

@@ -446,7 +446,11 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
             r"Sees its own files, /usr and public files of /etc \(certificates, fonts and the like\) read-only",
             read_only, "write-read-only",
         ),
-        Clause(r", and read-only (?P<paths>.+?)(?=; may write)", read_paths),
+        Clause(r", and read-only (?P<paths>.+?)(?=; can lock)", read_paths),
+        Clause(
+            r"; can lock \(flock\) what is the host's of them",
+            tests=("escape/test_reach.py::test_lock_in_a_cage_reaches_a_file_of_the_host_as_the_readme_says",),
+        ),
         Clause("; may write no persistent folder", no_state),
         Clause(r"; may write /state up to (?P<state>\w+)", state_size, "fill-state"),
         Clause(r", /tmp up to (?P<tmp>\w+)", scratch_size, "fill-tmp fill-tmp-inodes"),

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from host.channel.reply import BUSY, SHORTEST_PAUSE, interpret
 from isolator.ipc.messages import Origin
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
@@ -227,3 +228,34 @@ def _memory(daemon: Daemon) -> int:
     assert daemon.host is not None
     with open(f"/proc/{daemon.host.pid}/statm") as file:  # noqa: PTH123 # proc
         return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("wait", [0, 0.001, 99])
+def test_pause_that_a_plugin_asks_for_has_a_floor(wait: float) -> None:
+    """A plugin that is always busy costs ten attempts a second at most."""
+    busy = {"error": {"code": BUSY, "message": "busy", "data": {"retry_after_ms": wait}}}
+    assert interpret(busy)[3] == SHORTEST_PAUSE
+    assert interpret({"result": {"status": "retry", "retry_after_ms": wait}})[3] == SHORTEST_PAUSE
+
+
+FAULT = """if True:
+    from host.delivery.oneshot import OneshotDelivery
+    deliver = OneshotDelivery.deliver
+    async def faulty(self, plugin, hook, delivery):
+        if "poison" in delivery.event.payload:
+            raise ZeroDivisionError("of the host's own")
+        await deliver(self, plugin, hook, delivery)
+    OneshotDelivery.deliver = faulty
+"""
+
+
+async def test_fault_of_the_host_with_one_event_keeps_those_behind_it_from_nothing(daemon: Daemon) -> None:
+    await daemon.kill_host()
+    daemon.first = FAULT
+    await daemon.start_host()
+    daemon.add("notifier", sidecars.OK, delivery={"attempts": 1})
+    row = await daemon.outcome(await daemon.emit(project_id="poison"))
+    assert row["deliveries"][0]["state"] == "dead"
+    assert "ZeroDivisionError" in row["deliveries"][0]["detail"]
+    row = await daemon.outcome(await daemon.emit(project_id="good"))
+    assert row["deliveries"][0]["state"] == "ok"

@@ -111,3 +111,23 @@ def test_refused_watch_on_the_use_of_files_says_what_to_watch_instead() -> None:
     found = advise("syscall.denied", {"call": "inotify_add_watch"}, EffectivePolicy(plugin="p"))
     assert found.line is None
     assert "event_filter=[FileModifiedEvent, ...]" in found.why
+
+
+def test_permission_missing_in_the_manifest_is_pointed_out() -> None:
+    data = {"method": "projects.get", "verdict": "denied", "permission": "read:projects"}
+    assert "manifest" in advise("api.called", data, policy(), None, []).why
+    assert "manifest" not in advise("api.called", data, policy(), None, ["read:projects"]).why
+    assert "manifest" not in advise("api.called", data, policy()).why
+
+
+def test_line_of_exceptions_keeps_those_that_are_there_and_names_the_grant_that_is_missing() -> None:
+    exceptions = (AddressException(cidr="10.0.0.0/8", port=5432), AddressException(cidr="fd00::1/128", port=80))
+    listed_with = listed("db.example.com:5433").model_copy(update={"exceptions": exceptions})
+    now = EffectivePolicy(plugin="p", network=listed_with)
+    data = {"name": "db.example.com", "address": "10.1.2.3", "port": 5433, "rule": "blocked-address"}
+    advice = advise("net.denied", data, now)
+    assert advice.line == 'exceptions = ["10.0.0.0/8:5432", "[fd00::1]:80", "10.1.2.3:5433"]'
+    assert tomllib.loads(advice.line) and "grant it as well" not in advice.why
+    assert "grant it as well" in advise("net.denied", data | {"port": 5434}, now).why
+    for text in tomllib.loads(advice.line)["exceptions"]:
+        parse_egress(text)

@@ -103,3 +103,67 @@ def test_shipped_files_are_good(tmp_path: Path) -> None:
     assert {"host.toml", "slack-deploy-notifier.toml", "hostile.toml"} <= {file.name for file in files}
     done = isolator(tmp_path, "check", *files)
     assert done.returncode == 0, done.stderr
+
+
+def test_check_prints_every_problem_of_a_file(tmp_path: Path, file: Path) -> None:
+    text = POLICY.replace("egress ", "egres  ").replace('"25%"', '"25"').replace("[limits]", "[limits]\nswap = 5")
+    file.write_text(text)
+    (tmp_path / "host.toml").write_text("[ceiling]\nmemory = '100M'\ntasks = 10\n[network]\nresolver = []\n")
+    done = isolator(tmp_path, "check", file, tmp_path / "host.toml", "--json")
+    by_file = {result["file"]: result["errors"] for result in json.loads(done.stdout)}
+    problems = by_file[str(file)]
+    for key in ("grant.egres:", "limits.cpu:", "limits.swap:"):
+        assert any(key in problem for problem in problems), problems
+    assert [e for e in by_file[str(tmp_path / "host.toml")] if "network.resolver:" in e]
+    good = tmp_path / "etc/isolator/host.toml"
+    good.parent.mkdir(parents=True)
+    good.write_text("[ceiling]\nmemory = '100M'\ntasks = 10\n")
+    file.write_text(POLICY)
+    done = isolator(tmp_path, "check", file)
+    assert done.stderr.count("is over the ceiling") == 2
+
+
+def test_check_takes_files_in_the_folder_of_policies_for_policies(tmp_path: Path) -> None:
+    path = tmp_path / "policies/slack.toml"
+    path.parent.mkdir()
+    path.write_text("[defaults]\nmemory = '64M'\n")
+    done = isolator(tmp_path, "check", path)
+    assert done.returncode == 1 and "defaults: unknown key" in done.stderr
+    elsewhere = path.rename(tmp_path / "slack.toml")
+    assert "ok (as a host.toml, by its content" in isolator(tmp_path, "check", elsewhere).stdout
+    assert isolator(tmp_path, "check", elsewhere, "--kind", "policy").returncode == 1
+
+
+def _manifest(folder: Path, **changes: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "run").write_text("#!/usr/bin/python3\n")
+    (folder / "run").chmod(0o755)
+    body = {"name": "good", "version": "1.0.0", "api_version": "1", "binary": "./run", "hooks": ["deploy.completed"]}
+    (folder / "plugin.json").write_text(json.dumps(body | changes, indent=1))
+    return folder / "plugin.json"
+
+
+def test_check_of_a_good_manifest_prints_ok(tmp_path: Path) -> None:
+    path = _manifest(tmp_path / "p")
+    done = isolator(tmp_path, "check", path)
+    assert (done.returncode, done.stdout) == (0, f"{path}: ok\n"), done.stderr
+    path = _manifest(tmp_path / "p", hooks=["invoice.paid"])
+    done = isolator(tmp_path, "check", path)
+    assert "invoice.paid is an event that the platform has to register first" in done.stdout
+
+
+@pytest.mark.parametrize(("changes", "problems"), [
+    ({"transport": {"mode": "streem"}}, ["transport.mode: must be"]),
+    ({"config_schema": {"path": {"type": "string"}}, "health": {"misses": 0}}, ["config_schema.path: PATH", "health."]),
+    ({"delivery": {"concurrency": 0}, "version": "x"}, ["version: not a semantic", "delivery.concurrency: must be"]),
+    ({"binary": "./gone"}, ["binary ./gone: no such file"]),
+    ({"binary": "./plugin.json"}, ["binary ./plugin.json: not executable"]),
+    ({"hooks": ["deploy.complete"]}, ["did you mean 'deploy.completed'?"]),
+])  # fmt: skip
+def test_check_of_a_manifest_finds_what_the_daemon_refuses(
+    tmp_path: Path, changes: dict[str, object], problems: list[str]
+) -> None:
+    done = isolator(tmp_path, "check", _manifest(tmp_path / "p", **changes))
+    assert done.returncode == 1
+    assert all(problem in done.stderr for problem in problems), done.stderr
+    assert len(done.stderr.splitlines()) == len(problems)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_put_back_everything_is_there(stopped: Daemon) -> None:
 
 @pytest.mark.parametrize("gone", ["host.db*", "*", ""], ids=["database", "all files", "folder"])
 def test_database_that_is_gone_is_not_begun_anew_in_silence(stopped: Daemon, gone: str) -> None:
-    marker = stopped.root / "var/lib/isolator/host.begun"
+    marker = stopped.root / "var/lib/isolator/database.begun"
     with kept(stopped) as folder:
         for path in folder.glob(gone) if gone else ():
             path.unlink()
@@ -223,3 +224,25 @@ def test_accepted_events_that_a_killed_host_could_not_save_are_told(tmp_path: Pa
         d.stop()
         d.start()
         assert d.json("check")["alarms"] == []
+
+
+def test_plugins_that_find_no_room_on_the_disk_leave_no_descriptor_open(tmp_path: Path) -> None:
+    """Whatever the size at which the disk is full: at the first file, in the middle of one, at the manifest."""
+    with daemon() as d:
+        assert d.process is not None
+        place = d.root / "var/lib/isolator/plugins"
+        plugin = write_plugin(tmp_path / "big")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "none", place], check=True)
+        try:
+            pids = (d.process.pid, d.service_pid("host.service"))
+            for size in (1, 200 << 10, 255 << 10, 4 << 20):
+                (plugin / "data").write_bytes(os.urandom(size))
+                d.cli("plugin", "add", str(plugin), "--yes", code=None)
+                d.cli("plugin", "remove", "big", "--yes", code=None)
+            before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+            for _ in range(5):
+                refused = d.cli("plugin", "add", str(plugin), "--yes", code=1).stderr
+                assert "No space left on device" in refused and refused.count("\n") == 1, refused
+            wait_for(lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids] == before, what="descriptors leak")
+        finally:
+            subprocess.run(["umount", place], check=True)

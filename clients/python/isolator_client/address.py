@@ -47,6 +47,9 @@ def refusal(error: OSError, path: str) -> IsolatorError:
         return DeniedError(path, "this user may not connect to it", "let this user reach that path, or use sudo")
     if isinstance(error, (BlockingIOError, TimeoutError)):
         return UnavailableError("the daemon", "too many callers are waiting", "try again")
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)):
+    if isinstance(error, ConnectionRefusedError):
+        why = f"nobody listens at {path} at the moment: a part of it is being started again, or it was killed"
+        return UnavailableError("the daemon", why, "try again; if that does not help, start it with 'isolator serve'")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return UnavailableError("the daemon is not running", f"no {path}", "start it with 'isolator serve'")
     return UnavailableError("the daemon", f"cannot be reached at {path}: {error.strerror or error}", "try again")

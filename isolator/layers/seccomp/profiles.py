@@ -42,7 +42,7 @@ _ALLOWED_NAMES = """
     sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
     sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield select
     semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address
-    setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setsid setsockopt setuid
+    setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setsid setuid
     setfsuid setfsgid setxattr shmat shmctl shmdt shutdown sigaltstack signalfd signalfd4 splice stat statfs statx
     symlink symlinkat sync_file_range sysinfo tee tgkill time timer_create timer_delete timer_getoverrun
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname
@@ -102,6 +102,7 @@ _USES = 0x1 | 0x10 | 0x20  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
 _F_NOTIFY = 1026
 _RLIMIT_CORE = 4
 _POINTER = 0xFFFFFFFFFFFFFFFF
+_IPPROTO_IPV6, _FLOWLABEL_MGR = 41, 32
 _MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
 _SHM_EXEC = 0o100000
 _MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
@@ -172,11 +173,14 @@ def _host_wide() -> Iterator[Rule]:
     file of /usr. The limit on core dumps is 1 (layer rlimits), which is the one value that keeps the kernel from
     starting the host's core handler, as root, at every crash; 0 does not. So a change of it succeeds without effect:
     who forbids core dumps has none anyway. Not where the value before is asked for too, which nobody would fill in.
+    Leases of IPv6 flow labels come out of one pool of the host's, whatever the network namespace.
     (The requests of Linux native AIO are counted against one limit for the whole host, so its calls are not known here
     at all.)
     """
     for call in ("sync", "syncfs"):
         yield call, PRETEND, ()
+    yield "setsockopt", REFUSE, (Equal(1, WORD, _IPPROTO_IPV6), Equal(2, WORD, _FLOWLABEL_MGR))
+    yield "setsockopt", ALLOW, ()
     core, changed = Equal(1, WORD, _RLIMIT_CORE), AnyBit(2, _POINTER)
     yield "setrlimit", PRETEND, (Equal(0, WORD, _RLIMIT_CORE),)
     yield "setrlimit", ALLOW, ()

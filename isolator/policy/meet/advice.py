@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Any
 
 from isolator.policy.addresses import parse_address
 from isolator.policy.denial import INSTEAD, DenialRule, Remedy
 from isolator.policy.destinations import normal_name
+from isolator.policy.meet.bounds import Egress, egress_within
 from isolator.policy.meet.lines import toml_list
-from isolator.policy.model import EffectivePolicy
+from isolator.policy.model import AddressException, EffectivePolicy, EgressRule
 from isolator.policy.names import format_egress
 
 ASSUMED_PORT = 443
@@ -33,14 +35,19 @@ class Advice:
 
 
 def advise(
-    type: str, data: Mapping[str, Any], policy: EffectivePolicy, requested: Sequence[str] | None = None
+    type: str,
+    data: Mapping[str, Any],
+    policy: EffectivePolicy,
+    requested: Sequence[str] | None = None,
+    permissions: Sequence[str] | None = None,
 ) -> Advice:
     """Advise on one ``net.denied`` or ``net.query`` (or another denial) of a plugin with this policy.
 
-    ``requested``: the ``NAME:PORT`` rules of its manifest, None where the manifest lists none.
+    ``requested``: the ``NAME:PORT`` rules of its manifest, None where the manifest lists none; ``permissions``: those
+    that it asks for, None where that is not known.
     """
     if type not in {"net.denied", "net.query"}:
-        return _other(type, data, policy)
+        return _other(type, data, policy, permissions)
     code = str(data.get("rule"))
     rule = DenialRule.of(code)
     remedy = rule.remedy if rule is not None else Remedy.NONE
@@ -59,7 +66,7 @@ def advise(
         case Remedy.EGRESS:
             return _destination(data, policy, requested)
         case Remedy.EXCEPTION:
-            return _inside(rule, data)
+            return _inside(rule, data, policy)
         case Remedy.NO_SNI:
             return Advice("it did not say readably which server it meant", "allow_no_sni = true", "grant")
     return Advice(rule.explanation)
@@ -79,14 +86,26 @@ def _destination(data: Mapping[str, Any], policy: EffectivePolicy, requested: Se
     return Advice(why, toml_list("egress", list(dict.fromkeys([*present, asked]))), "grant")
 
 
-def _inside(rule: DenialRule, data: Mapping[str, Any]) -> Advice:
+def _inside(rule: DenialRule, data: Mapping[str, Any], policy: EffectivePolicy) -> Advice:
     address, port = _address(data.get("address")), data.get("port")
     why = f"{rule.explanation}, which no policy can grant"
     if address is None or not port:
         return Advice(why)
-    return Advice(
-        f"{why}; the host's owner can except it", f'exceptions = ["{address}:{port}"]', "network", "host.toml"
-    )
+    why += "; the host's owner can except it, and then start the daemon again"
+    host = normal_name(str(data.get("name") or "")) or address.strip("[]")
+    granted = Egress(public=policy.network.mode == "public", rules=policy.network.egress)
+    if not egress_within(Egress(rules=(EgressRule(host=host, ports=(int(port),)),)), granted):
+        why += "; its policy has to grant it as well, and its manifest to ask for it"
+    present = [_exception(item) for item in policy.network.exceptions]
+    line = toml_list("exceptions", list(dict.fromkeys([*present, f"{address}:{port}"])))
+    return Advice(why, line, "network", "host.toml")
+
+
+def _exception(item: AddressException) -> str:
+    """An exception as it stands in host.toml; a whole address without its length."""
+    network = ip_network(item.cidr)
+    host = str(network if network.num_addresses > 1 else network.network_address)
+    return f"[{host}]:{item.port}" if network.version == 6 else f"{host}:{item.port}"
 
 
 def _address(text: Any) -> str | None:
@@ -94,13 +113,16 @@ def _address(text: Any) -> str | None:
     return None if address is None else f"[{address}]" if address.version == 6 else str(address)
 
 
-def _other(type: str, data: Mapping[str, Any], policy: EffectivePolicy) -> Advice:
+def _other(type: str, data: Mapping[str, Any], policy: EffectivePolicy, permissions: Sequence[str] | None) -> Advice:
     permission = data.get("permission")
     if type == "api.called" and isinstance(permission, str) and permission:
         if permission in policy.permissions:
             return Advice("its policy grants the permission; the call was refused for another reason")
         line = toml_list("permissions", [*policy.permissions, permission])
-        return Advice("its policy does not grant the permission", line, "grant")
+        why = "its policy does not grant the permission"
+        if permissions is not None and permission not in permissions:
+            why += ", and its manifest does not ask for it, which it has to as well"
+        return Advice(why, line, "grant")
     if type == "syscall.denied":
         return Advice(INSTEAD.get(str(data.get("call")), "no policy grants system calls beyond the default profile"))
     return Advice("no policy grants this")

@@ -27,7 +27,12 @@ from isolator.policy.units import parse_size
 
 def parse_host_config(text: bytes, *, source: str) -> HostConfig:
     """The content of ``host.toml``."""
-    top = document(text, source)
+    return host_config_of(document(text, source))
+
+
+def host_config_of(top: Table) -> HostConfig:
+    """As ``parse_host_config`` for the top table of the file."""
+    source = top.name
     ceiling, defaults, network = top.table("ceiling"), top.table("defaults"), top.table("network")
     inbound, roles, audit = top.table("inbound"), top.table("roles"), top.table("audit")
     metrics, restart = top.table("metrics"), top.table("restart")

@@ -35,8 +35,10 @@ __all__ = [
     "invoker",
     "load_host_config",
     "load_plugin_policy",
+    "over_ceiling",
     "parse_host_config",
     "parse_plugin_policy",
+    "policy_of",
     "read_trusted",
 ]
 
@@ -68,7 +70,12 @@ def load_plugin_policy(
 
 def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
     """A policy file's content; ``source`` is what errors and ``explain`` call it."""
-    top = document(text, source)
+    return policy_of(document(text, source))
+
+
+def policy_of(top: Table) -> PluginPolicy:
+    """As ``parse_plugin_policy`` for the top table of the file."""
+    source = top.name
     grant, limits, filesystem = top.table("grant"), top.table("limits"), top.table("filesystem")
     syscalls, restart, delivery = top.table("syscalls"), top.table("restart"), top.table("delivery")
     egress, public = egress_of(grant, "egress")
@@ -107,11 +114,18 @@ def _variables(env: Table) -> dict[str, str]:
 
 def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
     """Refuse a policy that grants more than the host allows at all, at the line that does so."""
+    for fault in over_ceiling(policy, host):
+        raise fault
+
+
+def over_ceiling(policy: PluginPolicy, host: HostConfig) -> list[UsageError]:
+    """Everything that a policy grants and the host does not allow at all, each at its line."""
     ceiling = host.ceiling
     edit = f"lower it, or raise the ceiling in {host.source or 'host.toml'}"
+    found: list[UsageError] = []
 
     def refuse(key: str, why: str, remedy: str = edit) -> None:
-        raise UsageError(policy.at(key), f"{key}: {why}", remedy)
+        found.append(UsageError(policy.at(key), f"{key}: {why}", remedy))
 
     for limit in LIMITS:
         granted, most = policy.limits.get(limit.name), getattr(ceiling.limits, limit.name)
@@ -153,6 +167,7 @@ def check_ceiling(policy: PluginPolicy, host: HostConfig) -> None:
     for index, path in enumerate(policy.read or ()):
         if not any(names.path_covers(allowed, path) for allowed in ceiling.read):
             refuse(f"filesystem.read[{index}]", f"{path} is outside what the ceiling lets plugins read")
+    return found
 
 
 def _element(policy: PluginPolicy, key: str, text: str) -> str:

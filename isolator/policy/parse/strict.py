@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from isolator.errors import UsageError
@@ -18,6 +19,58 @@ from isolator.policy.units import parse_boolean, shown
 T = TypeVar("T")
 Path = tuple[str | int, ...]
 Lines = Mapping[Path, int]
+_MOST_FAULTS = 50
+
+
+class KeyFault(UsageError):
+    """A fault of one key; ``path`` leads to it."""
+
+    path: Path = ()
+
+
+def every_fault(
+    read: Callable[[dict[str, Any]], object], data: dict[str, Any], required: Mapping[str, Any] = MappingProxyType({})
+) -> list[UsageError]:
+    """Read a file's content again and again, each time without the key that was refused; returns every refusal.
+
+    Of a list the first only: the lines of those behind it would be wrong. ``data`` is changed. ``required``: good
+    values of the keys that must not be missing.
+    """
+    found: list[UsageError] = []
+    while len(found) < _MOST_FAULTS:
+        try:
+            read(data)
+            break
+        except KeyFault as error:
+            found.append(error)
+            if not (_without(data, error.path) | _stood_in_for(data, error.path, required)):
+                break
+        except UsageError as error:
+            found.append(error)
+            break
+    return found
+
+
+def _stood_in_for(data: dict[str, Any], path: Path, required: Mapping[str, Any]) -> bool:
+    """Put a good value in the place of a required key that is missing now; whether it was one."""
+    key = str(path[0]) if path else ""
+    if key not in required or key in data:
+        return False
+    data[key] = required[key]
+    return True
+
+
+def _without(data: dict[str, Any], path: Path) -> bool:
+    """Delete the value at a path, or the list that it is in; whether there was one."""
+    here: Any = data
+    for index, part in enumerate(path):
+        if not isinstance(here, dict) or part not in here:
+            return False
+        if index == len(path) - 1 or isinstance(here[part], list):
+            del here[part]
+            return True
+        here = here[part]
+    return False
 
 
 class Table:
@@ -49,7 +102,9 @@ class Table:
     def fail(self, key: Path | str, why: str, remedy: str = "") -> NoReturn:
         """Refuse the value of ``key``."""
         path = (key,) if isinstance(key, str) else key
-        raise UsageError(self.where(*path), f"{self.dotted(*path)}: {why}", remedy)
+        fault = KeyFault(self.where(*path), f"{self.dotted(*path)}: {why}", remedy)
+        fault.path = (*self.path, *path)
+        raise fault
 
     def take(self, key: str, default: Any = None) -> Any:
         """The raw value; the key counts as known from now on."""
@@ -75,7 +130,9 @@ class Table:
             self._taken.add(key)
             if default is None:
                 where = self.where(*self.path) if self.path else self.name
-                raise UsageError(where, f"{self.dotted(key)} is missing", "add it")
+                fault = KeyFault(where, f"{self.dotted(key)} is missing", "add it")
+                fault.path = (*self.path, key)
+                raise fault
             return default
         return self.parsed(key, lambda value: printable(value, limit), "")
 

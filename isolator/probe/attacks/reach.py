@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import socket
+import struct
 
 from .kit import Held, Promise, attempt, libc, set_limit, syscall
 
@@ -74,6 +75,15 @@ def uncommon_protocol(promise: Promise) -> str:
             return f"a socket of {name}"
     assert why is not None
     raise why
+
+
+@attempt("seccomp", "take the host's IPv6 flow labels, of which all networks share one pool")
+def flow_labels(promise: Promise) -> str:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        # struct in6_flowlabel_req: a lease (0) of a new label (1) for anybody (255) to ::1
+        request = struct.pack("=16sIBBHHHI", bytes(15) + b"\1", 0, 0, 255, 1, 6, 6, 0)
+        sock.setsockopt(socket.IPPROTO_IPV6, 32, request)  # IPV6_FLOWLABEL_MGR
+    return "one of some 3000 labels"
 
 
 @attempt("seccomp", "have the host's core handler started, as root, by a crash")

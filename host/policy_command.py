@@ -1,0 +1,35 @@
+"""``isolator policy`` with the host's part of a manifest: its config, transport, delivery, health, and its hooks."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from host.events import Catalogue
+from host.plugins.manifest import from_data
+from isolator.cli import policy as command
+from isolator.errors import IsolatorError, UsageError
+
+policy = command.policy
+
+
+def _parse(data: dict[str, Any], lines: dict[Any, int], name: str) -> object:
+    return from_data(data, lines=lines, name=name)
+
+
+def _note_hooks(data: dict[str, Any], errors: list[IsolatorError], notes: list[str]) -> None:
+    """Tell hooks that are misspelt from those of events which the platform may register."""
+    catalogue = Catalogue()
+    known = sorted({event.name for event in catalogue})
+    for hook in data.get("hooks", ()):
+        if catalogue.get(catalogue.canonical(hook)) is not None:
+            continue
+        near = difflib.get_close_matches(hook, known, 1, cutoff=0.85)
+        if near:
+            errors.append(UsageError(f"hook {hook!r}", f"no such event; did you mean {near[0]!r}?"))
+        else:
+            notes.append(f"{hook} is an event that the platform has to register first")
+
+
+command.manifest_parser = _parse
+command.manifest_notes = _note_hooks
