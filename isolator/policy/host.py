@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
-
-from isolator.policy.keys import CEILING, MIB, SWITCHES, Frozen, Limits, Switches
+from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.keys import CEILING, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 
 Role = Literal["viewer", "emitter", "operator"]
@@ -35,10 +34,9 @@ class _Bounds(Frozen):
 class Ceiling(Switches, _Bounds):
     """Bounds that nobody exceeds, whatever a policy grants. Silence about a switch allows it."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _silence_allows(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return {switch.name: True for switch in SWITCHES} | data
+    def _completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {switch.name: True for switch in SWITCHES} | values
 
 
 class Inbound(Frozen):
@@ -117,7 +115,7 @@ class HostConfig(Frozen):
     metrics: Metrics = Metrics()
     source: str | None = None
     """The file it was read from; None when there is none."""
-    where: dict[str, str] = Field(default_factory=dict)
+    where: dict[str, str] = fresh(default_factory=dict)
     """``FILE:LINE`` of every value that the file sets, by its dotted key (``ceiling.memory``)."""
 
     def role_of(self, uid: int) -> Role | None:

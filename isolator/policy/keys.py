@@ -10,12 +10,12 @@ Sizes are bytes, cpu is thousandths of one core (``25%`` = 250), durations are s
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
+from isolator.policy.frozen import Frozen, field_types
 from isolator.policy.units import (
     NO_CAP,
     format_cpu,
@@ -32,12 +32,6 @@ from isolator.policy.units import (
 )
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-class Frozen(BaseModel):
-    """Base of every policy model: strict about unknown keys, immutable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 @dataclass(frozen=True)
@@ -342,7 +336,7 @@ class NetworkSwitches(Frozen):
     ] = False
 
 
-# pydantic takes the fields of the last base first; their order is part of ``HostConfig.digest``.
+# The fields of the last base come first; their order is part of ``HostConfig.digest``.
 class Limits(RunLimits, DeliveryLimits, ConnectionLimits, FileLimits, ResourceLimits):
     """Every number that has a default and a ceiling."""
 
@@ -355,8 +349,10 @@ K = TypeVar("K", bound=Key)
 
 
 def _declared(model: type[Frozen], kind: type[K]) -> tuple[K, ...]:
-    fields = model.model_fields.items()
-    return tuple(replace(key, name=name) for name, info in fields for key in info.metadata if isinstance(key, kind))
+    hints = field_types(model).items()
+    return tuple(
+        replace(key, name=name) for name, hint in hints for key in typing.get_args(hint) if isinstance(key, kind)
+    )
 
 
 _SECTIONS = ("limits", "filesystem", "delivery", "restart")

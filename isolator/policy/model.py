@@ -10,14 +10,12 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field
-
+from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.keys import (
     MIB,
     ConnectionLimits,
     DeliveryLimits,
     FileLimits,
-    Frozen,
     Key,
     NetworkSwitches,
     ResourceLimits,
@@ -102,7 +100,7 @@ class EffectivePolicy(DeliveryLimits):
     filesystem: FilesystemPolicy = FilesystemPolicy()
     syscalls: Literal["default", "strict"] = "default"
     restart: RestartPolicy = RestartPolicy()
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, str] = fresh(default_factory=dict)
     """Variables of its environment that the operator sets; no secrets, they are shown."""
 
     def value(self, key: Key) -> Any:
