@@ -29,7 +29,7 @@ from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Handler, Message, R, Request, WithFds
-from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, receive_packet, send_packet
+from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, pair, receive_packet, send_packet
 from isolator.linux.descriptors import close_all
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,6 @@ MOST_WAITING, MOST_WAITING_FDS = 64 << 20, 4096
 """Bytes and descriptors that may wait for a peer to read."""
 MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
 """Requests of a peer that are served at the same time, and their bytes."""
-
-
-def pair() -> tuple[socket.socket, socket.socket]:
-    """A connected SOCK_SEQPACKET pair, close-on-exec, with buffers that hold a full packet."""
-    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in (a, b):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET)
-    return a, b
 
 
 __all__ = ["MAX_FDS", "MAX_PACKET", "Channel", "Handler", "Message", "pair", "receive_packet", "send_packet"]

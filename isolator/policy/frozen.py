@@ -48,9 +48,8 @@ class Frozen:
         for base in reversed(cls.__mro__):
             if base is Frozen or not issubclass(base, Frozen):
                 continue
-            own = base.__dict__
-            for name in own.get("__annotations__", ()):
-                names[name] = own.get(name, _REQUIRED)
+            for name in base.__annotations__:
+                names[name] = base.__dict__.get(name, _REQUIRED)
         cls.model_fields = tuple(names)
         cls._defaults = names
 
@@ -126,8 +125,13 @@ class Frozen:
 
 def field_types(model: type[Frozen]) -> dict[str, Any]:
     """The types of a model's fields by name, each with its ``Annotated``."""
-    hints = typing.get_type_hints(model, include_extras=True)
-    return {name: hints[name] for name in model.model_fields}
+    found: dict[str, Any] = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, Frozen) and base is not Frozen:
+            found |= base.__annotations__
+    if any(isinstance(hint, str) for hint in found.values()):
+        found = typing.get_type_hints(model, include_extras=True)
+    return {name: found[name] for name in model.model_fields}
 
 
 def _plain(value: Any, *, lists: bool) -> Any:

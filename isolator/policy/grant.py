@@ -3,8 +3,6 @@
 None, or a name that a mapping lacks, means that the file is silent, so that the default posture holds there.
 """
 
-from __future__ import annotations
-
 from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.host import Profile
 from isolator.policy.model import EgressRule, ListenRule

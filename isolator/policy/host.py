@@ -4,9 +4,6 @@ The models alone; ``parse/host_file.py`` reads the file. The values here are the
 ``host.toml`` behaves as if it held exactly these. Sizes are bytes, cpu thousandths of a core, durations seconds.
 """
 
-from __future__ import annotations
-
-import hashlib
 from typing import Any, Literal
 
 from isolator.policy.frozen import Frozen, fresh
@@ -128,4 +125,6 @@ class HostConfig(Frozen):
 
     def digest(self) -> str:
         """SHA-256 of the settings, wherever they were read from."""
+        import hashlib
+
         return hashlib.sha256(self.model_dump_json(exclude={"source", "where"}).encode()).hexdigest()

@@ -6,13 +6,12 @@ host allows at most, and where a policy file and a manifest have it. The section
 policies goes over ``LIMITS`` and ``SWITCHES``. ``docs/recipes/policy-key.md`` says how to add one.
 
 Sizes are bytes, cpu is thousandths of one core (``25%`` = 250), durations are seconds.
+Like other models of a policy it does without ``from __future__ import annotations``: evaluating the text of so many
+annotations takes longer than making a cage.
 """
-
-from __future__ import annotations
 
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from isolator.policy.frozen import Frozen, field_types
@@ -30,11 +29,12 @@ from isolator.policy.units import (
     parse_size,
     parse_volume,
 )
+from isolator.structs import replace, struct_class
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Unit:
     """Spelling of a kind of number: ``parse`` (raises ValueError) reads back exactly what ``show`` writes."""
 
@@ -50,7 +50,7 @@ COUNT = Unit(parse_count, str)
 TIME = Unit(parse_duration, format_duration)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Key:
     """Declaration of one key. ``[ceiling]`` and ``[defaults]`` of ``host.toml`` have it under its field's name."""
 
@@ -78,7 +78,7 @@ class Key:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Limit(Key):
     """A number; the smallest of ceiling, grant and request counts."""
 
@@ -111,7 +111,7 @@ class Limit(Key):
         return f"{self.key} = {shown}" if shown.isdigit() else f'{self.key} = "{shown}"'
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Switch(Key):
     """Yes or no; yes only where ceiling, grant and request all say yes. A ceiling that is silent says yes."""
 

@@ -4,9 +4,6 @@ The layers enforce it and it crosses process borders; the meet that makes it is 
 yes-or-no keys are inherited from where they are declared (``keys.py``, with their units).
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 from typing import Any, Literal
 
@@ -114,6 +111,8 @@ class EffectivePolicy(DeliveryLimits):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, hex; in every ``plugin.started`` record."""
+        import hashlib
+
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
