@@ -42,11 +42,11 @@ def struct_class(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
                 defaults[name] = cls.__dict__[name]
         setattr(cls, _FIELDS, tuple(names))
         setattr(cls, _DEFAULTS, defaults)
-        made: Any = cls
-        made.__init__, made.__eq__, made.__repr__ = _init, _equal, _show
-        made.__hash__ = _hash if frozen else None
+        methods = {"__init__": _init, "__eq__": _equal, "__repr__": _show, "__hash__": _hash if frozen else None}
         if frozen:
-            made.__setattr__, made.__delattr__ = _refuse, _refuse
+            methods |= {"__setattr__": _refuse, "__delattr__": _refuse}
+        for name, method in methods.items():
+            setattr(cls, name, method)
         return cls
 
     return decorate

@@ -117,11 +117,6 @@ class Frozen:
             raise ValueError(f"{cls.__name__} is an object")
         return cls(**data)
 
-    @classmethod
-    def model_validate_json(cls, text: str | bytes) -> Self:
-        """The object of such a JSON text; raises ValueError."""
-        return cls.model_validate(json.loads(text))
-
 
 def field_types(model: type[Frozen]) -> dict[str, Any]:
     """The types of a model's fields by name, each with its ``Annotated``."""

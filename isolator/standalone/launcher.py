@@ -78,6 +78,8 @@ def _become_launcher(sock: int) -> NoReturn:
         os.chdir("/")
         _forget_caller()
         server.run(socket.socket(fileno=sock))
+    except KeyboardInterrupt:  # from before it ignored the terminal's signals; the command says what there is to say
+        os._exit(1)
     except BaseException as error:  # nothing may escape into the command, which this process is a copy of
         with contextlib.suppress(OSError):
             os.write(2, f"isolator: launcher: {type(error).__name__}: {error}\n".encode())

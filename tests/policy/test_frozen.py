@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Annotated, Any, Literal
@@ -58,7 +59,7 @@ def test_what_is_no_object_is_refused(data: object) -> None:
 
 def test_json_of_a_model_gives_an_equal_model() -> None:
     made = Outer(number=3, time=4, inner=Inner(text="ä", flag=True), many=(Inner(text="x"),), mode="b", table={"a": 1})
-    again = Outer.model_validate_json(made.model_dump_json())
+    again = Outer.model_validate(json.loads(made.model_dump_json()))
     assert again == made
     assert isinstance(made.time, float)
     assert made.model_dump()["many"] == ({"text": "x", "flag": False},)
