@@ -1,7 +1,7 @@
 """Entry point of the command line.
 
-``isolator run`` starts in a tenth of a second, of which it has none to spare for click: a line of it that is in order
-is read by ``isolator.standalone.options``. Everything else, ``run --help`` and mistakes too, is ``host.cli.root``'s.
+The time in which ``isolator run`` starts counts, and importing click would be a tenth of it: a line that is in order is
+read by ``isolator.standalone.options``. Everything else, ``run --help`` and mistakes too, is ``host.cli.root``'s.
 """
 
 from __future__ import annotations

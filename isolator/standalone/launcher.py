@@ -23,6 +23,7 @@ from isolator.linux.descriptors import allow_many_files
 from isolator.linux.files import close_all_but
 
 _TITLE = "isolator-launcher"
+_END_SECONDS = 5.0
 
 
 class ForkedLauncher:
@@ -52,9 +53,13 @@ class ForkedLauncher:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        """End it, if nobody has, and reap it; idempotent."""
+        """End it, if nobody has, and reap it; one that hangs is killed after a moment. Idempotent."""
         self.sock.close()
-        self.wait()
+        try:
+            self.wait(_END_SECONDS)
+        except TimeoutError:
+            self.kill()
+            self.wait()
 
 
 def fork_launcher() -> ForkedLauncher:

@@ -126,9 +126,9 @@ def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
 def fingerprint() -> str:
     """A digest that changes with any rule of any profile, and with the compiler; importing either takes longer."""
     import hashlib
+    from pathlib import Path
 
-    folder = os.path.dirname(__file__)
-    sources = [read_plain(f"{folder}/{name}.py", most=_MOST) for name in ("profiles", "bpf")]
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("profiles", "bpf")]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
