@@ -209,13 +209,15 @@ def run_spec(
 
         binds.append(writable_folder(path, uid, owned))
     binds.sort(key=lambda bind: bind.target)  # a folder before those below it; of one path, the writable one on top
+    if policy.filesystem.state:
+        policy = policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})})
     return CageSpec(
         name="run",
         run=run,
         uid=uid,
         gid=uid,
         user="cage",
-        policy=policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})}),
+        policy=policy,
         paths=paths,
         argv=argv,
         env={
