@@ -6,13 +6,13 @@ instance id derived from the root, empty for the default root.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from isolator.structs import struct_class
 
-@dataclass(frozen=True)
+
+@struct_class(frozen=True)
 class Paths:
     """Every path and machine-wide name of one daemon."""
 
@@ -26,7 +26,11 @@ class Paths:
     @property
     def instance(self) -> str:
         """Six hex digits that tell this daemon's users and cgroups from another's; empty for ``/``."""
-        return "" if self.root == Path("/") else hashlib.sha256(os.fsencode(self.root)).hexdigest()[:6]
+        if self.root == Path("/"):
+            return ""
+        import hashlib  # the library under it takes longer to load than most commands need
+
+        return hashlib.sha256(os.fsencode(self.root)).hexdigest()[:6]
 
     def named(self, base: str) -> str:
         """``base`` for the default root, ``base-INSTANCE`` for any other."""

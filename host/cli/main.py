@@ -1,103 +1,32 @@
-"""The root of the command line: the one place that knows both packages.
+"""Entry point of the command line.
 
-Every command lives in a module of its own that is imported only when it is called, so that
-``isolator --help`` answers in well under 200 ms.
+The time in which ``isolator run`` starts counts, and importing click would be a tenth of it: a line that is in order is
+read by ``isolator.standalone.options``. Everything else, ``run --help`` and mistakes too, is ``host.cli.root``'s.
 """
 
 from __future__ import annotations
 
-import importlib
+import gc
 import sys
-import traceback
 
-import click
-
-from isolator import __version__
-from isolator.errors import IsolatorError
 from isolator.linux.descriptors import open_standard_streams
-
-# command -> (module, attribute, one line for --help); kept here so that --help imports none of them.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "serve": ("isolator.cli.serve:serve", "Run the daemon in the foreground."),
-    "run": ("isolator.cli.run:run", "Run one command in a cage; needs no daemon."),
-    "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),
-    "prove": ("isolator.cli.prove:prove", "Attack a cage from inside and show what held."),
-    "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),
-    "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
-    "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
-    "policy": ("host.policy_command:policy", "Check and explain policy files."),
-    "new": ("host.cli.new:new", "Start a new plugin from a working example."),
-    "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),
-    "install": ("isolator.cli.install:install", "Install the systemd service."),
-    "uninstall": ("isolator.cli.install:uninstall", "Remove the service, its users and its files."),
-    "config": ("host.cli.config:config", "Manage the daemon's keys."),
-}
-
-
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        entry = COMMANDS.get(cmd_name)
-        if entry is None:
-            return None
-        module, attribute = entry[0].split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, entry[1]) for name, entry in COMMANDS.items()])
-
-
-@click.group(
-    cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
-    epilog="\b\nExamples:\n  isolator check\n  isolator run -- cat /etc/shadow\n"
-    "  isolator plugin add ./examples/slack-deploy-notifier\n  isolator audit tail -f",
-)
-@click.option("--root", metavar="DIR", envvar="ISOLATOR_ROOT", help="Put every path below DIR (default: /).")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.version_option(__version__, prog_name="isolator")
-@click.pass_context
-def cli(ctx: click.Context, root: str | None, debug: bool) -> None:
-    """Run untrusted plugins in cages, deliver events to them, and keep a record of everything they do."""
-    ctx.obj = root
+from isolator.standalone.options import read_plainly
 
 
 def main() -> None:
-    """Entry point: every failure becomes one line on stderr and an exit code of the contract."""
+    """Run the command line; never returns."""
     open_standard_streams()
-    debug = "--debug" in sys.argv[1:]
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("isolator: cancelled", err=True)
-        sys.exit(1)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            hint = f"; try 'isolator {' '.join(error.ctx.command_path.split()[1:])} --help'".replace("  ", " ")
-        else:
-            hint = ""
-        click.echo(f"isolator: {error.format_message().rstrip('.')}{hint}", err=True)
-        sys.exit(2 if isinstance(error, click.UsageError) else 1)
-    except IsolatorError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"isolator: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"isolator: {type(error).__name__}: {error}; run again with --debug and report it", err=True)
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+    options = read_plainly(sys.argv[1:])
+    if options is not None:
+        gc.disable()  # until the cage runs: what is imported is no garbage, and each collection goes over it
+        try:
+            from isolator.standalone.command import run_and_exit
+
+            run_and_exit(options)
+        except BaseException as error:
+            from host.cli.root import report
+
+            report(error)
+    from host.cli.root import call
+
+    call()

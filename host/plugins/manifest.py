@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from isolator.errors import UsageError
-from isolator.policy.keys import Frozen
+from isolator.policy.frozen import Frozen
 from isolator.policy.parse.strict import Table, printable, prose
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore
 from isolator.policy.units import parse_duration

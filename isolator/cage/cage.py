@@ -20,7 +20,6 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,8 +27,7 @@ from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.channel import receive_packet, send_packet
-from isolator.ipc.packet import send_message
+from isolator.ipc.packet import receive_packet, send_message, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy
 from isolator.layers.base import CageSpec, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -48,6 +46,7 @@ from isolator.layers.user import User
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
+from isolator.structs import struct_class
 
 if TYPE_CHECKING:
     from isolator.layers.network.namespace import CageNetwork
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
 _SET_UP_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Stdio:
     """The three standard descriptors of the sidecar; they stay the caller's."""
 

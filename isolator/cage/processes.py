@@ -12,14 +12,13 @@ import os
 import signal
 import struct
 import time
-from dataclasses import dataclass, field
 
-from isolator.ipc.messages import OUT_OF_MEMORY
 from isolator.launcher.client import Clone
 from isolator.layers.cgroup.leaf import Events, Leaf
+from isolator.structs import field, struct_class
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class CageExit:
     """End of a cage. ``cause``: exit, signal, out of memory, task limit, forbidden ABI, stopped, or a sentence."""
 
@@ -139,6 +138,8 @@ class CageProcesses:
 
     def _cause(self, code: int, number: int | None, events: Events) -> str:
         if events.oom_kills:
+            from isolator.ipc.messages import OUT_OF_MEMORY
+
             return OUT_OF_MEMORY
         if self._stopping:
             return "stopped"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from isolator.cage.warm_pool import WarmPool
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.recovery.journal import Journal
+from isolator.structs import field, struct_class
 
 
-@dataclass
+@struct_class()
 class CageRuntime:
     """Shared by every cage of one process. ``launcher`` is replaced when it dies."""
 

@@ -14,17 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import select
 import socket
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.errors import IsolatorError
-from isolator.ipc.channel import pair
+from isolator.ipc.packet import pair
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
+from isolator.structs import struct_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +39,7 @@ PREFIX = "_spare."
 _REST_SECONDS = 0.1
 
 
-@dataclass
+@struct_class()
 class Spare:
     """A parked process with its groups and network. Its taker owns all of it, and calls ``release`` for the rest."""
 
@@ -184,7 +183,7 @@ async def _make_spare(launcher: Launcher, journal: Journal, subtree: Subtree, la
     """A new spare; raises as ``WarmPool.take`` does, and nothing is left then."""
     from isolator.layers.network import namespace as network_layer
 
-    name = PREFIX + secrets.token_hex(6)
+    name = PREFIX + os.urandom(6).hex()
     groups = Leaf.under(subtree, name) if "cgroup" in layers and subtree.v1 else None
     async with contextlib.AsyncExitStack() as undo:
         making: asyncio.Task[CageNetwork] | None = None

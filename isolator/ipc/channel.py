@@ -29,7 +29,15 @@ from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Handler, Message, R, Request, WithFds
-from isolator.ipc.packet import MAX_FDS, MAX_PACKET, TruncatedPacketError, drop_packet, receive_packet, send_packet
+from isolator.ipc.packet import (
+    MAX_FDS,
+    MAX_PACKET,
+    TruncatedPacketError,
+    drop_packet,
+    pair,
+    receive_packet,
+    send_packet,
+)
 from isolator.linux.descriptors import close_all
 
 logger = logging.getLogger(__name__)
@@ -43,14 +51,6 @@ REST = 0.2
 """Seconds until a notification is looked at again whose descriptors found no room."""
 MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
 """Requests of a peer that are served at the same time, and their bytes."""
-
-
-def pair() -> tuple[socket.socket, socket.socket]:
-    """A connected SOCK_SEQPACKET pair, close-on-exec, with buffers that hold a full packet."""
-    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in (a, b):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET)
-    return a, b
 
 
 __all__ = ["MAX_FDS", "MAX_PACKET", "Channel", "Handler", "Message", "pair", "receive_packet", "send_packet"]

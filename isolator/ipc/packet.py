@@ -29,6 +29,14 @@ class TruncatedPacketError(OSError):
         self.payload = payload
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    """A connected SOCK_SEQPACKET pair, close-on-exec, with buffers that hold a full packet."""
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (a, b):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET)
+    return a, b
+
+
 def send_packet(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
     """Send one packet with descriptors; raises BlockingIOError when a non-blocking peer is full."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

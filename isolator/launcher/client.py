@@ -6,19 +6,19 @@ import asyncio
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import isolator
 from isolator.errors import ConfinementError, UnavailableError
-from isolator.ipc.channel import pair, receive_packet, send_packet
-from isolator.ipc.packet import TruncatedPacketError
+from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send_packet
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
+from isolator.structs import struct_class
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
 
@@ -26,7 +26,7 @@ _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server 
 _END_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Clone:
     """A child of this process that another process cloned (CLONE_PARENT), held by its pidfd."""
 
@@ -34,30 +34,29 @@ class Clone:
     pidfd: int
 
 
+class LauncherProcess(Protocol):
+    """The process of a launcher: ``subprocess.Popen``, or a fork."""
+
+    @property
+    def pid(self) -> int: ...
+    def wait(self, timeout: float | None = None) -> object: ...
+    def kill(self) -> None: ...
+
+
 class Launcher:
     """One launcher process. Answers come in the order of the questions."""
 
-    def __init__(self) -> None:
-        mine, theirs = pair()
-        self._sock = mine
+    def __init__(self, started: tuple[LauncherProcess, socket.socket] | None = None) -> None:
+        """Start a process, or take over one that was ``started``, with this end of its socket."""
+        self._process, self._sock = started or _start()
         self._waiting: deque[asyncio.Future[Clone]] = deque()
         self._alive: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.closed = asyncio.Event()
         self._ready = False
         self._problem: ConfinementError | None = None
-        self._process = subprocess.Popen(
-            # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by explicit paths.
-            [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), *_import_paths()],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-            cwd="/",
-            close_fds=True,
-        )
-        theirs.close()
-        mine.setblocking(False)
-        self._loop.add_reader(mine, self._readable)
+        self._sock.setblocking(False)
+        self._loop.add_reader(self._sock, self._readable)
 
     @property
     def pid(self) -> int:
@@ -113,7 +112,7 @@ class Launcher:
         self._lost()
         try:
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, TimeoutError):
             self.kill()
             self._process.wait()
 
@@ -191,6 +190,21 @@ class Launcher:
             if not future.done():
                 error = self._problem or UnavailableError("launcher", "it has died", "the supervisor starts it again")
                 future.set_exception(error)
+
+
+def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    mine, theirs = pair()
+    process = subprocess.Popen(
+        # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by explicit paths.
+        [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), *_import_paths()],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        cwd="/",
+        close_fds=True,
+    )
+    theirs.close()
+    return process, mine
 
 
 def clone_remedy(number: int) -> str:

@@ -32,7 +32,7 @@ from isolator.ipc.packet import TruncatedPacketError, receive_packet, send_packe
 from isolator.launcher.prefork import park
 from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
-from isolator.layers.plan import ParkOrder
+from isolator.layers.plan import ParkOrder, learn_parts
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
@@ -113,13 +113,18 @@ def _kill(cgroup: int) -> None:
 def main() -> None:
     """Entry point: ``FD PATH...``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
     open_standard_streams()
+    run(socket.socket(fileno=int(sys.argv[1])))
+
+
+def run(sock: socket.socket) -> None:
+    """Become the launcher of whoever has the other end of ``sock``; returns when that has gone away."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the end of the socket ends this process, never a terminal's ^C
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    sock = socket.socket(fileno=int(sys.argv[1]))
     try:
         leave_memory_out()  # every cage inherits it
         build_template()
+        learn_parts()
         os.umask(0o022)
     except OSError as error:
         detail = f"{error.filename}: {error.strerror}"
@@ -130,7 +135,8 @@ def main() -> None:
     except BrokenPipeError:
         return  # the command line was wrong: the process that started this one has ended
     # The objects that exist now are shared by every cage's pid 1: the collector would write to all of them.
-    gc.collect()
+    if gc.isenabled():  # a fork of a command has collected no garbage yet
+        gc.collect()
     gc.freeze()
     gc.disable()
     serve(sock)

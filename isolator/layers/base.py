@@ -21,8 +21,9 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from isolator.structs import field, struct_class
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 ControlState = Literal["enforced", "degraded", "unavailable"]
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Control:
     """One line of the ledger: whether this host can keep a promise, the kernel's reason, and the remedy."""
 
@@ -57,7 +58,7 @@ class Control:
         return {**self.__dict__, "key": self.key}
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Bind:
     """A file or folder of the host that the cage sees at ``target``; ``fd``: its O_PATH descriptor, the caller's.
 
@@ -71,7 +72,7 @@ class Bind:
     """The user namespace whose maps its owners are shown with (``mount.map_ids``), the caller's; -1: as they are."""
 
 
-@dataclass
+@struct_class()
 class CageSpec:
     """The decisions about one cage, made before it is built."""
 

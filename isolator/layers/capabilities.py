@@ -7,7 +7,6 @@ while there still is CAP_SETPCAP; the other sets are emptied in the child after 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -25,7 +24,6 @@ _LOCKS = (1 << 1) | (1 << 3) | (1 << 5) | (1 << 7)
 _SECUREBITS = _NOROOT | _NO_CAP_AMBIENT_RAISE | _LOCKS | _NO_SETUID_FIXUP
 
 
-@dataclass(frozen=True)
 class CapabilitiesSection(Section, kind="capabilities"):
     """No values: every cage has no capability."""
 

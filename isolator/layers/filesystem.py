@@ -35,7 +35,6 @@ import os
 import stat
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -142,7 +141,6 @@ class MountOperation(Part):
         """The operation's result in a few words, with the path as the cage sees it."""
 
 
-@dataclass(frozen=True)
 class ResizeTmpfs(MountOperation, kind="resize"):
     """Set the capacity, as mount options, of a file system in memory made ahead, and whether programs run there."""
 
@@ -157,7 +155,6 @@ class ResizeTmpfs(MountOperation, kind="resize"):
         return f"/{self.target}: tmpfs, {self.options}"
 
 
-@dataclass(frozen=True)
 class MountProc(MountOperation, kind="proc"):
     """Mount /proc of the cage's own pid namespace."""
 
@@ -170,7 +167,6 @@ class MountProc(MountOperation, kind="proc"):
         return f"/proc: proc, {self.options}"
 
 
-@dataclass(frozen=True)
 class FillFolder(MountOperation, kind="fill"):
     """Write small files into a folder that was made ahead; their owner, and the folder's, is one user."""
 
@@ -191,7 +187,6 @@ class FillFolder(MountOperation, kind="fill"):
         return f"/{self.target}: a folder of uid {self.owner}, mode {self.folder_mode:04o}"
 
 
-@dataclass(frozen=True)
 class AttachMount(MountOperation, kind="attach"):
     """Attach the detached mount behind the plan's descriptor ``fd``; its mount point is made where there is none."""
 
@@ -208,7 +203,6 @@ class AttachMount(MountOperation, kind="attach"):
         return f"/{self.target}: a mounted {'folder' if self.is_folder else 'file'}"
 
 
-@dataclass(frozen=True)
 class SealMount(MountOperation, kind="seal"):
     """Make a file system in memory read-only, after it was filled."""
 
@@ -225,7 +219,6 @@ class SealMount(MountOperation, kind="seal"):
         return f"/{self.target}: read-only"
 
 
-@dataclass(frozen=True)
 class FilesystemSection(Section, kind="filesystem"):
     """The cage's own part of its view, in order. ``own_root``: the template lacks a mount point for some of it."""
 

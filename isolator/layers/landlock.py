@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from isolator.layers.base import CageSpec, Control, Layer, Process
@@ -28,14 +27,12 @@ _WRITABLE_LATER = ("/state", "/run/isolator/plugin")
 _DEVICE = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
 
 
-@dataclass(frozen=True)
 class WritableFolder(Part, kind="writable_folder"):
     """A folder of the host that the cage may change, as the cage sees it."""
 
     path: str
 
 
-@dataclass(frozen=True)
 class LandlockSection(Section, kind="landlock"):
     """The kernel's Landlock ABI, and the folders to write in besides those of every cage."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from isolator.layers.base import Control, Layer
 from isolator.layers.capabilities import Capabilities
@@ -22,6 +21,7 @@ from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
 from isolator.policy.host import MAY_DEGRADE
+from isolator.structs import replace
 
 Check = Callable[[], Control]
 

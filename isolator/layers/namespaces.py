@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -23,7 +22,6 @@ BEFORE_THE_PLAN = ("mnt", "ipc", "uts")
 """The namespaces of a process that is parked to become a cage."""
 
 
-@dataclass(frozen=True)
 class NamespacesSection(Section, kind="namespaces"):
     """The cage's host name."""
 

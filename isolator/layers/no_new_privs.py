@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -12,7 +11,6 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 
-@dataclass(frozen=True)
 class NoNewPrivsSection(Section, kind="no_new_privs"):
     """No values: the bit is set in every cage."""
 

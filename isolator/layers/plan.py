@@ -12,14 +12,15 @@ import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from isolator.linux.descriptors import FdSet
+from isolator.structs import field, struct_class
 
 
+@dataclass_transform(frozen_default=True)
 class Part:
-    """A part of a plan: a frozen dataclass whose fields are str, int, bool, bytes, dict[str, str] or tuples of parts.
+    """A part of a plan: frozen, with fields that are str, int, bool, bytes, dict[str, str] or tuples of parts.
 
     ``class UserSection(Section, kind="user")``: the kind is its name in the packet. A class without one is abstract.
     """
@@ -27,6 +28,7 @@ class Part:
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type[Part]]] = {}
     _names: ClassVar[list[str]]
+    """The fields in their order; this and the next two from ``learn_parts`` on."""
     _wire_types: ClassVar[list[type]]
     """The type of each field in the packet."""
     _readers: ClassVar[list[tuple[str, Callable[[Any], Any]]]]
@@ -38,6 +40,10 @@ class Part:
         if kind in Part._kinds:
             raise ValueError(f"two parts of a plan are called {kind}")
         cls.kind, Part._kinds[kind] = kind, cls
+        struct_class(frozen=True)(cls)
+
+    @classmethod
+    def _learn(cls) -> None:
         hints = {n: hint for n, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
         types = {name: get_origin(hint) or hint for name, hint in hints.items()}
         cls._names = list(types)
@@ -47,6 +53,16 @@ class Part:
             for name, one in types.items()
             if one is tuple or one in _READERS
         ]
+
+
+_learned: set[str] = set()
+
+
+def learn_parts() -> None:
+    """Find out how each kind of part is read: a launcher does it once, for every parked process."""
+    for kind in Part._kinds.keys() - _learned:
+        Part._kinds[kind]._learn()
+        _learned.add(kind)
 
 
 class Section(Part, ABC):
@@ -65,7 +81,7 @@ P = TypeVar("P", bound=Part)
 S = TypeVar("S", bound=Section)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class ParkOrder:
     """The order to park a process: the layers that its cage will have, and the kernel's last capability."""
 
@@ -73,7 +89,7 @@ class ParkOrder:
     last_capability: int
 
 
-@dataclass
+@struct_class()
 class Plan:
     """Everything that the child needs: one section a layer, by the layer's name, and the program to exec.
 
@@ -99,7 +115,9 @@ class Plan:
     """Signals to the cage go to the sidecar's process group, as those of a terminal do, not to the sidecar alone."""
     terminal: bool = False
     """The sidecar leads a session whose terminal is /dev/pts/0, its standard input."""
-    _owned: FdSet = field(default_factory=FdSet, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._owned = FdSet()
 
     def add(self, section: Section) -> None:
         """Add the section of a layer."""
@@ -129,6 +147,8 @@ class Plan:
     @classmethod
     def unpack(cls, packet: bytes, fds: list[int]) -> Plan:
         """The plan with the receiver's descriptor numbers; raises ValueError for a packet that is no plan."""
+        if len(_learned) != len(Part._kinds):
+            learn_parts()
         body = json.loads(packet)
         if type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
             raise ValueError("the packet is no plan")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -46,7 +45,6 @@ _LABELS = {
 """As /proc/PID/limits calls them."""
 
 
-@dataclass(frozen=True)
 class RlimitsSection(Section, kind="rlimits"):
     """The one limit that a policy changes: how many files may be open at once."""
 

@@ -12,7 +12,6 @@ import os
 import pwd
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,6 @@ _LOCKED_EXITS = {1, 10}  # useradd(8), userdel(8): "can't update" the password o
 _UID_TAKEN = 4
 
 
-@dataclass(frozen=True)
 class UserSection(Section, kind="user"):
     """The ids of the cage's processes."""
 

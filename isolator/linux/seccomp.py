@@ -6,9 +6,9 @@ import ctypes
 import errno
 import fcntl
 import struct
-from dataclasses import dataclass
 
 from isolator.linux._libc import call, libc, syscall
+from isolator.structs import struct_class
 
 _SET_MODE_FILTER = 1
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
@@ -29,7 +29,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Notification:
     """A call that the filter handed over; ``pid`` is in the reader's pid namespace."""
 

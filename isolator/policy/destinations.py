@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TypeAlias
 
@@ -30,9 +29,9 @@ from isolator.policy.addresses import (
     unwrap,
     wholly_blocked,
 )
-from isolator.policy.denial import DenialRule
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, NetworkPolicy
 from isolator.policy.units import shown
+from isolator.structs import struct_class
 
 PUBLIC_PORTS = frozenset({80, 443})
 """TCP ports of the ``public`` mode."""
@@ -49,7 +48,7 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _MAX_NAME = 253
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Name:
     """A host name in lower case, without a final dot."""
 
@@ -63,7 +62,7 @@ class Name:
         return self.text
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Wildcard:
     """``*.example.com``: names with one or more whole labels before ``suffix``, which begins with its dot."""
 
@@ -78,7 +77,7 @@ class Wildcard:
         return f"*{self.suffix}"
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Network:
     """The addresses of a CIDR; an address alone is a network of one."""
 
@@ -192,7 +191,7 @@ def never_reachable(rule: EgressRule, exceptions: Iterable[AddressException], vi
     return blocked
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Destination:
     """One egress rule, parsed: a host and its TCP ports."""
 
@@ -211,7 +210,7 @@ def parse_destination(host: str, ports: Iterable[int]) -> Destination:
         raise UsageError(f"egress {host!r}", str(error), "write hooks.example.com or *.example.com") from None
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Verdict:
     """``rule`` names the grant that allows it, or the ``DenialRule`` that refuses it."""
 
@@ -219,7 +218,7 @@ class Verdict:
     rule: str
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class VirtualGroup:
     """A part of the virtual range whose addresses may be used at ``ports`` only."""
 
@@ -261,6 +260,8 @@ class Rules:
     def literal(self, address: Address, port: int) -> Verdict:
         """Whether an address that the plugin wrote itself may be reached at ``port``."""
         if self.blocked(address, port):
+            from isolator.policy.denial import DenialRule
+
             return Verdict(False, DenialRule.BLOCKED_ADDRESS)
         return self._verdict(Network(ip_network(address)), port)
 
@@ -301,6 +302,8 @@ class Rules:
                 return Verdict(True, f"{granted.host}:{port}")
         if self.public and port in PUBLIC_PORTS:
             return Verdict(True, "public")
+        from isolator.policy.denial import DenialRule
+
         if covering or self.public:
             return Verdict(False, DenialRule.PORT)
         return Verdict(False, DenialRule.NO_NETWORK if self.policy.mode == "none" else DenialRule.NOT_GRANTED)

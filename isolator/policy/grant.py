@@ -3,12 +3,8 @@
 None, or a name that a mapping lacks, means that the file is silent, so that the default posture holds there.
 """
 
-from __future__ import annotations
-
-from pydantic import Field
-
+from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.host import Profile
-from isolator.policy.keys import Frozen
 from isolator.policy.model import EgressRule, ListenRule
 
 
@@ -24,17 +20,17 @@ class PluginPolicy(Frozen):
     egress_public: bool = False
     """The list holds "public": any public address, TCP 443 and 80, besides the rules."""
     listen: tuple[ListenRule, ...] | None = None
-    switches: dict[str, bool] = Field(default_factory=dict)
+    switches: dict[str, bool] = fresh(default_factory=dict)
     """Yes-or-no keys that the file sets, by the names of ``keys.py``."""
-    limits: dict[str, int | float] = Field(default_factory=dict)
+    limits: dict[str, int | float] = fresh(default_factory=dict)
     """Numbers that the file sets, likewise."""
-    restart: dict[str, int | float] = Field(default_factory=dict)
+    restart: dict[str, int | float] = fresh(default_factory=dict)
     """Overrides of ``CrashPolicy``."""
     read: tuple[str, ...] | None = None
     syscalls: Profile | None = None
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, str] = fresh(default_factory=dict)
     """Variables of its environment."""
-    where: dict[str, str] = Field(default_factory=dict)
+    where: dict[str, str] = fresh(default_factory=dict)
     """``FILE:LINE`` of every value by its dotted key: ``grant.egress``, ``grant.egress[1]``, ``limits.memory``."""
 
     def at(self, key: str) -> str:

@@ -4,14 +4,10 @@ The models alone; ``parse/host_file.py`` reads the file. The values here are the
 ``host.toml`` behaves as if it held exactly these. Sizes are bytes, cpu thousandths of a core, durations seconds.
 """
 
-from __future__ import annotations
-
-import hashlib
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
-
-from isolator.policy.keys import CEILING, MIB, SWITCHES, Frozen, Limits, Switches
+from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.keys import CEILING, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 
 Role = Literal["viewer", "emitter", "operator"]
@@ -35,10 +31,9 @@ class _Bounds(Frozen):
 class Ceiling(Switches, _Bounds):
     """Bounds that nobody exceeds, whatever a policy grants. Silence about a switch allows it."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _silence_allows(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return {switch.name: True for switch in SWITCHES} | data
+    def _completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {switch.name: True for switch in SWITCHES} | values
 
 
 class Inbound(Frozen):
@@ -117,7 +112,7 @@ class HostConfig(Frozen):
     metrics: Metrics = Metrics()
     source: str | None = None
     """The file it was read from; None when there is none."""
-    where: dict[str, str] = Field(default_factory=dict)
+    where: dict[str, str] = fresh(default_factory=dict)
     """``FILE:LINE`` of every value that the file sets, by its dotted key (``ceiling.memory``)."""
 
     def role_of(self, uid: int) -> Role | None:
@@ -130,4 +125,6 @@ class HostConfig(Frozen):
 
     def digest(self) -> str:
         """SHA-256 of the settings, wherever they were read from."""
+        import hashlib
+
         return hashlib.sha256(self.model_dump_json(exclude={"source", "where"}).encode()).hexdigest()

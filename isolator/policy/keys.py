@@ -6,16 +6,15 @@ host allows at most, and where a policy file and a manifest have it. The section
 policies goes over ``LIMITS`` and ``SWITCHES``. ``docs/recipes/policy-key.md`` says how to add one.
 
 Sizes are bytes, cpu is thousandths of one core (``25%`` = 250), durations are seconds.
+Like other models of a policy it does without ``from __future__ import annotations``: evaluating the text of so many
+annotations takes longer than making a cage.
 """
 
-from __future__ import annotations
-
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
+from isolator.policy.frozen import Frozen, field_types
 from isolator.policy.units import (
     NO_CAP,
     format_cpu,
@@ -30,17 +29,12 @@ from isolator.policy.units import (
     parse_size,
     parse_volume,
 )
+from isolator.structs import replace, struct_class
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
-class Frozen(BaseModel):
-    """Base of every policy model: strict about unknown keys, immutable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Unit:
     """Spelling of a kind of number: ``parse`` (raises ValueError) reads back exactly what ``show`` writes."""
 
@@ -56,7 +50,7 @@ COUNT = Unit(parse_count, str)
 TIME = Unit(parse_duration, format_duration)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Key:
     """Declaration of one key. ``[ceiling]`` and ``[defaults]`` of ``host.toml`` have it under its field's name."""
 
@@ -84,7 +78,7 @@ class Key:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Limit(Key):
     """A number; the smallest of ceiling, grant and request counts."""
 
@@ -117,7 +111,7 @@ class Limit(Key):
         return f"{self.key} = {shown}" if shown.isdigit() else f'{self.key} = "{shown}"'
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Switch(Key):
     """Yes or no; yes only where ceiling, grant and request all say yes. A ceiling that is silent says yes."""
 
@@ -342,7 +336,7 @@ class NetworkSwitches(Frozen):
     ] = False
 
 
-# pydantic takes the fields of the last base first; their order is part of ``HostConfig.digest``.
+# The fields of the last base come first; their order is part of ``HostConfig.digest``.
 class Limits(RunLimits, DeliveryLimits, ConnectionLimits, FileLimits, ResourceLimits):
     """Every number that has a default and a ceiling."""
 
@@ -355,8 +349,10 @@ K = TypeVar("K", bound=Key)
 
 
 def _declared(model: type[Frozen], kind: type[K]) -> tuple[K, ...]:
-    fields = model.model_fields.items()
-    return tuple(replace(key, name=name) for name, info in fields for key in info.metadata if isinstance(key, kind))
+    hints = field_types(model).items()
+    return tuple(
+        replace(key, name=name) for name, hint in hints for key in typing.get_args(hint) if isinstance(key, kind)
+    )
 
 
 _SECTIONS = ("limits", "filesystem", "delivery", "restart")

@@ -4,20 +4,15 @@ The layers enforce it and it crosses process borders; the meet that makes it is 
 yes-or-no keys are inherited from where they are declared (``keys.py``, with their units).
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field
-
+from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.keys import (
     MIB,
     ConnectionLimits,
     DeliveryLimits,
     FileLimits,
-    Frozen,
     Key,
     NetworkSwitches,
     ResourceLimits,
@@ -102,7 +97,7 @@ class EffectivePolicy(DeliveryLimits):
     filesystem: FilesystemPolicy = FilesystemPolicy()
     syscalls: Literal["default", "strict"] = "default"
     restart: RestartPolicy = RestartPolicy()
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, str] = fresh(default_factory=dict)
     """Variables of its environment that the operator sets; no secrets, they are shown."""
 
     def value(self, key: Key) -> Any:
@@ -116,6 +111,8 @@ class EffectivePolicy(DeliveryLimits):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, hex; in every ``plugin.started`` record."""
+        import hashlib
+
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 

@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field
-
 from isolator.policy import names
 from isolator.policy.destinations import parse_host
-from isolator.policy.keys import COUNT, LIMITS, SWITCHES, Frozen
+from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.keys import COUNT, LIMITS, SWITCHES
 from isolator.policy.parse.strict import printable, prose
 
 T = TypeVar("T")
@@ -83,14 +82,14 @@ class ManifestCore(Frozen):
     description: str = ""
     permissions: tuple[str, ...] = ()
     sandbox: SandboxRequest = SandboxRequest()
-    limits: dict[str, int | float] = Field(default_factory=dict)
+    limits: dict[str, int | float] = fresh(default_factory=dict)
     """Numbers that the manifest asks for, in ``sandbox`` or elsewhere, by the names of ``keys.py``."""
-    switches: dict[str, bool] = Field(default_factory=dict)
+    switches: dict[str, bool] = fresh(default_factory=dict)
     """Yes-or-no keys, likewise."""
-    transport: dict[str, Any] = Field(default_factory=dict)
-    delivery: dict[str, Any] = Field(default_factory=dict)
-    activation: dict[str, Any] = Field(default_factory=dict)
-    health: dict[str, Any] = Field(default_factory=dict)
+    transport: dict[str, Any] = fresh(default_factory=dict)
+    delivery: dict[str, Any] = fresh(default_factory=dict)
+    activation: dict[str, Any] = fresh(default_factory=dict)
+    health: dict[str, Any] = fresh(default_factory=dict)
     config_schema: dict[str, Any] | None = None
     extra: tuple[str, ...] = ()
     """Unknown top-level keys: a newer author, an older host. Worth a warning, no more."""

@@ -12,12 +12,12 @@ import functools
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from isolator.errors import IsolatorError
 from isolator.linux.lock import lock_file
+from isolator.structs import field, replace, struct_class
 
 KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
 _COMPACT_LINES = 4000
@@ -31,7 +31,7 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Entry:
     """A thing outside the daemon: the groups of one leaf (a cage or a service), or a mount with its loop device."""
 
@@ -167,7 +167,7 @@ class Journal:
         self._lines += 1
 
     def _compact(self) -> None:
-        lines = [json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n" for entry in self.open.values()]
+        lines = [json.dumps(entry.__dict__, separators=(",", ":")).encode() + b"\n" for entry in self.open.values()]
         os.ftruncate(self._fd, 0)
         os.write(self._fd, b"".join(lines))
         self._lines = len(lines)

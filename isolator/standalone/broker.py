@@ -11,13 +11,14 @@ import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
-from isolator.ipc.body import WithFds, by_op
-from isolator.ipc.channel import MAX_FDS, Channel, Handler, pair, receive_packet
-from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage
+from isolator.ipc.packet import MAX_FDS, pair, receive_packet
 from isolator.linux.descriptors import close_all
 from isolator.standalone.records import Records
 
 if TYPE_CHECKING:
+    from isolator.ipc.body import WithFds
+    from isolator.ipc.channel import Handler
+    from isolator.ipc.messages import CageSockets
     from isolator.layers.network.namespace import CageNetwork
     from isolator.paths import Paths
     from isolator.policy.host import HostConfig
@@ -39,10 +40,15 @@ async def broker_for(
     sockets, network.sockets = [*network.sockets, *outside], []
 
     async def inside(request: CageSockets) -> WithFds[None]:
+        from isolator.ipc.body import WithFds
+
         count, version = min(max(request.count, 1), MAX_FDS), 6 if request.version == 6 else 4
         return WithFds(None, network_layer.connectors(network, count, version=version))
 
     def broker() -> contextlib.AbstractAsyncContextManager[None]:
+        from isolator.ipc.body import by_op
+        from isolator.ipc.messages import CageSockets
+
         handlers = by_op(CageSockets.on(inside)) if outside else {}
         return _broker(sockets, policy, run, paths, config, records, handlers)
 
@@ -107,6 +113,8 @@ async def _broker(
     import subprocess
 
     from isolator.broker.hardening import filter_file
+    from isolator.ipc.channel import Channel
+    from isolator.ipc.messages import AttachCage, BrokerHello, DetachCage
     from isolator.layers.user import UidLease
     from isolator.linux.unprivileged import service_command
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from isolator.audit.client import utc_now
-from isolator.audit.schema import FsDenied, NetDenied, RecordData, SyscallDenied
 from isolator.errors import UsageError
-from isolator.policy.denial import INSTEAD
 
-_DENIALS = (NetDenied.TYPE, SyscallDenied.TYPE, FsDenied.TYPE)
+if TYPE_CHECKING:
+    from isolator.audit.schema import RecordData
 
-
+_SYSCALL, _NETWORK = "syscall.denied", "net.denied"
+_DENIALS = (_NETWORK, _SYSCALL, "fs.denied")
+"""Their types are written out: the schema takes longer to import than most commands to run."""
 _SHOWN_PER_KIND = 5
 
 
@@ -31,8 +31,15 @@ class Records:
             except OSError as error:
                 raise UsageError(f"--audit {path}", error.strerror or "", "name a file that can be written") from None
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether records of every type are of use."""
+        return self._out is not None
+
     def record(self, record: RecordData) -> None:
         """Write a record of this process's own."""
+        from isolator.audit.client import utc_now
+
         self.write({"time": utc_now(), "type": record.TYPE, "plugin": "run", "run": self._run, "data": record.data})
 
     def write(self, record: dict[str, Any]) -> None:
@@ -55,10 +62,12 @@ class Records:
 
 
 def _denial(kind: str, data: dict[str, Any]) -> str:
-    if kind == SyscallDenied.TYPE:
+    if kind == _SYSCALL:
+        from isolator.policy.denial import INSTEAD
+
         instead = INSTEAD.get(str(data.get("call")))
         return f"system call {data.get('call')}" + (f"; {instead}" if instead else "")
-    if kind == NetDenied.TYPE:
+    if kind == _NETWORK:
         place = data.get("name") or data.get("address") or "?"
         port = f":{data['port']}" if data.get("port") else ""
         return f"connection to {ascii(str(place))[1:-1]}{port} ({data.get('rule')})"

@@ -11,9 +11,9 @@ The modules that take long to load are imported where they are needed: the launc
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,17 @@ from isolator.linux.coredump import let_children_start_no_handler
 from isolator.linux.descriptors import allow_many_files
 
 if TYPE_CHECKING:
+    from isolator.audit.schema import CageStarted
     from isolator.cage.cage import Cage, Stdio
     from isolator.cage.runtime import CageRuntime
     from isolator.layers.base import CageSpec
     from isolator.layers.network.namespace import CageNetwork
+    from isolator.layers.seccomp.notifier import Denied
     from isolator.layers.user import UidLease
     from isolator.paths import Paths
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
+    from isolator.standalone.launcher import ForkedLauncher
     from isolator.standalone.records import Records
     from isolator.standalone.terminal import CageTerminal
 
@@ -39,9 +42,11 @@ if TYPE_CHECKING:
 class StandaloneSession:
     """The runtime of a few cages; an async context manager."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, launcher: ForkedLauncher | None = None) -> None:
+        """``launcher``: one that runs; this session ends it. Otherwise it starts one."""
         self.paths = paths
         self._stack = contextlib.AsyncExitStack()
+        self._forked = launcher
         self._launcher: Launcher | None = None
         self._runtime: CageRuntime | None = None
         self._optional: frozenset[str] = frozenset()
@@ -50,7 +55,7 @@ class StandaloneSession:
     async def __aenter__(self) -> StandaloneSession:
         let_children_start_no_handler()
         allow_many_files()
-        self._launcher = Launcher()
+        self._launcher = Launcher((self._forked, self._forked.sock) if self._forked else None)
         self._stack.callback(self._launcher.close)
         return self
 
@@ -68,7 +73,7 @@ class StandaloneSession:
             from isolator.recovery.journal import Entry, Journal
 
             assert self._launcher is not None
-            run = secrets.token_hex(5)
+            run = os.urandom(5).hex()
             journal = Journal(self.paths.run / f"run-{run}.journal", wait=True)
             self._stack.callback(journal.close)
             subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}", optional=self._optional)
@@ -79,6 +84,15 @@ class StandaloneSession:
             self._runtime = CageRuntime(self._launcher, journal, subtree)
             self._stack.push_async_callback(self._runtime.pool.close)
         return self._runtime
+
+    async def begin(self, host: HostConfig) -> None:
+        """Begin with the parts of a cage that no policy changes; meanwhile the caller finds out about the rest."""
+        from isolator.layers.ledger import EVERY_LAYER
+
+        _require(host)
+        self.permit(host)
+        self.runtime.pool.begin(EVERY_LAYER)
+        await asyncio.sleep(0)
 
     def permit(self, host: HostConfig) -> None:
         """Do without the controllers that host.toml lets be missing; call it before ``runtime`` is used."""
@@ -111,18 +125,11 @@ class StandaloneSession:
         ``cage_type`` and ``further`` are for tests, which leave layers out. Raises ConfinementError when this host
         lacks a mandatory control.
         """
-        from isolator.audit.schema import CageStarted, SyscallDenied
         from isolator.cage.cage import Cage
-        from isolator.layers.ledger import ledger, missing, not_enforced
-        from isolator.layers.network.layer import Network
         from isolator.layers.seccomp.notifier import SeccompNotifier
         from isolator.standalone.broker import broker_for
-        from isolator.volume import volume
 
-        # The network layer is not asked: what it would try, in a namespace made for that, is about to be done anyway.
-        lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name}))
-        if lacking:
-            raise ConfinementError(f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy)
+        _require(host)
         runtime = self.runtime
         async with contextlib.AsyncExitStack() as stack:
             # Ends after the cage: it has still to say what became of the connections.
@@ -136,18 +143,41 @@ class StandaloneSession:
             built = (cage_type or Cage)(spec, runtime, stdio, handover=hand_over, **further)
             await stack.enter_async_context(built)
             await built.start()
-            started = CageStarted(
-                pid=built.pid, uid=spec.uid, policy_sha256=spec.policy.digest(),
-                milliseconds=built.steps, degraded=not_enforced(ledger(volume.check)),
-            )  # fmt: skip
-            records.record(started)
+            if records.keeps_all:
+                records.record(_started(built))
             if built.listener >= 0:
-                denials.watch(
-                    built.listener,
-                    lambda denied: records.record(SyscallDenied(call=denied.call, count=denied.count)),
-                )
+                denials.watch(built.listener, lambda denied: _record_denied(records, denied))
                 built.listener = -1
             yield built
+
+
+def _require(host: HostConfig) -> None:
+    """Raise ConfinementError when this host lacks a mandatory control."""
+    from isolator.layers.ledger import missing
+    from isolator.layers.network.layer import Network
+    from isolator.layers.seccomp.layer import Seccomp
+
+    # These two are not asked: what they would try, in a namespace made for that, is about to be done anyway.
+    lacking = missing(frozenset(host.may_degrade), besides=frozenset({Network.name, Seccomp.name}))
+    if lacking:
+        raise ConfinementError(f"this host cannot enforce {lacking[0].name}", lacking[0].reason, lacking[0].remedy)
+
+
+def _record_denied(records: Records, denied: Denied) -> None:
+    from isolator.audit.schema import SyscallDenied
+
+    records.record(SyscallDenied(call=denied.call, count=denied.count))
+
+
+def _started(cage: Cage) -> CageStarted:
+    from isolator.audit.schema import CageStarted
+    from isolator.layers.ledger import ledger, not_enforced
+    from isolator.volume import volume
+
+    return CageStarted(
+        pid=cage.pid, uid=cage.spec.uid, policy_sha256=cage.spec.policy.digest(),
+        milliseconds=cage.steps, degraded=not_enforced(ledger(volume.check)),
+    )  # fmt: skip
 
 
 def run_spec(
@@ -179,13 +209,15 @@ def run_spec(
 
         binds.append(writable_folder(path, uid, owned))
     binds.sort(key=lambda bind: bind.target)  # a folder before those below it; of one path, the writable one on top
+    if policy.filesystem.state:
+        policy = policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})})
     return CageSpec(
         name="run",
         run=run,
         uid=uid,
         gid=uid,
         user="cage",
-        policy=policy.model_copy(update={"filesystem": policy.filesystem.model_copy(update={"state": 0})}),
+        policy=policy,
         paths=paths,
         argv=argv,
         env={

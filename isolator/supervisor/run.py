@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from isolator.linux.files import openat2
 from isolator.pacing import Backoff
 from isolator.policy.denial import DenialRule
 from isolator.registration.staging import hash_binary
+from isolator.structs import replace
 from isolator.supervisor.cage_spec import SOCKET, plugin_spec
 from isolator.volume.volume import Volume
 

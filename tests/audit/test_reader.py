@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from host.cli.main import cli
+from host.cli.root import cli
 from isolator.audit import files, reader
 from isolator.audit.log import Limits
 from isolator.audit.text import printable

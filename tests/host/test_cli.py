@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from host.cli.main import cli
+from host.cli.root import cli
 from tests.host.fake_supervisor import REPO, Daemon
 from tests.support import sidecars
 

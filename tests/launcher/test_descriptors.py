@@ -128,4 +128,4 @@ async def test_launcher_that_hangs_is_closed_all_the_same(launcher: Launcher, mo
     await launcher.alive()
     os.kill(launcher.pid, signal.SIGSTOP)
     launcher.close()
-    assert launcher._process.returncode == -signal.SIGKILL
+    assert launcher._process.wait() == -signal.SIGKILL

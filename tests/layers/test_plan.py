@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ texts = st.text(max_size=20)
 numbers = st.integers(-(2**40), 2**40)
 files = st.dictionaries(texts, texts, max_size=3)
 operations: st.SearchStrategy[MountOperation] = st.one_of(
-    st.builds(ResizeTmpfs, texts, texts),
+    st.builds(ResizeTmpfs, texts, texts, st.booleans()),
     st.builds(MountProc, texts),
     st.builds(FillFolder, texts, files, numbers, numbers, numbers, numbers),
     st.builds(AttachMount, texts, texts, st.booleans()),
@@ -78,7 +78,6 @@ def test_every_layer_of_the_child_has_a_section_of_its_name() -> None:
 def test_two_parts_cannot_have_one_name() -> None:
     with pytest.raises(ValueError, match="two parts of a plan are called user"):
 
-        @dataclass(frozen=True)
         class Second(Part, kind="user"):
             pass
 
@@ -159,7 +158,6 @@ def test_an_operation_describes_its_result(operation: MountOperation, words: str
 def test_an_operation_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel's error names no file."""
 
-    @dataclass(frozen=True)
     class Full(MountOperation, kind="full"):
         def execute(self, fds: dict[str, int]) -> None:
             raise OSError(28, os.strerror(28))

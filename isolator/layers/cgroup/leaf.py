@@ -11,13 +11,13 @@ import errno
 import os
 import select
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
 from isolator.layers.base import mismatch
 from isolator.policy.units import NO_CAP
+from isolator.structs import field, struct_class
 
 if TYPE_CHECKING:
     from isolator.layers.cgroup.subtree import Subtree
@@ -34,7 +34,7 @@ OOM_SCORE_ADJ = "500"
 _MIN_QUOTA_US = 1_000  # the kernel refuses less
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Events:
     """The kernel's own counters of one leaf."""
 
@@ -42,7 +42,7 @@ class Events:
     task_denials: int = 0
 
 
-@dataclass
+@struct_class()
 class Leaf:
     """The groups of one run: the v2 one, and on hybrid hosts one for each v1 controller."""
 

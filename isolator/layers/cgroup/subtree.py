@@ -12,16 +12,16 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from isolator.errors import ConfinementError
+from isolator.structs import struct_class
 
 LIMITING = ("memory", "cpu", "pids")
 """The controllers without which nothing starts."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Hierarchies:
     """Groups of this process in each hierarchy, as absolute folders."""
 
@@ -66,7 +66,7 @@ def _below(place: str, root: str, path: str) -> Path:
     return Path(place) / relative.lstrip("/")
 
 
-@dataclass
+@struct_class()
 class Subtree:
     """Our own groups: the one that holds the leaves of cages and services, in every hierarchy."""
 

@@ -6,7 +6,6 @@ child's half (entering it), and the verbs around both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 
-@dataclass(frozen=True)
 class NetworkSection(Section, kind="network"):
     """No values: the namespace is the plan's descriptor ``netns``."""
 

@@ -18,7 +18,6 @@ import errno
 import functools
 import os
 import socket
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from isolator.errors import ConfinementError, UnavailableError
@@ -28,6 +27,7 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
+from isolator.structs import field, struct_class
 
 RESOLVER = "127.0.0.53"
 """The name server of a cage's ``/etc/resolv.conf``."""
@@ -43,7 +43,7 @@ _SYSCTLS = {
 }
 
 
-@dataclass
+@struct_class()
 class CageNetwork:
     """A prepared network namespace. Its holder owns its descriptors; ``release`` closes them."""
 

@@ -18,8 +18,8 @@ source. libseccomp knows the numbers of the calls, isolator/layers/seccomp/bpf.p
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 _DIGEST = 32
+_INSTALL = "apt-get install libseccomp2"
 _MOST = 1 << 20
 """Bytes of a kept program; the kernel takes 32 KiB."""
 
@@ -46,7 +47,6 @@ LISTENER = "seccomp_listener"
 """Among the child's descriptors once the filter is loaded: the listener of denied calls, for the supervisor."""
 
 
-@dataclass(frozen=True)
 class SeccompSection(Section, kind="seccomp"):
     """The compiled programs: of the profile, and the one that only the sidecar's own process gets (or nothing)."""
 
@@ -77,8 +77,7 @@ class Seccomp(Layer):
         try:
             import pyseccomp  # noqa: F401
         except (ImportError, RuntimeError) as error:
-            remedy = "apt-get install libseccomp2"
-            return [Control("system call filter", cls.name, "unavailable", str(error), remedy)]
+            return [Control("system call filter", cls.name, "unavailable", str(error), _INSTALL)]
         if not available:
             return [
                 Control(
@@ -114,17 +113,23 @@ _compiled: dict[str, bytes] = {}
 
 def compiled(profile: str, cache: Path) -> bytes:
     """The BPF program of a profile, from memory, from the root-owned cache, or compiled now."""
-    from isolator.layers.seccomp import profiles as syscalls
-
-    return _kept(profile, f"{syscalls.fingerprint()}:{profile}", cache, lambda: compile_profile(profile))
+    return _kept(profile, f"{fingerprint()}:{profile}", cache, lambda: compile_profile(profile))
 
 
 def compiled_rules(name: str, rules: Iterable[Rule], cache: Path) -> bytes:
     """The BPF program of rules that are no profile, kept likewise; ``name`` only tells the cache's files apart."""
-    from isolator.layers.seccomp import profiles as syscalls
-
     wanted = list(rules)
-    return _kept(name, f"{syscalls.fingerprint()}:{name}:{wanted!r}", cache, lambda: compile_rules(wanted))
+    return _kept(name, f"{fingerprint()}:{name}:{wanted!r}", cache, lambda: compile_rules(wanted))
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A digest that changes with any rule of any profile, and with the compiler; importing either takes longer."""
+    import hashlib
+    from pathlib import Path
+
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("profiles", "bpf")]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
@@ -186,7 +191,12 @@ def compile_rules(rules: Iterable[Rule], *, otherwise_allowed: bool = False) -> 
     """
     import errno
 
-    import pyseccomp as lib
+    from isolator.errors import ConfinementError
+
+    try:
+        import pyseccomp as lib
+    except (ImportError, RuntimeError) as error:
+        raise ConfinementError("system call filter", str(error), _INSTALL) from None
 
     from isolator.layers.seccomp import bpf
     from isolator.layers.seccomp import profiles as syscalls

@@ -19,13 +19,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from isolator.layers.seccomp.profiles import AF_NETLINK, NETLINK_ROUTE, WORD
 from isolator.linux import netns, seccomp
 from isolator.pacing import TokenBucket
+from isolator.structs import struct_class
 
+AF_NETLINK, NETLINK_ROUTE = 16, 0
+_WORD = 0xFFFFFFFF
 ANSWERS_PER_SECOND = 500
 NETLINK_SOCKETS = 20
 """Netlink sockets in a cage's network at once, those of the daemon among them. What waits in one, up to 416 KiB, is
@@ -33,7 +34,7 @@ charged to nobody."""
 REPORT_SECONDS = 1.0
 
 
-@dataclass
+@struct_class()
 class Denied:
     """The denials of one call since the last report: their number, and the first and the last time.
 
@@ -172,7 +173,7 @@ class SeccompNotifier:
 
 
 def _asks_for_netlink(asked: seccomp.Notification) -> bool:
-    family, protocol = asked.args[0] & WORD, asked.args[2] & WORD
+    family, protocol = asked.args[0] & _WORD, asked.args[2] & _WORD
     return call_name(asked.number) == "socket" and (family, protocol) == (AF_NETLINK, NETLINK_ROUTE)
 
 
@@ -181,7 +182,7 @@ def _lend_netlink(listener: int, asked: seccomp.Notification) -> None:
 
     Its rights are no more than the caller's: rtnetlink asks for CAP_NET_ADMIN of who opened a socket and of who sends.
     """
-    kind = asked.args[1] & WORD
+    kind = asked.args[1] & _WORD
     try:
         network = os.open(f"/proc/{asked.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:

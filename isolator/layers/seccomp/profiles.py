@@ -6,12 +6,8 @@ mask where the kernel uses only 32 bits: a 64-bit comparison lets ``TIOCSTI + 2*
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from isolator.layers.seccomp import bpf
 from isolator.layers.seccomp.bpf import AnyBit, Condition, Equal
 
 ALLOW, DENY, NO_FAMILY, REFUSE = "allow", "deny", "no_family", "refuse"
@@ -243,9 +239,3 @@ def _only(call: str, index: int, values: Iterable[int], *, inside: str, outside:
 def _either(call: str, condition: Condition, holds: str, otherwise: str) -> Iterator[Rule]:
     yield call, holds, (condition,)
     yield call, otherwise, ()
-
-
-@functools.cache
-def fingerprint() -> str:
-    """A digest that changes with any rule of any profile, and with the compiler."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, bpf.__file__))).hexdigest()

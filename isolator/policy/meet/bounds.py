@@ -8,16 +8,16 @@ allows, each side allows. That is the property the whole policy rests on, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from isolator.policy import names
 from isolator.policy.destinations import PUBLIC_PORTS, Network, parse_host
 from isolator.policy.host import Ceiling
 from isolator.policy.keys import CEILING, SWITCHES, Limits
 from isolator.policy.model import EgressRule
+from isolator.structs import struct_class
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Egress:
     """A set of destinations: ``everything``, or any public address (``public``), and the rules."""
 
@@ -26,7 +26,7 @@ class Egress:
     rules: tuple[EgressRule, ...] = ()
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Bounds:
     """The most that one source of authority allows. The defaults allow everything."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from isolator.policy.destinations import never_reachable
+from isolator.policy.frozen import Frozen
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.keys import SWITCHES, Frozen
+from isolator.policy.keys import SWITCHES
 from isolator.policy.meet.bounds import Bounds
 from isolator.policy.model import (
     VIRTUAL,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from isolator.policy.meet.compose import compose
 from isolator.policy.meet.sides import ceiling_bounds, grant_bounds
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.parse.load import check_ceiling, load_plugin_policy
+from isolator.structs import replace
 
 Net = Literal["none", "names", "public"]
 

@@ -68,7 +68,10 @@ def host_config_of(top: Table) -> HostConfig:
         ),
         defaults=Limits(**usual),
         default_syscalls=defaults.choice("syscalls", ("default", "strict"), "default"),  # type: ignore[arg-type]  # checked
-        restart=RestartPolicy(**restart_of(restart), **Limits(**usual).model_dump(include=set(RunLimits.model_fields))),
+        restart=RestartPolicy(
+            **restart_of(restart),
+            **RunLimits(**{n: v for n, v in usual.items() if n in RunLimits.model_fields}).model_dump(),
+        ),
         roles=Roles(
             viewer=roles.items("viewer", _uid) or (),
             emitter=roles.items("emitter", _uid) or (),

@@ -1,7 +1,7 @@
 """Load ``host.toml`` and ``policies/NAME.toml``: values, their lines, and whether the host allows them.
 
 Every value keeps its ``FILE:LINE``; every error is one line that begins with it. Who may have written the files, and
-how they are read, is ``toml_file.py``.
+how they are read, is ``trusted.py``.
 """
 
 from __future__ import annotations
@@ -9,24 +9,15 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from isolator.errors import NotFoundError, UsageError
+from isolator.errors import UsageError
 from isolator.policy import names
 from isolator.policy.destinations import never_reachable
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import LIMITS, SWITCHES
 from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
-from isolator.policy.parse.host_file import parse_host_config
 from isolator.policy.parse.strict import Table
-from isolator.policy.parse.toml_file import (
-    declared_in,
-    document,
-    egress_of,
-    invoker,
-    read_trusted,
-    restart_of,
-    where_of,
-)
+from isolator.policy.parse.trusted import invoker, load_host_config, read_trusted
 
 __all__ = [
     "HostConfig",
@@ -47,12 +38,11 @@ MAX_VARIABLES, MAX_ENVIRONMENT = 64, 16 * 1024
 """The number of variables in a policy, and the characters of all of them."""
 
 
-def load_host_config(path: Path | str, *, also_owner: int | None = None) -> HostConfig:
-    """``host.toml``; the defaults when there is no such file. Raises UsageError or DeniedError with file and line."""
-    try:
-        return parse_host_config(read_trusted(path, also_owner=also_owner), source=str(path))
-    except NotFoundError:
-        return HostConfig()
+def parse_host_config(text: bytes, *, source: str) -> HostConfig:
+    """The content of ``host.toml``."""
+    from isolator.policy.parse import host_file
+
+    return host_file.parse_host_config(text, source=source)
 
 
 def load_plugin_policy(
@@ -70,11 +60,15 @@ def load_plugin_policy(
 
 def parse_plugin_policy(text: bytes, *, source: str) -> PluginPolicy:
     """A policy file's content; ``source`` is what errors and ``explain`` call it."""
+    from isolator.policy.parse.toml_file import document
+
     return policy_of(document(text, source))
 
 
 def policy_of(top: Table) -> PluginPolicy:
     """As ``parse_plugin_policy`` for the top table of the file."""
+    from isolator.policy.parse.toml_file import declared_in, egress_of, restart_of, where_of
+
     source = top.name
     grant, limits, filesystem = top.table("grant"), top.table("limits"), top.table("filesystem")
     syscalls, restart, delivery = top.table("syscalls"), top.table("restart"), top.table("delivery")

@@ -1,0 +1,62 @@
+"""The command ``isolator run``, from its options to its exit code. Its start counts: see ``host.cli.main``.
+
+A fork of this process becomes the launcher before anything else is loaded, and builds the cages' view of files while
+the policy's modules are imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from isolator.errors import ConfinementError, IsolatorError
+
+if TYPE_CHECKING:
+    from isolator.standalone.options import RunOptions
+
+
+def run_and_exit(options: RunOptions) -> NoReturn:
+    """``run``, and end this process without taking every module of Python apart first."""
+    code = run(options)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 1
+    os._exit(code)
+
+
+def run(options: RunOptions) -> int:
+    """Run the command; returns the exit code, after at most one line about an error on standard error."""
+    try:
+        if os.geteuid() != 0:
+            raise ConfinementError("isolator run", "building a cage needs root", "run it with sudo")
+        from isolator.standalone.launcher import fork_launcher
+
+        launcher = fork_launcher()
+        try:
+            _load_lean()
+            from isolator.standalone.single import run_once
+
+            return run_once(options, launcher)
+        finally:
+            launcher.close()
+    except IsolatorError as error:
+        print(f"isolator: {error}", file=sys.stderr)
+        return 2 if error.exit_code == 2 else 125
+
+
+def _load_lean() -> None:
+    """Import asyncio and hashlib without OpenSSL, which they take where there is one.
+
+    Loading it takes a third of their time; no connection here is encrypted, and Python has hashes of its own.
+    """
+    absent = {"ssl", "_hashlib"} - sys.modules.keys()
+    sys.modules |= dict.fromkeys(absent)  # type: ignore[arg-type]  # None: an import of it fails
+    try:
+        for name in ("asyncio", "hashlib"):
+            __import__(name)
+    finally:
+        for name in absent:
+            del sys.modules[name]
