@@ -8,6 +8,8 @@ from host.cli.output import AS_JSON, SETTINGS, show_alarms
 from host.client.client import Client
 from isolator.cli.check import show
 from isolator.errors import IsolatorError
+from isolator.paths import Paths
+from isolator.policy.parse.load import invoker, load_host_config
 
 _TIMEOUT = 20.0
 
@@ -26,7 +28,14 @@ def check(root: str | None, as_json: bool) -> None:
     """
     alarms = _alarms(root)
     show_alarms(alarms)
-    show(alarms, as_json=as_json)
+    show(alarms, _notes(root), as_json=as_json)
+
+
+def _notes(root: str | None) -> list[str]:
+    try:
+        return load_host_config(Paths.of(root).host_toml, also_owner=invoker()).notes()
+    except IsolatorError:
+        return []  # the daemon would not start with it; 'policy check' says why
 
 
 def _alarms(root: str | None) -> list[str]:

@@ -575,6 +575,8 @@ class NetConnect(_Net):
     """Identifies the connection in its ``net.closed``."""
     error: str = ABSENT
     """Why the other side could not be reached, such as ``econnrefused``."""
+    via: str = ABSENT
+    """The proxy that it goes through; where that looks the name up, ``address`` is the one inside the cage."""
 
 
 class NetClosed(RecordData):

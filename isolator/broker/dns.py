@@ -122,6 +122,8 @@ class Answers:
         refused = self._refusal()
         if refused is not None:
             return Decision(Code.SERVFAIL, "failed", refused)
+        if self._rules.looked_up_by_proxy(name):
+            return self._stand_in(name, rule)
         if self._resolver.busy >= MAX_BUSY:
             return Decision(Code.SERVFAIL, "failed", DenialRule.DNS_BUSY)
         try:
@@ -136,6 +138,9 @@ class Answers:
         if all(reasons):
             # Nothing could ever be reached through it: say so now rather than at each connection.
             return Decision(nowhere, "denied", reasons[0] or "")
+        return self._stand_in(name, rule)
+
+    def _stand_in(self, name: str, rule: str) -> Decision:
         virtual = self._pool.lookup(name)
         if virtual is None:
             return Decision(Code.SERVFAIL, "denied", DenialRule.TOO_MANY_NAMES)

@@ -35,6 +35,14 @@ class Endpoint(TypedDict):
     cage_port: NotRequired[int]
 
 
+class _Way(TypedDict):
+    via: NotRequired[str]
+
+
+class DescribedError(OSError):
+    """An OSError whose text says in the trail why the other side could not be reached."""
+
+
 @dataclass
 class Flow:
     """One connection, from accept to the last record: ``client`` connected, ``server`` was dialled for it."""
@@ -54,6 +62,8 @@ class Flow:
     pipes: list[Pipe] = field(default_factory=list)
     roomy: bool = False
     """Whether its outer buffers may grow (``buffers``)."""
+    via: str = ""
+    """The proxy that it goes through."""
     recorded: bool = False
     reason: str = "closed"
     began: int = field(default_factory=time.monotonic_ns)
@@ -66,11 +76,14 @@ class Flow:
 
     def opened(self) -> NetConnect:
         """The record of a connection that is carried from now on."""
-        return NetConnect(**self.endpoint(), verdict="allowed", rule=self.rule, flow=self.id)
+        return NetConnect(**self.endpoint(), **self._way(), verdict="allowed", rule=self.rule, flow=self.id)
 
     def unreachable(self) -> NetConnect:
         """The record of a connection whose other side could not be reached."""
-        return NetConnect(**self.endpoint(), verdict="failed", rule=self.rule, error=self.reason)
+        return NetConnect(**self.endpoint(), **self._way(), verdict="failed", rule=self.rule, error=self.reason)
+
+    def _way(self) -> _Way:
+        return {"via": self.via} if self.via else {}
 
     def closed(self, now: float) -> NetClosed:
         """The record of the end; bytes count as the plugin sees them."""
@@ -110,6 +123,9 @@ class Flow:
 
     def failed(self, error: OSError) -> None:
         """Note the error that broke the connection off."""
+        if isinstance(error, DescribedError):
+            self.reason = str(error)
+            return
         self.reason = errno.errorcode.get(error.errno or 0, "failed").lower()
 
     @property

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
@@ -44,6 +44,9 @@ from isolator.linux.netlink import parse_nflog
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
+
+if TYPE_CHECKING:
+    from isolator.broker.proxy import Proxy
 
 FIRST_BYTES = 15.0
 """Seconds for a client to send its first bytes where they are compared before anything passes, or to end a request."""
@@ -93,6 +96,11 @@ class Outbound:
         self._buffers = Buffers()
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
+        self._proxy: Proxy | None = None
+        if policy.proxy:
+            from isolator.broker.proxy import Proxy
+
+            self._proxy = Proxy(policy.proxy, Resolver(policy.resolvers, shared.resolvers))
         self._repeats = RepeatCounter(self._write, self._loop.time)
         # The rate of questions bounds these: each name that is looked at has a record of its own.
         self._questions = RepeatCounter(self._write, self._loop.time, keys=QUESTION_KEYS)
@@ -116,6 +124,8 @@ class Outbound:
         await self._inbound.close()
         await self._name_server.close()
         await self._resolver.close()
+        if self._proxy is not None:
+            await self._proxy.close()
         await self._flows.close()
         self._read_refusals()
         self._loop.remove_reader(self._nflog)
@@ -212,7 +222,7 @@ class Outbound:
             raise Denied(rule, asked=list(hello.names[:4]))
 
     async def _destination(self, flow: Flow) -> tuple[Address, ...]:
-        """The addresses that this flow may go to; at least one."""
+        """The addresses that this flow may go to; none where the proxy looks its name up."""
         if not (isinstance(flow.address, IPv4Address) and flow.address in self._rules.virtual):
             verdict = self._rules.literal(flow.address, flow.port)
             flow.rule = verdict.rule
@@ -231,6 +241,8 @@ class Outbound:
         flow.rule = verdict.rule
         if not verdict.allowed:
             raise Denied(verdict.rule)
+        if self._rules.looked_up_by_proxy(flow.name):
+            return ()
         try:
             answer = await self._resolver.resolve(flow.name)
         except ResolveError as error:
@@ -246,7 +258,11 @@ class Outbound:
 
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:
         flow.roomy = self._buffers.take()
-        flow.server, flow.dialled = await dial(addresses, flow.port, small=not flow.roomy)
+        if self._proxy is None:
+            flow.server, flow.dialled = await dial(addresses, flow.port, small=not flow.roomy)
+        else:
+            flow.via = self._proxy.where
+            flow.server, flow.dialled = await self._proxy.dial(addresses, flow.name, flow.port, small=not flow.roomy)
         flow.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(flow.client)
 

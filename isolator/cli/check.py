@@ -16,8 +16,8 @@ from isolator.layers.base import Control
 _WIDTH = 80
 
 
-def show(alarms: Sequence[str], *, as_json: bool) -> None:
-    """Print the ledger and what a running daemon complains about; exits 1 when nothing could start here."""
+def show(alarms: Sequence[str], notes: Sequence[str] = (), *, as_json: bool) -> None:
+    """Print the ledger, ``notes`` of host.toml, and a running daemon's complaints; exits 1 when nothing could start."""
     from isolator.layers.ledger import ledger, missing
     from isolator.volume import volume
 
@@ -26,11 +26,13 @@ def show(alarms: Sequence[str], *, as_json: bool) -> None:
     ready = not lacking and not alarms
     if as_json:
         body = {"kernel": platform.release(), "ready": ready, "controls": [c.to_json() for c in controls]}
-        click.echo(json.dumps({**body, "alarms": list(alarms)}, indent=2))
+        click.echo(json.dumps({**body, "alarms": list(alarms), "notes": list(notes)}, indent=2))
     else:
         click.echo(f"Linux {platform.release()} on {platform.machine()}\n")
         click.echo("\n".join(render(controls)))
         click.echo()
+        for note in notes:
+            click.echo(textwrap.fill(f"Note: {note}", _WIDTH))
         click.echo(_verdict(lacking))
     if not ready:
         raise SystemExit(1)

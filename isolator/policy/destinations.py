@@ -257,6 +257,13 @@ class Rules:
         """Whether a normal name may be reached at ``port``."""
         return self._verdict(Name(name), port)
 
+    def looked_up_by_proxy(self, name: str) -> bool:
+        """Whether the proxy is given a normal name as it is: one that is granted by name, where the host says so.
+
+        A name that only ``public`` covers is looked up here: nobody else can tell whether its address is public.
+        """
+        return self.policy.proxy_resolves and bool(self._covering(Name(name)))
+
     def literal(self, address: Address, port: int) -> Verdict:
         """Whether an address that the plugin wrote itself may be reached at ``port``."""
         if self.blocked(address, port):

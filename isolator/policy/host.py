@@ -107,6 +107,8 @@ class HostConfig(Frozen):
     resolvers: tuple[str, ...] = ()
     virtual: str = VIRTUAL
     """Range of the addresses that stand for names inside cages."""
+    proxy: str = ""
+    proxy_resolves: bool = False
     inbound: Inbound = Inbound()
     audit: AuditSettings = AuditSettings()
     metrics: Metrics = Metrics()
@@ -114,6 +116,18 @@ class HostConfig(Frozen):
     """The file it was read from; None when there is none."""
     where: dict[str, str] = fresh(default_factory=dict)
     """``FILE:LINE`` of every value that the file sets, by its dotted key (``ceiling.memory``)."""
+
+    def notes(self) -> list[str]:
+        """Settings that change what a cage promises, one sentence each."""
+        if not self.proxy:
+            return []
+        found = [f"Connections leave through the proxy {self.proxy} ([network] proxy of host.toml)."]
+        if self.proxy_resolves:
+            found.append(
+                "It looks granted names up itself (proxy_resolves): whether they lead to a private address is its to "
+                "check, and no longer checked here."
+            )
+        return found
 
     def role_of(self, uid: int) -> Role | None:
         """The highest role of a caller of the control socket, or None."""

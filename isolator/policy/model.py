@@ -56,6 +56,10 @@ class NetworkPolicy(ConnectionLimits, NetworkSwitches):
     """Upstream DNS as ``ADDRESS`` or ``ADDRESS:PORT``; empty means the host's /etc/resolv.conf."""
     virtual: str = VIRTUAL
     """The IPv4 network whose addresses stand for names inside a cage; none of it is ever dialled."""
+    proxy: str = ""
+    """``HOST:PORT`` of the proxy through which every connection leaves this host; empty: none."""
+    proxy_resolves: bool = False
+    """The proxy looks names up that are granted by name; their addresses are not checked here then."""
 
 
 class ResourcePolicy(ResourceLimits):

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from isolator.broker.virtual import KEEP, VirtualPool
 from isolator.errors import UsageError
+from isolator.layers.network.layer import Network
 from isolator.policy.addresses import BLOCKED, always_blocked, spellings
 from isolator.policy.destinations import Rules, never_reachable, normal_name, parse_destination, parse_virtual
+from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
 from isolator.policy.model import AddressException, EgressRule, NetworkPolicy
 from isolator.policy.parse.load import parse_host_config
@@ -273,3 +275,39 @@ def test_guards_of_python_take_the_default_for_private_and_the_advised_range_for
     """The table of docs/egress.md has more of them, measured once."""
     assert not Rules(NetworkPolicy(mode="public")).virtual[5].is_global
     assert Rules(NetworkPolicy(mode="public", virtual="11.8.0.0/15")).virtual[5].is_global
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("proxy = 'proxy.example.com'", "has no port"),
+        ("proxy = 'https://proxy.example.com:3128'", "is a URL"),
+        ("proxy = 'proxy:3128'", "write the name with its domain"),
+        ("proxy = '*.example.com:3128'", "is not one HOST:PORT"),
+        ("proxy = '10.0.0.0/24:3128'", "is not one HOST:PORT"),
+        ("proxy = 'p.example.com:3128,3129'", "is not one HOST:PORT"),
+        ("proxy_resolves = true", "there is no proxy; name it"),
+    ],
+)
+def test_proxy_that_is_none_is_refused_at_its_line(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(why)) as caught:
+        parse_host_config(f"[network]\n{text}\n".encode(), source="host.toml")
+    assert str(caught.value).startswith("host.toml:2: network.proxy")
+
+
+def test_policy_goes_through_the_proxy_and_explain_says_what_that_gives_up() -> None:
+    core = asking(network={"egress": ["hooks.slack.com:443"]})
+    plain = b"[network]\nproxy = 'http://10.0.0.8:3128/'\n"
+    checked = parse_host_config(plain, source="host.toml")
+    left = parse_host_config(plain + b"proxy_resolves = true\n", source="host.toml")
+    texts = []
+    for host in (HostConfig(), checked, left):
+        policy = meet(core, None, host).effective
+        assert policy.network.proxy == host.proxy
+        texts.append(Network.describe(policy))
+    assert "proxy" not in texts[0]
+    assert "never private, local or metadata addresses. All of it goes through the proxy 10.0.0.8:3128" in texts[1]
+    assert "which looks granted names up itself: whether they lead inside is the proxy's to check" in texts[2]
+    assert (len(HostConfig().notes()), len(checked.notes()), len(left.notes())) == (0, 1, 2)
+    none = meet(asking(network={"egress": []}), None, left).effective.network
+    assert (none.mode, none.proxy, none.proxy_resolves) == ("none", "", False)

@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "e0ffc8de73d9d01bba2961456c1af4442820f12c1c0e0077b151962a3f29de04",
+        "6dd6b17ea59123742ecc95a450b4ba458d3fc84d0b25ea0a70fbe91c3648e379",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "fdf8452a4452df0756c39f5e2372c22972b515b6def0e1137f1024c0d5550a30",
+        "b2e2df7db531145265057176428c866e0ba0bd8e31f9f74ec2847a8e68836949",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "1e6eec2ab5f4d09b88b276f23f9ba68fd7ad0be5b2ac4811ceb70788d8dc6deb",
+        "661aa3d30196059ddfbd659c65321f60d2ee27245bd08832a010a47e6f1ebfbd",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "e05a7737249774967e4d4d1a33af51199f23c9bcc9bf77325e63c3671681dd0a",
+        "c7f3ae4dbf3a6ae5dfb428f49f1cc76aeb26707181a836c6e0cc9db07c166784",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "388394e70da61802992b31c263411e7d9fce1653547a107d18601de66f47cd19",
+        "409ff86c710f7bb2b2cd856bc6557bc8390f4e944bfbb595ed2f74b74233481a",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "35d8bf50177d1f95c12a1a9983cb769265c525b65ff2e84279cb511cb9b12ba7",
+        "f0e53842f16dc1d947cfbef2b1f8191aa045a7b167bfed0b5febd0d80f251e8e",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "4823cdb65b850d88dc7e65673ec9d42b731e94e391b2078491468d210c7b9fa9",
+        "214d60d4b1ec5659cec00dde3c6712dc5809d3e2db0d70b06e238735a02b9699",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "3f167a9629e4c333ab08947f832eb60832fb7efa62ee70aaa493732b8ccd6eb9",
+        "eb0cf835f9b419d60347f7ea574adf0db24bc09a4947a45675806710e39ccec4",
     ),
 }
 
@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "32920b36a8ed7300a5133a6fe4cb4f22471571c47b2872fb86967a92ca0031db"),
-        (OPEN, "0ebbda7803f24450001f2ce79c28a6e2a13c4be73a9ab0b4fcd1be470bc55f7f"),
-        (STRICT, "cfcedd4dfda6c0925a85e7eb4e2301e1492f83c6efd9b17a5db0359a7f90a8a2"),
+        (HostConfig(), "a32db6f7bccbf4cbf6bc9b968de506c841a0c7f43d25e42388f8dfc3780e5889"),
+        (OPEN, "c29cdc9349ad736a31115a9a221ac9bd24d696ea031f5b06a60378de06f0037a"),
+        (STRICT, "2aa72aa16e7ce0242d2f06d90a79b3155c449ce77efd97d2be06801de1009d2d"),
     ],
     ids=["default", "open", "strict"],
 )

@@ -47,7 +47,7 @@ def test_host_toml_shows_every_key() -> None:
     assert numbers <= set(data["defaults"])
     assert {"hooks", "permissions", "egress", "read", "syscalls", *(s.name for s in SWITCHES)} <= set(data["ceiling"])
     assert set(data["roles"]) == {"viewer", "emitter", "operator"}
-    assert set(data["network"]) == {"exceptions", "resolvers", "virtual"}
+    assert set(data["network"]) == {"exceptions", "resolvers", "virtual", "proxy", "proxy_resolves"}
     assert set(data["inbound"]) == {"addresses", "ports"}
     assert set(data["restart"]) == {"backoff_min", "backoff_max", "crashes", "window"}
     assert set(data["audit"]) == set(HostConfig().audit.model_dump())

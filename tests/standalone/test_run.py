@@ -321,3 +321,14 @@ def test_program_that_watches_the_use_of_files_hears_what_to_watch_instead(share
     assert result.stdout == "1 True\n"
     assert "denied: system call inotify_add_watch; in /usr the use of files tells" in result.stderr
     assert "event_filter=[FileModifiedEvent, ...]" in result.stderr
+
+
+def test_check_says_that_connections_leave_through_a_proxy(shared_dir: Path) -> None:
+    settings = shared_dir / "etc/isolator/host.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('[network]\nproxy = "proxy.example.com:3128"\n')
+    shown = isolator(shared_dir, "check").stdout
+    assert "Note: Connections leave through the proxy proxy.example.com:3128" in shown
+    settings.write_text('[network]\nproxy = "proxy.example.com:3128"\nproxy_resolves = true\n')
+    notes = json.loads(isolator(shared_dir, "check", "--json").stdout)["notes"]
+    assert len(notes) == 2 and "no longer checked here" in notes[1]

@@ -42,7 +42,8 @@ class Network(Layer):
 
     @classmethod
     def describe(cls, policy: EffectivePolicy) -> str:
-        from isolator.policy.destinations import PUBLIC
+        from isolator.policy.destinations import PUBLIC, parse_host
+        from isolator.policy.destinations import Network as Net
         from isolator.policy.names import format_listen
 
         network = policy.network
@@ -56,11 +57,17 @@ class Network(Layer):
         never = "never private, local or metadata addresses"
         if network.exceptions:
             never += ", but for the exceptions of host.toml"
+        way = ""
+        if network.proxy:
+            way = f" All of it goes through the proxy {network.proxy} of this host."
+        if network.proxy_resolves and any(not isinstance(parse_host(rule.host), Net) for rule in network.egress):
+            way = f"{way[:-1]}, which looks granted names up itself: whether they lead inside is the proxy's to check."
+            never = "addresses that it looks up or writes itself are never private, local or metadata ones"
         sni = " TLS without a server name is let through." if network.allow_no_sni else ""
         if network.mode == "public":
             besides = f", besides {listing(listed)}" if listed else ""
-            return f"May connect to {PUBLIC}{besides}; {never}; names it asks for leave this host.{sni}{inbound}"
-        return f"May connect to {listing(listed)} and to nothing else; {never}.{sni}{inbound}"
+            return f"May connect to {PUBLIC}{besides}; {never}; names it asks for leave this host.{way}{sni}{inbound}"
+        return f"May connect to {listing(listed)} and to nothing else; {never}.{way}{sni}{inbound}"
 
     def load(self, spec: CageSpec) -> None:
         """Put the policy's rules in force: after ``prepare``, before the exec. Blocks; safe in any thread."""

@@ -47,6 +47,8 @@ def compose(
             listen=listen,
             resolvers=host.resolvers if mode != "none" else (),
             virtual=host.virtual if mode != "none" else VIRTUAL,
+            proxy=host.proxy if mode != "none" else "",
+            proxy_resolves=host.proxy_resolves and mode != "none",
             **declared(NetworkPolicy),
         ),
         resources=ResourcePolicy(memory_high=values["memory"] * 7 // 8, **declared(ResourcePolicy)),

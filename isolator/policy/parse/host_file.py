@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 from isolator.policy import names
-from isolator.policy.destinations import Network, parse_host, parse_virtual
+from isolator.policy.destinations import Name, Network, Wildcard, parse_host, parse_virtual
 from isolator.policy.host import (
     MAY_DEGRADE,
     AuditSettings,
@@ -52,6 +52,9 @@ def host_config_of(top: Table) -> HostConfig:
                 "exceptions", f"{item.cidr} lies in {virtual}, which stands for names in cages",
                 "choose another range with [network] virtual",
             )  # fmt: skip
+    proxy = network.parsed("proxy", lambda value: _proxy(printable(value, 300)), "")
+    if network.data.get("proxy_resolves") and not proxy:
+        network.fail("proxy_resolves", "there is no proxy", 'name it: proxy = "HOST:PORT"')
     config = HostConfig(
         uid_range=_uid_range(top),
         plugin_dirs=top.strings("plugin_dirs", _absolute) or (),
@@ -80,6 +83,8 @@ def host_config_of(top: Table) -> HostConfig:
         exceptions=exceptions,
         resolvers=network.strings("resolvers", _resolver, limit=8) or (),
         virtual=virtual,
+        proxy=proxy,
+        proxy_resolves=network.boolean("proxy_resolves", False),
         inbound=Inbound(
             addresses=_or(inbound.strings("addresses", _address), Inbound().addresses),
             ports=inbound.items("ports", _port_range) or (),
@@ -182,6 +187,16 @@ def _resolver(text: str) -> str:
         raise ValueError(f'"{text}" is not ADDRESS or ADDRESS:PORT')
     address = _address(rule.host)
     return f"[{address}]:{rule.ports[0]}" if ":" in address else f"{address}:{rule.ports[0]}"
+
+
+def _proxy(text: str) -> str:
+    rule = names.parse_egress(text.removeprefix("http://").removesuffix("/"))
+    host = parse_host(rule.host)
+    if isinstance(host, Wildcard) or len(rule.ports) != 1 or "/" in rule.host:
+        raise ValueError(f'"{text}" is not one HOST:PORT')
+    if isinstance(host, Name) and "." not in host.text:
+        raise ValueError(f'"{text}": write the name with its domain; search domains of this host are not tried')
+    return names.format_egress(rule)
 
 
 def _port_range(value: Any) -> tuple[int, int]:
