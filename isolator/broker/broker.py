@@ -10,6 +10,7 @@ from functools import partial
 
 from isolator.audit.client import AuditClient
 from isolator.broker.host_addresses import HostAddresses
+from isolator.broker.nat64 import Nat64
 from isolator.broker.outbound import Outbound, Shared
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
@@ -33,7 +34,9 @@ class Broker:
         self.audit, self._supervisor = audit, supervisor
         self._cages: dict[str, Outbound] = {}
         self._host = HostAddresses()
-        self._shared = Shared(audit, self._host, HostResolvers(), Scratch())
+        resolvers = HostResolvers()
+        self._nat64 = Nat64(resolvers)
+        self._shared = Shared(audit, self._host, resolvers, self._nat64, Scratch())
         self._ticker = essential(self._tick(), "ticks of the broker")
 
     async def hello(self, request: BrokerHello) -> None:
@@ -74,6 +77,7 @@ class Broker:
         self._ticker.cancel()
         for run in list(self._cages):
             await self._drop(run)
+        await self._nat64.close()
         self._host.close()
 
     async def _sockets(self, run: str, count: int, version: int) -> list[socket.socket]:

@@ -1,8 +1,10 @@
-"""The host's own addresses and gateways, kept current: no cage may reach them, whatever is granted.
+"""The host's own addresses, gateways and neighbours, kept current: no cage may reach them, whatever is granted.
 
-The kernel answers for each connection whether an address is the host's own, so a new address has no moment in which it
-could be reached. Gateways are read with pyroute2 in the broker's (the host's) namespace; a netlink socket that is
-subscribed to changes says when to read again. They are read in a thread: pyroute2 runs an event loop of its own.
+The kernel answers for each connection whether an address is the host's own, or that of a neighbour, so a new one has no
+moment in which it could be reached. A neighbour is an IPv6 address that the host would look for on its own link: with
+IPv4 whatever is at home or in the office has a private address, with IPv6 a public one. Gateways are read with pyroute2
+in the broker's (the host's) namespace; a netlink socket that is subscribed to changes says when to read again. They are
+read in a thread: pyroute2 runs an event loop of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from isolator.policy.denial import DenialRule
 
 _GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 _DEBOUNCE = 0.05
+_NO_NEIGHBOURS = 0x08 | 0x10 | 0x80  # IFF_LOOPBACK, IFF_POINTOPOINT, IFF_NOARP
 
 
 class HostAddresses:
@@ -27,19 +30,27 @@ class HostAddresses:
     def __init__(self) -> None:
         self._own: frozenset[Address] = frozenset()
         self._gateways: frozenset[Address] = frozenset()
+        self._tunnels: frozenset[int] = frozenset()
+        """Devices with one other end, or without neighbours: routes through them have no gateway anyway."""
         self._routes = RouteQuery()
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def owner(self, address: Address) -> DenialRule | None:
-        """The rule that refuses ``address`` (HOST_ADDRESS, GATEWAY), or None; any spelling counts."""
+        """The rule that refuses ``address`` (HOST_ADDRESS, GATEWAY, NEIGHBOUR), or None; any spelling counts."""
         for item in spellings(address):
             if item in self._own or self._routes.is_own(str(item)):
                 return DenialRule.HOST_ADDRESS
             if item in self._gateways:
                 return DenialRule.GATEWAY
+            if item.version == 6 and self._is_neighbour(item):
+                return DenialRule.NEIGHBOUR
         return None
+
+    def _is_neighbour(self, address: Address) -> bool:
+        device = self._routes.neighbours_device(str(address))
+        return device != 0 and device not in self._tunnels
 
     def refresh(self) -> None:
         """Read addresses, broadcast addresses and gateways from the kernel; raises OSError."""
@@ -54,6 +65,7 @@ class HostAddresses:
                 if "IFA_LOCAL" in attributes and attributes.get("IFA_ADDRESS") != attributes["IFA_LOCAL"]:
                     # On a point-to-point link IFA_ADDRESS is the other end: as close as a gateway.
                     gateways.update(_parsed(attributes, "IFA_ADDRESS"))
+            self._tunnels = frozenset(link["index"] for link in ipr.get_links() if link["flags"] & _NO_NEIGHBOURS)
             for message in ipr.get_routes():
                 gateways.update(_hops(dict(message["attrs"])))
         self._own, self._gateways = frozenset(own), frozenset(gateways)

@@ -35,6 +35,7 @@ from isolator.broker.gate import Gate
 from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound
+from isolator.broker.nat64 import Nat64
 from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Repeatable, RepeatCounter
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
@@ -67,6 +68,7 @@ class Shared:
     audit: AuditClient
     host: HostAddresses
     resolvers: HostResolvers
+    nat64: Nat64
     scratch: Scratch
     audit_first: bool = True
     """Whether nothing is let out while the trail cannot be written (``host.toml`` ``[audit] disk_full``)."""
@@ -147,7 +149,9 @@ class Outbound:
             return None
         if self._rules.blocked(address, port):
             return DenialRule.BLOCKED_ADDRESS
-        return self._shared.host.owner(address)
+        inside = self._shared.nat64.inside(address)
+        reason = None if inside is None else self.blocked(inside, port)
+        return reason or self._shared.host.owner(address)
 
     def _accepted(self, client: socket.socket, _: object) -> None:
         try:
@@ -228,8 +232,12 @@ class Outbound:
             flow.rule = verdict.rule
             if not verdict.allowed:
                 raise Denied(verdict.rule)
+            if flow.address.version == 6:
+                await self._shared.nat64.refresh()
             reason = self.blocked(flow.address, flow.port)
-            if reason is not None:
+            # Whoever wrote the address, or its network, into the policy meant the neighbour.
+            meant = reason is DenialRule.NEIGHBOUR and verdict.rule != "public"
+            if reason is not None and not meant:
                 raise Denied(reason)
             return (flow.address,)
         flow.entry = self._pool.entry(flow.address)
@@ -247,6 +255,8 @@ class Outbound:
             answer = await self._resolver.resolve(flow.name)
         except ResolveError as error:
             raise OSError(errno.EHOSTUNREACH, str(error)) from error
+        if any(address.version == 6 for address in answer.addresses):
+            await self._shared.nat64.refresh()
         reasons = {address: self.blocked(address, flow.port) for address in answer.addresses}
         usable = tuple(address for address, reason in reasons.items() if reason is None)
         if not usable:

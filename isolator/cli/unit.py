@@ -11,7 +11,7 @@ ProtectKernelTunables          makes /proc/sys read-only, also for the sysctls o
 ProtectControlGroups           makes the delegated subtree read-only
 ProtectHostname                blocks sethostname, which a cage calls in its own UTS namespace
 PrivateDevices                 no loop devices; DevicePolicy=closed with two entries does the same and keeps them
-PrivateTmp, ProtectHome=yes    'isolator plugin add /tmp/x' and '/home/me/x' must find the folder
+PrivateTmp, ProtectHome=yes    folders that plugins are granted, and ``plugin_dirs``, may lie there
 PrivateNetwork, PrivateUsers   the broker carries connections; cages map no users
 MemoryDenyWriteExecute         inherited by plugins: Node.js and every other JIT would die
 SystemCallFilter               a cage's own filter hands forbidden calls to the daemon, which records them by name; a
@@ -73,7 +73,7 @@ LimitNOFILE=65536
 LimitCORE=1
 
 # What is writable: /etc for useradd (passwd and its lock files), /var and /run for the daemon. Homes can be read,
-# since plugins are added from them.
+# since what plugins are granted may lie there.
 ProtectSystem=strict
 ReadWritePaths=/etc {writable}
 ProtectHome=read-only

@@ -270,7 +270,8 @@ class Filesystem(Layer):
 
         fs = policy.filesystem
         state = f"/state up to {format_size(fs.state)}" if fs.state else "no persistent folder"
-        more = f", and read-only {listing(fs.read)}" if fs.read else ""
+        # Who may write to a socket connects to it, on a read-only mount too; nobody records it.
+        more = f", and read-only {listing(fs.read)}, whose sockets it may connect to" if fs.read else ""
         noexec = ", and execute none of it" if policy.syscalls == "strict" else ""
         return (
             f"Sees its own files, /usr and public files of /etc (certificates, fonts and the like) read-only"

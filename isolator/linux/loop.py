@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -45,6 +46,15 @@ def attach(backing: int) -> tuple[int, str]:
 
 def device_of(path: Path) -> str | None:
     """The loop device that a file is attached to, if there is one; None also when there is no such file."""
+    found = open_device_of(path)
+    if found is None:
+        return None
+    os.close(found[0])
+    return found[1]
+
+
+def open_device_of(path: Path) -> tuple[int, str] | None:
+    """As ``device_of``, with a descriptor that keeps the device from clearing itself."""
     try:
         wanted = os.stat(path)
     except FileNotFoundError:
@@ -55,16 +65,13 @@ def device_of(path: Path) -> str | None:
             fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue
-        try:
-            status = bytearray(232)
+        status = bytearray(232)
+        with contextlib.suppress(OSError):  # it has cleared itself meanwhile
             fcntl.ioctl(fd, _GET_STATUS64, status)
-        except OSError:
-            continue  # it has cleared itself meanwhile
-        finally:
-            os.close(fd)
-        number, inode = struct.unpack_from("=QQ", status)
-        if (number, inode) == (_kernel_device(wanted.st_dev), wanted.st_ino):
-            return device
+            number, inode = struct.unpack_from("=QQ", status)
+            if (number, inode) == (_kernel_device(wanted.st_dev), wanted.st_ino):
+                return fd, device
+        os.close(fd)
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 
 NETLINK_ROUTE = 0
@@ -24,7 +25,8 @@ _IFF_UP = 1
 _LO = 1  # the loopback device is always the first of its namespace
 _RT_TABLE_LOCAL, _RTPROT_BOOT, _RTN_LOCAL = 255, 3, 2
 _RT_SCOPE_HOST, _RT_SCOPE_UNIVERSE = 254, 0
-_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 7, 9, 18
+_RTM_F_FIB_MATCH = 0x2000
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTN_OWN = frozenset({2, 3, 4, 5})  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 
@@ -83,6 +85,22 @@ class RouteQuery:
         except OSError:
             return False
         return len(reply) >= 12 and reply[7] in _RTN_OWN
+
+    def neighbours_device(self, address: str) -> int:
+        """Index of the device on whose link the kernel would look for an IPv6 address itself, without a gateway.
+
+        0: there is none, or the route there is a default route, which says nothing of a link.
+        """
+        packed = socket.inet_pton(socket.AF_INET6, address)
+        body = struct.pack("=BBBBBBBBI", socket.AF_INET6, 128, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
+        try:
+            reply = _ask(self._sock, _RTM_GETROUTE, 0, body + _attribute(_RTA_DST, packed))
+        except OSError:
+            return 0
+        attributes = dict(_attributes(reply[12:]))
+        if len(reply) < 12 or not reply[1] or attributes.keys() & {_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA}:
+            return 0
+        return int.from_bytes(attributes.get(_RTA_OIF, b""), sys.byteorder)
 
     def close(self) -> None:
         """Close the socket."""

@@ -41,6 +41,7 @@ class DenialRule(StrEnum):
     BLOCKED_ADDRESS = "blocked-address", "the address is private or reserved", Remedy.EXCEPTION
     HOST_ADDRESS = "host-address", "that is the host itself", Remedy.EXCEPTION
     GATEWAY = "gateway", "that is the host's gateway", Remedy.EXCEPTION
+    NEIGHBOUR = "neighbour", "the address is on a link of the host's own, as near as a private one", Remedy.EXCEPTION
     # The address means nothing outside the cage.
     UNALLOCATED = (
         "unallocated",

@@ -1,7 +1,9 @@
 """A plugin's persistent state: one ext4 image per plugin, its size and inode count capped on any file system.
 
 The image is mounted once on the host side (attaching one image twice would corrupt it) and bound into the cage. While
-it is not mounted it can be resized, when the policy grants another size than before.
+it is not mounted it can be resized, when the policy grants another size than before. Any process may hold a private
+copy of the host's mounts, and with it an image that was unmounted here: then it is mounted again from the device that
+has it, which is the same file system.
 The mount is journalled; the loop device frees itself when it is unmounted. The mount point lies in a root-owned 0700
 folder: the host's users do not reach what a plugin writes, and root never follows a path inside it.
 """
@@ -74,15 +76,18 @@ class Volume:
         if self.mounted and changed:
             self.close()
         if not self.mounted:
-            self._wait_until_detached()
-            if not self._image.path.exists():
+            if changed:
+                self._wait_until_detached()
+            # Held by somebody it is in use, so nothing may look at it or mend it but the kernel.
+            held = loop.open_device_of(self._image.path)
+            if held is None and not self._image.path.exists():
                 self._image.make(wanted, uid, gid)
-            else:
+            elif held is None:
                 self._image.check()
                 if granted is not None and changed:
                     self._image.resize(granted, wanted)
             self._journal.record(Entry(self._name, "mount", (str(self._place),)))
-            self._mount()
+            self._mount(*(held or self._attach()))
         return os.open(self._place / "state", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -101,23 +106,28 @@ class Volume:
             shutil.rmtree(self._folder)
 
     def _wait_until_detached(self) -> None:
-        """An image that something still holds (a cage that is just ending) must not be attached a second time."""
+        """An image that something still holds (a cage that is just ending) cannot be resized."""
         deadline = time.monotonic() + _DETACH_SECONDS
         while (device := loop.device_of(self._image.path)) is not None:
             if time.monotonic() > deadline:
                 raise ConfinementError(
-                    self._name, f"{device} still holds the image of an earlier run", f"see 'losetup {device}'"
+                    self._name,
+                    f"cannot be resized while {device} still holds it: a process has a copy of the mounts",
+                    "end that process: see 'grep -l isolator/state /proc/[0-9]*/mountinfo'; or grant the size before",
                 )
             time.sleep(0.02)  # nothing tells when a loop device clears itself
 
-    def _mount(self) -> None:
+    def _attach(self) -> tuple[int, str]:
         backing = os.open(self._image.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            device, path = loop.attach(backing)
+            return loop.attach(backing)
         except OSError as error:
             raise ConfinementError(self._name, f"no loop device: {error.strerror}", "see 'losetup -a'") from None
         finally:
             os.close(backing)
+
+    def _mount(self, device: int, path: str) -> None:
+        """Mount a loop device; takes over ``device``, its descriptor."""
         try:
             attributes = mount.NOSUID | mount.NODEV  # whether programs run there is the cage's matter
             fd = mount.new_filesystem("ext4", {"source": path, "errors": "remount-ro"}, attributes=attributes)

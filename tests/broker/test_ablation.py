@@ -24,10 +24,10 @@ from isolator.layers.network import namespace as network
 from isolator.layers.network import ruleset
 from isolator.linux import netns
 from isolator.policy.destinations import Rules
-from isolator.policy.model import NetworkPolicy
+from isolator.policy.model import AddressException, EgressRule, NetworkPolicy
 from tests.broker.conftest import listed
 from tests.broker.test_guarantees import RAW
-from tests.support.internet_servers import GATEWAY, HOST, METADATA, OTHER, PRIVATE, WEB
+from tests.support.internet_servers import GATEWAY, HOST, METADATA, NEIGHBOUR6, OTHER, PRIVATE, WEB, WEB6, run_in
 from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, run_client
 from tests.support.timeouts import seconds
 
@@ -145,6 +145,54 @@ async def test_address_of_the_host_as_written_is_stopped_by_one_check(pretend: P
         assert await caged.client(ask) == "ECONNRESET"
     async with cage(pretend, NetworkPolicy(mode="public"), off=["host"]) as (caged, _):
         assert await caged.client(ask) == "HTTP/1.1 200"
+
+
+async def test_neighbour_on_the_hosts_link_is_stopped_unless_it_was_meant(pretend: PretendInternet) -> None:
+    """An IPv6 address that is public by its number and at home by its place, and a name that leads there."""
+    run_in(pretend.internet.fd, "ip", "-6", "addr", "add", f"{NEIGHBOUR6}/64", "dev", "down0", "nodad")
+    pretend.internet.dns.records["near.example.com"] = [NEIGHBOUR6]
+    literal = f"{RAW}print(raw({NEIGHBOUR6!r}, 80, b'GET / HTTP/1.0\\r\\n\\r\\n')[:12])"
+    name = get("near.example.com")
+    meant = AddressException(cidr=f"{NEIGHBOUR6}/128", port=80)
+    try:
+        async with cage(pretend, NetworkPolicy(mode="public")) as (caged, broker):
+            assert await caged.client(literal) == "ECONNRESET"
+            await broker.wait_for("net.denied", address=NEIGHBOUR6, rule="neighbour")
+            assert await caged.client(name) == "no such name"
+            assert (await caged.client(get(f"[{WEB6}]"))).startswith("host=")
+        async with cage(pretend, NetworkPolicy(mode="public"), off=["host"]) as (caged, _):
+            assert await caged.client(literal) == "HTTP/1.1 200"
+            assert (await caged.client(name)).startswith("host=near")
+        async with cage(pretend, NetworkPolicy(mode="public", exceptions=(meant,))) as (caged, _):
+            assert await caged.client(literal) == "HTTP/1.1 200"
+        written = EgressRule(host=NEIGHBOUR6, ports=(80,))
+        async with cage(pretend, NetworkPolicy(mode="listed", egress=(written,))) as (caged, _):
+            assert await caged.client(literal) == "HTTP/1.1 200"
+    finally:
+        run_in(pretend.internet.fd, "ip", "-6", "addr", "del", f"{NEIGHBOUR6}/64", "dev", "down0")
+
+
+async def test_private_address_behind_the_networks_own_nat64_is_stopped_by_one_check(pretend: PretendInternet) -> None:
+    private, public = "2a00:64::a9fe:a9fe", "2a00:64::5db8:d822"
+    for address in (private, public):
+        run_in(pretend.internet.fd, "ip", "-6", "addr", "add", f"{address}/128", "dev", "lo", "nodad")
+    records = pretend.internet.dns.records
+    records |= {"ipv4only.arpa": ["2a00:64::c000:aa"], "behind.example.com": [private]}
+    ask = "{}print(raw({!r}, 80, b'GET / HTTP/1.0\\r\\n\\r\\n')[:12])"
+    literal, name = ask.format(RAW, private), ask.format(RAW, "behind.example.com")
+    try:
+        async with cage(pretend, NetworkPolicy(mode="public")) as (caged, broker):
+            assert await caged.client(literal) == "ECONNRESET"
+            await broker.wait_for("net.denied", address=private, rule="blocked-address")
+            assert await caged.client(ask.format(RAW, public)) == "HTTP/1.1 200"
+        async with cage(pretend, listed("behind.example.com:80")) as (caged, _):
+            assert await caged.client(name) == "ECONNRESET"
+        async with cage(pretend, NetworkPolicy(mode="public"), off=["blocked"]) as (caged, _):
+            assert await caged.client(literal) == "HTTP/1.1 200"
+    finally:
+        del records["ipv4only.arpa"]
+        for address in (private, public):
+            run_in(pretend.internet.fd, "ip", "-6", "addr", "del", f"{address}/128", "dev", "lo")
 
 
 async def test_rebinding_is_stopped_by_the_check_at_the_dial(pretend: PretendInternet) -> None:

@@ -447,7 +447,11 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
             r"Sees its own files, /usr and public files of /etc \(certificates, fonts and the like\) read-only",
             read_only, "write-read-only",
         ),
-        Clause(r", and read-only (?P<paths>.+?)(?=; can lock)", read_paths),
+        Clause(r", and read-only (?P<paths>.+?)(?=, whose sockets)", read_paths),
+        Clause(
+            ", whose sockets it may connect to",
+            tests=("standalone/test_run.py::test_socket_in_a_shown_folder_can_be_connected_to",),
+        ),
         Clause(
             r"; can lock \(flock\) what is the host's of them",
             tests=("escape/test_reach.py::test_lock_in_a_cage_reaches_a_file_of_the_host_as_the_readme_says",),

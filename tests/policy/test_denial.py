@@ -11,9 +11,10 @@ from isolator.policy.meet.advice import advise
 from isolator.policy.model import EffectivePolicy
 
 CODES = """
-not-granted no-network port blocked-address host-address gateway unallocated broker-port rate too-many-open protocol
-sni-mismatch host-mismatch no-sni encrypted-hello not-tls no-host not-http http2 malformed incomplete silent name-form
-record-type dns-form dns-rate dns-busy too-many-names upstream audit-unavailable records-lost ruleset-changed
+not-granted no-network port blocked-address host-address gateway neighbour unallocated broker-port rate too-many-open
+protocol sni-mismatch host-mismatch no-sni encrypted-hello not-tls no-host not-http http2 malformed incomplete silent
+name-form record-type dns-form dns-rate dns-busy too-many-names upstream audit-unavailable records-lost
+ruleset-changed
 """.split()
 """Written out: trails on disk and the programs that read them rely on these."""
 

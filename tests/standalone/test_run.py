@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,23 @@ def test_a_task_cap_is_kept(shared_dir: Path) -> None:
     script = "for i in 1 2 3 4 5 6; do sleep 1 & done 2>/dev/null; wait"
     result = isolator(shared_dir, "run", "--tasks", "3", "--json", "--", "bash", "-c", script)
     assert json.loads(result.stderr.splitlines()[-1])["task_denials"] > 0
+
+
+def test_socket_in_a_shown_folder_can_be_connected_to(shared_dir: Path) -> None:
+    """It is what ``explain`` says of ``filesystem.read``; who must not be talked to keeps the socket elsewhere."""
+    place = shared_dir / "served"
+    place.mkdir()
+    program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(9).decode())"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place / "sock"))
+        listener.listen()
+        (place / "sock").chmod(0o666)
+        thread = threading.Thread(target=lambda: listener.accept()[0].sendall(b"reached"))
+        thread.start()
+        command = ["--", "python3", "-c", program, str(place / "sock")]
+        result = isolator(shared_dir, "run", "--read", str(place), *command)
+        thread.join(seconds(30))
+    assert result.stdout.strip() == "reached", result
 
 
 def test_only_what_is_named_can_be_read(shared_dir: Path) -> None:

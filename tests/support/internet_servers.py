@@ -33,7 +33,7 @@ METADATA, PRIVATE = "169.254.169.254", "10.9.9.9"
 INSIDE6 = ("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "fd00::1")
 """Addresses that must not be reached. Servers answer there: else a refusal would prove nothing."""
 HOST, GATEWAY = "45.0.0.2", "45.0.0.1"
-HOST6, GATEWAY6 = "2a00:1::2", "2a00:1::1"
+HOST6, GATEWAY6, NEIGHBOUR6 = "2a00:1::2", "2a00:1::1", "2a00:1::77"
 
 
 def run_in(fd: int, *command: str) -> None:

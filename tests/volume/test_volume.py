@@ -165,17 +165,28 @@ def test_what_cannot_be_mended_is_told(world: World) -> None:
     assert loop.device_of(world.image) is None
 
 
-def test_an_image_that_is_still_held_is_not_attached_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_is_still_held_is_mounted_again_from_its_device(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attached a second time it would be two file systems that write over each other."""
     monkeypatch.setattr("isolator.volume.volume._DETACH_SECONDS", 0.2)
     folder = world.ready(4 * MIB)
+    device = loop.device_of(world.image)
     held = os.open(folder, os.O_RDONLY)
     world.state.close()  # lazily: somebody is still in it
     try:
-        with pytest.raises(ConfinementError, match="still holds the image"):
-            world.ready(4 * MIB)
+        (world.ready(4 * MIB) / "new").write_text("seen by both")
+        assert os.listdir(held) == ["new"] and loop.device_of(world.image) == device
+        attached = subprocess.run(["losetup", "-j", world.image], capture_output=True, text=True, check=True)
+        assert len(attached.stdout.splitlines()) == 1
+        with pytest.raises(ConfinementError, match="cannot be resized while /dev/loop"):
+            world.ready(8 * MIB)
+        world.ready(4 * MIB)
     finally:
         os.close(held)
-    world.ready(4 * MIB)
+    assert (world.ready(8 * MIB) / "new").read_text() == "seen by both"
+    world.state.close()
+    assert subprocess.run(["e2fsck", "-f", "-n", world.image], capture_output=True, check=False).returncode == 0
 
 
 @contextlib.contextmanager

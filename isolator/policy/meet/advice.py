@@ -88,7 +88,8 @@ def _destination(data: Mapping[str, Any], policy: EffectivePolicy, requested: Se
 
 def _inside(rule: DenialRule, data: Mapping[str, Any], policy: EffectivePolicy) -> Advice:
     address, port = _address(data.get("address")), data.get("port")
-    why = f"{rule.explanation}, which no policy can grant"
+    by_address = rule is DenialRule.NEIGHBOUR
+    why = f"{rule.explanation}, which {'a policy grants by its address alone' if by_address else 'no policy can grant'}"
     if address is None or not port:
         return Advice(why)
     why += "; the host's owner can except it, and then start the daemon again"
