@@ -17,6 +17,7 @@ BENCHMARKS = {
     "many": "200 cages started at once, and the daemon's memory for each idle plugin",
     "delivery": "delivering an event: to a sidecar in its cage and back, durable and audited",
     "audit": "recording facts until all are durable",
+    "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",
 }
 LONG = {"soak": "200 000 events: memory"}

@@ -24,6 +24,7 @@ from host.wire.lines import Acceptor, LineProtocol
 from host.wire.strict_json import WireError, line, parse_object, peer_of
 from isolator.audit.schema import MAX_ID, ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+from isolator.pacing import TokenBucket
 
 R = TypeVar("R", bound=Request)
 ROLES = ("viewer", "emitter", "operator")
@@ -37,6 +38,9 @@ BACKLOG = 1024
 EAGAIN, and most runtimes do not block."""
 STRANGERS, STRANGER_SHARE = 64, 8
 """Connections of uids without a role, beside those: of all and of one."""
+STRANGER_CONNECTS, STRANGER_BYTES = 20.0, 4096.0
+"""Connections and bytes that all uids without a role have in a second: they get nothing but refusals. At once they have
+as many connections as may be open, and four seconds' bytes."""
 
 
 @dataclass(eq=False)
@@ -128,11 +132,21 @@ class ControlServer:
         self._of_uid: Counter[int] = Counter()
         """Connections by uid."""
         self._strangers = 0
+        self._stranger_connects = TokenBucket(STRANGER_CONNECTS, STRANGERS)
+        self.stranger_bytes = TokenBucket(STRANGER_BYTES, 4 * STRANGER_BYTES)
 
     async def start(self, listener: socket.socket) -> None:
         """Accept on ``listener``, a listening Unix socket that the supervisor made, from now on."""
         listener.listen(BACKLOG)
-        self._acceptor = Acceptor(listener, lambda: _Connection(self), refuse=_refuse)
+        self._acceptor = Acceptor(listener, lambda: _Connection(self), refuse=_refuse, admit=self._admits)
+
+    def _admits(self, connection: socket.socket) -> bool:
+        """Whether to serve a connection; strangers who come too fast get one line, without what serving costs."""
+        if self.role_of(peer_of(connection)[1]) is not None or self._stranger_connects.try_take():
+            return True
+        with contextlib.suppress(OSError):
+            connection.send(_TOO_FAST)
+        return False
 
     def endpoint(self, verb: Any) -> AnyEndpoint | None:
         """The endpoint of a verb, or None when there is no such verb."""
@@ -192,6 +206,8 @@ class _Connection(LineProtocol):
         pid, uid, _ = peer_of(transport.get_extra_info("socket"))
         self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self._cut)
         self._caller.drained.set()
+        if self._caller.role is None:
+            self.per_turn, self.budget = 1, self._server.stranger_bytes
         why = self._server.opened(self, self._caller)
         if why is not None:
             self._answer(None, error=UnavailableError("control socket", why, "try again, or close some"))
@@ -331,12 +347,20 @@ class _Connection(LineProtocol):
         )
 
 
+def _refusal(why: str, remedy: str) -> bytes:
+    error = UnavailableError("control socket", why, remedy)
+    return line(
+        {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": str(error), "data": error.to_json()}}
+    )
+
+
+_TOO_FAST = _refusal("connections without a role are open, and come, in great number", "try again")
+
+
 def _refuse(connection: socket.socket) -> None:
     """Tell a caller for whom there is no descriptor."""
-    error = UnavailableError("control socket", "the daemon has no descriptor left", "try again; raise LimitNOFILE")
-    body = {"code": -32000, "message": str(error), "data": error.to_json()}
     with contextlib.suppress(OSError):
-        connection.send(line({"jsonrpc": "2.0", "id": None, "error": body}))
+        connection.send(_refusal("the daemon has no descriptor left", "try again; raise LimitNOFILE"))
 
 
 def _may(caller: Caller, spec: Spec) -> bool:

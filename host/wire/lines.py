@@ -168,7 +168,10 @@ class LineProtocol(asyncio.Protocol):
 
 
 class Acceptor(AcceptLoop):
-    """Accepts connections, each with a protocol of its own, within ``budget`` a second; ``refuse`` as in AcceptLoop."""
+    """Accepts connections, each with a protocol of its own, within ``budget`` a second; ``refuse`` as in AcceptLoop.
+
+    One that ``admit`` does not admit is closed at once.
+    """
 
     def __init__(
         self,
@@ -176,12 +179,16 @@ class Acceptor(AcceptLoop):
         made: Callable[[], LineProtocol],
         budget: TokenBucket | None = None,
         refuse: Callable[[socket.socket], object] | None = None,
+        admit: Callable[[socket.socket], bool] = lambda _: True,
     ) -> None:
-        self._made = made
+        self._made, self._admit = made, admit
         self._tasks: set[asyncio.Task[object]] = set()
         super().__init__(listener, self._connect, budget=budget, refuse=refuse)
 
     def _connect(self, connection: socket.socket, _: object) -> None:
+        if not self._admit(connection):
+            connection.close()
+            return
         task = self._loop.create_task(self._loop.connect_accepted_socket(self._made, connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -15,11 +15,13 @@ Which bytes these are depends on the protocol:
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from isolator.broker.guard import Denied
 from isolator.broker.sniff import HANDSHAKE, Hello, HelloReader, Malformed, Request, Sniffer
+from isolator.pacing import TokenBucket
 from isolator.policy.denial import DenialRule
 
 Judge = Callable[[Hello], None]
@@ -54,10 +56,13 @@ class _Watch(Protocol):
 
 
 class Gate:
-    """The bytes of one client. ``strict``: none passes before the first hello is judged."""
+    """The bytes of one client. ``strict``: none passes before the first hello is judged.
 
-    def __init__(self, judge: Judge, *, strict: bool) -> None:
-        self._judge, self._strict = judge, strict
+    ``work``: seconds of CPU time for reading them, which all connections of a cage share.
+    """
+
+    def __init__(self, judge: Judge, *, strict: bool, work: TokenBucket | None = None) -> None:
+        self._judge, self._strict, self._work = judge, strict, work
         self._sniffer = Sniffer()
         self._held = bytearray()
         self._watch: _Watch | None = None
@@ -72,6 +77,11 @@ class Gate:
         return self._watch is not None and self._watch.waiting
 
     @property
+    def pause(self) -> float:
+        """Seconds for which nothing more should be read, because reading has cost this cage too much."""
+        return 0.0 if self._work is None or self.done else max(0.0, -self._work.tokens / self._work.rate)
+
+    @property
     def incomplete(self) -> bool:
         """Whether bytes of half a hello are held."""
         return bool((self._held if self._watch is None else self._watch.held).strip(b"\r\n\t "))
@@ -80,10 +90,14 @@ class Gate:
         """The bytes that may pass now, some of which may have been held before; raises Denied."""
         if self.done:
             return data
+        began = time.thread_time()
         try:
             return self._first(bytes(data)) if self._watch is None else self._behind(self._watch, bytes(data))
         except Malformed as error:
             raise Denied(DenialRule.MALFORMED, detail=str(error)) from None
+        finally:
+            if self._work is not None:
+                self._work.take(time.thread_time() - began)
 
     def answered(self, data: bytes | memoryview) -> bool:
         """Take note of the server's bytes, none at their end; False once they do not matter any more. Raises Denied.

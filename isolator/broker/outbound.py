@@ -42,6 +42,7 @@ from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.linux.netlink import parse_nflog
+from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
@@ -57,6 +58,8 @@ UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
 QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
 """Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
+LOOKING_PER_SECOND, LOOKING_BURST = 0.1, 0.1
+"""Seconds of CPU time for reading what the clients of one cage send in the clear; beyond it their bytes wait."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
 
@@ -96,6 +99,7 @@ class Outbound:
         self._loop = asyncio.get_running_loop()
         self._flows = FlowTable(policy.connects_open)
         self._buffers = Buffers()
+        self._looking = TokenBucket(LOOKING_PER_SECOND, LOOKING_BURST)
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._proxy: Proxy | None = None
@@ -196,7 +200,7 @@ class Outbound:
             await self._dial(flow, addresses)
             self._join(flow)
             return
-        gate = Gate(partial(self._judge, flow), strict=guard.speaks_first(flow.port))
+        gate = Gate(partial(self._judge, flow), strict=guard.speaks_first(flow.port), work=self._looking)
         if guard.speaks_first(flow.port):
             hello = self._loop.create_task(self._first_bytes(flow, gate))
             try:
@@ -282,6 +286,8 @@ class Outbound:
         try:
             async with asyncio.timeout(FIRST_BYTES):
                 while not gate.passing:
+                    if gate.pause:
+                        await asyncio.sleep(gate.pause)
                     part = await self._loop.sock_recv(flow.client, sniff.LIMIT)
                     if not part:
                         if began:

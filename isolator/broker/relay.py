@@ -4,6 +4,7 @@ Callbacks on the event loop rather than streams: one read buffer serves every fl
 own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait.
 
 A flow to a name has a ``Gate`` between client and server until everything may pass; then its bytes are not looked at.
+While looking has cost the cage too much, such a flow is not read.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from isolator.policy.denial import DenialRule
 
 CHUNK = 256 * 1024
 SMALL = 32 * 1024
+LOOKED_AT = 16 * 1024
+"""Bytes in one piece of what has to be looked at: the other flows wait meanwhile."""
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
+_LONGEST_REST = 0.05
 
 
 def reset(sock: socket.socket) -> None:
@@ -96,26 +100,32 @@ class Pipe:
 
     def _readable(self) -> None:
         buffer = self._scratch.buffer
-        size = CHUNK if self._scratch.waiting < BUDGET else SMALL
+        looked_at = self.gate is not None or self._answers is not None
+        size = LOOKED_AT if looked_at else CHUNK if self._scratch.waiting < BUDGET else SMALL
         self.touched = self._loop.time()
         for _ in range(_ROUNDS):
+            if self.gate is not None and self.gate.pause:
+                return self._rest_for(self.gate.pause)
             try:
                 count = self._source.recv_into(buffer, size)
             except BlockingIOError:
-                return
+                return None
             except OSError as error:
-                self._fail(error)
-                return
+                return self._fail(error)
             if not count:
-                self._finish()
-                return
+                return self._finish()
             if self.gate is not None or self._answers is not None:
                 if not self._look(buffer[:count]):
-                    return
+                    return None
             elif not self._send(buffer[:count]):
-                return
+                return None
             if count < size // 2:
-                return
+                return None
+        return None
+
+    def _rest_for(self, pause: float) -> None:
+        self._read(False)
+        self._loop.call_later(min(pause, _LONGEST_REST), self._go_on)
 
     def _look(self, data: memoryview | bytes) -> bool:
         """Pass on what the gate lets pass, and tell it of the server's bytes; False when reading must not go on."""

@@ -12,6 +12,7 @@ from isolator.broker.gate import _RETRY, Gate
 from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.sniff import Hello
+from isolator.pacing import TokenBucket
 from tests.broker.test_sniff import REAL, hello
 from tests.support.timeouts import seconds
 
@@ -23,13 +24,13 @@ CCS, EARLY = b"\x14\x03\x03\0\1\1", b"\x17\x03\x03\0\x04data"
 WARNING = b"\x15\x03\x03\0\2\1\x70"
 
 
-def gate(port: int = 8080, *, lax: bool = False) -> Gate:
+def gate(port: int = 8080, *, lax: bool = False, work: TokenBucket | None = None) -> Gate:
     def judge(found: Hello) -> None:
         rule = objection(found, NAME, port, allow_no_sni=lax)
         if rule is not None:
             raise Denied(rule)
 
-    return Gate(judge, strict=port in (80, 443))
+    return Gate(judge, strict=port in (80, 443), work=work)
 
 
 def server_hello(random: bytes = bytes(32)) -> bytes:
@@ -238,6 +239,24 @@ async def test_relay_goes_on_when_the_server_has_answered() -> None:
     await ends.says(ends.client, b"x" * 100_000)
     assert len(await ends.hears(ends.server, 100_000)) == 100_000
     assert ends.up.gate is None and ends.down._answers is None  # nothing is looked at any more
+    ends.close()
+
+
+async def test_relay_reads_no_more_while_looking_has_cost_too_much() -> None:
+    clock = [0.0]
+    work = TokenBucket(1.0, 10.0, clock=lambda: clock[0])
+    ends = Ends(gate(80, work=work))
+    await ends.says(ends.client, GET)
+    assert await ends.hears(ends.server, len(GET)) == GET
+    work.take(20.0)
+    await ends.says(ends.client, GET)
+    for _ in range(3):  # it looks after the budget again and again, and rests again
+        await asyncio.sleep(0.06)
+        with pytest.raises(BlockingIOError):
+            ends.server.recv(1)
+    assert work.tokens < 0 and not ends.up._reading
+    clock[0] = 60.0
+    assert await ends.hears(ends.server, len(GET)) == GET
     ends.close()
 
 

@@ -30,12 +30,14 @@ _HANGS = 24.0
 class Faults:
     """What goes wrong with one daemon; ``random`` decides, so a seed tells the order."""
 
-    def __init__(self, d: Daemon, source: Path, disks: dict[str, Path], random: random.Random) -> None:
+    def __init__(
+        self, d: Daemon, source: Path, disks: dict[str, Path], states: Callable[[], Path], random: random.Random
+    ) -> None:
         self.done: Counter[str] = Counter()
         self.boundary = 0
         """Number of the last event that an earlier ``renewed`` might have had to be given."""
         self.wrong: list[str] = []
-        self._d, self._source, self._disks, self._random = d, source, disks, random
+        self._d, self._source, self._disks, self._states, self._random = d, source, disks, states, random
         self._numbered: Callable[[], int] = lambda: 0
         self._kinds = {
             "kill": (40, self._kill), "kill plugin": (16, self._kill_plugin), "freeze": (16, self._freeze),
@@ -157,7 +159,7 @@ class Faults:
 
     def check_renewed(self) -> None:
         """Note what ``renewed`` was given of the time before its registration."""
-        early = [number for _, _, number in ledger.seen(self._d, "renewed") if number <= self.boundary]
+        early = [number for _, _, number in ledger.seen(self._states(), "renewed") if number <= self.boundary]
         if early:
             self.wrong.append(f"renewed was given d{early[0]}, and begins after d{self.boundary}")
 

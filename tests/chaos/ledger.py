@@ -86,9 +86,9 @@ def add(d: Daemon, source: Path, name: str) -> None:
     d.cli("plugin", "add", str(write_plugin(source / name, script, **manifest)), "--yes", code=None)
 
 
-def seen(d: Daemon, name: str) -> list[tuple[str, int, int]]:
+def seen(states: Path, name: str) -> list[tuple[str, int, int]]:
     """Id, attempt and number of everything that a plugin was given, in its order; nothing while it has no state."""
-    path = d.root / f"var/lib/isolator/state/{name}/mnt/state/seen"
+    path = states / f"{name}/mnt/state/seen"
     try:
         whole = path.read_bytes()
     except OSError:

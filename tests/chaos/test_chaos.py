@@ -54,13 +54,27 @@ ROOM_FDS, ROOM_MEMORY = 24, 48 << 20
 
 
 class SmallDisks(Impatient):
-    """A daemon whose trail, and whose everything else, is on a small disk of its own."""
+    """A daemon whose trail, and whose queue, is on a small disk of its own; the plugins' ledger is on none.
+
+    In mounts of its own: another program that copies the host's meanwhile (a container, a build) would hold the state
+    of a plugin whose daemon was killed, and the plugin would have to wait for that program.
+    """
 
     disks: dict[str, Path]
 
+    def __init__(self, *arguments: Any, **further: Any) -> None:
+        super().__init__(*arguments, **further)
+        self._enter = ["unshare", "--net", "--mount"]
+
+    @property
+    def states(self) -> Path:
+        """The folder of the plugins' states, as the daemon sees it."""
+        pid = self.process.pid if self.process is not None else 0
+        return Path(f"/proc/{pid}/root{self.root}/var/lib/isolator/state")
+
     def mount(self) -> None:
         """Before the first start."""
-        self.disks = {"trail": self.root / "var/log/isolator", "store": self.root / "var/lib/isolator"}
+        self.disks = {"trail": self.root / "var/log/isolator", "store": self.root / "var/lib/isolator/host"}
         for name, folder in self.disks.items():
             folder.mkdir(parents=True)
             run("mount", "-t", "tmpfs", "-o", f"size={SIZES[name]},mode=0755", "none", str(folder))
@@ -149,6 +163,7 @@ def test_nothing_is_lost_whatever_goes_wrong(request: pytest.FixtureRequest, tmp
     kills, seed = request.config.getoption("kills"), request.config.getoption("seed")
     seed = seed if seed is not None else random.SystemRandom().randrange(1 << 32)
     print(f"\nchaos: --kills {kills} --seed {seed}", flush=True)
+    minutes = request.config.getoption("minutes")
     began, wrong = time.monotonic(), []
     with daemon(host_toml=HOST_TOML, start=False, kind=SmallDisks) as made:
         d = cast(SmallDisks, made)
@@ -156,12 +171,12 @@ def test_nothing_is_lost_whatever_goes_wrong(request: pytest.FixtureRequest, tmp
         d.start()
         for name in ledger.PLUGINS:
             ledger.add(d, tmp_path, name)
-        faults = Faults(d, tmp_path, d.disks, random.Random(seed))
+        faults = Faults(d, tmp_path, d.disks, lambda: d.states, random.Random(seed))
         with ledger.Sender(d.root, RATE) as sender:
             wait_for(lambda: len(sender.acknowledged) > RATE)
             calm = Calm(d, sender)
             at_first = calm.wait()
-            while (done := faults.done.total()) < kills:
+            while (done := faults.done.total()) < kills and time.monotonic() - began < minutes * 60:
                 what = faults.one(lambda: sender.number)
                 if not what:
                     time.sleep(0.1)
@@ -173,7 +188,7 @@ def test_nothing_is_lost_whatever_goes_wrong(request: pytest.FixtureRequest, tmp
         at_last = calm.wait()
         faults.check_renewed()
         wrong += faults.wrong
-        given = {name: ledger.seen(d, name) for name in ledger.LASTING}
+        given = {name: ledger.seen(d.states, name) for name in ledger.LASTING}
         gaps = json.loads(d.cli("audit", "verify", "--json").stdout)
         recorded: dict[str, Counter[str]] = {name: Counter() for name in ledger.PLUGINS}
         for record in _trail(d):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS
+from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS, ControlServer
 from isolator.errors import UnavailableError
+from isolator.pacing import TokenBucket
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
@@ -220,13 +222,39 @@ async def _held(daemon: Daemon, uid: int, count: int) -> AsyncIterator[None]:
 async def test_idle_connections_of_strangers_keep_nobody_out(daemon: Daemon) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for uid in range(64020, 64020 + STRANGERS // STRANGER_SHARE + 2):
-            await stack.enter_async_context(_held(daemon, uid, CONNECTIONS // 8))
+            await stack.enter_async_context(_held(daemon, uid, STRANGER_SHARE))
         assert (await daemon.ask("status"))["plugins"] == 0
         assert "result" in await _as(daemon, 64011, "status")
         refused = await _as(daemon, 64020, "status")
-        assert "connections of uid 64020 are open" in refused["error"]["message"]
+        assert re.search("connections (of uid 64020|without a role) are open", refused["error"]["message"])
         refused = await _as(daemon, 64099, "status")
         assert "connections without a role are open" in refused["error"]["message"]
+
+
+async def test_stranger_has_a_few_requests_and_connections_a_second(shared_dir: Path) -> None:
+    """In this process and with a clock that stands still: all that a stranger is served is what he has at once."""
+    server = ControlServer([], role_of=lambda _: None, record=lambda *_, **__: None)
+    server.stranger_bytes = TokenBucket(1.0, 300.0, clock=lambda: 0.0)
+    server._stranger_connects = TokenBucket(1.0, 4.0, clock=lambda: 0.0)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(shared_dir / "control.sock"))
+    await server.start(listener)
+    answers = []
+    loop = asyncio.get_running_loop()
+    for _ in range(10):
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.setblocking(False)
+            await loop.sock_connect(caller, str(shared_dir / "control.sock"))
+            with contextlib.suppress(BrokenPipeError):
+                await loop.sock_sendall(caller, b'{"jsonrpc":"2.0","id":1,"method":"status"}\n' * 5)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    first = (await loop.sock_recv(caller, 65536)).split(b"\n")[0]
+                    answers.append(json.loads(first)["error"]["message"])
+    await server.close()
+    too_fast = [answer for answer in answers if "come, in great number" in answer]
+    # Four are served in turn: the first one's requests are paid for, those of the others wait.
+    assert (len(too_fast), len(answers)) == (6, 7), answers
 
 
 async def test_idle_connections_of_one_role_leave_places_for_the_others(daemon: Daemon) -> None:

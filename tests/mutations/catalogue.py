@@ -406,7 +406,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/policy/parse/toml_file.py",
+        "isolator/policy/parse/trusted.py",
         (
             "a policy file that others can write is believed",
             "if status.st_mode & too_open:",

@@ -1,0 +1,237 @@
+"""A good plugin beside bad ones, and beside a local user who is nobody: how much longer do its things take?
+
+Each bad neighbour has its turn once a round: some seconds without it, then as many with it. Figures are those that
+somebody waits for: a delivery from ``event.emit`` to its outcome, a name, a connection and a call of the host API as
+the good plugin sees them, and a command. Goal: no 99th percentile more than doubled. What does not come counts as 10 s.
+
+The daemon runs in a network namespace with a pretend internet behind it; nothing leaves the machine. Run it on a
+machine that does nothing else: a bad plugin may use the whole core that it is granted, and that alone costs the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from bench import bad_neighbours_subjects as subjects
+from bench.delivery_subjects import payload
+from bench.frame import Report, Series
+from host.client.client import Client
+from isolator.errors import IsolatorError
+from tests.support.internet_servers import OTHER, WEB
+from tests.support.pretend_internet import PretendInternet, pretend_internet
+from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
+
+FIGURES = ("delivery", "dns", "connect", "host API", "command")
+LOST = 10_000.0
+HOST_TOML = f"""
+[network]
+resolvers = ["{WEB}"]
+[defaults]
+cpu = "100%"
+[ceiling]
+cpu = "400%"
+"""
+EGRESS = (
+    f"{subjects.GRANTED}:{subjects.ECHO_PORT},{subjects.TLS_PORT},{subjects.POUR_PORT}",
+    f"*.{subjects.HOSTILE_ZONE}:443",
+)
+NOBODY = "65534"
+SETTLE, START = 1.0, 1.5
+Samples = dict[str, list[float]]
+
+
+def measure(rounds: int) -> Report:
+    """Measure each neighbour ``rounds // 33`` times, at least twice; ``ISOLATOR_NEIGHBOUR`` names one alone."""
+    turns, length = max(2, rounds // 33), max(3.0, rounds / 16)
+    only = os.environ.get("ISOLATOR_NEIGHBOUR", "")
+    quiet: dict[str, list[Samples]] = {}
+    beside: dict[str, list[Samples]] = {}
+    with pretend_internet() as made, _hostile_internet(made), _platform(made) as platform:
+        neighbours = {name: act for name, act in _neighbours(platform).items() if only in name}
+        for _ in range(turns):
+            for name, act in neighbours.items():
+                quiet.setdefault(name, []).append(platform.during(length))
+                with act():
+                    time.sleep(START)
+                    beside.setdefault(name, []).append(platform.during(length))
+                time.sleep(SETTLE)
+    return _report(quiet, beside)
+
+
+def _report(quiet: dict[str, list[Samples]], beside: dict[str, list[Samples]]) -> Report:
+    series = []
+    notes = []
+    for name, rounds in beside.items():
+        told = []
+        for figure in FIGURES:
+            pairs = [(_p99(a[figure]), _p99(b[figure])) for a, b in zip(quiet[name], rounds, strict=True)]
+            ratios = tuple(with_it / without for without, with_it in pairs)
+            series.append(Series(f"{name}: {figure}", "p99 with it / without", "×", ratios))
+            without, with_it = (statistics.median(side) for side in zip(*pairs, strict=True))
+            missed = "" if statistics.median(ratios) <= 2 else " (!)"
+            told.append(f"{figure} {without:.1f} → {with_it:.1f} ms (× {statistics.median(ratios):.2f}){missed}")
+        notes.append(f"p99 beside one that {name}: {', '.join(told)}")
+    return Report("bad_neighbours", "A good plugin beside bad neighbours", tuple(series), notes=tuple(notes))
+
+
+def _p99(values: list[float]) -> float:
+    ordered = sorted(values) or [LOST]
+    return ordered[(len(ordered) - 1) * 99 // 100]
+
+
+class Platform:
+    """A daemon with its good plugin, and what somebody outside sees of it."""
+
+    def __init__(self, running: Daemon) -> None:
+        self.running = running
+        self.client = Client(running.root, timeout=60)
+        self._samples = running.root / "var/lib/isolator/state/good/mnt/state/samples"
+        self._numbers = iter(range(1 << 30))
+
+    def add(self, name: str, script: str, hook: str, **manifest: object) -> None:
+        """Add a plugin that may use the pretend internet."""
+        policies = self.running.root / "etc/isolator/policies"
+        policies.mkdir(parents=True, exist_ok=True)
+        listed = ", ".join(f'"{one}"' for one in EGRESS)
+        limits = "[limits]\nconnects_per_second = 200\n" if name == "good" else ""  # it never has that many
+        (policies / f"{name}.toml").write_text(f'[grant]\nhooks = ["{hook}"]\negress = [{listed}]\n{limits}')
+        destinations = [one.rpartition(":") for one in EGRESS]
+        egress = [{"host": host, "ports": [int(port) for port in ports.split(",")]} for host, _, ports in destinations]
+        folder = write_plugin(
+            self.running.root / "src" / name, script, hooks=[hook], sandbox={"network": {"egress": egress}}, **manifest
+        )
+        self.running.cli("plugin", "add", str(folder), "--yes")
+
+    def remove(self, name: str) -> None:
+        """Remove a plugin with its policy."""
+        self.running.cli("plugin", "remove", name)
+        (self.running.root / f"etc/isolator/policies/{name}.toml").unlink(missing_ok=True)
+        shutil.rmtree(self.running.root / "src" / name)
+
+    def emit(self, hook: str) -> str:
+        """Emit an event; returns its id."""
+        return str(self.client.call("event.emit", name=hook, payload=payload(hook, next(self._numbers)))["id"])
+
+    def during(self, length: float) -> Samples:
+        """Return the samples of so many seconds from now, in ms."""
+        size, began = self._samples.stat().st_size, time.monotonic()
+        found: Samples = {figure: [] for figure in FIGURES}
+        commands = threading.Thread(target=self._commands, args=(began + length, found["command"]))
+        commands.start()
+        while time.monotonic() < began + length:
+            found["delivery"].append(self._timed(self._deliver))
+            time.sleep(0.04)
+        commands.join()
+        with self._samples.open("rb") as file:
+            file.seek(size)
+            for line in file.read().decode().splitlines():
+                figure, _, took = line.split("\t")[:3]
+                found[figure].append(float(took))
+        for figure in FIGURES:
+            if not found[figure]:
+                found[figure].append(LOST)
+        return found
+
+    def _commands(self, end: float, found: list[float]) -> None:
+        while time.monotonic() < end:
+            found.append(self._timed(lambda: self.running.cli("plugin", "list")))
+            time.sleep(0.1)
+
+    def _deliver(self) -> None:
+        row = self.client.call("event.wait", id=self.emit("deploy.completed"), timeout=10)
+        if any(delivery["state"] != "ok" for delivery in row["deliveries"]):
+            raise AssertionError(row["deliveries"])
+
+    @staticmethod
+    def _timed(action: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        try:
+            action()
+        except (IsolatorError, AssertionError, subprocess.TimeoutExpired) as error:
+            print(f"  lost: {str(error)[:300]}", file=sys.stderr)
+            return LOST
+        return (time.perf_counter() - began) * 1e3
+
+
+@contextlib.contextmanager
+def _platform(made: PretendInternet) -> Iterator[Platform]:
+    with daemon(host_toml=HOST_TOML, network=made.host_fd) as running:
+        platform = Platform(running)
+        platform.add("good", subjects.GOOD, "deploy.completed")
+        running.cli("plugin", "start", "good")
+        wait_for(
+            lambda: platform._samples.exists() and platform._samples.stat().st_size > 0, what=running.log.read_text()
+        )
+        yield platform
+        platform.client.close()
+
+
+def _neighbours(platform: Platform) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+    found: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {}
+
+    def plugin(number: int, bad: subjects.BadPlugin) -> None:
+        @contextlib.contextmanager
+        def act() -> Iterator[None]:
+            name = f"bad-{number}"
+            transport = {"transport": {"mode": "stream"}} if bad.stream else {}
+            platform.add(name, bad.script, "deploy.failed", **transport)
+            platform.emit("deploy.failed")
+            yield
+            platform.remove(name)
+
+        found[bad.does] = act
+
+    def stranger(how: str) -> None:
+        @contextlib.contextmanager
+        def act() -> Iterator[None]:
+            control = platform.running.root / "run/isolator/control.sock"
+            command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", sys.executable, "-I",
+                       "-c", subjects.STRANGER, str(control), how]  # fmt: skip
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                process.stdout.readline()
+                yield
+                process.kill()
+
+        found[subjects.STRANGERS[how]] = act
+
+    for number, bad in enumerate(subjects.BAD):
+        plugin(number, bad)
+    for how in subjects.STRANGERS:
+        stranger(how)
+    return found
+
+
+@contextlib.contextmanager
+def _hostile_internet(made: PretendInternet) -> Iterator[None]:
+    """The attackers' servers, and a zone whose answers have 64 KiB."""
+    internet = made.internet
+    zone = b"".join(bytes([len(label)]) + label.encode() for label in subjects.HOSTILE_ZONE.split("."))
+
+    def crafted(wire: bytes, over_tcp: bool) -> list[bytes]:
+        if zone not in wire.lower():
+            reply = internet.dns._reply(wire)
+            return [reply] if reply is not None else []
+        question = wire[12 : wire.index(b"\0", 12) + 5]
+        address = bytes(map(int, OTHER.split(".")))
+        records = 4000 if over_tcp else 0
+        flags = 0x8180 if over_tcp else 0x8380
+        answer = b"\xc0\x0c" + struct.pack(">HHIH", 1, 1, 60, 4) + address
+        return [wire[:2] + struct.pack(">HHHHH", flags, 1, records, 0, 0) + question + answer * records]
+
+    internet.dns.crafted = crafted
+    command = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{internet.fd}", sys.executable, "-I", "-c", subjects.SERVERS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as servers:
+        assert servers.stdout is not None
+        servers.stdout.readline()
+        yield
+        servers.kill()

@@ -1,0 +1,117 @@
+"""Reading what strangers send takes steps in proportion to its bytes, whatever they are, and ends in a known way.
+
+Counted are the lines that the interpreter executes, which no busy machine changes. ``sudo ./dev test tests/fuzz
+--fuzz 600`` looks for seconds on end, for each parser, where the default suite looks at a few patterns.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from host.wire.strict_json import WireError, parse_object
+from isolator.broker import wire
+from isolator.broker.gate import Gate
+from isolator.broker.guard import Denied
+from isolator.errors import IsolatorError
+from isolator.policy.parse.load import parse_plugin_policy
+from isolator.reader.manifest import parse_manifest_core
+
+EXAMPLES = 15
+HEADER = b"\x12\x34\x81\x80\0\1\0\x40\0\0\0\0"
+ASKED = wire.query(0x1234, "a.example.com", wire.A)
+
+
+def _through_gate(data: bytes) -> None:
+    gate = Gate(lambda hello: None, strict=True)
+    for at in range(0, len(data), 4096):
+        gate.feed(data[at : at + 4096])
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A parser, the errors that it may raise, and of which pieces its input is made up to how many bytes."""
+
+    parse: Callable[[bytes], object]
+    errors: type[Exception]
+    size: int
+    begins: tuple[bytes, ...]
+    pieces: tuple[bytes, ...]
+    ends: tuple[bytes, ...] = (b"",)
+
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+JSON = (*(bytes((byte,)) for byte in b'"\\{}[]:,1e-.a '), b"\\u", b"d83d", b"\xc3\xa9")
+PARSERS = {
+    "DNS question": Parser(wire.read_question, wire.Broken, 256, (HEADER, b""),
+                           (b"\0", b"\1a", b"\x3f" + b"b" * 63, b"\xc0\x0c", b"\xc0", b"\xff", b"\0\1")),
+    "DNS answer": Parser(lambda data: wire.read_reply(data, ASKED, wire.A), wire.Broken, 8192,
+                         (ASKED[:2] + HEADER[2:] + ASKED[12:], HEADER, b""),
+                         (b"\0", b"\1a", b"\xc0\x0c", b"\xc0\xff", b"\0\1\0\1\0\0\0\x3c\0\4\1\2\3\4", b"\0\5\0\1")),
+    "TLS": Parser(_through_gate, Denied, 8192, (b"\x16\x03\x01\x20\0\1\0\x1f\xf0\3\3", b"\x16\x03\x01\0\1\1", b"\x80"),
+                  (b"\0", b"\x16\x03\x01\0\1", b"\x14\x03\x03\0\1\1", b"\xff", b"\0\0\0\5", b"\x15\x03\x03\0\2\1\x70")),
+    "HTTP": Parser(_through_gate, Denied, 8192,
+                   (GET, CHUNKED, GET + b"\r\n"),
+                   (b"\r\n", b"\n", b"a: b\r\n", b"1\r\nx\r\n", GET + b"\r\n", b" ", b"a", b":", b"0")),
+    "JSON line": Parser(parse_object, WireError, 32768, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
+    "manifest": Parser(parse_manifest_core, IsolatorError, 16384, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
+    "policy": Parser(lambda data: parse_plugin_policy(data, source="p.toml"), IsolatorError, 8192,
+                     (b"", b"[grant]\n", b"[grant]\nhooks = [", b'[grant]\negress = ["'),
+                     (*(bytes((byte,)) for byte in b"\"'\\\n[]a=1,.{}# "), b'"""')),
+}  # fmt: skip
+
+
+def steps(parser: Parser, data: bytes) -> int:
+    """Lines executed in reading ``data``."""
+    count = 0
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(line)
+    try:
+        parser.parse(data)
+    except parser.errors:
+        pass
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", PARSERS)
+def test_steps_grow_no_faster_than_bytes(request: pytest.FixtureRequest, name: str) -> None:
+    parser = PARSERS[name]
+    end = time.monotonic() + request.config.getoption("fuzz")
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        begin=st.sampled_from(parser.begins),
+        part=st.lists(st.one_of(st.sampled_from(parser.pieces), st.binary(min_size=1, max_size=2)),
+                      min_size=1, max_size=6).map(b"".join),
+        end=st.sampled_from(parser.ends),
+    )  # fmt: skip
+    def check(begin: bytes, part: bytes, end: bytes) -> None:
+        def made(size: int) -> bytes:
+            return begin + part * (size // len(part)) + end
+
+        steps(parser, made(64))  # what is compiled or imported once
+        half, whole = steps(parser, made(parser.size // 2)), steps(parser, made(parser.size))
+        assert whole <= 2.5 * half + 2000, (begin, part, end, half, whole)
+
+    while True:
+        check()
+        if time.monotonic() >= end:
+            return
