@@ -92,7 +92,7 @@ class Updates:
 
         Nothing is read but what the caller has handed over with a ticket, or a folder that was found.
         """
-        offer = self._tickets.offer(ticket) if ticket else await self._found(source)
+        offer = self._tickets.offer(ticket) if ticket else await self._found(source, update)
         by = by_uid(offer.uid) if ticket else None
         try:
             if update is not None:
@@ -102,9 +102,12 @@ class Updates:
         finally:
             offer.close()
 
-    async def _found(self, source: Source) -> Offer:
-        """A folder of ``plugin_dirs``, with the rights of its owner; raises UsageError for any other path."""
-        if not any(found.folder == source.path for found in self._table.discovery.found.values()):
+    async def _found(self, source: Source, update: str | None) -> Offer:
+        """A new plugin of ``plugin_dirs``, with the rights of its owner; raises UsageError for any other path."""
+        found = next((one for one in self._table.discovery.found.values() if one.folder == source.path), None)
+        if found is not None and found.error:
+            raise UsageError(f"plugin {found.name}", found.error, f"correct it in {found.folder}")
+        if found is None or update is not None:
             raise UsageError(
                 "plugin.stage", "names files and hands nothing over: the daemon opens no path for a caller",
                 "use the command line, or the isolator_client of this release (docs/embedding.md, Tickets)",

@@ -17,7 +17,7 @@ from host.client.client import Client
 from isolator.errors import UsageError
 from isolator_client import errors as published
 from isolator_client import tickets
-from tests.system.daemon import write_plugin
+from tests.system.daemon import wait_for, write_plugin
 from tests.system.taken_over import TakenOver, taken_over
 
 OPERATOR, STRANGER = 64993, 64994
@@ -115,6 +115,17 @@ def test_host_cannot_register_or_exchange_what_no_operator_agreed_to(running: Ta
         # Control: with the operator's word it is done.
         assert client.call("plugin.commit", token=staged["token"])["plugin"]["name"] == "refused"
     running.cli("plugin", "remove", "refused", "--yes")
+
+
+def test_host_cannot_pass_a_found_folder_off_as_a_newer_version(running: TakenOver, place: Path) -> None:
+    """Whoever may write to ``plugin_dirs`` gives a folder the name of a plugin that is registered."""
+    body = write_plugin(place / "found/imposter", version="9.0.0", sandbox=QUIET) / "plugin.json"
+    body.write_text(body.read_text().replace("imposter", "good"))
+    wait_for(lambda: any(plugin.get("found") for plugin in running.json("plugin", "list")))
+    for more in ({"update": "good"}, {}):
+        assert code(running.ask_as_host("plugin.stage", path=str(body.parent), **more)) == "usage"
+    subprocess.run(["rm", "-rf", str(body.parent)], check=True)
+    wait_for(lambda: names(running) == {"good"})
 
 
 def test_host_cannot_put_words_into_anybodys_mouth(running: TakenOver, place: Path) -> None:
@@ -243,9 +254,7 @@ def test_found_folder_is_read_with_the_rights_of_its_owner(running: TakenOver, p
     (folder / "linked").chmod(0o600)
     os.chown(folder, STRANGER, STRANGER)
     (folder / "plugin.json").write_text((folder / "plugin.json").read_text() + " ")
-    for _ in range(100):
-        if "offered" in names(running):
-            break
+    wait_for(lambda: "offered" in names(running))
     with Client(running.root) as client:
         with pytest.raises(UsageError, match=f"offered/linked: uid {STRANGER} may not read it"):
             client.call("plugin.approve", name="offered")
