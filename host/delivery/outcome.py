@@ -114,7 +114,9 @@ class Outcomes:
             self._died.clear()
 
     def refuse(self, plugin: Plugin, delivery: Delivery, why: str) -> None:
-        """Count an attempt although nothing was sent."""
+        """Count an attempt although nothing was sent, or nobody knows what became of it."""
+        self._in_flight.pop(delivery.seq, None)
+        self._overlapped.discard(delivery.seq)
         delivery.attempts += 1
         self._try_again(plugin, delivery, Outcome("failed"), Result("retry", "refused", why))
 

@@ -196,7 +196,9 @@ def _check(
         )
         if not errors:
             _check_program(path, data, lines, errors)
-            manifest_notes(data, errors, notes)
+            found: list[IsolatorError] = []
+            manifest_notes(data, found, notes)
+            errors += [UsageError(f"{path}: {error.what}", error.why, error.remedy) for error in found]
         return None
     top = document(read_trusted(path, also_owner=invoker()), str(path))
     read: Callable[[Table], HostConfig | PluginPolicy] = host_config_of if kind == "host" else policy_of
