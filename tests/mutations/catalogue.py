@@ -313,8 +313,8 @@ MUTATIONS = (
         "isolator/broker/outbound.py",
         (
             "addresses of the host itself can be reached",
-            "return self._shared.host.owner(address)",
-            "return None",
+            "return reason or self._shared.host.owner(address)",
+            "return reason",
             "broker/test_ablation.py::test_address_of_the_host_as_written_is_stopped_by_one_check",
         ),
         (
