@@ -29,7 +29,7 @@ def speaks_first(port: int) -> bool:
     return port in TLS_PORTS or port in HTTP_PORTS
 
 
-def objection(hello: Hello, name: str, port: int, *, allow_no_sni: bool) -> DenialRule | None:
+def objection(hello: Hello, name: str, port: int, *, allow_no_sni: bool, allow_ech: bool = False) -> DenialRule | None:
     """The rule that refuses these first bytes on a connection to ``name``, or None."""
     if hello.protocol in {"other", "http2"}:
         if allow_no_sni:
@@ -46,4 +46,4 @@ def objection(hello: Hello, name: str, port: int, *, allow_no_sni: bool) -> Deni
         return None if allow_no_sni else DenialRule.NO_SNI
     if set(hello.names) != {name}:
         return DenialRule.SNI_MISMATCH
-    return DenialRule.ENCRYPTED_HELLO if hello.encrypted and not allow_no_sni else None
+    return DenialRule.ENCRYPTED_HELLO if hello.encrypted and not (allow_no_sni or allow_ech) else None

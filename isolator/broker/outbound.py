@@ -225,7 +225,10 @@ class Outbound:
 
     def _judge(self, flow: Flow, hello: sniff.Hello) -> None:
         assert flow.name is not None
-        rule = guard.objection(hello, flow.name, flow.port, allow_no_sni=self._rules.policy.allow_no_sni)
+        policy = self._rules.policy
+        rule = guard.objection(
+            hello, flow.name, flow.port, allow_no_sni=policy.allow_no_sni, allow_ech=policy.allow_ech
+        )
         if rule is not None:
             raise Denied(rule, asked=list(hello.names[:4]))
 

@@ -20,6 +20,7 @@ class Remedy(Enum):
     RATE = "`connects_per_second` in `[limits]` of the policy"
     OPEN = "`connects_open` in `[limits]` of the policy"
     NO_SNI = "`allow_no_sni = true` in `[grant]` of the policy"
+    ECH = "`allow_ech = true` in `[grant]` of the policy"
 
 
 class DenialRule(StrEnum):
@@ -57,7 +58,7 @@ class DenialRule(StrEnum):
     SNI_MISMATCH = "sni-mismatch", "the connection was to one name and asked for another inside (TLS server name)"
     HOST_MISMATCH = "host-mismatch", "the connection was to one name and asked for another inside (HTTP Host)"
     NO_SNI = "no-sni", "TLS without a server name", Remedy.NO_SNI
-    ENCRYPTED_HELLO = "encrypted-hello", "TLS whose server name is encrypted (ECH)", Remedy.NO_SNI
+    ENCRYPTED_HELLO = "encrypted-hello", "TLS whose server name is encrypted (ECH), or may be", Remedy.ECH
     NOT_TLS = "not-tls", "something other than TLS on port 443", Remedy.NO_SNI
     NO_HOST = "no-host", "HTTP without a Host", Remedy.NO_SNI
     NOT_HTTP = "not-http", "something other than HTTP on port 80", Remedy.NO_SNI

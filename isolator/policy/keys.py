@@ -334,6 +334,17 @@ class NetworkSwitches(Frozen):
             needs_network=True,
         ),
     ] = False
+    allow_ech: Annotated[
+        bool,
+        Switch(
+            "grant.allow_ech",
+            "sandbox.network.allow_ech",
+            "let TLS through that may hide a second server name (ECH, as browsers send it); the one in the clear is "
+            "checked all the same",
+            phrase="TLS that may hide a second server name",
+            needs_network=True,
+        ),
+    ] = False
 
 
 # The fields of the last base come first; their order is part of ``HostConfig.digest``.

@@ -372,3 +372,40 @@ async def test_attach_with_too_few_sockets_is_an_error(broker: BrokerProcess) ->
 
     with pytest.raises(UsageError):
         await broker.channel.call("cage.attach", run="x", plugin="p", policy={}, timeout=5)
+
+
+async def test_hello_that_may_hide_a_second_name_can_be_allowed(cages: MakeCage, broker: BrokerProcess) -> None:
+    """The name in the clear is checked with the key as without it."""
+    cage = await cages(listed("hooks.example.com:443", "other.example.com:443", allow_ech=True))
+    plain = await cages(listed("hooks.example.com:443"), "plain")
+    script = """
+context = ssl.create_default_context(cafile=CA)
+def hidden(inner):
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        context.wrap_bio(incoming, outgoing, server_hostname=inner).do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    record = outgoing.read()
+    # One extension more at the end of the hello, and the four lengths around it.
+    extra = struct.pack('!HH', 0xfe0d, 40) + bytes(40)
+    at = 5 + 4 + 2 + 32
+    at += 1 + record[at]
+    at += 2 + int.from_bytes(record[at:at + 2], 'big')
+    at += 1 + record[at]
+    block = int.from_bytes(record[at:at + 2], 'big') + len(extra)
+    body = record[9:at] + struct.pack('!H', block) + record[at + 2:] + extra
+    message = record[5:6] + struct.pack('!I', len(body))[1:] + body
+    return record[:3] + struct.pack('!H', len(message)) + message
+for inner in ('hooks.example.com', 'other.example.com'):
+    try:
+        with socket.create_connection(('hooks.example.com', 443), 5) as s:
+            s.sendall(hidden(inner))
+            print('answered' if s.recv(5)[:1] == bytes([0x16]) else 'refused')
+    except OSError as e:
+        print(name_of(e))
+"""
+    assert await cage.client(script) == "answered\nECONNRESET"
+    assert await plain.client(script) == "ECONNRESET\nECONNRESET"
+    await broker.wait_for("net.denied", rule="encrypted-hello")
+    await broker.wait_for("net.denied", rule="sni-mismatch")

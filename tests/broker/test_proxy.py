@@ -46,7 +46,7 @@ async def test_granted_name_goes_through_the_proxy_by_the_address_that_was_check
     assert (await broker.wait_for("net.closed", flow=connect["flow"]))["received"] > 200
 
 
-async def test_checks_of_names_and_addresses_stay_and_the_proxy_hears_of_nothing_that_is_refused(
+async def test_checks_of_names_and_addresses_stay_and_the_proxy_hears_of_nothing_refused(
     cages: MakeCage, broker: BrokerProcess, proxy: Connects
 ) -> None:
     cage = await cages(listed("hooks.example.com:443", "*.example.com:443", f"{OTHER}:80", proxy=PROXY))

@@ -209,6 +209,21 @@ TLS, HTTP, OTHER = Hello("tls", ("a.com",)), Hello("http", ("a.com",)), Hello("o
 
 
 @pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        (Hello("tls", ("a.com",), True), None),
+        (Hello("tls", ("b.com",), True), "sni-mismatch"),
+        (Hello("tls", (), True), "no-sni"),
+        (OTHER, "not-tls"),
+        (HTTP, "not-tls"),
+        (Hello("http2"), "not-tls"),
+    ],
+)
+def test_key_for_hidden_names_lets_nothing_else_through(found: Hello, rule: str | None) -> None:
+    assert objection(found, "a.com", 443, allow_no_sni=False, allow_ech=True) == rule
+
+
+@pytest.mark.parametrize(
     ("found", "name", "port", "lax", "rule"),
     [
         (TLS, "a.com", 443, False, None),

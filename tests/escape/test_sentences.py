@@ -85,14 +85,22 @@ VARIANTS = {
     "listed": _policy(
         network=NetworkPolicy(
             mode="listed", egress=(EgressRule(host="hooks.example.com", ports=(443,)),), allow_no_sni=True,
+            allow_ech=True,
             exceptions=(AddressException(cidr="10.9.9.9/32", port=5432),),
         )
     ),
     "public": _policy(
         network=NetworkPolicy(mode="public", egress=(EgressRule(host="db.example.com", ports=(5432, 5433)),))
     ),
+    "listed, looked up by a proxy": _policy(
+        network=NetworkPolicy(
+            mode="listed", egress=(EgressRule(host="hooks.example.com", ports=(443,)),), proxy="10.9.9.9:3128",
+            proxy_resolves=True,
+        )
+    ),
     "public, events": _policy(
-        network=NetworkPolicy(mode="public"), hooks=("deploy.started", "deploy.failed"), permissions=("read:projects",)
+        network=NetworkPolicy(mode="public", proxy="10.9.9.9:3128"), hooks=("deploy.started", "deploy.failed"),
+        permissions=("read:projects",),
     ),
 }  # fmt: skip
 
@@ -496,6 +504,10 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
             ("broker/test_guarantees.py::test_a_granted_name_that_leads_inside_is_refused",),
         ),
         Clause(
+            "; addresses that it writes itself are never private, local or metadata ones", never_inside,
+            tests=("broker/test_proxy.py::test_checks_of_names_and_addresses_stay_and_the_proxy_hears_of_nothing_refused",),
+        ),
+        Clause(
             r", but for the exceptions of host\.toml",
             tests=("broker/test_guarantees.py::test_an_exception_opens_one_address_and_port",),
         ),
@@ -505,8 +517,25 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         ),
         Clause(r"\."),
         Clause(
+            r" All of it goes through the proxy \S+ of this host\.?",
+            tests=(
+                "broker/test_proxy.py::test_granted_name_goes_through_the_proxy_by_the_address_that_was_checked",
+            ),
+        ),
+        Clause(
+            r", which looks granted names up itself: whether they lead inside is the proxy's to check\.",
+            tests=(
+                "broker/test_proxy.py::test_address_behind_a_name_that_is_left_to_the_proxy_is_not_checked_here",
+            ),
+        ),
+        Clause(
             r" TLS without a server name is let through\.",
             tests=("broker/test_guarantees.py::test_missing_server_name_can_be_allowed",),
+        ),
+        Clause(
+            r" TLS may hide a second server name \(ECH\): behind a server that serves many names, one that is not "
+            r"granted can be reached\.",
+            tests=("broker/test_guarantees.py::test_hello_that_may_hide_a_second_name_can_be_allowed",),
         ),
         Clause(
             r" This host forwards (?P<outside>\S+) to its port (?P<inside>\d+).*\.", forwards,

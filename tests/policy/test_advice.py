@@ -78,8 +78,9 @@ def test_limit_is_raised_by_its_key(rule: str, key: str) -> None:
 
 
 def test_unreadable_server_name_has_a_switch_and_a_wrong_one_has_none() -> None:
-    for rule in ("no-sni", "encrypted-hello", "not-tls", "not-http", "no-host"):
+    for rule in ("no-sni", "not-tls", "not-http", "no-host"):
         assert advise("net.denied", {"rule": rule}, policy()).line == "allow_no_sni = true"
+    assert advise("net.denied", {"rule": "encrypted-hello"}, policy()).line == "allow_ech = true"
     for rule in ("sni-mismatch", "host-mismatch", "malformed", "incomplete", "silent", "unallocated", "protocol-udp"):
         advice = advise("net.denied", {"rule": rule, "name": "a.com", "port": 443}, policy())
         assert advice.line is None and len(advice.why) > 10

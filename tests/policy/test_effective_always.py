@@ -103,6 +103,7 @@ _GRANTS = _maybe(
         egress=_EGRESS | st.just("public"),
         listen=st.lists(st.sampled_from(["8000", "8001:22", "9999:9000"]), max_size=2, unique=True),
         allow_no_sni=st.booleans(),
+        allow_ech=st.booleans(),
     ),
     limits=_maybe(
         memory=_MEMORY,

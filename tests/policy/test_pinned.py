@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "6dd6b17ea59123742ecc95a450b4ba458d3fc84d0b25ea0a70fbe91c3648e379",
+        "fd28d9636c6d7f7c4c1b9dc29edd538107c3e9cb2c23365392b8a8fb77483148",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "b2e2df7db531145265057176428c866e0ba0bd8e31f9f74ec2847a8e68836949",
+        "2648c473fb15506d7d878b347893bc152ada3739df1913bd0ea3ee1b2d87cda5",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "661aa3d30196059ddfbd659c65321f60d2ee27245bd08832a010a47e6f1ebfbd",
+        "bd659677b1ff9c559ff423b07d7f9fe636f9a77fd527e3b1de2c88df8f1056ff",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "c7f3ae4dbf3a6ae5dfb428f49f1cc76aeb26707181a836c6e0cc9db07c166784",
+        "cfcf7dfa55ab4d258df5b8f9aa8f2d20c2736568c3479589cf8e477b65afb952",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "409ff86c710f7bb2b2cd856bc6557bc8390f4e944bfbb595ed2f74b74233481a",
+        "4cf52ed04ba2ab5b1f0197bc4956916d0de58a63197e582d887dab190d5e22de",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "f0e53842f16dc1d947cfbef2b1f8191aa045a7b167bfed0b5febd0d80f251e8e",
+        "f915b93da3e22325d66c1f85ee6feec7e595ef72ac170eabb26040a3d69fdd13",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "214d60d4b1ec5659cec00dde3c6712dc5809d3e2db0d70b06e238735a02b9699",
+        "65064876a5997a2eb6ac479c4d909db62b84cce495b78c5df3d5cde844112c8b",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "eb0cf835f9b419d60347f7ea574adf0db24bc09a4947a45675806710e39ccec4",
+        "aa0a625cf25711c0a74a5e82dc7bb6bf576000c8c3d44bdb9d3781a0c90a5694",
     ),
 }
 
@@ -81,9 +81,9 @@ def test_effective_policy_keeps_its_digest(name: str) -> None:
 @pytest.mark.parametrize(
     ("host", "digest"),
     [
-        (HostConfig(), "a32db6f7bccbf4cbf6bc9b968de506c841a0c7f43d25e42388f8dfc3780e5889"),
-        (OPEN, "c29cdc9349ad736a31115a9a221ac9bd24d696ea031f5b06a60378de06f0037a"),
-        (STRICT, "2aa72aa16e7ce0242d2f06d90a79b3155c449ce77efd97d2be06801de1009d2d"),
+        (HostConfig(), "4d3352c540be090a6d2c07f5b7abaadd2c0bf82107e6ede08cea2709863c9af7"),
+        (OPEN, "c0d22876032ea64c916d427b0dd31b6b7282aff1cd5f06df05867a680245863b"),
+        (STRICT, "2d514b81775830e910b929b116ce58055cc49a946f88dd21f10148791579fde9"),
     ],
     ids=["default", "open", "strict"],
 )

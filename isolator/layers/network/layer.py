@@ -55,15 +55,20 @@ class Network(Layer):
         if network.mode == "none" or (network.mode == "listed" and not listed):
             return "Has no network but a loopback of its own." + inbound
         never = "never private, local or metadata addresses"
-        if network.exceptions:
-            never += ", but for the exceptions of host.toml"
         way = ""
         if network.proxy:
             way = f" All of it goes through the proxy {network.proxy} of this host."
         if network.proxy_resolves and any(not isinstance(parse_host(rule.host), Net) for rule in network.egress):
             way = f"{way[:-1]}, which looks granted names up itself: whether they lead inside is the proxy's to check."
-            never = "addresses that it looks up or writes itself are never private, local or metadata ones"
+            never = "addresses that it writes itself are never private, local or metadata ones"
+        if network.exceptions:
+            never += ", but for the exceptions of host.toml"
         sni = " TLS without a server name is let through." if network.allow_no_sni else ""
+        if network.allow_ech:
+            sni += (
+                " TLS may hide a second server name (ECH): behind a server that serves many names, one that is not "
+                "granted can be reached."
+            )
         if network.mode == "public":
             besides = f", besides {listing(listed)}" if listed else ""
             return f"May connect to {PUBLIC}{besides}; {never}; names it asks for leave this host.{way}{sni}{inbound}"

@@ -67,6 +67,9 @@ def advise(
             return _destination(data, policy, requested)
         case Remedy.EXCEPTION:
             return _inside(rule, data, policy)
+        case Remedy.ECH:
+            why = "it hides a server name beside the one in the clear, or pretends to, as browsers do"
+            return Advice(why, "allow_ech = true", "grant")
         case Remedy.NO_SNI:
             return Advice("it did not say readably which server it meant", "allow_no_sni = true", "grant")
     return Advice(rule.explanation)
