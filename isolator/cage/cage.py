@@ -19,7 +19,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ from isolator.layers.namespaces import Namespaces
 from isolator.layers.network.layer import Network
 from isolator.layers.no_new_privs import NoNewPrivs
 from isolator.layers.plan import Plan
+from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.stopwatch import Stopwatch
@@ -89,9 +90,11 @@ class Cage:
         self._stdio = stdio
         self._cgroup = Cgroup(runtime.subtree)
         self._network = Network()
+        self._namespaces = Namespaces()
+        self._proc = Proc(self._namespaces)
         every: list[Layer] = [
-            self._cgroup, Namespaces(), Rlimits(), Filesystem(), User(), Capabilities(), NoNewPrivs(), Landlock(),
-            Seccomp(), self._network,
+            self._cgroup, self._namespaces, Rlimits(), Filesystem(), self._proc, User(), Capabilities(), NoNewPrivs(),
+            Landlock(), Seccomp(), self._network,
         ]  # fmt: skip
         self._layers = [layer for layer in every if layer.name not in without]
         self._handover = handover
@@ -145,6 +148,8 @@ class Cage:
         layers = frozenset(layer.name for layer in self._layers)
         spare = self._spare = await runtime.pool.take(layers)
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
+        self._namespaces.parked = self._proc.parked = spare.pid
+        self._proc.folder = spare.figures
         mark("spare")
         try:
             leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
@@ -157,6 +162,7 @@ class Cage:
                 for layer in self._layers:
                     layer.prepare(spec, plan)
                     mark(f"prepare {layer.name}")
+                    self._proc.leaf = self._cgroup.leaf
                 if spare.groups is not None:
                     spare.hand_over_groups()
                 packet, fds = plan.pack()
@@ -317,14 +323,21 @@ class Cage:
         self.processes.kill()
 
     def detect_drift(self) -> str:
-        """Compare the groups of the running cage with their making; returns the first difference, or nothing."""
-        if self._cgroup not in self._layers or self.processes.exited.is_set():
+        """Compare the running cage's groups and /proc with their making; returns the first difference, or nothing."""
+        if self.processes.exited.is_set():
             return ""
         try:
-            self._cgroup.confirm_again(self._process)
+            if self._cgroup in self._layers:
+                self._cgroup.confirm_again(self._process)
+            if self._proc in self._layers:
+                return self._proc.detect_drift(self._process)
         except (ConfinementError, OSError) as error:
             return "" if self.processes.ended.is_set() else str(error)
         return ""
+
+    def refresh_figures(self, usage: Mapping[str, object]) -> None:
+        """Show the cage's programs its present use, as in a ``resources`` record."""
+        self._proc.refresh(usage, self.processes.uptime)
 
     async def release(self) -> None:
         """Kill what is left and undo every layer, in reverse order; idempotent."""

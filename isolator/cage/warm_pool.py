@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from isolator.errors import IsolatorError
 from isolator.ipc.packet import pair
 from isolator.layers.cgroup.leaf import Leaf
+from isolator.layers.proc.layer import new_figures
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
 from isolator.structs import struct_class
@@ -52,8 +53,12 @@ class Spare:
     """Socket to the parked process, later to the cage that it becomes; non-blocking."""
     status: int
     """The pipe's end on which pid 1 of the cage reports; non-blocking."""
+    pid: int
+    """Pid of the parked process."""
     pidfd: int
     """Pidfd of the parked process until it has ended; then -1."""
+    figures: int = -1
+    """A file system for the figures of the cage's /proc."""
     network: CageNetwork | None = None
     groups: Leaf | None = None
     """The v1 groups of the parked process, where there are any, until a cage has taken them over."""
@@ -90,6 +95,9 @@ class Spare:
         if self.status >= 0:
             os.close(self.status)
             self.status = -1
+        if self.figures >= 0:
+            os.close(self.figures)
+            self.figures = -1
         if self.network is not None:
             from isolator.layers.network import namespace as network_layer
 
@@ -201,11 +209,13 @@ async def _make_spare(launcher: Launcher, journal: Journal, subtree: Subtree, la
         finally:
             its_link.close()
             os.close(its_status)
-        spare = Spare(name, layers, launcher, journal, link, status, parked.pidfd)
+        spare = Spare(name, layers, launcher, journal, link, status, parked.pid, parked.pidfd)
         undo.pop_all()
         undo.push_async_callback(spare.release)
         if making is not None:
             undo.push_async_callback(_release_network, making)
+        if "proc" in layers:
+            spare.figures = new_figures()
         if groups is not None:
             journal.record(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))
             spare.groups = groups

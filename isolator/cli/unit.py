@@ -17,9 +17,11 @@ MemoryDenyWriteExecute         inherited by plugins: Node.js and every other JIT
 SystemCallFilter               a cage's own filter hands forbidden calls to the daemon, which records them by name; a
                                filter of the unit's would answer first (EPERM beats a notification: seccomp(2)), and
                                what a plugin tried would be on no record
-ProtectClock, ProtectKernel-   the same: each is a system-call filter. Without CAP_SYS_TIME, CAP_SYS_MODULE and
+ProtectClock, ProtectKernel-   the same: each is a system-call filter. Without CAP_SYS_MODULE and
 Modules and -Logs, Lock-       CAP_SYSLOG, and with DevicePolicy=closed, they would add nothing to that
 Personality
+CapabilityBoundingSet:         a cage's clocks that count from the host's start are set back to its own (timens_offsets)
+~CAP_SYS_TIME
 RestrictAddressFamilies        the same, for sockets of other families
 User=                          it is root that makes users and namespaces; everything that parses others' bytes is not
 =============================  ==================================================================================
@@ -91,7 +93,7 @@ SystemCallArchitectures=native
 KeyringMode=private
 CapabilityBoundingSet=~CAP_AUDIT_CONTROL CAP_BLOCK_SUSPEND CAP_BPF CAP_CHECKPOINT_RESTORE CAP_IPC_LOCK CAP_LEASE
 CapabilityBoundingSet=~CAP_LINUX_IMMUTABLE CAP_MAC_ADMIN CAP_MAC_OVERRIDE CAP_MKNOD CAP_PERFMON CAP_SETFCAP CAP_SYSLOG
-CapabilityBoundingSet=~CAP_SYS_BOOT CAP_SYS_CHROOT CAP_SYS_MODULE CAP_SYS_NICE CAP_SYS_PACCT CAP_SYS_RAWIO CAP_SYS_TIME
+CapabilityBoundingSet=~CAP_SYS_BOOT CAP_SYS_CHROOT CAP_SYS_MODULE CAP_SYS_NICE CAP_SYS_PACCT CAP_SYS_RAWIO
 CapabilityBoundingSet=~CAP_SYS_TTY_CONFIG CAP_WAKE_ALARM
 
 [Install]

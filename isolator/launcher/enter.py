@@ -4,6 +4,7 @@ The child is born in its cgroups, has mount, ipc, uts and pid namespaces of its 
 did ahead in the parked process (isolator.launcher.prefork). Order matters, and each place has its reason:
 
  1. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
+    proc         /proc and its covers, in that view
  2. rlimits      once the mounts' descriptors are closed, which may be more than the limit; most are set ahead
  3. namespaces   cgroup namespace, own session, host name
  4. network      enter the network namespace
@@ -34,6 +35,7 @@ from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.network.layer import NetworkSection
 from isolator.layers.no_new_privs import NoNewPrivsSection
 from isolator.layers.plan import Plan, Section
+from isolator.layers.proc.layer import ProcSection
 from isolator.layers.rlimits import RlimitsSection
 from isolator.layers.seccomp.layer import LISTENER, SeccompSection
 from isolator.layers.stopwatch import Stopwatch
@@ -41,7 +43,7 @@ from isolator.layers.user import UserSection
 from isolator.linux.files import close_all_but
 
 STEPS: tuple[type[Section], ...] = (
-    FilesystemSection, RlimitsSection, NamespacesSection, NetworkSection, UserSection, CapabilitiesSection,
+    FilesystemSection, ProcSection, RlimitsSection, NamespacesSection, NetworkSection, UserSection, CapabilitiesSection,
     NoNewPrivsSection, LandlockSection,
 )  # fmt: skip
 """The sections that a process enters, in the order of the module's text; seccomp follows after the other steps."""

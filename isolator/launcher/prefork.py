@@ -22,6 +22,7 @@ from typing import NoReturn
 from isolator.ipc.packet import receive_message, send_packet
 from isolator.launcher import enter, init
 from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs
+from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.plan import ParkOrder, Plan
 from isolator.layers.seccomp.layer import SeccompSection
 from isolator.layers.user import UserSection
@@ -60,6 +61,8 @@ def _rehearse() -> None:
 
 
 def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
+    if namespaces := plan.section(NamespacesSection):
+        namespaces.set_clocks(plan.fds)
     try:
         pid, pidfd = clone3(plan.clone_flags | CLONE_PARENT, cgroup_fd=plan.fds.pop("cgroup", -1))
     except OSError as error:

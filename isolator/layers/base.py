@@ -147,7 +147,7 @@ def mismatch(layer: str, what: str, wanted: object, found: object) -> Confinemen
 
 
 class Process:
-    """The kernel's view of one process: /proc/PID. ``status`` is read once."""
+    """The kernel's view of one process: /proc/PID. ``status`` and ``mounts`` are read once."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -157,6 +157,11 @@ class Process:
         """/proc/PID/status."""
         lines = self.read("status").splitlines()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+    @functools.cached_property
+    def mounts(self) -> dict[str, str]:
+        """The lines of /proc/PID/mountinfo by their mount points; of several on one, the topmost."""
+        return {line.split(" ", 5)[4]: line for line in self.read("mountinfo").splitlines()}
 
     def read(self, name: str) -> str:
         """The text of /proc/PID/``name``."""

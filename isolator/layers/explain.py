@@ -18,6 +18,7 @@ from isolator.layers.namespaces import Namespaces
 from isolator.layers.network.layer import Network
 from isolator.layers.no_new_privs import NoNewPrivs
 from isolator.layers.phrases import count, listing
+from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
@@ -26,7 +27,7 @@ from isolator.policy.model import EffectivePolicy
 from isolator.policy.units import format_duration
 
 ORDER: tuple[type[Layer], ...] = (
-    User, Cgroup, Namespaces, Filesystem, Network, Capabilities, NoNewPrivs, Landlock, Seccomp, Rlimits,
+    User, Cgroup, Namespaces, Filesystem, Proc, Network, Capabilities, NoNewPrivs, Landlock, Seccomp, Rlimits,
 )  # fmt: skip
 """Every layer, in the order of their sentences; the events follow."""
 

@@ -12,7 +12,7 @@ template's dozen mounts is also much cheaper than copying and detaching the host
     /dev        null zero full random urandom, the standard links                                 template
     /dev/pts    terminals of its own; with ``isolator run --tty`` those of the caller's making        cage
     /etc/ld.so.cache, localtime   of the host, read-only, as they are at this start               cage
-    /proc       only processes, only its own (hidepid=invisible, subset=pid)                      cage
+    /proc /sys  the cage's processes and figures (isolator.layers.proc)            template and layer proc
     /tmp /dev/shm          tmpfs with size and inode caps                                         cage
     /state                 persistent and capped (when the policy grants any)                     cage
     /plugin                the plugin's files, read-only                                          cage
@@ -23,7 +23,7 @@ A policy that names more paths to read needs mount points that the template does
 of its own, takes over what the template has, and pivots into it. There /etc is made anew, piece by piece: mount points
 may be missing below it too.
 
-There is no /sys, no terminal of the host, nothing else of /run, /var, /home or /root.
+There is no terminal of the host, nothing else of /sys, /run, /var, /home or /root.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
 from isolator.layers.phrases import listing
 from isolator.layers.plan import ParkOrder, Part, Plan, Section
+from isolator.layers.proc import template as proc
 from isolator.linux import mount
 
 if TYPE_CHECKING:
@@ -106,14 +107,15 @@ def build_template() -> None:
     found = [path for pattern in _ETC_OF_HOST for path in glob.glob(f"/etc/{pattern}") if os.path.isdir(path)]
     sources |= {path[1:]: path for path in found}
     copies = {f"etc/{name}": text for name in _ETC_COPIES if (text := _public_text(f"/etc/{name}"))}
-    trees = [(target, *_take(source)) for target, source in sources.items()]
+    texts = _STATIC | copies | proc.texts()
+    trees = [(target, *_take(source)) for target, source in (sources | proc.binds()).items()]
     trees += [(f"dev/{name}", *_take_device(name)) for name in _DEVICES]
     root = _new_root()
-    for place in _PLACES:
+    for place in (*_PLACES, *proc.folders()):
         _place(place, is_folder=True)
     for name in _ETC_FILES:
         _place(f"etc/{name}", is_folder=False)
-    for name, text in (_STATIC | copies).items():
+    for name, text in texts.items():
         _place(name, is_folder=False)
         _write(name, text, 0o444)
     for name in _ETC_OF_CAGE:
@@ -153,18 +155,6 @@ class ResizeTmpfs(MountOperation, kind="resize"):
 
     def describe(self) -> str:
         return f"/{self.target}: tmpfs, {self.options}"
-
-
-class MountProc(MountOperation, kind="proc"):
-    """Mount /proc of the cage's own pid namespace."""
-
-    options: str
-
-    def execute(self, fds: dict[str, int]) -> None:
-        mount.mount("proc", "proc", _MS_SCRATCH, self.options)
-
-    def describe(self) -> str:
-        return f"/proc: proc, {self.options}"
 
 
 class FillFolder(MountOperation, kind="fill"):
@@ -314,7 +304,6 @@ class Filesystem(Layer):
         operations: tuple[MountOperation, ...] = (
             ResizeTmpfs("tmp", f"size={fs.tmp},nr_inodes={fs.tmp_inodes}", runs),
             ResizeTmpfs("dev/shm", f"size={fs.shm},nr_inodes=1024", runs),
-            MountProc("hidepid=invisible,subset=pid"),
             FillFolder("run/isolator/etc", _etc(spec), 0, 0, 0o755, 0o444),
             FillFolder("run/isolator/config", spec.files, spec.uid, spec.gid, 0o500, 0o400),
             *mounts,
@@ -357,11 +346,12 @@ class _Mounted(NamedTuple):
 
 
 def _mounts(process: Process) -> dict[str, _Mounted]:
+    """The mounts by their places, but for the covers of /proc, which are another layer's."""
     found = {}
-    for line in process.read("mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        fields = before.split()
-        found[fields[4]] = _Mounted(after.split()[0], frozenset(fields[5].split(",")))
+    for place, line in process.mounts.items():
+        if not place.startswith("/proc/"):
+            before, _, after = line.partition(" - ")
+            found[place] = _Mounted(after.split()[0], frozenset(before.split()[5].split(",")))
     return found
 
 
@@ -373,7 +363,7 @@ def _known(target: str) -> bool:
 def _new_root(places: int = 0) -> int:
     """A new empty root with room for ``places`` more files, parked where it hides nothing needed, as the working
     directory."""
-    root = mount.new_filesystem("tmpfs", {"size": "1m", "nr_inodes": f"{1024 + places}", "mode": "0755"})
+    root = mount.new_filesystem("tmpfs", {"size": "2m", "nr_inodes": f"{1024 + places}", "mode": "0755"})
     mount.attach(root, _PARKING)
     os.chdir(root)
     return root
@@ -391,7 +381,7 @@ def _take_over_template(places: int) -> int:
     """A root of this cage's own, with the template's folders in it and room for more mount points."""
     folders = [name for name in os.listdir("/") if not os.path.islink(f"/{name}")]
     links = {name: os.readlink(f"/{name}") for name in os.listdir("/") if name not in folders}
-    shared = ["usr", "dev", *(name for name in _MERGED if name in folders)]
+    shared = ["usr", "dev", "proc", "sys", *(name for name in _MERGED if name in folders)]
     texts: dict[str, str] = {}
     device = os.stat("/etc").st_dev
     for name, info in _pieces("/etc", device):

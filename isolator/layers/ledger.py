@@ -17,6 +17,7 @@ from isolator.layers.landlock import Landlock
 from isolator.layers.namespaces import Namespaces
 from isolator.layers.network.layer import Network
 from isolator.layers.no_new_privs import NoNewPrivs
+from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
@@ -26,7 +27,7 @@ from isolator.structs import replace
 Check = Callable[[], Control]
 
 LAYERS: tuple[type[Layer], ...] = (
-    User, Cgroup, Rlimits, Namespaces, Filesystem, Network, Capabilities, NoNewPrivs, Landlock, Seccomp,
+    User, Cgroup, Rlimits, Namespaces, Filesystem, Proc, Network, Capabilities, NoNewPrivs, Landlock, Seccomp,
 )  # fmt: skip
 """Every layer, in the order in which a reader of the ledger meets them."""
 

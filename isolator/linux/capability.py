@@ -32,6 +32,13 @@ def last_capability() -> int:
     return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
 
 
+def has_capability(number: int) -> bool:
+    """Whether the calling thread has a capability in its effective set."""
+    data = (_Data * 2)()
+    syscall("capget", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref(data))
+    return bool(data[number // 32].effective >> number % 32 & 1)
+
+
 def drop_bounding_set(last: int) -> None:
     """Empty the bounding set, every number up to ``last``."""
     for number in range(last + 1):

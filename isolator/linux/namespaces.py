@@ -8,6 +8,7 @@ import os
 from isolator.linux._libc import call, libc, syscall
 
 CLONE_PIDFD = 0x1000
+CLONE_NEWTIME = 0x80
 CLONE_PARENT = 0x8000
 CLONE_NEWNS = 0x20000
 CLONE_NEWCGROUP = 0x02000000

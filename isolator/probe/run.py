@@ -16,6 +16,7 @@ import os
 import pty
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, Literal
 from isolator.cage.cage import Cage, Stdio
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.filesystem import TERMINALS
-from isolator.layers.ledger import LAYERS
+from isolator.layers.ledger import LAYERS, ledger
 from isolator.linux.descriptors import close_all
 from isolator.linux.shared_memory import readable_segment
 from isolator.paths import Paths
@@ -200,6 +201,7 @@ def _bait() -> Iterator[dict[str, Any]]:
                 "host_port": tcp.getsockname()[1],
                 "host_name": socket.gethostname(),
                 "machine_id": _machine_id(),
+                "booted": _boot_clock(),
             }
         finally:
             del os.environ["ISOLATOR_PROBE"]
@@ -209,6 +211,11 @@ def _machine_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/etc/machine-id").read_text().strip()
     return ""
+
+
+def _boot_clock() -> float:
+    own = [control.state for control in ledger() if control.key == "namespaces.time"]
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if own == ["enforced"] else 0.0
 
 
 async def _pipe() -> tuple[asyncio.StreamReader, int]:

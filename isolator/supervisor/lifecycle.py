@@ -199,9 +199,12 @@ class Plugin:
             self._context.host.run_started(self.name, self.registration.uid, run.id, run.cage.pid, run.pipes)
 
     def record_usage(self) -> None:
-        """Write the ``resources`` record of the run, if there is one."""
+        """Write the ``resources`` record of the run, if there is one, and show the figures to its programs."""
         if self.run is not None and self.run.cage.started:
-            self._context.audit.record(Resources(**self.run.usage()), plugin=self.name, run=self.run.id)
+            usage = self.run.usage()
+            self._context.audit.record(Resources(**usage), plugin=self.name, run=self.run.id)
+            if not self.run.exited:
+                self.run.cage.refresh_figures(usage)
 
     async def compare_files(self) -> None:
         """Note which paths that its run is shown were replaced on the host: a mount stays with the file it was made of.

@@ -108,7 +108,7 @@ class Run:
             self.cage.kill()
 
     def detect_drift(self) -> str:
-        """Return which of the running cage's control groups somebody has changed, and how; empty: none."""
+        """Return which of the running cage's control groups somebody has changed, or which entry of /proc has come."""
         return self.cage.detect_drift() if self.cage.started else ""
 
     def replaced(self) -> tuple[str, ...]:

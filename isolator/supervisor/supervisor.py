@@ -237,7 +237,8 @@ async def _take_snapshots(table: PluginTable, interval: float) -> None:
                 comparing[plugin.name] = table.own(plugin.compare_files())
             if changed:
                 logger.warning("plugin %s is started anew: %s", plugin.name, changed)
-                run.terminate("its control groups were changed", Origin.OPERATOR)
+                cause = "its /proc was changed" if changed.startswith("/proc/") else "its control groups were changed"
+                run.terminate(cause, Origin.OPERATOR)
 
 
 class _TrailAlarm:

@@ -21,6 +21,7 @@ from typing import Any
 from isolator.cage.cage import Cage
 from isolator.launcher import client
 from isolator.layers.base import Bind, CageSpec, Layer, Process
+from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.layers.filesystem import AttachMount, FilesystemSection
 from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.plan import Plan
@@ -106,6 +107,14 @@ HOST_IPC = """
 import isolator.launcher.server
 isolator.launcher.server.BEFORE_THE_PLAN = ("mnt", "uts")
 """
+UNCOVERED = """
+from isolator.layers.proc import layer
+layer._cover = lambda: None
+"""
+HOST_CLOCK = """
+from isolator.linux import namespaces
+namespaces.CLONE_NEWTIME = 0
+"""
 MANY_TERMINALS = """
 from isolator.layers import filesystem
 filesystem._TERMINAL_OPTIONS = "newinstance,ptmxmode=0666,mode=0600"
@@ -147,6 +156,15 @@ def host_name(plan: Plan, _: WeakenedCage) -> None:
 def no_cgroup_namespace(plan: Plan, _: WeakenedCage) -> None:
     """The other namespaces come with the clone; this one is unshared by the child."""
     del plan.sections["namespaces"]
+
+
+def host_groups(plan: Plan, _: WeakenedCage) -> None:
+    """The hierarchies' tops in place of the cage's leaves, as a mount without a leaf of its own would show them."""
+    found = find_hierarchies()
+    for name in [name for name in plan.fds if name.startswith("group ")]:
+        top = found.v1.get(name.removeprefix("group "), found.unified)
+        assert top is not None
+        plan.own(name, mount.clone_tree(str(top), recursive=False))
 
 
 def writable_plugin(plan: Plan, _: WeakenedCage) -> None:

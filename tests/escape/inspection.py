@@ -32,6 +32,10 @@ def text_of(path: str) -> str:
         return file.read()
 
 
+def lines(path: str) -> list[str]:
+    return text_of(path).splitlines()
+
+
 def link_of(path: str) -> str:
     try:
         return os.readlink(path)
@@ -53,8 +57,7 @@ def c_error(result: int) -> str:
 
 
 def identity() -> dict[str, Any]:
-    lines = text_of("/proc/self/status").splitlines()
-    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    status = dict(line.split(":\t", 1) for line in lines("/proc/self/status") if ":\t" in line)
     others = [(0, 0, 0), (os.getuid() + 1,) * 3]
     return {
         "status": status,
@@ -65,7 +68,7 @@ def identity() -> dict[str, Any]:
         "raise ambient": c_error(libc.prctl(47, 2, 0, 0, 0)),
         "capset": c_error(_capset()),
         "namespaces": {
-            kind: link_of(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid", "ipc", "uts", "cgroup", "net")
+            kind: link_of(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid", "ipc", "uts", "cgroup", "net", "time")
         },
         "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
         "host name": os.uname().nodename,
@@ -96,7 +99,6 @@ def files(read: list[str]) -> dict[str, Any]:
         "mounts": mounts,
         "devices": sorted(devices),
         "terminal": _terminal(),
-        "proc": sorted(name for name in os.listdir("/proc") if not name.isdigit()),
         "writable": sorted(writable),
         "write": {
             place: _writable(place) for place in ("/", "/usr/bin", "/etc", "/plugin", *read) if os.path.exists(place)
@@ -104,6 +106,46 @@ def files(read: list[str]) -> dict[str, Any]:
         "readable": [place for place in ("/usr/bin", "/plugin", *read) if os.path.exists(place) and os.listdir(place)],
         "sizes": {place: found.f_blocks * found.f_frsize for place, found in sizes.items()},
     }
+
+
+def figures() -> dict[str, Any]:
+    """Limits and load in every place where programs look for them, and the rest of /proc and /sys."""
+    entries = {}
+    for entry in os.scandir("/proc"):
+        if entry.is_symlink():
+            entries[entry.name] = "link"
+        elif not entry.name.isdigit():
+            own = os.stat(entry.path).st_dev == os.stat("/proc").st_dev
+            entries[entry.name] = "the kernel's" if own else "covered" if _has_content(entry.path) else "empty"
+    meminfo = dict(line.split(":") for line in lines("/proc/meminfo"))
+    groups = {
+        folder: [os.path.exists(f"{folder}/cgroup.procs"), *below] for folder, below, _ in os.walk("/sys/fs/cgroup")
+    }
+    return {
+        "entries": entries,
+        "sys": sorted(os.listdir("/sys")),
+        "settings": [os.path.join(folder, name) for folder, _, names in os.walk("/proc/sys") for name in names],
+        "groups": groups,
+        "processors": {
+            "online": _numbers(text_of("/sys/devices/system/cpu/online")),
+            "possible": _numbers(text_of("/sys/devices/system/cpu/possible")),
+            "cpuinfo": [int(line.split(":")[1]) for line in lines("/proc/cpuinfo") if line.startswith("processor")],
+            "stat": [int(line.split()[0][3:]) for line in lines("/proc/stat") if line[3:4].isdigit()],
+            "affinity": sorted(os.sched_getaffinity(0)),
+        },
+        "counted": [os.cpu_count(), os.sysconf("SC_NPROCESSORS_CONF"), os.sysconf("SC_NPROCESSORS_ONLN")],
+        "meminfo": {name: int(value.split()[0]) * 1024 for name, value in meminfo.items()},
+        "load": text_of("/proc/loadavg"),
+    }
+
+
+def _has_content(path: str) -> bool:
+    return bool(os.listdir(path) if os.path.isdir(path) else text_of(path))
+
+
+def _numbers(listed: str) -> list[int]:
+    runs = [run.partition("-")[::2] for run in listed.strip().split(",")]
+    return [number for low, high in runs for number in range(int(low), int(high or low) + 1)]
 
 
 def _terminal() -> str:
@@ -226,6 +268,7 @@ def main() -> None:
     seen: dict[str, Any] = {"uid": os.getuid()}
     seen |= identity()
     seen |= files(task["read"])
+    seen["figures"] = figures()
     seen["connections"] = connections(task["connect"])
     seen["memory"] = memory()
     seen |= limits(fork=task["fork"])

@@ -89,12 +89,12 @@ ABLATIONS = {
     ),
     "the host's IPC objects": Ablation(_weak(template=cages.HOST_IPC), "read-segment"),
     "no view of its own": Ablation(
-        _weak("filesystem", edits=OUTSIDE, template=cages.HOST_VIEW),
+        _weak("filesystem", "proc", edits=OUTSIDE, template=cages.HOST_VIEW),
         "list-host-folders daemon-files see-sys host-devices host-terminals fill-tmp-inodes machine-id fill-tmp "
         "fill-shm",
     ),
     "root without a view or Landlock": Ablation(
-        _weak("filesystem", "landlock", root=True, edits=OUTSIDE, template=cages.HOST_VIEW),
+        _weak("filesystem", "proc", "landlock", root=True, edits=OUTSIDE, template=cages.HOST_VIEW),
         "read-shadow list-root-home write-kernel-settings kernel-memory kernel-log write-cgroup",
     ),
     "the host's pids and root, no Landlock": Ablation(
@@ -116,6 +116,11 @@ ABLATIONS = {
     ),
     "the host's network, no Landlock": Ablation(_weak("network", "landlock"), "abstract-socket"),
     "no network rules": Ablation(_weak(edits=(cages.no_rules,)), "broker-port"),
+    "an uncovered /proc": Ablation(
+        _weak(template=cages.UNCOVERED), "read-host-figures host-memory host-load host-settings"
+    ),
+    "the tops of the control groups": Ablation(_weak(edits=(cages.host_groups,)), "other-groups"),
+    "the host's clocks": Ablation(_weak(template=cages.HOST_CLOCK), "host-uptime"),
     "terminals without a cap": Ablation(_weak(template=cages.MANY_TERMINALS), "fill-terminals"),
     "set-user-ID programs": Ablation(
         _weak("no_new_privs", "seccomp", "landlock", template=cages.SET_ID_FILES), "set-user-id-program"
@@ -133,6 +138,10 @@ _NEEDS = {"raise-limit": 24}
 
 _NO_FILE = {
     "kernel-memory": ("no such file", "this kernel offers no /proc/kcore, /dev/mem or /dev/kmem"),
+    "host-uptime": (
+        "this host keeps no promise about it (namespaces.time)",
+        "no time namespace, or no CAP_SYS_TIME, on this host",
+    ),
 }
 
 

@@ -27,7 +27,9 @@ from hypothesis import given, settings
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.explain import ORDER, sentences
 from isolator.layers.filesystem import AttachMount, FilesystemSection, ResizeTmpfs
+from isolator.layers.ledger import ledger
 from isolator.layers.plan import Plan
+from isolator.layers.proc import template
 from isolator.layers.seccomp import profiles
 from isolator.layers.seccomp.layer import SeccompSection, compiled
 from isolator.linux import mount
@@ -212,6 +214,11 @@ def own_mounts(_: re.Match[str], seen: Inspected) -> None:
     _own_namespace("mnt", seen)
 
 
+def own_uptime(_: re.Match[str], seen: Inspected) -> None:
+    if next(control for control in ledger() if control.key == "namespaces.time").state == "enforced":
+        _own_namespace("time", seen)
+
+
 def own_host_name(_: re.Match[str], seen: Inspected) -> None:
     _own_namespace("uts", seen)
     assert seen.inside["host name"] == "cage"
@@ -235,7 +242,7 @@ def own_interfaces(_: re.Match[str], seen: Inspected) -> None:
 
 _VIEW = {
     "/", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/plugin", "/state", "/tmp", "/dev/shm",
-    "/proc", "/etc", "/dev",
+    "/proc", "/sys", "/etc", "/dev",
     "/run/isolator", "/run/isolator/plugin", "/etc/ssl/certs", "/etc/alternatives", "/etc/ca-certificates", "/etc/pki",
     "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/dev/pts",
 }  # fmt: skip
@@ -290,14 +297,54 @@ def executes_none(_: re.Match[str], seen: Inspected) -> None:
 
 def nothing_else(_: re.Match[str], seen: Inspected) -> None:
     devices = {f"/dev/{name}" for name in _PLAIN_DEVICES}
-    found = {place for place in seen.inside["mounts"] if not re.fullmatch(_PUBLIC, place)}
+    found = {place for place in seen.inside["mounts"] if not re.fullmatch(f"{_PUBLIC}|/proc/.*|/sys/.*", place)}
     assert found <= _VIEW | devices | set(seen.policy.filesystem.read)
     assert seen.inside["devices"] == _PLAIN_DEVICES
-    assert set(seen.inside["proc"]) <= {"self", "thread-self"}
+    assert seen.inside["figures"]["sys"] == ["devices", "fs"]
 
 
 def own_terminals(_: re.Match[str], seen: Inspected) -> None:
     assert seen.inside["terminal"] == "/dev/pts/0"
+
+
+# --- /proc and /sys ------------------------------------------------------------------------------------------
+
+_LINKS = {"self", "thread-self", "mounts", "net"}
+_OWN_ENTRIES = {"sysvipc", "uptime", "version"}
+_FIGURES = {"cgroups", "cpuinfo", "filesystems", "loadavg", "meminfo", "stat", "swaps", "sys", "vmstat"}
+
+
+def own_processors(found: re.Match[str], seen: Inspected) -> None:
+    count = min(int(found["processors"]), len(os.sched_getaffinity(0)))
+    listed = list(seen.inside["figures"]["processors"].values())
+    assert len(listed[0]) == count and all(one == listed[0] for one in listed), listed
+    assert set(seen.inside["figures"]["counted"]) == {count}
+
+
+def own_memory(found: re.Match[str], seen: Inspected) -> None:
+    assert seen.inside["figures"]["meminfo"]["MemTotal"] == parse_size(found["memory"])
+    assert seen.inside["figures"]["meminfo"]["SwapTotal"] == seen.policy.resources.swap
+
+
+def own_load(_: re.Match[str], seen: Inspected) -> None:
+    assert seen.inside["figures"]["load"] == "0.00 0.00 0.00 1/1 1\n"
+
+
+def own_groups_shown(_: re.Match[str], seen: Inspected) -> None:
+    shown = {folder: rest for folder, (is_group, *rest) in seen.inside["figures"]["groups"].items() if is_group}
+    assert shown and not any(shown.values()), shown
+
+
+def no_host_entry(_: re.Match[str], seen: Inspected) -> None:
+    """By what is allowed: whatever else this kernel has is empty here."""
+    by_kind: dict[str, set[str]] = {}
+    for name, kind in seen.inside["figures"]["entries"].items():
+        by_kind.setdefault(kind, set()).add(name)
+    assert by_kind["link"] == _LINKS
+    assert by_kind["the kernel's"] <= _OWN_ENTRIES
+    assert by_kind["covered"] <= _FIGURES
+    settings = {name.removeprefix("/proc/sys/") for name in seen.inside["figures"]["settings"]}
+    assert settings <= {*template._SETTINGS, *template._OF_NEW_NETWORKS, *template._LIVE, "kernel/random/boot_id"}
 
 
 # --- network -------------------------------------------------------------------------------------------------
@@ -446,6 +493,7 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
         Clause("Sees only its own processes", own_processes, "other-processes other-processes-in-proc kill-init"),
         Clause(", mounts", own_mounts, "list-host-folders join-namespace"),
         Clause(", host name", own_host_name, "learn-host-name"),
+        Clause(", uptime", own_uptime, "host-uptime"),
         Clause(", IPC objects", own_ipc, "read-segment"),
         Clause(", control groups", own_groups, "learn-cgroup"),
         Clause(r" and network interfaces\.", own_interfaces, "other-interfaces list-interfaces change-network"),
@@ -476,6 +524,18 @@ CLAUSES: dict[str, tuple[Clause, ...]] = {
             "list-host-folders list-root-home daemon-files see-sys host-devices read-shadow kernel-memory machine-id",
         ),
         Clause(r"; has up to \d+ terminals of its own\.", own_terminals, "host-terminals fill-terminals"),
+    ),
+    "proc": (
+        Clause(
+            "Learns its own limits in /proc and /sys, not this host's: at most (?P<processors>\\d+) processors?",
+            own_processors, tests=("cage/test_figures.py::test_runtimes_count_the_processors_of_their_cap",),
+        ),
+        Clause(r", (?P<memory>\w+) of memory", own_memory, "host-memory"),
+        Clause(", its own load", own_load, "host-load"),
+        Clause(" and control groups", own_groups_shown, "other-groups"),
+        Clause(
+            r"; of /proc's other entries sees none of the host's\.", no_host_entry, "read-host-figures host-settings"
+        ),
     ),
     "network": (
         Clause(
@@ -861,6 +921,10 @@ WEAKNESSES = {
     "no control groups": Noticed(EVERYTHING, Weakness(frozenset({"cgroup"})), (memory, swap, processor, tasks, disk)),
     "the host's processes": Noticed("plain", Weakness(edits=(cages.host_pids,)), (own_processes,)),
     "the host's name": Noticed("plain", Weakness(edits=(cages.host_name,)), (own_host_name,)),
+    "an uncovered /proc": Noticed(
+        "plain", Weakness(template=cages.UNCOVERED), (own_memory, own_load, no_host_entry)
+    ),
+    "the tops of the control groups": Noticed("plain", Weakness(edits=(cages.host_groups,)), (own_groups_shown,)),
     "the host's control groups": Noticed("plain", Weakness(edits=(cages.no_cgroup_namespace,)), (own_groups,)),
     "the host's IPC objects": Noticed("plain", Weakness(template=cages.HOST_IPC), (own_ipc,)),
     "the host's network": Noticed("plain", Weakness(frozenset({"network"})), (own_interfaces, no_network)),

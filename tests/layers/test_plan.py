@@ -18,13 +18,13 @@ from isolator.layers.filesystem import (
     FilesystemSection,
     FillFolder,
     MountOperation,
-    MountProc,
     ResizeTmpfs,
     SealMount,
 )
 from isolator.layers.landlock import LandlockSection, WritableFolder
 from isolator.layers.ledger import LAYERS
 from isolator.layers.plan import Part, Plan, Section
+from isolator.layers.proc.layer import GroupFolder, ProcSection
 from isolator.layers.rlimits import RlimitsSection
 from isolator.layers.seccomp.layer import SeccompSection
 from isolator.layers.user import UserSection
@@ -34,7 +34,6 @@ numbers = st.integers(-(2**40), 2**40)
 files = st.dictionaries(texts, texts, max_size=3)
 operations: st.SearchStrategy[MountOperation] = st.one_of(
     st.builds(ResizeTmpfs, texts, texts, st.booleans()),
-    st.builds(MountProc, texts),
     st.builds(FillFolder, texts, files, numbers, numbers, numbers, numbers),
     st.builds(AttachMount, texts, texts, st.booleans()),
     st.builds(SealMount, texts),
@@ -43,6 +42,7 @@ sections: st.SearchStrategy[Section] = st.one_of(
     st.builds(UserSection, numbers, numbers),
     st.builds(RlimitsSection, numbers),
     st.builds(LandlockSection, numbers, st.lists(st.builds(WritableFolder, texts), max_size=2).map(tuple)),
+    st.builds(ProcSection, st.lists(st.builds(GroupFolder, texts, texts), max_size=3).map(tuple)),
     st.builds(SeccompSection, st.binary(max_size=50), st.binary(max_size=9)),
     st.builds(FilesystemSection, st.booleans(), st.lists(operations, max_size=6).map(tuple)),
 )
@@ -144,7 +144,6 @@ def test_a_descriptor_that_a_plan_owns_is_closed_once() -> None:
     ("operation", "words"),
     [
         (ResizeTmpfs("tmp", "size=1", executable=True), "/tmp: tmpfs, size=1"),
-        (MountProc("subset=pid"), "/proc: proc, subset=pid"),
         (FillFolder("run/x", {}, 7, 8, 0o500, 0o400), "/run/x: a folder of uid 7, mode 0500"),
         (AttachMount("plugin", "mount0", is_folder=True), "/plugin: a mounted folder"),
         (AttachMount("etc/localtime", "mount1", is_folder=False), "/etc/localtime: a mounted file"),

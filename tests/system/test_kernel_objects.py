@@ -81,6 +81,30 @@ def test_a_limit_that_was_changed(running: Daemon, name: str) -> None:
     assert _cause(running, before["run"]) == "its control groups were changed"
 
 
+def _init(d: Daemon, run: str) -> int:
+    """Pid 1 of the cage."""
+    return min(int(pid) for pid in (_groups(d, run)[0] / "cgroup.procs").read_text().split())
+
+
+def test_an_entry_of_proc_that_is_not_covered_any_more(running: Daemon) -> None:
+    before = _show(running)
+    pid = str(_init(running, before["run"]))
+    subprocess.run(["nsenter", "--mount", "--pid", "--target", pid, "umount", "/proc/interrupts"], check=True)
+    after = _another_run(running, before["run"])
+    assert _cause(running, before["run"]) == "its /proc was changed"
+    assert Path(f"/proc/{_init(running, after['run'])}/root/proc/interrupts").read_text() == ""
+
+
+def test_figures_follow_a_plugin_at_snapshots(running: Daemon) -> None:
+    meminfo = Path(f"/proc/{_init(running, _show(running)['run'])}/root/proc/meminfo")
+
+    def free() -> bool:
+        sizes = {line.split()[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
+        return 0 < sizes["MemFree:"] < sizes["MemTotal:"]
+
+    wait_for(free)
+
+
 def test_processes_that_were_moved_out_of_their_group(running: Daemon) -> None:
     before = _show(running)
     groups = _groups(running, before["run"])

@@ -51,17 +51,26 @@ class Leaf:
     on_v2: frozenset[str] = frozenset()
     blkio: Path | None = None
     """One more v1 group, where the limits ask for it: it is entered just before the exec."""
+    cpuset: Path | None = None
+    """An empty v1 group that the cage is shown, the same for all."""
 
     @classmethod
     def under(cls, subtree: Subtree, name: str, limits: ResourcePolicy | None = None) -> Leaf:
         """The leaf ``name`` of a subtree (not made yet), with what its limits need."""
         v1 = {controller: path / name for controller, path in subtree.v1.items()}
         blkio = subtree.blkio / name if subtree.blkio is not None and has_disk_caps(limits) else None
-        return cls(subtree.unified / name, v1, subtree.on_v2, blkio)
+        return cls(subtree.unified / name, v1, subtree.on_v2, blkio, subtree.cpuset)
 
     def folders(self) -> list[Path]:
         """Every folder that ``create`` makes."""
         return [self.unified, *dict.fromkeys(self.v1.values()), *([self.blkio] if self.blkio else [])]
+
+    def by_controller(self) -> list[tuple[str, str]]:
+        """The groups to show to the cage: the place of each below /sys/fs/cgroup, and its path on the host."""
+        if not self.v1 or "memory" in self.on_v2:
+            return [("", str(self.unified))]
+        shown = {**self.v1, **({"cpuset": self.cpuset} if self.cpuset is not None else {})}
+        return [(place, str(path)) for place, path in shown.items()]
 
     def create(self, limits: ResourcePolicy | None) -> dict[Path, str]:
         """Make the groups and write the limits but the processor's, before a process of the cage is in them.

@@ -77,10 +77,13 @@ class Subtree:
     """In v1's blkio hierarchy, on hosts where v2 has no io controller; only cages with a cap on disks have a leaf."""
     optional: frozenset[str] = frozenset()
     """Controllers that may be done without."""
+    cpuset: Path | None = None
+    """In v1's cpuset hierarchy: an empty group, for a Java runtime to find one; it caps nothing and nobody is in it."""
 
     def folders(self) -> list[Path]:
         """Every folder of the subtree's top, one a hierarchy."""
-        return list(dict.fromkeys([self.unified, *self.v1.values(), *([self.blkio] if self.blkio else [])]))
+        further = [folder for folder in (self.blkio, self.cpuset) if folder is not None]
+        return list(dict.fromkeys([self.unified, *self.v1.values(), *further]))
 
     def remove(self) -> None:
         """Remove the subtree's tops; there must be no leaf left."""
@@ -122,7 +125,13 @@ def open_subtree(name: str, *, optional: frozenset[str] = frozenset()) -> Subtre
     blkio = found.v1["blkio"] / name if "blkio" in found.v1 and "io" not in found.v2 else None
     if blkio is not None:
         blkio.mkdir(exist_ok=True)
-    return Subtree(unified, v1, on_v2, blkio, optional)
+    cpuset = found.v1["cpuset"] / name if v1 and "cpuset" in found.v1 else None
+    if cpuset is not None:
+        try:
+            cpuset.mkdir(exist_ok=True)
+        except OSError:
+            cpuset = None  # wanted, not needed
+    return Subtree(unified, v1, on_v2, blkio, optional, cpuset)
 
 
 def _delegated(own: Path, controllers: frozenset[str]) -> Path:

@@ -59,6 +59,68 @@ def see_sys(promise: Promise) -> str:
     return f"/sys/kernel: {len(os.listdir('/sys/kernel'))} entries"
 
 
+_FIGURES = (
+    "interrupts", "softirqs", "vmstat", "zoneinfo", "diskstats", "partitions", "pressure", "kallsyms", "config.gz",
+    "cmdline", "locks", "modules", "timer_list", "buddyinfo", "iomem",
+)  # fmt: skip
+
+
+@attempt("proc", "read the host's figures in /proc, by three ways")
+def read_host_figures(promise: Promise) -> str:
+    for top in ("/proc", "/proc/self/root/proc", f"/proc/{os.getpid()}/task/{os.getpid()}/root/proc"):
+        for name in _FIGURES:
+            path = f"{top}/{name}"
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                found = os.listdir(path) if os.path.isdir(path) else Path(path).read_bytes().split()
+                if len(found) > 20 or (name in ("cmdline", "pressure") and found):
+                    return f"{path}: {len(found)} words"
+    raise Held("none of them has anything")
+
+
+@attempt("proc", "learn how much memory the host has from /proc/meminfo")
+def host_memory(promise: Promise) -> str:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:") and int(line.split()[1]) * 1024 > promise.memory:
+            return line
+    raise Held("it tells the cage's memory")
+
+
+@attempt("proc", "learn how busy the host is from /proc/stat and /proc/loadavg")
+def host_load(promise: Promise) -> str:
+    load = Path("/proc/loadavg").read_text().split()
+    total = int(load[3].partition("/")[2])
+    if total > promise.tasks + 1:
+        return f"{total} tasks, load {load[0]}"
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith("ctxt ") and int(line.split()[1]):
+            return line
+    raise Held("they tell the cage's load")
+
+
+@attempt("proc", "read settings of the host's kernel that no program needs")
+def host_settings(promise: Promise) -> str:
+    for name in (
+        "fs/file-nr",
+        "fs/dentry-state",
+        "kernel/core_pattern",
+        "kernel/modprobe",
+        "kernel/sysrq",
+        "dev",
+        "debug",
+    ):
+        if os.path.exists(f"/proc/sys/{name}"):
+            return f"/proc/sys/{name} is there"
+    raise Held("none of them is there")
+
+
+@attempt("proc", "see control groups other than its own")
+def other_groups(promise: Promise) -> str:
+    for folder, below, files in os.walk("/sys/fs/cgroup"):
+        if "cgroup.procs" in files and below:
+            return f"{folder}: {', '.join(below)}"
+    raise Held("no group has another one in it")
+
+
 @attempt("filesystem", "reach the host's root through another process")
 def root_through_process(promise: Promise) -> str:
     own = os.stat("/")
@@ -86,8 +148,8 @@ def write_kernel_settings(promise: Promise) -> str:
 def kernel_memory(promise: Promise) -> str:
     for path in ("/proc/kcore", "/dev/mem", "/dev/kmem"):
         with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(path, os.O_RDONLY))
-            return f"{path} opened"
+            if _open_host_file(path, os.O_RDONLY):
+                return f"{path} opened"
     raise Held("no such file")
 
 
@@ -95,9 +157,17 @@ def kernel_memory(promise: Promise) -> str:
 def kernel_log(promise: Promise) -> str:
     for path in ("/dev/kmsg", "/proc/kmsg"):
         with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-            return f"{path} opened"
+            if _open_host_file(path, os.O_RDONLY | os.O_NONBLOCK):
+                return f"{path} opened"
     raise Held("no such file")
+
+
+def _open_host_file(path: str, flags: int) -> bool:
+    """Open a file, but do not read it; says whether it is more than the cover of an entry of /proc."""
+    fd = os.open(path, flags)
+    device = os.fstat(fd).st_dev
+    os.close(fd)
+    return not path.startswith("/proc/") or device == os.stat("/proc/self").st_dev
 
 
 @attempt("filesystem", "find a disk or a terminal in /dev")

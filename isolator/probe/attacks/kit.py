@@ -136,6 +136,8 @@ class Promise:
     """The id of a System V segment of the host that anybody may read; it holds the marker."""
     granted: list[str] = field(default_factory=list)
     """Paths of the host that the policy lets it read."""
+    booted: float = 0.0
+    """The host's CLOCK_BOOTTIME when the cage was made; 0 where this host cannot give a cage one of its own."""
     init: int = 1
     """Pid 1 of the cage, as the cage sees it."""
     descriptors: list[int] = field(default_factory=list)

@@ -290,6 +290,19 @@ def learn_host_name(promise: Promise) -> str:
     raise Held(f"it sees {socket.gethostname()!r}")
 
 
+@attempt("namespaces", "learn how long the host has run")
+def host_uptime(promise: Promise) -> str:
+    if not promise.booted:
+        raise Held("this host keeps no promise about it (namespaces.time)")
+    clocks = {"boot clock": time.clock_gettime(time.CLOCK_BOOTTIME), "monotonic clock": time.monotonic()}
+    if os.path.exists("/proc/uptime"):
+        clocks["/proc/uptime"] = float(Path("/proc/uptime").read_text().split()[0])
+    for name, seconds in clocks.items():
+        if seconds >= promise.booted:
+            return f"{name}: {seconds:.0f} s"
+    raise Held(f"its clocks began {max(clocks.values()):.0f} s ago")
+
+
 @attempt("namespaces", "read the host's System V shared memory")
 def read_segment(promise: Promise) -> str:
     if ctypes.string_at(attach_segment(promise.segment, _SHM_RDONLY)) != promise.marker.encode():

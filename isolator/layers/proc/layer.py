@@ -1,0 +1,208 @@
+"""/proc, and what little there is of /sys: programs learn the cage's limits, not the host's.
+
+A cage has a whole /proc of its own pid namespace; its processes are shown with ``hidepid=invisible``. Of the entries
+that are no process, it shows what ``SHOWN`` allows and links; every other one is covered: by the cage's own figures
+(isolator.layers.proc.figures), by what the template has in its place (isolator.layers.proc.template), or by an empty
+file or folder. What is to be covered is read from the mounted /proc itself, so an entry that only another kernel has is
+covered as well. An entry that appears later, as a module is loaded, is not: ``Proc.detect_drift`` finds it, and the
+cage is started anew.
+
+The covers are mounts of the cage's own mount namespace, in which nobody may mount or unmount; ``self/root/proc`` leads
+to them too. /sys/fs/cgroup has the cage's own groups, by binds of the leaf's folders: there is no way up from them, and
+a controller in which the cage has no group of its own is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.phrases import count
+from isolator.layers.plan import Part, Plan, Section
+from isolator.layers.proc.template import CAGE, FILE, FOLDER, VIEW
+from isolator.linux import mount
+
+if TYPE_CHECKING:
+    from isolator.layers.cgroup.leaf import Leaf
+    from isolator.layers.namespaces import Namespaces
+    from isolator.layers.proc.figures import Figures
+    from isolator.policy.model import EffectivePolicy
+
+SHOWN = frozenset({"sysvipc", "uptime", "version"})
+"""The kernel's own entries that a cage sees: objects of its own IPC namespace, the time since its start, uname(2)."""
+
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_PROC = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+_OPTIONS = "hidepid=invisible"
+_READ_ONLY = mount.RDONLY | mount.NOSUID | mount.NODEV | mount.NOEXEC
+_FIGURES = "figures"
+_CPU = "/sys/devices/system/cpu"
+
+
+class GroupFolder(Part, kind="group_folder"):
+    """A control group of the cage's: the plan's descriptor of it, and its place below /sys/fs/cgroup."""
+
+    place: str
+    fd: str
+
+
+class ProcSection(Section, kind="proc"):
+    """The cage's own /proc, and the groups that it is shown."""
+
+    groups: tuple[GroupFolder, ...]
+
+    def enter(self, fds: dict[str, int]) -> None:
+        os.chdir("/proc")  # the template's, and from the next mount on the folder below it
+        mount.attach(fds[_FIGURES], CAGE)
+        os.close(fds[_FIGURES])  # there may be more descriptors than the cage may have open files
+        mount.bind(CAGE, VIEW)
+        view = mount.open_mount(VIEW)
+        mount.set_attributes(view, _READ_ONLY, recursive=False)
+        os.close(view)
+        mount.mount("proc", "/proc", _MS_PROC, _OPTIONS)
+        _cover()
+        mount.bind(f"{VIEW}/cpu", _CPU)
+        for group in self.groups:
+            mount.attach(fds[group.fd], f"/sys/fs/cgroup/{group.place}")
+            os.close(fds[group.fd])
+        os.chdir("/")
+
+
+def _cover() -> None:
+    """Cover the entries of /proc; the working directory has what covers them."""
+    figures, template = set(os.listdir(f"{VIEW}/proc")), set(os.listdir("."))
+    for name, is_folder in _entries("/proc"):
+        if name in figures:
+            cover = f"{VIEW}/proc/{name}"
+        elif name in template:
+            cover = name
+        else:
+            cover = FOLDER if is_folder else FILE
+        mount.bind(cover, f"/proc/{name}", recursive=is_folder)
+
+
+def _entries(folder: str | int) -> list[tuple[str, bool]]:
+    """The entries of a /proc that are to be covered, and whether each is a folder.
+
+    A link shows a path, and leads to what is covered or shown.
+    """
+    with os.scandir(folder) as entries:
+        return [
+            (entry.name, entry.is_dir(follow_symlinks=False))
+            for entry in entries
+            if not entry.name.isdigit() and entry.name not in SHOWN and not entry.is_symlink()
+        ]
+
+
+class Proc(Layer):
+    """Its own limits, and nothing of the host's, in /proc and /sys."""
+
+    name = "proc"
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+        self.parked = 0
+        """The pid of the process that will clone the cage."""
+        self.folder = -1
+        """A file system in memory for the cage's figures (``new_figures``); the caller's."""
+        self.leaf: Leaf | None = None
+        """The cage's groups, once they are made."""
+        self._figures: Figures | None = None
+
+    @classmethod
+    def check(cls) -> list[Control]:
+        try:
+            os.close(mount.new_filesystem("proc", {"hidepid": "invisible"}))
+        except OSError as error:
+            remedy = "use kernel 5.8 or newer, and run as root outside a container that forbids mounts"
+            return [Control("own /proc", cls.name, "unavailable", f"{error.strerror}", remedy)]
+        return [Control("own /proc", cls.name, "enforced", "covered but for the cage's own")]
+
+    @classmethod
+    def describe(cls, policy: EffectivePolicy) -> str:
+        from isolator.policy.units import format_size
+
+        limits = policy.resources
+        processors = count(-(-limits.cpu // 1000), "processor")
+        return (
+            f"Learns its own limits in /proc and /sys, not this host's: at most {processors}, "
+            f"{format_size(limits.memory)} of memory, its own load and control groups; of /proc's other entries sees "
+            "none of the host's."
+        )
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        from isolator.errors import ConfinementError
+        from isolator.layers.proc.figures import Figures, choose_processors
+
+        self._processors = choose_processors(spec.policy.resources.cpu)
+        try:
+            with contextlib.suppress(ProcessLookupError):  # it has died, as the end of its link will show
+                os.sched_setaffinity(self.parked, self._processors)
+        except OSError as error:
+            raise ConfinementError("processors of the cage", f"{error.strerror}", "see 'isolator check'") from None
+        limits = spec.policy.resources
+        self._figures = Figures.of(self.folder, limits, self._processors, self._namespaces.boot_offset)
+        self._figures.write()
+        plan.fds[_FIGURES] = self.folder
+        groups = []
+        for place, path in self.leaf.by_controller() if self.leaf is not None else ():
+            tree = mount.clone_tree(path, recursive=False)
+            plan.own(f"group {place}", tree)
+            mount.set_attributes(tree, _READ_ONLY, recursive=False)
+            groups.append(GroupFolder(place, f"group {place}"))
+        plan.add(ProcSection(tuple(groups)))
+
+    def confirm(self, process: Process) -> None:
+        if (found := os.sched_getaffinity(process.pid)) != set(self._processors):
+            raise mismatch(self.name, "its processors", set(self._processors), found)
+        mounts = process.mounts
+        if " - proc " not in (own := mounts.get("/proc", "")) or _OPTIONS not in own:
+            raise mismatch(self.name, "/proc", f"its own processes, {_OPTIONS}", "another")
+        with _proc_of(process) as proc:
+            names = [name for name, _ in _entries(proc)]
+        if bare := [name for name in names if f"/proc/{name}" not in mounts]:
+            raise mismatch(self.name, "/proc", "covered", f"open at {', '.join(bare)}")
+        device = os.fstat(self.folder).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for place in (*(f"/proc/{name}" for name in ("cpuinfo", "loadavg", "meminfo", "stat")), _CPU):
+            line = mounts.get(place, "").split()
+            if not line or line[2] != number or "ro" not in line[5].split(","):
+                raise mismatch(self.name, place, "the cage's figures, read-only", " ".join(line) or "the host's")
+
+    def detect_drift(self, process: Process) -> str:
+        """Return which entry of the cage's /proc is not covered; empty: none."""
+        with _proc_of(process) as proc:
+            device = os.fstat(proc).st_dev
+            for name, _ in _entries(proc):
+                with contextlib.suppress(FileNotFoundError):  # a module was removed
+                    if os.stat(name, dir_fd=proc, follow_symlinks=False).st_dev == device:
+                        return f"/proc/{name} of the host is there"
+        return ""
+
+    def refresh(self, usage: Mapping[str, Any], uptime: float) -> None:
+        """Write the figures anew: ``usage`` as in a ``resources`` record."""
+        if self._figures is not None:
+            self._figures.refresh(usage, uptime)
+
+
+@contextlib.contextmanager
+def _proc_of(process: Process) -> Iterator[int]:
+    fd = os.open(f"/proc/{process.pid}/root/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def new_figures() -> int:
+    """A descriptor of a detached file system in memory for the figures of one cage, with their folders."""
+    attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
+    folder = mount.new_filesystem("tmpfs", {"size": "4m", "nr_inodes": "32", "mode": "0755"}, attributes=attributes)
+    for name in ("proc", "cpu"):
+        os.mkdir(name, 0o755, dir_fd=folder)
+    for name in ("possible", "present"):
+        os.symlink("online", f"cpu/{name}", dir_fd=folder)
+    return folder
