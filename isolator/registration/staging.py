@@ -67,6 +67,9 @@ class Staged:
     kind: Literal["folder", "binary"] = "folder"
     binary_path: str = ""
     binary_sha256: str = ""
+    files: int = 0
+    size: int = 0
+    """Bytes of what was copied."""
 
 
 def stage(base: Path, source: Source, reader: ManifestReader) -> Staged:
@@ -94,10 +97,11 @@ class _Stager:
     def stage_folder(self, path: Path) -> Staged:
         """Copy a folder and read its manifest; nothing is registered yet."""
         with FdSet() as owned, self._new_staging() as (token, target):
-            digest = _Copy(str(path)).whole(owned.add(_open_folder(path)), target)
+            copy = _Copy(str(path))
+            digest = copy.whole(owned.add(_open_folder(path)), target)
             manifest = _read_manifest(target, path)
             name = self._reader.read(manifest, str(path / MANIFEST)).core.name
-            return Staged(token, name, digest, target, manifest, synthesised=False)
+            return Staged(token, name, digest, target, manifest, synthesised=False, files=copy.files, size=copy.size)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
         """Stage a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
@@ -114,8 +118,9 @@ class _Stager:
         sha256 = hash_binary(binary)
         with FdSet() as owned, self._new_staging() as (token, target):
             digest, kind, program = "", "binary", f"./{binary.name}"
+            copy = _Copy(str(files))
             if files is not None:
-                digest = _Copy(str(files)).whole(owned.add(_open_folder(files)), target)
+                digest = copy.whole(owned.add(_open_folder(files)), target)
                 files = _resolve(files)
                 if binary.is_relative_to(files):
                     kind, program = "folder", f"./{binary.relative_to(files)}"
@@ -124,8 +129,10 @@ class _Stager:
             _write_new(target / MANIFEST, manifest, 0o644)
         digest = hashlib.sha256(b"\0".join([digest.encode(), sha256.encode(), manifest])).hexdigest()
         if kind == "folder":
-            return Staged(token, name, digest, target, manifest, synthesised=True)
-        return Staged(token, name, digest, target, manifest, True, "binary", str(binary), sha256)
+            return Staged(token, name, digest, target, manifest, synthesised=True, files=copy.files, size=copy.size)
+        return Staged(
+            token, name, digest, target, manifest, True, "binary", str(binary), sha256, files=copy.files, size=copy.size
+        )
 
     def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
         try:

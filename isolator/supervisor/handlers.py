@@ -96,6 +96,9 @@ class Handlers:
             registered=now is not None,
             differences=candidate.more,
             unchanged=now is not None and now.registration.release == candidate.release,
+            files=staged.files,
+            size=staged.size,
+            faults=candidate.faults,
         )
         return WithFds(shown, [manifest])
 
