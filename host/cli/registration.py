@@ -49,7 +49,7 @@ def register_plugin(
         _require_consent("plugin add", f"Register {name} with exactly this?")
     done = client.call("plugin.commit", token=staged["token"], config=values)
     if as_json:
-        print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
+        print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
         return
     click.echo(f"added {name} {done['plugin']['version']}; it starts with its first event")
     _show_withheld(staged["proposal"])
@@ -75,7 +75,7 @@ def update_plugin(
     agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
     done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
     if as_json:
-        print_json({**done, "proposal": staged["proposal"], "warnings": staged["warnings"]})
+        print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
     if done.get("pending"):
         raise NeedsApprovalError(
             f"{name} {staged['version']}",
@@ -154,12 +154,22 @@ def _show_staged(staged: Mapping[str, Any]) -> None:
     if staged["description"]:
         click.echo(f"  {safe(staged['description'])}")
     click.echo()
+    if staged["files"]:
+        click.echo(f"{staged['files']} files and folders, {_size(staged['size'])}\n")
     show_proposal(staged["proposal"])
     for field in staged["config"]:
         marks = [field["type"], *(["secret"] if field["secret"] else []), *(["required"] if field["required"] else [])]
         click.echo(f"config {field['key']}: {', '.join(marks)}")
-    for warning in staged["warnings"]:
+    for warning in (*staged["warnings"], *staged["faults"]):
         click.echo(f"isolator: warning: {safe(warning)}", err=True)
+
+
+def _size(count: int) -> str:
+    """A number of bytes for people."""
+    for power, unit in enumerate(("B", "KiB")):
+        if count < 1024 ** (power + 1):
+            return f"{count / 1024**power:.0f} {unit}"
+    return f"{count / 1024**2:.1f} MiB"
 
 
 def show_proposal(proposal: Mapping[str, Any]) -> None:

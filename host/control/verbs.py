@@ -282,6 +282,9 @@ class StagedPlugin(TypedDict):
     synthesised: bool
     registered: bool
     unchanged: bool
+    files: int
+    size: int
+    faults: list[str]
     proposal: dict[str, Any]
     differences: list[str]
     warnings: list[str]

@@ -370,6 +370,11 @@ class Staged(Body):
     differences: tuple[str, ...]
     """what it asks for beyond the version in use"""
     unchanged: bool
+    files: int = 0
+    size: int = 0
+    """bytes that were copied"""
+    faults: tuple[str, ...] = ()
+    """of its files on this host, a sentence each"""
 
 
 class StagePlugin(Request[Staged], op="plugin.stage"):

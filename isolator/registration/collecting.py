@@ -94,6 +94,9 @@ class Collected:
 
     digest: str = ""
     single: tuple[int, int] | None = None
+    files: int = 0
+    size: int = 0
+    """Bytes of what was copied."""
 
 
 def collect(offer: Offer, target: Path, shown: str) -> Collected:
@@ -159,7 +162,7 @@ class _Copy:
             raise ValueError("no end")
         for path, goal in self.links:
             self._check_link(root, path, goal)
-        return Collected(self.digest.hexdigest() if self.files else "", single)
+        return Collected(self.digest.hexdigest() if self.files else "", single, self.files, self.size)
 
     def _folder(self, target: int, prefix: str, depth: int) -> bytes:
         """Make what is in one folder; returns the letter of the record that ends it."""

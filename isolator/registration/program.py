@@ -14,13 +14,10 @@ from pathlib import Path
 from isolator.errors import UsageError
 from isolator.layers.filesystem import host_folders
 from isolator.linux.descriptors import FdSet
+from isolator.linux.elf import MACHINES
 from isolator.linux.files import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from isolator.policy.names import path_covers
 
-_MACHINES = {
-    3: "i386", 8: "mips", 20: "powerpc", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64",
-    243: "riscv64", 258: "loongarch64",
-}  # fmt: skip
 _ELFCLASS64, _PT_INTERP = 2, 3
 _SEARCHED = ("/usr/local/bin", "/usr/bin", "/bin")
 _MOST_STEPS = 1000
@@ -131,7 +128,7 @@ def _check_elf(head: bytes, view: CageView, shown: str) -> None:
         (machine,) = struct.unpack_from(f"{order}H", head, 18)
     except (IndexError, struct.error):
         raise UsageError(f"binary {shown}", "is cut short", "build it again") from None
-    built_for = _MACHINES.get(machine, f"machine {machine}")
+    built_for = MACHINES.get(machine, f"machine {machine}")
     here = platform.machine()
     if built_for != here:
         raise UsageError(f"binary {shown}", f"built for {built_for}, this host is {here}", f"build it for {here}")

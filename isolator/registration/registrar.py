@@ -27,6 +27,7 @@ from isolator.policy.meet.proposal import Proposal
 from isolator.policy.request import ManifestCore
 from isolator.registration import policy_files, staging
 from isolator.registration.collecting import Offer
+from isolator.registration.inspecting import inspect_folder
 from isolator.registration.proposals import Proposals
 from isolator.registration.staging import Source, Staged, check_staged, hash_binary
 from isolator.registration.store import KEPT, Intent, Registration, Release
@@ -47,6 +48,8 @@ class Candidate:
     """Requests beyond those of the version in use, one phrase each."""
     by: str | None = None
     """Who handed it over, as the kernel says; None: the daemon itself read it."""
+    faults: tuple[str, ...] = ()
+    """Of its files, as far as they can be seen before they run; a sentence each."""
 
 
 class Registrar(Proposals):
@@ -124,10 +127,11 @@ class Registrar(Proposals):
             proposal = self._proposed(registration, core) if more and registration else self._meet(core)
             read = (*(core.sandbox.read or ()), *proposal.effective.filesystem.read)
             check_staged(staged, core.binary, source.path or str(Path(shown).parent), read=read)
+            faults = inspect_folder(staged.folder, self._host.uid_range)
         except BaseException:
             staging.discard(staged)
             raise
-        candidate = Candidate(staged, core, proposal, source, release, more, by)
+        candidate = Candidate(staged, core, proposal, source, release, more, by, faults)
         with self._lock:
             self._staged[staged.token] = candidate
             expired = list(self._staged)[:-_MAX_STAGED]

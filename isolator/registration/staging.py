@@ -26,7 +26,7 @@ from isolator.linux.descriptors import FdSet
 from isolator.linux.files import open_nofollow, openat2
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
 from isolator.policy.request import synthesise_manifest
-from isolator.registration.collecting import Offer, collect
+from isolator.registration.collecting import Collected, Offer, collect
 from isolator.registration.program import CageView, check_descriptor, check_program
 from isolator.registration.reading import ManifestReader
 
@@ -64,6 +64,9 @@ class Staged:
     kind: Literal["folder", "binary"] = "folder"
     binary_path: str = ""
     binary_sha256: str = ""
+    files: int = 0
+    size: int = 0
+    """Bytes of what was copied."""
 
 
 def stage(base: Path, source: Source, reader: ManifestReader, offer: Offer) -> Staged:
@@ -108,7 +111,7 @@ class _Stager:
         """Copy a folder and read its manifest; nothing is registered yet."""
         with _new_staging(self._base) as (token, target):
             collected = collect(self._offer, target, str(path))
-            return self._staged_folder(token, target, collected.digest, path)
+            return self._staged_folder(token, target, collected, path)
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
         """Stage a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
@@ -121,7 +124,7 @@ class _Stager:
         with _new_staging(self._base) as (token, target):
             collected = collect(self._offer, target, str(files or binary.parent))
             if files is None and collected.digest:
-                staged = self._staged_folder(token, target, collected.digest, binary.parent)
+                staged = self._staged_folder(token, target, collected, binary.parent)
                 return self._narrowed(staged, name, binary, hooks)
             inside = binary.relative_to(files) if files is not None and binary.is_relative_to(files) else None
             if inside is not None:
@@ -132,14 +135,18 @@ class _Stager:
             self._reader.read(manifest, "plugin add")
             _write_new(target / MANIFEST, manifest, 0o644)
         digest = _digest(collected.digest, sha256, manifest)
-        if inside is not None:
-            return Staged(token, name, digest, target, manifest, synthesised=True)
-        return Staged(token, name, digest, target, manifest, True, "binary", str(binary), sha256)
+        kind: Literal["folder", "binary"] = "binary" if inside is None else "folder"
+        pinned = (str(binary), sha256) if inside is None else ("", "")
+        return Staged(
+            token, name, digest, target, manifest, True, kind, *pinned, files=collected.files, size=collected.size
+        )
 
-    def _staged_folder(self, token: str, target: Path, digest: str, path: Path) -> Staged:
+    def _staged_folder(self, token: str, target: Path, collected: Collected, path: Path) -> Staged:
         manifest = _read_manifest(target, path)
         name = self._reader.read(manifest, str(path / MANIFEST)).core.name
-        return Staged(token, name, digest, target, manifest, synthesised=False)
+        return Staged(
+            token, name, collected.digest, target, manifest, False, files=collected.files, size=collected.size
+        )
 
     def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
         body = self._reader.read(staged.manifest, str(binary.parent / MANIFEST)).manifest

@@ -95,6 +95,9 @@ class Handlers:
             registered=now is not None,
             differences=candidate.more,
             unchanged=now is not None and now.registration.release == candidate.release,
+            files=staged.files,
+            size=staged.size,
+            faults=candidate.faults,
         )
         with FdSet() as owned:
             manifest = owned.add(os.memfd_create("plugin.json", os.MFD_CLOEXEC))
