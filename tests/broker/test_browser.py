@@ -25,6 +25,7 @@ CHROMIUM = Path("/usr/lib/chromium/chromium")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROFILE = EXAMPLES.parent / "policies/profiles/browser.toml"
 pytestmark = [
+    pytest.mark.wide,
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed (apt install chromium)"),
 ]
