@@ -62,6 +62,7 @@ class ProcSection(Section, kind="proc"):
         view = mount.open_mount(VIEW)
         mount.set_attributes(view, _READ_ONLY, recursive=False)
         os.close(view)
+        mount.unmount(CAGE, lazy=True)  # what can be written there is written through the descriptor alone
         mount.mount("proc", "/proc", _MS_PROC, _OPTIONS)
         _cover()
         mount.bind(f"{VIEW}/cpu", _CPU)

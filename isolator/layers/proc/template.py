@@ -12,7 +12,7 @@ import os
 FILE, FOLDER = ".file", ".folder"
 """Empty ones, in the template's /proc."""
 CAGE, VIEW = ".cage", ".view"
-"""Mount points in the template's /proc for the figures of one cage; ``VIEW`` shows the same, read-only."""
+"""Mount points in the template's /proc for the figures of one cage: first both, then ``VIEW`` alone, read-only."""
 
 _SETTINGS = (
     "crypto/fips_enabled", "fs/file-max", "fs/inotify/max_queued_events", "fs/inotify/max_user_instances",
