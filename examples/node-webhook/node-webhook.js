@@ -17,7 +17,8 @@ function post(request) {
     if (_meta && _meta.id) headers["Idempotency-Key"] = String(_meta.id);
     const outgoing = https.request(process.env.WEBHOOK_URL, { method: "POST", headers, ca, timeout: 8000 }, (answer) => {
       answer.resume();
-      const status = answer.statusCode < 300 ? "ok" : answer.statusCode < 500 ? "rejected" : "retry";
+      const again = answer.statusCode >= 500 || [408, 425, 429].includes(answer.statusCode);
+      const status = answer.statusCode < 300 ? "ok" : again ? "retry" : "rejected";
       answer.on("end", () => resolve({ status, detail: `webhook answered ${answer.statusCode}` }));
     });
     outgoing.on("timeout", () => outgoing.destroy(new Error("no answer in 8 s")));
@@ -35,12 +36,17 @@ const server = net.createServer((connection) => {
     line += chunk;
     if (taken || !line.includes("\n")) return;
     taken = true;
-    const request = JSON.parse(line);
-    const result = await post(request).catch((error) => {
-      console.error(error); // whatever went wrong, the event comes again later
-      return { status: "retry", detail: error.message };
-    });
-    connection.end(JSON.stringify({ jsonrpc: "2.0", id: request.id, result }) + "\n");
+    try {
+      const request = JSON.parse(line);
+      const result = await post(request).catch((error) => {
+        console.error(error); // whatever went wrong, the event comes again later
+        return { status: "retry", detail: error.message };
+      });
+      connection.end(JSON.stringify({ jsonrpc: "2.0", id: request.id, result }) + "\n");
+    } catch (error) {
+      console.error(error);
+      connection.destroy();
+    }
   });
 });
 fs.rmSync(path, { force: true });

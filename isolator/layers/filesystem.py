@@ -54,9 +54,10 @@ _ETC_OF_HOST = (
 """Folders of the host that everybody may read and that files of /usr lead into; patterns."""
 _ETC_COPIES = (
     "ssl/openssl.cnf", "services", "protocols", "rpc", "ethertypes", "host.conf", "gai.conf", "magic", "magic.mime",
-    "locale.alias", "inputrc", "debian_version", "os-release",
+    "locale.alias", "inputrc", "debian_version", "os-release", "matplotlibrc", "maven/m2.conf",
+    "maven/logging/simplelogger.properties",
 )  # fmt: skip
-"""Small public files of the host, as they are when the template is made."""
+"""Small public files of the host, as they are when a template is made. Not Maven's settings: they may hold secrets."""
 _LARGEST_COPY = 64 * 1024
 _ETC_FILES = ("ld.so.cache", "localtime", "mime.types")
 """Files of the host that packages replace by rename, so that a bind made earlier would show the old one."""

@@ -239,7 +239,10 @@ def test_programs_have_terminals_of_their_own(shared_dir: Path) -> None:
 
 def test_public_files_of_etc_are_there(shared_dir: Path) -> None:
     """Whatever of them this host has: where links of /usr lead, and what libraries read."""
-    names = "fonts/fonts.conf ssl/openssl.cnf services protocols java-17-openjdk/security/java.security"
+    names = (
+        "fonts/fonts.conf ssl/openssl.cnf services protocols java-17-openjdk/security/java.security maven/m2.conf "
+        "maven/logging/simplelogger.properties matplotlibrc"
+    )
     code = f"import os; print([n for n in {names.split()} if not os.path.exists('/etc/' + n)])"
     absent = [name for name in names.split() if not Path("/etc", name).exists()]
     assert _run(shared_dir, "python3", "-c", code) == f"{absent}\n"

@@ -33,7 +33,7 @@ up() { for _ in $(seq 300); do (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && 
 trap 'kill $(jobs -p) 2>/dev/null || :' EXIT
 """
 """``up PORT`` waits for a server; what still runs at the end is ended (firejail would wait for it)."""
-_ENVIRONMENT = [f"HOME={HOME}", "LANG=C.UTF-8", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/games"]
+ENVIRONMENT = [f"HOME={HOME}", "LANG=C.UTF-8", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"]
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ def bubblewrap(program: Program, layer: Layer) -> Ending:
     """Run it under bubblewrap, as an ordinary user."""
     with _project(program) as folder:
         bind = ["--bind", str(folder), str(folder), "--chdir", str(folder)] if folder else []
-        command = [*BUBBLEWRAP.split(), *bind, "--", "env", "-i", *_ENVIRONMENT, "HOME=/tmp"]
+        command = [*BUBBLEWRAP.split(), *bind, "--", "env", "-i", *ENVIRONMENT, "HOME=/tmp"]
         return _run(layer.inside(*as_user(), *command, *_SHELL, _started(program, folder)))
 
 
 def firejail(program: Program, layer: Layer) -> Ending:
     """Run it under firejail, as an ordinary user."""
     with _project(program) as folder:
-        command = ["env", "-i", *_ENVIRONMENT, *FIREJAIL.split(), "--", *_SHELL, _started(program, folder)]
+        command = ["env", "-i", *ENVIRONMENT, *FIREJAIL.split(), "--", *_SHELL, _started(program, folder)]
         return _run(layer.inside(*as_user(), *command))
 
 
@@ -93,7 +93,7 @@ def plain(program: Program, layer: Layer) -> Ending:
     with _project(program) as folder:
         command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c",
                    'mount -t tmpfs -o mode=1777 none /tmp && exec "$@"', "sh"]  # fmt: skip
-        return _run(layer.inside(*command, *as_user(), "env", "-i", *_ENVIRONMENT, *_SHELL, _started(program, folder)))
+        return _run(layer.inside(*command, *as_user(), "env", "-i", *ENVIRONMENT, *_SHELL, _started(program, folder)))
 
 
 def as_user() -> list[str]:

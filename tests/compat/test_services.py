@@ -15,7 +15,7 @@ from tests.compat.layer import UID, Layer
 from tests.compat.program import Program, Result, Service
 from tests.compat.rows import BROKER
 from tests.compat.rows.services import SERVICES
-from tests.compat.sandboxes import WAIT, as_user, isolator
+from tests.compat.sandboxes import ENVIRONMENT, WAIT, as_user, isolator
 from tests.support.internet_servers import WEB
 from tests.support.pretend_internet import PretendInternet, pretend_internet
 
@@ -46,12 +46,13 @@ def shown() -> Iterator[Path]:
 def served(service: Service, pretend: PretendInternet, installed: Layer, shown: Path) -> Iterator[None]:
     """The server, as an ordinary user in namespaces of its own: it ends with them."""
     begin = f"{WAIT}\nmkdir work\ncd work\ncp ../shown/ca.pem ../shown/key.pem ."
-    script = f"{begin}\n{service.server}\nup {service.port}\necho ready\nwait\n"
+    ready = f"up {service.port} || {{ cat log >&2; exit 1; }}\necho ready\nwait\n"
+    script = f"{begin}\n{service.server}\n{ready}"
     command = installed.inside(
         "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c",
         f'exec 3<"$1" 4<"$2" && mount -t tmpfs -o mode=1777 none /tmp && cp -r {shown} /tmp/shown && cd /tmp && '
         f'cat <&3 >shown/ca.pem && install -o {UID} -m 0600 /dev/stdin shown/key.pem <&4 && shift 2 && exec "$@"', "sh",
-        str(pretend.directory / "ca.pem"), str(pretend.directory / "key.pem"), *as_user(),
+        str(pretend.directory / "ca.pem"), str(pretend.directory / "key.pem"), *as_user(), "env", "-i", *ENVIRONMENT,
         "bash", "-euo", "pipefail", "-c", script,
         network=f"/proc/{os.getpid()}/fd/{pretend.internet.fd}",
     )  # fmt: skip

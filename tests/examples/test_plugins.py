@@ -123,7 +123,7 @@ class TestSlackDeployNotifier:
         plugin = start("slack-deploy-notifier", slack_webhook_url=webhook.url)
         assert plugin.send("domain.added", event()) == {"status": "skipped"}
 
-    @pytest.mark.parametrize(("answer", "status"), [(404, "rejected"), (503, "retry")])
+    @pytest.mark.parametrize(("answer", "status"), [(404, "rejected"), (503, "retry"), (429, "retry"), (408, "retry")])
     def test_tells_a_lasting_refusal_from_a_passing_one(
         self, start: Starter, webhook: Webhook, answer: int, status: str
     ) -> None:
@@ -163,10 +163,13 @@ class TestNodeWebhook:
             {"event": "deploy.failed", "project_id": "proj_1", "deployment_id": "dep_1", "error_code": "E"}
         ]
 
-    def test_asks_for_another_try(self, start: Starter, webhook: Webhook) -> None:
-        webhook.answer = 502
+    @pytest.mark.parametrize(("answer", "status"), [(404, "rejected"), (502, "retry"), (429, "retry"), (408, "retry")])
+    def test_tells_a_lasting_refusal_from_a_passing_one(
+        self, start: Starter, webhook: Webhook, answer: int, status: str
+    ) -> None:
+        webhook.answer = answer
         plugin = start("node-webhook", webhook_url=webhook.url, ca_file=webhook.ca)
-        assert plugin.send("deploy.failed", event())["status"] == "retry"
+        assert plugin.send("deploy.failed", event())["status"] == status
 
 
 class TestGoSmokeTest:

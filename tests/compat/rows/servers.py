@@ -176,8 +176,9 @@ up 8000
 test "$(echo fine | socat - TCP:127.0.0.1:8000)" = fine
 """, packages="socat"),
     Program("ncat", "a line over TLS", r"""
-ncat -l 127.0.0.1 8000 --ssl >got 2>/dev/null &
-for i in $(seq 100); do echo fine | ncat --ssl 127.0.0.1 8000 2>/dev/null && break; sleep 0.1; done
+ncat -v -l 127.0.0.1 8000 --ssl >got 2>log &
+for i in $(seq 300); do grep -q Listening log && break; sleep 0.1; done
+echo fine | ncat --ssl 127.0.0.1 8000
 wait
 grep -q fine got
 """, packages="ncat"),
