@@ -355,7 +355,7 @@ MUTATIONS = (
         ),
         (
             "an encrypted hello passes",
-            "return DenialRule.ENCRYPTED_HELLO if hello.encrypted and not allow_no_sni else None",
+            "return DenialRule.ENCRYPTED_HELLO if hello.encrypted and not (allow_no_sni or allow_ech) else None",
             "return None",
             "broker/test_sniff.py::test_guard_objects_to_another_or_no_name",
         ),
