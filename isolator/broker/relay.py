@@ -21,7 +21,7 @@ from isolator.policy.denial import DenialRule
 CHUNK = 256 * 1024
 SMALL = 32 * 1024
 LOOKED_AT = 16 * 1024
-"""Bytes in one piece of what has to be looked at: the other flows wait meanwhile."""
+"""Bytes in one piece of a client's that has to be looked at: the other flows wait meanwhile."""
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
@@ -100,8 +100,7 @@ class Pipe:
 
     def _readable(self) -> None:
         buffer = self._scratch.buffer
-        looked_at = self.gate is not None or self._answers is not None
-        size = LOOKED_AT if looked_at else CHUNK if self._scratch.waiting < BUDGET else SMALL
+        size = LOOKED_AT if self.gate is not None else CHUNK if self._scratch.waiting < BUDGET else SMALL
         self.touched = self._loop.time()
         for _ in range(_ROUNDS):
             if self.gate is not None and self.gate.pause:
