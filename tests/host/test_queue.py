@@ -62,7 +62,7 @@ async def test_replay_during_a_removal_is_not_for_the_namesake(store: Store) -> 
 
 async def test_expired_delivery_has_its_event_also_after_a_restart(tmp_path: Path) -> None:
     store = Store(tmp_path / "host.db")
-    accepted = await SqliteQueue(store).accept(_event(ttl=0.01), [Subscriber("p", None)])
+    accepted = await SqliteQueue(store).accept(_event(ttl=0), [Subscriber("p", None)])
     await store.close()
     store = Store(tmp_path / "host.db")
     expired: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
