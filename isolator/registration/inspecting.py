@@ -6,11 +6,13 @@ author can. So it fails no registration.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from isolator.errors import IsolatorError
@@ -43,24 +45,41 @@ def _answer(folder: Path, uid: int) -> tuple[str, ...]:
     """What the process found. Raises ValueError or TypeError when it gave no answer that makes sense."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        process = subprocess.Popen(
-            service_command(_MODULE, uid, uid, {"folder": fd}), pass_fds=[fd], stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
-        )  # fmt: skip
+        with _shown(fd, uid):
+            text = _run(fd, uid)
     finally:
         os.close(fd)
-    assert process.stdout is not None
-    try:
-        text = _read(process.stdout.fileno())
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
     sentences = json.loads(text)
     if not isinstance(sentences, list) or len(sentences) > _MOST_SENTENCES:
         raise ValueError("no list of sentences")
     return tuple(prose(sentence) for sentence in sentences)
+
+
+@contextlib.contextmanager
+def _shown(fd: int, gid: int) -> Iterator[None]:
+    """Let a group that nobody else has into a staged folder, which is root's alone."""
+    os.fchown(fd, 0, gid)
+    os.fchmod(fd, 0o750)
+    try:
+        yield
+    finally:
+        os.fchmod(fd, 0o700)
+        os.fchown(fd, 0, 0)
+
+
+def _run(fd: int, uid: int) -> bytes:
+    process = subprocess.Popen(
+        service_command(_MODULE, uid, uid, {"folder": fd}), pass_fds=[fd], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        return _read(process.stdout.fileno())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def _read(fd: int) -> bytes:
