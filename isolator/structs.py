@@ -45,8 +45,8 @@ def struct_class(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
         methods = {"__init__": _init, "__eq__": _equal, "__repr__": _show, "__hash__": _hash if frozen else None}
         if frozen:
             methods |= {"__setattr__": _refuse, "__delattr__": _refuse}
-        for name, method in methods.items():
-            setattr(cls, name, method)
+        for name, given in (methods | {"__match_args__": tuple(names)}).items():
+            setattr(cls, name, given)
         return cls
 
     return decorate
