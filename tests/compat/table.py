@@ -1,4 +1,4 @@
-"""``docs/compatibility.md``, from what a run saw."""
+"""A page for readers, from what a run saw."""
 
 from __future__ import annotations
 
