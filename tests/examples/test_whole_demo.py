@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.examples.conftest import EXAMPLES
+from tests.support.timeouts import seconds
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,8 @@ def traces() -> set[str]:
 @pytest.mark.vm
 def test_every_promise_holds_and_nothing_is_left() -> None:
     before = traces()
-    run = subprocess.run([sys.executable, "-I", str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-I", str(SCRIPT)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds(120), check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
     assert [line for line in lines if len(line) > 80] == []
