@@ -111,7 +111,8 @@ def run(root: Path, pids: set[int]) -> list[Promise]:
     work.mkdir(mode=0o700)
     settings = root / "etc/isolator/host.toml"
     (settings.parent / "policies").mkdir(parents=True)
-    settings.write_text(f'[network]\nresolvers = ["{internet.RESOLVER}"]\n')
+    # A quarter of an emulated processor takes its time to import what a plugin needs.
+    settings.write_text(f'[network]\nresolvers = ["{internet.RESOLVER}"]\n[defaults]\nstart_timeout = "2m"\n')
     settings.chmod(0o644)
     with contextlib.ExitStack() as stack:
         net = stack.enter_context(internet.Internet(work))
