@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.leaks import MARKER, HostState, RunLock, wait_until_clean
+from tests.support.leaks import MARKER, HostState, RunLock
 from tests.support.timeouts import seconds
 
 pytest_plugins = ["pytester"]
@@ -21,6 +21,14 @@ _CONFTEST = Path(__file__).with_name("conftest.py")
 
 def _left(before: HostState) -> dict[str, list[str]]:
     return HostState.read(os.environ[MARKER]).since(before)
+
+
+def _wait_until_gone(before: HostState, kind: str, text: str) -> None:
+    """Another worker's test may have one of its own at this moment."""
+    end = time.monotonic() + seconds(5)
+    while any(text in name for name in _left(before).get(kind, [])):
+        assert time.monotonic() < end, f"{text} is still there"
+        time.sleep(0.05)
 
 
 def test_mount_is_seen(shared_dir: Path) -> None:
@@ -46,11 +54,7 @@ def test_loop_device_is_seen(shared_dir: Path) -> None:
         assert any(str(image) in name for name in _left(before)["loops"])
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
-    # Another worker's test may have a loop device of its own at this moment.
-    end = time.monotonic() + seconds(5)
-    while any(str(image) in name for name in _left(before).get("loops", [])):
-        assert time.monotonic() < end, "the loop device is still there"
-        time.sleep(0.05)
+    _wait_until_gone(before, "loops", str(image))
 
 
 def test_process_is_seen_even_when_its_parent_is_gone() -> None:
@@ -66,7 +70,7 @@ def test_process_is_seen_even_when_its_parent_is_gone() -> None:
     finally:
         os.kill(pid, 9)
         os.close(pidfd)
-    assert not wait_until_clean(before, os.environ[MARKER], 5).get("processes")
+    _wait_until_gone(before, "processes", f"{pid} ")
 
 
 def test_run_that_leaks_fails(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
