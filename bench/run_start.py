@@ -30,7 +30,10 @@ def measure(rounds: int) -> Report:
         skipped: list[Skipped] = []
         for make in (plain, bubblewrap, _simple_bubblewrap, _simple_firejail, firejail, _python, _isolator):
             contender = _tried(make, work, program)
-            (usable if isinstance(contender, Contender) else skipped).append(contender)  # type: ignore[arg-type]
+            if isinstance(contender, Contender):
+                usable.append(contender)
+            else:
+                skipped.append(contender)
         series = interleave(usable, rounds)
     return Report(
         name="run_start",

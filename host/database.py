@@ -585,7 +585,7 @@ def _identity(name: str) -> tuple[int, int] | None:
 
 def _has_wal_header(fd: int) -> bool:
     """Whether a write-ahead log begins with a header whose checksum fits (SQLite's file format, "WAL File Format")."""
-    for _ in range(3):  # it may be in the middle of being written
+    for _ in range(3):  # it may be in the middle of being written; the thread that syncs is the one that waits
         header = os.pread(fd, 32, 0)
         if len(header) == 32 and header[:4] in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
             words = struct.unpack(f"{'>' if header[3] & 1 else '<'}6I", header[:24])

@@ -182,7 +182,10 @@ def _waits_for_socket(shown: Mapping[str, Any]) -> str | None:
 
 
 def _progress(client: Client, name: str) -> str:
-    """What became of a start in its first moments, as the end of a sentence; empty: the plugin is ready."""
+    """Describe a start in its first moments, as the end of a sentence; empty: the plugin is ready.
+
+    By questions with growing pauses, for a second: no notification of the control socket tells of a plugin's socket.
+    """
     end, pause = time.monotonic() + _SOON, Backoff(0.02, 0.2)
     while True:
         shown = client.call("plugin.show", name=name)

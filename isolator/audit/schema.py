@@ -138,7 +138,7 @@ class ServiceEnded(RecordData):
     """``audit``, ``broker``, ``host`` or ``launcher``."""
     why: str
     hung: bool
-    """It did not answer, and was replaced."""
+    """Whether it was ended because it did not answer."""
 
 
 class DatabaseDamaged(RecordData):

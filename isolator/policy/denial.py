@@ -98,7 +98,7 @@ INSTEAD = {
         "and IN_CLOSE_NOWRITE out (Python's watchdog: event_filter=[FileModifiedEvent, ...])"
     ),
 }
-"""By system call: why a cage refuses what ordinary programs ask of it, and what they can do instead."""
+"""Advice by system call: why a cage refuses what ordinary programs ask of it, and what they can do instead."""
 
 
 def table() -> str:

@@ -29,7 +29,7 @@ _FEW = 20
 
 @dataclass
 class Host:
-    """What files are held against: this host, as a cage sees it."""
+    """This host as a cage sees it, which files are held against."""
 
     machine: str = field(default_factory=platform.machine)
     python: str = field(default_factory=lambda: f"{sys.version_info.major}{sys.version_info.minor}")
@@ -57,7 +57,7 @@ class _Found:
     extensions: list[tuple[str, str]] = field(default_factory=list)
     """Paths and their versions of Python."""
     names: set[str] = field(default_factory=set)
-    """Of compiled files, and of links, which may lead to them."""
+    """Names of compiled files, and of links, which may lead to them."""
     own_python: bool = False
     uncompiled: int = 0
 

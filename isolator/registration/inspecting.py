@@ -42,7 +42,7 @@ def inspect_folder(folder: Path, uid_range: tuple[int, int]) -> tuple[str, ...]:
 
 
 def _answer(folder: Path, uid: int) -> tuple[str, ...]:
-    """What the process found. Raises ValueError or TypeError when it gave no answer that makes sense."""
+    """Sentences of the inspector. Raises ValueError or TypeError when it gave no answer that makes sense."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _shown(fd, uid):

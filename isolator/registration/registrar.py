@@ -47,9 +47,9 @@ class Candidate:
     more: tuple[str, ...] = ()
     """Requests beyond those of the version in use, one phrase each."""
     by: str | None = None
-    """Who handed it over, as the kernel says; None: the daemon itself read it."""
+    """Caller who handed it over, by the kernel's word; None: the daemon itself read it."""
     faults: tuple[str, ...] = ()
-    """Of its files, as far as they can be seen before they run; a sentence each."""
+    """Faults of its files that show before they run, a sentence each."""
 
 
 class Registrar(Proposals):

@@ -65,7 +65,7 @@ class Plugin:
         self.notice = ""
         """The fault of its policy file while an earlier content of it stays in force."""
         self.outdated = ""
-        """What its run sees that is not the host's any more."""
+        """Files and folders in its run's view that the host has replaced since."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
         self._context, self._on_change = context, changed

@@ -27,7 +27,7 @@ _OF_NEW_NETWORKS = {"net/core/somaxconn": "4096\n", "net/ipv4/ip_local_port_rang
 _LIVE = ("kernel/hostname", "kernel/random/uuid")
 """Files of the kernel's own: the first is that of the reader's namespace, the second another one at each read."""
 _COUNTERS = ("pgpgin", "pgpgout", "pswpin", "pswpout", "pgfault", "pgmajfault")
-"""Of /proc/vmstat, those that programs insist on."""
+"""Counters of /proc/vmstat that programs insist on."""
 _LARGEST = 4096
 
 GROUP_PLACES = ("", "memory", "cpu", "cpuacct", "cpuset", "pids")
