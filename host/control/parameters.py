@@ -206,6 +206,11 @@ class Request:
         shown = (f"{name}={self.__dict__[name]!r}" for name, one in self._fields.items() if one.repr)
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment] # a dictionary among its values has none either
+
     @classmethod
     def parse(cls, params: Mapping[str, Any]) -> Self:
         """The request that the parameters make; raises UsageError for the first one that does not fit."""
