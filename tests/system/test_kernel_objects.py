@@ -76,8 +76,9 @@ def test_a_limit_that_was_changed(running: Daemon, name: str) -> None:
     right = found[0].read_text()
     found[0].write_text(WRONG[name])
     after = _another_run(running, before["run"])
-    (now,) = [folder / name for folder in _groups(running, after["run"]) if (folder / name).exists()]
-    assert now.read_text() == right
+    now = [folder / name for folder in _groups(running, after["run"]) if (folder / name).exists()]
+    assert now, f"the run after it has ended, too: {running.log.read_text()}"
+    assert now[0].read_text() == right
     assert _cause(running, before["run"]) == "its control groups were changed"
 
 
