@@ -153,6 +153,7 @@ class Plugin:
                 raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
             self._forget_crashes()
         if reason == "operator":
+            self._others_ends = 0  # what made earlier starts fail may be mended: wait for new ones
             self._end_backoff.set()
         if self._task is None or self._task.done():
             self._wanted = True

@@ -67,7 +67,7 @@ def _example(folder: Path, name: str) -> Path:
     shutil.copytree(EXAMPLES / name, folder / name)
     file = folder / name / "plugin.json"
     manifest = json.loads(file.read_text())
-    if egress := manifest["sandbox"]["network"].get("egress"):
+    if egress := manifest["sandbox"].get("network", {}).get("egress"):
         manifest["sandbox"]["network"]["egress"] = [egress[0] | {"host": HOST, "ports": [PORT]}]
     file.write_text(json.dumps(manifest))
     if (folder / name / "Makefile").exists():
