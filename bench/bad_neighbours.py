@@ -113,7 +113,7 @@ class Platform:
 
     def remove(self, name: str) -> None:
         """Remove a plugin with its policy."""
-        self.running.cli("plugin", "remove", name)
+        self.running.cli("plugin", "remove", name, "--yes")
         (self.running.root / f"etc/isolator/policies/{name}.toml").unlink(missing_ok=True)
         shutil.rmtree(self.running.root / "src" / name)
 

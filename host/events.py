@@ -231,13 +231,18 @@ class Catalogue:
         """Return the canonical name of a hook's event, whichever way it is spelled."""
         return OLDER_HOOKS.get(hook, hook)
 
-    def validate(self, name: str, payload: Mapping[str, Any]) -> Validated:
-        """Check a payload and fill in the fields that the host knows; raises NotFoundError or UsageError."""
+    def need(self, name: str) -> EventType:
+        """Find an event type by either spelling of its name; raises NotFoundError."""
         event_type = self._types.get(self.canonical(name))
         if event_type is None:
             close = difflib.get_close_matches(name, self._types, 1)
             hint = f"did you mean {close[0]}?" if close else "see 'isolator event types'"
             raise NotFoundError(f"event {name}", "no such event", hint)
+        return event_type
+
+    def validate(self, name: str, payload: Mapping[str, Any]) -> Validated:
+        """Check a payload and fill in the fields that the host knows; raises NotFoundError or UsageError."""
+        event_type = self.need(name)
         if event_type.filled is not None and payload.get(event_type.filled) is None:
             payload = {**payload, event_type.filled: format_time(datetime.now(UTC))}
         try:

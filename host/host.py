@@ -190,7 +190,7 @@ class Host:
             *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
             *RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit).endpoints(),
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
-            *DaemonVerbs(link, registry, queue, audit, store, alarms).endpoints(),
+            *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
         ]
         self._control = ControlServer(endpoints, settings.role_of, audit.record)

@@ -15,6 +15,7 @@ from isolator.ipc.messages import (
     GetLedger,
     Ledger,
     ListPlugins,
+    ListServices,
     OnePlugin,
     PluginEntry,
     Proposal,
@@ -22,6 +23,7 @@ from isolator.ipc.messages import (
     RestartRun,
     RollBackPlugin,
     Running,
+    Services,
     Staged,
     StagePlugin,
     StopRun,
@@ -105,6 +107,10 @@ class SupervisorLink:
     async def explain(self, name: str) -> Proposal:
         """Explain a plugin's policy."""
         return await self._ask(ExplainPolicy(name=name))
+
+    async def services(self) -> Services:
+        """List the daemon's processes."""
+        return await self._ask(ListServices(), timeout=_STATUS_TIMEOUT)
 
     async def ledger(self) -> Ledger:
         """List this host's controls."""

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from host.cli import arguments
+from host.cli.complete import event_ids, event_names, plugin_names
+from host.cli.many import Aliased
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
 from host.client.client import Client
 from isolator.errors import UsageError
@@ -16,6 +18,7 @@ _FINE = ("ok", "skipped")
 
 
 @click.group(
+    cls=Aliased,
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator event types\n"
     '  isolator event emit deploy.completed \'{"project_id": "p1", "deployment_id": "d1",\n'
@@ -31,7 +34,7 @@ def event() -> None:
     "  isolator event emit deploy.completed - --dedupe-key deploy-d1 < payload.json\n\n"
     "The fields of one: isolator event types NAME"
 )
-@click.argument("name")
+@click.argument("name", shell_complete=event_names)
 @click.argument("payload", metavar="[JSON | @FILE | -]", required=False)
 @click.option("--wait", is_flag=True, help="Wait for the outcome at every plugin; exit 1 unless all are ok.")
 @click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds to wait.")
@@ -58,11 +61,13 @@ def emit(
                 to = f"to {', '.join(accepted['plugins'])}" if accepted["plugins"] else "no plugin receives it"
                 click.echo(f"{accepted['id']}  {'already emitted' if accepted['duplicate'] else to}")
             return 0
+        if not as_json:
+            click.echo(f"{accepted['id']}  {safe(name)}  {'already emitted' if accepted['duplicate'] else 'emitted'}")
         row = client.call("event.wait", id=accepted["id"], timeout=timeout)
     if as_json:
         print_json(row)
     else:
-        _show(row)
+        _show_deliveries(row)
     return 0 if all(delivery["state"] in _FINE for delivery in row["deliveries"]) else 1
 
 
@@ -89,7 +94,7 @@ def list_events(root: str | None, limit: int, name: str | None, as_json: bool) -
 
 
 @event.command()
-@click.argument("event_id", metavar="ID")
+@click.argument("event_id", metavar="ID", shell_complete=event_ids)
 @AS_JSON
 @click.pass_obj
 def show(root: str | None, event_id: str, as_json: bool) -> None:
@@ -105,8 +110,10 @@ def show(root: str | None, event_id: str, as_json: bool) -> None:
 
 
 @event.command()
-@click.argument("event_id", metavar="ID")
-@click.option("--plugin", metavar="NAME", help="Only there; also repeats a delivery that succeeded.")
+@click.argument("event_id", metavar="ID", shell_complete=event_ids)
+@click.option(
+    "--plugin", metavar="NAME", shell_complete=plugin_names, help="Only there; also repeats a delivery that succeeded."
+)
 @AS_JSON
 @click.pass_obj
 def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -> None:
@@ -116,11 +123,11 @@ def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -
     if as_json:
         print_json(answer)
     else:
-        click.echo(f"queued {event_id} again for {', '.join(answer['plugins'])}")
+        click.echo(f"queued {answer['id']} again for {', '.join(answer['plugins'])}")
 
 
 @event.command()
-@click.option("--plugin", metavar="NAME", help="Only of this plugin.")
+@click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only of this plugin.")
 @click.option("-n", "--limit", default=1000, show_default=True, type=click.IntRange(1, 100_000))
 @AS_JSON
 @click.pass_obj
@@ -142,7 +149,7 @@ def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> Non
 
 
 @event.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=event_names)
 @AS_JSON
 @click.pass_obj
 def types(root: str | None, name: str | None, as_json: bool) -> None:
@@ -181,6 +188,10 @@ def _kind(rule: dict[str, Any]) -> str:
 
 def _show(row: dict[str, Any]) -> None:
     click.echo(f"{row['id']}  {row['name']}  {row['time'][:19]}Z  {safe(row['subject'])}")
+    _show_deliveries(row)
+
+
+def _show_deliveries(row: dict[str, Any]) -> None:
     deliveries = row["deliveries"]
     rows = [
         [

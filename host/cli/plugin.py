@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from host.cli import arguments
-from host.cli.output import AS_JSON, SETTINGS, ago, print_json, safe, show_alarms, table
+from host.cli.complete import plugin_names
+from host.cli.many import Aliased, each
+from host.cli.output import AS_JSON, SETTINGS, ago, duration, print_json, safe, show_alarms, table
 from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
 from host.client.client import Client
-from isolator.errors import NotFoundError, UsageError
+from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.pacing import Backoff
 from isolator.policy import units
 
@@ -25,6 +28,7 @@ _AS_LONG_AS_STARTS_TAKE = None
 
 
 @click.group(
+    cls=Aliased,
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
     "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
@@ -79,7 +83,7 @@ def add(
     epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n\n"
     "A version that asks for more waits (exit code 5): isolator plugin approve N"
 )
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--config", "config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
 @click.option("--yes", "-y", is_flag=True, help="Agree also if it asks for more than before.")
@@ -98,27 +102,52 @@ def update(root: str | None, name: str, folder: str | None, config: tuple[str, .
         update_plugin(client, request, values, literal, yes=yes, as_json=as_json)
 
 
-@plugin.command("list")
+@plugin.command("list", epilog="\b\nExamples:\n  isolator plugin list\n  isolator plugin list --failed --json")
+@click.option("--failed", is_flag=True, help="Only those that fail, were refused or hold events back.")
 @AS_JSON
 @click.pass_obj
-def list_plugins(root: str | None, as_json: bool) -> None:
+def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     """List every plugin with its state."""
     with Client(root) as client:
         answer = client.call("plugin.list")
-    plugins = answer["plugins"]
+    plugins = [p for p in answer["plugins"] if not failed or _fails(p)]
     show_alarms(answer["alarms"])
     if as_json:
         print_json(plugins)
         return
     if not plugins:
-        click.echo("no plugins; add one with 'isolator plugin add DIR'", err=True)
+        hint = "no plugin fails" if failed else "no plugins; add one with 'isolator plugin add DIR'"
+        click.echo(hint, err=True)
         return
     rows = []
     for p in plugins:
         up = ago(p.get("started_at")) if p.get("pid") else None
-        note = p.get("error") or _waiting(p) or p.get("holding")
-        rows.append([p["name"], p["version"], p["state"], p.get("pid"), up, p["restarts"], p["queue"], note])
+        version = p["version"] if len(p["version"]) <= _SHORT else p["version"][: _SHORT - 1] + "…"
+        notes = "; ".join(_notes(p))
+        rows.append([p["name"], version, p["state"], p.get("pid"), up, p["restarts"], p["queue"], notes])
     table(["name", "version", "state", "pid", "up", "restarts", "queue", "note"], rows)
+
+
+def _fails(shown: Mapping[str, Any]) -> bool:
+    bad = shown["state"] in ("failed", "rejected", "backoff")
+    return bad or any(shown.get(key) for key in ("error", "holding", "failing_since"))
+
+
+def _notes(shown: Mapping[str, Any]) -> list[str]:
+    """Everything an operator should know about a plugin, the most urgent first, each once."""
+    notes = [shown.get("error"), _waiting(shown), _failing(shown), shown.get("holding")]
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _failing(shown: Mapping[str, Any]) -> str | None:
+    """Since when attempts have failed, why the last one did, and when the next is due."""
+    last = shown.get("last")
+    if not shown.get("failing_since") or last is None:
+        return None
+    why = last["detail"] or last["status"] or last["outcome"]
+    due = shown.get("next_attempt")
+    again = f"; next try in {duration(due - time.time())}" if due else ""
+    return f"failing for {ago(shown['failing_since'])}: {why}{again}"
 
 
 def _waiting(shown: Mapping[str, Any]) -> str | None:
@@ -130,7 +159,7 @@ def _waiting(shown: Mapping[str, Any]) -> str | None:
 
 
 @plugin.command()
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @AS_JSON
 @click.pass_obj
 def show(root: str | None, name: str, as_json: bool) -> None:
@@ -141,6 +170,13 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         print_json(found)
         return
     shown = ["name", "version", "state", "error", "holding", "pid", "uid", "run", "restarts", "mode", "hooks", "queue"]
+    if found.get("last"):
+        last = found["last"]
+        detail = f", {safe(last['detail'])}" if last["detail"] else ""
+        click.echo(f"{'last outcome:':18}{last['outcome']}, {ago(last['at'])} ago{detail}  ({last['event_id']})")
+    for label, note in (("failing:", _failing(found)), ("held back by:", found.get("held_by"))):
+        if note:
+            click.echo(f"{label:18}{safe(note)}")
     for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
         if found.get(key) not in (None, "", []):
             click.echo(f"{key + ':':18}{safe(found[key])}")
@@ -156,7 +192,7 @@ def show(root: str | None, name: str, as_json: bool) -> None:
 
 
 @plugin.command()
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @AS_JSON
 @click.pass_obj
 def explain(root: str | None, name: str, as_json: bool) -> None:
@@ -171,6 +207,10 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
 
 _SOON = 1.0
 """Seconds after which ``plugin start`` says that a plugin is still on its way."""
+_SHORT = 16
+"""Characters of a version that listings show."""
+_LAST_WORDS = 3
+"""Lines of stderr that are shown of a plugin that did not come up."""
 
 
 def _waits_for_socket(shown: Mapping[str, Any]) -> str | None:
@@ -181,48 +221,64 @@ def _waits_for_socket(shown: Mapping[str, Any]) -> str | None:
     return f"its socket is not there yet, after {ago(shown['started_at'])} of {patience}"
 
 
-def _progress(client: Client, name: str) -> str:
-    """Describe a start in its first moments, as the end of a sentence; empty: the plugin is ready.
+def _wait_ready(client: Client, name: str, run: str) -> None:
+    """Wait until a plugin that was started has its socket; raises IsolatorError with its last words if it ends before.
 
-    By questions with growing pauses, for a second: no notification of the control socket tells of a plugin's socket.
+    By questions with growing pauses: no notification of the control socket tells of a plugin's socket. The daemon ends
+    a plugin whose socket is not there in time, so this ends too.
     """
-    end, pause = time.monotonic() + _SOON, Backoff(0.02, 0.2)
+    soon, pause = time.monotonic() + _SOON, Backoff(0.02, 0.5)
     while True:
         shown = client.call("plugin.show", name=name)
         waits = _waits_for_socket(shown)
-        if waits is None:
-            return "" if shown["state"] == "running" else f"; it is {shown['state']}: {safe(shown['error'])}"
-        if time.monotonic() > end:
-            return f"; {waits} (isolator plugin show {name})"
+        if waits is None or shown["run"] != run:
+            break
+        if time.monotonic() > soon:
+            click.echo(f"{name}: {waits}", err=True)
+            soon = float("inf")
         time.sleep(pause.next())
+    if shown["state"] != "running" or shown["run"] != run:
+        for line in shown["stderr"][-_LAST_WORDS:]:
+            click.echo(f"stderr: {safe(line)}", err=True)
+        why = shown["error"] or "it ended before its socket was there"
+        raise IsolatorError(f"plugin {name}", f"is {shown['state']}: {why}", f"isolator plugin logs {name}")
 
 
-def _simple(verb: str, summary: str, done: str) -> None:
-    @plugin.command(verb, help=summary)
-    @click.argument("name")
-    @AS_JSON
-    @click.pass_obj
-    def command(root: str | None, name: str, as_json: bool) -> None:
-        with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
+def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
+    epilog = f"\b\nExamples:\n  isolator plugin {verb} slack\n  isolator plugin {verb} slack indexer"
+
+    def command(root: str | None, names: tuple[str, ...], as_json: bool, no_wait: bool = False) -> int:
+        def change(client: Client, name: str) -> dict[str, Any]:
             answer = client.call(f"plugin.{verb}", name=name)
-            progress = _progress(client, name) if answer.get("pid") and not as_json else ""
-        if as_json:
-            print_json(answer)
-        else:
-            pid = f", pid {answer['pid']}" if answer.get("pid") else ""
-            click.echo(f"{done} {name}{pid}{progress}")
+            if waits and not no_wait:
+                _wait_ready(client, name, answer["run"])
+            if not as_json:
+                pid = f", pid {answer['pid']}" if answer.get("pid") else ""
+                click.echo(f"{done} {name}{pid}")
+            return answer
+
+        with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
+            return each(names, functools.partial(change, client), as_json=as_json)
+
+    decorated = AS_JSON(click.pass_obj(command))
+    if waits:
+        decorated = click.option("--no-wait", is_flag=True, help="Do not wait until its socket is there.")(decorated)
+    decorated = click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=plugin_names)(
+        decorated
+    )
+    plugin.command(verb, help=summary, epilog=epilog)(decorated)
 
 
-_simple("start", "Start a plugin now instead of at its first event.", "started")
+_simple("start", "Start a plugin now instead of at its first event, and wait until it is up.", "started", waits=True)
 _simple("stop", "Stop a plugin; the next event starts it again.", "stopped")
-_simple("restart", "Stop a plugin and start it again.", "restarted")
+_simple("restart", "Stop a plugin, start it again, and wait until it is up.", "restarted", waits=True)
 _simple("enable", "Let a disabled plugin run again.", "enabled")
 _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disabled")
 _simple("rollback", "Go back to the version before; if that is not up in time, nothing changes.", "rolled back")
 
 
 @plugin.command()
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @click.option("--yes", "-y", is_flag=True, help="Agree to what is shown.")
 @AS_JSON
 @click.pass_obj
@@ -239,29 +295,35 @@ def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
             approve_plugin(client, name, yes=yes, as_json=as_json)
 
 
-@plugin.command()
-@click.argument("name")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask; without a terminal nobody is asked.")
+@plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=plugin_names)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask; needed where nobody can be asked.")
 @AS_JSON
 @click.pass_obj
-def remove(root: str | None, name: str, yes: bool, as_json: bool) -> None:
-    """Stop a plugin and forget it: files, user, config, queue, and what it has stored."""
+def remove(root: str | None, names: tuple[str, ...], yes: bool, as_json: bool) -> int:
+    """Stop plugins and forget them: files, user, config, queue, and what they have stored."""
     with Client(root) as client:
-        client.call("plugin.show", name=name)
-        if not yes and sys.stdin.isatty():
-            click.confirm(f"Remove {name} and delete everything it has stored?", abort=True)
-        answer = client.call("plugin.remove", name=name)
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo(f"removed {name}")
+        for name in names:
+            client.call("plugin.show", name=name)
+        if not yes:
+            if not sys.stdin.isatty():
+                raise NeedsApprovalError("plugin remove", "nobody is there to agree", "add --yes")
+            click.confirm(f"Remove {', '.join(names)} and delete everything stored there?", abort=True)
+
+        def one(name: str) -> dict[str, Any]:
+            answer = client.call("plugin.remove", name=name)
+            if not as_json:
+                click.echo(f"removed {name}")
+            return answer
+
+        return each(names, one, as_json=as_json)
 
 
 @plugin.command(
     epilog="\b\nExamples:\n  isolator plugin config slack\n  isolator plugin config slack set channel=#ops\n"
     "  isolator plugin config slack set slack_webhook_url=@url.txt\n  isolator plugin config slack unset channel"
 )
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @click.argument("action", type=click.Choice(["get", "set", "unset"]), default="get")
 @click.argument("values", nargs=-1, metavar="[K=V | K]...")
 @AS_JSON
@@ -318,7 +380,7 @@ def _show_config(items: list[dict[str, Any]]) -> None:
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs slack -n 1000 --json")
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
 @click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0, 10_000))
 @AS_JSON
@@ -347,7 +409,7 @@ def _print_log(entry: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 @plugin.command()
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 @click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1))
 @AS_JSON
 @click.pass_obj

@@ -7,6 +7,8 @@ Every command lives in a module of its own that is imported only when it is call
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -14,12 +16,13 @@ from typing import NoReturn
 import click
 
 from isolator import __version__
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
 
 # command -> (module, attribute, one line for --help); kept here so that --help imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("isolator.cli.serve:serve", "Run the daemon in the foreground."),
     "run": ("isolator.cli.run:run", "Run one command in a cage; needs no daemon."),
+    "status": ("host.cli.status:status", "Show the daemon on one screen; exit code for scripts."),
     "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),
     "prove": ("isolator.cli.prove:prove", "Attack a cage from inside and show what held."),
     "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),
@@ -58,7 +61,10 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\b\nExamples:\n  isolator check\n  isolator run -- cat /etc/shadow\n"
-    "  isolator plugin add ./examples/slack-deploy-notifier\n  isolator audit tail -f",
+    "  isolator plugin add ./examples/slack-deploy-notifier\n  isolator audit tail -f\n\n"
+    "\b\nExit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 denied, 5 needs approval;\n"
+    "those of 'run' are in its own help. With --json an error is JSON too, on stderr.\n\n"
+    "Environment: ISOLATOR_ROOT is the default of --root; NO_COLOR turns colours off.",
 )
 @click.option("--root", metavar="DIR", envvar="ISOLATOR_ROOT", help="Put every path below DIR (default: /).")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -67,6 +73,8 @@ class LazyGroup(click.Group):
 def cli(ctx: click.Context, root: str | None, debug: bool) -> None:
     """Run untrusted plugins in cages, deliver events to them, and keep a record of everything they do."""
     ctx.obj = root
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 def call() -> None:
@@ -80,7 +88,16 @@ def call() -> None:
 
 def report(failure: BaseException) -> NoReturn:
     """Write one line about a failure, and exit."""
-    debug = "--debug" in sys.argv[1:]
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    debug = "--debug" in options
+
+    def say(error: IsolatorError) -> None:
+        if "--json" in options:
+            shown = {"error": {**error.to_json(), "exit_code": error.exit_code}}
+            click.echo(json.dumps(shown), err=True)
+        else:
+            click.echo(f"isolator: {error}", err=True)
+
     try:
         raise failure
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -94,17 +111,18 @@ def report(failure: BaseException) -> NoReturn:
             hint = f"; try 'isolator {' '.join(error.ctx.command_path.split()[1:])} --help'".replace("  ", " ")
         else:
             hint = ""
-        click.echo(f"isolator: {error.format_message().rstrip('.')}{hint}", err=True)
-        sys.exit(2 if isinstance(error, click.UsageError) else 1)
+        kind = UsageError if isinstance(error, click.UsageError) else IsolatorError
+        say(kind(f"{error.format_message().rstrip('.')}{hint}"))
+        sys.exit(kind.exit_code)
     except IsolatorError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"isolator: {error}", err=True)
+        say(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"isolator: {type(error).__name__}: {error}; run again with --debug and report it", err=True)
+        say(IsolatorError(type(error).__name__, str(error), "run again with --debug and report it"))
         sys.exit(1)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
+from collections import Counter
+from pathlib import Path
 from typing import cast
 
 from host.control.alarms import Alarms
 from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.verbs import Controls, DaemonStatus, Ledger, Status
+from host.control.verbs import Controls, DaemonStatus, Ledger, ServiceEntry, Status
 from host.database import Store
+from host.delivery.dispatch import Dispatcher
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
 from host.supervisor_link import SupervisorLink
 from isolator import __version__
+from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
+from isolator.errors import IsolatorError
 
 
 class DaemonVerbs:
@@ -27,19 +34,35 @@ class DaemonVerbs:
         audit: AuditClient,
         store: Store,
         alarms: Alarms,
+        dispatcher: Dispatcher,
+        trail: Path,
     ) -> None:
         self._link, self._registry, self._queue = link, registry, queue
         self._audit, self._store, self._alarms = audit, store, alarms
+        self._dispatcher, self._trail = dispatcher, trail
+        self._started_at = time.time()
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [Endpoint(Status, self.status), Endpoint(Ledger, self.ledger)]
 
     async def status(self, _: Status, __: Caller) -> DaemonStatus:
+        plugins = list(self._registry)
+        failing = [p.name for p in plugins if self._dispatcher.status(p.name)["failing_since"] is not None]
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "plugins": sum(1 for _ in self._registry),
+            "started_at": self._started_at,
+            "plugins": len(plugins),
+            "states": dict(Counter(plugin.state for plugin in plugins)),
+            "failing": sorted(failing),
+            "waiting": sorted(p.name for p in plugins if p.raw.get("pending") or p.raw.get("found")),
+            "services": await self._services(),
+            "trail": {
+                "last": await asyncio.to_thread(_last_record, self._trail),
+                "pending": self._audit.sent - self._audit.acked,
+                "blocked": self._audit.blocked,
+            },
             "queue": self._queue.depths(),
             "alarms": self._alarms.lines(),
             "audit_blocked": self._audit.blocked,
@@ -47,5 +70,20 @@ class DaemonVerbs:
             "records_pending": self._audit.sent - self._audit.acked,
         }
 
+    async def _services(self) -> list[ServiceEntry]:
+        try:
+            return [cast(ServiceEntry, entry.to_json()) for entry in (await self._link.services()).services]
+        except IsolatorError:
+            return []
+
     async def ledger(self, _: Ledger, __: Caller) -> Controls:
         return cast(Controls, (await self._link.ledger()).to_json())
+
+
+def _last_record(trail: Path) -> int | None:
+    """Number of the newest record, 0 in an empty trail; None while it cannot be read."""
+    try:
+        lines = reader.tail(trail, 1)
+    except (OSError, IsolatorError):
+        return None
+    return files.seq_of(lines[-1]) if lines else 0

@@ -88,14 +88,16 @@ class EventVerbs:
         )
 
     async def wait(self, request: EventWait, _: Caller) -> Event:
-        return self._with_reasons(await self._queue.wait(request.id, timeout=request.timeout))
+        event_id = self._queue.resolve(request.id)
+        return self._with_reasons(await self._queue.wait(event_id, timeout=request.timeout))
 
     async def list_newest(self, request: EventList, _: Caller) -> Events:
-        rows = await self._queue.list_events(limit=request.limit, name=request.event)
+        name = self._catalogue.need(request.event).name if request.event is not None else None
+        rows = await self._queue.list_events(limit=request.limit, name=name)
         return {"events": [_event(row) for row in rows]}
 
     async def show(self, request: EventShow, _: Caller) -> Event:
-        return self._with_reasons(self._queue.show(request.id))
+        return self._with_reasons(self._queue.show(self._queue.resolve(request.id)))
 
     def _with_reasons(self, row: EventRow) -> Event:
         """The event, each delivery that waits with the reason."""
@@ -106,24 +108,27 @@ class EventVerbs:
         return event
 
     async def dead(self, request: EventDead, _: Caller) -> Deliveries:
+        if request.plugin is not None:
+            self._registry.need(request.plugin)
         rows = await self._queue.list_dead(plugin=request.plugin, limit=request.limit)
         return cast(Deliveries, {"deliveries": [_fields(row) for row in rows]})
 
     async def replay(self, request: EventReplay, caller: Caller) -> Replayed:
         if request.plugin is not None:
             self._registry.need(request.plugin)
-        attempts = {row.plugin: row.attempts for row in self._queue.show(request.id).deliveries}
-        plugins = await self._queue.replay(request.id, request.plugin)
+        event_id = self._queue.resolve(request.id)
+        attempts = {row.plugin: row.attempts for row in self._queue.show(event_id).deliveries}
+        plugins = await self._queue.replay(event_id, request.plugin)
         if not plugins:
-            raise UsageError(f"event {request.id}", "no delivery of it was given up", "name a --plugin to repeat one")
+            raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
         for name in plugins:
             self._audit.record(
                 EventReplayed(reason="operator", attempts=attempts.get(name, 0), by=caller.by),
                 plugin=name,
-                event_id=request.id,
-                delivery_id=f"{request.id}.{name}",
+                event_id=event_id,
+                delivery_id=f"{event_id}.{name}",
             )
-        return {"id": request.id, "plugins": plugins}
+        return {"id": event_id, "plugins": plugins}
 
     async def types(self, _: EventTypes, __: Caller) -> EventTypeList:
         return {

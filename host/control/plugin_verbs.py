@@ -78,6 +78,7 @@ class PluginVerbs:
             "config": config_items(self._config, plugin.name, manifest),
             "missing": self._config.missing(plugin.name, manifest) if manifest is not None else [],
             "stderr": [text for _, text in log.stderr_tail][-STDERR_TAIL:],
+            "held_by": self._queue.consumer(plugin.name).held_by,
             "log_bytes_dropped": log.dropped,
         }
 

@@ -234,12 +234,29 @@ class PluginEntry(TypedDict):
     found: NotRequired[str]
 
 
+class Attempted(TypedDict):
+    """The newest attempt to deliver an event that has ended, with the Unix time of its end."""
+
+    event_id: str
+    outcome: str
+    status: str | None
+    detail: str | None
+    at: float
+
+
 class ListedPlugin(PluginEntry):
-    """One plugin with its queue's length and the state of its worker."""
+    """One plugin with its queue's length and the state of its worker.
+
+    ``last`` and ``failing_since`` (Unix time of the first of the failed attempts in a row) are those of this host
+    process; ``next_attempt`` is the Unix time at which the earliest delivery that waits for its retry is due.
+    """
 
     queue: int
     worker: str | None
     holding: str | None
+    last: Attempted | None
+    failing_since: float | None
+    next_attempt: float | None
 
 
 class ConfigItem(TypedDict):
@@ -264,6 +281,8 @@ class ShownPlugin(ListedPlugin):
     config: list[ConfigItem]
     missing: list[str]
     stderr: list[str]
+    held_by: str | None
+    """The event whose retry is next; later ones of its key wait for it."""
     log_bytes_dropped: int
 
 
@@ -487,10 +506,36 @@ class ConfigRotateKey(Request, verb="config.rotate_key", role="operator", record
 # The daemon
 
 
+class ServiceEntry(TypedDict):
+    """One of the daemon's processes; ``ended``: how the one before it ended, empty if none has."""
+
+    name: str
+    pid: int | None
+    up: bool
+    starts: int
+    ended: str
+
+
+class Trail(TypedDict):
+    """The audit trail; ``last`` is null while it cannot be read."""
+
+    last: int | None
+    pending: int
+    blocked: str | None
+
+
 class DaemonStatus(TypedDict):
+    """The daemon at a glance; ``failing`` and ``waiting`` name plugins, ``services`` is empty while S is away."""
+
     version: str
     pid: int
+    started_at: float
     plugins: int
+    states: dict[str, int]
+    failing: list[str]
+    waiting: list[str]
+    services: list[ServiceEntry]
+    trail: Trail
     queue: dict[str, int]
     alarms: list[str]
     audit_blocked: str | None

@@ -106,9 +106,11 @@ class Dispatcher:
             self.workers[name].run_ended(run, crashed=crashed)
 
     def status(self, name: str) -> dict[str, Any]:
-        """Return the worker's present step and its obstacle, for listings."""
+        """Return the worker's present step, its obstacle and how its attempts went, for listings."""
         worker = self.workers.get(name)
-        return {"worker": worker.status if worker else None, "holding": worker.blocked_on if worker else None}
+        if worker is None:
+            return {"worker": None, "holding": None, "last": None, "failing_since": None, "next_attempt": None}
+        return {"worker": worker.status, "holding": worker.blocked_on, **worker.health()}
 
     async def close(self) -> None:
         """Stop every worker."""

@@ -9,7 +9,9 @@ that was in flight alone; when several were, none is accused, but each of them i
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
@@ -28,6 +30,17 @@ STORED_REPLY = 4096
 """Characters of a reply that are kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attempted:
+    """The newest attempt that has ended; ``at`` in Unix time. As listings show it."""
+
+    event_id: str
+    outcome: str
+    status: str | None
+    detail: str | None
+    at: float
+
+
 class Outcomes:
     """The outcomes of one plugin's attempts."""
 
@@ -41,6 +54,9 @@ class Outcomes:
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
         self._attempts = attempts
+        self.last: Attempted | None = None
+        self.failing_since: float | None = None
+        """Unix time of the first failed attempt since the last that succeeded, or since this process started."""
         self._in_flight: dict[int, str] = {}
         """Run by event number."""
         self._overlapped: set[int] = set()
@@ -101,6 +117,7 @@ class Outcomes:
             event_id=delivery.event.id,
             delivery_id=delivery.id,
         )
+        self._note(delivery, outcome.kind, status, detail)
         if outcome.kind in ("ok", "skipped"):
             state: State = "ok" if outcome.kind == "ok" else "skipped"
             self._consumer.ack(delivery, Result(state, status, detail, reply, latency))
@@ -117,8 +134,18 @@ class Outcomes:
         """Count an attempt although nothing was sent, or nobody knows what became of it."""
         self._in_flight.pop(delivery.seq, None)
         self._overlapped.discard(delivery.seq)
+        self._note(delivery, "failed", "refused", why)
         delivery.attempts += 1
         self._try_again(plugin, delivery, Outcome("failed"), Result("retry", "refused", why))
+
+    def _note(self, delivery: Delivery, outcome: str, status: str | None, detail: str | None) -> None:
+        assert delivery.event is not None
+        now = time.time()
+        self.last = Attempted(delivery.event.id, outcome, status, detail, now)
+        if outcome in ("ok", "skipped"):
+            self.failing_since = None
+        elif outcome != "busy" and self.failing_since is None:
+            self.failing_since = now
 
     def give_up(
         self,

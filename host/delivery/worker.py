@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,15 @@ class Worker:
     def status(self) -> str:
         """Present step of delivery, for listings."""
         return self._sidecar.status
+
+    def health(self) -> dict[str, Any]:
+        """Return how the attempts went and when the next is due (``ListedPlugin`` of the control socket's verbs)."""
+        last, failing_since = self._outcomes.last, self._outcomes.failing_since
+        return {
+            "last": dataclasses.asdict(last) if last is not None else None,
+            "failing_since": failing_since,
+            "next_attempt": self._consumer.next_attempt,
+        }
 
     @property
     def busy(self) -> bool:

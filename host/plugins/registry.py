@@ -7,6 +7,7 @@ never reach another that takes its name.
 
 from __future__ import annotations
 
+import difflib
 import json
 import sqlite3
 import time
@@ -88,7 +89,9 @@ class Registry:
         """Find a plugin by name; raises NotFoundError."""
         plugin = self._plugins.get(name)
         if plugin is None:
-            raise NotFoundError(f"plugin {name}", "is not registered", "see 'isolator plugin list'")
+            near = difflib.get_close_matches(name, self._plugins, 1)
+            remedy = f"did you mean {near[0]}?" if near else "see 'isolator plugin list'"
+            raise NotFoundError(f"plugin {name}", "is not registered", remedy)
         return plugin
 
     def put(self, entry: PluginEntry) -> Plugin:

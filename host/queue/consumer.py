@@ -47,6 +47,20 @@ class SqliteConsumer:
     def depth(self) -> int:
         return self._lane.depth
 
+    @property
+    def next_attempt(self) -> float | None:
+        due = self._lane.next_due()
+        return None if due is None else time.time() + due - asyncio.get_running_loop().time()
+
+    @property
+    def held_by(self) -> str | None:
+        delivery = self._lane.next_waiting()
+        if delivery is None:
+            return None
+        if delivery.event is None:
+            self._rows.load(delivery, ())
+        return delivery.event.id if delivery.event is not None else None
+
     def announce(self) -> bool:
         """Let a taker that waits for the one reserved delivery prepare; whether it will send that one at once."""
         hook = self._on_delivery_pending

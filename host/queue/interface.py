@@ -122,6 +122,14 @@ class Consumer(Protocol):
     def depth(self) -> int:
         """Deliveries that are not final, those in flight included."""
 
+    @property
+    def next_attempt(self) -> float | None:
+        """Unix time at which the earliest delivery that waits for its retry is due; None if none waits."""
+
+    @property
+    def held_by(self) -> str | None:
+        """Id of the event whose retry is that one."""
+
     async def take(self, on_delivery_pending: Callable[[], bool] | None = None) -> Delivery:
         """Wait for the next delivery that may be sent now; its event is loaded.
 

@@ -52,9 +52,14 @@ class Lane:
 
     def next_due(self) -> float | None:
         """When the earliest waiting delivery becomes ready; None if none waits."""
+        delivery = self.next_waiting()
+        return None if delivery is None else delivery.due
+
+    def next_waiting(self) -> Delivery | None:
+        """The delivery that is the first to become ready of those that wait; None if none waits."""
         while self._waiting and self._waiting[0][3].final:
             heapq.heappop(self._waiting)
-        return self._waiting[0][0] if self._waiting else None
+        return self._waiting[0][3] if self._waiting else None
 
     def put_back(self, delivery: Delivery, due: float) -> None:
         """Let a taken delivery wait until ``due``; its key waits with it."""

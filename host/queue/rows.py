@@ -22,6 +22,14 @@ def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
     return read_event(row) if row is not None else None
 
 
+def ids(db: sqlite3.Connection, prefix: str, limit: int) -> list[str]:
+    """The first ids of stored events that begin with ``prefix``."""
+    found = db.execute(
+        "SELECT id FROM events WHERE id >= ? AND id < ? ORDER BY id LIMIT ?", (prefix, prefix + "\U0010ffff", limit)
+    ).fetchall()
+    return [row[0] for row in found]
+
+
 def read_event(row: tuple[Any, ...]) -> Event | None:
     """An event from a row of ``EVENT``; None for one that is damaged."""
     event = Event(*row)

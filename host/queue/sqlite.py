@@ -42,7 +42,7 @@ from host.queue.interface import (
     Result,
     Subscriber,
 )
-from isolator.errors import NotFoundError
+from isolator.errors import NotFoundError, UsageError
 
 PENDING = "('queued', 'retry', 'in_flight')"
 _CACHED = 256
@@ -407,6 +407,20 @@ class SqliteQueue:
         future: asyncio.Future[None] = self._loop.create_future()
         self.store.submit(lambda _: None, lambda _, __: None if future.done() else future.set_result(None))
         await future
+
+    def resolve(self, text: str) -> str:
+        """The id of the one stored event whose id begins with ``text``.
+
+        Raises NotFoundError when there is none, UsageError when several begin so.
+        """
+        found = self.store.read(lambda db: rows.ids(db, text, 3))
+        if text in found:
+            return text
+        if not found:
+            raise NotFoundError(f"event {text}", "is not stored", "see 'isolator event list'")
+        if len(found) > 1:
+            raise UsageError(f"event {text}", f"several ids begin so: {', '.join(found)}", "write more of it")
+        return found[0]
 
     def _event(self, event_id: str) -> Event:
         event = self.store.read(lambda db: rows.event(db, "id=?", event_id))

@@ -500,6 +500,26 @@ class ExplainPolicy(Request[Proposal], op="policy.explain"):
     name: str
 
 
+class ServiceEntry(Body):
+    """One of the daemon's processes: whether it answers, how often it was started, how the one before ended."""
+
+    name: str
+    pid: int | None
+    up: bool
+    starts: int
+    ended: str
+
+
+class Services(Body):
+    """The daemon's processes."""
+
+    services: tuple[ServiceEntry, ...]
+
+
+class ListServices(Request[Services], op="services"):
+    """Return the daemon's processes."""
+
+
 class Ledger(Body):
     """Controls of this host."""
 
@@ -521,7 +541,7 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "H → S": (
         RaiseAlarm, EnsureRun, ConnectRun, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin, UpdatePlugin,
         RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin, ListPlugins, ExplainPolicy,
-        GetLedger,
+        ListServices, GetLedger,
     ),
 }  # fmt: skip
 """Every request by sender and receiver: supervisor, audit, broker, host."""

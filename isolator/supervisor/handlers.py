@@ -19,6 +19,7 @@ from isolator.registration.staging import Source
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import Run
+from isolator.supervisor.services import Services
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
@@ -30,8 +31,8 @@ T = TypeVar("T")
 class Handlers:
     """Handlers of everything that the host may ask."""
 
-    def __init__(self, table: PluginTable, updates: Updates, tickets: Tickets) -> None:
-        self._table, self._updates, self._tickets = table, updates, tickets
+    def __init__(self, table: PluginTable, updates: Updates, tickets: Tickets, services: Services) -> None:
+        self._table, self._updates, self._tickets, self._services = table, updates, tickets, services
 
     def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
@@ -52,6 +53,7 @@ class Handlers:
             messages.DisablePlugin.on(whole(self._disable)),
             messages.ListPlugins.on(self._list),
             messages.ExplainPolicy.on(self._explain),
+            messages.ListServices.on(self._list_services),
             messages.GetLedger.on(self._ledger),
         )
 
@@ -140,6 +142,9 @@ class Handlers:
 
     async def _explain(self, request: messages.ExplainPolicy) -> messages.Proposal:
         return messages.Proposal(proposal=await self._updates.explain(request.name))
+
+    async def _list_services(self, _: messages.ListServices) -> messages.Services:
+        return messages.Services(services=self._services.entries())
 
     async def _ledger(self, _: messages.GetLedger) -> messages.Ledger:
         return messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))

@@ -21,6 +21,7 @@ from typing import TypeVar
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import ALIVE, Channel, pair
+from isolator.ipc.messages import ServiceEntry
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.descriptors import close_all
@@ -124,6 +125,12 @@ class ChildProcess:
     def pid(self) -> int | None:
         """Pid of the present process, or of the last."""
         return self._process.pid if self._process is not None else None
+
+    def entry(self) -> ServiceEntry:
+        """Describe the service for listings."""
+        return ServiceEntry(
+            name=self.spec.name, pid=self.pid, up=self.up.is_set(), starts=self.starts, ended=self.ended
+        )
 
     async def _launch(
         self,

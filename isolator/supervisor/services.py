@@ -19,6 +19,7 @@ from isolator.broker.hardening import filter_file
 from isolator.cage.runtime import CageRuntime
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
+from isolator.ipc.messages import ServiceEntry
 from isolator.layers.user import add_service_user
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
@@ -87,6 +88,11 @@ class Services:
             inherit=lambda: {"audit": audit.source_end("host")},
         )
         kept.note(self._paths.database_begun)
+
+    def entries(self) -> tuple[ServiceEntry, ...]:
+        """Describe the daemon's processes, this one first."""
+        own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="")
+        return own, *(link.process.entry() for link in (self.audit, self.broker, self.host))
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

@@ -151,7 +151,7 @@ class Faults:
         """Remove a plugin, and give its name to another, which must be given nothing that came before it."""
         self.check_renewed()
         before = self._numbered()
-        if self._d.cli("plugin", "remove", "renewed", code=None).returncode not in (0, 4):
+        if self._d.cli("plugin", "remove", "renewed", "--yes", code=None).returncode not in (0, 4):
             return ""  # whether it is gone is not known: what it has seen counts with the next one
         ledger.add(self._d, self._source, "renewed")
         self.boundary = before

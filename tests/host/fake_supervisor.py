@@ -132,6 +132,7 @@ class Daemon(FakeAudit):
                 messages.StopRun.on(self._stop),
                 messages.RestartRun.on(self._restart),
                 messages.ListPlugins.on(self._status),
+                messages.ListServices.on(self._services),
             )
             | self.registrar.handlers()
         )
@@ -387,6 +388,11 @@ class Daemon(FakeAudit):
         async with sidecar.lock:
             await self._spawn(sidecar)
         return self._running(sidecar)
+
+    async def _services(self, _: messages.ListServices) -> messages.Services:
+        assert self.host is not None
+        host = messages.ServiceEntry(name="host", pid=self.host.pid, up=True, starts=1, ended="")
+        return messages.Services(services=(host,))
 
     async def _status(self, _: messages.ListPlugins) -> messages.Plugins:
         return messages.Plugins(plugins=tuple(map(self.entry, self.sidecars.values())))

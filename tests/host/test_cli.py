@@ -128,7 +128,7 @@ async def test_a_plugin_from_add_to_remove(daemon: Daemon) -> None:
     ran = await isolator(root, "plugin", "show", "notifier", "--json")
     assert ran.json["hooks"] == ["deploy.completed"]
 
-    ran = await isolator(root, "plugin", "remove", "notifier")
+    ran = await isolator(root, "plugin", "remove", "notifier", "--yes")
     assert ran.code == 0
     ran = await isolator(root, "plugin", "show", "notifier")
     assert (ran.code, ran.err) == (3, "isolator: plugin notifier: is not registered; see 'isolator plugin list'\n")

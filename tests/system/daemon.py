@@ -102,6 +102,13 @@ class Daemon:
             assert result.returncode == code, (words, result.returncode, result.stdout, result.stderr)
         return result
 
+    def begin(self, *words: str) -> subprocess.Popen[str]:
+        """Begin one command; its output is read by the caller."""
+        command = ["isolator", "--root", str(self.root), *words]
+        return subprocess.Popen(
+            command, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
     def json(self, *words: str, code: int | None = 0) -> Any:
         """The same with ``--json``, parsed."""
         return json.loads(self.cli(*words, "--json", code=code).stdout)

@@ -107,7 +107,7 @@ def test_words_of_a_package_write_nobody_elses_lines(running: Daemon, tmp_path: 
         policy = running.root / "etc/isolator/policies/talker.toml"
         assert tomllib.loads(policy.read_text())["grant"]["permissions"] == []
         running.cli("policy", "check", str(policy))
-        running.cli("plugin", "remove", "talker")
+        running.cli("plugin", "remove", "talker", "--yes")
 
 
 def test_modules_of_a_package_are_nobody_elses(running: Daemon, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
         ends = [r for r in running.records() if r["type"] == "plugin.crashed" and r["plugin"] == kind]
         assert {r["data"]["cause"] for r in ends} == {recorded}
     finally:
-        running.cli("plugin", "remove", kind, code=None)
+        running.cli("plugin", "remove", kind, "--yes", code=None)
 
 
 ANSWERS = {
@@ -185,5 +185,5 @@ def test_bad_answers_hurt_nobody_else(running: Daemon, tmp_path: Path, kind: str
         assert bad_answers[0]["data"]["outcome"] not in ("ok", "skipped")
     finally:
         for folder in (bad, good):
-            running.cli("plugin", "remove", folder.name, code=None)
+            running.cli("plugin", "remove", folder.name, "--yes", code=None)
             shutil.rmtree(folder)

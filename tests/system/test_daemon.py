@@ -49,7 +49,7 @@ def test_whole_life(tmp_path: Path) -> None:
         d.cli("audit", "verify")
         d.cli("plugin", "stop", "echo")
         assert d.json("plugin", "show", "echo")["state"] == "stopped"
-        d.cli("plugin", "remove", "echo")
+        d.cli("plugin", "remove", "echo", "--yes")
         d.cli("plugin", "show", "echo", code=3)
         with pytest.raises(KeyError):
             pwd.getpwnam(f"plugin-echo-{Paths.of(d.root).instance}")

@@ -46,7 +46,7 @@ def test_bundles_of_certificates_fit_into_the_config(running: Daemon, tmp_path: 
     running.cli("plugin", "add", str(folder), "--yes", *values)
     assert reply(running, "bundles")["sha256"] == digests
     assert "[231009 bytes]" in running.cli("plugin", "config", "bundles").stdout
-    running.cli("plugin", "remove", "bundles")
+    running.cli("plugin", "remove", "bundles", "--yes")
 
 
 SHOWN = oneshot('return {"status": "ok", "text": open(os.environ["SHOWN"]).read()}')

@@ -144,7 +144,7 @@ def test_processes_that_were_moved_can_be_stopped(running: Daemon, tmp_path: Pat
         assert not (elsewhere / "cgroup.procs").read_text()
     finally:
         elsewhere.rmdir()
-        running.cli("plugin", "remove", "deaf")
+        running.cli("plugin", "remove", "deaf", "--yes")
 
 
 def test_a_frozen_cage_can_be_stopped(running: Daemon) -> None:

@@ -69,7 +69,7 @@ def test_what_the_readme_says_works_as_written(running: Daemon, tmp_path: Path, 
         emitted = running.json("event", "emit", "deploy.completed", json.dumps(SAMPLES["deploy.completed"]), "--wait")
         assert [d["state"] for d in emitted["deliveries"]] == ["ok"]
     finally:
-        running.cli("plugin", "remove", name, code=None)
+        running.cli("plugin", "remove", name, "--yes", code=None)
 
 
 @pytest.mark.parametrize("event", sorted(SAMPLES))

@@ -219,7 +219,7 @@ def test_a_deployment_posted_over_http_reaches_plugins_that_ask_back(
         assert platform.end() == (0, "platform: stopped\n")
     finally:
         for name in ("echo", "namer", "nosy"):
-            d.cli("plugin", "remove", name, code=None)
+            d.cli("plugin", "remove", name, "--yes", code=None)
 
 
 def test_all_six_events_are_accepted_by_the_daemon(running: Daemon, platform_in: Any) -> None:
@@ -355,4 +355,4 @@ def test_the_platforms_of_the_guide_run_as_printed(
     finally:
         process.kill()
         process.communicate()
-        d.cli("plugin", "remove", "namer")
+        d.cli("plugin", "remove", "namer", "--yes")

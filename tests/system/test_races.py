@@ -207,7 +207,7 @@ def test_root_follows_nothing(scene: tuple[Daemon, Bait, Path]) -> None:
     d.kill()
     d.start()
     d.cli("plugin", "start", NAME)
-    d.cli("plugin", "remove", NAME)
+    d.cli("plugin", "remove", NAME, "--yes")
     assert not bait.taken(), "root followed a link of the plugin's while it cleared or removed"
     assert sorted(path.name for path in bait.folder.iterdir()) == ["file", "socket"]
     assert (bait.folder / "file").read_text() == "the host's" and bait.folder.stat().st_uid == 0

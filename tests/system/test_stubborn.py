@@ -74,7 +74,7 @@ def test_a_stop_ends_it_whole(running: Daemon, tmp_path: Path, kind: str) -> Non
         # It comes back as if nothing had been.
         running.cli("event", "emit", "deploy.completed", event(2), "--wait")
     finally:
-        running.cli("plugin", "remove", kind)
+        running.cli("plugin", "remove", kind, "--yes")
 
 
 def test_one_that_goes_into_the_background_is_told_that_it_ended(running: Daemon, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_one_that_goes_into_the_background_is_told_that_it_ended(running: Daemon
         assert "exit code 0" in entry["error"]
         assert not _of_user(uid)
     finally:
-        running.cli("plugin", "remove", "daemonises")
+        running.cli("plugin", "remove", "daemonises", "--yes")
 
 
 def _state(pid: int) -> str:

@@ -157,13 +157,13 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     add(d, place / "deaf")
     d.cli("plugin", "start", "deaf")
     wait_for(lambda: [r for r in of(d, "plugin.health") if r["plugin"] == "deaf"])
-    d.cli("plugin", "remove", "deaf")
+    d.cli("plugin", "remove", "deaf", "--yes")
 
     write_plugin(place / "broken", "#!/bin/sh\nexit 7\n", hooks=["deploy.failed"])
     add(d, place / "broken")
     d.cli("plugin", "start", "broken", code=None)
     wait_for(lambda: of(d, "plugin.failed"))
-    d.cli("plugin", "remove", "broken")
+    d.cli("plugin", "remove", "broken", "--yes")
 
     old = write_plugin(place / "old/changing", ECHO, hooks=["deploy.failed"])
     new = write_plugin(place / "new/changing", ECHO, hooks=["deploy.failed"], version="2.0.0")

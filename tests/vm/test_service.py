@@ -68,7 +68,7 @@ CALLER = """\
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     made = Service()
     if made.property("ActiveState") == "active":  # left there by reboot_after.py, which spares a minute
-        made.cli("plugin", "remove", reboot_before.PLUGIN, code=None)
+        made.cli("plugin", "remove", reboot_before.PLUGIN, "--yes", code=None)
     else:
         subprocess.run(["isolator", "install"], check=True, timeout=seconds(30))
     try:
@@ -172,7 +172,7 @@ def test_one_plugin_out_of_memory_leaves_the_others(service: Service, tmp_path: 
         seconds(10),
         "nothing tells of it",
     )
-    service.cli("plugin", "remove", "hog")
+    service.cli("plugin", "remove", "hog", "--yes")
     assert service.pid() == pid and service.property("ActiveState") == "active"
     assert service.json("plugin", "show", "echo")["run"] == run
 
@@ -190,7 +190,7 @@ def test_every_forbidden_call_is_on_record(service: Service, tmp_path: Path) -> 
     service.cli("event", "emit", "deploy.failed", json.dumps(FAILED), "--wait")
     wanted = known.keys() | {"socket"}
     wait_for(lambda: wanted <= _denied(service), seconds(5), "a forbidden call is on no record")
-    service.cli("plugin", "remove", "caller")
+    service.cli("plugin", "remove", "caller", "--yes")
 
 
 def _denied(service: Service) -> set[str]:

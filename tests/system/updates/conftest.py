@@ -26,4 +26,4 @@ def name(running: Daemon, request: pytest.FixtureRequest) -> Iterator[str]:
     """A name of the test's own; the plugin is removed in the end."""
     made = f"u-{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}"
     yield made
-    running.cli("plugin", "remove", made, code=None)
+    running.cli("plugin", "remove", made, "--yes", code=None)

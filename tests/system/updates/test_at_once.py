@@ -19,7 +19,7 @@ def test_many_command_lines_at_once(tmp_path: Path) -> None:
     folder = make(tmp_path / name, "1.0.0")
     second = make(tmp_path / "second" / name, "1.1.0")
     verbs = [
-        ("plugin", "add", str(folder), "--yes"), ("plugin", "start", name), ("plugin", "remove", name),
+        ("plugin", "add", str(folder), "--yes"), ("plugin", "start", name), ("plugin", "remove", name, "--yes"),
         ("plugin", "update", name, str(second)), ("plugin", "restart", name),
     ]  # fmt: skip
     with daemon() as d:
@@ -30,7 +30,7 @@ def test_many_command_lines_at_once(tmp_path: Path) -> None:
             assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1, result.stderr
         assert [r for r in results if r.returncode == 0]
         whole(d, name)
-        d.cli("plugin", "remove", name, code=None)
+        d.cli("plugin", "remove", name, "--yes", code=None)
         whole(d, name)
         d.cli("plugin", "add", str(folder), "--yes")
         assert version_that_answers(d, name, "x") == "1.0.0"
@@ -44,7 +44,7 @@ def test_killed_in_the_middle_of_anything(tmp_path: Path) -> None:
     folder = make(tmp_path / name, "1.0.0")
     with daemon() as d:
         for attempt in range(0, 8, 2):
-            for words in (("add", str(folder), "--yes"), ("update", name, "--yes"), ("remove", name)):
+            for words in (("add", str(folder), "--yes"), ("update", name, "--yes"), ("remove", name, "--yes")):
                 make(folder, f"1.{attempt}.{len(words)}")
                 command = subprocess.Popen(
                     ["isolator", "--root", str(d.root), "plugin", *words], stdout=subprocess.DEVNULL,

@@ -60,7 +60,7 @@ def test_found_plugins_wait_for_approval(tmp_path: Path) -> None:
         d.cli("plugin", "show", "late-comer", code=3)
 
         # Removed from the registered ones it is found again, and still not run.
-        d.cli("plugin", "remove", "found-one")
+        d.cli("plugin", "remove", "found-one", "--yes")
         wait_for(lambda: states(d).get("found-one") == "rejected" or states(d).get("found-one") == "pending")
         d.stop()
         d.start()
