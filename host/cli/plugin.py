@@ -12,6 +12,7 @@ import click
 
 from host.cli import arguments
 from host.cli.complete import plugin_names
+from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
 from host.cli.output import AS_JSON, SETTINGS, ago, duration, print_json, safe, show_alarms, table
 from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
@@ -317,6 +318,10 @@ def remove(root: str | None, names: tuple[str, ...], yes: bool, as_json: bool) -
             return answer
 
         return each(names, one, as_json=as_json)
+
+
+plugin.add_command(grant)
+plugin.add_command(revoke)
 
 
 @plugin.command(

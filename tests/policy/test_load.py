@@ -130,6 +130,8 @@ def test_every_value_knows_its_line() -> None:
         ("grant = 1", 1, "must be a table"),
         ("[grant]\nhooks = [", 2, "not TOML"),
         ("[grant]\nhooks = []\nhooks = []", 3, "not TOML"),
+        ("[limits]\nmemory = 64M  # small", 2, 'quote it: memory = "64M"'),
+        ("[limits]\ncpu = 25%", 2, 'quote it: cpu = "25%"'),
     ],
 )
 def test_errors_name_file_and_line(text: str, line: int, why: str) -> None:
@@ -299,3 +301,7 @@ def test_variable_that_a_policy_may_not_set_is_refused_at_its_line(line: str, wh
     found = error_of(f"[env]\n{line}\n")
     assert found.startswith(("policies/p.toml:2: ", "policies/p.toml:1: "))
     assert why in found
+
+
+def test_byte_order_mark_is_no_part_of_the_file() -> None:
+    assert parse_plugin_policy(b"\xef\xbb\xbf[limits]\nmemory = '64M'\n", source="p").limits["memory"] == 64 << 20

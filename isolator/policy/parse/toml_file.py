@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import tomllib
 from collections.abc import Callable, Iterable
@@ -15,23 +16,31 @@ from isolator.policy.parse.strict import Table
 from isolator.policy.parse.toml_lines import parse_toml
 from isolator.policy.units import parse_duration
 
+_BARE = re.compile(rb"\s*([A-Za-z_]+)\s*=\s*([0-9][0-9.]*\s?(?:[A-Za-z]{1,3}|%))\s*(?:#|$)")
 _AT = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
 def document(text: bytes, source: str) -> Table:
     """The top table of a TOML text; raises UsageError with the line of a syntax error."""
     try:
-        data, lines = parse_toml(text.decode("utf-8"))
+        data, lines = parse_toml(text.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{source}:{line}", "not UTF-8", "save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         match = _AT.search(str(error))
         line = int(match[1]) if match and match[1] else max(1, len(text.splitlines()))
-        raise UsageError(f"{source}:{line}", f"not TOML: {_AT.sub('', str(error))}") from None
+        remedy = _unquoted(text.splitlines()[line - 1]) if text else ""
+        raise UsageError(f"{source}:{line}", f"not TOML: {_AT.sub('', str(error))}", remedy) from None
     except RecursionError:
         raise UsageError(source, "nested too deeply", "flatten it") from None
     return Table(data, name=source, lines=lines)
+
+
+def _unquoted(line: bytes) -> str:
+    """The remedy for a value with a unit that stands there without quotes, as in ``memory = 64M``."""
+    match = _BARE.match(line)
+    return f'quote it: {match[1].decode()} = "{match[2].decode()}"' if match else ""
 
 
 def where_of(top: Table) -> dict[str, str]:
