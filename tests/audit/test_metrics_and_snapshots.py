@@ -164,7 +164,7 @@ def test_labels_stay_bounded_whatever_is_recorded() -> None:
 def leaf() -> Iterator[Leaf]:
     subtree = open_subtree(f"isolator-test-{os.getpid()}")
     leaf = Leaf.under(subtree, "snapshot")
-    limits = ResourcePolicy(memory=64 << 20, cpu=500)
+    limits = ResourcePolicy(memory=64 << 20, cpu=50)
     leaf.create(limits)
     leaf.cap_processor(limits)
     try:
@@ -183,7 +183,7 @@ def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
         "kept = b'x' * (20 << 20)\n"
         "files = [open('/dev/null') for _ in range(17)]\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        "end = time.process_time() + 0.3\n"
+        "end = time.process_time() + 0.1\n"
         "while time.process_time() < end: pass\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
@@ -202,8 +202,8 @@ def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
             process.wait()
     assert 20 << 20 <= figures["memory"] <= 64 << 20
     assert figures["memory_peak"] >= figures["memory"] * 0.9
-    assert 300_000 <= figures["cpu_us"] <= 5_000_000
-    assert figures["throttled"] > 0 and figures["throttled_us"] > 0  # half a processor, and it wanted a whole one
+    assert 100_000 <= figures["cpu_us"] <= 5_000_000
+    assert figures["throttled"] > 0 and figures["throttled_us"] > 0  # a cap so small that even a busy host gives it more
     assert (figures["tasks"], figures["threads"], figures["processes"]) == (2, 2, 1)
     assert 20 <= figures["open_files"] <= 24
     assert figures["oom_kills"] == 0
