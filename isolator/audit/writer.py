@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import socket
 import time
@@ -32,6 +33,7 @@ from isolator.audit.cause import Causes
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Outlook, Trail
 from isolator.audit.metrics import Metrics
+from isolator.audit.notable import Notable
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.ipc import channel as ipc
@@ -110,6 +112,7 @@ class Writer:
         self.ended = True
         """Whether, by the trail, the daemon before had stopped."""
         self._limits = limits
+        self._notable = Notable(logging.getLogger("isolator.audit"))
         self._trail = Trail(paths.audit_log, paths.audit_lib, limits)
         self._chain: Chain | None = None
         self._causes = Causes()
@@ -245,6 +248,7 @@ class Writer:
                 if source.name == HOST:
                     self._causes.observe(record, now)
                 self._causes.tag(record, now)
+                self._notable.note(record)
                 if not self._budgets.admit(record, source.name):
                     self._chain.count(record)
                     self.metrics.observe(record, summed=True)

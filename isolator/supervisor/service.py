@@ -149,7 +149,7 @@ class ChildProcess:
         try:
             self._process = subprocess.Popen(
                 command, pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}, start_new_session=True, umask=0o027,
+                env=_environment(), start_new_session=True, umask=0o027,
             )  # fmt: skip
         finally:
             close_all(inherited.values())
@@ -201,6 +201,12 @@ class ChildProcess:
             self._leaf.remove()
             self._journal.forget(f"service.{self.spec.name}")
             self._leaf = None
+
+
+def _environment() -> dict[str, str]:
+    """A service's environment; with it, its lines on standard error have priorities where the journal reads them."""
+    journal = {key: value for key, value in os.environ.items() if key == "JOURNAL_STREAM"}
+    return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **journal}
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

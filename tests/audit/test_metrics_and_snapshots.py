@@ -203,7 +203,9 @@ def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
     assert 20 << 20 <= figures["memory"] <= 64 << 20
     assert figures["memory_peak"] >= figures["memory"] * 0.9
     assert 100_000 <= figures["cpu_us"] <= 5_000_000
-    assert figures["throttled"] > 0 and figures["throttled_us"] > 0  # a cap so small that even a busy host gives it more
+    assert (
+        figures["throttled"] > 0 and figures["throttled_us"] > 0
+    )  # a cap so small that even a busy host gives it more
     assert (figures["tasks"], figures["threads"], figures["processes"]) == (2, 2, 1)
     assert 20 <= figures["open_files"] <= 24
     assert figures["oom_kills"] == 0
