@@ -17,6 +17,7 @@ from host.cli.many import Aliased, each
 from host.cli.output import AS_JSON, SETTINGS, ago, duration, print_json, safe, show_alarms, table
 from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
 from host.client.client import Client
+from isolator.cli.audit import moment
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.pacing import Backoff
 from isolator.policy import units
@@ -210,6 +211,8 @@ _SOON = 1.0
 """Seconds after which ``plugin start`` says that a plugin is still on its way."""
 _SHORT = 16
 """Characters of a version that listings show."""
+_MOST_LINES = 10_000
+"""Lines of a log that the daemon gives at once."""
 _LAST_WORDS = 3
 """Lines of stderr that are shown of a plugin that did not come up."""
 
@@ -384,17 +387,28 @@ def _show_config(items: list[dict[str, Any]]) -> None:
         table(["config", "type", "value", "note"], rows)
 
 
-@plugin.command(epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs slack -n 1000 --json")
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs slack -n 1000 --json\n"
+    "  isolator plugin logs slack --since 10m"
+)
 @click.argument("name", shell_complete=plugin_names)
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
 @click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0, 10_000))
+@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
 @AS_JSON
 @click.pass_obj
-def logs(root: str | None, name: str, follow: bool, lines: int, as_json: bool) -> None:
-    """Show what a plugin wrote to stdout and stderr."""
+def logs(root: str | None, name: str, follow: bool, lines: int, since: str | None, as_json: bool) -> None:
+    """Show what a plugin wrote to stdout and stderr, with a line where another run begins."""
+    begin = moment(since)
     with Client(root) as client:
-        answer = client.call("plugin.logs", name=name, lines=lines, follow=follow)
+        answer = client.call("plugin.logs", name=name, lines=lines if since is None else _MOST_LINES, follow=follow)
+        run = None
         for entry in answer["lines"]:
+            if begin is not None and entry["time"] < begin:
+                continue
+            if not as_json and run is not None and entry["run"] not in (run, None):
+                click.echo(f"--- run {entry['run']}")
+            run = entry["run"] or run
             _print_log(entry, as_json=as_json)
         if not follow:
             return

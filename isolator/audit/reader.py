@@ -267,6 +267,20 @@ def query(directory: Path, wanted: Query) -> Iterator[tuple[bytes, Record]]:
                     yield line.rstrip(b"\n"), record
 
 
+def event_ids(directory: Path, prefix: str, limit: int) -> list[str]:
+    """The first ``limit`` different ids of events in the trail that begin with ``prefix``."""
+    found: dict[str, None] = {}
+    needle = json.dumps(prefix)[:-1].encode()
+    for path in trail_files(directory):
+        with path.open("rb", buffering=1 << 20) as file:
+            for line in file:
+                record = parse(line) if needle in line else None
+                found.update(dict.fromkeys(i for i in (record.events if record else ()) if i.startswith(prefix)))
+                if len(found) >= limit:
+                    return list(found)[:limit]
+    return list(found)
+
+
 def _within(paths: list[Path], wanted: Query) -> list[Path]:
     """The files that can hold records of the wanted time, by the time of each file's first record."""
     begins = [(record.time if (record := parse(files.first_line(path))) else None) for path in paths]

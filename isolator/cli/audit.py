@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shutil
@@ -70,7 +71,8 @@ def query(
 
     from isolator.audit import reader
 
-    wanted = reader.Query(plugin, types, event, _time(since), _time(until))
+    _check_types(types)
+    wanted = reader.Query(plugin, types, event, moment(since), moment(until))
     found = (line for line, _ in reader.query(Paths.of(root).audit_log, wanted))
     lines = iter(deque(found, limit) if limit else found)
     shown = 0
@@ -89,7 +91,17 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
     """Tell everything that one event caused, in order."""
     from isolator.audit.story import collect, story_lines
 
-    found = collect(Paths.of(root).audit_log, event_id)
+    directory = Paths.of(root).audit_log
+    found = collect(directory, event_id)
+    if not found:
+        from isolator.audit.reader import event_ids
+
+        candidates = event_ids(directory, event_id, 3)
+        if len(candidates) > 1:
+            raise UsageError(f"event {event_id}", f"several ids begin so: {', '.join(candidates)}", "write more of it")
+        if candidates:
+            event_id = candidates[0]
+            found = collect(directory, event_id)
     if not found:
         raise NotFoundError(f"event {event_id}", "the trail has no record of it", "see 'isolator event list'")
     if as_json:
@@ -157,6 +169,19 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
             sys.exit(1)
         more = f" (and {report.misfit_count - 1} more places; --json lists them)" if report.misfit_count > 1 else ""
         raise IsolatorError("audit trail", f"does not fit together at {report.misfits[0]}{more}")
+
+
+def _check_types(types: tuple[str, ...]) -> None:
+    """Raise UsageError for a type, or a family, that no record has."""
+    from isolator.audit.schema import RECORDS
+
+    families = {f"{name.partition('.')[0]}.*" for name in RECORDS}
+    for wanted in types:
+        known = families if wanted.endswith(".*") else set(RECORDS)
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, sorted(known), 1)
+            remedy = f"did you mean {near[0]}?" if near else "docs/audit.md lists them"
+            raise UsageError(f"--type {wanted}", "no record has that type", remedy)
 
 
 def _width() -> int:
@@ -238,16 +263,16 @@ def readable(read: Callable[[], T]) -> T:
         raise IsolatorError("audit trail", f"{error.filename} may not be read", "run as root") from None
 
 
-def _time(text: str | None) -> str | None:
+def moment(text: str | None) -> str | None:
     """A time as the trail spells it, from ``2h`` (ago) or an ISO time, UTC unless it says otherwise."""
     if text is None:
         return None
     if match := _AGO.fullmatch(text):
-        moment = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        when = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
     else:
         try:
-            moment = datetime.fromisoformat(text)
+            when = datetime.fromisoformat(text)
         except ValueError:
             raise UsageError("time", f"{text!r} is neither like 2h nor like 2026-01-31T12:00") from None
-        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    return when.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -17,7 +17,7 @@ from host.cli.root import cli
 from isolator.audit import files, reader
 from isolator.audit.log import Limits
 from isolator.audit.text import printable
-from isolator.errors import IsolatorError, NotFoundError
+from isolator.errors import IsolatorError, NotFoundError, UsageError
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import check, durable
@@ -196,8 +196,24 @@ async def test_query_finds_by_plugin_type_event_time_and_number(daemon: Daemon) 
     assert {r["type"] for r in found("--since", middle)} >= {"net.denied", "net.connect", "audit.seal"}
     assert len(found("--since", "1h", "--plugin", "p1")) == 51
     assert found("--until", "2020-01-01") == []
+    mistyped = run(daemon, "query", "--type", "net.denie").exception
+    assert isinstance(mistyped, UsageError) and mistyped.remedy == "did you mean net.denied?"
+    assert isinstance(run(daemon, "query", "--type", "nets.*").exception, UsageError)
     nothing = run(daemon, "query", "--until", "2020-01-01")
     assert (nothing.stdout, nothing.stderr) == ("", "no record matches\n")
+
+
+async def test_story_takes_the_beginning_of_an_id(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    for name in ("ev_01a", "ev_02a", "ev_02b"):
+        host.record(any_record("event.accepted", event="deploy.completed", plugins=[]), event_id=name)
+    await durable(host)
+    await daemon.stop()
+    assert run(daemon, "story", "ev_01").output.splitlines()[0].startswith("ev_01a")
+    several = run(daemon, "story", "ev_02").exception
+    assert isinstance(several, UsageError) and "several ids begin so: ev_02a, ev_02b" in str(several)
+    assert isinstance(run(daemon, "story", "ev_03").exception, NotFoundError)
 
 
 async def test_verify_on_the_command_line(daemon: Daemon) -> None:
