@@ -37,7 +37,7 @@ async def test_failing_plugin_shows_in_status_list_and_show(daemon: Daemon) -> N
 
     ran = await isolator(daemon.root, "plugin", "ls", "--failed")
     (row,) = ran.out.splitlines()[1:]
-    assert re.fullmatch(r"sad +1\.0\.0 .* failing for \d+s: the other side is away(; next try in \d+s)?", row)
+    assert re.fullmatch(r"sad +1\.0\.0 .* failing for \d+s: the other side is away(; next try in \d+[sm])?", row)
     (entry,) = (await isolator(daemon.root, "plugin", "list", "--failed", "--json")).json
     assert entry["last"]["event_id"] == emitted
     assert entry["failing_since"] <= entry["last"]["at"] < (entry["next_attempt"] or time.time())
