@@ -35,7 +35,7 @@ from isolator.audit.metrics import Metrics
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.ipc import channel as ipc
-from isolator.ipc.essential import essential
+from isolator.ipc.tasks import essential
 from isolator.paths import Paths
 
 MAX_WAITING = 8 << 20
