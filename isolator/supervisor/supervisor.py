@@ -113,7 +113,7 @@ async def running_daemon(
         on_trial = await updates.hold_trials()
         progress("starting the services")
         tickets.start()
-        await services.start(table, Handlers(table, updates, tickets).all())
+        await services.start(table, Handlers(table, updates).all())
         runtime.pool.begin(EVERY_LAYER)
         if cleared or not services.audit.found.ended:
             why = "the daemon before did not end by itself; what its processes had not handed over is lost"
