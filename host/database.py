@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isolator.errors import IsolatorError, UnavailableError
-from isolator.ipc.essential import end_process
+from isolator.ipc.tasks import end_process
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

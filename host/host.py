@@ -45,7 +45,6 @@ from isolator.audit.schema import ConfigChanged, DatabaseDamaged, SecretInjected
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel
-from isolator.ipc.essential import essential
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
     AlarmsChanged,
@@ -63,6 +62,7 @@ from isolator.ipc.messages import (
     RunStarted,
     StderrTail,
 )
+from isolator.ipc.tasks import essential
 from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig

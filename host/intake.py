@@ -89,8 +89,7 @@ class EventRecords:
 
     def expired(self, delivery: Delivery) -> None:
         """Record a delivery whose time ran out."""
-        event_id = delivery.event.id if delivery.event is not None else None
-        self.dead(delivery.plugin, event_id, "expired", delivery.attempts)
+        self.dead(delivery.plugin, delivery.event_id or None, "expired", delivery.attempts)
 
     def dead(self, plugin: str, event_id: str | None, reason: str, attempts: int) -> None:
         """Record a dead letter."""

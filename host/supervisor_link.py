@@ -69,36 +69,34 @@ class SupervisorLink:
         """Forget a staged plugin."""
         self._channel.tell(DiscardPlugin(token=token))
 
-    async def commit(self, token: str, by: str, ticket: str | None) -> OnePlugin:
+    async def commit(self, token: str, ticket: str | None) -> OnePlugin:
         """Register a staged plugin."""
-        return await self._ask(CommitPlugin(token=token, by=by, ticket=ticket))
+        return await self._ask(CommitPlugin(token=token, ticket=ticket))
 
-    async def update(self, token: str, by: str, ticket: str | None, *, approve: bool) -> UpdatedPlugin:
+    async def update(self, token: str, ticket: str | None, *, approve: bool) -> UpdatedPlugin:
         """Exchange the version in use for a staged one."""
-        request = UpdatePlugin(token=token, by=by, ticket=ticket, approve=approve)
+        request = UpdatePlugin(token=token, ticket=ticket, approve=approve)
         return await self._ask(request, timeout=self.exchange_timeout)
 
-    async def approve(self, name: str, by: str, ticket: str | None, digest: str | None) -> OnePlugin:
+    async def approve(self, name: str, ticket: str | None, digest: str | None) -> OnePlugin:
         """Take a pending version into use."""
-        return await self._ask(
-            ApprovePlugin(name=name, by=by, ticket=ticket, digest=digest), timeout=self.exchange_timeout
-        )
+        return await self._ask(ApprovePlugin(name=name, ticket=ticket, digest=digest), timeout=self.exchange_timeout)
 
-    async def roll_back(self, name: str, by: str, ticket: str | None) -> OnePlugin:
+    async def roll_back(self, name: str, ticket: str | None) -> OnePlugin:
         """Take the version before into use."""
-        return await self._ask(RollBackPlugin(name=name, by=by, ticket=ticket), timeout=self.exchange_timeout)
+        return await self._ask(RollBackPlugin(name=name, ticket=ticket), timeout=self.exchange_timeout)
 
-    async def enable(self, name: str) -> OnePlugin:
-        """Let a plugin run again."""
-        return await self._ask(EnablePlugin(name=name), timeout=self.exchange_timeout)
+    async def enable(self, name: str, ticket: str | None = None) -> OnePlugin:
+        """Let a plugin run again; one that is disabled takes a ticket."""
+        return await self._ask(EnablePlugin(name=name, ticket=ticket), timeout=self.exchange_timeout)
 
     async def disable(self, name: str) -> OnePlugin:
         """Stop a plugin and keep it stopped."""
         return await self._ask(DisablePlugin(name=name), timeout=self.exchange_timeout)
 
-    async def remove(self, name: str, by: str, ticket: str | None) -> None:
+    async def remove(self, name: str, ticket: str | None) -> None:
         """Remove a plugin."""
-        await self._ask(RemovePlugin(name=name, by=by, ticket=ticket))
+        await self._ask(RemovePlugin(name=name, ticket=ticket))
 
     async def entries(self) -> tuple[PluginEntry, ...]:
         """Every plugin with live figures, without ``manifest`` and ``effective``."""

@@ -23,6 +23,7 @@ from host.control.verbs import AuditFollow, FollowedTrail
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UnavailableError, UsageError
+from isolator.ipc.tasks import Tasks
 
 FOLLOWERS = 32
 BLOCK = 1 << 16
@@ -84,6 +85,7 @@ class _Stream:
         self._seq = 0
         self._follower: reader.Follower | None = None
         self._changed = asyncio.Event()
+        self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
         self._reading: asyncio.Future[Any] | None = None
 
@@ -104,7 +106,7 @@ class _Stream:
             after = (files.seq_of(shown[0]) or 1) - 1 if shown and lines else last
         self._seq = after
         self._caller.narrow(BLOCK)
-        self._task = self._loop.create_task(self._run(), name="audit.follow")
+        self._task = self._tasks.run("a stream of the trail", self._run())
         self._task.add_done_callback(self._ended)
         return {"after": after, "last": last}
 
@@ -120,9 +122,8 @@ class _Stream:
             self._close_file()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._loop.call_exception_handler({"message": "audit.follow failed", "exception": error})
-            self._caller.cut()  # a stream that has failed must not look like a quiet one
+        if not task.cancelled():
+            self._caller.cut()  # a stream that has ended must not look like a quiet one
 
     async def _run(self) -> None:
         try:

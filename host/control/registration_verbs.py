@@ -142,7 +142,7 @@ class RegistrationVerbs:
                 await self._lifecycle.forget(name)
             await self._config.set(name, staged.manifest, request.config, replace=is_new)
             try:
-                answer = await self._link.commit(request.token, caller.by, request.ticket)
+                answer = await self._link.commit(request.token, request.ticket)
             except IsolatorError:
                 if is_new:
                     await self._config.forget(name)
@@ -158,7 +158,7 @@ class RegistrationVerbs:
             self._registry.need(name)
             await self._config.set_next(name, staged.digest, manifest, request.config)
             try:
-                answer = await self._link.update(request.token, caller.by, request.ticket, approve=request.approve)
+                answer = await self._link.update(request.token, request.ticket, approve=request.approve)
             except IsolatorError:
                 now = self._registry.get(name)
                 if now is None or staged.digest not in now.versions:
@@ -197,26 +197,26 @@ class RegistrationVerbs:
                 ApprovedPlugin, await self.commit(PluginCommit(token=staged["token"], ticket=request.ticket), caller)
             )
         changed = await self._change(
-            request.name, lambda name: self._link.approve(name, caller.by, request.ticket, request.digest)
+            request.name, lambda name: self._link.approve(name, request.ticket, request.digest)
         )
         return cast(ApprovedPlugin, changed)
 
-    async def roll_back(self, request: PluginRollback, caller: Caller) -> ChangedPlugin:
-        return await self._change(request.name, lambda name: self._link.roll_back(name, caller.by, request.ticket))
+    async def roll_back(self, request: PluginRollback, _: Caller) -> ChangedPlugin:
+        return await self._change(request.name, lambda name: self._link.roll_back(name, request.ticket))
 
     async def enable(self, request: PluginEnable, _: Caller) -> ChangedPlugin:
-        answer = await self._change(request.name, self._link.enable)
+        answer = await self._change(request.name, lambda name: self._link.enable(name, request.ticket))
         self._lifecycle.start_if_eager(self._registry.need(request.name))
         return answer
 
     async def disable(self, request: PluginDisable, _: Caller) -> ChangedPlugin:
         return await self._change(request.name, self._link.disable)
 
-    async def remove(self, request: PluginRemove, caller: Caller) -> Nothing:
+    async def remove(self, request: PluginRemove, _: Caller) -> Nothing:
         name = self._registry.need(request.name).name
         async with self._locks[name]:
             self._registry.need(name)
-            await self._link.remove(name, caller.by, request.ticket)
+            await self._link.remove(name, request.ticket)
             now = self._registry.get(name)
             if now is None or not now.raw.get("found"):  # else forgotten already, and found in a folder
                 await self._lifecycle.forget(name)

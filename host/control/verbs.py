@@ -389,7 +389,10 @@ class PluginDiscard(Request, verb="plugin.discard", role="operator", recorded=Tr
 
 
 class PluginApprove(Request, verb="plugin.approve", role="operator", recorded=True, result=ApprovedPlugin):
-    """Approve a pending version; ``digest`` (from ``plugin.explain``) makes sure that it is the one that was shown."""
+    """Approve a pending version; ``digest`` (from ``plugin.explain``) makes sure that it is the one that was shown.
+
+    Takes a ticket.
+    """
 
     name: Name
     digest: OptionalText = None
@@ -397,16 +400,17 @@ class PluginApprove(Request, verb="plugin.approve", role="operator", recorded=Tr
 
 
 class PluginRollback(Request, verb="plugin.rollback", role="operator", recorded=True, result=ChangedPlugin):
-    """Go back to the version before."""
+    """Go back to the version before; takes a ticket."""
 
     name: Name
     ticket: OptionalText = None
 
 
 class PluginEnable(Request, verb="plugin.enable", role="operator", recorded=True, result=ChangedPlugin):
-    """Let a plugin run again; also clears ``failed``."""
+    """Let a plugin run again; also clears ``failed``. Takes a ticket for one that is disabled."""
 
     name: Name
+    ticket: OptionalText = None
 
 
 class PluginDisable(Request, verb="plugin.disable", role="operator", recorded=True, result=ChangedPlugin):
@@ -416,7 +420,7 @@ class PluginDisable(Request, verb="plugin.disable", role="operator", recorded=Tr
 
 
 class PluginRemove(Request, verb="plugin.remove", role="operator", recorded=True, result=Nothing):
-    """Stop a plugin and forget it with its config and its queue."""
+    """Stop a plugin and forget it with its config and its queue; takes a ticket."""
 
     name: Name
     ticket: OptionalText = None

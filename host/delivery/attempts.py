@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDispatched
-from isolator.ipc.essential import essential
+from isolator.ipc.tasks import essential
 
 
 @dataclass(frozen=True, slots=True)

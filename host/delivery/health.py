@@ -11,7 +11,6 @@ A plugin with an idle time is stopped when it had nothing to do for that long; t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 
@@ -24,6 +23,7 @@ from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import RestartRun, StopRun
+from isolator.ipc.tasks import Tasks
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class Watch:
         self._worker, self._registry, self._supervisor, self._audit = worker, registry, supervisor, audit
         self._misses = 0
         self._loop = asyncio.get_running_loop()
-        self._task = self._loop.create_task(self._watch(), name=f"watch {worker.name}")
+        self._tasks = Tasks()
+        self._tasks.run(f"watch over {worker.name}", self._watch())
 
     @staticmethod
     def wanted(plugin: Plugin) -> bool:
@@ -48,9 +49,7 @@ class Watch:
 
     async def close(self) -> None:
         """Stop watching."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await self._tasks.close()
 
     async def _watch(self) -> None:
         while True:

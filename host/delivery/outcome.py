@@ -214,6 +214,6 @@ class Outcomes:
         self._audit.record(
             kind(reason=why, attempts=delivery.attempts),
             plugin=self._name,
-            event_id=delivery.event.id if delivery.event is not None else None,
-            delivery_id=delivery.id if delivery.event is not None else None,
+            event_id=delivery.event_id or None,
+            delivery_id=delivery.id if delivery.event_id else None,
         )

@@ -25,6 +25,7 @@ from host.delivery.stream import StreamDelivery
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery
 from isolator.errors import IsolatorError
+from isolator.ipc.tasks import Tasks
 from isolator.pacing import Backoff
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class Worker:
         self._sidecar, self._outcomes, self._oneshot, self._stream = sidecar, outcomes, oneshot, stream
         self._woken = asyncio.Event()
         self._backoff = Backoff(HOLD_FIRST, HOLD_LONGEST)
-        self._task = loop.create_task(self._work(), name=f"dispatch {self.name}")
+        self._tasks = Tasks()
+        self._tasks.keep(f"dispatch of {self.name}", self._work)
 
     @property
     def run(self) -> str | None:
@@ -104,9 +106,7 @@ class Worker:
 
     async def close(self) -> None:
         """Stop; a delivery in flight counts as an attempt with an unknown outcome at the next start."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await self._tasks.close()
         self._oneshot.drop_prepared()
         self._stream.close()
 

@@ -82,7 +82,7 @@ class SqliteConsumer:
                 await self._wait(loop, on_delivery_pending)
                 continue
             if delivery.event is None:
-                self._rows.load(delivery, self._lane.upcoming(_PREFETCH))
+                self._load(delivery)
             if delivery.expires <= loop.time():
                 self.term(delivery, Result("expired", detail="not delivered in time"))
                 self._on_expired(delivery)
@@ -105,8 +105,8 @@ class SqliteConsumer:
     def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
         if delivery.final:
             return
-        self._lane.put_back(delivery, asyncio.get_running_loop().time() + delay)
         self._rows.write(delivery, result, time.time() + delay)
+        self._put_back(delivery, asyncio.get_running_loop().time() + delay)
         self._wake()
 
     def release(self, delivery: Delivery) -> None:
@@ -114,8 +114,20 @@ class SqliteConsumer:
             return
         if delivery.counted:
             self._rows.write(delivery, Result("queued"), 0.0)
-        self._lane.put_back(delivery, delivery.due)
+        self._put_back(delivery, delivery.due)
         self._wake()
+
+    def _put_back(self, delivery: Delivery, due: float) -> None:
+        """Let a delivery wait without its payload, which is read again when it is taken: many may wait for long."""
+        delivery.event = None
+        self._lane.put_back(delivery, due)
+
+    def _load(self, delivery: Delivery) -> None:
+        try:
+            self._rows.load(delivery, self._lane.upcoming(_PREFETCH))
+        except BaseException:
+            self._put_back(delivery, delivery.due)  # nobody else would: it has not come to a taker
+            raise
 
     def count_crash(self, delivery: Delivery) -> None:
         delivery.crashes += 1

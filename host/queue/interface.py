@@ -86,6 +86,9 @@ class Delivery:
     due: float = 0.0
     expires: float = 0.0
     event: Event | None = None
+    """The event while a taker has the delivery, and of some that will soon be taken."""
+    event_id: str = ""
+    """Its name, once it was loaded."""
     taken: bool = False
     """A taker has it; otherwise it waits in its lane, unless it is ``final``."""
     final: bool = False
@@ -99,9 +102,15 @@ class Delivery:
 
     @property
     def id(self) -> str:
-        """Name of the delivery in listings and in the trail; the event must be loaded."""
-        assert self.event is not None
-        return f"{self.event.id}.{self.plugin}"
+        """Name of the delivery in listings and in the trail; the event must have been loaded once."""
+        assert self.event_id
+        return f"{self.event_id}.{self.plugin}"
+
+    def load(self, event: Event | None) -> None:
+        """Hold the event; None: it is no longer stored."""
+        self.event = event
+        if event is not None:
+            self.event_id = event.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,10 @@ from isolator.errors import NotFoundError, UsageError
 PENDING = "('queued', 'retry', 'in_flight')"
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
+_CACHED_BYTES = 1 << 20
+"""Depth of the lane times size of the payload from which on it is read back, too: so a lane holds a few MiB at most."""
+_READ_AHEAD = 1 << 14
+"""Characters of a payload that is read before its turn comes."""
 _PRUNE_EVERY = 1000
 _PENDING_TYPES: tuple[Any, ...] = (int, str, (str, type(None)), int, int, (int, float), (int, float), str)
 """Types of the columns that ``SqliteQueue`` takes up at its start."""
@@ -237,8 +241,9 @@ class SqliteQueue:
                 counted=subscriber.plugin in entry.counted,
                 ready_at=now,
             )
-            if consumer.depth < _CACHED:
-                delivery.event = entry.event
+            depth = consumer.depth
+            if depth < _CACHED and depth * len(entry.event.payload) < _CACHED_BYTES:
+                delivery.load(entry.event)
             consumer.add(delivery)
 
     # Delivering
@@ -265,8 +270,8 @@ class SqliteQueue:
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
         """Record the state of a delivery and the Unix time of its next attempt; wakes those who wait for its event."""
         self._write(delivery, result, due)
-        if self._watchers and delivery.event is not None:
-            for watcher in self._watchers.get(delivery.event.id, ()):
+        if self._watchers and delivery.event_id:
+            for watcher in self._watchers.get(delivery.event_id, ()):
                 watcher.set()
 
     def _write(self, delivery: Delivery, result: Result, due: float) -> None:
@@ -305,11 +310,14 @@ class SqliteQueue:
         wanted = [delivery, *(d for d in upcoming if d.event is None and d is not delivery)]
         marks = ",".join("?" * len(wanted))
         found = self.store.read(
-            lambda db: db.execute(f"{rows.EVENT} WHERE seq IN ({marks})", [d.seq for d in wanted]).fetchall()
+            lambda db: db.execute(
+                f"{rows.EVENT} WHERE seq IN ({marks}) AND (seq=? OR length(payload)<=?)",
+                [*(d.seq for d in wanted), delivery.seq, _READ_AHEAD],
+            ).fetchall()
         )
         events = {row[0]: rows.read_event(row) for row in found}
         for item in wanted:
-            item.event = events.get(item.seq)
+            item.load(events.get(item.seq))
 
     def write_crashes(self, delivery: Delivery) -> None:
         """Record ``delivery.crashes``."""
@@ -349,7 +357,7 @@ class SqliteQueue:
         loop_now = self._loop.time()
         for name, key in requeued:
             expires = loop_now + max(event.expires - now, 86400.0)
-            self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, event=event, ready_at=loop_now))
+            self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, ready_at=loop_now))
         return [name for name, _ in requeued]
 
     async def purge(self, plugin: str) -> int:

@@ -129,13 +129,13 @@ class HostStopped(RecordData):
 
 
 class ServiceEnded(RecordData):
-    """A process of the daemon's own ended by itself, or hung and was ended; another takes its place."""
+    """A process of the daemon's own, or work within the supervisor, ended by itself, or hung and was ended."""
 
     TYPE = "service.ended"
     SOURCES = (SUPERVISOR,)
 
     service: str
-    """``audit``, ``broker``, ``host`` or ``launcher``."""
+    """``audit``, ``broker``, ``host``, ``launcher``, or ``supervisor: `` and the work."""
     why: str
     hung: bool
     """Whether it was ended because it did not answer."""

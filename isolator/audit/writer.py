@@ -37,7 +37,7 @@ from isolator.audit.notable import Notable
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.ipc import channel as ipc
-from isolator.ipc.essential import essential
+from isolator.ipc.tasks import essential
 from isolator.paths import Paths
 
 MAX_WAITING = 8 << 20

@@ -16,8 +16,8 @@ from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.errors import UsageError
 from isolator.ipc.channel import Channel
-from isolator.ipc.essential import essential
 from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, NewAuditSocket
+from isolator.ipc.tasks import essential
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 

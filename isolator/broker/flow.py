@@ -19,6 +19,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.relay import Pipe, Scratch, reset
 from isolator.broker.virtual import Entry
+from isolator.ipc.tasks import report
 from isolator.policy.addresses import Address
 
 _session = secrets.token_hex(3)
@@ -185,4 +186,4 @@ class FlowTable:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._flows.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            task.get_loop().call_exception_handler({"message": "a flow failed", "exception": error})
+            report(task.get_loop(), "a flow", error)

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+from isolator.ipc.tasks import Tasks
 from isolator.linux.netlink import RouteQuery
 from isolator.policy.addresses import Address, parse_address, spellings
 from isolator.policy.denial import DenialRule
@@ -34,8 +35,8 @@ class HostAddresses:
         """Devices with one other end, or without neighbours: routes through them have no gateway anyway."""
         self._routes = RouteQuery()
         self._socket: socket.socket | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._stale = asyncio.Event()
+        self._tasks = Tasks()
 
     def owner(self, address: Address) -> DenialRule | None:
         """The rule that refuses ``address`` (HOST_ADDRESS, GATEWAY, NEIGHBOUR), or None; any spelling counts."""
@@ -78,12 +79,12 @@ class HostAddresses:
         # Subscribed before the first reading: no change falls between the two.
         asyncio.get_running_loop().add_reader(self._socket, self._changed)
         await asyncio.to_thread(self.refresh)
+        self._tasks.keep("refresh of the host's addresses", self._keep_current)
 
     def close(self) -> None:
         """Stop watching."""
         self._routes.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._tasks.cancel()
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
@@ -94,12 +95,18 @@ class HostAddresses:
         with contextlib.suppress(OSError):
             while self._socket is not None and self._socket.recv(65536):
                 pass
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_DEBOUNCE, self._due)
+        self._stale.set()
 
-    def _due(self) -> None:
-        self._timer = None
-        self._task = asyncio.get_running_loop().create_task(asyncio.to_thread(self.refresh))
+    async def _keep_current(self) -> None:
+        while True:
+            await self._stale.wait()
+            await asyncio.sleep(_DEBOUNCE)
+            self._stale.clear()
+            try:
+                await asyncio.to_thread(self.refresh)
+            except BaseException:
+                self._stale.set()  # as stale as before
+                raise
 
 
 def _parsed(attributes: dict[str, Any], *names: str) -> Iterator[Address]:

@@ -24,6 +24,7 @@ from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Write
 from isolator.errors import IsolatorError
 from isolator.ipc.accept_loop import AcceptLoop
+from isolator.ipc.tasks import Tasks
 from isolator.policy.addresses import parse_address
 from isolator.policy.denial import DenialRule
 from isolator.policy.model import ListenRule
@@ -60,6 +61,7 @@ class Inbound:
         self._buffers = buffers
         self._loop = asyncio.get_running_loop()
         self._stock: deque[socket.socket] = deque()
+        self._tasks = Tasks()
         self._filling: asyncio.Task[None] | None = None
         self._accepting = [AcceptLoop(listener, partial(self._accepted, rule)) for listener, rule in listeners]
 
@@ -67,9 +69,7 @@ class Inbound:
         """Close the listeners and end every connection; all records are written when it returns."""
         for accepting in self._accepting:
             accepting.close()
-        if self._filling is not None:
-            self._filling.cancel()
-            await asyncio.gather(self._filling, return_exceptions=True)
+        await self._tasks.close()
         await self.flows.close()
         while self._stock:
             self._stock.popleft().close()
@@ -144,9 +144,8 @@ class Inbound:
 
     def _fill(self) -> asyncio.Task[None]:
         if self._filling is None or self._filling.done():
-            self._filling = self._loop.create_task(self._refill())
-            # A caller that waits sees the error. A refill ahead of need may fail unseen: the next shows it.
-            self._filling.add_done_callback(lambda task: task.cancelled() or task.exception())
+            # A caller that waits sees an OSError; of a refill ahead of need the next one shows it.
+            self._filling = self._tasks.run("a refill of inbound sockets", self._refill(), expected=(OSError,))
         return self._filling
 
     async def _refill(self) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from isolator.errors import IsolatorError
 from isolator.ipc.packet import pair
+from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.proc.layer import new_figures
 from isolator.linux.readable import readable
@@ -38,6 +39,7 @@ PREFIX = "_spare."
 """Begins the names of the groups; a plugin's name begins with a letter."""
 
 _REST_SECONDS = 0.1
+_EXPECTED = (IsolatorError, OSError)
 
 
 @struct_class()
@@ -116,6 +118,7 @@ class WarmPool:
         self._waiting: asyncio.Task[Spare] | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._closed = False
+        self._tasks = Tasks()
         self._disposals: set[asyncio.Task[None]] = set()
 
     async def take(self, layers: frozenset[str]) -> Spare:
@@ -125,7 +128,7 @@ class WarmPool:
         """
         making, self._waiting = self._waiting, None
         if making is not None:
-            with contextlib.suppress(IsolatorError, OSError):  # made anew below, and then it counts
+            with contextlib.suppress(Exception):  # made anew below, and then it counts
                 try:
                     spare = await asyncio.shield(making)
                 except asyncio.CancelledError:
@@ -142,8 +145,8 @@ class WarmPool:
             self._rest.cancel()
             self._rest = None
         if self._waiting is None and not self._closed:
-            self._waiting = asyncio.create_task(self._make(layers), name="spare")
-            self._waiting.add_done_callback(_retrieved)
+            # What a host or a launcher refuses, the next start tries again, and reports.
+            self._waiting = self._tasks.run("making of a spare", self._make(layers), expected=_EXPECTED)
 
     def refill(self, layers: frozenset[str]) -> None:
         """Make one when no start has needed anything for a moment."""
@@ -179,10 +182,13 @@ class WarmPool:
 
     def _dispose(self, making: asyncio.Task[Spare]) -> None:
         async def release() -> None:
-            with contextlib.suppress(IsolatorError, OSError):
-                await (await making).release()
+            try:
+                spare = await making
+            except Exception:  # nothing is left of it, and its owner has noticed
+                return
+            await spare.release()
 
-        task = asyncio.create_task(release())
+        task = self._tasks.run("removal of a spare", release())
         self._disposals.add(task)
         task.add_done_callback(self._disposals.discard)
 
@@ -236,9 +242,3 @@ async def _release_network(making: asyncio.Task[CageNetwork]) -> None:
 
     with contextlib.suppress(IsolatorError):
         network_layer.release(await making)
-
-
-def _retrieved(task: asyncio.Task[Spare]) -> None:
-    """Take note of a failure ahead of time: the next start tries again, and reports it."""
-    if not task.cancelled():
-        task.exception()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from isolator.ipc.tasks import Tasks
 from isolator.linux import daemon_log
 from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
 from isolator.linux.descriptors import allow_many_files
@@ -42,18 +43,19 @@ def serve(root: str | None, config: str | None) -> None:
             loop.add_signal_handler(number, stopping.set)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup(1) keeps it so
             loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else _ignore)
-        extending = asyncio.create_task(_extend_timeout())
+        extending, watchdog = Tasks(), Tasks()
+        extending.keep("extension of the start", _extend_timeout)
         async with running_daemon(paths, host_config, progress=_notify_progress):
             try:
                 click.echo("isolator: ready")
                 _notify("READY=1\nSTATUS=")
                 extending.cancel()
-                watchdog = asyncio.create_task(_watchdog())
+                watchdog.keep("watchdog", _watchdog)
                 await stopping.wait()
                 watchdog.cancel()
             finally:
                 _notify("STOPPING=1")
-                extending = asyncio.create_task(_extend_timeout())
+                extending.keep("extension of the stop", _extend_timeout)
         extending.cancel()
 
     daemon_log.set_up()
@@ -98,6 +100,8 @@ async def _extend_timeout() -> None:
 async def _watchdog() -> None:
     """Feed systemd's watchdog from the event loop: a loop that hangs is a daemon that hangs."""
     interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
-    while interval:
+    if not interval:
+        await asyncio.Event().wait()
+    while True:
         _notify("WATCHDOG=1")
         await asyncio.sleep(interval)

@@ -405,9 +405,8 @@ class CommitPlugin(Request[OnePlugin], op="plugin.commit"):
     """Register what was staged; an error if the name is registered."""
 
     token: str
-    by: str | None = None
     ticket: str | None = omitted(default=None)
-    """the kernel's word for who agrees; may be missing for a plugin that was found"""
+    """the kernel's word for who agrees"""
 
 
 class DiscardPlugin(Request[None], op="plugin.discard"):
@@ -430,7 +429,6 @@ class UpdatePlugin(Request[UpdatedPlugin], op="plugin.update"):
     use again."""
 
     token: str
-    by: str | None = None
     ticket: str | None = omitted(default=None)
     """the kernel's word for who agrees"""
     approve: bool = False
@@ -441,18 +439,16 @@ class RollBackPlugin(Request[OnePlugin], op="plugin.rollback"):
     """Exchange the version in use for the one before; an error as above."""
 
     name: str
-    by: str | None = omitted(default=None)
     ticket: str | None = omitted(default=None)
-    """the kernel's word for who asks; without one, `by` is on record as the host process's"""
+    """the kernel's word for who asks"""
 
 
 class ApprovePlugin(Request[OnePlugin], op="plugin.approve"):
     """Take a pending version or a changed binary into use, or write a policy file that is missing."""
 
     name: str
-    by: str | None = omitted(default=None)
     ticket: str | None = omitted(default=None)
-    """the kernel's word for who asks; without one, `by` is on record as the host process's"""
+    """the kernel's word for who asks"""
     digest: str | None = omitted(default=None)
     """that of the version that was shown; an error if another one waits now"""
 
@@ -461,15 +457,16 @@ class RemovePlugin(Request[None], op="plugin.remove"):
     """Stop a plugin and delete everything of it."""
 
     name: str
-    by: str | None = None
     ticket: str | None = omitted(default=None)
-    """the kernel's word for who asks; without one, `by` is on record as the host process's"""
+    """the kernel's word for who asks"""
 
 
 class EnablePlugin(Request[OnePlugin], op="plugin.enable"):
     """Let a plugin run; clears `failed` too."""
 
     name: str
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who asks; may be missing for one that is not disabled"""
 
 
 class DisablePlugin(Request[OnePlugin], op="plugin.disable"):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import isolator
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send_packet
+from isolator.ipc.tasks import Tasks
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
 from isolator.structs import struct_class
@@ -52,6 +53,7 @@ class Launcher:
         self._waiting: deque[asyncio.Future[Clone]] = deque()
         self._alive: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._tasks = Tasks()
         self.closed = asyncio.Event()
         self._ready = False
         self._problem: ConfinementError | None = None
@@ -104,8 +106,8 @@ class Launcher:
     def forget(self, cage: str) -> None:
         """Stop keeping a cage that has ended: its group need not be killed any more."""
         if not self.closed.is_set():
-            task = self._loop.create_task(self._send(json.dumps({"forget": cage}).encode(), []))
-            task.add_done_callback(lambda done: done.exception())
+            order = json.dumps({"forget": cage}).encode()
+            self._tasks.run("an order to the launcher", self._send(order, []), expected=(UnavailableError,))
 
     def close(self) -> None:
         """End the launcher; it kills the cages that it still keeps. One that hangs is killed after a moment."""

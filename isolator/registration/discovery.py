@@ -21,6 +21,7 @@ from typing import Any
 
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import FoundEntry, PluginState
+from isolator.ipc.tasks import Tasks
 from isolator.linux.files import openat2
 from isolator.linux.folder_watch import FolderWatch
 from isolator.policy.request import MAX_BYTES, ManifestCore
@@ -127,7 +128,7 @@ class Discovery:
         self._registered, self._report = registered, report
         self._watch: FolderWatch | None = None
         self._again = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
 
     async def start(self) -> None:
         """Scan for the first time, and again after every change."""
@@ -138,7 +139,7 @@ class Discovery:
                 logger.warning("plugin_dirs: %s is not a folder (yet)", folder)
         self._watch = FolderWatch(lambda _: self._again.set())
         await self._scan()
-        self._task = asyncio.create_task(self._keep(), name="discovery")
+        self._tasks.keep("discovery", self._keep)
 
     def rescan(self) -> None:
         """Scan again: the registrations have changed."""
@@ -146,8 +147,7 @@ class Discovery:
 
     def close(self) -> None:
         """Stop watching."""
-        if self._task is not None:
-            self._task.cancel()
+        self._tasks.cancel()
         if self._watch is not None:
             self._watch.close()
 
@@ -155,7 +155,11 @@ class Discovery:
         while True:
             await self._again.wait()
             self._again.clear()
-            await self._scan()
+            try:
+                await self._scan()
+            except BaseException:
+                self._again.set()  # not seen yet
+                raise
 
     async def _scan(self) -> None:
         assert self._watch is not None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.schema import ServiceEnded
 from isolator.audit.text import printable
 from isolator.errors import UnavailableError
+from isolator.pacing import TokenBucket
 
 logger = logging.getLogger(__name__)
 
 STANDS = 3600.0
 """Seconds for which an alarm is shown after its cause is over."""
-_MOST, _LONGEST = 16, 1000
+_MOST, _LONGEST, _LONGEST_WORK = 16, 1000, 200
+_FAULTS_AT_ONCE, _FAULTS_PER_SECOND = 20, 1 / 60
+"""Records of failures within this process: one that is repeated for ever must not fill the trail."""
 
 
 class Alarms:
@@ -72,6 +76,7 @@ class ServiceHealth:
 
     def __init__(self, alarms: Alarms, audit: AuditClient) -> None:
         self.alarms, self._audit = alarms, audit
+        self._records = TokenBucket(_FAULTS_PER_SECOND, _FAULTS_AT_ONCE)
 
     def hangs(self, name: str, silent: UnavailableError) -> None:
         """Note that a process does not answer and is replaced."""
@@ -80,6 +85,17 @@ class ServiceHealth:
     def ended(self, name: str, why: str, *, hung: bool) -> None:
         """Note the end of a process that should have gone on."""
         self._audit.record(ServiceEnded(service=name, why=why, hung=hung))
+
+    def work_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Note that a task, a thread or a callback of this process failed: the event loop's exception handler."""
+        loop.default_exception_handler(context)
+        message, error = str(context.get("message")), context.get("exception")
+        work = printable(str(context.get("work") or message))[:_LONGEST_WORK]
+        why = message if error is None else f"{type(error).__name__}: {error}"
+        self.alarms.raise_(f"work {work}", message if error is None else f"{message} ({why})")
+        self.alarms.settle(f"work {work}")
+        if self._records.try_take():
+            self._audit.record(ServiceEnded(service=f"supervisor: {work}", why=printable(why)[:_LONGEST], hung=False))
 
     def does_not_start(self, name: str, error: Exception) -> None:
         """Note that a process does not come up."""

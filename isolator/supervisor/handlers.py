@@ -20,7 +20,6 @@ from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import Run
 from isolator.supervisor.services import Services
-from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
 
@@ -31,8 +30,8 @@ T = TypeVar("T")
 class Handlers:
     """Handlers of everything that the host may ask."""
 
-    def __init__(self, table: PluginTable, updates: Updates, tickets: Tickets, services: Services) -> None:
-        self._table, self._updates, self._tickets, self._services = table, updates, tickets, services
+    def __init__(self, table: PluginTable, updates: Updates, services: Services) -> None:
+        self._table, self._updates, self._services = table, updates, services
 
     def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
@@ -111,7 +110,7 @@ class Handlers:
         self._table.registrar.discard(request.token)
 
     async def _commit(self, request: messages.CommitPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.commit(request.token, request.ticket, request.by))
+        return self._one(await self._updates.commit(request.token, request.ticket))
 
     async def _update(self, request: messages.UpdatePlugin) -> messages.UpdatedPlugin:
         done = await self._updates.update(request.token, request.ticket, approve=request.approve)
@@ -121,16 +120,16 @@ class Handlers:
         )  # fmt: skip
 
     async def _roll_back(self, request: messages.RollBackPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.roll_back(request.name, self._who(request)))
+        return self._one(await self._updates.roll_back(request.name, request.ticket))
 
     async def _approve(self, request: messages.ApprovePlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.approve(request.name, self._who(request), request.digest))
+        return self._one(await self._updates.approve(request.name, request.ticket, request.digest))
 
     async def _remove(self, request: messages.RemovePlugin) -> None:
-        await self._updates.remove(request.name, self._who(request))
+        await self._updates.remove(request.name, request.ticket)
 
     async def _enable(self, request: messages.EnablePlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.enable(request.name))
+        return self._one(await self._updates.enable(request.name, request.ticket))
 
     async def _disable(self, request: messages.DisablePlugin) -> messages.OnePlugin:
         return self._one(await self._updates.disable(request.name))
@@ -148,9 +147,6 @@ class Handlers:
 
     async def _ledger(self, _: messages.GetLedger) -> messages.Ledger:
         return messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))
-
-    def _who(self, request: messages.RollBackPlugin | messages.ApprovePlugin | messages.RemovePlugin) -> str | None:
-        return self._tickets.who(request.ticket, request.by)
 
     def _one(self, plugin: Plugin) -> messages.OnePlugin:
         return messages.OnePlugin(plugin=self._table.entry(plugin))

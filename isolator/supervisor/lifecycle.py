@@ -35,6 +35,7 @@ from isolator.audit.schema import (
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.ipc.messages import Environment, Origin, PluginState
+from isolator.ipc.tasks import Tasks, report
 from isolator.pacing import Backoff
 from isolator.supervisor.run import NO_SOCKET, Run, RunContext, prepare_run
 
@@ -75,6 +76,7 @@ class Plugin:
         """Times of the ends in the window that nobody wanted: the pauses grow with them."""
         self._crashes: deque[float] = deque()
         """Times of those that count for giving up."""
+        self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Condition()
         """Notified after each change of state."""
@@ -160,7 +162,7 @@ class Plugin:
             self._stop.clear()
             self.error = ""
             self._set(PluginState.STARTING)
-            self._task = asyncio.create_task(self._supervise(reason), name=f"plugin {self.name}")
+            self._task = self._tasks.run(f"life of plugin {self.name}", self._supervise(reason))
 
     async def try_version(self, reason: str) -> str:
         """Start a new version and watch until it is up; returns why it failed, empty when it did not."""
@@ -220,22 +222,18 @@ class Plugin:
         outdated = why if replaced else ""
         if self.run is run and outdated != self.outdated:
             self.outdated = outdated
-            self._on_change(self)
+            self._changed()
 
     # --- the task that owns a run ----------------------------------------------------------------------------
 
     async def _supervise(self, reason: str) -> None:
         try:
             while self._wanted:
-                ended = await self._one_run(reason)
-                expected = not self._wanted
-                why = ended.problem or _describe(ended.exit)
-                retry = None if expected or self._failed_trial(why) else self._after_crash(why, ended)
-                if ended.exit is not None:
-                    self._context.host.run_ended(
-                        self.name, ended.run, ended.exit, origin=ended.origin, state=self.state, expected=expected,
-                        retry_in=retry,
-                    )  # fmt: skip
+                try:
+                    retry = await self._run_once(reason)
+                except Exception as error:  # whatever it was: one that is wanted must not stay away in silence
+                    report(asyncio.get_running_loop(), f"life of plugin {self.name}", error)
+                    retry = self._after_fault(_why(error))
                 if retry is None:
                     break
                 self._end_backoff.clear()
@@ -250,6 +248,19 @@ class Plugin:
         self._wanted = False
         if self.state != PluginState.FAILED:
             self._set(self._idle_state())
+
+    async def _run_once(self, reason: str) -> float | None:
+        """One run, from start to end; returns the seconds to the next one, or None when there shall be none."""
+        ended = await self._one_run(reason)
+        expected = not self._wanted
+        why = ended.problem or _describe(ended.exit)
+        retry = None if expected or self._failed_trial(why) else self._after_crash(why, ended)
+        if ended.exit is not None:
+            self._context.host.run_ended(
+                self.name, ended.run, ended.exit, origin=ended.origin, state=self.state, expected=expected,
+                retry_in=retry,
+            )  # fmt: skip
+        return retry
 
     def _failed_trial(self, why: str) -> bool:
         if self._verdict is None or self._verdict.done():
@@ -291,6 +302,18 @@ class Plugin:
             why = f"crashed too often; waits for 'isolator plugin start {self.name}'"
             record(PluginQuarantined(reason=why, crashes=count, seconds=limits.window), plugin=self.name)
             return None
+        return self._back_off(why)
+
+    def _after_fault(self, why: str) -> float | None:
+        """Note that this daemon failed with a run or its end; returns as ``_after_crash``."""
+        if not self._wanted or self._failed_trial(why):
+            return None
+        self._others_ends += 1
+        return self._back_off(why)
+
+    def _back_off(self, why: str) -> float:
+        assert self.effective is not None
+        limits = self.effective.restart
         self.error = why
         self._set(PluginState.BACKOFF)
         return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(
@@ -313,7 +336,7 @@ class Plugin:
             self._started(run, reason)
             end = await run.watch(
                 self._stop,
-                on_ready=lambda: self._on_change(self),
+                on_ready=self._changed,
                 on_steady=lambda: self._conclude_trial(""),
                 drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
             )
@@ -408,8 +431,15 @@ class Plugin:
 
     def _set(self, state: PluginState) -> None:
         self.state = state
-        self._on_change(self)
-        asyncio.get_running_loop().create_task(self._notify()).add_done_callback(lambda t: t.exception())
+        self._changed()
+        self._tasks.run(f"waiters for plugin {self.name}", self._notify())
+
+    def _changed(self) -> None:
+        """Call ``changed``; that it fails is its owner's fault, and does not end this plugin's life."""
+        try:
+            self._on_change(self)
+        except Exception as error:
+            report(asyncio.get_running_loop(), f"announcement of plugin {self.name}", error)
 
     async def _notify(self) -> None:
         async with self._settled:

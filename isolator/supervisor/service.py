@@ -22,6 +22,7 @@ from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import ALIVE, Channel, pair
 from isolator.ipc.messages import ServiceEntry
+from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.descriptors import close_all
@@ -31,7 +32,6 @@ from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
-from isolator.supervisor.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from isolator.audit.schema import AuditGap, HostStarted, HostStopped, PluginStop
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import Origin
+from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
@@ -42,7 +43,6 @@ from isolator.supervisor.policy_watch import PolicyWatch
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.services import Services
 from isolator.supervisor.socket_watch import SocketWatch
-from isolator.supervisor.tasks import Tasks
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
@@ -92,6 +92,9 @@ async def running_daemon(
         alarms = Alarms()
         stack.callback(alarms.close)
         health = ServiceHealth(alarms, audit)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(health.work_failed)
+        stack.callback(loop.set_exception_handler, None)
         services = Services(paths, config, runtime, audit, health)
         context = RunContext(
             paths, runtime, audit, services.host, services.broker, sockets, notifier,
@@ -110,7 +113,7 @@ async def running_daemon(
         on_trial = await updates.hold_trials()
         progress("starting the services")
         tickets.start()
-        await services.start(table, Handlers(table, updates, tickets, services).all())
+        await services.start(table, Handlers(table, updates, services).all())
         runtime.pool.begin(EVERY_LAYER)
         if cleared or not services.audit.found.ended:
             why = "the daemon before did not end by itself; what its processes had not handed over is lost"

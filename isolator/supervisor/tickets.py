@@ -2,8 +2,10 @@
 
 The host process tells the supervisor what is wanted, and may have been taken over. So whoever wants a change connects
 to a socket of the supervisor's own as well, over which no byte is parsed: the kernel names the caller, the answer is a
-ticket, and the request that goes to the host process names it. What the caller has sent along (descriptors) stays in
-the connection, unread, until a collector with the caller's rights takes it out.
+ticket, and the request that goes to the host process names it. What the caller has sent along stays in the connection
+until the ticket is used: descriptors, which a collector with the caller's rights takes out, or the *purpose* of the
+ticket, 32 bytes that are compared with those of the request. So a ticket that was stolen does what its caller wanted,
+or nothing.
 
 Nobody can connect but root and the uids with the role ``operator``; a ticket is used once, and soon.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import json
 import logging
 import secrets
@@ -36,6 +40,13 @@ SHARE = 32
 MOST = 4 * SHARE
 """Most tickets of all uids but root's."""
 _BACKLOG = 128
+TICKETS = "use the command line, or the isolator_client of this release (docs/embedding.md, Tickets)"
+"""Remedy for requests without a ticket of their own."""
+
+
+def purpose(verb: str, *words: str) -> bytes:
+    """The purpose of a ticket as its caller sends it: the SHA-256 of the verb and its words, with NUL between them."""
+    return hashlib.sha256("\0".join((verb, *words)).encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(eq=False)
@@ -94,12 +105,20 @@ class Tickets:
             ticket.close()
             raise
 
-    def who(self, token: str | None, claim: str | None) -> str | None:
-        """Use a ticket up for its caller's name in the trail; without one, the name that the host process gives."""
-        if token:
-            with contextlib.closing(self.take(token)) as ticket:
-                return by_uid(ticket.uid)
-        return f"{claim}, as the host process says" if claim else None
+    def who(self, token: str | None, subject: str, *purposes: bytes) -> str:
+        """Use a ticket up that was fetched for one of these purposes; returns its caller's name in the trail.
+
+        Raises DeniedError, about ``subject``, without a ticket, or for one with another purpose.
+        """
+        if not token:
+            raise DeniedError(subject, "nobody agrees to it with a ticket", TICKETS)
+        with contextlib.closing(self.take(token)) as ticket:
+            wanted = b""
+            with contextlib.suppress(BlockingIOError):
+                wanted = ticket.connection.recv(len(purposes[0]), socket.MSG_DONTWAIT)
+            if not any(hmac.compare_digest(wanted, purpose) for purpose in purposes):
+                raise DeniedError(subject, "the ticket was fetched for something else", TICKETS)
+            return by_uid(ticket.uid)
 
     def _accepted(self, connection: socket.socket) -> None:
         _, uid, _ = peer_ids(connection)

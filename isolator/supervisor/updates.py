@@ -40,7 +40,7 @@ from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import RunContext
-from isolator.supervisor.tickets import Tickets, by_uid
+from isolator.supervisor.tickets import TICKETS, Tickets, by_uid, purpose
 
 logger = logging.getLogger(__name__)
 
@@ -110,22 +110,30 @@ class Updates:
         if found is None or update is not None:
             raise UsageError(
                 "plugin.stage", "names files and hands nothing over: the daemon opens no path for a caller",
-                "use the command line, or the isolator_client of this release (docs/embedding.md, Tickets)",
+                TICKETS,
             )  # fmt: skip
         return await asyncio.to_thread(_offer_found, source.path)
 
-    def _agreed(self, candidate: Candidate, ticket: str | None, claim: str | None = None) -> str | None:
+    def _agreed(self, candidate: Candidate, ticket: str | None, *purposes: bytes) -> str:
         """Who agrees to a staged plugin, for the trail: whoever handed it over. Raises DeniedError for anybody else."""
-        who = self._tickets.who(ticket, claim)
+        who = self._tickets.who(ticket, f"plugin {candidate.staged.name}", *purposes)
         if candidate.by is not None and who != candidate.by:
-            why = f"{candidate.by} handed it over, and {who if ticket else 'nobody'} agrees to it with a ticket"
+            why = f"{candidate.by} handed it over, and {who} agrees to it with a ticket"
             raise DeniedError(f"plugin {candidate.staged.name}", why, "run the command again")
         return who
 
-    async def commit(self, token: str, ticket: str | None, claim: str | None) -> Plugin:
-        """Register a staged plugin; ``claim`` names the caller as the host process does."""
+    def _asked(self, ticket: str | None, verb: str, name: str, *more: str) -> str:
+        """Who asks for a change of a registered plugin, for the trail; raises DeniedError when nobody does."""
+        self._table.find(name)
+        return self._tickets.who(ticket, f"plugin {name}", purpose(verb, name, *more))
+
+    async def commit(self, token: str, ticket: str | None) -> Plugin:
+        """Register a staged plugin; one that was found is approved by its name."""
         candidate = self._registrar.candidate(token)
-        name, who = candidate.staged.name, self._agreed(candidate, ticket, claim)
+        name, purposes = candidate.staged.name, [purpose("plugin.commit", token)]
+        if candidate.by is None:
+            purposes += [purpose("plugin.approve", name, digest) for digest in (candidate.staged.digest, "")]
+        who = self._agreed(candidate, ticket, *purposes)
         async with self._table.lock(name):
             await asyncio.to_thread(self._registrar.finish_removal, name, self._forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
@@ -143,7 +151,7 @@ class Updates:
     async def update(self, token: str, ticket: str | None, *, approve: bool) -> Updated:
         """Exchange the version in use for a staged one; one that asks for more waits unless ``approve``."""
         candidate = self._registrar.candidate(token)
-        who = self._agreed(candidate, ticket)
+        who = self._agreed(candidate, ticket, purpose("plugin.update", token, "approve" if approve else ""))
         async with self._table.lock(candidate.staged.name):
             plugin = self._table.find(candidate.staged.name)
             now = plugin.registration
@@ -162,8 +170,9 @@ class Updates:
             await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
             return Updated(plugin)
 
-    async def roll_back(self, name: str, who: str | None) -> Plugin:
+    async def roll_back(self, name: str, ticket: str | None) -> Plugin:
         """Exchange the version in use for the one before."""
+        who = self._asked(ticket, "plugin.rollback", name)
         async with self._table.lock(name):
             plugin = self._table.find(name)
             now = plugin.registration
@@ -172,11 +181,12 @@ class Updates:
             await self._exchange(plugin, change, lambda: self._registrar.roll_back(now))
             return plugin
 
-    async def approve(self, name: str, who: str | None, digest: str | None) -> Plugin:
+    async def approve(self, name: str, ticket: str | None, digest: str | None) -> Plugin:
         """Take a pending version or a changed binary into use, or write a policy file that is missing.
 
         ``digest``: that of the version that was shown; refused when another one waits now.
         """
+        who = self._asked(ticket, "plugin.approve", name, digest or "")
         async with self._table.lock(name):
             plugin = self._table.find(name)
             now = plugin.registration
@@ -203,8 +213,9 @@ class Updates:
                 raise UsageError(f"plugin {name}", "nothing waits for approval", "see 'isolator plugin list'")
             return plugin
 
-    async def remove(self, name: str, who: str | None) -> None:
+    async def remove(self, name: str, ticket: str | None) -> None:
         """Stop a plugin and delete everything of it."""
+        who = self._asked(ticket, "plugin.remove", name)
         async with self._table.lock(name):
             plugin = self._table.find(name)
             await plugin.stop("removed")
@@ -220,10 +231,13 @@ class Updates:
             folder.rmdir()
         self._table.discovery.rescan()
 
-    async def enable(self, name: str) -> Plugin:
-        """Let a plugin run; clears ``failed`` too."""
+    async def enable(self, name: str, ticket: str | None) -> Plugin:
+        """Let a plugin run; clears ``failed`` too, which needs no ticket: nobody has decided that it shall not run."""
+        self._table.find(name)
         async with self._table.lock(name):
             plugin = self._table.find(name)
+            if ticket or not plugin.registration.enabled:
+                self._asked(ticket, "plugin.enable", name)
             if not plugin.registration.enabled or plugin.state == PluginState.FAILED:
                 plugin.set_enabled(await asyncio.to_thread(self._registrar.set_enabled, name, enabled=True))
             return plugin

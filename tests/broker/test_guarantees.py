@@ -257,6 +257,44 @@ def test_new_address_of_the_host_is_its_own_before_any_notice_is_read() -> None:
     assert run.stdout == f"[None, None, None] [{mine}, {mine}, {mine}]\n"
 
 
+_REFRESH = """
+import asyncio, subprocess
+from ipaddress import ip_address
+from isolator.broker.host_addresses import HostAddresses
+
+async def main():
+    failed, real = asyncio.Event(), HostAddresses.refresh
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: (print(context["message"]), failed.set()))
+    addresses, count = HostAddresses(), 0
+    def refresh():
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise ValueError("for once")
+        real(addresses)
+    addresses.refresh = refresh
+    await addresses.watch()
+    subprocess.run(["ip", "route", "add", "9.9.9.0/24", "via", "10.7.0.77"], check=True)
+    await failed.wait()
+    while addresses.owner(ip_address("10.7.0.77")) is None:
+        await asyncio.sleep(0.05)
+    print(addresses.owner(ip_address("10.7.0.77")))
+    addresses.close()
+
+for words in ("link add d0 type veth peer name d1", "link set d0 up", "link set d1 up", "addr add 10.7.0.1/24 dev d0"):
+    subprocess.run(["ip", *words.split()], check=True)
+asyncio.run(main())
+"""
+
+
+def test_gateways_are_read_again_after_a_reading_that_failed() -> None:
+    run = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", _REFRESH],
+        check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=seconds(60),
+    )  # fmt: skip
+    assert run.stdout == "refresh of the host's addresses has failed; it is begun again\ngateway\n"
+
+
 async def test_new_gateway_of_the_host_is_out_of_reach(
     cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
 ) -> None:

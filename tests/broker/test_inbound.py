@@ -7,6 +7,9 @@ import socket
 
 import pytest
 
+from isolator.broker.buffers import Buffers
+from isolator.broker.inbound import Inbound
+from isolator.broker.relay import Scratch
 from isolator.errors import UnavailableError
 from isolator.layers.network import namespace as network
 from isolator.linux import netns
@@ -129,3 +132,24 @@ async def test_a_connector_reaches_the_cages_loopback_and_nothing_else(cages: Ma
     network.release(cage.network)
     with pytest.raises(UnavailableError, match="ended"):
         network.connectors(cage.network, 1)
+
+
+async def test_refill_ahead_of_need_that_fails_is_reported_unless_the_supervisor_refused() -> None:
+    reported: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["message"]))
+    answers: list[Exception | list[socket.socket]] = [
+        UnavailableError("supervisor", "is away", "try again"), ValueError("a fault"), [socket.socket()],
+    ]  # fmt: skip
+
+    async def fetch(count: int, version: int) -> list[socket.socket]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    inbound = Inbound([], fetch, lambda *_, **__: None, Scratch(), Buffers(), limit=1, refusal=lambda: None)
+    for _ in range(3):
+        await asyncio.wait([inbound._fill()])
+    (await inbound._take()).close()
+    assert reported == ["a refill of inbound sockets has failed"]
+    await inbound.close()

@@ -96,3 +96,21 @@ async def test_a_place_that_is_no_number_is_refused(streams: TrailStreams, tmp_p
         assert json.loads(await reader.readline())["error"]["data"]["code"] == "usage"
         writer.close()
     assert not streams._streams
+
+
+async def test_stream_that_fails_is_reported_and_its_caller_cut_off(
+    streams: TrailStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["message"]))
+
+    def fail(_: object) -> list[bytes]:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(trail._Stream, "_read", fail)
+    reader, writer = await following(tmp_path)
+    with contextlib.suppress(ConnectionError):
+        await asyncio.wait_for(reader.read(-1), seconds(20))
+    await until(lambda: not streams._streams)
+    assert reported == ["a stream of the trail has failed"]
+    writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import shutil
 import sqlite3
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from host.database import SCHEMA_VERSION, WAL_HIGH, Store
-from host.queue.interface import RETRY_BACKOFF, Delivery, NewEvent, Result, Subscriber
+from host.queue.interface import RETRY_BACKOFF, Delivery, Event, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -193,6 +194,68 @@ async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
         assert delivery.event is not None
         assert delivery.event.payload == f'{{"n":"{number}"}}'
         consumer.ack(delivery, Result("ok"))
+
+
+def held() -> int:
+    """Characters of the payloads that this process has in memory."""
+    gc.collect()
+    return sum(len(item.payload) for item in gc.get_objects() if isinstance(item, Event))
+
+
+async def test_deliveries_that_wait_for_their_retry_hold_no_payload(store: Store) -> None:
+    queue, size, count = SqliteQueue(store), 8000, 400
+    event = NewEvent("deploy.completed", f'{{"n":"{"x" * size}"}}')
+    consumer, waits = queue.consumer("p"), []
+    for number in range(count):
+        await queue.accept(event, [Subscriber("p", str(number % 300))])
+    for number in range(300):
+        delivery = await consumer.take()
+        if number % 3 == 2:
+            consumer.release(delivery)
+            delivery = await consumer.take()
+        consumer.nak(delivery, Result("retry"), delay=60.0 if number % 2 else 0.01)
+        waits.append(delivery)
+        delivery = waits[-1]
+    # Nothing waits but retries, and what their keys hold back: of these a few may be in memory, however many there are.
+    assert held() < 200 * size
+    assert all(delivery.event is None and delivery.id.startswith("ev_") for delivery in waits)
+    for _ in range(150):
+        again = await consumer.take()
+        assert again.event is not None
+        assert again.event.payload == event.payload
+        consumer.ack(again, Result("ok"))
+
+
+async def test_large_payloads_wait_on_disk(store: Store) -> None:
+    queue, size = SqliteQueue(store), 1 << 17
+    event = NewEvent("deploy.completed", f'{{"n":"{"x" * size}"}}')
+    consumer = queue.consumer("p")
+    for _ in range(100):
+        await queue.accept(event, [Subscriber("p", None)])
+    assert held() < 12 * size
+    for number in range(100):
+        delivery = await consumer.take()
+        assert delivery.event is not None
+        assert held() < 12 * size, number
+        consumer.nak(delivery, Result("retry"), delay=60.0)
+
+
+async def test_delivery_whose_payload_cannot_be_read_now_is_taken_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k")])
+    consumer = queue.consumer("p")
+    consumer.release(await consumer.take())
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read", fail)
+        with pytest.raises(sqlite3.OperationalError):
+            await consumer.take()
+    assert (await consumer.take()).event == accepted.event
 
 
 async def test_an_expired_event_is_not_delivered(store: Store) -> None:

@@ -334,7 +334,7 @@ async def test_request_whose_descriptors_find_no_room_is_refused_at_once() -> No
 def test_process_ends_when_work_that_it_is_there_for_fails(how: str) -> None:
     program = f"""if True:
         import asyncio
-        from isolator.ipc.essential import essential
+        from isolator.ipc.tasks import essential
         async def work():
             await asyncio.sleep(0)
             if {how == "fails"}:

@@ -58,8 +58,10 @@ def as_user(d: TakenOver, uid: int, *words: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-def ticket(d: TakenOver, *, descriptors: tuple[int, ...] = ()) -> str:
-    made = tickets._ask(str(d.root / "run/isolator" / tickets.SOCKET), descriptors)
+def ticket(d: TakenOver, verb: str = "", *, descriptors: tuple[int, ...] = (), **params: Any) -> str:
+    """A ticket that an operator fetches for a verb, or to hand descriptors over."""
+    about = tickets.purpose(verb, params) if verb else b""
+    made = tickets._ask(str(d.root / "run/isolator" / tickets.SOCKET), descriptors, about)
     assert made is not None
     return made
 
@@ -97,7 +99,7 @@ def test_host_cannot_make_or_repeat_a_ticket(running: TakenOver, place: Path) ->
     staged = running.ask_as_host("plugin.stage", path=str(place / "again"), ticket=real)
     assert staged["name"] == "again"
     assert code(running.ask_as_host("plugin.stage", path=str(place / "again"), ticket=real)) == "denied"
-    assert code(running.ask_as_host("plugin.commit", token=staged["token"], by="uid:0", ticket=real)) == "denied"
+    assert code(running.ask_as_host("plugin.commit", token=staged["token"], ticket=real)) == "denied"
     running.ask_as_host("plugin.discard", token=staged["token"])
 
 
@@ -107,10 +109,11 @@ def test_host_cannot_register_or_exchange_what_no_operator_agreed_to(running: Ta
         staged = client.call("plugin.stage", path=str(write_plugin(place / "refused", sandbox=QUIET)))
         version = write_plugin(place / "good", version="2.0.0", sandbox=QUIET)
         newer = client.call("plugin.stage", path=str(version), update="good")
-        for by in ("uid:0", None):
-            fields = {"token": staged["token"], "by": by}
-            assert code(running.ask_as_host("plugin.commit", **fields)) == "denied"
-            assert code(running.ask_as_host("plugin.update", token=newer["token"], by=by, approve=True)) == "denied"
+        for more in ({}, {"ticket": ticket(running, "plugin.commit", token=newer["token"])}):
+            assert code(running.ask_as_host("plugin.commit", token=staged["token"], **more)) == "denied"
+        for more in ({}, {"ticket": ticket(running, "plugin.update", token=newer["token"])}):
+            fields = {"token": newer["token"], "approve": True, **more}
+            assert code(running.ask_as_host("plugin.update", **fields)) == "denied"
         assert names(running) == {"good"}
         # Control: with the operator's word it is done.
         assert client.call("plugin.commit", token=staged["token"])["plugin"]["name"] == "refused"
@@ -128,22 +131,64 @@ def test_host_cannot_pass_a_found_folder_off_as_a_newer_version(running: TakenOv
     wait_for(lambda: names(running) == {"good"})
 
 
-def test_host_cannot_put_words_into_anybodys_mouth(running: TakenOver, place: Path) -> None:
+def test_host_cannot_change_a_plugin_that_nobody_asked_to_change(running: TakenOver, place: Path) -> None:
+    """One with an older version, one that is disabled, and one that waits for approval in a folder."""
+    for version in ("1.0.0", "2.0.0"):
+        words = ("add",) if version == "1.0.0" else ("update", "older")
+        running.cli("plugin", *words, str(write_plugin(place / "older", version=version, sandbox=QUIET)), "--yes")
+    running.cli("plugin", "add", str(write_plugin(place / "off", sandbox=QUIET)), "--yes")
+    running.cli("plugin", "disable", "off")
+    folder = write_plugin(place / "found/lies-there", sandbox=QUIET)
+    wait_for(lambda: "lies-there" in names(running))
+    staged = running.ask_as_host("plugin.stage", path=str(folder))
+    tries: list[tuple[str, dict[str, Any]]] = [
+        ("plugin.remove", {"name": "older"}),
+        ("plugin.rollback", {"name": "older"}),
+        ("plugin.approve", {"name": "older"}),
+        ("plugin.enable", {"name": "off"}),
+        ("plugin.commit", {"token": staged["token"]}),
+    ]
+    before = {plugin["name"]: (plugin["version"], plugin["state"]) for plugin in running.json("plugin", "list")}
+    for op, fields in tries:
+        for forged in ({}, {"ticket": ""}, {"ticket": "0" * 32}):
+            assert code(running.ask_as_host(op, **fields, **forged)) == "denied", (op, forged)
+    assert {plugin["name"]: (plugin["version"], plugin["state"]) for plugin in running.json("plugin", "list")} == before
+    # Control: with the operator's word each of them is done, and on record as theirs.
+    running.cli("plugin", "rollback", "older")
+    running.cli("plugin", "enable", "off")
+    running.cli("plugin", "approve", "lies-there", "--yes")
+    for name in ("older", "off", "lies-there"):
+        running.cli("plugin", "remove", name, "--yes")
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    who = [
+        record["data"]["who"] for record in running.records() if record["plugin"] in before if "who" in record["data"]
+    ]
+    assert set(who) == {"uid:0"}
+
+
+def test_host_cannot_use_a_ticket_for_anything_but_its_purpose(running: TakenOver, place: Path) -> None:
     for name in ("first", "second"):
         running.cli("plugin", "add", str(write_plugin(place / name, sandbox=QUIET)), "--yes")
-    assert code(running.ask_as_host("plugin.remove", name="first", by="uid:1000")).startswith("none")
+    for op, fields in (
+        ("plugin.remove", {"name": "second"}),
+        ("plugin.rollback", {"name": "first"}),
+        ("plugin.approve", {"name": "first"}),
+        ("plugin.stage", {"path": str(place / "first")}),
+    ):
+        stolen = ticket(running, "plugin.remove", name="first")
+        assert not code(running.ask_as_host(op, **fields, ticket=stolen)).startswith("none"), op
+        assert code(running.ask_as_host("plugin.remove", name="first", ticket=stolen)) == "denied", "used up"
+    seen = ticket(running, "plugin.approve", name="first", digest="of what was shown")
+    assert code(running.ask_as_host("plugin.approve", name="first", ticket=seen)) == "denied"
+    folder = os.open(place / "first", os.O_RDONLY)
+    handed_over = ticket(running, descriptors=(folder,))
+    os.close(folder)
+    assert code(running.ask_as_host("plugin.remove", name="first", ticket=handed_over)) == "denied"
+    assert names(running) == {"good", "first", "second"}
+    # What is left to whoever steals one: to do what its caller wants.
+    asked = ticket(running, "plugin.remove", name="first")
+    assert code(running.ask_as_host("plugin.remove", name="first", ticket=asked)).startswith("none")
     running.cli("plugin", "remove", "second", "--yes")
-    who = {
-        (record["type"], record["plugin"]): record["data"]["who"]
-        for record in running.records()
-        if record["plugin"] in ("first", "second") and "who" in record["data"]
-    }
-    assert who == {
-        ("plugin.added", "first"): "uid:0",
-        ("plugin.added", "second"): "uid:0",
-        ("plugin.removed", "first"): "uid:1000, as the host process says",
-        ("plugin.removed", "second"): "uid:0",
-    }
 
 
 def test_host_cannot_read_what_is_roots_or_another_service_of_its_own(running: TakenOver) -> None:
@@ -161,10 +206,10 @@ def test_host_cannot_read_what_is_roots_or_another_service_of_its_own(running: T
         ("run.connect", {"name": "good", "run": "../../../../run/docker.sock"}),
         ("run.connect", {"name": "../good", "run": "x"}),
         ("run.ensure", {"name": "../../etc"}),
-        ("plugin.remove", {"name": "../../../etc", "by": "uid:0"}),
-        ("plugin.approve", {"name": "good", "by": "uid:0", "digest": "../../../etc"}),
+        ("plugin.remove", {"name": "../../../etc"}),
+        ("plugin.approve", {"name": "good", "digest": "../../../etc"}),
         ("policy.explain", {"name": "../../../../etc/passwd"}),
-        ("plugin.commit", {"token": "../../etc", "by": "uid:0"}),
+        ("plugin.commit", {"token": "../../etc"}),
         ("cage.sockets", {"run": "x", "count": 1, "version": 4}),
         ("hello", {"root": "/", "config": {}}),
         ("source", {"name": "supervisor"}),
@@ -184,7 +229,7 @@ def test_host_cannot_name_what_is_not_its_own(running: TakenOver, op: str, field
 
 @pytest.mark.parametrize("op", ["plugin.remove", "plugin.stage", "run.stop", "cage.sockets", "hello", "ledger"])
 def test_audit_process_cannot_ask_for_anything(running: TakenOver, op: str) -> None:
-    answer = running.order("isolator.audit.service", op=op, fields={"name": "good", "by": "uid:0"})
+    answer = running.order("isolator.audit.service", op=op, fields={"name": "good"})
     assert not code(answer).startswith("none")
     assert names(running) == {"good"}
 

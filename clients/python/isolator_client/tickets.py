@@ -7,12 +7,14 @@ or changes a plugin goes along with a ticket, from a socket of root's own beside
 root who connects to it, and the files of a plugin are handed over there as descriptors that this process has opened. No
 file is read that the caller could not have read.
 
-A ticket counts once, for a minute, and only for the user who got it.
+A ticket counts once, for a minute, only for the user who got it, and only for its purpose: files to be staged, or one
+change of one plugin, of which a digest is sent as the ticket is fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -30,7 +32,15 @@ SOCKET = "ticket.sock"
 PATIENCE = 30
 """Seconds for a place in the socket's backlog, and again for the answer."""
 
-_AGREEING = frozenset({"plugin.commit", "plugin.update", "plugin.approve", "plugin.rollback", "plugin.remove"})
+_AGREEING = {
+    "plugin.commit": ("token",),
+    "plugin.update": ("token", "approve"),
+    "plugin.approve": ("name", "digest"),
+    "plugin.rollback": ("name",),
+    "plugin.remove": ("name",),
+    "plugin.enable": ("name",),
+}
+"""By verb, the parameters that make the purpose of its ticket."""
 _MANIFEST = "plugin.json"
 _ANSWER = 1 << 16
 
@@ -54,20 +64,33 @@ def with_ticket(
     made = dict(params)
     if made.get("ticket") or not _can_be_sent(method, params):
         return made
+    about, descriptors = b"", list[int]()
     if method == "plugin.stage":
         files, descriptors = _opened(made if shown is None else _source(shown))
         if shown is None:
             made |= files
     elif method in _AGREEING:
-        descriptors = []
+        about = purpose(method, params)
     else:
         return made
     try:
-        ticket = _ask(os.path.join(os.path.dirname(control), SOCKET), descriptors)
+        ticket = _ask(os.path.join(os.path.dirname(control), SOCKET), descriptors, about)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     return made if ticket is None else made | {"ticket": ticket}
+
+
+def purpose(method: str, params: Mapping[str, Any]) -> bytes:
+    """Return the digest of what a change is about: the SHA-256 of its verb and its words, with NUL between them.
+
+    A word is a parameter, "" when it is missing; ``approve`` is its own name when it is set.
+    """
+    words = [method]
+    for key in _AGREEING[method]:
+        value = params.get(key)
+        words.append(key if value is True else str(value or ""))
+    return hashlib.sha256("\0".join(words).encode("utf-8", "surrogatepass")).digest()
 
 
 def _can_be_sent(method: str, params: Mapping[str, Any]) -> bool:
@@ -127,7 +150,7 @@ def _resolve(path: str) -> str:
         raise UsageError(ascii(path)[:80], "has characters that no path can have", "check the path") from None
 
 
-def _ask(path: str, descriptors: Sequence[int]) -> str | None:
+def _ask(path: str, descriptors: Sequence[int], about: bytes = b"") -> str | None:
     """Get a ticket; None where there are none for this user. Raises the error that the daemon answers."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         # The kernel's own limits: with one of Python's, connecting to a full backlog would fail at once.
@@ -144,6 +167,8 @@ def _ask(path: str, descriptors: Sequence[int]) -> str | None:
         with contextlib.suppress(OSError):  # a daemon that refuses has said why before it closed
             if descriptors:
                 socket.send_fds(sock, [b"\0"], descriptors)
+            elif about:
+                sock.sendall(about)
         with contextlib.suppress(OSError):
             while len(answer) < _ANSWER and (data := sock.recv(_ANSWER)):
                 answer += data

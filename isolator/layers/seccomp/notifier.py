@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from isolator.ipc.tasks import keep_in_thread, report
 from isolator.linux import netns, seccomp
 from isolator.pacing import TokenBucket
 from isolator.structs import struct_class
@@ -71,9 +72,8 @@ class SeccompNotifier:
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, select.EPOLLIN)
-        self._stopped = False
-        self._thread = threading.Thread(target=self._serve, name="denials", daemon=True)
-        self._thread.start()
+        self._stopped = threading.Event()
+        self._thread = keep_in_thread("answers to denied calls", self._serve, self._stopped)
 
     def watch(self, listener: int, report: Report) -> None:
         """Answer a cage's denied calls. The listener becomes this object's, which closes it when the cage has ended."""
@@ -83,7 +83,7 @@ class SeccompNotifier:
 
     def close(self) -> None:
         """Stop answering; calls that wait are refused by the kernel when their listener closes."""
-        self._stopped = True
+        self._stopped.set()
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         for listener in list(self._cages):
@@ -92,7 +92,7 @@ class SeccompNotifier:
         os.close(self._wake)
 
     def _serve(self) -> None:
-        while not self._stopped:
+        while not self._stopped.is_set():
             for fd, events in self._epoll.poll(0.1 if self._busy() else -1):
                 if fd != self._wake:
                     self._guarded(fd, functools.partial(self._handle, fd, events))
@@ -112,9 +112,8 @@ class SeccompNotifier:
         try:
             work()
         except Exception as error:
-            context = {"message": "a cage's denied calls are answered no more", "exception": error}
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
+                self._loop.call_soon_threadsafe(report, self._loop, "answers to a cage's denied calls", error)
             self._drop(listener)
 
     def _handle(self, listener: int, events: int) -> None:

@@ -1,0 +1,78 @@
+"""Work of the daemon that fails, or that ends, is noticed, and what has to go on is begun anew."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from isolator.ipc import tasks
+from tests.support.timeouts import seconds
+
+
+@pytest.fixture
+async def reported() -> list[str]:
+    """What came to the event loop's exception handler."""
+    seen: list[str] = []
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        seen.append(f"{context['message']}: {context.get('exception')!r}")
+
+    asyncio.get_running_loop().set_exception_handler(handle)
+    return seen
+
+
+async def test_loop_that_fails_is_named_and_begun_again(reported: list[str]) -> None:
+    begun, owner, third = 0, tasks.Tasks(), asyncio.Event()
+
+    async def loop() -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            raise ValueError("for once")
+        if begun == 3:
+            third.set()
+            await asyncio.Event().wait()
+
+    owner.keep("snapshots", loop)
+    await asyncio.wait_for(third.wait(), seconds(30))
+    assert reported == [
+        "snapshots has failed; it is begun again: ValueError('for once')",
+        "snapshots has ended; it is begun again: None",
+    ]
+    await owner.close()
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "snapshots"]
+
+
+async def test_thread_that_fails_is_named_and_begun_again(reported: list[str]) -> None:
+    loop, again, stopped, begun = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), 0
+
+    def work() -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            raise ValueError("for once")
+        loop.call_soon_threadsafe(again.set)
+        stopped.wait()
+
+    thread = tasks.keep_in_thread("answers", work, stopped)
+    await asyncio.wait_for(again.wait(), seconds(30))
+    assert reported == ["answers has failed; it is begun again: ValueError('for once')"]
+    stopped.set()
+    await asyncio.to_thread(thread.join)
+
+
+async def test_failure_of_work_that_nobody_awaits_is_reported_unless_it_is_expected(reported: list[str]) -> None:
+    async def fail(error: Exception) -> None:
+        raise error
+
+    owner = tasks.Tasks()
+    works = [
+        owner.run("refill", fail(OSError("away")), expected=(OSError,)),
+        owner.run("refill", fail(ValueError("a fault")), expected=(OSError,)),
+    ]
+    await asyncio.wait(works)
+    await asyncio.sleep(0)
+    assert reported == ["refill has failed: ValueError('a fault')"]
