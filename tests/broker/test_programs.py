@@ -119,7 +119,7 @@ def client(kind: str, folder: Path) -> list[str]:
     return [found, "-c", PYTHON] if kind == "python" else ["/bin/sh", "-c", SHELL, "sh"]
 
 
-@pytest.mark.parametrize("kind", ["python", "curl", "node", "go"])
+@pytest.mark.parametrize("kind", ["python", "curl", "node", pytest.param("go", marks=pytest.mark.wide)])
 def test_program_under_isolator_run_reaches_the_granted_name_only(
     pretend: PretendInternet, shown: Path, rebinding: None, kind: str, tmp_path: Path
 ) -> None:
