@@ -19,6 +19,7 @@ from isolator.ipc.messages import (
     OnePlugin,
     PluginEntry,
     Proposal,
+    RejectPlugin,
     RemovePlugin,
     RestartRun,
     RollBackPlugin,
@@ -82,9 +83,13 @@ class SupervisorLink:
         """Take a pending version into use."""
         return await self._ask(ApprovePlugin(name=name, ticket=ticket, digest=digest), timeout=self.exchange_timeout)
 
-    async def roll_back(self, name: str, ticket: str | None) -> OnePlugin:
+    async def reject(self, name: str, ticket: str | None) -> OnePlugin:
+        """Refuse a pending version."""
+        return await self._ask(RejectPlugin(name=name, ticket=ticket))
+
+    async def roll_back(self, name: str, ticket: str | None, to: str | None) -> OnePlugin:
         """Take the version before into use."""
-        return await self._ask(RollBackPlugin(name=name, ticket=ticket), timeout=self.exchange_timeout)
+        return await self._ask(RollBackPlugin(name=name, ticket=ticket, to=to), timeout=self.exchange_timeout)
 
     async def enable(self, name: str, ticket: str | None = None) -> OnePlugin:
         """Let a plugin run again; one that is disabled takes a ticket."""

@@ -209,6 +209,10 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
 
 _SOON = 1.0
 """Seconds after which ``plugin start`` says that a plugin is still on its way."""
+_HISTORY = tuple(
+    f"plugin.{what}"
+    for what in ("added", "pending", "approved", "declined", "updated", "rolled_back", "removed", "rejected")
+)
 _SHORT = 16
 """Characters of a version that listings show."""
 _MOST_LINES = 10_000
@@ -278,7 +282,63 @@ _simple("stop", "Stop a plugin; the next event starts it again.", "stopped")
 _simple("restart", "Stop a plugin, start it again, and wait until it is up.", "restarted", waits=True)
 _simple("enable", "Let a disabled plugin run again.", "enabled")
 _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disabled")
-_simple("rollback", "Go back to the version before; if that is not up in time, nothing changes.", "rolled back")
+
+
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin rollback slack\n  isolator plugin rollback slack --to 1.4.0\n"
+    "  isolator plugin rollback slack --to 9f86d081"
+)
+@click.argument("name", shell_complete=plugin_names)
+@click.option("--to", metavar="VERSION|DIGEST", help="One of the kept versions instead of the one before.")
+@AS_JSON
+@click.pass_obj
+def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None:
+    """Go back to the version before; if that is not up in time, nothing changes."""
+    with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
+        answer = client.call("plugin.rollback", name=name, **({"to": to} if to else {}))
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"rolled back {name}; {answer['plugin']['version']} is in use now")
+
+
+@plugin.command(epilog="\b\nExamples:\n  isolator plugin reject slack")
+@click.argument("name", shell_complete=plugin_names)
+@AS_JSON
+@click.pass_obj
+def reject(root: str | None, name: str, as_json: bool) -> None:
+    """Refuse the version that waits for approval; the one in use stays."""
+    with Client(root) as client:
+        waiting = client.call("plugin.show", name=name).get("pending") or {}
+        answer = client.call("plugin.reject", name=name)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"rejected {name} {safe(waiting.get('version'))}; {answer['plugin']['version']} stays in use")
+
+
+@plugin.command(epilog="\b\nExamples:\n  isolator plugin history slack\n  isolator plugin history slack --json")
+@click.argument("name", shell_complete=plugin_names)
+@AS_JSON
+@click.pass_obj
+def history(root: str | None, name: str, as_json: bool) -> None:
+    """Show which versions a plugin had, since when, and who decided it; from the audit trail."""
+    from isolator.audit import reader
+    from isolator.paths import Paths
+
+    records = [record for _, record in reader.query(Paths.of(root).audit_log, reader.Query(name, _HISTORY))]
+    if as_json:
+        print_json([{"time": r.time, "type": r.type, "seq": r.seq, "data": r.data} for r in records])
+        return
+    if not records:
+        raise NotFoundError(f"plugin {name}", "the trail has no record of its versions", "see 'isolator plugin list'")
+    rows = [
+        [r.time[:19] + "Z", r.type.removeprefix("plugin."), r.data.get("version"),
+         str(r.data.get("new") or r.data.get("digest") or r.data.get("old") or "")[:12],
+         r.data.get("who") or r.data.get("by"), r.data.get("reason") or "; ".join(r.data.get("differences") or [])]
+        for r in records
+    ]  # fmt: skip
+    table(["time", "what", "version", "digest", "by", "why"], rows)
 
 
 @plugin.command()

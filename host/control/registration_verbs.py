@@ -21,6 +21,7 @@ from host.control.verbs import (
     PluginDiscard,
     PluginEnable,
     PluginEntry,
+    PluginReject,
     PluginRemove,
     PluginRollback,
     PluginStage,
@@ -78,6 +79,7 @@ class RegistrationVerbs:
             Endpoint(PluginUpdate, self.update),
             Endpoint(PluginDiscard, self.discard),
             Endpoint(PluginApprove, self.approve),
+            Endpoint(PluginReject, self.reject),
             Endpoint(PluginRollback, self.roll_back),
             Endpoint(PluginEnable, self.enable),
             Endpoint(PluginDisable, self.disable),
@@ -201,8 +203,15 @@ class RegistrationVerbs:
         )
         return cast(ApprovedPlugin, changed)
 
+    async def reject(self, request: PluginReject, _: Caller) -> ChangedPlugin:
+        waiting = self._registry.need(request.name).raw.get("pending")
+        answer = await self._change(request.name, lambda name: self._link.reject(name, request.ticket))
+        if waiting:
+            self._config.drop_next(request.name, str(waiting["digest"]))
+        return answer
+
     async def roll_back(self, request: PluginRollback, _: Caller) -> ChangedPlugin:
-        return await self._change(request.name, lambda name: self._link.roll_back(name, request.ticket))
+        return await self._change(request.name, lambda name: self._link.roll_back(name, request.ticket, request.to))
 
     async def enable(self, request: PluginEnable, _: Caller) -> ChangedPlugin:
         answer = await self._change(request.name, lambda name: self._link.enable(name, request.ticket))

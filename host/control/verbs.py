@@ -399,10 +399,18 @@ class PluginApprove(Request, verb="plugin.approve", role="operator", recorded=Tr
     ticket: OptionalText = None
 
 
-class PluginRollback(Request, verb="plugin.rollback", role="operator", recorded=True, result=ChangedPlugin):
-    """Go back to the version before; takes a ticket."""
+class PluginReject(Request, verb="plugin.reject", role="operator", recorded=True, result=ChangedPlugin):
+    """Refuse the version that waits for approval; takes a ticket."""
 
     name: Name
+    ticket: OptionalText = None
+
+
+class PluginRollback(Request, verb="plugin.rollback", role="operator", recorded=True, result=ChangedPlugin):
+    """Go back to the version before, or to the kept one with the version or digest ``to``; takes a ticket."""
+
+    name: Name
+    to: OptionalText = None
     ticket: OptionalText = None
 
 

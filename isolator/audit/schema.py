@@ -277,6 +277,19 @@ class PluginUpdated(_Exchanged):
     SOURCES = (SUPERVISOR,)
 
 
+class PluginDeclined(RecordData):
+    """A version that waited for approval was refused and is not kept."""
+
+    TYPE = "plugin.declined"
+    SOURCES = (SUPERVISOR,)
+
+    new: str
+    """Digest that waited."""
+    version: str
+    who: str
+    """``uid:N`` of the caller."""
+
+
 class PluginRolledBack(_Exchanged):
     """An earlier version is in use again: on demand, or because the new one did not come up."""
 

@@ -435,10 +435,20 @@ class UpdatePlugin(Request[UpdatedPlugin], op="plugin.update"):
     """take it over also if it asks for more"""
 
 
+class RejectPlugin(Request[OnePlugin], op="plugin.reject"):
+    """Refuse the version that waits for approval."""
+
+    name: str
+    ticket: str | None = omitted(default=None)
+    """the kernel's word for who asks"""
+
+
 class RollBackPlugin(Request[OnePlugin], op="plugin.rollback"):
     """Exchange the version in use for the one before; an error as above."""
 
     name: str
+    to: str | None = omitted(default=None)
+    """version or digest (or its beginning) of a version that is kept, instead of the one before"""
     ticket: str | None = omitted(default=None)
     """the kernel's word for who asks"""
 
@@ -537,8 +547,8 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     ),
     "H → S": (
         RaiseAlarm, EnsureRun, ConnectRun, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin, UpdatePlugin,
-        RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin, ListPlugins, ExplainPolicy,
-        ListServices, GetLedger,
+        RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin, ListPlugins,
+        ExplainPolicy, ListServices, GetLedger,
     ),
 }  # fmt: skip
 """Every request by sender and receiver: supervisor, audit, broker, host."""

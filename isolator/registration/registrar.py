@@ -221,11 +221,24 @@ class Registrar(Proposals):
         after = replace(now, release=release, previous=previous, pending=None, source=source or now.source)
         return self._change(now, after, policy_text)
 
-    def earlier(self, now: Registration) -> Release:
-        """The version to go back to; raises NotFoundError or UsageError when it cannot be used."""
+    def decline(self, now: Registration) -> Registration:
+        """Keep the waiting version no longer."""
+        return self._save(replace(now, pending=None))
+
+    def earlier(self, now: Registration, to: str | None = None) -> Release:
+        """The version to go back to: the one before, or the newest kept one with the version or digest ``to``.
+
+        Raises NotFoundError or UsageError when there is none, or it cannot be used.
+        """
         if not now.previous:
             raise NotFoundError(f"plugin {now.name}", "there is no earlier version to go back to")
         release = now.previous[0]
+        if to:
+            found = [r for r in now.previous if r.version == to or r.digest.startswith(to)]
+            if not found:
+                kept = ", ".join(f"{r.version} ({r.digest[:12]})" for r in now.previous)
+                raise NotFoundError(f"plugin {now.name} {to}", "is not kept", f"there are {kept}")
+            release = found[0]
         if release.kind == "binary" and hash_binary(Path(release.binary_path)) != release.binary_sha256:
             raise UsageError(
                 f"plugin {now.name}", f"{release.binary_path} is not the earlier file: a binary stays where it is",
@@ -233,9 +246,10 @@ class Registrar(Proposals):
             )  # fmt: skip
         return release
 
-    def roll_back(self, now: Registration) -> Registration:
-        """Make the version before the one in use; the present one becomes the one before."""
-        return self._save(replace(now, release=now.previous[0], previous=(now.release, *now.previous[1:])))
+    def roll_back(self, now: Registration, release: Release) -> Registration:
+        """Make an earlier version the one in use; the present one becomes the one before."""
+        others = tuple(r for r in now.previous if r != release)
+        return self._save(replace(now, release=release, previous=(now.release, *others)))
 
     def put_back(self, before: Registration, now: Registration, policy_text: str | None) -> Registration:
         """Undo ``use`` or ``roll_back``: the version that failed is not kept. ``policy_text``: the file as it was."""

@@ -45,6 +45,7 @@ class Handlers:
             messages.DiscardPlugin.on(self._discard),
             messages.CommitPlugin.on(whole(self._commit)),
             messages.UpdatePlugin.on(whole(self._update)),
+            messages.RejectPlugin.on(whole(self._reject)),
             messages.RollBackPlugin.on(whole(self._roll_back)),
             messages.ApprovePlugin.on(whole(self._approve)),
             messages.RemovePlugin.on(whole(self._remove)),
@@ -119,8 +120,11 @@ class Handlers:
             differences=done.differences,
         )  # fmt: skip
 
+    async def _reject(self, request: messages.RejectPlugin) -> messages.OnePlugin:
+        return self._one(await self._updates.reject(request.name, request.ticket))
+
     async def _roll_back(self, request: messages.RollBackPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.roll_back(request.name, request.ticket))
+        return self._one(await self._updates.roll_back(request.name, request.ticket, request.to))
 
     async def _approve(self, request: messages.ApprovePlugin) -> messages.OnePlugin:
         return self._one(await self._updates.approve(request.name, request.ticket, request.digest))

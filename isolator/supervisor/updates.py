@@ -21,6 +21,7 @@ from typing import Any
 from isolator.audit.schema import (
     PluginAdded,
     PluginApproved,
+    PluginDeclined,
     PluginPending,
     PluginRemoved,
     PluginRolledBack,
@@ -170,15 +171,30 @@ class Updates:
             await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
             return Updated(plugin)
 
-    async def roll_back(self, name: str, ticket: str | None) -> Plugin:
-        """Exchange the version in use for the one before."""
-        who = self._asked(ticket, "plugin.rollback", name)
+    async def reject(self, name: str, ticket: str | None) -> Plugin:
+        """Refuse the version that waits for approval: nothing of it is kept."""
+        who = self._asked(ticket, "plugin.reject", name)
+        async with self._table.lock(name):
+            plugin = self._table.find(name)
+            pending = plugin.registration.pending
+            if pending is None:
+                raise UsageError(f"plugin {name}", "no version waits for approval", "see 'isolator plugin show'")
+            plugin.registration = await asyncio.to_thread(self._registrar.decline, plugin.registration)
+            await asyncio.to_thread(self._registrar.prune, plugin.registration)
+            self._audit.record(PluginDeclined(new=pending.digest, version=pending.version, who=who), plugin=name)
+            self._table.announce(plugin)
+            return plugin
+
+    async def roll_back(self, name: str, ticket: str | None, to: str | None) -> Plugin:
+        """Exchange the version in use for the one before, or for the kept one with the version or digest ``to``."""
+        who = self._asked(ticket, "plugin.rollback", name, to or "")
         async with self._table.lock(name):
             plugin = self._table.find(name)
             now = plugin.registration
-            await self._check(now, await asyncio.to_thread(self._registrar.earlier, now))
+            release = await asyncio.to_thread(self._registrar.earlier, now, to)
+            await self._check(now, release)
             change = _Exchange("rollback", PluginRolledBack.TYPE, who)
-            await self._exchange(plugin, change, lambda: self._registrar.roll_back(now))
+            await self._exchange(plugin, change, lambda: self._registrar.roll_back(now, release))
             return plugin
 
     async def approve(self, name: str, ticket: str | None, digest: str | None) -> Plugin:

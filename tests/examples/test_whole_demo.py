@@ -51,7 +51,8 @@ def running_demo() -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:
                 break
         children = [argument for child in Process(demo.pid).children(recursive=True) for argument in child.cmdline()]
         roots = {Path(argument) for argument in children if argument.startswith("/var/lib/isolator-demo-")}
-        yield demo, before, min(roots, key=lambda path: len(path.parts))
+        (root,) = {Path(*path.parts[:4]) for path in roots}
+        yield demo, before, root
     finally:
         demo.kill()
         demo.wait()

@@ -132,7 +132,7 @@ def approve(site: Site) -> None:
 
 
 def roll_back(site: Site) -> None:
-    site.registrar.roll_back(site.now())
+    site.registrar.roll_back(site.now(), site.now().previous[0])
 
 
 def put_back(site: Site) -> None:

@@ -144,6 +144,7 @@ def test_host_cannot_change_a_plugin_that_nobody_asked_to_change(running: TakenO
     tries: list[tuple[str, dict[str, Any]]] = [
         ("plugin.remove", {"name": "older"}),
         ("plugin.rollback", {"name": "older"}),
+        ("plugin.reject", {"name": "older"}),
         ("plugin.approve", {"name": "older"}),
         ("plugin.enable", {"name": "off"}),
         ("plugin.commit", {"token": staged["token"]}),

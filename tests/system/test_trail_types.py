@@ -172,6 +172,8 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     d.cli("plugin", "update", "changing", str(new), "--yes")
     d.cli("plugin", "rollback", "changing")
     d.cli("plugin", "update", "changing", str(more), code=5)
+    d.cli("plugin", "reject", "changing")
+    d.cli("plugin", "update", "changing", str(more), code=5)
     d.cli("plugin", "approve", "changing", "--yes")
     (policies / "changing.toml").write_text('[grant]\nhooks = ["deploy.*"]\n[limits]\nmemory = "200M"\n')
     wait_for(lambda: [r for r in of(d, "config.changed") if r["data"]["names"] == ["policy"]])

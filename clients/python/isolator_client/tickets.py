@@ -36,7 +36,8 @@ _AGREEING = {
     "plugin.commit": ("token",),
     "plugin.update": ("token", "approve"),
     "plugin.approve": ("name", "digest"),
-    "plugin.rollback": ("name",),
+    "plugin.rollback": ("name", "to"),
+    "plugin.reject": ("name",),
     "plugin.remove": ("name",),
     "plugin.enable": ("name",),
 }

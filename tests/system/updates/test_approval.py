@@ -65,6 +65,26 @@ def test_version_is_approved_only_as_it_was_shown(running: Daemon, tmp_path: Pat
     assert (now["version"], now["pending"]["version"]) == ("1.0.0", "2.0.1")
 
 
+def test_version_that_is_rejected_is_not_kept_and_the_history_tells_of_it(
+    running: Daemon, tmp_path: Path, name: str
+) -> None:
+    add(running, make(tmp_path / name, "1.0.0", **LESS), start=False)
+    assert "no version waits" in running.cli("plugin", "reject", name, code=2).stderr
+    running.cli("plugin", "update", name, str(make(tmp_path / "more" / name, "2.0.0", **MORE)), code=5)
+    refused = shown(running, name)["pending"]["digest"]
+    assert f"rejected {name} 2.0.0; 1.0.0 stays in use" in running.cli("plugin", "reject", name).stdout
+    now = shown(running, name)
+    assert (now["version"], now["pending"]) == ("1.0.0", None)
+    assert not (running.root / f"var/lib/isolator/plugins/{name}/{refused}").exists()
+    assert "nothing waits" in running.cli("plugin", "approve", name, "--yes", code=2).stderr
+    (declined,) = of_type(running, name, "plugin.declined")
+    assert declined["data"] == {"new": refused, "version": "2.0.0", "who": "uid:0"}
+    told = running.json("plugin", "history", name)
+    assert [entry["type"] for entry in told] == ["plugin.added", "plugin.pending", "plugin.declined"]
+    rows = running.cli("plugin", "history", name).stdout.splitlines()
+    assert rows[0].split() == ["time", "what", "version", "digest", "by", "why"] and " declined " in rows[3]
+
+
 def test_approving_does_not_touch_an_edited_policy(running: Daemon, tmp_path: Path, name: str) -> None:
     add(running, make(tmp_path / name, "1.0.0", **LESS), start=False)
     policy = running.root / f"etc/isolator/policies/{name}.toml"

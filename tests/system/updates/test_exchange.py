@@ -112,6 +112,20 @@ def test_five_earlier_versions_are_kept(running: Daemon, tmp_path: Path, name: s
     assert store(running, name) == set(digests[-6:])
 
 
+def test_rollback_can_name_any_kept_version(running: Daemon, tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / name, "1.0.0")
+    add(running, folder, start=False)
+    first = shown(running, name)["digest"]
+    for version in ("1.1.0", "1.2.0"):
+        make(folder, version)
+        running.cli("plugin", "update", name)
+    assert "1.0.0 is in use now" in running.cli("plugin", "rollback", name, "--to", first[:8]).stdout
+    assert "1.1.0 is in use now" in running.cli("plugin", "rollback", name, "--to", "1.1.0").stdout
+    missing = running.cli("plugin", "rollback", name, "--to", "9.9", code=3).stderr
+    assert "is not kept; there are 1.0.0 (" in missing and "1.2.0 (" in missing
+    assert len(shown(running, name)["previous"]) == 2
+
+
 def test_rollback_to_a_version_that_does_not_come_up_changes_nothing(
     running: Daemon, tmp_path: Path, name: str
 ) -> None:
