@@ -83,12 +83,13 @@ async def _run(options: RunOptions, env: dict[str, str], launcher: ForkedLaunche
         from isolator.cage.cage import Stdio
         from isolator.standalone.records import Records
         from isolator.standalone.session import run_spec
-        from isolator.standalone.terminal import CageTerminal, streams_restored
+        from isolator.standalone.streams import StreamsRestored
+        from isolator.standalone.terminal import CageTerminal
 
         await asyncio.sleep(0)
         run_id = os.urandom(5).hex()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(streams_restored())
+            stack.enter_context(StreamsRestored())
             records = Records(None if options.audit is None else Path(options.audit), run_id)
             stack.callback(records.close)
             lease = session.lease(host)

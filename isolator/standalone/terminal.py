@@ -1,4 +1,4 @@
-"""Terminals of ``isolator run``: the caller's, left as it was found, and with ``--tty`` one of the cage's own."""
+"""Terminal of a cage's own, of ``isolator run --tty``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import contextlib
 import errno
 import fcntl
 import os
-import signal
 import termios
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -28,43 +27,11 @@ _END_OF_FILE = b"\x04\x04"
 """The first ends a line that has no end yet."""
 
 
-@contextlib.contextmanager
-def streams_restored() -> Iterator[None]:
-    """Put back the modes of the terminals among the standard streams, and the streams' flags (O_NONBLOCK)."""
-    flags = {fd: fcntl.fcntl(fd, fcntl.F_GETFL) for fd in _STREAMS}
-    modes = {fd: termios.tcgetattr(fd) for fd in _STREAMS if os.isatty(fd)}
-    try:
-        yield
-    finally:
-        for fd, wanted in flags.items():
-            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
-        for fd, mode in modes.items():
-            if _is_foreground(fd):
-                _set_mode(fd, mode)
-
-
-def _is_foreground(fd: int) -> bool:
-    """Whether the terminal is this process's to change: a shell has taken it back from a job in the background."""
-    try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
-    except OSError:  # not the controlling terminal: there is no job control on it
-        return True
-
-
-def _set_mode(fd: int, mode: list[int | list[bytes | int]]) -> None:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # between the check and here things may change
-    try:
-        with contextlib.suppress(termios.error):  # the terminal has been closed
-            termios.tcsetattr(fd, termios.TCSANOW, mode)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class CageTerminal:
     """A terminal of a cage's own, in a devpts of its own, joined to this process's standard input and output.
 
     Nothing of the caller's terminal is in the cage: no ioctl made there can type into it (TIOCSTI) or change it. Where
-    standard input is a terminal it is made raw, so that keys like ^C act on the cage's; ``streams_restored`` around it.
+    standard input is a terminal it is made raw, so that keys like ^C act on the cage's; ``StreamsRestored`` around it.
     """
 
     def __init__(self, uid: int) -> None:
