@@ -25,8 +25,11 @@ MAX_PATHS = 60
 _MAX_FIELDS = 8192
 _MAX_OPTION = 1024
 
-ONCE = ("memory", "cpu", "tasks", "nofile", "tmp", "net", "cwd")
+OPTIONS = ("memory", "cpu", "tasks", "nofile", "tmp", "net", "cwd")
 """Fields that a request has at most once: options of that name."""
+TERMINAL = "terminal"
+"""A field of the request: the command has a terminal of its own. Of an answer: here is its other end."""
+_ONCE = (*OPTIONS, TERMINAL)
 REPEATED = ("egress", "read", "write")
 _LISTS = (*REPEATED, "env", "argument")
 _MAX_EGRESS = 64
@@ -93,7 +96,7 @@ def read_request(packet: bytes) -> RunRequest:
         raise UsageError("isolator run", f"command and variables are larger than {MAX_BYTES >> 10} KiB", remedy)
     request = RunRequest()
     for name, value in unpack(packet):
-        if name in ONCE and name not in request.once and len(value) <= _MAX_OPTION:
+        if name in _ONCE and name not in request.once and len(value) <= _MAX_OPTION:
             request.once[name] = value
         elif name in _LISTS and (name not in REPEATED or len(value) <= _MAX_OPTION):
             getattr(request, name).append(value)

@@ -12,7 +12,7 @@ import os
 import sys
 
 from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError
-from isolator.ipc.run_request import ONCE, SIGNALS, SOCKET, pack, unpack
+from isolator.ipc.run_request import OPTIONS, SIGNALS, SOCKET, TERMINAL, pack, unpack
 from isolator.standalone.streams import StreamsRestored
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from isolator.standalone.options import RunOptions
 
-_ROOTS_ALONE = ("policy", "audit", "tty")
+_ROOTS_ALONE = ("policy", "audit")
 """Options that the daemon does not serve."""
 _OF_CALLER = ("LANG", "TERM", "TZ")
 """Variables that a command gets from its caller without being named."""
@@ -40,22 +40,28 @@ def run_through_daemon(options: RunOptions) -> int:
         fds += [_open("--write", path, os.O_DIRECTORY) for path in _absolute(options.write)]
         sock = _connect(_socket_path(options.root))
         with StreamsRestored():
-            run = _Run(sock)
+            run = Run(sock)
             run.send(pack(fields), fds)
             for fd in fds[3:]:
                 os.close(fd)
             del fds[3:]
+            if options.tty:
+                from isolator.standalone.client_terminal import wait_with_terminal
+
+                return _finish(options, wait_with_terminal(run))
             return _finish(options, run.wait())
     finally:
         for fd in fds[3:]:
             os.close(fd)
 
 
-class _Run:
+class Run:
     """The connection of one run, and the signals that this process passes on over it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self.sock = sock
+        self.terminal = -1
+        """The end of the command's terminal for keys and screen, once it has come."""
         self._early: list[int] | None = []
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
@@ -64,7 +70,7 @@ class _Run:
         """Send the request, and after it the signals that have come meanwhile."""
         try:
             rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
-            self._sock.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_NOSIGNAL)
+            self.sock.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is refused already, and why can be read
         except OSError as error:
@@ -76,27 +82,35 @@ class _Run:
 
     def wait(self) -> dict[str, str]:
         """The daemon's last word; refused calls are shown as they come."""
-        while True:
-            try:
-                packet = self._sock.recv(_ANSWER)
-            except ConnectionResetError:  # comes before what there is to read, once
-                continue
-            fields = dict(unpack(packet)) if packet else {}
-            if "denied" in fields:
-                print(f"isolator: denied: {fields['denied']}", file=sys.stderr, flush=True)
-            elif "error" in fields:
-                raise IsolatorError.from_json({**fields, "code": fields["error"]})
-            elif "end" in fields:
-                return fields
-            else:
-                raise ConfinementError("isolator run", "the daemon has ended, and the run with it", "run it again")
+        while (fields := self.hear()) is None:
+            pass
+        return fields
+
+    def hear(self) -> dict[str, str] | None:
+        """The daemon's next word, if it is the last; raises IsolatorError when that is an error."""
+        try:
+            packet, ancillary, _, _ = self.sock.recvmsg(_ANSWER, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:  # comes before what there is to read, once
+            return None
+        for _, _, data in ancillary:
+            self.terminal = int.from_bytes(data[:4], sys.byteorder)
+        fields = dict(unpack(packet)) if packet else {}
+        if "denied" in fields:
+            print(f"isolator: denied: {fields['denied']}", file=sys.stderr, flush=True)
+        elif "error" in fields:
+            raise IsolatorError.from_json({**fields, "code": fields["error"]})
+        elif "end" in fields:
+            return fields
+        elif TERMINAL not in fields:
+            raise ConfinementError("isolator run", "the daemon has ended, and the run with it", "run it again")
+        return None
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         if self._early is not None:
             self._early.append(number)
             return
         try:
-            self._sock.send(pack([("signal", str(number))]), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            self.sock.send(pack([("signal", str(number))]), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except OSError:
             return  # it has ended
         if number == signal.SIGTSTP:
@@ -107,7 +121,7 @@ class _Run:
 
 
 def _fields(options: RunOptions) -> list[tuple[str, str]]:
-    fields = [(name, str(value)) for name in ONCE if (value := getattr(options, name)) is not None]
+    fields = [(name, str(value)) for name in OPTIONS if (value := getattr(options, name)) is not None]
     fields += [("egress", text) for text in options.egress]
     fields += [("read", path) for path in _absolute(options.read)]
     fields += [("write", path) for path in _absolute(options.write)]
@@ -120,6 +134,8 @@ def _fields(options: RunOptions) -> list[tuple[str, str]]:
         fields += [
             ("env", f"{name}={value}") for name, value in variables(options.env, map(Path, options.env_file)).items()
         ]
+    if options.tty:
+        fields.append((TERMINAL, "yes"))
     return fields + [("argument", word) for word in options.command]
 
 

@@ -13,11 +13,12 @@ from isolator.audit.schema import NetDenied, Resources, RunEnded, RunStarted, Sy
 from isolator.audit.snapshots import snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
+from isolator.cage.terminal import new_terminal
 from isolator.cage.view import PATH, time_zone
 from isolator.errors import IsolatorError, UnavailableError, UsageError, printable
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything, send_packet
-from isolator.ipc.run_request import RunRequest, error_fields, pack, read_signal
+from isolator.ipc.run_request import TERMINAL, RunRequest, error_fields, pack, read_signal
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import UidLease
@@ -79,13 +80,17 @@ class RunnerRun:
             place.claim(tasks=policy.resources.tasks, memory=policy.resources.memory)
             if self._context.wait_for_trail:
                 await _trail_writable(self._context)
-            lease = UidLease(self._config.uid_range)
+            lease = await asyncio.to_thread(UidLease, self._config.uid_range)  # reads every user there is
             try:
                 with FdSet() as owned:
                     binds: list[Bind] = []
                     if request.paths:
                         binds = await find_paths(request.paths, paths, self._caller, lease.uid, owned)
                     spec = self._spec(request, policy, lease.uid, binds)
+                    if TERMINAL in request.once:
+                        spec.mounts["/dev/pts"], master, stream = new_terminal(lease.uid, owned)
+                        spec.terminal, streams = True, [stream] * STREAMS
+                        answer(self._connection, [(TERMINAL, "yes")], [master])
                     end = await self._live(spec, request, Stdio(*streams), owned)
             finally:
                 lease.release()
@@ -269,10 +274,10 @@ class RunnerRun:
         self.terminate("its network rules were changed", Origin.OPERATOR)
 
 
-def answer(connection: socket.socket, fields: Sequence[tuple[str, str]]) -> None:
+def answer(connection: socket.socket, fields: Sequence[tuple[str, str]], fds: Sequence[int] = ()) -> None:
     """Send fields to a caller if there is room: nobody waits for one who does not read."""
     with contextlib.suppress(OSError):
-        send_packet(connection, pack(fields))
+        send_packet(connection, pack(fields), fds)
 
 
 async def _trail_writable(context: RunContext) -> None:

@@ -55,6 +55,8 @@ class Runners:
         self._paces: dict[int, TokenBucket] = {}
         self._runs: set[RunnerRun] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._silent: set[asyncio.Task[None]] = set()
+        """Those of the tasks that wait for a request."""
         self._accept: AcceptLoop | None = None
 
     def start(self) -> None:
@@ -78,9 +80,11 @@ class Runners:
             self._accept.close()
             self._context.paths.run_socket.unlink(missing_ok=True)
         self.terminate("the daemon stops")
+        for task in list(self._silent):
+            task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_SECONDS)
-        for task in list(self._tasks):  # not begun yet, or in a descriptor that cannot be closed
+        for task in list(self._tasks):  # a cage that does not end, or a descriptor that cannot be closed
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -124,8 +128,7 @@ class Runners:
         run: RunnerRun | None = None
         fields: Sequence[tuple[str, str]] = ()
         try:
-            async with asyncio.timeout(_REQUEST_SECONDS):
-                await readable(connection.fileno())
+            await self._first_packet(connection)
             packet, fds = receive_anything(connection, MAX_BYTES)
             await asyncio.sleep(self._paces.setdefault(uid, TokenBucket(_STARTS, _BURST)).take())
             request = read_request(packet)
@@ -151,6 +154,17 @@ class Runners:
                 await self._finish(connection, fields, fds)
             finally:
                 place.leave()
+
+    async def _first_packet(self, connection: socket.socket) -> None:
+        """Wait for it; raises TimeoutError."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._silent.add(task)
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                await readable(connection.fileno())
+        finally:
+            self._silent.discard(task)
 
     async def _finish(self, connection: socket.socket, fields: Sequence[tuple[str, str]], fds: Sequence[int]) -> None:
         """Close what the caller sent, tell the caller, and close the connection, however long that takes."""
