@@ -29,9 +29,12 @@ OPTIONS = ("memory", "cpu", "tasks", "nofile", "tmp", "net", "cwd")
 """Fields that a request has at most once: options of that name."""
 TERMINAL = "terminal"
 """A field of the request: the command has a terminal of its own. Of an answer: here is its other end."""
-_ONCE = (*OPTIONS, TERMINAL)
+POLICY, POLICY_NAME = "policy", "policy_name"
+"""The content of a policy file, and what errors call it."""
+_ONCE = (*OPTIONS, TERMINAL, POLICY, POLICY_NAME)
+MAX_POLICY = 64 * 1024
 REPEATED = ("egress", "read", "write")
-_LISTS = (*REPEATED, "env", "argument")
+_LISTS = (*REPEATED, "own", "env", "argument")
 _MAX_EGRESS = 64
 
 SIGNALS = (1, 2, 3, 15, 18, 20, 28)
@@ -67,6 +70,7 @@ class RunRequest:
         self.egress: list[str] = []
         self.read: list[str] = []
         self.write: list[str] = []
+        self.own: list[str] = []
         self.env: list[str] = []
         self.argument: list[str] = []
 
@@ -75,9 +79,9 @@ class RunRequest:
         """Path, and whether it may be changed, of each descriptor after the standard ones."""
         return [*((path, False) for path in self.read), *((path, True) for path in self.write)]
 
-    def variables(self) -> dict[str, str]:
-        """The variables; of two of one name the later."""
-        return {name: value for name, _, value in (text.partition("=") for text in self.env)}
+    def variables(self, texts: Iterable[str]) -> dict[str, str]:
+        """The variables of ``own``, the caller's that need not be named, or of ``env``; of one name the last."""
+        return {name: value for name, _, value in (text.partition("=") for text in texts)}
 
     def number(self, name: str) -> int | None:
         """An option that is a whole number; raises UsageError."""
@@ -96,7 +100,8 @@ def read_request(packet: bytes) -> RunRequest:
         raise UsageError("isolator run", f"command and variables are larger than {MAX_BYTES >> 10} KiB", remedy)
     request = RunRequest()
     for name, value in unpack(packet):
-        if name in _ONCE and name not in request.once and len(value) <= _MAX_OPTION:
+        most = MAX_POLICY if name == POLICY else _MAX_OPTION
+        if name in _ONCE and name not in request.once and len(value) <= most:
             request.once[name] = value
         elif name in _LISTS and (name not in REPEATED or len(value) <= _MAX_OPTION):
             getattr(request, name).append(value)
@@ -107,7 +112,7 @@ def read_request(packet: bytes) -> RunRequest:
     if len(request.paths) > MAX_PATHS or len(request.egress) > _MAX_EGRESS:
         many = f"more than {MAX_PATHS} paths or {_MAX_EGRESS} destinations"
         raise UsageError("isolator run", many, "name fewer, e.g. a folder above")
-    if not all(text.partition("=")[1] and text[0] != "=" for text in request.env):
+    if not all(text.partition("=")[1] and text[0] != "=" for text in (*request.own, *request.env)):
         raise UsageError("--env", "is no NAME=VALUE", "write NAME=VALUE")
     if not request.once.get("cwd", "/").startswith("/"):
         raise UsageError("--cwd", "is not absolute", "write it from / on")

@@ -155,9 +155,16 @@ class HostConfig(Frozen):
         return "viewer" if uid in self.roles.viewer else None
 
     def for_runners(self) -> "HostConfig":
-        """The settings that the policy of a runner's ``isolator run`` is held against."""
+        """The settings that the policy of a runner's ``isolator run`` is held against.
+
+        Private addresses stay closed where no list of destinations says that somebody has thought of them, and no port
+        of the host is a runner's to take.
+        """
         ceiling = self.runner.ceiling or self.ceiling
-        return self.model_copy(update={"ceiling": ceiling, "source": f"[runner] of {self.source or 'host.toml'}"})
+        exceptions = self.exceptions if ceiling.egress is not None else ()
+        source = f"[runner] of {self.source or 'host.toml'}"
+        changes = {"ceiling": ceiling, "exceptions": exceptions, "inbound": Inbound(), "source": source}
+        return self.model_copy(update=changes)
 
     def digest(self) -> str:
         """SHA-256 of the settings, wherever they were read from; of hosts without runners as before there were any."""

@@ -12,7 +12,7 @@ import os
 import sys
 
 from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError
-from isolator.ipc.run_request import OPTIONS, SIGNALS, SOCKET, TERMINAL, pack, unpack
+from isolator.ipc.run_request import MAX_POLICY, OPTIONS, POLICY, POLICY_NAME, SIGNALS, SOCKET, TERMINAL, pack, unpack
 from isolator.standalone.streams import StreamsRestored
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from isolator.standalone.options import RunOptions
 
-_ROOTS_ALONE = ("policy", "audit")
-"""Options that the daemon does not serve."""
 _OF_CALLER = ("LANG", "TERM", "TZ")
 """Variables that a command gets from its caller without being named."""
 _ANSWER = 1 << 16
@@ -30,9 +28,10 @@ _ANSWER = 1 << 16
 
 def run_through_daemon(options: RunOptions) -> int:
     """Run the command; returns the exit code. Raises IsolatorError."""
-    for name in _ROOTS_ALONE:
-        if getattr(options, name):
-            raise UsageError(f"--{name}", "is root's alone: the daemon does not serve it", "leave it out, or use sudo")
+    if options.audit is not None:
+        raise UsageError(
+            "--audit", "is root's alone: the daemon's own trail has the records", "leave it out, or use sudo"
+        )
     fields = _fields(options)
     fds = [0, 1, 2]
     try:
@@ -97,6 +96,8 @@ class Run:
         fields = dict(unpack(packet)) if packet else {}
         if "denied" in fields:
             print(f"isolator: denied: {fields['denied']}", file=sys.stderr, flush=True)
+        elif "note" in fields:
+            print(f"isolator: note: {fields['note']}", file=sys.stderr, flush=True)
         elif "error" in fields:
             raise IsolatorError.from_json({**fields, "code": fields["error"]})
         elif "end" in fields:
@@ -125,7 +126,9 @@ def _fields(options: RunOptions) -> list[tuple[str, str]]:
     fields += [("egress", text) for text in options.egress]
     fields += [("read", path) for path in _absolute(options.read)]
     fields += [("write", path) for path in _absolute(options.write)]
-    fields += [("env", f"{name}={os.environ[name]}") for name in _OF_CALLER if name in os.environ]
+    fields += [("own", f"{name}={os.environ[name]}") for name in _OF_CALLER if name in os.environ]
+    if options.policy is not None:
+        fields += [(POLICY, _policy(options.policy)), (POLICY_NAME, options.policy)]
     if options.env or options.env_file:
         from pathlib import Path
 
@@ -137,6 +140,20 @@ def _fields(options: RunOptions) -> list[tuple[str, str]]:
     if options.tty:
         fields.append((TERMINAL, "yes"))
     return fields + [("argument", word) for word in options.command]
+
+
+def _policy(path: str) -> str:
+    """The content of a policy file, which the daemon has read by a process without any right."""
+    fd = _open("--policy", path, os.O_NONBLOCK)
+    try:
+        text = os.read(fd, MAX_POLICY + 1)
+    except OSError as error:
+        raise DeniedError(f"--policy {path}", error.strerror or "", "name a TOML file") from None
+    finally:
+        os.close(fd)
+    if len(text) > MAX_POLICY:
+        raise UsageError(f"--policy {path}", f"larger than {MAX_POLICY >> 10} KiB", "shorten it")
+    return os.fsdecode(text)
 
 
 def _absolute(paths: tuple[str, ...]) -> list[str]:

@@ -192,6 +192,16 @@ def test_runners_are_nobody_until_they_are_named_and_have_a_ceiling_of_their_own
     check_ceiling(policy("[grant]\negress = ['b.com:443']\n[limits]\nmemory = '200M'"), found)
 
 
+def test_private_addresses_and_ports_of_the_host_are_no_runners_unless_a_list_names_them() -> None:
+    opened = "[network]\nexceptions = ['10.9.0.7:5432']\n[inbound]\nports = [8005]\n[roles]\nrunner = [1000]\n"
+    grant = "[grant]\negress = ['10.9.0.7:5432']"
+    check_ceiling(policy(grant), host(opened))  # a plugin's policy may grant it
+    assert "never reachable" in error_of(grant, settings=host(opened).for_runners())
+    listed = host(f"{opened}[runner]\negress = ['public', '10.9.0.7:5432']").for_runners()
+    check_ceiling(policy(grant), listed)
+    assert "not open to plugins" in error_of("[grant]\nlisten = ['8005']", settings=listed)
+
+
 def test_digest_of_a_host_without_runners_is_that_of_versions_that_had_none() -> None:
     none = host("[runner]\ncages = 3")
     assert none.digest() == host("").digest()

@@ -106,7 +106,7 @@ def test_runner_has_no_role_on_the_other_sockets(daemon: TakenOver) -> None:
 @pytest.mark.parametrize(
     "packet",
     [
-        b"\0", b"argument", b"\xff" * 1000, b"argument=true\0policy=/etc/shadow", b'{"argument": ["true"]}',
+        b"\0", b"argument", b"\xff" * 1000, b"argument=true\0audit=/etc/shadow", b'{"argument": ["true"]}',
         b"argument=true\0env", b"argument=" + b"x" * 150_000, b"argument=x" + b"\0argument=" * 9000,
         b"argument=true\0read=/srv",
     ],

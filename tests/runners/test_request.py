@@ -25,7 +25,7 @@ def test_request_is_read_as_it_was_packed() -> None:
     request = read_request(pack(fields))
     assert request.once == {"memory": "64M", "tasks": "3", "net": "names", "cwd": "/a"}
     assert request.paths == [("/a=b", False), ("/\udcff", False), ("/w", True)]
-    assert request.variables() == {"A": "b=c", "B": ""}
+    assert request.variables(request.env) == {"A": "b=c", "B": ""}
     assert request.argument == ["sh", "", "-c\nx"]
     assert (request.number("tasks"), request.number("nofile")) == (3, None)
 
@@ -41,7 +41,7 @@ def test_request_is_read_as_it_was_packed() -> None:
         b"memory=1M",
         b"argument=x\0",
         b"argument=x\0memory=1M\0memory=2M",
-        b"argument=x\0policy=/etc/shadow",
+        b"argument=x\0audit=/etc/shadow",
         b"argument=x\0ARGUMENT=y",
         b"argument=x\0__class__=y",
         b"argument=x\0number=y",
@@ -51,6 +51,8 @@ def test_request_is_read_as_it_was_packed() -> None:
         b"argument=x\0cwd=tmp",
         b"argument=x\0env=A",
         b"argument=x\0env==A",
+        b"argument=x\0own=A",
+        b"argument=x\0policy=" + b"#" * 70_000,
         b"argument=x" + b"\0read=/a" * (MAX_PATHS + 1),
         b"argument=x" + b"\0egress=a:1" * 65,
         b"argument=x" + b"\0argument=" * 9000,
@@ -58,7 +60,7 @@ def test_request_is_read_as_it_was_packed() -> None:
         b"{" * 5000,
         bytes(range(256)) * 100,
     ],
-    ids=range(24),
+    ids=range(26),
 )
 def test_malformed_request_is_refused(packet: bytes) -> None:
     with pytest.raises(UsageError):

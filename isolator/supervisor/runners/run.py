@@ -15,10 +15,10 @@ from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
 from isolator.cage.terminal import new_terminal
 from isolator.cage.view import PATH, time_zone
-from isolator.errors import IsolatorError, UnavailableError, UsageError, printable
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError, printable
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything, send_packet
-from isolator.ipc.run_request import TERMINAL, RunRequest, error_fields, pack, read_signal
+from isolator.ipc.run_request import POLICY, POLICY_NAME, TERMINAL, RunRequest, error_fields, pack, read_signal
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import UidLease
@@ -27,6 +27,7 @@ from isolator.linux.readable import readable
 from isolator.pacing import TokenBucket
 from isolator.policy.denial import INSTEAD, DenialRule
 from isolator.policy.meet.single_run import Net, policy_for_run
+from isolator.registration.reading import read_policy
 from isolator.structs import replace
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.supervisor.runners.paths import find_paths
@@ -34,6 +35,7 @@ from isolator.supervisor.tickets import by_uid
 
 if TYPE_CHECKING:
     from isolator.layers.seccomp.notifier import Denied
+    from isolator.policy.grant import PluginPolicy
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
     from isolator.supervisor.run import RunContext
@@ -57,14 +59,21 @@ class RunnerRun:
     """One run of a caller (uid, gid, groups). ``connection`` stays the owner's."""
 
     def __init__(
-        self, context: RunContext, config: HostConfig, connection: socket.socket, caller: tuple[int, int, Sequence[int]]
+        self,
+        context: RunContext,
+        config: HostConfig,
+        connection: socket.socket,
+        caller: tuple[int, int, Sequence[int]],
+        reading: asyncio.Semaphore,
     ) -> None:
+        """``reading``: taken while a policy file is read, in a thread that the daemon's other work shares."""
         self.id = os.urandom(5).hex()
         self.name = f"{PREFIX}{caller[0]}"
         self.spilled: list[int] = []
         """Descriptors that came where none belong, for the owner to close."""
         self._context, self._config, self._caller, self._connection = context, config, caller, connection
         self._by = by_uid(caller[0])
+        self._reading = reading
         self._cage: Cage | None = None
         self._policy: EffectivePolicy | None = None
         self._shown: set[str] = set()
@@ -76,7 +85,7 @@ class RunnerRun:
     ) -> Sequence[tuple[str, str]]:
         """Do what is requested; returns the answer: how it ended, or why it could not be."""
         try:
-            policy = self._effective(request)
+            policy = self._effective(request, await self._file(request))
             place.claim(tasks=policy.resources.tasks, memory=policy.resources.memory)
             if self._context.wait_for_trail:
                 await _trail_writable(self._context)
@@ -118,7 +127,22 @@ class RunnerRun:
 
     # --- before there is a cage --------------------------------------------------------------------------------
 
-    def _effective(self, request: RunRequest) -> EffectivePolicy:
+    async def _file(self, request: RunRequest) -> PluginPolicy | None:
+        """The policy file of the request, read by a process that has no right to anything."""
+        text = request.once.get(POLICY)
+        if text is None:
+            return None
+        name = printable(request.once.get(POLICY_NAME, "policy"))
+        async with self._reading:
+            found = await asyncio.to_thread(read_policy, os.fsencode(text), name, self._config.uid_range)
+        if found.listen:
+            raise DeniedError(found.at("grant.listen"), "a user's run gets no port of the host", "leave it out")
+        if found.read:
+            why = "the daemon opens no path for a user"
+            raise DeniedError(found.at("filesystem.read"), why, "name each with --read: your own process opens it")
+        return found
+
+    def _effective(self, request: RunRequest, file: PluginPolicy | None) -> EffectivePolicy:
         once: dict[str, Any] = {key: request.once.get(key) for key in ("memory", "cpu", "tmp")}
         net = request.once.get("net")
         if net is not None and net not in get_args(Net):
@@ -127,10 +151,11 @@ class RunnerRun:
             if path != "/" + "/".join(part for part in path.split("/") if part not in ("", ".")):
                 raise UsageError(path, "is not the shortest form of a path", "write it without // and /./")
         policy = policy_for_run(
-            self._config.for_runners(), tasks=request.number("tasks"), nofile=request.number("nofile"),
-            net=cast("Net | None", net), egress=request.egress, read=request.read, write=request.write, **once,
+            self._config.for_runners(), file, tasks=request.number("tasks"), nofile=request.number("nofile"),
+            net=cast("Net | None", net), egress=request.egress, read=request.read, write=request.write,
+            note=lambda text: answer(self._connection, [("note", text)]), **once,
         )  # fmt: skip
-        return policy.model_copy(update={"plugin": self.name})
+        return policy.model_copy(update={"plugin": self.name})  # shown is what it has opened, and nothing else
 
     def _spec(self, request: RunRequest, policy: EffectivePolicy, uid: int, binds: list[Bind]) -> CageSpec:
         return CageSpec(
@@ -144,7 +169,7 @@ class RunnerRun:
             argv=request.argument,
             env={
                 "PATH": f"{PATH}:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": "C.UTF-8", "TMPDIR": "/tmp",
-                "TZ": time_zone(), **request.variables(),
+                "TZ": time_zone(), **request.variables(request.own), **policy.env, **request.variables(request.env),
             },
             cwd=request.once.get("cwd", "/"),
             binds=sorted(binds, key=lambda bind: bind.target),  # a folder before those below it

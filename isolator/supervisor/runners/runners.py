@@ -52,6 +52,7 @@ class Runners:
         self._context, self._config = context, config
         self._shares = Shares(config.runner)
         self._closers = Closers()
+        self._reading = asyncio.Semaphore(1)
         self._paces: dict[int, TokenBucket] = {}
         self._runs: set[RunnerRun] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,7 +136,7 @@ class Runners:
             if len(fds) != STREAMS + len(request.paths):
                 raise UsageError("isolator run", "another number of descriptors than paths", "pass one for each")
             caller = (uid, gid, tuple(peer_groups(connection, most=MOST_GROUPS)))
-            run = RunnerRun(self._context, self._config, connection, caller)
+            run = RunnerRun(self._context, self._config, connection, caller, self._reading)
             self._runs.add(run)
             fields = await run.serve(request, fds[:STREAMS], fds[STREAMS:], place)
         except TimeoutError:
