@@ -7,7 +7,7 @@ So many threads and no more: whoever would need another one waits at the door.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import threading
 from collections.abc import Iterable
 
@@ -39,10 +39,8 @@ class Closers:
 
         def work() -> None:
             close_all(owned)
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._closed, done)
-            except RuntimeError:  # the loop has ended
-                os.sched_yield()
 
         threading.Thread(target=work, name="close", daemon=True).start()
         await asyncio.shield(done)

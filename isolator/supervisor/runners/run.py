@@ -70,12 +70,11 @@ class RunnerRun:
         self.id = os.urandom(5).hex()
         self.name = f"{PREFIX}{caller[0]}"
         self.spilled: list[int] = []
-        """Descriptors that came where none belong, for the owner to close."""
+        """Descriptors that lead to what is a stranger's, for the owner to close apart."""
         self._context, self._config, self._caller, self._connection = context, config, caller, connection
         self._by = by_uid(caller[0])
         self._reading = reading
         self._cage: Cage | None = None
-        self._policy: EffectivePolicy | None = None
         self._shown: set[str] = set()
         self._cause, self._origin = "", Origin.PLUGIN
         self._ended = False
@@ -90,18 +89,20 @@ class RunnerRun:
             if self._context.wait_for_trail:
                 await _trail_writable(self._context)
             lease = await asyncio.to_thread(UidLease, self._config.uid_range)  # reads every user there is
+            trees = FdSet()
             try:
-                with FdSet() as owned:
-                    binds: list[Bind] = []
-                    if request.paths:
-                        binds = await find_paths(request.paths, paths, self._caller, lease.uid, owned)
-                    spec = self._spec(request, policy, lease.uid, binds)
+                binds: list[Bind] = []
+                if request.paths:
+                    binds = await find_paths(request.paths, paths, self._caller, lease.uid, trees)
+                spec = self._spec(request, policy, lease.uid, binds)
+                with FdSet() as for_start:
                     if TERMINAL in request.once:
-                        spec.mounts["/dev/pts"], master, stream = new_terminal(lease.uid, owned)
+                        spec.mounts["/dev/pts"], master, stream = new_terminal(lease.uid, for_start)
                         spec.terminal, streams = True, [stream] * STREAMS
                         answer(self._connection, [(TERMINAL, "yes")], [master])
-                    end = await self._live(spec, request, Stdio(*streams), owned)
+                    end = await self._live(spec, request, Stdio(*streams), for_start)
             finally:
+                self.spilled += trees.release_all()
                 lease.release()
         except (IsolatorError, OSError) as error:
             return error_fields(self._for_caller(error))
