@@ -13,7 +13,7 @@ from bench.frame import Report, host, table, write
 # Each is a module of this package with `measure(rounds) -> Report`.
 BENCHMARKS = {
     "cage_start": "starting a cage: /bin/true, confined, waited for",
-    "run_start": "one command in a cage, without a daemon: isolator run, bubblewrap, firejail",
+    "run_start": "one command in a cage: isolator run, by root and through the daemon, bubblewrap, firejail",
     "many": "200 cages started at once, and the daemon's memory for each idle plugin",
     "delivery": "delivering an event: to a sidecar in its cage and back, durable and audited",
     "audit": "recording facts until all are durable",

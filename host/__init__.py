@@ -5,9 +5,10 @@ For a platform that embeds it, ``PluginHost`` is the whole public surface.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
+    from typing import Any
+
     from host.client.plugin_host import Delivered, Emitted, PluginHost, Recorded
 
 __all__ = ["Delivered", "Emitted", "PluginHost", "Recorded"]

@@ -6,7 +6,9 @@ Raised where the cause is known, turned into one line at the edge (the command l
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def printable(text: str) -> str:

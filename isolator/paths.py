@@ -106,6 +106,11 @@ class Paths:
         return self.run / "ticket.sock"
 
     @property
+    def run_socket(self) -> Path:
+        """The supervisor's own socket for ``isolator run`` of users with the role ``runner``."""
+        return self.run / "run.sock"
+
+    @property
     def metrics_socket(self) -> Path:
         """Prometheus figures over HTTP."""
         return self.run / "metrics.sock"

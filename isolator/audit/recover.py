@@ -31,6 +31,8 @@ from isolator.audit.schema import (
     PluginCrashed,
     PluginStarted,
     PluginStopped,
+    RunEnded,
+    RunStarted,
 )
 from isolator.linux.files import read_plain
 
@@ -197,9 +199,9 @@ def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | N
     """Update ``runs``, those without an end, with one more record of the trail."""
     if run is None:
         return
-    if kind == PluginStarted.TYPE and plugin is not None:
+    if kind in (PluginStarted.TYPE, RunStarted.TYPE) and plugin is not None:
         runs[run] = plugin
-    elif kind in (PluginStopped.TYPE, PluginCrashed.TYPE):
+    elif kind in (PluginStopped.TYPE, PluginCrashed.TYPE, RunEnded.TYPE):
         runs.pop(run, None)
 
 

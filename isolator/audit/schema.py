@@ -389,24 +389,61 @@ class _Ended(RecordData):
     """Forks refused because of ``tasks`` of the policy."""
     uptime: float = ABSENT
     """Seconds since the start."""
+
+
+class _SidecarEnded(_Ended):
     stderr: list[str] = ABSENT
     """Last lines, redacted."""
 
 
-class PluginStopped(_Ended):
+class PluginStopped(_SidecarEnded):
     """A run ended because it was stopped, or with an earlier daemon: then only ``cause`` is known."""
 
     TYPE = "plugin.stopped"
     SOURCES = (SUPERVISOR,)
 
 
-class PluginCrashed(_Ended):
+class PluginCrashed(_SidecarEnded):
     """A run ended by itself, or a start failed: then only ``cause`` and ``reason`` are there."""
 
     TYPE = "plugin.crashed"
     SOURCES = (SUPERVISOR,)
     CAUSED = True
 
+    reason: str = ABSENT
+    """Why a start failed."""
+
+
+class RunStarted(CageStarted):
+    """A runner's ``isolator run`` through the daemon: its cage was built, and its program runs.
+
+    ``plugin`` of it and of all that follows is ``_run.UID``, by the caller's uid.
+    """
+
+    TYPE = "run.started"
+    SOURCES = (SUPERVISOR,)
+
+    by: str
+    """Who asked, as the kernel says: ``uid:1000``. ``uid`` is the cage's own."""
+    program: str
+    cgroup: str
+    """Path of the control group."""
+    env: list[str]
+    """Names of the environment's variables."""
+    read: list[str]
+    """Paths that it is shown."""
+    write: list[str]
+    """Folders that it may change."""
+
+
+class RunEnded(_Ended):
+    """A runner's run has ended, or could not be started: then only ``cause`` and ``reason`` are there."""
+
+    TYPE = "run.ended"
+    SOURCES = (SUPERVISOR,)
+
+    by: str = ABSENT
+    """Who asked, as the kernel says."""
     reason: str = ABSENT
     """Why a start failed."""
 

@@ -31,6 +31,7 @@ _HOST_KEYS = {
     "ceiling",
     "defaults",
     "roles",
+    "runner",
     "network",
     "inbound",
     "metrics",

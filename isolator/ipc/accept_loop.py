@@ -28,7 +28,8 @@ class AcceptLoop:
 
     ``budget``: connections a second. A peer that connects faster waits in the listener's backlog. While this process
     has no descriptor left peers wait too, and one line is logged. With ``refuse`` a descriptor is kept for that time:
-    it is called with one connection after the other, which is closed then, and can say why.
+    it is called with one connection after the other, which is closed then, and can say why. While ``ready`` says no,
+    peers wait in the backlog.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class AcceptLoop:
         *,
         budget: TokenBucket | None = None,
         refuse: Callable[[socket.socket], object] | None = None,
+        ready: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._refuse = refuse
+        self._refuse, self._ready = refuse, ready
         self._reserve = _open_reserve() if refuse is not None else -1
         self._exhausted = False
         self._listener, self._accepted, self._budget = listener, accepted, budget
@@ -65,6 +67,8 @@ class AcceptLoop:
 
     def _readable(self) -> None:
         for _ in range(PER_TURN):
+            if not self._ready():
+                return self._rest(REST)
             try:
                 connection, peer = self._listener.accept()
             except BlockingIOError:

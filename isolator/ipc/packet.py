@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 MAX_PACKET = 160 * 1024
 MAX_FDS = 64
+_MOST_FDS = 253
+"""Descriptors in one packet of anybody's (the kernel's SCM_MAX_FD)."""
 
 _PART = struct.Struct("=BI")
 """Zero, and the number of descriptors in the packets that follow."""
@@ -41,6 +43,19 @@ def send_packet(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) ->
     """Send one packet with descriptors; raises BlockingIOError when a non-blocking peer is full."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([payload], ancillary, socket.MSG_NOSIGNAL)
+
+
+def receive_anything(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """Receive a packet of a stranger's, up to ``most + 1`` bytes of it, with every descriptor that one can hold.
+
+    None is left for the kernel to close on the way, which may take as long as who sent it likes (socket(7), SO_LINGER).
+    """
+    payload, ancillary, _, _ = sock.recvmsg(most + 1, socket.CMSG_SPACE(_MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return payload, list(fds)
 
 
 def receive_packet(sock: socket.socket, *, peek: bool = False) -> tuple[bytes, list[int]]:

@@ -21,9 +21,12 @@ did ahead in the parked process (isolator.launcher.prefork). Order matters, and 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
+import stat
 from typing import Any, NoReturn
 
 from isolator.ipc.packet import send_packet
@@ -93,7 +96,11 @@ def failure(step: str, error: BaseException) -> dict[str, Any]:
 def _set_stdio(plan: Plan) -> None:
     # The launcher has descriptors of its own at 0 to 2, so that no dup2 overwrites one that is still needed.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        os.dup2(plan.fds[name], number, inheritable=True)
+        fd = plan.fds[name]
+        # A descriptor of a folder leads to everything around it, and one that is no more than a path to its file.
+        if stat.S_ISDIR(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+            raise OSError(errno.EINVAL, "is no stream but a folder or a path", name)
+        os.dup2(fd, number, inheritable=True)
 
 
 def _send(link: socket.socket, message: dict[str, Any], fds: list[int]) -> None:

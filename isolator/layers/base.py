@@ -59,6 +59,15 @@ class Control:
 
 
 @struct_class(frozen=True)
+class Tree:
+    """Facts of a detached mount, which who made it has looked up: the file system behind it may hang."""
+
+    is_folder: bool
+    device: int
+    """Number of the file system's device."""
+
+
+@struct_class(frozen=True)
 class Bind:
     """A file or folder of the host that the cage sees at ``target``; ``fd``: its O_PATH descriptor, the caller's.
 
@@ -70,6 +79,8 @@ class Bind:
     writable: bool = False
     ids: int = -1
     """The user namespace whose maps its owners are shown with (``mount.map_ids``), the caller's; -1: as they are."""
+    tree: Tree | None = None
+    """``fd`` is a detached mount, attached as it is; otherwise a descriptor to be cloned."""
 
 
 @struct_class()

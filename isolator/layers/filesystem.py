@@ -37,7 +37,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Layer, Process, Tree, mismatch
 from isolator.layers.phrases import listing
 from isolator.layers.plan import ParkOrder, Part, Plan, Section
 from isolator.layers.proc import template as proc
@@ -277,15 +277,16 @@ class Filesystem(Layer):
         self._runs = runs = spec.policy.syscalls != "strict"  # what the plugin wrote
         mounts: list[AttachMount] = []
 
-        def bind(target: str, source: int, attributes: int, ids: int = -1) -> None:
+        def bind(target: str, source: int, attributes: int, ids: int = -1, made: Tree | None = None) -> None:
             # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
-            tree = mount.clone_tree("", directory=source)
+            tree = mount.clone_tree("", directory=source) if made is None else os.dup(source)
             name = f"mount{len(mounts)}"
             plan.own(name, tree)
             if ids >= 0:
-                _map_ids(tree, ids, target)
+                map_ids(tree, ids, target)
             mount.set_attributes(tree, attributes)
-            mounts.append(AttachMount(target.lstrip("/"), name, stat.S_ISDIR(os.fstat(tree).st_mode)))
+            is_folder = stat.S_ISDIR(os.fstat(tree).st_mode) if made is None else made.is_folder
+            mounts.append(AttachMount(target.lstrip("/"), name, is_folder))
 
         for name in _ETC_FILES:
             with contextlib.suppress(FileNotFoundError):
@@ -297,7 +298,7 @@ class Filesystem(Layer):
         for entry in spec.binds:
             attributes = mount.NOSUID | mount.NODEV
             attributes |= (0 if runs else mount.NOEXEC) if entry.writable else mount.RDONLY
-            bind(entry.target, entry.fd, attributes, entry.ids)
+            bind(entry.target, entry.fd, attributes, entry.ids, entry.tree)
         for target, fd in spec.mounts.items():
             name = f"mount{len(mounts)}"
             plan.fds[name] = fd
@@ -327,7 +328,8 @@ class Filesystem(Layer):
             raise mismatch(self.name, "/usr", "read-only", "writable")
 
 
-def _map_ids(tree: int, ids: int, target: str) -> None:
+def map_ids(tree: int, ids: int, target: str) -> None:
+    """Show a detached tree with the owners of a user namespace's maps; raises ConfinementError with a remedy."""
     from isolator.errors import ConfinementError
 
     try:

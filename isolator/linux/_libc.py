@@ -24,6 +24,7 @@ NUMBERS: dict[str, int] = {
     "clone3": 435,
     "close_range": 436,
     "openat2": 437,
+    "faccessat2": 439,
     "mount_setattr": 442,
     "landlock_create_ruleset": 444,
     "landlock_add_rule": 445,

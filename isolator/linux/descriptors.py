@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import sys
-from collections.abc import Iterable
-from types import TracebackType
+
+TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
 
 
 def close_all(fds: Iterable[int]) -> None:
     """Close descriptors; those that are closed already are passed over. A list is emptied."""
     for fd in list(fds):
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105  # a start that counts does without contextlib
             os.close(fd)
+        except OSError:
+            pass
     if isinstance(fds, list):
         fds.clear()
 
@@ -38,6 +41,8 @@ def allow_many_files() -> None:
 
     A running plugin takes about ten descriptors of its supervisor, a folder that a cage sees one or two.
     """
+    import resource
+
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

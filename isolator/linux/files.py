@@ -14,6 +14,7 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 
 _CLOSE_RANGE_CLOEXEC = 4
+_AT_EACCESS, _AT_EMPTY_PATH = 0x200, 0x1000
 
 
 class _OpenHow(ctypes.Structure):
@@ -43,6 +44,14 @@ def open_nofollow(path: str, flags: int = os.O_PATH) -> int:
         return syscall("openat2", -100, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
+
+
+def check_access(fd: int, mode: int) -> None:
+    """Raise OSError unless the calling process, as it is now, may use the file behind ``fd`` so (``os.W_OK``, ...)."""
+    try:
+        syscall("faccessat2", fd, b"", mode, _AT_EACCESS | _AT_EMPTY_PATH)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror) from None
 
 
 def read_plain(path: str | os.PathLike[str], *, most: int) -> bytes:

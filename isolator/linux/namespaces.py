@@ -79,6 +79,17 @@ def setdomainname(name: str) -> None:
 
 IdMap = tuple[tuple[int, int, int], ...]
 """Lines of a map of user_namespaces(7): first id inside, first id outside, count."""
+_LAST_ID = 0xFFFFFFFE
+
+
+def exchange(one: int, other: int) -> IdMap:
+    """The map in which two ids have changed places, root is missing, and everybody else is as on disk."""
+    low, high = sorted((one, other))
+    if low == high:
+        return ((1, 1, _LAST_ID),)
+    between = ((1, low - 1), (low + 1, high - 1), (high + 1, _LAST_ID))
+    same = tuple((first, first, last - first + 1) for first, last in between if first <= last)
+    return (*same, (low, high, 1), (high, low, 1))
 
 
 def new_user_namespace(uids: IdMap, gids: IdMap) -> int:

@@ -7,7 +7,7 @@ The models alone; ``parse/host_file.py`` reads the file. The values here are the
 from typing import Any, Literal
 
 from isolator.policy.frozen import Frozen, fresh
-from isolator.policy.keys import CEILING, MIB, SWITCHES, Limits, Switches
+from isolator.policy.keys import CEILING, GIB, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 
 Role = Literal["viewer", "emitter", "operator"]
@@ -60,6 +60,22 @@ class Roles(Frozen):
     viewer: tuple[int, ...] = ()
     emitter: tuple[int, ...] = ()
     operator: tuple[int, ...] = (0,)
+    runner: tuple[int, ...] = ()
+    """Users whose ``isolator run`` the daemon serves, at a socket of its own; they may be anything else besides."""
+
+
+class Runner(Frozen):
+    """``[runner]``: what the runs of all users with the role ``runner`` may take, together and each."""
+
+    cages: int = 8
+    """Runs at once."""
+    all_tasks: int = 512
+    """Processes and threads of all of them."""
+    all_memory: int = 2 * GIB
+    share: int = 50
+    """Percent of each of the three that one user may have."""
+    ceiling: Ceiling | None = None
+    """The most of one run; None: the host's ceiling."""
 
 
 def without_trail(disk_full: str) -> str:
@@ -103,6 +119,7 @@ class HostConfig(Frozen):
     default_syscalls: Profile = "default"
     restart: RestartPolicy = RestartPolicy()
     roles: Roles = Roles()
+    runner: Runner = Runner()
     exceptions: tuple[AddressException, ...] = ()
     resolvers: tuple[str, ...] = ()
     virtual: str = VIRTUAL
@@ -137,8 +154,25 @@ class HostConfig(Frozen):
             return "emitter"
         return "viewer" if uid in self.roles.viewer else None
 
-    def digest(self) -> str:
-        """SHA-256 of the settings, wherever they were read from."""
-        import hashlib
+    def for_runners(self) -> "HostConfig":
+        """The settings that the policy of a runner's ``isolator run`` is held against.
 
-        return hashlib.sha256(self.model_dump_json(exclude={"source", "where"}).encode()).hexdigest()
+        Private addresses stay closed where no list of destinations says that somebody has thought of them, and no port
+        of the host is a runner's to take.
+        """
+        ceiling = self.runner.ceiling or self.ceiling
+        exceptions = self.exceptions if ceiling.egress is not None else ()
+        source = f"[runner] of {self.source or 'host.toml'}"
+        changes = {"ceiling": ceiling, "exceptions": exceptions, "inbound": Inbound(), "source": source}
+        return self.model_copy(update=changes)
+
+    def digest(self) -> str:
+        """SHA-256 of the settings, wherever they were read from; of hosts without runners as before there were any."""
+        import hashlib
+        import json
+
+        data = json.loads(self.model_dump_json(exclude={"source", "where"}))
+        if not self.roles.runner:
+            del data["runner"], data["roles"]["runner"]
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()

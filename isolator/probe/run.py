@@ -170,7 +170,7 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
             for path in (
                 paths.etc, paths.policies, paths.lib, paths.plugins, paths.state, paths.host_lib, paths.audit_lib,
                 paths.log, paths.audit_log, paths.plugin_log, paths.control_socket, paths.ticket_socket,
-                paths.journal,
+                paths.run_socket, paths.journal,
                 paths.run / "hostapi",
             )
         ],

@@ -18,17 +18,21 @@ import subprocess
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from isolator.errors import IsolatorError, UsageError
 from isolator.layers.user import UidLease
 from isolator.linux.unprivileged import service_command
+from isolator.policy.grant import PluginPolicy
+from isolator.policy.grant_check import check as check_policy
 from isolator.policy.parse.strict import prose
 from isolator.policy.request import MAX_BYTES, MAX_DEPTH, ManifestCore, check
 
-_MODULE = "isolator.reader.service"
+T = TypeVar("T")
+
+_MODULE, _POLICY_MODULE = "isolator.reader.service", "isolator.reader.policy"
 """Named, never imported."""
 _BATCH = 32
 """Manifests for one process: its start takes as long as reading hundreds."""
@@ -99,7 +103,7 @@ class ManifestReader:
         try:
             lease = UidLease(self._uid_range)
             try:
-                for answer in _read(texts, lease.uid):
+                for answer in _read(texts, lease.uid, _MODULE, _checked):
                     answers.append(answer)  # those before a failure count
             finally:
                 lease.release()
@@ -109,12 +113,30 @@ class ManifestReader:
         return answers
 
 
-def _read(texts: Sequence[bytes], uid: int) -> Iterator[ReadManifest | IsolatorError]:
-    process = _start(texts, uid)
+def read_policy(text: bytes, name: str, uid_range: tuple[int, int]) -> PluginPolicy:
+    """A stranger's policy file, read likewise; ``name`` is what errors call it. Raises IsolatorError; blocks."""
+    lease = UidLease(uid_range)
+    try:
+        (found,) = _read([text], lease.uid, _POLICY_MODULE, _checked_policy)
+    finally:
+        lease.release()
+    if isinstance(found, IsolatorError):
+        raise type(found)(name + found.what, found.why, found.remedy)
+    where = {key: f"{name}{place}" for key, place in found.where.items()}
+    return found.model_copy(update={"source": name, "where": where})
+
+
+def _read(
+    texts: Sequence[bytes],
+    uid: int,
+    module: str,
+    checked: Callable[[bytes], T | IsolatorError],
+) -> Iterator[T | IsolatorError]:
+    process = _start(texts, uid, module)
     assert process.stdout is not None
     try:
         for line in _lines(process.stdout.fileno(), len(texts)):
-            yield _checked(line)
+            yield checked(line)
     except EOFError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
@@ -140,7 +162,7 @@ class _NoAnswerError(Exception):
     """The reader wrote something that the parser does not make."""
 
 
-def _start(texts: Sequence[bytes], uid: int) -> subprocess.Popen[bytes]:
+def _start(texts: Sequence[bytes], uid: int, module: str) -> subprocess.Popen[bytes]:
     # A file and not a pipe: it is there whole, so nobody waits for the other.
     stdin = os.memfd_create("manifests", os.MFD_CLOEXEC)
     try:
@@ -150,7 +172,7 @@ def _start(texts: Sequence[bytes], uid: int) -> subprocess.Popen[bytes]:
                 file.write(len(bounded).to_bytes(4, "big") + bounded)
         os.lseek(stdin, 0, os.SEEK_SET)
         return subprocess.Popen(
-            [*service_command(_MODULE, uid, uid, {}), str(len(texts))],
+            [*service_command(module, uid, uid, {}), str(len(texts))],
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
         )  # fmt: skip
@@ -183,10 +205,7 @@ def _checked(line: bytes) -> ReadManifest | IsolatorError:
     try:
         answer = json.loads(line, parse_constant=_refuse)
         if "core" not in answer:
-            at, why, remedy = (str(answer[key]) for key in ("at", "why", "remedy"))
-            if not re.fullmatch(r"(?::[0-9]{1,9})?", at):
-                raise ValueError("no line")
-            return UsageError(at, prose(why), prose(remedy))
+            return _refusal(answer)
         found = ReadManifest(ManifestCore.model_validate(answer["core"]), answer["manifest"])
         check(found.core)
         _check_json(answer["core"])
@@ -194,6 +213,25 @@ def _checked(line: bytes) -> ReadManifest | IsolatorError:
         return found
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
+
+
+def _checked_policy(line: bytes) -> PluginPolicy | IsolatorError:
+    try:
+        answer = json.loads(line, parse_constant=_refuse)
+        if "policy" not in answer:
+            return _refusal(answer)
+        found = PluginPolicy.model_validate(answer["policy"])
+        check_policy(found)
+        return found
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+        raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
+
+
+def _refusal(answer: dict[str, Any]) -> UsageError:
+    at, why, remedy = (str(answer[key]) for key in ("at", "why", "remedy"))
+    if not re.fullmatch(r"(?::[0-9]{1,9})?", at):
+        raise ValueError("no line")
+    return UsageError(at, prose(why), prose(remedy))
 
 
 def _check_json(manifest: Any) -> None:

@@ -1,5 +1,6 @@
 """The command ``isolator run``, from its options to its exit code. Its start counts: see ``host.cli.main``.
 
+Who is not root has it done by the daemon: ``client.py``. For root this process does it itself, daemon or not.
 A fork of this process becomes the launcher before anything else is loaded, and builds the cages' view of files while
 the policy's modules are imported here.
 """
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
 
-from isolator.errors import ConfinementError, IsolatorError
+from isolator.errors import IsolatorError
 
+TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from isolator.standalone.options import RunOptions
 
 
@@ -31,7 +34,9 @@ def run(options: RunOptions) -> int:
     """Run the command; returns the exit code, after at most one line about an error on standard error."""
     try:
         if os.geteuid() != 0:
-            raise ConfinementError("isolator run", "building a cage needs root", "run it with sudo")
+            from isolator.standalone.client import run_through_daemon
+
+            return run_through_daemon(options)
         from isolator.standalone.launcher import fork_launcher
 
         launcher = fork_launcher()

@@ -5,7 +5,9 @@ Nothing here is imported but what Python itself has loaded: reading a line has t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
+if TYPE_CHECKING:
+    from typing import Any, Literal
 
 
 class Option:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
     from isolator.standalone.launcher import ForkedLauncher
     from isolator.standalone.options import RunOptions
+    from isolator.standalone.terminal import CageTerminal
 
 
 def run_once(options: RunOptions, launcher: ForkedLauncher) -> int:
@@ -83,18 +84,18 @@ async def _run(options: RunOptions, env: dict[str, str], launcher: ForkedLaunche
         from isolator.cage.cage import Stdio
         from isolator.standalone.records import Records
         from isolator.standalone.session import run_spec
-        from isolator.standalone.terminal import CageTerminal, streams_restored
+        from isolator.standalone.streams import StreamsRestored
 
         await asyncio.sleep(0)
         run_id = os.urandom(5).hex()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(streams_restored())
+            stack.enter_context(StreamsRestored())
             records = Records(None if options.audit is None else Path(options.audit), run_id)
             stack.callback(records.close)
             lease = session.lease(host)
             owned: list[int] = []
             stack.callback(close_all, owned)
-            terminal = CageTerminal(lease.uid) if options.tty else None
+            terminal = _terminal(lease.uid) if options.tty else None
             if terminal is not None:
                 stack.callback(terminal.close)
             spec = run_spec(
@@ -124,6 +125,17 @@ async def _run(options: RunOptions, env: dict[str, str], launcher: ForkedLaunche
             if terminal is not None:
                 await terminal.finish()
             return end
+
+
+def _terminal(uid: int) -> CageTerminal:
+    from isolator.cage.terminal import new_terminal
+    from isolator.linux.descriptors import FdSet
+    from isolator.standalone.terminal import CageTerminal
+
+    with FdSet() as owned:
+        mount, master, stream = new_terminal(uid, owned)
+        owned.release_all()
+        return CageTerminal(master, mount, stream)
 
 
 def _forward(loop: asyncio.AbstractEventLoop, cage: Cage, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Terminals of ``isolator run``: the caller's, left as it was found, and with ``--tty`` one of the cage's own."""
+"""Terminal of a cage's own, of ``isolator run --tty``."""
 
 from __future__ import annotations
 
@@ -7,73 +7,36 @@ import contextlib
 import errno
 import fcntl
 import os
-import signal
 import termios
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from isolator.linux import mount
 from isolator.linux.readable import readable, resolve
 
 T = TypeVar("T")
 
 _STREAMS = (0, 1, 2)
-_TERMINALS = 16
-_TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441
 _ATOMIC = 4096
 """A pipe or terminal that has room takes so many bytes without blocking (PIPE_BUF)."""
 _END_OF_FILE = b"\x04\x04"
 """The first ends a line that has no end yet."""
 
 
-@contextlib.contextmanager
-def streams_restored() -> Iterator[None]:
-    """Put back the modes of the terminals among the standard streams, and the streams' flags (O_NONBLOCK)."""
-    flags = {fd: fcntl.fcntl(fd, fcntl.F_GETFL) for fd in _STREAMS}
-    modes = {fd: termios.tcgetattr(fd) for fd in _STREAMS if os.isatty(fd)}
-    try:
-        yield
-    finally:
-        for fd, wanted in flags.items():
-            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
-        for fd, mode in modes.items():
-            if _is_foreground(fd):
-                _set_mode(fd, mode)
-
-
-def _is_foreground(fd: int) -> bool:
-    """Whether the terminal is this process's to change: a shell has taken it back from a job in the background."""
-    try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
-    except OSError:  # not the controlling terminal: there is no job control on it
-        return True
-
-
-def _set_mode(fd: int, mode: list[int | list[bytes | int]]) -> None:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # between the check and here things may change
-    try:
-        with contextlib.suppress(termios.error):  # the terminal has been closed
-            termios.tcsetattr(fd, termios.TCSANOW, mode)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class CageTerminal:
-    """A terminal of a cage's own, in a devpts of its own, joined to this process's standard input and output.
+    """A terminal of a cage's own, joined to this process's standard input and output.
 
     Nothing of the caller's terminal is in the cage: no ioctl made there can type into it (TIOCSTI) or change it. Where
-    standard input is a terminal it is made raw, so that keys like ^C act on the cage's; ``streams_restored`` around it.
+    standard input is a terminal it is made raw, so that keys like ^C act on the cage's; ``StreamsRestored`` around it.
     """
 
-    def __init__(self, uid: int) -> None:
-        options = {"ptmxmode": "0666", "mode": "0600", "uid": str(uid), "gid": str(uid), "max": str(_TERMINALS)}
-        self.mount = mount.new_filesystem("devpts", options, attributes=mount.NOSUID | mount.NOEXEC)
+    def __init__(self, master: int, mount: int = -1, stream: int = -1) -> None:
+        """Take over the ends of ``cage.terminal.new_terminal``; the caller's own, or of a daemon's making."""
+        self.mount = mount
         """Detached; goes to /dev/pts of the cage."""
-        self._master = os.open("ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.mount)
-        fcntl.ioctl(self._master, _TIOCSPTLCK, b"\0\0\0\0")  # unlocked
-        self.stream: int = fcntl.ioctl(self._master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        self._master = master
+        self.stream = stream
         """The cage's end: its standard input, output and errors."""
         self._copies: list[asyncio.Task[None]] = []
         self.resize()
@@ -90,8 +53,9 @@ class CageTerminal:
         """Begin to copy keys and output; the cage has been started."""
         if os.isatty(0):
             tty.setraw(0, termios.TCSANOW)
-        os.close(self.stream)
-        self.stream = -1
+        if self.stream >= 0:
+            os.close(self.stream)
+            self.stream = -1
         self._copies = [asyncio.create_task(self._copy_keys()), asyncio.create_task(self._copy_output())]
 
     async def finish(self) -> None:

@@ -14,9 +14,7 @@ import stat
 from isolator.errors import ConfinementError
 from isolator.layers.base import Bind
 from isolator.linux.files import open_nofollow
-from isolator.linux.namespaces import IdMap, new_user_namespace
-
-_LAST_ID = 0xFFFFFFFE
+from isolator.linux.namespaces import exchange, new_user_namespace
 
 
 def writable_folder(path: str, uid: int, owned: list[int]) -> Bind:
@@ -38,16 +36,6 @@ def writable_folder(path: str, uid: int, owned: list[int]) -> Bind:
         raise ConfinementError(f"--write {path}", f"{error.strerror} ({error.filename})", remedy) from None
     owned.append(ids)
     return Bind(path, folder, writable=True, ids=ids)
-
-
-def exchange(one: int, other: int) -> IdMap:
-    """The map in which two ids have changed places, root is missing, and everybody else is as on disk."""
-    low, high = sorted((one, other))
-    if low == high:
-        return ((1, 1, _LAST_ID),)
-    between = ((1, low - 1), (low + 1, high - 1), (high + 1, _LAST_ID))
-    same = tuple((first, first, last - first + 1) for first, last in between if first <= last)
-    return (*same, (low, high, 1), (high, low, 1))
 
 
 def _caller(path: str, folder: os.stat_result) -> tuple[int, int]:

@@ -7,12 +7,14 @@ import socket
 from pathlib import Path
 
 
-def listen(path: Path, *, mode: int, owner: int, backlog: int) -> socket.socket:
+def listen(
+    path: Path, *, mode: int, owner: int, backlog: int, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> socket.socket:
     """Listen at ``path``, however long it is, with its final owner and mode; an earlier socket there is replaced."""
     path.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, kind)
         try:
             # The name gets the socket's own mode (unix_bind()): the umask belongs to every thread.
             os.fchmod(listener.fileno(), 0o600)

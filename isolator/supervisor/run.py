@@ -21,7 +21,7 @@ from isolator.audit.schema import FsDenied, NetDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
-from isolator.errors import ConfinementError, DeniedError, UnavailableError
+from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
@@ -32,6 +32,7 @@ from isolator.policy.denial import DenialRule
 from isolator.registration.staging import hash_binary
 from isolator.structs import replace
 from isolator.supervisor.cage_spec import SOCKET, plugin_spec
+from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.volume.volume import Volume
 
 if TYPE_CHECKING:
@@ -137,11 +138,10 @@ class Run:
         when it has been for ``STEADY_SECONDS``.
         """
         patience = self.effective.restart.start_timeout
-        loop = asyncio.get_running_loop()
         watched = self.context.sockets.add(self.directory, self._check_socket)
         self._check_socket()
-        drift = network_layer.watch(self.cage.network)
-        loop.add_reader(drift, self._ruleset_changed, drift)
+        watching = contextlib.ExitStack()
+        watching.enter_context(watched_ruleset(self.cage.network, self.effective.network, self._ruleset_changed))
         waiting = asyncio.create_task(self.cage.wait())
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))
@@ -161,8 +161,7 @@ class Run:
             return replace(end, cause=self.forced_cause) if self.forced_cause else end
         finally:
             self.context.sockets.remove(watched)
-            loop.remove_reader(drift)
-            drift.close()
+            watching.close()
             for task in (there, stopping, waiting):
                 task.cancel()
 
@@ -243,17 +242,11 @@ class Run:
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
             self.socket_there.set()
 
-    def _ruleset_changed(self, drift: socket.socket) -> None:
+    def _ruleset_changed(self, difference: str) -> None:
         """Somebody touched the cage's ruleset: it still leads nowhere but loopback, but the promise is broken."""
-        with contextlib.suppress(BlockingIOError):
-            while drift.recv(65536):
-                pass
-        try:
-            network_layer.confirm(self.cage.network, self.effective.network)
-        except ConfinementError as error:
-            denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=error.why)
-            self.context.audit.record(denied, plugin=self.plugin, run=self.id)
-            self.terminate("its network rules were changed", Origin.OPERATOR)
+        denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=difference)
+        self.context.audit.record(denied, plugin=self.plugin, run=self.id)
+        self.terminate("its network rules were changed", Origin.OPERATOR)
 
 
 async def prepare_run(

@@ -17,10 +17,11 @@ import platform
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TYPE_CHECKING
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
-from isolator.audit.schema import AuditGap, HostStarted, HostStopped, PluginStopped
+from isolator.audit.schema import AuditGap, HostStarted, HostStopped, PluginStopped, RunEnded
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import Origin
@@ -47,6 +48,9 @@ from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
 from isolator.volume.volume import Volume
+
+if TYPE_CHECKING:
+    from isolator.supervisor.runners.runners import Runners
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +109,8 @@ async def running_daemon(
         table.load()
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
-        tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, health))
+        runners = _runners(context, config)
+        tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
         stack.push_async_callback(_stop, table, services, audit)
         tickets = Tickets(paths.ticket_socket, config)
         stack.callback(tickets.close)
@@ -131,10 +136,22 @@ async def running_daemon(
             )
         )
         _record_dead(audit, services.audit.found.runs, cleared)
-        tasks.keep("snapshots", lambda: _take_snapshots(table, config.audit.snapshot_interval))
+        if runners is not None:
+            stack.push_async_callback(runners.close)
+            runners.start()
+        tasks.keep("snapshots", lambda: _take_snapshots(table, runners, config.audit.snapshot_interval))
         stack.callback(PolicyWatch(table, context, config).close)
         await table.discovery.start()
         yield
+
+
+def _runners(context: RunContext, config: HostConfig) -> Runners | None:
+    """The runs of runners; None, and nothing of it loaded, where nobody has that role."""
+    if not config.roles.runner:
+        return None
+    from isolator.supervisor.runners.runners import Runners
+
+    return Runners(context, config)
 
 
 async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> None:
@@ -185,6 +202,7 @@ def _remove_run_folder(paths: Paths) -> None:
     paths.control_socket.unlink(missing_ok=True)
     paths.metrics_socket.unlink(missing_ok=True)
     paths.ticket_socket.unlink(missing_ok=True)
+    paths.run_socket.unlink(missing_ok=True)
     shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
     with contextlib.suppress(OSError):
         paths.run.rmdir()
@@ -198,14 +216,17 @@ def _record_dead(audit: AuditClient, unended: Mapping[str, str], cleared: list[r
             plugin, _, run = left.name.rpartition(".")
             ends[run, plugin] = "found dead: the daemon was killed"
     for (run, plugin), cause in ends.items():
-        audit.record(PluginStopped(cause=cause), plugin=plugin, run=run)
+        ended = RunEnded if plugin.startswith("_") else PluginStopped  # no plugin's name begins so
+        audit.record(ended(cause=cause), plugin=plugin, run=run)
 
 
 def _close_launcher(runtime: CageRuntime) -> None:
     runtime.launcher.close()  # whichever it is by then
 
 
-async def _keep_launcher(runtime: CageRuntime, table: PluginTable, health: ServiceHealth) -> None:
+async def _keep_launcher(
+    runtime: CageRuntime, table: PluginTable, runners: Runners | None, health: ServiceHealth
+) -> None:
     while True:
         launcher = runtime.launcher
         silent = await alive.until_silent(launcher.closed, launcher.alive, launcher.pid, "launcher")
@@ -218,14 +239,18 @@ async def _keep_launcher(runtime: CageRuntime, table: PluginTable, health: Servi
         for plugin in table.plugins.values():
             if plugin.run is not None:
                 plugin.run.terminate("the launcher died")
+        if runners is not None:
+            runners.terminate("the launcher died")
         runtime.launcher = Launcher()
         health.is_up("launcher")
 
 
-async def _take_snapshots(table: PluginTable, interval: float) -> None:
+async def _take_snapshots(table: PluginTable, runners: Runners | None, interval: float) -> None:
     comparing: dict[str, asyncio.Task[None]] = {}
     while True:
         await asyncio.sleep(interval)
+        if runners is not None:
+            runners.take_snapshots()
         for plugin in table.plugins.values():
             run = plugin.run
             if run is None or plugin.state != "running":

@@ -27,6 +27,7 @@ def _mutations(file: str, *entries: tuple[str, str, str, str]) -> tuple[Mutation
 _CAGE = "cage/test_cage.py::"
 _HOLDS = "escape/test_ablation.py::test_the_whole_cage_holds_an_attempt"
 _WALK = "collector/test_walk.py::"
+_PATHS = "runners/test_paths.py::"
 
 MUTATIONS = (
     *_mutations(
@@ -55,6 +56,60 @@ MUTATIONS = (
             'if not stat.S_ISREG(info.st_mode):\n                    raise UsageError(path, "changed',
             'if False:\n                    raise UsageError(path, "changed',
             f"{_WALK}test_file_that_becomes_a_fifo_is_not_waited_for",
+        ),
+    ),
+    *_mutations(
+        "isolator/collector/paths.py",
+        (
+            "a user's run changes what the user may not change",
+            "check_access(fd, os.W_OK | os.X_OK)",
+            "pass",
+            f"{_PATHS}test_folder_that_the_caller_may_not_change_is_not_changed_for_it",
+        ),
+        (
+            "the right to search proves that to read",
+            "if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:",
+            "if False:",
+            f"{_PATHS}test_descriptor_that_proves_no_right_to_read_is_refused",
+        ),
+        (
+            "a file passes for one of another name",
+            "if name != path:",
+            "if False:",
+            f"{_PATHS}test_descriptor_under_another_name_is_refused",
+        ),
+        (
+            "a folder of root's is a user's to change",
+            "if os.fstat(tree).st_uid == 0:",
+            "if False:",
+            f"{_PATHS}test_folder_of_roots_is_refused_whoever_may_change_it",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/own_view.py",
+        (
+            "a file of the same name passes for the one that was opened",
+            "if not os.path.samestat(theirs, os.fstat(own)):",
+            "if False:",
+            "linux/test_own_view.py::test_folder_on_a_mount_that_the_service_lacks_is_refused",
+        ),
+    ),
+    *_mutations(
+        "isolator/launcher/enter.py",
+        (
+            "a folder is a standard stream",
+            "if stat.S_ISDIR(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:",
+            "if False:",
+            "runners/test_hostile.py::test_stream_that_leads_to_files_is_refused",
+        ),
+    ),
+    *_mutations(
+        "isolator/supervisor/runners/runners.py",
+        (
+            "a stranger's descriptor is closed on the loop",
+            "await self._closers.close([connection.detach()])",
+            "connection.close()",
+            "runners/test_hostile.py::test_descriptor_that_takes_minutes_to_close_holds_up_nobody",
         ),
     ),
     *_mutations(

@@ -172,6 +172,42 @@ def test_host_toml_sets_every_section() -> None:
     assert found.where["ceiling.memory"] == "host.toml:6"
 
 
+def test_runners_are_nobody_until_they_are_named_and_have_a_ceiling_of_their_own() -> None:
+    assert HostConfig().roles.runner == ()
+    assert HostConfig().for_runners().ceiling == HostConfig().ceiling
+    found = host(
+        "[roles]\nrunner = [1000]\n[ceiling]\nmemory = '1G'\n"
+        "[runner]\ncages = 3\nall_memory = '300M'\nmemory = '100M'\negress = ['a.com:443']\nread = ['/srv/a']"
+    )
+    assert (found.runner.cages, found.runner.all_memory, found.runner.share) == (3, 300 << 20, 50)
+    assert found.role_of(1000) is None  # nothing on the control socket
+    own = found.for_runners()
+    assert (own.ceiling.limits.memory, own.ceiling.limits.tasks) == (100 << 20, 512)
+    assert "over the ceiling, 100M; lower it, or raise the ceiling in [runner] of host.toml" in error_of(
+        "[limits]\nmemory = '200M'", settings=own
+    )
+    assert "over the ceiling" in error_of("[grant]\negress = ['b.com:443']", settings=own)
+    assert '"public" is over' in error_of("[grant]\negress = 'public'", settings=own)
+    assert "outside what" in error_of("[filesystem]\nread = ['/srv/b']", settings=own)
+    check_ceiling(policy("[grant]\negress = ['b.com:443']\n[limits]\nmemory = '200M'"), found)
+
+
+def test_private_addresses_and_ports_of_the_host_are_no_runners_unless_a_list_names_them() -> None:
+    opened = "[network]\nexceptions = ['10.9.0.7:5432']\n[inbound]\nports = [8005]\n[roles]\nrunner = [1000]\n"
+    grant = "[grant]\negress = ['10.9.0.7:5432']"
+    check_ceiling(policy(grant), host(opened))  # a plugin's policy may grant it
+    assert "never reachable" in error_of(grant, settings=host(opened).for_runners())
+    listed = host(f"{opened}[runner]\negress = ['public', '10.9.0.7:5432']").for_runners()
+    check_ceiling(policy(grant), listed)
+    assert "not open to plugins" in error_of("[grant]\nlisten = ['8005']", settings=listed)
+
+
+def test_digest_of_a_host_without_runners_is_that_of_versions_that_had_none() -> None:
+    none = host("[runner]\ncages = 3")
+    assert none.digest() == host("").digest()
+    assert host("[roles]\nrunner = [1000]").digest() != host("[roles]\nrunner = [1001]").digest() != none.digest()
+
+
 def test_settings_cross_process_borders_unchanged() -> None:
     assert HostConfig.model_validate(json.loads(host().model_dump_json())) == host()
     assert host().digest() == host(HOST + "\n# a comment\n").digest() != HostConfig().digest()
@@ -188,6 +224,16 @@ def test_settings_cross_process_borders_unchanged() -> None:
         ("may_degrade = ['landlok']", 1, 'did you mean "landlock"?'),
         ("[defaults]\nmemory = '4G'", 2, "over the ceiling, 2G"),
         ("[roles]\noperator = ['root']", 2, "uid"),
+        ("[roles]\nrunner = [0]", 2, "root needs no role"),
+        ("[roles]\nrunner = [1000, 70001]", 2, "lies in uid_range"),
+        ("[runner]\nmemory = '3G'", 2, "over the ceiling, 2G"),
+        ("[runner]\nstate = '1G'", 2, "unknown key"),
+        ("[runner]\ncages = 0", 2, "must be 1 to"),
+        ("[runner]\nshare = 101", 2, "must be 1 to 100"),
+        ("[runner]\negress = ['a.com:443']\n[ceiling]\negress = ['b.com:443']", 2, "over the ceiling"),
+        ("[runner]\negress = 'public'\n[ceiling]\negress = ['b.com:443']", 2, "over the ceiling"),
+        ("[runner]\nread = ['/home']\n[ceiling]\nread = ['/srv']", 2, "outside what the ceiling"),
+        ("[runner]\nsyscalls = 'default'\n[ceiling]\nsyscalls = 'strict'", 2, '"strict"'),
         ("[network]\nexceptions = ['example.com:443']", 2, "never a name"),
         ("[network]\nexceptions = ['10.0.0.0/8']", 2, "port"),
         ("[network]\nresolvers = ['ns.example.com']", 2, "port"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import SWITCHES
+from isolator.policy.parse.host_file import OF_A_RUN
 from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
 
 SHIPPED = Path(__file__).parents[2] / "policies"
@@ -46,7 +47,9 @@ def test_host_toml_shows_every_key() -> None:
     assert numbers <= set(data["ceiling"])
     assert numbers <= set(data["defaults"])
     assert {"hooks", "permissions", "egress", "read", "syscalls", *(s.name for s in SWITCHES)} <= set(data["ceiling"])
-    assert set(data["roles"]) == {"viewer", "emitter", "operator"}
+    assert set(data["roles"]) == {"viewer", "emitter", "operator", "runner"}
+    of_a_run = {limit.name for limit in OF_A_RUN}
+    assert set(data["runner"]) == {"cages", "all_tasks", "all_memory", "share", "egress", "read", "syscalls"} | of_a_run
     assert set(data["network"]) == {"exceptions", "resolvers", "virtual", "proxy", "proxy_resolves"}
     assert set(data["inbound"]) == {"addresses", "ports"}
     assert set(data["restart"]) == {"backoff_min", "backoff_max", "crashes", "window"}

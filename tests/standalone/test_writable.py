@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from isolator.linux import mount
-from isolator.linux.namespaces import new_user_namespace
-from isolator.standalone.writable import exchange
+from isolator.linux.namespaces import exchange, new_user_namespace
 from tests.support.cage_fixture import isolator
 
 CALLER, GROUP, COLLEAGUE = 4711, 4712, 4713

@@ -51,10 +51,11 @@ RARE = {
 SECRET = "s3cr3t-and-long-enough"
 NASTY = '\x1b[2J\x1b]0;x\x07\r\n{"seq":1,"type":"plugin.stopped","hash":"0"}\u202egnp.exe\u2066\u200b\u3164\x9b\x7f'
 
-VIEWER = 64009
+VIEWER, RUNNER = 64009, 64011
 HOST_TOML = f"""\
 [roles]
 viewer = [{VIEWER}]
+runner = [{RUNNER}]
 [network]
 resolvers = ["{WEB}"]
 [restart]
@@ -151,6 +152,10 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     d.cli("plugin", "restart", "actor")
     wait_for(lambda: of(d, "event.response", events["after"]))
 
+    for program in ("/usr/bin/true", "/no/such/program"):
+        subprocess.run(run_by_user(d, program), check=False, user=RUNNER, group=RUNNER, extra_groups=[], cwd="/")
+    wait_for(lambda: len(of(d, "run.ended")) == 2)
+
     health = {"ping": True, "interval": "0.2s", "timeout": "0.1s", "misses": 2}
     write_plugin(place / "deaf", ECHO.replace("reply = ", "time.sleep(9); reply = ").replace("json,", "json, time,"),
                  hooks=["deploy.failed"], health=health)  # fmt: skip
@@ -191,6 +196,11 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     subprocess.run(command, check=True, user=VIEWER, group=VIEWER, extra_groups=[], cwd="/")
     wait_for(lambda: of(d, "audit.summary"))
     return events
+
+
+def run_by_user(d: Daemon, program: str) -> list[str]:
+    words = ["-I", "-c", "from host.cli.main import main; main()", "--root", str(d.root), "run", "--", program]
+    return [sys.executable, *words]
 
 
 REFUSED = """\
@@ -240,7 +250,7 @@ def test_every_record_type_is_written_by_its_source_with_its_fields(lived: Lived
         sources = {record["origin"].partition(":")[0] for record in by_type[type]}
         assert sources <= set(kind.SOURCES), type
         assert sources == set(kind.SOURCES) or type in ("audit.gap", "net.denied"), type
-        if type.startswith(("plugin.", "net.", "syscall.", "fs.", "resources")):
+        if type.startswith(("plugin.", "run.", "net.", "syscall.", "fs.", "resources")):
             assert all(record["plugin"] for record in by_type[type]), type
 
 

@@ -76,7 +76,12 @@ def device(number: int) -> str | None:
 
 def devices(places: Iterable[int | str]) -> list[str]:
     """The disks behind descriptors and paths, each once."""
-    numbers = dict.fromkeys(os.stat(place).st_dev for place in places)
+    return disks_of(os.stat(place).st_dev for place in places)
+
+
+def disks_of(numbers: Iterable[int]) -> list[str]:
+    """The disks behind device numbers, each once."""
+    numbers = dict.fromkeys(numbers)
     return list(dict.fromkeys(name for number in numbers if (name := device(number)) is not None))
 
 

@@ -91,7 +91,9 @@ class Cgroup(Layer):
         self._limits = spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
         if self.caps_disks:
-            self._disks = disk.devices([*(bind.fd for bind in spec.binds), "/usr"])
+            disks = disk.devices([*(bind.fd for bind in spec.binds if bind.tree is None), "/usr"])
+            disks += disk.disks_of(bind.tree.device for bind in spec.binds if bind.tree is not None)
+            self._disks = list(dict.fromkeys(disks))
         if self.ahead is not None:
             self.ahead.rename_v1(self.leaf)
         self._caps = self.leaf.create(self._limits)

@@ -26,7 +26,7 @@ _NO_EFFECT = (*DeliveryLimits.model_fields, *RunLimits.model_fields)
 
 def policy_for_run(
     host: HostConfig,
-    policy_file: Path | None = None,
+    policy_file: Path | PluginPolicy | None = None,
     *,
     memory: str | None = None,
     cpu: str | None = None,
@@ -49,6 +49,9 @@ def policy_for_run(
     """
     if policy_file is None:
         grant = PluginPolicy(source="the command line")
+    elif isinstance(policy_file, PluginPolicy):
+        grant = policy_file
+        check_ceiling(grant, host)
     else:
         grant = load_plugin_policy(policy_file, host, also_owner=also_owner)
     flags: dict[str, float] = {}

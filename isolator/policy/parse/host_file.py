@@ -17,12 +17,21 @@ from isolator.policy.host import (
     Inbound,
     Metrics,
     Roles,
+    Runner,
 )
-from isolator.policy.keys import BY_NAME, CEILING, LIMITS, SWITCHES, Limits, RunLimits
+from isolator.policy.keys import BY_NAME, CEILING, LIMITS, MIB, SWITCHES, DeliveryLimits, Limits, RunLimits
+from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
 from isolator.policy.model import VIRTUAL, AddressException, RestartPolicy
 from isolator.policy.parse.strict import Table, did_you_mean, printable
 from isolator.policy.parse.toml_file import document, duration_between, egress_of, restart_of, where_of
 from isolator.policy.units import parse_size
+
+OF_A_RUN = tuple(
+    limit
+    for limit in LIMITS
+    if limit.name not in {*DeliveryLimits.model_fields, *RunLimits.model_fields, "state", "state_inodes"}
+)
+"""The numbers that mean something for a single run, which keeps nothing and has no events."""
 
 
 def parse_host_config(text: bytes, *, source: str) -> HostConfig:
@@ -35,7 +44,7 @@ def host_config_of(top: Table) -> HostConfig:
     source = top.name
     ceiling, defaults, network = top.table("ceiling"), top.table("defaults"), top.table("network")
     inbound, roles, audit = top.table("inbound"), top.table("roles"), top.table("audit")
-    metrics, restart = top.table("metrics"), top.table("restart")
+    metrics, restart, runner = top.table("metrics"), top.table("restart"), top.table("runner")
     most = CEILING.model_copy(update=ceiling.declared(LIMITS, lambda key: f"ceiling.{key.name}"))
     usual = defaults.declared(LIMITS, lambda key: f"defaults.{key.name}")
     for name, value in usual.items():
@@ -55,8 +64,9 @@ def host_config_of(top: Table) -> HostConfig:
     proxy = network.parsed("proxy", lambda value: _proxy(printable(value, 300)), "")
     if network.data.get("proxy_resolves") and not proxy:
         network.fail("proxy_resolves", "there is no proxy", 'name it: proxy = "HOST:PORT"')
+    uid_range = _uid_range(top)
     config = HostConfig(
-        uid_range=_uid_range(top),
+        uid_range=uid_range,
         plugin_dirs=top.strings("plugin_dirs", _absolute) or (),
         may_degrade=top.strings("may_degrade", _control) or (),
         ceiling=Ceiling(
@@ -79,6 +89,7 @@ def host_config_of(top: Table) -> HostConfig:
             viewer=roles.items("viewer", _uid) or (),
             emitter=roles.items("emitter", _uid) or (),
             operator=_or(roles.items("operator", _uid), (0,)),
+            runner=roles.items("runner", lambda value: _runner(value, uid_range)) or (),
         ),
         exceptions=exceptions,
         resolvers=network.strings("resolvers", _resolver, limit=8) or (),
@@ -94,9 +105,45 @@ def host_config_of(top: Table) -> HostConfig:
         source=source,
         where=where_of(top),
     )
-    for table in (ceiling, defaults, network, inbound, roles, audit, metrics, restart, top):
+    config = config.model_copy(update={"runner": _runners(runner, config)})
+    for table in (ceiling, defaults, network, inbound, roles, audit, metrics, restart, runner, top):
         table.finish()
     return config
+
+
+def _runners(table: Table, config: HostConfig) -> Runner:
+    base, host = Runner(), config.ceiling
+    found: dict[str, Any] = {}
+    numbers = table.declared(OF_A_RUN, lambda key: f"runner.{key.name}")
+    for name, value in numbers.items():
+        if value > getattr(host.limits, name):
+            shown = BY_NAME[name].show
+            table.fail(name, f"{shown(value)} is over the ceiling, {shown(getattr(host.limits, name))}")
+    if numbers:
+        found["limits"] = host.limits.model_copy(update=numbers)
+    egress, public = egress_of(table, "egress")
+    if egress is not None:
+        if not egress_within(Egress(public=public, rules=egress), ceiling_egress(host)):
+            table.fail("egress", "is over the ceiling's", "list only what [ceiling] egress allows")
+        found |= {"egress": egress, "egress_public": public}
+    read = table.strings("read", _absolute)
+    if read is not None:
+        for index, path in enumerate(read):
+            if not any(names.path_covers(allowed, path) for allowed in host.read):
+                table.fail(("read", index), f"{path} is outside what the ceiling lets plugins read")
+        found["read"] = read
+    syscalls = table.choice("syscalls", ("default", "strict"), host.syscalls)
+    if syscalls != host.syscalls:
+        if host.syscalls == "strict":
+            table.fail("syscalls", '"default" is over the ceiling, "strict"')
+        found["syscalls"] = syscalls
+    return Runner(
+        cages=table.integer("cages", base.cages, low=1, high=1000),
+        all_tasks=table.integer("all_tasks", base.all_tasks, low=1, high=1_000_000),
+        all_memory=table.parsed("all_memory", _size(4 * MIB), base.all_memory),
+        share=table.integer("share", base.share, low=1, high=100),
+        ceiling=host.model_copy(update=found) if found else None,
+    )
 
 
 def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,6 +191,15 @@ def _uid(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32 - 1:
         raise ValueError("must be a uid (a number; see id -u NAME)")
     return value
+
+
+def _runner(value: Any, uid_range: tuple[int, int]) -> int:
+    uid = _uid(value)
+    if uid == 0:
+        raise ValueError("root needs no role for it: its isolator run builds the cage itself")
+    if uid_range[0] <= uid <= uid_range[1]:
+        raise ValueError(f"{uid} lies in uid_range: it is a plugin's or a cage's own")
+    return uid
 
 
 def _uid_range(top: Table) -> tuple[int, int]:
