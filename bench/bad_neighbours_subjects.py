@@ -156,7 +156,8 @@ _STREAM = """\
         serve()
 """
 _HELLO = (
-    "    hello = b'\\x01\\x00\\x3f\\x00' + bytes(0x3f00)\n"
+    # Cipher suites for as long as a hello may be: there is nothing to refuse before its end.
+    "    hello = b'\\x01\\x00\\x3f\\x00\\x03\\x03' + bytes(33) + b'\\x3e\\x00' + bytes(0x3ed7)\n"
     "    records = b''.join(b'\\x16\\x03\\x01\\x00\\x01' + bytes([byte]) for byte in hello)\n"
 )
 _TLS = f"""\
@@ -166,6 +167,15 @@ _TLS = f"""\
             link.settimeout(10)
             link.sendall(records)
             link.recv(1)
+    together(16, flood)
+"""
+_DRIBBLE = f"""\
+    address = socket.gethostbyname("{GRANTED}")
+    def flood():
+        with socket.create_connection((address, {TLS_PORT}), 10) as link:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at in range(0, len(records), 6):
+                link.sendall(records[at : at + 6])
     together(16, flood)
 """
 _HOLD = f"""\
@@ -219,7 +229,8 @@ BAD = (
               HEAD + ANSWERED + '    while True:\n        os.write(1, b"\\n" * 65536)\n'),
     BadPlugin("asks for names of 120 labels", _dns(_LABELS, "pass")),
     BadPlugin("asks a name server whose answers have 64 KiB", _dns(_HOSTILE_NAME, "time.sleep(0.001)")),
-    BadPlugin("sends hellos in TLS records of one byte", HEAD + ANSWERED + _HELLO + _TLS),
+    BadPlugin("sends whole hellos in TLS records of one byte", HEAD + ANSWERED + _HELLO + _TLS),
+    BadPlugin("sends hellos a record of one byte at a time", HEAD + ANSWERED + _HELLO + _DRIBBLE),
     BadPlugin("holds connections that it does not read", HEAD + ANSWERED + _HOLD),
     BadPlugin("tries connections that are not granted", HEAD + ANSWERED + _REFUSED_NET),
     BadPlugin("makes system calls that are refused", HEAD + ANSWERED + _CALLS),

@@ -82,15 +82,14 @@ class Answers:
 
     async def answer(self, message: bytes) -> bytes | None:
         """The reply to one message, or None when none is due; never raises, whatever the bytes."""
-        in_time = self._bucket.try_take()
+        if not self._bucket.try_take():
+            self._record("", "", "denied", DenialRule.DNS_RATE)
+            return wire.refusal(message[:MAX_QUERY])
         try:
             question = wire.read_question(message[:MAX_QUERY])
         except wire.Broken:
-            self._record("", "", "denied", DenialRule.DNS_FORM if in_time else DenialRule.DNS_RATE)
+            self._record("", "", "denied", DenialRule.DNS_FORM)
             return None
-        if not in_time:
-            self._record("", "", "denied", DenialRule.DNS_RATE)
-            return question.reply(Code.REFUSED)
         kind = wire.type_text(question.kind)
         if question.plain:
             decision = await self._decide(question.name, question.kind)

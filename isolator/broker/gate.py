@@ -14,8 +14,10 @@ Which bytes these are depends on the protocol:
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,6 +29,14 @@ from isolator.policy.denial import DenialRule
 Judge = Callable[[Hello], None]
 """Raises Denied for a hello that does not fit the granted name."""
 
+PER_SECOND, AT_ONCE = 0.1, 0.02
+"""Seconds of CPU time for looking at what one cage sends in the clear."""
+LARGEST, SMALLEST, HOLD = 16 * 1024, 256, 0.001
+"""Bytes of a client's in one piece, and seconds for which one may hold up the others."""
+LONGEST_REST = 0.05
+"""Seconds after which a spent budget is looked at again."""
+READ = 20e-6
+"""Seconds that a piece costs beside being looked at: one byte at a time is no cheaper way to keep a broker busy."""
 _RECORDS = range(20, 25)
 _RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
 """The random of a ServerHello that is a HelloRetryRequest (RFC 8446, 4.1.3)."""
@@ -55,14 +65,68 @@ class _Watch(Protocol):
         """Take note of the server's bytes, none at their end."""
 
 
-class Gate:
-    """The bytes of one client. ``strict``: none passes before the first hello is judged.
+class Looking:
+    """The share of one cage, all its connections together, in reading what clients send in the clear.
 
-    ``work``: seconds of CPU time for reading them, which all connections of a cage share.
+    It has a budget of CPU time, and ``HOLD`` seconds of it in one turn of the event loop: so long the other cages
+    wait. Whoever finds the turn ``over`` tries again in the next one; when the budget is spent, in its ``turn``.
     """
 
-    def __init__(self, judge: Judge, *, strict: bool, work: TokenBucket | None = None) -> None:
-        self._judge, self._strict, self._work = judge, strict, work
+    def __init__(self, budget: TokenBucket | None = None) -> None:
+        """``budget`` in seconds of CPU time."""
+        self.budget = TokenBucket(PER_SECOND, AT_ONCE) if budget is None else budget
+        self.piece = LARGEST
+        """Bytes to read at a time, that they may be read in ``HOLD`` seconds at the present cost."""
+        self.over = False
+        """Whether this turn's part is used up."""
+        self._used = 0.0
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._timer: asyncio.Handle | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget is spent."""
+        return self.budget.tokens < 0
+
+    def took(self, seconds: float, size: int) -> None:
+        """Count the CPU time of reading so many bytes."""
+        self.budget.take(seconds + READ)
+        if not self._used:
+            asyncio.get_running_loop().call_soon(self._new_turn)
+        self._used += seconds + READ
+        self.over = self._used >= HOLD
+        if size and seconds > HOLD:
+            self.piece = max(SMALLEST, int(min(size, self.piece) * HOLD / seconds))
+        elif seconds < HOLD / 4 and size >= self.piece:
+            self.piece = min(LARGEST, self.piece * 2)
+
+    def turn(self, go_on: Callable[[], None]) -> None:
+        """Call ``go_on`` when the budget allows, after those that wait already."""
+        self._waiting.append(go_on)
+        self._plan()
+
+    def _new_turn(self) -> None:
+        self._used, self.over = 0.0, False
+
+    def _plan(self) -> None:
+        if self._timer is None and self._waiting:
+            pause = min(LONGEST_REST, -self.budget.tokens / self.budget.rate)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, pause), self._next)
+
+    def _next(self) -> None:
+        self._timer = None
+        try:
+            if not self.spent:
+                self._waiting.popleft()()
+        finally:
+            self._plan()
+
+
+class Gate:
+    """The bytes of one client. ``strict``: none passes before the first hello is judged."""
+
+    def __init__(self, judge: Judge, *, strict: bool, work: Looking | None = None) -> None:
+        self._judge, self._strict, self.work = judge, strict, work
         self._sniffer = Sniffer()
         self._held = bytearray()
         self._watch: _Watch | None = None
@@ -75,11 +139,6 @@ class Gate:
     def waiting(self) -> bool:
         """Whether nothing more may pass before the server has answered."""
         return self._watch is not None and self._watch.waiting
-
-    @property
-    def pause(self) -> float:
-        """Seconds for which nothing more should be read, because reading has cost this cage too much."""
-        return 0.0 if self._work is None or self.done else max(0.0, -self._work.tokens / self._work.rate)
 
     @property
     def incomplete(self) -> bool:
@@ -96,8 +155,8 @@ class Gate:
         except Malformed as error:
             raise Denied(DenialRule.MALFORMED, detail=str(error)) from None
         finally:
-            if self._work is not None:
-                self._work.take(time.thread_time() - began)
+            if self.work is not None:
+                self.work.took(time.thread_time() - began, len(data))
 
     def answered(self, data: bytes | memoryview) -> bool:
         """Take note of the server's bytes, none at their end; False once they do not matter any more. Raises Denied.

@@ -31,7 +31,7 @@ from isolator.broker.buffers import Buffers
 from isolator.broker.dial import dial
 from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer
 from isolator.broker.flow import Flow, FlowTable
-from isolator.broker.gate import Gate
+from isolator.broker.gate import Gate, Looking
 from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound
@@ -42,7 +42,7 @@ from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.linux.netlink import parse_nflog
-from isolator.pacing import TokenBucket
+from isolator.linux.readable import resolve
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
@@ -58,8 +58,6 @@ UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
 QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
 """Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
-LOOKING_PER_SECOND, LOOKING_BURST = 0.1, 0.1
-"""Seconds of CPU time for reading what the clients of one cage send in the clear; beyond it their bytes wait."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
 
@@ -99,7 +97,7 @@ class Outbound:
         self._loop = asyncio.get_running_loop()
         self._flows = FlowTable(policy.connects_open)
         self._buffers = Buffers()
-        self._looking = TokenBucket(LOOKING_PER_SECOND, LOOKING_BURST)
+        self._looking = Looking()
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers)
         self._proxy: Proxy | None = None
@@ -289,9 +287,11 @@ class Outbound:
         try:
             async with asyncio.timeout(FIRST_BYTES):
                 while not gate.passing:
-                    if gate.pause:
-                        await asyncio.sleep(gate.pause)
-                    part = await self._loop.sock_recv(flow.client, sniff.LIMIT)
+                    if self._looking.spent or self._looking.over:
+                        turn = self._loop.create_future()
+                        self._looking.turn(partial(resolve, turn))
+                        await turn
+                    part = await self._loop.sock_recv(flow.client, self._looking.piece)
                     if not part:
                         if began:
                             raise Denied(DenialRule.INCOMPLETE)

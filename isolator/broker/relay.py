@@ -20,13 +20,10 @@ from isolator.policy.denial import DenialRule
 
 CHUNK = 256 * 1024
 SMALL = 32 * 1024
-LOOKED_AT = 16 * 1024
-"""Bytes in one piece of a client's that has to be looked at: the other flows wait meanwhile."""
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
-_LONGEST_REST = 0.05
 
 
 def reset(sock: socket.socket) -> None:
@@ -100,11 +97,17 @@ class Pipe:
 
     def _readable(self) -> None:
         buffer = self._scratch.buffer
-        size = LOOKED_AT if self.gate is not None else CHUNK if self._scratch.waiting < BUDGET else SMALL
+        size = CHUNK if self._scratch.waiting < BUDGET else SMALL
         self.touched = self._loop.time()
-        for _ in range(_ROUNDS):
-            if self.gate is not None and self.gate.pause:
-                return self._rest_for(self.gate.pause)
+        for _ in range(_ROUNDS if self.gate is None else 1):
+            work = self.gate.work if self.gate is not None else None
+            if work is not None:
+                if work.spent:
+                    self._read(False)
+                    return work.turn(self._go_on)
+                if work.over:
+                    return None  # what there is to read is there in the next turn, too
+                size = work.piece
             try:
                 count = self._source.recv_into(buffer, size)
             except BlockingIOError:
@@ -121,10 +124,6 @@ class Pipe:
             if count < size // 2:
                 return None
         return None
-
-    def _rest_for(self, pause: float) -> None:
-        self._read(False)
-        self._loop.call_later(min(pause, _LONGEST_REST), self._go_on)
 
     def _look(self, data: memoryview | bytes) -> bool:
         """Pass on what the gate lets pass, and tell it of the server's bytes; False when reading must not go on."""

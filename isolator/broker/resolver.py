@@ -6,8 +6,8 @@ CNAMEs are followed, across answers if the server does not, up to ``MAX_CHAIN``;
 
 Both families are asked at once, and a server that is silent for ``STAGGER`` seconds gets the next one beside it: a
 client waits for five seconds in all. Whoever answers first counts; a family that says nothing is not waited for once
-the other has addresses. Reading answers has a budget in CPU time per cage, because a plugin's author may run the
-server at the far end.
+the other has addresses. Questions have a pace per cage, and reading answers has a budget in CPU time, because a
+plugin's author may run the server at the far end.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ FAMILY_GRACE = 0.3
 """Seconds that one family has to answer after the other gave addresses."""
 CPU_PER_SECOND, CPU_BURST = 0.05, 0.25
 """Seconds of CPU time for reading the answers of one cage."""
+ASKED_PER_SECOND, ASKED_AT_ONCE = 100, 64
+"""Questions of one cage to servers, for one family each; those beyond wait. As many as its own questions need."""
+OVER_TCP = 4
+"""What a question that has to be asked again over TCP counts in addition."""
 _SIOCGIFINDEX = 0x8933
 
 
@@ -124,6 +128,7 @@ class Resolver:
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._work = TokenBucket(CPU_PER_SECOND, CPU_BURST)
+        self._pace = TokenBucket(ASKED_PER_SECOND, ASKED_AT_ONCE)
         self._cache: OrderedDict[str, tuple[float, Answer]] = OrderedDict()
         self._running: dict[str, asyncio.Task[Answer]] = {}
 
@@ -199,6 +204,7 @@ class Resolver:
 
     async def _ask(self, target: str, kind: int) -> Reply:
         """The first good answer of any server; each is asked twice at most."""
+        await asyncio.sleep(self._pace.take())
         servers = self._configured or self._host.servers()
         last = "no answer in time" if servers else "no resolver is configured"
         waiting = list(servers * 2)
@@ -244,6 +250,7 @@ class Resolver:
         reply = self._read(answer, asked, kind)
         if not reply.truncated:
             return reply
+        await asyncio.sleep(self._pace.take(OVER_TCP))
         with _socket(server, socket.SOCK_STREAM) as sock:
             await self._loop.sock_connect(sock, _where(server, sock))
             await self._loop.sock_sendall(sock, struct.pack("!H", len(asked)) + asked)

@@ -91,6 +91,18 @@ def read_question(wire: bytes) -> Question:
     return Question(number, flags, _text(labels), kind, plain, wire[_HEADER.size : at + 4])
 
 
+def refusal(wire: bytes) -> bytes | None:
+    """The response REFUSED to a message that is not read: the plain bytes of its question; None for what has none."""
+    if len(wire) < _HEADER.size:
+        return None
+    number, flags, questions, *_ = _HEADER.unpack_from(wire)
+    end = wire.find(b"\0", _HEADER.size) + 5
+    if flags & _RESPONSE or questions != 1 or not _HEADER.size + 5 <= end <= len(wire):
+        return None
+    flags = _RESPONSE | _AVAILABLE | flags & (_OPCODE | _WANTED) | Code.REFUSED
+    return _HEADER.pack(number, flags, 1, 0, 0, 0) + wire[_HEADER.size : end]
+
+
 def query(number: int, name: str, kind: int) -> bytes:
     """A recursive query for a normal name, with EDNS for answers up to 1232 bytes."""
     question = b"".join(bytes((len(label),)) + label.encode("ascii") for label in name.split("."))

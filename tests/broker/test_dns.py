@@ -282,6 +282,35 @@ async def test_lookups_end_when_reading_their_answers_has_cost_too_much(
     assert (await ask(server, "b.a.com")).answer  # what is known stays
 
 
+async def test_questions_to_servers_have_a_pace(upstream: Dns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isolator.broker.resolver.ASKED_PER_SECOND", 1e-6)
+    monkeypatch.setattr("isolator.broker.resolver.ASKED_AT_ONCE", 4)  # both families of two names
+    asking = resolver(upstream)
+    for name in ("a.com", "b.a.com"):
+        assert (await asking.resolve(name)).addresses
+    waiting = asyncio.create_task(asking.resolve("pool.a.com"))
+    assert (await resolver(upstream).resolve("pool.b.com")).exists is False, "another cage's questions wait for nobody"
+    assert not waiting.done() and "pool.a.com" not in upstream.queries
+    assert (await asking.resolve("a.com")).addresses  # what is known is there at once
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await asking.close()
+
+
+def test_question_over_the_rate_is_refused_unread() -> None:
+    deep = dns.message.make_query(".".join("abcdefgh" * 15), "A").to_wire()
+    short = dns.message.make_query("a.com", "A").to_wire()
+    for message in (deep, short):
+        refused = wire.refusal(message)
+        assert refused is not None
+        reply = dns.message.from_wire(refused)
+        assert (reply.id, reply.rcode()) == (dns.message.from_wire(message).id, dns.rcode.REFUSED)
+        assert reply.question == dns.message.from_wire(message).question
+    assert calls(lambda: wire.refusal(deep)) == calls(lambda: wire.refusal(short))
+    for broken in (b"", short[:11], short[:-3], b"\0" * 12, b"\x12\x34\x81" + short[3:]):
+        assert wire.refusal(broken) is None
+
+
 async def test_every_question_of_a_burst_is_on_record_by_name(cages: MakeCage, broker: BrokerProcess) -> None:
     cage = await cages(listed("hooks.example.com:443"))
     await cage.client("for i in range(95): attempt(socket.gethostbyname, f'n{i}.example.com')")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from isolator.broker.gate import _RETRY, Gate
+from isolator.broker.gate import _RETRY, HOLD, LARGEST, SMALLEST, Gate, Looking
 from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.sniff import Hello
@@ -24,7 +24,7 @@ CCS, EARLY = b"\x14\x03\x03\0\1\1", b"\x17\x03\x03\0\x04data"
 WARNING = b"\x15\x03\x03\0\2\1\x70"
 
 
-def gate(port: int = 8080, *, lax: bool = False, work: TokenBucket | None = None) -> Gate:
+def gate(port: int = 8080, *, lax: bool = False, work: Looking | None = None) -> Gate:
     def judge(found: Hello) -> None:
         rule = objection(found, NAME, port, allow_no_sni=lax)
         if rule is not None:
@@ -244,20 +244,86 @@ async def test_relay_goes_on_when_the_server_has_answered() -> None:
 
 async def test_relay_reads_no_more_while_looking_has_cost_too_much() -> None:
     clock = [0.0]
-    work = TokenBucket(1.0, 10.0, clock=lambda: clock[0])
-    ends = Ends(gate(80, work=work))
+    budget = TokenBucket(1.0, 10.0, clock=lambda: clock[0])
+    ends = Ends(gate(80, work=Looking(budget)))
     await ends.says(ends.client, GET)
     assert await ends.hears(ends.server, len(GET)) == GET
-    work.take(20.0)
+    budget.take(20.0)
     await ends.says(ends.client, GET)
     for _ in range(3):  # it looks after the budget again and again, and rests again
         await asyncio.sleep(0.06)
         with pytest.raises(BlockingIOError):
             ends.server.recv(1)
-    assert work.tokens < 0 and not ends.up._reading
+    assert budget.tokens < 0 and not ends.up._reading
     clock[0] = 60.0
     assert await ends.hears(ends.server, len(GET)) == GET
     ends.close()
+
+
+async def test_relay_reads_one_dear_piece_of_a_cage_in_a_turn_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many connections it has: the other cages' turn comes in between."""
+    work, loop, seconds_used, number = Looking(TokenBucket(1000.0, 1000.0)), asyncio.get_running_loop(), 0.0, 0
+    pieces: list[tuple[int, int]] = []
+
+    def thread_time() -> float:
+        nonlocal seconds_used
+        seconds_used += 0.004  # that a piece takes
+        return seconds_used
+
+    def count_turns() -> None:
+        nonlocal number, counting
+        number += 1
+        counting = loop.call_soon(count_turns)
+
+    counting = loop.call_soon(count_turns)
+    monkeypatch.setattr("isolator.broker.gate.time.thread_time", thread_time)
+    feed = Gate.feed
+
+    def noted(self: Gate, data: memoryview) -> object:
+        if data:
+            pieces.append((number, len(data)))
+        return feed(self, data)
+
+    monkeypatch.setattr(Gate, "feed", noted)
+    all_ends = [Ends(gate(80, work=work)) for _ in range(4)]
+    body = b"POST / HTTP/1.1\r\nHost: hooks.example.com\r\nContent-Length: 40000\r\n\r\n" + bytes(40000)
+    for ends in all_ends:
+        await ends.says(ends.client, body)
+    for ends in all_ends:
+        assert await ends.hears(ends.server, len(body)) == body
+    counting.cancel()
+    turns = [turn for turn, _ in pieces]
+    assert len(turns) == len(set(turns))
+    assert pieces[0][1] == LARGEST and max(size for _, size in pieces[8:]) == SMALLEST
+    for ends in all_ends:
+        ends.close()
+
+
+async def test_pieces_are_as_large_as_their_cost_allows() -> None:
+    work = Looking(TokenBucket(1000.0, 1000.0))
+    work.took(4 * HOLD, LARGEST)
+    assert (work.piece, work.over) == (LARGEST // 4, True)
+    await asyncio.sleep(0)
+    assert not work.over
+    for _ in range(10):
+        work.took(HOLD / 10, work.piece)
+    assert work.piece == LARGEST
+    work.took(1000 * HOLD, 6)
+    assert work.piece == SMALLEST
+
+
+async def test_turns_of_a_cage_whose_budget_is_spent_come_one_by_one() -> None:
+    clock, served = [0.0], []
+    work = Looking(TokenBucket(1.0, 1.0, clock=lambda: clock[0]))
+    work.took(1.5, 1)
+    for name in "abc":
+        work.turn(lambda name=name: (served.append(name), work.took(1.0, 1)))  # type: ignore[misc]
+    for number in range(3):
+        assert "".join(served) == "abc"[:number]
+        clock[0] += 1.1
+        async with asyncio.timeout(seconds(20)):
+            while len(served) == number:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_relay_passes_on_what_waited_when_the_server_ends() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from isolator.ipc.accept_loop import AcceptLoop
+from isolator.ipc.accept_loop import HOLD, PAUSE, AcceptLoop
 from isolator.pacing import TokenBucket
 from tests.support.timeouts import seconds
 
@@ -66,6 +66,27 @@ async def test_waiting_connections_are_accepted_and_do_not_block(
     await accepted.reached(8)
     assert {connection.getpeername() for connection in accepted} == {client.getsockname() for client in clients}
     assert not any(connection.getblocking() for connection in accepted)
+    loop.close()
+    accepted.close()
+
+
+async def test_connections_that_are_dear_to_accept_leave_time_for_other_work(
+    listener: socket.socket, clients: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, rests, accepted = 0.0, [], Accepted()
+
+    def accept(connection: socket.socket, peer: object) -> None:
+        nonlocal used
+        used += 0.6 * HOLD
+        accepted.add(connection, peer)
+
+    monkeypatch.setattr("isolator.ipc.accept_loop.time.thread_time", lambda: used)
+    loop = AcceptLoop(listener, accept)
+    real = loop._rest
+    monkeypatch.setattr(loop, "_rest", lambda pause: (rests.append((len(accepted), pause)), real(pause)))
+    await accepted.reached(8)
+    await turns()
+    assert rests == [(2, PAUSE), (4, PAUSE), (6, PAUSE), (8, PAUSE)]
     loop.close()
     accepted.close()
 
