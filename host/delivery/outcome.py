@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from host.channel.reply import Outcome, shown
@@ -20,6 +20,7 @@ from host.plugins.secrets import Redactor
 from host.queue.interface import RETRY_BACKOFF, Consumer, Delivery, Result, State
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
+from isolator.ipc.body import Body
 
 CRASHES_TO_QUARANTINE = 2
 UNREADABLE_REPLIES = 2
@@ -39,6 +40,19 @@ class Attempted:
     status: str | None
     detail: str | None
     at: float
+
+
+class CrashState(Body):
+    """What is known of crashes, on its way to another host; deliveries are named by the numbers of their events."""
+
+    in_flight: dict[str, str]
+    """by number, the run"""
+    overlapped: tuple[int, ...]
+    died: tuple[str, ...]
+    candidate: int | None
+    candidate_run: str
+    candidate_at: float
+    isolated: tuple[int, ...]
 
 
 class Outcomes:
@@ -77,6 +91,33 @@ class Outcomes:
                 return True
             del self._isolated_retries[seq]
         return False
+
+    def pass_on(self) -> CrashState:
+        """What the successor of this process has to know of crashes."""
+        run, delivery, at = self._crash_candidate or ("", None, 0.0)
+        return CrashState(
+            in_flight={str(seq): of for seq, of in self._in_flight.items()},
+            overlapped=tuple(self._overlapped),
+            died=tuple(self._died),
+            candidate=delivery.seq if delivery is not None else None,
+            candidate_run=run,
+            candidate_at=at,
+            isolated=tuple(self._isolated_retries),
+        )
+
+    def take_over(self, state: CrashState, resumed: Collection[int]) -> None:
+        """Go on with what another host knew of crashes, and with its attempts for these events; ``conclude`` ends each.
+
+        To be called before the first of them can conclude.
+        """
+        self._in_flight = {seq: state.in_flight[str(seq)] for seq in resumed if str(seq) in state.in_flight}
+        self._overlapped = {seq for seq in state.overlapped if seq in self._in_flight}
+        self._died = set(state.died) if self._in_flight else set()
+        isolated = ((seq, self._consumer.find(seq)) for seq in state.isolated)
+        self._isolated_retries = {seq: delivery for seq, delivery in isolated if delivery is not None}
+        candidate = self._consumer.find(state.candidate) if state.candidate is not None else None
+        if candidate is not None:
+            self._crash_candidate = (state.candidate_run, candidate, state.candidate_at)
 
     def begin(self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None]) -> None:
         """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it."""

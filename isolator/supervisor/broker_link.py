@@ -81,8 +81,10 @@ class BrokerLink:
 
     async def detach(self, run: str) -> None:
         """Let the broker close a cage's listeners and flows; harmless when it is not attached."""
-        if self._attached.pop(run, None) is not None and self.process.channel is not None:
-            await self.process.channel.ask(DetachCage(run=run), timeout=10)
+        if self._attached.pop(run, None) is not None:
+            channel = await self.process.present()
+            if channel is not None:
+                await channel.ask(DetachCage(run=run), timeout=10)
 
     async def _hand_over(self, channel: Channel, run: str, attached: _Attached, sockets: list[int]) -> None:
         """Give the broker a cage's sockets and the host's listeners for it; ours are closed, whatever happens.

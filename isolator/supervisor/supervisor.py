@@ -15,8 +15,9 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
@@ -134,7 +135,26 @@ async def running_daemon(
         tasks.keep("snapshots", lambda: _take_snapshots(table, config.audit.snapshot_interval))
         stack.callback(PolicyWatch(table, context, config).close)
         await table.discovery.start()
+        stack.enter_context(_exchange_on_signal(services, table))
         yield
+
+
+@contextlib.contextmanager
+def _exchange_on_signal(services: Services, table: PluginTable) -> Iterator[None]:
+    """Exchange the services' processes, one after the other, whenever SIGUSR1 comes."""
+    loop = asyncio.get_running_loop()
+    running: asyncio.Task[None] | None = None
+
+    def begin() -> None:
+        nonlocal running
+        if running is None or running.done():
+            running = table.own(services.exchange())
+
+    loop.add_signal_handler(signal.SIGUSR1, begin)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGUSR1)
 
 
 async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> None:
