@@ -53,10 +53,11 @@ class TrailStreams:
         if len(self._streams) >= FOLLOWERS:
             raise UnavailableError("audit.follow", f"{FOLLOWERS} callers follow the trail already", "end one of them")
         stream = self._streams[caller] = _Stream(self._directory, self._audit, self._threads, caller)
-        caller.follows = True
         caller.on_close.append(lambda: self._end(caller))
         try:
-            return await stream.begin(request)
+            followed = await stream.begin(request)
+            caller.follows = True
+            return followed
         except BaseException:
             self._end(caller)
             raise

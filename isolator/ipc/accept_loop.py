@@ -64,7 +64,7 @@ class AcceptLoop:
         if self._resting is not None:
             self._resting.cancel()
         self._loop.remove_reader(self._listener)
-        listener, self._listener = self._listener, _closed_socket()
+        listener = socket.socket(fileno=self._listener.detach())
         self.close()
         return listener
 
@@ -110,12 +110,6 @@ class AcceptLoop:
     def _rest(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)
         self._resting = self._loop.call_later(seconds, self._listen)
-
-
-def _closed_socket() -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.close()
-    return sock
 
 
 def _open_reserve() -> int:

@@ -152,6 +152,8 @@ class AuditHello(Request[AuditReady], op="hello"):
     root: str
     config: Json
     """JSON of `HostConfig`"""
+    parts: int = omitted(default=0)
+    """how many `state.part` have come: A takes the place of another, and goes on with that one's state"""
 
 
 class RecordSource(Request[None], op="source", fds=range(1, 2)):
@@ -184,6 +186,8 @@ class BrokerHello(Request[None], op="hello"):
     root: str
     config: Json
     """JSON of `HostConfig`"""
+    parts: int = omitted(default=0)
+    """how many `state.part` have come: B takes the place of another, and goes on with that one's state"""
 
 
 class AttachCage(Request[None], op="cage.attach", fds=range(65)):

@@ -95,9 +95,12 @@ class ChildProcess:
         """Why an exchange has failed, which ended the process."""
         self.succeed: Succeed | None = None
         """Introduces a process that goes on with the state of another; None: this service hands nothing on."""
+        self.succession: Callable[[], dict[str, int]] = dict
+        """Descriptors that a process inherits which takes the place of another, by name."""
         self._subtree, self._journal = subtree, journal
         self._handlers: Mapping[str, Handler] = {}
         self._inherit: Callable[[], dict[str, int]] = dict
+        self._succeeded: Callable[[], None] = lambda: None
         self._waiting: list[tuple[Request[Any], list[int]]] | None = None
         """Notifications for the process that takes the place of another; None: they are sent at once."""
         self._tasks = Tasks()
@@ -110,13 +113,18 @@ class ChildProcess:
         handlers: Mapping[str, Handler] | None = None,
         inherit: Callable[[], dict[str, int]] = dict,
         succeed: Succeed | None = None,
+        succession: Callable[[], dict[str, int]] = dict,
+        succeeded: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the service for the first time (a failure is the caller's) and keep it running.
 
         Each process gets the descriptors that ``inherit`` returns by name; they are closed here. ``introduce`` says
-        hello to it; ``handlers`` serve its requests.
+        hello to it; ``handlers`` serve its requests. A process that takes the place of another gets the descriptors of
+        ``succession`` in place of those, and its hello by what ``succeed`` returns; ``succeeded`` is called once it
+        serves.
         """
         self._handlers, self._inherit, self.succeed = handlers or {}, inherit, succeed
+        self.succession, self._succeeded = succession, succeeded
 
         async def launch() -> None:
             generation = self.current = self.spawn(self._inherit())
@@ -198,6 +206,8 @@ class ChildProcess:
             if generation is not None:
                 generation.channel.tell(request, fds=fds)
             close_all(fds)
+        if generation is not None:
+            self._succeeded()
 
     def spawn(self, inherited: dict[str, int]) -> Generation:
         """Start a process, which waits for its hello, with the descriptors; they are closed here."""

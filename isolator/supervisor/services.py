@@ -85,13 +85,17 @@ class Services:
         await broker.process.start(
             introduce_broker,
             handlers=broker.handlers(),
-            inherit=lambda: {"audit": audit.source_end("broker"), "filter": filter_file(self._paths.cache)},
+            inherit=lambda: {"audit": audit.source_end("broker"), **self._broker_filter()},
+            succeed=lambda: broker.succeed,
+            succession=self._broker_filter,
+            succeeded=lambda: audit.catch_up(broker.process),
         )
         await host.process.start(
             introduce_host,
             handlers={**handlers, **host.handlers()},
             inherit=lambda: {"audit": audit.source_end("host")},
             succeed=lambda: host.succeed(table.entries()),
+            succeeded=lambda: audit.catch_up(host.process),
         )
         kept.note(self._paths.database_begun)
 
@@ -99,6 +103,9 @@ class Services:
         """Describe the daemon's processes, this one first."""
         own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="")
         return own, *(link.process.entry() for link in (self.audit, self.broker, self.host))
+
+    def _broker_filter(self) -> dict[str, int]:
+        return {"filter": filter_file(self._paths.cache)}
 
     async def exchange(self) -> None:
         """Put new processes in the places of those that run, one after the other; each failure is logged."""

@@ -135,22 +135,23 @@ async def running_daemon(
         tasks.keep("snapshots", lambda: _take_snapshots(table, config.audit.snapshot_interval))
         stack.callback(PolicyWatch(table, context, config).close)
         await table.discovery.start()
-        stack.enter_context(_exchange_on_signal(services, table))
+        stack.enter_context(_exchange_on_signal(services, tasks))
         yield
 
 
 @contextlib.contextmanager
-def _exchange_on_signal(services: Services, table: PluginTable) -> Iterator[None]:
+def _exchange_on_signal(services: Services, tasks: Tasks) -> Iterator[None]:
     """Exchange the services' processes, one after the other, whenever SIGUSR1 comes."""
-    loop = asyncio.get_running_loop()
-    running: asyncio.Task[None] | None = None
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
 
-    def begin() -> None:
-        nonlocal running
-        if running is None or running.done():
-            running = table.own(services.exchange())
+    async def exchange() -> None:
+        while True:
+            await signalled.wait()
+            signalled.clear()
+            await services.exchange()
 
-    loop.add_signal_handler(signal.SIGUSR1, begin)
+    tasks.keep("exchange of services", exchange)
+    loop.add_signal_handler(signal.SIGUSR1, signalled.set)
     try:
         yield
     finally:

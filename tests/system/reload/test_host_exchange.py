@@ -72,7 +72,7 @@ class Emitter:
             self.failed.append(error)
 
 
-@pytest.mark.parametrize("exchanges", [4, pytest.param(20, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("exchanges", [3, pytest.param(20, marks=pytest.mark.wide)])
 def test_host_is_exchanged_again_and_again_under_events_and_nobody_notices(tmp_path: Path, exchanges: int) -> None:
     folders = (
         write_plugin(tmp_path / "oneshot", SLOW_ONESHOT),
