@@ -79,7 +79,7 @@ class Services:
                 plugin.announce()
             audit.catch_up(host.process)
 
-        await audit.process.start(audit.introduce)
+        await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
         if audit.found.blocked is None:
             kept.note(self._paths.trail_begun)
         await broker.process.start(
