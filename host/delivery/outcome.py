@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
@@ -42,8 +42,21 @@ class Attempted:
     at: float
 
 
-class CrashState(Body):
-    """What is known of crashes, on its way to another host; deliveries are named by the numbers of their events."""
+class AttemptedState(Body):
+    """The newest attempt that has ended, on its way to another host."""
+
+    event_id: str
+    outcome: str
+    status: str | None
+    detail: str | None
+    at: float
+
+
+class OutcomeState(Body):
+    """What is known of attempts and crashes, on its way to another host; deliveries by the numbers of their events."""
+
+    last: AttemptedState | None
+    failing_since: float | None
 
     in_flight: dict[str, str]
     """by number, the run"""
@@ -92,10 +105,12 @@ class Outcomes:
             del self._isolated_retries[seq]
         return False
 
-    def pass_on(self) -> CrashState:
-        """What the successor of this process has to know of crashes."""
+    def pass_on(self) -> OutcomeState:
+        """What the successor of this process has to know of attempts and crashes."""
         run, delivery, at = self._crash_candidate or ("", None, 0.0)
-        return CrashState(
+        return OutcomeState(
+            last=AttemptedState(**asdict(self.last)) if self.last is not None else None,
+            failing_since=self.failing_since,
             in_flight={str(seq): of for seq, of in self._in_flight.items()},
             overlapped=tuple(self._overlapped),
             died=tuple(self._died),
@@ -105,11 +120,13 @@ class Outcomes:
             isolated=tuple(self._isolated_retries),
         )
 
-    def take_over(self, state: CrashState, resumed: Collection[int]) -> None:
-        """Go on with what another host knew of crashes, and with its attempts for these events; ``conclude`` ends each.
+    def take_over(self, state: OutcomeState, resumed: Collection[int]) -> None:
+        """Go on with what another host knew, and with its attempts for these events; ``conclude`` ends each.
 
         To be called before the first of them can conclude.
         """
+        self.last = Attempted(**state.last.to_json()) if state.last is not None else None
+        self.failing_since = state.failing_since
         self._in_flight = {seq: state.in_flight[str(seq)] for seq in resumed if str(seq) in state.in_flight}
         self._overlapped = {seq for seq in state.overlapped if seq in self._in_flight}
         self._died = set(state.died) if self._in_flight else set()

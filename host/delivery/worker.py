@@ -19,7 +19,7 @@ from typing import Any
 from host.channel.reply import LostError, NotSentError
 from host.delivery.gate import DispatchGate
 from host.delivery.oneshot import OneshotDelivery, OneshotState
-from host.delivery.outcome import CrashState, Outcomes
+from host.delivery.outcome import Outcomes, OutcomeState
 from host.delivery.sidecar import SidecarLink, SidecarState
 from host.delivery.stream import SessionState, StreamDelivery
 from host.plugins.registry import Plugin, Registry
@@ -45,7 +45,7 @@ class WorkerState(Body):
     sidecar: SidecarState
     oneshot: OneshotState
     session: SessionState | None
-    crashes: CrashState
+    outcomes: OutcomeState
     kept: tuple[KeptState, ...]
     last_used: float
 
@@ -190,7 +190,7 @@ class Worker:
             sidecar=self._sidecar.pass_on(),
             oneshot=self._oneshot.pass_on(departure),
             session=self._stream.pass_on(departure),
-            crashes=self._outcomes.pass_on(),
+            outcomes=self._outcomes.pass_on(),
             kept=self._consumer.pass_on(),
             last_used=self.last_used,
         )
@@ -208,7 +208,7 @@ class Worker:
         found = {seq: self._consumer.retake(seq) for seq in before.in_flight if plugin is not None}
         deliveries = {seq: delivery for seq, delivery in found.items() if delivery is not None}
         self._consumer.restore(before.kept)
-        self._outcomes.take_over(before.crashes, deliveries)
+        self._outcomes.take_over(before.outcomes, deliveries)
         if before.session is not None:
             await self._stream.take_over(plugin, deliveries, before.session, descriptors)
         request = before.oneshot.request

@@ -57,7 +57,6 @@ class AuditLink:
         """Say hello to an audit process that takes the place of another, with the sockets of that one."""
         hello = AuditHello(root=str(self._paths.root), config=self._config.model_dump(mode="json"), parts=parts)
         await channel.ask(hello)
-        self._made_for = dict.fromkeys(self._made_for, self.process.starts)
 
     def source_end(self, source: str) -> int:
         """A descriptor of the sending end of a new source socket; the other end goes to the audit process."""

@@ -59,7 +59,6 @@ class ServiceSpec:
 class Generation:
     """One process of a service. While another takes its place two are alive, each in a leaf of its own."""
 
-    number: int
     process: subprocess.Popen[bytes]
     channel: Channel
     leaf: Leaf
@@ -85,6 +84,9 @@ class ChildProcess:
         self.current: Generation | None = None
         """The process that serves, or served last."""
         self.starts = 0
+        """Starts, without those of processes that took the place of another."""
+        self.generations = 0
+        """Processes so far, by which their leaves are numbered."""
         self.up = asyncio.Event()
         """Set while the service answers."""
         self.ended = ""
@@ -127,6 +129,7 @@ class ChildProcess:
         self.succession, self._succeeded = succession, succeeded
 
         async def launch() -> None:
+            self.starts += 1
             generation = self.current = self.spawn(self._inherit())
             await introduce(generation.channel)
             self.up.set()
@@ -214,8 +217,8 @@ class ChildProcess:
         spec = self.spec
         mine, theirs = pair()
         inherited = {"channel": theirs.detach(), **inherited}
-        self.starts += 1
-        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.starts}")
+        self.generations += 1
+        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}")
         self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
         try:
             leaf.create(None)
@@ -232,7 +235,7 @@ class ChildProcess:
         finally:
             close_all(inherited.values())
         (leaf.unified / "cgroup.procs").write_text(str(process.pid))
-        return Generation(self.starts, process, Channel(mine, self._handlers, name=spec.name), leaf)
+        return Generation(process, Channel(mine, self._handlers, name=spec.name), leaf)
 
     async def retire(self, generation: Generation) -> None:
         """Close the channel to a process, wait 5 s for it to end, then kill it."""
