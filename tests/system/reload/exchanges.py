@@ -36,7 +36,11 @@ if method == "ping":
     send(id=id, result={})
     continue
 note(params["_meta"])
-answer = lambda id=id: send(id=id, result={"status": "ok"})
+def answer(id=id):
+    try:
+        send(id=id, result={"status": "ok"})
+    except OSError as error:
+        print("connection:", error, flush=True)
 threading.Timer(params["duration_ms"] / 1000, answer).start()
 """,
     first=NOTE,
