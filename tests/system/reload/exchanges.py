@@ -21,10 +21,13 @@ def note(meta):
 """
 SLOW_ONESHOT = raw(
     """
-params = json.loads(connection.recv(4096))["params"]
-note(params["_meta"])
-time.sleep(params["duration_ms"] / 1000)
-connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
+try:
+    params = json.loads(connection.recv(4096))["params"]
+    note(params["_meta"])
+    time.sleep(params["duration_ms"] / 1000)
+    connection.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\\n')
+except (OSError, ValueError) as error:
+    print("connection:", error, flush=True)
 connection.close()
 """,
     first=NOTE,
