@@ -9,6 +9,7 @@ listeners of their host API. The messages are in isolator/ipc/messages.py.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
 from isolator.cage.runtime import CageRuntime
+from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import ServiceEntry
@@ -30,7 +32,10 @@ from isolator.supervisor.broker_link import BrokerLink
 from isolator.supervisor.folders import own_folder
 from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
+from isolator.supervisor.reload.exchange import exchange
 from isolator.supervisor.service import ChildProcess, ServiceSpec
+
+logger = logging.getLogger(__name__)
 
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
@@ -74,18 +79,23 @@ class Services:
                 plugin.announce()
             audit.catch_up(host.process)
 
-        await audit.process.start(audit.introduce)
+        await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
         if audit.found.blocked is None:
             kept.note(self._paths.trail_begun)
         await broker.process.start(
             introduce_broker,
             handlers=broker.handlers(),
-            inherit=lambda: {"audit": audit.source_end("broker"), "filter": filter_file(self._paths.cache)},
+            inherit=lambda: {"audit": audit.source_end("broker"), **self._broker_filter()},
+            succeed=lambda: broker.succeed,
+            succession=self._broker_filter,
+            succeeded=lambda: audit.catch_up(broker.process),
         )
         await host.process.start(
             introduce_host,
             handlers={**handlers, **host.handlers()},
             inherit=lambda: {"audit": audit.source_end("host")},
+            succeed=lambda: host.succeed(table.entries()),
+            succeeded=lambda: audit.catch_up(host.process),
         )
         kept.note(self._paths.database_begun)
 
@@ -93,6 +103,18 @@ class Services:
         """Describe the daemon's processes, this one first."""
         own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="")
         return own, *(link.process.entry() for link in (self.audit, self.broker, self.host))
+
+    def _broker_filter(self) -> dict[str, int]:
+        return {"filter": filter_file(self._paths.cache)}
+
+    async def exchange(self) -> None:
+        """Put new processes in the places of those that run, one after the other; each failure is logged."""
+        for process in (self.audit.process, self.broker.process, self.host.process):
+            if process.succeed is not None:
+                try:
+                    await exchange(process)
+                except (IsolatorError, OSError) as error:
+                    logger.error("%s could not be exchanged: %s", process.spec.name, error)
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

@@ -15,8 +15,9 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import isolator
@@ -142,6 +143,7 @@ async def running_daemon(
         tasks.keep("snapshots", lambda: _take_snapshots(table, runners, config.audit.snapshot_interval))
         stack.callback(PolicyWatch(table, context, config).close)
         await table.discovery.start()
+        stack.enter_context(_exchange_on_signal(services, tasks))
         yield
 
 
@@ -152,6 +154,25 @@ def _runners(context: RunContext, config: HostConfig) -> Runners | None:
     from isolator.supervisor.runners.runners import Runners
 
     return Runners(context, config)
+
+
+@contextlib.contextmanager
+def _exchange_on_signal(services: Services, tasks: Tasks) -> Iterator[None]:
+    """Exchange the services' processes, one after the other, whenever SIGUSR1 comes."""
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
+
+    async def exchange() -> None:
+        while True:
+            await signalled.wait()
+            signalled.clear()
+            await services.exchange()
+
+    tasks.keep("exchange of services", exchange)
+    loop.add_signal_handler(signal.SIGUSR1, signalled.set)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGUSR1)
 
 
 async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> None:
