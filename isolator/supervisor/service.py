@@ -13,10 +13,11 @@ import functools
 import logging
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler
@@ -25,6 +26,7 @@ from isolator.ipc.messages import ServiceEntry
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
+from isolator.linux.child import Child
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
 from isolator.linux.unprivileged import service_command
@@ -32,6 +34,9 @@ from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import ServiceState
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +73,7 @@ class ChildProcess:
         self.ended = ""
         """How the process before ended."""
         self._subtree, self._journal = subtree, journal
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Child | None = None
         self._leaf: Leaf | None = None
         self._tasks = Tasks()
         self._stopping = False
@@ -91,6 +96,43 @@ class ChildProcess:
 
         await launch()
         self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+
+    def adopt(
+        self,
+        before: ServiceState,
+        introduce: Callable[[Channel], Awaitable[None]],
+        *,
+        handlers: Mapping[str, Handler] | None = None,
+        inherit: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        """Keep the process running that is there since before this process's exec; the rest as ``start``."""
+
+        async def launch() -> None:
+            await self._launch(introduce, handlers or {}, inherit)
+
+        self._process, self.starts = Child(before.pid), before.starts
+        self._leaf = Leaf(self._subtree.unified / before.leaf)
+        end = socket.socket(fileno=before.channel.socket)
+        self.channel = Channel(end, handlers, name=self.spec.name, before=before.channel)
+        self.up.set()
+        self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+
+    @property
+    def unsettled(self) -> str:
+        """Why it cannot be handed over at this moment, in words; empty when it can."""
+        if self.channel is None or not self.up.is_set() or self.channel.closed.is_set():
+            return f"the start of {self.spec.name}"
+        return self.channel.unsettled
+
+    def hand_over(self) -> ServiceState:
+        """The state of the process that runs, before an exec, when it is settled."""
+        from isolator.ipc.handover import ServiceState
+
+        assert not self.unsettled and self.channel is not None and self._process and self._leaf
+        return ServiceState(
+            name=self.spec.name, pid=self._process.pid, starts=self.starts, leaf=self._leaf.unified.name,
+            channel=self.channel.hand_over(),
+        )  # fmt: skip
 
     async def stop(self) -> None:
         """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
@@ -209,7 +251,7 @@ def _environment() -> dict[str, str]:
     return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **journal}
 
 
-async def _ended(process: subprocess.Popen[bytes]) -> None:
+async def _ended(process: subprocess.Popen[bytes] | Child) -> None:
     if process.poll() is not None:
         return
     fd = os.pidfd_open(process.pid)

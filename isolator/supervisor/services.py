@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
@@ -31,6 +32,9 @@ from isolator.supervisor.folders import own_folder
 from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.service import ChildProcess, ServiceSpec
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import ServiceState
 
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
@@ -57,8 +61,18 @@ class Services:
         self.host = HostLink(host, paths, config, health.alarms)
         self._paths = paths
 
-    async def start(self, table: PluginTable, handlers: Mapping[str, Handler]) -> None:
-        """Start the services; returns when the host accepts commands, which ``handlers`` serve."""
+    @property
+    def every(self) -> tuple[ChildProcess, ...]:
+        """The processes, in the order of their starts."""
+        return self.audit.process, self.broker.process, self.host.process
+
+    async def start(
+        self, table: PluginTable, handlers: Mapping[str, Handler], before: Mapping[str, ServiceState] | None = None
+    ) -> None:
+        """Start the services; returns when the host accepts commands, which ``handlers`` serve.
+
+        With the states ``before`` this process's exec, by name, those that run go on.
+        """
         audit, broker, host = self.audit, self.broker, self.host
 
         async def introduce_broker(channel: Channel) -> None:
@@ -74,19 +88,25 @@ class Services:
                 plugin.announce()
             audit.catch_up(host.process)
 
+        def inherited_by_broker() -> dict[str, int]:
+            return {"audit": audit.source_end("broker"), "filter": filter_file(self._paths.cache)}
+
+        def inherited_by_host() -> dict[str, int]:
+            return {"audit": audit.source_end("host")}
+
+        of_host = {**handlers, **host.handlers()}
+        if before is not None:
+            audit.process.adopt(before["audit"], audit.introduce)
+            broker.process.adopt(
+                before["broker"], introduce_broker, handlers=broker.handlers(), inherit=inherited_by_broker
+            )
+            host.process.adopt(before["host"], introduce_host, handlers=of_host, inherit=inherited_by_host)
+            return
         await audit.process.start(audit.introduce)
         if audit.found.blocked is None:
             kept.note(self._paths.trail_begun)
-        await broker.process.start(
-            introduce_broker,
-            handlers=broker.handlers(),
-            inherit=lambda: {"audit": audit.source_end("broker"), "filter": filter_file(self._paths.cache)},
-        )
-        await host.process.start(
-            introduce_host,
-            handlers={**handlers, **host.handlers()},
-            inherit=lambda: {"audit": audit.source_end("host")},
-        )
+        await broker.process.start(introduce_broker, handlers=broker.handlers(), inherit=inherited_by_broker)
+        await host.process.start(introduce_host, handlers=of_host, inherit=inherited_by_host)
         kept.note(self._paths.database_begun)
 
     def entries(self) -> tuple[ServiceEntry, ...]:

@@ -150,6 +150,7 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     wait_for(lambda: of(d, "fs.denied"))
     d.cli("plugin", "restart", "actor")
     wait_for(lambda: of(d, "event.response", events["after"]))
+    d.cli("reload")
 
     health = {"ping": True, "interval": "0.2s", "timeout": "0.1s", "misses": 2}
     write_plugin(place / "deaf", ECHO.replace("reply = ", "time.sleep(9); reply = ").replace("json,", "json, time,"),
