@@ -380,6 +380,9 @@ class Cage:
             await launcher.keep(self.spec.leaf, folder)
         finally:
             os.close(folder)
+        if not self.started:  # it has ended meanwhile
+            launcher.forget(self.spec.leaf)
+            return
         self._kept_by = launcher
         if before is not None and not before.closed.is_set():
             await before.forgotten(self.spec.leaf)

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from isolator.linux.coredump import leave_memory_out, let_children_start_no_hand
 from isolator.linux.descriptors import allow_many_files
 from isolator.linux.systemd import notify
 from isolator.paths import Paths
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import DaemonState
 
 _logger = logging.getLogger(__name__)
 _EXTENSION_SECONDS = 120
@@ -36,8 +40,8 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
     reloads it, as 'isolator reload' does.
     """
     from isolator.policy.parse.load import load_host_config
-    from isolator.supervisor.reload.adopt import receive_signals, take_over
     from isolator.supervisor.reload.program import Program
+    from isolator.supervisor.reload.signals import HELD
     from isolator.supervisor.supervisor import running_daemon
 
     paths = Paths.of(root)
@@ -47,7 +51,11 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
 
         click.echo(check(paths, config, check_handover))
         return
-    before = take_over(adopt) if adopt is not None else None
+    before: DaemonState | None = None
+    if adopt is not None:
+        from isolator.supervisor.reload.adopt import take_over
+
+        before = take_over(adopt)
     program = Program.of_this_process()
     host_config = load_host_config(Path(config) if config else paths.host_toml)
 
@@ -60,7 +68,7 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
             # Unlike SIG_IGN, a handler is not inherited by what is started.
             loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else hang_up)
         if before is not None:
-            receive_signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)  # before any child is started, which inherits the mask
             notify("WATCHDOG=1")
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)

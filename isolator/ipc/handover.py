@@ -1,7 +1,8 @@
 """State of a supervisor that crosses its exec (isolator.supervisor.reload): what the kernel does not keep by itself.
 
-An exec keeps the process and its open descriptors, so a descriptor crosses as its number. Nothing secret crosses: no
-value of an environment, no file of a config. Times are those of the monotonic clock, which an exec does not change.
+An exec keeps the process and its open descriptors, so a descriptor crosses as its number. No secret of a plugin
+crosses: no value of an environment, no file of a config. Times are those of the monotonic clock, which an exec does not
+change.
 
 Each type belongs to the class that hands it over and takes it over again (``hand_over`` and ``adopt``). A change of any
 of them is a new format (isolator.supervisor.reload.formats).

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ class Reloads:
         self.refused = ""
         """Why the last one was refused; empty while it is under way, and when it was not."""
         self.perform: Callable[[int], Awaitable[None]] | None = None
+        self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
 
     def ask(self) -> int:
@@ -31,15 +33,13 @@ class Reloads:
         if self._task is not None and not self._task.done():
             raise UnavailableError("reload", "another one is under way", "wait for it")
         self.refused = ""
-        self._task = asyncio.create_task(self._run(self.perform), name="reload")
+        self._task = self._tasks.run("reload", self._run(self.perform))
         return self.generation + 1
 
     async def close(self) -> None:
         """Begin none any more, and give up the one that is under way."""
         self.perform = None
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await self._tasks.close()
 
     async def _run(self, perform: Callable[[int], Awaitable[None]]) -> None:
         try:

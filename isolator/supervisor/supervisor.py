@@ -18,13 +18,13 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
 from isolator.audit.schema import AuditGap, DaemonReloaded, HostStarted, HostStopped, PluginStopped
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
-from isolator.ipc.handover import DaemonState
 from isolator.ipc.messages import Origin
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
@@ -42,7 +42,6 @@ from isolator.supervisor.folders import own_folder
 from isolator.supervisor.handlers import Handlers
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.policy_watch import PolicyWatch
-from isolator.supervisor.reload import adopt as adoption
 from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
@@ -52,6 +51,9 @@ from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.volume import volume
 from isolator.volume.volume import Volume
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import DaemonState
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ async def running_daemon(
         stack.callback(_remove_run_folder, paths)
         stack.callback(journal.close)
         cleared: list[recovery.Leftover] = []
+        kept_by: Launcher | None = None
         optional = optional_controllers(config.may_degrade)
         if before is None:
             progress("clearing what an earlier daemon left")
@@ -102,13 +105,14 @@ async def running_daemon(
             subtree = open_subtree(paths.named("isolator"), optional=optional)
             journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         else:
+            from isolator.supervisor.reload import adopt as adoption
+
             adoption.end_unnamed_children(before)
             subtree = adoption.subtree(before.subtree, optional)
+            kept_by = adoption.launcher(before)
+            stack.callback(kept_by.close)
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
-        kept_by = adoption.launcher(before) if before is not None else None
-        if kept_by is not None:
-            stack.callback(kept_by.close)
         runtime = CageRuntime(Launcher(), journal, subtree, keep_warm=True)
         stack.callback(_close_launcher, runtime)
         stack.push_async_callback(runtime.pool.close)

@@ -14,7 +14,6 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.child import Child
 from isolator.supervisor.reload import formats
-from isolator.supervisor.reload.signals import HELD
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +33,6 @@ def take_over(fd: int) -> DaemonState:
             if number != fd:
                 logger.warning("closed descriptor %d, which the version before had not named: %s", number, shown)
     return state
-
-
-def receive_signals() -> None:
-    """Let the signals through that came during the exec; after their handlers are set, before any child is started."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def end_unnamed_children(state: DaemonState) -> None:
