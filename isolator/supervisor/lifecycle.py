@@ -334,6 +334,7 @@ class Plugin:
                 if retry is None:
                     break
                 reason = self._reason = "restart after a crash"
+                self._end_backoff.clear()
                 await self._pause_until(asyncio.get_running_loop().time() + retry)
         finally:
             self._conclude_trial("it was stopped")
@@ -355,7 +356,7 @@ class Plugin:
         return retry
 
     async def _pause_until(self, until: float) -> None:
-        self._end_backoff.clear()
+        """Wait until then, or until an operator ends the back-off; and while the daemon comes to rest."""
         self._backoff_until = until
         with self._waiting():
             with contextlib.suppress(TimeoutError):

@@ -1,0 +1,1 @@
+"""The daemon is renewed while it works, and nobody notices."""
