@@ -544,6 +544,11 @@ class Store:
                 os.close(fd)
         return kept
 
+    @property
+    def unwritten(self) -> bool:
+        """Whether something that was submitted is not in the log."""
+        return bool(self._ops)
+
     async def close(self) -> None:
         """Write and sync all that waits, and close; the log is moved into the database."""
         if self._closed:

@@ -9,10 +9,12 @@ are still in the queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,12 +27,14 @@ from host.control.follow import TrailStreams
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.server import AnyEndpoint, ControlServer
+from host.control.verbs import ApiRegister, PluginStage
 from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
 from host.delivery.health import Watches
 from host.events import Catalogue
+from host.handover import HostState
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
 from host.lifecycle import PluginLifecycle
@@ -53,6 +57,8 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    Leave,
+    Left,
     NewAuditSocket,
     Origin,
     PluginChanged,
@@ -62,11 +68,14 @@ from isolator.ipc.messages import (
     RunStarted,
     StderrTail,
 )
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import essential
 from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
+SETTLE, SETTLE_BEAT = 2.0, 0.005
+"""Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
 QUEUE_BEAT = 2.0
 """Seconds between two comparisons of the queues' lengths with those that the metrics have."""
 
@@ -90,7 +99,7 @@ class Introduction:
     @classmethod
     def read(cls, hello: HostHello, fds: list[int]) -> Introduction:
         """Take over a ``hello`` and its descriptors: the listener, and a file with the entries if there are many."""
-        listener = socket.socket(fileno=fds.pop(0)) if fds else None
+        listener = socket.socket(fileno=fds.pop(0)) if fds and not hello.parts else None
         plugins = hello.plugins
         if plugins is None:
             with os.fdopen(fds.pop(0), "rb") as file:
@@ -107,15 +116,19 @@ class Introduction:
 
 
 class Host:
-    """The running host.
+    """The running host. ``before``: the state of another, which has left and whose place this one takes.
 
     Raises IsolatorError when a folder that it needs cannot be written.
     """
 
-    def __init__(self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient) -> None:
+    def __init__(
+        self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient, before: HostState | None = None
+    ) -> None:
         for folder in (paths.host_lib, paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
+        self.left = False
+        """Everything was handed on: nothing is to be closed here."""
         self._audit, self._channel = audit, channel
         link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
@@ -142,9 +155,10 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
-        queue = SqliteQueue(
+        queue = self._queue = SqliteQueue(
             store,
             after=self._hold_against_the_trail(paths.audit_log),
+            in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
             on_accepted=records.accepted,
             on_ready=self._begin_attempts,
             on_expired=records.expired,
@@ -184,16 +198,19 @@ class Host:
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
+        api_verbs = self._api_verbs = ApiVerbs(api)
+        registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, audit).endpoints(),
-            *ApiVerbs(api).endpoints(),
+            *api_verbs.endpoints(),
             *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
-            *RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit).endpoints(),
+            *registrations.endpoints(),
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
         ]
-        self._control = ControlServer(endpoints, settings.role_of, audit.record)
+        restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
+        self._control = ControlServer(endpoints, settings.role_of, audit.record, restore)
         self._gauges = QueueGauges(queue, audit)
 
     def handlers(self) -> dict[str, Handler]:
@@ -207,6 +224,7 @@ class Host:
             GetStderrTail.on(self._stderr_tail),
             NewAuditSocket.on_fds(self._audit_source),
             AlarmsChanged.on(self._alarms_changed),
+            Leave.on(self._leave),
         )
 
     async def start(self, introduction: Introduction) -> None:
@@ -220,6 +238,73 @@ class Host:
         if introduction.fresh:
             for plugin in self._registry:
                 self._lifecycle.start_if_eager(plugin)
+
+    async def go_on(self, introduction: Introduction, state: HostState, descriptors: Descriptors) -> None:
+        """Take over the plugins as another host has left them, its requests in flight, its connections."""
+        self._alarms.supervisor = introduction.alarms
+        self._dispatcher.take_over(state.workers, descriptors)
+        for entry in introduction.plugins:
+            await self._lifecycle.adopt(entry)
+        await self._dispatcher.taken_over()
+        self._queue.end_lost_requests()
+        self._lifecycle.drop_unsettled_values()
+        self._logs.take_over(state.logs, descriptors)
+        self._api_verbs.numbers = state.api_calls
+        await self._api.take_over(state.api, descriptors)
+        await self._control.take_over(state.control, descriptors)
+        self._lifecycle.take_over(state.starts)
+
+    async def _leave(self, _: Leave) -> Left:
+        """Hand everything on to another process; nothing is accepted, sent or read any more once that has begun.
+
+        What cannot be handed on and is likely to end soon is waited for: first, with everything going on, what changes
+        something for a caller; then, with nothing new beginning, connects and calls. The database is closed before the
+        state is sent, so that it never has two owners.
+        """
+        if self._store.blocked is not None:
+            return Left(refused=f"the database cannot be written: {self._store.blocked}")
+        await self._settle(lambda: self._control.changes)
+        listener, listeners = await self._control.hold(), await self._api.hold()
+        if listener is None:
+            raise IsolatorError("the host", "has no control socket yet")
+        self._dispatcher.hold()
+        await self._settle(lambda: self._unsettled)
+        await self._attempts.close()
+        await self._store.run(lambda _: None)  # events that were accepted before are in their queues, and answered
+        departure = Departure()
+        while self._dispatcher.replied:  # noqa: ASYNC110 # a turn or two
+            await asyncio.sleep(0)
+        workers, starts = self._dispatcher.pass_on(departure), self._lifecycle.pass_on()
+        self._lifecycle.close()
+        self._gauges.close()
+        await self._watches.close()
+        await self._store.close()
+        if self._store.unwritten:
+            raise IsolatorError(
+                str(self._store.path), "the outcomes of deliveries could not be written", "see its disk"
+            )
+        logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
+        control = self._control.pass_on(listener, departure)
+        self._trail.close()
+        audit = self._audit.pass_on(departure)
+        state = HostState(
+            audit=audit, workers=workers, logs=logs, api=api, api_calls=self._api_verbs.numbers, control=control,
+            starts=starts,
+        )  # fmt: skip
+        self.left = True
+        return Left(parts=await departure.send(state, self._channel))
+
+    @property
+    def _unsettled(self) -> bool:
+        """Whether something is under way that cannot be handed on and is likely to end soon."""
+        others = self._channel.serving > 1  # one is the request to leave
+        return others or self._dispatcher.unsettled or self._api.busy or self._lifecycle.unsettled
+
+    async def _settle(self, unsettled: Callable[[], bool]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE):
+                while unsettled():  # noqa: ASYNC110 # a dozen parts, none of which needs an event otherwise
+                    await asyncio.sleep(SETTLE_BEAT)
 
     async def close(self) -> None:
         """Stop serving; accepted events stay in the queue."""

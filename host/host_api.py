@@ -10,25 +10,28 @@ because of the rate are counted and recorded once a second, or a flood would onl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL, shown
-from host.channel.stream import CPU_A_SECOND, CPU_AT_ONCE, PROTOCOLS
+from host.channel.stream import BROKEN_OFF, CPU_A_SECOND, CPU_AT_ONCE, PROTOCOLS, cancel_calls
 from host.database import Store
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
-from host.wire.lines import Acceptor, LineProtocol
+from host.wire.lines import Acceptor, LineProtocol, LineState
 from host.wire.strict_json import WireError, dumps, line, parse_object, peer_of
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ApiCalled, ApiVerdict, PluginHealth
 from isolator.errors import IsolatorError
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
 from isolator.policy.names import covers_permission
 
@@ -83,6 +86,15 @@ class ApiMethod:
     handler: Handler
 
 
+class ApiListenerState(Body):
+    """A run's way to call, on its way to another host."""
+
+    plugin: str
+    run: str
+    listener: int
+    connections: tuple[LineState, ...]
+
+
 class HostApi:
     """Methods that plugins may call, and the listeners that they call on."""
 
@@ -92,6 +104,8 @@ class HostApi:
         self._registry, self._audit, self._logs, self._redactor = registry, audit, logs, redactor
         self._limits: dict[str, _Limits] = {}
         self._listeners: dict[str, Acceptor] = {}
+        self._runs: dict[str, str] = {}
+        """The run of each listener."""
         self._connections: dict[str, set[_Connection]] = {}
         kv = KeyValue(store)
         self._methods = {
@@ -120,6 +134,7 @@ class HostApi:
         """Accept the calls of a plugin's run; closes an earlier listener of the same plugin."""
         self.forget(name)
         limits = self.limits(name)
+        self._runs[name] = run
         self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits), limits.connects)
 
     def limits(self, name: str) -> _Limits:
@@ -138,6 +153,52 @@ class HostApi:
         """Close every listener."""
         for name in list(self._listeners):
             self.forget(name)
+
+    # --- one host in the place of another --------------------------------------------------------------------------
+
+    async def hold(self) -> dict[str, socket.socket]:
+        """Accept no connection and read no call from now on; returns the listeners by plugin."""
+        released = {name: acceptor.release() for name, acceptor in self._listeners.items()}
+        for acceptor in self._listeners.values():
+            await acceptor.accepted_all()
+        for connection in self._every_connection():
+            connection.hold("leaving")
+        return released
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call on one of the listeners is unanswered."""
+        return any(connection.busy for connection in self._every_connection())
+
+    def pass_on(self, listeners: Mapping[str, socket.socket], departure: Departure) -> tuple[ApiListenerState, ...]:
+        """Hand the listeners and their connections to the successor of this process."""
+        return tuple(
+            ApiListenerState(
+                plugin=name,
+                run=self._runs[name],
+                listener=departure.add(listener.detach()),
+                connections=tuple(
+                    connection.pass_on_idle(departure)
+                    for connection in list(self._connections.get(name, ()))
+                    if connection.is_open
+                ),
+            )
+            for name, listener in listeners.items()
+        )
+
+    async def take_over(self, states: Iterable[ApiListenerState], descriptors: Descriptors) -> None:
+        """Go on with the listeners and connections of another host."""
+        for state in states:
+            name = state.plugin
+            self.serve(name, state.run, socket.socket(fileno=descriptors.take(state.listener)))
+            for one in state.connections:
+                connection = _Connection(self, name, state.run, self.limits(name))
+                with contextlib.suppress(OSError):
+                    await connection.take_over(one, descriptors)
+                    connection.begin()
+
+    def _every_connection(self) -> list[_Connection]:
+        return [connection for connections in self._connections.values() for connection in connections]
 
     def admit(self, connection: _Connection, uid: int) -> str | None:
         """Count a new connection; returns why it is refused, or None."""
@@ -324,7 +385,8 @@ class _Connection(LineProtocol):
         self.name, self.run = name, run
         self.budget, self.cpu = limits.bytes, limits.cpu
         self._api = api
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Any] = {}
+        """Calls that are not answered, each with its id."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -348,10 +410,21 @@ class _Connection(LineProtocol):
             self._break(str(error), error.code)
             return
         task = asyncio.get_running_loop().create_task(self._serve(message))
-        self._tasks.add(task)
+        self._tasks[task] = message.get("id")
         task.add_done_callback(self._served)
         if len(self._tasks) >= IN_FLIGHT:
             self.hold("in flight")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is unanswered."""
+        return bool(self._tasks)
+
+    def pass_on_idle(self, departure: Departure) -> LineState:
+        """Hand the connection on; a call that is still unanswered is to be made again."""
+        for number in cancel_calls(self._tasks):
+            self.send(line({"jsonrpc": "2.0", "id": number, **BROKEN_OFF}))
+        return self.pass_on(departure)
 
     def too_long(self) -> None:
         self._break(f"a message is longer than {self.limit} bytes", -31003)
@@ -362,7 +435,7 @@ class _Connection(LineProtocol):
         self.close()
 
     def _served(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if len(self._tasks) < IN_FLIGHT:
             self.unhold("in flight")
 

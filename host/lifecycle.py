@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from host.database import Store
@@ -18,12 +19,20 @@ from host.queue.sqlite import SqliteQueue
 from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
+from isolator.ipc.body import Body
 from isolator.ipc.messages import PluginEntry
 
 EAGER_STARTS = 4
 """Eager plugins that are started at once: plugins for which events wait come first."""
 EAGER_PATIENCE = 2.0
 """Seconds after which one that is not up yet makes way for the next; it goes on starting."""
+
+
+class StartState(Body):
+    """A start that a host waits for, on its way to another."""
+
+    plugin: str
+    reason: str
 
 
 @dataclass
@@ -41,7 +50,8 @@ class PluginLifecycle:
     api: HostApi
     dispatcher: Dispatcher
     watches: Watches
-    _starts: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    _starts: dict[asyncio.Task[None], tuple[str, str]] = field(default_factory=dict, init=False)
+    """Starts under way, each with the plugin's name and the reason."""
     _eager: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EAGER_STARTS), init=False)
     _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Removals under way, by name."""
@@ -93,8 +103,8 @@ class PluginLifecycle:
 
     def _begin(self, name: str, reason: str) -> None:
         task = asyncio.get_running_loop().create_task(self._start(name, reason), name=f"start {name}")
-        self._starts.add(task)
-        task.add_done_callback(self._starts.discard)
+        self._starts[task] = (name, reason)
+        task.add_done_callback(self._starts.pop)
 
     async def _start(self, name: str, reason: str) -> None:
         async with self._eager if reason == "eager" else contextlib.nullcontext():
@@ -123,6 +133,23 @@ class PluginLifecycle:
         self.dispatcher.notify(plugin.name, "config.changed", {"keys": keys})
         await self.link.restart_run(plugin.name, "config")
         return True
+
+    # One host in the place of another
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a plugin is being forgotten."""
+        return bool(self._removals)
+
+    def pass_on(self) -> tuple[StartState, ...]:
+        """The starts that are under way, for the successor of this process."""
+        return tuple(StartState(plugin=name, reason=reason) for name, reason in self._starts.values())
+
+    def take_over(self, starts: Iterable[StartState]) -> None:
+        """Go on with the starts of another host."""
+        for start in starts:
+            if self.registry.get(start.plugin) is not None:
+                self._begin(start.plugin, start.reason)
 
     def drop_unsettled_values(self) -> None:
         """Forget config values of versions that failed while this process was not there to hear of it.

@@ -16,11 +16,14 @@ import sys
 
 import prctl
 
+from host.handover import HOST_STATE, HostState
 from host.host import Host, Introduction
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import HostHello, NewAuditSocket
+from isolator.ipc.messages import HostHello, NewAuditSocket, StatePart
+from isolator.ipc.succession import Arrival, Descriptors
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 
@@ -33,23 +36,31 @@ async def serve(channel_fd: int, audit_fd: int | None) -> int:
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
     audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None)
     running: asyncio.Future[Host] = loop.create_future()
+    arrival = Arrival()
 
     async def hello(request: HostHello, fds: list[int]) -> None:
         if running.done():
             raise UsageError("hello", "was already said")
         introduction = Introduction.read(request, fds)
-        host = Host(introduction.paths, introduction.settings, channel, audit)
+        state, descriptors = None, Descriptors([])
+        if request.parts:
+            state, descriptors = arrival.unpack(request.parts, HostState, HOST_STATE)
+            audit.take_over(state.audit, descriptors)
+        host = Host(introduction.paths, introduction.settings, channel, audit, state)
         running.set_result(host)
         # Before anything is awaited: a message behind the hello finds its handler.
         for op, handler in host.handlers().items():
             channel.handle(op, handler)
-        await host.start(introduction)
+        with descriptors:
+            await (host.go_on(introduction, state, descriptors) if state is not None else host.start(introduction))
         loop.call_soon(_freeze)
 
     async def audit_source(_: NewAuditSocket, fds: list[int]) -> None:
         audit.reconnect(socket.socket(fileno=fds.pop()))
 
-    for op, handler in (HostHello.on_fds(hello), NewAuditSocket.on_fds(audit_source)):
+    for op, handler in by_op(
+        HostHello.on_fds(hello), NewAuditSocket.on_fds(audit_source), StatePart.on_fds(arrival.part)
+    ).items():
         channel.handle(op, handler)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,7 +69,7 @@ async def serve(channel_fd: int, audit_fd: int | None) -> int:
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for task in ends:
         task.cancel()
-    if running.done():
+    if running.done() and not running.result().left:
         await running.result().close()
     channel.close()
     audit.close()

@@ -10,8 +10,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from typing import Self
 
 from host.channel.reply import ONESHOT_REPLY, LostError
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, to_bytes, to_text
+
+
+class ExchangeState(Body):
+    """An unanswered request on its way to another host."""
+
+    socket: int
+    received: str
+    """of its reply"""
+    sent_ns: int
+    deadline: float
 
 
 class Exchange:
@@ -26,7 +39,8 @@ class Exchange:
         self.reply: asyncio.Future[bytes] = self._loop.create_future()
         self.sent_ns = 0
         """``time.perf_counter_ns`` when the request was sent."""
-        self._sock, self._request, self._timeout = sock, request, timeout
+        self.sock, self._request, self._timeout = sock, request, timeout
+        self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._chunks: list[bytes] = []
         self._size = 0
@@ -39,26 +53,57 @@ class Exchange:
         try:
             # One write. A short one counts as sent: the plugin has read that much, and a second piece would be another
             # message to it.
-            self._sock.send(self._request)
+            self.sock.send(self._request)
         except OSError as error:
             self._fail(f"the plugin closed the connection at once: {error.strerror}", crash=True)
             return
+        self._listen(self._loop.time() + self._timeout)
+
+    def _listen(self, deadline: float) -> None:
+        self._deadline = deadline
         # By number: asyncio formats the socket into an exception that it then drops, which costs two system calls.
-        self._loop.add_reader(self._sock.fileno(), self._readable)
-        self._timer = self._loop.call_later(self._timeout, self._fail, "no reply in time")
+        self._loop.add_reader(self.sock.fileno(), self._readable)
+        self._timer = self._loop.call_at(deadline, self._fail, "no reply in time")
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the request was sent, and its reply is still to come."""
+        return self._timer is not None and not self.reply.done()
+
+    def pass_on(self, departure: Departure) -> ExchangeState:
+        """Hand an unanswered request to the successor of this process; it is to be closed here, all the same."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self.sock.fileno())
+        return ExchangeState(
+            socket=departure.copy(self.sock.fileno()),
+            received=to_text(b"".join(self._chunks)),
+            sent_ns=self.sent_ns,
+            deadline=self._deadline,
+        )
+
+    @classmethod
+    def taken_over(cls, sock: socket.socket, state: ExchangeState) -> Self:
+        """The request of another process, whose reply is awaited on this socket; deadlines are of the same clock."""
+        exchange = cls(sock, b"", 0.0)
+        received = to_bytes(state.received)
+        exchange._chunks, exchange._size = [received] if received else [], len(received)
+        exchange.sent_ns = state.sent_ns
+        exchange._listen(state.deadline)
+        return exchange
 
     def close(self) -> None:
         """Await the reply no more; a request that was not sent yet never is."""
         self.reply.cancel()
         if self._timer is not None:
             self._timer.cancel()
-            self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_reader(self.sock.fileno())
 
     def _readable(self) -> None:
         if self.reply.done():
             return
         try:
-            chunk = self._sock.recv(65536)
+            chunk = self.sock.recv(65536)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:

@@ -16,10 +16,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
-from host.wire.lines import LineProtocol
+from host.channel.reply import RETRY_LATER, STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
+from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
 
 PROTOCOLS = ("1",)
@@ -46,6 +48,14 @@ class Greeting:
     capabilities: frozenset[str]
 
 
+class StreamState(Body):
+    """A connection on its way to another host."""
+
+    line: LineState
+    deadlines: dict[str, float]
+    """by number of each request without a reply, the loop time by which it is awaited; 0: it no longer is"""
+
+
 class StreamConnection(LineProtocol):
     """Connection to one run of a plugin; ``closed`` is set when it ends, ``why`` has the reason."""
 
@@ -65,7 +75,10 @@ class StreamConnection(LineProtocol):
         self._call = call
         self._breach = breach
         self._pending: dict[str, Reply] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._deadlines: dict[str, float] = {}
+        """Loop time by which each request that is awaited has to be answered."""
+        self._tasks: dict[asyncio.Task[None], Any] = {}
+        """Calls of the plugin's that are not answered, each with its id."""
 
     @property
     def in_flight(self) -> int:
@@ -89,13 +102,17 @@ class StreamConnection(LineProtocol):
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
-        self._pending[number] = reply
         self.transport.write(data)
-        timer = self._loop.call_later(timeout, _expire, reply)
+        self._await(number, self._loop.time() + timeout, reply)
+
+    def _await(self, number: str, deadline: float, reply: Reply) -> None:
+        self._pending[number], self._deadlines[number] = reply, deadline
+        timer = self._loop.call_at(deadline, _expire, reply)
         reply.add_done_callback(lambda _: self._reply_done(number, timer))
 
     def _reply_done(self, number: str, timer: asyncio.TimerHandle) -> None:
         timer.cancel()
+        self._deadlines.pop(number, None)
         if number in self._pending and not self.closed.is_set():
             # Cancelled. The request stays pending: its reply may still come, and is no breach then.
             self.notify("$/cancel", {"id": number})
@@ -211,11 +228,11 @@ class StreamConnection(LineProtocol):
         if len(self._tasks) >= CALLS_IN_FLIGHT:
             self.hold("calls in flight")
         task = asyncio.get_running_loop().create_task(self._serve(message))
-        self._tasks.add(task)
+        self._tasks[task] = message.get("id")
         task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if len(self._tasks) < CALLS_IN_FLIGHT:
             self.unhold("calls in flight")
 
@@ -223,6 +240,34 @@ class StreamConnection(LineProtocol):
         answer = await self._call(str(message["method"]), message.get("params"))
         if message.get("id") is not None:
             self.send(line({"jsonrpc": "2.0", "id": message["id"], **answer}))
+
+    # One host in the place of another
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call of the plugin's is unanswered."""
+        return bool(self._tasks)
+
+    def pass_on_all(self, departure: Departure) -> StreamState:
+        """Hand the connection on; a call of the plugin's that is still unanswered is to be made again."""
+        for number in cancel_calls(self._tasks):
+            self.send(line({"jsonrpc": "2.0", "id": number, **BROKEN_OFF}))
+        deadlines = {number: self._deadlines.get(number, 0.0) for number in self._pending}
+        return StreamState(line=self.pass_on(departure), deadlines=deadlines)
+
+    async def take_over_all(
+        self, state: StreamState, awaited: Mapping[str, Reply], descriptors: Descriptors
+    ) -> None:  # fmt: skip
+        """Go on with the connection of another host; ``awaited``: the replies that somebody waits for, by number."""
+        for number, deadline in state.deadlines.items():
+            reply = awaited.get(number)
+            if reply is None:  # its reply may still come, and is no breach then
+                reply = self._pending[number] = self._loop.create_future()
+                reply.cancel()
+            else:
+                self._await(number, deadline, reply)
+        await self.take_over(state.line, descriptors)
+        self.begin()
 
     def _end(self) -> None:
         self.closed.set()
@@ -235,15 +280,24 @@ class StreamConnection(LineProtocol):
             task.cancel()
 
 
+BROKEN_OFF = {"error": {"code": RETRY_LATER, "message": "the host is renewed", "data": {"retry_after_ms": 100}}}
+"""The answer to a call that the successor of this process would have to make once more."""
+
+
+def cancel_calls(calls: Mapping[asyncio.Task[None], Any]) -> list[Any]:
+    """Break off the calls that are not answered; returns the ids of those that wait for an answer."""
+    open_calls = {task: number for task, number in calls.items() if not task.done()}
+    for task in open_calls:
+        task.cancel()
+    return [number for number in open_calls.values() if number is not None]
+
+
 def _expire(future: asyncio.Future[Any]) -> None:
     if not future.done():
         future.set_exception(LostError("no reply in time"))
 
 
-async def open_stream(
-    sock: socket.socket, call: Call, breach: Callable[[str], None], cpu: TokenBucket, redact: Callable[[str], str]
-) -> StreamConnection:
-    """Open a stream on a connected socket, which the connection then owns; ``cpu`` outlives it."""
-    loop = asyncio.get_running_loop()
-    _, connection = await loop.create_unix_connection(lambda: StreamConnection(call, breach, cpu, redact), sock=sock)
+async def open_stream(sock: socket.socket, made: Callable[[], StreamConnection]) -> StreamConnection:
+    """Open a stream on a connected socket, which the connection then owns."""
+    _, connection = await asyncio.get_running_loop().create_unix_connection(made, sock=sock)
     return connection

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from host.channel.reply import RETRY_LATER
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.verbs import ApiAnswer, ApiCall, ApiRegister, Nothing, RegisteredMethod
 from host.host_api import PLATFORM_TIMEOUT, ApiError, Context, HostApi
 from isolator.errors import UsageError
+from isolator.ipc.body import Json
 from isolator.policy.names import parse_permission
 
 
@@ -25,7 +26,8 @@ class ApiVerbs:
     def __init__(self, api: HostApi) -> None:
         self._api = api
         self._calls: dict[int, tuple[Caller, asyncio.Future[ApiAnswer]]] = {}
-        self._numbers = 0
+        self.numbers = 0
+        """The number of the newest call."""
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -37,11 +39,20 @@ class ApiVerbs:
         except ValueError as error:
             raise UsageError(f"method {request.method}", str(error)) from None
 
-        async def forward(context: Context, params: Mapping[str, Any]) -> Any:
-            return await self._forward(caller, request.method, context, params)
-
-        caller.on_close.append(self._api.register(request.method, permission, forward))
+        self._serve_by(caller, request.method, permission)
         return {"method": request.method, "permission": permission}
+
+    def restore(self, caller: Caller, data: Json) -> None:
+        """Take over a method that a caller serves from the host whose place this one takes."""
+        self._serve_by(caller, str(data["method"]), str(data["permission"]))
+
+    def _serve_by(self, caller: Caller, method: str, permission: str) -> None:
+        async def forward(context: Context, params: Mapping[str, Any]) -> Any:
+            return await self._forward(caller, method, context, params)
+
+        caller.on_close.append(self._api.register(method, permission, forward))
+        belonging = Belonging(verb=ApiRegister.spec.verb, data={"method": method, "permission": permission})
+        caller.belongings.append(lambda: belonging)
 
     async def answer(self, request: ApiAnswer, caller: Caller) -> Nothing:
         entry = self._calls.get(request.call)
@@ -52,8 +63,8 @@ class ApiVerbs:
         return {}
 
     async def _forward(self, caller: Caller, method: str, context: Context, params: Mapping[str, Any]) -> Any:
-        self._numbers += 1
-        number = self._numbers
+        self.numbers += 1
+        number = self.numbers
         future: asyncio.Future[ApiAnswer] = asyncio.get_running_loop().create_future()
         self._calls[number] = (caller, future)
 

@@ -55,7 +55,9 @@ class TrailStreams:
         stream = self._streams[caller] = _Stream(self._directory, self._audit, self._threads, caller)
         caller.on_close.append(lambda: self._end(caller))
         try:
-            return await stream.begin(request)
+            followed = await stream.begin(request)
+            caller.follows = True
+            return followed
         except BaseException:
             self._end(caller)
             raise

@@ -166,6 +166,8 @@ class Spec:
     """TypedDict of the answer."""
     recorded: bool
     """Whether each call is in the trail, not only a refused one."""
+    repeatable: bool
+    """Whether a call that was not answered may be made again, by the host that takes the place of this one."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,11 @@ class Request:
     spec: ClassVar[Spec]
     _fields: ClassVar[dict[str, Field[Any]]]
 
-    def __init_subclass__(cls, *, verb: str, role: Role, result: type[Any], recorded: bool = False) -> None:
-        cls.spec = Spec(verb, role, result, recorded)
+    def __init_subclass__(
+        cls, *, verb: str, role: Role, result: type[Any], recorded: bool = False, repeatable: bool | None = None
+    ) -> None:
+        """Note the verb; ``repeatable`` is by default what changes nothing that is worth a record."""
+        cls.spec = Spec(verb, role, result, recorded, not recorded if repeatable is None else repeatable)
         cls._fields = {}
         for name in inspect.get_annotations(cls):
             given = cls.__dict__.get(name, MISSING)

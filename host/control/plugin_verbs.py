@@ -89,6 +89,7 @@ class PluginVerbs:
         log = self._logs.of(self._registry.need(request.name).name)
         lines = log.read(request.lines)
         if request.follow:
+            caller.follows = True
             caller.narrow(UNREAD_LOG)
             caller.on_close.append(log.follow(bounded(caller.drained, caller.notify)))
         return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.verbs import (
     ApprovedPlugin,
     ChangedPlugin,
@@ -40,6 +40,8 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
+from isolator.ipc.body import Json
+from isolator.ipc.succession import to_bytes, to_text
 from isolator.linux.descriptors import close_all
 from isolator.policy.request import MAX_BYTES
 
@@ -50,6 +52,9 @@ class _Staged:
 
     manifest: Manifest
     digest: str
+    text: bytes
+    """The manifest as it was read, and where."""
+    name: str
 
 
 class RegistrationVerbs:
@@ -91,8 +96,9 @@ class RegistrationVerbs:
         found = answer.body
         token = found.token
         try:
-            where = request.path or os.path.dirname(request.binary or "")
-            manifest = manifests.parse(_read_all(answer.fds), name=os.path.join(where, "plugin.json"))
+            where = os.path.join(request.path or os.path.dirname(request.binary or ""), "plugin.json")
+            text = _read_all(answer.fds)
+            manifest = manifests.parse(text, name=where)
             checked = self._config.check(manifest, request.config)
             self._check_hooks(manifest.core.hooks)
         except IsolatorError:
@@ -100,8 +106,7 @@ class RegistrationVerbs:
             raise
         finally:
             close_all(answer.fds)
-        self._staged[token] = _Staged(manifest, found.digest)
-        caller.on_close.append(lambda: self._abandon(token))
+        self._keep(caller, token, _Staged(manifest, found.digest, text, where))
         required = [spec.key for spec in manifest.config or () if spec.required and spec.default is None]
         shown = {
             **found.to_json(),
@@ -114,6 +119,25 @@ class RegistrationVerbs:
             "mode": manifest.transport.mode,
         }
         return cast(StagedPlugin, shown)
+
+    def _keep(self, caller: Caller, token: str, staged: _Staged) -> None:
+        """Keep what was staged as long as the caller's connection."""
+        self._staged[token] = staged
+
+        def belonging() -> Belonging | None:
+            if token not in self._staged:
+                return None
+            data = {"token": token, "digest": staged.digest, "text": to_text(staged.text), "name": staged.name}
+            return Belonging(verb=PluginStage.spec.verb, data=data)
+
+        caller.on_close.append(lambda: self._abandon(token))
+        caller.belongings.append(belonging)
+
+    def restore(self, caller: Caller, data: Json) -> None:
+        """Take over what a caller has staged from the host whose place this one takes."""
+        text, name = to_bytes(str(data["text"])), str(data["name"])
+        manifest = manifests.parse(text, name=name)
+        self._keep(caller, str(data["token"]), _Staged(manifest, str(data["digest"]), text, name))
 
     def _check_hooks(self, hooks: Sequence[str]) -> None:
         """Refuse a hook that no event has: a typing mistake, or the platform has not registered its event yet."""

@@ -17,13 +17,15 @@ import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from host.control.parameters import Request, Spec
-from host.wire.lines import Acceptor, LineProtocol
+from host.wire.lines import Acceptor, LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object, peer_of
 from isolator.audit.schema import MAX_ID, ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+from isolator.ipc.body import Body, Json
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
 
 R = TypeVar("R", bound=Request)
@@ -43,6 +45,27 @@ STRANGER_CONNECTS, STRANGER_BYTES = 20.0, 4096.0
 as many connections as may be open, and four seconds' bytes."""
 
 
+class Belonging(Body):
+    """Something that a verb keeps for a connection as long as it is open."""
+
+    verb: str
+    data: Json
+
+
+class ConnectionState(Body):
+    """A connection on its way to another host."""
+
+    line: LineState
+    belongings: tuple[Belonging, ...]
+
+
+class ControlState(Body):
+    """The control socket on its way to another host."""
+
+    listener: int
+    connections: tuple[ConnectionState, ...]
+
+
 @dataclass(eq=False)
 class Caller:
     """The process at the other end of a connection; ``notify`` sends it a notification.
@@ -60,6 +83,10 @@ class Caller:
     """Ends the connection at once; messages that wait for the caller to read them are dropped."""
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     on_close: list[Callable[[], None]] = field(default_factory=list)
+    belongings: list[Callable[[], Belonging | None]] = field(default_factory=list)
+    """What verbs keep for this connection, for a host that takes the place of this one; None: no longer."""
+    follows: bool = False
+    """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
 
     @property
     def by(self) -> str:
@@ -91,10 +118,13 @@ class QuickEndpoint(Generic[R]):
     full: Callable[[], bool]
     room: Callable[[], Awaitable[None]]
 
-    async def answer(self, request: R, caller: Caller) -> Result:
-        """Start the request once there is room, and wait for the answer."""
+    async def there_is_room(self) -> None:
+        """Wait until ``start`` may be called."""
         while self.full():
             await self.room()
+
+    async def answer(self, request: R, caller: Caller) -> Result:
+        """Start the request, and wait for the answer."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
 
         def reply(result: Result | None, error: Exception | None) -> None:
@@ -115,7 +145,8 @@ AnyEndpoint = Endpoint[Any] | QuickEndpoint[Any]
 class ControlServer:
     """Server of the control socket.
 
-    ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records.
+    ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records. ``restore``: by verb,
+    what takes over a belonging of a caller from the host whose place this one takes.
     """
 
     def __init__(
@@ -123,7 +154,11 @@ class ControlServer:
         endpoints: Iterable[AnyEndpoint],
         role_of: Callable[[int], str | None],
         record: Callable[..., None],
+        restore: Mapping[str, Callable[[Caller, Json], None]] | None = None,
     ) -> None:
+        self._restore = restore or {}
+        self.leaving = False
+        """No request is begun any more: another process takes this one's place."""
         self._endpoints = {endpoint.request.spec.verb: endpoint for endpoint in endpoints}
         self.role_of = role_of
         self.record = record
@@ -181,6 +216,40 @@ class ControlServer:
                 del self._of_uid[caller.uid]
             self._strangers -= caller.role is None
 
+    # --- one host in the place of another ------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> bool:
+        """Whether a request is open that could not be made again."""
+        return any(connection.changes for connection in self._connections)
+
+    async def hold(self) -> socket.socket | None:
+        """Accept no connection and read no request from now on; returns the listener, in whose backlog callers wait."""
+        listener, self.leaving = None, True
+        if self._acceptor is not None:
+            listener = self._acceptor.release()
+            await self._acceptor.accepted_all()
+        for connection in self._connections:
+            connection.hold("leaving")
+        return listener
+
+    def pass_on(self, listener: socket.socket, departure: Departure) -> ControlState:
+        """Hand the listener and every connection to the successor of this process; the answers are written before."""
+        connections = [connection.pass_on_all(departure) for connection in list(self._connections)]
+        return ControlState(
+            listener=departure.add(listener.detach()), connections=tuple(c for c in connections if c is not None)
+        )
+
+    async def take_over(self, state: ControlState, descriptors: Descriptors) -> None:
+        """Go on with the connections of another host, then accept."""
+        for one in state.connections:
+            connection = _Connection(self)
+            with contextlib.suppress(OSError):
+                await connection.take_over(one.line, descriptors)
+                connection.restore(one.belongings, self._restore)
+                connection.begin()
+        await self.start(socket.socket(fileno=descriptors.take(state.listener)))
+
     async def close(self) -> None:
         """Stop accepting and close every connection."""
         if self._acceptor is not None:
@@ -197,7 +266,9 @@ class _Connection(LineProtocol):
         super().__init__()
         self._server = server
         self._caller: Caller | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], bytes | None] = {}
+        """Requests that take a task; each with its line as long as it may be made again."""
+        self._numbers: dict[asyncio.Task[None], Any] = {}
         self._open = 0
         self._no_more = False
 
@@ -245,8 +316,42 @@ class _Connection(LineProtocol):
         if self._try_quick(message):
             return
         task = asyncio.get_running_loop().create_task(self._serve(message))
-        self._tasks.add(task)
+        endpoint = self._server.endpoint(message.get("method"))
+        self._numbers[task] = message.get("id")
+        self._tasks[task] = data if endpoint is not None and endpoint.request.spec.repeatable else None
         task.add_done_callback(self._finished)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a request is open that could not be made again."""
+        return any(data is None for data in self._tasks.values())
+
+    def pass_on_all(self, departure: Departure) -> ConnectionState | None:
+        """Hand the connection on, with the requests that are not answered; None when it is closed instead."""
+        caller = self._caller
+        if not self.is_open or caller is None:
+            return None
+        if caller.follows:
+            self.close()
+            return None
+        again = []
+        for task, data in self._tasks.items():
+            if task.done():
+                continue
+            task.cancel()
+            if data is None:
+                self._answer(self._numbers[task], error=_BROKEN_OFF)
+            else:
+                again.append(data)
+        belongings = [belonging() for belonging in caller.belongings]
+        line = self.pass_on(departure, again=again)
+        return ConnectionState(line=line, belongings=tuple(one for one in belongings if one is not None))
+
+    def restore(self, belongings: Iterable[Belonging], by_verb: Mapping[str, Callable[[Caller, Json], None]]) -> None:
+        """Take over what belongs to the connection, before its first request is read."""
+        assert self._caller is not None
+        for one in belongings:
+            by_verb[one.verb](self._caller, one.data)
 
     def too_long(self) -> None:
         self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
@@ -257,7 +362,7 @@ class _Connection(LineProtocol):
         return self._open > 0 or self.unread
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task], self._numbers[task]
         self._closed_one()
 
     def _closed_one(self) -> None:
@@ -327,7 +432,13 @@ class _Connection(LineProtocol):
                     f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {spec.role}",
                     f"add it to [roles] {spec.role} in host.toml, or use sudo",
                 )
-            self._answer(number, result=await endpoint.answer(endpoint.request.parse(params), caller))
+            request = endpoint.request.parse(params)
+            if isinstance(endpoint, QuickEndpoint):
+                await endpoint.there_is_room()
+                if self._server.leaving:
+                    await asyncio.Event().wait()  # pass_on_all ends it, and the successor begins it
+                self._tasks[cast(asyncio.Task[None], asyncio.current_task())] = None
+            self._answer(number, result=await endpoint.answer(request, caller))
         except IsolatorError as error:
             verdict = error.code
             self._answer(number, error=error)
@@ -354,6 +465,9 @@ def _refusal(why: str, remedy: str) -> bytes:
     )
 
 
+_BROKEN_OFF = UnavailableError(
+    "the daemon", "was renewed while this was under way", "see whether it was done, and try again if it was not"
+)
 _TOO_FAST = _refusal("connections without a role are open, and come, in great number", "try again")
 
 

@@ -174,7 +174,7 @@ class ApiRegister(Request, verb="api.register", role="emitter", recorded=True, r
     permission: Name
 
 
-class ApiAnswer(Request, verb="api.answer", role="emitter", result=Nothing):
+class ApiAnswer(Request, verb="api.answer", role="emitter", repeatable=False, result=Nothing):
     """Answer an ``api.call`` with ``result``, or with ``error``: ``{code, message}``."""
 
     call: Annotated[int, Whole(LARGEST)]
@@ -426,13 +426,13 @@ class PluginRemove(Request, verb="plugin.remove", role="operator", recorded=True
     ticket: OptionalText = None
 
 
-class PluginStart(Request, verb="plugin.start", role="operator", recorded=True, result=StartedRun):
+class PluginStart(Request, verb="plugin.start", role="operator", recorded=True, repeatable=True, result=StartedRun):
     """Start a plugin and wait until it runs."""
 
     name: Name
 
 
-class PluginStop(Request, verb="plugin.stop", role="operator", recorded=True, result=Nothing):
+class PluginStop(Request, verb="plugin.stop", role="operator", recorded=True, repeatable=True, result=Nothing):
     """Stop a plugin; the next event starts it again."""
 
     name: Name

@@ -90,6 +90,11 @@ class Attempts:
             delivery_id=delivery.id,
         )
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether an attempt is being counted and recorded, and not sent yet."""
+        return bool(self._tasks or self._gathered)
+
     async def close(self) -> None:
         """Begin no more; an attempt that was counted has an unknown outcome at the next start."""
         for task in self._tasks:

@@ -6,7 +6,7 @@ Workers share nothing but the event loop: a plugin that hangs, floods or crashes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from host.delivery.attempts import Attempts
@@ -15,13 +15,14 @@ from host.delivery.oneshot import OneshotDelivery
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.delivery.stream import HostApiCall, StreamDelivery
-from host.delivery.worker import Worker
+from host.delivery.worker import Worker, WorkerState
 from host.events import Catalogue
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
+from isolator.ipc.succession import Departure, Descriptors
 
 
 class Dispatcher:
@@ -44,11 +45,15 @@ class Dispatcher:
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api = redactor, api
+        self._before: dict[str, WorkerState] = {}
+        """Workers of the host whose place this one takes, by plugin, until there are workers here."""
+        self._descriptors = Descriptors([])
 
     def _new_worker(self, name: str) -> Worker:
         consumer = self._queue.consumer(name)
         sidecar = SidecarLink(name, self._supervisor, self._audit)
         outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts)
+        before = self._before.pop(name, None)
         return Worker(
             consumer,
             self._registry,
@@ -57,6 +62,7 @@ class Dispatcher:
             outcomes,
             OneshotDelivery(sidecar, outcomes, self._catalogue),
             StreamDelivery(sidecar, outcomes, self._catalogue, self._api, self._redacted(name)),
+            (before, self._descriptors) if before is not None else None,
         )
 
     def _redacted(self, name: str) -> Callable[[str], str]:
@@ -111,6 +117,37 @@ class Dispatcher:
         if worker is None:
             return {"worker": None, "holding": None, "last": None, "failing_since": None, "next_attempt": None}
         return {"worker": worker.status, "holding": worker.blocked_on, **worker.health()}
+
+    # One host in the place of another
+
+    def hold(self) -> None:
+        """Begin nothing from now on."""
+        for worker in self.workers.values():
+            worker.hold()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something is under way that cannot be handed on, and may soon be over."""
+        return self._attempts.unsettled or any(worker.unsettled for worker in self.workers.values())
+
+    @property
+    def replied(self) -> bool:
+        """Whether a reply is there that is not concluded yet; it will be in a turn of the event loop or two."""
+        return any(worker.replied for worker in self.workers.values())
+
+    def pass_on(self, departure: Departure) -> tuple[WorkerState, ...]:
+        """Hand every worker to the successor of this process, with its requests in flight."""
+        return tuple(worker.pass_on(departure) for worker in self.workers.values())
+
+    def take_over(self, states: Iterable[WorkerState], descriptors: Descriptors) -> None:
+        """Let the workers that will be made go on with those of another host."""
+        self._before, self._descriptors = {state.plugin: state for state in states}, descriptors
+
+    async def taken_over(self) -> None:
+        """Return once all of them are there, and await the replies to the other host's requests."""
+        for worker in self.workers.values():
+            await worker.taken_over()
+        self._before.clear()
 
     async def close(self) -> None:
         """Stop every worker."""

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import socket
 import time
+from dataclasses import dataclass
 
-from host.channel.oneshot import Exchange, exchange
+from host.channel.oneshot import Exchange, ExchangeState, exchange
 from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
@@ -16,8 +17,37 @@ from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire.strict_json import line, parse_object
 from isolator.errors import IsolatorError
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 
 _PING = line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1})
+
+
+class RequestState(Body):
+    """A request in flight, on its way to another host."""
+
+    seq: int
+    run: str
+    exchange: ExchangeState
+
+
+class OneshotState(Body):
+    """One-shot delivery on its way to another host."""
+
+    request: RequestState | None
+    prepared: int
+    """a connection that was made and not used; -1: none"""
+    prepared_run: str
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request on its way to the plugin."""
+
+    plugin: Plugin
+    delivery: Delivery
+    run: str
+    exchange: Exchange
 
 
 class OneshotDelivery:
@@ -27,7 +57,10 @@ class OneshotDelivery:
         self._sidecar, self._outcomes, self._catalogue = sidecar, outcomes, catalogue
         self._turn = asyncio.Lock()
         """Held while a request is on its way: the plugin serves one connection at a time."""
-        self._prepared: asyncio.Task[tuple[socket.socket, str]] | None = None
+        self._prepared: asyncio.Future[tuple[socket.socket, str]] | None = None
+        self._current: _Request | None = None
+        """The request on its way, a ping excepted."""
+        self._connecting = False
 
     @property
     def busy(self) -> bool:
@@ -62,16 +95,23 @@ class OneshotDelivery:
             self._sidecar.begin_request(run)
             exchange = Exchange(sock, request, plugin.timeout)
             self._outcomes.begin(delivery, run, request, exchange.send)
-            self._sidecar.status = "in_flight"
-            broken = False
-            try:
-                outcome = read_reply(await exchange.reply)
-            except LostError as error:
-                outcome, broken = error.outcome, error.crash
-            finally:
-                exchange.close()
-                self._sidecar.end_request()
-            latency = (time.perf_counter_ns() - exchange.sent_ns) // 1000
+            await self._finish(_Request(plugin, delivery, run, exchange))
+
+    async def _finish(self, request: _Request) -> None:
+        """Wait for the reply to a request, and conclude the attempt."""
+        plugin, delivery, run, exchange = request.plugin, request.delivery, request.run, request.exchange
+        self._current = request
+        self._sidecar.status = "in_flight"
+        broken = False
+        try:
+            outcome = read_reply(await exchange.reply)
+        except LostError as error:
+            outcome, broken = error.outcome, error.crash
+        finally:
+            exchange.close()
+            self._sidecar.end_request()
+            self._current = None
+        latency = (time.perf_counter_ns() - exchange.sent_ns) // 1000
         self._outcomes.conclude(plugin, delivery, run, outcome, latency, broken=broken)
 
     async def ping(self, timeout: float) -> None:
@@ -103,6 +143,17 @@ class OneshotDelivery:
 
     async def _connection(self) -> tuple[socket.socket, str]:
         """The prepared connection and its run if they are of use, else new ones."""
+        self._connecting = True
+        try:
+            sock, run = await self._connect()
+        finally:
+            self._connecting = False
+        if self._sidecar.leaving:  # it was made, so it has to be used: by the successor of this process
+            self._prepared = _done((sock, run))
+            raise NotSentError("the host is being renewed")
+        return sock, run
+
+    async def _connect(self) -> tuple[socket.socket, str]:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             with contextlib.suppress(IsolatorError, NotSentError):
@@ -111,3 +162,61 @@ class OneshotDelivery:
                     return sock, run
                 sock.close()
         return await self._sidecar.connect()
+
+    # One host in the place of another
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something is under way that cannot be handed on: a connect, or a ping."""
+        connecting = self._prepared is not None and not self._prepared.done()
+        return self._connecting or connecting or (self._current is None and self._turn.locked())
+
+    @property
+    def replied(self) -> bool:
+        """Whether a reply is there that is not concluded yet."""
+        return self._current is not None and self._current.exchange.reply.done()
+
+    def pass_on(self, departure: Departure) -> OneshotState:
+        """Hand on the request that is in flight, and the connection that was prepared."""
+        current, request = self._current, None
+        if current is not None and current.exchange.unanswered:
+            exchange = current.exchange.pass_on(departure)
+            request = RequestState(seq=current.delivery.seq, run=current.run, exchange=exchange)
+        prepared, run = self._take_prepared()
+        number = departure.add(prepared.detach()) if prepared is not None else -1
+        return OneshotState(request=request, prepared=number, prepared_run=run)
+
+    def _take_prepared(self) -> tuple[socket.socket | None, str]:
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or not prepared.done() or prepared.cancelled() or prepared.exception() is not None:
+            return None, ""
+        return prepared.result()
+
+    def began(self, delivery: Delivery) -> bool:
+        """Whether an attempt of this delivery is under way, sent or about to be."""
+        return self._current is not None and self._current.delivery is delivery
+
+    def take_over(
+        self, plugin: Plugin | None, delivery: Delivery | None, state: OneshotState, descriptors: Descriptors
+    ) -> _Request | None:
+        """Go on with what another host had; returns the request in flight, which is of ``delivery``, for ``go_on``."""
+        if state.prepared >= 0:
+            prepared = socket.socket(fileno=descriptors.take(state.prepared))
+            self._prepared = _done((prepared, state.prepared_run))
+        if state.request is None or plugin is None or delivery is None:
+            return None
+        sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
+        self._sidecar.take_request()
+        return _Request(plugin, delivery, state.request.run, Exchange.taken_over(sock, state.request.exchange))
+
+    async def go_on(self, request: _Request) -> None:
+        """Wait for the reply to a request of another host's, and conclude it."""
+        async with self._turn:
+            with request.exchange.sock:
+                await self._finish(request)
+
+
+def _done(connection: tuple[socket.socket, str]) -> asyncio.Future[tuple[socket.socket, str]]:
+    future: asyncio.Future[tuple[socket.socket, str]] = asyncio.get_running_loop().create_future()
+    future.set_result(connection)
+    return future

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
@@ -20,6 +20,7 @@ from host.plugins.secrets import Redactor
 from host.queue.interface import RETRY_BACKOFF, Consumer, Delivery, Result, State
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
+from isolator.ipc.body import Body
 
 CRASHES_TO_QUARANTINE = 2
 UNREADABLE_REPLIES = 2
@@ -39,6 +40,32 @@ class Attempted:
     status: str | None
     detail: str | None
     at: float
+
+
+class AttemptedState(Body):
+    """The newest attempt that has ended, on its way to another host."""
+
+    event_id: str
+    outcome: str
+    status: str | None
+    detail: str | None
+    at: float
+
+
+class OutcomeState(Body):
+    """What is known of attempts and crashes, on its way to another host; deliveries by the numbers of their events."""
+
+    last: AttemptedState | None
+    failing_since: float | None
+
+    in_flight: dict[str, str]
+    """by number, the run"""
+    overlapped: tuple[int, ...]
+    died: tuple[str, ...]
+    candidate: int | None
+    candidate_run: str
+    candidate_at: float
+    isolated: tuple[int, ...]
 
 
 class Outcomes:
@@ -77,6 +104,37 @@ class Outcomes:
                 return True
             del self._isolated_retries[seq]
         return False
+
+    def pass_on(self) -> OutcomeState:
+        """What the successor of this process has to know of attempts and crashes."""
+        run, delivery, at = self._crash_candidate or ("", None, 0.0)
+        return OutcomeState(
+            last=AttemptedState(**asdict(self.last)) if self.last is not None else None,
+            failing_since=self.failing_since,
+            in_flight={str(seq): of for seq, of in self._in_flight.items()},
+            overlapped=tuple(self._overlapped),
+            died=tuple(self._died),
+            candidate=delivery.seq if delivery is not None else None,
+            candidate_run=run,
+            candidate_at=at,
+            isolated=tuple(self._isolated_retries),
+        )
+
+    def take_over(self, state: OutcomeState, resumed: Collection[int]) -> None:
+        """Go on with what another host knew, and with its attempts for these events; ``conclude`` ends each.
+
+        To be called before the first of them can conclude.
+        """
+        self.last = Attempted(**state.last.to_json()) if state.last is not None else None
+        self.failing_since = state.failing_since
+        self._in_flight = {seq: state.in_flight[str(seq)] for seq in resumed if str(seq) in state.in_flight}
+        self._overlapped = {seq for seq in state.overlapped if seq in self._in_flight}
+        self._died = set(state.died) if self._in_flight else set()
+        isolated = ((seq, self._consumer.find(seq)) for seq in state.isolated)
+        self._isolated_retries = {seq: delivery for seq, delivery in isolated if delivery is not None}
+        candidate = self._consumer.find(state.candidate) if state.candidate is not None else None
+        if candidate is not None:
+            self._crash_candidate = (state.candidate_run, candidate, state.candidate_at)
 
     def begin(self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None]) -> None:
         """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it."""

@@ -16,12 +16,21 @@ from host.wire.strict_json import peer_of
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
+from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import ConnectRun, EnsureRun
 from isolator.linux.descriptors import close_all
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
+
+
+class SidecarState(Body):
+    """The link to a sidecar on its way to another host."""
+
+    run: str | None
+    reached: str | None
+    draining: str | None
 
 
 class SidecarLink:
@@ -33,6 +42,8 @@ class SidecarLink:
         """The run that is delivered to, if any."""
         self.status = "idle"
         """Present step of delivery, for listings: idle, holding, starting, connecting or in_flight."""
+        self.leaving = False
+        """No request is begun any more: another process takes this one's place."""
         self._supervisor, self._audit = supervisor, audit
         self._reached: str | None = None
         self._draining: str | None = None
@@ -43,7 +54,7 @@ class SidecarLink:
     @property
     def accepts(self) -> bool:
         """Whether a run is there to which requests may be sent."""
-        return self.run is not None and self.run != self._draining
+        return self.run is not None and self.run != self._draining and not self.leaving
 
     @property
     def reached(self) -> bool:
@@ -95,8 +106,22 @@ class SidecarLink:
         """Count a request until ``end_request``; raises NotSentError when the run is being stopped."""
         if run == self._draining:
             raise NotSentError("the plugin is being stopped")
+        if self.leaving:
+            raise NotSentError("the host is being renewed")
+        self.take_request()
+
+    def take_request(self) -> None:
+        """Count a request that another host has sent, until ``end_request``."""
         self._unanswered += 1
         self._all_answered.clear()
+
+    def pass_on(self) -> SidecarState:
+        """The state of the link for the successor of this process."""
+        return SidecarState(run=self.run, reached=self._reached, draining=self._draining)
+
+    def take_over(self, state: SidecarState) -> None:
+        """Go on with the link of another host."""
+        self.run, self._reached, self._draining = state.run, state.reached, state.draining
 
     def end_request(self) -> None:
         """Count a request as answered, or as never to be answered."""

@@ -14,12 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, Outcome, meta_of, params_text, read_reply
-from host.channel.stream import CPU_A_SECOND, CPU_AT_ONCE, Greeting, Reply, StreamConnection, open_stream
+from host.channel.stream import (
+    CPU_A_SECOND,
+    CPU_AT_ONCE,
+    Greeting,
+    Reply,
+    StreamConnection,
+    StreamState,
+    open_stream,
+)
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
 
 HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
@@ -41,6 +51,37 @@ class _Session:
         return self.is_open and capability in self.greeting.capabilities
 
 
+class AwaitedState(Body):
+    """A request in flight, on its way to another host."""
+
+    seq: int
+    sent_ns: int
+
+
+class SessionState(Body):
+    """The connection to a run, on its way to another host."""
+
+    run: str
+    connection: StreamState
+    protocol: str
+    handles: tuple[str, ...]
+    capabilities: tuple[str, ...]
+    requests: dict[str, AwaitedState]
+    """by number"""
+
+
+@dataclass(eq=False)
+class _Awaited:
+    """A reply that is awaited, from before its request is sent."""
+
+    plugin: Plugin
+    delivery: Delivery
+    run: str
+    number: str
+    reply: Reply
+    sent_ns: int = 0
+
+
 class StreamDelivery:
     """Delivers events to one plugin in stream mode."""
 
@@ -55,8 +96,8 @@ class StreamDelivery:
         self._sidecar, self._outcomes, self._catalogue, self._api = sidecar, outcomes, catalogue, api
         self._redact = redact
         self._session: _Session | None = None
-        self._replies: set[Reply] = set()
-        """Replies that are awaited, each from before its request is sent."""
+        self._replies: dict[Reply, _Awaited] = {}
+        self._connecting = False
         self._slot = asyncio.Event()
         self._cpu = TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
 
@@ -93,33 +134,35 @@ class StreamDelivery:
         self._send(plugin, delivery, session, number, request)
 
     def _send(self, plugin: Plugin, delivery: Delivery, session: _Session, number: str, request: bytes) -> None:
-        sent_ns = 0
+        self._sidecar.begin_request(session.run)
+        awaited = self._await(plugin, delivery, session.run, number)
 
         def send() -> None:
-            nonlocal sent_ns
-            sent_ns = time.perf_counter_ns()
-            session.connection.write(number, request, plugin.timeout, reply)
+            awaited.sent_ns = time.perf_counter_ns()
+            session.connection.write(number, request, plugin.timeout, awaited.reply)
 
-        def replied(reply: Reply) -> None:
-            self._replies.discard(reply)
-            self._slot.set()
-            self._sidecar.end_request()
-            if reply.cancelled():  # the worker ends
-                return
-            broken = False
-            try:
-                outcome = read_reply(reply.result()[1], expect=number)
-            except (LostError, NotSentError) as error:
-                outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
-            latency = (time.perf_counter_ns() - sent_ns) // 1000
-            self._outcomes.conclude(plugin, delivery, session.run, outcome, latency, broken=broken)
-
-        self._sidecar.begin_request(session.run)
-        reply: Reply = asyncio.get_running_loop().create_future()
-        reply.add_done_callback(replied)
-        self._replies.add(reply)
         self._outcomes.begin(delivery, session.run, request, send)
         self._sidecar.status = "in_flight"
+
+    def _await(self, plugin: Plugin, delivery: Delivery, run: str, number: str) -> _Awaited:
+        reply: Reply = asyncio.get_running_loop().create_future()
+        reply.add_done_callback(self._replied)
+        awaited = self._replies[reply] = _Awaited(plugin, delivery, run, number, reply)
+        return awaited
+
+    def _replied(self, reply: Reply) -> None:
+        awaited = self._replies.pop(reply)
+        self._slot.set()
+        self._sidecar.end_request()
+        if reply.cancelled():  # the worker ends
+            return
+        broken = False
+        try:
+            outcome = read_reply(reply.result()[1], expect=awaited.number)
+        except (LostError, NotSentError) as error:
+            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
+        latency = (time.perf_counter_ns() - awaited.sent_ns) // 1000
+        self._outcomes.conclude(awaited.plugin, awaited.delivery, awaited.run, outcome, latency, broken=broken)
 
     async def _free_slot(self, plugin: Plugin) -> None:
         """Wait until one more request may be in flight; during isolated retries, until none is."""
@@ -136,19 +179,20 @@ class StreamDelivery:
                 return self._session
             self._session.connection.close()
             self._session = None
+        self._connecting = True
+        try:
+            self._session = await self._open(plugin)
+        finally:
+            self._connecting = False
+        return self._session
+
+    async def _open(self, plugin: Plugin) -> _Session:
         sock, run = await self._sidecar.connect()
         foreign = self._sidecar.check_peer(sock, plugin, run)
         if foreign is not None:
             sock.close()
             raise NotSentError(foreign)
-
-        async def call(method: str, params: Any) -> dict[str, Any]:
-            return await self._api(plugin.name, run, method, params)
-
-        def breach(why: str) -> None:
-            self._sidecar.record_fault(run, f"protocol: {why}")
-
-        connection = await open_stream(sock, call, breach, self._cpu, self._redact)
+        connection = await open_stream(sock, lambda: self._connection(run))
         spec = plugin.manifest
         greeting = await connection.hello(
             plugin={"name": plugin.name, "version": plugin.version},
@@ -159,8 +203,71 @@ class StreamDelivery:
                 "deadline_ms": round(plugin.timeout * 1000),
             },
         )
-        self._session = _Session(run, connection, greeting)
-        return self._session
+        return _Session(run, connection, greeting)
+
+    def _connection(self, run: str) -> StreamConnection:
+        async def call(method: str, params: Any) -> dict[str, Any]:
+            return await self._api(self._sidecar.name, run, method, params)
+
+        def breach(why: str) -> None:
+            self._sidecar.record_fault(run, f"protocol: {why}")
+
+        return StreamConnection(call, breach, self._cpu, self._redact)
+
+    # One host in the place of another
+
+    def hold(self) -> None:
+        """Read nothing of the connection from now on."""
+        if self._session is not None:
+            self._session.connection.hold("leaving")
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something is under way that cannot be handed on: a greeting, or a call of the plugin's."""
+        return self._connecting or (self._session is not None and self._session.connection.busy)
+
+    @property
+    def replied(self) -> bool:
+        """Whether a reply is there that is not concluded yet."""
+        return any(reply.done() for reply in self._replies)
+
+    def pass_on(self, departure: Departure) -> SessionState | None:
+        """Hand on the connection with every request that is in flight over it."""
+        session = self._session
+        if session is None or not session.connection.is_open:
+            return None
+        connection = session.connection.pass_on_all(departure)
+        requests = {
+            one.number: AwaitedState(seq=one.delivery.seq, sent_ns=one.sent_ns)
+            for one in self._replies.values()
+            if one.number in connection.deadlines
+        }
+        for reply in list(self._replies):
+            reply.cancel()
+        return SessionState(
+            run=session.run,
+            connection=connection,
+            protocol=session.greeting.protocol,
+            handles=tuple(session.greeting.handles),
+            capabilities=tuple(session.greeting.capabilities),
+            requests=requests,
+        )
+
+    async def take_over(
+        self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: SessionState, descriptors: Descriptors
+    ) -> None:
+        """Go on with the connection of another host, and with the requests of these deliveries, by event number."""
+        awaited: dict[str, Reply] = {}
+        for number, request in state.requests.items():
+            delivery = deliveries.get(request.seq)
+            if plugin is not None and delivery is not None:
+                self._sidecar.take_request()
+                one = self._await(plugin, delivery, state.run, number)
+                one.sent_ns, awaited[number] = request.sent_ns, one.reply
+        connection = self._connection(state.run)
+        greeting = Greeting(state.protocol, frozenset(state.handles), frozenset(state.capabilities))
+        self._session = _Session(state.run, connection, greeting)
+        await connection.take_over_all(state.connection, awaited, descriptors)
 
     async def ping(self, timeout: float) -> None:
         """Send ``ping`` over an open, quiet stream; raises LostError, NotSentError.
@@ -188,7 +295,7 @@ class StreamDelivery:
 
     def close(self) -> None:
         """Await no more replies and close the connection."""
-        for reply in self._replies:
+        for reply in list(self._replies):
             reply.cancel()
         if self._session is not None:
             self._session.connection.close()

@@ -18,13 +18,15 @@ from typing import Any
 
 from host.channel.reply import LostError, NotSentError
 from host.delivery.gate import DispatchGate
-from host.delivery.oneshot import OneshotDelivery
-from host.delivery.outcome import Outcomes
-from host.delivery.sidecar import SidecarLink
-from host.delivery.stream import StreamDelivery
+from host.delivery.oneshot import OneshotDelivery, OneshotState
+from host.delivery.outcome import Outcomes, OutcomeState
+from host.delivery.sidecar import SidecarLink, SidecarState
+from host.delivery.stream import SessionState, StreamDelivery
 from host.plugins.registry import Plugin, Registry
-from host.queue.interface import Consumer, Delivery
+from host.queue.interface import Consumer, Delivery, KeptState
 from isolator.errors import IsolatorError
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.pacing import Backoff
 
@@ -36,8 +38,26 @@ HOLD_FIRST, HOLD_LONGEST = 0.25, 30.0
 """Seconds: pauses of a worker that is blocked."""
 
 
+class WorkerState(Body):
+    """A worker on its way to another host."""
+
+    plugin: str
+    sidecar: SidecarState
+    oneshot: OneshotState
+    session: SessionState | None
+    outcomes: OutcomeState
+    kept: tuple[KeptState, ...]
+    last_used: float
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """The numbers of the events whose requests are unanswered."""
+        requests = [one.seq for one in self.session.requests.values()] if self.session is not None else []
+        return (*requests, *([self.oneshot.request.seq] if self.oneshot.request is not None else []))
+
+
 class Worker:
-    """Delivers one plugin's events until it is closed."""
+    """Delivers one plugin's events until it is closed. ``before``: another host's worker, to go on from."""
 
     def __init__(
         self,
@@ -48,6 +68,7 @@ class Worker:
         outcomes: Outcomes,
         oneshot: OneshotDelivery,
         stream: StreamDelivery,
+        before: tuple[WorkerState, Descriptors] | None = None,
     ) -> None:
         self.name = sidecar.name
         self.blocked_on: str | None = None
@@ -59,6 +80,14 @@ class Worker:
         self._sidecar, self._outcomes, self._oneshot, self._stream = sidecar, outcomes, oneshot, stream
         self._woken = asyncio.Event()
         self._backoff = Backoff(HOLD_FIRST, HOLD_LONGEST)
+        self._taken: Delivery | None = None
+        """The delivery that is to be sent next."""
+        self._before = before
+        self._resumed: asyncio.Future[None] = loop.create_future()
+        """Done once the requests of another host, if there are any, are awaited here."""
+        if before is not None:
+            self._sidecar.take_over(before[0].sidecar)
+            self.last_used = before[0].last_used
         self._tasks = Tasks()
         self._tasks.keep(f"dispatch of {self.name}", self._work)
 
@@ -136,21 +165,91 @@ class Worker:
         elif not self.busy:
             await self._oneshot.ping(timeout)
 
+    # One host in the place of another
+
+    def hold(self) -> None:
+        """Begin nothing from now on: another process takes this one's place."""
+        self._sidecar.leaving = True
+        self._stream.hold()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something is under way that cannot be handed on, and may soon be over."""
+        return self._oneshot.unsettled or self._stream.unsettled
+
+    @property
+    def replied(self) -> bool:
+        """Whether a reply is there that is not concluded yet; it will be in a turn of the event loop or two."""
+        return self._oneshot.replied or self._stream.replied
+
+    def pass_on(self, departure: Departure) -> WorkerState:
+        """Hand everything to the successor of this process, the requests in flight with it, and stop."""
+        began = self._taken is None or self._oneshot.began(self._taken)
+        state = WorkerState(
+            plugin=self.name,
+            sidecar=self._sidecar.pass_on(),
+            oneshot=self._oneshot.pass_on(departure),
+            session=self._stream.pass_on(departure),
+            outcomes=self._outcomes.pass_on(),
+            kept=self._consumer.pass_on(),
+            last_used=self.last_used,
+        )
+        self._tasks.cancel()
+        if self._taken is not None and not began:
+            self._consumer.release(self._taken)
+        return state
+
+    async def taken_over(self) -> None:
+        """Return once the requests of the other host are awaited here; raises what kept them from it."""
+        await asyncio.shield(self._resumed)
+
+    async def _resume(self, before: WorkerState, descriptors: Descriptors) -> None:
+        plugin = self._registry.get(self.name)
+        found = {seq: self._consumer.retake(seq) for seq in before.in_flight if plugin is not None}
+        deliveries = {seq: delivery for seq, delivery in found.items() if delivery is not None}
+        self._consumer.restore(before.kept)
+        self._outcomes.take_over(before.outcomes, deliveries)
+        if before.session is not None:
+            await self._stream.take_over(plugin, deliveries, before.session, descriptors)
+        request = before.oneshot.request
+        delivery = deliveries.get(request.seq) if request is not None else None
+        taken = self._oneshot.take_over(plugin, delivery, before.oneshot, descriptors)
+        self._resumed.set_result(None)
+        if taken is not None:
+            await self._oneshot.go_on(taken)
+
+    async def _begin(self) -> None:
+        before, self._before = self._before, None
+        try:
+            if before is not None:
+                await self._resume(*before)
+        except Exception as error:
+            if not self._resumed.done():
+                self._resumed.set_exception(error)
+            raise
+        if not self._resumed.done():
+            self._resumed.set_result(None)
+
     async def _work(self) -> None:
+        await self._begin()
         while True:
             self._sidecar.status = "idle"
-            delivery = await self._consumer.take(self._prepare)
+            delivery = self._taken = await self._consumer.take(self._prepare)
             await self._gate.wait_open()
+            if self._sidecar.leaving:
+                await asyncio.Event().wait()  # pass_on ends it
             try:
                 await self._deliver(delivery)
                 self._backoff.reset()
                 self.blocked_on = None
             except (NotSentError, IsolatorError) as error:
                 self._consumer.release(delivery)
+                self._taken = None
                 await self._back_off(str(error))
             except Exception as error:  # this delivery's: it counts as an attempt, and those behind it go on
                 _log.exception("plugin %s: a delivery failed within the host", self.name)
                 self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
+            self._taken = None
 
     def _note_failure(self, delivery: Delivery, why: str) -> None:
         plugin = self._registry.get(self.name)

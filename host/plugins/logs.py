@@ -16,13 +16,15 @@ import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from host.plugins.secrets import Redactor
 from host.wire.strict_json import dumps
 from isolator.audit.client import utc_now
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
 
 MAX_LINE = 64 * 1024
 RATE = 1 << 20
@@ -62,6 +64,28 @@ def bounded(drained: asyncio.Event, notify: Callable[[str, Mapping[str, Any]], N
         notify("log", entry)
 
     return follow
+
+
+class PipeState(Body):
+    """A pipe on its way to another host."""
+
+    run: str
+    stream: str
+    fd: int
+    partial: str
+    """the beginning of a line whose rest is to come"""
+    torn: bool
+
+
+class LogState(Body):
+    """A plugin's log on its way to another host."""
+
+    plugin: str
+    dropped: int
+    unreported: int
+    stderr_runs: tuple[str, ...]
+    stderr_lines: tuple[str, ...]
+    pipes: tuple[PipeState, ...]
 
 
 class PluginLog:
@@ -137,6 +161,23 @@ class PluginLog:
         self.close()
         for path in (self.path, *(self._old(n) for n in range(1, KEPT))):
             path.unlink(missing_ok=True)
+
+    def pass_on(self, pipes: Iterable[PipeState]) -> LogState:
+        """Hand the log on, with its pipes."""
+        return LogState(
+            plugin=self.name,
+            dropped=self.dropped,
+            unreported=self._unreported,
+            stderr_runs=tuple(run or "" for run, _ in self.stderr_tail),
+            stderr_lines=tuple(line for _, line in self.stderr_tail),
+            pipes=tuple(pipes),
+        )
+
+    def take_over(self, state: LogState) -> None:
+        """Go on with the log of another host."""
+        self.dropped, self._unreported = state.dropped, state.unreported
+        runs = (run or None for run in state.stderr_runs)
+        self.stderr_tail.extend(zip(runs, state.stderr_lines, strict=True))
 
     def close(self) -> None:
         """Close the file."""
@@ -258,12 +299,28 @@ class _Pipe:
             self._partial, self._torn = b"", True
         self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
 
-    def close(self) -> None:
-        if self._fd < 0:
-            return
+    def pass_on(self, departure: Departure) -> PipeState:
+        """Hand the pipe to the successor of this process: its lines are stored, the half of one goes along."""
+        self._let_go()
+        self._store(len(self._lines))
+        number, self._fd = departure.add(self._fd), -1
+        return PipeState(
+            run=self.run, stream=self.stream, fd=number, partial=to_text(self._partial), torn=self._torn
+        )  # fmt: skip
+
+    def take_over(self, state: PipeState) -> None:
+        """Go on with the half of a line that another host has read."""
+        self._partial, self._torn = to_bytes(state.partial), state.torn
+
+    def _let_go(self) -> None:
         if self._beat is not None:
             self._beat.cancel()
         self._loop.remove_reader(self._fd)
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        self._let_go()
         os.close(self._fd)
         self._fd = -1
         self._store(len(self._lines))
@@ -306,6 +363,25 @@ class Logs:
         pipes = self._pipes.setdefault(name, set())
         for stream, fd in (("stdout", stdout), ("stderr", stderr)):
             pipes.add(_Pipe(log, run, stream, fd, self._null, pipes.discard))
+
+    def pass_on(self, departure: Departure) -> tuple[LogState, ...]:
+        """Hand every log to the successor of this process, with the pipes that are open."""
+        states = []
+        for name, log in self._logs.items():
+            states.append(log.pass_on([pipe.pass_on(departure) for pipe in self._pipes.pop(name, ())]))
+            log.close()
+        return tuple(states)
+
+    def take_over(self, states: Iterable[LogState], descriptors: Descriptors) -> None:
+        """Go on with the logs of another host."""
+        for state in states:
+            log = self.of(state.plugin)
+            log.take_over(state)
+            pipes = self._pipes.setdefault(state.plugin, set())
+            for one in state.pipes:
+                pipe = _Pipe(log, one.run, one.stream, descriptors.take(one.fd), self._null, pipes.discard)
+                pipe.take_over(one)
+                pipes.add(pipe)
 
     def remove(self, name: str) -> None:
         """Delete the log of a removed plugin."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from host.queue.interface import Delivery, Result
+from host.queue.interface import Delivery, KeptState, Result
 from host.queue.lane import Lane
 
 _PREFETCH = 64
@@ -40,6 +40,8 @@ class SqliteConsumer:
         self._timer: asyncio.TimerHandle | None = None
         self._on_delivery_pending: Callable[[], bool] | None = None
         self._closed = False
+        self._in_flight: dict[int, Delivery] = {}
+        """Deliveries that another host has sent, until they are taken again."""
         self.reserved = 0
         """Deliveries that are being written: they count against the limit."""
 
@@ -133,12 +135,48 @@ class SqliteConsumer:
         delivery.crashes += 1
         self._rows.write_crashes(delivery)
 
+    def find(self, seq: int) -> Delivery | None:
+        return next((delivery for delivery in self._lane.pending() if delivery.seq == seq), None)
+
+    def add_in_flight(self, delivery: Delivery) -> None:
+        """Let a delivery enter the lane whose request another host has sent: ``retake`` takes it."""
+        delivery.taken = True
+        self._lane.add(delivery)
+        self._in_flight[delivery.seq] = delivery
+
+    def retake(self, seq: int) -> Delivery | None:
+        delivery = self._in_flight.get(seq)
+        if delivery is None:
+            return None
+        self._rows.load(delivery, ())
+        return self._in_flight.pop(seq) if delivery.event is not None else None
+
+    def not_retaken(self) -> list[Delivery]:
+        """The deliveries that were in flight and that nobody takes: their replies cannot come."""
+        left, self._in_flight = list(self._in_flight.values()), {}
+        return left
+
+    def pass_on(self) -> tuple[KeptState, ...]:
+        pending = self._lane.pending()
+        for delivery in pending:
+            if delivery.counted:
+                self._rows.write(delivery, Result("queued"), 0.0)
+        kept = (d for d in pending if d.unreadable or d.busy)
+        return tuple(KeptState(seq=d.seq, unreadable=d.unreadable, busy=d.busy) for d in kept)
+
+    def restore(self, kept: Iterable[KeptState]) -> None:
+        figures = {one.seq: one for one in kept}
+        for delivery in self._lane.pending() if figures else ():
+            if delivery.seq in figures:
+                delivery.unreadable, delivery.busy = figures[delivery.seq].unreadable, figures[delivery.seq].busy
+
     def drop_all(self) -> int:
         """Forget everything that is pending, and whatever still comes (the plugin is removed); returns how many."""
         self._closed = True
         pending = self._lane.pending()
         for delivery in pending:
             delivery.final = True
+        self._in_flight.clear()
         self._lane = Lane()
         self._wake()
         return len(pending)

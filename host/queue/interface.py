@@ -9,10 +9,11 @@ never taken).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from isolator.ipc.body import Body
 from isolator.pacing import Backoff
 
 State = Literal["queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined"]
@@ -124,6 +125,14 @@ class Result:
     latency_us: int | None = None
 
 
+class KeptState(Body):
+    """A delivery's figures that are in no database, on their way to another host."""
+
+    seq: int
+    unreadable: int
+    busy: int
+
+
 class Consumer(Protocol):
     """One plugin's deliveries, for one taker."""
 
@@ -160,6 +169,21 @@ class Consumer(Protocol):
 
     def count_crash(self, delivery: Delivery) -> None:
         """Count a crash of the plugin that the delivery is held responsible for."""
+
+    def find(self, seq: int) -> Delivery | None:
+        """The delivery of that event, unless it is final."""
+
+    def retake(self, seq: int) -> Delivery | None:
+        """The delivery of that event, which another host had taken and whose request it has sent; its event is loaded.
+
+        None when there is no such delivery any more. Only for those that the queue was opened with (``in_flight``).
+        """
+
+    def pass_on(self) -> tuple[KeptState, ...]:
+        """Let no attempt count that was not begun; returns what the database does not have, for another host."""
+
+    def restore(self, kept: Iterable[KeptState]) -> None:
+        """Take over what another host's consumer passed on."""
 
 
 class Queue(Protocol):

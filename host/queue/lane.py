@@ -29,14 +29,15 @@ class Lane:
         self._number = itertools.count()
 
     def add(self, delivery: Delivery) -> None:
-        """Append a delivery; within its key it comes after all that were added before."""
+        """Append a delivery; within its key it comes after all that were added before. It may be ``taken`` already."""
         self.depth += 1
         line = self._keys.get(self._key(delivery))
         if line is not None:
             line.append(delivery)
             return
         self._keys[self._key(delivery)] = deque((delivery,))
-        self._offer(delivery)
+        if not delivery.taken:
+            self._offer(delivery)
 
     def pop(self, now: float) -> Delivery | None:
         """Take the oldest delivery that may go at ``now``; None if there is none."""

@@ -8,7 +8,8 @@ Outcomes are written in the same order in which they happen and ride along with 
 log holds a prefix of history, so events that are delivered twice are delivered twice *in order*.
 
 At start every delivery that is not final goes back into its lane. One that was in flight counts as an attempt whose
-outcome is unknown and waits for its back-off.
+outcome is unknown and waits for its back-off; where this process takes the place of another, whose requests it goes on
+with, it stays in flight.
 
 The database stays bounded: finished deliveries are dropped after ``keep_seconds`` or beyond ``keep_events`` events,
 dead ones beyond ``keep_dead`` per plugin. A plugin's queue holds at most ``limit`` deliveries; one more is recorded
@@ -21,7 +22,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -57,6 +58,8 @@ _PENDING_TYPES: tuple[Any, ...] = (int, str, (str, type(None)), int, int, (int, 
 LONGEST_WAIT = 720.0
 """Seconds: the longest back-off with its spread. A row that is due later was written under another clock."""
 
+_INTERRUPTED = Result("retry", detail="the host stopped while this was in flight")
+
 Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 
@@ -86,7 +89,8 @@ class _Accept:
 class SqliteQueue:
     """The queue of one host process; see ``host.queue.interface.Queue``.
 
-    ``after``: events get higher numbers than this one.
+    ``after``: events get higher numbers than this one. ``in_flight``: event numbers by plugin of the deliveries whose
+    requests this process takes over from another (``Consumer.retake``).
     ``on_accepted`` is called once per accepted event when it is safe, before anything of it can be dispatched;
     ``on_ready`` when events have entered their lanes: the takers that waited for them run in the loop's next turn;
     ``on_expired`` for each delivery that expired unsent.
@@ -101,6 +105,7 @@ class SqliteQueue:
         keep_seconds: float = 14 * 86400.0,
         keep_dead: int = 10_000,
         after: int = 0,
+        in_flight: Mapping[str, Collection[int]] | None = None,
         on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None,
         on_ready: Callable[[], None] = lambda: None,
         on_expired: Callable[[Delivery], None] = lambda _: None,
@@ -120,7 +125,7 @@ class SqliteQueue:
         self._since_prune = self._pruned = 0
         self.unreadable = 0
         """Deliveries whose rows are damaged; they are left alone."""
-        self._recover()
+        self._recover(in_flight or {})
 
     # Accepting
 
@@ -440,7 +445,13 @@ class SqliteQueue:
         """Number of pending deliveries by plugin."""
         return {plugin: consumer.depth for plugin, consumer in self._consumers.items()}
 
-    def _recover(self) -> None:
+    def end_lost_requests(self) -> None:
+        """Repeat the deliveries whose requests were to be taken over and were not, as after a crash of the host."""
+        for consumer in self._consumers.values():
+            for delivery in consumer.not_retaken():
+                consumer.nak(delivery, _INTERRUPTED, delay=RETRY_BACKOFF.after(delivery.attempts - 1))
+
+    def _recover(self, in_flight: Mapping[str, Collection[int]]) -> None:
         now, loop_now = time.time(), self._loop.time()
         pending = self.store.read(
             lambda db: db.execute(
@@ -455,9 +466,12 @@ class SqliteQueue:
             seq, plugin, key, attempts, crashes, due_at, expires, state = row
             due = due_at
             delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
+            if state == "in_flight" and seq in in_flight.get(plugin, ()):
+                self._consumer(plugin).add_in_flight(delivery)
+                continue
             if state == "in_flight":
                 due = now + RETRY_BACKOFF.after(attempts - 1)
-                self._write(delivery, Result("retry", detail="the host stopped while this was in flight"), due)
+                self._write(delivery, _INTERRUPTED, due)
             if due > 0.0:
                 # The clock may have been set back meanwhile.
                 delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)

@@ -12,9 +12,12 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from isolator.ipc.accept_loop import AcceptLoop
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
 from isolator.pacing import TokenBucket
 
 LINGER = 2.0
@@ -24,6 +27,15 @@ LINGER = 2.0
 LONG_LINE = 4096
 """Bytes from which on the time that a line takes is counted: of shorter ones the budget of bytes is enough."""
 _BLANK = re.compile(rb"\n+")
+
+
+class LineState(Body):
+    """A connection on its way to another process."""
+
+    socket: int
+    unread: str
+    """bytes that were received and not handled"""
+    unsent: str
 
 
 class LineProtocol(asyncio.Protocol):
@@ -47,6 +59,8 @@ class LineProtocol(asyncio.Protocol):
         """Offset in the buffer before which there is no newline."""
         self._held: set[str] = set()
         self._scheduled = False
+        self._unsent = b""
+        """Bytes to write first: those of the process whose connection this was."""
 
     def line_received(self, data: bytes) -> None:
         """Handle a complete line, without its newline."""
@@ -64,6 +78,55 @@ class LineProtocol(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(high=self.write_high)
+        if self._unsent:
+            transport.write(self._unsent)
+            self._unsent = b""
+        if self._held:
+            transport.pause_reading()
+        elif self._buffer:
+            self._schedule()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection may be read and written."""
+        return self.transport is not None and not self.transport.is_closing()
+
+    def pass_on(self, departure: Departure, *, again: Iterable[bytes] = ()) -> LineState:
+        """Hand an open connection to the successor of this process, and let go of it; ``again``: lines to read again.
+
+        Nothing is read or written here any more, and ``connection_lost`` is not called.
+        """
+        transport = self.transport
+        assert transport is not None
+        unread = b"".join(line + b"\n" for line in again) + self._buffer
+        number = departure.copy(transport.get_extra_info("socket").fileno())
+        state = LineState(socket=number, unread=to_text(unread), unsent=to_text(_unsent(transport)))
+        self.transport = None
+        self._buffer.clear()
+        # Off the loop for good, though the connection stays open by its copy: only this process's descriptor is closed.
+        transport.set_protocol(asyncio.Protocol())
+        transport.abort()
+        return state
+
+    async def take_over(self, state: LineState, descriptors: Descriptors) -> None:
+        """Go on with the connection of another process; raises UsageError, OSError.
+
+        Nothing is read before ``begin``.
+        """
+        self.hold("taken over")
+        sock = socket.socket(fileno=descriptors.take(state.socket))
+        try:
+            self._buffer += to_bytes(state.unread)
+            self._unsent = to_bytes(state.unsent)
+            sock.setblocking(False)
+            await self._loop.connect_accepted_socket(lambda: self, sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    def begin(self) -> None:
+        """Read the connection that was taken over."""
+        self.unhold("taken over")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -167,6 +230,14 @@ class LineProtocol(asyncio.Protocol):
         self.close()
 
 
+def _unsent(transport: asyncio.Transport) -> bytes:
+    """Bytes that a transport has not sent yet, for which asyncio has no interface."""
+    buffer: bytearray | deque[bytes] = transport._buffer  # type: ignore[attr-defined]
+    unsent = bytes(buffer) if isinstance(buffer, bytearray) else b"".join(buffer)
+    assert len(unsent) == transport.get_write_buffer_size()
+    return unsent
+
+
 class Acceptor(AcceptLoop):
     """Accepts connections, each with a protocol of its own, within ``budget`` a second; ``refuse`` as in AcceptLoop.
 
@@ -192,3 +263,7 @@ class Acceptor(AcceptLoop):
         task = self._loop.create_task(self._loop.connect_accepted_socket(self._made, connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def accepted_all(self) -> None:
+        """Return once each connection that was accepted has its protocol."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from isolator.audit.record import Incoming
 from isolator.audit.schema import RECORDS, EventDispatched, EventResponse, NetClosed, NetConnect
+from isolator.ipc.body import Body
 
 TAGGED = frozenset(type for type, kind in RECORDS.items() if kind.CAUSED)
 _LINGER_NS = 30 * 10**9
@@ -32,6 +33,34 @@ _FOREVER = 1 << 62
 
 _Causes = tuple[tuple[str, str | None], ...]
 """Events and their deliveries."""
+
+
+class WindowState(Body):
+    """A delivery that is or was in flight, on its way to another writer."""
+
+    plugin: str
+    event: str
+    delivery: str | None
+    run: str | None
+    start: int
+    end: int
+    """beyond all time: it is in flight"""
+
+
+class FlowCause(Body):
+    """The events that a connection belongs to, on their way to another writer."""
+
+    run: str | None
+    flow: str
+    events: tuple[str, ...]
+    deliveries: tuple[str | None, ...]
+
+
+class CauseState(Body):
+    """What is known of causes, on its way to another writer."""
+
+    windows: tuple[WindowState, ...]
+    flows: tuple[FlowCause, ...]
 
 
 @dataclass
@@ -102,6 +131,32 @@ class Causes:
             windows.begin(Window(record.event_id, record.delivery_id, record.run, at))
         elif record.type == EventResponse.TYPE and record.plugin in self._windows:
             self._windows[record.plugin].finish((record.event_id, record.delivery_id), at)
+
+    def pass_on(self) -> CauseState:
+        """Everything for another writer: by plugin the finished windows in the order of their ends, then the others."""
+        windows = (
+            WindowState(plugin=plugin, event=w.event_id, delivery=w.delivery_id, run=w.run, start=w.start, end=w.end)
+            for plugin, of in self._windows.items()
+            for w in (*of.finished, *of.open.values())
+        )
+        flows = (
+            FlowCause(run=run, flow=flow, events=tuple(e for e, _ in causes), deliveries=tuple(d for _, d in causes))
+            for (run, flow), causes in self._flows.items()
+        )
+        return CauseState(windows=tuple(windows), flows=tuple(flows))
+
+    def take_over(self, state: CauseState) -> None:
+        """Go on with what another writer knew."""
+        self._windows.clear()
+        for one in state.windows:
+            window = Window(one.event, one.delivery, one.run, one.start, one.end)
+            of = self._windows.setdefault(one.plugin, _Windows())
+            if one.end == _FOREVER:
+                of.open[window.event_id, window.delivery_id] = window
+            else:
+                of.finished.append(window)
+        for flow in state.flows:
+            self._flows[flow.run, flow.flow] = tuple(zip(flow.events, flow.deliveries, strict=True))
 
     def host_restarted(self, now: int) -> None:
         """Finish every window: the events in flight were those of the old host process."""

@@ -23,7 +23,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
+from isolator.ipc.body import Body
 from isolator.ipc.channel import MAX_PACKET
+from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import AuditClientState
@@ -41,6 +43,23 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).
 def utc_now() -> str:
     """The current time in the form of the trail: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
     return datetime.now(UTC).isoformat(timespec="microseconds")[:26] + "Z"
+
+
+class SenderState(Body):
+    """A sender of records on its way to another process."""
+
+    socket: int
+    """-1: there was no audit process"""
+    session: str
+    number: int
+    answered: int
+    unacked: tuple[str, ...]
+    pending: tuple[str, ...]
+    sent: int
+    acked: int
+    lost: int
+    blocked: str | None
+    alarm: str | None
 
 
 class AuditClient:
@@ -152,6 +171,39 @@ class AuditClient:
     async def writable(self) -> None:
         """Wait while the trail cannot be written (nothing may start or be dispatched meanwhile)."""
         await self._until(lambda: self.blocked is None)
+
+    def pass_on(self, departure: Departure) -> SenderState:
+        """Hand everything to the successor of this process, which goes on in this one's place; sends no more here."""
+        self.flush()
+        state = SenderState(
+            socket=departure.copy(self._sock.fileno()) if self._sock is not None else -1,
+            session=self._session,
+            number=self._number,
+            answered=self._answered,
+            unacked=tuple(line.decode() for line in self._unacked),
+            pending=tuple(line.decode() for line in self._pending),
+            sent=self.sent,
+            acked=self.acked,
+            lost=self.lost,
+            blocked=self.blocked,
+            alarm=self.alarm,
+        )
+        self._pending.clear()
+        self.close()
+        return state
+
+    def take_over(self, state: SenderState, descriptors: Descriptors) -> None:
+        """Go on in the place of another sender: with its socket, and the numbers of its records."""
+        self._session, self._number, self._answered = state.session, state.number, state.answered
+        self._unacked = deque(line.encode() for line in state.unacked)
+        self._pending = deque(line.encode() for line in state.pending)
+        self.sent, self.acked, self.lost = state.sent, state.acked, state.lost
+        self.blocked, self.alarm = state.blocked, state.alarm
+        if state.socket >= 0:
+            self._sock = socket.socket(fileno=descriptors.take(state.socket))
+            self._sock.setblocking(False)
+            self._loop.add_reader(self._sock, self._readable)
+            self.flush()
 
     def reconnect(self, sock: socket.socket) -> None:
         """Continue with a new writer: what the old one did not acknowledge is sent again under the same numbers."""

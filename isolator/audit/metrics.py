@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -18,6 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from isolator.audit.record import Incoming
 from isolator.audit.schema import AUDIT, RETENTION, ApiCalled, AuditGap, FsDenied, Resources, SyscallDenied
+from isolator.ipc.body import Body
 
 MAX_LABELS = 4096
 _REQUEST_TIME = 5.0
@@ -33,6 +35,14 @@ _RESOURCES = {
 }
 _PRESENT = ("memory", "tasks", "open_files")
 """Fields that are 0 once the plugin has ended; the others keep their last value."""
+
+
+class MetricState(Body):
+    """A value of a counter or gauge, on its way to another audit process."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
 
 
 class Metrics:
@@ -74,6 +84,33 @@ class Metrics:
         }
         self._children: dict[tuple[Any, ...], Any] = {}
         self._queues: set[str] = set()
+
+    def pass_on(self) -> tuple[MetricState, ...]:
+        """The values of counters and gauges; histograms begin anew, as they may at any time."""
+        return tuple(
+            MetricState(name=name, labels=dict(sample.labels), value=sample.value)
+            for name, metric in self._by_name().items()
+            for family in metric.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        )
+
+    def take_over(self, values: Iterable[MetricState]) -> None:
+        """Go on with the values of another audit process."""
+        metrics = self._by_name()
+        for one in values:
+            metric = metrics[one.name]
+            child = metric.labels(**one.labels) if one.labels else metric
+            if isinstance(child, Gauge):
+                child.set(one.value)
+            else:
+                child.inc(one.value)
+            if metric is self._waiting:
+                self._queues.add(one.labels["plugin"])
+
+    def _by_name(self) -> dict[str, Counter | Gauge]:
+        resources = {f"resources {field}": gauge for field, gauge in self._resources.items()}
+        return {name: metric for name, metric in vars(self).items() if isinstance(metric, Counter | Gauge)} | resources
 
     def observe(self, record: Incoming, *, summed: bool = False) -> None:
         """Count one record, whatever its ``data`` holds; ``summed``: it is in a summary, not in the trail itself."""

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from isolator.audit.handover import AUDIT_STATE, AuditState
 from isolator.audit.log import Limits
 from isolator.audit.metrics import serve_metrics
 from isolator.audit.schema import SENDERS
@@ -29,6 +30,7 @@ from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
+from isolator.ipc.succession import Arrival, Departure
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 from isolator.paths import Paths
@@ -51,6 +53,7 @@ async def serve(channel: socket.socket) -> None:
     """Serve until the channel closes."""
     writer: Writer | None = None
     listeners: list[asyncio.Server] = []
+    arrival, left = Arrival(), False
 
     def ready() -> Writer:
         if writer is None:
@@ -64,6 +67,9 @@ async def serve(channel: socket.socket) -> None:
         config = request.config
         writer = Writer(Paths.of(request.root), limits_of(config))
         await writer.open()
+        if request.parts:
+            await go_on(writer, request.parts)
+            return messages.AuditReady(blocked=writer.blocked, ended=writer.ended, runs=writer.runs)
         port = (config.get("metrics") or {}).get("port")
         if port is not None:
             address = str(config["metrics"].get("address", "127.0.0.1"))
@@ -73,6 +79,28 @@ async def serve(channel: socket.socket) -> None:
             except OSError as error:  # the trail is worth more than its metrics
                 _log.error("no metrics on %s:%s: %s", address, port, error.strerror)
         return messages.AuditReady(blocked=writer.blocked, ended=writer.ended, runs=writer.runs)
+
+    async def go_on(taking: Writer, parts: int) -> None:
+        state, descriptors = arrival.unpack(parts, AuditState, AUDIT_STATE)
+        with descriptors:
+            taking.take_over(state.writer, descriptors)
+            for number in state.metrics:
+                listener = socket.socket(fileno=descriptors.take(number))
+                listeners.append(await serve_metrics(taking.metrics, listener))
+
+    async def leave(_: messages.Leave) -> messages.Left:
+        nonlocal left
+        leaving = ready()
+        if leaving.blocked is not None:
+            return messages.Left(refused=leaving.blocked)
+        departure = Departure()
+        handed = await leaving.pass_on(departure)
+        numbers = [departure.copy(sock.fileno()) for one in listeners for sock in one.sockets]
+        for one in listeners:
+            one.close()
+        left = True
+        state = AuditState(writer=handed, metrics=tuple(numbers))
+        return messages.Left(parts=await departure.send(state, peer))
 
     async def source(request: messages.RecordSource, fds: list[int]) -> None:
         if request.name not in SENDERS:
@@ -93,12 +121,14 @@ async def serve(channel: socket.socket) -> None:
         messages.RecordSource.on_fds(source),
         messages.Flush.on(flush),
         messages.ServeMetrics.on_fds(metrics),
+        messages.Leave.on(leave),
+        messages.StatePart.on_fds(arrival.part),
     )
     peer = Channel(channel, handlers, name="audit")
     await peer.closed.wait()
     for listener in listeners:
         listener.close()
-    if writer is not None:
+    if writer is not None and not left:
         await writer.stop()
 
 

@@ -26,17 +26,20 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from isolator.audit.budget import WINDOW, Budgets
-from isolator.audit.cause import Causes
+from isolator.audit.cause import Causes, CauseState
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Outlook, Trail
-from isolator.audit.metrics import Metrics
+from isolator.audit.metrics import Metrics, MetricState
 from isolator.audit.notable import Notable
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
+from isolator.errors import IsolatorError
 from isolator.ipc import channel as ipc
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import essential
 from isolator.paths import Paths
 
@@ -52,6 +55,28 @@ those of the host's database. Nobody waits for a commit, but for the last one.""
 _HOST_WAIT = 1.0
 _STALLED = 10.0
 """A commit that takes longer counts as blocked until it ends."""
+
+
+class SourceState(Body):
+    """A socket from which records come, on its way to another writer."""
+
+    name: str
+    socket: int
+    received: int
+    acked: int
+    blocked: str | None
+    alarm: str | None
+    """as they were sent back last, these three"""
+
+
+class WriterState(Body):
+    """What a writer knows and the trail does not tell, on its way to another writer."""
+
+    sources: tuple[SourceState, ...]
+    origins: dict[str, str]
+    """by source, the number of its last record, written or counted"""
+    causes: CauseState
+    metrics: tuple[MetricState, ...]
 
 
 class Source:
@@ -74,6 +99,27 @@ class Source:
         self.acked = self.acked if acked is None else acked
         self.blocked, self.alarm = blocked, alarm
         self._push()
+
+    def pass_on(self, departure: Departure) -> SourceState:
+        """Hand the socket to another writer, which reads on."""
+        acked, blocked, alarm = self._sent_state
+        self._loop.remove_reader(self.sock)
+        self._loop.remove_writer(self.sock)
+        number = departure.add(self.sock.detach())
+        return SourceState(
+            name=self.name, socket=number, received=self.received, acked=acked, blocked=blocked, alarm=alarm
+        )  # fmt: skip
+
+    @classmethod
+    def taken_over(cls, state: SourceState, descriptors: Descriptors) -> Self:
+        """The socket of another writer; what that one received is written."""
+        sock = socket.socket(fileno=descriptors.take(state.socket))
+        sock.setblocking(False)
+        source = cls(state.name, sock)
+        source.received = source.acked = state.received
+        source.blocked, source.alarm = state.blocked, state.alarm
+        source._sent_state = (state.acked, state.blocked, state.alarm)
+        return source
 
     def close(self) -> None:
         """Stop reading and answering."""
@@ -126,6 +172,7 @@ class Writer:
         self._seal_timer: asyncio.TimerHandle | None = None
         self._summary_timer: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
+        self._leaving = False
 
     async def open(self) -> None:
         """Take up the trail; returns after the first attempt, which goes on in the background if it failed."""
@@ -181,6 +228,46 @@ class Writer:
         self._worker.shutdown()
         self._trail.close()
 
+    async def pass_on(self, departure: Departure) -> WriterState:
+        """Write what was received, close the files, and hand the sockets to another writer; raises IsolatorError.
+
+        Records that come meanwhile wait in the sockets.
+        """
+        self._leaving = True
+        self._update_reading()
+        chain = self._chain
+        if chain is None:
+            raise IsolatorError("the audit trail", "is not open yet")
+        self._sum_up(everything=True)
+        self._wake.set()
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._trail.seq >= chain.seq)
+        # Nothing has come since: the next commit would be empty.
+        if self._work is not None:
+            self._work.cancel()
+        for timer in (self._seal_timer, self._summary_timer):
+            if timer is not None:
+                timer.cancel()
+        await asyncio.to_thread(self._worker.shutdown)
+        self._trail.close()
+        return WriterState(
+            sources=tuple(source.pass_on(departure) for source in self._sources if source.open),
+            origins=dict(chain.origins),
+            causes=self._causes.pass_on(),
+            metrics=self.metrics.pass_on(),
+        )
+
+    def take_over(self, state: WriterState, descriptors: Descriptors) -> None:
+        """Go on in the place of another writer, whose records are all in the trail; to be called once it is open."""
+        if self._chain is None:
+            raise IsolatorError("the audit trail", self.blocked or "is not open")
+        self._chain.origins.update(state.origins)
+        self._causes.take_over(state.causes)
+        self.metrics.take_over(state.metrics)
+        self._sources = [Source.taken_over(one, descriptors) for one in state.sources]
+        self._report()
+        self._update_reading()
+
     # -- from the sockets -----------------------------------------------------------------------------------------
 
     def _release(self) -> None:
@@ -190,7 +277,7 @@ class Writer:
 
     def _update_reading(self) -> None:
         """Listen to the sockets unless there is no chain yet or too much waits for the disk."""
-        room = self._chain is not None and self._chain.bytes < MAX_WAITING
+        room = self._chain is not None and self._chain.bytes < MAX_WAITING and not self._leaving
         for source in self._sources:
             wanted = room and source.open and not source.held
             if wanted and not source.reading:

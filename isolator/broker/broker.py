@@ -8,23 +8,39 @@ import socket
 from dataclasses import replace
 from functools import partial
 
-from isolator.audit.client import AuditClient
+from isolator.audit.client import AuditClient, SenderState
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
-from isolator.broker.outbound import Outbound, Shared
+from isolator.broker.outbound import CageState, Outbound, Shared
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.errors import UsageError
+from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, NewAuditSocket
+from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, Leave, Left, NewAuditSocket
+from isolator.ipc.succession import Arrival, Departure
 from isolator.ipc.tasks import essential
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 
 SOCKETS = 5
 """Sockets of a cage's own: TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG."""
+BROKER_STATE = 1
+SETTLE, SETTLE_BEAT = 2.0, 0.005
+"""Seconds for requests under way to end before the cages are handed on, and between two looks at that."""
 FLUSH = 2.0
 """Seconds for the last records of a run to reach the audit process."""
+
+
+class BrokerState(Body):
+    """Everything that a broker knows, on its way to another that takes its place.
+
+    Whoever changes it, or a type in it, in whatever way, raises ``BROKER_STATE``: another version's is not read.
+    """
+
+    version: int = BROKER_STATE
+    audit: SenderState
+    cages: tuple[CageState, ...]
 
 
 class Broker:
@@ -32,6 +48,8 @@ class Broker:
 
     def __init__(self, audit: AuditClient, supervisor: Channel) -> None:
         self.audit, self._supervisor = audit, supervisor
+        self.arrival = Arrival()
+        """The state of the broker whose place this one takes, as it comes."""
         self._cages: dict[str, Outbound] = {}
         self._host = HostAddresses()
         resolvers = HostResolvers()
@@ -44,6 +62,26 @@ class Broker:
         audit_first = request.config.get("audit", {}).get("disk_full", "stop") == "stop"
         self._shared = replace(self._shared, audit_first=audit_first)
         await self._host.watch()
+        if request.parts:
+            state, descriptors = self.arrival.unpack(request.parts, BrokerState, BROKER_STATE)
+            with descriptors:
+                self.audit.take_over(state.audit, descriptors)
+                for one in state.cages:
+                    fetch = partial(self._sockets, one.run)
+                    self._cages[one.run] = Outbound.taken_over(one, self._shared, fetch, descriptors)
+
+    async def leave(self, _: Leave) -> Left:
+        """Hand every cage on to another broker: its sockets, its connections, and those that are not decided yet."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE):
+                while self._supervisor.serving > 1:  # noqa: ASYNC110 # this request is one
+                    await asyncio.sleep(SETTLE_BEAT)
+        self._ticker.cancel()
+        departure = Departure()
+        cages, self._cages = list(self._cages.values()), {}
+        states = [await cage.pass_on(departure) for cage in cages]
+        state = BrokerState(audit=self.audit.pass_on(departure), cages=tuple(states))
+        return Left(parts=await departure.send(state, self._supervisor))
 
     async def attach(self, request: AttachCage, fds: list[int]) -> None:
         """Take over the sockets of a run and serve it; a run that is attached already is replaced.

@@ -26,6 +26,8 @@ from isolator.broker.resolver import Overworked, ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
 from isolator.broker.wire import Code
 from isolator.ipc.accept_loop import AcceptLoop
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure
 from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
@@ -37,6 +39,8 @@ READ_PER_SECOND, READ_BURST = 500, 500
 MAX_BUSY = 32
 """Lookups of one cage under way at once."""
 MAX_TCP, TCP_IDLE = 8, 10.0
+SETTLE = 2.0
+"""Seconds for questions under way, before another broker takes over; clients ask again."""
 MAX_QUERY = 512
 MAX_LABELS = 16
 """Deeper names serve to carry data out, not to find hosts."""
@@ -147,17 +151,28 @@ class Answers:
         return Decision(Code.NOERROR, "allowed", rule, virtual)
 
 
+class NameServerState(Body):
+    """The sockets of a name server on their way to another broker."""
+
+    udp: int
+    tcp: int
+    drops: int
+
+
 class NameServer:
     """Serves answers on the two bound sockets, which it owns, until it is closed."""
 
-    def __init__(self, answers: Answers, udp: socket.socket, tcp: socket.socket) -> None:
+    def __init__(self, answers: Answers, udp: socket.socket, tcp: socket.socket, drops: int = 0) -> None:
         self._answers, self._udp = answers, udp
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = 0
         self._reading = TokenBucket(READ_PER_SECOND, READ_BURST)
         self._resting: asyncio.TimerHandle | None = None
-        self._drops = 0
+        self._drops = drops
+        """Messages that the kernel has dropped at this socket, as far as they are on record."""
+        self._questions: set[asyncio.Task[None]] = set()
+        """Answers to datagrams that are under way."""
         udp.setblocking(False)
         self._loop.add_reader(udp, self._readable)
         self._accepting = AcceptLoop(tcp, lambda connection, _: self._spawn(self._stream(connection)))
@@ -174,13 +189,31 @@ class NameServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def pass_on(self, departure: Departure) -> NameServerState:
+        """Hand the sockets to another broker; questions that were read are answered before, or in ``SETTLE`` never."""
+        if self._resting is not None:
+            self._resting.cancel()
+        self._count_drops()
+        self._loop.remove_reader(self._udp)
+        tcp = self._accepting.release()
+        if self._questions:
+            await asyncio.wait(self._questions, timeout=SETTLE)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return NameServerState(
+            udp=departure.add(self._udp.detach()), tcp=departure.add(tcp.detach()), drops=self._drops
+        )  # fmt: skip
+
     def _readable(self) -> None:
         for _ in range(32):
             try:
                 message, peer = self._udp.recvfrom(MAX_QUERY)
             except OSError:
                 return
-            self._spawn(self._datagram(message, peer))
+            task = self._spawn(self._datagram(message, peer))
+            self._questions.add(task)
+            task.add_done_callback(self._questions.discard)
             if pause := self._reading.take():
                 self._loop.remove_reader(self._udp)
                 self._resting = self._loop.call_later(pause, self._rested)
@@ -225,7 +258,8 @@ class NameServer:
             self._open -= 1
             writer.close()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

@@ -12,13 +12,17 @@ import itertools
 import secrets
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from ipaddress import ip_address
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
-from isolator.broker.relay import Pipe, Scratch, reset
+from isolator.broker.gate import Gate, GateState
+from isolator.broker.relay import Pipe, PipeState, Scratch, reset
 from isolator.broker.virtual import Entry
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
 from isolator.ipc.tasks import report
 from isolator.policy.addresses import Address
 
@@ -44,6 +48,27 @@ class DescribedError(OSError):
     """An OSError whose text says in the trail why the other side could not be reached."""
 
 
+class FlowState(Body):
+    """A connection on its way to another broker."""
+
+    client: int
+    server: int
+    """-1: it is not decided yet, and is judged anew"""
+    address: str
+    port: int
+    started: float
+    name: str | None
+    rule: str
+    dialled: str | None
+    cage_port: int | None
+    via: str
+    began: int
+    id: str
+    first: str
+    """bytes of the client's that were read and not passed on, as it is not decided"""
+    pipes: tuple[PipeState, ...]
+
+
 @dataclass
 class Flow:
     """One connection, from accept to the last record: ``client`` connected, ``server`` was dialled for it."""
@@ -66,6 +91,12 @@ class Flow:
     via: str = ""
     """The proxy that it goes through."""
     recorded: bool = False
+    left: bool = False
+    """It was handed to another broker: nothing is to be closed or recorded here."""
+    first: bytes = b""
+    """Bytes of the client's that were read before it was decided."""
+    before: tuple[PipeState, ...] = ()
+    """The pipes of another broker's, which go on here."""
     reason: str = "closed"
     began: int = field(default_factory=time.monotonic_ns)
     id: str = field(default_factory=lambda: f"{_session}.{next(_numbers)}")
@@ -98,6 +129,61 @@ class Flow:
     def denied(self, rule: str, **found: Any) -> NetDenied:
         """The record of a refusal; ``found``: further fields."""
         return NetDenied(**self.endpoint(), protocol="tcp", verdict="denied", rule=rule, **found)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, and its last record is about to be written."""
+        broken = any(pipe.error is not None or pipe.denied is not None for pipe in self.pipes)
+        return broken or (bool(self.pipes) and all(pipe.ended.done() for pipe in self.pipes))
+
+    def pass_on(self, departure: Departure) -> FlowState:
+        """Take it off the loop, and hand it to another broker; one that is not decided without its way out."""
+        pipes = tuple(pipe.pass_on() for pipe in self.pipes) if self.recorded else ()
+        server = -1
+        if self.server is not None:
+            if self.recorded:
+                server = departure.add(self.server.detach())
+            else:
+                self.server.close()
+        return FlowState(
+            client=departure.add(self.client.detach()),
+            server=server,
+            address=str(self.address),
+            port=self.port,
+            started=self.started,
+            name=self.name if self.recorded else None,
+            rule=self.rule if self.recorded or self.cage_port is not None else "",
+            dialled=str(self.dialled) if self.recorded and self.dialled is not None else None,
+            cage_port=self.cage_port,
+            via=self.via if self.recorded else "",
+            began=self.began,
+            id=self.id,
+            first=to_text(self.first) if not self.recorded else "",
+            pipes=pipes,
+        )
+
+    @classmethod
+    def taken_over(cls, state: FlowState, descriptors: Descriptors) -> Self:
+        """A connection of another broker's."""
+        client = socket.socket(fileno=descriptors.take(state.client))
+        server = socket.socket(fileno=descriptors.take(state.server)) if state.server >= 0 else None
+        for sock in (client, server):
+            if sock is not None:
+                sock.setblocking(False)
+        return cls(
+            client, ip_address(state.address), state.port, state.started, name=state.name, rule=state.rule,
+            dialled=ip_address(state.dialled) if state.dialled is not None else None, server=server,
+            cage_port=state.cage_port, via=state.via, recorded=server is not None, began=state.began, id=state.id,
+            first=to_bytes(state.first), before=state.pipes,
+        )  # fmt: skip
+
+    def join_again(self, scratch: Scratch, gate: Callable[[GateState], Gate]) -> None:
+        """Make the two pipes go on that another broker had; ``gate`` makes a gate of its state."""
+        (forth, back), self.before = self.before, ()
+        gates = [gate(one.gate) if one.gate is not None else None for one in (forth, back)]
+        up, down = self.join(scratch)
+        up.take_over(forth, down, gates[0])
+        down.take_over(back, up, gates[1])
 
     def join(self, scratch: Scratch) -> tuple[Pipe, Pipe]:
         """Make the two pipes, client to server first; neither is started."""
@@ -135,7 +221,9 @@ class Flow:
         return max([self.started, *(pipe.touched for pipe in self.pipes)])
 
     def release(self, *, orderly: bool) -> None:
-        """Stop the pipes and close both sockets, by a reset unless both ends were ``orderly``."""
+        """Stop the pipes and close both sockets, by a reset unless both ends were ``orderly``; not if it has left."""
+        if self.left:
+            return
         for pipe in self.pipes:
             pipe.stop()
         for sock in (self.client, self.server):
@@ -182,6 +270,22 @@ class FlowTable:
             flow.reason = "cage ended"
             task.cancel()
         await asyncio.gather(*self._flows, return_exceptions=True)
+
+    async def pass_on(self, departure: Departure) -> tuple[FlowState, ...]:
+        """Hand every flow to another broker; those that have just ended are recorded here."""
+        undecided = {task: flow for task, flow in self._flows.items() if not flow.recorded}
+        for task, flow in undecided.items():
+            flow.left = True
+            task.cancel()
+        await asyncio.gather(*undecided, return_exceptions=True)
+        while over := [task for task, flow in self._flows.items() if flow.over]:
+            await asyncio.wait(over)
+        states = [flow.pass_on(departure) for flow in undecided.values()]
+        for task, flow in self._flows.items():
+            flow.left = True
+            states.append(flow.pass_on(departure))
+            task.cancel()
+        return tuple(states)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._flows.pop(task, None)

@@ -17,10 +17,22 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, Self
 
 from isolator.broker.guard import Denied
-from isolator.broker.sniff import HANDSHAKE, Hello, HelloReader, Malformed, Request, Sniffer
+from isolator.broker.sniff import (
+    HANDSHAKE,
+    Hello,
+    HelloReader,
+    Malformed,
+    ReaderState,
+    Request,
+    RequestState,
+    Sniffer,
+    SnifferState,
+)
+from isolator.ipc.body import Body
+from isolator.ipc.succession import to_bytes, to_text
 from isolator.pacing import TokenBucket
 from isolator.policy.denial import DenialRule
 
@@ -35,6 +47,43 @@ _MAX_LINE = 4096
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-9][0-9][0-9])")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[^\r\n]*)?\r\n")
+
+
+class TlsState(Body):
+    """A connection behind its first ClientHello, on its way to another broker."""
+
+    waiting: bool
+    listening: bool
+    held: str
+    left: int
+    answer: str
+    second: ReaderState | None
+
+
+class HttpState(Body):
+    """An HTTP/1 connection behind its first head, on its way to another broker."""
+
+    waiting: bool
+    listening: bool
+    held: str
+    head: SnifferState
+    left: int
+    expected: str
+    line: str
+    offer: RequestState | None
+    answer: str
+    unread: str
+
+
+class GateState(Body):
+    """A gate that holds something back, on its way to another broker."""
+
+    strict: bool
+    passing: bool
+    held: str
+    sniffer: SnifferState
+    tls: TlsState | None
+    http: HttpState | None
 
 
 class _Watch(Protocol):
@@ -70,6 +119,28 @@ class Gate:
         """Whether bytes have passed: the first hello fits, or it is another protocol's so far."""
         self.done = False
         """Whether everything passes from now on."""
+
+    def pass_on(self) -> GateState:
+        """The state for another broker, of a gate that is not done."""
+        watch = self._watch
+        return GateState(
+            strict=self._strict, passing=self.passing, held=to_text(self._held), sniffer=self._sniffer.pass_on(),
+            tls=watch.pass_on() if isinstance(watch, _Tls) else None,
+            http=watch.pass_on() if isinstance(watch, _Http) else None,
+        )  # fmt: skip
+
+    @classmethod
+    def taken_over(cls, state: GateState, judge: Judge, work: TokenBucket) -> Self:
+        """A gate that goes on where that of another broker has stopped."""
+        gate = cls(judge, strict=state.strict, work=work)
+        gate.passing = state.passing
+        gate._held += to_bytes(state.held)
+        gate._sniffer = Sniffer.taken_over(state.sniffer)
+        if state.tls is not None:
+            gate._watch = _Tls.taken_over(judge, state.tls)
+        elif state.http is not None:
+            gate._watch = _Http.taken_over(judge, state.http)
+        return gate
 
     @property
     def waiting(self) -> bool:
@@ -153,6 +224,21 @@ class _Tls:
         self._second: HelloReader | None = None
         self._answer = bytearray()
 
+    def pass_on(self) -> TlsState:
+        return TlsState(
+            waiting=self.waiting, listening=self.listening, held=to_text(self.held), left=self._left,
+            answer=to_text(self._answer), second=self._second.pass_on() if self._second is not None else None,
+        )  # fmt: skip
+
+    @classmethod
+    def taken_over(cls, judge: Judge, state: TlsState) -> Self:
+        watch = cls(judge)
+        watch.waiting, watch.listening, watch._left = state.waiting, state.listening, state.left
+        watch.held += to_bytes(state.held)
+        watch._answer += to_bytes(state.answer)
+        watch._second = HelloReader.taken_over(state.second) if state.second is not None else None
+        return watch
+
     def feed(self, data: bytes) -> bytes:
         if self._second is not None:
             return self._read_second(self._second, data)
@@ -230,6 +316,29 @@ class _Http:
         self._answer = bytearray()
         self._unread = b""
         self._begin(first)
+
+    def pass_on(self) -> HttpState:
+        offer = self._offer
+        return HttpState(
+            waiting=self.waiting, listening=self.listening, held=to_text(self.held), head=self._head.pass_on(),
+            left=self._left, expected=self._expected, line=to_text(self._line),
+            offer=RequestState(length=offer.length, connect=offer.connect, upgrade=offer.upgrade) if offer else None,
+            answer=to_text(self._answer), unread=to_text(self._unread),
+        )  # fmt: skip
+
+    @classmethod
+    def taken_over(cls, judge: Judge, state: HttpState) -> Self:
+        watch = cls(judge, Request())
+        watch.waiting, watch.listening = state.waiting, state.listening
+        watch._left, watch._expected = state.left, state.expected
+        watch.held += to_bytes(state.held)
+        watch._head = Sniffer.taken_over(state.head)
+        watch._line += to_bytes(state.line)
+        offer = state.offer
+        watch._offer = Request(offer.length, offer.connect, offer.upgrade) if offer is not None else None
+        watch._answer += to_bytes(state.answer)
+        watch._unread = to_bytes(state.unread)
+        return watch
 
     def feed(self, data: bytes) -> bytes:
         if 0 < len(data) <= self._left:  # in the middle of a body: nothing is held

@@ -19,11 +19,14 @@ from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 
 from isolator.broker.buffers import Buffers, keep_small
-from isolator.broker.flow import Flow, FlowTable
+from isolator.broker.flow import Flow, FlowState, FlowTable
+from isolator.broker.gate import Gate, GateState
 from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Write
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.accept_loop import AcceptLoop
+from isolator.ipc.body import Body
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.policy.addresses import parse_address
 from isolator.policy.denial import DenialRule
@@ -37,6 +40,13 @@ CONNECT = 5.0
 
 Fetch = Callable[[int, int], Awaitable[list[socket.socket]]]
 """Called with a count and an IP version; returns unconnected sockets of the cage's network; raises IsolatorError."""
+
+
+class InboundState(Body):
+    """Listeners and connections on their way to another broker."""
+
+    listeners: tuple[int, ...]
+    flows: tuple[FlowState, ...]
 
 
 class Inbound:
@@ -65,6 +75,24 @@ class Inbound:
         self._filling: asyncio.Task[None] | None = None
         self._accepting = [AcceptLoop(listener, partial(self._accepted, rule)) for listener, rule in listeners]
 
+    async def pass_on(self, departure: Departure) -> InboundState:
+        """Hand the listeners and connections to another broker."""
+        listeners = [accepting.release() for accepting in self._accepting]
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.gather(self._filling, return_exceptions=True)
+        while self._stock:
+            self._stock.popleft().close()
+        flows = await self.flows.pass_on(departure)
+        return InboundState(listeners=tuple(departure.add(one.detach()) for one in listeners), flows=flows)
+
+    def take_over(self, state: InboundState, descriptors: Descriptors) -> None:
+        """Go on with the connections of another broker."""
+        for one in state.flows:
+            flow = Flow.taken_over(one, descriptors)
+            flow.roomy = self._buffers.take()
+            self.flows.start(flow, self._carry(flow))
+
     async def close(self) -> None:
         """Close the listeners and end every connection; all records are written when it returns."""
         for accepting in self._accepting:
@@ -91,14 +119,17 @@ class Inbound:
     async def _carry(self, flow: Flow) -> None:
         orderly = False
         try:
-            flow.server = await self._connect(flow)
-            flow.recorded = True
-            self._write(flow.opened(), happened_ns=flow.began)
-            for sock in (flow.client, flow.server):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                keep_alive(sock)
-            for pipe in flow.join(self._scratch):
-                pipe.start()
+            if flow.before:
+                flow.join_again(self._scratch, _no_gate)
+            else:
+                flow.server = await self._connect(flow)
+                flow.recorded = True
+                self._write(flow.opened(), happened_ns=flow.began)
+                for sock in (flow.client, flow.server):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    keep_alive(sock)
+                for pipe in flow.join(self._scratch):
+                    pipe.start()
             orderly = await flow.relay()
         except OSError as error:
             flow.failed(error)
@@ -107,7 +138,7 @@ class Inbound:
             flow.release(orderly=orderly)
             if flow.roomy:
                 self._buffers.give()
-            if flow.recorded:
+            if flow.recorded and not flow.left:
                 self._write(flow.closed(self._loop.time()))
 
     async def _connect(self, flow: Flow) -> socket.socket:
@@ -156,3 +187,7 @@ class Inbound:
             return await self._fetch(count, version)
         except IsolatorError as error:
             raise OSError(errno.ENETUNREACH, str(error)) from error
+
+
+def _no_gate(_: GateState) -> Gate:
+    raise UsageError("a state that was handed over", "has a gate on a connection that comes in from outside")

@@ -22,30 +22,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import guard, nflog, sniff
 from isolator.broker.buffers import Buffers
 from isolator.broker.dial import dial
-from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer
-from isolator.broker.flow import Flow, FlowTable
-from isolator.broker.gate import Gate
+from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer, NameServerState
+from isolator.broker.flow import Flow, FlowState, FlowTable
+from isolator.broker.gate import Gate, GateState
 from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
-from isolator.broker.inbound import Fetch, Inbound
+from isolator.broker.inbound import Fetch, Inbound, InboundState
 from isolator.broker.nat64 import Nat64
 from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Repeatable, RepeatCounter
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
-from isolator.broker.virtual import VirtualPool
+from isolator.broker.virtual import EntryState, VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
+from isolator.ipc.body import Body, Json
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.linux.netlink import parse_nflog
 from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
+from isolator.policy.model import NetworkPolicy
 
 if TYPE_CHECKING:
     from isolator.broker.proxy import Proxy
@@ -83,6 +86,22 @@ class Shared:
         return DenialRule.AUDIT_UNAVAILABLE if self.audit.unacknowledged > UNACKNOWLEDGED else None
 
 
+class CageState(Body):
+    """The broker's side of one run on its way to another broker."""
+
+    run: str
+    plugin: str
+    policy: Json
+    """JSON of `NetworkPolicy`"""
+    tcp: tuple[int, ...]
+    """its listeners: IPv4, IPv6 if there is one"""
+    names: NameServerState
+    nflog: int
+    inbound: InboundState
+    virtual: tuple[EntryState, ...]
+    flows: tuple[FlowState, ...]
+
+
 class Outbound:
     """The broker's side of one run. Owns ``sockets``, and serves them until it is closed.
 
@@ -90,8 +109,9 @@ class Outbound:
     """
 
     def __init__(
-        self, run: str, plugin: str, rules: Rules, shared: Shared, fetch: Fetch, sockets: Sequence[socket.socket]
-    ) -> None:
+        self, run: str, plugin: str, rules: Rules, shared: Shared, fetch: Fetch, sockets: Sequence[socket.socket],
+        *, drops: int = 0,
+    ) -> None:  # fmt: skip
         tcp4, tcp6, dns_udp, dns_tcp, log, *inbound = sockets
         policy = rules.policy
         self.run, self.plugin = run, plugin
@@ -111,7 +131,7 @@ class Outbound:
         # The rate of questions bounds these: each name that is looked at has a record of its own.
         self._questions = RepeatCounter(self._write, self._loop.time, keys=QUESTION_KEYS)
         answers = Answers(rules, self._pool, self._resolver, self.blocked, self._query, shared.unrecordable)
-        self._name_server = NameServer(answers, dns_udp, dns_tcp)
+        self._name_server = NameServer(answers, dns_udp, dns_tcp, drops)
         if tcp6.family != socket.AF_INET6:
             tcp6.close()  # a host without IPv6 has something else in the place of its listener
         self._accepting = [AcceptLoop(listener, self._accepted) for listener in (tcp4, tcp6) if listener.fileno() >= 0]
@@ -122,6 +142,54 @@ class Outbound:
             zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, shared.scratch, self._buffers,
             limit=policy.connects_open, refusal=shared.unrecordable,
         )  # fmt: skip
+
+    async def pass_on(self, departure: Departure) -> CageState:
+        """Hand the sockets and every connection to another broker; counts that were not written are, here."""
+        listeners = [accepting.release() for accepting in self._accepting]
+        names = await self._name_server.pass_on(departure)
+        inbound = await self._inbound.pass_on(departure)
+        flows = await self._flows.pass_on(departure)
+        self._loop.remove_reader(self._nflog)
+        self._read_refusals()
+        self._repeats.flush(everything=True)
+        self._questions.flush(everything=True)
+        return CageState(
+            run=self.run,
+            plugin=self.plugin,
+            policy=self._rules.policy.model_dump(mode="json"),
+            tcp=tuple(departure.add(listener.detach()) for listener in listeners),
+            names=names,
+            nflog=departure.add(self._nflog.detach()),
+            inbound=inbound,
+            virtual=self._pool.pass_on(),
+            flows=flows,
+        )
+
+    @classmethod
+    def taken_over(cls, state: CageState, shared: Shared, fetch: Fetch, descriptors: Descriptors) -> Self:
+        """Serve what another broker has served, its connections with it."""
+
+        def take(*numbers: int) -> list[socket.socket]:
+            return [socket.socket(fileno=descriptors.take(number)) for number in numbers]
+
+        no_ipv6 = [socket.socket(socket.AF_INET)] if len(state.tcp) < 2 else []
+        sockets = [
+            *take(*state.tcp), *no_ipv6, *take(state.names.udp, state.names.tcp, state.nflog),
+            *take(*state.inbound.listeners),
+        ]  # fmt: skip
+        rules = Rules(NetworkPolicy.model_validate(state.policy))
+        cage = cls(state.run, state.plugin, rules, shared, fetch, sockets, drops=state.names.drops)
+        cage._pool.take_over(state.virtual)
+        for one in state.flows:
+            flow = Flow.taken_over(one, descriptors)
+            if flow.recorded:
+                flow.roomy = cage._buffers.take()
+                flow.entry = cage._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
+                if flow.entry is not None:
+                    flow.entry.flows += 1
+            cage._flows.start(flow, cage._carry(flow))
+        cage._inbound.take_over(state.inbound, descriptors)
+        return cage
 
     async def close(self) -> None:
         """Close the listeners and end every flow; all records are written when it returns."""
@@ -173,7 +241,10 @@ class Outbound:
     async def _carry(self, flow: Flow) -> None:
         orderly = False
         try:
-            await self._connect(flow)
+            if flow.before:
+                flow.join_again(self._shared.scratch, partial(self._gate_again, flow))
+            else:
+                await self._connect(flow)
             orderly = await flow.relay()
         except Denied as denied:
             self._deny(flow, denied.rule, **denied.found)
@@ -185,8 +256,11 @@ class Outbound:
             flow.release(orderly=orderly)
             if flow.roomy:
                 self._buffers.give()
-            if flow.recorded:
+            if flow.recorded and not flow.left:
                 self._write(flow.closed(self._loop.time()))
+
+    def _gate_again(self, flow: Flow, state: GateState) -> Gate:
+        return Gate.taken_over(state, partial(self._judge, flow), self._looking)
 
     async def _connect(self, flow: Flow) -> None:
         """Judge, dial and compare; fills in the flow, raises Denied or OSError."""
@@ -215,7 +289,7 @@ class Outbound:
             self._join(flow, gate)
 
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
-        flow.recorded = True
+        flow.recorded, flow.first = True, b""
         self._write(flow.opened(), happened_ns=flow.began)
         up, down = flow.join(self._shared.scratch)
         if gate is not None:
@@ -285,18 +359,19 @@ class Outbound:
 
     async def _first_bytes(self, flow: Flow, gate: Gate) -> bytes:
         """Read until the gate lets bytes pass; returns these; raises Denied or OSError."""
-        began = False
+        began, again = False, flow.first
         try:
             async with asyncio.timeout(FIRST_BYTES):
                 while not gate.passing:
                     if gate.pause:
                         await asyncio.sleep(gate.pause)
-                    part = await self._loop.sock_recv(flow.client, sniff.LIMIT)
+                    part = again or await self._loop.sock_recv(flow.client, sniff.LIMIT)
                     if not part:
                         if began:
                             raise Denied(DenialRule.INCOMPLETE)
                         return b""
-                    began = True
+                    flow.first += b"" if again else part
+                    began, again = True, b""
                     first = bytes(gate.feed(part))
         except TimeoutError:
             # To pass on half of the compared bytes after a while would be a way round the comparison.

@@ -14,8 +14,10 @@ import contextlib
 import socket
 import struct
 
-from isolator.broker.gate import Gate
+from isolator.broker.gate import Gate, GateState
 from isolator.broker.guard import Denied
+from isolator.ipc.body import Body
+from isolator.ipc.succession import to_bytes, to_text
 from isolator.policy.denial import DenialRule
 
 CHUNK = 256 * 1024
@@ -49,6 +51,19 @@ class Scratch:
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(CHUNK))
         self.waiting = 0
+
+
+class PipeState(Body):
+    """One direction of a connection on its way to another broker."""
+
+    total: int
+    touched: float
+    rest: str
+    """bytes that were read and not sent"""
+    ended: bool
+    gate: GateState | None
+    answers: bool
+    """the gate of the other direction wants to know of its bytes"""
 
 
 class Pipe:
@@ -91,6 +106,32 @@ class Pipe:
             self._keep(memoryview(b""))
         if not self.ended.done():
             self.ended.set_result(None)
+
+    def pass_on(self) -> PipeState:
+        """Take the pipe off the loop, and return its state for another broker."""
+        state = PipeState(
+            total=self.total,
+            touched=self.touched,
+            rest=to_text(self._rest),
+            ended=self.ended.done(),
+            gate=self.gate.pass_on() if self.gate is not None else None,
+            answers=self._answers is not None,
+        )
+        self.stop()
+        return state
+
+    def take_over(self, state: PipeState, back: Pipe, gate: Gate | None) -> None:
+        """Go on where the pipe of another broker has stopped; ``back``: the other direction."""
+        self.total, self.touched, self.gate = state.total, state.touched, gate
+        if state.answers:
+            self._answers = back
+        if state.ended:
+            self.ended.set_result(None)
+        elif state.rest:
+            self._keep(memoryview(to_bytes(state.rest)))
+            self._loop.add_writer(self._sink, self._writable)
+        elif gate is None or not gate.waiting:
+            self._read(True)
 
     def end_incomplete(self, before: float) -> None:
         """End the pipe if its gate has held half of something since ``before``, on the event loop's clock."""

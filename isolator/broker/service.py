@@ -31,6 +31,8 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
         messages.AttachCage.on_fds(broker.attach),
         messages.DetachCage.on(broker.detach),
         messages.NewAuditSocket.on_fds(broker.audit_source),
+        messages.Leave.on(broker.leave),
+        messages.StatePart.on_fds(broker.arrival.part),
     )
     for op, handler in handlers.items():
         channel.handle(op, handler)

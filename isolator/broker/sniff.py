@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
+from isolator.ipc.body import Body
+from isolator.ipc.succession import to_bytes, to_text
 from isolator.policy.destinations import normal_name
 
 LIMIT = 16 * 1024
@@ -47,6 +49,34 @@ class Request:
     """The protocols that it offers to go on with."""
 
 
+class RequestState(Body):
+    """A request on its way to another broker."""
+
+    length: int
+    connect: bool
+    upgrade: tuple[str, ...]
+
+
+class ReaderState(Body):
+    """A half-read ClientHello on its way to another broker."""
+
+    header: str
+    message: str
+    left: int
+    read: int
+
+
+class SnifferState(Body):
+    """First bytes that are not understood yet, on their way to another broker."""
+
+    data: str
+    certain: bool
+    start: int
+    line: int
+    seen: int
+    tls: ReaderState | None
+
+
 @dataclass(frozen=True)
 class Hello:
     """The names in the first bytes, all of them; ``encrypted``: another may be hidden (ECH)."""
@@ -80,6 +110,24 @@ class Sniffer:
     def in_records(self) -> bool:
         """Whether the first byte was that of a TLS handshake record."""
         return self._tls is not None
+
+    def pass_on(self) -> SnifferState:
+        """The state for another broker, of a sniffer that has not read everything yet."""
+        return SnifferState(
+            data=to_text(self._data), certain=self.certain, start=self._start, line=self._line, seen=self._seen,
+            tls=self._tls.pass_on() if self._tls is not None else None,
+        )  # fmt: skip
+
+    @classmethod
+    def taken_over(cls, state: SnifferState) -> Self:
+        """A sniffer that goes on where another has stopped."""
+        sniffer = cls()
+        sniffer._data += to_bytes(state.data)
+        sniffer.certain, sniffer._start, sniffer._line, sniffer._seen = (
+            state.certain, state.start, state.line, state.seen,
+        )  # fmt: skip
+        sniffer._tls = HelloReader.taken_over(state.tls) if state.tls is not None else None
+        return sniffer
 
     def feed(self, part: bytes | memoryview) -> Hello | None:
         """The hello, once there is enough of it; raises Malformed."""
@@ -168,6 +216,21 @@ class HelloReader:
         self._message = bytearray()
         self._left = 0
         self._read = 0
+
+    def pass_on(self) -> ReaderState:
+        """The state for another broker, of a reader that has not read everything yet."""
+        return ReaderState(
+            header=to_text(self._header), message=to_text(self._message), left=self._left, read=self._read
+        )  # fmt: skip
+
+    @classmethod
+    def taken_over(cls, state: ReaderState) -> Self:
+        """A reader that goes on where another has stopped."""
+        reader = cls()
+        reader._header += to_bytes(state.header)
+        reader._message += to_bytes(state.message)
+        reader._left, reader._read = state.left, state.read
+        return reader
 
     def feed(self, data: bytes | memoryview) -> Hello | None:
         """The hello, once it is whole; ``rest`` are the bytes behind it. Raises Malformed."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from isolator.ipc.body import Body
 from isolator.policy.destinations import Rules, VirtualGroup
 
 TTL = 30
@@ -32,6 +33,15 @@ class Entry:
     fixed: bool = False
 
 
+class EntryState(Body):
+    """A name's address on its way to another broker."""
+
+    name: str
+    address: str
+    answered: float
+    fixed: bool
+
+
 class VirtualPool:
     """The virtual addresses of one cage. ``clock`` is monotonic, in seconds."""
 
@@ -48,6 +58,21 @@ class VirtualPool:
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def pass_on(self) -> tuple[EntryState, ...]:
+        """Every address with its name, for another broker; the oldest answer first."""
+        return tuple(
+            EntryState(name=e.name, address=str(e.address), answered=e.answered, fixed=e.fixed)
+            for e in self._by_name.values()
+        )
+
+    def take_over(self, entries: Iterable[EntryState]) -> None:
+        """Go on with the addresses that another broker has answered."""
+        self._by_name.clear()
+        self._by_address.clear()
+        for one in entries:
+            entry = Entry(one.name, IPv4Address(one.address), one.answered, fixed=one.fixed)
+            self._by_name[entry.name] = self._by_address[entry.address] = entry
 
     def lookup(self, name: str) -> IPv4Address | None:
         """The address to answer for a granted name, allocated if need be; None when the pool is full."""

@@ -59,6 +59,15 @@ class AcceptLoop:
             os.close(self._reserve)
             self._reserve = -1
 
+    def release(self) -> socket.socket:
+        """Accept no more, and give the listener back: callers wait in its backlog."""
+        if self._resting is not None:
+            self._resting.cancel()
+        self._loop.remove_reader(self._listener)
+        listener = socket.socket(fileno=self._listener.detach())
+        self.close()
+        return listener
+
     def _listen(self) -> None:
         self._resting = None
         self._loop.add_reader(self._listener, self._readable)
@@ -79,7 +88,7 @@ class AcceptLoop:
             connection.setblocking(False)
             self._accepted(connection, peer)
             if self._listener.fileno() < 0:
-                return  # closed by the callback
+                return  # closed or released by the callback
             if self._budget is not None and (pause := self._budget.take()):
                 return self._rest(pause)
 

@@ -180,6 +180,8 @@ def _plain(value: Any) -> Any:
         return value.to_json()
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
+    if isinstance(value, dict) and any(isinstance(one, Body) for one in value.values()):
+        return {key: _plain(one) for key, one in value.items()}
     return value
 
 

@@ -154,6 +154,11 @@ class Channel:
         if not self.closed.is_set():
             self._send({"op": op, **fields}, fds)
 
+    @property
+    def serving(self) -> int:
+        """Number of the peer's requests that are not answered."""
+        return len(self._tasks)
+
     def close(self) -> None:
         """Close this end; pending calls fail, handlers that still run are cancelled."""
         if self.closed.is_set():

@@ -106,6 +106,8 @@ class ServiceState(Body):
     name: str
     pid: int
     starts: int
+    generations: int
+    """processes so far, by which their leaves are numbered"""
     leaf: str
     channel: ChannelState
 

@@ -104,6 +104,34 @@ class FoundEntry(PluginEntry):
     """its folder"""
 
 
+# --- every service, when another process takes its place -----------------------------------------------------------
+
+
+class Left(Body):
+    """What a process has done before another takes its place."""
+
+    parts: int = 0
+    """how many `state.part` it has sent"""
+    refused: str = ""
+    """why it stays: nothing of it has changed"""
+
+
+class Leave(Request[Left], op="leave"):
+    """Hand everything on to another process that takes this one's place, and end with the channel. This form, and that
+    of the answer, never change."""
+
+
+class StatePart(Request[None], op="state.part", fds=range(1, 61)):
+    """Pass on a part of the state that the old process hands to the new one: S sends the same to that one, and answers
+    when that has it. This form never changes.
+
+    Descriptors: those of the state, in their order; the first of the first part is a sealed memfd with its JSON
+    """
+
+    number: int
+    """from 0"""
+
+
 # --- S → A ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +152,8 @@ class AuditHello(Request[AuditReady], op="hello"):
     root: str
     config: Json
     """JSON of `HostConfig`"""
+    parts: int = omitted(default=0)
+    """how many `state.part` have come: A takes the place of another, and goes on with that one's state"""
 
 
 class RecordSource(Request[None], op="source", fds=range(1, 2)):
@@ -156,6 +186,8 @@ class BrokerHello(Request[None], op="hello"):
     root: str
     config: Json
     """JSON of `HostConfig`"""
+    parts: int = omitted(default=0)
+    """how many `state.part` have come: B takes the place of another, and goes on with that one's state"""
 
 
 class AttachCage(Request[None], op="cage.attach", fds=range(65)):
@@ -206,7 +238,8 @@ class CageSockets(Request[None], op="cage.sockets"):
 class HostHello(Request[None], op="hello", fds=range(3)):
     """The first message; answered when commands and events are accepted.
 
-    Descriptors: the control socket's listener; a file with the JSON of `plugins` when it is too long for a message
+    Descriptors: the control socket's listener, unless that is in the state; a file with the JSON of `plugins` when it
+    is too long for a message
     """
 
     root: str
@@ -218,6 +251,8 @@ class HostHello(Request[None], op="hello", fds=range(3)):
     """the daemon has just started: H starts what is eager"""
     alarms: tuple[str, ...] = ()
     """those that S has"""
+    parts: int = omitted(default=0)
+    """how many `state.part` have come: H takes the place of another, and goes on with that one's state"""
 
 
 class AlarmsChanged(Request[None], op="alarms"):
@@ -557,6 +592,7 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → A": (AuditHello, RecordSource, Flush, ServeMetrics),
     "S → B": (BrokerHello, AttachCage, DetachCage, NewAuditSocket),
     "B → S": (CageSockets,),
+    "S ↔ old and new": (Leave, StatePart),
     "S → H": (
         HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, GetStderrTail,
         NewAuditSocket,

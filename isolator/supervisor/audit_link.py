@@ -57,6 +57,11 @@ class AuditLink:
         else:
             self.found = found
 
+    async def succeed(self, channel: Channel, parts: int) -> None:
+        """Say hello to an audit process that takes the place of another, with the sockets of that one."""
+        hello = AuditHello(root=str(self._paths.root), config=self._config.model_dump(mode="json"), parts=parts)
+        await channel.ask(hello)
+
     def source_end(self, source: str) -> int:
         """A descriptor of the sending end of a new source socket; the other end goes to the audit process."""
         mine, theirs = pair()
@@ -66,8 +71,7 @@ class AuditLink:
         self._ends[source] = mine
         self._made_for[source] = self.process.starts
         with theirs:
-            if self.process.channel is not None:
-                self.process.channel.tell(RecordSource(name=source), fds=[theirs.fileno()])
+            self.process.tell(RecordSource(name=source), fds=[theirs.fileno()])
         return os.dup(mine.fileno())
 
     def note_restart(self, sender: ChildProcess) -> None:

@@ -40,7 +40,7 @@ class BrokerLink:
 
     def __init__(self, process: ChildProcess, paths: Paths, config: HostConfig) -> None:
         self.process = process
-        self._hello = BrokerHello(root=str(paths.root), config=config.model_dump(mode="json"))
+        self._root, self._config = str(paths.root), config.model_dump(mode="json")
         self._attached: dict[str, _Attached] = {}
 
     def handlers(self) -> dict[str, Handler]:
@@ -49,7 +49,11 @@ class BrokerLink:
 
     async def hello(self, channel: Channel) -> None:
         """Say hello to a new broker."""
-        await self.process.first_answer(channel.ask(self._hello))
+        await self.process.first_answer(self.succeed(channel, 0))
+
+    async def succeed(self, channel: Channel, parts: int) -> None:
+        """Say hello to a broker that takes the place of another, to which that many parts of its state have gone."""
+        await channel.ask(BrokerHello(root=self._root, config=self._config, parts=parts))
 
     async def attach_again(self, channel: Channel) -> None:
         """Make the sockets of every running cage anew and hand them to a new broker."""
@@ -88,8 +92,10 @@ class BrokerLink:
 
     async def detach(self, run: str) -> None:
         """Let the broker close a cage's listeners and flows; harmless when it is not attached."""
-        if self._attached.pop(run, None) is not None and self.process.channel is not None:
-            await self.process.channel.ask(DetachCage(run=run), timeout=10)
+        if self._attached.pop(run, None) is not None:
+            channel = await self.process.present()
+            if channel is not None:
+                await channel.ask(DetachCage(run=run), timeout=10)
 
     async def _hand_over(self, channel: Channel, run: str, attached: _Attached, sockets: list[int]) -> None:
         """Give the broker a cage's sockets and the host's listeners for it; ours are closed, whatever happens.

@@ -5,10 +5,11 @@ A host that is away misses nothing: the next one gets every plugin with ``hello`
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from isolator.cage.processes import CageExit
 from isolator.errors import IsolatorError
@@ -64,11 +65,24 @@ class HostLink:
 
         All may connect to it; the caller's uid decides what it may do. The mode holds until the host sets its own.
         """
+        with listen(self._paths.control_socket, mode=0o666, owner=0, backlog=1024) as listener:
+            hello = self._hello(channel, entries, self._alarms.lines, listener=listener.fileno())
+            await self.process.first_answer(hello)
+
+    def succeed(self, entries: Sequence[PluginEntry]) -> Callable[[Channel, int], Awaitable[None]]:
+        """Return what says hello to a host that takes the place of one that knows these plugins."""
+        alarms = self._alarms.lines
+        return lambda channel, parts: self._hello(channel, entries, alarms, parts=parts)
+
+    async def _hello(
+        self, channel: Channel, entries: Sequence[PluginEntry], alarms: tuple[str, ...], *, listener: int = -1,
+        parts: int = 0,
+    ) -> None:  # fmt: skip
         check_host(self._paths)
         plugins: tuple[PluginEntry, ...] | None = tuple(entries)
         encoded = json.dumps([entry.to_json() for entry in entries]).encode()
         with FdSet() as owned:
-            fds = [owned.add(listen(self._paths.control_socket, mode=0o666, owner=0, backlog=1024).detach())]
+            fds = [listener] if listener >= 0 else []
             if len(encoded) > MAX_PACKET // 2:
                 plugins = None
                 fds.append(owned.add(os.memfd_create("plugins", os.MFD_CLOEXEC)))
@@ -76,9 +90,9 @@ class HostLink:
                     file.write(encoded)
             hello = HostHello(
                 root=str(self._paths.root), config=self._config.model_dump(mode="json"), plugins=plugins,
-                fresh=self.process.starts == 1, alarms=self._alarms.lines,
+                fresh=self.process.starts == 1, alarms=alarms, parts=parts,
             )  # fmt: skip
-            await self.process.first_answer(channel.ask(hello, fds=fds))
+            await channel.ask(hello, fds=fds)
 
     def plugin_changed(self, entry: PluginEntry) -> None:
         """Tell the host of a plugin's new state."""
@@ -112,10 +126,11 @@ class HostLink:
 
         Returns within ``DRAIN_SECONDS``, whatever becomes of the host.
         """
-        if self.process.channel is not None:
-            with contextlib.suppress(IsolatorError):
-                request = DrainRun(name=name, run=run, reason=reason)
-                await self.process.channel.ask(request, timeout=DRAIN_SECONDS)
+        with contextlib.suppress(IsolatorError, TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                channel = await self.process.present()
+                if channel is not None:
+                    await channel.ask(DrainRun(name=name, run=run, reason=reason))
 
     def run_ended(
         self, name: str, run: str, end: CageExit, *, origin: Origin, state: PluginState, expected: bool,
@@ -130,12 +145,13 @@ class HostLink:
 
     async def stderr_tail(self, name: str, run: str) -> tuple[str, ...]:
         """Return the last lines of an ended run's stderr, redacted; none when the host is away."""
-        if self.process.channel is None or not self.process.up.is_set():
-            return ()
         try:
-            request = GetStderrTail(name=name, run=run)
-            return (await self.process.channel.ask(request, timeout=_STDERR_TAIL_SECONDS)).stderr
-        except IsolatorError:
+            async with asyncio.timeout(_STDERR_TAIL_SECONDS):
+                channel = await self.process.present()
+                if channel is None or not self.process.up.is_set():
+                    return ()
+                return (await channel.ask(GetStderrTail(name=name, run=run))).stderr
+        except (IsolatorError, TimeoutError):
             return ()
 
     async def _raise_alarm(self, request: RaiseAlarm) -> None:
@@ -143,5 +159,4 @@ class HostLink:
         self._alarms.settle("host's own")
 
     def _tell(self, request: Request[None], fds: Sequence[int] = ()) -> None:
-        if self.process.channel is not None:
-            self.process.channel.tell(request, fds=fds)
+        self.process.tell(request, fds=fds)

@@ -15,12 +15,12 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.errors import UnavailableError
-from isolator.ipc.body import Handler
+from isolator.ipc.body import Handler, Request
 from isolator.ipc.channel import ALIVE, Channel, pair
 from isolator.ipc.messages import ServiceEntry
 from isolator.ipc.tasks import Tasks
@@ -60,92 +60,147 @@ class ServiceSpec:
     gid: int
 
 
+@dataclass
+class Generation:
+    """One process of a service. While another takes its place two are alive, each in a leaf of its own."""
+
+    process: subprocess.Popen[bytes] | Child
+    channel: Channel
+    leaf: Leaf
+
+    @property
+    def entry(self) -> str:
+        """Name of its leaf in the journal."""
+        return self.leaf.unified.name
+
+
+Introduce = Callable[[Channel], Awaitable[None]]
+Succeed = Callable[[], Callable[[Channel, int], Awaitable[None]]]
+"""Called when a process is to leave: takes note of what that one knows, and returns what says hello to the new one, to
+which that many parts of state were passed."""
+
+
 class ChildProcess:
     """One service. ``channel`` is None before its first start and closed between two processes."""
 
     def __init__(self, spec: ServiceSpec, subtree: Subtree, journal: Journal, health: ServiceHealth) -> None:
         self.spec = spec
         self._health = health
-        self.channel: Channel | None = None
+        self.current: Generation | None = None
+        """The process that serves, or served last."""
         self.starts = 0
+        """Starts, without those of processes that took the place of another."""
+        self.generations = 0
+        """Processes so far, by which their leaves are numbered."""
         self.up = asyncio.Event()
         """Set while the service answers."""
         self.ended = ""
         """How the process before ended."""
+        self.changing = asyncio.Lock()
+        """Held while one process takes the place of another."""
+        self.blame = ""
+        """Why an exchange has failed, which ended the process."""
+        self.succeed: Succeed | None = None
+        """Introduces a process that goes on with the state of another; None: this service hands nothing on."""
+        self.succession: Callable[[], dict[str, int]] = dict
+        """Descriptors that a process inherits which takes the place of another, by name."""
         self._subtree, self._journal = subtree, journal
-        self._process: subprocess.Popen[bytes] | Child | None = None
-        self._leaf: Leaf | None = None
+        self._handlers: Mapping[str, Handler] = {}
+        self._inherit: Callable[[], dict[str, int]] = dict
+        self._succeeded: Callable[[], None] = lambda: None
+        self._waiting: list[tuple[Request[Any], list[int]]] | None = None
+        """Notifications for the process that takes the place of another; None: they are sent at once."""
         self._tasks = Tasks()
         self._stopping = False
 
     async def start(
         self,
-        introduce: Callable[[Channel], Awaitable[None]],
+        introduce: Introduce,
         *,
         handlers: Mapping[str, Handler] | None = None,
         inherit: Callable[[], dict[str, int]] = dict,
+        succeed: Succeed | None = None,
+        succession: Callable[[], dict[str, int]] = dict,
+        succeeded: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the service for the first time (a failure is the caller's) and keep it running.
 
         Each process gets the descriptors that ``inherit`` returns by name; they are closed here. ``introduce`` says
-        hello to it; ``handlers`` serve its requests.
+        hello to it; ``handlers`` serve its requests. A process that takes the place of another gets the descriptors of
+        ``succession`` in place of those, and its hello by what ``succeed`` returns; ``succeeded`` is called once it
+        serves.
         """
-
-        async def launch() -> None:
-            await self._launch(introduce, handlers or {}, inherit)
-
+        launch = self._launcher(introduce, handlers, inherit, succeed, succession, succeeded)
         await launch()
         self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+
+    def _launcher(
+        self,
+        introduce: Introduce,
+        handlers: Mapping[str, Handler] | None,
+        inherit: Callable[[], dict[str, int]],
+        succeed: Succeed | None,
+        succession: Callable[[], dict[str, int]],
+        succeeded: Callable[[], None],
+    ) -> Callable[[], Awaitable[None]]:
+        self._handlers, self._inherit, self.succeed = handlers or {}, inherit, succeed
+        self.succession, self._succeeded = succession, succeeded
+
+        async def launch() -> None:
+            self.starts += 1
+            generation = self.current = self.spawn(self._inherit())
+            await introduce(generation.channel)
+            self.up.set()
+
+        return launch
 
     def adopt(
         self,
         before: ServiceState,
-        introduce: Callable[[Channel], Awaitable[None]],
+        introduce: Introduce,
         *,
         handlers: Mapping[str, Handler] | None = None,
         inherit: Callable[[], dict[str, int]] = dict,
+        succeed: Succeed | None = None,
+        succession: Callable[[], dict[str, int]] = dict,
+        succeeded: Callable[[], None] = lambda: None,
     ) -> None:
         """Keep the process running that is there since before this process's exec; the rest as ``start``."""
-
-        async def launch() -> None:
-            await self._launch(introduce, handlers or {}, inherit)
-
-        self._process, self.starts = Child(before.pid), before.starts
-        self._leaf = Leaf(self._subtree.unified / before.leaf)
+        launch = self._launcher(introduce, handlers, inherit, succeed, succession, succeeded)
+        self.starts, self.generations = before.starts, before.generations
         end = socket.socket(fileno=before.channel.socket)
-        self.channel = Channel(end, handlers, name=self.spec.name, before=before.channel)
+        channel = Channel(end, self._handlers, name=self.spec.name, before=before.channel)
+        self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
         self.up.set()
         self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
 
     @property
     def unsettled(self) -> str:
         """Why it cannot be handed over at this moment, in words; empty when it can."""
-        if self.channel is None or not self.up.is_set() or self.channel.closed.is_set():
+        channel = self.channel
+        if self.changing.locked() or channel is None or not self.up.is_set() or channel.closed.is_set():
             return f"the start of {self.spec.name}"
-        return self.channel.unsettled
+        return channel.unsettled
 
     def hand_over(self) -> ServiceState:
         """The state of the process that runs, before an exec, when it is settled."""
         from isolator.ipc.handover import ServiceState
 
-        assert not self.unsettled and self.channel is not None and self._process and self._leaf
+        assert not self.unsettled and self.current is not None
         return ServiceState(
-            name=self.spec.name, pid=self._process.pid, starts=self.starts, leaf=self._leaf.unified.name,
-            channel=self.channel.hand_over(),
+            name=self.spec.name, pid=self.current.process.pid, starts=self.starts, generations=self.generations,
+            leaf=self.current.entry, channel=self.current.channel.hand_over(),
         )  # fmt: skip
 
     async def stop(self) -> None:
         """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
         self._stopping = True
-        await self._tasks.close()
-        self.up.clear()
-        if self.channel is not None:
-            self.channel.close()
-        if self._process is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await _ended(self._process)
-        await self._clear()
+        async with self.changing:
+            await self._tasks.close()
+            self.up.clear()
+            if self.current is not None:
+                await self.retire(self.current)
+                self.current = None
 
     async def wait_up(self) -> Channel:
         """Wait until the service answers; raises UnavailableError when it does not come up."""
@@ -158,15 +213,33 @@ class ChildProcess:
         assert self.channel is not None
         return self.channel
 
-    async def first_answer(self, work: Awaitable[T]) -> T:
+    async def present(self) -> Channel | None:
+        """The channel, once no process is being exchanged for another: closed between two, None before the first."""
+        async with self.changing:
+            return self.channel
+
+    def tell(self, request: Request[Any], *, fds: Sequence[int] = ()) -> None:
+        """Notify the process; if another is taking its place, that one. Silently dropped when there is none."""
+        if self._waiting is not None:
+            self._waiting.append((request, [os.dup(fd) for fd in fds]))
+        elif self.channel is not None:
+            self.channel.tell(request, fds=fds)
+
+    async def first_answer(self, work: Awaitable[T], generation: Generation | None = None) -> T:
         """Wait for the answer to hello while the process makes progress; raises UnavailableError."""
-        assert self._process is not None
-        return await alive.answered(work, self._process.pid, self.spec.name)
+        generation = generation or self.current
+        assert generation is not None
+        return await alive.answered(work, generation.process.pid, self.spec.name)
+
+    @property
+    def channel(self) -> Channel | None:
+        """The channel to the process that serves, or served last."""
+        return self.current.channel if self.current is not None else None
 
     @property
     def pid(self) -> int | None:
         """Pid of the present process, or of the last."""
-        return self._process.pid if self._process is not None else None
+        return self.current.process.pid if self.current is not None else None
 
     def entry(self) -> ServiceEntry:
         """Describe the service for listings."""
@@ -174,46 +247,88 @@ class ChildProcess:
             name=self.spec.name, pid=self.pid, up=self.up.is_set(), starts=self.starts, ended=self.ended
         )
 
-    async def _launch(
-        self,
-        introduce: Callable[[Channel], Awaitable[None]],
-        handlers: Mapping[str, Handler],
-        inherit: Callable[[], dict[str, int]],
-    ) -> None:
+    # --- one process in the place of another: see reload/exchange.py -----------------------------------------------
+
+    def hold(self) -> None:
+        """Keep what is to be told to the service until ``go_on``: its process leaves."""
+        self.up.clear()
+        self._waiting = []
+
+    def go_on(self, generation: Generation | None) -> None:
+        """Have that process serve from now on, and tell it what waited; None: none does, and what waited is dropped."""
+        waiting, self._waiting = self._waiting or [], None
+        if generation is not None:
+            self.current = generation
+            self.up.set()
+        for request, fds in waiting:
+            if generation is not None:
+                generation.channel.tell(request, fds=fds)
+            close_all(fds)
+        if generation is not None:
+            self._succeeded()
+
+    def spawn(self, inherited: dict[str, int]) -> Generation:
+        """Start a process, which waits for its hello, with the descriptors; they are closed here."""
         spec = self.spec
-        leaf = Leaf(self._subtree.unified / f"service.{spec.name}")
-        self._journal.record(Entry(f"service.{spec.name}", "service", tuple(map(str, leaf.folders()))))
-        leaf.create(None)
-        self._leaf = leaf
         mine, theirs = pair()
-        inherited = {"channel": theirs.detach(), **inherit()}
-        command = service_command(spec.module, spec.uid, spec.gid, inherited)
+        inherited = {"channel": theirs.detach(), **inherited}
+        self.generations += 1
+        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}")
+        self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
         try:
-            self._process = subprocess.Popen(
-                command, pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
+            leaf.create(None)
+            process = subprocess.Popen(
+                service_command(spec.module, spec.uid, spec.gid, inherited),
+                pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
                 env=_environment(), start_new_session=True, umask=0o027,
             )  # fmt: skip
+        except BaseException:
+            mine.close()
+            leaf.remove()
+            self._journal.forget(leaf.unified.name)
+            raise
         finally:
             close_all(inherited.values())
-        (leaf.unified / "cgroup.procs").write_text(str(self._process.pid))
-        channel = self.channel = Channel(mine, handlers, name=spec.name)
-        self.starts += 1
-        await introduce(channel)
-        self.up.set()
+        (leaf.unified / "cgroup.procs").write_text(str(process.pid))
+        return Generation(process, Channel(mine, self._handlers, name=spec.name), leaf)
+
+    async def retire(self, generation: Generation) -> None:
+        """Close the channel to a process, wait 5 s for it to end, then kill it."""
+        generation.channel.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await _ended(generation.process)
+        await self.discard(generation)
+
+    async def discard(self, generation: Generation) -> None:
+        """Kill a process, and remove every trace of it."""
+        generation.channel.close()
+        generation.leaf.kill()
+        await _ended(generation.process)
+        await asyncio.to_thread(generation.leaf.wait_empty, 5.0)
+        generation.leaf.remove()
+        self._journal.forget(generation.entry)
 
     async def _keep(self, launch: Callable[[], Awaitable[None]]) -> None:
         deaths, failures = Backoff(_BACKOFF_FIRST, _LONGEST_AWAY), Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
         loop = asyncio.get_running_loop()
         while not self._stopping:
             started = loop.time()
-            assert self.channel is not None and self._process is not None
-            ask = functools.partial(self.channel.call, ALIVE)
-            silent = await alive.until_silent(self.channel.closed, ask, self._process.pid, self.spec.name)
-            if silent is not None:
-                self._health.hangs(self.spec.name, silent)
-            self.up.clear()
-            await self._clear()
-            self.ended = silent.why if silent is not None else _how(self._process.returncode)
+            generation = self.current
+            assert generation is not None
+            ask = functools.partial(generation.channel.call, ALIVE)
+            silent = await alive.until_silent(
+                generation.channel.closed, ask, generation.process.pid, self.spec.name
+            )  # fmt: skip
+            async with self.changing:  # else one that leaves would pass for one that died
+                if self.current is not generation:
+                    continue
+                if silent is not None:
+                    self._health.hangs(self.spec.name, silent)
+                self.up.clear()
+                await self.discard(generation)
+            self.ended = self.blame or (silent.why if silent is not None else _how(generation.process.returncode))
+            self.blame = ""
             self._health.ended(self.spec.name, self.ended, hung=silent is not None)
             logger.warning("%s ended (%s); starting it again", self.spec.name, self.ended)
             if loop.time() - started > _STEADY_SECONDS:
@@ -228,21 +343,12 @@ class ChildProcess:
                     break
                 except Exception as error:  # whatever it was, the service must come back; the next try is paced
                     self._health.does_not_start(self.spec.name, error)
-                    await self._clear()
+                    await self._clear(generation)
                     pause = failures.next()
 
-    async def _clear(self) -> None:
-        if self.channel is not None:
-            self.channel.close()
-        if self._leaf is not None:
-            self._leaf.kill()
-        if self._process is not None:
-            await _ended(self._process)
-        if self._leaf is not None:
-            await asyncio.to_thread(self._leaf.wait_empty, 5.0)
-            self._leaf.remove()
-            self._journal.forget(f"service.{self.spec.name}")
-            self._leaf = None
+    async def _clear(self, before: Generation) -> None:
+        if self.current is not None and self.current is not before:
+            await self.discard(self.current)
 
 
 def _environment() -> dict[str, str]:

@@ -9,15 +9,17 @@ listeners of their host API. The messages are in isolator/ipc/messages.py.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
 from isolator.cage.runtime import CageRuntime
+from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import ServiceEntry
@@ -31,13 +33,25 @@ from isolator.supervisor.broker_link import BrokerLink
 from isolator.supervisor.folders import own_folder
 from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
-from isolator.supervisor.service import ChildProcess, ServiceSpec
+from isolator.supervisor.reload.exchange import exchange
+from isolator.supervisor.service import ChildProcess, ServiceSpec, Succeed
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import ServiceState
 
+logger = logging.getLogger(__name__)
+
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
+
+
+class _Ways(TypedDict, total=False):
+    """How a service is started, and its successor: see ``ChildProcess.start``."""
+
+    inherit: Callable[[], dict[str, int]]
+    succeed: Succeed
+    succession: Callable[[], dict[str, int]]
+    succeeded: Callable[[], None]
 
 
 class Services:
@@ -89,30 +103,48 @@ class Services:
             audit.catch_up(host.process)
 
         def inherited_by_broker() -> dict[str, int]:
-            return {"audit": audit.source_end("broker"), "filter": filter_file(self._paths.cache)}
+            return {"audit": audit.source_end("broker"), **self._broker_filter()}
 
         def inherited_by_host() -> dict[str, int]:
             return {"audit": audit.source_end("host")}
 
         of_host = {**handlers, **host.handlers()}
+        of_broker: _Ways = {
+            "inherit": inherited_by_broker, "succeed": lambda: broker.succeed, "succession": self._broker_filter,
+            "succeeded": lambda: audit.catch_up(broker.process),
+        }  # fmt: skip
+        of_host_ways: _Ways = {
+            "inherit": inherited_by_host, "succeed": lambda: host.succeed(table.entries()),
+            "succeeded": lambda: audit.catch_up(host.process),
+        }  # fmt: skip
         if before is not None:
-            audit.process.adopt(before["audit"], audit.introduce)
-            broker.process.adopt(
-                before["broker"], introduce_broker, handlers=broker.handlers(), inherit=inherited_by_broker
-            )
-            host.process.adopt(before["host"], introduce_host, handlers=of_host, inherit=inherited_by_host)
+            audit.process.adopt(before["audit"], audit.introduce, succeed=lambda: audit.succeed)
+            broker.process.adopt(before["broker"], introduce_broker, handlers=broker.handlers(), **of_broker)
+            host.process.adopt(before["host"], introduce_host, handlers=of_host, **of_host_ways)
             return
-        await audit.process.start(audit.introduce)
+        await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
         if audit.found.blocked is None:
             kept.note(self._paths.trail_begun)
-        await broker.process.start(introduce_broker, handlers=broker.handlers(), inherit=inherited_by_broker)
-        await host.process.start(introduce_host, handlers=of_host, inherit=inherited_by_host)
+        await broker.process.start(introduce_broker, handlers=broker.handlers(), **of_broker)
+        await host.process.start(introduce_host, handlers=of_host, **of_host_ways)
         kept.note(self._paths.database_begun)
 
     def entries(self) -> tuple[ServiceEntry, ...]:
         """Describe the daemon's processes, this one first."""
         own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="")
         return own, *(link.process.entry() for link in (self.audit, self.broker, self.host))
+
+    def _broker_filter(self) -> dict[str, int]:
+        return {"filter": filter_file(self._paths.cache)}
+
+    async def exchange(self) -> None:
+        """Put new processes in the places of those that run, one after the other; each failure is logged."""
+        for process in (self.audit.process, self.broker.process, self.host.process):
+            if process.succeed is not None:
+                try:
+                    await exchange(process)
+                except (IsolatorError, OSError) as error:
+                    logger.error("%s could not be exchanged: %s", process.spec.name, error)
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

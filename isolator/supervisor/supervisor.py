@@ -15,8 +15,9 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -201,6 +202,9 @@ async def running_daemon(
         if before is not None:
             watch.look()
         await table.discovery.start(before.found if before is not None else ())
+        stack.enter_context(_exchange_on_signal(services, tasks))
+        if before is not None:
+            tasks.run("exchange of the services of before", services.exchange())
         yield Daemon(runtime, notifier, services, table, tickets, alarms, rest, reloads)
 
 
@@ -232,6 +236,25 @@ async def _change_launchers(table: PluginTable, runtime: CageRuntime, before: La
             with contextlib.suppress(FileNotFoundError):  # it has ended, and its group is gone
                 await run.cage.be_kept_by(runtime.launcher)
     before.close()
+
+
+@contextlib.contextmanager
+def _exchange_on_signal(services: Services, tasks: Tasks) -> Iterator[None]:
+    """Exchange the services' processes, one after the other, whenever SIGUSR1 comes."""
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
+
+    async def exchange() -> None:
+        while True:
+            await signalled.wait()
+            signalled.clear()
+            await services.exchange()
+
+    tasks.keep("exchange of services", exchange)
+    loop.add_signal_handler(signal.SIGUSR1, signalled.set)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGUSR1)
 
 
 async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> None:

@@ -18,6 +18,8 @@ import pytest
 
 from isolator.audit.client import AuditClient
 from isolator.ipc import channel as ipc
+from isolator.ipc.messages import AuditHello, Leave, StatePart
+from isolator.ipc.succession import Passage
 from isolator.paths import Paths
 
 CODE = Path(__file__).resolve().parents[2]
@@ -44,21 +46,37 @@ class Daemon:
             os.chown(directory, uid, uid)
 
     async def start(self, *, metrics: dict[str, Any] | None = None, **audit: Any) -> None:
+        self.config = {"audit": audit, "metrics": metrics or {}}
+        self.process, self.channel = self._spawn()
+        self.hello = (
+            await self.channel.call("hello", root=str(self.paths.root), config=self.config, timeout=20)
+        ).fields
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], ipc.Channel]:
         ours, theirs = ipc.pair()
         with theirs:
             command = [sys.executable, "-I", "-c", _RUN, str(self._code), "--channel-fd", str(theirs.fileno())]
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--no-new-privs",
                  "--bounding-set=-all", "--inh-caps=-all", "--", *command],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
-        self.channel = ipc.Channel(ours, name="audit")
-        self.hello = (
-            await self.channel.call(
-                "hello", root=str(self.paths.root), config={"audit": audit, "metrics": metrics or {}}, timeout=20
-            )
-        ).fields
+        return process, ipc.Channel(ours, name="audit")
+
+    async def renew(self) -> None:
+        """Put another process in the place of this one, as the supervisor does; it goes on with everything."""
+        assert self.process is not None and self.channel is not None
+        process, channel = self._spawn()
+        await channel.call("alive", timeout=20)
+        passage = Passage(channel)
+        op, handler = StatePart.on_fds(passage.part)
+        self.channel.handle(op, handler)
+        left = await self.channel.ask(Leave(), timeout=20)
+        assert left.parts == passage.parts > 0, left
+        await channel.ask(AuditHello(root=str(self.paths.root), config=self.config, parts=left.parts), timeout=20)
+        assert await self.stop() == 0
+        self.process, self.channel = process, channel
 
     async def source(self, name: str, client: AuditClient | None = None) -> AuditClient:
         assert self.channel is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import http.server
 import os
 import socket
@@ -110,14 +111,30 @@ class _Http(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.path.startswith("/bytes/"):
+            return self._many(int(self.path.rpartition("/")[2]))
         body = f"host={self.headers['Host']} from={self.client_address[0]}".encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
+    def _many(self, count: int) -> None:
+        """Send that many bytes, none like the one before."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(count))
+        self.end_headers()
+        for start in range(0, count, 1 << 20):
+            self.wfile.write(pattern(start, min(1 << 20, count - start)))
+
     def log_message(self, format: str, *args: object) -> None:
         return
+
+
+def pattern(start: int, count: int) -> bytes:
+    """Bytes of ``/bytes/N`` from an offset on, which is a multiple of 32."""
+    blocks = (hashlib.sha256(number.to_bytes(8)).digest() for number in range(start // 32, (start + count + 31) // 32))
+    return b"".join(blocks)[:count]
 
 
 class Server(socketserver.ThreadingTCPServer):

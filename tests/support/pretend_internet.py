@@ -27,6 +27,8 @@ from typing import Any
 
 from isolator.broker.hardening import filter_file
 from isolator.ipc.channel import Channel, Message, pair
+from isolator.ipc.messages import BrokerHello, Leave, StatePart
+from isolator.ipc.succession import Passage
 from isolator.layers.network import namespace as network
 from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
@@ -139,30 +141,32 @@ class BrokerProcess:
     @classmethod
     async def start(cls, pretend: PretendInternet, *, off: Sequence[str] = ()) -> BrokerProcess:
         """Start it in the host namespace, without any privilege; ``off`` names checks it runs without (weakened.py)."""
-        ours, theirs = pair()
         audit, audit_theirs = pair()
-        program = filter_file(pretend.directory / "cache")
-        fds = (theirs.fileno(), audit_theirs.fileno(), program)
-        process = await asyncio.create_subprocess_exec(
-            "nsenter", f"--net=/proc/{os.getpid()}/fd/{pretend.host_fd}",
-            "unshare", "--mount", "sh", "-c",
-            f"mount --bind {pretend.directory}/host-resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
-            "setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups",
-            "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-            *pretend.python("weakened" if off else "isolator.broker.service", *off,
-                          "--channel-fd", str(fds[0]), "--audit-fd", str(fds[1]), "--filter-fd", str(program)),
-            pass_fds=fds,
-        )  # fmt: skip
-        theirs.close()
+        process, channel = await _spawn(
+            pretend, "weakened" if off else "isolator.broker.service", *off, audit=audit_theirs
+        )
         audit_theirs.close()
-        os.close(program)
-        channel = Channel(ours, name="broker")
         broker = cls(pretend, process, channel, audit)
         channel.handle("cage.sockets", broker._sockets)
         audit.setblocking(False)
         asyncio.get_running_loop().add_reader(audit, broker._record)
         await channel.call("hello", root="/", config={}, timeout=20)
         return broker
+
+    async def renew(self) -> None:
+        """Put another process in the place of this one, as the supervisor does; it goes on with everything."""
+        process, channel = await _spawn(self.pretend, "isolator.broker.service", audit=None)
+        channel.handle("cage.sockets", self._sockets)
+        await channel.call("alive", timeout=20)
+        passage = Passage(channel)
+        op, handler = StatePart.on_fds(passage.part)
+        self.channel.handle(op, handler)
+        left = await self.channel.ask(Leave(), timeout=10)
+        assert left.parts == passage.parts > 0, left
+        await channel.ask(BrokerHello(root="/", config={}, parts=left.parts), timeout=20)
+        self.channel.close()
+        await self.process.wait()
+        self.process, self.channel = process, channel
 
     def _record(self) -> None:
         """Read every packet that has come; off the loop at the end of the stream."""
@@ -229,6 +233,27 @@ class BrokerProcess:
         asyncio.get_running_loop().remove_reader(self.audit)
         self.audit.close()
         assert code == 0 or code < 0, f"the broker ended with {code}"
+
+
+async def _spawn(
+    pretend: PretendInternet, module: str, *arguments: str, audit: socket.socket | None
+) -> tuple[asyncio.subprocess.Process, Channel]:
+    """A broker process in the host namespace, without any privilege, and our end of its channel."""
+    ours, theirs = pair()
+    program = filter_file(pretend.directory / "cache")
+    inherited = {"channel": theirs.fileno(), "filter": program} | ({"audit": audit.fileno()} if audit else {})
+    process = await asyncio.create_subprocess_exec(
+        "nsenter", f"--net=/proc/{os.getpid()}/fd/{pretend.host_fd}",
+        "unshare", "--mount", "sh", "-c",
+        f"mount --bind {pretend.directory}/host-resolv.conf /etc/resolv.conf && exec \"$@\"", "sh",
+        "setpriv", f"--reuid={BROKER_UID}", f"--regid={BROKER_UID}", "--clear-groups",
+        "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
+        *pretend.python(module, *arguments, *(w for name, fd in inherited.items() for w in (f"--{name}-fd", str(fd)))),
+        pass_fds=list(inherited.values()),
+    )  # fmt: skip
+    theirs.close()
+    os.close(program)
+    return process, Channel(ours, name="broker")
 
 
 @dataclass
