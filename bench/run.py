@@ -20,7 +20,7 @@ BENCHMARKS = {
     "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",
 }
-LONG = {"soak": "200 000 events: memory"}
+LONG = {"soak": "200 000 events: memory", "reload": "a daemon that is reloaded under load: pauses, losses"}
 """Run only when they are named."""
 OUT = Path("/var/cache/isolator-dev/bench")
 

@@ -12,6 +12,8 @@ from isolator.ipc.messages import (
     EnablePlugin,
     EnsureRun,
     ExplainPolicy,
+    Generation,
+    GetGeneration,
     GetLedger,
     Ledger,
     ListPlugins,
@@ -20,6 +22,8 @@ from isolator.ipc.messages import (
     PluginEntry,
     Proposal,
     RejectPlugin,
+    ReloadDaemon,
+    Reloading,
     RemovePlugin,
     RestartRun,
     RollBackPlugin,
@@ -118,6 +122,14 @@ class SupervisorLink:
     async def ledger(self) -> Ledger:
         """List this host's controls."""
         return await self._ask(GetLedger())
+
+    async def reload(self) -> Reloading:
+        """Have the daemon reloaded."""
+        return await self._ask(ReloadDaemon())
+
+    async def generation(self) -> Generation:
+        """The supervisor's version, and how often it was reloaded."""
+        return await self._ask(GetGeneration())
 
     async def _ask(self, request: Request[R], *, timeout: float = SUPERVISOR_TIMEOUT) -> R:
         return await self._channel.ask(request, timeout=timeout)

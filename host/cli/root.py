@@ -21,6 +21,7 @@ from isolator.errors import IsolatorError, UsageError
 # command -> (module, attribute, one line for --help); kept here so that --help imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("isolator.cli.serve:serve", "Run the daemon in the foreground."),
+    "reload": ("host.cli.reload:reload", "Take over an update and host.toml; plugins go on running."),
     "run": ("isolator.cli.run:run", "Run one command in a cage; needs no daemon."),
     "status": ("host.cli.status:status", "Show the daemon on one screen; exit code for scripts."),
     "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),

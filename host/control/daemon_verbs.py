@@ -1,4 +1,4 @@
-"""Handlers of ``status`` and ``ledger``."""
+"""Handlers of the verbs that are about the daemon as a whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from typing import cast
 
 from host.control.alarms import Alarms
 from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.verbs import Controls, DaemonStatus, Ledger, ServiceEntry, Status
+from host.control.verbs import (
+    Controls,
+    DaemonGeneration,
+    DaemonStatus,
+    Ledger,
+    Reload,
+    ReloadBegun,
+    Reloaded,
+    ServiceEntry,
+    Status,
+)
 from host.database import Store
 from host.delivery.dispatch import Dispatcher
 from host.plugins.registry import Registry
@@ -44,7 +54,12 @@ class DaemonVerbs:
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
-        return [Endpoint(Status, self.status), Endpoint(Ledger, self.ledger)]
+        return [
+            Endpoint(Status, self.status),
+            Endpoint(Ledger, self.ledger),
+            Endpoint(Reload, self.reload),
+            Endpoint(DaemonGeneration, self.generation),
+        ]
 
     async def status(self, _: Status, __: Caller) -> DaemonStatus:
         plugins = list(self._registry)
@@ -75,6 +90,13 @@ class DaemonVerbs:
             return [cast(ServiceEntry, entry.to_json()) for entry in (await self._link.services()).services]
         except IsolatorError:
             return []
+
+    async def reload(self, _: Reload, __: Caller) -> ReloadBegun:
+        return {"generation": (await self._link.reload()).generation}
+
+    async def generation(self, _: DaemonGeneration, __: Caller) -> Reloaded:
+        found = await self._link.generation()
+        return {"generation": found.generation, "version": found.version, "refused": found.refused}
 
     async def ledger(self, _: Ledger, __: Caller) -> Controls:
         return cast(Controls, (await self._link.ledger()).to_json())

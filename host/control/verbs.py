@@ -555,6 +555,26 @@ class DaemonStatus(TypedDict):
     records_pending: int
 
 
+class Reloaded(TypedDict):
+    """The daemon's generation: 1 at its start, one more with each reload; why the last one was refused, if it was."""
+
+    generation: int
+    version: str
+    refused: str
+
+
+class ReloadBegun(TypedDict):
+    generation: int
+
+
+class Reload(Request, verb="daemon.reload", role="operator", recorded=True, result=ReloadBegun):
+    """Have the daemon execute the program that is installed, in place; returns the generation that comes of it."""
+
+
+class DaemonGeneration(Request, verb="daemon.generation", role="viewer", result=Reloaded):
+    """Return the daemon's generation, and why the last reload was refused, if it was."""
+
+
 class Controls(TypedDict):
     ledger: list[dict[str, Any]]
 

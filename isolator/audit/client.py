@@ -20,12 +20,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
 from isolator.ipc.body import Body
 from isolator.ipc.channel import MAX_PACKET
 from isolator.ipc.succession import Departure, Descriptors
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import AuditClientState
 
 MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
@@ -225,6 +228,37 @@ class AuditClient:
             self._sock.close()
             self._sock = None
             self._set_blocked(AWAY)
+
+    def hand_over(self) -> AuditClientState:
+        """The state of this sender before an exec; what the writer answers from now on is left in the socket."""
+        from isolator.ipc.handover import AuditClientState
+
+        return AuditClientState(
+            socket=self._sock.fileno() if self._sock is not None else -1,
+            session=self._session,
+            number=self._number,
+            pending=tuple(line.decode() for line in self._pending),
+            unacked=tuple(line.decode() for line in self._unacked),
+            answered=self._answered,
+            sent=self.sent,
+            acked=self.acked,
+            lost=self.lost,
+            blocked=self.blocked,
+            alarm=self.alarm,
+        )
+
+    def adopt(self, before: AuditClientState) -> None:
+        """Go on as the sender that had this state: the same socket, and the numbers from where they are."""
+        self._session, self._number = before.session, before.number
+        self._pending = deque(line.encode() for line in before.pending)
+        self._unacked = deque(line.encode() for line in before.unacked)
+        self._answered, self.alarm, self.blocked = before.answered, before.alarm, before.blocked
+        self.sent, self.acked, self.lost = before.sent, before.acked, before.lost
+        if before.socket >= 0:
+            self._sock = socket.socket(fileno=before.socket)
+            self._sock.setblocking(False)
+            self._loop.add_reader(self._sock, self._readable)
+            self.flush()
 
     def _line(
         self,

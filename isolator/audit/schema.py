@@ -95,6 +95,11 @@ class RecordData:
         return f"{type(self).__name__}({self.data})"
 
 
+class _Range(RecordData):
+    def __init__(self, /, **data: Any) -> None:
+        super().__init__(**{_name_in_data(name): value for name, value in data.items()})
+
+
 # --- the daemon ------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +121,26 @@ class HostStarted(RecordData):
     """Of the settings in force."""
     cleared: list[str]
     """Remains of an earlier daemon that were removed."""
+
+
+class DaemonReloaded(_Range):
+    """The supervisor has executed the program that is installed, in place; what ran goes on."""
+
+    TYPE = "daemon.reloaded"
+    SOURCES = (SUPERVISOR,)
+
+    from_: str
+    """Version of before."""
+    to: str
+    """Version of now."""
+    adopted: int
+    """Runs that went on."""
+    seconds: float
+    """Time in which nothing was begun."""
+    generation: int
+    """Number of the daemon's images so far."""
+    config_sha256: str
+    """Of the settings in force."""
 
 
 class HostStopped(RecordData):
@@ -775,11 +800,6 @@ class SecretInjected(RecordData):
 
 
 # --- the trail itself ------------------------------------------------------------------------------------------------
-
-
-class _Range(RecordData):
-    def __init__(self, /, **data: Any) -> None:
-        super().__init__(**{_name_in_data(name): value for name, value in data.items()})
 
 
 class AuditSeal(_Range):

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -29,7 +30,7 @@ from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.packet import receive_packet, send_message, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy
-from isolator.layers.base import CageSpec, Layer, Process
+from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.cgroup.leaf import Leaf
@@ -50,6 +51,7 @@ from isolator.recovery.journal import Entry
 from isolator.structs import struct_class
 
 if TYPE_CHECKING:
+    from isolator.ipc.handover import CageState
     from isolator.layers.network.namespace import CageNetwork
 
 
@@ -305,6 +307,85 @@ class Cage:
             "only folders that the cage sees can be one: --read or --write shows it" if here else "see 'isolator check'"
         )
         return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", remedy)
+
+    # --- over an exec of this process ----------------------------------------------------------------------------
+
+    def hand_over(self) -> CageState:
+        """The state of a running cage, for ``adopt``; every descriptor stays open."""
+        from isolator.ipc.handover import CageState, LayerState
+
+        assert self._spare is not None
+        layers = [(layer.name, layer.hand_over()) for layer in self._layers]
+        oom, oom_seen = self.processes.memory_events
+        return CageState(
+            pid=self.pid,
+            pidfd=self.processes.pidfd,
+            status=self._spare.status,
+            oom=oom,
+            oom_seen=oom_seen,
+            started=self.processes.started,
+            layers=tuple(LayerState(name=name, values=kept.values, fds=kept.fds) for name, kept in layers),
+        )
+
+    @classmethod
+    def adopt(
+        cls, spec: CageSpec, runtime: CageRuntime, before: CageState, kept_by: Launcher
+    ) -> tuple[Cage, tuple[str, ...]]:
+        """A cage that runs since before this process's exec, and the layers that it came without.
+
+        Nothing is compared yet: ``confirm`` does that. ``kept_by``: the launcher of then.
+        """
+        kept = {layer.name: Kept(layer.values, layer.fds) for layer in before.layers}
+        cage = cls(spec, runtime, Stdio(-1, -1, -1))
+        without = tuple(layer.name for layer in cage._layers if layer.name not in kept)
+        cage._layers = [layer for layer in cage._layers if layer.name in kept]
+        for layer in cage._layers:
+            layer.adopt(spec, kept[layer.name])
+        cage._proc.leaf = cage._cgroup.leaf
+        network = cage._network.network
+        cage._spare = Spare.spent(spec.leaf, kept_by, runtime.journal, before.status, cage._proc.folder, network)
+        cage._processes = CageProcesses.adopt(before, cage._cgroup.leaf)
+        cage._process = Process(before.pid)
+        cage._kept_by = kept_by
+        return cage, without
+
+    def confirm(self) -> None:
+        """Read every layer of the running cage back; raises ConfinementError for the first that is not in force.
+
+        A cage that has ended is passed over: how it ended, ``wait`` tells.
+        """
+        if self._has_ended():
+            return
+        try:
+            for layer in self._layers:
+                layer.confirm(self._process)
+            if self._cgroup in self._layers:
+                self._cgroup.confirm_again(self._process)
+        except (ConfinementError, OSError, KeyError) as error:
+            if self._has_ended():
+                return
+            if isinstance(error, ConfinementError):
+                raise
+            raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from None
+
+    def _has_ended(self) -> bool:
+        waits = select.poll()
+        waits.register(self.processes.pidfd, select.POLLIN)
+        return bool(waits.poll(0))
+
+    async def be_kept_by(self, launcher: Launcher) -> None:
+        """Have another launcher kill this cage when the supervisor goes away, and then the one before forget it."""
+        before, folder = self._kept_by, self.leaf.open_folder()
+        try:
+            await launcher.keep(self.spec.leaf, folder)
+        finally:
+            os.close(folder)
+        if not self.started:  # it has ended meanwhile
+            launcher.forget(self.spec.leaf)
+            return
+        self._kept_by = launcher
+        if before is not None and not before.closed.is_set():
+            await before.forgotten(self.spec.leaf)
 
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar or its group (``CageSpec.to_group``)."""

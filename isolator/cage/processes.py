@@ -12,10 +12,14 @@ import os
 import signal
 import struct
 import time
+from typing import TYPE_CHECKING
 
 from isolator.launcher.client import Clone
 from isolator.layers.cgroup.leaf import Events, Leaf
 from isolator.structs import field, struct_class
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import CageState
 
 
 @struct_class(frozen=True)
@@ -56,6 +60,20 @@ class CageProcesses:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self.pidfd, self._pid1_ended)
         self._loop.add_reader(status, self._reported)
+
+    @classmethod
+    def adopt(cls, before: CageState, leaf: Leaf | None) -> CageProcesses:
+        """The processes of a cage that runs since before this process's exec; what has ended meanwhile shows."""
+        made = cls(Clone(before.pid, before.pidfd), before.status, leaf)
+        made.started, made._oom, made._oom_seen = before.started, before.oom, before.oom_seen
+        if made._oom >= 0:
+            made._loop.add_reader(made._oom, made._out_of_memory)
+        return made
+
+    @property
+    def memory_events(self) -> tuple[int, bool]:
+        """The eventfd of ``watch_memory`` (-1: none), and whether the cage was ended for its memory."""
+        return self._oom, self._oom_seen
 
     @property
     def uptime(self) -> float:

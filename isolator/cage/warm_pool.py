@@ -65,6 +65,15 @@ class Spare:
     groups: Leaf | None = None
     """The v1 groups of the parked process, where there are any, until a cage has taken them over."""
 
+    @classmethod
+    def spent(
+        cls, name: str, launcher: Launcher, journal: Journal, status: int, figures: int, network: CageNetwork | None
+    ) -> Spare:
+        """What is left of a spare that has become a cage before this process's exec."""
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        link.close()
+        return cls(name, frozenset(), launcher, journal, link, status, 0, -1, figures, network)
+
     @property
     def usable(self) -> bool:
         """Whether the parked process and the launcher that made it still run."""
@@ -170,6 +179,10 @@ class WarmPool:
             self._waiting = None
         while self._disposals:
             await asyncio.wait(self._disposals)
+
+    def reopen(self) -> None:
+        """Make spares again after ``close``."""
+        self._closed = False
 
     async def _make(self, layers: frozenset[str]) -> Spare:
         return await _make_spare(self._launcher(), self._journal, self._subtree, layers)

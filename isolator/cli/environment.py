@@ -10,6 +10,7 @@ the real path), and the old ones are removed after the service runs from the new
 from __future__ import annotations
 
 import compileall
+import contextlib
 import os
 import re
 import shutil
@@ -82,11 +83,21 @@ def check_owned_by_root(path: Path) -> None:
 
 
 def remove_old() -> None:
-    """Delete every environment but the current one."""
+    """Delete every environment but the current one, and those that a process was started from: it imports late."""
     current = CURRENT.resolve()
     for path in BASE.glob("env.*"):
-        if path != current:
+        if path != current and not _in_use(path):
             shutil.rmtree(path)
+
+
+def _in_use(environment: Path) -> bool:
+    """Whether a process names a file of the environment on its command line, as each of the daemon's does."""
+    name = os.fsencode(environment) + b"/"
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if name in place.read_bytes():
+                return True
+    return False
 
 
 def remove_all() -> bool:

@@ -23,6 +23,8 @@ COMPLETIONS = {
     "fish": Path("/usr/share/fish/vendor_completions.d/isolator.fish"),
 }
 _SERVICES = ("audit", "net", "host")
+_REFUSED = "refused, and nothing has changed"
+"""Words of ``isolator reload`` when a daemon that knows reloads does not do this one."""
 
 
 @click.command(
@@ -61,9 +63,12 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
     if not start:
         return
     _systemctl("enable", "--quiet", place.name)
-    _systemctl("restart", place.name)
+    if _is_active(place.name) and _reload(program, paths):
+        click.echo(f"{place.name} was reloaded: its plugins run on, and the unit itself takes effect at a restart")
+    else:
+        _systemctl("restart", place.name)
+        click.echo(f"{place.name} is enabled and running")
     environment.remove_old()
-    click.echo(f"{place.name} is enabled and running")
 
 
 @click.command(epilog="\b\nExamples:\n  sudo isolator uninstall\n  sudo isolator uninstall --purge --yes")
@@ -102,6 +107,26 @@ def _systemctl(*arguments: str, check: bool = True) -> None:
             f"systemctl {' '.join(arguments)}", result.stderr.strip().splitlines()[0] if result.stderr else "it failed",
             f"journalctl -u {unit} -n 20" if unit.endswith(".service") else "see the journal",
         )  # fmt: skip
+
+
+def _is_active(service: str) -> bool:
+    found = subprocess.run(["systemctl", "is-active", "--quiet", service], check=False, stdin=subprocess.DEVNULL)
+    return found.returncode == 0
+
+
+def _reload(program: Path, paths: Paths) -> bool:
+    """Have the daemon that runs execute the new version; False when it is of a version that cannot.
+
+    Raises IsolatorError when it can and refuses: then it still runs the version before.
+    """
+    root = ["--root", str(paths.root)] if paths.instance else []
+    result = subprocess.run(
+        [program, *root, "reload"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    why = result.stderr.strip().removeprefix("isolator: ")
+    if result.returncode and _REFUSED in why:
+        raise IsolatorError("upgrade", why, f"mend that and repeat it, or 'systemctl restart {_unit_path(paths).name}'")
+    return result.returncode == 0
 
 
 def _refuse_unfit_host(paths: Paths) -> None:

@@ -3,62 +3,97 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import os
 import signal
-import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from isolator.errors import IsolatorError
 from isolator.ipc.tasks import Tasks
 from isolator.linux import daemon_log
 from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
 from isolator.linux.descriptors import allow_many_files
+from isolator.linux.systemd import notify
 from isolator.paths import Paths
 
+if TYPE_CHECKING:
+    from isolator.ipc.handover import DaemonState
+
+_logger = logging.getLogger(__name__)
 _EXTENSION_SECONDS = 120
 
 
 @click.command(epilog="\b\nExamples:\n  isolator serve\n  isolator --root /tmp/try serve")
 @click.option("--config", metavar="FILE", help="Read FILE instead of /etc/isolator/host.toml.")
+@click.option("--adopt", metavar="FD", type=int, hidden=True)
+@click.option("--check-handover", metavar="FD", type=int, hidden=True)
 @click.pass_obj
-def serve(root: str | None, config: str | None) -> None:
+def serve(root: str | None, config: str | None, adopt: int | None, check_handover: int | None) -> None:
     """Run the daemon in the foreground.
 
     Prints 'isolator: ready' on stdout when it accepts commands (and tells systemd). SIGTERM or ^C stops it and
-    every plugin cleanly, and so does the end of the terminal that it was started from. Without a terminal, SIGHUP is
-    ignored.
+    every plugin cleanly, and so does the end of the terminal that it was started from. Without a terminal, SIGHUP
+    reloads it, as 'isolator reload' does.
     """
     from isolator.policy.parse.load import load_host_config
+    from isolator.supervisor.reload.program import Program
+    from isolator.supervisor.reload.signals import HELD
     from isolator.supervisor.supervisor import running_daemon
 
     paths = Paths.of(root)
+    daemon_log.set_up()
+    if check_handover is not None:
+        from isolator.supervisor.reload.trial import check_handover as check
+
+        click.echo(check(paths, config, check_handover))
+        return
+    before: DaemonState | None = None
+    if adopt is not None:
+        from isolator.supervisor.reload.adopt import take_over
+
+        before = take_over(adopt)
+    program = Program.of_this_process()
     host_config = load_host_config(Path(config) if config else paths.host_toml)
 
     async def main() -> None:
-        stopping = asyncio.Event()
+        stopping, hang_up = asyncio.Event(), _HangUp()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup(1) keeps it so
-            loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else _ignore)
+            # Unlike SIG_IGN, a handler is not inherited by what is started.
+            loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else hang_up)
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)  # before any child is started, which inherits the mask
+            notify("WATCHDOG=1")
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)
-        async with running_daemon(paths, host_config, progress=_notify_progress):
+        async with running_daemon(paths, host_config, progress=_notify_progress, before=before) as daemon:
+
+            async def perform(generation: int) -> None:
+                from isolator.supervisor.reload.reloader import reload
+
+                await reload(daemon, program, generation)
+
             try:
-                click.echo("isolator: ready")
-                _notify("READY=1\nSTATUS=")
+                daemon.reloads.perform = perform
+                if before is None:
+                    click.echo("isolator: ready")
+                notify("READY=1\nSTATUS=")
                 extending.cancel()
                 watchdog.keep("watchdog", _watchdog)
+                hang_up.allow(daemon.reloads.ask)
                 await stopping.wait()
                 watchdog.cancel()
             finally:
-                _notify("STOPPING=1")
+                notify("STOPPING=1")
                 extending.keep("extension of the stop", _extend_timeout)
         extending.cancel()
 
-    daemon_log.set_up()
     os.umask(0o022)
     leave_memory_out()
     let_children_start_no_handler()
@@ -71,29 +106,38 @@ def _has_terminal() -> bool:
     return any(map(os.isatty, range(3)))
 
 
-def _ignore() -> None:
-    """Do nothing: unlike SIG_IGN, a handler is not inherited by what is started."""
+class _HangUp:
+    """Handler of SIGHUP: a reload. One that comes before the daemon is up is done then."""
 
+    def __init__(self) -> None:
+        self._reload: Callable[[], object] | None = None
+        self._asked = False
 
-def _notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing when it did not start us."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.connect("\0" + address[1:] if address.startswith("@") else address)
-        sock.send(state.encode())
+    def __call__(self) -> None:
+        if self._reload is None:
+            self._asked = True
+            return
+        try:
+            self._reload()
+        except IsolatorError as error:
+            _logger.warning("SIGHUP: %s", error)
+
+    def allow(self, reload: Callable[[], object]) -> None:
+        """From now on ``reload`` begins one."""
+        self._reload = reload
+        if self._asked:
+            self()
 
 
 def _notify_progress(step: str) -> None:
     """Tell systemd which step of the start begins; each has the time of a whole start (TimeoutStartSec=)."""
-    _notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION_SECONDS * 1_000_000}\nSTATUS={step}")
+    notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION_SECONDS * 1_000_000}\nSTATUS={step}")
 
 
 async def _extend_timeout() -> None:
     """Extend the time for the start or the stop while the event loop turns: its waits have deadlines of their own."""
     while True:
-        _notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION_SECONDS * 1_000_000}")
+        notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION_SECONDS * 1_000_000}")
         await asyncio.sleep(_EXTENSION_SECONDS / 6)
 
 
@@ -103,5 +147,5 @@ async def _watchdog() -> None:
     if not interval:
         await asyncio.Event().wait()
     while True:
-        _notify("WATCHDOG=1")
+        notify("WATCHDOG=1")
         await asyncio.sleep(interval)

@@ -57,6 +57,7 @@ StartLimitIntervalSec=0
 Type=notify
 NotifyAccess=main
 ExecStart={program}{root} serve
+ExecReload={program}{root} reload
 Restart=on-failure
 RestartSec=2
 WatchdogSec=30

@@ -24,11 +24,11 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from isolator.errors import IsolatorError, UnavailableError
-from isolator.ipc.body import Handler, Message, R, Request, WithFds
+from isolator.ipc.body import Handler, Json, Message, R, Request, WithFds
 from isolator.ipc.packet import (
     MAX_FDS,
     MAX_PACKET,
@@ -39,6 +39,9 @@ from isolator.ipc.packet import (
     send_packet,
 )
 from isolator.linux.descriptors import close_all
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import ChannelState
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +60,19 @@ __all__ = ["MAX_FDS", "MAX_PACKET", "Channel", "Handler", "Message", "pair", "re
 
 
 class Channel:
-    """One end of a pair on the running event loop. ``handlers`` maps an op to its coroutine."""
+    """One end of a pair on the running event loop. ``handlers`` maps an op to its coroutine.
 
-    def __init__(self, sock: socket.socket, handlers: Mapping[str, Handler] | None = None, *, name: str = "peer"):
+    ``before``: the state of the same end before this process's exec.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handlers: Mapping[str, Handler] | None = None,
+        *,
+        name: str = "peer",
+        before: ChannelState | None = None,
+    ):
         sock.setblocking(False)
         self.name = name
         self.closed = asyncio.Event()
@@ -67,16 +80,22 @@ class Channel:
         self._handlers: dict[str, Handler] = dict(handlers or {})
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, asyncio.Future[Message]] = {}
-        self._next = 0
+        self._next = before.calls if before is not None else 0
         self._out: deque[tuple[bytes, list[int]]] = deque()
         self._out_bytes = self._out_fds = 0
         self._served_bytes = 0
         self._full = False
         """The peer's buffer was full, and the loop calls when it has room."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Message] = {}
+        """The requests that are being served."""
+        self._held: list[Json] = []
+        self._holding = False
+        """Requests are kept in ``_held`` instead of being served."""
         self._exhausted = False
         """A notification waits for descriptors to be free, and that is in the log."""
         self._listen()
+        for fields in before.held if before is not None else ():
+            self._begin(Message(fields), 0)
 
     def handle(self, op: str, handler: Handler) -> None:
         """Register or replace the handler of one op."""
@@ -157,6 +176,44 @@ class Channel:
                 future.set_exception(UnavailableError(self.name, "went away in the middle of a request", "try again"))
         for task in self._tasks:
             task.cancel()
+
+    # --- at rest -----------------------------------------------------------------------------------------------
+
+    def hold(self, repeated: Collection[str] = ()) -> None:
+        """Begin no request from now on, but keep those that come; answers are taken as before.
+
+        Of the requests that are being served those with an op of ``repeated`` are broken off, to be begun again.
+        """
+        self._holding = True
+        for task, message in list(self._tasks.items()):
+            if message.fields["op"] in repeated and not task.cancelling():
+                task.cancel()
+                self._held.append(message.fields)
+
+    @property
+    def unsettled(self) -> str:
+        """Why this end cannot be handed over yet: what is under way, or unsent; empty when nothing is."""
+        if self._tasks:
+            return f"{self.name}: {', '.join(sorted({one.fields['op'] for one in self._tasks.values()}))}"
+        return f"{self.name}: an answer" if self._pending or self._out or self._exhausted else ""
+
+    def hand_over(self) -> ChannelState:
+        """The state of this end. What comes from now on is left in the socket, for whoever adopts it."""
+        from isolator.ipc.handover import ChannelState
+
+        return ChannelState(socket=self._sock.fileno(), calls=self._next, held=tuple(self._held))
+
+    def leave_unread(self) -> None:
+        """Read nothing until ``go_on``."""
+        self._loop.remove_reader(self._sock)
+
+    def go_on(self) -> None:
+        """Serve the requests that were held, and those that come."""
+        held, self._held, self._holding = self._held, [], False
+        if not self.closed.is_set():
+            self._listen()
+            for fields in held:
+                self._begin(Message(fields), 0)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         payload = json.dumps(message, separators=(",", ":")).encode()
@@ -261,14 +318,22 @@ class Channel:
             return
         if len(self._tasks) >= MOST_AT_ONCE or self._served_bytes + size > MOST_BYTES_AT_ONCE:
             self._refuse(message)
-            return
+        elif self._holding and not message.fds:
+            if len(self._held) >= MOST_AT_ONCE:
+                self._refuse(message)
+            else:
+                self._held.append(message.fields)
+        else:
+            self._begin(message, size)
+
+    def _begin(self, message: Message, size: int) -> None:
         task = self._loop.create_task(self._serve(message))
-        self._tasks.add(task)
+        self._tasks[task] = message
         self._served_bytes += size
         task.add_done_callback(lambda done: self._served(done, size))
 
     def _served(self, task: asyncio.Task[None], size: int) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         self._served_bytes -= size
 
     def _refuse(self, message: Message) -> None:

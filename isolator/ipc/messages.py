@@ -572,6 +572,32 @@ class GetLedger(Request[Ledger], op="ledger"):
     """Return the controls of this host."""
 
 
+class Reloading(Body):
+    """A reload that has begun."""
+
+    generation: int
+    """the daemon's when it has come through"""
+
+
+class ReloadDaemon(Request[Reloading], op="daemon.reload"):
+    """Execute the program that is installed, in place; an error while another reload is under way."""
+
+
+class Generation(Body):
+    """State of the daemon's reloads."""
+
+    version: str
+    """the supervisor's"""
+    generation: int
+    """1 at its start, one more after each reload"""
+    refused: str
+    """why the last reload was refused"""
+
+
+class GetGeneration(Request[Generation], op="daemon.generation"):
+    """Return the daemon's generation."""
+
+
 DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → A": (AuditHello, RecordSource, Flush, ServeMetrics),
     "S → B": (BrokerHello, AttachCage, DetachCage, NewAuditSocket),
@@ -584,7 +610,7 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "H → S": (
         RaiseAlarm, EnsureRun, ConnectRun, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin, UpdatePlugin,
         RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin, ListPlugins,
-        ExplainPolicy, ListServices, GetLedger,
+        ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
     ),
 }  # fmt: skip
 """Every request by sender and receiver: supervisor, audit, broker, host."""

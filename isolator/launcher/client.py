@@ -47,18 +47,31 @@ class LauncherProcess(Protocol):
 class Launcher:
     """One launcher process. Answers come in the order of the questions."""
 
-    def __init__(self, started: tuple[LauncherProcess, socket.socket] | None = None) -> None:
-        """Start a process, or take over one that was ``started``, with this end of its socket."""
+    def __init__(self, started: tuple[LauncherProcess, socket.socket] | None = None, *, adopted: bool = False) -> None:
+        """Start a process, or take over one that was ``started``, with this end of its socket.
+
+        ``adopted``: it was before this process's exec, and has long been ready.
+        """
         self._process, self._sock = started or _start()
         self._waiting: deque[asyncio.Future[Clone]] = deque()
         self._alive: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
         self.closed = asyncio.Event()
-        self._ready = False
+        self._ready = adopted
         self._problem: ConfinementError | None = None
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock, self._readable)
+
+    @property
+    def link(self) -> int:
+        """The descriptor of its socket."""
+        return self._sock.fileno()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether an answer of it is awaited."""
+        return bool(self._waiting) or (self._alive is not None and not self._alive.done())
 
     @property
     def pid(self) -> int:
@@ -106,8 +119,11 @@ class Launcher:
     def forget(self, cage: str) -> None:
         """Stop keeping a cage that has ended: its group need not be killed any more."""
         if not self.closed.is_set():
-            order = json.dumps({"forget": cage}).encode()
-            self._tasks.run("an order to the launcher", self._send(order, []), expected=(UnavailableError,))
+            self._tasks.run("an order to the launcher", self.forgotten(cage), expected=(UnavailableError,))
+
+    async def forgotten(self, cage: str) -> None:
+        """As ``forget``; returns when it is sent. Raises UnavailableError when the launcher has died."""
+        await self._send(json.dumps({"forget": cage}).encode(), [])
 
     def close(self) -> None:
         """End the launcher; it kills the cages that it still keeps. One that hangs is killed after a moment."""

@@ -7,6 +7,8 @@ and is applied by the child. In the order of a cage's life:
                             the same for every cage
     prepare       layer     make the parts outside the child, and add the section to the plan
     enter         section   in the child, before exec: apply the layer to the calling process
+    adopt         layer     in place of ``prepare``, for a cage that runs and was prepared before this process's exec;
+                            ``hand_over`` has returned what that takes
     confirm       layer     read back from the kernel that the layer is in force
     release       layer     undo ``prepare``; idempotent, also when it is half-made
 
@@ -118,6 +120,14 @@ class CageSpec:
         return self.paths.cache
 
 
+@struct_class()
+class Kept:
+    """The part of a layer's making that an exec of this process would lose: JSON values, and descriptors by name."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    fds: dict[str, int] = field(default_factory=dict)
+
+
 class Layer(ABC):
     """The supervisor's half of one layer; see the module's text for the verbs."""
 
@@ -141,6 +151,17 @@ class Layer(ABC):
     @abstractmethod
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         """Make the parts outside the child, and add the layer's section to the plan; raises ConfinementError."""
+
+    def hand_over(self) -> Kept:
+        """The values and descriptors that ``adopt`` needs besides the specification; most layers need none."""
+        return Kept()
+
+    @abstractmethod
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        """Take over what was prepared before this process's exec, so that ``confirm`` and ``release`` go on from there.
+
+        Nothing outside this process changes.
+        """
 
     @abstractmethod
     def confirm(self, process: Process) -> None:

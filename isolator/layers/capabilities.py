@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux import capability
 
@@ -51,6 +51,9 @@ class Capabilities(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         plan.add(CapabilitiesSection())
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        """Take over nothing: ``confirm`` compares with no value of its own."""
 
     def confirm(self, process: Process) -> None:
         status = process.status

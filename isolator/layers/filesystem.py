@@ -37,7 +37,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, Tree, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, Tree, mismatch
 from isolator.layers.phrases import listing
 from isolator.layers.plan import ParkOrder, Part, Plan, Section
 from isolator.layers.proc import template as proc
@@ -274,7 +274,8 @@ class Filesystem(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         fs = spec.policy.filesystem
-        self._runs = runs = spec.policy.syscalls != "strict"  # what the plugin wrote
+        self.adopt(spec, Kept())
+        runs = self._runs
         mounts: list[AttachMount] = []
 
         def bind(target: str, source: int, attributes: int, ids: int = -1, made: Tree | None = None) -> None:
@@ -312,6 +313,9 @@ class Filesystem(Layer):
             SealMount("run/isolator"),
         )
         plan.add(FilesystemSection(any(not _known(one.target) for one in mounts), operations))
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        self._runs = spec.policy.syscalls != "strict"  # what the plugin wrote
 
     def confirm(self, process: Process) -> None:
         mounts = _mounts(process)

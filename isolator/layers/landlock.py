@@ -12,7 +12,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from isolator.layers.base import CageSpec, Control, Layer, Process
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process
 from isolator.layers.phrases import listing
 from isolator.layers.plan import ParkOrder, Part, Plan, Section
 from isolator.linux import landlock
@@ -92,6 +92,9 @@ class Landlock(Layer):
         with contextlib.suppress(OSError):
             folders = tuple(WritableFolder(bind.target) for bind in spec.binds if bind.writable)
             plan.add(LandlockSection(landlock.abi(), folders))
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        """Take over nothing: ``confirm`` compares with no value of its own."""
 
     def confirm(self, process: Process) -> None:
         """Confirm nothing: the kernel shows a process's Landlock domain nowhere. ``restrict_self`` has succeeded."""

@@ -17,7 +17,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from isolator.layers.base import CageSpec, Control, ControlState, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, ControlState, Kept, Layer, Process, mismatch
 from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux import namespaces as ns
 from isolator.linux.capability import has_capability
@@ -102,6 +102,12 @@ class Namespaces(Layer):
     def boot_offset(self) -> int:
         """Seconds that the cage's CLOCK_BOOTTIME is ahead of the host's, once it is prepared."""
         return self._offsets.get("boottime", 0)
+
+    def hand_over(self) -> Kept:
+        return Kept({"offsets": self._offsets})
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        self._offsets = {str(name): int(offset) for name, offset in kept.values["offsets"].items()}
 
     def confirm(self, process: Process) -> None:
         for kind, host in _of_this_process().items():

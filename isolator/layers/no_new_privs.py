@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.plan import Plan, Section
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class NoNewPrivs(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         plan.add(NoNewPrivsSection())
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        """Take over nothing: ``confirm`` compares with no value of its own."""
 
     def confirm(self, process: Process) -> None:
         found = process.status.get("NoNewPrivs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from typing import TYPE_CHECKING
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.phrases import count
 from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.linux.coredump import FILTER, start_no_handler
@@ -77,8 +77,11 @@ class Rlimits(Layer):
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        self._wanted = {**_FIXED, "NOFILE": spec.policy.resources.nofile}
+        self.adopt(spec, Kept())
         plan.add(RlimitsSection(spec.policy.resources.nofile))
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        self._wanted = {**_FIXED, "NOFILE": spec.policy.resources.nofile}
 
     def confirm(self, process: Process) -> None:
         # Not prlimit(2): asking for another user's limits needs CAP_SYS_RESOURCE, which containers often lack.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError, IsolatorError
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.plan import Plan, Section
 from isolator.linux.lock import lock_file
 
@@ -63,8 +63,11 @@ class User(Layer):
         return "Runs as a system user of its own, in no other group and with no way to become another user."
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        self._uid, self._gid = spec.uid, spec.gid
+        self.adopt(spec, Kept())
         plan.add(UserSection(spec.uid, spec.gid))
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        self._uid, self._gid = spec.uid, spec.gid
 
     def confirm(self, process: Process) -> None:
         status = process.status

@@ -146,8 +146,13 @@ class Generations:
     Its socket belongs to the namespace that the calling thread is in when it is made, and can be used from any.
     """
 
-    def __init__(self) -> None:
-        self._sock = _open(NETLINK_NETFILTER)
+    def __init__(self, sock: socket.socket | None = None) -> None:
+        """Open a socket, or take over the ``sock`` of an earlier object."""
+        self._sock = sock or _open(NETLINK_NETFILTER)
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
 
     def current(self) -> int:
         """The number now; raises OSError."""

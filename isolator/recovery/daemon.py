@@ -8,7 +8,9 @@ recognised by a pid.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,22 @@ def clear(paths: Paths, journal: Journal) -> list[Leftover]:
             journal.forget(entry.name)
     shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
     return found
+
+
+def clear_cage(journal: Journal, name: str, pid: int) -> None:
+    """End one cage by its groups and its pid 1, a child of this process, when nothing else of it can be taken over."""
+    entry = journal.open.get(name)
+    if entry is not None:
+        leaves = [Leaf(Path(folder)) for folder in entry.folders]
+        for leaf in leaves:
+            leaf.kill()
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for leaf in leaves:
+            leaf.wait_empty(10.0)
+            leaf.remove()
+        journal.forget(name)
 
 
 def subtree_folders(paths: Paths) -> list[Path]:

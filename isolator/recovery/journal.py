@@ -124,11 +124,14 @@ def _open_locked(path: Path, *, wait: bool) -> int:
 class Journal:
     """The open entries of one daemon. Holds the lock that keeps a second daemon off the same root."""
 
-    def __init__(self, path: Path, *, wait: bool = False) -> None:
-        """Open and lock it. ``wait``: its name is nobody else's, so who has it locked is only looking at it."""
+    def __init__(self, path: Path, *, wait: bool = False, locked: int = -1) -> None:
+        """Open and lock it. ``wait``: its name is nobody else's, so who has it locked is only looking at it.
+
+        ``locked``: its descriptor, open and locked since before this process's exec.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._fd = _open_locked(path, wait=wait)
+        self._fd = locked if locked >= 0 else _open_locked(path, wait=wait)
         try:
             content = _content(self._fd, path)
         except BaseException:
@@ -140,6 +143,11 @@ class Journal:
         self._lines = content.count(b"\n")
         if content and not content.endswith(b"\n"):
             os.write(self._fd, b"\n")  # or the next entry would continue the torn last line
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor that holds the lock."""
+        return self._fd
 
     def record(self, entry: Entry) -> None:
         """Write down an entry before its thing is made."""

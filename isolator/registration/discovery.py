@@ -129,10 +129,14 @@ class Discovery:
         self._watch: FolderWatch | None = None
         self._again = asyncio.Event()
         self._tasks = Tasks()
+        self._known: dict[str, FoundEntry] = {}
+        self.scanning = False
+        """Folders are being read."""
 
-    async def start(self) -> None:
-        """Scan for the first time, and again after every change."""
-        if not self._folders:
+    async def start(self, known: Iterable[FoundEntry] = ()) -> None:
+        """Scan for the first time, and again after every change. ``known``: entries that were reported before."""
+        self._known = {entry.name: entry for entry in known}
+        if not self._folders and not self._known:
             return
         for folder in self._folders:
             if not Path(folder).is_dir():
@@ -162,6 +166,13 @@ class Discovery:
                 raise
 
     async def _scan(self) -> None:
+        self.scanning = True
+        try:
+            await self._scan_once()
+        finally:
+            self.scanning = False
+
+    async def _scan_once(self) -> None:
         assert self._watch is not None
         # Watched before they are read: a change meanwhile causes another scan.
         self._watch.set(await asyncio.to_thread(_watched, self._folders))
@@ -172,8 +183,13 @@ class Discovery:
             # What was registered while the folders were being read is not to be found any more.
             self._again.set()
         now = {entry.name: entry for entry in entries if entry.name not in known}
-        changed = {name: entry for name, entry in now.items() if self.found.get(name) != entry}
-        removed = [name for name in self.found if name not in now and name not in known]
+        earlier, self._known = self._known, {}
+        changed = {
+            name: entry
+            for name, entry in now.items()
+            if self.found.get(name) != entry and earlier.get(name) != entry.entry()
+        }
+        removed = [name for name in (*self.found, *earlier) if name not in now and name not in known]
         self.found = now
         self._report(changed, removed)
 

@@ -35,6 +35,16 @@ class Alarms:
         """The alarms at this moment, oldest first."""
         return tuple(self._lines.values())
 
+    def hand_over(self) -> dict[str, str]:
+        """The lines by their keys, for ``adopt``."""
+        return dict(self._lines)
+
+    def adopt(self, before: dict[str, str]) -> None:
+        """Show the alarms from before this process's exec. Whether a cause is over shows; until then they stand."""
+        self._lines = dict(before)
+        for key in before:
+            self.settle(key)
+
     def raise_(self, key: str, line: str) -> None:
         """Show a line, in place of the one that ``key`` had, until ``settle``."""
         line = printable(line)[:_LONGEST]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import AuditGap
@@ -19,6 +20,9 @@ from isolator.policy.host import HostConfig
 from isolator.supervisor.kept import check_trail
 from isolator.supervisor.listener import listen
 from isolator.supervisor.service import ChildProcess
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import AuditState
 
 
 class AuditLink:
@@ -83,6 +87,19 @@ class AuditLink:
         """
         if self.process.up.is_set() and self.process.starts != self._made_for[sender.spec.name]:
             self._renew(sender)
+
+    def hand_over(self) -> AuditState:
+        """The state of these links before an exec."""
+        from isolator.ipc.handover import AuditState
+
+        sources = {name: end.fileno() for name, end in self._ends.items()}
+        return AuditState(client=self._client.hand_over(), sources=sources, made_for=self._made_for)
+
+    def adopt(self, before: AuditState) -> None:
+        """Go on with the links from before this process's exec."""
+        self._ends = {name: socket.socket(fileno=fd) for name, fd in before.sources.items()}
+        self._made_for = dict(before.made_for)
+        self._client.adopt(before.client)
 
     def _renew(self, sender: ChildProcess) -> None:
         assert sender.channel is not None

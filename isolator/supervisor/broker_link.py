@@ -83,6 +83,13 @@ class BrokerLink:
             channel.tell(DetachCage(run=run))  # it may have taken it over and only answered too late
             raise
 
+    def adopt(
+        self, run: str, plugin: str, network: network_layer.CageNetwork, policy: NetworkPolicy,
+        terminate: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """Know of a cage whose sockets the broker has since before this process's exec."""
+        self._attached[run] = _Attached(plugin, network, policy, terminate)
+
     async def detach(self, run: str) -> None:
         """Let the broker close a cage's listeners and flows; harmless when it is not attached."""
         if self._attached.pop(run, None) is not None:

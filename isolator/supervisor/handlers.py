@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import isolator
 from isolator.ipc import messages
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.ledger import ledger
@@ -18,6 +19,7 @@ from isolator.linux.descriptors import FdSet
 from isolator.registration.staging import Source
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
+from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.run import Run
 from isolator.supervisor.services import Services
 from isolator.supervisor.updates import Updates
@@ -30,8 +32,8 @@ T = TypeVar("T")
 class Handlers:
     """Handlers of everything that the host may ask."""
 
-    def __init__(self, table: PluginTable, updates: Updates, services: Services) -> None:
-        self._table, self._updates, self._services = table, updates, services
+    def __init__(self, table: PluginTable, updates: Updates, services: Services, reloads: Reloads) -> None:
+        self._table, self._updates, self._services, self._reloads = table, updates, services, reloads
 
     def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
@@ -55,6 +57,8 @@ class Handlers:
             messages.ExplainPolicy.on(self._explain),
             messages.ListServices.on(self._list_services),
             messages.GetLedger.on(self._ledger),
+            messages.ReloadDaemon.on(self._reload),
+            messages.GetGeneration.on(self._generation),
         )
 
     def _to_the_end(self, handler: Callable[[Q], Coroutine[Any, Any, T]]) -> Callable[[Q], Coroutine[Any, Any, T]]:
@@ -151,6 +155,13 @@ class Handlers:
 
     async def _ledger(self, _: messages.GetLedger) -> messages.Ledger:
         return messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))
+
+    async def _reload(self, _: messages.ReloadDaemon) -> messages.Reloading:
+        return messages.Reloading(generation=self._reloads.ask())
+
+    async def _generation(self, _: messages.GetGeneration) -> messages.Generation:
+        version, now = isolator.__version__, self._reloads
+        return messages.Generation(version=version, generation=now.generation, refused=now.refused)
 
     def _one(self, plugin: Plugin) -> messages.OnePlugin:
         return messages.OnePlugin(plugin=self._table.entry(plugin))

@@ -19,7 +19,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,13 +33,23 @@ from isolator.audit.schema import (
     SyscallDenied,
 )
 from isolator.cage.processes import CageExit
-from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
+from isolator.errors import (
+    ConfinementError,
+    DeniedError,
+    ExecError,
+    IsolatorError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from isolator.ipc.messages import Environment, Origin, PluginState
 from isolator.ipc.tasks import Tasks, report
 from isolator.pacing import Backoff
-from isolator.supervisor.run import NO_SOCKET, Run, RunContext, prepare_run
+from isolator.supervisor.run import NO_SOCKET, Run, RunContext, adopt_run, prepare_run
 
 if TYPE_CHECKING:
+    from isolator.ipc.handover import PluginKept
+    from isolator.launcher.client import Launcher
     from isolator.policy.model import EffectivePolicy
     from isolator.registration.proposals import Loaded
     from isolator.registration.store import Registration
@@ -67,6 +77,8 @@ class Plugin:
         """The fault of its policy file while an earlier content of it stays in force."""
         self.outdated = ""
         """Files and folders in its run's view that the host has replaced since."""
+        self.lacking = ""
+        """Layers that its run, which is older than this image of the daemon, came without."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
         self._context, self._on_change = context, changed
@@ -87,6 +99,11 @@ class Plugin:
         self._stop_reason = ""
         self._verdict: asyncio.Future[str] | None = None
         """Outcome of the trial that is under way."""
+        self._waits = False
+        """The task waits for something that takes as long as it takes; it can be given up and begun again."""
+        self._reason = ""
+        """Of the start that comes next, or was the last."""
+        self._backoff_until: float | None = None
         self.adopt(loaded)
 
     @property
@@ -224,34 +241,110 @@ class Plugin:
             self.outdated = outdated
             self._changed()
 
+    # --- over an exec of this process --------------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> str:
+        """What happens to it that is not to be broken off, in words; empty when nothing does."""
+        if self._task is None or self._task.done() or (self._waits and not self._stop.is_set()):
+            return ""
+        return f"plugin {self.name} ({self.state})"
+
+    def hand_over(self) -> PluginKept:
+        """The state of this plugin; when nothing is ``under_way`` its task can be given up."""
+        from isolator.ipc.handover import PluginKept
+
+        run = self.run if self.state == PluginState.RUNNING else None
+        return PluginKept(
+            name=self.name,
+            state=self.state,
+            error=self.error,
+            notice=self.notice,
+            outdated=self.outdated,
+            wanted=self.wanted,
+            reason=self._reason,
+            restarts=self.restarts,
+            ends=tuple(self._ends),
+            others_ends=self._others_ends,
+            crashes=tuple(self._crashes),
+            backoff_until=self._backoff_until,
+            effective=self.effective.model_dump(mode="json") if self.effective is not None else None,
+            run=run.hand_over() if run is not None else None,
+        )
+
+    def take_over(self, before: PluginKept, kept_by: Launcher) -> str:
+        """Go on from the state before the exec; returns why its run does not go on, if it had one that does not.
+
+        A run that does not hold is ended, as by a drift, and started again. ``kept_by``: the launcher of then.
+        """
+        problem = ""
+        if before.effective is not None:
+            from isolator.policy.model import EffectivePolicy
+
+            self.effective = EffectivePolicy.model_validate(before.effective)
+        self.state, self.error, self.notice = before.state, before.error, before.notice
+        self.outdated, self.restarts, self._others_ends = before.outdated, before.restarts, before.others_ends
+        self._ends, self._crashes = deque(before.ends), deque(before.crashes)
+        run: Run | None = None
+        if before.run is not None:
+            assert self.effective is not None
+            run, without = adopt_run(self._context, self.registration, self.effective, before.run, kept_by)
+            if without:
+                self.lacking = f"runs without {', '.join(without)}, which came with an update; restart it"
+            try:
+                run.cage.confirm()
+            except ConfinementError as error:
+                problem = str(error)
+                run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
+            self._answer_denied(run, before.run.listener)
+        if before.wanted:
+            self._wanted, self.run = True, run
+            life = self._supervise(before.reason, run, before.backoff_until)
+            self._task = self._tasks.run(f"life of plugin {self.name}", life)
+        return problem
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    async def _opened(self) -> None:
+        """Wait while the daemon comes to rest, unless the run is to stop."""
+        if self._context.rest.coming:
+            await self._until_stopped(self._context.rest.opened())
+
     # --- the task that owns a run ----------------------------------------------------------------------------
 
-    async def _supervise(self, reason: str) -> None:
+    async def _supervise(self, reason: str, run: Run | None = None, backoff_until: float | None = None) -> None:
+        """Run it for as long as it is wanted. ``run``, or a back-off that ends then, is from before an exec."""
         try:
+            if backoff_until is not None:
+                await self._pause_until(backoff_until)
             while self._wanted:
+                self._reason = reason
                 try:
-                    retry = await self._run_once(reason)
+                    retry = await self._run_once(reason, run)
                 except Exception as error:  # whatever it was: one that is wanted must not stay away in silence
                     report(asyncio.get_running_loop(), f"life of plugin {self.name}", error)
                     retry = self._after_fault(_why(error))
+                run = None
                 if retry is None:
                     break
+                reason = self._reason = "restart after a crash"
                 self._end_backoff.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._end_backoff.wait(), retry)
-                if self._wanted:
-                    self.restarts += 1
-                    self._set(PluginState.STARTING)
-                    reason = "restart after a crash"
+                await self._pause_until(asyncio.get_running_loop().time() + retry)
         finally:
             self._conclude_trial("it was stopped")
         self._wanted = False
         if self.state != PluginState.FAILED:
             self._set(self._idle_state())
 
-    async def _run_once(self, reason: str) -> float | None:
+    async def _run_once(self, reason: str, run: Run | None) -> float | None:
         """One run, from start to end; returns the seconds to the next one, or None when there shall be none."""
-        ended = await self._one_run(reason)
+        ended = await self._one_run(reason, run)
         expected = not self._wanted
         why = ended.problem or _describe(ended.exit)
         retry = None if expected or self._failed_trial(why) else self._after_crash(why, ended)
@@ -261,6 +354,18 @@ class Plugin:
                 retry_in=retry,
             )  # fmt: skip
         return retry
+
+    async def _pause_until(self, until: float) -> None:
+        """Wait until then, or until an operator ends the back-off; and while the daemon comes to rest."""
+        self._backoff_until = until
+        with self._waiting():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._end_backoff.wait(), until - asyncio.get_running_loop().time())
+            await self._opened()
+        self._backoff_until = None
+        if self._wanted:
+            self.restarts += 1
+            self._set(PluginState.STARTING)
 
     def _failed_trial(self, why: str) -> bool:
         if self._verdict is None or self._verdict.done():
@@ -320,26 +425,30 @@ class Plugin:
             len(self._ends) + self._others_ends - 1
         )
 
-    async def _one_run(self, reason: str) -> _Ended:
-        """Build one cage, watch it to its end, take everything down."""
+    async def _one_run(self, reason: str, run: Run | None = None) -> _Ended:
+        """Build one cage, or take over ``run``; watch it to its end, take everything down."""
         assert self.effective is not None
-        run: Run | None = None
-        run_id = secrets.token_hex(5)
+        run_id = run.id if run is not None else secrets.token_hex(5)
         try:
-            environment = await self._until_stopped(self._environment())
-            if environment is None:
-                return _Ended(run_id, None, Origin.OPERATOR)
-            run = self.run = await prepare_run(
-                self._context, self.registration, self.effective, self.argv, run_id, environment
-            )
-            await run.cage.start()
-            self._started(run, reason)
-            end = await run.watch(
-                self._stop,
-                on_ready=self._changed,
-                on_steady=lambda: self._conclude_trial(""),
-                drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
-            )
+            if run is None:
+                with self._waiting():
+                    environment = await self._until_stopped(self._environment())
+                if environment is None:
+                    return _Ended(run_id, None, Origin.OPERATOR)
+                run = self.run = await prepare_run(
+                    self._context, self.registration, self.effective, self.argv, run_id, environment
+                )
+                await run.cage.start()
+                self._started(run, reason)
+            with self._waiting():
+                await run.watch(
+                    self._stop,
+                    on_ready=self._changed,
+                    on_steady=lambda: self._conclude_trial(""),
+                    drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
+                )
+                await self._opened()
+            end = await run.ended()
             origin = run.origin if self._wanted else Origin.OPERATOR
             self._record_end(run, end, origin, await self._context.host.stderr_tail(self.name, run_id))
             counts = origin == Origin.PLUGIN and not (run.reached and end.cause == "exit")
@@ -351,7 +460,7 @@ class Plugin:
             self._context.audit.record(crashed, plugin=self.name, run=run_id)
             return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN)
         finally:
-            self.run, self.outdated = None, ""
+            self.run, self.outdated, self.lacking = None, "", ""
             if run is not None:
                 await run.take_down()
 
@@ -397,10 +506,19 @@ class Plugin:
             degraded=not_enforced(controls),
         )
         audit.record(started, plugin=self.name, run=run.id, urgent=True)
-        if run.cage.listener >= 0:
-            self._context.notifier.watch(
-                run.cage.listener,
-                lambda denied: audit.record(
+        listener, run.cage.listener = run.cage.listener, -1
+        self._answer_denied(run, listener)
+        if not self._stop.is_set():
+            self._set(PluginState.RUNNING)
+            self._others_ends = 0
+        self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
+
+    def _answer_denied(self, run: Run, listener: int) -> None:
+        """Have the denied calls of the run answered and recorded; ``listener`` -1: they are not."""
+        if listener >= 0:
+            run.denials = self._context.notifier.watch(
+                listener,
+                lambda denied: self._context.audit.record(
                     SyscallDenied(call=denied.call, count=denied.count),
                     plugin=self.name,
                     run=run.id,
@@ -408,11 +526,6 @@ class Plugin:
                     since_ns=denied.first_ns,
                 ),
             )
-            run.cage.listener = -1
-        if not self._stop.is_set():
-            self._set(PluginState.RUNNING)
-            self._others_ends = 0
-        self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
         self.record_usage()

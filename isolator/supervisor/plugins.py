@@ -37,6 +37,7 @@ class PluginTable:
         self._context = context
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._given_up: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._pending: dict[str, tuple[str, str, PendingVersion | None]] = {}
 
@@ -69,12 +70,25 @@ class PluginTable:
         """The lock under which something happens to the plugin of that name."""
         return self._locks[name]
 
-    def own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start work that ends with the daemon at the latest."""
+    def own(self, work: Coroutine[Any, Any, T], *, to_the_end: bool = True) -> asyncio.Task[T]:
+        """Start work that ends with the daemon at the latest; ``to_the_end``: a reload waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if not to_the_end:
+            self._given_up.add(task)
+            task.add_done_callback(self._given_up.discard)
         return task
+
+    @property
+    def under_way(self) -> list[str]:
+        """What happens that is not to be broken off, in words."""
+        changes = len(self._tasks - self._given_up)
+        return [
+            *filter(None, (plugin.under_way for plugin in self.plugins.values())),
+            *([f"{changes} change{'s' if changes > 1 else ''} of plugins"] if changes else []),
+            *(["a look through plugin_dirs"] if self.discovery.scanning else []),
+        ]
 
     def volume(self, name: str) -> Volume:
         """The persistent state of the plugin of that name."""
@@ -123,7 +137,7 @@ class PluginTable:
             version=plugin.version,
             digest=registration.digest,
             state=plugin.state,
-            error="; ".join(filter(None, (plugin.error, plugin.notice, plugin.outdated))),
+            error="; ".join(filter(None, (plugin.error, plugin.notice, plugin.outdated, plugin.lacking))),
             run=run.id if run else None,
             pid=run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
             uid=registration.uid,

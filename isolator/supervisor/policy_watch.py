@@ -2,7 +2,7 @@
 
 A plugin's file that changes is read again. The same effective policy: nothing happens. Another one: the plugin is
 restarted with it. Nonsense, or no file at all: the last good one stays in force, and the error is shown. ``host.toml``
-is read at the start only: its settings (uids, ceilings, the trail) hold for everything that runs already.
+is read at the start and at a reload: its settings (uids, ceilings, the trail) hold for everything that runs already.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ class PolicyWatch:
         """Stop watching."""
         self._watch.close()
 
+    def look(self) -> None:
+        """Read every policy file: nobody watched for a moment, and ``host.toml`` may have another ceiling."""
+        self._changed({f"{self._folder}/"})
+
     def _changed(self, seen: set[str]) -> None:
         if str(self._host_file) in seen:
-            logger.warning("%s has changed; it takes effect when the daemon is started again", self._host_file)
+            logger.warning("%s has changed; it takes effect with 'isolator reload'", self._host_file)
         plugins = self._table.plugins
         if f"{self._folder}/" in seen:
             names = set(plugins)

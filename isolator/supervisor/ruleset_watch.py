@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 
 from isolator.errors import ConfinementError
@@ -13,11 +14,13 @@ from isolator.policy.model import NetworkPolicy
 
 @contextlib.contextmanager
 def watched_ruleset(
-    network: network_layer.CageNetwork, policy: NetworkPolicy, changed: Callable[[str], None]
+    drift: socket.socket, network: network_layer.CageNetwork, policy: NetworkPolicy, changed: Callable[[str], None]
 ) -> Iterator[None]:
-    """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more."""
+    """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more.
+
+    ``drift`` (``network_layer.watch``) stays the caller's.
+    """
     loop = asyncio.get_running_loop()
-    drift = network_layer.watch(network)
 
     def compare() -> None:
         with contextlib.suppress(BlockingIOError):
@@ -33,4 +36,3 @@ def watched_ruleset(
         yield
     finally:
         loop.remove_reader(drift)
-        drift.close()

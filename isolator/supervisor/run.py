@@ -23,6 +23,7 @@ from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc.messages import Origin
+from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
 from isolator.linux.descriptors import FdSet
@@ -38,13 +39,16 @@ from isolator.volume.volume import Volume
 if TYPE_CHECKING:
     from isolator.audit.client import AuditClient
     from isolator.cage.runtime import CageRuntime
+    from isolator.ipc.handover import RunState
     from isolator.ipc.messages import Environment
+    from isolator.launcher.client import Launcher
     from isolator.layers.seccomp.notifier import SeccompNotifier
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
     from isolator.registration.store import Registration
     from isolator.supervisor.broker_link import BrokerLink
     from isolator.supervisor.host_link import HostLink
+    from isolator.supervisor.rest import Rest
     from isolator.supervisor.socket_watch import SocketWatch
 
 NO_SOCKET = "no socket"
@@ -66,6 +70,7 @@ class RunContext:
     notifier: SeccompNotifier
     wait_for_trail: bool
     """Start nothing while the trail cannot be written."""
+    rest: Rest
 
 
 @dataclass
@@ -99,6 +104,10 @@ class Run:
     """Device and inode of each path that its policy shows it, as they were at its start."""
     reached: bool = False
     """The host has connected to its socket."""
+    denials: object = None
+    """The notifier's token of its seccomp listener."""
+    drift: socket.socket | None = None
+    """Readable when its network's rules change, while it is watched."""
     _usage: dict[str, Any] = field(default_factory=dict)
 
     def terminate(self, cause: str, origin: Origin = Origin.DAEMON) -> None:
@@ -131,22 +140,27 @@ class Run:
         on_ready: Callable[[], None],
         on_steady: Callable[[], None],
         drain: Callable[[], Awaitable[None]],
-    ) -> CageExit:
-        """Wait for the end; a sidecar that does not make its socket in time is ended.
+    ) -> None:
+        """Wait for the end, which ``ended`` returns then; a sidecar that does not make its socket in time is ended.
 
         ``stop`` ends it gracefully, after ``drain``. ``on_ready`` is called when the socket is there, ``on_steady``
         when it has been for ``STEADY_SECONDS``.
         """
+        loop = asyncio.get_running_loop()
         patience = self.effective.restart.start_timeout
         watched = self.context.sockets.add(self.directory, self._check_socket)
         self._check_socket()
+        self.drift = self.drift or network_layer.watch(self.cage.network)
         watching = contextlib.ExitStack()
-        watching.enter_context(watched_ruleset(self.cage.network, self.effective.network, self._ruleset_changed))
-        waiting = asyncio.create_task(self.cage.wait())
+        watching.enter_context(
+            watched_ruleset(self.drift, self.cage.network, self.effective.network, self._ruleset_changed)
+        )
+        waiting = asyncio.create_task(self.cage.processes.ended.wait())
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))
         try:
-            await asyncio.wait({waiting, there}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            left = max(0.0, self.began + patience - loop.time())
+            await asyncio.wait({waiting, there}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             self.context.sockets.remove(watched)
             if self.socket_there.is_set():
                 on_ready()
@@ -156,14 +170,18 @@ class Run:
             elif not waiting.done():
                 await self.cage.stop(self.effective.restart.stop_grace)
                 self.forced_cause = self.forced_cause or f"{NO_SOCKET} in {patience:g} s"
-            end = await waiting
-            self.exited = True
-            return replace(end, cause=self.forced_cause) if self.forced_cause else end
+            await waiting
         finally:
             self.context.sockets.remove(watched)
             watching.close()
             for task in (there, stopping, waiting):
                 task.cancel()
+
+    async def ended(self) -> CageExit:
+        """How the sidecar has ended: it is reaped, and known to nobody else from here on."""
+        end = await self.cage.wait()
+        self.exited = True
+        return replace(end, cause=self.forced_cause) if self.forced_cause else end
 
     async def _stop_when(self, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]) -> None:
         await stop.wait()
@@ -235,7 +253,33 @@ class Run:
         await self.cage.release()
         with contextlib.suppress(UnavailableError):
             await self.context.broker.detach(self.id)
+        if self.drift is not None:
+            self.drift.close()
         self.kept.close()
+
+    def hand_over(self) -> RunState:
+        """The state of this run, which is being watched, before an exec."""
+        from isolator.ipc.handover import RunState
+
+        return RunState(
+            id=self.id,
+            uid=self.cage.spec.uid,
+            gid=self.cage.spec.gid,
+            cage=self.cage.hand_over(),
+            directory=self.directory,
+            stdout=self.pipes[0],
+            stderr=self.pipes[1],
+            listener=self.context.notifier.listener_of(self.denials),
+            drift=self.drift.fileno() if self.drift is not None else -1,
+            started_at=self.started_at,
+            began=self.began,
+            forced_cause=self.forced_cause,
+            origin=self.origin,
+            reached=self.reached,
+            ready=self.socket_there.is_set(),
+            shown={path: tuple(identity) for path, identity in self.shown.items()},
+            usage=self._usage,
+        )
 
     def _check_socket(self) -> None:
         with contextlib.suppress(OSError):
@@ -247,6 +291,33 @@ class Run:
         denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=difference)
         self.context.audit.record(denied, plugin=self.plugin, run=self.id)
         self.terminate("its network rules were changed", Origin.OPERATOR)
+
+
+def adopt_run(
+    context: RunContext, registration: Registration, effective: EffectivePolicy, before: RunState, kept_by: Launcher
+) -> tuple[Run, tuple[str, ...]]:
+    """A run that began before this process's exec, and the layers that its cage came without.
+
+    It holds every descriptor of ``before``; nothing is compared yet (``Cage.confirm``).
+    """
+    name = registration.name
+    # Its program and environment are its own by now: only the names and the policy are needed from here on.
+    spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})
+    cage, without = Cage.adopt(spec, context.runtime, before.cage, kept_by)
+    pipes = [before.stdout, before.stderr]
+    run = Run(
+        before.id, name, effective, cage, before.directory, pipes, FdSet([before.directory, *pipes]), FdSet(), context,
+        started_at=before.started_at, began=before.began, forced_cause=before.forced_cause, origin=before.origin,
+        reached=before.reached, shown={path: (device, inode) for path, (device, inode) in before.shown.items()},
+        _usage=before.usage,
+    )  # fmt: skip
+    if before.drift >= 0:
+        run.drift = socket.socket(fileno=before.drift)
+        run.drift.setblocking(False)
+    if before.ready:
+        run.socket_there.set()
+    context.broker.adopt(run.id, name, cage.network, effective.network, run.terminate)
+    return run, without
 
 
 async def prepare_run(

@@ -13,10 +13,11 @@ import functools
 import logging
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler, Request
@@ -25,6 +26,7 @@ from isolator.ipc.messages import ServiceEntry
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
+from isolator.linux.child import Child
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
 from isolator.linux.unprivileged import service_command
@@ -32,6 +34,9 @@ from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import ServiceState
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +64,7 @@ class ServiceSpec:
 class Generation:
     """One process of a service. While another takes its place two are alive, each in a leaf of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Child
     channel: Channel
     leaf: Leaf
 
@@ -125,6 +130,19 @@ class ChildProcess:
         ``succession`` in place of those, and its hello by what ``succeed`` returns; ``succeeded`` is called once it
         serves.
         """
+        launch = self._launcher(introduce, handlers, inherit, succeed, succession, succeeded)
+        await launch()
+        self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+
+    def _launcher(
+        self,
+        introduce: Introduce,
+        handlers: Mapping[str, Handler] | None,
+        inherit: Callable[[], dict[str, int]],
+        succeed: Succeed | None,
+        succession: Callable[[], dict[str, int]],
+        succeeded: Callable[[], None],
+    ) -> Callable[[], Awaitable[None]]:
         self._handlers, self._inherit, self.succeed = handlers or {}, inherit, succeed
         self.succession, self._succeeded = succession, succeeded
 
@@ -134,8 +152,45 @@ class ChildProcess:
             await introduce(generation.channel)
             self.up.set()
 
-        await launch()
+        return launch
+
+    def adopt(
+        self,
+        before: ServiceState,
+        introduce: Introduce,
+        *,
+        handlers: Mapping[str, Handler] | None = None,
+        inherit: Callable[[], dict[str, int]] = dict,
+        succeed: Succeed | None = None,
+        succession: Callable[[], dict[str, int]] = dict,
+        succeeded: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Keep the process running that is there since before this process's exec; the rest as ``start``."""
+        launch = self._launcher(introduce, handlers, inherit, succeed, succession, succeeded)
+        self.starts, self.generations = before.starts, before.generations
+        end = socket.socket(fileno=before.channel.socket)
+        channel = Channel(end, self._handlers, name=self.spec.name, before=before.channel)
+        self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
+        self.up.set()
         self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+
+    @property
+    def unsettled(self) -> str:
+        """Why it cannot be handed over at this moment, in words; empty when it can."""
+        channel = self.channel
+        if self.changing.locked() or channel is None or not self.up.is_set() or channel.closed.is_set():
+            return f"the start of {self.spec.name}"
+        return channel.unsettled
+
+    def hand_over(self) -> ServiceState:
+        """The state of the process that runs, before an exec, when it is settled."""
+        from isolator.ipc.handover import ServiceState
+
+        assert not self.unsettled and self.current is not None
+        return ServiceState(
+            name=self.spec.name, pid=self.current.process.pid, starts=self.starts, generations=self.generations,
+            leaf=self.current.entry, channel=self.current.channel.hand_over(),
+        )  # fmt: skip
 
     async def stop(self) -> None:
         """Close the channel, wait 5 s for the process to end, then kill it. Harmless before ``start``."""
@@ -302,7 +357,7 @@ def _environment() -> dict[str, str]:
     return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **journal}
 
 
-async def _ended(process: subprocess.Popen[bytes]) -> None:
+async def _ended(process: subprocess.Popen[bytes] | Child) -> None:
     if process.poll() is not None:
         return
     fd = os.pidfd_open(process.pid)

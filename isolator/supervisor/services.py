@@ -12,8 +12,9 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
@@ -33,12 +34,24 @@ from isolator.supervisor.folders import own_folder
 from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.reload.exchange import exchange
-from isolator.supervisor.service import ChildProcess, ServiceSpec
+from isolator.supervisor.service import ChildProcess, ServiceSpec, Succeed
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import ServiceState
 
 logger = logging.getLogger(__name__)
 
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
+
+
+class _Ways(TypedDict, total=False):
+    """How a service is started, and its successor: see ``ChildProcess.start``."""
+
+    inherit: Callable[[], dict[str, int]]
+    succeed: Succeed
+    succession: Callable[[], dict[str, int]]
+    succeeded: Callable[[], None]
 
 
 class Services:
@@ -62,8 +75,18 @@ class Services:
         self.host = HostLink(host, paths, config, health.alarms)
         self._paths = paths
 
-    async def start(self, table: PluginTable, handlers: Mapping[str, Handler]) -> None:
-        """Start the services; returns when the host accepts commands, which ``handlers`` serve."""
+    @property
+    def every(self) -> tuple[ChildProcess, ...]:
+        """The processes, in the order of their starts."""
+        return self.audit.process, self.broker.process, self.host.process
+
+    async def start(
+        self, table: PluginTable, handlers: Mapping[str, Handler], before: Mapping[str, ServiceState] | None = None
+    ) -> None:
+        """Start the services; returns when the host accepts commands, which ``handlers`` serve.
+
+        With the states ``before`` this process's exec, by name, those that run go on.
+        """
         audit, broker, host = self.audit, self.broker, self.host
 
         async def introduce_broker(channel: Channel) -> None:
@@ -79,24 +102,31 @@ class Services:
                 plugin.announce()
             audit.catch_up(host.process)
 
+        def inherited_by_broker() -> dict[str, int]:
+            return {"audit": audit.source_end("broker"), **self._broker_filter()}
+
+        def inherited_by_host() -> dict[str, int]:
+            return {"audit": audit.source_end("host")}
+
+        of_host = {**handlers, **host.handlers()}
+        of_broker: _Ways = {
+            "inherit": inherited_by_broker, "succeed": lambda: broker.succeed, "succession": self._broker_filter,
+            "succeeded": lambda: audit.catch_up(broker.process),
+        }  # fmt: skip
+        of_host_ways: _Ways = {
+            "inherit": inherited_by_host, "succeed": lambda: host.succeed(table.entries()),
+            "succeeded": lambda: audit.catch_up(host.process),
+        }  # fmt: skip
+        if before is not None:
+            audit.process.adopt(before["audit"], audit.introduce, succeed=lambda: audit.succeed)
+            broker.process.adopt(before["broker"], introduce_broker, handlers=broker.handlers(), **of_broker)
+            host.process.adopt(before["host"], introduce_host, handlers=of_host, **of_host_ways)
+            return
         await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
         if audit.found.blocked is None:
             kept.note(self._paths.trail_begun)
-        await broker.process.start(
-            introduce_broker,
-            handlers=broker.handlers(),
-            inherit=lambda: {"audit": audit.source_end("broker"), **self._broker_filter()},
-            succeed=lambda: broker.succeed,
-            succession=self._broker_filter,
-            succeeded=lambda: audit.catch_up(broker.process),
-        )
-        await host.process.start(
-            introduce_host,
-            handlers={**handlers, **host.handlers()},
-            inherit=lambda: {"audit": audit.source_end("host")},
-            succeed=lambda: host.succeed(table.entries()),
-            succeeded=lambda: audit.catch_up(host.process),
-        )
+        await broker.process.start(introduce_broker, handlers=broker.handlers(), **of_broker)
+        await host.process.start(introduce_host, handlers=of_host, **of_host_ways)
         kept.note(self._paths.database_begun)
 
     def entries(self) -> tuple[ServiceEntry, ...]:

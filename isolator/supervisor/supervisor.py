@@ -18,11 +18,12 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
-from isolator.audit.schema import AuditGap, HostStarted, HostStopped, PluginStopped, RunEnded
+from isolator.audit.schema import AuditGap, DaemonReloaded, HostStarted, HostStopped, PluginStopped, RunEnded
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import Origin
@@ -42,6 +43,8 @@ from isolator.supervisor.folders import own_folder
 from isolator.supervisor.handlers import Handlers
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.policy_watch import PolicyWatch
+from isolator.supervisor.reloads import Reloads
+from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.services import Services
 from isolator.supervisor.socket_watch import SocketWatch
@@ -51,32 +54,66 @@ from isolator.volume import volume
 from isolator.volume.volume import Volume
 
 if TYPE_CHECKING:
+    from isolator.ipc.handover import DaemonState
     from isolator.supervisor.runners.runners import Runners
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Daemon:
+    """The parts of a running daemon that a reload hands over."""
+
+    runtime: CageRuntime
+    notifier: SeccompNotifier
+    services: Services
+    table: PluginTable
+    runners: Runners | None
+    tickets: Tickets
+    alarms: Alarms
+    rest: Rest
+    reloads: Reloads
+
+
 @contextlib.asynccontextmanager
 async def running_daemon(
-    paths: Paths, config: HostConfig, *, progress: Callable[[str], None] = lambda step: None
-) -> AsyncIterator[None]:
+    paths: Paths,
+    config: HostConfig,
+    *,
+    progress: Callable[[str], None] = lambda step: None,
+    before: DaemonState | None = None,
+) -> AsyncIterator[Daemon]:
     """A daemon that accepts commands; nothing of it is left when the context is left.
 
-    ``progress`` is called with each step of the start as it begins.
+    ``progress`` is called with each step of the start as it begins. ``before``: the state of the daemon that this
+    process was before its exec; that one goes on.
     Raises IsolatorError with one clear line when this host or this root cannot carry a daemon.
     """
-    _check_host(paths, config)
+    if before is None:
+        check_host(paths, config)
     async with contextlib.AsyncExitStack() as stack:
         _make_folders(paths)
-        journal = Journal(paths.journal)
+        journal = Journal(paths.journal, locked=before.journal if before is not None else -1)
         stack.callback(_remove_run_folder, paths)
         stack.callback(journal.close)
-        progress("clearing what an earlier daemon left")
-        cleared = recovery.clear(paths, journal)
-        for left in cleared:
-            logger.info("%s", f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}".rstrip())
-        subtree = open_subtree(paths.named("isolator"), optional=optional_controllers(config.may_degrade))
-        journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+        cleared: list[recovery.Leftover] = []
+        kept_by: Launcher | None = None
+        optional = optional_controllers(config.may_degrade)
+        if before is None:
+            progress("clearing what an earlier daemon left")
+            cleared = recovery.clear(paths, journal)
+            for left in cleared:
+                line = f"cleared what an earlier daemon left: {left.kind} {left.name} {left.detail}"
+                logger.info("%s", line.rstrip())
+            subtree = open_subtree(paths.named("isolator"), optional=optional)
+            journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
+        else:
+            from isolator.supervisor.reload import adopt as adoption
+
+            adoption.end_unnamed_children(before)
+            subtree = adoption.subtree(before.subtree, optional)
+            kept_by = adoption.launcher(before)
+            stack.callback(kept_by.close)
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
         runtime = CageRuntime(Launcher(), journal, subtree, keep_warm=True)
@@ -91,9 +128,11 @@ async def running_daemon(
         audit.on_blocked, audit.on_alarm = trail_alarm.blocked, trail_alarm.short
         stack.callback(audit.close)
         registrar = Registrar(paths, config)
-        recovered = registrar.recover(lambda name: Volume(paths.state, name, journal).remove())
-        for line in recovered:
-            logger.info("%s", line)
+        recovered = []
+        if before is None:
+            recovered = registrar.recover(lambda name: Volume(paths.state, name, journal).remove())
+            for line in recovered:
+                logger.info("%s", line)
         alarms = Alarms()
         stack.callback(alarms.close)
         health = ServiceHealth(alarms, audit)
@@ -103,7 +142,7 @@ async def running_daemon(
         services = Services(paths, config, runtime, audit, health)
         context = RunContext(
             paths, runtime, audit, services.host, services.broker, sockets, notifier,
-            wait_for_trail=config.audit.disk_full == "stop",
+            wait_for_trail=config.audit.disk_full == "stop", rest=(rest := Rest()),
         )  # fmt: skip
         table = PluginTable(context, registrar, config.plugin_dirs)
         progress("reading the plugins")
@@ -116,35 +155,93 @@ async def running_daemon(
         tickets = Tickets(paths.ticket_socket, config)
         stack.callback(tickets.close)
         updates = Updates(table, context, tickets)
-        on_trial = await updates.hold_trials()
-        progress("starting the services")
-        tickets.start()
-        await services.start(table, Handlers(table, updates, services).all())
-        runtime.pool.begin(EVERY_LAYER)
-        if cleared or not services.audit.found.ended:
-            why = "the daemon before did not end by itself; what its processes had not handed over is lost"
-            audit.record(AuditGap(count=None, why=why))
-        updates.judge_again(on_trial)
-        audit.record(
-            HostStarted(
-                version=isolator.__version__,
-                kernel=platform.release(),
-                python=platform.python_version(),
-                ledger=[control.to_json() for control in ledger(volume.check)],
-                config=config.source,
-                config_sha256=config.digest(),
-                cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
+        reloads = Reloads(before.generation if before is not None else 1)
+        stack.push_async_callback(reloads.close)
+        handlers = Handlers(table, updates, services, reloads).all()
+        if before is None:
+            on_trial = await updates.hold_trials()
+            progress("starting the services")
+            tickets.start()
+            await services.start(table, handlers)
+            runtime.pool.begin(EVERY_LAYER)
+            if cleared or not services.audit.found.ended:
+                why = "the daemon before did not end by itself; what its processes had not handed over is lost"
+                audit.record(AuditGap(count=None, why=why))
+            updates.judge_again(on_trial)
+            audit.record(
+                HostStarted(
+                    version=isolator.__version__,
+                    kernel=platform.release(),
+                    python=platform.python_version(),
+                    ledger=[control.to_json() for control in ledger(volume.check)],
+                    config=config.source,
+                    config_sha256=config.digest(),
+                    cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
+                )
             )
-        )
-        _record_dead(audit, services.audit.found.runs, cleared)
+            _record_dead(audit, services.audit.found.runs, cleared)
+        else:
+            assert kept_by is not None
+            services.audit.adopt(before.audit)
+            alarms.adopt(before.alarms)
+            tickets.adopt(before.tickets)
+            await services.start(table, handlers, {one.name: one for one in before.services})
+            adopted = _adopt_plugins(table, context, before, kept_by)
+            await _change_launchers(table, runtime, kept_by)
+            runtime.pool.begin(EVERY_LAYER)
+            audit.record(
+                DaemonReloaded(
+                    from_=before.version,
+                    to=isolator.__version__,
+                    adopted=adopted,
+                    seconds=round(time.monotonic() - before.began, 3),
+                    generation=before.generation,
+                    config_sha256=config.digest(),
+                )
+            )
         if runners is not None:
             stack.push_async_callback(runners.close)
             runners.start()
         tasks.keep("snapshots", lambda: _take_snapshots(table, runners, config.audit.snapshot_interval))
-        stack.callback(PolicyWatch(table, context, config).close)
-        await table.discovery.start()
+        watch = PolicyWatch(table, context, config)
+        stack.callback(watch.close)
+        if before is not None:
+            watch.look()
+        await table.discovery.start(before.found if before is not None else ())
         stack.enter_context(_exchange_on_signal(services, tasks))
-        yield
+        if before is not None:
+            tasks.run("exchange of the services of before", services.exchange())
+        yield Daemon(runtime, notifier, services, table, runners, tickets, alarms, rest, reloads)
+
+
+def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState, kept_by: Launcher) -> int:
+    """Have every plugin go on from where it was; returns the number of runs that do."""
+    adopted = 0
+    for one in before.plugins:
+        plugin = table.plugins.get(one.name)
+        try:
+            problem = plugin.take_over(one, kept_by) if plugin is not None else "it cannot be read any more"
+        except Exception as error:  # whatever it was, the others go on
+            problem = f"{type(error).__name__}: {error}"
+            plugin = None
+        if problem:
+            logger.error("plugin %s was not taken over: %s", one.name, problem)
+        if one.run is not None and plugin is None:
+            recovery.clear_cage(context.runtime.journal, f"{one.name}.{one.run.id}", one.run.cage.pid)
+            ended = PluginStopped(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
+            context.audit.record(ended, plugin=one.name, run=one.run.id)
+        adopted += one.run is not None and not problem
+    return adopted
+
+
+async def _change_launchers(table: PluginTable, runtime: CageRuntime, before: Launcher) -> None:
+    """Have the new launcher keep every cage, and end the one before, which keeps none then."""
+    for plugin in table.plugins.values():
+        run = plugin.run
+        if run is not None and run.cage.started:
+            with contextlib.suppress(FileNotFoundError):  # it has ended, and its group is gone
+                await run.cage.be_kept_by(runtime.launcher)
+    before.close()
 
 
 def _runners(context: RunContext, config: HostConfig) -> Runners | None:
@@ -189,7 +286,8 @@ async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> N
     await services.audit.process.stop()
 
 
-def _check_host(paths: Paths, config: HostConfig) -> None:
+def check_host(paths: Paths, config: HostConfig) -> None:
+    """Raise IsolatorError when this host or this root cannot carry a daemon; changes nothing."""
     if os.geteuid() != 0:
         raise IsolatorError("isolator serve", "it builds cages and has to run as root", "run it with sudo")
     lacking = missing(frozenset(config.may_degrade))
@@ -283,7 +381,7 @@ async def _take_snapshots(table: PluginTable, runners: Runners | None, interval:
                 logger.error("plugin %s: no snapshot: %s", plugin.name, error)
                 continue
             if plugin.name not in comparing or comparing[plugin.name].done():
-                comparing[plugin.name] = table.own(plugin.compare_files())
+                comparing[plugin.name] = table.own(plugin.compare_files(), to_the_end=False)
             if changed:
                 logger.warning("plugin %s is started anew: %s", plugin.name, changed)
                 cause = "its /proc was changed" if changed.startswith("/proc/") else "its control groups were changed"

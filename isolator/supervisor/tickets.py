@@ -23,6 +23,7 @@ import socket
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isolator.errors import DeniedError, IsolatorError, UnavailableError
 from isolator.ipc.accept_loop import AcceptLoop
@@ -30,6 +31,9 @@ from isolator.linux.peer import allow_only, peer_ids
 from isolator.policy.host import HostConfig
 from isolator.registration.collecting import Offer, close_apart
 from isolator.supervisor.listener import listen
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import TicketsState
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,7 @@ class Tickets:
         self._of_uid: Counter[int] = Counter()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._accept: AcceptLoop | None = None
+        self._listener = -1
 
     def start(self) -> None:
         """Listen; only for root if the file system of the socket has no access lists."""
@@ -78,7 +83,29 @@ class Tickets:
             allow_only(self._path, self._config.roles.operator)
         except OSError as error:
             logger.error("%s: only root can add and change plugins: %s", self._path, error.strerror)
+        self._listen(listener)
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._listener = listener.fileno()
         self._accept = AcceptLoop(listener, lambda connection, _: self._accepted(connection))
+
+    def hand_over(self) -> TicketsState:
+        """The state before an exec: callers notice nothing of it."""
+        from isolator.ipc.handover import TicketsState, TicketState
+
+        return TicketsState(
+            listener=self._listener,
+            open=tuple(
+                TicketState(token=token, uid=ticket.uid, connection=ticket.connection.fileno())
+                for token, ticket in self._open.items()
+            ),
+        )
+
+    def adopt(self, before: TicketsState) -> None:
+        """Go on from the state before this process's exec, in place of ``start``."""
+        for one in before.open:
+            self._keep(one.token, Ticket(one.uid, socket.socket(fileno=one.connection)))
+        self._listen(socket.socket(fileno=before.listener))
 
     def close(self) -> None:
         """Stop listening and drop every ticket."""
@@ -129,10 +156,13 @@ class Tickets:
             _send(connection, {"error": error.to_json()})
             ticket.close()
             return
-        self._open[token] = ticket
-        self._of_uid[uid] += 1
-        self._timers[token] = asyncio.get_running_loop().call_later(SECONDS, self._expire, token)
+        self._keep(token, ticket)
         _send(connection, {"ticket": token})
+
+    def _keep(self, token: str, ticket: Ticket) -> None:
+        self._open[token] = ticket
+        self._of_uid[ticket.uid] += 1
+        self._timers[token] = asyncio.get_running_loop().call_later(SECONDS, self._expire, token)
 
     def _check(self, uid: int) -> None:
         if self._config.role_of(uid) != "operator":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,28 @@ async def test_writer_that_goes_away_costs_no_record() -> None:
     assert len(again.read()) == 100
     assert isinstance(again.sock, socket.socket)
     client.close()
+
+
+async def test_client_that_takes_another_over_goes_on_with_its_numbers_and_records() -> None:
+    writer = Writer()
+    old = AuditClient(writer.theirs)
+    for number in range(6):
+        old.record(any_record("net.query", name=str(number)), urgent=True)
+    before = [one["n"] for one in writer.read()]
+    writer.tell(acked=2)
+    async with asyncio.timeout(5):
+        await old.durable(within=4)
+    state = old.hand_over()
+    writer.tell(acked=5)  # comes during the exec
+    new = AuditClient(None)
+    new.adopt(state.__class__.from_json(state.to_json() | {"socket": os.dup(state.socket)}, "state"))
+    old.close()
+    new.record(any_record("net.query", name="6"), urgent=True)
+    assert [one["n"] for one in writer.read()] == [f"{before[0].split(':')[0]}:7"]
+    async with asyncio.timeout(5):
+        await new.durable(within=2)
+    assert new.acked == 5
+    writer.tell(acked=7)
+    async with asyncio.timeout(5):
+        await new.durable()
+    new.close()

@@ -352,3 +352,70 @@ def test_process_ends_when_work_that_it_is_there_for_fails(how: str) -> None:
     )
     assert done.returncode == (1 if how == "fails" else 0)
     assert done.stderr.startswith("the work has failed: ValueError: a fault") == (how == "fails"), done.stderr
+
+
+async def test_held_requests_are_served_by_whoever_takes_the_channel_over() -> None:
+    began, release, broken_off = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def ensure_slowly(request: EnsureRun) -> Running:
+        began.set()
+        try:
+            await release.wait()
+        except asyncio.CancelledError:
+            broken_off.set()
+            raise
+        return await ensure(request)
+
+    mine, theirs = pair()
+    old, peer = Channel(mine, by_op(EnsureRun.on(ensure_slowly))), Channel(theirs)
+    waiting = [asyncio.create_task(peer.ask(EnsureRun(name="under way"), timeout=5))]
+    await began.wait()
+    assert old.unsettled
+    old.hold({EnsureRun.op})
+    old.hold({EnsureRun.op})  # once more, and it is still begun again once
+    await broken_off.wait()
+    waiting.append(asyncio.create_task(peer.ask(EnsureRun(name="held"), timeout=5)))
+    await peer.call(channels.ALIVE, timeout=5)  # behind the request: that one has been read
+    assert not old.unsettled
+    state = old.hand_over()
+    old.leave_unread()
+    waiting.append(asyncio.create_task(peer.ask(EnsureRun(name="unread"), timeout=5)))
+    assert [one["name"] for one in state.held] == ["under way", "held"]
+    again = Channel(socket.socket(fileno=os.dup(state.socket)), by_op(EnsureRun.on(ensure)), before=state)
+    assert [one.run for one in await asyncio.gather(*waiting)] == ["run of under way", "run of held", "run of unread"]
+    for end in (again, old, peer):
+        end.close()
+
+
+async def test_answer_to_a_call_of_before_is_nobody_elses() -> None:
+    mine, theirs = pair()
+    old = Channel(mine)
+    with pytest.raises(UnavailableError):
+        await old.call("slow", timeout=0.01)
+    state = old.hand_over()
+    old.leave_unread()
+    again = Channel(socket.socket(fileno=os.dup(state.socket)), before=state)
+    call = asyncio.create_task(again.call("quick", timeout=5))
+    await asyncio.sleep(0)
+    numbers = [json.loads(theirs.recv(MAX_PACKET))["id"] for _ in range(2)]
+    for number, words in zip(numbers, ("late", "right"), strict=True):
+        send_packet(theirs, json.dumps({"re": number, "ok": {"words": words}}).encode())
+    assert (await call).fields == {"words": "right"}
+    again.close()
+    old.close()
+    theirs.close()
+
+
+async def test_channel_that_goes_on_serves_what_it_held() -> None:
+    channel, theirs = linked()
+    peer = Channel(theirs)
+    channel.hold()
+    asked = asyncio.create_task(peer.ask(EnsureRun(name="x"), timeout=5))
+    await asyncio.sleep(0)
+    await peer.call(channels.ALIVE, timeout=5)
+    assert not asked.done()
+    channel.leave_unread()
+    channel.go_on()
+    assert (await asked).run == "run of x"
+    channel.close()
+    peer.close()

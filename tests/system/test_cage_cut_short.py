@@ -38,6 +38,7 @@ from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.registration.staging import Source
 from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.volume.volume import Volume
@@ -113,7 +114,7 @@ class _World:
         tell(launcher.pid)
         context: Any = RunContext(
             self.paths, CageRuntime(launcher, journal, subtree), _NoAudit(), _NoHost(), _NoBroker(), SocketWatch(),
-            _NoAudit(), wait_for_trail=False,
+            _NoAudit(), wait_for_trail=False, rest=Rest(),
         )  # fmt: skip
         plugin = Plugin(context, self.registrar.load(NAME), lambda _: None)
         begin()

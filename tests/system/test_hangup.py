@@ -7,7 +7,7 @@ import pty
 import signal
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, daemon
+from tests.system.daemon import Daemon, daemon, wait_for
 
 
 class OnTerminal(Daemon):
@@ -30,10 +30,11 @@ def test_daemon_stops_cleanly_when_its_terminal_is_closed() -> None:
         assert d.json("gc", "--dry-run") == []
 
 
-def test_daemon_without_a_terminal_ignores_a_hangup() -> None:
+def test_daemon_without_a_terminal_is_reloaded_by_a_hangup() -> None:
     with daemon() as d:
         assert d.process is not None
         d.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "daemon.reloaded" in [record["type"] for record in d.records()])
         assert d.json("plugin", "list") == []
         assert d.stop() == 0
         assert [record["type"] for record in d.records()].count("host.stopped") == 1

@@ -151,6 +151,7 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     wait_for(lambda: of(d, "fs.denied"))
     d.cli("plugin", "restart", "actor")
     wait_for(lambda: of(d, "event.response", events["after"]))
+    d.cli("reload")
 
     for program in ("/usr/bin/true", "/no/such/program"):
         subprocess.run(run_by_user(d, program), check=False, user=RUNNER, group=RUNNER, extra_groups=[], cwd="/")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.cgroup import disk
 from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_file
 from isolator.layers.cgroup.subtree import LIMITING, Subtree, find_hierarchies
@@ -98,6 +98,15 @@ class Cgroup(Layer):
             self.ahead.rename_v1(self.leaf)
         self._caps = self.leaf.create(self._limits)
         plan.own("cgroup", self.leaf.open_folder())
+
+    def hand_over(self) -> Kept:
+        return Kept({"disks": self._disks})
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        self._limits = spec.policy.resources
+        self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
+        self._disks = list(map(str, kept.values["disks"]))
+        self._caps, self._processor_caps = self.leaf.values(self._limits), self.leaf.cpu_values(self._limits)
 
     def confirm(self, process: Process) -> None:
         assert self.leaf is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.phrases import listing
 from isolator.layers.plan import Plan, Section
 from isolator.linux.namespaces import CLONE_NEWNET, setns
@@ -86,6 +86,17 @@ class Network(Layer):
         self._policy = spec.policy.network
         plan.fds["netns"] = self.network.netns_fd
         plan.add(NetworkSection())
+
+    def hand_over(self) -> Kept:
+        from isolator.layers.network import namespace
+
+        assert self.network is not None
+        return namespace.hand_over(self.network)
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        from isolator.layers.network import namespace
+
+        self.network, self._policy = namespace.adopt(kept), spec.policy.network
 
     def confirm(self, process: Process) -> None:
         from isolator.layers.network import namespace

@@ -21,7 +21,7 @@ import socket
 from pathlib import Path
 
 from isolator.errors import ConfinementError, UnavailableError
-from isolator.layers.base import Control
+from isolator.layers.base import Control, Kept
 from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
@@ -173,6 +173,20 @@ def watch(network: CageNetwork) -> socket.socket:
         return watching
 
     return netns.in_network(network.netns_fd, inside)
+
+
+def hand_over(network: CageNetwork) -> Kept:
+    """What ``adopt`` needs after this process's exec; the broker has the sockets."""
+    values = {"inode": network.inode, "ruleset": network.ruleset, "generation": network.generation}
+    return Kept(values, {"netns": network.netns_fd, "generations": network.generations.fileno()})
+
+
+def adopt(kept: Kept) -> CageNetwork:
+    """The network of a cage that runs since before this process's exec; raises OSError."""
+    values = kept.values
+    generations = netlink.Generations(socket.socket(fileno=kept.fds["generations"]))
+    inode, number = int(values["inode"]), int(values["generation"])
+    return CageNetwork(kept.fds["netns"], [], generations, inode, str(values["ruleset"]), number)
 
 
 def release(network: CageNetwork) -> None:

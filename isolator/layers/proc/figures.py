@@ -64,6 +64,18 @@ class Figures:
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - boot_offset
         return cls(folder, processors, memory, limits.swap, int(booted))
 
+    def hand_over(self) -> dict[str, Any]:
+        """What ``adopt`` needs, as JSON."""
+        return {"memory": self.memory, "swap": self.swap, "booted": self.booted, "load": self._load, "seen": self._seen}
+
+    @classmethod
+    def adopt(cls, folder: int, processors: tuple[int, ...], before: Mapping[str, Any]) -> Figures:
+        """The figures of a cage that runs since before this process's exec."""
+        one, five, fifteen = map(float, before["load"])
+        uptime, used = before["seen"]
+        sizes = (int(before["memory"]), int(before["swap"]), int(before["booted"]))
+        return cls(folder, processors, *sizes, (one, five, fifteen), (float(uptime), int(used)))
+
     def write(self) -> None:
         """Write every file for a cage that has not used anything yet."""
         self._put("cpu/online", _ranges(self.processors) + "\n")

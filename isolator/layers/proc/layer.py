@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.phrases import count
 from isolator.layers.plan import Part, Plan, Section
 from isolator.layers.proc.template import CAGE, FILE, FOLDER, VIEW
@@ -155,6 +155,21 @@ class Proc(Layer):
             mount.set_attributes(tree, _READ_ONLY, recursive=False)
             groups.append(GroupFolder(place, f"group {place}"))
         plan.add(ProcSection(tuple(groups)))
+
+    def hand_over(self) -> Kept:
+        figures = self._figures
+        return Kept(
+            {"processors": self._processors, "figures": figures.hand_over() if figures is not None else None},
+            {_FIGURES: self.folder},
+        )
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        from isolator.layers.proc.figures import Figures
+
+        self._processors = tuple(map(int, kept.values["processors"]))
+        self.folder = kept.fds[_FIGURES]
+        if (figures := kept.values["figures"]) is not None:
+            self._figures = Figures.adopt(self.folder, self._processors, figures)
 
     def confirm(self, process: Process) -> None:
         if (found := os.sched_getaffinity(process.pid)) != set(self._processors):

@@ -22,7 +22,7 @@ import functools
 import os
 from typing import TYPE_CHECKING
 
-from isolator.layers.base import CageSpec, Control, Layer, Process, mismatch
+from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.plan import Plan, Section
 from isolator.linux import seccomp
 from isolator.linux.files import read_plain
@@ -101,6 +101,9 @@ class Seccomp(Layer):
         program = compiled(spec.policy.syscalls, spec.cache)
         sealing = compiled(SEALING, spec.cache) if spec.policy.syscalls == "strict" else b""
         plan.add(SeccompSection(program, sealing))
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        """Take over nothing: ``confirm`` compares with no value of its own."""
 
     def confirm(self, process: Process) -> None:
         found = process.status.get("Seccomp")

@@ -33,6 +33,8 @@ NETLINK_SOCKETS = 20
 """Netlink sockets in a cage's network at once, those of the daemon among them. What waits in one, up to 416 KiB, is
 charged to nobody."""
 REPORT_SECONDS = 1.0
+_SEEN_SECONDS = 0.1
+"""A thread that has seen that it is to end does so within this time."""
 
 
 @struct_class()
@@ -73,13 +75,47 @@ class SeccompNotifier:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._stopped = threading.Event()
-        self._thread = keep_in_thread("answers to denied calls", self._serve, self._stopped)
+        self._thread = self._begin()
 
-    def watch(self, listener: int, report: Report) -> None:
-        """Answer a cage's denied calls. The listener becomes this object's, which closes it when the cage has ended."""
+    def _begin(self) -> threading.Thread:
+        return keep_in_thread("answers to denied calls", self._serve, self._stopped)
+
+    def pause(self, timeout: float) -> bool:
+        """Answer no call for now: those that come wait in the kernel. Reports what is counted, and blocks until then.
+
+        The thread ends between two calls: one that was received and not answered would wait for ever. Returns whether
+        it has ended within ``timeout`` seconds; ``go_on`` in any case.
+        """
+        self._stopped.set()
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return False
+        for _, cage in self._present():
+            self._report(cage, time.monotonic(), last=True)
+        return True
+
+    def go_on(self) -> None:
+        """Answer calls again after ``pause``."""
+        self._stopped.clear()
+        self._thread.join(_SEEN_SECONDS)
+        if not self._thread.is_alive():
+            self._thread = self._begin()
+
+    def watch(self, listener: int, report: Report) -> object:
+        """Answer a cage's denied calls. The listener becomes this object's, which closes it when the cage has ended.
+
+        Returns a token for ``listener_of``.
+        """
         with self._lock:
-            self._cages[listener] = _Watched(report)
+            watched = self._cages[listener] = _Watched(report)
             self._epoll.register(listener, select.EPOLLIN)
+        return watched
+
+    def listener_of(self, token: object) -> int:
+        """The listener that is watched by a token of ``watch``; -1 once it is closed, for its number means another."""
+        with self._lock:
+            return next((listener for listener, watched in self._cages.items() if watched is token), -1)
 
     def close(self) -> None:
         """Stop answering; calls that wait are refused by the kernel when their listener closes."""
@@ -94,7 +130,9 @@ class SeccompNotifier:
     def _serve(self) -> None:
         while not self._stopped.is_set():
             for fd, events in self._epoll.poll(0.1 if self._busy() else -1):
-                if fd != self._wake:
+                if fd == self._wake:
+                    os.eventfd_read(self._wake)
+                elif not self._stopped.is_set():
                     self._guarded(fd, functools.partial(self._handle, fd, events))
             now = time.monotonic()
             for listener, cage in self._present():

@@ -208,7 +208,8 @@ class RunnerRun:
         waiting = asyncio.create_task(cage.wait())
         talking = asyncio.create_task(self._talk(cage))
         try:
-            with watched_ruleset(cage.network, cage.spec.policy.network, self._ruleset_changed):
+            network, policy = cage.network, cage.spec.policy.network
+            with network_layer.watch(network) as drift, watched_ruleset(drift, network, policy, self._ruleset_changed):
                 if self._cause:  # ended while it was being started
                     cage.kill()
                 await asyncio.wait({waiting, talking}, return_when=asyncio.FIRST_COMPLETED)

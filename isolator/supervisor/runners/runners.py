@@ -72,7 +72,7 @@ class Runners:
             listener,
             lambda connection, _: self._accepted(connection),
             budget=TokenBucket(_CONNECTIONS, 2 * _CONNECTIONS),
-            ready=lambda: not self._closers.exhausted,
+            ready=lambda: not self._closers.exhausted and not self._context.rest.coming,
         )
 
     async def close(self) -> None:
@@ -88,6 +88,12 @@ class Runners:
         for task in list(self._tasks):  # a cage that does not end, or a descriptor that cannot be closed
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def under_way(self) -> list[str]:
+        """The runs that a reload would end, and whatever else has a caller that waits for its end."""
+        others = len(self._tasks - self._silent) - len(self._runs)
+        return [*(f"run {run.id} of {run.name}" for run in self._runs), *["the end of a run"] * (others > 0)]
 
     def terminate(self, cause: str) -> None:
         """End every run, for a reason of the daemon's own."""

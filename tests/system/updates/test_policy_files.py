@@ -131,7 +131,7 @@ def test_a_policy_file_that_is_gone(tmp_path: Path) -> None:
 def test_host_toml_is_read_at_the_start_only(running: Daemon) -> None:
     (running.root / "etc/isolator/host.toml").write_text("nonsense\n")
     try:
-        wait_for(lambda: "takes effect when the daemon is started again" in running.log.read_text())
+        wait_for(lambda: "takes effect with 'isolator reload'" in running.log.read_text())
         running.cli("plugin", "list")
     finally:
         (running.root / "etc/isolator/host.toml").unlink()

@@ -1,0 +1,109 @@
+"""Reloads under load: how long dispatch pauses, how long the slowest ``emit`` takes, and whether all came through.
+
+Twenty plugins run; events go to all of them a hundred times a second, and one caller emits an event and waits for its
+outcome, again and again. A round is one ``isolator reload``; its sample is the longest wait that began or ended in it.
+A sidecar that is started again, an event that is refused, lost or delivered twice is an error of the benchmark.
+Goal: a pause of 1 s at most in 99 of 100 rounds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.frame import Report, Series
+from host.client.client import Client
+from tests.system.daemon import ECHO, Daemon, daemon, wait_for, write_plugin
+from tests.system.reload.test_reload import STATE, held, running, seen
+
+PLUGINS, RATE = 20, 100
+HOOK = "deploy.completed"
+
+
+def measure(rounds: int) -> Report:
+    """Reload ``rounds`` times."""
+    folder = Path(tempfile.mkdtemp(prefix="isolator-bench-"))
+    folder.chmod(0o755)
+    try:
+        with daemon() as d:
+            return _measure(d, folder, rounds)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _measure(d: Daemon, folder: Path, rounds: int) -> Report:
+    names = [f"p{number}" for number in range(PLUGINS)]
+    for name in names:
+        d.cli("plugin", "add", str(write_plugin(folder / name, ECHO, sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", name)
+    before, first = running(d), held(d)
+    stopped, sent, waits, emits = threading.Event(), [0], [0.0], [0.0]
+
+    def emit(client: Client, longest: list[float]) -> str:
+        sent[0] += 1
+        name, began = f"n{sent[0]}", time.monotonic()
+        payload = {"project_id": name, "deployment_id": name, "url": "https://x.example/", "duration_ms": 1}
+        found = client.call("event.emit", name=HOOK, payload=payload)
+        longest[0] = max(longest[0], time.monotonic() - began)
+        return str(found["id"])
+
+    def load() -> None:
+        with Client(d.root) as client:
+            while not stopped.wait(1 / RATE):
+                with lock:
+                    emit(client, emits)
+
+    def probe() -> None:
+        with Client(d.root) as client:
+            while not stopped.is_set():
+                began = time.monotonic()
+                with lock:
+                    number = emit(client, emits)
+                client.call("event.wait", id=number, timeout=60)
+                waits[0] = max(waits[0], time.monotonic() - began)
+
+    lock, failed = threading.Lock(), []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in (load, probe)]
+    for thread in threads:
+        thread.start()
+    pauses, slowest = [], []
+    try:
+        for _ in range(rounds):
+            waits[0] = emits[0] = 0.0
+            d.cli("reload")
+            time.sleep(0.5)
+            pauses.append(waits[0] * 1000)
+            slowest.append(emits[0] * 1000)
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+    assert not failed, failed
+    with Client(d.root) as client:
+        wait_for(lambda: not any(client.call("status")["queue"].values()), 300, "events are left")
+    assert running(d) == before, "a sidecar was started again"
+    for name in names:
+        counts = seen(d, name)
+        assert len(counts) == sent[0] and set(counts.values()) == {1}, f"{name}: events were lost or came twice"
+    seconds = [one["data"]["seconds"] * 1000 for one in d.records() if one["type"] == "daemon.reloaded"]
+    return Report(
+        "reload", f"reloads of a daemon with {PLUGINS} plugins under {RATE} events a second",
+        (
+            Series("pause in dispatch", "longest from emit to outcome", "ms", tuple(pauses)),
+            Series("emit", "longest until it is accepted", "ms", tuple(slowest)),
+            Series("at rest", "as the daemon records it", "ms", tuple(seconds)),
+        ),
+        notes=(f"descriptors and threads of the supervisor: {first} before, {held(d)} after",),
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""State of a supervisor that crosses its exec (isolator.supervisor.reload): what the kernel does not keep by itself.
+
+An exec keeps the process and its open descriptors, so a descriptor crosses as its number. No secret of a plugin
+crosses: no value of an environment, no file of a config. Times are those of the monotonic clock, which an exec does not
+change.
+
+Each type belongs to the class that hands it over and takes it over again (``hand_over`` and ``adopt``). A change of any
+of them is a new format (isolator.supervisor.reload.formats).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import field, fields
+from typing import Any
+
+from isolator.ipc.body import Body, Json
+from isolator.ipc.messages import FoundEntry, Origin, PluginState
+
+_DESCRIPTOR = {"descriptor": True}
+
+
+class LayerState(Body):
+    """A layer of a running cage, as its own verbs understand it."""
+
+    name: str
+    values: Json
+    fds: dict[str, int] = field(metadata=_DESCRIPTOR)
+
+
+class CageState(Body):
+    """A cage that runs."""
+
+    pid: int
+    pidfd: int = field(metadata=_DESCRIPTOR)
+    status: int = field(metadata=_DESCRIPTOR)
+    """the pipe's end on which pid 1 reports"""
+    oom: int = field(metadata=_DESCRIPTOR)
+    """v1: the eventfd of the memory group; -1: none"""
+    oom_seen: bool
+    started: float
+    """time of the sidecar's exec"""
+    layers: tuple[LayerState, ...]
+
+
+class RunState(Body):
+    """A run."""
+
+    id: str
+    uid: int
+    gid: int
+    cage: CageState
+    directory: int = field(metadata=_DESCRIPTOR)
+    stdout: int = field(metadata=_DESCRIPTOR)
+    stderr: int = field(metadata=_DESCRIPTOR)
+    listener: int = field(metadata=_DESCRIPTOR)
+    """of its denied calls; -1: none"""
+    drift: int = field(metadata=_DESCRIPTOR)
+    """reports changes of its network's rules; -1: none"""
+    started_at: str
+    began: float
+    forced_cause: str
+    origin: Origin
+    reached: bool
+    ready: bool
+    """its socket has been there"""
+    shown: dict[str, tuple[int, ...]]
+    """device and inode of each path that it is shown"""
+    usage: Json
+
+
+class PluginKept(Body):
+    """A plugin, running or not."""
+
+    name: str
+    state: PluginState
+    error: str
+    notice: str
+    outdated: str
+    wanted: bool
+    reason: str
+    """of the start that comes next or was the last"""
+    restarts: int
+    ends: tuple[float, ...]
+    others_ends: int
+    crashes: tuple[float, ...]
+    backoff_until: float | None
+    effective: Json | None
+    """JSON of `EffectivePolicy`"""
+    run: RunState | None
+
+
+class ChannelState(Body):
+    """An end of a channel to another process of the daemon."""
+
+    socket: int = field(metadata=_DESCRIPTOR)
+    calls: int
+    """the number of the last call"""
+    held: tuple[Json, ...]
+    """requests that have come and were not begun"""
+
+
+class ServiceState(Body):
+    """A service that runs."""
+
+    name: str
+    pid: int
+    starts: int
+    generations: int
+    """processes so far, by which their leaves are numbered"""
+    leaf: str
+    channel: ChannelState
+
+
+class AuditClientState(Body):
+    """The supervisor's sender of records."""
+
+    socket: int = field(metadata=_DESCRIPTOR)
+    session: str
+    number: int
+    pending: tuple[str, ...]
+    """records that are not sent"""
+    unacked: tuple[str, ...]
+    """records that are not known to be on disk"""
+    answered: int
+    sent: int
+    acked: int
+    lost: int
+    blocked: str | None
+    alarm: str | None
+
+
+class AuditState(Body):
+    """The links to the audit process."""
+
+    client: AuditClientState
+    sources: dict[str, int] = field(metadata=_DESCRIPTOR)
+    made_for: dict[str, int]
+
+
+class TicketState(Body):
+    """An open ticket."""
+
+    token: str
+    uid: int
+    connection: int = field(metadata=_DESCRIPTOR)
+
+
+class TicketsState(Body):
+    """The supervisor's own socket."""
+
+    listener: int = field(metadata=_DESCRIPTOR)
+    open: tuple[TicketState, ...]
+
+
+class SubtreeState(Body):
+    """The daemon's own control groups."""
+
+    unified: str
+    v1: dict[str, str]
+    on_v2: tuple[str, ...]
+    blkio: str | None
+    cpuset: str | None
+
+
+class DaemonState(Body):
+    """A whole daemon at rest."""
+
+    version: str
+    generation: int
+    began: float
+    """when it began to come to rest"""
+    journal: int = field(metadata=_DESCRIPTOR)
+    """holds the lock on the root"""
+    launcher: int = field(metadata=_DESCRIPTOR)
+    launcher_pid: int
+    subtree: SubtreeState
+    plugins: tuple[PluginKept, ...]
+    services: tuple[ServiceState, ...]
+    audit: AuditState
+    tickets: TicketsState
+    alarms: dict[str, str]
+    found: tuple[FoundEntry, ...]
+
+
+def descriptors(body: Body) -> Iterator[int]:
+    """Every descriptor that a state names."""
+    body.to_json()  # its class is a dataclass from here on
+    for one in fields(body):  # type: ignore[arg-type]
+        value = getattr(body, one.name)
+        if one.metadata.get("descriptor"):
+            yield from (fd for fd in (value.values() if isinstance(value, dict) else [value]) if fd >= 0)
+        else:
+            yield from _within(value)
+
+
+def _within(value: Any) -> Iterator[int]:
+    if isinstance(value, Body):
+        yield from descriptors(value)
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _within(one)

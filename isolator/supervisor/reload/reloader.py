@@ -1,0 +1,154 @@
+"""The reload itself, up to the exec: the new program is tried, the daemon comes to rest, the main thread executes.
+
+Whatever goes wrong until then, the daemon goes on as before and whoever asked is answered why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import isolator
+from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.handover import DaemonState, SubtreeState, descriptors
+from isolator.ipc.messages import ConnectRun, EnsureRun
+from isolator.layers.ledger import EVERY_LAYER
+from isolator.linux.systemd import notify
+from isolator.supervisor.reload import formats, trial
+from isolator.supervisor.reload.program import ADOPT, Program
+from isolator.supervisor.reload.signals import HELD
+from isolator.supervisor.supervisor import Daemon
+
+logger = logging.getLogger(__name__)
+
+REST_SECONDS = 30.0
+"""Work that is under way has this long to end."""
+_LOOK = 0.005
+_NOTIFIER_SECONDS = 5.0
+_REPEATED = frozenset({EnsureRun.op, ConnectRun.op})
+"""Requests that may wait for long, and change nothing if they are begun again."""
+
+
+async def reload(daemon: Daemon, program: Program, generation: int) -> None:
+    """Hand the daemon over to the program; returns only by raising, when that was not possible."""
+    program.check()
+    began = time.monotonic()
+    number = await trial.try_out(program, daemon_state(daemon, generation, began))
+    began = time.monotonic()
+    try:
+        await _come_to_rest(daemon)
+        # From here to the exec nothing is awaited.
+        for service in daemon.services.every:
+            if service.channel is not None:
+                service.channel.leave_unread()
+        execute(program, daemon_state(daemon, generation, began), number)
+    finally:
+        _go_on(daemon)
+
+
+def execute(program: Program, state: DaemonState, number: int) -> None:
+    """Replace this process's image; raises IsolatorError when that fails, and nothing has changed then.
+
+    By the main thread: it counts as the parent of every cage, which ends with it (PR_SET_PDEATHSIG).
+    """
+    assert threading.current_thread() is threading.main_thread()
+    fd = formats.write(state, number)
+    crossing = [fd, *descriptors(state)]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        _set_inheritable(crossing, inheritable=True)
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        os.execve(program.path, program.with_state(ADOPT, fd), os.environ)
+    except OSError as error:
+        raise IsolatorError(program.path, f"cannot be executed: {error.strerror}", "install it again") from None
+    finally:
+        _set_inheritable(crossing, inheritable=False)
+        os.close(fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        notify("READY=1")
+
+
+def _set_inheritable(fds: Iterable[int], *, inheritable: bool) -> None:
+    for fd in fds:
+        os.set_inheritable(fd, inheritable)
+
+
+async def _come_to_rest(daemon: Daemon) -> None:
+    """Return when nothing is under way; raises UnavailableError when that takes too long."""
+    busy: list[str] = []
+    try:
+        async with asyncio.timeout(REST_SECONDS):
+            daemon.rest.come()
+            await daemon.runtime.pool.close()
+            await _until_idle(daemon, busy)
+            if not await asyncio.to_thread(daemon.notifier.pause, _NOTIFIER_SECONDS):
+                busy[:] = ["the answer to a denied system call"]
+                raise TimeoutError
+            # Without a reference the executor of before ends its threads.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+            await _until_idle(daemon, busy, threads=True)
+    except TimeoutError:
+        why = f"not at rest after {REST_SECONDS:g} s: {', '.join(busy)}"
+        raise UnavailableError("reload", why, "ask again when that has ended") from None
+
+
+async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False) -> None:
+    """Wait until nothing is under way; ``busy`` names meanwhile what is."""
+    while True:
+        for service in daemon.services.every:
+            if service.channel is not None:
+                service.channel.hold(_REPEATED)
+        launcher = daemon.runtime.launcher
+        busy[:] = [
+            *daemon.table.under_way,
+            *(daemon.runners.under_way if daemon.runners is not None else []),
+            *(service.unsettled for service in daemon.services.every if service.unsettled),
+            *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
+            *(one.name for one in threading.enumerate() if threads and one is not threading.main_thread()),
+        ]
+        if not busy:
+            return
+        await asyncio.sleep(_LOOK)
+
+
+def _go_on(daemon: Daemon) -> None:
+    daemon.notifier.go_on()
+    for service in daemon.services.every:
+        if service.channel is not None:
+            service.channel.go_on()
+    daemon.runtime.pool.reopen()
+    daemon.rest.go_on()
+    daemon.runtime.pool.begin(EVERY_LAYER)
+
+
+def daemon_state(daemon: Daemon, generation: int, began: float) -> DaemonState:
+    """The state of the daemon at this moment; it can be gone on from only while nothing is under way."""
+    runtime = daemon.runtime
+    subtree, services = runtime.subtree, daemon.services
+    return DaemonState(
+        version=isolator.__version__,
+        generation=generation,
+        began=began,
+        journal=runtime.journal.descriptor,
+        launcher=runtime.launcher.link,
+        launcher_pid=runtime.launcher.pid,
+        subtree=SubtreeState(
+            unified=str(subtree.unified),
+            v1={name: str(path) for name, path in subtree.v1.items()},
+            on_v2=tuple(sorted(subtree.on_v2)),
+            blkio=str(subtree.blkio) if subtree.blkio is not None else None,
+            cpuset=str(subtree.cpuset) if subtree.cpuset is not None else None,
+        ),
+        plugins=tuple(plugin.hand_over() for plugin in daemon.table.plugins.values()),
+        services=tuple(service.hand_over() for service in services.every if not service.unsettled),
+        audit=services.audit.hand_over(),
+        tickets=daemon.tickets.hand_over(),
+        alarms=daemon.alarms.hand_over(),
+        found=tuple(found.entry() for found in daemon.table.discovery.found.values()),
+    )

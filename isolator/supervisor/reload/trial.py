@@ -1,0 +1,103 @@
+"""Trial of the program that a reload would execute: it reads a copy of the state in the same sandbox, changes nothing.
+
+It answers with one line of JSON on its standard output: ``{"version", "formats"}`` and, if it would not take over,
+``error``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import isolator
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.handover import DaemonState
+from isolator.paths import Paths
+from isolator.policy.model import EffectivePolicy
+from isolator.policy.parse.load import load_host_config
+from isolator.registration.registrar import Registrar
+from isolator.supervisor.reload import formats
+from isolator.supervisor.reload.program import CHECK, Program
+
+SECONDS = 20.0
+_MOST = 1 << 20
+"""Bytes of an answer."""
+
+
+async def try_out(program: Program, state: DaemonState) -> int:
+    """Have the program read the state; returns the format to hand it over in. Raises IsolatorError if it would not."""
+    answer = await _answer(program, formats.write(state))
+    if "error" in answer and formats.FORMAT not in _formats(answer):
+        answer = await _answer(program, formats.write(state, formats.newest_common(_formats(answer))))
+    if "error" in answer:
+        raise IsolatorError.from_json(answer["error"])
+    return formats.newest_common(_formats(answer))
+
+
+def _formats(answer: Mapping[str, Any]) -> list[int]:
+    found = answer.get("formats")
+    return [number for number in found if isinstance(number, int)] if isinstance(found, list) else []
+
+
+async def _answer(program: Program, fd: int) -> dict[str, Any]:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *program.with_state(CHECK, fd), executable=program.path, stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, pass_fds=[fd], limit=_MOST,
+        )  # fmt: skip
+    except OSError as error:
+        raise IsolatorError(program.path, f"cannot be executed: {error.strerror}", "install it again") from None
+    finally:
+        os.close(fd)
+    assert process.stdout is not None
+    why = "it gave no answer"
+    try:
+        async with asyncio.timeout(SECONDS):
+            line = await process.stdout.readline()
+            answer = json.loads(line)
+            if isinstance(answer, dict):
+                return answer
+    except TimeoutError:
+        why = f"it gave no answer in {SECONDS:g} s"
+    except ValueError:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    remedy = f"see the daemon's log, and restart the daemon if {program.path} is of a version that cannot reload"
+    raise IsolatorError(f"trial of {program.path}", why, remedy)
+
+
+def check_handover(paths: Paths, config: str | None, fd: int) -> str:
+    """The answer of the program that is tried."""
+    answer: dict[str, Any] = {"version": isolator.__version__, "formats": formats.readable()}
+    try:
+        _check(paths, config, formats.read(fd))
+    except IsolatorError as error:
+        answer["error"] = error.to_json()
+    except OSError as error:
+        answer["error"] = IsolatorError(error.filename or "reload", error.strerror or str(error)).to_json()
+    return json.dumps(answer)
+
+
+def _check(paths: Paths, config: str | None, state: DaemonState) -> None:
+    from isolator.supervisor.supervisor import check_host
+
+    host_config = load_host_config(Path(config) if config else paths.host_toml)
+    check_host(paths, host_config)
+    registrar = Registrar(paths, host_config)
+    registrar.read_ahead()
+    for plugin in state.plugins:
+        if plugin.effective is not None:
+            try:
+                EffectivePolicy.model_validate(plugin.effective)
+            except ValueError as error:
+                raise UsageError(f"policy of {plugin.name}", f"is not one of this version: {error}") from None
+        if plugin.run is not None:
+            registrar.load(plugin.name)

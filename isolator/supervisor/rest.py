@@ -1,0 +1,30 @@
+"""Rest: nothing begins any more, so that what is under way ends and the daemon can be handed over (reload/)."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Rest:
+    """Whether the daemon comes to rest. Whoever begins something by itself waits for ``opened`` first."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+
+    @property
+    def coming(self) -> bool:
+        """Whether nothing may begin at the moment."""
+        return not self._open.is_set()
+
+    async def opened(self) -> None:
+        """Wait while the daemon comes to rest."""
+        await self._open.wait()
+
+    def come(self) -> None:
+        """Let nothing begin any more."""
+        self._open.clear()
+
+    def go_on(self) -> None:
+        """Let everything begin again."""
+        self._open.set()

@@ -1,0 +1,87 @@
+"""The program of a reload: named by this process alone, root's all the way up, and tried before anything changes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from isolator.errors import IsolatorError
+from isolator.ipc.handover import AuditClientState, AuditState, DaemonState, SubtreeState, TicketsState
+from isolator.supervisor.reload import trial
+from isolator.supervisor.reload.program import Program
+
+STATE = DaemonState(
+    version="1", generation=1, began=0.0, journal=-1, launcher=-1, launcher_pid=0,
+    subtree=SubtreeState(unified="/", v1={}, on_v2=(), blkio=None, cpuset=None), plugins=(), services=(),
+    audit=AuditState(
+        client=AuditClientState(
+            socket=-1, session="", number=0, pending=(), unacked=(), answered=0, sent=0, acked=0, lost=0, blocked=None,
+            alarm=None,
+        ),
+        sources={}, made_for={},
+    ),
+    tickets=TicketsState(listener=-1, open=()), alarms={}, found=(),
+)  # fmt: skip
+
+
+def script(folder: Path, body: str) -> Program:
+    """A program of root's that answers in its own way."""
+    path = folder / "isolator"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return Program(str(path), (str(path), "serve"))
+
+
+def test_program_is_the_one_that_this_process_was_started_as(monkeypatch: pytest.MonkeyPatch, shared_dir: Path) -> None:
+    path = script(shared_dir, "true").path
+    monkeypatch.setattr(sys, "argv", [path, "--root", "/x", "serve", "--adopt", "17", "--config", "/y"])
+    assert Program.of_this_process() == Program(path, (path, "--root", "/x", "serve", "--config", "/y"))
+    monkeypatch.setattr(sys, "argv", ["isolator", "serve"])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-I", "/x/main.py", "--adopt", "3"])
+    assert Program.of_this_process() == Program(sys.executable, (sys.executable, "-I", "/x/main.py"))
+
+
+def test_program_that_somebody_else_could_change_is_refused(shared_dir: Path) -> None:
+    program = script(shared_dir, "true")
+    program.check()
+    os.chown(program.path, 12345, 12345)
+    with pytest.raises(IsolatorError, match="can be written by somebody other than root"):
+        program.check()
+    os.chown(program.path, 0, 0)
+    shared_dir.chmod(0o777)
+    with pytest.raises(IsolatorError, match="can be written by somebody other than root"):
+        program.check()
+    shared_dir.chmod(0o755)
+    link = Program(str(shared_dir / "link"), ("link",))
+    (shared_dir / "theirs").mkdir()
+    os.chown(shared_dir / "theirs", 12345, 12345)
+    os.rename(program.path, shared_dir / "theirs/isolator")
+    os.symlink("theirs/isolator", link.path)
+    with pytest.raises(IsolatorError, match="can be written by somebody other than root"):
+        link.check()
+    with pytest.raises(IsolatorError, match="No such file"):
+        program.check()
+
+
+async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
+    assert await trial.try_out(script(shared_dir, """echo '{"formats": [2, 1]}'"""), STATE) == 1
+    refusing = """echo '{"formats": [1], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
+    with pytest.raises(IsolatorError, match=r"host\.toml: line 3"):
+        await trial.try_out(script(shared_dir, refusing), STATE)
+    unreadable = """echo '{"formats": [7], "error": {"what": "state", "why": "format 1", "remedy": ""}}'"""
+    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 1"):
+        await trial.try_out(script(shared_dir, unreadable), STATE)
+    for body in ("true", "echo no JSON", "echo '[]'", "kill -9 $$"):
+        with pytest.raises(IsolatorError, match="it gave no answer"):
+            await trial.try_out(script(shared_dir, body), STATE)
+    with pytest.raises(IsolatorError, match="cannot be executed"):
+        await trial.try_out(Program(str(shared_dir / "none"), ("none",)), STATE)
+
+
+async def test_program_that_never_answers_is_ended(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "SECONDS", 0.2)
+    with pytest.raises(IsolatorError, match=r"it gave no answer in 0\.2 s"):
+        await trial.try_out(script(shared_dir, "exec sleep 1000"), STATE)

@@ -1,0 +1,145 @@
+"""``isolator serve`` with a hand on its reloads: kills itself at a named step of one, or does something at the exec.
+
+Run by ``FaultyDaemon`` in place of the command, and again by each exec. What to do stands in files below the root, and
+is done once: in ``kill-at`` a step, in ``at-exec`` words, see ``_at_exec``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from isolator.cage.cage import Cage
+from isolator.ipc.handover import CageState
+from isolator.paths import Paths
+from isolator.recovery import daemon as recovery
+from isolator.supervisor import supervisor
+from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.reload import adopt, reloader, trial
+from tests.system.daemon import Daemon
+
+BEFORE_EXEC = ("asked", "tried", "at rest", "exec")
+AFTER_EXEC = ("read", "children", "launchers", "services", "adopted", "kept", "exchanged")
+STEPS = (*BEFORE_EXEC, *AFTER_EXEC)
+
+
+class FaultyDaemon(Daemon):
+    """A daemon whose next reload goes as it is told."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", __file__, str(self.root)]
+
+    def kill_at(self, step: str) -> None:
+        """The next reload kills the supervisor there."""
+        (self.root / "kill-at").write_text(step)
+
+    def at_exec(self, *words: str) -> None:
+        """The next exec does these first."""
+        (self.root / "at-exec").write_text("\n".join(words))
+
+    def hand_over_without(self, layer: str) -> None:
+        """The next reload comes from a version whose cages have no such layer."""
+        (self.root / "without").write_text(layer)
+
+
+def _take(path: Path) -> str:
+    text = path.read_text() if path.exists() else ""
+    path.unlink(missing_ok=True)
+    return text
+
+
+def _at_exec(root: Path, words: str) -> None:
+    """``fail``: as if the program were gone; ``term``: SIGTERM comes; ``kill PID``; ``pause SECONDS``; ``leak``: a
+    descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted."""
+    for line in words.splitlines():
+        word, _, value = line.partition(" ")
+        if word == "fail":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if word == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if word == "kill":
+            os.kill(int(value), signal.SIGKILL)
+            os.waitid(os.P_PID, int(value), os.WEXITED | os.WNOWAIT)
+        if word == "loosen":
+            for folder in recovery.subtree_folders(Paths.of(root)):
+                for cap in folder.glob(f"{value}.*/pids.max"):
+                    cap.write_text("max")
+        if word == "pause":
+            time.sleep(float(value))
+        if word == "leak":
+            os.set_inheritable(os.open("/dev/full", os.O_RDONLY), True)
+            subprocess.Popen(["sleep", "1000"])
+            os.waitid(os.P_PID, subprocess.Popen(["true"]).pid, os.WEXITED | os.WNOWAIT)
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    order = root / "kill-at"
+
+    def reached(step: str) -> None:
+        if order.exists() and order.read_text() == step:
+            order.unlink()
+            signal.raise_signal(signal.SIGKILL)
+
+    def wrap(owner: Any, name: str, *, before: str = "", after: str = "") -> None:
+        whole: Callable[..., Any] = getattr(owner, name)
+
+        def call(*arguments: Any, **further: Any) -> Any:
+            reached(before)
+            result = whole(*arguments, **further)
+            if not hasattr(result, "__await__"):
+                reached(after)
+                return result
+
+            async def awaited() -> Any:
+                value = await result
+                reached(after)
+                return value
+
+            return awaited()
+
+        setattr(owner, name, call)
+
+    wrap(trial, "try_out", before="asked", after="tried")
+    wrap(reloader, "_come_to_rest", after="at rest")
+    wrap(adopt, "take_over", after="read")
+    wrap(adopt, "end_unnamed_children", after="children")
+    wrap(supervisor, "CageRuntime", after="launchers")
+    wrap(supervisor.Services, "start", after="services")
+    wrap(Plugin, "take_over", after="adopted")
+    wrap(Cage, "be_kept_by", after="kept")
+    wrap(supervisor, "_change_launchers", after="exchanged")
+    hand_over = Cage.hand_over
+
+    def hand_over_as_an_older_version(cage: Cage) -> CageState:
+        state = hand_over(cage)
+        without = root / "without"
+        missing = without.read_text() if without.exists() else ""
+        return replace(state, layers=tuple(layer for layer in state.layers if layer.name != missing))
+
+    Cage.hand_over = hand_over_as_an_older_version  # type: ignore[method-assign]
+    execve = os.execve
+
+    def execute(*arguments: Any) -> None:
+        reached("exec")
+        _at_exec(root, _take(root / "at-exec"))
+        execve(*arguments)
+
+    os.execve = execute  # type: ignore[assignment]
+
+    from host.cli.main import main as command_line
+
+    sys.argv = ["isolator", "--root", str(root), "serve", *sys.argv[2:]]
+    sys.exit(command_line())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""A reload of the whole daemon: the program changes, and the sidecars, their events and their records go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host.client.client import Client
+from isolator.errors import IsolatorError
+from tests.support.sidecars import stream
+from tests.support.timeouts import seconds
+from tests.system.daemon import ECHO, Daemon, alive, daemon, wait_for, write_plugin
+
+STATE = {"filesystem": {"state": "4M"}}
+SLOW = ECHO.replace("        params = request", "        time.sleep(0.4)\n        params = request").replace(
+    "import json", "import time, json"
+)
+STREAM = stream(
+    """
+if "deployment_id" in (params or {}):
+    with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "a") as seen:
+        seen.write(params["deployment_id"] + "\\n")
+if id is not None:
+    send(id=id, result={"status": "ok"})
+"""
+)
+
+
+def birth(pid: int) -> str:
+    """When a process was started, in the kernel's ticks."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def running(d: Daemon) -> dict[str, tuple[int, str]]:
+    """Pid and time of birth of each sidecar's pid 1, by plugin."""
+    return {one["name"]: (one["pid"], birth(one["pid"])) for one in d.json("plugin", "list") if one["pid"]}
+
+
+def held(d: Daemon) -> tuple[int, int]:
+    """Descriptors and threads of the supervisor."""
+    assert d.process is not None
+    place = Path(f"/proc/{d.process.pid}")
+    return len(os.listdir(place / "fd")), len(os.listdir(place / "task"))
+
+
+def seen(d: Daemon, plugin: str) -> Counter[str]:
+    """How often each event reached a plugin."""
+    path = d.root / f"var/lib/isolator/state/{plugin}/mnt/state/seen"
+    return Counter(path.read_text().split()) if path.exists() else Counter()
+
+
+class Emitter:
+    """Emits events all the time, and counts what was refused."""
+
+    def __init__(self, d: Daemon, pause: float) -> None:
+        self.sent: list[str] = []
+        self.refused: list[str] = []
+        self.slowest = 0.0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._emit, args=(d, pause))
+
+    def _emit(self, d: Daemon, pause: float) -> None:
+        with Client(d.root) as client:
+            while not self._stopped.wait(pause):
+                name = f"n{len(self.sent)}"
+                payload = {"project_id": name, "deployment_id": name, "url": "https://x.example/", "duration_ms": 1}
+                began = time.monotonic()
+                try:
+                    client.call("event.emit", name="deploy.completed", payload=payload)
+                except IsolatorError as error:
+                    self.refused.append(str(error))
+                self.slowest = max(self.slowest, time.monotonic() - began)
+                self.sent.append(name)
+
+    def __enter__(self) -> Emitter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def loaded_daemon(folder: Path) -> Iterator[Daemon]:
+    """A daemon with a one-shot plugin, a slow one, and a stream plugin, all running."""
+    with daemon() as d:
+        for name, script, more in (
+            ("quick", ECHO, {}),
+            ("slow", SLOW, {}),
+            ("streams", STREAM, {"transport": {"mode": "stream"}}),
+        ):
+            d.cli("plugin", "add", str(write_plugin(folder / name, script, sandbox=STATE, **more)), "--yes")
+            d.cli("plugin", "start", name)
+        yield d
+
+
+def reload_under_events(d: Daemon, times: int, pause: float) -> None:
+    before, (files, threads) = running(d), (0, 0)
+    assert set(before) == {"quick", "slow", "streams"}
+    with Emitter(d, pause) as emitter:
+        for number in range(times):
+            d.cli("reload")
+            if number == 1:
+                files, threads = held(d)
+    assert not emitter.refused
+    with Client(d.root) as client:
+        wait_for(lambda: not any(client.call("status")["queue"].values()), seconds(120), "events are left in the queue")
+    for name in before:
+        counts = seen(d, name)
+        assert set(counts) == set(emitter.sent), name
+        assert set(counts.values()) == {1}, name
+    records = d.records()
+    ended = [one for one in records if one["type"] in ("plugin.crashed", "plugin.stopped")]
+    assert not ended, (ended, d.log.read_text())
+    assert running(d) == before
+    assert held(d)[0] <= files + 2 and held(d)[1] <= threads + 1
+    types = Counter(record["type"] for record in records)
+    assert types["daemon.reloaded"] == times
+    assert types["plugin.started"] == 3
+    assert not types["audit.gap"] and not types["plugin.crashed"] and not types["service.ended"]
+    assert all(one["data"]["adopted"] == 3 for one in records if one["type"] == "daemon.reloaded")
+    d.cli("audit", "verify")
+
+
+def test_sidecars_and_their_events_go_on_over_reloads(shared_dir: Path) -> None:
+    with loaded_daemon(shared_dir) as d:
+        reload_under_events(d, 4, 0.05)
+        stopped = running(d)["quick"][0]
+        d.cli("plugin", "restart", "quick")
+        assert not alive(stopped) and alive(running(d)["quick"][0])
+        assert d.stop() == 0
+        assert d.json("gc", "--dry-run") == []
+
+
+@pytest.mark.wide
+def test_nothing_grows_over_many_reloads(shared_dir: Path) -> None:
+    with loaded_daemon(shared_dir) as d:
+        reload_under_events(d, 100, 0.02)
+
+
+def test_killed_supervisor_takes_its_adopted_cages_along(shared_dir: Path) -> None:
+    with daemon() as d:
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "echo", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "echo")
+        d.cli("reload")
+        pid = running(d)["echo"][0]
+        services = [d.service_pid(f"{name}.service") for name in ("audit", "broker", "host")]
+        launcher = d.service_pid("isolator.launcher.server")
+        d.kill()
+        wait_for(lambda: not any(map(alive, (pid, launcher, *services))), what="a process outlived its supervisor")
+        d.start()
+        assert "cleared what an earlier daemon left: cage echo" in d.log.read_text()
+        assert d.stop() == 0
+        assert d.json("gc", "--dry-run") == []
+
+
+def test_waiting_plugin_waits_on_over_a_reload(shared_dir: Path) -> None:
+    script = "#!/usr/bin/python3\nimport sys\nsys.exit(3)\n"
+    with daemon(host_toml='[restart]\nbackoff_min = "10m"\nbackoff_max = "10m"\n') as d:
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "broken", script)), "--yes")
+        d.cli("plugin", "start", "broken", code=None)
+        shown = wait_for(lambda: [one for one in d.json("plugin", "list") if one["state"] == "backoff"])
+        d.cli("reload")
+        keys = ("state", "restarts", "error")
+        assert [{key: one[key] for key in keys} for one in d.json("plugin", "list")] == [
+            {key: one[key] for key in keys} for one in shown
+        ]
