@@ -279,7 +279,7 @@ clang -o x x.c
 printf 'main = print (sum (takeWhile (< 100) [1 ..]))\n' >x.hs
 ghc -v0 x.hs
 test "$(./x)" = 4950
-""", flags=_BUILD, packages="ghc", more=True),
+""", flags=f"{_BUILD} --read /var/lib/ghc", packages="ghc", more=True),
     Program("OCaml", "compile and run", r"""
 printf 'let () = print_int (List.fold_left (+) 0 [1; 2; 3])\n' >x.ml
 ocamlfind ocamlopt -package str x.ml -o x 2>/dev/null || ocamlopt -o x x.ml

@@ -332,5 +332,5 @@ test -s x.pdf
 printf '\\documentclass{article}\\begin{document}hi\\end{document}\n' >x.tex
 pdflatex -interaction=batchmode x.tex >/dev/null
 test -s x.pdf
-""", flags="--memory 512M --tmp 64M", packages="texlive-latex-base", more=True),
+""", flags="--memory 512M --tmp 64M --read /var/lib/texmf", packages="texlive-latex-base", more=True),
 )  # fmt: skip
