@@ -26,7 +26,6 @@ from tests.system.daemon import Daemon, daemon, event
 SOURCES = Path(__file__).parent / "plugins"
 BUILD_PATIENCE = seconds(800)
 PATH = "/usr/local/bin:/usr/bin:/bin"
-TOOLS = {"jlink": "/usr/lib/jvm/java-17-openjdk-amd64/bin/jlink"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def platform() -> Iterator[Platform]:
 
 
 def missing(plugin: Plugin) -> bool:
-    """Whether the tool of its build is not on this host."""
-    return shutil.which(TOOLS.get(plugin.tool, plugin.tool), path=PATH) is None
+    """Whether the tool of its build is neither on this host nor among its packages."""
+    return not plugin.packages and shutil.which(plugin.tool, path=PATH) is None
 
 
 def built(plugin: Plugin, layer: Layer | None) -> Path:

@@ -62,10 +62,8 @@ class Plugin:
     headers: dict[str, str] = field(default_factory=dict)
     fails_once: bool = False
     """The other side answers 503 to the first request."""
-    mail: bool = False
-    """The other side is a mail server."""
     server: Service | None = None
-    """The other side is a real server."""
+    """The other side is a real server; else it answers HTTP, or mail on its own port."""
     packages: str = ""
     """Debian packages for its ``build``."""
     more: bool = False

@@ -70,7 +70,7 @@ PLUGINS = (
     Plugin("pg", "pg", "a row in PostgreSQL over TLS, from a pool", "npm", '"id":"d1"',
            server=_POSTGRESQL, more=True),
     Plugin("nodemailer", "nodemailer", "a mail over SMTP within TLS", "npm", "250 kept",
-           ("RCPT TO:<team@example.com>", "Subject: d1 is live"), mail=True, more=True),
+           ("RCPT TO:<team@example.com>", "Subject: d1 is live"), more=True),
     Plugin("ws", "ws", "a lasting websocket, in stream mode", "npm", "D1!", server=_DASHBOARD, more=True),
     Plugin("go-github", "go-github (Go)", "a release", "go", "https://x/r/1",
            ("/repos/me/p1/releases", '"tag_name":"d1"'), _json(html_url="https://x/r/1"),
