@@ -49,15 +49,16 @@ if TYPE_CHECKING:
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_OF_HOST = (
     "ssl/certs", "alternatives", "ca-certificates", "pki", "fonts", "java-*", "python3*", "perl", "groff", "terminfo",
-    "dictionaries-common",
+    "dictionaries-common", "libreoffice/registry",
 )  # fmt: skip
 """Folders of the host that everybody may read and that files of /usr lead into; patterns."""
 _ETC_COPIES = (
     "ssl/openssl.cnf", "services", "protocols", "rpc", "ethertypes", "host.conf", "gai.conf", "magic", "magic.mime",
     "locale.alias", "inputrc", "debian_version", "os-release", "matplotlibrc", "maven/m2.conf",
-    "maven/logging/simplelogger.properties",
+    "maven/logging/simplelogger.properties", "R/Makeconf", "R/Renviron", "R/ldpaths", "R/repositories", "octaverc",
 )  # fmt: skip
-"""Small public files of the host, as they are when a template is made. Not Maven's settings: they may hold secrets."""
+"""Small public files of the host, as they are when a template is made. Not Maven's settings, nor R's of the site: they
+may hold secrets."""
 _LARGEST_COPY = 64 * 1024
 _ETC_FILES = ("ld.so.cache", "localtime", "mime.types")
 """Files of the host that packages replace by rename, so that a bind made earlier would show the old one."""

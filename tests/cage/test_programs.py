@@ -241,7 +241,8 @@ def test_public_files_of_etc_are_there(shared_dir: Path) -> None:
     """Whatever of them this host has: where links of /usr lead, and what libraries read."""
     names = (
         "fonts/fonts.conf ssl/openssl.cnf services protocols java-17-openjdk/security/java.security maven/m2.conf "
-        "maven/logging/simplelogger.properties matplotlibrc"
+        "maven/logging/simplelogger.properties matplotlibrc R/Makeconf R/Renviron R/ldpaths R/repositories octaverc "
+        "libreoffice/registry"
     )
     code = f"import os; print([n for n in {names.split()} if not os.path.exists('/etc/' + n)])"
     absent = [name for name in names.split() if not Path("/etc", name).exists()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,19 @@ def root() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def shown() -> Iterator[Path]:
+    """A folder that cages may read and servers, too: the authority's certificate, and a key for ssh."""
+    folder = Path(f"/srv/isolator-shown-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    try:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
+        (folder / "key").chmod(0o644)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from pathlib import Path
 USER, UID, HOME = "author", 64711, "/var/lib/author"
 """An ordinary user that exists in the layer alone: sandboxes for users are run by it."""
 
-_STORE = Path("/opt/isolator-dev/compat")
+STORE = Path("/opt/isolator-dev/compat")
+_KEPT = {"archives", "plugins"}
 _FOLDERS = ("usr", "etc", "var")
 _DOWNLOAD_PATIENCE = 3600.0  # seconds: gigabytes over somebody's line
 
@@ -110,20 +111,20 @@ def _made(packages: list[str]) -> tuple[Path, int]:
     """The folder of the layer, made if there is none, and a lock that keeps it."""
     system = platform.freedesktop_os_release()
     name = hashlib.sha256("\n".join([_INSTALL, *packages, str(system)]).encode()).hexdigest()[:12]
-    (_STORE / "archives/partial").mkdir(parents=True, exist_ok=True)
-    folder = _STORE / name
-    with (_STORE / "lock").open("w") as lock:
+    (STORE / "archives/partial").mkdir(parents=True, exist_ok=True)
+    folder = STORE / name
+    with (STORE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return folder, _hold(folder)
-        for old in _STORE.iterdir():  # each is gigabytes
-            if old.is_dir() and old.name != "archives":
+        for old in STORE.iterdir():  # each is gigabytes
+            if old.is_dir() and old.name not in _KEPT:
                 _remove_unused(old)
-        new = _STORE / "new"
+        new = STORE / "new"
         try:
             done = subprocess.run(
                 ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
-                 "sh", "-c", _INSTALL, "sh", str(new), str(_STORE / "archives"), USER, str(UID), HOME, *packages],
+                 "sh", "-c", _INSTALL, "sh", str(new), str(STORE / "archives"), USER, str(UID), HOME, *packages],
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_DOWNLOAD_PATIENCE, check=False,
             )  # fmt: skip
             if done.returncode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,32 @@ class Service:
     """Script of bash, in the cage; ``$HOST`` is the server's name, ``$CA`` its authority."""
     packages: str = ""
     flags: str = ""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin on a client library, which receives one ``deploy.completed`` in a cage and does its work elsewhere."""
+
+    name: str
+    """Its folder in ``tests/compat/plugins``: manifest, ``policy.toml``, source, and ``build``, a script of sh."""
+    library: str
+    work: str
+    tool: str
+    """The program that its ``build`` needs."""
+    detail: str
+    """Part of its reply, which it has from the other side alone."""
+    received: tuple[str, ...] = ()
+    """Parts of the other side's log: method, path, headers and body of each request."""
+    answer: str = ""
+    """Body of an HTTP answer."""
+    headers: dict[str, str] = field(default_factory=dict)
+    fails_once: bool = False
+    """The other side answers 503 to the first request."""
+    server: Service | None = None
+    """The other side is a real server; else it answers HTTP, or mail on its own port."""
+    packages: str = ""
+    """Debian packages for its ``build``."""
+    more: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ FIREJAIL = "firejail --quiet --net=none --private-tmp"
 ISOLATOR = "isolator run --cpu 100%"
 """A quarter of a processor, the default, would give the same answers later."""
 
+_DONE = "the script is done"
 _SHELL = ["bash", "-euo", "pipefail", "-c"]
 WAIT = r"""
 up() { for _ in $(seq 300); do (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return; sleep 0.1; done; return 1; }
@@ -77,15 +79,25 @@ def bubblewrap(program: Program, layer: Layer) -> Ending:
     """Run it under bubblewrap, as an ordinary user."""
     with _project(program) as folder:
         bind = ["--bind", str(folder), str(folder), "--chdir", str(folder)] if folder else []
+        flags = program.flags.split()
+        for flag, read in itertools.pairwise(flags):
+            if flag == "--read":
+                bind += ["--ro-bind", read, read]
         command = [*BUBBLEWRAP.split(), *bind, "--", "env", "-i", *ENVIRONMENT, "HOME=/tmp"]
         return _run(layer.inside(*as_user(), *command, *_SHELL, _started(program, folder)))
 
 
 def firejail(program: Program, layer: Layer) -> Ending:
-    """Run it under firejail, as an ordinary user."""
+    """Run it under firejail, as an ordinary user.
+
+    Its exit code is that of whichever process ended last, such as a server that the script ends: a line after the
+    script's last one says that it came so far.
+    """
     with _project(program) as folder:
-        command = ["env", "-i", *ENVIRONMENT, *FIREJAIL.split(), "--", *_SHELL, _started(program, folder)]
-        return _run(layer.inside(*as_user(), *command))
+        script = f"{_started(program, folder)}\necho {_DONE}"
+        ending = _run(layer.inside(*as_user(), "env", "-i", *ENVIRONMENT, *FIREJAIL.split(), "--", *_SHELL, script))
+        done = _DONE in ending.output.splitlines()
+        return Ending(0 if done else ending.code or 1, ending.output)
 
 
 def plain(program: Program, layer: Layer) -> Ending:

@@ -26,9 +26,13 @@ is started. Without `--all` it leaves out large packages and what has to come fr
 |---|---|
 """
 _LEGEND = """
-"Flags" are those of `isolator run` beyond these; `/tmp` counts as memory. firejail uses its `default.profile`, as for
-any command that it does not know. A dash: not to be compared, as neither bubblewrap nor firejail sets a limit on memory
-or decides by name where a connection goes.
+"Flags" are those of `isolator run` beyond these; `/tmp` counts as memory, and what is read besides is bound for
+bubblewrap, too. firejail uses its `default.profile`, as for any command that it does not know. A dash: not to be
+compared, as neither bubblewrap nor firejail sets a limit on memory or decides by name where a connection goes.
+
+Clients of services run once more without their grant, and have to fail then. [Plugins](../tests/compat/plugins/) have a
+daemon, a manifest and a policy in place of flags; a row counts if the first delivery of the event succeeded and nothing
+was refused.
 """
 _MARK = {True: "yes", False: "**no**", None: "–"}
 

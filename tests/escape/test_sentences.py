@@ -246,7 +246,7 @@ _VIEW = {
     "/run/isolator", "/run/isolator/plugin", "/etc/ssl/certs", "/etc/alternatives", "/etc/ca-certificates", "/etc/pki",
     "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/dev/pts",
 }  # fmt: skip
-_PUBLIC = "/etc/(fonts|java-[^/]+|python3[^/]*|perl|groff|terminfo|dictionaries-common)"
+_PUBLIC = "/etc/(fonts|java-[^/]+|python3[^/]*|perl|groff|terminfo|dictionaries-common|libreoffice/registry)"
 _NOT_READ_ONLY = {"/tmp", "/state", "/run/isolator/plugin", "/proc"}
 _PLAIN_DEVICES = ["full", "null", "random", "urandom", "zero"]
 

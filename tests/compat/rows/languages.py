@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.compat.program import Program
 
+_NO_CPUSET = (
+    "on hosts with control groups of version 1: the report wants a group of `cpuset`, and no cage is in one; "
+    "the heap and the number of processors are right"
+    if Path("/sys/fs/cgroup/cpuset").exists()
+    else ""
+)
 _BUILD = "--memory 1G --tmp 256M --tasks 256"
 _GO_MAIN = r"""
 cat >main.go <<'END'
@@ -94,6 +102,9 @@ public class Main {
 END
 /usr/lib/jvm/java-17-openjdk-*/bin/java Main.java
 """, flags="--memory 512M", capped=True, packages="openjdk-17-jdk-headless"),
+    Program("Java's report", "`-XshowSettings:system`", r"""
+/usr/lib/jvm/java-17-openjdk-*/bin/java -XshowSettings:system -version
+""", flags="--memory 512M", packages="openjdk-17-jdk-headless", fails=_NO_CPUSET),
     Program("Go", "`go build`, then the binary: goroutines, interfaces", _GO_MAIN + r"""
 export GOCACHE=/tmp/cache GOPATH=/tmp/go GOFLAGS=-mod=mod CGO_ENABLED=0
 go build -o program main.go
@@ -268,7 +279,7 @@ clang -o x x.c
 printf 'main = print (sum (takeWhile (< 100) [1 ..]))\n' >x.hs
 ghc -v0 x.hs
 test "$(./x)" = 4950
-""", flags=_BUILD, packages="ghc", more=True),
+""", flags=f"{_BUILD} --read /var/lib/ghc", packages="ghc", more=True),
     Program("OCaml", "compile and run", r"""
 printf 'let () = print_int (List.fold_left (+) 0 [1; 2; 3])\n' >x.ml
 ocamlfind ocamlopt -package str x.ml -o x 2>/dev/null || ocamlopt -o x x.ml

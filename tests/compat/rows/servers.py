@@ -176,9 +176,9 @@ up 8000
 test "$(echo fine | socat - TCP:127.0.0.1:8000)" = fine
 """, packages="socat"),
     Program("ncat", "a line over TLS", r"""
-ncat -v -l 127.0.0.1 8000 --ssl >got 2>log &
+ncat -v -l 127.0.0.1 8000 --ssl --recv-only >got 2>log &
 for i in $(seq 300); do grep -q Listening log && break; sleep 0.1; done
-echo fine | ncat --ssl 127.0.0.1 8000
+echo fine | ncat --ssl --send-only 127.0.0.1 8000
 wait
 grep -q fine got
 """, packages="ncat"),
