@@ -306,9 +306,10 @@ def test_cage_ends_with_its_client(daemon: TakenOver, stopped: bool) -> None:
     if stopped:
         process.send_signal(signal.SIGSTOP)
     process.kill()
-    outcome(process)
+    process.wait(seconds(30))
     wait_for(lambda: not group.exists(), seconds(30), "the cage outlives its client")
     assert end_of(daemon, start)["cause"] == "its caller has left"
+    process.communicate()  # its input has been open until here: that was not what ended the cage
 
 
 def test_client_that_is_stopped_holds_up_nobody_and_learns_the_end_later(daemon: TakenOver) -> None:
