@@ -90,6 +90,8 @@ class ChildProcess:
         """The process that serves, or served last."""
         self.starts = 0
         """Starts, without those of processes that took the place of another."""
+        self._alive: list[Generation] = []
+        """The processes that are not cleared away: of an exchange that is given up there may be two."""
         self.generations = 0
         """Processes so far, by which their leaves are numbered."""
         self.up = asyncio.Event()
@@ -171,6 +173,7 @@ class ChildProcess:
         end = socket.socket(fileno=before.channel.socket)
         channel = Channel(end, self._handlers, name=self.spec.name, before=before.channel)
         self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
+        self._alive.append(self.current)
         self.up.set()
         self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
 
@@ -178,7 +181,8 @@ class ChildProcess:
     def unsettled(self) -> str:
         """Why it cannot be handed over at this moment, in words; empty when it can."""
         channel = self.channel
-        if self.changing.locked() or channel is None or not self.up.is_set() or channel.closed.is_set():
+        changing = self.changing.locked() or len(self._alive) > 1
+        if changing or channel is None or not self.up.is_set() or channel.closed.is_set():
             return f"the start of {self.spec.name}"
         return channel.unsettled
 
@@ -201,6 +205,8 @@ class ChildProcess:
             if self.current is not None:
                 await self.retire(self.current)
                 self.current = None
+            for left in list(self._alive):
+                await self.discard(left)
 
     async def wait_up(self) -> Channel:
         """Wait until the service answers; raises UnavailableError when it does not come up."""
@@ -290,7 +296,9 @@ class ChildProcess:
         finally:
             close_all(inherited.values())
         (leaf.unified / "cgroup.procs").write_text(str(process.pid))
-        return Generation(process, Channel(mine, self._handlers, name=spec.name), leaf)
+        generation = Generation(process, Channel(mine, self._handlers, name=spec.name), leaf)
+        self._alive.append(generation)
+        return generation
 
     async def retire(self, generation: Generation) -> None:
         """Close the channel to a process, wait 5 s for it to end, then kill it."""
@@ -308,6 +316,7 @@ class ChildProcess:
         await asyncio.to_thread(generation.leaf.wait_empty, 5.0)
         generation.leaf.remove()
         self._journal.forget(generation.entry)
+        self._alive = [other for other in self._alive if other is not generation]
 
     async def _keep(self, launch: Callable[[], Awaitable[None]]) -> None:
         deaths, failures = Backoff(_BACKOFF_FIRST, _LONGEST_AWAY), Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
