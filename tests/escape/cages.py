@@ -20,7 +20,7 @@ from typing import Any
 
 from isolator.cage.cage import Cage
 from isolator.launcher import client
-from isolator.layers.base import Bind, CageSpec, Layer, Process
+from isolator.layers.base import Bind, CageSpec, Kept, Layer, Process
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.layers.filesystem import AttachMount, FilesystemSection
 from isolator.layers.namespaces import NamespacesSection
@@ -88,6 +88,9 @@ class _Edits(Layer):
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         for edit in self._edits:
             edit(plan, self._cage)
+
+    def adopt(self, spec: CageSpec, kept: Kept) -> None:
+        pass
 
     def confirm(self, process: Process) -> None:
         pass

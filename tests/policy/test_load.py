@@ -351,3 +351,13 @@ def test_variable_that_a_policy_may_not_set_is_refused_at_its_line(line: str, wh
 
 def test_byte_order_mark_is_no_part_of_the_file() -> None:
     assert parse_plugin_policy(b"\xef\xbb\xbf[limits]\nmemory = '64M'\n", source="p").limits["memory"] == 64 << 20
+
+
+def test_ceiling_that_names_public_allows_that_and_what_it_lists_beside() -> None:
+    settings = host('[ceiling]\negress = ["public", "b.com:8443"]')
+    for granted in ("public", "a.com:443", "a.com:80", "b.com:8443"):
+        check_ceiling(policy(f"[grant]\negress = ['{granted}']"), settings)
+    for refused in ("a.com:22", "b.com:9000"):
+        assert "over the ceiling" in error_of(f"[grant]\negress = ['{refused}']", settings=settings)
+    public = host('[ceiling]\negress = "public"')
+    assert "over the ceiling" in error_of("[grant]\negress = ['a.com:22']", settings=public)

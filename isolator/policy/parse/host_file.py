@@ -73,7 +73,7 @@ def host_config_of(top: Table) -> HostConfig:
             limits=most,
             hooks=_or(ceiling.strings("hooks", names.parse_hook_grant), base.hooks),
             permissions=_or(ceiling.strings("permissions", names.parse_permission_grant), base.permissions),
-            egress=None if public else egress,
+            egress=egress,
             egress_public=public or egress is None,
             read=_or(ceiling.strings("read", _absolute), base.read),
             syscalls=ceiling.choice("syscalls", ("default", "strict"), base.syscalls),  # type: ignore[arg-type]  # checked
