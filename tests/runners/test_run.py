@@ -71,12 +71,9 @@ def test_command_has_a_user_of_its_own_and_no_group_of_the_callers(daemon: Taken
 
 
 def test_variables_are_the_named_ones_and_the_callers_own_of_language_terminal_and_time(
-    daemon: TakenOver, tmp_path: Path
+    daemon: TakenOver, shared_dir: Path
 ) -> None:
-    file = tmp_path / "variables"
-    tmp_path.parent.chmod(0o755)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    file = shared_dir / "variables"
     file.write_text("A=of file\nB=b\n")
     own = {"PATH": os.environ["PATH"], "TERM": "odd", "TZ": "Asia/Tokyo", "LANG": "C.UTF-8", "MINE": "m", "OTHER": "o"}
     result = run_as(daemon, ALICE, "--env-file", str(file), "--env", "A=a=b", "--env", "MINE", "--", "env", env=own)

@@ -237,7 +237,10 @@ def test_it_says_that_it_needs_root(shared_dir: Path) -> None:
         capture_output=True, text=True, check=False, cwd="/",
     )  # fmt: skip
     assert result.returncode == 125
-    assert result.stderr == "isolator: isolator run: building a cage needs root; run it with sudo\n"
+    assert result.stderr == (
+        "isolator: isolator run: building a cage needs root, or a daemon at /run/isolator/run.sock; "
+        "use sudo, or have the daemon started with your uid in [roles] runner of host.toml\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

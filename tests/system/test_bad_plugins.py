@@ -119,7 +119,9 @@ def test_modules_of_a_package_are_nobody_elses(running: Daemon, tmp_path: Path) 
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"open({str(trap)!r}, 'a').write(__name__)\n")
     words = ["isolator", "--root", str(running.root)]
-    for command in (["plugin", "add", ".", "--yes"], ["plugin", "start", "shadow"], ["plugin", "remove", "shadow"]):
+    for command in (
+        ["plugin", "add", ".", "--yes"], ["plugin", "start", "shadow"], ["plugin", "remove", "shadow", "--yes"],
+    ):  # fmt: skip
         subprocess.run([*words, *command], cwd=folder, capture_output=True, check=False, timeout=seconds(60))
         assert not trap.exists(), f"{command}: {trap.read_text()} of the package was imported outside its cage"
     assert not (running.root / "var/lib/isolator/plugins/shadow").exists()
