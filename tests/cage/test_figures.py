@@ -23,6 +23,7 @@ from isolator.linux import netns
 from isolator.policy.model import ResourcePolicy
 from tests.escape import cages
 from tests.support.cage_fixture import StartedCage, cage, isolator, policy
+from tests.support.go import go_cache
 from tests.support.timeouts import seconds
 
 MIB = 1 << 20
@@ -95,7 +96,7 @@ def _compiled(folder: Path, *command: str, **sources: str) -> Path:
     folder.chmod(0o755)
     for name, text in sources.items():
         (folder / name.replace("_", ".")).write_text(text)
-    env = {**os.environ, "GOCACHE": str(folder / "cache"), "HOME": str(folder)}
+    env = {**os.environ, "GOCACHE": go_cache(folder), "HOME": str(folder)}
     subprocess.run([*command], cwd=folder, check=True, timeout=seconds(120), env=env)
     return folder / "program"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cage_fixture import isolator
+from tests.support.go import go_cache
 
 PYTHON = """
 import json, os, socket, sqlite3, ssl, subprocess, tempfile, threading
@@ -155,7 +156,7 @@ def test_compiled(shared_dir: Path, compiler: str, name: str, source: str, argum
     folder.mkdir()
     (folder / name).write_text(textwrap.dedent(source))
     environment = {"PATH": f"{Path(path).parent}:/usr/bin:/bin", "HOME": str(Path.home()), "GOFLAGS": "-mod=mod",
-                   "GOCACHE": str(shared_dir / "cache")}  # fmt: skip
+                   "GOCACHE": go_cache(shared_dir)}  # fmt: skip
     made = subprocess.run([path, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert _run(shared_dir, f"{folder}/program", read=str(folder)) == "fine\n"

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.examples.conftest import EXAMPLES, Starter, event
+from tests.support.go import go_cache
 
 PLUGINS = sorted(path.parent.name for path in EXAMPLES.glob("*/plugin.json"))
 ONESHOT = [name for name in PLUGINS if name not in {"hostile", "python-stream-counter"}]
@@ -71,7 +72,7 @@ def webhook(tmp_path: Path) -> Iterator[Webhook]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled examples, copied and built aside: the tree may be read-only."""
     directory = tmp_path_factory.mktemp("built")
-    environment = {**os.environ, "GOCACHE": str(directory / "cache")}
+    environment = {**os.environ, "GOCACHE": go_cache(directory)}
     for folder, compiler in (("go-smoke-test", "go"), ("rust-deploy-stats", "rustc")):
         if shutil.which(compiler):
             shutil.copytree(EXAMPLES / folder, directory / folder)

@@ -126,6 +126,7 @@ def test_other_number_of_descriptors_is_refused(daemon: TakenOver, null: int, co
         assert (found["error"], found["why"]) == ("usage", "another number of descriptors than paths")
 
 
+@pytest.mark.wide
 def test_connection_that_says_nothing_is_closed(daemon: TakenOver) -> None:
     with connect(daemon.root, ALICE) as sock:
         assert answer(sock) == {}
@@ -223,6 +224,7 @@ def test_flood_of_requests_delays_nobody_else(daemon: TakenOver) -> None:
     assert counts[0] > 100
 
 
+@pytest.mark.wide
 def test_flood_of_signals_delays_nobody_else(daemon: TakenOver, null: int) -> None:
     with connect(daemon.root, ALICE) as sock:
         send(sock, pack([("argument", "sleep"), ("argument", "1000")]), [null] * 3)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from host.cli.new import LANGUAGES, SAMPLES
+from tests.support.go import go_cache
 from tests.system.daemon import Daemon, daemon, wait_for
 
 NEEDS = {"python": "/usr/bin/python3", "node": "/usr/bin/node", "go": "go", "rust": "rustc", "sh": "perl"}
@@ -31,7 +32,7 @@ def _new(parent: Path, language: str) -> Path:
 def _run(script: str, folder: Path, **environment: str) -> str:
     ran = subprocess.run(
         ["sh", "-eu", "-c", script], cwd=folder, check=False, timeout=280, capture_output=True, text=True,
-        env={**os.environ, "GOCACHE": str(folder.parent / "cache"), **environment}, stdin=subprocess.DEVNULL,
+        env={**os.environ, "GOCACHE": go_cache(folder.parent), **environment}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert ran.returncode == 0, (script, ran.stdout, ran.stderr)
     return ran.stdout

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.go import go_cache
 from tests.support.internet_servers import WEB, Server
 from tests.support.pretend_internet import PretendInternet, pretend_internet
 from tests.support.timeouts import seconds
@@ -118,7 +119,7 @@ def _edited(folder: Path, port: int, *, connects: bool = False) -> Path:
         network["egress"] = [{"host": HOST, "ports": [port]}]
     file.write_text(json.dumps(manifest))
     if (folder / "Makefile").exists():
-        cache = {"GOCACHE": str(folder.parent / "cache"), "GOPATH": str(folder.parent / "go")}
+        cache = {"GOCACHE": go_cache(folder.parent), "GOPATH": str(folder.parent / "go")}
         subprocess.run(["make", "-s", "-B", "-C", folder], check=True, env={**os.environ, **cache})
     return folder
 

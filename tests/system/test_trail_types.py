@@ -142,6 +142,9 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     }
     write_plugin(place / "actor", ACTOR, **manifest)
     add(d, place / "actor", "--config", f"token={SECRET}")
+    audit = d.service_pid("isolator.audit.service")
+    d.cli("reload")  # before the rest: histograms of the metrics begin anew with the audit process
+    wait_for(lambda: d.service_pid("isolator.audit.service", missing_ok=True) not in (audit, 0, None))
     events = {what: emit(d, what) for what in ("net", "call", "api", "lie", "refuse")}
     d.cli("event", "replay", events["refuse"])
     wait_for(lambda: len(of(d, "event.response", events["refuse"])) == 2)
@@ -151,7 +154,6 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     wait_for(lambda: of(d, "fs.denied"))
     d.cli("plugin", "restart", "actor")
     wait_for(lambda: of(d, "event.response", events["after"]))
-    d.cli("reload")
 
     for program in ("/usr/bin/true", "/no/such/program"):
         subprocess.run(run_by_user(d, program), check=False, user=RUNNER, group=RUNNER, extra_groups=[], cwd="/")

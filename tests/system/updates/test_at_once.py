@@ -37,6 +37,7 @@ def test_many_command_lines_at_once(tmp_path: Path) -> None:
         d.cli("audit", "verify")
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_killed_in_the_middle_of_anything(tmp_path: Path) -> None:
     """The supervisor is killed at some moment of add, update and remove: what it finds at its start is whole."""
