@@ -132,7 +132,7 @@ def reload_under_events(d: Daemon, times: int, pause: float) -> None:
 
 def test_sidecars_and_their_events_go_on_over_reloads(shared_dir: Path) -> None:
     with loaded_daemon(shared_dir) as d:
-        reload_under_events(d, 4, 0.05)
+        reload_under_events(d, 3, 0.25)
         stopped = running(d)["quick"][0]
         d.cli("plugin", "restart", "quick")
         assert not alive(stopped) and alive(running(d)["quick"][0])
