@@ -141,8 +141,8 @@ def test_run_from_a_session_and_from_a_unit(service: Service) -> None:
 INTERRUPTIONS = {
     "restart": ["systemctl", "restart", "--no-block", "isolator"],
     "kill": ["systemctl", "kill", "-s", "KILL", "isolator"],
-    "upgrade": ["isolator", "install"],
 }
+RELOADS = {"reload": ["systemctl", "reload", "isolator"], "upgrade": ["isolator", "install"]}
 
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
@@ -158,6 +158,22 @@ def test_nothing_accepted_is_lost(service: Service, how: str) -> None:
     assert len(accepted) > 20
     wait_for(lambda: accepted <= set(service.seen()), seconds(15), "an accepted event was lost")
     assert not [pid for pid in before if alive(pid)], "a process outlived its daemon"
+    assert HOST_TOML.read_text().endswith(NOTE), "what the operator wrote is gone"
+    service.cli("audit", "verify")
+
+
+@pytest.mark.parametrize("how", RELOADS)
+def test_nobody_notices_a_reload(service: Service, how: str) -> None:
+    service.cli("plugin", "start", "echo")
+    run, pid = service.json("plugin", "show", "echo")["run"], service.pid()
+    accepted = {f"{how}{n}" for n in range(20) if service.emit(f"{how}{n}")}
+    reload = subprocess.Popen(RELOADS[how])
+    accepted |= {f"{how}{n}" for n in range(20, 40) if service.emit(f"{how}{n}")}
+    assert reload.wait(timeout=seconds(60)) == 0, service.journal()
+    assert len(accepted) == 40, "an event was refused"
+    wait_for(lambda: accepted <= set(service.seen()), seconds(15), "an accepted event was lost")
+    assert service.pid() == pid and service.property("ActiveState") == "active", service.journal()
+    assert service.json("plugin", "show", "echo")["run"] == run, service.journal()
     assert HOST_TOML.read_text().endswith(NOTE), "what the operator wrote is gone"
     service.cli("audit", "verify")
 
