@@ -215,7 +215,7 @@ def judge(demo: Demo, results: list[Result], arrived: dict[str, int]) -> None:
     other = [
         f"{result.attempt.name} ({', '.join([layer for layer, _ in result.facts] + list(result.missing))})"
         for result in results
-        if result.missing or {layer for layer, _ in result.facts} != result.attempt.by
+        if result.missing or not result.attempt.expected({layer for layer, _ in result.facts})
     ]
     demo.promise(
         "Each is stopped by its own layer",

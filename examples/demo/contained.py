@@ -45,8 +45,14 @@ class Attempt:
     records: tuple[str, ...] = ()
     """Types of records that must exist."""
     tells: Callable[[Target], Known] = field(default=lambda _: {})
+    also: frozenset[str] = frozenset()
+    """Layers that answer on some hosts besides, for what is not on all."""
     during: bool = False
     """Is the notifier to work while this one runs?"""
+
+    def expected(self, layers: set[str]) -> bool:
+        """Whether these are the layers that must have stopped it."""
+        return self.by <= layers <= self.by | self.also
 
 
 VIEW, LOOPBACK, NFT, NAMES = "file system view", "net namespace", "nftables", "DNS"
@@ -87,6 +93,7 @@ ATTEMPTS = (
         frozenset({VIEW}),
         FILES,
         tells=lambda t: {"places": t.places},
+        also=frozenset({"user"}),  # the mode of what covers /proc/sysrq-trigger, where the kernel has that
     ),
     Attempt(
         "host-loopback",

@@ -132,6 +132,11 @@ class TestContained:
         assert told == {contained.SECCOMP: "EPERM, refused (mount, fsopen); on record: mount, fsopen"}
         assert contained.calls_refused(self.find("mount"), {"detail": detail}) == ["mount", "fsopen"]
 
+    def test_layers_of_some_hosts_are_expected_beside_those_of_all_and_no_others(self) -> None:
+        attempt = self.find("write-outside")
+        assert attempt.expected({contained.VIEW}) and attempt.expected({contained.VIEW, "user"})
+        assert not attempt.expected({"user"}) and not attempt.expected({contained.VIEW, contained.SECCOMP})
+
     def test_without_a_record_it_was_another_wall(self) -> None:
         told = self.facts("mount", "EPERM (Operation not permitted): mount, fsopen", [])
         assert set(told) == {contained.CAPS}
