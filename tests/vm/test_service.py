@@ -162,6 +162,7 @@ def test_nothing_accepted_is_lost(service: Service, how: str) -> None:
     service.cli("audit", "verify")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("how", RELOADS)
 def test_nobody_notices_a_reload(service: Service, how: str) -> None:
     service.cli("plugin", "start", "echo")
