@@ -116,7 +116,7 @@ def _spelled(kind: str, value: str) -> str:
 
 
 def _in_force(shown: dict[str, Any], kind: str) -> list[str]:
-    """What of this kind a plugin has now, as a policy would list it."""
+    """List what a plugin has of this kind now, as a policy would."""
     effective = shown.get("effective") or {}
     if kind == "egress":
         from isolator.policy.model import EgressRule

@@ -53,7 +53,7 @@ class AttemptedState(Body):
 
 
 class OutcomeState(Body):
-    """What is known of attempts and crashes, on its way to another host; deliveries by the numbers of their events."""
+    """State of attempts and crashes, on its way to another host; deliveries by the numbers of their events."""
 
     last: AttemptedState | None
     failing_since: float | None
@@ -106,7 +106,7 @@ class Outcomes:
         return False
 
     def pass_on(self) -> OutcomeState:
-        """What the successor of this process has to know of attempts and crashes."""
+        """Return the state of attempts and crashes for the successor of this process."""
         run, delivery, at = self._crash_candidate or ("", None, 0.0)
         return OutcomeState(
             last=AttemptedState(**asdict(self.last)) if self.last is not None else None,

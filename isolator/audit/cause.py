@@ -57,7 +57,7 @@ class FlowCause(Body):
 
 
 class CauseState(Body):
-    """What is known of causes, on its way to another writer."""
+    """State of the causes, on its way to another writer."""
 
     windows: tuple[WindowState, ...]
     flows: tuple[FlowCause, ...]

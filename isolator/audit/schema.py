@@ -118,7 +118,7 @@ class HostStarted(RecordData):
     config: str | None
     """Path of host.toml; null when there is none."""
     config_sha256: str
-    """Of the settings in force."""
+    """Digest of the settings in force."""
     cleared: list[str]
     """Remains of an earlier daemon that were removed."""
 
@@ -140,7 +140,7 @@ class DaemonReloaded(_Range):
     generation: int
     """Number of the daemon's images so far."""
     config_sha256: str
-    """Of the settings in force."""
+    """Digest of the settings in force."""
 
 
 class HostStopped(RecordData):

@@ -85,7 +85,7 @@ class Service:
 
 @pytest.fixture
 def service(shared_dir: Path, request: pytest.FixtureRequest) -> Iterator[Service]:
-    (shared_dir / "work/inner").mkdir(parents=True)
+    (shared_dir / "work/below").mkdir(parents=True)
     made = Service(shared_dir, getattr(request, "param", READ_ONLY))
     yield made
     made.end()
@@ -118,9 +118,9 @@ def test_file_is_found_by_the_name_that_it_has_now(service: Service, shared_dir:
 @pytest.mark.parametrize(
     ("service", "error"),
     [
-        (f'{READ_ONLY} && mount -t tmpfs none "$1/work/inner"', "ESTALE"),
+        (f'{READ_ONLY} && mount -t tmpfs none "$1/work/below"', "ESTALE"),
         (f'{READ_ONLY} && mount -t tmpfs none "$1/work"', "ENOENT"),
-        ('mount -t tmpfs none "$1" && mkdir -p "$1/work" && ln -s /etc "$1/work/inner"', "ELOOP"),
+        ('mount -t tmpfs none "$1" && mkdir -p "$1/work" && ln -s /etc "$1/work/below"', "ELOOP"),
     ],
     indirect=["service"],
     ids=["another file system there", "nothing there", "a link there"],
@@ -129,7 +129,7 @@ def test_file_is_found_by_the_name_that_it_has_now(service: Service, shared_dir:
 def test_folder_that_the_service_does_not_see_is_refused(
     service: Service, shared_dir: Path, error: str, how: str
 ) -> None:
-    assert service.ask(shared_dir / "work/inner", how)["error"] == error
+    assert service.ask(shared_dir / "work/below", how)["error"] == error
 
 
 def test_folder_on_a_mount_that_the_service_lacks_is_refused(service: Service, shared_dir: Path) -> None:

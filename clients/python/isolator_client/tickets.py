@@ -41,7 +41,7 @@ _AGREEING = {
     "plugin.remove": ("name",),
     "plugin.enable": ("name",),
 }
-"""By verb, the parameters that make the purpose of its ticket."""
+"""Parameters that make the purpose of a ticket, by verb."""
 _MANIFEST = "plugin.json"
 _ANSWER = 1 << 16
 
