@@ -24,7 +24,10 @@ from tests.system.reload.test_reload import STATE, held, running, seen
 
 PLUGINS, RATE = 20, 100
 LOAD, PROBE = "deploy.completed", "deploy.failed"
-MORE: dict[str, dict[str, object]] = {LOAD: {"url": "https://x.example/", "duration_ms": 1}, PROBE: {"error_code": "none"}}
+MORE: dict[str, dict[str, object]] = {
+    LOAD: {"url": "https://x.example/", "duration_ms": 1},
+    PROBE: {"error_code": "none"},
+}
 
 
 def measure(rounds: int) -> Report:
@@ -96,7 +99,10 @@ def _measure(d: Daemon, folder: Path, rounds: int) -> Report:
     assert not failed, failed
     with Client(d.root) as client:
         wait_for(lambda: not any(client.call("status")["queue"].values()), 300, "events are left")
-    assert running(d) == before, "a sidecar was started again"
+    if (after := running(d)) != before:
+        raise AssertionError(
+            f"sidecars were started again: {set(after.items()) ^ set(before.items())}\n{d.log.read_text()}"
+        )
     for name in (*names, "probe"):
         counts = seen(d, name)
         assert len(counts) == sent[PROBE if name == "probe" else LOAD] and set(counts.values()) == {1}, (

@@ -544,23 +544,28 @@ class Store:
                 os.close(fd)
         return kept
 
-    @property
-    def unwritten(self) -> bool:
-        """Whether something that was submitted is not in the log."""
-        return bool(self._ops)
+    async def close(self) -> bool:
+        """Write and sync all that is submitted, and close; the log is moved into the database.
 
-    async def close(self) -> None:
-        """Write and sync all that waits, and close; the log is moved into the database."""
+        Returns whether all of it was written; if not, ``blocked`` names the reason. Operations that are submitted once
+        it closes are never run.
+        """
         if self._closed:
-            return
+            return not self._ops
+        # Neither a sync nor a checkpoint that commits wait for may be under way, or this commit would not be let in.
+        while self.blocked is None and (self._ops or self._gathering or self._syncing or self._held):
+            with contextlib.suppress(UnavailableError):
+                await self.run(lambda _: None)
         self._held = False
         self._commit()
         self._closed = True
+        written = not self._ops
         self._work.put(_Sync([]))
         self._work.put(None)
         await asyncio.to_thread(self._thread.join, 10)
         os.close(self._wal)
         self._connection.close()
+        return written
 
 
 def _check_file(path: Path) -> None:

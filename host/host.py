@@ -278,11 +278,9 @@ class Host:
         self._lifecycle.close()
         self._gauges.close()
         await self._watches.close()
-        await self._store.close()
-        if self._store.unwritten:
-            raise IsolatorError(
-                str(self._store.path), "the outcomes of deliveries could not be written", "see its disk"
-            )
+        if not await self._store.close():
+            why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
+            raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
         logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
         control = self._control.pass_on(listener, departure)
         self._trail.close()

@@ -378,6 +378,34 @@ async def test_log_does_not_fill_a_small_disk(small_disk: Path) -> None:
     await store.close()
 
 
+def _put(store: Store, key: str, value: str) -> None:
+    store.submit(lambda db: db.execute("REPLACE INTO kv VALUES('p', ?, ?, NULL)", (key, value)))
+
+
+async def test_closing_writes_all_also_in_the_middle_of_a_checkpoint(tmp_path: Path) -> None:
+    for number in range(3):
+        store, filler = Store(tmp_path / "host.db"), 0
+        while store._syncing or not store._held:  # the log is moved into the database, and commits wait for it
+            if not store._held:
+                _put(store, f"filler{filler}", "x" * 500_000)
+                filler += 1
+            await asyncio.sleep(0)
+        _put(store, f"last{number}", "")
+        assert await store.close()
+    store = Store(tmp_path / "host.db")
+    assert store.read(lambda db: db.execute("SELECT count(*) FROM kv WHERE key LIKE 'last%'").fetchone()[0]) == 3
+    await store.close()
+
+
+async def test_closing_counts_nothing_that_is_submitted_while_it_closes(store: Store) -> None:
+    _put(store, "k", "")
+    closing = asyncio.create_task(store.close())
+    while not closing.done():
+        store.submit(lambda _: None, lambda _, __: None)
+        await asyncio.sleep(0.0005)
+    assert await closing
+
+
 async def test_disk_that_is_full_when_the_daemon_starts_is_made_room_on_by_the_reserve(small_disk: Path) -> None:
     store = Store(small_disk / "host.db")
     queue = SqliteQueue(store)

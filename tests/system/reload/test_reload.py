@@ -57,14 +57,18 @@ def seen(d: Daemon, plugin: str) -> Counter[str]:
 
 
 class Emitter:
-    """Emits events all the time, and counts what was refused."""
+    """Emits events all the time while somebody else waits for their outcomes, and counts what was refused."""
 
     def __init__(self, d: Daemon, pause: float) -> None:
         self.sent: list[str] = []
         self.refused: list[str] = []
         self.slowest = 0.0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._emit, args=(d, pause))
+        self._newest = ""
+        self._threads = [
+            threading.Thread(target=self._emit, args=(d, pause)),
+            threading.Thread(target=self._watch, args=(d,)),
+        ]
 
     def _emit(self, d: Daemon, pause: float) -> None:
         with Client(d.root) as client:
@@ -73,19 +77,30 @@ class Emitter:
                 payload = {"project_id": name, "deployment_id": name, "url": "https://x.example/", "duration_ms": 1}
                 began = time.monotonic()
                 try:
-                    client.call("event.emit", name="deploy.completed", payload=payload)
+                    self._newest = client.call("event.emit", name="deploy.completed", payload=payload)["id"]
                 except IsolatorError as error:
                     self.refused.append(str(error))
                 self.slowest = max(self.slowest, time.monotonic() - began)
                 self.sent.append(name)
 
+    def _watch(self, d: Daemon) -> None:
+        with Client(d.root) as client:
+            while not self._stopped.wait(0.01):
+                try:
+                    if self._newest:
+                        client.call("event.wait", id=self._newest, timeout=2)
+                except IsolatorError as error:
+                    self.refused.append(str(error))
+
     def __enter__(self) -> Emitter:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
 
 @contextlib.contextmanager
