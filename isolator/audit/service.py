@@ -67,26 +67,33 @@ async def serve(channel: socket.socket) -> None:
         config = request.config
         writer = Writer(Paths.of(request.root), limits_of(config))
         await writer.open()
-        if request.parts:
-            await go_on(writer, request.parts)
-            return messages.AuditReady(blocked=writer.blocked, ended=writer.ended, runs=writer.runs)
-        port = (config.get("metrics") or {}).get("port")
-        if port is not None:
-            address = str(config["metrics"].get("address", "127.0.0.1"))
+        section = config.get("metrics") or {}
+        wanted = (str(section.get("address", "127.0.0.1")), int(section["port"])) if section.get("port") else None
+        if request.parts and await go_on(writer, request.parts, wanted):
+            wanted = None
+        if wanted is not None:
             try:
-                listener = socket.create_server((address, int(port)), family=family_of(address))
+                listener = socket.create_server(wanted, family=family_of(wanted[0]))
                 listeners.append(await serve_metrics(writer.metrics, listener))
             except OSError as error:  # the trail is worth more than its metrics
-                _log.error("no metrics on %s:%s: %s", address, port, error.strerror)
+                _log.error("no metrics on %s:%s: %s", *wanted, error.strerror)
         return messages.AuditReady(blocked=writer.blocked, ended=writer.ended, runs=writer.runs)
 
-    async def go_on(taking: Writer, parts: int) -> None:
+    async def go_on(taking: Writer, parts: int, wanted: tuple[str, int] | None) -> bool:
+        """Go on with another process's state; returns whether it listened on the loopback address that is wanted."""
+        found = False
         state, descriptors = arrival.unpack(parts, AuditState, AUDIT_STATE)
         with descriptors:
             taking.take_over(state.writer, descriptors)
             for number in state.metrics:
                 listener = socket.socket(fileno=descriptors.take(number))
+                if listener.family != socket.AF_UNIX:
+                    if listener.getsockname()[:2] != wanted:
+                        listener.close()
+                        continue
+                    found = True
                 listeners.append(await serve_metrics(taking.metrics, listener))
+        return found
 
     async def leave(_: messages.Leave) -> messages.Left:
         nonlocal left
