@@ -11,6 +11,7 @@ from typing import Any
 
 from host.delivery.attempts import Attempts
 from host.delivery.gate import DispatchGate
+from host.delivery.modes import Parts
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
@@ -62,6 +63,7 @@ class Dispatcher:
             outcomes,
             OneshotDelivery(sidecar, outcomes, self._catalogue),
             StreamDelivery(sidecar, outcomes, self._catalogue, self._api, self._redacted(name)),
+            Parts(sidecar, outcomes, self._catalogue, self._supervisor, self._redacted(name)),
             (before, self._descriptors) if before is not None else None,
         )
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from isolator.errors import UsageError
 from isolator.policy.frozen import Frozen
 from isolator.policy.parse.strict import Table, printable, prose
-from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore
+from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, MODES, ManifestCore
 from isolator.policy.units import parse_duration
 from isolator.reader.json_text import load_json_with_lines
 from isolator.reader.manifest import parse_manifest
@@ -60,7 +60,7 @@ class ConfigField(Frozen):
 class Transport(Frozen):
     """``transport``: how requests reach the sidecar. Declared, never probed."""
 
-    mode: Literal["oneshot", "stream"] = "oneshot"
+    mode: str = MODES[0]
     meta: Literal["fit", "never"] = "fit"
     """Whether ``_meta`` goes along in one-shot requests when it fits."""
     max_in_flight: int = 16
@@ -187,7 +187,7 @@ def check_value(field: ConfigField, text: str) -> str:
 
 
 def _transport(table: Table) -> Transport:
-    mode = table.choice("mode", ("oneshot", "stream"), "oneshot")
+    mode = table.choice("mode", MODES, MODES[0])
     meta = table.choice("meta", ("fit", "never"), "fit")
     spec = Transport.model_validate(
         {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}

@@ -23,6 +23,8 @@ T = TypeVar("T")
 MANIFEST_NAME = "plugin.json"
 MAX_BYTES, MAX_DEPTH = 256 * 1024, 16
 MAX_ARGUMENTS, MAX_ARGUMENT = 64, 4096
+MODES = ("oneshot", "stream")
+"""Values of ``transport.mode``, the default first."""
 API_MAJORS = (1,)
 """Majors of the plugin protocol that this version can speak."""
 
@@ -86,6 +88,8 @@ class ManifestCore(Frozen):
     """Numbers that the manifest asks for, in ``sandbox`` or elsewhere, by the names of ``keys.py``."""
     switches: dict[str, bool] = fresh(default_factory=dict)
     """Yes-or-no keys, likewise."""
+    mode: str = MODES[0]
+    """``transport.mode``: how requests reach the sidecar."""
     transport: dict[str, Any] = fresh(default_factory=dict)
     delivery: dict[str, Any] = fresh(default_factory=dict)
     activation: dict[str, Any] = fresh(default_factory=dict)
@@ -131,6 +135,8 @@ def check(core: ManifestCore) -> None:
     sandbox = core.sandbox
     network = sandbox.network or NetworkRequest()
     egress, listen = network.egress or (), network.listen or ()
+    if core.mode not in MODES:
+        raise ValueError("no mode")
     if max(map(len, (core.hooks, core.permissions, sandbox.read or (), egress, listen))) > 64:
         raise ValueError("too many entries")
     _check_each(core.hooks, names.parse_hook)

@@ -67,6 +67,8 @@ class Plugin:
     effective: EffectivePolicy | None
     argv: list[str]
     manifest: dict[str, Any]
+    mode: str
+    """``transport.mode`` of the manifest"""
     state: PluginState
     error: str
 
@@ -123,6 +125,7 @@ class Plugin:
         """Switch to another version or policy. The plugin must not be running."""
         assert self.run is None
         self.registration, self.manifest, self.argv = loaded.registration, loaded.manifest, loaded.argv
+        self.mode = loaded.mode
         self.effective = loaded.proposal.effective if loaded.proposal else None
         self.error, self.notice = loaded.error, ""
         self._forget_crashes()
