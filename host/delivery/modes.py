@@ -10,6 +10,7 @@ way at a time: ``deliver`` returns once an attempt has begun, and the attempt co
 from __future__ import annotations
 
 import importlib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,13 +18,15 @@ from typing import Any, ClassVar
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
+from host.plugins.logs import Logs
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
+from isolator.ipc.messages import JobEnded
 from isolator.ipc.succession import Departure, Descriptors
 
-_CLASSES: dict[str, tuple[str, str]] = {}
+_CLASSES = {"exec": ("host.delivery.exec", "ExecDelivery")}
 """Module and class by ``transport.mode``."""
 
 
@@ -36,6 +39,11 @@ class Parts:
     catalogue: Catalogue
     supervisor: Channel
     redact: Callable[[str], str]
+    logs: Logs
+    serve_job: Callable[[str, str, socket.socket], None]
+    """Answers the calls of a job (plugin, run) to the host API, which come by this listener."""
+    end_job: Callable[[str, str], None]
+    """Ends that."""
 
 
 class Mode:
@@ -61,6 +69,9 @@ class Mode:
 
     def run_ended(self, run: str) -> None:
         """Take note that a run is over."""
+
+    def job_ended(self, ended: JobEnded) -> None:
+        """Take note of how a job has ended."""
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Notify the sidecar, if it takes this notification."""

@@ -8,7 +8,7 @@ changes what the plugin receives. Unknown top-level keys are a warning: newer au
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from isolator.errors import UsageError
@@ -73,7 +73,7 @@ class DeliverySpec(Frozen):
     order_by: str | None = None
     """None: the event type's order; ``none``: no order; else a payload field."""
     concurrency: int = 16
-    """Stream mode: keys in parallel."""
+    """Keys in parallel; one at a time in one-shot mode, and in the mode exec unless more are asked for."""
     expires: float | None = None
 
 
@@ -126,12 +126,13 @@ def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, n
     where = dict(lines or {})
     core = parse_manifest(data, lines=where, name=name)
     top = Table(data, name=name, lines=where)
+    mode = core.mode
     return Manifest(
         core=core,
         transport=_transport(top.table("transport")),
-        delivery=_delivery(top.table("delivery")),
-        activation=_activation(top.table("activation")),
-        health=_health(top.table("health")),
+        delivery=_delivery(top.table("delivery"), mode),
+        activation=_activation(top.table("activation"), mode),
+        health=_health(top.table("health"), mode),
         config=_config(top.table("config_schema")) if "config_schema" in top else None,
     )
 
@@ -196,19 +197,21 @@ def _transport(table: Table) -> Transport:
     return spec
 
 
-def _delivery(table: Table) -> DeliverySpec:
+def _delivery(table: Table, mode: str) -> DeliverySpec:
     for checked_by_core in ("timeout", "attempts"):
         table.take(checked_by_core)
     spec = DeliverySpec(
         order_by=table.text("order_by", "") or None,
-        concurrency=table.integer("concurrency", 16, low=1, high=256),
+        concurrency=table.integer("concurrency", 1 if mode == "exec" else 16, low=1, high=256),
         expires=table.parsed("expires", _duration, None),
     )
     table.finish()
     return spec
 
 
-def _activation(table: Table) -> Activation:
+def _activation(table: Table, mode: str) -> Activation:
+    if mode == "exec":
+        _refuse(table, ("start", "idle"), "its program runs while there is an event, and not between them")
     start = table.choice("start", ("lazy", "eager"), "lazy")
     idle = None if table.data.get("idle") == "never" else table.parsed("idle", _duration, None)
     table.take("idle")
@@ -216,7 +219,9 @@ def _activation(table: Table) -> Activation:
     return Activation.model_validate({"start": start, "idle": idle})
 
 
-def _health(table: Table) -> Health:
+def _health(table: Table, mode: str) -> Health:
+    if mode == "exec":
+        _refuse(table, table.data, "between events nothing runs that could answer")
     spec = Health(
         ping=table.boolean("ping", None),
         interval=table.parsed("interval", _duration, 30.0),
@@ -225,6 +230,12 @@ def _health(table: Table) -> Health:
     )
     table.finish()
     return spec
+
+
+def _refuse(table: Table, keys: Iterable[str], why: str) -> None:
+    for key in keys:
+        if key in table.data:
+            table.fail(key, f"is nothing for the mode exec: {why}", "leave it out")
 
 
 def _duration(value: Any) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Any
 
-from isolator.ipc.body import Body, Json
+from isolator.ipc.body import Body, Json, omitted
 from isolator.ipc.messages import FoundEntry, Origin, PluginState
 
 _DESCRIPTOR = {"descriptor": True}
@@ -69,6 +69,14 @@ class RunState(Body):
     usage: Json
 
 
+class JobState(Body):
+    """A job."""
+
+    run: RunState
+    deadline: float
+    """when it is stopped"""
+
+
 class PluginKept(Body):
     """A plugin, running or not."""
 
@@ -88,6 +96,7 @@ class PluginKept(Body):
     effective: Json | None
     """JSON of `EffectivePolicy`"""
     run: RunState | None
+    jobs: tuple[JobState, ...] = omitted(default=())
 
 
 class ChannelState(Body):

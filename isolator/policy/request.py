@@ -23,7 +23,7 @@ T = TypeVar("T")
 MANIFEST_NAME = "plugin.json"
 MAX_BYTES, MAX_DEPTH = 256 * 1024, 16
 MAX_ARGUMENTS, MAX_ARGUMENT = 64, 4096
-MODES = ("oneshot", "stream")
+MODES = ("oneshot", "stream", "exec")
 """Values of ``transport.mode``, the default first."""
 API_MAJORS = (1,)
 """Majors of the plugin protocol that this version can speak."""

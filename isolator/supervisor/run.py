@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from isolator.audit.schema import FsDenied, NetDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
-from isolator.errors import DeniedError, UnavailableError
+from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.ipc.messages import Origin
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
@@ -71,6 +71,16 @@ class RunContext:
     wait_for_trail: bool
     """Start nothing while the trail cannot be written."""
     rest: Rest
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a job gets beyond a plugin's other runs. The descriptor stays the caller's."""
+
+    stdin: int
+    variables: Mapping[str, str]
+    api: str
+    """Name of the folder of its host API."""
 
 
 @dataclass
@@ -153,7 +163,7 @@ class Run:
         self.drift = self.drift or network_layer.watch(self.cage.network)
         watching = contextlib.ExitStack()
         watching.enter_context(
-            watched_ruleset(self.drift, self.cage.network, self.effective.network, self._ruleset_changed)
+            watched_ruleset(self.drift, self.cage.network, self.effective.network, self.ruleset_changed)
         )
         waiting = asyncio.create_task(self.cage.processes.ended.wait())
         there = asyncio.create_task(self.socket_there.wait())
@@ -286,8 +296,8 @@ class Run:
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
             self.socket_there.set()
 
-    def _ruleset_changed(self, difference: str) -> None:
-        """Somebody touched the cage's ruleset: it still leads nowhere but loopback, but the promise is broken."""
+    def ruleset_changed(self, difference: str) -> None:
+        """End it: somebody touched its ruleset, which still leads nowhere but loopback, but the promise is broken."""
         denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=difference)
         self.context.audit.record(denied, plugin=self.plugin, run=self.id)
         self.terminate("its network rules were changed", Origin.OPERATOR)
@@ -322,7 +332,7 @@ def adopt_run(
 
 async def prepare_run(
     context: RunContext, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
-    environment: Environment,
+    environment: Environment, given: Input | None = None,
 ) -> Run:  # fmt: skip
     """Make everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
     name = registration.name
@@ -342,10 +352,13 @@ async def prepare_run(
         await context.broker.attach(run_id, name, made, effective.network, run.terminate)
 
     with FdSet() as owned:
-        spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, owned.add)
+        api = given.api if given is not None else name
+        spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, api, owned.add)
+        if given is not None:
+            spec.env.update(given.variables)
         pipes, writers = _log_pipes(owned)
-        null = owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        cage = Cage(spec, context.runtime, Stdio(null, *writers), handover=hand_over)
+        stdin = given.stdin if given is not None else owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        cage = Cage(spec, context.runtime, Stdio(stdin, *writers), handover=hand_over)
         directory = spec.mounts["/run/isolator/plugin"]
         read = set(effective.filesystem.read)
         shown = {bind.target: _identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
@@ -381,3 +394,19 @@ def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:
             os.close(write)
         os.set_blocking(read, False)
     return readers, writers
+
+
+def origin_of(error: Exception) -> Origin:
+    """Whose doing it was that a start failed."""
+    if isinstance(error, ExecError):
+        return Origin.PLUGIN
+    return Origin.OPERATOR if isinstance(error, (UsageError, NotFoundError, DeniedError)) else Origin.DAEMON
+
+
+def reason_of(error: Exception) -> str:
+    """Why a start failed, in words."""
+    if isinstance(error, IsolatorError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'start'}: {error.strerror}"
+    return f"a fault of the daemon: {type(error).__name__}: {error}"
