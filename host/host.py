@@ -183,6 +183,8 @@ class Host:
             redactor=config.redactor,
             api=api.call,
             logs=logs,
+            source=settings.event_source,
+            config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
             serve_job=api.serve_job,
             end_job=api.end_job,
         )

@@ -29,6 +29,7 @@ MODES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         lang: tuple((f"{lang}/{template}", file) for template, file in files) for lang, files in LANGUAGES.items()
     },
     "exec": {"python": (("exec/plugin.py.txt", "{name}"),), "sh": (("exec/plugin.sh.txt", "{name}"),)},
+    "http": {"python": (("http/plugin.py.txt", "{name}"),), "node": (("http/plugin.js.txt", "{name}"),)},
 }
 
 # A payload to try each event with, for the README.

@@ -45,6 +45,8 @@ class Dispatcher:
         redactor: Callable[[str], Redactor],
         api: HostApiCall,
         logs: Logs,
+        source: str,
+        config_value: Callable[[Plugin, str], str | None],
         serve_job: Callable[[str, str, socket.socket], None],
         end_job: Callable[[str, str], None],
     ) -> None:
@@ -53,6 +55,7 @@ class Dispatcher:
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api = redactor, api
         self._logs, self._serve_job, self._end_job = logs, serve_job, end_job
+        self._source, self._config_value = source, config_value
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
         self._descriptors = Descriptors([])
@@ -77,6 +80,8 @@ class Dispatcher:
                 self._supervisor,
                 self._redacted(name),
                 self._logs,
+                self._source,
+                self._config_value,
                 self._serve_job,
                 self._end_job,
             ),

@@ -21,12 +21,13 @@ from host.events import Catalogue
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import JobEnded
 from isolator.ipc.succession import Departure, Descriptors
 
-_CLASSES = {"exec": ("host.delivery.exec", "ExecDelivery")}
+_CLASSES = {"exec": ("host.delivery.exec", "ExecDelivery"), "http": ("host.delivery.http", "HttpDelivery")}
 """Module and class by ``transport.mode``."""
 
 
@@ -40,6 +41,10 @@ class Parts:
     supervisor: Channel
     redact: Callable[[str], str]
     logs: Logs
+    source: str
+    """The platform, as events name it where they have a source."""
+    config_value: Callable[[Plugin, str], str | None]
+    """The value of a key of a plugin's config."""
     serve_job: Callable[[str, str, socket.socket], None]
     """Answers the calls of a job (plugin, run) to the host API, which come by this listener."""
     end_job: Callable[[str, str], None]
@@ -115,5 +120,9 @@ class Mode:
 def mode_class(name: str) -> type[Mode]:
     """The class of a mode, loaded when it is first needed."""
     module, kind = _CLASSES[name]
-    found: type[Mode] = getattr(importlib.import_module(module), kind)
+    try:
+        found: type[Mode] = getattr(importlib.import_module(module), kind)
+    except ImportError as error:
+        remedy = f"install it, or all that this mode needs: isolator[{name}]"
+        raise IsolatorError(f"the mode {name}", f"needs the Python package {error.name}", remedy) from None
     return found

@@ -421,6 +421,7 @@ class Logs:
         """Delete the log of a removed plugin."""
         for pipe in list(self._pipes.pop(name, ())):
             pipe.close()
+            self._tails.pop(pipe.run, None)
         self.of(name).remove()
         del self._logs[name]
 

@@ -29,6 +29,7 @@ MAX_FILE, MAX_FILES = 256 * 1024, 1 << 20
 MAX_CONFIG = 96 * 1024
 """Bytes of all other values of one plugin, each counted twice: it may have two variables."""
 
+_TARGET = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@%?-]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 # Names that decide how a program is loaded, found or resolved, or that belong to the cage. A config value of such a
@@ -64,7 +65,13 @@ class Transport(Frozen):
     meta: Literal["fit", "never"] = "fit"
     """Whether ``_meta`` goes along in one-shot requests when it fits."""
     max_in_flight: int = 16
-    """Stream mode: requests that may be unanswered at a time."""
+    """Modes stream and http: requests that may be unanswered at a time."""
+    path: str = "/events"
+    """Mode http: where events are posted."""
+    port: int | None = None
+    """Mode http: the port of its own loopback that the sidecar listens on; None: its socket."""
+    secret: str | None = None
+    """Mode http: the key of its config with which requests are signed."""
 
 
 class DeliverySpec(Frozen):
@@ -127,7 +134,7 @@ def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, n
     core = parse_manifest(data, lines=where, name=name)
     top = Table(data, name=name, lines=where)
     mode = core.mode
-    return Manifest(
+    manifest = Manifest(
         core=core,
         transport=_transport(top.table("transport")),
         delivery=_delivery(top.table("delivery"), mode),
@@ -135,6 +142,10 @@ def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, n
         health=_health(top.table("health"), mode),
         config=_config(top.table("config_schema")) if "config_schema" in top else None,
     )
+    secret = manifest.transport.secret
+    if secret is not None and manifest.config is not None and manifest.field(secret) is None:
+        top.table("transport").fail("secret", "names no key of config_schema", "declare it there, as a secret")
+    return manifest
 
 
 def environment_names(key: str) -> tuple[str, ...]:
@@ -190,11 +201,13 @@ def check_value(field: ConfigField, text: str) -> str:
 def _transport(table: Table) -> Transport:
     mode = table.choice("mode", MODES, MODES[0])
     meta = table.choice("meta", ("fit", "never"), "fit")
-    spec = Transport.model_validate(
-        {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}
-    )
+    found = {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}
+    if mode == "http":
+        found["path"] = table.parsed("path", _path, "/events")
+        found["port"] = table.take("port")  # checked by the core
+        found["secret"] = table.text("secret", "") or None
     table.finish()
-    return spec
+    return Transport.model_validate(found)
 
 
 def _delivery(table: Table, mode: str) -> DeliverySpec:
@@ -230,6 +243,13 @@ def _health(table: Table, mode: str) -> Health:
     )
     table.finish()
     return spec
+
+
+def _path(value: Any) -> str:
+    path = printable(value, 1024)
+    if not _TARGET.fullmatch(path):
+        raise ValueError('must be the path of a URL, like "/events"')
+    return path
 
 
 def _refuse(table: Table, keys: Iterable[str], why: str) -> None:

@@ -67,6 +67,8 @@ class RunState(Body):
     shown: dict[str, tuple[int, ...]]
     """device and inode of each path that it is shown"""
     usage: Json
+    port: int | None = omitted(default=None)
+    """where on its own loopback it listens"""
 
 
 class JobState(Body):

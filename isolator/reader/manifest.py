@@ -20,6 +20,8 @@ from isolator.policy.request import (
     MAX_ARGUMENTS,
     MAX_BYTES,
     MAX_DEPTH,
+    MAX_PORT,
+    MIN_PORT,
     MODES,
     VERSION,
     EgressRequest,
@@ -61,6 +63,7 @@ def parse_manifest(
         top.text("hooks")
     delivery, restart, transport = top.table("delivery"), top.table("restart"), top.table("transport")
     requested = _Requested()
+    mode = transport.choice("mode", MODES, MODES[0])
     core = ManifestCore(
         name=plugin,
         version=version,
@@ -71,7 +74,8 @@ def parse_manifest(
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
         sandbox=_sandbox(top.table("sandbox"), requested),
-        mode=transport.choice("mode", MODES, MODES[0]),
+        mode=mode,
+        port=transport.integer("port", None, low=MIN_PORT, high=MAX_PORT) if mode == "http" else None,
         transport=dict(transport.data),
         delivery=dict(delivery.data),
         activation=dict(top.table("activation").data),

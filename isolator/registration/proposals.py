@@ -33,6 +33,8 @@ class Loaded:
     error: str = ""
     mode: str = MODES[0]
     """``transport.mode`` of the manifest"""
+    port: int | None = None
+    """``transport.port``"""
 
 
 class Proposals:
@@ -70,7 +72,7 @@ class Proposals:
             manifest = found.manifest
             proposal = self.granted(found.core)
             argv = _argv(registration.release, found.core)
-            return Loaded(registration, manifest, proposal, argv, mode=found.core.mode)
+            return Loaded(registration, manifest, proposal, argv, mode=found.core.mode, port=found.core.port)
         except (IsolatorError, OSError, ValueError) as error:
             return Loaded(registration, manifest, None, error=str(error))
 

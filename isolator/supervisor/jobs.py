@@ -20,6 +20,7 @@ from isolator.cage.processes import CageExit
 from isolator.errors import ConfinementError, ExecError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.messages import JobEnded, JobStarted, Origin, StartJob
 from isolator.ipc.tasks import Tasks
+from isolator.layers.ledger import EVERY_LAYER
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import is_sealed
@@ -79,9 +80,10 @@ class Job:
             if isinstance(error, ExecError):
                 self.begun.set_result(JobStarted(failed=reason_of(error)))
             else:
-                self.begun.set_exception(
-                    error if isinstance(error, IsolatorError) else IsolatorError("job", reason_of(error))
-                )
+                known = isinstance(error, IsolatorError)
+                self.begun.set_exception(error if known else IsolatorError(f"plugin {self.name}", reason_of(error)))
+            # For a host that has taken the place of the one that gets the answer.
+            self._tell_host(CageExit(None, None, "did not start", 0.0), origin_of(error))
             return
         self.begun.set_result(JobStarted(pid=run.cage.pid))
         await self.watch(run)
@@ -99,10 +101,13 @@ class Job:
             self._record_end(run, end, origin)
         finally:
             await self._take_down()
-            ended = JobEnded(
-                name=self.name, run=self.id, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin
-            )
-            self._context.host.job_ended(ended)
+            self._tell_host(end, origin)
+
+    def _tell_host(self, end: CageExit, origin: Origin) -> None:
+        ended = JobEnded(
+            name=self.name, run=self.id, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin
+        )
+        self._context.host.job_ended(ended)
 
     def hand_over(self) -> JobState:
         """The state of a job that runs, before an exec."""
@@ -141,6 +146,7 @@ class Job:
 
     def _started(self, run: Run, request: StartJob) -> None:
         run.for_start.close()
+        self._context.runtime.pool.begin(EVERY_LAYER)  # the next one may come before the pool has had its rest
         for pipe in run.pipes:
             self.fds.add(os.dup(pipe))
         run.began = asyncio.get_running_loop().time()

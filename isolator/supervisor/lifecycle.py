@@ -69,6 +69,8 @@ class Plugin:
     manifest: dict[str, Any]
     mode: str
     """``transport.mode`` of the manifest"""
+    port: int | None
+    """``transport.port``, likewise"""
     state: PluginState
     error: str
 
@@ -126,7 +128,7 @@ class Plugin:
         """Switch to another version or policy. The plugin must not be running."""
         assert self.run is None and not self.jobs.runs
         self.registration, self.manifest, self.argv = loaded.registration, loaded.manifest, loaded.argv
-        self.mode = loaded.mode
+        self.mode, self.port = loaded.mode, loaded.port
         self.effective = loaded.proposal.effective if loaded.proposal else None
         self.error, self.notice = loaded.error, ""
         self._forget_crashes()
@@ -466,7 +468,7 @@ class Plugin:
                 if environment is None:
                     return _Ended(run_id, None, Origin.OPERATOR)
                 run = self.run = await prepare_run(
-                    self._context, self.registration, self.effective, self.argv, run_id, environment
+                    self._context, self.registration, self.effective, self.argv, run_id, environment, port=self.port
                 )
                 await run.cage.start()
                 self._started(run, reason)

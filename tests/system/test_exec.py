@@ -276,3 +276,9 @@ def test_example_lints_each_deployment(running: Daemon) -> None:
         "the commit is not finished",
     ]
     running.cli("plugin", "remove", "exec-lint", "--yes")
+
+
+@pytest.mark.wide
+def test_prove_attacks_a_cage_like_the_plugins(running: Daemon) -> None:
+    findings = running.json("prove", "linter")["findings"]
+    assert len(findings) > 50 and not [one["name"] for one in findings if one["succeeded"]]
