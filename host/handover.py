@@ -14,7 +14,7 @@ from host.plugins.logs import LogState
 from isolator.audit.client import SenderState
 from isolator.ipc.body import Body
 
-HOST_STATE = 1
+HOST_STATE = 2
 
 
 class HostState(Body):

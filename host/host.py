@@ -57,6 +57,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    JobEnded,
     Leave,
     Left,
     NewAuditSocket,
@@ -181,6 +182,11 @@ class Host:
             audit=audit,
             redactor=config.redactor,
             api=api.call,
+            logs=logs,
+            source=settings.event_source,
+            config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
+            serve_job=api.serve_job,
+            end_job=api.end_job,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,
@@ -221,6 +227,7 @@ class Host:
             RunStarted.on_fds(self._run_started),
             DrainRun.on(self._drain_run),
             RunEnded.on(self._run_ended),
+            JobEnded.on(self._job_ended),
             GetStderrTail.on(self._stderr_tail),
             NewAuditSocket.on_fds(self._audit_source),
             AlarmsChanged.on(self._alarms_changed),
@@ -354,6 +361,9 @@ class Host:
         if plugin is not None and plugin.run in (run, None):
             self._registry.note_run(name, run=None, pid=None, state=request.state)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
+
+    async def _job_ended(self, ended: JobEnded) -> None:
+        self._dispatcher.job_ended(ended)
 
     async def _stderr_tail(self, request: GetStderrTail) -> StderrTail:
         return StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))

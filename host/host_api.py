@@ -91,6 +91,7 @@ class ApiListenerState(Body):
 
     plugin: str
     run: str
+    job: bool
     listener: int
     connections: tuple[LineState, ...]
 
@@ -105,7 +106,7 @@ class HostApi:
         self._limits: dict[str, _Limits] = {}
         self._listeners: dict[str, Acceptor] = {}
         self._runs: dict[str, str] = {}
-        """The run of each listener."""
+        """The run of each listener; listeners by plugin, those of jobs by ``PLUGIN.RUN``."""
         self._connections: dict[str, set[_Connection]] = {}
         kv = KeyValue(store)
         self._methods = {
@@ -136,6 +137,22 @@ class HostApi:
         limits = self.limits(name)
         self._runs[name] = run
         self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits), limits.connects)
+
+    def serve_job(self, name: str, run: str, listener: socket.socket) -> None:
+        """Accept the calls of one of a plugin's jobs, until ``end_job``."""
+        limits, key = self.limits(name), f"{name}.{run}"
+        self._runs[key] = run
+        self._listeners[key] = Acceptor(listener, lambda: _Connection(self, name, run, limits), limits.connects)
+
+    def end_job(self, name: str, run: str) -> None:
+        """Close the listener and the connections of a job."""
+        key = f"{name}.{run}"
+        listener = self._listeners.pop(key, None)
+        if listener is not None:
+            listener.close()
+            del self._runs[key]
+        for connection in [one for one in self._connections.get(name, ()) if one.run == run]:
+            connection.close()
 
     def limits(self, name: str) -> _Limits:
         """Return a plugin's limits, which a new run does not refill."""
@@ -174,23 +191,25 @@ class HostApi:
         """Hand the listeners and their connections to the successor of this process."""
         return tuple(
             ApiListenerState(
-                plugin=name,
-                run=self._runs[name],
+                plugin=key.partition(".")[0],
+                run=self._runs[key],
+                job="." in key,
                 listener=departure.add(listener.detach()),
                 connections=tuple(
                     connection.pass_on_idle(departure)
-                    for connection in list(self._connections.get(name, ()))
-                    if connection.is_open
+                    for connection in list(self._connections.get(key.partition(".")[0], ()))
+                    if connection.is_open and connection.run == self._runs[key]
                 ),
             )
-            for name, listener in listeners.items()
+            for key, listener in listeners.items()
         )
 
     async def take_over(self, states: Iterable[ApiListenerState], descriptors: Descriptors) -> None:
         """Go on with the listeners and connections of another host."""
         for state in states:
             name = state.plugin
-            self.serve(name, state.run, socket.socket(fileno=descriptors.take(state.listener)))
+            serve = self.serve_job if state.job else self.serve
+            serve(name, state.run, socket.socket(fileno=descriptors.take(state.listener)))
             for one in state.connections:
                 connection = _Connection(self, name, state.run, self.limits(name))
                 with contextlib.suppress(OSError):

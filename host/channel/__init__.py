@@ -1,1 +1,1 @@
-"""Channels to a sidecar: one-shot and stream."""
+"""Channels to a sidecar: one-shot, stream and HTTP."""

@@ -23,6 +23,15 @@ LANGUAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "sh": (("plugin.sh.txt", "{name}"),),
 }
 
+# mode -> the languages for which there is an example of it; templates by their place
+MODES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
+    "oneshot": {
+        lang: tuple((f"{lang}/{template}", file) for template, file in files) for lang, files in LANGUAGES.items()
+    },
+    "exec": {"python": (("exec/plugin.py.txt", "{name}"),), "sh": (("exec/plugin.sh.txt", "{name}"),)},
+    "http": {"python": (("http/plugin.py.txt", "{name}"),), "node": (("http/plugin.js.txt", "{name}"),)},
+}
+
 # A payload to try each event with, for the README.
 SAMPLES: dict[str, dict[str, object]] = {
     "deploy.started": {"project_id": "shop", "deployment_id": "d1"},
@@ -36,12 +45,19 @@ SAMPLES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-@click.command(context_settings=SETTINGS, epilog="\b\nExample:\n  isolator new ./deploy-bell --lang python")
+@click.command(
+    context_settings=SETTINGS,
+    epilog="\b\nExamples:\n  isolator new ./deploy-bell --lang python\n"
+    "  isolator new ./deploy-log --lang sh --mode exec",
+)
 @click.argument("folder", metavar="DIR")
 @click.option("--lang", required=True, type=click.Choice(sorted(LANGUAGES)), help="What it is written in.")
+@click.option(
+    "--mode", default="oneshot", show_default=True, type=click.Choice(sorted(MODES)), help="How events reach it."
+)
 @click.option("--name", metavar="N", help="Its name (default: the folder's).")
 @click.option("--hooks", metavar="A,B", default="deploy.completed", show_default=True, help="The events it gets.")
-def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
+def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None:
     """Start a new plugin in DIR from a working example."""
     from isolator.policy.names import OLDER_HOOKS
     from isolator.reader.manifest import parse_manifest
@@ -49,6 +65,9 @@ def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(folder, "exists and is not an empty folder", "name another")
+    files = MODES[mode].get(lang)
+    if files is None:
+        raise UsageError(f"--lang {lang}", f"has no example of the mode {mode}", f"use {' or '.join(MODES[mode])}")
     plugin = name if name is not None else target.absolute().name
     manifest: dict[str, Any] = {
         "name": plugin,
@@ -63,25 +82,27 @@ def new(folder: str, lang: str, name: str | None, hooks: str) -> None:
             "resources": {"memory": "128M", "cpu": "25%", "tasks": 32},
         },
     }
+    if mode != "oneshot":
+        manifest["transport"] = {"mode": mode}
     # A manifest that cannot be registered is refused now: not every folder's name is a name for a plugin.
     parse_manifest(manifest, name="isolator new")
     event = OLDER_HOOKS.get(manifest["hooks"][0], manifest["hooks"][0])
     target.mkdir(parents=True, exist_ok=True)
     (target / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    compiled = len(LANGUAGES[lang]) > 1
+    compiled = len(files) > 1
     fields = {
         "name": plugin,
         "hooks": ", ".join(f"`{hook}`" for hook in manifest["hooks"]),
-        "source": LANGUAGES[lang][0][1].format(name=plugin),
+        "source": files[0][1].format(name=plugin),
         "build": "make\n" if compiled else "",
         "event": event,
         "payload": json.dumps(SAMPLES.get(event, {"see": f"isolator event types {event}"})),
     }
     templates = importlib.resources.files("host.templates")
     _fill(templates / "README.md.txt", target / "README.md", fields)
-    for template, file in LANGUAGES[lang]:
+    for template, file in files:
         path = target / file.format(name=plugin)
-        _fill(templates / lang / template, path, fields)
+        _fill(templates / template, path, fields)
         if path.name == plugin:
             path.chmod(0o755)
     place = shlex.quote(folder)

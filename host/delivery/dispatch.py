@@ -6,22 +6,26 @@ Workers share nothing but the event loop: a plugin that hangs, floods or crashes
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from host.delivery.attempts import Attempts
 from host.delivery.gate import DispatchGate
+from host.delivery.modes import Parts
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.delivery.stream import HostApiCall, StreamDelivery
 from host.delivery.worker import Worker, WorkerState
 from host.events import Catalogue
+from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
+from isolator.ipc.messages import JobEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 
@@ -40,11 +44,18 @@ class Dispatcher:
         audit: AuditClient,
         redactor: Callable[[str], Redactor],
         api: HostApiCall,
+        logs: Logs,
+        source: str,
+        config_value: Callable[[Plugin, str], str | None],
+        serve_job: Callable[[str, str, socket.socket], None],
+        end_job: Callable[[str, str], None],
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api = redactor, api
+        self._logs, self._serve_job, self._end_job = logs, serve_job, end_job
+        self._source, self._config_value = source, config_value
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
         self._descriptors = Descriptors([])
@@ -62,6 +73,18 @@ class Dispatcher:
             outcomes,
             OneshotDelivery(sidecar, outcomes, self._catalogue),
             StreamDelivery(sidecar, outcomes, self._catalogue, self._api, self._redacted(name)),
+            Parts(
+                sidecar,
+                outcomes,
+                self._catalogue,
+                self._supervisor,
+                self._redacted(name),
+                self._logs,
+                self._source,
+                self._config_value,
+                self._serve_job,
+                self._end_job,
+            ),
             (before, self._descriptors) if before is not None else None,
         )
 
@@ -110,6 +133,11 @@ class Dispatcher:
         """See ``Worker.run_ended``."""
         if name in self.workers:
             self.workers[name].run_ended(run, crashed=crashed)
+
+    def job_ended(self, ended: JobEnded) -> None:
+        """See ``Worker.job_ended``."""
+        if ended.name in self.workers:
+            self.workers[ended.name].job_ended(ended)
 
     def status(self, name: str) -> dict[str, Any]:
         """Return the worker's present step, its obstacle and how its attempts went, for listings."""

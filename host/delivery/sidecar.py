@@ -61,8 +61,8 @@ class SidecarLink:
         """Whether the present run has accepted a connection before, so that a new one is a matter of microseconds."""
         return self.run == self._reached
 
-    async def connect(self) -> tuple[socket.socket, str]:
-        """Connect to the sidecar, which is started if need be; returns the non-blocking socket and the run.
+    async def connect(self, family: socket.AddressFamily = socket.AF_UNIX) -> tuple[socket.socket, str]:
+        """Connect to the sidecar, started if need be; returns the non-blocking socket, of ``family``, and the run.
 
         Raises IsolatorError, NotSentError.
         """
@@ -80,7 +80,7 @@ class SidecarLink:
         if len(answer.fds) != 1:
             close_all(answer.fds)
             raise NotSentError("the supervisor sent no connection")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, answer.fds.pop())
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, answer.fds.pop())
         sock.setblocking(False)
         self._reached = run
         return sock, run

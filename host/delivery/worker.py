@@ -1,10 +1,10 @@
 """Worker of one plugin: takes the next delivery from the queue and has it sent, or holds back.
 
-A delivery goes out in the plugin's mode (``oneshot``, ``stream``). Until its request is written nothing counts as an
-attempt: a sidecar that is not running, still starting or refusing connections blocks its worker, with growing pauses,
-and any change of the plugin ends the pause. Once the request is written, silence is ``unknown``: an attempt that
-failed and is repeated. The ``event.dispatched`` record reaches the audit *before* the request is written
-(``attempts``), so that the plugin's acts from then on can be traced to their cause.
+A delivery goes out in the plugin's mode (``oneshot``, ``stream``, or one of ``modes``). Until its request is written
+nothing counts as an attempt: a sidecar that is not running, still starting or refusing connections blocks its worker,
+with growing pauses, and any change of the plugin ends the pause. Once the request is written, silence is ``unknown``:
+an attempt that failed and is repeated. The ``event.dispatched`` record reaches the audit *before* the request is
+written (``attempts``), so that the plugin's acts from then on can be traced to their cause.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from host.channel.reply import LostError, NotSentError
 from host.delivery.gate import DispatchGate
+from host.delivery.modes import Mode, Parts, mode_class
 from host.delivery.oneshot import OneshotDelivery, OneshotState
 from host.delivery.outcome import Outcomes, OutcomeState
 from host.delivery.sidecar import SidecarLink, SidecarState
@@ -25,7 +26,8 @@ from host.delivery.stream import SessionState, StreamDelivery
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery, KeptState
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, Json
+from isolator.ipc.messages import JobEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.pacing import Backoff
@@ -45,6 +47,8 @@ class WorkerState(Body):
     sidecar: SidecarState
     oneshot: OneshotState
     session: SessionState | None
+    modes: dict[str, Json]
+    """by name of each other mode, its ``State``"""
     outcomes: OutcomeState
     kept: tuple[KeptState, ...]
     last_used: float
@@ -53,7 +57,12 @@ class WorkerState(Body):
     def in_flight(self) -> tuple[int, ...]:
         """The numbers of the events whose requests are unanswered."""
         requests = [one.seq for one in self.session.requests.values()] if self.session is not None else []
+        requests += [seq for name, state in self.of_modes().items() for seq in mode_class(name).in_flight(state)]
         return (*requests, *([self.oneshot.request.seq] if self.oneshot.request is not None else []))
+
+    def of_modes(self) -> dict[str, Body]:
+        """The states of the other modes; raises UsageError for one that is none."""
+        return {name: mode_class(name).State.from_json(state, name) for name, state in self.modes.items()}
 
 
 class Worker:
@@ -68,6 +77,7 @@ class Worker:
         outcomes: Outcomes,
         oneshot: OneshotDelivery,
         stream: StreamDelivery,
+        parts: Parts,
         before: tuple[WorkerState, Descriptors] | None = None,
     ) -> None:
         self.name = sidecar.name
@@ -78,6 +88,9 @@ class Worker:
         """Loop time at which the newest delivery was taken."""
         self._consumer, self._registry, self._gate = consumer, registry, gate
         self._sidecar, self._outcomes, self._oneshot, self._stream = sidecar, outcomes, oneshot, stream
+        self._parts = parts
+        self._modes: dict[str, Mode] = {}
+        """Those that were needed so far, by name."""
         self._woken = asyncio.Event()
         self._backoff = Backoff(HOLD_FIRST, HOLD_LONGEST)
         self._taken: Delivery | None = None
@@ -113,7 +126,8 @@ class Worker:
     @property
     def busy(self) -> bool:
         """Whether a request is unanswered or a delivery waits."""
-        return self._stream.busy or self._oneshot.busy or self._consumer.depth > 0
+        busy = self._stream.busy or self._oneshot.busy or any(mode.busy for mode in self._modes.values())
+        return busy or self._consumer.depth > 0
 
     def wake(self) -> None:
         """End the present pause: the plugin has changed."""
@@ -130,14 +144,23 @@ class Worker:
         if self._sidecar.run == run:
             self._sidecar.run = None
             self._oneshot.drop_prepared()
+        for mode in self._modes.values():
+            mode.run_ended(run)
         self._outcomes.run_ended(run, crashed=crashed)
         self.wake()
+
+    def job_ended(self, ended: JobEnded) -> None:
+        """Conclude the attempt whose job has ended."""
+        for mode in self._modes.values():
+            mode.job_ended(ended)
 
     async def close(self) -> None:
         """Stop; a delivery in flight counts as an attempt with an unknown outcome at the next start."""
         await self._tasks.close()
         self._oneshot.drop_prepared()
         self._stream.close()
+        for mode in self._modes.values():
+            mode.close()
 
     async def drain(self, run: str, reason: str) -> None:
         """Drain the run before a stop: send nothing new, wait for replies, send ``shutdown``.
@@ -150,20 +173,34 @@ class Worker:
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self._sidecar.drain()
                 await self._stream.shutdown(reason, DRAIN_SECONDS)
+                for mode in self._modes.values():
+                    await mode.shutdown(reason, DRAIN_SECONDS)
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
-        """Send a stream plugin a notification, if it declared that it takes this one."""
+        """Send a plugin a notification, if it declared that it takes this one."""
         self._stream.notify(method, params)
+        for mode in self._modes.values():
+            mode.notify(method, params)
 
     async def ping(self, plugin: Plugin, timeout: float) -> None:
         """Ping the sidecar; raises LostError, NotSentError, WireError or IsolatorError when there is no pong.
 
-        A one-shot plugin is pinged only while nothing waits for it: it serves one connection at a time.
+        Except in stream mode a plugin is pinged only while nothing waits for it: it may serve one thing at a time.
         """
         if plugin.mode == "stream":
             await self._stream.ping(timeout)
-        elif not self.busy:
+        elif self.busy:
+            return
+        elif plugin.mode == "oneshot":
             await self._oneshot.ping(timeout)
+        else:
+            await self._mode(plugin.mode).ping(plugin, timeout)
+
+    def _mode(self, name: str) -> Mode:
+        mode = self._modes.get(name)
+        if mode is None:
+            mode = self._modes[name] = mode_class(name)(self._parts)
+        return mode
 
     # One host in the place of another
 
@@ -171,25 +208,31 @@ class Worker:
         """Begin nothing from now on: another process takes this one's place."""
         self._sidecar.leaving = True
         self._stream.hold()
+        for mode in self._modes.values():
+            mode.hold()
 
     @property
     def unsettled(self) -> bool:
         """Whether something is under way that cannot be handed on, and may soon be over."""
-        return self._oneshot.unsettled or self._stream.unsettled
+        modes = any(mode.unsettled for mode in self._modes.values())
+        return modes or self._oneshot.unsettled or self._stream.unsettled
 
     @property
     def replied(self) -> bool:
         """Whether a reply is there that is not concluded yet; it will be in a turn of the event loop or two."""
-        return self._oneshot.replied or self._stream.replied
+        modes = any(mode.replied for mode in self._modes.values())
+        return modes or self._oneshot.replied or self._stream.replied
 
     def pass_on(self, departure: Departure) -> WorkerState:
         """Hand everything to the successor of this process, the requests in flight with it, and stop."""
         began = self._taken is None or self._oneshot.began(self._taken)
+        modes = {name: mode.pass_on(departure) for name, mode in self._modes.items()}
         state = WorkerState(
             plugin=self.name,
             sidecar=self._sidecar.pass_on(),
             oneshot=self._oneshot.pass_on(departure),
             session=self._stream.pass_on(departure),
+            modes={name: state.to_json() for name, state in modes.items() if state is not None},
             outcomes=self._outcomes.pass_on(),
             kept=self._consumer.pass_on(),
             last_used=self.last_used,
@@ -211,6 +254,8 @@ class Worker:
         self._outcomes.take_over(before.outcomes, deliveries)
         if before.session is not None:
             await self._stream.take_over(plugin, deliveries, before.session, descriptors)
+        for name, state in before.of_modes().items():
+            await self._mode(name).take_over(plugin, deliveries, state, descriptors)
         request = before.oneshot.request
         delivery = deliveries.get(request.seq) if request is not None else None
         taken = self._oneshot.take_over(plugin, delivery, before.oneshot, descriptors)
@@ -279,12 +324,16 @@ class Worker:
             self._outcomes.give_up(delivery, "the plugin no longer receives this event")
         elif plugin.mode == "stream":
             await self._stream.deliver(plugin, hook, delivery)
-        else:
+        elif plugin.mode == "oneshot":
             await self._oneshot.deliver(plugin, hook, delivery)
+        else:
+            await self._mode(plugin.mode).deliver(plugin, hook, delivery)
 
     def _prepare(self) -> bool:
         """Prepare for a delivery that is being synced; returns whether it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
         if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
             return False
-        return self._stream.ready if plugin.mode == "stream" else self._oneshot.prepare()
+        if plugin.mode == "stream":
+            return self._stream.ready
+        return plugin.mode == "oneshot" and self._oneshot.prepare()

@@ -45,6 +45,8 @@ STDERR_TAIL = 5
 """Lines of stderr that are reported when a run has ended."""
 _TAIL_LINE, _TAIL_SECONDS = 400, 0.5
 """Characters of such a line, and the wait for the end of the pipe."""
+_CUT = b"." * (MAX_LINE + 1)
+"""In place of a tail of which something was dropped: its line is too long until another one begins."""
 
 Follower = Callable[[dict[str, Any]], None]
 
@@ -75,6 +77,8 @@ class PipeState(Body):
     partial: str
     """the beginning of a line whose rest is to come"""
     torn: bool
+    tail: str | None
+    """its end so far, if the last line is wanted"""
 
 
 class LogState(Body):
@@ -220,6 +224,8 @@ class _Pipe:
         self._log, self._fd, self._null, self._on_close = log, fd, null, on_close
         self.run, self.stream = run, stream
         self.ended = asyncio.Event()
+        self.tail: bytes | None = None
+        """The end so far of what has come, a line of ``MAX_LINE`` at least, if the last line is wanted."""
         self._loop = asyncio.get_running_loop()
         self._partial = b""
         self._torn = False
@@ -245,6 +251,8 @@ class _Pipe:
         if not chunk:
             self.close()
             return
+        if self.tail is not None:
+            self.tail = (self.tail + chunk)[-MAX_LINE - 2 :]
         if self._torn:
             end = chunk.find(b"\n") + 1
             self._log.skip(end or len(chunk))
@@ -297,6 +305,8 @@ class _Pipe:
             # Bytes were lost in the middle of the line that had begun.
             self._log.drop(count + len(self._partial))
             self._partial, self._torn = b"", True
+            if self.tail is not None:
+                self.tail = _CUT
         self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
 
     def pass_on(self, departure: Departure) -> PipeState:
@@ -305,12 +315,19 @@ class _Pipe:
         self._store(len(self._lines))
         number, self._fd = departure.add(self._fd), -1
         return PipeState(
-            run=self.run, stream=self.stream, fd=number, partial=to_text(self._partial), torn=self._torn
+            run=self.run, stream=self.stream, fd=number, partial=to_text(self._partial), torn=self._torn,
+            tail=to_text(self.tail) if self.tail is not None else None,
         )  # fmt: skip
 
     def take_over(self, state: PipeState) -> None:
         """Go on with the half of a line that another host has read."""
         self._partial, self._torn = to_bytes(state.partial), state.torn
+        self.tail = to_bytes(state.tail) if state.tail is not None else None
+
+    def last_line(self) -> bytes:
+        """The last line of all, without the blank ones behind it; empty if it is too long, or was dropped."""
+        line = (self.tail or b"").rstrip(b"\r\n").rpartition(b"\n")
+        return line[2] if line[1] or len(line[2]) <= MAX_LINE else b""
 
     def _let_go(self) -> None:
         if self._beat is not None:
@@ -340,6 +357,8 @@ class Logs:
         self._redactor = redactor
         self._logs: dict[str, PluginLog] = {}
         self._pipes: dict[str, set[_Pipe]] = {}
+        self._tails: dict[str, _Pipe] = {}
+        """By run, the pipes whose last lines are wanted."""
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def of(self, name: str) -> PluginLog:
@@ -357,12 +376,25 @@ class Logs:
                     await pipe.ended.wait()
         return [line for of, line in self.of(name).stderr_tail if of == run][-STDERR_TAIL:]
 
-    def attach(self, name: str, run: str, stdout: int, stderr: int) -> None:
-        """Read the two pipes of a new run; owns the descriptors from then on."""
+    async def last_line(self, run: str) -> bytes:
+        """Return the last line that an ended run wrote to stdout; it was ``attach``-ed for that, and is forgotten."""
+        pipe = self._tails.pop(run, None)
+        if pipe is None:
+            return b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TAIL_SECONDS):
+                await pipe.ended.wait()
+        return pipe.last_line()
+
+    def attach(self, name: str, run: str, stdout: int, stderr: int, *, tail: bool = False) -> None:
+        """Read the two pipes of a new run; owns the descriptors from then on. ``tail``: for ``last_line``."""
         log = self.of(name)
         pipes = self._pipes.setdefault(name, set())
         for stream, fd in (("stdout", stdout), ("stderr", stderr)):
             pipes.add(_Pipe(log, run, stream, fd, self._null, pipes.discard))
+        if tail:
+            (self._tails[run],) = (pipe for pipe in pipes if (pipe.run, pipe.stream) == (run, "stdout"))
+            self._tails[run].tail = b""
 
     def pass_on(self, departure: Departure) -> tuple[LogState, ...]:
         """Hand every log to the successor of this process, with the pipes that are open."""
@@ -382,11 +414,14 @@ class Logs:
                 pipe = _Pipe(log, one.run, one.stream, descriptors.take(one.fd), self._null, pipes.discard)
                 pipe.take_over(one)
                 pipes.add(pipe)
+                if pipe.tail is not None:
+                    self._tails[one.run] = pipe
 
     def remove(self, name: str) -> None:
         """Delete the log of a removed plugin."""
         for pipe in list(self._pipes.pop(name, ())):
             pipe.close()
+            self._tails.pop(pipe.run, None)
         self.of(name).remove()
         del self._logs[name]
 

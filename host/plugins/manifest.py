@@ -8,13 +8,13 @@ changes what the plugin receives. Unknown top-level keys are a warning: newer au
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from isolator.errors import UsageError
 from isolator.policy.frozen import Frozen
 from isolator.policy.parse.strict import Table, printable, prose
-from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, ManifestCore
+from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, MODES, ManifestCore
 from isolator.policy.units import parse_duration
 from isolator.reader.json_text import load_json_with_lines
 from isolator.reader.manifest import parse_manifest
@@ -29,6 +29,7 @@ MAX_FILE, MAX_FILES = 256 * 1024, 1 << 20
 MAX_CONFIG = 96 * 1024
 """Bytes of all other values of one plugin, each counted twice: it may have two variables."""
 
+_TARGET = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@%?-]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 # Names that decide how a program is loaded, found or resolved, or that belong to the cage. A config value of such a
@@ -60,11 +61,17 @@ class ConfigField(Frozen):
 class Transport(Frozen):
     """``transport``: how requests reach the sidecar. Declared, never probed."""
 
-    mode: Literal["oneshot", "stream"] = "oneshot"
+    mode: str = MODES[0]
     meta: Literal["fit", "never"] = "fit"
     """Whether ``_meta`` goes along in one-shot requests when it fits."""
     max_in_flight: int = 16
-    """Stream mode: requests that may be unanswered at a time."""
+    """Modes stream and http: requests that may be unanswered at a time."""
+    path: str = "/events"
+    """Mode http: where events are posted."""
+    port: int | None = None
+    """Mode http: the port of its own loopback that the sidecar listens on; None: its socket."""
+    secret: str | None = None
+    """Mode http: the key of its config with which requests are signed."""
 
 
 class DeliverySpec(Frozen):
@@ -73,7 +80,7 @@ class DeliverySpec(Frozen):
     order_by: str | None = None
     """None: the event type's order; ``none``: no order; else a payload field."""
     concurrency: int = 16
-    """Stream mode: keys in parallel."""
+    """Keys in parallel; one at a time in one-shot mode, and in the mode exec unless more are asked for."""
     expires: float | None = None
 
 
@@ -126,14 +133,19 @@ def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, n
     where = dict(lines or {})
     core = parse_manifest(data, lines=where, name=name)
     top = Table(data, name=name, lines=where)
-    return Manifest(
+    mode = core.mode
+    manifest = Manifest(
         core=core,
         transport=_transport(top.table("transport")),
-        delivery=_delivery(top.table("delivery")),
-        activation=_activation(top.table("activation")),
-        health=_health(top.table("health")),
+        delivery=_delivery(top.table("delivery"), mode),
+        activation=_activation(top.table("activation"), mode),
+        health=_health(top.table("health"), mode),
         config=_config(top.table("config_schema")) if "config_schema" in top else None,
     )
+    secret = manifest.transport.secret
+    if secret is not None and manifest.config is not None and manifest.field(secret) is None:
+        top.table("transport").fail("secret", "names no key of config_schema", "declare it there, as a secret")
+    return manifest
 
 
 def environment_names(key: str) -> tuple[str, ...]:
@@ -187,28 +199,32 @@ def check_value(field: ConfigField, text: str) -> str:
 
 
 def _transport(table: Table) -> Transport:
-    mode = table.choice("mode", ("oneshot", "stream"), "oneshot")
+    mode = table.choice("mode", MODES, MODES[0])
     meta = table.choice("meta", ("fit", "never"), "fit")
-    spec = Transport.model_validate(
-        {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}
-    )
+    found = {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}
+    if mode == "http":
+        found["path"] = table.parsed("path", _path, "/events")
+        found["port"] = table.take("port")  # checked by the core
+        found["secret"] = table.text("secret", "") or None
     table.finish()
-    return spec
+    return Transport.model_validate(found)
 
 
-def _delivery(table: Table) -> DeliverySpec:
+def _delivery(table: Table, mode: str) -> DeliverySpec:
     for checked_by_core in ("timeout", "attempts"):
         table.take(checked_by_core)
     spec = DeliverySpec(
         order_by=table.text("order_by", "") or None,
-        concurrency=table.integer("concurrency", 16, low=1, high=256),
+        concurrency=table.integer("concurrency", 1 if mode == "exec" else 16, low=1, high=256),
         expires=table.parsed("expires", _duration, None),
     )
     table.finish()
     return spec
 
 
-def _activation(table: Table) -> Activation:
+def _activation(table: Table, mode: str) -> Activation:
+    if mode == "exec":
+        _refuse(table, ("start", "idle"), "its program runs while there is an event, and not between them")
     start = table.choice("start", ("lazy", "eager"), "lazy")
     idle = None if table.data.get("idle") == "never" else table.parsed("idle", _duration, None)
     table.take("idle")
@@ -216,7 +232,9 @@ def _activation(table: Table) -> Activation:
     return Activation.model_validate({"start": start, "idle": idle})
 
 
-def _health(table: Table) -> Health:
+def _health(table: Table, mode: str) -> Health:
+    if mode == "exec":
+        _refuse(table, table.data, "between events nothing runs that could answer")
     spec = Health(
         ping=table.boolean("ping", None),
         interval=table.parsed("interval", _duration, 30.0),
@@ -225,6 +243,19 @@ def _health(table: Table) -> Health:
     )
     table.finish()
     return spec
+
+
+def _path(value: Any) -> str:
+    path = printable(value, 1024)
+    if not _TARGET.fullmatch(path):
+        raise ValueError('must be the path of a URL, like "/events"')
+    return path
+
+
+def _refuse(table: Table, keys: Iterable[str], why: str) -> None:
+    for key in keys:
+        if key in table.data:
+            table.fail(key, f"is nothing for the mode exec: {why}", "leave it out")
 
 
 def _duration(value: Any) -> float:

@@ -357,6 +357,14 @@ class ConfigStore:
                     hidden.append(variable)
         return Environment(env, files, tuple(hidden))
 
+    def value(self, plugin: str, manifest: Manifest | None, digest: str, key: str) -> str | None:
+        """The text of one value, or its default; None when there is neither."""
+        found = self._in_use(plugin, digest).get(key)
+        if found is not None:
+            return found.text
+        field = manifest.field(key) if manifest is not None else None
+        return field.default if field is not None else None
+
     async def rotate(self) -> int:
         """Make a new key and seal every value with it; returns how many. Safe to interrupt at any instant."""
         async with self._changing:

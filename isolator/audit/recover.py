@@ -27,6 +27,8 @@ from isolator.audit.schema import (
     AuditSeal,
     EventDispatched,
     EventResponse,
+    ExecEnded,
+    ExecStarted,
     HostStopped,
     PluginCrashed,
     PluginStarted,
@@ -199,9 +201,9 @@ def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | N
     """Update ``runs``, those without an end, with one more record of the trail."""
     if run is None:
         return
-    if kind in (PluginStarted.TYPE, RunStarted.TYPE) and plugin is not None:
+    if kind in (PluginStarted.TYPE, ExecStarted.TYPE, RunStarted.TYPE) and plugin is not None:
         runs[run] = plugin
-    elif kind in (PluginStopped.TYPE, PluginCrashed.TYPE, RunEnded.TYPE):
+    elif kind in (PluginStopped.TYPE, PluginCrashed.TYPE, ExecEnded.TYPE, RunEnded.TYPE):
         runs.pop(run, None)
 
 

@@ -439,6 +439,39 @@ class PluginCrashed(_SidecarEnded):
     """Why a start failed."""
 
 
+class ExecStarted(RecordData):
+    """A job of a plugin with the mode `exec`: its cage was built, and the program runs for one event."""
+
+    TYPE = "exec.started"
+    SOURCES = (SUPERVISOR,)
+    CAUSED = True
+
+    attempt: int
+    pid: int
+    digest: str
+    """Digest of the plugin's version."""
+    policy_sha256: str
+    milliseconds: float
+    """From the beginning of the cage to the exec."""
+
+
+class ExecEnded(_Ended):
+    """A job ended, or could not be started: then only ``cause``, ``origin`` and ``reason`` are there."""
+
+    TYPE = "exec.ended"
+    SOURCES = (SUPERVISOR,)
+    CAUSED = True
+
+    reason: str = ABSENT
+    """Why it could not be started."""
+    cpu_us: int = ABSENT
+    """Processor time."""
+    memory_peak: int = ABSENT
+    io_read: int = ABSENT
+    io_written: int = ABSENT
+    network_bytes: int = ABSENT
+
+
 class RunStarted(CageStarted):
     """A runner's ``isolator run`` through the daemon: its cage was built, and its program runs.
 

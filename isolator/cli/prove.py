@@ -119,7 +119,9 @@ def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> It
     state = Volume(base, name, session.runtime.journal)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
-        return plugin_spec(loaded.registration, effective, argv, session.paths, run, Environment(), state, owned.append)
+        return plugin_spec(
+            loaded.registration, effective, argv, session.paths, run, Environment(), state, name, owned.append
+        )
 
     try:
         yield Target(spec, host, inline=effective.syscalls == "strict")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Any
 
-from isolator.ipc.body import Body, Json
+from isolator.ipc.body import Body, Json, omitted
 from isolator.ipc.messages import FoundEntry, Origin, PluginState
 
 _DESCRIPTOR = {"descriptor": True}
@@ -67,6 +67,16 @@ class RunState(Body):
     shown: dict[str, tuple[int, ...]]
     """device and inode of each path that it is shown"""
     usage: Json
+    port: int | None = omitted(default=None)
+    """where on its own loopback it listens"""
+
+
+class JobState(Body):
+    """A job."""
+
+    run: RunState
+    deadline: float
+    """when it is stopped"""
 
 
 class PluginKept(Body):
@@ -88,6 +98,7 @@ class PluginKept(Body):
     effective: Json | None
     """JSON of `EffectivePolicy`"""
     run: RunState | None
+    jobs: tuple[JobState, ...] = omitted(default=())
 
 
 class ChannelState(Body):

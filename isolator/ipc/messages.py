@@ -328,6 +328,19 @@ class RunEnded(Request[None], op="run.ended"):
     """seconds until it is started again"""
 
 
+class JobEnded(Request[None], op="job.ended"):
+    """A job has ended, and nothing of it is left. Its time has gone by, or it was stopped, if `cause` is neither `exit`
+    nor `signal`."""
+
+    name: str
+    run: str
+    exit_code: int | None
+    signal: int | None
+    cause: str
+    origin: Origin
+    """whose doing it was"""
+
+
 class StderrTail(Body):
     """End of a run's stderr."""
 
@@ -377,6 +390,30 @@ class ConnectRun(Request[None], op="run.connect"):
     run: str
     deadline: float = 10
     """seconds"""
+
+
+class JobStarted(Body):
+    """A job that runs, or whose program cannot be executed."""
+
+    pid: int = omitted(default=0)
+    failed: str = omitted(default="")
+    """why it cannot be"""
+
+
+class StartJob(Request[JobStarted], op="job.start", fds=range(1, 2)):
+    """Run the program of a plugin with the mode `exec` once, in a cage of its own.
+
+    Descriptors: a sealed memfd, its standard input
+
+    Reply's descriptors: the listener of its host API, read ends of stdout and stderr
+    """
+
+    name: str
+    run: str
+    """ten random hexadecimal digits"""
+    event: str
+    type: str
+    attempt: int
 
 
 class StopRun(Request[None], op="run.stop"):
@@ -604,13 +641,13 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "B → S": (CageSockets,),
     "S ↔ old and new": (Leave, StatePart),
     "S → H": (
-        HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, GetStderrTail,
-        NewAuditSocket,
+        HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, JobEnded,
+        GetStderrTail, NewAuditSocket,
     ),
     "H → S": (
-        RaiseAlarm, EnsureRun, ConnectRun, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin, UpdatePlugin,
-        RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin, ListPlugins,
-        ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
+        RaiseAlarm, EnsureRun, ConnectRun, StartJob, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin,
+        UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin,
+        ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
     ),
 }  # fmt: skip
 """Every request by sender and receiver: supervisor, audit, broker, host."""

@@ -37,6 +37,20 @@ def sentences(policy: EffectivePolicy) -> dict[str, str]:
     return {layer.name: layer.describe(policy) for layer in ORDER} | {"events": _events(policy)}
 
 
+def mode_sentence(proposal: Proposal) -> dict[str, str]:
+    """One more sentence, about the way in which events reach a plugin, where that is a special one."""
+    if proposal.mode == "exec":
+        but = ", but for /state" if proposal.effective.filesystem.state else ""
+        return {
+            "mode": "Runs once for each event, in a cage of its own: nothing stays from one event to the next"
+            f"{but}; a run that fails is a failed attempt and no crash."
+        }
+    if proposal.mode == "http":
+        place = f"port {proposal.port} of its own loopback" if proposal.port is not None else "its socket"
+        return {"mode": f"Serves HTTP to the host alone, on {place}; a redirect is never followed."}
+    return {}
+
+
 def proposal_json(proposal: Proposal, *, policy_file: str | None = None) -> dict[str, Any]:
     """A proposal as it crosses process borders (``docs/internals.md``); ``policy_file``: where it will be written."""
     return {
@@ -44,7 +58,7 @@ def proposal_json(proposal: Proposal, *, policy_file: str | None = None) -> dict
         "policy_text": proposal.policy_text,
         "policy_file": proposal.policy_file or policy_file,
         "needs_approval": proposal.needs_approval,
-        "sentences": sentences(proposal.effective),
+        "sentences": sentences(proposal.effective) | mode_sentence(proposal),
         "effective": proposal.effective.model_dump(mode="json"),
         "effective_digest": proposal.effective.digest(),
     }

@@ -21,6 +21,14 @@ def make_sealed(data: bytes) -> int:
     return fd
 
 
+def is_sealed(fd: int) -> bool:
+    """Whether somebody else's descriptor is one of a sealed file in memory."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        return False
+
+
 def read_sealed(fd: int, limit: int) -> bytes:
     """The bytes of a sealed file that somebody else has made; raises OSError or ValueError for anything else.
 

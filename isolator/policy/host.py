@@ -127,6 +127,8 @@ class HostConfig(Frozen):
     proxy: str = ""
     proxy_resolves: bool = False
     inbound: Inbound = Inbound()
+    event_source: str = "isolator"
+    """``source`` of events where they have one: a URI, or a reference to one."""
     audit: AuditSettings = AuditSettings()
     metrics: Metrics = Metrics()
     source: str | None = None

@@ -23,6 +23,10 @@ T = TypeVar("T")
 MANIFEST_NAME = "plugin.json"
 MAX_BYTES, MAX_DEPTH = 256 * 1024, 16
 MAX_ARGUMENTS, MAX_ARGUMENT = 64, 4096
+MODES = ("oneshot", "stream", "exec", "http")
+"""Values of ``transport.mode``, the default first."""
+MIN_PORT, MAX_PORT = 1024, 65000
+"""Ports that a sidecar may listen on for the host."""
 API_MAJORS = (1,)
 """Majors of the plugin protocol that this version can speak."""
 
@@ -86,6 +90,10 @@ class ManifestCore(Frozen):
     """Numbers that the manifest asks for, in ``sandbox`` or elsewhere, by the names of ``keys.py``."""
     switches: dict[str, bool] = fresh(default_factory=dict)
     """Yes-or-no keys, likewise."""
+    mode: str = MODES[0]
+    """``transport.mode``: how requests reach the sidecar."""
+    port: int | None = None
+    """``transport.port``: where on its own loopback it listens, in place of its socket."""
     transport: dict[str, Any] = fresh(default_factory=dict)
     delivery: dict[str, Any] = fresh(default_factory=dict)
     activation: dict[str, Any] = fresh(default_factory=dict)
@@ -131,6 +139,10 @@ def check(core: ManifestCore) -> None:
     sandbox = core.sandbox
     network = sandbox.network or NetworkRequest()
     egress, listen = network.egress or (), network.listen or ()
+    if core.mode not in MODES:
+        raise ValueError("no mode")
+    if core.port is not None and not MIN_PORT <= core.port <= MAX_PORT:
+        raise ValueError("no port of its own")
     if max(map(len, (core.hooks, core.permissions, sandbox.read or (), egress, listen))) > 64:
         raise ValueError("too many entries")
     _check_each(core.hooks, names.parse_hook)

@@ -20,6 +20,9 @@ from isolator.policy.request import (
     MAX_ARGUMENTS,
     MAX_BYTES,
     MAX_DEPTH,
+    MAX_PORT,
+    MIN_PORT,
+    MODES,
     VERSION,
     EgressRequest,
     ListenRequest,
@@ -58,8 +61,9 @@ def parse_manifest(
         top.fail("api_version", f"this host speaks {spoken}", "update the host, or use an older version of the plugin")
     if "hooks" not in data:
         top.text("hooks")
-    delivery, restart = top.table("delivery"), top.table("restart")
+    delivery, restart, transport = top.table("delivery"), top.table("restart"), top.table("transport")
     requested = _Requested()
+    mode = transport.choice("mode", MODES, MODES[0])
     core = ManifestCore(
         name=plugin,
         version=version,
@@ -70,7 +74,9 @@ def parse_manifest(
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
         sandbox=_sandbox(top.table("sandbox"), requested),
-        transport=dict(top.table("transport").data),
+        mode=mode,
+        port=transport.integer("port", None, low=MIN_PORT, high=MAX_PORT) if mode == "http" else None,
+        transport=dict(transport.data),
         delivery=dict(delivery.data),
         activation=dict(top.table("activation").data),
         health=dict(top.table("health").data),

@@ -15,7 +15,7 @@ from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import asks_more, meet
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.parse.load import load_plugin_policy
-from isolator.policy.request import ManifestCore
+from isolator.policy.request import MODES, ManifestCore
 from isolator.registration import policy_files
 from isolator.registration.reading import ManifestReader
 from isolator.registration.staging import hash_binary
@@ -31,6 +31,10 @@ class Loaded:
     proposal: Proposal | None
     argv: list[str] = field(default_factory=list)
     error: str = ""
+    mode: str = MODES[0]
+    """``transport.mode`` of the manifest"""
+    port: int | None = None
+    """``transport.port``"""
 
 
 class Proposals:
@@ -67,7 +71,8 @@ class Proposals:
             found = self.reader.read(self.store.manifest(name, registration.release), f"{name}/plugin.json")
             manifest = found.manifest
             proposal = self.granted(found.core)
-            return Loaded(registration, manifest, proposal, _argv(registration.release, found.core))
+            argv = _argv(registration.release, found.core)
+            return Loaded(registration, manifest, proposal, argv, mode=found.core.mode, port=found.core.port)
         except (IsolatorError, OSError, ValueError) as error:
             return Loaded(registration, manifest, None, error=str(error))
 

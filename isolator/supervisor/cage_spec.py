@@ -32,9 +32,12 @@ def plugin_spec(
     run: str,
     environment: Environment,
     state: Volume,
+    api: str,
     own: Callable[[int], object],
 ) -> CageSpec:
-    """The cage of one run. ``own`` takes over each descriptor that is opened, also when this fails half-way.
+    """The cage of one run. ``api`` names the folder of its host API.
+
+    ``own`` takes over each descriptor that is opened, also when this fails half-way.
 
     Raises DeniedError when a binary registered by path is not the one that was approved any more.
     """
@@ -61,7 +64,7 @@ def plugin_spec(
             )  # fmt: skip
     for path in effective.filesystem.read:
         bind(path, open_read_path(path))
-    bind("/run/isolator/host", os.open(host_api_folder(paths, name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    bind("/run/isolator/host", os.open(host_api_folder(paths, api), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     if effective.filesystem.state:
         fs = effective.filesystem
         bind("/state", state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=gid), writable=True)
@@ -88,7 +91,7 @@ def plugin_spec(
 
 
 def host_api_folder(paths: Paths, name: str) -> Path:
-    """Folder on the host that holds a plugin's host-API socket; bound whole into the cage, so it survives the host."""
+    """Folder on the host with the host-API socket of a plugin, or job; bound whole, it survives the host."""
     folder = paths.run / "hostapi" / name
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)

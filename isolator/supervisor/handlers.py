@@ -41,6 +41,7 @@ class Handlers:
         return by_op(
             messages.EnsureRun.on(self._ensure),
             messages.ConnectRun.on(self._connect),
+            messages.StartJob.on_fds(self._start_job),
             messages.StopRun.on(whole(self._stop)),
             messages.RestartRun.on(whole(self._restart)),
             messages.StagePlugin.on(self._stage),
@@ -77,6 +78,11 @@ class Handlers:
     async def _connect(self, request: messages.ConnectRun) -> WithFds[None]:
         connection = await self._table.find(request.name).connect(request.run, request.deadline)
         return WithFds(None, [connection.detach()])
+
+    async def _start_job(self, request: messages.StartJob, fds: list[int]) -> WithFds[messages.JobStarted]:
+        job = await self._table.begin_job(request, fds[0])
+        started = await asyncio.shield(job.begun)
+        return WithFds(started, job.fds.release_all())
 
     async def _stop(self, request: messages.StopRun) -> None:
         await self._table.stop(request.name, request.reason)

@@ -22,6 +22,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    JobEnded,
     Origin,
     PluginChanged,
     PluginEntry,
@@ -141,6 +142,10 @@ class HostLink:
             name=name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin,
             expected=expected, uptime=end.uptime, state=state, retry_in=retry_in,
         )  # fmt: skip
+        self._tell(ended)
+
+    def job_ended(self, ended: JobEnded) -> None:
+        """Tell the host how a job ended."""
         self._tell(ended)
 
     async def stderr_tail(self, name: str, run: str) -> tuple[str, ...]:

@@ -36,16 +36,16 @@ from isolator.cage.processes import CageExit
 from isolator.errors import (
     ConfinementError,
     DeniedError,
-    ExecError,
     IsolatorError,
-    NotFoundError,
     UnavailableError,
     UsageError,
 )
-from isolator.ipc.messages import Environment, Origin, PluginState
+from isolator.ipc.messages import Environment, Origin, PluginState, StartJob
 from isolator.ipc.tasks import Tasks, report
 from isolator.pacing import Backoff
-from isolator.supervisor.run import NO_SOCKET, Run, RunContext, adopt_run, prepare_run
+from isolator.supervisor.jobs import MODE as EXEC
+from isolator.supervisor.jobs import Job, Jobs
+from isolator.supervisor.run import NO_SOCKET, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import PluginKept
@@ -67,6 +67,10 @@ class Plugin:
     effective: EffectivePolicy | None
     argv: list[str]
     manifest: dict[str, Any]
+    mode: str
+    """``transport.mode`` of the manifest"""
+    port: int | None
+    """``transport.port``, likewise"""
     state: PluginState
     error: str
 
@@ -81,6 +85,7 @@ class Plugin:
         """Layers that its run, which is older than this image of the daemon, came without."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
+        self.jobs = Jobs(context, loaded.registration.name)
         self._context, self._on_change = context, changed
         self._ends: deque[float] = deque()
         self._others_ends = 0
@@ -121,8 +126,9 @@ class Plugin:
 
     def adopt(self, loaded: Loaded) -> None:
         """Switch to another version or policy. The plugin must not be running."""
-        assert self.run is None
+        assert self.run is None and not self.jobs.runs
         self.registration, self.manifest, self.argv = loaded.registration, loaded.manifest, loaded.argv
+        self.mode, self.port = loaded.mode, loaded.port
         self.effective = loaded.proposal.effective if loaded.proposal else None
         self.error, self.notice = loaded.error, ""
         self._forget_crashes()
@@ -161,12 +167,29 @@ class Plugin:
         limits = self.effective.restart if self.effective is not None else None
         return self.state == PluginState.BACKOFF and limits is not None and self._others_ends >= limits.crashes
 
-    def start(self, reason: str) -> None:
-        """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that have a cage: its own, and those of its jobs."""
+        return [*([self.run] if self.run is not None and self.run.cage.started else []), *self.jobs.runs]
+
+    def _check_allowed(self) -> None:
         if self.state in _REMEDIES:
             raise DeniedError(
                 f"plugin {self.name}", self.error or f"is {self.state}", _REMEDIES[self.state].format(self.name)
             )
+
+    def begin_job(self, request: StartJob, stdin: int) -> Job:
+        """Begin a job, with its standard input, which stays the caller's; raises IsolatorError."""
+        self._check_allowed()
+        if self.mode != EXEC or self.effective is None:
+            raise DeniedError(f"plugin {self.name}", "its mode is not exec", "nothing was started")
+        return self.jobs.begin(self.registration, self.effective, self.argv, request, stdin)
+
+    def start(self, reason: str) -> None:
+        """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
+        self._check_allowed()
+        if self.mode == EXEC:
+            raise UsageError(f"plugin {self.name}", "has the mode exec: each event starts its program", "emit one")
         if self.state == PluginState.FAILED:
             if reason != "operator":
                 raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
@@ -183,6 +206,8 @@ class Plugin:
 
     async def try_version(self, reason: str) -> str:
         """Start a new version and watch until it is up; returns why it failed, empty when it did not."""
+        if self.mode == EXEC:
+            return ""  # an event shows it
         self._verdict = asyncio.get_running_loop().create_future()
         try:
             self.start(reason)
@@ -200,6 +225,7 @@ class Plugin:
             if self.state in (PluginState.STARTING, PluginState.RUNNING):
                 self._set(PluginState.STOPPING)
             await asyncio.wait([self._task])
+        await self.jobs.stop(reason)
         if self.effective is not None and self.state != PluginState.FAILED:
             self.error = ""
 
@@ -246,6 +272,8 @@ class Plugin:
     @property
     def under_way(self) -> str:
         """What happens to it that is not to be broken off, in words; empty when nothing does."""
+        if self.jobs.under_way:
+            return f"a job of plugin {self.name}"
         if self._task is None or self._task.done() or (self._waits and not self._stop.is_set()):
             return ""
         return f"plugin {self.name} ({self.state})"
@@ -270,6 +298,7 @@ class Plugin:
             backoff_until=self._backoff_until,
             effective=self.effective.model_dump(mode="json") if self.effective is not None else None,
             run=run.hand_over() if run is not None else None,
+            jobs=self.jobs.hand_over(),
         )
 
     def take_over(self, before: PluginKept, kept_by: Launcher) -> str:
@@ -297,6 +326,9 @@ class Plugin:
                 problem = str(error)
                 run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
             self._answer_denied(run, before.run.listener)
+        if before.jobs:
+            assert self.effective is not None
+            problem = self.jobs.take_over(self.registration, self.effective, before.jobs, kept_by)
         if before.wanted:
             self._wanted, self.run = True, run
             life = self._supervise(before.reason, run, before.backoff_until)
@@ -329,7 +361,7 @@ class Plugin:
                     retry = await self._run_once(reason, run)
                 except Exception as error:  # whatever it was: one that is wanted must not stay away in silence
                     report(asyncio.get_running_loop(), f"life of plugin {self.name}", error)
-                    retry = self._after_fault(_why(error))
+                    retry = self._after_fault(reason_of(error))
                 run = None
                 if retry is None:
                     break
@@ -436,7 +468,7 @@ class Plugin:
                 if environment is None:
                     return _Ended(run_id, None, Origin.OPERATOR)
                 run = self.run = await prepare_run(
-                    self._context, self.registration, self.effective, self.argv, run_id, environment
+                    self._context, self.registration, self.effective, self.argv, run_id, environment, port=self.port
                 )
                 await run.cage.start()
                 self._started(run, reason)
@@ -454,8 +486,8 @@ class Plugin:
             counts = origin == Origin.PLUGIN and not (run.reached and end.cause == "exit")
             return _Ended(run_id, end, origin, counts=counts)
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
-            why = _why(error)
-            origin = _origin(error)
+            why = reason_of(error)
+            origin = origin_of(error)
             crashed = PluginCrashed(cause="did not start", origin=origin, reason=why)
             self._context.audit.record(crashed, plugin=self.name, run=run_id)
             return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN)
@@ -576,21 +608,6 @@ class _Ended:
     problem: str = ""
     counts: bool = False
     """It counts for giving the plugin up."""
-
-
-def _origin(error: Exception) -> Origin:
-    """Whose doing it was that a start failed."""
-    if isinstance(error, ExecError):
-        return Origin.PLUGIN
-    return Origin.OPERATOR if isinstance(error, (UsageError, NotFoundError, DeniedError)) else Origin.DAEMON
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, IsolatorError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename or 'start'}: {error.strerror}"
-    return f"a fault of the daemon: {type(error).__name__}: {error}"
 
 
 def _describe(end: CageExit | None) -> str:

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from isolator.audit.schema import FsDenied, NetDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
-from isolator.errors import DeniedError, UnavailableError
+from isolator.errors import DeniedError, ExecError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.ipc.messages import Origin
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
@@ -57,6 +57,12 @@ STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 
 
+_PORT_SECONDS = 1.0
+"""A connection to a port of a cage's own loopback takes no time, unless nobody accepts."""
+_LISTEN = "0A"
+"""The state of a listening socket in /proc/net/tcp."""
+
+
 @dataclass(frozen=True)
 class RunContext:
     """The parts of the daemon that runs use."""
@@ -71,6 +77,16 @@ class RunContext:
     wait_for_trail: bool
     """Start nothing while the trail cannot be written."""
     rest: Rest
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a job gets beyond a plugin's other runs. The descriptor stays the caller's."""
+
+    stdin: int
+    variables: Mapping[str, str]
+    api: str
+    """Name of the folder of its host API."""
 
 
 @dataclass
@@ -104,6 +120,8 @@ class Run:
     """Device and inode of each path that its policy shows it, as they were at its start."""
     reached: bool = False
     """The host has connected to its socket."""
+    port: int | None = None
+    """Where on its own loopback it listens, in place of its socket."""
     denials: object = None
     """The notifier's token of its seccomp listener."""
     drift: socket.socket | None = None
@@ -150,10 +168,11 @@ class Run:
         patience = self.effective.restart.start_timeout
         watched = self.context.sockets.add(self.directory, self._check_socket)
         self._check_socket()
+        polling = asyncio.create_task(self._poll_port(self.port)) if self.port is not None else None
         self.drift = self.drift or network_layer.watch(self.cage.network)
         watching = contextlib.ExitStack()
         watching.enter_context(
-            watched_ruleset(self.drift, self.cage.network, self.effective.network, self._ruleset_changed)
+            watched_ruleset(self.drift, self.cage.network, self.effective.network, self.ruleset_changed)
         )
         waiting = asyncio.create_task(self.cage.processes.ended.wait())
         there = asyncio.create_task(self.socket_there.wait())
@@ -174,7 +193,7 @@ class Run:
         finally:
             self.context.sockets.remove(watched)
             watching.close()
-            for task in (there, stopping, waiting):
+            for task in (there, stopping, waiting, *([polling] if polling is not None else [])):
                 task.cancel()
 
     async def ended(self) -> CageExit:
@@ -205,7 +224,7 @@ class Run:
             if not alive():
                 raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "ask again")
             try:
-                return self._connect_once(uid)
+                return await self._connect_port(self.port) if self.port is not None else self._connect_once(uid)
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
                 # Bound but not yet listening, or its backlog of one is full: no event tells when that changes.
                 pause = backoff.next()
@@ -216,9 +235,48 @@ class Run:
 
     def _unreached(self, error: OSError) -> str:
         if self.socket_there.is_set():
-            return f"its socket does not accept connections ({error.strerror})"
+            return f"its {self._place} does not accept connections ({error.strerror})"
         passed = asyncio.get_running_loop().time() - self.began
-        return f"its socket is not there yet, after {passed:.0f} s of {self.effective.restart.start_timeout:g}"
+        return f"its {self._place} is not there yet, after {passed:.0f} s of {self.effective.restart.start_timeout:g}"
+
+    @property
+    def _place(self) -> str:
+        return "socket" if self.port is None else f"listener on port {self.port}"
+
+    async def _connect_port(self, port: int) -> socket.socket:
+        """A connection to a port of the cage's own loopback, which nobody but its programs can listen on."""
+        for version, address in ((4, "127.0.0.1"), (6, "::1")):
+            (fd,) = await asyncio.to_thread(network_layer.connectors, self.cage.network, 1, version=version)
+            connection = socket.socket(fileno=fd)
+            connection.setblocking(False)
+            try:
+                async with asyncio.timeout(_PORT_SECONDS):
+                    await asyncio.get_running_loop().sock_connect(connection, (address, port))
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except TimeoutError:  # its backlog is full
+                connection.close()
+                raise BlockingIOError(errno.EAGAIN, "its backlog is full") from None
+            except ConnectionRefusedError:
+                connection.close()
+                if version == 6:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+            else:
+                self.reached = True
+                return connection
+        raise AssertionError
+
+    async def _poll_port(self, port: int) -> None:
+        """Set ``socket_there`` once somebody in the cage listens on the port: nothing tells of that by itself."""
+        pause = Backoff(0.01, 0.25)
+        while not self.socket_there.is_set():
+            tables = [Path(f"/proc/{self.cage.pid}/net/{name}") for name in ("tcp", "tcp6")]
+            if await asyncio.to_thread(_listens, tables, port):
+                self.socket_there.set()
+            else:
+                await asyncio.sleep(pause.next())
 
     def _connect_once(self, uid: int) -> socket.socket:
         fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
@@ -279,15 +337,18 @@ class Run:
             ready=self.socket_there.is_set(),
             shown={path: tuple(identity) for path, identity in self.shown.items()},
             usage=self._usage,
+            port=self.port,
         )
 
     def _check_socket(self) -> None:
+        if self.port is not None:
+            return
         with contextlib.suppress(OSError):
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
             self.socket_there.set()
 
-    def _ruleset_changed(self, difference: str) -> None:
-        """Somebody touched the cage's ruleset: it still leads nowhere but loopback, but the promise is broken."""
+    def ruleset_changed(self, difference: str) -> None:
+        """End it: somebody touched its ruleset, which still leads nowhere but loopback, but the promise is broken."""
         denied = NetDenied(rule=DenialRule.RULESET_CHANGED, why=difference)
         self.context.audit.record(denied, plugin=self.plugin, run=self.id)
         self.terminate("its network rules were changed", Origin.OPERATOR)
@@ -309,7 +370,7 @@ def adopt_run(
         before.id, name, effective, cage, before.directory, pipes, FdSet([before.directory, *pipes]), FdSet(), context,
         started_at=before.started_at, began=before.began, forced_cause=before.forced_cause, origin=before.origin,
         reached=before.reached, shown={path: (device, inode) for path, (device, inode) in before.shown.items()},
-        _usage=before.usage,
+        _usage=before.usage, port=before.port,
     )  # fmt: skip
     if before.drift >= 0:
         run.drift = socket.socket(fileno=before.drift)
@@ -322,7 +383,7 @@ def adopt_run(
 
 async def prepare_run(
     context: RunContext, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
-    environment: Environment,
+    environment: Environment, given: Input | None = None, *, port: int | None = None,
 ) -> Run:  # fmt: skip
     """Make everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
     name = registration.name
@@ -342,17 +403,34 @@ async def prepare_run(
         await context.broker.attach(run_id, name, made, effective.network, run.terminate)
 
     with FdSet() as owned:
-        spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, owned.add)
+        api = given.api if given is not None else name
+        spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, api, owned.add)
+        if given is not None:
+            spec.env.update(given.variables)
+        if port is not None:
+            spec.env["PLUGIN_PORT"] = str(port)
         pipes, writers = _log_pipes(owned)
-        null = owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        cage = Cage(spec, context.runtime, Stdio(null, *writers), handover=hand_over)
+        stdin = given.stdin if given is not None else owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        cage = Cage(spec, context.runtime, Stdio(stdin, *writers), handover=hand_over)
         directory = spec.mounts["/run/isolator/plugin"]
         read = set(effective.filesystem.read)
         shown = {bind.target: _identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
         kept = FdSet([owned.release(fd) for fd in (directory, *pipes)])
         for_start = FdSet(owned.release_all())
         run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context, shown=shown)
+        run.port = port
         return run
+
+
+def _listens(tables: Iterable[Path], port: int) -> bool:
+    """Whether one of these tables of sockets (proc_pid_net(5)) has a listener on the port."""
+    for table in tables:
+        with contextlib.suppress(OSError):
+            for line in table.read_text("ascii").splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    return True
+    return False
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -381,3 +459,19 @@ def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:
             os.close(write)
         os.set_blocking(read, False)
     return readers, writers
+
+
+def origin_of(error: Exception) -> Origin:
+    """Whose doing it was that a start failed."""
+    if isinstance(error, ExecError):
+        return Origin.PLUGIN
+    return Origin.OPERATOR if isinstance(error, (UsageError, NotFoundError, DeniedError)) else Origin.DAEMON
+
+
+def reason_of(error: Exception) -> str:
+    """Why a start failed, in words."""
+    if isinstance(error, IsolatorError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'start'}: {error.strerror}"
+    return f"a fault of the daemon: {type(error).__name__}: {error}"

@@ -26,7 +26,7 @@ from isolator.audit.client import AWAY, AuditClient
 from isolator.audit.schema import AuditGap, DaemonReloaded, HostStarted, HostStopped, PluginStopped, RunEnded
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
-from isolator.ipc.messages import Origin
+from isolator.ipc.messages import JobEnded, Origin
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
@@ -226,19 +226,24 @@ def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState,
             plugin = None
         if problem:
             logger.error("plugin %s was not taken over: %s", one.name, problem)
-        if one.run is not None and plugin is None:
-            recovery.clear_cage(context.runtime.journal, f"{one.name}.{one.run.id}", one.run.cage.pid)
+        runs = [*([one.run] if one.run is not None else []), *(job.run for job in one.jobs)]
+        for run in runs if plugin is None else ():
+            recovery.clear_cage(context.runtime.journal, f"{one.name}.{run.id}", run.cage.pid)
             ended = PluginStopped(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
-            context.audit.record(ended, plugin=one.name, run=one.run.id)
-        adopted += one.run is not None and not problem
+            context.audit.record(ended, plugin=one.name, run=run.id)
+        for job in one.jobs if plugin is None else ():
+            lost = JobEnded(
+                name=one.name, run=job.run.id, exit_code=None, signal=None, cause=problem, origin=Origin.DAEMON
+            )
+            context.host.job_ended(lost)
+        adopted += len(runs) if not problem else 0
     return adopted
 
 
 async def _change_launchers(table: PluginTable, runtime: CageRuntime, before: Launcher) -> None:
     """Have the new launcher keep every cage, and end the one before, which keeps none then."""
     for plugin in table.plugins.values():
-        run = plugin.run
-        if run is not None and run.cage.started:
+        for run in plugin.runs:
             with contextlib.suppress(FileNotFoundError):  # it has ended, and its group is gone
                 await run.cage.be_kept_by(runtime.launcher)
     before.close()
@@ -356,8 +361,8 @@ async def _keep_launcher(
         health.ended("launcher", silent.why if silent is not None else "it died", hung=silent is not None)
         launcher.close()
         for plugin in table.plugins.values():
-            if plugin.run is not None:
-                plugin.run.terminate("the launcher died")
+            for run in plugin.runs:
+                run.terminate("the launcher died")
         if runners is not None:
             runners.terminate("the launcher died")
         runtime.launcher = Launcher()
@@ -371,6 +376,9 @@ async def _take_snapshots(table: PluginTable, runners: Runners | None, interval:
         if runners is not None:
             runners.take_snapshots()
         for plugin in table.plugins.values():
+            for of_job in plugin.jobs.runs:
+                if of_job.detect_drift():
+                    of_job.terminate("its control groups were changed", Origin.OPERATOR)
             run = plugin.run
             if run is None or plugin.state != "running":
                 continue

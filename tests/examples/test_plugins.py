@@ -22,7 +22,7 @@ from tests.examples.conftest import EXAMPLES, Starter, event
 from tests.support.go import go_cache
 
 PLUGINS = sorted(path.parent.name for path in EXAMPLES.glob("*/plugin.json"))
-ONESHOT = [name for name in PLUGINS if name not in {"hostile", "python-stream-counter"}]
+ONESHOT = [name for name in PLUGINS if name not in {"hostile", "python-stream-counter", "exec-lint", "flask-notifier"}]
 SOURCES = ("slack-notifier", "node-webhook.js", "main.go", "main.rs", "deploy-log", "page-report")
 
 

@@ -31,6 +31,15 @@ _PATHS = "runners/test_paths.py::"
 
 MUTATIONS = (
     *_mutations(
+        "isolator/supervisor/jobs.py",
+        (
+            "a job gets any descriptor as its standard input",
+            "if not is_sealed(stdin):",
+            "if False:",
+            "system/test_taken_over.py::test_host_cannot_hand_a_job_a_way_out_of_its_cage",
+        ),
+    ),
+    *_mutations(
         "isolator/collector/walk.py",
         (
             "a collector follows links",

@@ -2,7 +2,8 @@
 
 ``python3 -I -m tests.system.taken_over MODULE ARGUMENTS`` is MODULE, of the daemon's services, with a socket of its own
 (``$ORDERS/MODULE``) that takes lines of JSON. ``{"op": NAME, "fields": {}}`` goes to the supervisor over the channel
-that the process was given; ``{"connect": PATH}`` and ``{"open": PATH}`` are done with the process's own rights.
+that the process was given, with a descriptor of ``{"folder": PATH}``. ``{"connect": PATH}`` and ``{"open": PATH}`` are
+done with the process's own rights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import runpy
 import socket
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 
 from isolator.errors import IsolatorError
 from isolator.ipc import channel
+from isolator.linux.descriptors import close_all
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon
 
@@ -70,7 +73,11 @@ def taken_over(host_toml: str = "") -> Iterator[TakenOver]:
 async def _obey(link: channel.Channel, order: dict[str, Any]) -> dict[str, Any]:
     try:
         if "op" in order:
-            answer = await link.call(order["op"], timeout=seconds(60), **order["fields"])
+            fds = [os.open(order["folder"], os.O_RDONLY | os.O_DIRECTORY)] if "folder" in order else []
+            try:
+                answer = await link.call(order["op"], fds=fds, timeout=seconds(60), **order["fields"])
+            finally:
+                close_all(fds)
             answer.close()
             return answer.fields
         if "connect" in order:

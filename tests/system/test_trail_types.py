@@ -35,6 +35,7 @@ RARE = {
     "plugin.crashed": "reason",
     "plugin.rejected": "folder",
     "plugin.pending": "folder",
+    "exec.ended": "reason network_bytes io_read io_written",
     "net.query": "various count",
     "net.connect": "various count error direction cage_port via",
     "net.closed": "direction cage_port",
@@ -166,6 +167,12 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     d.cli("plugin", "start", "deaf", "--no-wait")
     wait_for(lambda: [r for r in of(d, "plugin.health") if r["plugin"] == "deaf"])
     d.cli("plugin", "remove", "deaf", "--yes")
+
+    script = "#!/bin/sh\ncat >/dev/null\n"
+    write_plugin(place / "script", script, hooks=["project.created"], transport={"mode": "exec"})
+    add(d, place / "script")
+    d.cli("event", "emit", "project.created", '{"project_id": "p1", "name": "Shop"}', "--wait")
+    d.cli("plugin", "remove", "script", "--yes")
 
     write_plugin(place / "broken", "#!/bin/sh\nexit 7\n", hooks=["deploy.failed"])
     add(d, place / "broken")

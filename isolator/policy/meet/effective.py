@@ -34,6 +34,8 @@ def meet(core: ManifestCore, grant: PluginPolicy | None, host: HostConfig) -> Pr
         lines=explain_lines(core, in_force, host, effective),
         needs_approval=grant is None,
         policy_file=grant.source if grant is not None else None,
+        mode=core.mode,
+        port=core.port,
     )
     if grant is not None:
         return proposal

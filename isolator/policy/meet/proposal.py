@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from isolator.policy.model import EffectivePolicy
+from isolator.policy.request import MODES
 
 DEFAULT_GRANT = "default grant"
 """``Line.source`` where no policy file exists yet."""
@@ -45,6 +46,10 @@ class Proposal:
     policy_file: str | None = None
     policy_text: str | None = None
     """The policy file that ``plugin add`` will write; None when there is one."""
+    mode: str = MODES[0]
+    """The manifest's ``transport.mode``."""
+    port: int | None = None
+    """Its ``transport.port``."""
 
     @property
     def pending(self) -> tuple[Line, ...]:

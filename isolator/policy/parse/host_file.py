@@ -44,6 +44,7 @@ def host_config_of(top: Table) -> HostConfig:
     source = top.name
     ceiling, defaults, network = top.table("ceiling"), top.table("defaults"), top.table("network")
     inbound, roles, audit = top.table("inbound"), top.table("roles"), top.table("audit")
+    events = top.table("events")
     metrics, restart, runner = top.table("metrics"), top.table("restart"), top.table("runner")
     most = CEILING.model_copy(update=ceiling.declared(LIMITS, lambda key: f"ceiling.{key.name}"))
     usual = defaults.declared(LIMITS, lambda key: f"defaults.{key.name}")
@@ -100,13 +101,14 @@ def host_config_of(top: Table) -> HostConfig:
             addresses=_or(inbound.strings("addresses", _address), Inbound().addresses),
             ports=inbound.items("ports", _port_range) or (),
         ),
+        event_source=events.parsed("source", _source, HostConfig().event_source),
         audit=_audit(audit),
         metrics=_metrics(metrics),
         source=source,
         where=where_of(top),
     )
     config = config.model_copy(update={"runner": _runners(runner, config)})
-    for table in (ceiling, defaults, network, inbound, roles, audit, metrics, restart, runner, top):
+    for table in (ceiling, defaults, network, inbound, events, roles, audit, metrics, restart, runner, top):
         table.finish()
     return config
 
@@ -144,6 +146,13 @@ def _runners(table: Table, config: HostConfig) -> Runner:
         share=table.integer("share", base.share, low=1, high=100),
         ceiling=host.model_copy(update=found) if found else None,
     )
+
+
+def _source(value: Any) -> str:
+    text = printable(value, 256)
+    if not text or not text.isascii() or " " in text:
+        raise ValueError('must be a URI, like "https://platform.example"')
+    return text
 
 
 def _or(value: tuple[Any, ...] | None, default: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,215 @@
+"""Delivery in the mode ``exec``: for each event the program runs once, in a cage of its own (a *job*).
+
+The event is on its standard input, the exit code is the answer, and the last line of its standard output, if it is a
+JSON object, the result. The supervisor starts and ends jobs, and tells how they ended; an attempt that no program saw,
+since its cage could not be made, does not count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from host.channel.reply import STREAM_MESSAGE, NotSentError, Outcome, interpret, meta_of, params_text
+from host.delivery.modes import Mode, Parts
+from host.plugins.registry import Plugin
+from host.queue.interface import RETRY_BACKOFF, Delivery
+from host.wire.strict_json import WireError, parse_object
+from isolator.errors import IsolatorError
+from isolator.ipc.body import Body
+from isolator.ipc.messages import JobEnded, JobStarted, Origin, StartJob
+from isolator.ipc.succession import Departure, Descriptors
+from isolator.ipc.tasks import Tasks
+from isolator.linux.descriptors import close_all
+from isolator.linux.memfd import make_sealed
+
+OK, RETRY = os.EX_OK, os.EX_TEMPFAIL
+PERMANENT = (os.EX_USAGE, os.EX_DATAERR, os.EX_CONFIG)
+"""Exit codes (sysexits.h) after which a repetition would be in vain."""
+RESULT = 64 * 1024
+"""Bytes of a result; a longer last line is none."""
+
+
+class JobInFlight(Body):
+    """A job on its way to another host."""
+
+    seq: int
+    run: str
+    sent_ns: int
+
+
+class ExecState(Body):
+    """The jobs of a plugin on their way to another host."""
+
+    jobs: tuple[JobInFlight, ...]
+
+
+@dataclass(eq=False)
+class _Job:
+    plugin: Plugin
+    delivery: Delivery
+    run: str
+    sent_ns: int = 0
+    started: bool = False
+    """The supervisor has started it, and its pipes are read."""
+    ended: asyncio.Future[JobEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class ExecDelivery(Mode):
+    """Delivers events to one plugin in the mode ``exec``."""
+
+    State = ExecState
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._jobs: dict[str, _Job] = {}
+        """By run."""
+        self._slot = asyncio.Event()
+        self._tasks = Tasks()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
+
+    async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
+        assert delivery.event is not None and plugin.manifest is not None
+        event_type = self.parts.catalogue.get(delivery.event.name)
+        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        request = params_text(delivery.event, event_type, plugin.major, meta).encode()
+        if len(request) > STREAM_MESSAGE:
+            self.parts.outcomes.give_up(delivery, "payload_too_large")
+            return
+        while len(self._jobs) >= plugin.manifest.delivery.concurrency:
+            self._slot.clear()
+            await self._slot.wait()
+        if plugin.state in ("disabled", "failed"):
+            raise NotSentError(plugin.error or f"is {plugin.state}")
+        if self.parts.sidecar.leaving:
+            raise NotSentError("the host is being renewed")
+        job = _Job(plugin, delivery, os.urandom(5).hex())
+        self._jobs[job.run] = job
+
+        def send() -> None:
+            job.sent_ns = time.perf_counter_ns()
+            self._tasks.run(f"job of {plugin.name}", self._live(job, hook, request))
+
+        self.parts.outcomes.begin(delivery, job.run, request, send)
+        self.parts.sidecar.status = "in_flight"
+
+    async def _live(self, job: _Job, hook: str, request: bytes) -> None:
+        """Have the job started, and conclude the attempt when it has ended."""
+        event, attempt = job.delivery.event, job.delivery.attempts
+        assert event is not None
+        start = StartJob(name=job.plugin.name, run=job.run, event=event.id, type=hook, attempt=attempt)
+        try:
+            started = await self._start(start, request)
+        except (IsolatorError, OSError) as error:
+            pause = RETRY_BACKOFF.after(job.delivery.busy)
+            self._conclude(job, Outcome("busy", "not_started", str(error), retry_after=pause))
+            return
+        if started.failed:
+            self._conclude(job, Outcome("failed", "not_executed", started.failed))
+            return
+        job.started = True
+        await self._finish(job)
+
+    async def _start(self, start: StartJob, request: bytes) -> JobStarted:
+        stdin = make_sealed(request)
+        try:
+            answer = await self.parts.supervisor.ask_fds(start, fds=[stdin])
+        finally:
+            os.close(stdin)
+        if len(answer.fds) == 3:
+            listener, stdout, stderr = answer.fds
+            self.parts.logs.attach(start.name, start.run, stdout, stderr, tail=True)
+            self.parts.serve_job(start.name, start.run, socket.socket(fileno=listener))
+        else:
+            close_all(answer.fds)
+        return answer.body
+
+    async def _finish(self, job: _Job) -> None:
+        ended = await job.ended
+        name = job.plugin.name
+        self.parts.end_job(name, job.run)
+        line = await self.parts.logs.last_line(job.run)
+        last_words = await self.parts.logs.stderr_tail(name, job.run) if ended.exit_code != OK else []
+        self._conclude(job, outcome_of(ended, line, last_words[-1] if last_words else ""))
+
+    def _conclude(self, job: _Job, outcome: Outcome) -> None:
+        del self._jobs[job.run]
+        self._slot.set()
+        latency = (time.perf_counter_ns() - job.sent_ns) // 1000
+        self.parts.outcomes.conclude(job.plugin, job.delivery, job.run, outcome, latency, broken=False)
+
+    def job_ended(self, ended: JobEnded) -> None:
+        job = self._jobs.get(ended.run)
+        if job is not None and not job.ended.done():
+            job.ended.set_result(ended)
+
+    def close(self) -> None:
+        self._tasks.cancel()
+
+    # One host in the place of another
+
+    @property
+    def unsettled(self) -> bool:
+        return any(not job.started for job in self._jobs.values())
+
+    @property
+    def replied(self) -> bool:
+        return any(job.ended.done() for job in self._jobs.values())
+
+    def pass_on(self, departure: Departure) -> ExecState | None:
+        self._tasks.cancel()
+        jobs = (JobInFlight(seq=job.delivery.seq, run=job.run, sent_ns=job.sent_ns) for job in self._jobs.values())
+        return ExecState(jobs=tuple(jobs))
+
+    @classmethod
+    def in_flight(cls, state: ExecState) -> Sequence[int]:
+        return [job.seq for job in state.jobs]
+
+    async def take_over(
+        self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: ExecState, descriptors: Descriptors
+    ) -> None:
+        for one in state.jobs:
+            delivery = deliveries.get(one.seq)
+            if plugin is not None and delivery is not None:
+                job = self._jobs[one.run] = _Job(plugin, delivery, one.run, one.sent_ns, started=True)
+                self._tasks.run(f"job of {plugin.name}", self._finish(job))
+
+
+def outcome_of(ended: JobEnded, line: bytes, last_words: str = "") -> Outcome:
+    """The outcome of an attempt, by how its job ended; ``line``: the last of its standard output."""
+    result = _result(line)
+    text, size = (line.decode("utf-8", "replace"), len(line)) if result is not None else ("", 0)
+    sha256 = hashlib.sha256(line).hexdigest() if result is not None else None
+    _, status, message, retry_after = interpret({"result": result})
+    if ended.origin != Origin.PLUGIN or (ended.exit_code is None and ended.signal is None):
+        return Outcome("unknown", None, ended.cause, text, size, sha256)
+    if ended.cause not in ("exit", "signal"):
+        return Outcome("failed", "ended", ended.cause, text, size, sha256)
+    if ended.exit_code == OK:
+        return Outcome("ok", status, message, text, size, sha256)
+    how = f"signal {ended.signal}" if ended.signal is not None else f"exit code {ended.exit_code}"
+    detail = f"{how}: {message or last_words}" if message or last_words else how
+    if ended.exit_code == RETRY:
+        return Outcome("retry", "retry", detail, text, size, sha256, retry_after)
+    if ended.exit_code in PERMANENT:
+        return Outcome("rejected", "rejected", detail, text, size, sha256)
+    return Outcome("failed", "exit_code" if ended.signal is None else "signal", detail, text, size, sha256)
+
+
+def _result(line: bytes) -> dict[str, Any] | None:
+    """The result in the last line of a job's output, if it is one."""
+    if not line.startswith(b"{") or len(line) > RESULT:
+        return None
+    try:
+        return parse_object(line)
+    except WireError:
+        return None

@@ -1,0 +1,316 @@
+"""Jobs: the runs of a plugin with the mode ``exec``, each a fresh cage for one event.
+
+A job has the event on its standard input and ends by itself; how it ends is for the host, which has the queue. It is
+no crash of the plugin, however it ends, and nothing is started again here. One that takes longer than the plugin's
+timeout is stopped. Before the plugin is stopped, its jobs may end: no new one begins meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Coroutine, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from isolator.audit.schema import ExecEnded, ExecStarted, SyscallDenied
+from isolator.audit.snapshots import snapshot
+from isolator.cage.processes import CageExit
+from isolator.errors import ConfinementError, ExecError, IsolatorError, UnavailableError, UsageError
+from isolator.ipc.messages import JobEnded, JobStarted, Origin, StartJob
+from isolator.ipc.tasks import Tasks
+from isolator.layers.ledger import EVERY_LAYER
+from isolator.layers.network import namespace as network_layer
+from isolator.linux.descriptors import FdSet
+from isolator.linux.memfd import is_sealed
+from isolator.supervisor.cage_spec import host_api_folder
+from isolator.supervisor.host_link import DRAIN_SECONDS
+from isolator.supervisor.listener import listen
+from isolator.supervisor.ruleset_watch import watched_ruleset
+from isolator.supervisor.run import STEADY_SECONDS, Input, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import JobState
+    from isolator.launcher.client import Launcher
+    from isolator.layers.seccomp.notifier import Denied
+    from isolator.policy.model import EffectivePolicy
+    from isolator.registration.store import Registration
+
+MODE = "exec"
+MOST = 256
+"""Jobs of a plugin at a time."""
+_RUN = re.compile(r"[0-9a-f]{10}")
+
+
+class Job:
+    """One job, from its request to the last trace."""
+
+    def __init__(self, context: RunContext, registration: Registration, effective: EffectivePolicy, run: str) -> None:
+        self.id, self.name = run, registration.name
+        self.run: Run | None = None
+        self.deadline = 0.0
+        """Loop time at which it is stopped."""
+        self.waits = False
+        """Its task waits for something that takes as long as it takes; it can be given up and begun again."""
+        self.begun: asyncio.Future[JobStarted] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
+        """Nothing of it is left."""
+        self.fds = FdSet()
+        """For the host: the listener of its host API, then its standard output and errors."""
+        self._api = f"{registration.name}.{run}"
+        self._context, self._registration, self._effective = context, registration, effective
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Stop it, once it has had a moment to end by itself."""
+        self._stop.set()
+
+    async def live(self, request: StartJob, argv: list[str], stdin: int) -> None:
+        """Build the cage and stay with it to its end; owns ``stdin``."""
+        try:
+            with FdSet([stdin]):
+                run = self.run = await self._prepare(request, argv, stdin)
+                await run.cage.start()
+            self._started(run, request)
+        except Exception as error:  # whoever has asked for it is answered, whatever it was
+            not_started = ExecEnded(cause="did not start", origin=origin_of(error), reason=reason_of(error)[:512])
+            self._context.audit.record(not_started, plugin=self.name, run=self.id)
+            await self._take_down()
+            if isinstance(error, ExecError):
+                self.begun.set_result(JobStarted(failed=reason_of(error)))
+            else:
+                known = isinstance(error, IsolatorError)
+                self.begun.set_exception(error if known else IsolatorError(f"plugin {self.name}", reason_of(error)))
+            # For a host that has taken the place of the one that gets the answer.
+            self._tell_host(CageExit(None, None, "did not start", 0.0), origin_of(error))
+            return
+        self.begun.set_result(JobStarted(pid=run.cage.pid))
+        await self.watch(run)
+
+    async def watch(self, run: Run) -> None:
+        """Wait for the end, which the host is told of when nothing is left."""
+        end, origin = CageExit(None, None, "a fault of the daemon", 0.0), Origin.DAEMON
+        try:
+            with self._waiting():
+                await self._wait(run)
+                if self._context.rest.coming:
+                    await self._context.rest.opened()
+            end = await run.ended()
+            origin = Origin.OPERATOR if self._stop.is_set() and end.cause == "stopped" else run.origin
+            self._record_end(run, end, origin)
+        finally:
+            await self._take_down()
+            self._tell_host(end, origin)
+
+    def _tell_host(self, end: CageExit, origin: Origin) -> None:
+        ended = JobEnded(
+            name=self.name, run=self.id, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin
+        )
+        self._context.host.job_ended(ended)
+
+    def hand_over(self) -> JobState:
+        """The state of a job that runs, before an exec."""
+        from isolator.ipc.handover import JobState
+
+        assert self.run is not None
+        return JobState(run=self.run.hand_over(), deadline=self.deadline)
+
+    def take_over(self, before: JobState, kept_by: Launcher) -> str:
+        """Take over a job from before this process's exec; returns why it does not go on, if it does not."""
+        run, _ = adopt_run(self._context, self._registration, self._effective, before.run, kept_by)
+        self.run, self.deadline, problem = run, before.deadline, ""
+        try:
+            run.cage.confirm()
+        except ConfinementError as error:
+            problem = str(error)
+            run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
+        self._answer_denied(run, before.run.listener)
+        return problem
+
+    async def _prepare(self, request: StartJob, argv: list[str], stdin: int) -> Run:
+        context = self._context
+        if context.wait_for_trail:
+            await context.audit.writable()
+        environment = await context.host.environment(self.name)
+        variables = {
+            "PLUGIN_EVENT_ID": request.event,
+            "PLUGIN_EVENT_TYPE": request.type,
+            "PLUGIN_EVENT_ATTEMPT": str(request.attempt),
+        }
+        folder = host_api_folder(context.paths, self._api)
+        with listen(folder / "host.sock", mode=0o600, owner=self._registration.uid, backlog=16) as listener:
+            self.fds.add(listener.detach())
+        given = Input(stdin, variables, self._api)
+        return await prepare_run(context, self._registration, self._effective, argv, self.id, environment, given)
+
+    def _started(self, run: Run, request: StartJob) -> None:
+        run.for_start.close()
+        self._context.runtime.pool.begin(EVERY_LAYER)  # the next one may come before the pool has had its rest
+        for pipe in run.pipes:
+            self.fds.add(os.dup(pipe))
+        run.began = asyncio.get_running_loop().time()
+        self.deadline = run.began + self._effective.delivery_timeout
+        started = ExecStarted(
+            attempt=request.attempt, pid=run.cage.pid, digest=self._registration.digest,
+            policy_sha256=self._effective.digest(), milliseconds=round(sum(run.cage.steps.values()), 1),
+        )  # fmt: skip
+        self._context.audit.record(started, plugin=self.name, run=self.id, urgent=True)
+        listener, run.cage.listener = run.cage.listener, -1
+        self._answer_denied(run, listener)
+
+    async def _wait(self, run: Run) -> None:
+        """Return when it has ended, by itself or because it had to."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.create_task(run.cage.processes.ended.wait())
+        stopping = asyncio.create_task(self._stop.wait())
+        left = max(0.0, self.deadline - loop.time())
+        if run.forced_cause:
+            run.cage.kill()
+        try:
+            await asyncio.wait({ended, stopping}, timeout=min(STEADY_SECONDS, left), return_when="FIRST_COMPLETED")
+            if ended.done():
+                return  # most do: what is watched below is not worth beginning for those
+            run.drift = run.drift or network_layer.watch(run.cage.network)
+            network, policy = run.cage.network, self._effective.network
+            with watched_ruleset(run.drift, network, policy, run.ruleset_changed):
+                left = max(0.0, self.deadline - loop.time())
+                await asyncio.wait({ended, stopping}, timeout=left, return_when="FIRST_COMPLETED")
+                if stopping.done():
+                    await asyncio.wait({ended}, timeout=min(DRAIN_SECONDS, left))
+                elif not ended.done():
+                    run.forced_cause = f"no end in {self._effective.delivery_timeout:g} s"
+                if not ended.done():
+                    await run.cage.stop(self._effective.restart.stop_grace)
+                await ended
+        finally:
+            for task in (ended, stopping):
+                task.cancel()
+
+    def _record_end(self, run: Run, end: CageExit, origin: Origin) -> None:
+        leaf = run.cage.leaf
+        use = snapshot(leaf.folders(), [] if run.cage.processes.exited.is_set() else [run.cage.pid])
+        counted = ("cpu_us", "memory_peak", "io_read", "io_written", "network_bytes")
+        ended = ExecEnded(
+            cause=end.cause, origin=origin, exit_code=end.exit_code, signal=end.signal,
+            oom_kills=end.events.oom_kills, task_denials=end.events.task_denials, uptime=round(end.uptime, 3),
+            **{field: use[field] for field in counted if field in use},
+        )  # fmt: skip
+        # Urgent: on its way before the journal forgets the run.
+        self._context.audit.record(ended, plugin=self.name, run=self.id, urgent=True)
+
+    def _answer_denied(self, run: Run, listener: int) -> None:
+        def denied(call: Denied) -> None:
+            self._context.audit.record(
+                SyscallDenied(call=call.call, count=call.count),
+                plugin=self.name,
+                run=self.id,
+                happened_ns=call.last_ns,
+                since_ns=call.first_ns,
+            )
+
+        if listener >= 0:
+            run.denials = self._context.notifier.watch(listener, denied)
+
+    async def _take_down(self) -> None:
+        if self.run is not None:
+            await self.run.take_down()
+        self.fds.close()
+        folder = host_api_folder(self._context.paths, self._api)
+        with contextlib.suppress(OSError):
+            (folder / "host.sock").unlink(missing_ok=True)
+            folder.rmdir()
+        self.ended.set()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+
+class Jobs:
+    """The jobs of one plugin."""
+
+    def __init__(self, context: RunContext, name: str) -> None:
+        self._context, self._name = context, name
+        self._jobs: dict[str, Job] = {}
+        self._tasks = Tasks()
+        self._stopping = ""
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that have a cage."""
+        return [job.run for job in self._jobs.values() if job.run is not None and job.run.cage.started]
+
+    @property
+    def under_way(self) -> bool:
+        """Whether something happens that is not to be broken off."""
+        return any(not job.waits for job in self._jobs.values())
+
+    def begin(
+        self, registration: Registration, effective: EffectivePolicy, argv: list[str], request: StartJob, stdin: int
+    ) -> Job:
+        """Begin a job, with the sealed standard input ``stdin``, which stays the caller's; raises IsolatorError."""
+        where = f"plugin {self._name}"
+        if self._stopping or self._context.rest.coming:
+            raise UnavailableError(
+                where, f"begins no job now: {self._stopping or 'the daemon is reloaded'}", "try again"
+            )
+        if not _RUN.fullmatch(request.run) or request.run in self._jobs:
+            raise UsageError(request.op, "no new name of a run")
+        if len(self._jobs) >= MOST:
+            raise UnavailableError(where, f"{MOST} jobs run", "try again")
+        if not is_sealed(stdin):
+            raise UsageError(request.op, "its standard input is no sealed file in memory")
+        job = Job(self._context, registration, effective, request.run)
+        # A description of its own: read from the beginning, and for reading only.
+        own = os.open(f"/proc/self/fd/{stdin}", os.O_RDONLY | os.O_CLOEXEC)
+        self._own(job, job.live(request, argv, own))
+        return job
+
+    async def stop(self, reason: str) -> None:
+        """End every job, and begin none meanwhile; returns when nothing of them is left."""
+        self._stopping = reason
+        try:
+            jobs = list(self._jobs.values())
+            for job in jobs:
+                job.stop()
+            for job in jobs:
+                await job.ended.wait()
+        finally:
+            self._stopping = ""
+
+    async def end(self, cause: str) -> None:
+        """Kill every job at once; returns when nothing of them is left."""
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            job.stop()  # also one that is being started
+            if job.run is not None:
+                job.run.terminate(cause)
+        for job in jobs:
+            await job.ended.wait()
+
+    def hand_over(self) -> tuple[JobState, ...]:
+        """The states of the jobs that run, before an exec, when nothing is ``under_way``."""
+        return tuple(job.hand_over() for job in self._jobs.values() if not job.ended.is_set())
+
+    def take_over(
+        self, registration: Registration, effective: EffectivePolicy, states: Iterable[JobState], kept_by: Launcher
+    ) -> str:
+        """Go on with the jobs from before the exec; returns why one of them does not go on, if there is one."""
+        problem = ""
+        for state in states:
+            job = Job(self._context, registration, effective, state.run.id)
+            problem = job.take_over(state, kept_by) or problem
+            assert job.run is not None
+            self._own(job, job.watch(job.run))
+        return problem
+
+    def _own(self, job: Job, life: Coroutine[Any, Any, None]) -> None:
+        self._jobs[job.id] = job
+        job.begun.add_done_callback(lambda begun: begun.exception())  # who waited may have gone
+        task = self._tasks.run(f"job of plugin {self._name}", life)
+        task.add_done_callback(lambda _: self._jobs.pop(job.id, None))
