@@ -24,6 +24,7 @@ from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
+from host.control.operation_verbs import OperationVerbs
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.server import AnyEndpoint, ControlServer
@@ -33,11 +34,13 @@ from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
 from host.delivery.health import Watches
+from host.delivery.pauses import Pauses
 from host.events import Catalogue
 from host.handover import HostState
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
 from host.lifecycle import PluginLifecycle
+from host.operational import OperationalEvents
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
@@ -181,6 +184,7 @@ class Host:
             audit=audit,
             redactor=config.redactor,
             api=api.call,
+            pauses=Pauses(store),
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,
@@ -197,11 +201,13 @@ class Host:
         )
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
+        self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, audit).endpoints(),
+            *OperationVerbs(queue, dispatcher, registry, audit).endpoints(),
             *api_verbs.endpoints(),
             *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
             *registrations.endpoints(),
@@ -277,6 +283,7 @@ class Host:
         workers, starts = self._dispatcher.pass_on(departure), self._lifecycle.pass_on()
         self._lifecycle.close()
         self._gauges.close()
+        self._operational.close()
         await self._watches.close()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
@@ -307,6 +314,7 @@ class Host:
     async def close(self) -> None:
         """Stop serving; accepted events stay in the queue."""
         self._gauges.close()
+        self._operational.close()
         self._lifecycle.close()
         await self._control.close()
         self._trail.close()

@@ -35,6 +35,7 @@ from host.queue.interface import (
     FINAL,
     RETRY_BACKOFF,
     Accepted,
+    Changed,
     Delivery,
     DeliveryRow,
     Event,
@@ -324,6 +325,11 @@ class SqliteQueue:
         for item in wanted:
             item.load(events.get(item.seq))
 
+    def write_due(self, delivery: Delivery, due: float) -> None:
+        """Record the Unix time of a waiting delivery's next attempt (0: at once)."""
+        values = (due, delivery.seq, delivery.plugin)
+        self.store.submit(lambda db: db.execute("UPDATE deliveries SET due=? WHERE seq=? AND plugin=?", values))
+
     def write_crashes(self, delivery: Delivery) -> None:
         """Record ``delivery.crashes``."""
         values = (delivery.crashes, delivery.seq, delivery.plugin)
@@ -339,7 +345,7 @@ class SqliteQueue:
             states = (
                 "('dead', 'expired', 'quarantined')"
                 if plugin is None
-                else "('dead','expired','quarantined','ok','skipped')"
+                else "('dead','expired','quarantined','ok','skipped','cancelled')"
             )
             found = db.execute(
                 f"SELECT plugin, key FROM deliveries WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
@@ -365,6 +371,52 @@ class SqliteQueue:
             self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, ready_at=loop_now))
         return [name for name, _ in requeued]
 
+    async def retry(self, event_id: str, plugin: str | None = None) -> list[Changed]:
+        """Try deliveries that wait for their retry at once, each in its place; raises UsageError if there is none."""
+        changed, earlier = [], None
+        for delivery in self._pending(event_id, plugin):
+            if delivery.taken:
+                continue
+            before = self._consumer(delivery.plugin).expedite(delivery)
+            if before is None:
+                changed.append(Changed(delivery.plugin, delivery.attempts))
+            else:
+                earlier = before
+        if not changed and earlier is not None:
+            if not earlier.event_id:
+                self.load(earlier, ())
+            why = f"{earlier.event_id} is before it in the order of its key"
+            raise UsageError(f"event {event_id}", why, f"isolator event retry {earlier.event_id}, or skip it")
+        if not changed:
+            remedy = f"see 'isolator event show {event_id}'; what was given up: isolator event replay"
+            raise UsageError(f"event {event_id}", "none of its deliveries waits to be tried", remedy)
+        await self.store.run(lambda _: None)
+        return changed
+
+    async def end(self, event_id: str, plugin: str | None, result: Result) -> list[Changed]:
+        """End the deliveries of an event that wait; raises UsageError if none does, or one is in flight.
+
+        One that is in flight may still be handled, and later events of its key must not overtake it.
+        """
+        pending = self._pending(event_id, plugin)
+        if not pending:
+            raise UsageError(f"event {event_id}", "none of its deliveries waits", "see 'isolator event show'")
+        taken = next((delivery.plugin for delivery in pending if delivery.taken), None)
+        if taken is not None:
+            remedy = f"isolator plugin pause {taken}, and try again when its attempt has ended"
+            raise UsageError(f"event {event_id}", f"it is in flight in {taken}", remedy)
+        for delivery in pending:
+            delivery.event_id = event_id  # whoever waits for the event is woken
+            self._consumer(delivery.plugin).term(delivery, result)
+        await self.store.run(lambda _: None)
+        return [Changed(delivery.plugin, delivery.attempts) for delivery in pending]
+
+    def _pending(self, event_id: str, plugin: str | None) -> list[Delivery]:
+        """The deliveries of an event that are not final, or that of one plugin; raises NotFoundError."""
+        seq = self._event(event_id).seq
+        consumers = self._consumers.values() if plugin is None else [self._consumer(plugin)]
+        return [found for consumer in consumers if (found := consumer.find(seq)) is not None]
+
     async def purge(self, plugin: str) -> int:
         self._purges[plugin] = self._purges.get(plugin, 0) + 1
         consumer = self._consumers.pop(plugin, None)
@@ -377,10 +429,20 @@ class SqliteQueue:
         return self.store.read(lambda db: rows.unfinished(db, plugin))
 
     async def list_events(
-        self, *, limit: int = 50, name: str | None = None, before: int | None = None
+        self,
+        *,
+        limit: int = 50,
+        name: str | None = None,
+        before: int | None = None,
+        since: float = 0.0,
+        plugin: str | None = None,
+        state: str | None = None,
     ) -> list[EventRow]:
-        """Events with their deliveries, newest first; ``before`` is an event number."""
-        return await self.store.scan(lambda db: rows.events(db, limit, name, before))
+        """Events with their deliveries, newest first; ``before`` is an event number, ``since`` in Unix time.
+
+        With ``plugin`` and ``state`` those with such a delivery.
+        """
+        return await self.store.scan(lambda db: rows.events(db, limit, name, before, since, plugin, state))
 
     def show(self, event_id: str) -> EventRow:
         """Show one event with its deliveries; raises NotFoundError."""
@@ -434,6 +496,11 @@ class SqliteQueue:
         if len(found) > 1:
             raise UsageError(f"event {text}", f"several ids begin so: {', '.join(found)}", "write more of it")
         return found[0]
+
+    def name_of(self, event_id: str) -> str | None:
+        """The name of an event; None when it is not stored."""
+        event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
+        return event.name if event is not None else None
 
     def _event(self, event_id: str) -> Event:
         event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
