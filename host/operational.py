@@ -42,8 +42,8 @@ from isolator.audit.schema import (
     PluginUpdated,
     SyscallDenied,
 )
-from isolator.errors import IsolatorError
-from isolator.ipc.tasks import essential
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.tasks import Tasks
 
 _logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Conditions:
     def of_record(self, record: Record, event: str | None) -> Operational | None:
         """The event that a record of the trail makes, if any; ``event``: the name of the event that it is about."""
         kind, plugin = record.type, record.plugin
-        if plugin is None:
+        if plugin is None or plugin.startswith("_"):  # a user's own run is no plugin
             return None
         where: dict[str, Any] = {"plugin": plugin, "at": record.time, "record": record.seq}
         if kind == PluginFailed.TYPE:
@@ -154,11 +154,12 @@ class OperationalEvents:
             self._seq = row[0]
             with contextlib.suppress(ValueError, TypeError):
                 self._conditions.standing = {str(one) for one in json.loads(row[1])}
-        self._task = essential(self._run(), "operational events")
+        self._tasks = Tasks()
+        self._tasks.keep("operational events", self._run)
 
     def close(self) -> None:
         """Make no more of them; the mark is safe."""
-        self._task.cancel()
+        self._tasks.cancel()
 
     async def _run(self) -> None:
         try:
@@ -228,8 +229,12 @@ class OperationalEvents:
                 done.set_result(None) if error is None else done.set_exception(error)
 
         key = f"{OPERATIONAL}{found.key}"
-        self._intake.emit(found.name, found.payload, accepted, by="isolator", dedupe_key=key)
-        await done
+        try:
+            self._intake.emit(found.name, found.payload, accepted, by="isolator", dedupe_key=key)
+        except UsageError as error:  # a record that is not as ours are; those behind it count
+            _logger.warning("operational event: %s", error)
+        else:
+            await done
 
     async def _save(self) -> None:
         if self._seq == self._saved and not self._conditions.changed:

@@ -169,7 +169,65 @@ def _change(verb: str, summary: str, done: str, *, of_one: bool = True) -> None:
 
 _change("retry", "Try an event at once that waits for its next attempt; the order within its key stays.", "retrying")
 _change("skip", "Pass an event over that waits: later events of its key go on.", "skipped")
-_change("cancel", "Cancel every delivery of an event that waits.", "cancelled", of_one=False)
+_change("cancel", "Cancel every delivery of an event that waits, or a recovery job.", "cancelled", of_one=False)
+
+
+def _rate(_: click.Context, __: click.Parameter, text: str) -> float:
+    try:
+        return float(text.removesuffix("/s"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not like 20/s") from None
+
+
+@event.command(
+    epilog="\b\nExamples:\n  isolator event recover --plugin slack --since 2h --dry-run\n"
+    "  isolator event recover --plugin slack --since 2026-01-31T12:00 --missed --rate 50/s\n\n"
+    "It runs in the daemon, over restarts too: isolator event jobs; isolator event cancel JOB"
+)
+@click.option("--plugin", metavar="NAME", required=True, shell_complete=plugin_names, help="The plugin to deliver to.")
+@click.option("--since", metavar="T", required=True, help="Events since a time, or an age such as 2h.")
+@click.option("--dead", is_flag=True, help="Only what was given up; not what killed the plugin.")
+@click.option("--missed", is_flag=True, help="Only what it never got, and is granted now.")
+@click.option("--rate", metavar="N/s", default="20/s", show_default=True, callback=_rate, help="Deliveries a second.")
+@click.option("--dry-run", is_flag=True, help="Only count them.")
+@AS_JSON
+@click.pass_obj
+def recover(
+    root: str | None, plugin: str, since: str, dead: bool, missed: bool, rate: float, dry_run: bool, as_json: bool
+) -> None:
+    """Deliver again what was given up, and what the plugin has missed."""
+    begin = moment(since)
+    assert begin is not None
+    request = {"plugin": plugin, "since": datetime.fromisoformat(begin).timestamp(), "dead": dead, "missed": missed}
+    with Client(root) as client:
+        answer = client.call("event.recover", **request, rate=rate, dry_run=dry_run)
+    if as_json:
+        print_json(answer)
+    elif answer["job"] is None:
+        click.echo(f"{answer['count']} deliveries to recover for {plugin}")
+    else:
+        click.echo(f"{answer['job']}  {answer['count']} deliveries for {plugin}; isolator event jobs")
+
+
+@event.command(epilog="\b\nExamples:\n  isolator event jobs\n  isolator event jobs --json")
+@AS_JSON
+@click.pass_obj
+def jobs(root: str | None, as_json: bool) -> None:
+    """List the recovery jobs and how far they are."""
+    with Client(root) as client:
+        found = client.call("event.jobs")["jobs"]
+    if as_json:
+        print_json(found)
+    elif found:
+        kinds = {(True, True): "all", (True, False): "dead", (False, True): "missed"}
+        rows = [
+            [j["id"], j["plugin"], kinds[j["dead"], j["missed"]], j["state"], f"{j['done']}/{j['total']}",
+             f"{j['rate']:g}/s", ago(j["created"]), j["by"]]
+            for j in found
+        ]  # fmt: skip
+        table(["id", "plugin", "which", "state", "queued", "rate", "ago", "by"], rows)
+    else:
+        click.echo("no recovery jobs; see 'isolator event recover --help'", err=True)
 
 
 @event.command()

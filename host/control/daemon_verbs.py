@@ -63,7 +63,7 @@ class DaemonVerbs:
 
     async def status(self, _: Status, __: Caller) -> DaemonStatus:
         plugins = list(self._registry)
-        paused = [p.name for p in plugins if self._dispatcher.status(p.name)["paused"] is not None]
+        paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
         failing = [p.name for p in plugins if self._dispatcher.status(p.name)["failing_since"] is not None]
         return {
             "version": __version__,

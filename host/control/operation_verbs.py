@@ -8,25 +8,34 @@ from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import (
     ChangedEvent,
     EventCancel,
+    EventJobs,
+    EventRecover,
     EventRetry,
     EventSkip,
     PauseChange,
     PluginPause,
     PluginResume,
+    Recovery,
+    RecoveryJobs,
 )
 from host.delivery.dispatch import Dispatcher
+from host.jobs import JOB, Jobs
 from host.plugins.registry import Registry
 from host.queue.interface import Changed, Result
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped, PluginPaused, PluginResumed
+from isolator.errors import UsageError
 
 
 class OperationVerbs:
     """Deliveries as an operator changes them."""
 
-    def __init__(self, queue: SqliteQueue, dispatcher: Dispatcher, registry: Registry, audit: AuditClient) -> None:
+    def __init__(
+        self, queue: SqliteQueue, dispatcher: Dispatcher, registry: Registry, audit: AuditClient, jobs: Jobs
+    ) -> None:
         self._queue, self._dispatcher, self._registry, self._audit = queue, dispatcher, registry, audit
+        self._jobs = jobs
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -36,6 +45,8 @@ class OperationVerbs:
             Endpoint(EventRetry, self.retry),
             Endpoint(EventSkip, self.skip),
             Endpoint(EventCancel, self.cancel),
+            Endpoint(EventRecover, self.recover),
+            Endpoint(EventJobs, self.jobs),
         ]
 
     async def pause(self, request: PluginPause, caller: Caller) -> PauseChange:
@@ -67,9 +78,43 @@ class OperationVerbs:
         return self._record(EventSkipped, event_id, changed, caller)
 
     async def cancel(self, request: EventCancel, caller: Caller) -> ChangedEvent:
+        if request.id.startswith(JOB):
+            job = await self._jobs.cancel(request.id)
+            return {"id": job.id, "plugins": [job.plugin]}
         event_id = self._resolved(request.id)
         result = Result("cancelled", "operator", f"cancelled by {caller.by}")
         return self._record(EventCancelled, event_id, await self._queue.end(event_id, None, result), caller)
+
+    async def recover(self, request: EventRecover, caller: Caller) -> Recovery:
+        plugin = self._registry.need(request.plugin)
+        both = not request.dead and not request.missed
+        dead, missed = request.dead or both, request.missed or both
+        if not request.rate:
+            raise UsageError("rate", "must be more than nothing", "such as 20")
+        job = await self._jobs.plan(plugin, request.since, dead=dead, missed=missed)
+        if request.dry_run or not job.total:
+            return {"job": None, "plugin": plugin.name, "count": job.total}
+        begun = await self._jobs.begin(job, request.rate, caller.by)
+        return {"job": begun.id, "plugin": plugin.name, "count": begun.total}
+
+    async def jobs(self, _: EventJobs, __: Caller) -> RecoveryJobs:
+        return {
+            "jobs": [
+                {
+                    "id": job.id,
+                    "plugin": job.plugin,
+                    "dead": bool(job.dead),
+                    "missed": bool(job.missed),
+                    "rate": job.rate,
+                    "by": job.by,
+                    "created": job.created,
+                    "state": job.state,
+                    "total": job.total,
+                    "done": job.done,
+                }
+                for job in self._jobs.all()
+            ]
+        }
 
     def _resolved(self, text: str, plugin: str | None = None) -> str:
         """The id of the event, whose plugin has to be a registered one; raises NotFoundError, UsageError."""

@@ -93,6 +93,33 @@ class ChangedEvent(TypedDict):
     plugins: list[str]
 
 
+class Recovery(TypedDict):
+    """A recovery as planned: the number of deliveries, and the id of its job; null where nothing was begun."""
+
+    job: str | None
+    plugin: str
+    count: int
+
+
+class RecoveryJob(TypedDict):
+    """A recovery job; ``done`` of about ``total`` deliveries are queued; ``state``: running, done or cancelled."""
+
+    id: str
+    plugin: str
+    dead: bool
+    missed: bool
+    rate: float
+    by: str
+    created: float
+    state: str
+    total: int
+    done: int
+
+
+class RecoveryJobs(TypedDict):
+    jobs: list[RecoveryJob]
+
+
 class EventTypeEntry(TypedDict):
     """One event type of the catalogue, with the JSON Schema of its payload."""
 
@@ -174,9 +201,27 @@ class EventSkip(Request, verb="event.skip", role="operator", recorded=True, resu
 
 
 class EventCancel(Request, verb="event.cancel", role="operator", recorded=True, result=ChangedEvent):
-    """Cancel an event: every delivery of it that is not final."""
+    """Cancel an event (every delivery of it that is not final), or a recovery job: what it has queued stays."""
 
     id: Name
+
+
+class EventRecover(Request, verb="event.recover", role="operator", recorded=True, result=Recovery):
+    """Begin a job that queues what a plugin has missed, or was given up there, since a Unix time, at ``rate`` a second.
+
+    Without ``dead`` and ``missed`` it is both. With ``dry_run`` only the plan is returned.
+    """
+
+    plugin: Name
+    since: Annotated[float, Number(LARGEST)]
+    dead: Annotated[bool, Flag()] = False
+    missed: Annotated[bool, Flag()] = False
+    rate: Annotated[float, Number(10_000.0)] = 20.0
+    dry_run: Annotated[bool, Flag()] = False
+
+
+class EventJobs(Request, verb="event.jobs", role="viewer", result=RecoveryJobs):
+    """List the recovery jobs, those that ended too, the newest first."""
 
 
 class EventTypes(Request, verb="event.types", role="viewer", result=EventTypeList):

@@ -102,6 +102,10 @@ class Dispatcher:
             self.workers[name].resume()
         return pause
 
+    def paused(self, name: str) -> bool:
+        """Whether a plugin is paused."""
+        return self._pauses.of(name) is not None
+
     def wake(self, name: str) -> None:
         """Let a worker that holds back try again: its obstacle may be cleared."""
         if name in self.workers:

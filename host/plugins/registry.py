@@ -146,17 +146,22 @@ class Registry:
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
         """Find the plugins that get this event, each with the key that orders it there."""
-        found = []
-        for plugin in self._subscribers.get(event_type.name, ()):
-            if event_type.name.startswith(OPERATIONAL) and payload.get("plugin") == plugin.name:
-                continue  # nobody is notified of itself
-            if plugin.filtered and not plugin.sees(payload):
-                continue
-            order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
-            by = event_type.order_by if order_by is None else None if order_by == NO_ORDER else order_by
-            value = payload.get(by) if by is not None else None
-            found.append(Subscriber(plugin.name, None if value is None else f"{by}={value}"))
-        return found
+        plugins = self._subscribers.get(event_type.name, ())
+        return [found for plugin in plugins if (found := self.subscriber(plugin, event_type, payload)) is not None]
+
+    @staticmethod
+    def subscriber(plugin: Plugin, event_type: EventType, payload: Mapping[str, Any]) -> Subscriber | None:
+        """Return one plugin as a subscriber of this event; None if it does not get it."""
+        if event_type.name not in plugin.hooks or "found" in plugin.raw:
+            return None
+        if event_type.name.startswith(OPERATIONAL) and payload.get("plugin") == plugin.name:
+            return None  # nobody is notified of itself
+        if plugin.filtered and not plugin.sees(payload):
+            return None
+        order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
+        by = event_type.order_by if order_by is None else None if order_by == NO_ORDER else order_by
+        value = payload.get(by) if by is not None else None
+        return Subscriber(plugin.name, None if value is None else f"{by}={value}")
 
     def hears(self, prefix: str) -> bool:
         """Whether a plugin receives an event whose name begins so."""

@@ -53,6 +53,12 @@ class SqliteConsumer:
         return self._lane.depth
 
     @property
+    def oldest(self) -> int | None:
+        """Number of the oldest event whose delivery is not final."""
+        delivery = self._lane.oldest
+        return delivery.seq if delivery is not None else None
+
+    @property
     def next_attempt(self) -> float | None:
         due = self._lane.next_due()
         return None if due is None else time.time() + due - asyncio.get_running_loop().time()

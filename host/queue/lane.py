@@ -27,10 +27,22 @@ class Lane:
         self._ready: list[tuple[int, int, Delivery]] = []
         self._waiting: list[tuple[float, int, int, Delivery]] = []
         self._number = itertools.count()
+        self._oldest: list[tuple[int, int, Delivery]] = []
+
+    @property
+    def oldest(self) -> Delivery | None:
+        """The delivery of the oldest event that is not final."""
+        while self._oldest and self._oldest[0][2].final:
+            heapq.heappop(self._oldest)
+        return self._oldest[0][2] if self._oldest else None
 
     def add(self, delivery: Delivery) -> None:
         """Append a delivery; within its key it comes after all that were added before. It may be ``taken`` already."""
         self.depth += 1
+        if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
+            self._oldest = [entry for entry in self._oldest if not entry[2].final]
+            heapq.heapify(self._oldest)
+        heapq.heappush(self._oldest, (delivery.seq, next(self._number), delivery))
         line = self._keys.get(self._key(delivery))
         if line is not None:
             line.append(delivery)

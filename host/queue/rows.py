@@ -8,7 +8,8 @@ from typing import Any
 
 from host.queue.interface import DeliveryRow, Event, EventRow
 
-EVENT = "SELECT seq, id, name, time, accepted, expires, payload, subject, trace FROM events"
+EVENT_COLUMNS = ("seq", "id", "name", "time", "accepted", "expires", "payload", "subject", "trace")
+EVENT = f"SELECT {', '.join(EVENT_COLUMNS)} FROM events"
 DELIVERY = (
     "SELECT e.id, e.name, d.plugin, d.state, d.attempts, d.status, d.detail, d.reply, d.latency_us, d.updated, d.due"
     " FROM deliveries d JOIN events e ON e.seq=d.seq"

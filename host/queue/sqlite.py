@@ -56,11 +56,15 @@ _READ_AHEAD = 1 << 14
 _PRUNE_EVERY = 1000
 _PENDING_TYPES: tuple[Any, ...] = (int, str, (str, type(None)), int, int, (int, float), (int, float), str)
 """Types of the columns that ``SqliteQueue`` takes up at its start."""
+REPLAY_TTL = 86400.0
+"""Seconds that a delivery has at least which is queued again."""
 LONGEST_WAIT = 720.0
 """Seconds: the longest back-off with its spread. A row that is due later was written under another clock."""
 
 _INTERRUPTED = Result("retry", detail="the host stopped while this was in flight")
 
+Requeued = tuple[Event, Subscriber]
+"""An event, and the plugin that it is queued for again."""
 Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 
@@ -341,7 +345,7 @@ class SqliteQueue:
         event = self._event(event_id)
         now = time.time()
 
-        def requeue(db: sqlite3.Connection) -> list[tuple[str, str | None]]:
+        def requeue(db: sqlite3.Connection) -> list[Requeued]:
             states = (
                 "('dead', 'expired', 'quarantined')"
                 if plugin is None
@@ -356,20 +360,24 @@ class SqliteQueue:
                 " WHERE seq=? AND plugin=?",
                 [(now, event.seq, name) for name, _ in found],
             )
-            db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + 86400.0, event.seq))
-            return [(name, key) for name, key in found]
+            db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + REPLAY_TTL, event.seq))
+            return [(event, Subscriber(name, key)) for name, key in found]
 
+        return [subscriber.plugin for _, subscriber in await self.requeue(requeue)]
+
+    async def requeue(self, apply: Callable[[sqlite3.Connection], list[Requeued]]) -> list[Requeued]:
+        """Let deliveries enter their lanes that ``apply`` writes as queued, in one transaction; returns them.
+
+        Those of a plugin that was removed meanwhile are left out.
+        """
         purges = dict(self._purges)
-        requeued = [
-            (name, key)
-            for name, key in await self.store.run(requeue)
-            if purges.get(name) == self._purges.get(name)  # else the plugin was removed meanwhile
-        ]
-        loop_now = self._loop.time()
-        for name, key in requeued:
-            expires = loop_now + max(event.expires - now, 86400.0)
-            self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, ready_at=loop_now))
-        return [name for name, _ in requeued]
+        queued = await self.store.run(apply)
+        requeued = [(event, to) for event, to in queued if purges.get(to.plugin) == self._purges.get(to.plugin)]
+        now, loop_now = time.time(), self._loop.time()
+        for event, to in requeued:
+            expires = loop_now + max(event.expires - now, REPLAY_TTL)
+            self._consumer(to.plugin).add(Delivery(event.seq, to.plugin, to.key, expires=expires, ready_at=loop_now))
+        return requeued
 
     async def retry(self, event_id: str, plugin: str | None = None) -> list[Changed]:
         """Try deliveries that wait for their retry at once, each in its place; raises UsageError if there is none."""
@@ -511,6 +519,15 @@ class SqliteQueue:
     def depths(self) -> dict[str, int]:
         """Number of pending deliveries by plugin."""
         return {plugin: consumer.depth for plugin, consumer in self._consumers.items()}
+
+    def oldest(self) -> dict[str, float]:
+        """Unix time at which the oldest event was accepted that waits, by plugin."""
+        numbers = {name: seq for name, consumer in self._consumers.items() if (seq := consumer.oldest) is not None}
+        return {name: at for name, seq in numbers.items() if (at := self._accepted_at(seq)) is not None}
+
+    def _accepted_at(self, seq: int) -> float | None:
+        row = self.store.read(lambda db: db.execute("SELECT accepted FROM events WHERE seq=?", (seq,)).fetchone())
+        return row[0] if row is not None and isinstance(row[0], float) else None
 
     def end_lost_requests(self) -> None:
         """Repeat the deliveries whose requests were to be taken over and were not, as after a crash of the host."""

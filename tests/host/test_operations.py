@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -211,3 +212,123 @@ async def test_commands_change_deliveries_and_show_pauses(daemon: Daemon) -> Non
     ran = await isolator(daemon.root, "event", "skip", emitted["id"], "--plugin", "one", "--json")
     assert ran.json == {"id": emitted["id"], "plugins": ["one"]}
     assert (await isolator(daemon.root, "event", "cancel", emitted["id"])).code == 2
+
+
+# Recovery jobs
+
+
+def _rejects(daemon: Daemon) -> str:
+    """A plugin that gives up every event until a file is there, and notes those that it handles."""
+    seen, works = daemon.root / "seen", daemon.root / "works"
+    seen.touch()
+    seen.chmod(0o666)
+    note = f'open({str(seen)!r}, "a").write(params["deployment_id"] + "\\n")'
+    refuse = f'if not os.path.exists({str(works)!r}):\n    return {{"status": "rejected"}}\n'
+    return sidecars.oneshot(f'{refuse}{note}\nreturn {{"status": "ok"}}')
+
+
+async def _given_up(daemon: Daemon, count: int) -> list[str]:
+    """Events that were given up."""
+    emitted = [await daemon.emit(deployment_id=f"d{n}") for n in range(count)]
+    for one in emitted:
+        await daemon.outcome(one)
+    (daemon.root / "works").touch()
+    return [one["id"] for one in emitted]
+
+
+async def _job(daemon: Daemon, job: str, state: str) -> dict[str, Any]:
+    async with asyncio.timeout(seconds(30)):
+        while True:
+            (found,) = [one for one in (await daemon.ask("event.jobs"))["jobs"] if one["id"] == job]
+            if found["state"] == state:
+                assert isinstance(found, dict)
+                return found
+            await asyncio.sleep(0.05)
+
+
+async def test_recovery_plans_first_and_queues_what_was_given_up_in_order(daemon: Daemon) -> None:
+    daemon.add("one", _rejects(daemon))
+    ids = await _given_up(daemon, 6)
+    plan = await daemon.ask("event.recover", plugin="one", since=0, dry_run=True)
+    assert plan == {"job": None, "plugin": "one", "count": 6}
+    assert (await daemon.ask("event.recover", plugin="one", since=4e9))["count"] == 0
+    assert (await daemon.ask("event.recover", plugin="one", since=0, missed=True))["count"] == 0
+    assert _seen(daemon) == [], "a plan changes nothing"
+    begun = await daemon.ask("event.recover", plugin="one", since=0, rate=100)
+    job = await _job(daemon, begun["job"], "done")
+    assert (job["done"], job["total"], job["by"], job["dead"], job["missed"]) == (6, 6, "uid:0", True, True)
+    for one in ids:
+        assert (await daemon.outcome({"id": one}))["deliveries"][0]["state"] == "ok"
+    assert _seen(daemon) == [f"d{n}" for n in range(6)]
+    replayed = [(r["event_id"], r["data"]["reason"], r["data"]["by"]) for r in daemon.of_type("event.replayed")]
+    assert replayed == [(one, begun["job"], "uid:0") for one in ids]
+    assert (await daemon.ask("event.recover", plugin="one", since=0))["job"] is None, "nothing is left"
+    for wrong in ({"rate": 0}, {"rate": 1e9}, {"since": "x"}):
+        with pytest.raises(UsageError):
+            await daemon.ask("event.recover", **({"plugin": "one", "since": 0} | wrong))
+
+
+async def test_plugin_gets_what_it_has_missed_as_far_as_its_hooks_and_filters_go(daemon: Daemon) -> None:
+    for project in ("shop", "bank", "shop"):
+        await daemon.emit(project_id=project, deployment_id=project)
+    await daemon.ask("event.emit", name="project.created", payload={"project_id": "shop", "name": "n"})
+    wanted = {"filters": [{"exact": {"project_id": "shop"}}]}
+    daemon.add("late", _noted(daemon), delivery=wanted)
+    assert (await daemon.ask("event.recover", plugin="late", since=0, dead=True))["count"] == 0
+    begun = await daemon.ask("event.recover", plugin="late", since=0, missed=True, rate=100)
+    assert begun["count"] == 2
+    await _job(daemon, begun["job"], "done")
+    await daemon.poll(lambda: _seen(daemon) == ["shop", "shop"])
+    assert (await daemon.ask("event.recover", plugin="late", since=0))["count"] == 0
+
+
+async def test_recovery_goes_on_after_a_kill_and_repeats_nothing_that_had_ended(daemon: Daemon) -> None:
+    daemon.add("one", _rejects(daemon))
+    ids = await _given_up(daemon, 30)
+    begun = await daemon.ask("event.recover", plugin="one", since=0, rate=20)
+    await daemon.poll(lambda: len(_seen(daemon)) >= 5)
+    events = (await daemon.ask("event.list"))["events"]
+    ended = {event["payload"]["deployment_id"] for event in events if event["deliveries"][0]["state"] == "ok"}
+    await daemon.kill_host()
+    assert len(_seen(daemon)) < 30
+    await daemon.start_host()
+    job = await _job(daemon, begun["job"], "done")
+    assert job["done"] == 30, "each was queued once"
+    for one in ids:
+        assert (await daemon.outcome({"id": one}))["deliveries"][0]["state"] == "ok"
+    seen = _seen(daemon)
+    assert ended and {one for one in ended if seen.count(one) != 1} == set()
+    assert set(seen) == {f"d{n}" for n in range(30)}
+
+
+async def test_job_that_is_cancelled_leaves_the_rest_as_it_was_also_when_its_plugin_goes(daemon: Daemon) -> None:
+    daemon.add("one", _rejects(daemon))
+    await _given_up(daemon, 10)
+    begun = await daemon.ask("event.recover", plugin="one", since=0, rate=2)
+    await daemon.poll(lambda: _seen(daemon))
+    assert await daemon.ask("event.cancel", id=begun["job"][:14]) == {"id": begun["job"], "plugins": ["one"]}
+    job = await _job(daemon, begun["job"], "cancelled")
+    with pytest.raises(UsageError, match="cancelled already"):
+        await daemon.ask("event.cancel", id=begun["job"])
+    left = (await daemon.ask("event.dead"))["deliveries"]
+    assert 0 < job["done"] < 10 and len(left) == 10 - job["done"]
+
+    begun = await daemon.ask("event.recover", plugin="one", since=0, rate=1)
+    await daemon.ask("plugin.remove", name="one")
+    daemon.add("one", _rejects(daemon))
+    await _job(daemon, begun["job"], "cancelled")
+    assert (await daemon.ask("plugin.show", name="one"))["queue"] == 0, "nothing is for the namesake"
+
+
+async def test_commands_recover_and_list_jobs(daemon: Daemon) -> None:
+    daemon.add("one", _rejects(daemon))
+    await _given_up(daemon, 2)
+    ran = await isolator(daemon.root, "event", "recover", "--plugin", "one", "--since", "1h", "--dry-run")
+    assert ran.out == "2 deliveries to recover for one\n"
+    words = ("event", "recover", "--plugin", "one", "--since", "1h", "--rate")
+    ran = await isolator(daemon.root, *words, "50/s", "--dead", "--json")
+    assert ran.json["count"] == 2
+    await _job(daemon, ran.json["job"], "done")
+    assert re.search(r"job_\w+ +one +dead +done +2/2 +50/s", (await isolator(daemon.root, "event", "jobs")).out)
+    assert (await isolator(daemon.root, *words, "x")).code == 2
+    assert (await isolator(daemon.root, "event", "cancel", "job_nothing")).code == 3
