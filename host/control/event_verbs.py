@@ -32,7 +32,7 @@ from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventReplayed
-from isolator.errors import DeniedError, UsageError
+from isolator.errors import UsageError
 
 
 class EventVerbs:
@@ -78,7 +78,7 @@ class EventVerbs:
             reply(answer, None)
 
         if request.name.startswith(OPERATIONAL):
-            raise DeniedError(f"event {request.name}", "is the daemon's own, and nobody else emits it")
+            raise UsageError(f"event {request.name}", "is the daemon's own", "emit one whose name begins otherwise")
         self._intake.emit(
             request.name,
             request.payload,

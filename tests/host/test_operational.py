@@ -20,7 +20,7 @@ from host.queue.interface import NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.record import Incoming, spell
-from isolator.errors import DeniedError, UsageError
+from isolator.errors import UsageError
 from isolator.ipc.messages import PluginState, RegisteredEntry
 from tests.host.fake_supervisor import Daemon
 from tests.support.timeouts import seconds
@@ -174,7 +174,7 @@ async def test_nothing_is_lost_or_repeated_over_a_restart(watched: Watched) -> N
 
 
 async def test_nobody_else_emits_or_registers_them(daemon: Daemon) -> None:
-    with pytest.raises(DeniedError, match="the daemon's own"):
+    with pytest.raises(UsageError, match="the daemon's own"):
         await daemon.ask("event.emit", name="isolator.denied", payload={"plugin": "x", "kind": "api", "record": 1})
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     for name in ("isolator.denied", "isolator.mine"):
