@@ -48,7 +48,7 @@ from isolator.ipc.tasks import end_process
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
 CHECKPOINT_LEAST = 8
@@ -73,6 +73,14 @@ _CONFIG_NEXT = """CREATE TABLE config_next (
   plugin TEXT NOT NULL, digest TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL,
   value BLOB NOT NULL, updated REAL NOT NULL, PRIMARY KEY (plugin, digest, key)
 ) WITHOUT ROWID;"""
+_OPERATIONS = """CREATE TABLE pauses (plugin TEXT PRIMARY KEY, since REAL NOT NULL, by TEXT NOT NULL);
+CREATE TABLE operational (one INTEGER PRIMARY KEY, seq INTEGER NOT NULL, standing TEXT NOT NULL);
+CREATE TABLE jobs (
+  id TEXT PRIMARY KEY, plugin TEXT NOT NULL, added REAL NOT NULL, dead INTEGER NOT NULL, missed INTEGER NOT NULL,
+  first INTEGER NOT NULL, last INTEGER NOT NULL, rate REAL NOT NULL, by TEXT NOT NULL, created REAL NOT NULL,
+  state TEXT NOT NULL, total INTEGER NOT NULL, done INTEGER NOT NULL
+);
+"""
 _TABLES = """
 CREATE TABLE events (
   seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, time TEXT NOT NULL, accepted REAL NOT NULL,
@@ -97,10 +105,10 @@ CREATE TABLE event_types (
   name TEXT PRIMARY KEY, schema TEXT NOT NULL, order_by TEXT, version INTEGER NOT NULL, by TEXT
 );
 """
-_SCHEMA = _TABLES + _CONFIG_NEXT
+_SCHEMA = _TABLES + _CONFIG_NEXT + _OPERATIONS
 _RESTORE = "restore it from a backup, and keep this one until then: queued events and config are in it"
 _NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; nothing is lost"
-_MIGRATIONS = {1: _CONFIG_NEXT}
+_MIGRATIONS = {1: _CONFIG_NEXT, 2: _OPERATIONS}
 """Statements that lead from a version to the next one."""
 
 

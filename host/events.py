@@ -24,6 +24,8 @@ from host.wire.strict_json import dumps
 from isolator.errors import NotFoundError, UsageError
 from isolator.policy.names import OLDER_HOOKS
 
+OPERATIONAL = "isolator."
+"""Begin of the names of operational events, which the daemon alone emits."""
 MAX_PAYLOAD = 64 * 1024
 NAME = re.compile(r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*){1,4}$")
 
@@ -144,6 +146,54 @@ class DomainAdded(Payload):
     tls: Short | None = None
 
 
+class _About(Payload):
+    """Base of operational events: the number of the trail's record with the details, and when it was made."""
+
+    record: Count
+    at: Time | None = None
+
+
+class PluginFailed(_About):
+    """A plugin failed too often and is not started again by itself."""
+
+    plugin: Id
+
+
+class DeliveryDead(_About):
+    """A plugin's delivery was given up, the first one since its last success."""
+
+    plugin: Id
+    state: Literal["dead", "quarantined"]
+    event_id: Id | None = None
+    event: Short | None = None
+
+
+class Denied(_About):
+    """A plugin was refused a thing of this kind, for the first time in this version and grant."""
+
+    plugin: Id
+    kind: Literal["connection", "lookup", "call", "file", "api"]
+
+
+class UpdatePending(_About):
+    """A version waits for an operator's approval."""
+
+    plugin: Id
+    version: Short
+
+
+class QueueHigh(_About):
+    """A plugin's queue has reached four fifths of its limit; it has to fall below half before the next event."""
+
+    plugin: Id
+    depth: Count
+    limit: Count
+
+
+class AuditBlocked(_About):
+    """The trail cannot be written; ``record`` is the last that was seen before."""
+
+
 # In one-shot mode optional fields are dropped in this order until the request fits; others follow, longest first.
 DROP_ORDER = ("commit_message", "message", "title", "log_url", "branch", "environment", "project_name", "actor")
 
@@ -198,11 +248,17 @@ BUILT_IN = (
     EventType("project.created", ProjectCreated, "project_id", "created_at"),
     EventType("error.detected", ErrorDetected, "fingerprint"),
     EventType("domain.added", DomainAdded, "domain", "added_at"),
+    EventType("isolator.plugin.failed", PluginFailed, "plugin"),
+    EventType("isolator.delivery.dead", DeliveryDead, "plugin"),
+    EventType("isolator.denied", Denied, "plugin"),
+    EventType("isolator.update.pending", UpdatePending, "plugin"),
+    EventType("isolator.queue.high", QueueHigh, "plugin"),
+    EventType("isolator.audit.blocked", AuditBlocked, None, "at"),
 )
 
 
 class Catalogue:
-    """Event types of this daemon: the six it ships and those the platform registered."""
+    """Event types of this daemon: those it ships and those the platform registered."""
 
     def __init__(self) -> None:
         self._types: dict[str, EventType] = {}
@@ -216,6 +272,8 @@ class Catalogue:
         """Add or replace a platform's event; raises UsageError for a bad or taken name."""
         if not NAME.match(event_type.name):
             raise UsageError(f"event {event_type.name!r}", "not a dotted lower-case name", "such as 'backup.failed'")
+        if event_type.name.startswith(OPERATIONAL) and event_type not in BUILT_IN:
+            raise UsageError(f"event {event_type.name}", f"{OPERATIONAL}* are the daemon's own", "choose another name")
         built_in = self._types.get(event_type.name)
         if built_in is not None and built_in in BUILT_IN:
             raise UsageError(f"event {event_type.name}", "is built in", "choose another name")

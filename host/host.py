@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -24,6 +25,7 @@ from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
+from host.control.operation_verbs import OperationVerbs
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.server import AnyEndpoint, ControlServer
@@ -33,13 +35,16 @@ from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
 from host.delivery.health import Watches
+from host.delivery.pauses import Pauses
 from host.events import Catalogue
 from host.handover import HostState
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
+from host.jobs import Jobs
 from host.lifecycle import PluginLifecycle
+from host.operational import OperationalEvents
 from host.plugins.logs import Logs
-from host.plugins.registry import Registry, load_event_types
+from host.plugins.registry import Plugin, Registry, load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.missing import missing
 from host.queue.sqlite import SqliteQueue, newest_number
@@ -77,6 +82,8 @@ from isolator.policy.host import HostConfig
 
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
+PLUGINS_AT_ONCE = 256
+"""Plugins in one message to the metrics."""
 QUEUE_BEAT = 2.0
 """Seconds between two comparisons of the queues' lengths with those that the metrics have."""
 
@@ -187,6 +194,7 @@ class Host:
             config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
             serve_job=api.serve_job,
             end_job=api.end_job,
+            pauses=Pauses(store),
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,
@@ -203,11 +211,14 @@ class Host:
         )
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
+        self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
+        self._jobs = Jobs(store, queue, registry, catalogue, audit)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, audit).endpoints(),
+            *OperationVerbs(queue, dispatcher, registry, audit, self._jobs).endpoints(),
             *api_verbs.endpoints(),
             *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
             *registrations.endpoints(),
@@ -217,7 +228,7 @@ class Host:
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(endpoints, settings.role_of, audit.record, restore)
-        self._gauges = QueueGauges(queue, audit)
+        self._gauges = Gauges(queue, registry, dispatcher, audit)
 
     def handlers(self) -> dict[str, Handler]:
         """The supervisor's requests and notifications, by op."""
@@ -239,6 +250,7 @@ class Host:
         self._alarms.supervisor = introduction.alarms
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
+        self._jobs.start()
         self._lifecycle.drop_unsettled_values()
         if introduction.listener is not None:
             await self._control.start(introduction.listener)
@@ -254,6 +266,7 @@ class Host:
             await self._lifecycle.adopt(entry)
         await self._dispatcher.taken_over()
         self._queue.end_lost_requests()
+        self._jobs.start()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         self._api_verbs.numbers = state.api_calls
@@ -284,6 +297,8 @@ class Host:
         workers, starts = self._dispatcher.pass_on(departure), self._lifecycle.pass_on()
         self._lifecycle.close()
         self._gauges.close()
+        self._operational.close()
+        self._jobs.close()
         await self._watches.close()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
@@ -314,6 +329,8 @@ class Host:
     async def close(self) -> None:
         """Stop serving; accepted events stay in the queue."""
         self._gauges.close()
+        self._operational.close()
+        self._jobs.close()
         self._lifecycle.close()
         await self._control.close()
         self._trail.close()
@@ -404,17 +421,19 @@ def _is_crash(ended: RunEnded) -> bool:
     return own and (ended.signal is not None or ended.cause == OUT_OF_MEMORY)
 
 
-class QueueGauges:
-    """The queues' lengths, sent to the metrics whenever they have changed."""
+class Gauges:
+    """The queues' lengths and the plugins' states and limits, sent to the metrics whenever they have changed."""
 
-    def __init__(self, queue: SqliteQueue, audit: AuditClient) -> None:
-        self._queue, self._audit = queue, audit
+    def __init__(self, queue: SqliteQueue, registry: Registry, dispatcher: Dispatcher, audit: AuditClient) -> None:
+        self._queue, self._registry, self._dispatcher, self._audit = queue, registry, dispatcher, audit
         self._sent: dict[str, int] | None = None
-        self._task = essential(self._run(), "queue gauges")
+        self._plugins: dict[str, dict[str, Any]] = {}
+        """As they were sent."""
+        self._task = essential(self._run(), "gauges")
 
     def repeat(self) -> None:
         """Send them once more though they are the same: there is a new audit process."""
-        self._sent = None
+        self._sent, self._plugins = None, {}
 
     def close(self) -> None:
         """Send them no more."""
@@ -426,4 +445,24 @@ class QueueGauges:
             if depths != self._sent:
                 self._audit.gauges(queue=depths)
                 self._sent = depths
+            self._send_plugins()
             await asyncio.sleep(QUEUE_BEAT)
+
+    def _send_plugins(self) -> None:
+        oldest = self._queue.oldest()
+        found = {plugin.name: self._of(plugin, oldest) for plugin in self._registry}
+        changed: dict[str, Any] = {name: one for name, one in found.items() if self._plugins.get(name) != one}
+        changed |= dict.fromkeys(self._plugins.keys() - found.keys())
+        names = list(changed)
+        for begin in range(0, len(names), PLUGINS_AT_ONCE):
+            self._audit.gauges(plugins={name: changed[name] for name in names[begin : begin + PLUGINS_AT_ONCE]})
+        self._plugins = found
+
+    def _of(self, plugin: Plugin, oldest: Mapping[str, float]) -> dict[str, Any]:
+        found: dict[str, Any] = {"state": plugin.state, "paused": self._dispatcher.paused(plugin.name)}
+        if plugin.name in oldest:
+            found["oldest"] = round(oldest[plugin.name], 3)
+        if plugin.effective is not None:
+            caps = plugin.effective.resources
+            found |= {"memory": caps.memory, "cpu": caps.cpu / 1000, "tasks": caps.tasks, "open_files": caps.nofile}
+        return found

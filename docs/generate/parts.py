@@ -6,6 +6,7 @@ from functools import partial
 
 from docs.generate import messages, policy_keys
 from docs.generate.floors import floors
+from docs.generate.metrics import metrics
 from docs.generate.replace import Part
 from docs.generate.schemas import FOLDER, json_schema, types_table
 from docs.generate.verbs import verbs
@@ -19,6 +20,7 @@ PARTS: tuple[Part, ...] = (
     Part("docs/egress.md", "denial rules", denial.table),
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
     Part("docs/embedding.md", "verbs", verbs),
+    Part("docs/metrics.md", "metrics", metrics),
     Part("docs/policy.md", "policy keys", policy_keys.for_operators),
     Part("docs/manifest.md", "policy keys", policy_keys.for_authors),
     *(Part("docs/internals.md", name, partial(messages.direction, name)) for name in DIRECTIONS),

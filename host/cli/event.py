@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from host.cli.complete import event_ids, event_names, plugin_names
 from host.cli.many import Aliased
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
 from host.client.client import Client
+from isolator.cli.audit import moment
 from isolator.errors import UsageError
 
 _FINE = ("ok", "skipped")
@@ -71,26 +73,46 @@ def emit(
     return 0 if all(delivery["state"] in _FINE for delivery in row["deliveries"]) else 1
 
 
-@event.command("list")
+@event.command(
+    "list",
+    epilog="\b\nExamples:\n  isolator event list --plugin slack --state retry\n"
+    "  isolator event list --type deploy.failed --since 2h --json",
+)
 @click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
-@click.option("--name", metavar="EVENT", help="Only events of this name.")
+@click.option("--type", "--name", "name", metavar="EVENT", shell_complete=event_names, help="Only events of this type.")
+@click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only events for this plugin.")
+@click.option("--state", metavar="STATE", help="Only with a delivery in this state: retry, dead, ok, ...")
+@click.option("--since", metavar="T", help="A time, or an age such as 2h.")
 @AS_JSON
 @click.pass_obj
-def list_events(root: str | None, limit: int, name: str | None, as_json: bool) -> None:
+def list_events(
+    root: str | None,
+    limit: int,
+    name: str | None,
+    plugin: str | None,
+    state: str | None,
+    since: str | None,
+    as_json: bool,
+) -> None:
     """List the newest events."""
+    request: dict[str, Any] = {"limit": limit, "event": name, "plugin": plugin, "state": state}
+    if (begin := moment(since)) is not None:
+        request["since"] = datetime.fromisoformat(begin).timestamp()
     with Client(root) as client:
-        events = client.call("event.list", limit=limit, event=name)["events"]
+        events = client.call("event.list", **request)["events"]
     if as_json:
         print_json(events)
         return
     rows = []
     for row in events:
-        states = [f"{d['plugin']} {d['state']}" for d in row["deliveries"]]
+        of = [d for d in row["deliveries"] if plugin in (None, d["plugin"]) and state in (None, d["state"])]
+        states = [f"{d['plugin']} {d['state']}" for d in of]
         rows.append([row["id"], row["name"], row["subject"], ago(row["accepted"]), ", ".join(states) or "nobody"])
     if rows:
         table(["id", "event", "subject", "ago", "deliveries"], rows)
     else:
-        click.echo("no events; emit one with 'isolator event emit'", err=True)
+        narrowed = any(one is not None for one in (name, plugin, state, since))
+        click.echo("no such events" if narrowed else "no events; emit one with 'isolator event emit'", err=True)
 
 
 @event.command()
@@ -124,6 +146,88 @@ def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -
         print_json(answer)
     else:
         click.echo(f"queued {answer['id']} again for {', '.join(answer['plugins'])}")
+
+
+def _change(verb: str, summary: str, done: str, *, of_one: bool = True) -> None:
+    epilog = f"\b\nExamples:\n  isolator event {verb} ev_0195"
+
+    def command(root: str | None, event_id: str, as_json: bool, plugin: str | None = None) -> None:
+        with Client(root) as client:
+            answer = client.call(f"event.{verb}", id=event_id, **({"plugin": plugin} if plugin is not None else {}))
+        if as_json:
+            print_json(answer)
+        else:
+            click.echo(f"{done} {answer['id']} for {', '.join(answer['plugins'])}")
+
+    decorated = AS_JSON(click.pass_obj(command))
+    if of_one:
+        decorated = click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only there.")(decorated)
+        epilog += f"\n  isolator event {verb} ev_0195 --plugin slack"
+    decorated = click.argument("event_id", metavar="ID", shell_complete=event_ids)(decorated)
+    event.command(verb, help=summary, epilog=epilog)(decorated)
+
+
+_change("retry", "Try an event at once that waits for its next attempt; the order within its key stays.", "retrying")
+_change("skip", "Pass an event over that waits: later events of its key go on.", "skipped")
+_change("cancel", "Cancel every delivery of an event that waits, or a recovery job.", "cancelled", of_one=False)
+
+
+def _rate(_: click.Context, __: click.Parameter, text: str) -> float:
+    try:
+        return float(text.removesuffix("/s"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not like 20/s") from None
+
+
+@event.command(
+    epilog="\b\nExamples:\n  isolator event recover --plugin slack --since 2h --dry-run\n"
+    "  isolator event recover --plugin slack --since 2026-01-31T12:00 --missed --rate 50/s\n\n"
+    "It runs in the daemon, over restarts too: isolator event jobs; isolator event cancel JOB"
+)
+@click.option("--plugin", metavar="NAME", required=True, shell_complete=plugin_names, help="The plugin to deliver to.")
+@click.option("--since", metavar="T", required=True, help="Events since a time, or an age such as 2h.")
+@click.option("--dead", is_flag=True, help="Only what was given up; not what killed the plugin.")
+@click.option("--missed", is_flag=True, help="Only what it never got, and is granted now.")
+@click.option("--rate", metavar="N/s", default="20/s", show_default=True, callback=_rate, help="Deliveries a second.")
+@click.option("--dry-run", is_flag=True, help="Only count them.")
+@AS_JSON
+@click.pass_obj
+def recover(
+    root: str | None, plugin: str, since: str, dead: bool, missed: bool, rate: float, dry_run: bool, as_json: bool
+) -> None:
+    """Deliver again what was given up, and what the plugin has missed."""
+    begin = moment(since)
+    assert begin is not None
+    request = {"plugin": plugin, "since": datetime.fromisoformat(begin).timestamp(), "dead": dead, "missed": missed}
+    with Client(root) as client:
+        answer = client.call("event.recover", **request, rate=rate, dry_run=dry_run)
+    if as_json:
+        print_json(answer)
+    elif answer["job"] is None:
+        click.echo(f"{answer['count']} deliveries to recover for {plugin}")
+    else:
+        click.echo(f"{answer['job']}  {answer['count']} deliveries for {plugin}; isolator event jobs")
+
+
+@event.command(epilog="\b\nExamples:\n  isolator event jobs\n  isolator event jobs --json")
+@AS_JSON
+@click.pass_obj
+def jobs(root: str | None, as_json: bool) -> None:
+    """List the recovery jobs and how far they are."""
+    with Client(root) as client:
+        found = client.call("event.jobs")["jobs"]
+    if as_json:
+        print_json(found)
+    elif found:
+        kinds = {(True, True): "all", (True, False): "dead", (False, True): "missed"}
+        rows = [
+            [j["id"], j["plugin"], kinds[j["dead"], j["missed"]], j["state"], f"{j['done']}/{j['total']}",
+             f"{j['rate']:g}/s", ago(j["created"]), j["by"]]
+            for j in found
+        ]  # fmt: skip
+        table(["id", "plugin", "which", "state", "queued", "rate", "ago", "by"], rows)
+    else:
+        click.echo("no recovery jobs; see 'isolator event recover --help'", err=True)
 
 
 @event.command()

@@ -137,7 +137,8 @@ def _fails(shown: Mapping[str, Any]) -> bool:
 
 def _notes(shown: Mapping[str, Any]) -> list[str]:
     """Everything an operator should know about a plugin, the most urgent first, each once."""
-    notes = [shown.get("error"), _waiting(shown), _failing(shown), shown.get("holding")]
+    holding = None if shown.get("paused") else shown.get("holding")
+    notes = [shown.get("error"), _waiting(shown), _paused(shown), _failing(shown), holding]
     return [note for note in dict.fromkeys(notes) if note]
 
 
@@ -150,6 +151,14 @@ def _failing(shown: Mapping[str, Any]) -> str | None:
     due = shown.get("next_attempt")
     again = f"; next try in {duration(due - time.time())}" if due else ""
     return f"failing for {ago(shown['failing_since'])}: {why}{again}"
+
+
+def _paused(shown: Mapping[str, Any]) -> str | None:
+    """Since when a plugin is paused, by whom, with the command that ends it."""
+    pause = shown.get("paused")
+    if not pause:
+        return None
+    return f"paused {ago(pause['since'])} ago by {pause['by']}; isolator plugin resume {shown['name']}"
 
 
 def _waiting(shown: Mapping[str, Any]) -> str | None:
@@ -176,7 +185,11 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         last = found["last"]
         detail = f", {safe(last['detail'])}" if last["detail"] else ""
         click.echo(f"{'last outcome:':18}{last['outcome']}, {ago(last['at'])} ago{detail}  ({last['event_id']})")
-    for label, note in (("failing:", _failing(found)), ("held back by:", found.get("held_by"))):
+    for label, note in (
+        ("paused:", _paused(found)),
+        ("failing:", _failing(found)),
+        ("held back by:", found.get("held_by")),
+    ):
         if note:
             click.echo(f"{label:18}{safe(note)}")
     for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
@@ -281,6 +294,8 @@ _simple("start", "Start a plugin now instead of at its first event, and wait unt
 _simple("stop", "Stop a plugin; the next event starts it again.", "stopped")
 _simple("restart", "Stop a plugin, start it again, and wait until it is up.", "restarted", waits=True)
 _simple("enable", "Let a disabled plugin run again.", "enabled")
+_simple("pause", "Send a plugin no events until it is resumed; they wait, and its sidecar stays.", "paused")
+_simple("resume", "Send a paused plugin its events again.", "resumed")
 _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disabled")
 
 

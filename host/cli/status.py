@@ -56,6 +56,8 @@ def _lines(found: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
         lines.append(("failing", f"{safe(found['failing'])}; isolator plugin list --failed"))
     if found["waiting"]:
         lines.append(("waiting", f"{safe(found['waiting'])}; isolator plugin approve NAME"))
+    if found["paused"]:
+        lines.append(("paused", f"{safe(found['paused'])}; isolator plugin resume NAME"))
     queue = {name: depth for name, depth in found["queue"].items() if depth}
     most = sorted(queue.items(), key=lambda item: -item[1])[:3]
     waits = f" ({', '.join(f'{safe(name)} {depth}' for name, depth in most)})" if most else ""

@@ -63,6 +63,7 @@ class DaemonVerbs:
 
     async def status(self, _: Status, __: Caller) -> DaemonStatus:
         plugins = list(self._registry)
+        paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
         failing = [p.name for p in plugins if self._dispatcher.status(p.name)["failing_since"] is not None]
         return {
             "version": __version__,
@@ -72,6 +73,7 @@ class DaemonVerbs:
             "states": dict(Counter(plugin.state for plugin in plugins)),
             "failing": sorted(failing),
             "waiting": sorted(p.name for p in plugins if p.raw.get("pending") or p.raw.get("found")),
+            "paused": paused,
             "services": await self._services(),
             "trail": {
                 "last": await asyncio.to_thread(_last_record, self._trail),

@@ -25,7 +25,7 @@ from host.control.verbs import (
 )
 from host.database import Store
 from host.delivery.dispatch import Dispatcher
-from host.events import Catalogue, from_schema
+from host.events import OPERATIONAL, Catalogue, from_schema
 from host.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
@@ -77,6 +77,8 @@ class EventVerbs:
             }
             reply(answer, None)
 
+        if request.name.startswith(OPERATIONAL):
+            raise UsageError(f"event {request.name}", "is the daemon's own", "emit one whose name begins otherwise")
         self._intake.emit(
             request.name,
             request.payload,
@@ -93,7 +95,11 @@ class EventVerbs:
 
     async def list_newest(self, request: EventList, _: Caller) -> Events:
         name = self._catalogue.need(request.event).name if request.event is not None else None
-        rows = await self._queue.list_events(limit=request.limit, name=name)
+        if request.plugin is not None:
+            self._registry.need(request.plugin)
+        rows = await self._queue.list_events(
+            limit=request.limit, name=name, since=request.since, plugin=request.plugin, state=request.state
+        )
         return {"events": [_event(row) for row in rows]}
 
     async def show(self, request: EventShow, _: Caller) -> Event:

@@ -52,6 +52,21 @@ class Text:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """One of several texts; null is None."""
+
+    values: tuple[str, ...]
+
+    def parse(self, key: str, value: Any) -> str | None:
+        if value is not None and value not in self.values:
+            raise UsageError(key, f"must be one of {', '.join(self.values)}")
+        return value if isinstance(value, str) else None
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": ["string", "null"], "enum": [*self.values, None]}
+
+
+@dataclass(frozen=True)
 class Number:
     """A number from 0 to ``most``, as float; null is None where ``nullable``."""
 

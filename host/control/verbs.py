@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict, get_origin, get_type_hints
 
-from host.control.parameters import ConfigValues, Flag, Json, Number, Object, Request, Text, Texts, Whole
+from host.control.parameters import ConfigValues, Flag, Json, Number, Object, OneOf, Request, Text, Texts, Whole
 
 MAX_WAIT = 3600.0
 """Seconds that ``event.wait`` may take."""
@@ -19,6 +19,9 @@ MAX_RECORDS = 10_000
 """Records that ``audit.follow`` may begin with."""
 LARGEST = 1 << 53
 """The largest number that every JSON reader keeps exactly."""
+
+STORED_STATES = ("queued", "retry", "in_flight", "ok", "skipped", "dead", "expired", "quarantined", "cancelled")
+"""States of deliveries as ``event.list`` can look for them."""
 
 Name = Annotated[str, Text()]
 OptionalText = Annotated[str | None, Text(least=0, nullable=True)]
@@ -83,6 +86,40 @@ class Replayed(TypedDict):
     plugins: list[str]
 
 
+class ChangedEvent(TypedDict):
+    """An event, and the plugins whose deliveries were changed."""
+
+    id: str
+    plugins: list[str]
+
+
+class Recovery(TypedDict):
+    """A recovery as planned: the number of deliveries, and the id of its job; null where nothing was begun."""
+
+    job: str | None
+    plugin: str
+    count: int
+
+
+class RecoveryJob(TypedDict):
+    """A recovery job; ``done`` of about ``total`` deliveries are queued; ``state``: running, done or cancelled."""
+
+    id: str
+    plugin: str
+    dead: bool
+    missed: bool
+    rate: float
+    by: str
+    created: float
+    state: str
+    total: int
+    done: int
+
+
+class RecoveryJobs(TypedDict):
+    jobs: list[RecoveryJob]
+
+
 class EventTypeEntry(TypedDict):
     """One event type of the catalogue, with the JSON Schema of its payload."""
 
@@ -120,10 +157,13 @@ class EventWait(Request, verb="event.wait", role="emitter", result=Event):
 
 
 class EventList(Request, verb="event.list", role="viewer", result=Events):
-    """List the newest events, or those of one name."""
+    """List the newest events: those of one name, since a Unix time, with a delivery at a plugin and in a state."""
 
     limit: Annotated[int, Whole(10_000)] = 50
     event: OptionalText = None
+    plugin: OptionalText = None
+    state: Annotated[str | None, OneOf(STORED_STATES)] = None
+    since: Annotated[float, Number(LARGEST)] = 0.0
 
 
 class EventShow(Request, verb="event.show", role="viewer", result=Event):
@@ -144,6 +184,44 @@ class EventReplay(Request, verb="event.replay", role="operator", recorded=True, 
 
     id: Name
     plugin: OptionalText = None
+
+
+class EventRetry(Request, verb="event.retry", role="operator", recorded=True, result=ChangedEvent):
+    """Try deliveries of an event that wait for their next attempt at once, each in its place in its key's order."""
+
+    id: Name
+    plugin: OptionalText = None
+
+
+class EventSkip(Request, verb="event.skip", role="operator", recorded=True, result=ChangedEvent):
+    """Pass an event over: its waiting deliveries, or that of one plugin, end as skipped, and their keys go on."""
+
+    id: Name
+    plugin: OptionalText = None
+
+
+class EventCancel(Request, verb="event.cancel", role="operator", recorded=True, result=ChangedEvent):
+    """Cancel an event (every delivery of it that is not final), or a recovery job: what it has queued stays."""
+
+    id: Name
+
+
+class EventRecover(Request, verb="event.recover", role="operator", recorded=True, result=Recovery):
+    """Begin a job that queues what a plugin has missed, or was given up there, since a Unix time, at ``rate`` a second.
+
+    Without ``dead`` and ``missed`` it is both. With ``dry_run`` only the plan is returned.
+    """
+
+    plugin: Name
+    since: Annotated[float, Number(LARGEST)]
+    dead: Annotated[bool, Flag()] = False
+    missed: Annotated[bool, Flag()] = False
+    rate: Annotated[float, Number(10_000.0)] = 20.0
+    dry_run: Annotated[bool, Flag()] = False
+
+
+class EventJobs(Request, verb="event.jobs", role="viewer", result=RecoveryJobs):
+    """List the recovery jobs, those that ended too, the newest first."""
 
 
 class EventTypes(Request, verb="event.types", role="viewer", result=EventTypeList):
@@ -244,6 +322,20 @@ class Attempted(TypedDict):
     at: float
 
 
+class Pause(TypedDict):
+    """Pause of a plugin's deliveries: since when (Unix time), and who set it."""
+
+    since: float
+    by: str
+
+
+class PauseChange(TypedDict):
+    """Whether the plugin is paused now, and whether that is a change."""
+
+    paused: bool
+    changed: bool
+
+
 class ListedPlugin(PluginEntry):
     """One plugin with its queue's length and the state of its worker.
 
@@ -257,6 +349,7 @@ class ListedPlugin(PluginEntry):
     last: Attempted | None
     failing_since: float | None
     next_attempt: float | None
+    paused: Pause | None
 
 
 class ConfigItem(TypedDict):
@@ -427,6 +520,18 @@ class PluginDisable(Request, verb="plugin.disable", role="operator", recorded=Tr
     name: Name
 
 
+class PluginPause(Request, verb="plugin.pause", role="operator", recorded=True, result=PauseChange):
+    """Send a plugin no events until it is resumed, also after a restart; they wait, and its sidecar stays."""
+
+    name: Name
+
+
+class PluginResume(Request, verb="plugin.resume", role="operator", recorded=True, result=PauseChange):
+    """Send a paused plugin its events again."""
+
+    name: Name
+
+
 class PluginRemove(Request, verb="plugin.remove", role="operator", recorded=True, result=Nothing):
     """Stop a plugin and forget it with its config and its queue; takes a ticket."""
 
@@ -537,7 +642,10 @@ class Trail(TypedDict):
 
 
 class DaemonStatus(TypedDict):
-    """The daemon at a glance; ``failing`` and ``waiting`` name plugins, ``services`` is empty while S is away."""
+    """The daemon at a glance; ``failing``, ``waiting`` and ``paused`` name plugins.
+
+    ``services`` is empty while S is away.
+    """
 
     version: str
     pid: int
@@ -546,6 +654,7 @@ class DaemonStatus(TypedDict):
     states: dict[str, int]
     failing: list[str]
     waiting: list[str]
+    paused: list[str]
     services: list[ServiceEntry]
     trail: Trail
     queue: dict[str, int]

@@ -6,6 +6,7 @@ Workers share nothing but the event loop: a plugin that hangs, floods or crashes
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from host.delivery.gate import DispatchGate
 from host.delivery.modes import Parts
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.outcome import Outcomes
+from host.delivery.pauses import Paused, Pauses
 from host.delivery.sidecar import SidecarLink
 from host.delivery.stream import HostApiCall, StreamDelivery
 from host.delivery.worker import Worker, WorkerState
@@ -49,11 +51,12 @@ class Dispatcher:
         config_value: Callable[[Plugin, str], str | None],
         serve_job: Callable[[str, str, socket.socket], None],
         end_job: Callable[[str, str], None],
+        pauses: Pauses,
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
-        self._redactor, self._api = redactor, api
+        self._redactor, self._api, self._pauses = redactor, api, pauses
         self._logs, self._serve_job, self._end_job = logs, serve_job, end_job
         self._source, self._config_value = source, config_value
         self._before: dict[str, WorkerState] = {}
@@ -99,9 +102,32 @@ class Dispatcher:
         worker = self.workers.get(plugin.name)
         if worker is None:
             worker = self.workers[plugin.name] = self._new_worker(plugin.name)
+            if self._pauses.of(plugin.name) is not None:
+                worker.pause()
         if plugin.run is not None and plugin.state == "running":
             worker.run_started(plugin.run)
         worker.wake()
+
+    async def pause(self, name: str, by: str) -> bool:
+        """Pause a plugin's deliveries; returns when that is safe, and whether they were not paused before."""
+        if name in self.workers:
+            self.workers[name].pause()
+        try:
+            return await self._pauses.set(name, by)
+        finally:
+            if self._pauses.of(name) is None and name in self.workers:
+                self.workers[name].resume()  # it could not be kept
+
+    async def resume(self, name: str) -> Paused | None:
+        """Resume a plugin's deliveries; returns the pause that is over, if there was one."""
+        pause = await self._pauses.end(name)
+        if name in self.workers:
+            self.workers[name].resume()
+        return pause
+
+    def paused(self, name: str) -> bool:
+        """Whether a plugin is paused."""
+        return self._pauses.of(name) is not None
 
     def wake(self, name: str) -> None:
         """Let a worker that holds back try again: its obstacle may be cleared."""
@@ -119,10 +145,11 @@ class Dispatcher:
             await self.workers[name].drain(run, reason)
 
     async def plugin_removed(self, name: str) -> None:
-        """Stop the plugin's worker."""
+        """Stop the plugin's worker, and forget its pause."""
         worker = self.workers.pop(name, None)
         if worker is not None:
             await worker.close()
+        await self._pauses.end(name)
 
     def run_started(self, name: str, run: str) -> None:
         """See ``Worker.run_started``."""
@@ -142,9 +169,12 @@ class Dispatcher:
     def status(self, name: str) -> dict[str, Any]:
         """Return the worker's present step, its obstacle and how its attempts went, for listings."""
         worker = self.workers.get(name)
+        pause = self._pauses.of(name)
+        paused = dataclasses.asdict(pause) if pause is not None else None
         if worker is None:
-            return {"worker": None, "holding": None, "last": None, "failing_since": None, "next_attempt": None}
-        return {"worker": worker.status, "holding": worker.blocked_on, **worker.health()}
+            nothing = {"last": None, "failing_since": None, "next_attempt": None}
+            return {"worker": None, "holding": None, "paused": paused, **nothing}
+        return {"worker": worker.status, "holding": worker.blocked_on, "paused": paused, **worker.health()}
 
     # One host in the place of another
 

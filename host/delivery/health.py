@@ -75,7 +75,7 @@ class Watch:
                 _log.exception("plugin %s: no ping", plugin.name)
 
     def _idle_for(self) -> float:
-        return 0.0 if self._worker.busy else self._loop.time() - self._worker.last_used
+        return 0.0 if not self._worker.idle else self._loop.time() - self._worker.last_used
 
     async def _ping(self, plugin: Plugin) -> None:
         assert plugin.manifest is not None

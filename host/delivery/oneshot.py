@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from host.channel.oneshot import Exchange, ExchangeState, exchange
 from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
 from host.delivery.outcome import Outcomes
-from host.delivery.sidecar import SidecarLink
+from host.delivery.sidecar import PAUSED, SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
@@ -87,6 +87,9 @@ class OneshotDelivery:
             self._outcomes.give_up(delivery, "payload_too_large")
             return
         sock, run = await self._connection()
+        if self._sidecar.paused:
+            self._prepared = _done((sock, run))  # it was made, so it has to be used: once the pause is over
+            raise NotSentError(PAUSED)
         with sock:
             foreign = self._sidecar.check_peer(sock, plugin, run)
             if foreign is not None:

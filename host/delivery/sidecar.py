@@ -25,6 +25,10 @@ CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
 
 
+PAUSED = "it is paused"
+"""Why nothing is sent to a plugin that an operator has paused."""
+
+
 class SidecarState(Body):
     """The link to a sidecar on its way to another host."""
 
@@ -44,6 +48,8 @@ class SidecarLink:
         """Present step of delivery, for listings: idle, holding, starting, connecting or in_flight."""
         self.leaving = False
         """No request is begun any more: another process takes this one's place."""
+        self.paused = False
+        """No event is sent: an operator has paused the plugin."""
         self._supervisor, self._audit = supervisor, audit
         self._reached: str | None = None
         self._draining: str | None = None
@@ -54,7 +60,7 @@ class SidecarLink:
     @property
     def accepts(self) -> bool:
         """Whether a run is there to which requests may be sent."""
-        return self.run is not None and self.run != self._draining and not self.leaving
+        return self.run is not None and self.run != self._draining and not self.leaving and not self.paused
 
     @property
     def reached(self) -> bool:
@@ -108,6 +114,8 @@ class SidecarLink:
             raise NotSentError("the plugin is being stopped")
         if self.leaving:
             raise NotSentError("the host is being renewed")
+        if self.paused:
+            raise NotSentError(PAUSED)
         self.take_request()
 
     def take_request(self) -> None:

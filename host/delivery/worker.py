@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from host.delivery.gate import DispatchGate
 from host.delivery.modes import Mode, Parts, mode_class
 from host.delivery.oneshot import OneshotDelivery, OneshotState
 from host.delivery.outcome import Outcomes, OutcomeState
-from host.delivery.sidecar import SidecarLink, SidecarState
+from host.delivery.sidecar import PAUSED, SidecarLink, SidecarState
 from host.delivery.stream import SessionState, StreamDelivery
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery, KeptState
@@ -92,6 +93,8 @@ class Worker:
         self._modes: dict[str, Mode] = {}
         """Those that were needed so far, by name."""
         self._woken = asyncio.Event()
+        self._resumed_by_operator = asyncio.Event()
+        self._resumed_by_operator.set()
         self._backoff = Backoff(HOLD_FIRST, HOLD_LONGEST)
         self._taken: Delivery | None = None
         """The delivery that is to be sent next."""
@@ -128,6 +131,22 @@ class Worker:
         """Whether a request is unanswered or a delivery waits."""
         busy = self._stream.busy or self._oneshot.busy or any(mode.busy for mode in self._modes.values())
         return busy or self._consumer.depth > 0
+
+    def pause(self) -> None:
+        """Send no further event until ``resume``; what is in flight is answered, and the sidecar stays."""
+        self._sidecar.paused = True
+        self._resumed_by_operator.clear()
+
+    def resume(self) -> None:
+        """Send events again."""
+        self._sidecar.paused = False
+        self._resumed_by_operator.set()
+        self.wake()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the sidecar may be stopped as idle."""
+        return not self.busy and not self._sidecar.paused
 
     def wake(self) -> None:
         """End the present pause: the plugin has changed."""
@@ -189,9 +208,11 @@ class Worker:
         """
         if plugin.mode == "stream":
             await self._stream.ping(timeout)
-        elif self.busy:
             return
-        elif plugin.mode == "oneshot":
+        unanswered = self._oneshot.busy or any(mode.busy for mode in self._modes.values())
+        if unanswered or (self._consumer.depth and not self._sidecar.paused):
+            return
+        if plugin.mode == "oneshot":
             await self._oneshot.ping(timeout)
         else:
             await self._mode(plugin.mode).ping(plugin, timeout)
@@ -279,10 +300,15 @@ class Worker:
         await self._begin()
         while True:
             self._sidecar.status = "idle"
+            await self._until_resumed()
             delivery = self._taken = await self._consumer.take(self._prepare)
             await self._gate.wait_open()
             if self._sidecar.leaving:
                 await asyncio.Event().wait()  # pass_on ends it
+            if self._sidecar.paused:
+                self._consumer.release(delivery)
+                self._taken = None
+                continue
             try:
                 await self._deliver(delivery)
                 self._backoff.reset()
@@ -295,6 +321,12 @@ class Worker:
                 _log.exception("plugin %s: a delivery failed within the host", self.name)
                 self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
             self._taken = None
+
+    async def _until_resumed(self) -> None:
+        if self._sidecar.paused:
+            self._sidecar.status, self.blocked_on = "holding", PAUSED
+            await self._resumed_by_operator.wait()
+            self._sidecar.status, self.blocked_on = "idle", None
 
     def _note_failure(self, delivery: Delivery, why: str) -> None:
         plugin = self._registry.get(self.name)
@@ -322,6 +354,9 @@ class Worker:
         hook = plugin.hooks.get(event.name) if plugin is not None else None
         if plugin is None or hook is None:
             self._outcomes.give_up(delivery, "the plugin no longer receives this event")
+        elif plugin.filtered and not plugin.sees(json.loads(event.payload)):
+            # It was accepted, or is replayed, under another grant or version.
+            self._outcomes.give_up(delivery, "the filters of the plugin's grant or manifest leave this event out")
         elif plugin.mode == "stream":
             await self._stream.deliver(plugin, hook, delivery)
         elif plugin.mode == "oneshot":

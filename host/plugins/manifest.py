@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from isolator.errors import UsageError
+from isolator.policy.filters import MOST, parse_filter
 from isolator.policy.frozen import Frozen
 from isolator.policy.parse.strict import Table, printable, prose
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, MODES, ManifestCore
@@ -82,6 +83,8 @@ class DeliverySpec(Frozen):
     concurrency: int = 16
     """Keys in parallel; one at a time in one-shot mode, and in the mode exec unless more are asked for."""
     expires: float | None = None
+    filters: tuple[str, ...] = ()
+    """The author wants only events that pass all of these (``isolator.policy.filters``)."""
 
 
 class Activation(Frozen):
@@ -217,6 +220,7 @@ def _delivery(table: Table, mode: str) -> DeliverySpec:
         order_by=table.text("order_by", "") or None,
         concurrency=table.integer("concurrency", 1 if mode == "exec" else 16, low=1, high=256),
         expires=table.parsed("expires", _duration, None),
+        filters=table.items("filters", parse_filter, limit=MOST) or (),
     )
     table.finish()
     return spec

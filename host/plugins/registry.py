@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from host.database import Store
-from host.events import Catalogue, EventType, from_schema
+from host.events import OPERATIONAL, Catalogue, EventType, from_schema
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.queue.interface import Subscriber
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.ipc.messages import PluginEntry
+from isolator.policy.filters import passes
 from isolator.policy.model import EffectivePolicy
 
 NO_ORDER = "none"
@@ -59,6 +60,18 @@ class Plugin:
     def major(self) -> int:
         """Major of the plugin's ``api_version``."""
         return int(self.manifest.core.api_version.partition(".")[0]) if self.manifest is not None else 1
+
+    def sees(self, payload: Mapping[str, Any]) -> bool:
+        """Whether the filters of its grant and its manifest let it have an event with this payload."""
+        wanted = self.manifest.delivery.filters if self.manifest is not None else ()
+        granted = self.effective.filters if self.effective is not None else ()
+        return passes((*granted, *wanted), payload)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether it has a filter at all."""
+        manifest, effective = self.manifest, self.effective
+        return bool((effective and effective.filters) or (manifest and manifest.delivery.filters))
 
     @property
     def timeout(self) -> float:
@@ -133,13 +146,26 @@ class Registry:
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
         """Find the plugins that get this event, each with the key that orders it there."""
-        found = []
-        for plugin in self._subscribers.get(event_type.name, ()):
-            order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
-            by = event_type.order_by if order_by is None else None if order_by == NO_ORDER else order_by
-            value = payload.get(by) if by is not None else None
-            found.append(Subscriber(plugin.name, None if value is None else f"{by}={value}"))
-        return found
+        plugins = self._subscribers.get(event_type.name, ())
+        return [found for plugin in plugins if (found := self.subscriber(plugin, event_type, payload)) is not None]
+
+    @staticmethod
+    def subscriber(plugin: Plugin, event_type: EventType, payload: Mapping[str, Any]) -> Subscriber | None:
+        """Return one plugin as a subscriber of this event; None if it does not get it."""
+        if event_type.name not in plugin.hooks or "found" in plugin.raw:
+            return None
+        if event_type.name.startswith(OPERATIONAL) and payload.get("plugin") == plugin.name:
+            return None  # nobody is notified of itself
+        if plugin.filtered and not plugin.sees(payload):
+            return None
+        order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
+        by = event_type.order_by if order_by is None else None if order_by == NO_ORDER else order_by
+        value = payload.get(by) if by is not None else None
+        return Subscriber(plugin.name, None if value is None else f"{by}={value}")
+
+    def hears(self, prefix: str) -> bool:
+        """Whether a plugin receives an event whose name begins so."""
+        return any(name.startswith(prefix) for name in self._subscribers)
 
     def _subscribe(self) -> None:
         subscribers: dict[str, list[Plugin]] = {}

@@ -23,6 +23,9 @@ class DeliveryRows(Protocol):
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
         """Record the state of a delivery, with the Unix time of its next attempt (0: none)."""
 
+    def write_due(self, delivery: Delivery, due: float) -> None:
+        """Record the Unix time of a waiting delivery's next attempt (0: at once)."""
+
     def write_crashes(self, delivery: Delivery) -> None:
         """Record ``delivery.crashes``."""
 
@@ -48,6 +51,12 @@ class SqliteConsumer:
     @property
     def depth(self) -> int:
         return self._lane.depth
+
+    @property
+    def oldest(self) -> int | None:
+        """Number of the oldest event whose delivery is not final."""
+        delivery = self._lane.oldest
+        return delivery.seq if delivery is not None else None
 
     @property
     def next_attempt(self) -> float | None:
@@ -118,6 +127,13 @@ class SqliteConsumer:
             self._rows.write(delivery, Result("queued"), 0.0)
         self._put_back(delivery, delivery.due)
         self._wake()
+
+    def expedite(self, delivery: Delivery) -> Delivery | None:
+        before = self._lane.expedite(delivery)
+        if before is None:
+            self._rows.write_due(delivery, 0.0)
+            self._wake()
+        return before
 
     def _put_back(self, delivery: Delivery, due: float) -> None:
         """Let a delivery wait without its payload, which is read again when it is taken: many may wait for long."""

@@ -16,10 +16,12 @@ from typing import Any, Literal, Protocol
 from isolator.ipc.body import Body
 from isolator.pacing import Backoff
 
-State = Literal["queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined"]
+State = Literal[
+    "queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined", "cancelled"
+]
 DEFAULT_TTL = 7 * 86400.0
 """Seconds after which an undelivered event expires."""
-FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined"})
+FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined", "cancelled"})
 RETRY_BACKOFF = Backoff(1.0, 600.0, spread=0.2)
 """Pauses before a failed delivery's next attempt: 1·2ⁿ seconds, at most ten minutes, ±20 %."""
 
@@ -98,6 +100,8 @@ class Delivery:
     """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     busy: int = 0
     """Requests that were answered busy since this process started."""
+    place: int = 0
+    """Number of its newest entry in its lane's order."""
     ready_at: float = 0.0
     """Loop time at which it could first be taken; only for latency figures."""
 
@@ -159,13 +163,16 @@ class Consumer(Protocol):
         """End a taken delivery that the plugin handled: ``ok`` or ``skipped``."""
 
     def term(self, delivery: Delivery, result: Result) -> None:
-        """Give a delivery up, taken or waiting: ``dead``, ``expired`` or ``quarantined``. Only a replay repeats it."""
+        """Give a delivery up, taken or waiting, or end it on demand; only a replay repeats it."""
 
     def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
         """Deliver again after ``delay`` seconds, also after a restart; later events of its key wait."""
 
     def release(self, delivery: Delivery) -> None:
         """Put a taken delivery back where it was: nothing was sent, no attempt counts."""
+
+    def expedite(self, delivery: Delivery) -> Delivery | None:
+        """Let a delivery that waits go at once; returns the earlier one of its key that has to go first, if any."""
 
     def count_crash(self, delivery: Delivery) -> None:
         """Count a crash of the plugin that the delivery is held responsible for."""
@@ -201,8 +208,22 @@ class Queue(Protocol):
     async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
         """Queue deliveries that were given up again, with ``plugin`` also what succeeded there; returns the plugins."""
 
+    async def retry(self, event_id: str, plugin: str | None = None) -> list[Changed]:
+        """Try deliveries that wait for their retry at once, each in its place; returns them."""
+
+    async def end(self, event_id: str, plugin: str | None, result: Result) -> list[Changed]:
+        """End the deliveries of an event that wait, in any way; returns them, none while one of them is in flight."""
+
     async def purge(self, plugin: str) -> int:
         """Forget a removed plugin's deliveries; returns how many were not final."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A delivery that was changed on demand, with the attempts before."""
+
+    plugin: str
+    attempts: int
 
 
 @dataclass(frozen=True, slots=True)

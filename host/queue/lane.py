@@ -23,14 +23,26 @@ class Lane:
     def __init__(self) -> None:
         self.depth = 0
         self._keys: dict[object, deque[Delivery]] = {}
-        # The running number settles ties: a delivery that was given up may still stand beside its replay.
+        # Only the entry with a delivery's newest ``place`` counts; it may have others, and stand beside its replay.
         self._ready: list[tuple[int, int, Delivery]] = []
         self._waiting: list[tuple[float, int, int, Delivery]] = []
         self._number = itertools.count()
+        self._oldest: list[tuple[int, int, Delivery]] = []
+
+    @property
+    def oldest(self) -> Delivery | None:
+        """The delivery of the oldest event that is not final."""
+        while self._oldest and self._oldest[0][2].final:
+            heapq.heappop(self._oldest)
+        return self._oldest[0][2] if self._oldest else None
 
     def add(self, delivery: Delivery) -> None:
         """Append a delivery; within its key it comes after all that were added before. It may be ``taken`` already."""
         self.depth += 1
+        if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
+            self._oldest = [entry for entry in self._oldest if not entry[2].final]
+            heapq.heapify(self._oldest)
+        heapq.heappush(self._oldest, (delivery.seq, next(self._number), delivery))
         line = self._keys.get(self._key(delivery))
         if line is not None:
             line.append(delivery)
@@ -43,10 +55,11 @@ class Lane:
         """Take the oldest delivery that may go at ``now``; None if there is none."""
         while self._waiting and self._waiting[0][0] <= now:
             _, seq, number, delivery = heapq.heappop(self._waiting)
-            heapq.heappush(self._ready, (seq, number, delivery))
+            if number == delivery.place:
+                heapq.heappush(self._ready, (seq, number, delivery))
         while self._ready:
-            delivery = heapq.heappop(self._ready)[2]
-            if not delivery.final:
+            _, number, delivery = heapq.heappop(self._ready)
+            if not delivery.final and number == delivery.place:
                 delivery.taken = True
                 return delivery
         return None
@@ -58,7 +71,7 @@ class Lane:
 
     def next_waiting(self) -> Delivery | None:
         """The delivery that is the first to become ready of those that wait; None if none waits."""
-        while self._waiting and self._waiting[0][3].final:
+        while self._waiting and (self._waiting[0][3].final or self._waiting[0][2] != self._waiting[0][3].place):
             heapq.heappop(self._waiting)
         return self._waiting[0][3] if self._waiting else None
 
@@ -67,6 +80,15 @@ class Lane:
         delivery.taken = False
         delivery.due = due
         self._offer(delivery)
+
+    def expedite(self, delivery: Delivery) -> Delivery | None:
+        """Let a delivery that no taker has go at once; returns the earlier one of its key that has to go first."""
+        first = self._keys[self._key(delivery)][0]
+        if first is not delivery:
+            return first
+        delivery.due = 0.0
+        self._offer(delivery)
+        return None
 
     def remove(self, delivery: Delivery) -> None:
         """Take out a delivery that is final, sent or not: the next of its key may go."""
@@ -87,17 +109,18 @@ class Lane:
 
     def upcoming(self, count: int) -> list[Delivery]:
         """Deliveries that will be taken soon, at most ``count``; their payload is worth loading now."""
-        return [entry[2] for entry in self._ready[:count] if not entry[2].final]
+        return [d for _, number, d in self._ready[:count] if not d.final and number == d.place]
 
     def pending(self) -> list[Delivery]:
         """Every delivery that is not final."""
         return [delivery for line in self._keys.values() for delivery in line]
 
     def _offer(self, delivery: Delivery) -> None:
+        delivery.place = next(self._number)
         if delivery.due > 0.0:
-            heapq.heappush(self._waiting, (delivery.due, delivery.seq, next(self._number), delivery))
+            heapq.heappush(self._waiting, (delivery.due, delivery.seq, delivery.place, delivery))
         else:
-            heapq.heappush(self._ready, (delivery.seq, next(self._number), delivery))
+            heapq.heappush(self._ready, (delivery.seq, delivery.place, delivery))
 
     @staticmethod
     def _key(delivery: Delivery) -> object:

@@ -8,12 +8,14 @@ from typing import Any
 
 from host.queue.interface import DeliveryRow, Event, EventRow
 
-EVENT = "SELECT seq, id, name, time, accepted, expires, payload, subject, trace FROM events"
+EVENT_COLUMNS = ("seq", "id", "name", "time", "accepted", "expires", "payload", "subject", "trace")
+EVENT = f"SELECT {', '.join(EVENT_COLUMNS)} FROM events"
 DELIVERY = (
     "SELECT e.id, e.name, d.plugin, d.state, d.attempts, d.status, d.detail, d.reply, d.latency_us, d.updated, d.due"
     " FROM deliveries d JOIN events e ON e.seq=d.seq"
 )
 GIVEN_UP = "('dead', 'expired', 'quarantined')"
+ENDED = "('ok', 'skipped', 'cancelled')"
 
 
 def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
@@ -54,11 +56,24 @@ def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | N
     )
 
 
-def events(db: sqlite3.Connection, limit: int, name: str | None, before: int | None) -> list[EventRow]:
-    """Events with their deliveries, newest first."""
+def events(
+    db: sqlite3.Connection,
+    limit: int,
+    name: str | None,
+    before: int | None,
+    since: float,
+    plugin: str | None,
+    state: str | None,
+) -> list[EventRow]:
+    """Events with their deliveries, newest first; with ``plugin`` and ``state`` those with such a delivery."""
+    such = (
+        " AND EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq"
+        " AND (?5 IS NULL OR d.plugin=?5) AND (?6 IS NULL OR d.state=?6))"
+    )
     found = db.execute(
-        "SELECT seq FROM events WHERE (? IS NULL OR name=?) AND (? IS NULL OR seq<?) ORDER BY seq DESC LIMIT ?",
-        (name, name, before, before, limit),
+        "SELECT seq FROM events WHERE (?1 IS NULL OR name=?1) AND (?2 IS NULL OR seq<?2) AND accepted >= ?3"
+        f"{such if plugin is not None or state is not None else ''} ORDER BY seq DESC LIMIT ?4",
+        (name, before, since, limit, plugin, state)[: 6 if plugin is not None or state is not None else 4],
     ).fetchall()
     return [row for (seq,) in found if (row := event_row(db, "seq=?", seq)) is not None]
 
@@ -76,7 +91,7 @@ def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:
     """(event id, attempts so far) of a plugin's deliveries that are not final, oldest first."""
     return db.execute(
         "SELECT e.id, d.attempts FROM deliveries d JOIN events e ON e.seq=d.seq"
-        f" WHERE d.plugin=? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN ('ok', 'skipped') ORDER BY d.seq",
+        f" WHERE d.plugin=? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN {ENDED} ORDER BY d.seq",
         (plugin,),
     ).fetchall()
 
@@ -90,7 +105,7 @@ def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pr
     first_kept = db.execute("SELECT seq FROM events WHERE accepted >= ? ORDER BY seq LIMIT 1", (before,)).fetchone()
     start: int = max(pruned, db.execute("SELECT coalesce(min(seq), 0) FROM events").fetchone()[0])
     below: int = min(max(oldest, first_kept[0] if first_kept is not None else oldest), start + 4000)
-    db.execute("DELETE FROM deliveries WHERE seq < ? AND state IN ('ok', 'skipped')", (below,))
+    db.execute(f"DELETE FROM deliveries WHERE seq < ? AND state IN {ENDED}", (below,))
     for (plugin,) in db.execute(f"SELECT DISTINCT plugin FROM deliveries WHERE state IN {GIVEN_UP}").fetchall():
         last = db.execute(
             f"SELECT seq FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} ORDER BY seq DESC LIMIT 1 OFFSET ?",

@@ -35,6 +35,7 @@ from host.queue.interface import (
     FINAL,
     RETRY_BACKOFF,
     Accepted,
+    Changed,
     Delivery,
     DeliveryRow,
     Event,
@@ -55,11 +56,15 @@ _READ_AHEAD = 1 << 14
 _PRUNE_EVERY = 1000
 _PENDING_TYPES: tuple[Any, ...] = (int, str, (str, type(None)), int, int, (int, float), (int, float), str)
 """Types of the columns that ``SqliteQueue`` takes up at its start."""
+REPLAY_TTL = 86400.0
+"""Seconds that a delivery has at least which is queued again."""
 LONGEST_WAIT = 720.0
 """Seconds: the longest back-off with its spread. A row that is due later was written under another clock."""
 
 _INTERRUPTED = Result("retry", detail="the host stopped while this was in flight")
 
+Requeued = tuple[Event, Subscriber]
+"""An event, and the plugin that it is queued for again."""
 Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 
@@ -324,6 +329,11 @@ class SqliteQueue:
         for item in wanted:
             item.load(events.get(item.seq))
 
+    def write_due(self, delivery: Delivery, due: float) -> None:
+        """Record the Unix time of a waiting delivery's next attempt (0: at once)."""
+        values = (due, delivery.seq, delivery.plugin)
+        self.store.submit(lambda db: db.execute("UPDATE deliveries SET due=? WHERE seq=? AND plugin=?", values))
+
     def write_crashes(self, delivery: Delivery) -> None:
         """Record ``delivery.crashes``."""
         values = (delivery.crashes, delivery.seq, delivery.plugin)
@@ -335,11 +345,11 @@ class SqliteQueue:
         event = self._event(event_id)
         now = time.time()
 
-        def requeue(db: sqlite3.Connection) -> list[tuple[str, str | None]]:
+        def requeue(db: sqlite3.Connection) -> list[Requeued]:
             states = (
                 "('dead', 'expired', 'quarantined')"
                 if plugin is None
-                else "('dead','expired','quarantined','ok','skipped')"
+                else "('dead','expired','quarantined','ok','skipped','cancelled')"
             )
             found = db.execute(
                 f"SELECT plugin, key FROM deliveries WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
@@ -350,20 +360,70 @@ class SqliteQueue:
                 " WHERE seq=? AND plugin=?",
                 [(now, event.seq, name) for name, _ in found],
             )
-            db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + 86400.0, event.seq))
-            return [(name, key) for name, key in found]
+            db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + REPLAY_TTL, event.seq))
+            return [(event, Subscriber(name, key)) for name, key in found]
 
+        return [subscriber.plugin for _, subscriber in await self.requeue(requeue)]
+
+    async def requeue(self, apply: Callable[[sqlite3.Connection], list[Requeued]]) -> list[Requeued]:
+        """Let deliveries enter their lanes that ``apply`` writes as queued, in one transaction; returns them.
+
+        Those of a plugin that was removed meanwhile are left out.
+        """
         purges = dict(self._purges)
-        requeued = [
-            (name, key)
-            for name, key in await self.store.run(requeue)
-            if purges.get(name) == self._purges.get(name)  # else the plugin was removed meanwhile
-        ]
-        loop_now = self._loop.time()
-        for name, key in requeued:
-            expires = loop_now + max(event.expires - now, 86400.0)
-            self._consumer(name).add(Delivery(event.seq, name, key, expires=expires, ready_at=loop_now))
-        return [name for name, _ in requeued]
+        queued = await self.store.run(apply)
+        requeued = [(event, to) for event, to in queued if purges.get(to.plugin) == self._purges.get(to.plugin)]
+        now, loop_now = time.time(), self._loop.time()
+        for event, to in requeued:
+            expires = loop_now + max(event.expires - now, REPLAY_TTL)
+            self._consumer(to.plugin).add(Delivery(event.seq, to.plugin, to.key, expires=expires, ready_at=loop_now))
+        return requeued
+
+    async def retry(self, event_id: str, plugin: str | None = None) -> list[Changed]:
+        """Try deliveries that wait for their retry at once, each in its place; raises UsageError if there is none."""
+        changed, earlier = [], None
+        for delivery in self._pending(event_id, plugin):
+            if delivery.taken:
+                continue
+            before = self._consumer(delivery.plugin).expedite(delivery)
+            if before is None:
+                changed.append(Changed(delivery.plugin, delivery.attempts))
+            else:
+                earlier = before
+        if not changed and earlier is not None:
+            if not earlier.event_id:
+                self.load(earlier, ())
+            why = f"{earlier.event_id} is before it in the order of its key"
+            raise UsageError(f"event {event_id}", why, f"isolator event retry {earlier.event_id}, or skip it")
+        if not changed:
+            remedy = f"see 'isolator event show {event_id}'; what was given up: isolator event replay"
+            raise UsageError(f"event {event_id}", "none of its deliveries waits to be tried", remedy)
+        await self.store.run(lambda _: None)
+        return changed
+
+    async def end(self, event_id: str, plugin: str | None, result: Result) -> list[Changed]:
+        """End the deliveries of an event that wait; raises UsageError if none does, or one is in flight.
+
+        One that is in flight may still be handled, and later events of its key must not overtake it.
+        """
+        pending = self._pending(event_id, plugin)
+        if not pending:
+            raise UsageError(f"event {event_id}", "none of its deliveries waits", "see 'isolator event show'")
+        taken = next((delivery.plugin for delivery in pending if delivery.taken), None)
+        if taken is not None:
+            remedy = f"isolator plugin pause {taken}, and try again when its attempt has ended"
+            raise UsageError(f"event {event_id}", f"it is in flight in {taken}", remedy)
+        for delivery in pending:
+            delivery.event_id = event_id  # whoever waits for the event is woken
+            self._consumer(delivery.plugin).term(delivery, result)
+        await self.store.run(lambda _: None)
+        return [Changed(delivery.plugin, delivery.attempts) for delivery in pending]
+
+    def _pending(self, event_id: str, plugin: str | None) -> list[Delivery]:
+        """The deliveries of an event that are not final, or that of one plugin; raises NotFoundError."""
+        seq = self._event(event_id).seq
+        consumers = self._consumers.values() if plugin is None else [self._consumer(plugin)]
+        return [found for consumer in consumers if (found := consumer.find(seq)) is not None]
 
     async def purge(self, plugin: str) -> int:
         self._purges[plugin] = self._purges.get(plugin, 0) + 1
@@ -377,10 +437,20 @@ class SqliteQueue:
         return self.store.read(lambda db: rows.unfinished(db, plugin))
 
     async def list_events(
-        self, *, limit: int = 50, name: str | None = None, before: int | None = None
+        self,
+        *,
+        limit: int = 50,
+        name: str | None = None,
+        before: int | None = None,
+        since: float = 0.0,
+        plugin: str | None = None,
+        state: str | None = None,
     ) -> list[EventRow]:
-        """Events with their deliveries, newest first; ``before`` is an event number."""
-        return await self.store.scan(lambda db: rows.events(db, limit, name, before))
+        """Events with their deliveries, newest first; ``before`` is an event number, ``since`` in Unix time.
+
+        With ``plugin`` and ``state`` those with such a delivery.
+        """
+        return await self.store.scan(lambda db: rows.events(db, limit, name, before, since, plugin, state))
 
     def show(self, event_id: str) -> EventRow:
         """Show one event with its deliveries; raises NotFoundError."""
@@ -435,6 +505,11 @@ class SqliteQueue:
             raise UsageError(f"event {text}", f"several ids begin so: {', '.join(found)}", "write more of it")
         return found[0]
 
+    def name_of(self, event_id: str) -> str | None:
+        """The name of an event; None when it is not stored."""
+        event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
+        return event.name if event is not None else None
+
     def _event(self, event_id: str) -> Event:
         event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
         if event is None:
@@ -444,6 +519,15 @@ class SqliteQueue:
     def depths(self) -> dict[str, int]:
         """Number of pending deliveries by plugin."""
         return {plugin: consumer.depth for plugin, consumer in self._consumers.items()}
+
+    def oldest(self) -> dict[str, float]:
+        """Unix time at which the oldest event was accepted that waits, by plugin."""
+        numbers = {name: seq for name, consumer in self._consumers.items() if (seq := consumer.oldest) is not None}
+        return {name: at for name, seq in numbers.items() if (at := self._accepted_at(seq)) is not None}
+
+    def _accepted_at(self, seq: int) -> float | None:
+        row = self.store.read(lambda db: db.execute("SELECT accepted FROM events WHERE seq=?", (seq,)).fetchone())
+        return row[0] if row is not None and isinstance(row[0], float) else None
 
     def end_lost_requests(self) -> None:
         """Repeat the deliveries whose requests were to be taken over and were not, as after a crash of the host."""

@@ -2,21 +2,28 @@
 
 Nothing is measured twice: a counter here is a count of records in the trail, by the type, plugin and outcome that
 they state. Labels come from closed sets (types that were accepted, plugin names that exist, outcomes); a set that
-grows beyond ``MAX_LABELS`` is counted under ``other``, so nothing a plugin does can grow the memory.
+grows beyond ``MAX_LABELS`` is counted under ``other``, so nothing a plugin does can grow the memory. What the host
+alone knows (queues, states, limits) comes from it as it is at present, and is no record. Names follow Prometheus' rules
+(base units, ``_total`` for counters); those of before that do not have stayed, and are marked as old.
 Served as text over HTTP on listening sockets that the supervisor made (a Unix socket, and TCP if configured).
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
+from isolator import __version__
 from isolator.audit.record import Incoming
 from isolator.audit.schema import AUDIT, RETENTION, ApiCalled, AuditGap, FsDenied, Resources, SyscallDenied
 from isolator.ipc.body import Body
@@ -26,13 +33,22 @@ _REQUEST_TIME = 5.0
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 # Fields of a ``resources`` record and what they are called; anything else there is not a metric.
 _RESOURCES = {
-    "memory": "memory_bytes",
-    "memory_peak": "memory_peak_bytes",
-    "cpu_us": "cpu_microseconds",
-    "throttled_us": "throttled_microseconds",
-    "tasks": "tasks",
-    "open_files": "open_files",
+    "memory": ("memory_bytes", "Memory of the plugin"),
+    "memory_peak": ("memory_peak_bytes", "Most memory of the plugin in its present run"),
+    "cpu_us": ("cpu_microseconds", "Old: use isolator_plugin_cpu_seconds_total"),
+    "throttled_us": ("throttled_microseconds", "Old: use isolator_plugin_throttled_seconds_total"),
+    "tasks": ("tasks", "Processes and threads of the plugin"),
+    "open_files": ("open_files", "Open files of the plugin"),
 }
+_PRESENT_STATE = "present"
+_SPENT = ("cpu_us", "throttled_us")
+_LIMITS = {
+    "memory": ("memory_bytes", "Memory that the plugin may use"),
+    "cpu": ("cpu_cores", "Cores that the plugin may use"),
+    "tasks": ("tasks", "Processes and threads that the plugin may have"),
+    "open_files": ("open_files", "Files that a process of the plugin may have open"),
+}
+"""Limits that the host sends, and the names and meanings of their metrics."""
 _PRESENT = ("memory", "tasks", "open_files")
 """Fields that are 0 once the plugin has ended; the others keep their last value."""
 
@@ -45,12 +61,58 @@ class MetricState(Body):
     value: float
 
 
+class _Present(Collector):
+    """Metrics of what is so at present, as the host has sent it; nothing of what was stays."""
+
+    def __init__(self) -> None:
+        self.plugins: dict[str, dict[str, Any]] = {}
+        """By plugin, its state, whether it is ``paused``, its limits, and since when its oldest event waits."""
+
+    def update(self, changed: Mapping[str, Any]) -> None:
+        """Take over what has changed, by plugin; None: it is gone."""
+        for name, found in changed.items():
+            if isinstance(found, dict) and len(self.plugins) < MAX_LABELS:
+                self.plugins[name] = found
+            else:
+                self.plugins.pop(name, None)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Make the metrics, for a scrape."""
+        build = GaugeMetricFamily("isolator_build_info", "1, with the version of the daemon", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        states = GaugeMetricFamily("isolator_plugin_state", "1 for the plugin's state", labels=["plugin", "state"])
+        for plugin, found in self.plugins.items():
+            states.add_metric([plugin, str(found.get("state"))[:32]], 1)
+        yield states
+        paused = GaugeMetricFamily("isolator_plugin_paused", "1 while an operator has paused it", labels=["plugin"])
+        for plugin, found in self.plugins.items():
+            paused.add_metric([plugin], int(found.get("paused") is True))
+        yield paused
+        for limit, (name, meaning) in _LIMITS.items():
+            family = GaugeMetricFamily(f"isolator_plugin_limit_{name}", meaning, labels=["plugin"])
+            for plugin, found in self.plugins.items():
+                if limit in found:
+                    family.add_metric([plugin], _number(found[limit]))
+            yield family
+        age = GaugeMetricFamily(
+            "isolator_queue_oldest_seconds", "Age of the oldest event that waits; 0: none", labels=["plugin"]
+        )
+        now = time.time()
+        for plugin, found in self.plugins.items():
+            age.add_metric([plugin], max(0.0, now - found["oldest"]) if found.get("oldest") else 0.0)
+        yield age
+
+
 class Metrics:
     """Counters and gauges of one daemon, fed by ``observe``."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call] # its own
         self.registry = CollectorRegistry()
         to = self.registry
+        self._present = _Present()
+        to.register(self._present)
         self._records = Counter("isolator_audit_records", "Records in the trail by type", ["type"], registry=to)
         self._summed = Counter(
             "isolator_audit_summed_records", "Records counted in summaries by type", ["type"], registry=to
@@ -79,9 +141,18 @@ class Metrics:
         self._traffic = Counter("isolator_network_bytes", "Bytes carried", ["plugin", "direction"], registry=to)
         self._denials = Counter("isolator_denied", "Denied calls, paths, connections", ["plugin", "what"], registry=to)
         self._resources = {
-            field: Gauge(f"isolator_plugin_{name}", f"Last {field} of the plugin's cgroup", ["plugin"], registry=to)
-            for field, name in _RESOURCES.items()
+            field: Gauge(f"isolator_plugin_{name}", meaning, ["plugin"], registry=to)
+            for field, (name, meaning) in _RESOURCES.items()
         }
+        self._cpu = Counter("isolator_plugin_cpu_seconds", "Processor time of the plugin", ["plugin"], registry=to)
+        self._throttled = Counter(
+            "isolator_plugin_throttled_seconds",
+            "Time for which the plugin was held at its cap",
+            ["plugin"],
+            registry=to,
+        )
+        self._spent: dict[tuple[str, str], float] = {}
+        """By plugin and field, the newest figure in µs of its present run."""
         self._children: dict[tuple[Any, ...], Any] = {}
         self._queues: set[str] = set()
 
@@ -93,18 +164,26 @@ class Metrics:
             for family in metric.collect()
             for sample in family.samples
             if not sample.name.endswith("_created")
+        ) + tuple(
+            MetricState(name=_PRESENT_STATE, labels={"plugin": name, "found": json.dumps(found)}, value=0.0)
+            for name, found in self._present.plugins.items()
         )
 
     def take_over(self, values: Iterable[MetricState]) -> None:
         """Go on with the values of another audit process."""
         metrics = self._by_name()
         for one in values:
+            if one.name == _PRESENT_STATE:
+                self._present.update({one.labels["plugin"]: json.loads(one.labels["found"])})
+                continue
             metric = metrics[one.name]
             child = metric.labels(**one.labels) if one.labels else metric
             if isinstance(child, Gauge):
                 child.set(one.value)
             else:
                 child.inc(one.value)
+            if one.name.removeprefix("resources ") in _SPENT:
+                self._spent[one.labels["plugin"], one.name.removeprefix("resources ")] = one.value
             if metric is self._waiting:
                 self._queues.add(one.labels["plugin"])
 
@@ -138,11 +217,22 @@ class Metrics:
             for field, gauge in self._resources.items():
                 if field in data:
                     self._of(gauge, plugin).set(_number(data[field]))
+            for field, counter in (("cpu_us", self._cpu), ("throttled_us", self._throttled)):
+                self._spend(counter, plugin, field, _number(data.get(field)))
         elif kind == AuditGap.TYPE and (data.get("why") != RETENTION or record.origin != AUDIT):
             self._lost.inc(_number(data.get("count")))
 
     def gauges(self, data: dict[str, Any]) -> None:
-        """Take present values of the host's, which are no record: ``queue``, by plugin its unfinished deliveries."""
+        """Take present values of the host's, which are no record, by plugin.
+
+        ``queue``: its unfinished deliveries; ``plugins``: of those that have changed its state, its limits, whether it
+        is paused, and the Unix time since when its ``oldest`` event waits.
+        """
+        plugins = data.get("plugins")
+        if isinstance(plugins, dict):
+            self._present.update(plugins)
+            for name in plugins.keys() & self._present.plugins.keys():
+                self._of(self._dead, name)  # from 0 on, or the first one would be no increase
         queue = data.get("queue")
         if isinstance(queue, dict):
             for plugin in self._queues - queue.keys():
@@ -180,11 +270,21 @@ class Metrics:
             return
         self._of(self._lifecycle, plugin, what).inc()
         self._of(self._running, plugin).set(int(what == "started"))
+        if what == "started":
+            self._spent.update({(plugin, field): 0.0 for field in _SPENT})
         if what == "started" and str(data.get("reason")).startswith("restart"):
             self._of(self._restarts, plugin).inc()
         elif what != "started":
             for field in _PRESENT:
                 self._of(self._resources[field], plugin).set(0)
+
+    def _spend(self, counter: Counter, plugin: str, field: str, total: float) -> None:
+        """Count what a run has spent since its last figure; the figures of another run begin anew."""
+        if len(self._spent) > MAX_LABELS:
+            self._spent.clear()
+        before = self._spent.get((plugin, field), 0.0)
+        self._spent[plugin, field] = total
+        self._of(counter, plugin).inc((total - before if total >= before else total) / 1e6)
 
     def _of(self, metric: Any, *labels: str) -> Any:
         key = (metric, *labels)

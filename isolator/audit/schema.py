@@ -528,6 +528,26 @@ class PluginQuarantined(RecordData):
     """Window in which the crashes were counted."""
 
 
+class PluginPaused(RecordData):
+    """A plugin is sent no events any more; they wait, and its sidecar stays as it is."""
+
+    TYPE = "plugin.paused"
+    SOURCES = (HOST,)
+
+    by: str
+    """``uid:N`` of the caller."""
+
+
+class PluginResumed(PluginPaused):
+    """A paused plugin is sent events again."""
+
+    TYPE = "plugin.resumed"
+    SOURCES = (HOST,)
+
+    seconds: float
+    """Length of the pause."""
+
+
 class PluginHealth(RecordData):
     """A ping was missed or answered again, or the plugin broke a protocol."""
 
@@ -633,6 +653,32 @@ class EventReplayed(_GivenUp):
 
     by: str
     """``uid:N`` of the caller."""
+
+
+class EventRetried(RecordData):
+    """A delivery that waited for its next attempt was tried at once, on demand."""
+
+    TYPE = "event.retried"
+    SOURCES = (HOST,)
+
+    attempts: int
+    """Attempts before."""
+    by: str
+    """``uid:N`` of the caller."""
+
+
+class EventSkipped(EventRetried):
+    """A delivery that waited was passed over on demand; later events of its key go on."""
+
+    TYPE = "event.skipped"
+    SOURCES = (HOST,)
+
+
+class EventCancelled(EventRetried):
+    """A delivery that waited was cancelled on demand, with all of its event's."""
+
+    TYPE = "event.cancelled"
+    SOURCES = (HOST,)
 
 
 # --- network ---------------------------------------------------------------------------------------------------------

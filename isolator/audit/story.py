@@ -23,11 +23,14 @@ from isolator.audit.record import Record
 from isolator.audit.schema import (
     ApiCalled,
     EventAccepted,
+    EventCancelled,
     EventDead,
     EventDispatched,
     EventQuarantined,
     EventReplayed,
     EventResponse,
+    EventRetried,
+    EventSkipped,
     FsDenied,
     NetClosed,
     NetConnect,
@@ -162,6 +165,9 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     EventDead.TYPE: lambda d: _listed("given up", _sentence(d, "reason"), _attempts(d.get("attempts"))),
     EventQuarantined.TYPE: lambda d: _listed(_sentence(d, "reason"), _attempts(d.get("attempts"))),
     EventReplayed.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    EventRetried.TYPE: lambda d: _listed(_field(d, "by", "at once, by {}"), _attempts(d.get("attempts")) + " before"),
+    EventSkipped.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    EventCancelled.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
     PluginStarted.TYPE: lambda d: _listed(
         _sentence(d, "reason"), _field(d, "pid", "pid {}"), _field(d, "uid", "uid {}")
     ),
@@ -236,7 +242,8 @@ def _moment(record: Record) -> float:
 def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, bool]:
     """The outcome for one plugin in a few words, and whether it is bad."""
     sent = sum(r.type == EventDispatched.TYPE for r in records)
-    ends = (EventResponse.TYPE, EventDead.TYPE, EventQuarantined.TYPE, EventReplayed.TYPE, EventDispatched.TYPE)
+    given_up = (EventDead.TYPE, EventQuarantined.TYPE, EventSkipped.TYPE, EventCancelled.TYPE)
+    ends = (EventResponse.TYPE, *given_up, EventReplayed.TYPE, EventDispatched.TYPE)
     last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
     bad = False
     if last is None:
@@ -245,6 +252,8 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
         text = f"attempt {sent} is under way or was cut short"
     elif last.type == EventReplayed.TYPE:
         text = "queued again"
+    elif last.type in (EventSkipped.TYPE, EventCancelled.TYPE):
+        text = f"{last.type.removeprefix('event.')} {_field(last.data, 'by', 'by {}', limit=30)}"
     elif last.type != EventResponse.TYPE:
         bad = True
         reason = _sentence(last.data, "reason")

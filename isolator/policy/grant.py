@@ -15,6 +15,8 @@ class PluginPolicy(Frozen):
     """The file, as errors and ``explain`` name it."""
     hooks: tuple[str, ...] | None = None
     permissions: tuple[str, ...] | None = None
+    filters: tuple[str, ...] | None = None
+    """Filters of ``filters.py``: the plugin receives only events that pass all of them."""
     egress: tuple[EgressRule, ...] | None = None
     """None: the file does not list destinations, so any public address may be granted."""
     egress_public: bool = False

@@ -6,6 +6,7 @@ import math
 import re
 
 from isolator.policy import names
+from isolator.policy.filters import read_filter
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.keys import BY_NAME, SWITCHES
 from isolator.policy.model import CrashPolicy
@@ -17,13 +18,16 @@ _PLACE = re.compile(r":[0-9]{1,6}")
 
 def check(policy: PluginPolicy) -> None:
     """Raise ValueError for anything that ``parse_plugin_policy`` with an empty source does not make."""
-    lists = (policy.hooks, policy.permissions, policy.egress, policy.listen, policy.read, policy.env, policy.where)
+    names_and_rules = (policy.hooks, policy.permissions, policy.filters, policy.egress, policy.listen, policy.read)
+    lists = (*names_and_rules, policy.env, policy.where)
     if any(len(one or ()) > 8 * _MOST for one in lists) or policy.source:
         raise ValueError("too many")
     for hook in policy.hooks or ():
         _same(names.parse_hook_grant(hook), hook)
     for permission in policy.permissions or ():
         _same(names.parse_permission_grant(permission), permission)
+    for text in policy.filters or ():
+        _same(read_filter(text), text)
     for rule in policy.egress or ():
         _same(names.parse_egress(names.format_egress(rule)), rule)
     for listen in policy.listen or ():

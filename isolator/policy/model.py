@@ -103,6 +103,8 @@ class EffectivePolicy(DeliveryLimits):
     restart: RestartPolicy = RestartPolicy()
     env: dict[str, str] = fresh(default_factory=dict)
     """Variables of its environment that the operator sets; no secrets, they are shown."""
+    filters: tuple[str, ...] = ()
+    """Of its events it receives those that pass all of these (``filters.py``)."""
 
     def value(self, key: Key) -> Any:
         """The value of a declared key, in whichever section it stands."""

@@ -15,6 +15,7 @@ STEPS = st.lists(
         st.tuples(st.just("ack"), st.integers(0, 5)),
         st.tuples(st.just("nak"), st.tuples(st.integers(0, 5), st.floats(0.5, 3))),
         st.tuples(st.just("term"), st.integers(0, 20)),
+        st.tuples(st.just("expedite"), st.integers(0, 20)),
         st.tuples(st.just("tick"), st.floats(0.1, 4)),
     ),
     max_size=80,
@@ -65,6 +66,12 @@ def test_a_lane_keeps_order_per_key_and_loses_nothing(steps: list[tuple[str, obj
             if delivery not in flight:
                 lane.remove(delivery)
                 del pending[delivery.seq]
+        elif step == "expedite" and pending:
+            delivery = list(pending.values())[int(argument) % len(pending)]  # type: ignore[call-overload]
+            if delivery not in flight:
+                first = min((d for d in pending.values() if d.key == delivery.key), key=lambda d: d.seq)
+                before = lane.expedite(delivery)
+                assert before is (None if first is delivery or delivery.key is None else first)
         elif step == "tick":
             now += float(argument)  # type: ignore[arg-type]
         assert lane.depth == len(pending)

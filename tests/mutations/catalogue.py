@@ -610,4 +610,28 @@ MUTATIONS = (
             "host/test_bad_replies.py::test_a_socket_served_by_somebody_else_gets_nothing",
         ),
     ),
+    *_mutations(
+        "host/plugins/registry.py",
+        (
+            "an event outside the filter of a plugin is accepted for it",
+            "if plugin.filtered and not plugin.sees(payload):",
+            "if False:",
+            "host/test_operations.py::test_plugin_gets_what_it_has_missed_as_far_as_its_hooks_and_filters_go",
+        ),
+        (
+            "a plugin hears of itself",
+            'if event_type.name.startswith(OPERATIONAL) and payload.get("plugin") == plugin.name:',
+            "if False:",
+            "host/test_operational.py::test_each_kind_goes_to_those_who_are_granted_it_and_never_to_whom_it_is_about",
+        ),
+    ),
+    *_mutations(
+        "host/delivery/worker.py",
+        (
+            "an event that waits is sent though the grant's filter leaves it out now",
+            "elif plugin.filtered and not plugin.sees(json.loads(event.payload)):",
+            "elif False:",
+            "system/test_operations.py::test_plugin_sees_no_event_outside_the_filter_of_its_grant_by_any_road",
+        ),
+    ),
 )  # fmt: skip

@@ -39,35 +39,35 @@ GRANT = policy(
 EFFECTIVE = {
     "no choice at all": (
         EffectivePolicy(plugin="p"),
-        "fd28d9636c6d7f7c4c1b9dc29edd538107c3e9cb2c23365392b8a8fb77483148",
+        "d74392fe3434aa760aa92767c063a0333414b77478f92ce68cf68ac4e9090ae3",
     ),
     "default grant": (
         meet(manifest(), None, DEFAULT).effective,
-        "2648c473fb15506d7d878b347893bc152ada3739df1913bd0ea3ee1b2d87cda5",
+        "8c1c57900b3e6a4054d22a6006865ddc83d2fcc29f3892abd7e1eac17d5a017c",
     ),
     "policy of the design": (
         meet(manifest(), policy(), DEFAULT).effective,
-        "bd659677b1ff9c559ff423b07d7f9fe636f9a77fd527e3b1de2c88df8f1056ff",
+        "45c1e528407b336406d96e89045936213f72171ca3160dca3e285a84b38031b1",
     ),
     "wide request, wide grant": (
         meet(WIDE, GRANT, OPEN).effective,
-        "cfcf7dfa55ab4d258df5b8f9aa8f2d20c2736568c3479589cf8e477b65afb952",
+        "1613bb4e210a1fee6a6e725121d959f96f5ae5edd886ab7d0a33474f6ca04bba",
     ),
     "wide request, strict host": (
         meet(WIDE, GRANT, STRICT).effective,
-        "4cf52ed04ba2ab5b1f0197bc4956916d0de58a63197e582d887dab190d5e22de",
+        "96e9e3f74d556922ac9d2799475bc4af9fd6d09b21e40726cfe6a1b1db3426ef",
     ),
     "single binary": (
         meet(synthesised(), GRANT, OPEN).effective,
-        "f915b93da3e22325d66c1f85ee6feec7e595ef72ac170eabb26040a3d69fdd13",
+        "90a933570919eaf812ab05d05c94f0a061a075e93c9f6e49e15d5fbbe6172d6e",
     ),
     "grant alone": (
         policy_alone(GRANT, OPEN, "p").effective,
-        "65064876a5997a2eb6ac479c4d909db62b84cce495b78c5df3d5cde844112c8b",
+        "4671203109f1d3b7641ac93e117f3704bf0ebe7c3327f90878f869fafafabddd",
     ),
     "single run": (
         policy_for_run(STRICT, memory="64M", egress=["a.com:443"]),
-        "aa0a625cf25711c0a74a5e82dc7bb6bf576000c8c3d44bdb9d3781a0c90a5694",
+        "63f9ea39af76fa44fc2735e50737ff911917722a9f6c6fdf7b435c8cb89e6379",
     ),
 }
 

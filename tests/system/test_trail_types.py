@@ -155,6 +155,12 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     wait_for(lambda: of(d, "fs.denied"))
     d.cli("plugin", "restart", "actor")
     wait_for(lambda: of(d, "event.response", events["after"]))
+    d.cli("plugin", "pause", "actor")
+    held = [emit(d, what, wait=False) for what in ("skipped", "cancelled")]
+    d.cli("event", "retry", held[0])
+    d.cli("event", "skip", held[0], "--plugin", "actor")
+    d.cli("event", "cancel", held[1])
+    d.cli("plugin", "resume", "actor")
 
     for program in ("/usr/bin/true", "/no/such/program"):
         subprocess.run(run_by_user(d, program), check=False, user=RUNNER, group=RUNNER, extra_groups=[], cwd="/")

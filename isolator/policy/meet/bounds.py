@@ -38,6 +38,8 @@ class Bounds:
     """The names of those that may be yes."""
     read: tuple[str, ...] = ("/",)
     strict: bool = False
+    filters: tuple[str, ...] = ()
+    """Events have to pass all of them."""
 
 
 def meet(a: Bounds, b: Bounds) -> Bounds:
@@ -50,6 +52,7 @@ def meet(a: Bounds, b: Bounds) -> Bounds:
         switches=a.switches & b.switches,
         read=_meet_patterns(a.read, b.read, names.path_covers),
         strict=a.strict or b.strict,
+        filters=tuple(sorted({*a.filters, *b.filters})),
     )
 
 

@@ -56,5 +56,6 @@ def compose(
         syscalls="strict" if bounds.strict else "default",
         restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
         env=grant.env,
+        filters=bounds.filters,
         **declared(EffectivePolicy),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from isolator.policy import names
 from isolator.policy.destinations import PUBLIC, never_reachable
+from isolator.policy.filters import phrase
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import LIMITS, RATE, SWITCHES, Limit, Switch
@@ -55,6 +56,9 @@ class _Explainer:
             self.effective.permissions,
             names.covers_permission,
         )
+        for index, text in enumerate(self.grant.filters or ()):
+            words = phrase(text)
+            yield self._line("filters", None, words, f"only {words}", "granted", key=f"grant.filters[{index}]")
         yield from self._egress()
         for switch in SWITCHES:
             if self.grant.switches.get(switch.name) or self.core.switches.get(switch.name):

@@ -48,6 +48,7 @@ def grant_bounds(grant: PluginPolicy, host: HostConfig, *, unwritten: bool) -> B
         switches=frozenset(name for name, yes in grant.switches.items() if yes),
         read=grant.read or (),
         strict=(grant.syscalls or host.default_syscalls) == "strict",
+        filters=grant.filters or (),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from isolator.errors import UsageError
 from isolator.policy import names
 from isolator.policy.destinations import never_reachable
+from isolator.policy.filters import MOST, parse_filter
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import LIMITS, SWITCHES
@@ -80,6 +81,7 @@ def policy_of(top: Table) -> PluginPolicy:
         source=source,
         hooks=grant.strings("hooks", names.parse_hook_grant),
         permissions=grant.strings("permissions", names.parse_permission_grant),
+        filters=grant.items("filters", parse_filter, limit=MOST),
         egress=egress,
         egress_public=public,
         listen=grant.strings("listen", names.parse_listen, limit=32),
