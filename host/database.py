@@ -311,6 +311,24 @@ class Store:
 
         return await asyncio.to_thread(work)
 
+    async def copy(self, target: Path, at: Callable[[], None]) -> None:
+        """Write a copy as of one turn of the loop, in which ``at`` is called: all that was submitted before is in it.
+
+        Raises sqlite3.Error and OSError.
+        """
+        self._commit()
+        while self._ops:
+            await self.committed()
+        source = _connect(self.path)
+        try:
+            source.execute("BEGIN")
+            source.execute("SELECT count(*) FROM sqlite_master").fetchall()  # from here on it sees no later commit
+            at()
+        except BaseException:
+            source.close()
+            raise
+        await asyncio.to_thread(_copy, source, target)
+
     def _commit(self) -> None:
         self._scheduled = False
         if self._lazy is not None:
@@ -634,6 +652,16 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA busy_timeout=0")
     return connection
+
+
+def _copy(source: sqlite3.Connection, target: Path) -> None:
+    """Write what ``source`` sees to a new file, and close it."""
+    with contextlib.closing(source):
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            copy.execute("PRAGMA journal_mode=OFF")
+            copy.execute("PRAGMA synchronous=OFF")
+            source.backup(copy)
 
 
 def _text(raw: bytes) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
 from host.control.config_verbs import ConfigVerbs
-from host.control.daemon_verbs import DaemonVerbs
+from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
 from host.control.operation_verbs import OperationVerbs
@@ -144,6 +144,7 @@ class Host:
         database, key = paths.host_database, paths.host_lib / "key"
         lost = key.exists() and not database.exists()
         store = self._store = Store(database, fatal=self._end)
+        remove_snapshots(paths.host_lib)
         config = self._config = ConfigStore(store, key)
         if lost:
             _logger.warning(

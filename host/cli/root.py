@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
     "policy": ("host.policy_command:policy", "Check and explain policy files."),
     "new": ("host.cli.new:new", "Start a new plugin from a working example."),
+    "backup": ("host.cli.backup:backup", "Copy everything a daemon keeps to a new folder."),
+    "restore": ("host.cli.backup:restore", "Put a backup in the place of what is there."),
     "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),
     "install": ("isolator.cli.install:install", "Install the systemd service."),
     "uninstall": ("isolator.cli.install:uninstall", "Remove the service, its users and its files."),

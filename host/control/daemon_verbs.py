@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import sqlite3
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,12 +16,14 @@ from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import (
     Controls,
     DaemonGeneration,
+    DaemonSnapshot,
     DaemonStatus,
     Ledger,
     Reload,
     ReloadBegun,
     Reloaded,
     ServiceEntry,
+    SnapshotTaken,
     Status,
 )
 from host.database import Store
@@ -30,7 +34,11 @@ from host.supervisor_link import SupervisorLink
 from isolator import __version__
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
-from isolator.errors import IsolatorError
+from isolator.audit.schema import BackupTaken
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+
+_SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
+_SNAPSHOT_SECONDS = 120.0
 
 
 class DaemonVerbs:
@@ -59,6 +67,7 @@ class DaemonVerbs:
             Endpoint(Ledger, self.ledger),
             Endpoint(Reload, self.reload),
             Endpoint(DaemonGeneration, self.generation),
+            Endpoint(DaemonSnapshot, self.snapshot),
         ]
 
     async def status(self, _: Status, __: Caller) -> DaemonStatus:
@@ -100,8 +109,34 @@ class DaemonVerbs:
         found = await self._link.generation()
         return {"generation": found.generation, "version": found.version, "refused": found.refused}
 
+    async def snapshot(self, request: DaemonSnapshot, caller: Caller) -> SnapshotTaken:
+        if caller.uid != 0:
+            raise DeniedError("daemon.snapshot", f"uid {caller.uid} could not read the copy", "run it as root")
+        if not _SNAPSHOT_ID.fullmatch(request.id):
+            raise UsageError("daemon.snapshot", "id is not 16 hex digits", "use 'isolator backup'")
+        place = self._store.path.with_name(f"snapshot-{request.id}.db")
+        remove_snapshots(place.parent)
+        try:
+            async with asyncio.timeout(_SNAPSHOT_SECONDS):
+                await self._store.copy(place, lambda: self._audit.record(BackupTaken(id=request.id, uid=caller.uid)))
+                await self._audit.durable()
+        except TimeoutError:
+            why = "database or trail could not be written in time"
+            raise UnavailableError("daemon.snapshot", why, "see 'isolator status'") from None
+        except (sqlite3.Error, OSError) as error:
+            raise IsolatorError(
+                "daemon.snapshot", f"the database was not copied: {error}", "is the disk full?"
+            ) from None
+        return {"file": place.name}
+
     async def ledger(self, _: Ledger, __: Caller) -> Controls:
         return cast(Controls, (await self._link.ledger()).to_json())
+
+
+def remove_snapshots(folder: Path) -> None:
+    """Remove copies of the database that nobody has fetched."""
+    for left in folder.glob("snapshot-*.db"):
+        left.unlink(missing_ok=True)
 
 
 def _last_record(trail: Path) -> int | None:

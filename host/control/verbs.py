@@ -684,6 +684,16 @@ class DaemonGeneration(Request, verb="daemon.generation", role="viewer", result=
     """Return the daemon's generation, and why the last reload was refused, if it was."""
 
 
+class SnapshotTaken(TypedDict):
+    file: str
+
+
+class DaemonSnapshot(Request, verb="daemon.snapshot", role="operator", result=SnapshotTaken):
+    """Copy the database for a backup by root: ``file``, beside it, is of the moment of the record ``backup.taken``."""
+
+    id: Name
+
+
 class Controls(TypedDict):
     ledger: list[dict[str, Any]]
 

@@ -123,6 +123,34 @@ class HostStarted(RecordData):
     """Remains of an earlier daemon that were removed."""
 
 
+class BackupTaken(RecordData):
+    """A backup is made: all that is on record before this is in it, and nothing else."""
+
+    TYPE = "backup.taken"
+    SOURCES = (HOST,)
+
+    id: str
+    """The backup's."""
+    uid: int
+    """Caller."""
+
+
+class BackupRestored(RecordData):
+    """The daemon starts with the data of a backup: what came after that backup is not in this trail."""
+
+    TYPE = "backup.restored"
+    SOURCES = (SUPERVISOR,)
+
+    id: str
+    """The backup's; its ``backup.taken`` is in this trail if a daemon ran then."""
+    taken: str
+    """Time of the backup."""
+    machine: str
+    """Name of the host that it was taken on."""
+    version: str
+    """Isolator's, of then."""
+
+
 class DaemonReloaded(_Range):
     """The supervisor has executed the program that is installed, in place; what ran goes on."""
 

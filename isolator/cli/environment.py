@@ -117,7 +117,10 @@ def _make_environment() -> None:
     BASE.chmod(0o755)
     new = Path(tempfile.mkdtemp(prefix="env.", dir=BASE))
     try:
-        _fill(new)
+        fill(new)
+        packages = write_program(new, new)
+        # The unprivileged processes cannot write __pycache__: without it each of their starts would compile anew.
+        compileall.compile_dir(packages, quiet=2, workers=os.cpu_count() or 1)
     except BaseException:
         shutil.rmtree(new)
         raise
@@ -126,28 +129,35 @@ def _make_environment() -> None:
     link.rename(CURRENT)
 
 
-def _fill(new: Path) -> None:
+def _packages(environment: Path) -> Path:
+    return environment / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+def fill(new: Path, python: str = "python3") -> None:
+    """Copy the code of this clone, and every distribution that it needs, to a folder; ``python``: its interpreter."""
     new.chmod(0o755)
-    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = new / "lib" / python / "site-packages"
+    packages = _packages(new)
     packages.mkdir(parents=True)
     (new / "bin").mkdir()
-    (new / "bin/python3").symlink_to(Path(sys.base_prefix) / "bin/python3")
+    (new / "bin/python3").symlink_to(Path(sys.base_prefix) / "bin" / python)
     (new / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n")
     for package in _PACKAGES:
         shutil.copytree(_CODE / package, packages / Path(package).name)
     shutil.copytree(_CODE / "policies", new / _SHARED / "policies")
     for name in _closure(_requirements()):
         _copy_distribution(name, packages)
-    script = new / "bin/isolator"
-    script.write_text(f"#!{new}/bin/python3 -I\nimport sys\n\nfrom host.cli.main import main\n\nsys.exit(main())\n")
-    script.chmod(0o755)
     for path in (new, *new.rglob("*")):
         if not path.is_symlink():
             os.chown(path, 0, 0)
             path.chmod((path.stat().st_mode | (0o555 if path.is_dir() else 0o444)) & ~0o7022)
-    # The unprivileged processes cannot write __pycache__: without it each of their starts would compile anew.
-    compileall.compile_dir(packages, quiet=2, workers=os.cpu_count() or 1)
+
+
+def write_program(environment: Path, place: Path) -> Path:
+    """Write the command of an environment that will be at ``place``; returns the folder of its packages."""
+    script = environment / "bin/isolator"
+    script.write_text(f"#!{place}/bin/python3 -I\nimport sys\n\nfrom host.cli.main import main\n\nsys.exit(main())\n")
+    script.chmod(0o755)
+    return _packages(environment)
 
 
 def _requirements() -> list[str]:

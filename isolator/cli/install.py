@@ -16,6 +16,8 @@ import click
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
 
+PACKAGE = Path("/usr/lib/isolator/dist")
+"""There while the Debian package is installed (packaging/build.py)."""
 LINK = Path("/usr/local/bin/isolator")
 COMPLETIONS = {
     "bash": Path("/usr/share/bash-completion/completions/isolator"),
@@ -47,6 +49,9 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
         click.echo(unit(program, paths), nl=False)
         return
     _need_root("install")
+    if PACKAGE.exists():
+        why = "the Debian package isolator is installed, and this would be a second service"
+        raise IsolatorError("install", why, "upgrade that, or 'apt-get remove isolator' (plugins and trail stay)")
     if not Path("/run/systemd/system").exists():
         raise IsolatorError("systemd", "it does not run this host", "start the daemon yourself: isolator serve")
     _refuse_unfit_host(paths)
@@ -79,6 +84,9 @@ def uninstall(root: str | None, purge: bool, yes: bool) -> None:
     """Remove the service; with --purge everything that this root holds."""
     _need_root("uninstall")
     paths = Paths.of(root)
+    if PACKAGE.exists() and not paths.instance:
+        remedy = f"apt-get {'purge' if purge else 'remove'} isolator"
+        raise IsolatorError("uninstall", "this service is the Debian package isolator's", remedy)
     if purge and not yes:
         click.confirm(f"Delete every plugin, its state and the audit trail below {paths.root}?", abort=True)
     place = _unit_path(paths)

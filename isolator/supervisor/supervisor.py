@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING
 
 import isolator
 from isolator.audit.client import AWAY, AuditClient
-from isolator.audit.schema import AuditGap, DaemonReloaded, HostStarted, HostStopped, PluginStopped, RunEnded
+from isolator.audit.schema import (
+    AuditGap,
+    BackupRestored,
+    DaemonReloaded,
+    HostStarted,
+    HostStopped,
+    PluginStopped,
+    RunEnded,
+)
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import JobEnded, Origin
@@ -96,6 +104,7 @@ async def running_daemon(
         journal = Journal(paths.journal, locked=before.journal if before is not None else -1)
         stack.callback(_remove_run_folder, paths)
         stack.callback(journal.close)
+        restored = _finish_restore(paths) if before is None else None
         cleared: list[recovery.Leftover] = []
         kept_by: Launcher | None = None
         optional = optional_controllers(config.may_degrade)
@@ -164,7 +173,9 @@ async def running_daemon(
             tickets.start()
             await services.start(table, handlers)
             runtime.pool.begin(EVERY_LAYER)
-            if cleared or not services.audit.found.ended:
+            if restored is not None:
+                audit.record(BackupRestored(**restored))
+            elif cleared or not services.audit.found.ended:
                 why = "the daemon before did not end by itself; what its processes had not handed over is lost"
                 audit.record(AuditGap(count=None, why=why))
             updates.judge_again(on_trial)
@@ -179,7 +190,9 @@ async def running_daemon(
                     cleared=[*(f"{left.kind} {left.name}" for left in cleared), *recovered],
                 )
             )
-            _record_dead(audit, services.audit.found.runs, cleared)
+            _record_dead(audit, services.audit.found.runs, cleared, restored is not None)
+            if restored is not None:
+                tasks.run("note of the restore", _forget_restored(audit, paths))
         else:
             assert kept_by is not None
             services.audit.adopt(before.audit)
@@ -332,9 +345,27 @@ def _remove_run_folder(paths: Paths) -> None:
         paths.run.rmdir()
 
 
-def _record_dead(audit: AuditClient, unended: Mapping[str, str], cleared: list[recovery.Leftover]) -> None:
+def _finish_restore(paths: Paths) -> dict[str, str] | None:
+    """Finish a restore that was cut short; returns the note of one that is not on record yet."""
+    from isolator.backup import swap
+
+    swap.finish(paths)
+    return swap.restored(paths)
+
+
+async def _forget_restored(audit: AuditClient, paths: Paths) -> None:
+    from isolator.backup import swap
+
+    await audit.durable()
+    swap.forget_restored(paths)
+
+
+def _record_dead(
+    audit: AuditClient, unended: Mapping[str, str], cleared: list[recovery.Leftover], restored: bool
+) -> None:
     """Give each start on record its end: of the runs that were found here, and of those that a reboot took along."""
-    ends = dict.fromkeys(unended.items(), "found dead: the machine went down")
+    why = "found in a backup: it ended after that" if restored else "found dead: the machine went down"
+    ends = dict.fromkeys(unended.items(), why)
     for left in cleared:
         if left.kind == "cage":
             plugin, _, run = left.name.rpartition(".")

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,18 @@ def of(d: Daemon, type: str, event_id: str | None = None) -> list[dict[str, Any]
 def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, dict[str, str]]]:
     with pretend_internet() as pretend, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
         events = live(d, tmp_path_factory.mktemp("plugins"))
+        (passphrase := d.root / "passphrase").write_text("a passphrase for tests")
+        passphrase.chmod(0o600)
+        place = Path(tempfile.mkdtemp(prefix="isolator-backup-"))
+        secret = ["--passphrase-file", str(passphrase)]
+        try:
+            d.cli("backup", str(place / "running"), *secret)
+            d.stop()
+            d.cli("backup", str(place / "stopped"), *secret)
+            d.cli("restore", str(place / "stopped"), *secret, "--replace")
+            d.start()
+        finally:
+            shutil.rmtree(place)
         d.stop()
         yield d, events
 

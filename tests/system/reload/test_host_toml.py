@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
-from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
+from tests.system.daemon import Daemon, daemon, write_plugin
 from tests.system.reload.test_reload import STATE, running
 
 BEFORE = """
@@ -50,7 +48,9 @@ def test_reload_puts_host_toml_in_force(shared_dir: Path) -> None:
         print(d.cli("plugin", "list").stdout)
         print(d.cli("plugin", "show", "large").stdout)
         print(d.cli("plugin", "show", "small").stdout)
-        import time; time.sleep(3)
+        import time
+
+        time.sleep(3)
         print(before, running(d))
         print(d.cli("plugin", "list").stdout)
         print(d.cli("plugin", "show", "large").stdout)

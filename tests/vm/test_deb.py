@@ -1,0 +1,55 @@
+"""The Debian package on a host with systemd: a plugin runs through its upgrade, and a purge leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.package import NEWER, build, run
+from tests.support.timeouts import seconds
+from tests.system.daemon import event, write_plugin
+from tests.vm.service import needs_machine
+
+pytestmark = [pytest.mark.vm, needs_machine]
+
+
+def isolator(*words: str) -> str:
+    return run("/usr/bin/isolator", *words)
+
+
+def pid_of(plugin: str) -> int:
+    return int(json.loads(isolator("plugin", "show", plugin, "--json"))["pid"])
+
+
+def test_deb_is_installed_upgraded_removed_and_purged(tmp_path: Path) -> None:
+    package, newer = build(tmp_path)
+    if Path("/etc/systemd/system/isolator.service").exists():  # of the tests of 'isolator install'
+        command = ["dpkg", "-i", str(package)]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=seconds(60), check=False)
+        assert refused.returncode != 0 and "run 'sudo isolator uninstall' first" in refused.stderr
+        run("isolator", "uninstall", "--purge", "--yes")
+    run("dpkg", "-i", str(package))
+    try:
+        assert run("systemctl", "is-active", "isolator").strip() == "active"
+        assert run("systemctl", "is-enabled", "isolator").strip() == "enabled"
+        isolator("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        isolator("event", "emit", "deploy.completed", event("before"), "--wait")
+        before, daemon = pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")
+        run("dpkg", "-i", str(newer))
+        assert json.loads(isolator("status", "--json"))["version"] == NEWER
+        assert (pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")) == (before, daemon)
+        isolator("event", "emit", "deploy.completed", event("after"), "--wait")
+        run("dpkg", "-r", "isolator")
+        assert not Path("/usr/lib/isolator").exists()
+        assert Path("/var/lib/isolator/plugins/echo/plugin.state").exists()
+        run("dpkg", "-i", str(newer))
+        isolator("event", "emit", "deploy.completed", event("again"), "--wait")
+    finally:
+        run("dpkg", "-P", "isolator")
+    for left in ("/etc/isolator", "/var/lib/isolator", "/var/log/isolator", "/run/isolator", "/usr/lib/isolator"):
+        assert not Path(left).exists(), left
+    users = Path("/etc/passwd").read_text()
+    assert "isolator-host" not in users and "plugin-echo" not in users
