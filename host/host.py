@@ -228,7 +228,10 @@ class Host:
             *trail.endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
-        self._control = ControlServer(endpoints, settings.role_of, audit.record, restore)
+        self._control = ControlServer(
+            endpoints, settings.role_of, audit.record, restore,
+            console=settings.console.uid if settings.console is not None else None,
+        )  # fmt: skip
         self._gauges = Gauges(queue, registry, dispatcher, audit)
 
     def handlers(self) -> dict[str, Handler]:

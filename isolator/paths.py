@@ -116,6 +116,11 @@ class Paths:
         return self.run / "metrics.sock"
 
     @property
+    def console_socket(self) -> Path:
+        """The HTTP API, where ``[console]`` is set."""
+        return self.run / "console.sock"
+
+    @property
     def journal(self) -> Path:
         """Record of everything made outside a process; on a tmpfs, so a reboot clears it with what it names."""
         return self.run / "journal"

@@ -54,7 +54,7 @@ def collect(records: Iterable[Record], entry: Mapping[str, Any]) -> list[Denial]
     requested, permissions = _requested(manifest), manifest.get("permissions") or []
     found: dict[tuple[Any, ...], Denial] = {}
     for record in records:
-        if not _refused(record):
+        if not refused(record):
             continue
         data = {key: value for key, value in record.data.items() if key not in _DIFFERS}
         if record.type == NetQuery.TYPE:
@@ -75,7 +75,7 @@ def show(denials: Iterable[Denial], name: str) -> None:
     """Print denials for people: count and attempt, then the line that would grant it."""
     for denial in denials:
         events = f", during {', '.join(sorted(denial.events)[:3])}" if denial.events else ""
-        click.echo(f"{denial.count:>6} ×  {_attempt(denial)}  (last {denial.last[:19]}Z{events})")
+        click.echo(f"{denial.count:>6} ×  {attempt(denial)}  (last {denial.last[:19]}Z{events})")
         advice = denial.advice
         click.echo(f"          {safe(advice.why)}")
         if advice.line is not None:
@@ -83,14 +83,16 @@ def show(denials: Iterable[Denial], name: str) -> None:
             click.echo(f"          to allow it, in [{advice.table}] of {where}:  {safe(advice.line)}")
 
 
-def _refused(record: Record) -> bool:
+def refused(record: Record) -> bool:
+    """Whether a record of one of ``TYPES`` tells of something that was refused."""
     verdict = record.data.get("verdict")
     if record.type == ApiCalled.TYPE:
         return verdict != "granted"
     return record.type != NetQuery.TYPE or verdict in {"denied", "withheld"}
 
 
-def _attempt(denial: Denial) -> str:
+def attempt(denial: Denial) -> str:
+    """The attempt in a few words, printable."""
     data = denial.data
     if denial.type == NetQuery.TYPE:
         return f"lookup of {safe(data.get('name'))}: {safe(data.get('rule'))}"

@@ -83,7 +83,7 @@ class EventVerbs:
             request.name,
             request.payload,
             done,
-            by=caller.by,
+            by=caller.by if request.on_behalf_of is None else caller.for_another(request.on_behalf_of),
             dedupe_key=request.dedupe_key,
             ttl=request.ttl,
             trace=request.trace,

@@ -88,10 +88,19 @@ class Caller:
     follows: bool = False
     """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
 
+    passes_on: bool = False
+    """Whether it may ask for somebody else: the console."""
+
     @property
     def by(self) -> str:
         """The caller's name in the trail."""
         return f"uid:{self.uid}"
+
+    def for_another(self, name: str) -> str:
+        """Name in the trail of whoever the console asks for; raises DeniedError for any other caller."""
+        if not self.passes_on:
+            raise DeniedError("on_behalf_of", f"uid {self.uid} asks for itself alone", "leave it out")
+        return f"console:{name}"
 
 
 Result = Mapping[str, Any]
@@ -146,7 +155,8 @@ class ControlServer:
     """Server of the control socket.
 
     ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records. ``restore``: by verb,
-    what takes over a belonging of a caller from the host whose place this one takes.
+    what takes over a belonging of a caller from the host whose place this one takes. ``console``: uid of the
+    console, which may ask for others.
     """
 
     def __init__(
@@ -155,8 +165,10 @@ class ControlServer:
         role_of: Callable[[int], str | None],
         record: Callable[..., None],
         restore: Mapping[str, Callable[[Caller, Json], None]] | None = None,
+        console: int | None = None,
     ) -> None:
         self._restore = restore or {}
+        self.console = console
         self.leaving = False
         """No request is begun any more: another process takes this one's place."""
         self._endpoints = {endpoint.request.spec.verb: endpoint for endpoint in endpoints}
@@ -277,6 +289,7 @@ class _Connection(LineProtocol):
         pid, uid, _ = peer_of(transport.get_extra_info("socket"))
         self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self._cut)
         self._caller.drained.set()
+        self._caller.passes_on = uid == self._server.console
         if self._caller.role is None:
             self.per_turn, self.budget = 1, self._server.stranger_bytes
         why = self._server.opened(self, self._caller)

@@ -140,13 +140,17 @@ class RegisteredEvent(TypedDict):
 
 
 class EventEmit(Request, verb="event.emit", role="emitter", result=Emitted):
-    """Accept one event; it and its deliveries are on disk when the answer comes."""
+    """Accept one event; it and its deliveries are on disk when the answer comes.
+
+    ``on_behalf_of``, of the console alone: who asked it.
+    """
 
     name: Name
     payload: Annotated[dict[str, Any], Object("event", "the payload must be an object")] = field(default_factory=dict)
     dedupe_key: Annotated[str | None, Text(256, nullable=True)] = None
     ttl: Annotated[float | None, Number(MAX_TTL, nullable=True)] = None
     trace: Annotated[str | None, Text(128, least=0, nullable=True)] = None
+    on_behalf_of: Annotated[str | None, Text(96, nullable=True)] = None
 
 
 class EventWait(Request, verb="event.wait", role="emitter", result=Event):

@@ -58,6 +58,8 @@ class Line:
 
     text: str
     bad: bool = False
+    seq: int | None = None
+    """The record that it tells of, if it is one."""
 
 
 def _endpoint(data: dict[str, Any]) -> str:
@@ -230,7 +232,7 @@ def story_lines(event_id: str, records: list[Record], width: int = WIDTH) -> Ite
         lead = f"{'+' + _span(max(0.0, _moment(record) - begin)):>10} "
         lead += f"{letters.get(record.plugin or '', ' ')}{'*' if among else ' '}"
         text = f"{printable(record.type.removeprefix('event.')):<{_WHAT}} {_details(record)}"
-        yield from _wrap(lead, text, width, bad=record.type.endswith(_BAD))
+        yield from _wrap(lead, text, width, bad=record.type.endswith(_BAD), seq=record.seq)
     if shared:
         yield Line("* several events were in flight: this one or another of them")
 
@@ -286,19 +288,21 @@ def _details(record: Record) -> str:
     )
 
 
-def _wrap(lead: str, text: str, columns: int, *, hang: int = _WHAT + 1, bad: bool = False) -> Iterator[Line]:
+def _wrap(
+    lead: str, text: str, columns: int, *, hang: int = _WHAT + 1, bad: bool = False, seq: int | None = None
+) -> Iterator[Line]:  # fmt: skip
     """Break at spaces, and within what is too long for a line; what follows is indented below the details."""
     width, line = columns - len(lead) - 1, ""
     space = f"{lead} " if lead else ""
     for word in text.split(" "):
         if line.strip() and len(line) + 1 + len(word) > width and len(word) <= width - hang:
-            yield Line(f"{space}{line}".rstrip(), bad)
+            yield Line(f"{space}{line}".rstrip(), bad, seq)
             space, line = " " * len(space), " " * (hang - 1)
         line = f"{line} {word}" if line else word
         while len(line) > width:
-            yield Line(f"{space}{line[:width]}".rstrip(), bad)
+            yield Line(f"{space}{line[:width]}".rstrip(), bad, seq)
             space, line = " " * len(space), " " * hang + line[width:]
-    yield Line(f"{space}{line}".rstrip(), bad)
+    yield Line(f"{space}{line}".rstrip(), bad, seq)
 
 
 def _fit(line: str, width: int) -> str:

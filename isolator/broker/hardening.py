@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import prctl
@@ -30,16 +30,24 @@ _CLONE_THREAD = 0x10000
 _OWN = frozenset({"socket", "socketpair", "clone", "fork", "vfork", "execve", "execveat"})
 
 
-def filter_file(cache: Path) -> int:
-    """A descriptor of the compiled filter, for the broker to inherit: it could not load the compiler any more."""
-    fd = os.memfd_create("broker.bpf", os.MFD_CLOEXEC)
-    os.write(fd, compiled_rules("broker", rules(), cache))
+BROKER, CONSOLE = "broker", "console"
+FAMILIES = {BROKER: (_AF_INET, _AF_INET6, _AF_NETLINK), CONSOLE: (_AF_UNIX,)}
+"""Families of the sockets that each process may make; the console's listeners are handed to it."""
+
+
+def filter_file(cache: Path, service: str = BROKER) -> int:
+    """A descriptor of the compiled filter, for the process to inherit: it could not load the compiler any more."""
+    fd = os.memfd_create(f"{service}.bpf", os.MFD_CLOEXEC)
+    os.write(fd, compiled_rules(service, rules(FAMILIES[service]), cache))
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 
 
-def harden(program: bytes) -> None:
-    """Drop every right that the broker does not need, for good, while there is one thread. Raises OSError."""
+def harden(program: bytes, readable: Iterable[str] = ("/",)) -> None:
+    """Drop every right that the process does not need, for good, while there is one thread. Raises OSError.
+
+    Of files it keeps reading what is below the paths ``readable``.
+    """
     start_no_handler()
     resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
@@ -49,16 +57,16 @@ def harden(program: bytes) -> None:
     prctl.set_no_new_privs(True)
     # Neither core dumps nor a debugger of the same uid.
     prctl.set_dumpable(False)
-    _restrict_files()
+    _restrict_files(readable)
     seccomp.load_filter(program, listener=False)
 
 
-def rules() -> Iterator[syscalls.Rule]:
+def rules(families: Iterable[int] = FAMILIES[BROKER]) -> Iterator[syscalls.Rule]:
     """The plugins' default profile without the calls that start a program; refusals go to no notifier."""
     for name, action, conditions in syscalls.rules("default"):
         if name not in _OWN:
             yield name, syscalls.REFUSE if action == syscalls.DENY else action, conditions
-    for family in (_AF_INET, _AF_INET6, _AF_NETLINK):
+    for family in families:
         yield "socket", syscalls.ALLOW, (Equal(0, syscalls.WORD, family),)
     yield "socket", syscalls.REFUSE, ()
     # The event loop wakes itself by a pair, which leads nowhere else.
@@ -69,7 +77,7 @@ def rules() -> Iterator[syscalls.Rule]:
         yield name, syscalls.REFUSE, ()
 
 
-def _restrict_files() -> None:
+def _restrict_files(readable: Iterable[str]) -> None:
     try:
         version = landlock.abi()
     except OSError as error:
@@ -77,4 +85,5 @@ def _restrict_files() -> None:
             return  # a second wall: the user owns no file and the ledger tells of the kernel
         raise
     scoped = landlock.SCOPE_SIGNAL | landlock.SCOPE_ABSTRACT_UNIX_SOCKET
-    landlock.restrict(version, [("/", landlock.READ_FILE | landlock.READ_DIR)], scoped=scoped)
+    allowed = [(path, landlock.READ_FILE | landlock.READ_DIR) for path in readable]
+    landlock.restrict(version, allowed, scoped=scoped)

@@ -205,7 +205,7 @@ def _remove_program() -> None:
 
 
 def _purge(paths: Paths) -> None:
-    from isolator.layers.user import remove_user
+    from isolator.layers.user import remove_group, remove_user
     from isolator.recovery import daemon as recovery
     from isolator.recovery import standalone as abandoned
     from isolator.recovery.journal import Journal
@@ -218,12 +218,13 @@ def _purge(paths: Paths) -> None:
         recovery.remove_subtree(paths)
     finally:
         journal.close()
-    users = [paths.named(f"isolator-{name}") for name in _SERVICES]
+    users = [paths.named(f"isolator-{name}") for name in (*_SERVICES, "console")]
     if paths.plugins.exists():
         store = Store(paths.plugins)
         users += [store.load(name).user for name in store.names()]
     for user in users:
         remove_user(user)
+    remove_group(paths.named("isolator"))
     for folder in (paths.lib, paths.log, paths.etc, paths.run):
         if folder.exists():
             shutil.rmtree(folder)

@@ -232,6 +232,24 @@ class CageSockets(Request[None], op="cage.sockets"):
     """4 or 6"""
 
 
+# --- S → W ---------------------------------------------------------------------------------------------------------
+
+
+class ConsoleHello(Request[None], op="hello", fds=range(3)):
+    """The first message to the console (W); answered when it serves.
+
+    Descriptors, unless they are in the state: the listener of its socket, and that of its port if there is one
+    """
+
+    root: str
+    config: Json
+    """JSON of `HostConfig`"""
+    secrets: dict[str, tuple[str, ...]]
+    """those of each ingress, by its name"""
+    parts: int = omitted(default=0)
+    """how many `state.part` have come: W takes the place of another"""
+
+
 # --- S → H ---------------------------------------------------------------------------------------------------------
 
 
@@ -639,6 +657,7 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → A": (AuditHello, RecordSource, Flush, ServeMetrics),
     "S → B": (BrokerHello, AttachCage, DetachCage, NewAuditSocket),
     "B → S": (CageSockets,),
+    "S → W": (ConsoleHello,),
     "S ↔ old and new": (Leave, StatePart),
     "S → H": (
         HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, JobEnded,
@@ -650,4 +669,4 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
         ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
     ),
 }  # fmt: skip
-"""Every request by sender and receiver: supervisor, audit, broker, host."""
+"""Every request by sender and receiver: supervisor, audit, broker, host, console (W)."""

@@ -134,6 +134,25 @@ def add_service_user(name: str, *, comment: str) -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
+def add_group(name: str) -> int:
+    """Make (or find) a system group; returns its gid."""
+    import grp
+
+    with contextlib.suppress(KeyError):
+        return grp.getgrnam(name).gr_gid
+    _account_tool(["groupadd", "--system", name], name)
+    return grp.getgrnam(name).gr_gid
+
+
+def remove_group(name: str) -> None:
+    """Remove a system group; no error when there is none."""
+    import grp
+
+    with contextlib.suppress(KeyError):
+        grp.getgrnam(name)
+        _account_tool(["groupdel", name], name)
+
+
 def remove_user(name: str) -> None:
     """Remove a system user and its group; no error when there is none."""
     with contextlib.suppress(KeyError):

@@ -107,6 +107,25 @@ class Metrics(Frozen):
     port: int | None = None
 
 
+class Ingress(Frozen):
+    """``[ingress.NAME]``: events that come in over HTTP, each signed with a secret of the file."""
+
+    secret_file: str
+    events: tuple[str, ...]
+    """Names, or patterns of names, that may come in here."""
+
+
+class Console(Frozen):
+    """``[console]``: HTTP on a socket, and on a loopback port if there is one."""
+
+    port: int | None = None
+    emit: bool = False
+    """Whether callers with the role ``emitter`` may emit over HTTP."""
+    ingress: dict[str, Ingress] = fresh(default_factory=dict)
+    uid: int = -1
+    """The process's own user, which the supervisor fills in."""
+
+
 class HostConfig(Frozen):
     """Everything of ``host.toml``. Crosses process borders as JSON."""
 
@@ -131,6 +150,7 @@ class HostConfig(Frozen):
     """``source`` of events where they have one: a URI, or a reference to one."""
     audit: AuditSettings = AuditSettings()
     metrics: Metrics = Metrics()
+    console: Console | None = None
     source: str | None = None
     """The file it was read from; None when there is none."""
     where: dict[str, str] = fresh(default_factory=dict)
@@ -156,6 +176,15 @@ class HostConfig(Frozen):
             return "emitter"
         return "viewer" if uid in self.roles.viewer else None
 
+    def with_console(self, uid: int) -> "HostConfig":
+        """The settings with the console's user among those who may call: it reads, and emits only where that is on."""
+        if self.console is None:
+            return self
+        emits = self.console.emit or bool(self.console.ingress)
+        field = "emitter" if emits else "viewer"
+        roles = self.roles.model_copy(update={field: (*getattr(self.roles, field), uid)})
+        return self.model_copy(update={"roles": roles, "console": self.console.model_copy(update={"uid": uid})})
+
     def for_runners(self) -> "HostConfig":
         """The settings that the policy of a runner's ``isolator run`` is held against.
 
@@ -169,12 +198,15 @@ class HostConfig(Frozen):
         return self.model_copy(update=changes)
 
     def digest(self) -> str:
-        """SHA-256 of the settings, wherever they were read from; of hosts without runners as before there were any."""
+        """SHA-256 of the settings, wherever they were read from; of hosts without runners, or console, as before there
+        were any."""
         import hashlib
         import json
 
         data = json.loads(self.model_dump_json(exclude={"source", "where"}))
         if not self.roles.runner:
             del data["runner"], data["roles"]["runner"]
+        if self.console is None:
+            del data["console"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

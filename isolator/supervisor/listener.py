@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def listen(
-    path: Path, *, mode: int, owner: int, backlog: int, kind: socket.SocketKind = socket.SOCK_STREAM
+    path: Path, *, mode: int, owner: int, backlog: int, kind: socket.SocketKind = socket.SOCK_STREAM, group: int = -1
 ) -> socket.socket:
     """Listen at ``path``, however long it is, with its final owner and mode; an earlier socket there is replaced."""
     path.unlink(missing_ok=True)
@@ -19,7 +19,7 @@ def listen(
             # The name gets the socket's own mode (unix_bind()): the umask belongs to every thread.
             os.fchmod(listener.fileno(), 0o600)
             listener.bind(f"/proc/self/fd/{folder}/{path.name}")
-            os.chown(path, owner, -1)
+            os.chown(path, owner, group)
             os.chmod(path, mode)
             listener.listen(backlog)
         except BaseException:

@@ -1,4 +1,4 @@
-"""The daemon's unprivileged processes, introduced to each other: audit, broker, host.
+"""The daemon's unprivileged processes, introduced to each other: audit, broker, host, and the console if there is one.
 
 They start in this order and stop in the reverse. Each gets a channel to the supervisor and (but for audit itself) a
 source socket of its own to the audit process; whoever dies is started again and introduced anew: to audit come new
@@ -38,9 +38,11 @@ from isolator.supervisor.service import ChildProcess, ServiceSpec, Succeed
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import ServiceState
+    from isolator.supervisor.console_link import ConsoleLink
 
 logger = logging.getLogger(__name__)
 
+NOBODY = 65534
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
 
@@ -63,22 +65,34 @@ class Services:
         kept.check_trail(paths)
         kept.check_host(paths)
         users = _make_users(paths)
+        if config.console is not None:
+            uid, _ = add_service_user(paths.named("isolator-console"), comment="Isolator console")
+            users["console"] = uid, users["host"][1]  # the group that may read the trail, and nothing else
+            config = config.with_console(uid)
         _make_folders(paths, users)
 
         def process(name: str, module: str) -> ChildProcess:
-            return ChildProcess(ServiceSpec(name, module, *users[name]), runtime.subtree, runtime.journal, health)
+            ids = users.get(name, (NOBODY, NOBODY))
+            return ChildProcess(ServiceSpec(name, module, *ids), runtime.subtree, runtime.journal, health)
 
         broker, host = process("broker", "isolator.broker.service"), process("host", HOST_MODULE)
         audit = process("audit", "isolator.audit.service")
         self.audit = AuditLink(audit, client, (broker, host), paths, config)
         self.broker = BrokerLink(broker, paths, config)
         self.host = HostLink(host, paths, config, health.alarms)
-        self._paths = paths
+        self._paths, self._process = paths, process
+        self.console: ConsoleLink | None = None
+        """None, and nothing of it loaded, where there is no ``[console]``, or it could not be started."""
+        if config.console is not None:
+            from isolator.supervisor.console_link import MODULE, ConsoleLink
+
+            self.console = ConsoleLink(process("console", MODULE), paths, config, config.console, health)
 
     @property
     def every(self) -> tuple[ChildProcess, ...]:
         """The processes, in the order of their starts."""
-        return self.audit.process, self.broker.process, self.host.process
+        console = (self.console.process,) if self.console is not None else ()
+        return self.audit.process, self.broker.process, self.host.process, *console
 
     async def start(
         self, table: PluginTable, handlers: Mapping[str, Handler], before: Mapping[str, ServiceState] | None = None
@@ -122,6 +136,7 @@ class Services:
             audit.process.adopt(before["audit"], audit.introduce, succeed=lambda: audit.succeed)
             broker.process.adopt(before["broker"], introduce_broker, handlers=broker.handlers(), **of_broker)
             host.process.adopt(before["host"], introduce_host, handlers=of_host, **of_host_ways)
+            await self._start_console(before.get("console"))
             return
         await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
         if audit.found.blocked is None:
@@ -129,23 +144,45 @@ class Services:
         await broker.process.start(introduce_broker, handlers=broker.handlers(), **of_broker)
         await host.process.start(introduce_host, handlers=of_host, **of_host_ways)
         kept.note(self._paths.database_begun)
+        await self._start_console()
+
+    async def _start_console(self, before: ServiceState | None = None) -> None:
+        if before is not None and self.console is not None:
+            self.console.adopt(before)
+        elif before is not None:  # host.toml has none any more
+            process = self._process("console", "")
+            process.adopt(before, _no_introduction)
+            await process.stop()
+            self._paths.console_socket.unlink(missing_ok=True)
+        elif self.console is not None and not await self.console.start():
+            self.console = None
+
+    async def drop_console(self) -> None:
+        """Do without a console that does not come up: nobody waits for it, and the next start begins anew."""
+        if self.console is not None and not self.console.process.up.is_set():
+            await self.console.process.stop()
+            self.console = None
 
     def entries(self) -> tuple[ServiceEntry, ...]:
         """Describe the daemon's processes, this one first."""
         own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="")
-        return own, *(link.process.entry() for link in (self.audit, self.broker, self.host))
+        return own, *(process.entry() for process in self.every)
 
     def _broker_filter(self) -> dict[str, int]:
         return {"filter": filter_file(self._paths.cache)}
 
     async def exchange(self) -> None:
         """Put new processes in the places of those that run, one after the other; each failure is logged."""
-        for process in (self.audit.process, self.broker.process, self.host.process):
+        for process in self.every:
             if process.succeed is not None:
                 try:
                     await exchange(process)
                 except (IsolatorError, OSError) as error:
                     logger.error("%s could not be exchanged: %s", process.spec.name, error)
+
+
+async def _no_introduction(_: Channel) -> None:
+    """A process that is only to end."""
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

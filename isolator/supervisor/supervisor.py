@@ -294,6 +294,8 @@ async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> N
     """Stop every plugin, then the services in reverse; the trail's last record is the daemon's stop."""
     started = time.monotonic()
     await table.close()
+    if services.console is not None:
+        await services.console.process.stop()
     await services.host.process.stop()
     await services.broker.process.stop()
     if services.audit.process.starts:
@@ -340,6 +342,7 @@ def _remove_run_folder(paths: Paths) -> None:
     paths.metrics_socket.unlink(missing_ok=True)
     paths.ticket_socket.unlink(missing_ok=True)
     paths.run_socket.unlink(missing_ok=True)
+    paths.console_socket.unlink(missing_ok=True)
     shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
     with contextlib.suppress(OSError):
         paths.run.rmdir()

@@ -28,7 +28,7 @@ def with_examples(text: str) -> str:
     """The file with each commented example (``#key = value``) in place of the line that it is an example for."""
     lines: list[str] = []
     section = 0
-    for line in text.splitlines():
+    for line in re.sub(r"(?m)^#(\[[a-z.]+\])$", r"\1", text).splitlines():  # a table that is an example as a whole
         if line.startswith("["):
             section = len(lines)
         example = re.match(r"#([a-z_]+) *= ", line)
@@ -54,6 +54,7 @@ def test_host_toml_shows_every_key() -> None:
     assert set(data["inbound"]) == {"addresses", "ports"}
     assert set(data["restart"]) == {"backoff_min", "backoff_max", "crashes", "window"}
     assert set(data["audit"]) == set(HostConfig().audit.model_dump())
+    assert set(data["console"]) == {"port", "emit"} and set(data["ingress"]["shop"]) == {"secret_file", "events"}
     assert set(data["metrics"]) == {"address", "port"}
     assert settings(parse_host_config(text.encode(), source="host.toml")) != settings(HostConfig())
     assert {"uid_range", "plugin_dirs", "may_degrade"} <= set(data)

@@ -13,8 +13,10 @@ from isolator.policy.host import (
     MAY_DEGRADE,
     AuditSettings,
     Ceiling,
+    Console,
     HostConfig,
     Inbound,
+    Ingress,
     Metrics,
     Roles,
     Runner,
@@ -104,6 +106,7 @@ def host_config_of(top: Table) -> HostConfig:
         event_source=events.parsed("source", _source, HostConfig().event_source),
         audit=_audit(audit),
         metrics=_metrics(metrics),
+        console=_console(top),
         source=source,
         where=where_of(top),
     )
@@ -184,6 +187,31 @@ def _metrics(table: Table) -> Metrics:
     return Metrics(
         address=table.parsed("address", loopback, Metrics().address), port=table.parsed("port", names.parse_port, None)
     )
+
+
+def _console(top: Table) -> Console | None:
+    if "console" not in top:
+        if "ingress" in top:
+            top.fail("ingress", "there is no [console], which serves it", "add [console]")
+        return None
+    console, ingress = top.table("console"), top.table("ingress")
+    found = {}
+    for name in ingress.data:
+        table = ingress.table(name)
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name):
+            ingress.fail(name, "its name is part of a path", "use small letters, digits and hyphens")
+        file = table.parsed("secret_file", lambda value: _absolute(printable(value, 4096)), "")
+        events = table.strings("events", names.parse_hook_grant)
+        if not file or not events:
+            missing = "secret_file" if not file else "events"
+            ingress.fail(name, f"has no {missing}", f'secret_file = "/etc/isolator/ingress/{name}", events = ["NAME"]')
+        found[name] = Ingress(secret_file=file, events=events)
+        table.finish()
+    made = Console(
+        port=console.parsed("port", names.parse_port, None), emit=console.boolean("emit", False), ingress=found
+    )
+    console.finish()
+    return made
 
 
 def _size(low: int) -> Any:

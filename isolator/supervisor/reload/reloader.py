@@ -85,6 +85,7 @@ async def _come_to_rest(daemon: Daemon) -> None:
     try:
         async with asyncio.timeout(REST_SECONDS):
             daemon.rest.come()
+            await daemon.services.drop_console()
             await daemon.runtime.pool.close()
             await _until_idle(daemon, busy)
             if not await asyncio.to_thread(daemon.notifier.pause, _NOTIFIER_SECONDS):

@@ -1,0 +1,331 @@
+"""The application: who asks, from where, and what they may have.
+
+Through the Unix socket the kernel names the caller, and ``[roles]`` of host.toml says what that one may do. Through the
+port nobody is known: a browser has a cookie for a token that an operator asked for, which reads and never posts, and a
+signed event gets in at an ingress. Everything else is refused before it is looked at any further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from host.console import api, events
+from host.console.connections import Message, Peer, Receive, Send, patient
+from host.console.pages import Context, Pages
+from host.console.rendering import environment
+from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
+from host.console.upstream import BEAT, Listener, Live, Upstream
+from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
+from isolator.policy.host import Console, HostConfig
+
+STATIC = Path(__file__).parent / "static"
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+QUIET = 15.0
+"""Seconds after which a live stream without news gets a sign of life."""
+INGRESS = "/v1/ingress/"
+
+logger = logging.getLogger(__name__)
+
+
+class App:
+    """The console as an ASGI application, ``asgi``.
+
+    ``config``: whose roles count; None in the foreground, where the daemon itself judges by the uid of this process.
+    """
+
+    def __init__(
+        self, upstream: Upstream, live: Live, sessions: Sessions, trail: Path, *, port: int | None,
+        config: HostConfig | None = None, secrets: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:  # fmt: skip
+        self._upstream, self._live, self._sessions = upstream, live, sessions
+        self._port, self._config, self._secrets = port, config, secrets or {}
+        self._settings = config.console if config is not None and config.console is not None else Console()
+        self._pages, self._templates = Pages(upstream, live, trail), environment()
+        self._ending = asyncio.Event()
+        self._document = b""
+        pages = self._pages
+        routes = [
+            Route("/", self._page("overview.html", lambda _: pages.overview())),
+            Route("/plugin/{name}", self._page("plugin.html", lambda r: pages.plugin(r.path_params["name"]))),
+            Route("/events", self._page("events.html", lambda r: pages.events(r.query_params))),
+            Route("/story/{event}", self._page("story.html", lambda r: pages.story(r.path_params["event"]))),
+            Route("/denials", self._page("denials.html", lambda r: pages.denials(r.query_params.get("plugin")))),
+            Route("/trail", self._page("trail.html", lambda _: pages.trail())),
+            Route("/trail/{seq:int}", self._page("record.html", lambda r: pages.record(r.path_params["seq"]))),
+            Route("/live", self._live_stream),
+            Route("/enter", self._enter),
+            Route("/leave", self._leave),
+            Mount("/static", StaticFiles(directory=STATIC)),
+            Route("/healthz", self._healthz),
+            Route("/v1/openapi.json", self._openapi),
+            *(Route(path, self._reading(request)) for path, request in api.reading().items()),
+            Route("/v1/token", self._token, methods=["POST"]),
+            Route("/v1/events", self._emit, methods=["POST"]),
+            Route(INGRESS + "{name}", self._ingress, methods=["POST"]),
+        ]
+
+        async def refused(request: Request, error: Exception) -> Response:
+            return self._refused(request, error)
+
+        async def http_refused(request: Request, error: Exception) -> Response:
+            return self._http_refused(request, error)
+
+        handlers: Any = {IsolatorError: refused, HTTPException: http_refused}
+        self._routes = Starlette(routes=routes, exception_handlers=handlers)
+        # A redirect to the same path with a slash would be made of what the caller sent.
+        self._routes.router.redirect_slashes = False
+
+    def end(self) -> None:
+        """End the live streams, so that their connections close."""
+        self._ending.set()
+
+    async def asgi(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return
+        guarded = _with_headers(patient(send, scope["state"]["abort"]))
+        request = Request(scope, receive)
+        try:
+            self._admit(request)
+        except IsolatorError as error:
+            await self._refused(request, error)(scope, receive, guarded)
+            return
+        with contextlib.suppress(ConnectionAbortedError):
+            await self._routes(scope, receive, guarded)
+
+    # --- who asks ----------------------------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        """Refuse what does not come from this console's own pages; raises DeniedError."""
+        if _peer(request) is not None or request.url.path.startswith(INGRESS):
+            return
+        host = request.headers.get("host", "")
+        if not _is_loopback(host):
+            raise DeniedError("Host", "is not a name of this machine", "use the URL that 'isolator console' prints")
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+        if origin not in (None, f"http://{host}") or site not in ("none", "same-origin"):
+            raise DeniedError("request", "comes from another page", "open the console itself")
+        if request.method not in ("GET", "HEAD"):
+            raise DeniedError(request.method, "is not taken here: the console reads", "use the Unix socket")
+
+    def _caller(self, request: Request) -> int | None:
+        """The uid whose rights a request has; None for nobody."""
+        peer = _peer(request)
+        if peer is not None:
+            return peer.uid
+        session = self._sessions.of(request.cookies.get(COOKIE, ""), _name_of(request.headers.get("host", "")))
+        return session.uid if session is not None else None
+
+    def _need(self, request: Request, role: str = "viewer") -> int:
+        """The caller's uid; raises DeniedError for one that does not have the role."""
+        uid = self._caller(request)
+        if uid is None:
+            raise DeniedError("console", "this browser was not let in", "type 'isolator console' on the host")
+        if self._config is None:
+            return uid
+        found = self._config.role_of(uid)
+        roles = ("viewer", "emitter", "operator")
+        if found is None or roles.index(found) < roles.index(role):
+            why = f"uid {uid} has the role {found or 'none'}, it needs {role}"
+            raise DeniedError("console", why, f"add it to [roles] {role} in host.toml")
+        return uid
+
+    # --- pages -------------------------------------------------------------------------------------------------------
+
+    def _page(
+        self, template: str, gather: Callable[[Request], Awaitable[Context]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def page(request: Request) -> Response:
+            self._need(request)
+            context = await gather(request)
+            return self._html(template, request, context)
+
+        return page
+
+    def _html(self, template: str, request: Request, context: Context, status: int = 200) -> Response:
+        text = self._templates.get_template(template).render(path=request.url.path, live=self._live, **(
+            {key: value for key, value in context.items() if key != "live"}
+        ))  # fmt: skip
+        return HTMLResponse(text, status)
+
+    async def _live_stream(self, request: Request) -> Response:
+        self._need(request)
+        listener = self._live.listen()
+
+        async def stream() -> AsyncIterator[str]:
+            try:
+                yield "retry: 2000\n\n"
+                while True:
+                    topics = await self._next(listener)
+                    if self._ending.is_set() or self._caller(request) is None:
+                        return  # a session ends, and so does what it may see
+                    yield f"event: changed\ndata: {json.dumps(topics)}\n\n" if topics else ": quiet\n\n"
+                    await asyncio.sleep(BEAT)
+            finally:
+                self._live.forget(listener)
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    async def _next(self, listener: Listener) -> list[str]:
+        """The next topics, or none at the end."""
+        ending = asyncio.ensure_future(self._ending.wait())
+        taking = asyncio.ensure_future(listener.take(QUIET))
+        try:
+            await asyncio.wait({ending, taking}, return_when=asyncio.FIRST_COMPLETED)
+            return taking.result() if taking.done() else []
+        finally:
+            ending.cancel()
+            taking.cancel()
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    async def _token(self, request: Request) -> Response:
+        """A URL with a token, for a caller of the Unix socket."""
+        uid = self._need(request)
+        if self._port is None:
+            raise UnavailableError("[console] port", "is not set, so there are no pages to show", "set it in host.toml")
+        return _json({"url": self.url_for(uid)})
+
+    def url_for(self, uid: int) -> str:
+        """A URL that lets one browser in, once, with the rights of this user."""
+        return f"http://{new_host(self._port or 0)}/enter?token={self._sessions.token(uid)}"
+
+    async def _enter(self, request: Request) -> Response:
+        name = _name_of(request.headers.get("host", ""))
+        cookie = self._sessions.enter(request.query_params.get("token", ""), name) if _peer(request) is None else None
+        if cookie is None:
+            raise DeniedError("token", "is not valid, or was used already", "type 'isolator console' for another")
+        answer = RedirectResponse("/", 303)
+        answer.set_cookie(COOKIE, cookie, max_age=int(SESSION_SECONDS), httponly=True, samesite="strict", path="/")
+        return answer
+
+    async def _leave(self, request: Request) -> Response:
+        self._sessions.end(request.cookies.get(COOKIE, ""))
+        raise DeniedError("console", "this browser was not let in", "type 'isolator console' on the host")
+
+    # --- programs ----------------------------------------------------------------------------------------------------
+
+    async def _healthz(self, _: Request) -> Response:
+        up = self._upstream.connected
+        return _json({"ok": up}, 200 if up else 503)
+
+    async def _openapi(self, request: Request) -> Response:
+        self._need(request)
+        self._document = self._document or json.dumps(api.document()).encode()
+        return Response(self._document, media_type="application/json")
+
+    def _reading(self, verb: Any) -> Callable[[Request], Awaitable[Response]]:
+        async def read(request: Request) -> Response:
+            self._need(request)
+            params = api.parse_query(verb, request.query_params.multi_items())
+            return _json(await self._upstream.call(verb.spec.verb, **params))
+
+        return read
+
+    async def _emit(self, request: Request) -> Response:
+        if _peer(request) is None:
+            raise DeniedError("events", "are not taken at the port", "use the Unix socket, or an ingress")
+        if not self._settings.emit:
+            raise DeniedError("events", "are not taken over HTTP on this host", "[console] emit = true in host.toml")
+        uid = self._need(request, "emitter")
+        body = await _body(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return _json(await self._take_event(events.cloud_event(kind, request.headers, body), f"uid:{uid}"))
+
+    async def _ingress(self, request: Request) -> Response:
+        name, body = request.path_params["name"], await _body(request)
+        settings = self._settings.ingress.get(name)
+        found = events.signed_event(name, settings, self._secrets.get(name, ()), request.headers, body)
+        return _json(await self._take_event(found, f"ingress:{name}"))
+
+    async def _take_event(self, found: dict[str, Any], who: str) -> dict[str, Any]:
+        return await self._upstream.call("event.emit", **found, on_behalf_of=who)
+
+    # --- refusals ----------------------------------------------------------------------------------------------------
+
+    def _refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, IsolatorError)
+        status = api.STATUS.get(error.code, 502)
+        if error.code == "denied" and self._is_unknown(request):
+            status = 401
+        return self._error(request, status, error)
+
+    def _is_unknown(self, request: Request) -> bool:
+        return request.url.path.startswith(INGRESS) or self._caller(request) is None
+
+    def _http_refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        found: IsolatorError = NotFoundError("page", "there is none of this name", "see /v1/openapi.json")
+        if error.status_code != 404:
+            found = UsageError("request", error.detail)
+        return self._error(request, error.status_code, found)
+
+    def _error(self, request: Request, status: int, error: IsolatorError) -> Response:
+        if request.url.path.startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
+            return _json({"error": error.to_json()}, status)
+        return self._html("error.html", request, {"error": error, "status": status}, status)
+
+
+def _with_headers(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        await send(message)
+
+    return sending
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request; raises UsageError for one that is too long."""
+    found = bytearray()
+    async for part in request.stream():
+        found += part
+        if len(found) > events.MOST_BYTES:
+            raise UsageError("body", f"is longer than {events.MOST_BYTES} bytes", "send less")
+    return bytes(found)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(json.dumps(value), status, media_type="application/json")
+
+
+def _peer(request: Request) -> Peer | None:
+    found = request.scope["state"]["peer"]
+    return found if isinstance(found, Peer) else None
+
+
+def _name_of(host: str) -> str:
+    """The name in a ``Host`` header, without the port."""
+    return host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a ``Host`` header names this machine to every browser; the port may be any (``ssh -L``)."""
+    name = _name_of(host)
+    first, _, rest = name.partition(".")
+    return name in ("localhost", "127.0.0.1", "[::1]") or (rest == "localhost" and first.isalnum() and first.isascii())

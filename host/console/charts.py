@@ -1,0 +1,74 @@
+"""Small line charts as SVG, of numbers alone; colours and sizes are the style sheet's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 240, 48
+
+Points = Sequence[tuple[str, dict[str, Any]]]
+
+
+def seconds_of(moment: str) -> float:
+    """Unix time of a record's time."""
+    return datetime.fromisoformat(moment).timestamp()
+
+
+def values(points: Points, field: str) -> list[tuple[float, float]]:
+    """Time and value of one field; of ``cpu_us`` its growth, in cores."""
+    found = [(seconds_of(at), float(data[field])) for at, data in points if isinstance(data.get(field), (int, float))]
+    if field != "cpu_us":
+        return found
+    grown = []
+    for (before, old), (now, new) in itertools.pairwise(found):
+        if now > before and new >= old:  # it counts from the start of each run
+            grown.append((now, (new - old) / 1e6 / (now - before)))
+    return grown
+
+
+def line(series: Sequence[tuple[float, float]], cap: float | None, label: str) -> Markup:
+    """A chart of the series with a line at ``cap``; ``label`` describes it for those who do not see it."""
+    top = max([cap or 0.0, *(value for _, value in series)]) * 1.1 or 1.0
+    begin, end = (series[0][0], series[-1][0]) if series else (0.0, 1.0)
+    span = end - begin or 1.0
+
+    def place(at: float, value: float) -> str:
+        return f"{(at - begin) / span * WIDTH:.1f},{HEIGHT - value / top * HEIGHT:.1f}"
+
+    parts = [
+        Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" preserveAspectRatio="none"><title>{}</title>').format(
+            WIDTH, HEIGHT, label
+        )
+    ]
+    if cap:
+        y = f"{HEIGHT - cap / top * HEIGHT:.1f}"
+        parts.append(Markup('<line class="cap" x1="0" x2="{}" y1="{}" y2="{}"/>').format(WIDTH, y, y))
+    if series:
+        path = " ".join(place(*one) for one in series)
+        parts.append(Markup('<polyline class="line" points="{}"/>').format(path))
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def bars(counts: Sequence[int], label: str) -> Markup:
+    """A bar for each of the counts."""
+    top, width = max([*counts, 1]), WIDTH / max(len(counts), 1)
+    parts = [
+        Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" preserveAspectRatio="none"><title>{}</title>').format(
+            WIDTH, HEIGHT, label
+        )
+    ]
+    for index, count in enumerate(counts):
+        high = count / top * HEIGHT
+        parts.append(
+            Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                index * width, HEIGHT - high, width * 0.8, high
+            )
+        )
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)

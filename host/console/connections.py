@@ -1,0 +1,119 @@
+"""Connections of the console: who is at the other end, how many there may be, and how long one may keep it waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from isolator.linux.peer import peer_ids
+
+REQUEST_SECONDS = 5.0
+"""A request that has not come whole after so long ends its connection."""
+STALLED_SECONDS = 30.0
+"""The same for a caller that does not read its answer."""
+CONNECTIONS, SHARE = 128, 32
+"""Connections of callers known by uid, and of one of them; as many again come through the port, where nobody is."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process at the other end of the Unix socket; None in its place: somebody at the port."""
+
+    uid: int
+    pid: int
+
+
+class Places:
+    """Count of the open connections."""
+
+    def __init__(self) -> None:
+        self._of: Counter[int | None] = Counter()
+
+    def take(self, peer: Peer | None) -> bool:
+        """Count one more; False when there is no place."""
+        uid = peer.uid if peer is not None else None
+        known = sum(count for owner, count in self._of.items() if owner is not None)
+        if self._of[uid] >= (CONNECTIONS if uid is None or uid == 0 else SHARE):
+            return False
+        if uid not in (None, 0) and known >= CONNECTIONS:
+            return False
+        self._of[uid] += 1
+        return True
+
+    def leave(self, peer: Peer | None) -> None:
+        """Count one less."""
+        uid = peer.uid if peer is not None else None
+        self._of[uid] -= 1
+        if not self._of[uid]:
+            del self._of[uid]
+
+
+def protocol(places: Places) -> type[H11Protocol]:
+    """The protocol class for uvicorn: it notes the peer in each request's state, and ends what is too slow."""
+
+    class Connection(H11Protocol):
+        _peer: Peer | None = None
+        _counted = False
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            found = transport.get_extra_info("socket")
+            if found.family == socket.AF_UNIX:
+                pid, uid, _ = peer_ids(found)
+                self._peer = Peer(uid, pid)
+            self._counted = places.take(self._peer)
+            if not self._counted:
+                transport.abort()
+                return
+            self.app_state = {**self.app_state, "peer": self._peer, "abort": transport.abort}
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+                self._wait()
+            else:
+                self._unwait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unwait()
+            if self._counted:
+                places.leave(self._peer)
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            if self._deadline is None and not self.transport.is_closing():
+                self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+
+        def _unwait(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Connection
+
+
+def patient(send: Send, abort: Callable[[], None]) -> Send:
+    """``send`` for a bounded time; then the connection is cut."""
+
+    async def sending(message: Message) -> None:
+        try:
+            async with asyncio.timeout(STALLED_SECONDS):
+                await send(message)
+        except TimeoutError:
+            abort()
+            raise ConnectionAbortedError("the caller does not read") from None
+
+    return sending

@@ -1,0 +1,115 @@
+"""Events that come in over HTTP: as CloudEvents from callers with the role ``emitter``, signed from anywhere else.
+
+Of a signed request (Standard Webhooks) nothing is parsed before its signature fits. Everything that is wrong with one
+gets the same answer: nobody learns which ingresses there are.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isolator.errors import DeniedError, UsageError
+from isolator.policy.host import Ingress
+from isolator.policy.names import covers_hook
+
+MOST_BYTES = 1 << 20
+"""Bytes of a request's body."""
+WINDOW = 300
+"""Seconds that the time of a signed request may differ from now."""
+STRUCTURED = "application/cloudevents+json"
+_SIGNATURES = 16
+_ID = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+def cloud_event(kind: str, headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    """Parameters of ``event.emit`` from a CloudEvent, structured or binary; ``kind`` is its content type.
+
+    ``source`` and ``id`` make the dedupe key. Raises UsageError.
+    """
+    if kind == STRUCTURED:
+        fields = _object(body, "CloudEvent")
+        data = fields.get("data")
+        if "data_base64" in fields:
+            raise UsageError("CloudEvent", "data_base64 is not taken", "send a JSON object as data")
+    else:
+        if kind not in ("application/json", ""):
+            raise UsageError(
+                f"content type {kind}", "is not taken", f"send {STRUCTURED}, or application/json with ce- headers"
+            )
+        fields = {name.removeprefix("ce-"): value for name, value in headers.items() if name.startswith("ce-")}
+        data = _object(body, "data") if body else None
+    for name in ("specversion", "id", "source", "type"):
+        value = fields.get(name)
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"CloudEvent {name}", "is missing or not text", 'specversion is "1.0"')
+    if fields["specversion"] != "1.0":
+        raise UsageError("CloudEvent specversion", "is not 1.0")
+    if data is not None and not isinstance(data, dict):
+        raise UsageError("CloudEvent data", "is not a JSON object")
+    key = json.dumps([fields["source"], fields["id"]]).encode()
+    found: dict[str, Any] = {"name": fields["type"], "payload": data or {}, "dedupe_key": f"ce:{_digest(key)}"}
+    if isinstance(trace := fields.get("traceparent"), str):
+        found["trace"] = trace[:128]
+    return found
+
+
+def signed_event(
+    name: str, ingress: Ingress | None, secrets: Sequence[str], headers: Mapping[str, str], body: bytes
+) -> dict[str, Any]:
+    """Parameters of ``event.emit`` from a signed request; raises DeniedError, and UsageError for a bad signed body."""
+    number = headers.get("webhook-id", "")
+    if ingress is None or not _genuine(secrets, number, headers, body):
+        raise DeniedError("ingress", "there is none of this name, or the signature does not fit", "see docs/console.md")
+    fields = _object(body, "body")
+    kind, data = fields.get("type"), fields.get("data", {})
+    if not isinstance(kind, str) or not isinstance(data, dict):
+        raise UsageError("body", "has no type, or its data is not an object", '{"type": "NAME", "data": {...}}')
+    if not any(covers_hook(pattern, kind) for pattern in ingress.events):
+        raise DeniedError(f"event {kind[:80]}", f"does not come in at {name}", f"[ingress.{name}] events")
+    return {"name": kind, "payload": data, "dedupe_key": f"in:{_digest(f'{name} {number}'.encode())}"}
+
+
+def _genuine(secrets: Sequence[str], number: str, headers: Mapping[str, str], body: bytes) -> bool:
+    stamp = headers.get("webhook-timestamp", "")
+    sent = [part.partition(",") for part in headers.get("webhook-signature", "").split(" ")[:_SIGNATURES]]
+    if not _ID.fullmatch(number) or not re.fullmatch(r"[0-9]{1,12}", stamp, re.ASCII):
+        return False
+    content = f"{number}.{stamp}.".encode() + body
+    fits = False
+    for secret in secrets:
+        try:
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except (binascii.Error, ValueError):
+            continue
+        if len(key) < 16:
+            continue  # a guess, not a secret
+        expected = base64.b64encode(hmac.digest(key, content, "sha256")).decode()
+        for version, _, signature in sent:
+            fits |= version == "v1" and hmac.compare_digest(expected.encode(), signature.encode("utf-8", "replace"))
+    return fits and abs(time.time() - int(stamp)) <= WINDOW
+
+
+def _object(body: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(what, f"is no JSON: {str(error)[:80]}") from None
+    if not isinstance(found, dict):
+        raise UsageError(what, "is not a JSON object")
+    return found
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,163 @@
+"""The daemon as the console sees it: answers to requests, and the trail as it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from host.cli.denials import TYPES, refused
+from host.client.terms import our_errors
+from isolator.audit.record import Record, parse
+from isolator.audit.schema import AuditSeal, Resources
+from isolator.errors import IsolatorError, UnavailableError
+from isolator_client.aio import AsyncClient
+from isolator_client.trail import Recorded
+
+RECENT = 10_000
+"""Records from which the console begins (``MAX_RECORDS``)."""
+DENIALS, POINTS, PLUGINS = 1000, 120, 4096
+"""Denials that are kept, points of a chart, and plugins with one."""
+LONGEST = 8192
+"""Bytes of a record that is kept."""
+BEAT = 0.5
+"""Seconds between two notices of one topic to a page."""
+LISTENERS = 64
+_RETRY = 1.0
+
+
+class Upstream:
+    """A connection to the control socket, shared by every request."""
+
+    def __init__(self, path: Path) -> None:
+        self._client = AsyncClient(path)
+
+    async def open(self) -> None:
+        """Connect; raises IsolatorError."""
+        with our_errors():
+            await self._client.open()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the daemon is there at the moment."""
+        return self._client.connected
+
+    async def call(self, verb: str, /, **params: Any) -> dict[str, Any]:
+        """Ask, and wait for the answer; raises the error that the daemon answered."""
+        with our_errors():
+            return await self._client.call(verb, **params)
+
+    async def records(self, lines: int) -> AsyncIterator[Recorded]:
+        """The records from the last ``lines`` on, for ever."""
+        async for record in self._client.audit(lines=lines):
+            yield record
+
+
+class Live:
+    """The newest part of the trail, held in memory, and notices of what changes."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self.first, self.last, self.head = 0, 0, ""
+        """The records that were seen, each of which continued the one before, and the hash of the last."""
+        self.problem = ""
+        """Why the trail cannot be followed, or does not fit together."""
+        self.seal: Recorded | None = None
+        self._denials: deque[bytes] = deque(maxlen=DENIALS)
+        self._usage: dict[str, deque[tuple[str, dict[str, Any]]]] = {}
+        self._listeners: set[Listener] = set()
+
+    async def run(self) -> None:
+        """Follow the trail until it is cancelled."""
+        lines = RECENT
+        while True:
+            try:
+                with our_errors():
+                    async for record in self._upstream.records(lines):
+                        self._take(record)
+            except IsolatorError as error:
+                self.problem = str(error)
+                self._notify("trail")
+            lines, self.first = 0, 0  # what is behind the fault is followed as another trail
+            await asyncio.sleep(_RETRY)
+
+    def _take(self, record: Recorded) -> None:
+        self.first = self.first or record.seq
+        self.last, self.head = record.seq, record.hash
+        kind = record.type
+        if kind == AuditSeal.TYPE:
+            self.seal = record
+            self._notify("trail")
+        elif kind == Resources.TYPE and record.plugin is not None:
+            if record.plugin not in self._usage and len(self._usage) >= PLUGINS:
+                del self._usage[next(iter(self._usage))]
+            points = self._usage.setdefault(record.plugin, deque(maxlen=POINTS))
+            points.append((record.time, {key: record.data.get(key) for key in ("cpu_us", "memory", "tasks")}))
+            self._notify("usage")
+        elif kind in TYPES:
+            line = record.line.encode()
+            found = parse(line) if len(line) <= LONGEST else None
+            if found is not None and refused(found):
+                self._denials.append(line)
+                self._notify("denials")
+        self._notify(kind.partition(".")[0])
+
+    def denials(self, plugin: str | None = None) -> Iterator[Record]:
+        """The denials of a plugin, or of all, oldest first."""
+        for line in tuple(self._denials):
+            record = parse(line)
+            if record is not None and plugin in (None, record.plugin):
+                yield record
+
+    def denied(self) -> Counter[str]:
+        """How many denials are kept of each plugin."""
+        return Counter(record.plugin for record in self.denials() if record.plugin is not None)
+
+    def usage(self, plugin: str) -> list[tuple[str, dict[str, Any]]]:
+        """Points of the charts of a plugin: time and figures."""
+        return list(self._usage.get(plugin, ()))
+
+    def listen(self) -> Listener:
+        """Somebody who learns which topics have changed, until ``forget``; raises UnavailableError for one too many."""
+        if len(self._listeners) >= LISTENERS:
+            raise UnavailableError("live view", f"{LISTENERS} pages follow already", "close one of them")
+        listener = Listener()
+        self._listeners.add(listener)
+        return listener
+
+    def forget(self, listener: Listener) -> None:
+        """Tell a listener no more."""
+        self._listeners.discard(listener)
+
+    def _notify(self, topic: str) -> None:
+        for listener in self._listeners:
+            listener.add(topic)
+
+
+class Listener:
+    """Topics that have changed since they were taken; at most a set of a dozen words waits for a slow page."""
+
+    def __init__(self) -> None:
+        self._topics: set[str] = set()
+        self._changed = asyncio.Event()
+
+    def add(self, topic: str) -> None:
+        """Note a change."""
+        self._topics.add(topic)
+        self._changed.set()
+
+    async def take(self, patience: float) -> list[str]:
+        """Wait for changes, no longer than ``patience`` seconds; returns the topics, none after a quiet time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._changed.wait()
+        self._changed.clear()
+        topics, self._topics = sorted(self._topics), set()
+        return topics
