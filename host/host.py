@@ -26,6 +26,7 @@ from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
+from host.control.searches import Searches
 from host.control.server import AnyEndpoint, ControlServer
 from host.control.verbs import ApiRegister, PluginStage
 from host.database import Store, exit_after_failed_sync
@@ -198,6 +199,7 @@ class Host:
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
+        searches = self._searches = Searches(paths.audit_log)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
@@ -208,6 +210,7 @@ class Host:
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
+            *searches.endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(endpoints, settings.role_of, audit.record, restore)
@@ -286,6 +289,7 @@ class Host:
         logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
         control = self._control.pass_on(listener, departure)
         self._trail.close()
+        self._searches.close()
         audit = self._audit.pass_on(departure)
         state = HostState(
             audit=audit, workers=workers, logs=logs, api=api, api_calls=self._api_verbs.numbers, control=control,
@@ -312,6 +316,7 @@ class Host:
         self._lifecycle.close()
         await self._control.close()
         self._trail.close()
+        self._searches.close()
         await self._watches.close()
         await self._dispatcher.close()
         await self._attempts.close()

@@ -10,7 +10,7 @@ import click
 from host.cli import arguments
 from host.cli.complete import event_ids, event_names, plugin_names
 from host.cli.many import Aliased
-from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, safe, table
 from host.client.client import Client
 from isolator.errors import UsageError
 
@@ -72,7 +72,7 @@ def emit(
 
 
 @event.command("list")
-@click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
+@newest("limit", 50, 10_000)
 @click.option("--name", metavar="EVENT", help="Only events of this name.")
 @AS_JSON
 @click.pass_obj
@@ -128,7 +128,7 @@ def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -
 
 @event.command()
 @click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only of this plugin.")
-@click.option("-n", "--limit", default=1000, show_default=True, type=click.IntRange(1, 100_000))
+@newest("limit", 1000, 100_000)
 @AS_JSON
 @click.pass_obj
 def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> None:
