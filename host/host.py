@@ -28,6 +28,7 @@ from host.control.follow import TrailStreams
 from host.control.operation_verbs import OperationVerbs
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
+from host.control.searches import Searches
 from host.control.server import AnyEndpoint, ControlServer
 from host.control.verbs import ApiRegister, PluginStage
 from host.database import Store, exit_after_failed_sync
@@ -215,6 +216,7 @@ class Host:
         self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
         self._jobs = Jobs(store, queue, registry, catalogue, audit)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
+        searches = self._searches = Searches(paths.audit_log)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
@@ -226,6 +228,7 @@ class Host:
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
+            *searches.endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
@@ -310,6 +313,7 @@ class Host:
         logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
         control = self._control.pass_on(listener, departure)
         self._trail.close()
+        self._searches.close()
         audit = self._audit.pass_on(departure)
         state = HostState(
             audit=audit, workers=workers, logs=logs, api=api, api_calls=self._api_verbs.numbers, control=control,
@@ -338,6 +342,7 @@ class Host:
         self._lifecycle.close()
         await self._control.close()
         self._trail.close()
+        self._searches.close()
         await self._watches.close()
         await self._dispatcher.close()
         await self._attempts.close()

@@ -1,11 +1,12 @@
-"""``isolator audit tail``: the last records, and those that are written from now on.
+"""``isolator audit tail``, ``query`` and ``story``: the trail's records, old ones and those written from now on.
 
 The daemon sends them while it runs, so that a ``viewer`` needs no access to the files; else, and when it ends, they
-are followed in the files. Either way a record that does not continue the one before is reported on stderr.
+are read in the files. A record that follows another and does not continue it is reported on stderr.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import sys
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import click
 
+from host.cli.complete import plugin_names
+from host.cli.output import newest
 from host.client.client import Client
 from isolator.audit import files, reader
-from isolator.cli.audit import AS_JSON, audit, print_lines, readable
+from isolator.audit.record import parse
+from isolator.cli.audit import AS_JSON, audit, check_types, moment, print_lines, readable, width
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError
 from isolator.paths import Paths
 
@@ -24,19 +28,108 @@ _RETRY = 1.0
 """Seconds between two attempts to reach a daemon that has ended."""
 
 
+_PLUGIN = click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only this plugin's.")
+_TYPES = click.option(
+    "--type", "types", metavar="TYPE", multiple=True, help="This type, or a family like net.*; repeatable."
+)
+_SINCE = click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31, 2026-01-31T12:00 (UTC).")
+
+
+@audit.command(
+    epilog="\b\nExamples:\n  isolator audit query --plugin slack --type net.* --since 2h\n"
+    "  isolator audit query --type net.denied --json"
+)
+@_PLUGIN
+@_TYPES
+@click.option("--event", metavar="ID", help="Only what belongs to this event.")
+@_SINCE
+@click.option("--until", metavar="TIME", help="Up to this time.")
+@newest("limit", None, 100_000)
+@AS_JSON
+@click.pass_obj
+def query(
+    root: str | None,
+    plugin: str | None,
+    types: tuple[str, ...],
+    event: str | None,
+    since: str | None,
+    until: str | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Find records by plugin, type, event and time."""
+    from itertools import islice
+
+    from host.cli import trail
+
+    check_types(types)
+    wanted = reader.Query(plugin, types, event, moment(since), moment(until))
+    lines = (line for line, _ in trail.search(root, wanted, limit=limit))
+    shown = 0
+    while batch := list(islice(lines, 1000)):
+        print_lines(batch, as_json)
+        shown += len(batch)
+    if not shown and not as_json:
+        click.echo("no record matches", err=True)
+
+
+@audit.command(epilog="\b\nExamples:\n  isolator audit story ev_01a2\n  isolator audit story ev_01a2 --json")
+@click.argument("event_id")
+@AS_JSON
+@click.pass_obj
+def story(root: str | None, event_id: str, as_json: bool) -> None:
+    """Tell everything that one event caused, in order; the beginning of its id will do."""
+    from host.cli import trail
+    from isolator.audit.story import story_lines
+
+    found = trail.story(root, event_id)
+    if not found:
+        raise NotFoundError(f"event {event_id}", "the trail has no record of it", "see 'isolator event list'")
+    event_id = next(one for _, record in found for one in record.events if one.startswith(event_id))
+    if as_json:
+        records = [json.loads(line) for line, _ in found]
+        click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
+        return
+    for line in story_lines(event_id, [record for _, record in found], width()):
+        click.echo(click.style(line.text, fg="red") if line.bad else line.text)
+
+
 @audit.command(
     epilog="\b\nExamples:\n  isolator audit tail -f\n"
+    "  isolator audit tail -f --plugin slack --type net.*\n"
     "  isolator audit tail -f -n 0 --json | ssh other-host 'cat >> copy.jsonl'\n"
     "  isolator audit tail -f --after 12001 --json >> copy.jsonl"
 )
 @click.option("-f", "--follow", is_flag=True, help="Go on with new records as they are written.")
-@click.option("-n", "--lines", default=20, show_default=True, type=click.IntRange(0), help="How many to begin with.")
+@newest("lines", 20, 100_000, 0)
 @click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Begin after this record, to complete a copy.")
+@_PLUGIN
+@_TYPES
+@_SINCE
 @AS_JSON
 @click.pass_obj
-def tail(root: str | None, follow: bool, lines: int, after: int | None, as_json: bool) -> None:
-    """Show the last records."""
-    shown = _Shown(after, as_json=as_json)
+def tail(
+    root: str | None,
+    follow: bool,
+    lines: int,
+    after: int | None,
+    plugin: str | None,
+    types: tuple[str, ...],
+    since: str | None,
+    as_json: bool,
+) -> None:
+    """Show the last records, or the last of those that match."""
+    check_types(types)
+    wanted = reader.Query(plugin, types, since=moment(since)) if plugin or types or since else None
+    if wanted is not None and after is None:
+        from host.cli import trail
+
+        after = trail.newest(root)
+        found = [line for line, record in trail.search(root, wanted, limit=lines or 1) if record.seq <= after]
+        print_lines(found if lines else [], as_json)
+        if not follow:
+            return
+    shown = _Shown(after, wanted, as_json=as_json)
     directory = Paths.of(root).audit_log
     try:
         if follow and _from_daemon(root, shown, lines, after):
@@ -48,10 +141,10 @@ def tail(root: str | None, follow: bool, lines: int, after: int | None, as_json:
 
 
 class _Shown:
-    """The printed records; each must continue the one before."""
+    """The records as they come, each of which must continue the one before; those that are ``wanted`` are printed."""
 
-    def __init__(self, after: int | None, *, as_json: bool) -> None:
-        self._as_json = as_json
+    def __init__(self, after: int | None, wanted: reader.Query | None = None, *, as_json: bool) -> None:
+        self._wanted, self._as_json = wanted, as_json
         self._chain = reader.Continuity(after or 0)
 
     @property
@@ -60,6 +153,9 @@ class _Shown:
 
     def show(self, lines: list[bytes]) -> None:
         wrong = [why for line in lines if (why := self._chain.check(line)) is not None]
+        if self._wanted is not None:
+            records = ((line, parse(line)) for line in lines)
+            lines = [line for line, record in records if record is None or self._wanted.matches(record)]
         print_lines(lines, self._as_json)
         for why in wrong:
             click.secho(f"isolator: audit trail: {why}", fg="red", err=True)

@@ -11,7 +11,7 @@ import click
 from host.cli import arguments
 from host.cli.complete import event_ids, event_names, plugin_names
 from host.cli.many import Aliased
-from host.cli.output import AS_JSON, SETTINGS, ago, latency, paragraph, print_json, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, safe, table
 from host.client.client import Client
 from isolator.cli.audit import moment
 from isolator.errors import UsageError
@@ -78,7 +78,7 @@ def emit(
     epilog="\b\nExamples:\n  isolator event list --plugin slack --state retry\n"
     "  isolator event list --type deploy.failed --since 2h --json",
 )
-@click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
+@newest("limit", 50, 10_000)
 @click.option("--type", "--name", "name", metavar="EVENT", shell_complete=event_names, help="Only events of this type.")
 @click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only events for this plugin.")
 @click.option("--state", metavar="STATE", help="Only with a delivery in this state: retry, dead, ok, ...")
@@ -232,7 +232,7 @@ def jobs(root: str | None, as_json: bool) -> None:
 
 @event.command()
 @click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only of this plugin.")
-@click.option("-n", "--limit", default=1000, show_default=True, type=click.IntRange(1, 100_000))
+@newest("limit", 1000, 100_000)
 @AS_JSON
 @click.pass_obj
 def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> None:

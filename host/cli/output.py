@@ -8,16 +8,29 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+F = TypeVar("F", bound=Callable[..., Any])
 _NARROWEST = 12
 """Columns below which a table's last column is cut instead of wrapped."""
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+
+
+def newest(name: str, default: int | None, most: int, least: int = 1) -> Callable[[F], F]:
+    """Declare the option ``-n``, which means the same with every command; its long name is ``--name``."""
+    return click.option(
+        "-n",
+        f"--{name}",
+        default=default,
+        show_default=True,
+        type=click.IntRange(least, most),
+        help="Only the newest N.",
+    )
 
 
 def print_json(value: Any) -> None:

@@ -14,7 +14,7 @@ from host.cli import arguments
 from host.cli.complete import plugin_names
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
-from host.cli.output import AS_JSON, SETTINGS, ago, duration, print_json, safe, show_alarms, table
+from host.cli.output import AS_JSON, SETTINGS, ago, duration, newest, print_json, safe, show_alarms, table
 from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
 from host.client.client import Client
 from isolator.cli.audit import moment
@@ -202,8 +202,27 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         for phrase in found["pending"]["differences"]:
             click.echo(f"{'':18}{safe(phrase)}")
     _show_config(found["config"])
+    _show_troubles(root, found)
     for line in found["stderr"]:
         click.echo(f"stderr: {safe(line)}")
+
+
+def _show_troubles(root: str | None, found: Mapping[str, Any]) -> None:
+    """Print what failed, and which limits it ran into, within a day: one line each."""
+    from host.cli import denials as summary
+    from host.cli import trail
+    from isolator.audit.reader import Query
+
+    wanted = Query(found["name"], summary.TROUBLES, since=moment("1d"))
+    try:
+        records = [record for _, record in trail.search(root, wanted, limit=_MOST_LINES)]
+    except IsolatorError as error:
+        click.echo(f"isolator: {error}", err=True)
+        return
+    for one in summary.collect(records, found):
+        if one.kind != "refusal":
+            why = one.advice.why if one.kind == "failure" else "see 'isolator plugin denials'"
+            click.echo(f"{'trouble:':18}{one.count} × {summary.attempt(one)} ({ago(one.last)} ago): {safe(why)}")
 
 
 @plugin.command()
@@ -338,10 +357,10 @@ def reject(root: str | None, name: str, as_json: bool) -> None:
 @click.pass_obj
 def history(root: str | None, name: str, as_json: bool) -> None:
     """Show which versions a plugin had, since when, and who decided it; from the audit trail."""
-    from isolator.audit import reader
-    from isolator.paths import Paths
+    from host.cli import trail
+    from isolator.audit.reader import Query
 
-    records = [record for _, record in reader.query(Paths.of(root).audit_log, reader.Query(name, _HISTORY))]
+    records = [record for _, record in trail.search(root, Query(name, _HISTORY))]
     if as_json:
         print_json([{"time": r.time, "type": r.type, "seq": r.seq, "data": r.data} for r in records])
         return
@@ -468,7 +487,7 @@ def _show_config(items: list[dict[str, Any]]) -> None:
 )
 @click.argument("name", shell_complete=plugin_names)
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
-@click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0, 10_000))
+@newest("lines", 100, 10_000, 0)
 @click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
 @AS_JSON
 @click.pass_obj
@@ -502,27 +521,46 @@ def _print_log(entry: Mapping[str, Any], *, as_json: bool) -> None:
         click.echo(f"{entry['time'][:23]}Z {mark} {safe(entry['line']) if entry['line'] else ''}")
 
 
-@plugin.command()
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin denials slack\n  isolator plugin denials slack --since 1h --json"
+)
 @click.argument("name", shell_complete=plugin_names)
-@click.option("-n", "--limit", default=50, show_default=True, type=click.IntRange(1))
+@newest("limit", 50, 100_000)
+@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
 @AS_JSON
 @click.pass_obj
-def denials(root: str | None, name: str, limit: int, as_json: bool) -> None:
-    """Show what a plugin was refused, each thing once, and the line that would grant it or why none can."""
+def denials(root: str | None, name: str, limit: int, since: str | None, as_json: bool) -> None:
+    """Show what a plugin was refused, and what failed, each thing once.
+
+    A refusal comes with the line that would grant it, or why none can; a limit
+    that it ran into with the line that raises it, and what its manifest asks
+    for. A connection or lookup that "failed" was granted: the other side, or
+    this host's DNS, did not answer.
+    """
     from host.cli import denials as summary
-    from isolator.audit import reader
-    from isolator.paths import Paths
+    from host.cli import trail
+    from isolator.audit.reader import Query
 
     with Client(root) as client:
         entry = client.call("plugin.show", name=name)
-    records = reader.query(Paths.of(root).audit_log, reader.Query(name, summary.TYPES))
-    found = summary.collect((record for _, record in records), entry)[-limit:]
+        lines = _explained(client, name)
+    records = trail.search(root, Query(entry["name"], summary.TYPES, since=moment(since)))
+    found = summary.collect((record for _, record in records), entry, lines)[-limit:]
     if as_json:
         print_json([denial.to_json() for denial in found])
     elif found:
         summary.show(found, name)
     else:
-        click.echo(f"{name} was refused nothing so far", err=True)
+        click.echo(f"{name} was refused nothing so far, and nothing has failed", err=True)
+
+
+def _explained(client: Client, name: str) -> list[dict[str, Any]]:
+    """The lines of ``explain``; none of a plugin that cannot be explained."""
+    try:
+        lines = client.call("plugin.explain", name=name)["proposal"]["lines"]
+    except IsolatorError:
+        return []
+    return [dict(line) for line in lines]
 
 
 def _listed(hooks: str | None) -> list[str]:

@@ -281,6 +281,26 @@ class AuditFollow(Request, verb="audit.follow", role="viewer", recorded=True, re
     lines: Annotated[int, Whole(MAX_RECORDS)] = 0
 
 
+class AuditSearch(Request, verb="audit.search", role="viewer", recorded=True, result=Nothing):
+    """Search the trail: what is found follows as ``audit.found``, the last of which has ``more`` false.
+
+    Times are as in the trail; a type may end in ``.*``; ``limit`` keeps the newest (0: all). ``story`` is the beginning
+    of an event's id, and finds everything that the event caused; it stands alone.
+    """
+
+    plugin: OptionalText = None
+    types: Annotated[list[str] | None, Texts()] = None
+    event: OptionalText = None
+    since: OptionalText = None
+    until: OptionalText = None
+    limit: Annotated[int, Whole(100_000)] = 0
+    story: OptionalText = None
+
+    def wanted(self) -> dict[str, Any]:
+        """The parameters as plain data."""
+        return dict(self.__dict__)
+
+
 # Plugins
 
 
@@ -728,6 +748,14 @@ class AuditRecords(TypedDict):
     lines: list[str]
 
 
+class AuditFound(TypedDict):
+    """Lines of the trail that a search found, byte for byte; ``error``, in the last, why it did not come to its end."""
+
+    lines: list[str]
+    more: bool
+    error: dict[str, Any] | None
+
+
 class LogLine(TypedDict):
     """A line of a plugin's log."""
 
@@ -737,7 +765,9 @@ class LogLine(TypedDict):
     line: str
 
 
-NOTIFICATIONS: dict[str, type[Any]] = {"api.call": ApiCall, "audit.records": AuditRecords, "log": LogLine}
+NOTIFICATIONS: dict[str, type[Any]] = {
+    "api.call": ApiCall, "audit.records": AuditRecords, "audit.found": AuditFound, "log": LogLine,
+}  # fmt: skip
 
 
 def verbs() -> dict[str, type[Request]]:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from isolator.audit.failures import failure
 from isolator.audit.record import Incoming
 from isolator.audit.schema import (
     ApiCalled,
@@ -69,18 +70,26 @@ class Notable:
         if (found := _EVENTS.get(record.type)) is not None:
             level, text = found
             self._write(level, record.plugin, text(record.data))
+        elif (why := failure(record.type, record.data)) is not None:
+            value = str(record.data.get("error") or record.data.get("rule"))[:200]
+            place = str(record.data.get("name") or record.data.get("address"))[:260]
+            self._first(record.plugin, record.type, value, f"first connection or lookup that failed ({place}): {why}")
         elif record.type in _DENIALS and record.data.get("verdict", "denied") in _REFUSED:
             self._denied(record.plugin, record.type, record.data)
 
     def _denied(self, plugin: str, kind: str, data: _Data) -> None:
         what, key = _DENIALS[kind]
+        value = str(data.get(key))[:200]
+        self._first(plugin, kind, value, f"first refused {what} ({value})")
+
+    def _first(self, plugin: str, kind: str, value: str, text: str) -> None:
+        """Write ``text`` the first time that a plugin meets this ``value`` of a kind."""
         if len(self._seen) >= KINDS:
             self._seen.clear()
-        value = str(data.get(key))[:200]
         if (plugin, kind, value) in self._seen:
             return
         self._seen.add((plugin, kind, value))
-        self._write(logging.INFO, plugin, f"first refused {what} ({value}); isolator plugin denials")
+        self._write(logging.INFO, plugin, f"{text}; isolator plugin denials")
 
     def _write(self, level: int, plugin: str, text: str) -> None:
         if plugin not in self._shares and len(self._shares) >= PLUGINS:

@@ -250,6 +250,10 @@ class Resources(RecordData):
     network_bytes: int = ABSENT
     """Bytes sent inside the cage's network."""
     tcp_sockets: int = ABSENT
+    state_free: int = ABSENT
+    """Bytes that ``/state`` has room for."""
+    state_files_free: int = ABSENT
+    """Files that ``/state`` has room for."""
 
 
 # --- plugins: versions -----------------------------------------------------------------------------------------------
@@ -756,7 +760,7 @@ class NetConnect(_Net):
     flow: str = ABSENT
     """Identifies the connection in its ``net.closed``."""
     error: str = ABSENT
-    """Why the other side could not be reached, such as ``econnrefused``."""
+    """Why the other side could not be reached, such as ``econnrefused``; ``upstream``: its name was not resolved."""
     via: str = ABSENT
     """The proxy that it goes through; where that looks the name up, ``address`` is the one inside the cage."""
 

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from isolator.audit.failures import failure
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
 from isolator.audit.schema import (
@@ -145,6 +146,7 @@ def _ended(data: dict[str, Any]) -> str:
     return _listed(
         how,
         f"after {_span(uptime)}" if isinstance(uptime, (int, float)) else "",
+        f"{forks} forks refused (tasks)" if isinstance(forks := data.get("task_denials"), int) and forks > 0 else "",
         _sentence(data, "reason"),
         f"last words {value_text(str(words[-1]))}" if isinstance(words, list) and words else "",
     )
@@ -176,8 +178,15 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     PluginCrashed.TYPE: _ended,
     PluginStopped.TYPE: _ended,
     PluginFailed.TYPE: _ended,
-    NetQuery.TYPE: lambda d: f"{_field(d, 'name', limit=260)} ({_field(d, 'type')}) {_field(d, 'verdict')}{_times(d)}",
-    NetConnect.TYPE: lambda d: _endpoint(d) + _field(d, "rule", " by {}"),
+    NetQuery.TYPE: lambda d: (
+        f"{_field(d, 'name', limit=260)} ({_field(d, 'type')}) {_field(d, 'verdict')}{_times(d)}"
+        + (f", {why}" if (why := failure(NetQuery.TYPE, d)) else "")
+    ),
+    NetConnect.TYPE: lambda d: (
+        _listed(_endpoint(d), f"failed, {why}") + _times(d)
+        if (why := failure(NetConnect.TYPE, d))
+        else _endpoint(d) + _field(d, "rule", " by {}")
+    ),
     NetDenied.TYPE: lambda d: _endpoint(d) + _field(d, "rule", " by {}") + _times(d),
     NetClosed.TYPE: lambda d: _listed(
         _endpoint(d),
@@ -191,6 +200,7 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     ApiCalled.TYPE: lambda d: f"{_field(d, 'method')} {_field(d, 'verdict')}" + _field(d, "permission", " ({})"),
 }
 _DENIED = {NetDenied.TYPE: "connection", SyscallDenied.TYPE: "call", FsDenied.TYPE: "path"}
+_FAILED = {NetConnect.TYPE: "connection", NetQuery.TYPE: "lookup"}
 
 
 def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
@@ -232,7 +242,8 @@ def story_lines(event_id: str, records: list[Record], width: int = WIDTH) -> Ite
         lead = f"{'+' + _span(max(0.0, _moment(record) - begin)):>10} "
         lead += f"{letters.get(record.plugin or '', ' ')}{'*' if among else ' '}"
         text = f"{printable(record.type.removeprefix('event.')):<{_WHAT}} {_details(record)}"
-        yield from _wrap(lead, text, width, bad=record.type.endswith(_BAD), seq=record.seq)
+        bad = record.type.endswith(_BAD) or failure(record.type, record.data) is not None
+        yield from _wrap(lead, text, width, bad=bad, seq=record.seq)
     if shared:
         yield Line("* several events were in flight: this one or another of them")
 
@@ -267,13 +278,18 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
         bad = True
         text = f"{_attempts(sent)} failed, the last {_field(last.data, 'outcome', limit=20)}; to be tried again"
     denied: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
     for record in records:
+        count = record.data.get("count", 1)
+        count = count if isinstance(count, int) else 1
         if record.type in _DENIED:
-            count = record.data.get("count", 1)
-            denied[_DENIED[record.type]] += count if isinstance(count, int) else 1
-    if denied:
-        listed = _listed(*(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in denied.items()))
-        return f"{text}; {listed} denied", True
+            denied[_DENIED[record.type]] += count
+        elif failure(record.type, record.data):
+            failed[_FAILED[record.type]] += count
+    for counted, how in ((denied, "denied"), (failed, "failed")):
+        if counted:
+            listed = _listed(*(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counted.items()))
+            text, bad = f"{text}; {listed} {how}", True
     return text, bad
 
 

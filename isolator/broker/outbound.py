@@ -30,7 +30,7 @@ from isolator.broker import guard, nflog, sniff
 from isolator.broker.buffers import Buffers
 from isolator.broker.dial import dial
 from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer, NameServerState
-from isolator.broker.flow import Flow, FlowState, FlowTable
+from isolator.broker.flow import DescribedError, Flow, FlowState, FlowTable
 from isolator.broker.gate import Gate, GateState, Looking
 from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
@@ -333,7 +333,7 @@ class Outbound:
         try:
             answer = await self._resolver.resolve(flow.name)
         except ResolveError as error:
-            raise OSError(errno.EHOSTUNREACH, str(error)) from error
+            raise DescribedError(DenialRule.UPSTREAM) from error
         if any(address.version == 6 for address in answer.addresses):
             await self._shared.nat64.refresh()
         reasons = {address: self.blocked(address, flow.port) for address in answer.addresses}
@@ -342,7 +342,7 @@ class Outbound:
             for address, reason in reasons.items():
                 flow.dialled = address
                 raise Denied(reason or "")
-            raise OSError(errno.EHOSTUNREACH, "no address")
+            raise DescribedError("no-address")
         return usable
 
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:

@@ -1,6 +1,6 @@
-"""``isolator audit``: read the trail and check it. Needs read access to the files, not the daemon.
+"""``isolator audit``: check the trail. Needs read access to the files, not the daemon.
 
-``tail`` is in ``host.cli.audit``: it can ask the daemon for what is written from now on.
+``tail``, ``query`` and ``story`` are in ``host.cli.audit``: they can ask the daemon.
 """
 
 from __future__ import annotations
@@ -41,75 +41,6 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of 
 )
 def audit() -> None:
     """Read and verify the audit trail."""
-
-
-@audit.command(
-    epilog="\b\nExamples:\n  isolator audit query --plugin slack --type net.* --since 2h\n"
-    "  isolator audit query --type net.denied --json"
-)
-@click.option("--plugin", metavar="NAME", help="Only this plugin's.")
-@click.option("--type", "types", metavar="TYPE", multiple=True, help="This type, or a family like net.*; repeatable.")
-@click.option("--event", metavar="ID", help="Only what belongs to this event.")
-@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31, 2026-01-31T12:00 (UTC).")
-@click.option("--until", metavar="TIME", help="Up to this time.")
-@click.option("--limit", type=click.IntRange(1), help="Only the last N that match.")
-@AS_JSON
-@click.pass_obj
-def query(
-    root: str | None,
-    plugin: str | None,
-    types: tuple[str, ...],
-    event: str | None,
-    since: str | None,
-    until: str | None,
-    limit: int | None,
-    as_json: bool,
-) -> None:
-    """Find records by plugin, type, event and time."""
-    from collections import deque
-    from itertools import islice
-
-    from isolator.audit import reader
-
-    _check_types(types)
-    wanted = reader.Query(plugin, types, event, moment(since), moment(until))
-    found = (line for line, _ in reader.query(Paths.of(root).audit_log, wanted))
-    lines = iter(deque(found, limit) if limit else found)
-    shown = 0
-    while batch := list(islice(lines, 1000)):
-        print_lines(batch, as_json)
-        shown += len(batch)
-    if not shown and not as_json:
-        click.echo("no record matches", err=True)
-
-
-@audit.command()
-@click.argument("event_id")
-@AS_JSON
-@click.pass_obj
-def story(root: str | None, event_id: str, as_json: bool) -> None:
-    """Tell everything that one event caused, in order."""
-    from isolator.audit.story import collect, story_lines
-
-    directory = Paths.of(root).audit_log
-    found = collect(directory, event_id)
-    if not found:
-        from isolator.audit.reader import event_ids
-
-        candidates = event_ids(directory, event_id, 3)
-        if len(candidates) > 1:
-            raise UsageError(f"event {event_id}", f"several ids begin so: {', '.join(candidates)}", "write more of it")
-        if candidates:
-            event_id = candidates[0]
-            found = collect(directory, event_id)
-    if not found:
-        raise NotFoundError(f"event {event_id}", "the trail has no record of it", "see 'isolator event list'")
-    if as_json:
-        records = [json.loads(line) for line, _ in found]
-        click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
-        return
-    for line in story_lines(event_id, [record for _, record in found], _width()):
-        click.echo(click.style(line.text, fg="red") if line.bad else line.text)
 
 
 @audit.command(
@@ -163,7 +94,7 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
         click.echo(json.dumps(_as_json(report), indent=2))
     elif not report.misfits:
         for paragraph in _good(report).splitlines():
-            click.echo(textwrap.fill(paragraph, _width(), break_long_words=False, break_on_hyphens=False))
+            click.echo(textwrap.fill(paragraph, width(), break_long_words=False, break_on_hyphens=False))
     if report.misfits:
         if as_json:
             sys.exit(1)
@@ -171,7 +102,7 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
         raise IsolatorError("audit trail", f"does not fit together at {report.misfits[0]}{more}")
 
 
-def _check_types(types: tuple[str, ...]) -> None:
+def check_types(types: tuple[str, ...]) -> None:
     """Raise UsageError for a type, or a family, that no record has."""
     from isolator.audit.schema import RECORDS
 
@@ -184,7 +115,7 @@ def _check_types(types: tuple[str, ...]) -> None:
             raise UsageError(f"--type {wanted}", "no record has that type", remedy)
 
 
-def _width() -> int:
+def width() -> int:
     """The terminal's columns (or those of COLUMNS), at most 80."""
     return max(40, min(80, shutil.get_terminal_size().columns))
 

@@ -73,7 +73,7 @@ class DenialRule(StrEnum):
     DNS_RATE = "dns-rate", "it asked for names faster than a cage may"
     DNS_BUSY = "dns-busy", "too many of its lookups were under way, or their answers took too long to read"
     TOO_MANY_NAMES = "too-many-names", "it used more names than a cage may"
-    UPSTREAM = "upstream", "the host's resolver gave no answer"
+    UPSTREAM = "upstream", "the host's resolver gave no answer: see resolvers in host.toml, or /etc/resolv.conf"
     # The host's own troubles.
     AUDIT_UNAVAILABLE = "audit-unavailable", "nothing is let out while the audit trail cannot be written"
     RECORDS_LOST = "records-lost", "there were more refusals than could be read one by one"

@@ -148,8 +148,13 @@ class Run:
         leaf = self.cage.leaf
         now = snapshot(leaf.folders(), [] if self.exited else leaf.processes())
         before = {} if now["processes"] else {key: self._usage[key] for key in OF_PROCESSES if key in self._usage}
-        self._usage = {**before, **now}
+        self._usage = {**before, **now, **self._room_in_state()}
         return self._usage
+
+    def _room_in_state(self) -> dict[str, int]:
+        if not self.effective.filesystem.state:
+            return {}
+        return Volume(self.context.paths.state, self.plugin, self.context.runtime.journal).room()
 
     async def watch(
         self,

@@ -54,6 +54,13 @@ class Volume:
             return self._place.stat().st_dev != self._folder.stat().st_dev
         return False
 
+    def room(self) -> dict[str, int]:
+        """Bytes and files that still fit, as fields of a ``resources`` record; empty when it is not mounted."""
+        if not self.mounted:
+            return {}
+        room = os.statvfs(self._place)
+        return {"state_free": room.f_bavail * room.f_frsize, "state_files_free": room.f_favail}
+
     def ready(self, size: int) -> bool:
         """Whether the image is mounted and has this size."""
         granted = self._image.granted

@@ -37,6 +37,12 @@ def _record(type: str, plugin: str | None = "web", **data: Any) -> Incoming:
             "INFO",
             "plugin web: first refused connection (not-granted); isolator plugin denials",
         ),
+        (
+            _record("net.connect", verdict="failed", error="etimedout", name="a.example"),
+            "INFO",
+            "plugin web: first connection or lookup that failed (a.example): timed out: the other side does not answer "
+            "at all; isolator plugin denials",
+        ),
     ],
 )
 def test_record_has_its_line_and_priority(
@@ -53,7 +59,7 @@ def test_denial_is_shown_once_for_each_kind_and_what_is_granted_never(
         notable.note(_record("syscall.denied", call="ptrace", count=1))
     notable.note(_record("syscall.denied", call="bpf", count=1))
     notable.note(_record("syscall.denied", "other", call="bpf", count=1))
-    for verdict in ("allowed", "failed", "granted"):
+    for verdict in ("allowed", "granted"):
         notable.note(_record("net.query", rule="x", verdict=verdict))
     notable.note(_record("event.response", outcome="ok"))
     notable.note(_record("plugin.crashed", None, cause="exit"))

@@ -69,3 +69,22 @@ def test_fault_of_a_command_is_found() -> None:
     assert fault(["plugin", "list", "--faild"]) == "no option --faild"
     assert fault(["--root", "/x", "plugin", "list", "--failed", "--json"]) is None
     assert sum(len(list(commands(page))) for page in PAGES) > 60
+
+
+def test_option_n_means_the_same_with_every_command() -> None:
+    meanings = {
+        (option.type.__class__.__name__, option.help)
+        for command in _all(cli, click.Context(cli))
+        for option in command.params
+        if isinstance(option, click.Option) and "-n" in option.opts
+    }
+    assert meanings == {("IntRange", "Only the newest N.")}
+
+
+def _all(command: click.Command, context: click.Context) -> Iterator[click.Command]:
+    yield command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from _all(found, context)

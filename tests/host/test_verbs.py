@@ -17,6 +17,7 @@ from host.control import (
     operation_verbs,
     plugin_verbs,
     registration_verbs,
+    searches,
 )
 from host.control.parameters import Request
 from host.control.verbs import (
@@ -45,6 +46,7 @@ MODULES = (
     operation_verbs,
     plugin_verbs,
     registration_verbs,
+    searches,
 )
 
 

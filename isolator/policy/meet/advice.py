@@ -15,6 +15,7 @@ from typing import Any
 from isolator.policy.addresses import parse_address
 from isolator.policy.denial import INSTEAD, DenialRule, Remedy
 from isolator.policy.destinations import normal_name
+from isolator.policy.keys import BY_NAME
 from isolator.policy.meet.bounds import Egress, egress_within
 from isolator.policy.meet.lines import toml_list
 from isolator.policy.model import AddressException, EffectivePolicy, EgressRule
@@ -73,6 +74,27 @@ def advise(
         case Remedy.NO_SNI:
             return Advice("it did not say readably which server it meant", "allow_no_sni = true", "grant")
     return Advice(rule.explanation)
+
+
+def raise_limit(name: str, policy: EffectivePolicy, requested: Any, line: Mapping[str, Any] | None = None) -> Advice:
+    """Advise on a number of the policy that a plugin has run into; ``name`` is its field's (``keys.py``).
+
+    ``requested``: the manifest's number, None where it is silent; ``line``: the one of ``explain``, which knows of the
+    ceiling.
+    """
+    limit = BY_NAME[name]
+    now = policy.value(limit)
+    wanted = None if requested is None else limit.check(requested)
+    more = max(now * 2, 1) if wanted is None or wanted <= now else min(now * 2, wanted)
+    why = f"it has {limit.show(now)}"
+    if limit.manifest and (wanted is None or wanted <= now):
+        asked = "its manifest asks for no number" if wanted is None else f"its manifest asks for {limit.show(wanted)}"
+        why += f"; {asked}, and has to ask for more as well ({limit.manifest})"
+    elif wanted is not None:
+        why += f"; its manifest asks for {limit.show(wanted)}"
+    if line is not None and "ceiling" in f"{line.get('source')} {line.get('reason')}":
+        why += f"; the host's ceiling ({limit.name} in [ceiling] of host.toml) has to be raised first"
+    return Advice(why, limit.toml(more), limit.section)
 
 
 def _destination(data: Mapping[str, Any], policy: EffectivePolicy, requested: Sequence[str] | None) -> Advice:

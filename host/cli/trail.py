@@ -1,0 +1,76 @@
+"""The trail for commands: from its files where this user may read them, else from the daemon, which searches for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from host.client.client import Client
+from isolator.audit import files, reader
+from isolator.audit.reader import Query
+from isolator.audit.record import Record, parse
+from isolator.errors import IsolatorError, UnavailableError
+from isolator.paths import Paths
+
+Found = tuple[bytes, Record]
+
+
+def search(root: str | None, wanted: Query, *, limit: int | None = None) -> Iterator[Found]:
+    """Every record that matches, oldest first; with ``limit`` only the newest."""
+    if not _asks_daemon(root):
+        found = reader.query(Paths.of(root).audit_log, wanted)
+        if limit is None:
+            return found
+        from collections import deque
+
+        return iter(deque(found, limit))
+    asked: dict[str, Any] = {
+        "plugin": wanted.plugin, "types": list(wanted.types) or None, "event": wanted.event,
+        "since": wanted.since, "until": wanted.until, "limit": limit or 0,
+    }  # fmt: skip
+    return _from_daemon(root, asked)
+
+
+def story(root: str | None, event_id: str) -> list[Found]:
+    """Everything that the event caused whose id begins so; empty when there is none. Raises UsageError for several."""
+    if _asks_daemon(root):
+        return list(_from_daemon(root, {"story": event_id}))
+    from isolator.audit.search import found
+
+    lines = found(Paths.of(root).audit_log, {"story": event_id})
+    return [(line, record) for line in lines if (record := parse(line)) is not None]
+
+
+def newest(root: str | None) -> int:
+    """Number of the newest record; 0 when there is none."""
+    if _asks_daemon(root):
+        with Client(root) as client:
+            return int(client.call("status")["trail"]["last"] or 0)
+    lines = reader.tail(Paths.of(root).audit_log, 1)
+    return (files.seq_of(lines[-1]) or 0) if lines else 0
+
+
+def _asks_daemon(root: str | None) -> bool:
+    paths = Paths.of(root)
+    return os.geteuid() != 0 and not os.access(paths.audit_file, os.R_OK)
+
+
+def _from_daemon(root: str | None, wanted: dict[str, Any]) -> Iterator[Found]:
+    try:
+        client = Client(root)
+    except UnavailableError as error:
+        why = f"this user may not read its files, and the daemon does not answer: {error.why}"
+        raise UnavailableError("audit trail", why, "start the daemon, or use sudo") from None
+    with client:
+        client.call("audit.search", **{key: value for key, value in wanted.items() if value is not None})
+        for answer in client.notifications():
+            for line in answer["lines"]:
+                raw = line.encode("ascii", "backslashreplace")
+                if (record := parse(raw)) is not None:
+                    yield raw, record
+            if not answer["more"]:
+                if answer["error"] is not None:
+                    raise IsolatorError.from_json(answer["error"])
+                return
+        raise UnavailableError("audit trail", "the daemon closed the connection before the end", "try again")
