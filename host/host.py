@@ -216,7 +216,7 @@ class Host:
             *trail.endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
-        self._control = ControlServer(endpoints, settings.role_of, audit.record, restore)
+        self._control = ControlServer(endpoints, settings.role_of, audit.record, restore, settings.may_call)
         self._gauges = QueueGauges(queue, audit)
 
     def handlers(self) -> dict[str, Handler]:

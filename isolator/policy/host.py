@@ -10,7 +10,7 @@ from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.keys import CEILING, GIB, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 
-Role = Literal["viewer", "emitter", "operator"]
+Role = Literal["caller", "viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
 
 
@@ -60,6 +60,8 @@ class Roles(Frozen):
     viewer: tuple[int, ...] = ()
     emitter: tuple[int, ...] = ()
     operator: tuple[int, ...] = (0,)
+    caller: tuple[int, ...] = ()
+    """Users who may use tools of MCP servers whose policies name them; they may be anything else besides."""
     runner: tuple[int, ...] = ()
     """Users whose ``isolator run`` the daemon serves, at a socket of its own; they may be anything else besides."""
 
@@ -154,7 +156,13 @@ class HostConfig(Frozen):
             return "operator"
         if uid in self.roles.emitter:
             return "emitter"
-        return "viewer" if uid in self.roles.viewer else None
+        if uid in self.roles.viewer:
+            return "viewer"
+        return "caller" if uid in self.roles.caller else None
+
+    def may_call(self, uid: int) -> bool:
+        """Whether a caller of the control socket may use tools, of servers whose policies name it."""
+        return uid in self.roles.caller or self.role_of(uid) == "operator"
 
     def for_runners(self) -> "HostConfig":
         """The settings that the policy of a runner's ``isolator run`` is held against.
@@ -174,6 +182,8 @@ class HostConfig(Frozen):
         import json
 
         data = json.loads(self.model_dump_json(exclude={"source", "where"}))
+        if not self.roles.caller:
+            del data["roles"]["caller"]
         if not self.roles.runner:
             del data["runner"], data["roles"]["runner"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

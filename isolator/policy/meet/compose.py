@@ -56,5 +56,7 @@ def compose(
         syscalls="strict" if bounds.strict else "default",
         restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
         env=grant.env,
+        tools=grant.tools,
+        callers=grant.callers,
         **declared(EffectivePolicy),
     )
