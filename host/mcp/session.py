@@ -95,6 +95,9 @@ class Session(LineProtocol):
         self.tools_changed = False
         """The server has said that its tools are others now."""
         self.budget, self.cpu = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE), TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
+        self.draining = False
+        """The run is to stop: nothing new is sent."""
+        self._leaving = False
         self._ended = ended
         self._input = _Input(self)
         self._pending: dict[str, _Pending] = {}
@@ -108,7 +111,7 @@ class Session(LineProtocol):
     @property
     def open(self) -> bool:
         """Whether requests can be sent, the first one excepted."""
-        return not self._over and self.greeting is not None
+        return not self._over and not self.draining and self.greeting is not None
 
     @property
     def in_flight(self) -> int:
@@ -152,12 +155,18 @@ class Session(LineProtocol):
         except TimeoutError:
             raise NotSentError(f"{protocol.IN_FLIGHT} requests are unanswered") from None
 
+    async def settled(self) -> None:
+        """Return once nothing is unanswered."""
+        while self._pending:
+            self._free.clear()
+            await self._free.wait()
+
     def write(self, number: str, data: bytes, timeout: float, reply: Reply, progress: Progress | None = None) -> None:
         """Send the line of a request at once; ``reply`` gets the answer, LostError, or NotSentError."""
         if reply.done():
             return
-        if self._over or not self._input.is_open:
-            reply.set_exception(NotSentError(self.why or "the server has ended"))
+        if self._over or self.draining or not self._input.is_open:
+            reply.set_exception(NotSentError(self.why or "the server is being stopped"))
             return
         self._input.send(data)
         self._await(number, self._loop.time() + timeout, reply, progress)
@@ -255,6 +264,8 @@ class Session(LineProtocol):
         reply.add_done_callback(lambda _: self._reply_done(number))
 
     def _reply_done(self, number: str) -> None:
+        if self._leaving and number in self._pending and self._pending[number].reply.cancelled():
+            return  # the next host awaits it
         one = self._pending.pop(number, None)
         self._free.set()
         if one is None:  # answered, or all is over
@@ -279,6 +290,11 @@ class Session(LineProtocol):
         self._ended(self, why if breach else "")
 
     # One host in the place of another
+
+    def begin_to_leave(self) -> None:
+        """Read nothing from now on; what is in flight stays so, whoever gives it up here."""
+        self._leaving = True
+        self.hold("leaving")
 
     def leave(self, departure: Departure) -> SessionState:
         """Hand on an open session, with what is in flight."""

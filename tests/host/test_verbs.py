@@ -8,7 +8,16 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from host.control import api_verbs, config_verbs, daemon_verbs, event_verbs, follow, plugin_verbs, registration_verbs
+from host.control import (
+    api_verbs,
+    config_verbs,
+    daemon_verbs,
+    event_verbs,
+    follow,
+    mcp_verbs,
+    plugin_verbs,
+    registration_verbs,
+)
 from host.control.parameters import Request
 from host.control.verbs import (
     AuditFollow,
@@ -27,7 +36,7 @@ from isolator.errors import UsageError
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
-MODULES = (api_verbs, config_verbs, daemon_verbs, event_verbs, follow, plugin_verbs, registration_verbs)
+MODULES = (api_verbs, config_verbs, daemon_verbs, event_verbs, follow, mcp_verbs, plugin_verbs, registration_verbs)
 
 
 async def test_every_verb_is_served(daemon: Daemon) -> None:
