@@ -475,7 +475,13 @@ class Plugin:
                 if environment is None:
                     return _Ended(run_id, None, Origin.OPERATOR)
                 run = self.run = await prepare_run(
-                    self._context, self.registration, self.effective, self.argv, run_id, environment, port=self.port,
+                    self._context,
+                    self.registration,
+                    self.effective,
+                    self.argv,
+                    run_id,
+                    environment,
+                    port=self.port,
                     talks=self.mode == "mcp",
                 )
                 await run.cage.start()

@@ -365,9 +365,7 @@ class Run:
         )
 
     def _check_socket(self) -> None:
-        if self.streams:
-            return
-        if self.port is not None:
+        if self.streams or self.port is not None:
             return
         with contextlib.suppress(OSError):
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))

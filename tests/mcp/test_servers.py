@@ -14,6 +14,7 @@ from tests.support.mcp_servers import server
 from tests.system.daemon import Daemon, alive, daemon, event, kill_9, wait_for, write_plugin
 from tests.system.reload.exchanges import exchange
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CALLER, OTHER, VIEWER = 64021, 64022, 64023
 GRANT = f'tools = ["echo", "fail", "slow*", "ask", "new*"]\ncallers = [0, {CALLER}, {VIEWER}]'
 
@@ -149,6 +150,33 @@ def test_unknown_field_of_a_template_is_refused_at_add(running: Daemon, tmp_path
     assert "deploy.completed has no field 'urll'; did you mean 'url'?" in refused
     path = write_plugin(tmp_path / "none", server(), transport={"mode": "mcp"})
     assert "no call for deploy.completed" in running.cli("plugin", "add", str(path), "--yes", code=2).stderr
+
+
+@pytest.mark.parametrize("language", ["python", "node"])
+def test_new_plugin_of_this_mode_works_as_it_is(running: Daemon, tmp_path: Path, language: str) -> None:
+    name = f"my-{language}"
+    running.cli("new", str(tmp_path / name), "--lang", language, "--mode", "mcp")
+    running.cli("plugin", "add", str(tmp_path / name), "--yes")
+    done = running.json("event", "emit", "deploy.completed", event(1), "--wait", code=None)
+    (delivery,) = (one for one in done["deliveries"] if one["plugin"] == name)
+    assert (delivery["state"], "noted" in delivery["reply"]) == ("ok", True)
+    assert [one["name"] for one in running.json("mcp", "tools", name)["tools"]] == ["notify"]
+    running.cli("plugin", "remove", name, "--yes")
+
+
+def test_example_offers_its_tools_and_says_why_one_fails(running: Daemon) -> None:
+    name, config = "mcp-github-like", ("--config", "api_token=secret-token", "--config", "repository=o/r")
+    policy = running.root / f"etc/isolator/policies/{name}.toml"
+    policy.parent.mkdir(parents=True, exist_ok=True)
+    policy.write_text('[grant]\nhooks = []\negress = []\ntools = ["get_*"]\ncallers = [0]\n')
+    running.cli("plugin", "add", str(EXAMPLES / name), *config, "--yes")
+    running.cli("mcp", "approve", name, "--yes")
+    with Client(running, name) as client:
+        assert client.initialize()["result"]["instructions"] == "Issues of o/r."
+        assert client.tools() == ["get_issue"]
+        failed = client.call("get_issue", number=1)
+        assert failed["result"]["isError"] and "get_issue failed" in text(failed)
+    running.cli("plugin", "remove", name, "--yes")
 
 
 # Hostile servers, each beside the good one
