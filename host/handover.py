@@ -12,7 +12,7 @@ from host.host_api import ApiListenerState
 from host.lifecycle import StartState
 from host.plugins.logs import LogState
 from isolator.audit.client import SenderState
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, Json
 
 HOST_STATE = 2
 
@@ -29,3 +29,5 @@ class HostState(Body):
     """the number of the newest call that the platform was sent"""
     control: ControlState
     starts: tuple[StartState, ...]
+    mcp: Json | None
+    """`ServersState` of `host.mcp.servers`, if there is an MCP server"""

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -25,6 +25,7 @@ from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
+from host.control.mcp_verbs import McpVerbs
 from host.control.operation_verbs import OperationVerbs
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
@@ -88,6 +89,9 @@ PLUGINS_AT_ONCE = 256
 QUEUE_BEAT = 2.0
 """Seconds between two comparisons of the queues' lengths with those that the metrics have."""
 
+if TYPE_CHECKING:
+    from host.mcp.servers import Servers
+
 _logger = logging.getLogger(__name__)
 
 
@@ -139,6 +143,8 @@ class Host:
         self.left = False
         """Everything was handed on: nothing is to be closed here."""
         self._audit, self._channel = audit, channel
+        self._servers: Servers | None = None
+        """MCP servers, once there is one."""
         link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
 
@@ -197,6 +203,7 @@ class Host:
             serve_job=api.serve_job,
             end_job=api.end_job,
             pauses=Pauses(store),
+            servers=self._load_servers,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,
@@ -229,13 +236,23 @@ class Host:
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
             *searches.endpoints(),
+            *McpVerbs(self._load_servers, registry).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
             endpoints, settings.role_of, audit.record, restore,
-            console=settings.console.uid if settings.console is not None else None,
+            console=settings.console.uid if settings.console is not None else None, may_call=settings.may_call,
         )  # fmt: skip
         self._gauges = Gauges(queue, registry, dispatcher, audit)
+
+    def _load_servers(self) -> Servers:
+        if self._servers is None:
+            from host.mcp.pins import Pins
+            from host.mcp.servers import Servers
+
+            pins, use = Pins(self._store), self._dispatcher.in_use
+            self._servers = Servers(self._channel, self._registry, self._audit, pins, self._config.redactor, use)
+        return self._servers
 
     def handlers(self) -> dict[str, Handler]:
         """The supervisor's requests and notifications, by op."""
@@ -272,6 +289,10 @@ class Host:
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         await self._dispatcher.taken_over()
+        if state.mcp is not None:
+            from host.mcp.servers import ServersState
+
+            await self._load_servers().take_over(ServersState.from_json(state.mcp, "mcp"), descriptors)
         self._queue.end_lost_requests()
         self._jobs.start()
         self._lifecycle.drop_unsettled_values()
@@ -295,6 +316,8 @@ class Host:
         if listener is None:
             raise IsolatorError("the host", "has no control socket yet")
         self._dispatcher.hold()
+        if self._servers is not None:
+            self._servers.hold()
         await self._settle(lambda: self._unsettled)
         await self._attempts.close()
         await self._store.run(lambda _: None)  # events that were accepted before are in their queues, and answered
@@ -310,6 +333,7 @@ class Host:
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
+        mcp = self._servers.pass_on(departure).to_json() if self._servers is not None else None
         logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
         control = self._control.pass_on(listener, departure)
         self._trail.close()
@@ -317,7 +341,7 @@ class Host:
         audit = self._audit.pass_on(departure)
         state = HostState(
             audit=audit, workers=workers, logs=logs, api=api, api_calls=self._api_verbs.numbers, control=control,
-            starts=starts,
+            starts=starts, mcp=mcp,
         )  # fmt: skip
         self.left = True
         return Left(parts=await departure.send(state, self._channel))
@@ -326,7 +350,8 @@ class Host:
     def _unsettled(self) -> bool:
         """Whether something is under way that cannot be handed on and is likely to end soon."""
         others = self._channel.serving > 1  # one is the request to leave
-        return others or self._dispatcher.unsettled or self._api.busy or self._lifecycle.unsettled
+        opening = self._servers is not None and self._servers.unsettled
+        return opening or others or self._dispatcher.unsettled or self._api.busy or self._lifecycle.unsettled
 
     async def _settle(self, unsettled: Callable[[], bool]) -> None:
         with contextlib.suppress(TimeoutError):
@@ -344,6 +369,8 @@ class Host:
         self._trail.close()
         self._searches.close()
         await self._watches.close()
+        if self._servers is not None:
+            self._servers.close()
         await self._dispatcher.close()
         await self._attempts.close()
         self._api.close()
@@ -352,6 +379,8 @@ class Host:
 
     async def _plugin_changed(self, request: PluginChanged) -> None:
         if request.removed is not None:
+            if self._servers is not None:
+                self._servers.forget(request.removed)
             await self._lifecycle.forget(request.removed)
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
@@ -377,8 +406,17 @@ class Host:
         self._api.serve(name, run, socket.socket(fileno=listener))
         self._registry.note_run(name, run=run, pid=request.pid, state="running")
         self._dispatcher.run_started(name, run)
+        plugin = self._registry.get(name)
+        if plugin is not None and plugin.mode == "mcp":
+            self._load_servers().run_started(name, run)
 
     async def _drain_run(self, request: DrainRun) -> None:
+        if self._servers is not None:
+            await asyncio.gather(
+                self._dispatcher.drain(request.name, request.run, request.reason),
+                self._servers.drain(request.name, request.run),
+            )
+            return
         await self._dispatcher.drain(request.name, request.run, request.reason)
 
     async def _run_ended(self, request: RunEnded) -> None:
@@ -386,6 +424,8 @@ class Host:
         plugin = self._registry.get(name)
         if plugin is not None and plugin.run in (run, None):
             self._registry.note_run(name, run=None, pid=None, state=request.state)
+        if self._servers is not None:
+            self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
 
     async def _job_ended(self, ended: JobEnded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -33,6 +34,12 @@ class StartState(Body):
 
     plugin: str
     reason: str
+
+
+def _erase(db: sqlite3.Connection, name: str) -> None:
+    db.execute("DELETE FROM kv WHERE plugin=?", (name,))
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name='mcp_pins'").fetchone():
+        db.execute("DELETE FROM mcp_pins WHERE plugin=?", (name,))
 
 
 @dataclass
@@ -85,7 +92,7 @@ class PluginLifecycle:
         dropped = self.queue.unfinished(name)
         await self.queue.purge(name)
         await self.config.forget(name)
-        await self.store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=?", (name,)))
+        await self.store.run(lambda db: _erase(db, name))
         self.logs.remove(name)
         self.registry.erase(name)
         for event_id, attempts in dropped:

@@ -30,6 +30,7 @@ MODES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     },
     "exec": {"python": (("exec/plugin.py.txt", "{name}"),), "sh": (("exec/plugin.sh.txt", "{name}"),)},
     "http": {"python": (("http/plugin.py.txt", "{name}"),), "node": (("http/plugin.js.txt", "{name}"),)},
+    "mcp": {"python": (("mcp/plugin.py.txt", "{name}"),), "node": (("mcp/plugin.js.txt", "{name}"),)},
 }
 
 # A payload to try each event with, for the README.
@@ -48,7 +49,8 @@ SAMPLES: dict[str, dict[str, object]] = {
 @click.command(
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator new ./deploy-bell --lang python\n"
-    "  isolator new ./deploy-log --lang sh --mode exec",
+    "  isolator new ./deploy-log --lang sh --mode exec\n"
+    "  isolator new ./deploy-tools --lang python --mode mcp",
 )
 @click.argument("folder", metavar="DIR")
 @click.option("--lang", required=True, type=click.Choice(sorted(LANGUAGES)), help="What it is written in.")
@@ -84,6 +86,9 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
     }
     if mode != "oneshot":
         manifest["transport"] = {"mode": mode}
+    if mode == "mcp":
+        call = {"tool": "notify", "arguments": {"text": "something has happened", "project": "{{ project_id }}"}}
+        manifest["transport"]["calls"] = dict.fromkeys(manifest["hooks"], call)
     # A manifest that cannot be registered is refused now: not every folder's name is a name for a plugin.
     parse_manifest(manifest, name="isolator new")
     event = OLDER_HOOKS.get(manifest["hooks"][0], manifest["hooks"][0])

@@ -171,7 +171,7 @@ def _urgency(plugin: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def _single(record: Record) -> Denial:
-    return Denial(record.type, record.data, Advice(""))
+    return Denial("refusal", record.type, record.data, Advice(""))
 
 
 def _rows(denials: list[Denial]) -> list[Context]:

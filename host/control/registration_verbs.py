@@ -103,6 +103,7 @@ class RegistrationVerbs:
             manifest = manifests.parse(text, name=where)
             checked = self._config.check(manifest, request.config)
             self._check_hooks(manifest.core.hooks)
+            self._check_calls(manifest)
         except IsolatorError:
             self._link.discard(token)
             raise
@@ -152,6 +153,25 @@ class RegistrationVerbs:
                     f"no such event; did you mean {near[0]!r}?" if near else "no such event",
                     f"known: {', '.join(known)}",
                 )
+
+    def _check_calls(self, manifest: Manifest) -> None:
+        """Refuse arguments of a tool that use a field which the event does not have."""
+        if not manifest.transport.calls:
+            return
+        from host.mcp import template
+
+        for hook, call in manifest.transport.calls.items():
+            event_type = self._catalogue.get(self._catalogue.canonical(hook))
+            known = list(event_type.model.model_fields) if event_type is not None else []
+            where = f"transport.calls.{hook}.arguments"
+            try:
+                template.check(call.arguments)
+            except ValueError as error:
+                raise UsageError(where, str(error)) from None
+            for name in sorted(template.fields(call.arguments) - set(known)):
+                near = difflib.get_close_matches(name, known, 1)
+                why = f"{hook} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                raise UsageError(where, why, f"known: {', '.join(known)}")
 
     async def commit(self, request: PluginCommit, caller: Caller) -> RegisteredPlugin:
         staged = self._staged.get(request.token)

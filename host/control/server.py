@@ -1,8 +1,8 @@
 """The control socket: newline JSON-RPC for the platform and the command line.
 
 The kernel names the caller's uid, and ``host.toml`` gives a uid its role. ``viewer`` reads,
-``emitter`` also emits and follows events, ``operator`` does everything; a role includes those before it. A caller
-without a role gets one line that says so.
+``emitter`` also emits and follows events, ``operator`` does everything; a role includes those before it. ``caller`` is
+apart from them: it uses tools of MCP servers, and nothing else. A caller without a role gets one line that says so.
 
 Requests of one connection run concurrently and may be answered in any order; at most ``IN_FLIGHT`` of them, then the
 connection is not read until one is answered. Verbs that change something are in the trail, and so is every refusal;
@@ -29,7 +29,7 @@ from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
 
 R = TypeVar("R", bound=Request)
-ROLES = ("viewer", "emitter", "operator")
+ROLES = ("caller", "viewer", "emitter", "operator")
 IN_FLIGHT = 256
 CONNECTIONS = 512
 """Connections of root and of uids with a role."""
@@ -77,6 +77,8 @@ class Caller:
     uid: int
     pid: int
     role: str | None
+    may_call: bool
+    """Whether it has the role ``caller``, besides the one that it has here."""
     notify: Callable[[str, Mapping[str, Any]], None]
     narrow: Callable[[int], None]
     cut: Callable[[], None]
@@ -156,7 +158,8 @@ class ControlServer:
 
     ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records. ``restore``: by verb,
     what takes over a belonging of a caller from the host whose place this one takes. ``console``: uid of the
-    console, which may ask for others.
+    console, which may ask for others. ``may_call``: whether a uid has the role ``caller``, which one may have besides
+    another.
     """
 
     def __init__(
@@ -166,13 +169,14 @@ class ControlServer:
         record: Callable[..., None],
         restore: Mapping[str, Callable[[Caller, Json], None]] | None = None,
         console: int | None = None,
+        may_call: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._restore = restore or {}
         self.console = console
         self.leaving = False
         """No request is begun any more: another process takes this one's place."""
         self._endpoints = {endpoint.request.spec.verb: endpoint for endpoint in endpoints}
-        self.role_of = role_of
+        self.role_of, self.may_call = role_of, may_call
         self.record = record
         self._acceptor: Acceptor | None = None
         self._connections: set[_Connection] = set()
@@ -287,7 +291,9 @@ class _Connection(LineProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         pid, uid, _ = peer_of(transport.get_extra_info("socket"))
-        self._caller = Caller(uid, pid, self._server.role_of(uid), self._notify, self._narrow, self._cut)
+        self._caller = Caller(
+            uid, pid, self._server.role_of(uid), self._server.may_call(uid), self._notify, self._narrow, self._cut
+        )
         self._caller.drained.set()
         self._caller.passes_on = uid == self._server.console
         if self._caller.role is None:
@@ -491,4 +497,6 @@ def _refuse(connection: socket.socket) -> None:
 
 
 def _may(caller: Caller, spec: Spec) -> bool:
+    if spec.role == "caller":
+        return caller.may_call
     return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)

@@ -6,10 +6,11 @@ Workers share nothing but the event loop: a plugin that hangs, floods or crashes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from host.delivery.attempts import Attempts
 from host.delivery.gate import DispatchGate
@@ -30,9 +31,15 @@ from isolator.ipc.channel import Channel
 from isolator.ipc.messages import JobEnded
 from isolator.ipc.succession import Departure, Descriptors
 
+if TYPE_CHECKING:
+    from host.mcp.servers import Servers
+
 
 class Dispatcher:
-    """The workers by plugin; ``redactor`` gives a plugin's, ``api`` answers calls of stream plugins to the host API."""
+    """The workers by plugin; ``redactor`` gives a plugin's, ``api`` answers calls of stream plugins to the host API.
+
+    ``servers`` loads the room of MCP.
+    """
 
     def __init__(
         self,
@@ -52,11 +59,12 @@ class Dispatcher:
         serve_job: Callable[[str, str, socket.socket], None],
         end_job: Callable[[str, str], None],
         pauses: Pauses,
+        servers: Callable[[], Servers],
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
-        self._redactor, self._api, self._pauses = redactor, api, pauses
+        self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
         self._logs, self._serve_job, self._end_job = logs, serve_job, end_job
         self._source, self._config_value = source, config_value
         self._before: dict[str, WorkerState] = {}
@@ -87,6 +95,7 @@ class Dispatcher:
                 self._config_value,
                 self._serve_job,
                 self._end_job,
+                self._servers,
             ),
             (before, self._descriptors) if before is not None else None,
         )
@@ -165,6 +174,16 @@ class Dispatcher:
         """See ``Worker.job_ended``."""
         if ended.name in self.workers:
             self.workers[ended.name].job_ended(ended)
+
+    @contextlib.contextmanager
+    def in_use(self, name: str) -> Iterator[None]:
+        """Count a plugin as busy, besides its queue."""
+        worker = self.workers.get(name)
+        if worker is None:
+            yield
+            return
+        with worker.in_use():
+            yield
 
     def status(self, name: str) -> dict[str, Any]:
         """Return the worker's present step, its obstacle and how its attempts went, for listings."""

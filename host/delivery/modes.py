@@ -13,7 +13,7 @@ import importlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
@@ -27,7 +27,14 @@ from isolator.ipc.channel import Channel
 from isolator.ipc.messages import JobEnded
 from isolator.ipc.succession import Departure, Descriptors
 
-_CLASSES = {"exec": ("host.delivery.exec", "ExecDelivery"), "http": ("host.delivery.http", "HttpDelivery")}
+if TYPE_CHECKING:
+    from host.mcp.servers import Servers
+
+_CLASSES = {
+    "exec": ("host.delivery.exec", "ExecDelivery"),
+    "http": ("host.delivery.http", "HttpDelivery"),
+    "mcp": ("host.delivery.mcp", "McpDelivery"),
+}
 """Module and class by ``transport.mode``."""
 
 
@@ -49,6 +56,8 @@ class Parts:
     """Answers the calls of a job (plugin, run) to the host API, which come by this listener."""
     end_job: Callable[[str, str], None]
     """Ends that."""
+    servers: Callable[[], Servers]
+    """The MCP servers, whose room is loaded with the first call."""
 
 
 class Mode:

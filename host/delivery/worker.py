@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError
@@ -92,6 +92,8 @@ class Worker:
         self._parts = parts
         self._modes: dict[str, Mode] = {}
         """Those that were needed so far, by name."""
+        self._users = 0
+        """Others than the queue that use the sidecar at the moment."""
         self._woken = asyncio.Event()
         self._resumed_by_operator = asyncio.Event()
         self._resumed_by_operator.set()
@@ -129,8 +131,19 @@ class Worker:
     @property
     def busy(self) -> bool:
         """Whether a request is unanswered or a delivery waits."""
-        busy = self._stream.busy or self._oneshot.busy or any(mode.busy for mode in self._modes.values())
+        busy = self._users > 0 or self._stream.busy or self._oneshot.busy
+        busy = busy or any(mode.busy for mode in self._modes.values())
         return busy or self._consumer.depth > 0
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Count as busy."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self.last_used = asyncio.get_running_loop().time()
 
     def pause(self) -> None:
         """Send no further event until ``resume``; what is in flight is answered, and the sidecar stays."""

@@ -8,18 +8,21 @@ changes what the plugin receives. Unknown top-level keys are a warning: newer au
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from isolator.errors import UsageError
 from isolator.policy.filters import MOST, parse_filter
-from isolator.policy.frozen import Frozen
+from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.parse.strict import Table, printable, prose
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, MODES, ManifestCore
 from isolator.policy.units import parse_duration
 from isolator.reader.json_text import load_json_with_lines
 from isolator.reader.manifest import parse_manifest
 
+ERAS = ("2025-11-25", "2026-07-28")
+CALLED_IDLE = 600.0
+"""Seconds after which an MCP server that nobody uses is stopped."""
 ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
 
 MAX_VALUE = 8 * 1024
@@ -59,6 +62,13 @@ class ConfigField(Frozen):
     description: str = ""
 
 
+class ToolCall(Frozen):
+    """The call of a tool that an event becomes; ``arguments`` is a template (``host.mcp.template``)."""
+
+    tool: str
+    arguments: dict[str, Any]
+
+
 class Transport(Frozen):
     """``transport``: how requests reach the sidecar. Declared, never probed."""
 
@@ -73,6 +83,10 @@ class Transport(Frozen):
     """Mode http: the port of its own loopback that the sidecar listens on; None: its socket."""
     secret: str | None = None
     """Mode http: the key of its config with which requests are signed."""
+    era: Literal["2025-11-25", "2026-07-28"] = "2025-11-25"
+    """Mode mcp: the newest version of the protocol before, or the first since, it does without sessions."""
+    calls: dict[str, ToolCall] = fresh(default_factory=dict)
+    """Mode mcp: by hook."""
 
 
 class DeliverySpec(Frozen):
@@ -139,7 +153,7 @@ def from_data(data: dict[str, Any], *, lines: Mapping[Any, int] | None = None, n
     mode = core.mode
     manifest = Manifest(
         core=core,
-        transport=_transport(top.table("transport")),
+        transport=_transport(top.table("transport"), core.hooks),
         delivery=_delivery(top.table("delivery"), mode),
         activation=_activation(top.table("activation"), mode),
         health=_health(top.table("health"), mode),
@@ -201,7 +215,7 @@ def check_value(field: ConfigField, text: str) -> str:
     return text
 
 
-def _transport(table: Table) -> Transport:
+def _transport(table: Table, hooks: Sequence[str]) -> Transport:
     mode = table.choice("mode", MODES, MODES[0])
     meta = table.choice("meta", ("fit", "never"), "fit")
     found = {"mode": mode, "meta": meta, "max_in_flight": table.integer("max_in_flight", 16, low=1, high=256)}
@@ -209,8 +223,31 @@ def _transport(table: Table) -> Transport:
         found["path"] = table.parsed("path", _path, "/events")
         found["port"] = table.take("port")  # checked by the core
         found["secret"] = table.text("secret", "") or None
+    if mode == "mcp":
+        found |= {"era": table.choice("era", ERAS, ERAS[0]), "calls": _calls(table, hooks)}
     table.finish()
     return Transport.model_validate(found)
+
+
+def _calls(table: Table, hooks: Sequence[str]) -> dict[str, ToolCall]:
+    """The call of each hook."""
+    calls, found = table.table("calls"), {}
+    for hook in hooks:
+        if hook not in calls.data:
+            calls.fail((), f"no call for {hook}", f'write "{hook}": {{"tool": "NAME", "arguments": {{}}}}')
+        entry = calls.table(hook)
+        tool = entry.parsed("tool", lambda value: printable(value, 128), "")
+        arguments = entry.take("arguments")
+        if not tool:
+            entry.fail("tool", "is missing")
+        if not isinstance(arguments, dict | None):
+            entry.fail("arguments", "must be an object")
+        entry.finish()
+        found[hook] = ToolCall(tool=tool, arguments=arguments or {})
+    for hook in calls.data:
+        if hook not in found:
+            calls.fail(hook, "is no hook of this plugin", "add it to hooks")
+    return found
 
 
 def _delivery(table: Table, mode: str) -> DeliverySpec:
@@ -230,7 +267,11 @@ def _activation(table: Table, mode: str) -> Activation:
     if mode == "exec":
         _refuse(table, ("start", "idle"), "its program runs while there is an event, and not between them")
     start = table.choice("start", ("lazy", "eager"), "lazy")
-    idle = None if table.data.get("idle") == "never" else table.parsed("idle", _duration, None)
+    idle = (
+        None
+        if table.data.get("idle") == "never"
+        else table.parsed("idle", _duration, CALLED_IDLE if mode == "mcp" else None)
+    )
     table.take("idle")
     table.finish()
     return Activation.model_validate({"start": start, "idle": idle})

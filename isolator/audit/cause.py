@@ -1,7 +1,8 @@
 """Causes: connections and denials get the ids of the events that were in flight in their plugin.
 
 An event is in flight in a plugin from the moment its ``event.dispatched`` was recorded (before the request is
-written) until its ``event.response`` was. Both carry the CLOCK_MONOTONIC of the host process, and so does
+written) until its ``event.response`` was; likewise a user's call of a tool, from ``tool.started`` to ``tool.called``,
+whose id is taken for an event's. Both carry the CLOCK_MONOTONIC of the host process, and so does
 everything that the broker and the supervisor report, so a record belongs to the windows that were open *when the
 thing happened*, not when its record arrived. The writer reads the host's socket before it handles another's
 record; therefore every window that can matter is known by then. A finished window stays known for a while, as the
@@ -20,10 +21,20 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from isolator.audit.record import Incoming
-from isolator.audit.schema import RECORDS, EventDispatched, EventResponse, NetClosed, NetConnect
+from isolator.audit.schema import (
+    RECORDS,
+    EventDispatched,
+    EventResponse,
+    NetClosed,
+    NetConnect,
+    ToolCalled,
+    ToolStarted,
+)
 from isolator.ipc.body import Body
 
 TAGGED = frozenset(type for type, kind in RECORDS.items() if kind.CAUSED)
+_BEGINS = (EventDispatched.TYPE, ToolStarted.TYPE)
+_ENDS = (EventResponse.TYPE, ToolCalled.TYPE)
 _LINGER_NS = 30 * 10**9
 _MAX_OPEN_NS = 3600 * 10**9
 _MAX_WINDOWS = 4096
@@ -122,14 +133,14 @@ class Causes:
         self._flows: OrderedDict[tuple[str | None, str], _Causes] = OrderedDict()
 
     def observe(self, record: Incoming, now: int) -> None:
-        """Take note of ``event.dispatched`` and ``event.response``; ``now`` stands in for a missing time."""
+        """Take note of the begin and the end of a delivery or a tool's call; ``now`` stands in for a missing time."""
         if record.plugin is None or record.event_id is None:
             return
         at = now if record.happened is None else record.happened
-        if record.type == EventDispatched.TYPE:
+        if record.type in _BEGINS:
             windows = self._windows.setdefault(record.plugin, _Windows())
             windows.begin(Window(record.event_id, record.delivery_id, record.run, at))
-        elif record.type == EventResponse.TYPE and record.plugin in self._windows:
+        elif record.type in _ENDS and record.plugin in self._windows:
             self._windows[record.plugin].finish((record.event_id, record.delivery_id), at)
 
     def pass_on(self) -> CauseState:

@@ -35,6 +35,8 @@ from isolator.audit.schema import (
     PluginStopped,
     RunEnded,
     RunStarted,
+    ToolCalled,
+    ToolStarted,
 )
 from isolator.linux.files import read_plain
 
@@ -43,7 +45,9 @@ _HEAD_MOST = 4096
 _SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
 _SEAL_BEGIN = re.compile(rb'\{"seq":[1-9][0-9]{0,17},"time":"[^"]*",' + re.escape(_SEAL_MARK))
 """Beginning of a seal's line. The mark alone proves nothing: an object in the ``data`` of any record may spell it."""
-_DELIVERY_MARKS = tuple(f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse))
+_DELIVERY_MARKS = tuple(
+    f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse, ToolStarted, ToolCalled)
+)
 _WINDOW = 4 << 20
 
 

@@ -42,6 +42,8 @@ from isolator.audit.schema import (
     PluginStarted,
     PluginStopped,
     SyscallDenied,
+    ToolCalled,
+    ToolStarted,
 )
 from isolator.audit.text import printable, value_text
 
@@ -166,6 +168,10 @@ _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
         _field(d, "detail"),
         _reply(d),
     ),
+    ToolStarted.TYPE: lambda d: _listed(_field(d, "tool"), _field(d, "uid", "by uid {}")),
+    ToolCalled.TYPE: lambda d: _listed(
+        _field(d, "tool"), _field(d, "outcome"), _ms(d, "latency_us", "after {}"), _field(d, "detail")
+    ),
     EventDead.TYPE: lambda d: _listed("given up", _sentence(d, "reason"), _attempts(d.get("attempts"))),
     EventQuarantined.TYPE: lambda d: _listed(_sentence(d, "reason"), _attempts(d.get("attempts"))),
     EventReplayed.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
@@ -259,8 +265,13 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
     ends = (EventResponse.TYPE, *given_up, EventReplayed.TYPE, EventDispatched.TYPE)
     last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
     bad = False
-    if last is None:
-        text = "not sent yet"
+    called = next((r for r in reversed(records) if r.type == ToolCalled.TYPE and r.event_id == event_id), None)
+    if called is not None:
+        bad = called.data.get("outcome") != "ok"
+        text = f"{_field(called.data, 'tool')}: {_field(called.data, 'outcome', limit=20)}"
+    elif last is None:
+        begun = any(r.type == ToolStarted.TYPE for r in records)
+        text = "the call is under way or was cut short" if begun else "not sent yet"
     elif last.type == EventDispatched.TYPE:
         text = f"attempt {sent} is under way or was cut short"
     elif last.type == EventReplayed.TYPE:

@@ -69,6 +69,8 @@ class RunState(Body):
     usage: Json
     port: int | None = omitted(default=None)
     """where on its own loopback it listens"""
+    streams: dict[str, int] = field(default_factory=dict, metadata=_DESCRIPTOR)
+    """this end of its stdin and stdout, if the host speaks to it over these"""
 
 
 class JobState(Body):

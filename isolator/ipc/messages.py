@@ -401,7 +401,8 @@ class EnsureRun(Request[Running], op="run.ensure"):
 class ConnectRun(Request[None], op="run.connect"):
     """Connect to a sidecar's socket.
 
-    Reply's descriptors: a connected stream socket
+    Reply's descriptors: a connected stream socket; of an `mcp` sidecar two, which are its stdin and its stdout: once in
+    each run
     """
 
     name: str
@@ -432,6 +433,13 @@ class StartJob(Request[JobStarted], op="job.start", fds=range(1, 2)):
     event: str
     type: str
     attempt: int
+
+
+class RunReady(Request[None], op="run.ready"):
+    """An `mcp` sidecar has answered its first request: it is up, as others are with their socket."""
+
+    name: str
+    run: str
 
 
 class StopRun(Request[None], op="run.stop"):
@@ -664,9 +672,9 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
         GetStderrTail, NewAuditSocket,
     ),
     "H → S": (
-        RaiseAlarm, EnsureRun, ConnectRun, StartJob, StopRun, RestartRun, StagePlugin, CommitPlugin, DiscardPlugin,
-        UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin, DisablePlugin,
-        ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
+        RaiseAlarm, EnsureRun, ConnectRun, RunReady, StartJob, StopRun, RestartRun, StagePlugin, CommitPlugin,
+        DiscardPlugin, UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin,
+        DisablePlugin, ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
     ),
 }  # fmt: skip
 """Every request by sender and receiver: supervisor, audit, broker, host, console (W)."""

@@ -22,6 +22,10 @@ class PluginPolicy(Frozen):
     egress_public: bool = False
     """The list holds "public": any public address, TCP 443 and 80, besides the rules."""
     listen: tuple[ListenRule, ...] | None = None
+    tools: tuple[str, ...] = ()
+    """Names and patterns of its MCP tools that callers may use."""
+    callers: tuple[int, ...] = ()
+    """Uids of the users who may."""
     switches: dict[str, bool] = fresh(default_factory=dict)
     """Yes-or-no keys that the file sets, by the names of ``keys.py``."""
     limits: dict[str, int | float] = fresh(default_factory=dict)

@@ -19,7 +19,7 @@ _PLACE = re.compile(r":[0-9]{1,6}")
 def check(policy: PluginPolicy) -> None:
     """Raise ValueError for anything that ``parse_plugin_policy`` with an empty source does not make."""
     names_and_rules = (policy.hooks, policy.permissions, policy.filters, policy.egress, policy.listen, policy.read)
-    lists = (*names_and_rules, policy.env, policy.where)
+    lists = (*names_and_rules, policy.env, policy.where, policy.tools, policy.callers)
     if any(len(one or ()) > 8 * _MOST for one in lists) or policy.source:
         raise ValueError("too many")
     for hook in policy.hooks or ():
@@ -33,6 +33,10 @@ def check(policy: PluginPolicy) -> None:
     for listen in policy.listen or ():
         host = f"[{listen.address}]" if ":" in listen.address else listen.address
         _same(names.parse_listen(f"{host}:{listen.port}:{listen.cage_port}"), listen)
+    for tool in policy.tools:
+        _same(names.parse_tool(tool), tool)
+    for uid in policy.callers:
+        _same(names.parse_uid(uid), uid)
     for path in policy.read or ():
         _same(names.parse_read_path(path), path)
     for name, value in policy.env.items():

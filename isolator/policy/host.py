@@ -10,7 +10,7 @@ from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.keys import CEILING, GIB, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 
-Role = Literal["viewer", "emitter", "operator"]
+Role = Literal["caller", "viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
 
 
@@ -60,6 +60,8 @@ class Roles(Frozen):
     viewer: tuple[int, ...] = ()
     emitter: tuple[int, ...] = ()
     operator: tuple[int, ...] = (0,)
+    caller: tuple[int, ...] = ()
+    """Users who may use tools of MCP servers whose policies name them; they may be anything else besides."""
     runner: tuple[int, ...] = ()
     """Users whose ``isolator run`` the daemon serves, at a socket of its own; they may be anything else besides."""
 
@@ -174,7 +176,13 @@ class HostConfig(Frozen):
             return "operator"
         if uid in self.roles.emitter:
             return "emitter"
-        return "viewer" if uid in self.roles.viewer else None
+        if uid in self.roles.viewer:
+            return "viewer"
+        return "caller" if uid in self.roles.caller else None
+
+    def may_call(self, uid: int) -> bool:
+        """Whether a caller of the control socket may use tools, of servers whose policies name it."""
+        return uid in self.roles.caller or self.role_of(uid) == "operator"
 
     def with_console(self, uid: int) -> "HostConfig":
         """The settings with the console's user among those who may call: it reads, and emits only where that is on."""
@@ -204,6 +212,8 @@ class HostConfig(Frozen):
         import json
 
         data = json.loads(self.model_dump_json(exclude={"source", "where"}))
+        if not self.roles.caller:
+            del data["roles"]["caller"]
         if not self.roles.runner:
             del data["runner"], data["roles"]["runner"]
         if self.console is None:

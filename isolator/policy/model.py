@@ -90,6 +90,9 @@ class RestartPolicy(RunLimits, CrashPolicy):
     """Back-off between crashes, when to give up, and the time to stop in."""
 
 
+_CALLED = ("tools", "callers")
+
+
 class EffectivePolicy(DeliveryLimits):
     """Everything a plugin may do. Two equal policies have equal digests."""
 
@@ -105,6 +108,10 @@ class EffectivePolicy(DeliveryLimits):
     """Variables of its environment that the operator sets; no secrets, they are shown."""
     filters: tuple[str, ...] = ()
     """Of its events it receives those that pass all of these (``filters.py``)."""
+    tools: tuple[str, ...] = ()
+    """MCP tools that callers may use, as patterns."""
+    callers: tuple[int, ...] = ()
+    """Uids of the users who may use them, if they have the role."""
 
     def value(self, key: Key) -> Any:
         """The value of a declared key, in whichever section it stands."""
@@ -112,8 +119,8 @@ class EffectivePolicy(DeliveryLimits):
         return next(getattr(section, key.name) for section in sections if key.name in type(section).model_fields)
 
     def canonical(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, ASCII."""
-        return canonical_json(self.model_dump(mode="json"))
+        """Canonical JSON: sorted keys, no spaces, ASCII; without callers and tools as before there were any."""
+        return canonical_json(self.model_dump(mode="json", exclude=[key for key in _CALLED if not getattr(self, key)]))
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, hex; in every ``plugin.started`` record."""

@@ -192,3 +192,17 @@ def parse_variable(name: str, value: object) -> str:
 def path_covers(outer: str, inner: str) -> bool:
     """Whether ``inner`` is the same path as ``outer`` or lies below it; both canonical."""
     return outer in (inner, "/") or inner.startswith(outer + "/")
+
+
+def parse_tool(text: str) -> str:
+    """The name of an MCP tool, in which ``*`` stands for any characters; raises ValueError."""
+    if not text or len(text) > 128 or not text.isprintable():
+        raise ValueError("must be the name of a tool, with * for any characters")
+    return text
+
+
+def parse_uid(value: object) -> int:
+    """A uid of a policy; raises ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32 - 1:
+        raise ValueError("must be a uid (a number; see id -u NAME)")
+    return value

@@ -23,7 +23,7 @@ T = TypeVar("T")
 MANIFEST_NAME = "plugin.json"
 MAX_BYTES, MAX_DEPTH = 256 * 1024, 16
 MAX_ARGUMENTS, MAX_ARGUMENT = 64, 4096
-MODES = ("oneshot", "stream", "exec", "http")
+MODES = ("oneshot", "stream", "exec", "http", "mcp")
 """Values of ``transport.mode``, the default first."""
 MIN_PORT, MAX_PORT = 1024, 65000
 """Ports that a sidecar may listen on for the host."""

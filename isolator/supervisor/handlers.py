@@ -42,6 +42,7 @@ class Handlers:
             messages.EnsureRun.on(self._ensure),
             messages.ConnectRun.on(self._connect),
             messages.StartJob.on_fds(self._start_job),
+            messages.RunReady.on(self._ready),
             messages.StopRun.on(whole(self._stop)),
             messages.RestartRun.on(whole(self._restart)),
             messages.StagePlugin.on(self._stage),
@@ -76,8 +77,11 @@ class Handlers:
         return _running(await self._table.ensure(request.name, request.reason))
 
     async def _connect(self, request: messages.ConnectRun) -> WithFds[None]:
-        connection = await self._table.find(request.name).connect(request.run, request.deadline)
-        return WithFds(None, [connection.detach()])
+        connections = await self._table.find(request.name).connect(request.run, request.deadline)
+        return WithFds(None, [connection.detach() for connection in connections])
+
+    async def _ready(self, request: messages.RunReady) -> None:
+        self._table.find(request.name).note_ready(request.run)
 
     async def _start_job(self, request: messages.StartJob, fds: list[int]) -> WithFds[messages.JobStarted]:
         job = await self._table.begin_job(request, fds[0])

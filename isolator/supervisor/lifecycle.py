@@ -45,7 +45,7 @@ from isolator.ipc.tasks import Tasks, report
 from isolator.pacing import Backoff
 from isolator.supervisor.jobs import MODE as EXEC
 from isolator.supervisor.jobs import Job, Jobs
-from isolator.supervisor.run import NO_SOCKET, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
+from isolator.supervisor.run import NO_ANSWER, NO_SOCKET, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import PluginKept
@@ -229,12 +229,19 @@ class Plugin:
         if self.effective is not None and self.state != PluginState.FAILED:
             self.error = ""
 
-    async def connect(self, run_id: str, deadline: float) -> socket.socket:
-        """Connect to the socket of a run; raises as ``Run.connect``."""
+    async def connect(self, run_id: str, deadline: float) -> list[socket.socket]:
+        """Connect to the socket of a run, or to its standard streams; raises as ``Run.connect`` and ``Run.talk``."""
         run = self.run
         if run is None or run.id != run_id:
             raise UnavailableError(f"plugin {self.name}", "that run has ended", "ask again")
-        return await run.connect(self.registration.uid, deadline, lambda: self.run is run)
+        if run.streams:
+            return run.talk()
+        return [await run.connect(self.registration.uid, deadline, lambda: self.run is run)]
+
+    def note_ready(self, run_id: str) -> None:
+        """Take the host's word that a run whose standard streams it has is up."""
+        if self.run is not None and self.run.id == run_id and self.run.streams:
+            self.run.socket_there.set()
 
     # --- the host and the trail --------------------------------------------------------------------------------
 
@@ -468,7 +475,14 @@ class Plugin:
                 if environment is None:
                     return _Ended(run_id, None, Origin.OPERATOR)
                 run = self.run = await prepare_run(
-                    self._context, self.registration, self.effective, self.argv, run_id, environment, port=self.port
+                    self._context,
+                    self.registration,
+                    self.effective,
+                    self.argv,
+                    run_id,
+                    environment,
+                    port=self.port,
+                    talks=self.mode == "mcp",
                 )
                 await run.cage.start()
                 self._started(run, reason)
@@ -615,6 +629,6 @@ def _describe(end: CageExit | None) -> str:
         return "did not start"
     if end.cause in ("exit", "signal"):
         return f"exit code {end.exit_code}" if end.signal is None else f"killed by signal {end.signal}"
-    if end.cause.startswith(NO_SOCKET):
+    if end.cause.startswith((NO_SOCKET, NO_ANSWER)):
         return f"{end.cause}; raise start_timeout in [restart] of its policy if it needs longer"
     return end.cause

@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 
 NO_SOCKET = "no socket"
 """First words of the cause of an end that a sidecar's missing socket was."""
+NO_ANSWER = "no answer to the first request"
+"""The same of one that is spoken to over its standard streams."""
+CLOSED_SECONDS = 2.0
+"""Time between the end of a sidecar's standard input, which asks it to end, and SIGTERM."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 
@@ -118,8 +122,10 @@ class Run:
     """Whose doing its end is, unless it is stopped."""
     shown: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Device and inode of each path that its policy shows it, as they were at its start."""
+    streams: list[int] = field(default_factory=list)
+    """Of a sidecar that the host speaks to over its stdin and stdout: this end of both, sockets."""
     reached: bool = False
-    """The host has connected to its socket."""
+    """The host has connected to its socket, or has its streams."""
     port: int | None = None
     """Where on its own loopback it listens, in place of its socket."""
     denials: object = None
@@ -192,8 +198,9 @@ class Run:
                 if not waiting.done():
                     on_steady()
             elif not waiting.done():
-                await self.cage.stop(self.effective.restart.stop_grace)
-                self.forced_cause = self.forced_cause or f"{NO_SOCKET} in {patience:g} s"
+                await self._stop()
+                missing = NO_ANSWER if self.streams else NO_SOCKET
+                self.forced_cause = self.forced_cause or f"{missing} in {patience:g} s"
             await waiting
         finally:
             self.context.sockets.remove(watched)
@@ -215,7 +222,23 @@ class Run:
             context = {"message": f"{self.plugin} was stopped without being drained", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
         self.usage()
-        await self.cage.stop(self.effective.restart.stop_grace)
+        await self._stop()
+
+    async def _stop(self) -> None:
+        if self.streams:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.streams[0])) as stdin:
+                stdin.shutdown(socket.SHUT_WR)  # also of the host's copy
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.cage.processes.ended.wait(), CLOSED_SECONDS)
+        if not self.cage.processes.ended.is_set():
+            await self.cage.stop(self.effective.restart.stop_grace)
+
+    def talk(self) -> list[socket.socket]:
+        """Hand out the standard streams, once: nobody else knows what was said; raises UnavailableError."""
+        if self.reached:
+            raise UnavailableError(f"plugin {self.plugin}", "another host has spoken to this run", "restart it")
+        self.reached = True
+        return [socket.socket(fileno=os.dup(fd)) for fd in self.streams]
 
     async def connect(self, uid: int, deadline: float, alive: Callable[[], bool]) -> socket.socket:
         """Connect to the sidecar's socket for the host, which could not reach it itself.
@@ -333,6 +356,7 @@ class Run:
             stdout=self.pipes[0],
             stderr=self.pipes[1],
             listener=self.context.notifier.listener_of(self.denials),
+            streams=dict(zip(("stdin", "stdout"), self.streams, strict=False)),
             drift=self.drift.fileno() if self.drift is not None else -1,
             started_at=self.started_at,
             began=self.began,
@@ -346,7 +370,7 @@ class Run:
         )
 
     def _check_socket(self) -> None:
-        if self.port is not None:
+        if self.streams or self.port is not None:
             return
         with contextlib.suppress(OSError):
             os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
@@ -371,8 +395,10 @@ def adopt_run(
     spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})
     cage, without = Cage.adopt(spec, context.runtime, before.cage, kept_by)
     pipes = [before.stdout, before.stderr]
+    streams = [before.streams[key] for key in ("stdin", "stdout") if key in before.streams]
     run = Run(
-        before.id, name, effective, cage, before.directory, pipes, FdSet([before.directory, *pipes]), FdSet(), context,
+        before.id, name, effective, cage, before.directory, pipes,
+        FdSet([before.directory, *pipes, *streams]), FdSet(), context, streams=streams,
         started_at=before.started_at, began=before.began, forced_cause=before.forced_cause, origin=before.origin,
         reached=before.reached, shown={path: (device, inode) for path, (device, inode) in before.shown.items()},
         _usage=before.usage, port=before.port,
@@ -388,9 +414,12 @@ def adopt_run(
 
 async def prepare_run(
     context: RunContext, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
-    environment: Environment, given: Input | None = None, *, port: int | None = None,
+    environment: Environment, given: Input | None = None, *, port: int | None = None, talks: bool = False,
 ) -> Run:  # fmt: skip
-    """Make everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then."""
+    """Make everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then.
+
+    ``talks``: the host speaks to it over its stdin and stdout.
+    """
     name = registration.name
     state = Volume(context.paths.state, name, context.runtime.journal)
     files = effective.filesystem
@@ -415,16 +444,38 @@ async def prepare_run(
         if port is not None:
             spec.env["PLUGIN_PORT"] = str(port)
         pipes, writers = _log_pipes(owned)
-        stdin = given.stdin if given is not None else owned.add(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        cage = Cage(spec, context.runtime, Stdio(stdin, *writers), handover=hand_over)
+        stdin, streams, stdout = given.stdin if given is not None else owned.add(_nothing()), list[int](), writers[0]
+        if talks:
+            streams, stdin, stdout = _streams(owned)
+        cage = Cage(spec, context.runtime, Stdio(stdin, stdout, writers[1]), handover=hand_over)
         directory = spec.mounts["/run/isolator/plugin"]
         read = set(effective.filesystem.read)
         shown = {bind.target: _identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
-        kept = FdSet([owned.release(fd) for fd in (directory, *pipes)])
+        kept = FdSet([owned.release(fd) for fd in (directory, *pipes, *streams)])
         for_start = FdSet(owned.release_all())
-        run = Run(run_id, name, effective, cage, directory, pipes, kept, for_start, context, shown=shown)
+        run = Run(
+            run_id, name, effective, cage, directory, pipes, kept, for_start, context, streams=streams, shown=shown
+        )
         run.port = port
         return run
+
+
+def _nothing() -> int:
+    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _streams(owned: FdSet) -> tuple[list[int], int, int]:
+    """This end of a sidecar's stdin and stdout, then the sidecar's own ends.
+
+    A socket for each, so that the flags that a runtime sets on one (O_NONBLOCK) are not on the other.
+    """
+    ours, theirs = [], []
+    for _ in range(2):
+        mine, its = socket.socketpair()
+        ours.append(owned.add(mine.detach()))
+        theirs.append(owned.add(its.detach()))
+        os.set_blocking(ours[-1], False)
+    return ours, theirs[0], theirs[1]
 
 
 def _listens(tables: Iterable[Path], port: int) -> bool:

@@ -22,7 +22,8 @@ from tests.examples.conftest import EXAMPLES, Starter, event
 from tests.support.go import go_cache
 
 PLUGINS = sorted(path.parent.name for path in EXAMPLES.glob("*/plugin.json"))
-ONESHOT = [name for name in PLUGINS if name not in {"hostile", "python-stream-counter", "exec-lint", "flask-notifier"}]
+OTHERS = {"hostile", "python-stream-counter", "exec-lint", "flask-notifier", "mcp-github-like"}
+ONESHOT = [name for name in PLUGINS if name not in OTHERS]
 SOURCES = ("slack-notifier", "node-webhook.js", "main.go", "main.rs", "deploy-log", "page-report")
 
 

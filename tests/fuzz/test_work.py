@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from host.mcp.protocol import read as read_mcp
 from host.wire.strict_json import WireError, parse_object
 from isolator.broker import wire
 from isolator.broker.gate import Gate
@@ -63,6 +64,8 @@ PARSERS = {
                    (GET, CHUNKED, GET + b"\r\n"),
                    (b"\r\n", b"\n", b"a: b\r\n", b"1\r\nx\r\n", GET + b"\r\n", b" ", b"a", b":", b"0")),
     "JSON line": Parser(parse_object, WireError, 32768, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
+    "MCP line": Parser(read_mcp, WireError, 32768, (b"", b'{"jsonrpc":"2.0","id":1,"result":', b'{"a":"'), JSON,
+                       (b"", b'"}', b"}")),
     "manifest": Parser(parse_manifest_core, IsolatorError, 16384, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
     "policy": Parser(lambda data: parse_plugin_policy(data, source="p.toml"), IsolatorError, 8192,
                      (b"", b"[grant]\n", b"[grant]\nhooks = [", b'[grant]\negress = ["'),

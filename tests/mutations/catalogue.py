@@ -29,6 +29,8 @@ _HOLDS = "escape/test_ablation.py::test_the_whole_cage_holds_an_attempt"
 _WALK = "collector/test_walk.py::"
 _PATHS = "runners/test_paths.py::"
 
+_SERVERS = "mcp/test_servers.py::"
+
 MUTATIONS = (
     *_mutations(
         "isolator/supervisor/jobs.py",
@@ -37,6 +39,36 @@ MUTATIONS = (
             "if not is_sealed(stdin):",
             "if False:",
             "system/test_taken_over.py::test_host_cannot_hand_a_job_a_way_out_of_its_cage",
+        ),
+    ),
+    *_mutations(
+        "host/mcp/servers.py",
+        (
+            "anybody with the role calls the tools of any server",
+            "if plugin.effective is None or uid not in plugin.effective.callers:",
+            "if plugin.effective is None:",
+            f"{_SERVERS}test_user_who_is_not_named_is_refused",
+        ),
+        (
+            "a tool that the policy does not grant is called",
+            "if not permits(granted, tool):",
+            "if False:",
+            f"{_SERVERS}test_editor_of_either_era_sees_and_calls_granted_tools_alone",
+        ),
+        (
+            "a tool that nobody has approved as it is is called",
+            'if one.state != "approved":',
+            "if False:",
+            f"{_SERVERS}test_tool_that_changes_or_is_renamed_is_blocked_until_approved",
+        ),
+    ),
+    *_mutations(
+        "host/control/server.py",
+        (
+            "any role may call tools",
+            "return caller.may_call",
+            "return True",
+            f"{_SERVERS}test_user_who_is_not_named_is_refused",
         ),
     ),
     *_mutations(

@@ -68,7 +68,7 @@ def test_every_descriptor_of_a_run_is_named(run: RunState) -> None:
     cage = run.cage
     expected = [
         cage.pidfd, cage.status, cage.oom, run.directory, run.stdout, run.stderr, run.listener, run.drift,
-        *(fd for layer in cage.layers for fd in layer.fds.values()),
+        *run.streams.values(), *(fd for layer in cage.layers for fd in layer.fds.values()),
     ]  # fmt: skip
     assert sorted(descriptors(run)) == sorted(fd for fd in expected if fd >= 0)
 

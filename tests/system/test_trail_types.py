@@ -23,8 +23,10 @@ from docs.generate.schemas import fields
 from isolator.audit.budget import BURST
 from isolator.audit.schema import RECORDS
 from isolator.audit.text import printable
+from tests.mcp.client import Client
 from tests.support.internet_servers import OTHER, WEB
 from tests.support.json_schema import violations
+from tests.support.mcp_servers import server
 from tests.support.pretend_internet import pretend_internet
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
@@ -116,6 +118,10 @@ ACTOR = ECHO.replace(
         return {"status": "ok"}
 """,
 ).replace('"result": {"status": "ok", "echo": params["deployment_id"]}', '"result": act(params["branch"])')
+FAILING = f"""
+def call(id, name, arguments, meta):
+    send(id=id, result=text({NASTY!a}, isError=True))
+"""
 ACTOR = ACTOR.replace("@NASTY@", ascii(NASTY)).replace("@OTHER@", OTHER)
 
 
@@ -186,6 +192,14 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     d.cli("plugin", "start", "broken", code=None)
     wait_for(lambda: of(d, "plugin.failed"))
     d.cli("plugin", "remove", "broken", "--yes")
+
+    (policies / "tools.toml").write_text('[grant]\ntools = ["fail"]\ncallers = [0]\n')
+    add(d, write_plugin(place / "tools", server(FAILING), hooks=[], transport={"mode": "mcp"}))
+    d.cli("mcp", "approve", "tools", "--yes")
+    with Client(d, "tools") as client:
+        client.initialize()
+        client.call("fail")
+    d.cli("plugin", "stop", "tools")
 
     old = write_plugin(place / "old/changing", ECHO, hooks=["deploy.failed"])
     new = write_plugin(place / "new/changing", ECHO, hooks=["deploy.failed"], version="2.0.0")

@@ -57,5 +57,7 @@ def compose(
         restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
         env=grant.env,
         filters=bounds.filters,
+        tools=grant.tools,
+        callers=grant.callers,
         **declared(EffectivePolicy),
     )

@@ -69,6 +69,9 @@ class _Explainer:
                 yield self._limit(limit)
         yield from self._read()
         yield self._syscalls()
+        for key, granted in (("tools", self.effective.tools), ("callers", map(str, self.effective.callers))):
+            for index, value in enumerate(granted):
+                yield self._line(key, None, value, value, "granted", key=f"grant.{key}[{index}]")
         for name, value in self.effective.env.items():
             setting = f"{name}={value}"
             yield self._line("env", None, setting, setting, "granted", key=f"env.{name}")

@@ -89,9 +89,10 @@ def host_config_of(top: Table) -> HostConfig:
             **RunLimits(**{n: v for n, v in usual.items() if n in RunLimits.model_fields}).model_dump(),
         ),
         roles=Roles(
-            viewer=roles.items("viewer", _uid) or (),
-            emitter=roles.items("emitter", _uid) or (),
-            operator=_or(roles.items("operator", _uid), (0,)),
+            viewer=roles.items("viewer", names.parse_uid) or (),
+            emitter=roles.items("emitter", names.parse_uid) or (),
+            operator=_or(roles.items("operator", names.parse_uid), (0,)),
+            caller=roles.items("caller", names.parse_uid) or (),
             runner=roles.items("runner", lambda value: _runner(value, uid_range)) or (),
         ),
         exceptions=exceptions,
@@ -224,14 +225,8 @@ def _size(low: int) -> Any:
     return check
 
 
-def _uid(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32 - 1:
-        raise ValueError("must be a uid (a number; see id -u NAME)")
-    return value
-
-
 def _runner(value: Any, uid_range: tuple[int, int]) -> int:
-    uid = _uid(value)
+    uid = names.parse_uid(value)
     if uid == 0:
         raise ValueError("root needs no role for it: its isolator run builds the cage itself")
     if uid_range[0] <= uid <= uid_range[1]:
@@ -240,7 +235,7 @@ def _runner(value: Any, uid_range: tuple[int, int]) -> int:
 
 
 def _uid_range(top: Table) -> tuple[int, int]:
-    found = top.items("uid_range", _uid)
+    found = top.items("uid_range", names.parse_uid)
     if found is None:
         return HostConfig().uid_range
     if len(found) != 2 or found[0] >= found[1]:

@@ -85,6 +85,8 @@ def policy_of(top: Table) -> PluginPolicy:
         egress=egress,
         egress_public=public,
         listen=grant.strings("listen", names.parse_listen, limit=32),
+        tools=grant.strings("tools", names.parse_tool, limit=256) or (),
+        callers=grant.items("callers", names.parse_uid) or (),
         switches=declared_in(tables, SWITCHES),
         limits=numbers,
         restart=restart_of(restart),

@@ -1,0 +1,82 @@
+"""Handlers of the ``mcp`` verbs: users call tools of MCP servers, operators see and approve them.
+
+The room of MCP is loaded with the first of these calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.verbs import (
+    ApprovedTools,
+    CalledTool,
+    ComparedTools,
+    McpApprove,
+    McpCall,
+    McpCancel,
+    McpOpen,
+    McpTools,
+    Nothing,
+    Tools,
+)
+from host.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from host.mcp.servers import Servers
+
+
+class McpVerbs:
+    """Tools of MCP servers; ``servers`` loads the room."""
+
+    def __init__(self, servers: Callable[[], Servers], registry: Registry) -> None:
+        self._servers, self._registry = servers, registry
+
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verbs with their handlers."""
+        return [
+            Endpoint(McpOpen, self.open),
+            Endpoint(McpCall, self.call),
+            Endpoint(McpCancel, self.cancel),
+            Endpoint(McpTools, self.tools),
+            Endpoint(McpApprove, self.approve),
+        ]
+
+    async def open(self, request: McpOpen, caller: Caller) -> Tools:
+        instructions, tools, server = await self._servers().shown_to(request.name, caller.uid)
+        return {
+            "name": request.name, "server": server, "instructions": instructions, "tools": [dict(t) for t in tools],
+        }  # fmt: skip
+
+    async def call(self, request: McpCall, caller: Caller) -> CalledTool:
+        def report(progress: Mapping[str, Any]) -> None:
+            if caller.drained.is_set():  # whoever does not read misses some
+                caller.notify("mcp.progress", {"call": request.call, **progress})
+
+        answer = await self._servers().call(
+            request.name, request.tool, request.arguments, caller.uid, request.call,
+            report if request.progress else None,
+        )  # fmt: skip
+        return cast(CalledTool, answer)
+
+    async def cancel(self, request: McpCancel, caller: Caller) -> Nothing:
+        self._servers().cancel(caller.uid, request.call)
+        return {}
+
+    async def tools(self, request: McpTools, _: Caller) -> ComparedTools:
+        found, digest = await self._servers().inspect(request.name)
+        granted = self._servers().granted(request.name)
+        return {
+            "digest": digest,
+            "tools": [
+                {
+                    "name": one.item.name, "state": one.state, "sha256": one.item.digest, "renamed": one.renamed,
+                    "granted": granted(one.item.name), "body": dict(one.item.body),
+                }
+                for one in found
+            ],
+        }  # fmt: skip
+
+    async def approve(self, request: McpApprove, caller: Caller) -> ApprovedTools:
+        return {"approved": len(await self._servers().approve(request.name, request.digest, caller.by))}

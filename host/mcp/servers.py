@@ -1,0 +1,465 @@
+"""Servers that run, and the users who call their tools.
+
+Every run of a server has one session, from its start on: events and callers share it. A caller is a uid that the
+kernel names, which the policy's ``[grant] callers`` has; it is shown approved tools that ``[grant] tools`` names, and
+can call these alone. Each call is in the trail before its first byte is sent, with an id like an event's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from host.channel.reply import LostError, NotSentError, shown
+from host.mcp import protocol
+from host.mcp.pins import Pins
+from host.mcp.protocol import Era
+from host.mcp.session import Progress, Reply, Session, SessionState
+from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, permits
+from host.plugins.registry import Plugin, Registry
+from host.plugins.secrets import Redactor
+from host.queue.sqlite import new_event_id
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginHealth, ToolCalled, ToolsApproved, ToolStarted
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+from isolator.ipc.body import Body
+from isolator.ipc.channel import Channel
+from isolator.ipc.messages import ConnectRun, EnsureRun, RunReady, StopRun
+from isolator.ipc.succession import Departure, Descriptors
+from isolator.ipc.tasks import Tasks
+from isolator.linux.descriptors import close_all
+from isolator.policy.model import canonical_json
+
+_log = logging.getLogger(__name__)
+
+MODE = "mcp"
+CLOSED_SECONDS = 2.0
+"""Seconds in which a server whose output is closed has to end by itself."""
+DRAIN_SECONDS = 2.0
+"""Seconds that a server which is to stop has to answer what is in flight."""
+
+
+class CallState(Body):
+    """A call of a caller's, on its way to another host."""
+
+    plugin: str
+    uid: int
+    key: str
+    number: str
+    id: str
+    tool: str
+    arguments_sha256: str
+    sent_ns: int
+
+
+class ServersState(Body):
+    """Every session and every call, on their way to another host."""
+
+    sessions: dict[str, SessionState]
+    """by plugin"""
+    calls: tuple[CallState, ...]
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A call whose answer is awaited."""
+
+    plugin: str
+    uid: int
+    session: Session
+    number: str
+    id: str
+    tool: str
+    arguments_sha256: str
+    sent_ns: int
+    reply: Reply
+    given_up: bool = False
+    """The caller has cancelled it."""
+
+
+class Servers:
+    """The servers of this host. ``use``: a context in which a plugin counts as busy; ``redactor``: a plugin's."""
+
+    def __init__(
+        self,
+        supervisor: Channel,
+        registry: Registry,
+        audit: AuditClient,
+        pins: Pins,
+        redactor: Callable[[str], Redactor],
+        use: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._supervisor, self._registry, self._audit, self.pins = supervisor, registry, audit, pins
+        self._redactor, self._use = redactor, use
+        self._sessions: dict[str, Session] = {}
+        self._offered: dict[str, tuple[Item, ...]] = {}
+        """By run."""
+        self._opening: dict[str, asyncio.Task[Session]] = {}
+        """By run: the task that opens its session."""
+        self._ends: dict[str, asyncio.Event] = {}
+        """By run whose session is over: set once it has ended."""
+        self._finished: deque[str] = deque(maxlen=64)
+        """Runs that have ended."""
+        self._calls: dict[tuple[int, str], _Sent] = {}
+        """By caller's uid and its key of the call."""
+        self.awaited: dict[str, dict[str, Reply]] = {}
+        """By plugin and id, the answers that events wait for, of requests that another host has sent."""
+        self._leaving = False
+        self._tasks = Tasks()
+
+    # Sessions
+
+    def run_started(self, name: str, run: str) -> None:
+        """Open the session with a run."""
+        if run not in self._opening and (name not in self._sessions or self._sessions[name].run != run):
+            self._begin(name, run)
+
+    def _begin(self, name: str, run: str) -> asyncio.Task[Session]:
+        task = asyncio.get_running_loop().create_task(self._open(name, run), name=f"session with {name}")
+        self._opening[run] = task
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def _open(self, name: str, run: str) -> Session:
+        plugin = self._registry.need(name)
+        session = Session(run, _era(plugin), lambda session, why: self._ended(name, session, why))
+        try:
+            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
+        except IsolatorError:
+            # Another host has spoken to this run, and has ended without passing the session on.
+            self._stop(name, run, "its session ended with another host process")
+            raise
+        if len(answer.fds) != 2:
+            close_all(answer.fds)
+            raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")
+        stdin, stdout = (socket.socket(fileno=fd) for fd in answer.fds)
+        answer.fds.clear()
+        await session.connect(stdin, stdout)
+        patience = plugin.effective.restart.start_timeout if plugin.effective is not None else 10.0
+        try:
+            await session.greet(patience)
+        except NotSentError as error:
+            raise UnavailableError(f"plugin {name}", self._shown(name, str(error)), "see its log") from None
+        self._sessions[name] = session
+        await self._supervisor.ask(RunReady(name=name, run=run))
+        return session
+
+    async def session(self, name: str) -> Session:
+        """The session with a server, which is started if need be; raises IsolatorError."""
+        present = self._sessions.get(name)
+        if present is not None and present.open:
+            return present
+        run = (await self._supervisor.ask(EnsureRun(name=name))).run
+        if (end := self._ends.get(run)) is not None:  # its session is over before the supervisor knows
+            try:
+                await asyncio.wait_for(end.wait(), protocol.PATIENCE)
+            except TimeoutError:
+                raise UnavailableError(f"plugin {name}", "its last run does not end", "try again") from None
+            run = (await self._supervisor.ask(EnsureRun(name=name))).run
+        present = self._sessions.get(name)
+        if present is not None and present.run == run and present.open:
+            return present
+        return await asyncio.shield(self._opening.get(run) or self._begin(name, run))
+
+    def _ended(self, name: str, session: Session, why: str) -> None:
+        if self._sessions.get(name) is session:
+            del self._sessions[name]
+        self._offered.pop(session.run, None)
+        if session.run in self._finished:
+            return
+        self._ends[session.run] = asyncio.Event()
+        if why:
+            detail = f"protocol: {self._shown(name, why)}"
+            self._audit.record(PluginHealth(ok=False, detail=detail), plugin=name, run=session.run)
+            self._stop(name, session.run, "it broke the protocol")
+        else:
+            self._stop(name, session.run, "it has closed its output", patience=CLOSED_SECONDS)
+
+    def _stop(self, name: str, run: str, reason: str, *, patience: float = 0.0) -> None:
+        """Have a run stopped that does not end by itself within ``patience`` seconds."""
+
+        async def stop() -> None:
+            end = self._ends.setdefault(run, asyncio.Event())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(end.wait(), patience)
+            plugin = self._registry.get(name)
+            if not end.is_set() and plugin is not None and plugin.run == run:
+                await self._supervisor.ask(StopRun(name=name, reason=reason))
+
+        self._tasks.run(f"stop of {name}", stop(), expected=(IsolatorError,))
+
+    def run_ended(self, name: str, run: str) -> None:
+        """Forget a run that is over."""
+        task = self._opening.pop(run, None)
+        if task is not None and not task.done():
+            task.cancel()
+        self._finished.append(run)
+        session = self._sessions.get(name)
+        if session is not None and session.run == run:
+            session.close()
+        end = self._ends.pop(run, None)
+        if end is not None:
+            end.set()
+
+    async def drain(self, name: str, run: str) -> None:
+        """Send a run nothing new, and return once nothing is unanswered."""
+        session = self._sessions.get(name)
+        if session is not None and session.run == run:
+            del self._sessions[name]
+            session.draining = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await session.settled()
+
+    def forget(self, name: str) -> None:
+        """Forget a plugin that was removed."""
+        self.pins.forget(name)
+
+    def close(self) -> None:
+        """Let go of everything; the supervisor ends the servers."""
+        for task in self._opening.values():
+            task.cancel()
+        for session in list(self._sessions.values()):
+            session.close()
+
+    # Tools
+
+    async def inspect(self, name: str) -> tuple[tuple[Compared, ...], str]:
+        """Compare a server's tools with those that are approved; also the digest of what it offers now."""
+        self._server(name)
+        session = await self.session(name)
+        now = await self._offers(name, session, again=True)
+        return compare(self.pins.of(name), now), digest_of(now)
+
+    async def approve(self, name: str, digest: str, by: str) -> tuple[Item, ...]:
+        """Approve what a server offers now, which has to be what was shown; raises UsageError when it is not."""
+        self._server(name)
+        session = await self.session(name)
+        now = await self._offers(name, session, again=True)
+        if digest_of(now) != digest:
+            raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
+        await self.pins.approve(name, now)
+        approved = {item.name or "instructions": item.digest for item in now}
+        self._audit.record(ToolsApproved(by=by, tools=approved), plugin=name)
+        return now
+
+    async def shown_to(self, name: str, uid: int) -> tuple[str, list[Mapping[str, Any]], str]:
+        """What a caller is shown: the instructions, the tools, and the server's name; raises IsolatorError."""
+        plugin = self._admit(name, uid)
+        with self._use(name):
+            session = await self.session(name)
+            found = compare(self.pins.of(name), await self._offers(name, session, again=True))
+        usable = [one.item for one in found if one.state == "approved"]
+        granted = plugin.effective.tools if plugin.effective is not None else ()
+        tools = [item.body for item in usable if item.name != INSTRUCTIONS and permits(granted, item.name)]
+        texts = [str(item.body.get("instructions", "")) for item in usable if item.name == INSTRUCTIONS]
+        assert session.greeting is not None
+        return "".join(texts), tools, session.greeting.name
+
+    async def _offers(self, name: str, session: Session, *, again: bool = False) -> tuple[Item, ...]:
+        """The tools of a session's server, asked for once, ``again``, and when it says that they have changed."""
+        if not again and not session.tools_changed and session.run in self._offered:
+            return self._offered[session.run]
+        try:
+            found = self._offered[session.run] = await session.list_tools()
+        except (NotSentError, LostError, ValueError) as error:
+            why = self._shown(name, str(error))
+            raise UnavailableError(f"tools of {name}", why, f"see 'isolator plugin logs {name}'") from None
+        return found
+
+    # Calls
+
+    async def call(
+        self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
+    ) -> dict[str, Any]:
+        """Call a tool for a user; returns ``{id, result}`` or ``{id, error}``. Raises IsolatorError when it is refused.
+
+        ``key`` names the call among those of this user: one that another host has sent is awaited and not sent again.
+        """
+        sent = self._calls.get((uid, key))
+        if sent is None:
+            sent = await self._send(name, tool, arguments, uid, key, progress)
+        elif sent.plugin != name or sent.tool != tool:
+            raise UsageError(f"call {key[:40]}", "is under way already", "give each call a key of its own")
+        try:
+            with self._use(name):
+                answer, _ = await sent.reply
+        except LostError as error:
+            self._record(sent, "unknown", str(error))
+            raise UnavailableError(f"tool {tool}", f"{error}; nobody knows what it has done") from None
+        except NotSentError as error:
+            self._record(sent, "not_sent", str(error))
+            raise UnavailableError(f"tool {tool}", str(error), "try again") from None
+        except asyncio.CancelledError:
+            if not self._leaving:
+                self._record(sent, "cancelled", "the caller no longer waits")
+            if sent.given_up:
+                raise UnavailableError(f"tool {tool}", "the call was cancelled") from None
+            raise
+        finally:
+            self._calls.pop((uid, key), None)
+        judged = protocol.judge(answer)
+        self._record(sent, judged.verdict, judged.detail)
+        if judged.verdict in ("input_required", "bad_reply"):
+            return {"id": sent.id, "error": {"code": protocol.INTERNAL_ERROR, "message": judged.detail}}
+        if answer.result is None:
+            return {"id": sent.id, "error": dict(answer.error or {})}
+        return {"id": sent.id, "result": dict(answer.result)}
+
+    def cancel(self, uid: int, key: str) -> None:
+        """Give up a call of a user's, if it is under way."""
+        sent = self._calls.get((uid, key))
+        if sent is not None:
+            sent.given_up = True
+            sent.reply.cancel()
+
+    def granted(self, name: str) -> Callable[[str], bool]:
+        """Whether the policy of a plugin grants a tool."""
+        plugin = self._server(name)
+        patterns = plugin.effective.tools if plugin.effective is not None else ()
+        return lambda tool: permits(patterns, tool)
+
+    async def _send(
+        self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
+    ) -> _Sent:
+        plugin = self._admit(name, uid)
+        digest = hashlib.sha256(canonical_json(dict(arguments)).encode()).hexdigest()
+        try:
+            session = await self._allowed(plugin, tool)
+        except DeniedError as error:
+            denied = ToolCalled(
+                tool=tool[:128], uid=uid, arguments_sha256=digest, outcome="denied", detail=error.why, latency_us=0
+            )
+            self._audit.record(denied, plugin=name, event_id=new_event_id(time.time()))
+            raise
+        try:
+            await session.slot(protocol.PATIENCE)
+        except NotSentError as error:
+            raise UnavailableError(f"tool {tool}", str(error), "try again") from None
+        number, reply = session.new_id(), asyncio.get_running_loop().create_future()
+        params = {"name": tool, "arguments": dict(arguments)}
+        data = protocol.request(session.era, number, "tools/call", params, progress=progress is not None)
+        if len(data) > protocol.MAX_LINE:
+            raise UsageError(f"tool {tool}", f"its arguments are longer than {protocol.MAX_LINE} bytes")
+        sent = _Sent(name, uid, session, number, new_event_id(time.time()), tool, digest, time.perf_counter_ns(), reply)
+        started = ToolStarted(tool=tool, uid=uid, arguments_sha256=digest)
+        self._audit.record(started, plugin=name, run=session.run, event_id=sent.id)
+        await self._audit.flushed()
+        sent.sent_ns = time.perf_counter_ns()
+        self._calls[uid, key] = sent
+        session.write(number, data, protocol.PATIENCE, reply, progress)
+        return sent
+
+    async def _allowed(self, plugin: Plugin, tool: str) -> Session:
+        """The session with a server of which a tool may be called; raises IsolatorError."""
+        granted = plugin.effective.tools if plugin.effective is not None else ()
+        if not permits(granted, tool):
+            raise DeniedError(
+                f"tool {shown(tool, str, 80)}", f"is not granted by the policy of {plugin.name}",
+                f'add "{shown(tool, str, 80)}" to tools in [grant] of policies/{plugin.name}.toml, to allow it',
+            )  # fmt: skip
+        session = await self.session(plugin.name)
+        found = compare(self.pins.of(plugin.name), await self._offers(plugin.name, session))
+        one = next((one for one in found if one.item.name == tool), None)
+        if one is None or one.state == "missing":
+            raise UsageError(f"tool {shown(tool, str, 80)}", f"is none of {plugin.name}", "list the tools again")
+        if one.state != "approved":
+            why = "has changed since it was approved" if one.state == "changed" else "is new and not approved"
+            raise DeniedError(f"tool {tool}", why, f"isolator mcp approve {plugin.name}, if you trust it")
+        return session
+
+    def _admit(self, name: str, uid: int) -> Plugin:
+        plugin = self._server(name)
+        if plugin.effective is None or uid not in plugin.effective.callers:
+            raise DeniedError(
+                f"plugin {name}", f"its policy does not name uid {uid} as a caller",
+                f"add {uid} to callers in [grant] of policies/{name}.toml",
+            )  # fmt: skip
+        return plugin
+
+    def _server(self, name: str) -> Plugin:
+        plugin = self._registry.need(name)
+        if plugin.mode != MODE:
+            raise UsageError(f"plugin {name}", f"is no MCP server: its mode is {plugin.mode}")
+        return plugin
+
+    def _record(self, sent: _Sent, outcome: Any, detail: str | None) -> None:
+        self._audit.record(
+            ToolCalled(
+                tool=sent.tool,
+                uid=sent.uid,
+                arguments_sha256=sent.arguments_sha256,
+                outcome=outcome,
+                detail=self._shown(sent.plugin, detail) if detail else None,
+                latency_us=(time.perf_counter_ns() - sent.sent_ns) // 1000,
+            ),
+            plugin=sent.plugin,
+            run=sent.session.run,
+            event_id=sent.id,
+        )
+
+    def _shown(self, name: str, text: str) -> str:
+        return shown(text, self._redactor(name))
+
+    # One host in the place of another
+
+    def hold(self) -> None:
+        """Read nothing from now on."""
+        self._leaving = True
+        for session in self._sessions.values():
+            session.begin_to_leave()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a session is being opened, or a call is about to be sent."""
+        return any(not task.done() for task in self._opening.values())
+
+    def pass_on(self, departure: Departure) -> ServersState:
+        """Hand every session on, with the calls that are in flight."""
+        calls = tuple(
+            CallState(
+                plugin=one.plugin, uid=uid, key=key, number=one.number, id=one.id, tool=one.tool,
+                arguments_sha256=one.arguments_sha256, sent_ns=one.sent_ns,
+            )
+            for (uid, key), one in self._calls.items()
+            if not one.reply.done()
+        )  # fmt: skip
+        sessions = {name: session.leave(departure) for name, session in self._sessions.items() if session.open}
+        return ServersState(sessions=sessions, calls=calls)
+
+    async def take_over(self, state: ServersState, descriptors: Descriptors) -> None:
+        """Go on with the sessions of another host; ``awaited`` has what events wait for."""
+        loop = asyncio.get_running_loop()
+        for name, one in state.sessions.items():
+            plugin = self._registry.get(name)
+            if plugin is None:
+                continue
+            session = Session(one.run, _era(plugin), self._reporter(name))
+            awaited = self.awaited.pop(name, {})
+            for call in state.calls:
+                if call.plugin == name:
+                    awaited[call.number] = loop.create_future()
+                    self._calls[call.uid, call.key] = _Sent(
+                        name, call.uid, session, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns,
+                        awaited[call.number],
+                    )  # fmt: skip
+            with contextlib.suppress(OSError):
+                await session.go_on(one, awaited, descriptors)
+                self._sessions[name] = session
+
+    def _reporter(self, name: str) -> Callable[[Session, str], None]:
+        return lambda session, why: self._ended(name, session, why)
+
+
+def _era(plugin: Plugin) -> Era:
+    assert plugin.manifest is not None
+    return plugin.manifest.transport.era
