@@ -36,7 +36,7 @@ def listens(d: Daemon, port: int) -> bool:
 
 def test_reload_puts_host_toml_in_force(shared_dir: Path) -> None:
     with daemon(host_toml=BEFORE) as d:
-        large = {**STATE, "memory": "200M"}
+        large = {**STATE, "resources": {"memory": "200M"}}
         for name, sandbox in (("large", large), ("small", STATE)):
             d.cli("plugin", "add", str(write_plugin(shared_dir / name, sandbox=sandbox)), "--yes")
             d.cli("plugin", "start", name)

@@ -160,7 +160,7 @@ def test_sidecars_and_their_events_go_on_over_reloads(shared_dir: Path) -> None:
 @pytest.mark.timeout(seconds(1800))
 def test_nothing_grows_over_many_reloads(shared_dir: Path) -> None:
     with loaded_daemon(shared_dir) as d:
-        reload_under_events(d, 100, 0.5)
+        reload_under_events(d, 100, 1.0)
 
 
 def test_killed_supervisor_takes_its_adopted_cages_along(shared_dir: Path) -> None:
