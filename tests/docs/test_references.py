@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from host.events import BUILT_IN
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path
@@ -24,6 +26,7 @@ _NO_MODULES = {
     "isolator.slice",
     "isolator.serve",
     "host.refused",
+    *(kind.name for kind in BUILT_IN),
 }
 """Files, messages and units whose names look like modules."""
 

@@ -218,7 +218,9 @@ async def test_deliveries_that_wait_for_their_retry_hold_no_payload(store: Store
         delivery = waits[-1]
     # Nothing waits but retries, and what their keys hold back: of these a few may be in memory, however many there are.
     assert held() < 200 * size
-    assert all(delivery.event is None and delivery.id.startswith("ev_") for delivery in waits)
+    assert all(delivery.id.startswith("ev_") for delivery in waits)
+    now = asyncio.get_running_loop().time()  # of those that are due by now a few may have been read ahead
+    assert all(delivery.event is None for delivery in waits if delivery.due > now)
     for _ in range(150):
         again = await consumer.take()
         assert again.event is not None

@@ -67,7 +67,9 @@ def test_plugin_that_is_granted_them_hears_of_the_others_and_no_other_does(d: Da
     for _ in range(2):
         wait_for(lambda: '"isolator.delivery.dead"' in seen(d, "notifier") and '"call"' in seen(d, "notifier"))
         d.cli("event", "emit", "deploy.failed", failed, "--wait", code=1)
+        host = d.service_pid("host.service")
         d.cli("reload")  # what stands already is no news after it, either
+        wait_for(lambda host=host: d.service_pid("host.service", missing_ok=True) not in (host, 0, None))
     more = write_plugin(
         tmp_path / "more/noisy", NOISY, hooks=["deploy.failed", "deploy.started", *OURS], version="2.0.0"
     )
