@@ -48,7 +48,9 @@ isolator: extra-license-file *
 isolator: package-contains-documentation-outside-usr-share-doc *
 isolator: script-not-executable *
 isolator: library-not-linked-against-libc *
-# A virtual environment names its interpreter so.
+# A virtual environment names its interpreter so; a library's first line is nothing that anybody executes.
+isolator: wrong-path-for-interpreter *
+isolator: unusual-interpreter *
 isolator: absolute-symlink-in-top-level-folder *
 # Whoever builds it is its maintainer: DEBFULLNAME and DEBEMAIL.
 isolator: bogus-mail-host *
