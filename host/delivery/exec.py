@@ -81,7 +81,8 @@ class ExecDelivery(Mode):
         assert delivery.event is not None and plugin.manifest is not None
         event_type = self.parts.catalogue.get(delivery.event.name)
         meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
-        request = params_text(delivery.event, event_type, plugin.major, meta).encode()
+        # A line, as the read of a shell wants it.
+        request = params_text(delivery.event, event_type, plugin.major, meta).encode() + b"\n"
         if len(request) > STREAM_MESSAGE:
             self.parts.outcomes.give_up(delivery, "payload_too_large")
             return
