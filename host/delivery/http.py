@@ -256,7 +256,7 @@ def _pause(retry_after: str | None) -> float | None:
     else:
         try:
             date = email.utils.parsedate_to_datetime(retry_after)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         date = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
         seconds = (date - datetime.now(UTC)).total_seconds()
