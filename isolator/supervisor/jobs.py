@@ -189,7 +189,8 @@ class Job:
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin) -> None:
         leaf = run.cage.leaf
-        use = snapshot(leaf.folders(), [] if run.cage.processes.exited.is_set() else [run.cage.pid])
+        living = [] if run.cage.processes.exited.is_set() else [run.cage.pid]
+        use = snapshot(leaf.folders(), living, totals=True)
         counted = ("cpu_us", "memory_peak", "io_read", "io_written", "network_bytes")
         ended = ExecEnded(
             cause=end.cause, origin=origin, exit_code=end.exit_code, signal=end.signal,
