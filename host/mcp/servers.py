@@ -132,12 +132,7 @@ class Servers:
     async def _open(self, name: str, run: str) -> Session:
         plugin = self._registry.need(name)
         session = Session(run, _era(plugin), lambda session, why: self._ended(name, session, why))
-        try:
-            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
-        except IsolatorError:
-            # Another host has spoken to this run, and has ended without passing the session on.
-            self._stop(name, run, "its session ended with another host process")
-            raise
+        answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
         if len(answer.fds) != 2:
             close_all(answer.fds)
             raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")

@@ -246,8 +246,13 @@ class Plugin:
     # --- the host and the trail --------------------------------------------------------------------------------
 
     def announce(self) -> None:
-        """Give a new host the log pipes and the host API of the run, if there is one."""
+        """Give a new host the log pipes and the host API of the run, if there is one.
+
+        A run whose standard streams the host before had cannot go on: nobody else knows what was said on them.
+        """
         run = self.run
+        if run is not None and run.streams and run.reached:
+            run.terminate("the host process that spoke to it has ended")
         if run is not None and self.state == PluginState.RUNNING:
             self._context.host.run_started(self.name, self.registration.uid, run.id, run.cage.pid, run.pipes)
 

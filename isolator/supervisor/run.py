@@ -236,7 +236,7 @@ class Run:
     def talk(self) -> list[socket.socket]:
         """Hand out the standard streams, once: nobody else knows what was said; raises UnavailableError."""
         if self.reached:
-            raise UnavailableError(f"plugin {self.plugin}", "another host has spoken to this run", "restart it")
+            raise UnavailableError(f"plugin {self.plugin}", "another host has spoken to this run", "try again")
         self.reached = True
         return [socket.socket(fileno=os.dup(fd)) for fd in self.streams]
 
