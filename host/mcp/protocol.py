@@ -30,9 +30,8 @@ IN_FLIGHT = 16
 PATIENCE = 60.0
 """Seconds for one answer."""
 
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
+INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32600, -32601, -32602, -32603
 UNSUPPORTED_VERSION: Final = -32022
-_MODERN_ERRORS = {-32020, -32021, UNSUPPORTED_VERSION}
 
 _VERSION, _CLIENT, _CAPABILITIES = (
     f"io.modelcontextprotocol/{key}" for key in ("protocolVersion", "clientInfo", "clientCapabilities")
@@ -181,15 +180,6 @@ def greeting(era: Era, answer: Answer) -> Greeting:
         instructions if isinstance(instructions, str) else "",
         isinstance(capabilities, dict) and isinstance(capabilities.get("tools"), dict),
     )
-
-
-def era_of(answer: Answer | None) -> Era:
-    """The era of a server, by its answer to ``server/discover``: an unknown error or silence is the older one's."""
-    if answer is None:
-        return SESSION
-    if answer.result is not None:
-        return STATELESS if isinstance(answer.result.get("supportedVersions"), list) else SESSION
-    return STATELESS if answer.error is not None and answer.error.get("code") in _MODERN_ERRORS else SESSION
 
 
 # Outcomes

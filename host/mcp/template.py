@@ -15,7 +15,6 @@ from typing import Any
 from host.wire.strict_json import dumps
 
 _FIELD = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*\}\}")
-MAX_TEMPLATE = 64 * 1024
 
 
 def check(template: Any) -> None:

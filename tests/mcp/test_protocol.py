@@ -38,7 +38,6 @@ def test_every_line_is_a_message_or_a_wire_error(data: bytes) -> None:
     if isinstance(message, Answer):
         assert (message.result is None) != (message.error is None)
         assert protocol.judge(message).verdict
-        protocol.era_of(message)
     else:
         assert (protocol.refuse(message) is None) == (message.id is None)
         protocol.progress_of(message)
@@ -100,19 +99,6 @@ def test_text_and_number_are_different_ids() -> None:
 def test_answers_to_a_call_are_judged(answer: dict[str, Any], verdict: str) -> None:
     read = _read({"jsonrpc": "2.0", "id": 1} | answer)
     assert isinstance(read, Answer) and protocol.judge(read).verdict == verdict
-
-
-def test_era_follows_the_specification() -> None:
-    def era(**answer: Any) -> str:
-        read = _read({"jsonrpc": "2.0", "id": 1, **answer})
-        assert isinstance(read, Answer)
-        return protocol.era_of(read)
-
-    assert era(result={"supportedVersions": [STATELESS], "capabilities": {}}) == STATELESS
-    assert era(error={"code": protocol.UNSUPPORTED_VERSION, "message": "no"}) == STATELESS
-    assert era(error={"code": -32601, "message": "no"}) == SESSION
-    assert era(error={"code": -32602, "message": "no"}) == SESSION
-    assert protocol.era_of(None) == SESSION
 
 
 def test_server_without_the_version_is_refused_with_the_reason() -> None:
