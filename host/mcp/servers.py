@@ -124,9 +124,8 @@ class Servers:
             self._begin(name, run)
 
     def _begin(self, name: str, run: str) -> asyncio.Task[Session]:
-        task = asyncio.get_running_loop().create_task(self._open(name, run), name=f"session with {name}")
+        task = self._tasks.run(f"session with {name}", self._open(name, run), expected=(IsolatorError,))
         self._opening[run] = task
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
     async def _open(self, name: str, run: str) -> Session:
@@ -194,9 +193,7 @@ class Servers:
 
     def run_ended(self, name: str, run: str) -> None:
         """Forget a run that is over."""
-        task = self._opening.pop(run, None)
-        if task is not None and not task.done():
-            task.cancel()
+        self._opening.pop(run, None)  # one that is still under way fails by itself, for those who await it
         self._finished.append(run)
         session = self._sessions.get(name)
         if session is not None and session.run == run:
