@@ -61,6 +61,10 @@ class DeniedError(IsolatorError):
     code, exit_code = "denied", 4
 
 
+class NotApprovedError(DeniedError):
+    """Something else is there than what was approved: no further attempt helps before an operator has agreed."""
+
+
 class NeedsApprovalError(IsolatorError):
     """An operator has to agree first."""
 

@@ -1,14 +1,18 @@
-"""Edit a policy file for an operator: one list of ``[grant]`` gains or loses values, everything else stays.
+"""Edit a policy file for an operator: a list of ``[grant]`` gains or loses values, approved lines come in.
 
+Everything else stays.
 Comments, order and the form of other lines are kept. The result is not checked here: read it with ``parse.load``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isolator.errors import UsageError
+
+if TYPE_CHECKING:
+    from isolator.policy.meet.proposal import Line
 
 LISTS = {"egress": "egress", "hook": "hooks", "permission": "permissions"}
 """Keys of ``[grant]`` by what operators call one value of them."""
@@ -27,12 +31,36 @@ def granted(text: str, kind: str, value: str, *, in_force: Sequence[str]) -> str
         table[key] = [*in_force, *([] if value in in_force else [value])]
     elif value in found:
         return text
-    elif len(text_of := found.as_string().splitlines()) > 1:
-        indent = text_of[1][: len(text_of[1]) - len(text_of[1].lstrip())]
+    else:
+        _append(found, value)
+    return str(document.as_string())
+
+
+def approved(text: str, lines: Sequence[Line]) -> str:
+    """The file with what each pending line asks for: a value more in its list, or its number in place of another."""
+    import tomllib
+
+    for line in lines:
+        document, table = _opened(text, line.section)
+        ((key, value),) = tomllib.loads(line.add).items()
+        found = table.get(key)
+        if isinstance(value, list) and found is not None:
+            wanted = value[-1] if key == "listen" else line.requested
+            if wanted not in found:
+                _append(found, wanted)
+        else:
+            table[key] = value
+        text = str(document.as_string())
+    return text
+
+
+def _append(found: Any, value: Any) -> None:
+    """Add a value to a list, in the form in which it is written."""
+    if len(text := found.as_string().splitlines()) > 1:
+        indent = text[1][: len(text[1]) - len(text[1].lstrip())]
         found.add_line(value, indent=indent)
     else:
         found.append(value)
-    return str(document.as_string())
 
 
 def revoked(text: str, kind: str, value: str, *, in_force: Sequence[str]) -> str:
@@ -52,7 +80,7 @@ def revoked(text: str, kind: str, value: str, *, in_force: Sequence[str]) -> str
     return str(document.as_string())
 
 
-def _opened(text: str) -> tuple[Any, Any]:
+def _opened(text: str, section: str = "grant") -> tuple[Any, Any]:
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
 
@@ -60,10 +88,10 @@ def _opened(text: str) -> tuple[Any, Any]:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
         raise UsageError("policy", str(error), "see 'isolator policy check'") from None
-    table = document.get("grant")
+    table = document.get(section)
     if table is None:
-        table = document["grant"] = tomlkit.table()
-        table = document["grant"]
+        document[section] = tomlkit.table()
+        table = document[section]
     if not hasattr(table, "add"):
-        raise UsageError("policy", "grant is no table", "see 'isolator policy check'")
+        raise UsageError("policy", f"{section} is no table", "see 'isolator policy check'")
     return document, table

@@ -37,6 +37,19 @@ def write(path: Path, text: str) -> None:
     replace_file(path, content, temporary=path.with_name(f".{path.name}{_NEW}"))
 
 
+def mark(text: str, *, edited: bool) -> str:
+    """The mark of a file that was written here; ``edited``: with an operator's lines in it, so it is never made anew.
+
+    Of a file that is not edited it is the digest, as every version has it.
+    """
+    return ("+" if edited else "") + digest(text)
+
+
+def written_here(text: str | None, marked: str) -> bool:
+    """Whether the file is as it was written here."""
+    return digest(text) == marked.removeprefix("+")
+
+
 def digest(text: str | None) -> str:
     """SHA-256 of a file's text, which tells an edited file from one that was written here; empty for None."""
     return "" if text is None else hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError
 from isolator.ipc.messages import PendingVersion
 from isolator.layers.explain import proposal_json
 from isolator.paths import Paths
+from isolator.policy.edit import approved
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import asks_more, meet
 from isolator.policy.meet.proposal import Proposal
-from isolator.policy.parse.load import load_plugin_policy
+from isolator.policy.parse.load import check_ceiling, load_plugin_policy, parse_plugin_policy
 from isolator.policy.request import MODES, ManifestCore
 from isolator.registration import policy_files
 from isolator.registration.reading import ManifestReader
@@ -99,6 +100,7 @@ class Proposals:
             "digest": release.digest,
             "differences": list(self._more(now, core)) if now.pending else [],
             "changed_binary": self.binary_changed(now),
+            "policy_diff": self._difference(now.name, proposal) if now.pending else [],
         }
 
     def waiting(self, registration: Registration) -> PendingVersion | None:
@@ -113,7 +115,7 @@ class Proposals:
         return PendingVersion(version=pending.version, digest=pending.digest, differences=tuple(more))
 
     def proposed_policy(self, now: Registration) -> str | None:
-        """The policy text that approving the waiting version writes; None: the file is an operator's own."""
+        """The policy text that approving the waiting version writes; None: the file stays as it is."""
         assert now.pending is not None
         return self._proposed(now, self._core(now, now.pending)).policy_text
 
@@ -138,6 +140,16 @@ class Proposals:
         except (IsolatorError, OSError):
             return False
 
+    def _difference(self, name: str, proposal: Proposal) -> list[str]:
+        """The lines that approving changes in an operator's own policy file, each after ``+`` or ``-``."""
+        import difflib
+
+        before = self.policy_text(name)
+        if before is None or proposal.policy_text is None or proposal.needs_approval:
+            return []
+        lines = difflib.unified_diff(before.splitlines(), proposal.policy_text.splitlines(), lineterm="", n=0)
+        return [line for line in list(lines)[2:] if line[0] in "+-"]
+
     def _core(self, registration: Registration, release: Release) -> ManifestCore:
         text = self.store.manifest(registration.name, release)
         return self.reader.read(text, f"{registration.name}/plugin.json").core
@@ -159,12 +171,25 @@ class Proposals:
     def _proposed(self, now: Registration, core: ManifestCore) -> Proposal:
         """The proposal that approving a version which asks for more puts in force.
 
-        A policy file that nobody has edited since it was written here is written anew, so that to approve is to grant.
-        An operator's own stays as it is: whatever it does not grant is shown as pending.
+        To approve is to grant. A policy file that nobody has edited since it was written here is written anew. An
+        operator's own gains the lines that this version asks for beyond the one in use, and no other: what the operator
+        has withheld from that one stays withheld.
         """
         text = self.policy_text(now.name)
-        ours = text is None or (now.policy_sha256 and policy_files.digest(text) == now.policy_sha256)
-        return meet(core, None, self._host) if ours else self._meet(core)
+        if text is None or (now.policy_sha256 and policy_files.digest(text) == now.policy_sha256):
+            return meet(core, None, self._host)
+        as_it_is = self._meet(core)
+        try:
+            withheld = {(line.field, line.requested) for line in self._meet(self._core(now, now.release)).pending}
+        except (IsolatorError, OSError):
+            return as_it_is  # nobody can say what is new
+        lines = [line for line in as_it_is.pending if line.add and (line.field, line.requested) not in withheld]
+        if not lines:
+            return as_it_is
+        edited = approved(text, lines)
+        policy = parse_plugin_policy(edited.encode(), source=str(self.policy_file(now.name)))
+        check_ceiling(policy, self._host)
+        return replace(meet(core, policy, self._host), policy_text=edited)
 
 
 def _argv(release: Release, core: ManifestCore) -> list[str]:

@@ -307,9 +307,11 @@ class Registrar(Proposals):
         if policy_text is None:
             self.store.save(after)
             return after
-        after = replace(after, policy_sha256=policy_files.digest(policy_text))
         before = self.policy_text(now.name)
-        intent = Intent(now.name, after.serial, policy_before=before, policy_sha256=after.policy_sha256)
+        edited = before is not None and policy_files.digest(before) != now.policy_sha256
+        after = replace(after, policy_sha256=policy_files.mark(policy_text, edited=edited))
+        written = policy_files.digest(policy_text)
+        intent = Intent(now.name, after.serial, policy_before=before, policy_sha256=written)
         self.store.begin(intent)
         try:
             policy_files.write(self.policy_file(now.name), policy_text)

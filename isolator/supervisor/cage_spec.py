@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.cage.view import PATH, open_read_path, time_zone
-from isolator.errors import DeniedError
+from isolator.errors import NotApprovedError
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.user import plugin_gid
 from isolator.linux import mount
@@ -39,7 +39,7 @@ def plugin_spec(
 
     ``own`` takes over each descriptor that is opened, also when this fails half-way.
 
-    Raises DeniedError when a binary registered by path is not the one that was approved any more.
+    Raises NotApprovedError when a binary registered by path is not the one that was approved any more.
     """
     name = registration.name
     uid, gid = registration.uid, plugin_gid(registration.user, registration.uid)
@@ -58,7 +58,7 @@ def plugin_spec(
         found = hash_descriptor(fd)
         bind(f"/run/isolator/bin/{Path(release.binary_path).name}", fd)
         if found != release.binary_sha256:
-            raise DeniedError(
+            raise NotApprovedError(
                 release.binary_path, "has changed since it was approved",
                 f"isolator plugin approve {name}, if you trust the new one",
             )  # fmt: skip

@@ -37,6 +37,7 @@ from isolator.errors import (
     ConfinementError,
     DeniedError,
     IsolatorError,
+    NotApprovedError,
     UnavailableError,
     UsageError,
 )
@@ -442,6 +443,11 @@ class Plugin:
         for times in (self._ends, self._crashes):
             while times and now - times[0] > limits.window:
                 times.popleft()
+        if ended.hopeless:
+            self.error = why
+            self._set(PluginState.FAILED)
+            self._context.audit.record(PluginFailed(reason=why), plugin=self.name)
+            return None
         count = len(self._crashes)
         if ended.counts and count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
@@ -509,7 +515,8 @@ class Plugin:
             origin = origin_of(error)
             crashed = PluginCrashed(cause="did not start", origin=origin, reason=why)
             self._context.audit.record(crashed, plugin=self.name, run=run_id)
-            return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN)
+            hopeless = isinstance(error, NotApprovedError)
+            return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN, hopeless=hopeless)
         finally:
             self.run, self.outdated, self.lacking = None, "", ""
             if run is not None:
@@ -627,6 +634,8 @@ class _Ended:
     problem: str = ""
     counts: bool = False
     """It counts for giving the plugin up."""
+    hopeless: bool = False
+    """No further attempt helps before an operator has agreed to something."""
 
 
 def _describe(end: CageExit | None) -> str:

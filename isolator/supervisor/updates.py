@@ -391,7 +391,7 @@ class Updates:
     async def _restore(self, plugin: Plugin, trial: Trial, after: Registration, failure: str, *, running: bool) -> None:
         """Put the version before in place of one that failed."""
         text = self._registrar.policy_text(plugin.name)
-        ours = policy_files.digest(text) == after.policy_sha256  # else an operator has edited it meanwhile
+        ours = policy_files.written_here(text, after.policy_sha256)  # else an operator has edited it meanwhile
         restored = await asyncio.to_thread(
             self._registrar.put_back, trial.before, after, trial.policy if ours and text != trial.policy else None
         )

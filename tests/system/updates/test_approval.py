@@ -85,16 +85,46 @@ def test_version_that_is_rejected_is_not_kept_and_the_history_tells_of_it(
     assert rows[0].split() == ["time", "what", "version", "digest", "by", "why"] and " declined " in rows[3]
 
 
-def test_approving_does_not_touch_an_edited_policy(running: Daemon, tmp_path: Path, name: str) -> None:
-    add(running, make(tmp_path / name, "1.0.0", **LESS), start=False)
+def test_approving_adds_to_an_edited_policy_only_what_was_approved(running: Daemon, tmp_path: Path, name: str) -> None:
+    # The operator withholds an event from version 1.0.0, and approves one destination after the other.
+    hooks = ["deploy.completed", "deploy.failed"]
+    add(running, make(tmp_path / name, "1.0.0", hooks=hooks, **LESS), start=False)
+    policy = running.root / f"etc/isolator/policies/{name}.toml"
+    mine = """\
+# mine
+[grant]
+hooks = ["deploy.completed"]  # no more
+egress = [
+    # none yet
+]
+[limits]
+memory="96M"
+"""
+    policy.write_text(mine)
+    for number, host in ((2, "api.example.com"), (3, "www.example.com")):
+        version = make(
+            tmp_path / str(number) / name, f"{number}.0.0", hooks=hooks,
+            sandbox={"network": {"egress": ["api.example.com:443", "www.example.com:443"][: number - 1]}},
+        )  # fmt: skip
+        running.cli("plugin", "update", name, str(version), code=5)
+        result = running.cli("plugin", "approve", name, "--yes")
+        assert f'+    "{host}:443"' in result.stdout and "- hooks deploy.failed" in result.stdout
+        assert shown(running, name)["version"] == f"{number}.0.0"
+    after = policy.read_text()
+    assert [line for line in after.splitlines() if "example.com" not in line] == mine.splitlines()
+    hosts = [rule["host"] for rule in running.json("plugin", "explain", name)["effective"]["network"]["egress"]]
+    assert hosts == ["api.example.com", "www.example.com"]
+
+
+def test_failure_of_an_approved_version_leaves_an_edited_policy_as_it_was(
+    running: Daemon, tmp_path: Path, name: str
+) -> None:
+    add(running, make(tmp_path / name, "1.0.0", **LESS))
     policy = running.root / f"etc/isolator/policies/{name}.toml"
     mine = "# mine\n" + policy.read_text()
     policy.write_text(mine)
-    running.cli("plugin", "update", name, str(make(tmp_path / "more" / name, "2.0.0", **MORE)), code=5)
-    result = running.cli("plugin", "approve", name, "--yes")
-    assert "egress = [" in result.stdout  # the line that would grant it
-    assert policy.read_text() == mine and shown(running, name)["version"] == "2.0.0"
-    assert running.json("plugin", "explain", name)["effective"]["network"]["egress"] == []
+    running.cli("plugin", "update", name, str(make(tmp_path / "x" / name, "2.0.0", BROKEN, **MORE)), "--yes", code=1)
+    assert policy.read_text() == mine and shown(running, name)["version"] == "1.0.0"
 
 
 def test_yes_approves_at_once_and_a_failure_takes_the_grant_back(running: Daemon, tmp_path: Path, name: str) -> None:
@@ -132,7 +162,9 @@ def test_a_binary_that_was_changed_runs_only_after_approval(
         binary.write_text(textwrap.dedent(answers("two")))
         result = running.cli("plugin", "start", name, code=1)
         assert "has changed since it was approved" in result.stderr
-        running.cli("plugin", "stop", name)
+        now = shown(running, name)
+        assert now["state"] == "failed" and "has changed since it was approved" in now["error"]
+        assert len(of_type(running, name, "plugin.failed")) == len(of_type(running, name, "plugin.crashed")) == 1
         assert "another file" in running.cli("plugin", "approve", name, "--yes").stdout
         assert version_that_answers(running, name, "2") == "two"
         result = running.cli("plugin", "rollback", name, code=2)
