@@ -9,7 +9,7 @@ from docs.generate.floors import floors
 from docs.generate.metrics import metrics
 from docs.generate.replace import Part
 from docs.generate.schemas import FOLDER, json_schema, types_table
-from docs.generate.verbs import verbs
+from docs.generate.verbs import page, verbs
 from isolator.audit.schema import RECORDS
 from isolator.ipc.messages import DIRECTIONS
 from isolator.policy import denial
@@ -21,6 +21,7 @@ PARTS: tuple[Part, ...] = (
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
     Part("docs/embedding.md", "verbs", verbs),
     Part("docs/metrics.md", "metrics", metrics),
+    Part("docs/control.md", "control socket", page),
     Part("docs/policy.md", "policy keys", policy_keys.for_operators),
     Part("docs/manifest.md", "policy keys", policy_keys.for_authors),
     *(Part("docs/internals.md", name, partial(messages.direction, name)) for name in DIRECTIONS),

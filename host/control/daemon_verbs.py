@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import os
 import re
 import sqlite3
@@ -14,17 +15,24 @@ from typing import cast
 from host.control.alarms import Alarms
 from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import (
+    NOTIFICATIONS,
     Controls,
     DaemonGeneration,
     DaemonSnapshot,
     DaemonStatus,
+    Help,
     Ledger,
     Reload,
     ReloadBegun,
     Reloaded,
     ServiceEntry,
     SnapshotTaken,
+    ShowHelp,
+    ShowVersion,
     Status,
+    Version,
+    listing,
+    result_keys,
 )
 from host.database import Store
 from host.delivery.dispatch import Dispatcher
@@ -35,7 +43,8 @@ from isolator import __version__
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import BackupTaken
-from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
+from isolator.policy.request import API_MAJORS
 
 _SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
 _SNAPSHOT_SECONDS = 120.0
@@ -65,6 +74,8 @@ class DaemonVerbs:
         return [
             Endpoint(Status, self.status),
             Endpoint(Ledger, self.ledger),
+            Endpoint(ShowVersion, self.version),
+            Endpoint(ShowHelp, self.help),
             Endpoint(Reload, self.reload),
             Endpoint(DaemonGeneration, self.generation),
             Endpoint(DaemonSnapshot, self.snapshot),
@@ -128,6 +139,16 @@ class DaemonVerbs:
                 "daemon.snapshot", f"the database was not copied: {error}", "is the disk full?"
             ) from None
         return {"file": place.name}
+
+    async def version(self, _: ShowVersion, __: Caller) -> Version:
+        return {"isolator": __version__, "protocols": list(API_MAJORS)}
+
+    async def help(self, request: ShowHelp, _: Caller) -> Help:
+        verbs = {verb: entry for verb, entry in listing().items() if request.verb in (None, verb)}
+        if not verbs:
+            near = difflib.get_close_matches(str(request.verb), listing(), 1)
+            raise NotFoundError(f"verb {request.verb}", "does not exist", f"did you mean {near[0]}?" if near else "")
+        return {"verbs": verbs, "notifications": {name: result_keys(keys) for name, keys in NOTIFICATIONS.items()}}
 
     async def ledger(self, _: Ledger, __: Caller) -> Controls:
         return cast(Controls, (await self._link.ledger()).to_json())

@@ -6,9 +6,9 @@ import asyncio
 import difflib
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.verbs import (
@@ -115,7 +115,7 @@ class RegistrationVerbs:
             **found.to_json(),
             "version": manifest.core.version,
             "description": manifest.core.description,
-            "warnings": list(manifest.warnings),
+            "warnings": [*manifest.warnings, *_deaf(found.proposal)],
             "config": [f.model_dump() for f in manifest.config or ()],
             "missing": [key for key in required if key not in checked],
             "secrets_given": sorted(spec.key for spec, _ in checked.values() if spec.secret),
@@ -286,6 +286,15 @@ class RegistrationVerbs:
     def _abandon(self, token: str) -> None:
         if self._staged.pop(token, None) is not None:
             self._link.discard(token)
+
+
+def _deaf(proposal: Mapping[str, Any]) -> list[str]:
+    """The warning of a plugin that can never receive an event."""
+    if proposal["effective"]["hooks"]:
+        return []
+    asks = any(line["field"] == "hooks" for line in proposal["lines"])
+    why = "its policy, or the host's ceiling, grants none of its hooks" if asks else "its manifest names no hook"
+    return [f"it will never receive an event: {why}"]
 
 
 def _shown(plugin: Plugin) -> PluginEntry:

@@ -274,6 +274,14 @@ class ControlServer:
             connection.close()
 
 
+class _NoVerbError(UsageError):
+    """There is no such verb."""
+
+
+_NO_METHOD, _FAILED = -32601, -32000
+"""Codes of JSON-RPC: of a verb that does not exist, and of every other error (``data`` tells them apart)."""
+
+
 class _Connection(LineProtocol):
     per_turn = 256
     """Messages in one turn, which one transaction writes."""
@@ -426,7 +434,8 @@ class _Connection(LineProtocol):
 
     def _answer(self, number: Any, *, result: Any = None, error: IsolatorError | None = None) -> None:
         if error is not None:
-            body = {"code": -32000, "message": str(error), "data": error.to_json()}
+            code = _NO_METHOD if isinstance(error, _NoVerbError) else _FAILED
+            body = {"code": code, "message": str(error), "data": error.to_json()}
             self.send(line({"jsonrpc": "2.0", "id": number, "error": body}))
         else:
             self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
@@ -440,8 +449,8 @@ class _Connection(LineProtocol):
         try:
             params = message.get("params", {})
             if endpoint is None or spec is None:
-                raise UsageError(
-                    f"method {str(verb)[:80]}", "does not exist", "is the command line of another version?"
+                raise _NoVerbError(
+                    f"method {str(verb)[:80]}", "does not exist", "the verb help lists those of this daemon"
                 )
             if not isinstance(params, dict):
                 raise UsageError(f"method {verb}", "params must be an object")
@@ -470,9 +479,11 @@ class _Connection(LineProtocol):
             self._record(caller, str(verb), message.get("params"), verdict)
 
     def _record(self, caller: Caller, verb: str, params: Any, verdict: str) -> None:
-        target = (params.get("name") or params.get("update")) if isinstance(params, dict) else None
+        params = params if isinstance(params, dict) else {}
+        target, person = params.get("name") or params.get("update"), params.get("on_behalf_of")
+        more = {"on_behalf_of": person[:MAX_ID]} if isinstance(person, str) and person else {}
         self._server.record(
-            ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict),
+            ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict, **more),
             plugin=target[:MAX_ID] if isinstance(target, str) else None,
         )
 

@@ -6,6 +6,7 @@ clients are tested against ``listing``. The handlers stand in one module per nou
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict, get_origin, get_type_hints
 
@@ -722,6 +723,30 @@ class Controls(TypedDict):
     ledger: list[dict[str, Any]]
 
 
+class Version(TypedDict):
+    """``isolator``: the daemon's version; ``protocols``: majors of the plugin protocol that it speaks."""
+
+    isolator: str
+    protocols: list[int]
+
+
+class Help(TypedDict):
+    """By verb, its summary, role, parameters (JSON Schema) and the keys of its answer; by notification, its keys."""
+
+    verbs: dict[str, dict[str, Any]]
+    notifications: dict[str, dict[str, bool]]
+
+
+class ShowVersion(Request, verb="version", role="viewer", result=Version):
+    """Return the daemon's version, and the versions of the plugin protocol that it speaks."""
+
+
+class ShowHelp(Request, verb="help", role="viewer", result=Help):
+    """Describe every verb and notification, or one verb."""
+
+    verb: OptionalText = None
+
+
 class Status(Request, verb="status", role="viewer", result=DaemonStatus):
     """Return the daemon's figures and alarms."""
 
@@ -870,12 +895,13 @@ def verbs() -> dict[str, type[Request]]:
 def listing() -> dict[str, dict[str, Any]]:
     """The verbs as plain data, for documents and for tests of clients.
 
-    Each has ``summary`` (one sentence), ``role``, ``recorded``, ``params`` (by key: JSON Schema and ``required``) and
-    ``result`` (by key: whether it is always there).
+    Each has ``summary`` (one sentence), ``about`` (all of it), ``role``, ``recorded``, ``params`` (by key: JSON Schema
+    and ``required``) and ``result`` (by key: whether it is always there).
     """
     return {
         verb: {
             "summary": (request.__doc__ or "").partition("\n")[0],
+            "about": inspect.cleandoc(request.__doc__ or ""),
             "role": request.spec.role,
             "recorded": request.spec.recorded,
             "params": {p.key: {"schema": p.kind.schema(), "required": p.required} for p in request.parameters()},

@@ -928,6 +928,8 @@ class ControlCalled(RecordData):
     role: str | None
     verdict: str
     """``ok`` or the code of the error."""
+    on_behalf_of: str = ABSENT
+    """For whom the caller acted, as the caller says: recorded, and trusted by nobody."""
 
 
 class ConfigChanged(RecordData):

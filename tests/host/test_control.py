@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS, ControlServer
+from host.control.verbs import listing
+from isolator import __version__
 from isolator.errors import UnavailableError
 from isolator.pacing import TokenBucket
 from tests.host.fake_supervisor import Daemon
@@ -264,3 +266,28 @@ async def test_idle_connections_of_one_role_leave_places_for_the_others(daemon: 
         assert "connections are open" in refused["error"]["message"]
     async with _held(daemon, 64010, CONNECTIONS):
         assert "result" in await _as(daemon, 64011, "status")
+
+
+async def test_verb_that_does_not_exist_has_the_code_of_json_rpc(daemon: Daemon) -> None:
+    answer = await daemon.answer("plugin.lst", {})
+    assert answer["error"]["code"] == -32601 and answer["error"]["data"]["code"] == "usage"
+    denied = await daemon.answer("plugin.show", {"name": "nobody"})
+    assert denied["error"]["code"] == -32000
+
+
+async def test_help_describes_every_verb_and_version_names_the_daemon(daemon: Daemon) -> None:
+    everything = await daemon.ask("help")
+    assert everything["verbs"].keys() == listing().keys() and "audit.found" in everything["notifications"]
+    one = await daemon.ask("help", verb="event.emit")
+    assert list(one["verbs"]) == ["event.emit"] and one["verbs"]["event.emit"]["params"]["name"]["required"]
+    wrong = await daemon.answer("help", {"verb": "event.emti"})
+    assert "did you mean event.emit?" in wrong["error"]["message"]
+    assert await daemon.ask("version") == {"isolator": __version__, "protocols": [1]}
+
+
+async def test_person_for_whom_a_platform_acts_is_on_record(daemon: Daemon) -> None:
+    for person in ("alice", 7, "x" * 1000):
+        await daemon.answer("plugin.stop", {"name": "nobody", "on_behalf_of": person})
+    await daemon.until(lambda: len(daemon.of_type("control.called")) == 3)
+    called = [record["data"] for record in daemon.of_type("control.called")]
+    assert [one.get("on_behalf_of") for one in called] == ["alice", None, "x" * 256]

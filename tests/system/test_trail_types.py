@@ -45,6 +45,7 @@ RARE = {
     "net.denied": "various count detail asked why direction cage_port",
     "event.dispatched": "busy",
     "api.called": "uid count",
+    "control.called": "on_behalf_of",
     "audit.summary": "total",
     "database.damaged": "missing last",
     "config.changed": "rotated lost why waits",
