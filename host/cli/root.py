@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "backup": ("host.cli.backup:backup", "Copy everything a daemon keeps to a new folder."),
     "restore": ("host.cli.backup:restore", "Put a backup in the place of what is there."),
     "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),
+    "man": ("host.cli.man:man", "Write a man page for every command."),
     "install": ("isolator.cli.install:install", "Install the systemd service."),
     "uninstall": ("isolator.cli.install:uninstall", "Remove the service, its users and its files."),
     "config": ("host.cli.config:config", "Manage the daemon's keys."),

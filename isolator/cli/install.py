@@ -1,4 +1,4 @@
-"""``isolator install`` and ``uninstall``: users, folders, default policies, the systemd unit, shell completions.
+"""``isolator install`` and ``uninstall``: users, folders, policies, the systemd unit, completions, man pages.
 
 Safe to repeat: an upgrade is the same command from the new version. What an operator may have changed (``host.toml``,
 policies, a drop-in of the unit) is never written over.
@@ -24,6 +24,7 @@ COMPLETIONS = {
     "zsh": Path("/usr/local/share/zsh/site-functions/_isolator"),
     "fish": Path("/usr/share/fish/vendor_completions.d/isolator.fish"),
 }
+MAN_PAGES = Path("/usr/local/share/man/man1")
 _SERVICES = ("audit", "net", "host")
 _REFUSED = "refused, and nothing has changed"
 """Words of ``isolator reload`` when a daemon that knows reloads does not do this one."""
@@ -36,7 +37,7 @@ _REFUSED = "refused, and nothing has changed"
 @click.option("--print-unit", is_flag=True, help="Print the unit that would be written, and do nothing.")
 @click.pass_obj
 def install(root: str | None, start: bool, print_unit: bool) -> None:
-    """Install the systemd service, its users, folders, a commented host.toml, completions.
+    """Install the systemd service, its users, folders, host.toml, completions, man pages.
 
     From a copy of a clone, the code and its dependencies go to /opt/isolator first; a virtual environment of root's is
     used as it is. Repeat it to upgrade: host.toml and policies stay as they are.
@@ -61,6 +62,7 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
     _make_users(paths)
     _link(program)
     _write_completions(program)
+    _write_man_pages(program)
     place = _unit_path(paths)
     place.write_text(unit(program, paths))
     click.echo(f"wrote {place}")
@@ -193,9 +195,20 @@ def _write_completions(program: Path) -> None:
             path.write_text(result.stdout)
 
 
+def _write_man_pages(program: Path) -> None:
+    """Have the program that was installed write its pages: the commands are known above this package alone."""
+    result = subprocess.run(
+        [program, "man", MAN_PAGES], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if result.returncode:
+        click.echo(f"no man pages: {result.stderr.strip()}", err=True)
+
+
 def _remove_program() -> None:
     from isolator.cli import environment
 
+    for page in MAN_PAGES.glob("isolator*.1"):
+        page.unlink()
     for path in COMPLETIONS.values():
         path.unlink(missing_ok=True)
     if LINK.is_symlink() and "isolator" in str(LINK.readlink()):
