@@ -63,7 +63,9 @@ def emit(
                 to = f"to {', '.join(accepted['plugins'])}" if accepted["plugins"] else "no plugin receives it"
                 click.echo(f"{accepted['id']}  {'already emitted' if accepted['duplicate'] else to}")
             return 0
-        if not as_json:
+        if as_json:
+            click.echo(f"{accepted['id']}", err=True)
+        else:
             click.echo(f"{accepted['id']}  {safe(name)}  {'already emitted' if accepted['duplicate'] else 'emitted'}")
         row = client.call("event.wait", id=accepted["id"], timeout=timeout)
     if as_json:

@@ -181,6 +181,11 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         print_json(found)
         return
     shown = ["name", "version", "state", "error", "holding", "pid", "uid", "run", "restarts", "mode", "hooks", "queue"]
+    for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
+        if found.get(key) not in (None, "", []):
+            click.echo(f"{key + ':':18}{safe(found[key])}")
+        if key == "state" and (waits := _waits_for_socket(found)):
+            click.echo(f"{'start:':18}{waits}")
     if found.get("last"):
         last = found["last"]
         detail = f", {safe(last['detail'])}" if last["detail"] else ""
@@ -192,11 +197,6 @@ def show(root: str | None, name: str, as_json: bool) -> None:
     ):
         if note:
             click.echo(f"{label:18}{safe(note)}")
-    for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
-        if found.get(key) not in (None, "", []):
-            click.echo(f"{key + ':':18}{safe(found[key])}")
-        if key == "state" and (waits := _waits_for_socket(found)):
-            click.echo(f"{'start:':18}{waits}")
     if found.get("pending"):
         click.echo(f"{'waits:':18}{safe(_waiting(found))}")
         for phrase in found["pending"]["differences"]:

@@ -96,6 +96,11 @@ def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> No
         click.echo(f"{name} {safe(proposal['version'])}\n")
         show_proposal(proposal)
         _show_differences(name, proposal["differences"])
+        if proposal.get("policy_diff"):
+            click.echo(f"{proposal['policy_file']} has been edited; only this changes in it:")
+            for line in proposal["policy_diff"]:
+                click.echo(f"  {safe(line)}")
+            click.echo()
         if proposal["changed_binary"]:
             click.echo("Its binary is another file than the one that was approved.\n")
     if not yes:
@@ -156,10 +161,15 @@ def _show_staged(staged: Mapping[str, Any]) -> None:
     click.echo()
     if staged["files"]:
         click.echo(f"{staged['files']} files and folders, {_size(staged['size'])}\n")
-    show_proposal(staged["proposal"])
     for field in staged["config"]:
         marks = [field["type"], *(["secret"] if field["secret"] else []), *(["required"] if field["required"] else [])]
-        click.echo(f"config {field['key']}: {', '.join(marks)}")
+        if field["default"] is not None:
+            marks.append(f"default {safe(field['default'])}")
+        about = f"; {safe(field['description'])}" if field["description"] else ""
+        paragraph(f"{', '.join(marks)}{about}", f"config {field['key']}: ")
+    if staged["config"]:
+        click.echo()
+    show_proposal(staged["proposal"])
     for warning in (*staged["warnings"], *staged["faults"]):
         click.echo(f"isolator: warning: {safe(warning)}", err=True)
 
@@ -194,6 +204,11 @@ def show_proposal(proposal: Mapping[str, Any]) -> None:
         paragraph(
             "; ".join(f"{line['field']} {safe(line['requested'])}: {line['reason']}" for line in refused), "Refused: "
         )
+    reasons = [line for line in proposal["lines"] if line["verdict"] != "refused" and line.get("reason")]
+    if reasons:
+        click.echo("\nReasons of its author, unverified:")
+        for line in reasons:
+            paragraph(safe(line["reason"]), f"  {line['field']} {safe(line['requested'])}: ")
     additions = [line for line in proposal["lines"] if line.get("add")]
     if additions:
         click.echo("\nTo grant what is pending, write in the policy:")

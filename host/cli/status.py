@@ -30,7 +30,7 @@ def status(root: str | None, as_json: bool) -> int:
     else:
         show_alarms(found["alarms"])
         for name, value in _lines(found, where):
-            click.echo(f"{name + ':':10}{value}")
+            click.echo(f"{name + ':':11}{value}")
     return 0 if _well(found) else 1
 
 

@@ -148,6 +148,18 @@ async def test_an_addition_without_consent_needs_approval_and_leaves_nothing(dae
     assert (await isolator(daemon.root, "plugin", "list", "--json")).json == []
 
 
+async def test_proposal_shows_config_and_the_reasons_of_the_author_and_warns_of_a_deaf_plugin(daemon: Daemon) -> None:
+    schema = {"channel": {"type": "string", "default": "#ops", "description": "Where it posts"}}
+    egress = [{"host": "hooks.example.com", "ports": [443], "reason": "posts the messages"}]
+    folder = _folder(daemon, config_schema=schema, sandbox={"network": {"egress": egress}}, hooks=[])
+    ran = await isolator(daemon.root, "plugin", "add", str(folder))
+    told = " ".join(ran.out.split())
+    assert "config channel: string, default #ops; Where it posts" in told
+    assert "egress hooks.example.com:443: posts the messages" in told
+    assert told.index("config channel") < told.index("item requested")
+    assert "it will never receive an event: its manifest names no hook" in ran.err
+
+
 async def test_a_typo_in_a_security_section_is_an_error_with_a_hint(daemon: Daemon) -> None:
     for change, hint in (
         ({"transport": {"mod": "stream"}}, 'did you mean "mode"'),
