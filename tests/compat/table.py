@@ -15,6 +15,7 @@ _HEAD = """\
 Real programs, each doing real work in a cage, and the same script under bubblewrap and firejail. The scripts are in
 [tests/compat/](../tests/compat/); this page is written by
 
+<!-- not run: installs more than a hundred programs -->
 ```
 sudo ./dev test tests/compat --all --write-table "$PWD/docs/compatibility.md"
 ```
