@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from docs.generate import messages, policy_keys
+from docs.generate import messages, openapi, policy_keys
 from docs.generate.floors import floors
 from docs.generate.metrics import metrics
 from docs.generate.replace import Part
@@ -22,6 +22,7 @@ PARTS: tuple[Part, ...] = (
     Part("docs/embedding.md", "verbs", verbs),
     Part("docs/metrics.md", "metrics", metrics),
     Part("docs/control.md", "control socket", page),
+    Part("docs/openapi.json", None, openapi.document),
     Part("docs/policy.md", "policy keys", policy_keys.for_operators),
     Part("docs/manifest.md", "policy keys", policy_keys.for_authors),
     *(Part("docs/internals.md", name, partial(messages.direction, name)) for name in DIRECTIONS),

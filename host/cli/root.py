@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("isolator.cli.run:run", "Run one command in a cage; needs no daemon."),
     "status": ("host.cli.status:status", "Show the daemon on one screen; exit code for scripts."),
     "console": ("host.console.command:console", "Print the URL of the web console."),
+    "report": ("host.console.report:report", "Write what happened into one HTML file."),
     "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),
     "prove": ("isolator.cli.prove:prove", "Attack a cage from inside and show what held."),
     "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),

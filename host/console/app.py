@@ -19,8 +19,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 
 from host.console import api, events
 from host.console.connections import Message, Peer, Receive, Send, patient
@@ -32,6 +31,7 @@ from isolator.errors import DeniedError, IsolatorError, NotFoundError, Unavailab
 from isolator.policy.host import Console, HostConfig
 
 STATIC = Path(__file__).parent / "static"
+TYPES = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -79,7 +79,7 @@ class App:
             Route("/live", self._live_stream),
             Route("/enter", self._enter),
             Route("/leave", self._leave),
-            Mount("/static", StaticFiles(directory=STATIC)),
+            Route("/static/{name}", self._static),
             Route("/healthz", self._healthz),
             Route("/v1/openapi.json", self._openapi),
             *(Route(path, self._reading(request)) for path, request in api.reading().items()),
@@ -228,6 +228,12 @@ class App:
         raise DeniedError("console", "this browser was not let in", "type 'isolator console' on the host")
 
     # --- programs ----------------------------------------------------------------------------------------------------
+
+    async def _static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in TYPES:
+            raise NotFoundError("file", "there is none of this name")
+        return Response((STATIC / name).read_bytes(), media_type=TYPES[name])
 
     async def _healthz(self, _: Request) -> Response:
         up = self._upstream.connected

@@ -9,6 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from isolator.audit.text import printable
+
 WIDTH, HEIGHT = 240, 48
 
 Points = Sequence[tuple[str, dict[str, Any]]]
@@ -40,6 +42,7 @@ def line(series: Sequence[tuple[float, float]], cap: float | None, label: str) -
     def place(at: float, value: float) -> str:
         return f"{(at - begin) / span * WIDTH:.1f},{HEIGHT - value / top * HEIGHT:.1f}"
 
+    label = printable(label)
     parts = [
         Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" preserveAspectRatio="none"><title>{}</title>').format(
             WIDTH, HEIGHT, label
@@ -51,24 +54,5 @@ def line(series: Sequence[tuple[float, float]], cap: float | None, label: str) -
     if series:
         path = " ".join(place(*one) for one in series)
         parts.append(Markup('<polyline class="line" points="{}"/>').format(path))
-    parts.append(Markup("</svg>"))
-    return Markup("").join(parts)
-
-
-def bars(counts: Sequence[int], label: str) -> Markup:
-    """A bar for each of the counts."""
-    top, width = max([*counts, 1]), WIDTH / max(len(counts), 1)
-    parts = [
-        Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" preserveAspectRatio="none"><title>{}</title>').format(
-            WIDTH, HEIGHT, label
-        )
-    ]
-    for index, count in enumerate(counts):
-        high = count / top * HEIGHT
-        parts.append(
-            Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                index * width, HEIGHT - high, width * 0.8, high
-            )
-        )
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)

@@ -324,7 +324,7 @@ class PluginEntry(TypedDict):
     run: str | None
     pid: int | None
     uid: int | None
-    started_at: float | None
+    started_at: str | None
     restarts: int
     effective_digest: str | None
     binary: NotRequired[str | None]

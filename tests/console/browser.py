@@ -1,4 +1,4 @@
-"""Chromium, driven from outside: headless, as an ordinary user so that its own sandbox stays on, in a test's network."""
+"""Chromium, headless, as an ordinary user so that its own sandbox stays on, in the network of a test."""
 
 from __future__ import annotations
 

@@ -27,6 +27,12 @@ def test_page_is_shown_to_a_browser_that_was_let_in(console: Console) -> None:
     assert console.at_port("/v1/status", host=host, cookie=cookie).json["plugins"] == 0
 
 
+@pytest.mark.parametrize(("name", "kind"), [("console.css", "text/css"), ("console.js", "text/javascript")])
+def test_style_and_script_are_served(console: Console, name: str, kind: str) -> None:
+    answer = console.at_port(f"/static/{name}")
+    assert answer.status == 200 and answer.headers["content-type"].startswith(kind) and answer.body
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_shown_without_a_session(console: Console, path: str) -> None:
     assert console.at_port(path).status == 401
@@ -92,7 +98,8 @@ def test_other_users_reach_the_socket_only_with_a_role(console: Console) -> None
 
 @pytest.mark.parametrize(
     "path", ["/static/../service.py", "/static/%2e%2e/service.py", "/static/..%2fapp.py", "/static//etc/passwd",
-             "/static/%00", "/plugin/..%2f..%2fetc", "/story/..%2F..", "/trail/-1", "/trail/99999999999999999999", "/trail/1e3"],
+             "/static/%00", "/plugin/..%2f..%2fetc", "/story/..%2F..", "/trail/-1", "/trail/99999999999999999999",
+             "/trail/1e3"],
 )  # fmt: skip
 def test_path_leads_nowhere_else(console: Console, path: str) -> None:
     host, cookie = console.enter()
@@ -102,8 +109,9 @@ def test_path_leads_nowhere_else(console: Console, path: str) -> None:
 
 
 def test_request_that_is_no_http_ends_its_connection_alone(console: Console) -> None:
-    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"A" * 70_000 + b"\r\n\r\n",
-                    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"):  # fmt: skip
+    smuggled = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    twice, tls = b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00"
+    for garbage in (tls, twice, b"A" * 70_000 + b"\r\n\r\n", smuggled):
         with console.connect() as sock:
             try:
                 sock.sendall(garbage)

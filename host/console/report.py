@@ -1,0 +1,156 @@
+"""``isolator report``: what happened on this host in one HTML file, to send on; read from the trail alone.
+
+The file refers to nothing outside itself and holds no script. What plugins wrote is escaped as on the pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from host.cli.denials import TYPES, Denial, attempt, collect, refused
+from isolator import __version__
+from isolator.audit.reader import Query, query
+from isolator.audit.record import Record
+from isolator.audit.schema import AuditSeal, ControlCalled, EventDead, EventResponse, NetClosed, NetConnect, Resources
+from isolator.cli.audit import moment, readable
+from isolator.errors import IsolatorError, UnavailableError
+from isolator.paths import Paths
+
+POINTS = 240
+"""Points of a chart; of more, every second one is dropped, and so on."""
+ROWS = 200
+"""Rows of a table; the number beyond is told."""
+_ACTS = ("plugin.added", "plugin.approved", "plugin.declined", "plugin.updated", "plugin.rolled_back", "plugin.removed")
+
+
+@dataclass
+class _Plugin:
+    """One plugin in the time of the report."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    denied: deque[Record] = field(default_factory=lambda: deque(maxlen=5000))
+    denials: int = 0
+    egress: dict[str, Counter[str]] = field(default_factory=dict)
+    usage: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    _step: int = 1
+    _skipped: int = 0
+
+    def used(self, record: Record) -> None:
+        """Add a point of the charts, or leave it out where there are many."""
+        self._skipped += 1
+        if self._skipped < self._step:
+            return
+        self._skipped = 0
+        self.usage.append((record.time, {key: record.data.get(key) for key in ("cpu_us", "memory", "tasks")}))
+        if len(self.usage) > POINTS:
+            self.usage, self._step = self.usage[::2], self._step * 2
+
+
+class Summary:
+    """The records of a time, summed up."""
+
+    def __init__(self) -> None:
+        self.plugins: dict[str, _Plugin] = {}
+        self.acts: deque[Record] = deque(maxlen=ROWS)
+        self.seal: Record | None = None
+        self.first: Record | None = None
+        self.last: Record | None = None
+        self.records = self.acted = 0
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Take records, oldest first."""
+        for record in records:
+            self.records += 1
+            self.first, self.last = self.first or record, record
+            if record.type == AuditSeal.TYPE:
+                self.seal = record
+            elif record.type == ControlCalled.TYPE or record.type in _ACTS:
+                self.acts.append(record)
+                self.acted += 1
+            if record.plugin is not None:
+                self._of(self.plugins.setdefault(record.plugin, _Plugin()), record)
+
+    def _of(self, plugin: _Plugin, record: Record) -> None:
+        if record.type == EventResponse.TYPE:
+            plugin.outcomes[str(record.data.get("outcome"))] += 1
+        elif record.type == EventDead.TYPE:
+            plugin.outcomes["dead"] += 1
+        elif record.type in (NetConnect.TYPE, NetClosed.TYPE):
+            place = str(record.data.get("name") or record.data.get("address"))
+            if place in plugin.egress or len(plugin.egress) < ROWS:
+                of_place = plugin.egress.setdefault(place, Counter())
+                of_place["connections"] += record.type == NetConnect.TYPE
+                for key in ("sent", "received"):
+                    value = record.data.get(key)
+                    of_place[key] += value if isinstance(value, int) else 0
+        elif record.type == Resources.TYPE:
+            plugin.used(record)
+        if record.type in TYPES and refused(record):
+            plugin.denied.append(record)
+            count = record.data.get("count", 1)
+            plugin.denials += count if isinstance(count, int) else 1
+
+
+def render(summary: Summary, since: str, root: Path) -> str:
+    """The report as HTML."""
+    from markupsafe import Markup
+
+    from host.console.charts import line, values
+    from host.console.rendering import environment
+
+    style = (Path(__file__).parent / "static/console.css").read_text()
+    plugins = []
+    for name, one in sorted(summary.plugins.items()):
+        rows: list[Denial] = collect(one.denied, {"name": name})
+        charts = [
+            (title, line(values(one.usage, key), None, f"{title} of {name}"))
+            for title, key in (("processor, cores", "cpu_us"), ("memory, bytes", "memory"), ("tasks", "tasks"))
+        ]
+        denials = [(row, attempt(row)) for row in reversed(rows[-ROWS:])]
+        plugins.append(
+            {"name": name, "of": one, "denials": denials, "charts": charts, "more": len(rows) - len(denials)}
+        )
+    return environment().get_template("report.html").render(
+        summary=summary, plugins=plugins, style=Markup(style), since=since, root=str(root), version=__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"), machine=os.uname().nodename,
+    )  # fmt: skip
+
+
+@click.command(
+    epilog="\b\nExamples:\n  isolator report -o report.html\n  isolator report --since 7d -o week.html\n"
+    "  isolator report --since 2026-01-31 -o - > report.html"
+)
+@click.option(
+    "--since", default="24h", show_default=True, metavar="TIME", help="2h, 7d, 2026-01-31, 2026-01-31T12:00 (UTC)."
+)
+@click.option("-o", "--output", required=True, metavar="FILE", help="The file to write; - is standard output.")
+@click.pass_obj
+def report(root: str | None, since: str, output: str) -> None:
+    """Write one HTML file: who did what, denials, egress, resources.
+
+    It is read from the trail; verify that first (isolator audit verify), and
+    hold the report against the seal that it names.
+    """
+    if find_spec("jinja2") is None:
+        raise UnavailableError("isolator report", "jinja2 is not installed", "pip install 'isolator[console]'")
+    paths, begin = Paths.of(root), moment(since)
+    summary = Summary()
+    readable(lambda: summary.add(record for _, record in query(paths.audit_log, Query(since=begin))))
+    text = render(summary, str(begin), paths.root)
+    if output == "-":
+        click.echo(text)
+        return
+    try:
+        Path(output).write_text(text)
+    except OSError as error:
+        raise IsolatorError(output, error.strerror or str(error), "choose another file with -o") from None
+    click.echo(f"{output}: {summary.records} records, {len(summary.plugins)} plugins", err=True)

@@ -1,0 +1,155 @@
+"""The console in a real Chromium: whatever a plugin writes, nothing of it acts; and how the pages look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+
+from isolator.linux import netns
+from tests.console.browser import CHROMIUM, DRIVER, chromium
+from tests.console.payloads import GROUPS, PAYLOADS, PLUGIN
+from tests.console.support import Console
+from tests.system.daemon import ECHO, event, wait_for, write_plugin
+
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM.exists() or not DRIVER.exists(), reason="needs Debian's packages chromium and chromium-driver"
+)
+
+T = TypeVar("T")
+SHOTS = Path(os.environ.get("ISOLATOR_SCREENSHOTS") or "/nonexistent")
+FOREIGN = r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u05d0\u200b-\u200f\u202a-\u202e\u2060-\u2069]"
+STATE = """
+const all = [...document.querySelectorAll('*')];
+return {
+  acted: window.acted === undefined ? null : window.acted,
+  title: document.title,
+  scripts: document.scripts.length,
+  handlers: all.filter(e => [...e.attributes].some(a => a.name.startsWith('on'))).length,
+  links: all.filter(e => ['href', 'src', 'action', 'data', 'srcdoc'].some(
+    n => /^\\s*(javascript|data):/i.test(e.getAttribute(n) || ''))).length,
+  injected: document.querySelectorAll(
+    '#injected, iframe, object, embed, math, base, style, img, video, template, meta[http-equiv]').length,
+  drawings: document.querySelectorAll('svg:not(.chart)').length,
+  foreign: (document.body.innerText.match(new RegExp(arguments[0], 'g')) || []).length,
+  elsewhere: performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin)),
+  wide: document.documentElement.scrollWidth > window.innerWidth,
+};
+"""
+HARMLESS = {
+    "acted": None,
+    "scripts": 1,
+    "handlers": 0,
+    "links": 0,
+    "injected": 0,
+    "drawings": 0,
+    "foreign": 0,
+    "elsewhere": [],
+}
+
+
+class Visitor:
+    """A browser that was let in."""
+
+    def __init__(self, browser: WebDriver, console: Console) -> None:
+        self.browser, self.console = browser, console
+        self.go(console.url(), whole=True)
+        self.origin = self.do(lambda: browser.execute_script("return location.origin"))
+
+    def do(self, work: Callable[[], T]) -> T:
+        """Ask the browser, from its network."""
+        return netns.in_network(self.console.network, work)
+
+    def go(self, path: str, *, whole: bool = False) -> None:
+        self.do(lambda: self.browser.get(path if whole else self.origin + path))
+
+    def state(self) -> dict[str, object]:
+        found: dict[str, object] = self.do(lambda: self.browser.execute_script(STATE, FOREIGN))
+        return found
+
+    def text(self, selector: str = "main") -> str:
+        return self.do(lambda: self.browser.find_element(By.CSS_SELECTOR, selector).text)
+
+    def check(self, path: str) -> str:
+        """Look at a page: nothing acts; returns its text."""
+        self.go(path)
+        state = self.state()
+        assert {key: state[key] for key in HARMLESS} == HARMLESS, (path, state)
+        return self.text()
+
+
+@pytest.fixture(scope="module")
+def hostile(console: Console, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Ids of the events to which the hostile plugin has written its texts."""
+    d, folder = console.daemon, tmp_path_factory.mktemp("plugins")
+    described = PAYLOADS[0] + PAYLOADS[-1]
+    d.cli("plugin", "add", str(write_plugin(folder / "hostile", PLUGIN, description=described[:500])), "--yes")
+    d.cli("plugin", "add", str(write_plugin(folder / "echo", ECHO)), "--yes")
+    ids = [d.json("event", "emit", "deploy.completed", event(number))["id"] for number in range(len(GROUPS))]
+    wait_for(
+        lambda: all(console.at_socket(f"/v1/event/show?id={one}").json["deliveries"][0]["state"] == "ok" for one in ids)
+    )
+    yield ids
+
+
+@pytest.fixture(scope="module")
+def visitor(console: Console, hostile: list[str]) -> Iterator[Visitor]:
+    with chromium(console.network) as browser:
+        yield Visitor(browser, console)
+
+
+def test_chromium_keeps_its_own_sandbox(visitor: Visitor) -> None:
+    visitor.go("chrome://sandbox", whole=True)
+    assert "You are adequately sandboxed." in visitor.text("body")
+
+
+def test_nothing_that_a_plugin_wrote_acts(visitor: Visitor, hostile: list[str]) -> None:
+    page = visitor.check("/plugin/hostile")
+    for needle in ("<script>window.acted=1</script>", "onerror=window.acted=1", "{{7*7}}", "\\u202e", "\\x1b[31m"):
+        assert needle in page, needle
+    for path in ("/", "/events", "/denials", "/denials?plugin=hostile", "/trail", f"/story/{hostile[0]}"):
+        visitor.check(path)
+    assert "<script>" in visitor.check(f"/story/{hostile[0]}")
+
+
+@pytest.mark.wide
+def test_none_of_all_payloads_acts_in_any_story_and_record(visitor: Visitor, hostile: list[str]) -> None:
+    for one in hostile:
+        assert "hostile" in visitor.check(f"/story/{one}")
+    last = visitor.console.at_socket("/v1/status").json["trail"]["last"]
+    for seq in range(max(1, last - 150), last):
+        visitor.check(f"/trail/{seq}")
+
+
+@pytest.mark.wide
+def test_denial_is_on_the_page_that_is_open(visitor: Visitor) -> None:
+    visitor.go("/")
+    wait_for(lambda: visitor.do(lambda: visitor.browser.find_element(By.ID, "live").is_displayed()), what="not live")
+    visitor.do(lambda: visitor.browser.execute_script("window.same = 1"))
+    before = visitor.text("#recent")
+    visitor.console.daemon.cli("event", "emit", "deploy.completed", event(3), "--wait")
+    wait_for(lambda: visitor.text("#recent") != before, what="the denial did not appear")
+    assert visitor.do(lambda: visitor.browser.execute_script("return window.same")) == 1  # the page was not loaded anew
+    state = visitor.state()
+    assert {key: state[key] for key in HARMLESS} == HARMLESS, state
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_the_screen(visitor: Visitor, hostile: list[str], width: int) -> None:
+    pages = {
+        "overview": "/", "plugin": "/plugin/hostile", "echo": "/plugin/echo", "events": "/events",
+        "story": f"/story/{hostile[1]}", "denials": "/denials", "trail": "/trail", "record": "/trail/1",
+    }  # fmt: skip
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    visitor.do(lambda: visitor.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size))  # type: ignore[attr-defined]
+    for name, path in pages.items():
+        visitor.go(path)
+        assert not visitor.state()["wide"], f"{name} is wider than {width}"
+        if SHOTS.is_dir():
+            visitor.do(lambda name=name: visitor.browser.save_screenshot(str(SHOTS / f"{name}-{width}.png")))
