@@ -278,7 +278,7 @@ async def test_verb_that_does_not_exist_has_the_code_of_json_rpc(daemon: Daemon)
 async def test_help_describes_every_verb_and_version_names_the_daemon(daemon: Daemon) -> None:
     everything = await daemon.ask("help")
     assert everything["verbs"].keys() == listing().keys() and "audit.found" in everything["notifications"]
-    one = await daemon.ask("help", verb="event.emit")
+    one = (await daemon.answer("help", {"verb": "event.emit"}))["result"]
     assert list(one["verbs"]) == ["event.emit"] and one["verbs"]["event.emit"]["params"]["name"]["required"]
     wrong = await daemon.answer("help", {"verb": "event.emti"})
     assert "did you mean event.emit?" in wrong["error"]["message"]
