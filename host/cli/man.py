@@ -19,8 +19,7 @@ _EXIT_CODES = "0 done, 1 failed, 2 usage, 3 not found, 4 denied, 5 needs an oper
 
 @click.command(
     context_settings=SETTINGS,
-    epilog="\b\nExamples:\n  sudo isolator man /usr/local/share/man/man1\n"
-    "  isolator man pages && man -l pages/isolator.1",
+    epilog="\b\nExamples:\n  sudo isolator man /usr/local/share/man/man1\n  isolator man pages",
 )
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.pass_context
