@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib.util
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -301,9 +301,12 @@ def test_flask_app_runs_as_it_is(running: Daemon, tmp_path: Path) -> None:
     folder = tmp_path / "flask-notifier"
     shutil.copytree(EXAMPLES / "flask-notifier", folder)
     for package in ("flask", "werkzeug", "jinja2", "markupsafe", "click", "blinker", "itsdangerous"):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None
-        shutil.copytree(Path(spec.origin).parent, folder / "vendor" / package)  # in place of the folder's build
+        found = importlib.metadata.distribution(package)  # what pip's --target would bring along
+        for file in found.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                place = folder / "vendor" / file
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(str(file.locate()), place)
     running.cli("plugin", "add", str(folder), "--yes", "--config", f"signing_key={SECRET}")
     payload = {"project_id": "p1", "deployment_id": "flask", "error_code": "E"}
     event_id = running.json("event", "emit", "deploy.failed", json.dumps(payload), "--wait", code=None)["id"]
