@@ -206,8 +206,7 @@ class HostConfig(Frozen):
         return self.model_copy(update=changes)
 
     def digest(self) -> str:
-        """SHA-256 of the settings, wherever they were read from; of hosts without runners, or console, as before there
-        were any."""
+        """SHA-256 of the settings, wherever they were read from; without those that came later and are not set."""
         import hashlib
         import json
 
@@ -218,5 +217,7 @@ class HostConfig(Frozen):
             del data["runner"], data["roles"]["runner"]
         if self.console is None:
             del data["console"]
+        if self.event_source == HostConfig().event_source:
+            del data["event_source"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

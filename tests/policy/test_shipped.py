@@ -47,7 +47,7 @@ def test_host_toml_shows_every_key() -> None:
     assert numbers <= set(data["ceiling"])
     assert numbers <= set(data["defaults"])
     assert {"hooks", "permissions", "egress", "read", "syscalls", *(s.name for s in SWITCHES)} <= set(data["ceiling"])
-    assert set(data["roles"]) == {"viewer", "emitter", "operator", "runner"}
+    assert set(data["roles"]) == {"viewer", "emitter", "operator", "caller", "runner"}
     of_a_run = {limit.name for limit in OF_A_RUN}
     assert set(data["runner"]) == {"cages", "all_tasks", "all_memory", "share", "egress", "read", "syscalls"} | of_a_run
     assert set(data["network"]) == {"exceptions", "resolvers", "virtual", "proxy", "proxy_resolves"}
