@@ -26,6 +26,7 @@ mount -t tmpfs none /run
 mkdir /run/lock
 cp -r "$2" /run/packages
 rm -rf /etc/isolator /var/lib/isolator /var/log/isolator
+rm -f /etc/*.lock  # of a useradd on the host, at the moment of the mount
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 export DEBIAN_FRONTEND=noninteractive
 install() { dpkg --force-depends --force-confold -i "$1" >/run/log 2>&1 || { cat /run/log >&2; return 1; }; }
@@ -102,7 +103,7 @@ wait $old || :
 cat /run/late
 [ "$real" != "$(readlink -f /usr/lib/isolator/current)" ] && echo "exchanged"
 tail -n 1 /etc/isolator/host.toml
-useradd --system plugin-kept; useradd --system isolator-host
+useradd --system --uid 64801 plugin-kept; useradd --system --uid 64802 isolator-host  # uids of nobody on the host
 mkdir -p /var/lib/isolator/plugins/kept /var/log/isolator/audit
 printf '{\\n "name": "kept",\\n "user": "plugin-kept"\\n}' >/var/lib/isolator/plugins/kept/plugin.state
 dpkg -r isolator >/dev/null
