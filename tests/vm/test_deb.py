@@ -10,7 +10,7 @@ import pytest
 
 from tests.packaging.package import NEWER, build, run
 from tests.support.timeouts import seconds
-from tests.system.daemon import event, write_plugin
+from tests.system.daemon import event, wait_for, write_plugin
 from tests.vm.service import needs_machine
 
 pytestmark = [pytest.mark.vm, needs_machine]
@@ -39,7 +39,8 @@ def test_deb_is_installed_upgraded_removed_and_purged(tmp_path: Path) -> None:
         isolator("event", "emit", "deploy.completed", event("before"), "--wait")
         before, daemon = pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")
         run("dpkg", "-i", str(newer))
-        assert json.loads(isolator("status", "--json"))["version"] == NEWER
+        # Its host process, which answers, is exchanged after the supervisor.
+        wait_for(lambda: json.loads(isolator("status", "--json"))["version"] == NEWER, seconds(60))
         assert (pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")) == (before, daemon)
         isolator("event", "emit", "deploy.completed", event("after"), "--wait")
         run("dpkg", "-r", "isolator")
