@@ -16,7 +16,7 @@ BENCHMARKS = {
     "run_start": "one command in a cage: isolator run, by root and through the daemon, bubblewrap, firejail",
     "many": "200 cages started at once, and the daemon's memory for each idle plugin",
     "delivery": "delivering an event: to a sidecar in its cage and back, durable and audited",
-    "jobs": "running a program once for each event, in a cage of its own: the mode exec",
+    "exec": "running a program once for each event, in a cage of its own: the mode exec",
     "audit": "recording facts until all are durable",
     "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",

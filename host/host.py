@@ -64,7 +64,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
-    JobEnded,
+    InvocationEnded,
     Leave,
     Left,
     NewAuditSocket,
@@ -200,8 +200,8 @@ class Host:
             logs=logs,
             source=settings.event_source,
             config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
-            serve_job=api.serve_job,
-            end_job=api.end_job,
+            serve_invocation=api.serve_invocation,
+            end_invocation=api.end_invocation,
             pauses=Pauses(store),
             servers=self._load_servers,
         )
@@ -262,7 +262,7 @@ class Host:
             RunStarted.on_fds(self._run_started),
             DrainRun.on(self._drain_run),
             RunEnded.on(self._run_ended),
-            JobEnded.on(self._job_ended),
+            InvocationEnded.on(self._invocation_ended),
             GetStderrTail.on(self._stderr_tail),
             NewAuditSocket.on_fds(self._audit_source),
             AlarmsChanged.on(self._alarms_changed),
@@ -428,8 +428,8 @@ class Host:
             self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
 
-    async def _job_ended(self, ended: JobEnded) -> None:
-        self._dispatcher.job_ended(ended)
+    async def _invocation_ended(self, ended: InvocationEnded) -> None:
+        self._dispatcher.invocation_ended(ended)
 
     async def _stderr_tail(self, request: GetStderrTail) -> StderrTail:
         return StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))

@@ -91,7 +91,7 @@ class ApiListenerState(Body):
 
     plugin: str
     run: str
-    job: bool
+    invocation: bool
     listener: int
     connections: tuple[LineState, ...]
 
@@ -106,7 +106,7 @@ class HostApi:
         self._limits: dict[str, _Limits] = {}
         self._listeners: dict[str, Acceptor] = {}
         self._runs: dict[str, str] = {}
-        """The run of each listener; listeners by plugin, those of jobs by ``PLUGIN.RUN``."""
+        """The run of each listener; listeners by plugin, those of invocations by ``PLUGIN.RUN``."""
         self._connections: dict[str, set[_Connection]] = {}
         kv = KeyValue(store)
         self._methods = {
@@ -138,14 +138,14 @@ class HostApi:
         self._runs[name] = run
         self._listeners[name] = Acceptor(listener, lambda: _Connection(self, name, run, limits), limits.connects)
 
-    def serve_job(self, name: str, run: str, listener: socket.socket) -> None:
-        """Accept the calls of one of a plugin's jobs, until ``end_job``."""
+    def serve_invocation(self, name: str, run: str, listener: socket.socket) -> None:
+        """Accept the calls of one of a plugin's invocations, until ``end_invocation``."""
         limits, key = self.limits(name), f"{name}.{run}"
         self._runs[key] = run
         self._listeners[key] = Acceptor(listener, lambda: _Connection(self, name, run, limits), limits.connects)
 
-    def end_job(self, name: str, run: str) -> None:
-        """Close the listener and the connections of a job."""
+    def end_invocation(self, name: str, run: str) -> None:
+        """Close the listener and the connections of an invocation."""
         key = f"{name}.{run}"
         listener = self._listeners.pop(key, None)
         if listener is not None:
@@ -193,7 +193,7 @@ class HostApi:
             ApiListenerState(
                 plugin=key.partition(".")[0],
                 run=self._runs[key],
-                job="." in key,
+                invocation="." in key,
                 listener=departure.add(listener.detach()),
                 connections=tuple(
                     connection.pass_on_idle(departure)
@@ -208,7 +208,7 @@ class HostApi:
         """Go on with the listeners and connections of another host."""
         for state in states:
             name = state.plugin
-            serve = self.serve_job if state.job else self.serve
+            serve = self.serve_invocation if state.invocation else self.serve
             serve(name, state.run, socket.socket(fileno=descriptors.take(state.listener)))
             for one in state.connections:
                 connection = _Connection(self, name, state.run, self.limits(name))

@@ -28,7 +28,7 @@ from host.plugins.secrets import Redactor
 from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import JobEnded
+from isolator.ipc.messages import InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class Dispatcher:
         logs: Logs,
         source: str,
         config_value: Callable[[Plugin, str], str | None],
-        serve_job: Callable[[str, str, socket.socket], None],
-        end_job: Callable[[str, str], None],
+        serve_invocation: Callable[[str, str, socket.socket], None],
+        end_invocation: Callable[[str, str], None],
         pauses: Pauses,
         servers: Callable[[], Servers],
     ) -> None:
@@ -65,7 +65,7 @@ class Dispatcher:
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
-        self._logs, self._serve_job, self._end_job = logs, serve_job, end_job
+        self._logs, self._serve_invocation, self._end_invocation = logs, serve_invocation, end_invocation
         self._source, self._config_value = source, config_value
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
@@ -93,8 +93,8 @@ class Dispatcher:
                 self._logs,
                 self._source,
                 self._config_value,
-                self._serve_job,
-                self._end_job,
+                self._serve_invocation,
+                self._end_invocation,
                 self._servers,
             ),
             (before, self._descriptors) if before is not None else None,
@@ -170,10 +170,10 @@ class Dispatcher:
         if name in self.workers:
             self.workers[name].run_ended(run, crashed=crashed)
 
-    def job_ended(self, ended: JobEnded) -> None:
-        """See ``Worker.job_ended``."""
+    def invocation_ended(self, ended: InvocationEnded) -> None:
+        """See ``Worker.invocation_ended``."""
         if ended.name in self.workers:
-            self.workers[ended.name].job_ended(ended)
+            self.workers[ended.name].invocation_ended(ended)
 
     @contextlib.contextmanager
     def in_use(self, name: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""Delivery in the mode ``exec``: for each event the program runs once, in a cage of its own (a *job*).
+"""Delivery in the mode ``exec``: for each event the program runs once, in a cage of its own (a *invocation*).
 
 The event is on its standard input, the exit code is the answer, and the last line of its standard output, if it is a
-JSON object, the result. The supervisor starts and ends jobs, and tells how they ended; an attempt that no program saw,
+JSON object, the result. The supervisor starts and ends invocations, and tells how they ended; an attempt that no program saw,
 since its cage could not be made, does not count.
 """
 
@@ -23,7 +23,7 @@ from host.queue.interface import RETRY_BACKOFF, Delivery
 from host.wire.strict_json import WireError, parse_object
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
-from isolator.ipc.messages import JobEnded, JobStarted, Origin, StartJob
+from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.linux.descriptors import close_all
@@ -36,8 +36,8 @@ RESULT = 64 * 1024
 """Bytes of a result; a longer last line is none."""
 
 
-class JobInFlight(Body):
-    """A job on its way to another host."""
+class InvocationInFlight(Body):
+    """An invocation on its way to another host."""
 
     seq: int
     run: str
@@ -45,20 +45,20 @@ class JobInFlight(Body):
 
 
 class ExecState(Body):
-    """The jobs of a plugin on their way to another host."""
+    """The invocations of a plugin on their way to another host."""
 
-    jobs: tuple[JobInFlight, ...]
+    invocations: tuple[InvocationInFlight, ...]
 
 
 @dataclass(eq=False)
-class _Job:
+class _Invocation:
     plugin: Plugin
     delivery: Delivery
     run: str
     sent_ns: int = 0
     started: bool = False
     """The supervisor has started it, and its pipes are read."""
-    ended: asyncio.Future[JobEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    ended: asyncio.Future[InvocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class ExecDelivery(Mode):
@@ -68,14 +68,14 @@ class ExecDelivery(Mode):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self._jobs: dict[str, _Job] = {}
+        self._invocations: dict[str, _Invocation] = {}
         """By run."""
         self._slot = asyncio.Event()
         self._tasks = Tasks()
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs)
+        return bool(self._invocations)
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         assert delivery.event is not None and plugin.manifest is not None
@@ -86,41 +86,43 @@ class ExecDelivery(Mode):
         if len(request) > STREAM_MESSAGE:
             self.parts.outcomes.give_up(delivery, "payload_too_large")
             return
-        while len(self._jobs) >= plugin.manifest.delivery.concurrency:
+        while len(self._invocations) >= plugin.manifest.delivery.concurrency:
             self._slot.clear()
             await self._slot.wait()
         if plugin.state in ("disabled", "failed"):
             raise NotSentError(plugin.error or f"is {plugin.state}")
         if self.parts.sidecar.leaving:
             raise NotSentError("the host is being renewed")
-        job = _Job(plugin, delivery, os.urandom(5).hex())
-        self._jobs[job.run] = job
+        invocation = _Invocation(plugin, delivery, os.urandom(5).hex())
+        self._invocations[invocation.run] = invocation
 
         def send() -> None:
-            job.sent_ns = time.perf_counter_ns()
-            self._tasks.run(f"job of {plugin.name}", self._live(job, hook, request))
+            invocation.sent_ns = time.perf_counter_ns()
+            self._tasks.run(f"invocation of {plugin.name}", self._live(invocation, hook, request))
 
-        self.parts.outcomes.begin(delivery, job.run, request, send)
+        self.parts.outcomes.begin(delivery, invocation.run, request, send)
         self.parts.sidecar.status = "in_flight"
 
-    async def _live(self, job: _Job, hook: str, request: bytes) -> None:
-        """Have the job started, and conclude the attempt when it has ended."""
-        event, attempt = job.delivery.event, job.delivery.attempts
+    async def _live(self, invocation: _Invocation, hook: str, request: bytes) -> None:
+        """Have the invocation started, and conclude the attempt when it has ended."""
+        event, attempt = invocation.delivery.event, invocation.delivery.attempts
         assert event is not None
-        start = StartJob(name=job.plugin.name, run=job.run, event=event.id, type=hook, attempt=attempt)
+        start = StartInvocation(
+            name=invocation.plugin.name, run=invocation.run, event=event.id, type=hook, attempt=attempt
+        )
         try:
             started = await self._start(start, request)
         except (IsolatorError, OSError) as error:
-            pause = RETRY_BACKOFF.after(job.delivery.busy)
-            self._conclude(job, Outcome("busy", "not_started", str(error), retry_after=pause))
+            pause = RETRY_BACKOFF.after(invocation.delivery.busy)
+            self._conclude(invocation, Outcome("busy", "not_started", str(error), retry_after=pause))
             return
         if started.failed:
-            self._conclude(job, Outcome("failed", "not_executed", started.failed))
+            self._conclude(invocation, Outcome("failed", "not_executed", started.failed))
             return
-        job.started = True
-        await self._finish(job)
+        invocation.started = True
+        await self._finish(invocation)
 
-    async def _start(self, start: StartJob, request: bytes) -> JobStarted:
+    async def _start(self, start: StartInvocation, request: bytes) -> InvocationStarted:
         stdin = make_sealed(request)
         try:
             answer = await self.parts.supervisor.ask_fds(start, fds=[stdin])
@@ -129,29 +131,31 @@ class ExecDelivery(Mode):
         if len(answer.fds) == 3:
             listener, stdout, stderr = answer.fds
             self.parts.logs.attach(start.name, start.run, stdout, stderr, tail=True)
-            self.parts.serve_job(start.name, start.run, socket.socket(fileno=listener))
+            self.parts.serve_invocation(start.name, start.run, socket.socket(fileno=listener))
         else:
             close_all(answer.fds)
         return answer.body
 
-    async def _finish(self, job: _Job) -> None:
-        ended = await job.ended
-        name = job.plugin.name
-        self.parts.end_job(name, job.run)
-        line = await self.parts.logs.last_line(job.run)
-        last_words = await self.parts.logs.stderr_tail(name, job.run) if ended.exit_code != OK else []
-        self._conclude(job, outcome_of(ended, line, last_words[-1] if last_words else ""))
+    async def _finish(self, invocation: _Invocation) -> None:
+        ended = await invocation.ended
+        name = invocation.plugin.name
+        self.parts.end_invocation(name, invocation.run)
+        line = await self.parts.logs.last_line(invocation.run)
+        last_words = await self.parts.logs.stderr_tail(name, invocation.run) if ended.exit_code != OK else []
+        self._conclude(invocation, outcome_of(ended, line, last_words[-1] if last_words else ""))
 
-    def _conclude(self, job: _Job, outcome: Outcome) -> None:
-        del self._jobs[job.run]
+    def _conclude(self, invocation: _Invocation, outcome: Outcome) -> None:
+        del self._invocations[invocation.run]
         self._slot.set()
-        latency = (time.perf_counter_ns() - job.sent_ns) // 1000
-        self.parts.outcomes.conclude(job.plugin, job.delivery, job.run, outcome, latency, broken=False)
+        latency = (time.perf_counter_ns() - invocation.sent_ns) // 1000
+        self.parts.outcomes.conclude(
+            invocation.plugin, invocation.delivery, invocation.run, outcome, latency, broken=False
+        )
 
-    def job_ended(self, ended: JobEnded) -> None:
-        job = self._jobs.get(ended.run)
-        if job is not None and not job.ended.done():
-            job.ended.set_result(ended)
+    def invocation_ended(self, ended: InvocationEnded) -> None:
+        invocation = self._invocations.get(ended.run)
+        if invocation is not None and not invocation.ended.done():
+            invocation.ended.set_result(ended)
 
     def close(self) -> None:
         self._tasks.cancel()
@@ -160,33 +164,38 @@ class ExecDelivery(Mode):
 
     @property
     def unsettled(self) -> bool:
-        return any(not job.started for job in self._jobs.values())
+        return any(not invocation.started for invocation in self._invocations.values())
 
     @property
     def replied(self) -> bool:
-        return any(job.ended.done() for job in self._jobs.values())
+        return any(invocation.ended.done() for invocation in self._invocations.values())
 
     def pass_on(self, departure: Departure) -> ExecState | None:
         self._tasks.cancel()
-        jobs = (JobInFlight(seq=job.delivery.seq, run=job.run, sent_ns=job.sent_ns) for job in self._jobs.values())
-        return ExecState(jobs=tuple(jobs))
+        invocations = (
+            InvocationInFlight(seq=invocation.delivery.seq, run=invocation.run, sent_ns=invocation.sent_ns)
+            for invocation in self._invocations.values()
+        )
+        return ExecState(invocations=tuple(invocations))
 
     @classmethod
     def in_flight(cls, state: ExecState) -> Sequence[int]:
-        return [job.seq for job in state.jobs]
+        return [invocation.seq for invocation in state.invocations]
 
     async def take_over(
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: ExecState, descriptors: Descriptors
     ) -> None:
-        for one in state.jobs:
+        for one in state.invocations:
             delivery = deliveries.get(one.seq)
             if plugin is not None and delivery is not None:
-                job = self._jobs[one.run] = _Job(plugin, delivery, one.run, one.sent_ns, started=True)
-                self._tasks.run(f"job of {plugin.name}", self._finish(job))
+                invocation = self._invocations[one.run] = _Invocation(
+                    plugin, delivery, one.run, one.sent_ns, started=True
+                )
+                self._tasks.run(f"invocation of {plugin.name}", self._finish(invocation))
 
 
-def outcome_of(ended: JobEnded, line: bytes, last_words: str = "") -> Outcome:
-    """The outcome of an attempt, by how its job ended; ``line``: the last of its standard output."""
+def outcome_of(ended: InvocationEnded, line: bytes, last_words: str = "") -> Outcome:
+    """The outcome of an attempt, by how its invocation ended; ``line``: the last of its standard output."""
     result = _result(line)
     text, size = (line.decode("utf-8", "replace"), len(line)) if result is not None else ("", 0)
     sha256 = hashlib.sha256(line).hexdigest() if result is not None else None
@@ -207,7 +216,7 @@ def outcome_of(ended: JobEnded, line: bytes, last_words: str = "") -> Outcome:
 
 
 def _result(line: bytes) -> dict[str, Any] | None:
-    """The result in the last line of a job's output, if it is one."""
+    """The result in the last line of an invocation's output, if it is one."""
     if not line.startswith(b"{") or len(line) > RESULT:
         return None
     try:

@@ -24,7 +24,7 @@ from host.queue.interface import Delivery
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import JobEnded
+from isolator.ipc.messages import InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class Parts:
     """The platform, as events name it where they have a source."""
     config_value: Callable[[Plugin, str], str | None]
     """The value of a key of a plugin's config."""
-    serve_job: Callable[[str, str, socket.socket], None]
-    """Answers the calls of a job (plugin, run) to the host API, which come by this listener."""
-    end_job: Callable[[str, str], None]
+    serve_invocation: Callable[[str, str, socket.socket], None]
+    """Answers the calls of an invocation (plugin, run) to the host API, which come by this listener."""
+    end_invocation: Callable[[str, str], None]
     """Ends that."""
     servers: Callable[[], Servers]
     """The MCP servers, whose room is loaded with the first call."""
@@ -84,8 +84,8 @@ class Mode:
     def run_ended(self, run: str) -> None:
         """Take note that a run is over."""
 
-    def job_ended(self, ended: JobEnded) -> None:
-        """Take note of how a job has ended."""
+    def invocation_ended(self, ended: InvocationEnded) -> None:
+        """Take note of how an invocation has ended."""
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Notify the sidecar, if it takes this notification."""

@@ -28,7 +28,7 @@ from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery, KeptState
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, Json
-from isolator.ipc.messages import JobEnded
+from isolator.ipc.messages import InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.pacing import Backoff
@@ -181,10 +181,10 @@ class Worker:
         self._outcomes.run_ended(run, crashed=crashed)
         self.wake()
 
-    def job_ended(self, ended: JobEnded) -> None:
-        """Conclude the attempt whose job has ended."""
+    def invocation_ended(self, ended: InvocationEnded) -> None:
+        """Conclude the attempt whose invocation has ended."""
         for mode in self._modes.values():
-            mode.job_ended(ended)
+            mode.invocation_ended(ended)
 
     async def close(self) -> None:
         """Stop; a delivery in flight counts as an attempt with an unknown outcome at the next start."""

@@ -472,7 +472,7 @@ class PluginCrashed(_SidecarEnded):
 
 
 class ExecStarted(RecordData):
-    """A job of a plugin with the mode `exec`: its cage was built, and the program runs for one event."""
+    """An invocation of a plugin with the mode `exec`: its cage was built, and the program runs for one event."""
 
     TYPE = "exec.started"
     SOURCES = (SUPERVISOR,)
@@ -488,7 +488,7 @@ class ExecStarted(RecordData):
 
 
 class ExecEnded(_Ended):
-    """A job ended, or could not be started: then only ``cause``, ``origin`` and ``reason`` are there."""
+    """An invocation ended, or could not be started: then only ``cause``, ``origin`` and ``reason`` are there."""
 
     TYPE = "exec.ended"
     SOURCES = (SUPERVISOR,)

@@ -73,8 +73,8 @@ class RunState(Body):
     """this end of its stdin and stdout, if the host speaks to it over these"""
 
 
-class JobState(Body):
-    """A job."""
+class InvocationState(Body):
+    """An invocation."""
 
     run: RunState
     deadline: float
@@ -100,7 +100,7 @@ class PluginKept(Body):
     effective: Json | None
     """JSON of `EffectivePolicy`"""
     run: RunState | None
-    jobs: tuple[JobState, ...] = omitted(default=())
+    invocations: tuple[InvocationState, ...] = omitted(default=())
 
 
 class ChannelState(Body):

@@ -346,8 +346,8 @@ class RunEnded(Request[None], op="run.ended"):
     """seconds until it is started again"""
 
 
-class JobEnded(Request[None], op="job.ended"):
-    """A job has ended, and nothing of it is left. Its time has gone by, or it was stopped, if `cause` is neither `exit`
+class InvocationEnded(Request[None], op="invocation.ended"):
+    """An invocation has ended, and nothing of it is left. Its time has gone by, or it was stopped, if `cause` is neither `exit`
     nor `signal`."""
 
     name: str
@@ -411,15 +411,15 @@ class ConnectRun(Request[None], op="run.connect"):
     """seconds"""
 
 
-class JobStarted(Body):
-    """A job that runs, or whose program cannot be executed."""
+class InvocationStarted(Body):
+    """An invocation that runs, or whose program cannot be executed."""
 
     pid: int = omitted(default=0)
     failed: str = omitted(default="")
     """why it cannot be"""
 
 
-class StartJob(Request[JobStarted], op="job.start", fds=range(1, 2)):
+class StartInvocation(Request[InvocationStarted], op="invocation.start", fds=range(1, 2)):
     """Run the program of a plugin with the mode `exec` once, in a cage of its own.
 
     Descriptors: a sealed memfd, its standard input
@@ -668,11 +668,11 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → W": (ConsoleHello,),
     "S ↔ old and new": (Leave, StatePart),
     "S → H": (
-        HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, JobEnded,
+        HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, InvocationEnded,
         GetStderrTail, NewAuditSocket,
     ),
     "H → S": (
-        RaiseAlarm, EnsureRun, ConnectRun, RunReady, StartJob, StopRun, RestartRun, StagePlugin, CommitPlugin,
+        RaiseAlarm, EnsureRun, ConnectRun, RunReady, StartInvocation, StopRun, RestartRun, StagePlugin, CommitPlugin,
         DiscardPlugin, UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin,
         DisablePlugin, ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
     ),

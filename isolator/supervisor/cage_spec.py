@@ -91,7 +91,7 @@ def plugin_spec(
 
 
 def host_api_folder(paths: Paths, name: str) -> Path:
-    """Folder on the host with the host-API socket of a plugin, or job; bound whole, it survives the host."""
+    """Folder on the host with the host-API socket of a plugin, or invocation; bound whole, it survives the host."""
     folder = paths.run / "hostapi" / name
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)

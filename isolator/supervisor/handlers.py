@@ -41,7 +41,7 @@ class Handlers:
         return by_op(
             messages.EnsureRun.on(self._ensure),
             messages.ConnectRun.on(self._connect),
-            messages.StartJob.on_fds(self._start_job),
+            messages.StartInvocation.on_fds(self._start_invocation),
             messages.RunReady.on(self._ready),
             messages.StopRun.on(whole(self._stop)),
             messages.RestartRun.on(whole(self._restart)),
@@ -83,10 +83,12 @@ class Handlers:
     async def _ready(self, request: messages.RunReady) -> None:
         self._table.find(request.name).note_ready(request.run)
 
-    async def _start_job(self, request: messages.StartJob, fds: list[int]) -> WithFds[messages.JobStarted]:
-        job = await self._table.begin_job(request, fds[0])
-        started = await asyncio.shield(job.begun)
-        return WithFds(started, job.fds.release_all())
+    async def _start_invocation(
+        self, request: messages.StartInvocation, fds: list[int]
+    ) -> WithFds[messages.InvocationStarted]:
+        invocation = await self._table.begin_invocation(request, fds[0])
+        started = await asyncio.shield(invocation.begun)
+        return WithFds(started, invocation.fds.release_all())
 
     async def _stop(self, request: messages.StopRun) -> None:
         await self._table.stop(request.name, request.reason)

@@ -22,7 +22,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
-    JobEnded,
+    InvocationEnded,
     Origin,
     PluginChanged,
     PluginEntry,
@@ -144,8 +144,8 @@ class HostLink:
         )  # fmt: skip
         self._tell(ended)
 
-    def job_ended(self, ended: JobEnded) -> None:
-        """Tell the host how a job ended."""
+    def invocation_ended(self, ended: InvocationEnded) -> None:
+        """Tell the host how an invocation ended."""
         self._tell(ended)
 
     async def stderr_tail(self, name: str, run: str) -> tuple[str, ...]:

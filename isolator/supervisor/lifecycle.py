@@ -41,11 +41,11 @@ from isolator.errors import (
     UnavailableError,
     UsageError,
 )
-from isolator.ipc.messages import Environment, Origin, PluginState, StartJob
+from isolator.ipc.messages import Environment, Origin, PluginState, StartInvocation
 from isolator.ipc.tasks import Tasks, report
 from isolator.pacing import Backoff
-from isolator.supervisor.jobs import MODE as EXEC
-from isolator.supervisor.jobs import Job, Jobs
+from isolator.supervisor.invocations import MODE as EXEC
+from isolator.supervisor.invocations import Invocation, Invocations
 from isolator.supervisor.run import NO_ANSWER, NO_SOCKET, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Plugin:
         """Layers that its run, which is older than this image of the daemon, came without."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
-        self.jobs = Jobs(context, loaded.registration.name)
+        self.invocations = Invocations(context, loaded.registration.name)
         self._context, self._on_change = context, changed
         self._ends: deque[float] = deque()
         self._others_ends = 0
@@ -127,7 +127,7 @@ class Plugin:
 
     def adopt(self, loaded: Loaded) -> None:
         """Switch to another version or policy. The plugin must not be running."""
-        assert self.run is None and not self.jobs.runs
+        assert self.run is None and not self.invocations.runs
         self.registration, self.manifest, self.argv = loaded.registration, loaded.manifest, loaded.argv
         self.mode, self.port = loaded.mode, loaded.port
         self.effective = loaded.proposal.effective if loaded.proposal else None
@@ -170,8 +170,8 @@ class Plugin:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs that have a cage: its own, and those of its jobs."""
-        return [*([self.run] if self.run is not None and self.run.cage.started else []), *self.jobs.runs]
+        """The runs that have a cage: its own, and those of its invocations."""
+        return [*([self.run] if self.run is not None and self.run.cage.started else []), *self.invocations.runs]
 
     def _check_allowed(self) -> None:
         if self.state in _REMEDIES:
@@ -179,12 +179,12 @@ class Plugin:
                 f"plugin {self.name}", self.error or f"is {self.state}", _REMEDIES[self.state].format(self.name)
             )
 
-    def begin_job(self, request: StartJob, stdin: int) -> Job:
-        """Begin a job, with its standard input, which stays the caller's; raises IsolatorError."""
+    def begin_invocation(self, request: StartInvocation, stdin: int) -> Invocation:
+        """Begin an invocation, with its standard input, which stays the caller's; raises IsolatorError."""
         self._check_allowed()
         if self.mode != EXEC or self.effective is None:
             raise DeniedError(f"plugin {self.name}", "its mode is not exec", "nothing was started")
-        return self.jobs.begin(self.registration, self.effective, self.argv, request, stdin)
+        return self.invocations.begin(self.registration, self.effective, self.argv, request, stdin)
 
     def start(self, reason: str) -> None:
         """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
@@ -226,7 +226,7 @@ class Plugin:
             if self.state in (PluginState.STARTING, PluginState.RUNNING):
                 self._set(PluginState.STOPPING)
             await asyncio.wait([self._task])
-        await self.jobs.stop(reason)
+        await self.invocations.stop(reason)
         if self.effective is not None and self.state != PluginState.FAILED:
             self.error = ""
 
@@ -285,8 +285,8 @@ class Plugin:
     @property
     def under_way(self) -> str:
         """What happens to it that is not to be broken off, in words; empty when nothing does."""
-        if self.jobs.under_way:
-            return f"a job of plugin {self.name}"
+        if self.invocations.under_way:
+            return f"an invocation of plugin {self.name}"
         if self._task is None or self._task.done() or (self._waits and not self._stop.is_set()):
             return ""
         return f"plugin {self.name} ({self.state})"
@@ -311,7 +311,7 @@ class Plugin:
             backoff_until=self._backoff_until,
             effective=self.effective.model_dump(mode="json") if self.effective is not None else None,
             run=run.hand_over() if run is not None else None,
-            jobs=self.jobs.hand_over(),
+            invocations=self.invocations.hand_over(),
         )
 
     def take_over(self, before: PluginKept, kept_by: Launcher) -> str:
@@ -339,9 +339,9 @@ class Plugin:
                 problem = str(error)
                 run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
             self._answer_denied(run, before.run.listener)
-        if before.jobs:
+        if before.invocations:
             assert self.effective is not None
-            problem = self.jobs.take_over(self.registration, self.effective, before.jobs, kept_by)
+            problem = self.invocations.take_over(self.registration, self.effective, before.invocations, kept_by)
         if before.wanted:
             self._wanted, self.run = True, run
             life = self._supervise(before.reason, run, before.backoff_until)

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from isolator.audit.schema import PluginPending, PluginRejected
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UnavailableError
-from isolator.ipc.messages import PendingVersion, PluginEntry, PluginState, RegisteredEntry, StartJob
+from isolator.ipc.messages import PendingVersion, PluginEntry, PluginState, RegisteredEntry, StartInvocation
 from isolator.registration.discovery import Discovery, Found
 from isolator.registration.proposals import Loaded
 from isolator.registration.registrar import Registrar
 from isolator.registration.store import Registration
-from isolator.supervisor.jobs import Job
+from isolator.supervisor.invocations import Invocation
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.run import Run, RunContext
 from isolator.volume.volume import Volume
@@ -179,17 +179,17 @@ class PluginTable:
         # Outside the lock: a start may take a while and a back-off longer, and both can be stopped.
         return await plugin.wait_running()
 
-    async def begin_job(self, request: StartJob, stdin: int) -> Job:
-        """Begin a job, with its standard input, which stays the caller's; raises IsolatorError."""
+    async def begin_invocation(self, request: StartInvocation, stdin: int) -> Invocation:
+        """Begin an invocation, with its standard input, which stays the caller's; raises IsolatorError."""
         self.find(request.name)
         async with self.lock(request.name):
             if self._closing:
                 raise UnavailableError("daemon", "it is stopping", "start it again")
-            return self.find(request.name).begin_job(request, stdin)
+            return self.find(request.name).begin_invocation(request, stdin)
 
-    async def end_jobs(self, cause: str) -> None:
-        """Kill every job of every plugin; returns when nothing of them is left."""
-        await asyncio.gather(*(plugin.jobs.end(cause) for plugin in self.plugins.values()))
+    async def end_invocations(self, cause: str) -> None:
+        """Kill every invocation of every plugin; returns when nothing of them is left."""
+        await asyncio.gather(*(plugin.invocations.end(cause) for plugin in self.plugins.values()))
 
     async def stop(self, name: str, reason: str) -> None:
         """Stop a plugin's run."""

@@ -85,7 +85,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Input:
-    """What a job gets beyond a plugin's other runs. The descriptor stays the caller's."""
+    """What an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
 
     stdin: int
     variables: Mapping[str, str]

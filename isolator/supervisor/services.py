@@ -110,7 +110,7 @@ class Services:
             audit.catch_up(broker.process)
 
         async def introduce_host(channel: Channel) -> None:
-            await table.end_jobs("the host has ended")  # nobody knows their events any more
+            await table.end_invocations("the host has ended")  # nobody knows their events any more
             await host.hello(channel, table.entries())
             audit.note_restart(host.process)
             for plugin in table.plugins.values():

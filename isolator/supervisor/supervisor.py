@@ -34,7 +34,7 @@ from isolator.audit.schema import (
 )
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
-from isolator.ipc.messages import JobEnded, Origin
+from isolator.ipc.messages import InvocationEnded, Origin
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
@@ -239,16 +239,16 @@ def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState,
             plugin = None
         if problem:
             logger.error("plugin %s was not taken over: %s", one.name, problem)
-        runs = [*([one.run] if one.run is not None else []), *(job.run for job in one.jobs)]
+        runs = [*([one.run] if one.run is not None else []), *(invocation.run for invocation in one.invocations)]
         for run in runs if plugin is None else ():
             recovery.clear_cage(context.runtime.journal, f"{one.name}.{run.id}", run.cage.pid)
             ended = PluginStopped(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
             context.audit.record(ended, plugin=one.name, run=run.id)
-        for job in one.jobs if plugin is None else ():
-            lost = JobEnded(
-                name=one.name, run=job.run.id, exit_code=None, signal=None, cause=problem, origin=Origin.DAEMON
+        for invocation in one.invocations if plugin is None else ():
+            lost = InvocationEnded(
+                name=one.name, run=invocation.run.id, exit_code=None, signal=None, cause=problem, origin=Origin.DAEMON
             )
-            context.host.job_ended(lost)
+            context.host.invocation_ended(lost)
         adopted += len(runs) if not problem else 0
     return adopted
 
@@ -410,9 +410,9 @@ async def _take_snapshots(table: PluginTable, runners: Runners | None, interval:
         if runners is not None:
             runners.take_snapshots()
         for plugin in table.plugins.values():
-            for of_job in plugin.jobs.runs:
-                if of_job.detect_drift():
-                    of_job.terminate("its control groups were changed", Origin.OPERATOR)
+            for of_invocation in plugin.invocations.runs:
+                if of_invocation.detect_drift():
+                    of_invocation.terminate("its control groups were changed", Origin.OPERATOR)
             run = plugin.run
             if run is None or plugin.state != "running":
                 continue

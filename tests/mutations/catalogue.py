@@ -33,12 +33,12 @@ _SERVERS = "mcp/test_servers.py::"
 
 MUTATIONS = (
     *_mutations(
-        "isolator/supervisor/jobs.py",
+        "isolator/supervisor/invocations.py",
         (
-            "a job gets any descriptor as its standard input",
+            "an invocation gets any descriptor as its standard input",
             "if not is_sealed(stdin):",
             "if False:",
-            "system/test_taken_over.py::test_host_cannot_hand_a_job_a_way_out_of_its_cage",
+            "system/test_taken_over.py::test_host_cannot_hand_an_invocation_a_way_out_of_its_cage",
         ),
     ),
     *_mutations(

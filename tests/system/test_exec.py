@@ -68,7 +68,7 @@ MANIFEST: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon with a plugin for one kind of event, and one for another with four jobs at a time."""
+    """A daemon with a plugin for one kind of event, and one for another with four invocations at a time."""
     folder = tmp_path_factory.mktemp("exec")
     with daemon() as made:
         made.cli("plugin", "add", str(write_plugin(folder / "linter", PROGRAM, **MANIFEST)), "--yes")
@@ -104,7 +104,7 @@ def of(running: Daemon, event_id: str, *types: str) -> list[dict[str, Any]]:
 
 
 def hold(running: Daemon, number: str, project: str = "p1") -> str:
-    """Emit an event at whose job the program stays until ``let_go``; returns its id once the job runs."""
+    """Emit an event at whose invocation the program stays until ``let_go``; returns its id once the invocation runs."""
     payload = json.dumps({"project_id": project, "deployment_id": number, "error_code": "holds"})
     emitted = running.json("event", "emit", "deploy.failed", payload)["id"]
     wait_for(lambda: seen_of(running, emitted, "wide"), what=running.log.read_text())
@@ -127,9 +127,9 @@ def outcome_of_held(running: Daemon, event_id: str) -> dict[str, Any]:
 
 @pytest.fixture
 def held(running: Daemon) -> Iterator[Daemon]:
-    """The daemon while nothing lets held jobs go."""
+    """The daemon while nothing lets held invocations go."""
     state = state_of(running, "wide")
-    if state.exists():  # from the first job on
+    if state.exists():  # from the first invocation on
         (state / "go-on").unlink(missing_ok=True)
     yield running
     let_go(running)
@@ -186,7 +186,7 @@ def test_event_too_large_for_one_shot_reaches_the_program_whole(running: Daemon)
     assert seen_of(running, done["id"])[0]["params"]["commit_message"] == text
 
 
-def test_connection_and_call_of_a_job_are_on_record_with_their_one_event(running: Daemon) -> None:
+def test_connection_and_call_of_an_invocation_are_on_record_with_their_one_event(running: Daemon) -> None:
     connects, calls = deliver(running, "connects", "connects"), deliver(running, "calls", "calls")
     assert json.loads(calls["reply"])["result"]["name"] == "linter"
     wait_for(lambda: of(running, connects["id"], "net.denied"), what="the refused connection is not on record")
@@ -194,7 +194,7 @@ def test_connection_and_call_of_a_job_are_on_record_with_their_one_event(running
     assert not list((running.root / "run/isolator/hostapi").glob("linter.*"))
 
 
-def test_jobs_of_different_keys_run_together_and_of_one_key_in_their_order(held: Daemon) -> None:
+def test_invocations_of_different_keys_run_together_and_of_one_key_in_their_order(held: Daemon) -> None:
     keys = [hold(held, f"k{number}", f"p{number}") for number in range(3)]
     behind = held.json(
         "event", "emit", "deploy.failed",
@@ -207,7 +207,7 @@ def test_jobs_of_different_keys_run_together_and_of_one_key_in_their_order(held:
     assert order.index("k0") < order.index("behind")
 
 
-def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_job(held: Daemon) -> None:
+def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_invocation(held: Daemon) -> None:
     before = [hold(held, f"r{number}", f"r{number}") for number in range(2)]
     held.cli("reload")
     during = hold(held, "during", "during")
@@ -218,7 +218,7 @@ def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_job(held: Daemon)
         assert len(seen_of(held, one, "wide")) == 1
 
 
-def test_job_ends_before_its_plugin_is_stopped_and_none_begins_meanwhile(held: Daemon) -> None:
+def test_invocation_ends_before_its_plugin_is_stopped_and_none_begins_meanwhile(held: Daemon) -> None:
     one = hold(held, "stopped", "stopped")
     stopping = held.begin("plugin", "disable", "wide")
     let_go(held)
@@ -233,7 +233,7 @@ def test_job_ends_before_its_plugin_is_stopped_and_none_begins_meanwhile(held: D
     assert (done["state"], done["attempts"]) == ("ok", 1)
 
 
-def test_job_of_a_killed_host_is_ended_and_its_event_delivered_again(held: Daemon) -> None:
+def test_invocation_of_a_killed_host_is_ended_and_its_event_delivered_again(held: Daemon) -> None:
     one = hold(held, "killed", "killed")
     os.kill(held.service_pid("host.service"), signal.SIGKILL)
     wait_for(lambda: len(seen_of(held, one, "wide")) == 2, what=held.log.read_text())

@@ -225,19 +225,19 @@ def test_host_cannot_name_what_is_not_its_own(running: TakenOver, op: str, field
     assert names(running) == {"good"}
 
 
-def test_host_cannot_hand_a_job_a_way_out_of_its_cage(running: TakenOver, place: Path) -> None:
+def test_host_cannot_hand_an_invocation_a_way_out_of_its_cage(running: TakenOver, place: Path) -> None:
     script = "#!/bin/sh\nls /proc/self/fd/0/ >&2\n"
     manifest = {"transport": {"mode": "exec"}, "sandbox": QUIET, "hooks": ["project.created"]}
-    running.cli("plugin", "add", str(write_plugin(place / "job", script, **manifest)), "--yes")
-    fields = {"name": "job", "run": "0123456789", "event": "e", "type": "t", "attempt": 1}
-    refused = running.order("host.service", op="job.start", fields=fields, folder="/")
+    running.cli("plugin", "add", str(write_plugin(place / "invocation", script, **manifest)), "--yes")
+    fields = {"name": "invocation", "run": "0123456789", "event": "e", "type": "t", "attempt": 1}
+    refused = running.order("host.service", op="invocation.start", fields=fields, folder="/")
     assert "no sealed file" in str(refused), refused
-    assert code(running.ask_as_host("job.start", **fields)) == "usage"
+    assert code(running.ask_as_host("invocation.start", **fields)) == "usage"
     for wrong in ({"run": "../../0"}, {"run": ""}, {"name": "good"}, {"name": "../good"}):
-        answer = running.order("host.service", op="job.start", fields=fields | wrong, folder="/")
+        answer = running.order("host.service", op="invocation.start", fields=fields | wrong, folder="/")
         assert not code(answer).startswith("none"), answer
     assert not [one for one in running.records() if one["type"] == "exec.started"]
-    running.cli("plugin", "remove", "job", "--yes")
+    running.cli("plugin", "remove", "invocation", "--yes")
 
 
 # --- the audit process ---------------------------------------------------------------------------------------------

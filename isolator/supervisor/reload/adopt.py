@@ -39,7 +39,7 @@ def end_unnamed_children(state: DaemonState) -> None:
     """Kill and reap every child that the state does not name, as one that ended meanwhile."""
     named = {state.launcher_pid, *(service.pid for service in state.services)}
     named |= {plugin.run.cage.pid for plugin in state.plugins if plugin.run is not None}
-    named |= {job.run.cage.pid for plugin in state.plugins for job in plugin.jobs}
+    named |= {invocation.run.cage.pid for plugin in state.plugins for invocation in plugin.invocations}
     for path in Path("/proc/self/task").glob("*/children"):
         for pid in {int(word) for word in path.read_text().split()} - named:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):

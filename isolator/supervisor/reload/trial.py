@@ -99,5 +99,5 @@ def _check(paths: Paths, config: str | None, state: DaemonState) -> None:
                 EffectivePolicy.model_validate(plugin.effective)
             except ValueError as error:
                 raise UsageError(f"policy of {plugin.name}", f"is not one of this version: {error}") from None
-        if plugin.run is not None or plugin.jobs:
+        if plugin.run is not None or plugin.invocations:
             registrar.load(plugin.name)

@@ -1,8 +1,8 @@
-"""Jobs: the runs of a plugin with the mode ``exec``, each a fresh cage for one event.
+"""Invocations: the runs of a plugin with the mode ``exec``, each a fresh cage for one event.
 
-A job has the event on its standard input and ends by itself; how it ends is for the host, which has the queue. It is
+An invocation has the event on its standard input and ends by itself; how it ends is for the host, which has the queue. It is
 no crash of the plugin, however it ends, and nothing is started again here. One that takes longer than the plugin's
-timeout is stopped. Before the plugin is stopped, its jobs may end: no new one begins meanwhile.
+timeout is stopped. Before the plugin is stopped, its invocations may end: no new one begins meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from isolator.audit.schema import ExecEnded, ExecStarted, SyscallDenied
 from isolator.audit.snapshots import snapshot
 from isolator.cage.processes import CageExit
 from isolator.errors import ConfinementError, ExecError, IsolatorError, UnavailableError, UsageError
-from isolator.ipc.messages import JobEnded, JobStarted, Origin, StartJob
+from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.tasks import Tasks
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.layers.network import namespace as network_layer
@@ -31,7 +31,7 @@ from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.supervisor.run import STEADY_SECONDS, Input, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
 
 if TYPE_CHECKING:
-    from isolator.ipc.handover import JobState
+    from isolator.ipc.handover import InvocationState
     from isolator.launcher.client import Launcher
     from isolator.layers.seccomp.notifier import Denied
     from isolator.policy.model import EffectivePolicy
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 MODE = "exec"
 MOST = 256
-"""Jobs of a plugin at a time."""
+"""Invocations of a plugin at a time."""
 _RUN = re.compile(r"[0-9a-f]{10}")
 
 
-class Job:
-    """One job, from its request to the last trace."""
+class Invocation:
+    """One invocation, from its request to the last trace."""
 
     def __init__(self, context: RunContext, registration: Registration, effective: EffectivePolicy, run: str) -> None:
         self.id, self.name = run, registration.name
@@ -53,7 +53,7 @@ class Job:
         """Loop time at which it is stopped."""
         self.waits = False
         """Its task waits for something that takes as long as it takes; it can be given up and begun again."""
-        self.begun: asyncio.Future[JobStarted] = asyncio.get_running_loop().create_future()
+        self.begun: asyncio.Future[InvocationStarted] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         """Nothing of it is left."""
         self.fds = FdSet()
@@ -66,7 +66,7 @@ class Job:
         """Stop it, once it has had a moment to end by itself."""
         self._stop.set()
 
-    async def live(self, request: StartJob, argv: list[str], stdin: int) -> None:
+    async def live(self, request: StartInvocation, argv: list[str], stdin: int) -> None:
         """Build the cage and stay with it to its end; owns ``stdin``."""
         try:
             with FdSet([stdin]):
@@ -78,14 +78,14 @@ class Job:
             self._context.audit.record(not_started, plugin=self.name, run=self.id)
             await self._take_down()
             if isinstance(error, ExecError):
-                self.begun.set_result(JobStarted(failed=reason_of(error)))
+                self.begun.set_result(InvocationStarted(failed=reason_of(error)))
             else:
                 known = isinstance(error, IsolatorError)
                 self.begun.set_exception(error if known else IsolatorError(f"plugin {self.name}", reason_of(error)))
             # For a host that has taken the place of the one that gets the answer.
             self._tell_host(CageExit(None, None, "did not start", 0.0), origin_of(error))
             return
-        self.begun.set_result(JobStarted(pid=run.cage.pid))
+        self.begun.set_result(InvocationStarted(pid=run.cage.pid))
         await self.watch(run)
 
     async def watch(self, run: Run) -> None:
@@ -104,20 +104,20 @@ class Job:
             self._tell_host(end, origin)
 
     def _tell_host(self, end: CageExit, origin: Origin) -> None:
-        ended = JobEnded(
+        ended = InvocationEnded(
             name=self.name, run=self.id, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin
         )
-        self._context.host.job_ended(ended)
+        self._context.host.invocation_ended(ended)
 
-    def hand_over(self) -> JobState:
-        """The state of a job that runs, before an exec."""
-        from isolator.ipc.handover import JobState
+    def hand_over(self) -> InvocationState:
+        """The state of an invocation that runs, before an exec."""
+        from isolator.ipc.handover import InvocationState
 
         assert self.run is not None
-        return JobState(run=self.run.hand_over(), deadline=self.deadline)
+        return InvocationState(run=self.run.hand_over(), deadline=self.deadline)
 
-    def take_over(self, before: JobState, kept_by: Launcher) -> str:
-        """Take over a job from before this process's exec; returns why it does not go on, if it does not."""
+    def take_over(self, before: InvocationState, kept_by: Launcher) -> str:
+        """Take over an invocation from before this process's exec; returns why it does not go on, if it does not."""
         run, _ = adopt_run(self._context, self._registration, self._effective, before.run, kept_by)
         self.run, self.deadline, problem = run, before.deadline, ""
         try:
@@ -128,7 +128,7 @@ class Job:
         self._answer_denied(run, before.run.listener)
         return problem
 
-    async def _prepare(self, request: StartJob, argv: list[str], stdin: int) -> Run:
+    async def _prepare(self, request: StartInvocation, argv: list[str], stdin: int) -> Run:
         context = self._context
         if context.wait_for_trail:
             await context.audit.writable()
@@ -144,7 +144,7 @@ class Job:
         given = Input(stdin, variables, self._api)
         return await prepare_run(context, self._registration, self._effective, argv, self.id, environment, given)
 
-    def _started(self, run: Run, request: StartJob) -> None:
+    def _started(self, run: Run, request: StartInvocation) -> None:
         run.for_start.close()
         self._context.runtime.pool.begin(EVERY_LAYER)  # the next one may come before the pool has had its rest
         for pipe in run.pipes:
@@ -232,86 +232,101 @@ class Job:
             self.waits = False
 
 
-class Jobs:
-    """The jobs of one plugin."""
+class Invocations:
+    """The invocations of one plugin."""
 
     def __init__(self, context: RunContext, name: str) -> None:
         self._context, self._name = context, name
-        self._jobs: dict[str, Job] = {}
+        self._invocations: dict[str, Invocation] = {}
         self._tasks = Tasks()
         self._stopping = ""
 
     @property
     def runs(self) -> list[Run]:
         """The runs that have a cage."""
-        return [job.run for job in self._jobs.values() if job.run is not None and job.run.cage.started]
+        return [
+            invocation.run
+            for invocation in self._invocations.values()
+            if invocation.run is not None and invocation.run.cage.started
+        ]
 
     @property
     def under_way(self) -> bool:
         """Whether something happens that is not to be broken off."""
-        return any(not job.waits for job in self._jobs.values())
+        return any(not invocation.waits for invocation in self._invocations.values())
 
     def begin(
-        self, registration: Registration, effective: EffectivePolicy, argv: list[str], request: StartJob, stdin: int
-    ) -> Job:
-        """Begin a job, with the sealed standard input ``stdin``, which stays the caller's; raises IsolatorError."""
+        self,
+        registration: Registration,
+        effective: EffectivePolicy,
+        argv: list[str],
+        request: StartInvocation,
+        stdin: int,
+    ) -> Invocation:
+        """Begin an invocation, with the sealed standard input ``stdin``, which stays the caller's; raises IsolatorError."""
         where = f"plugin {self._name}"
         if self._stopping or self._context.rest.coming:
             raise UnavailableError(
-                where, f"begins no job now: {self._stopping or 'the daemon is reloaded'}", "try again"
+                where, f"begins no invocation now: {self._stopping or 'the daemon is reloaded'}", "try again"
             )
-        if not _RUN.fullmatch(request.run) or request.run in self._jobs:
+        if not _RUN.fullmatch(request.run) or request.run in self._invocations:
             raise UsageError(request.op, "no new name of a run")
-        if len(self._jobs) >= MOST:
-            raise UnavailableError(where, f"{MOST} jobs run", "try again")
+        if len(self._invocations) >= MOST:
+            raise UnavailableError(where, f"{MOST} invocations run", "try again")
         if not is_sealed(stdin):
             raise UsageError(request.op, "its standard input is no sealed file in memory")
-        job = Job(self._context, registration, effective, request.run)
+        invocation = Invocation(self._context, registration, effective, request.run)
         # A description of its own: read from the beginning, and for reading only.
         own = os.open(f"/proc/self/fd/{stdin}", os.O_RDONLY | os.O_CLOEXEC)
-        self._own(job, job.live(request, argv, own))
-        return job
+        self._own(invocation, invocation.live(request, argv, own))
+        return invocation
 
     async def stop(self, reason: str) -> None:
-        """End every job, and begin none meanwhile; returns when nothing of them is left."""
+        """End every invocation, and begin none meanwhile; returns when nothing of them is left."""
         self._stopping = reason
         try:
-            jobs = list(self._jobs.values())
-            for job in jobs:
-                job.stop()
-            for job in jobs:
-                await job.ended.wait()
+            invocations = list(self._invocations.values())
+            for invocation in invocations:
+                invocation.stop()
+            for invocation in invocations:
+                await invocation.ended.wait()
         finally:
             self._stopping = ""
 
     async def end(self, cause: str) -> None:
-        """Kill every job at once; returns when nothing of them is left."""
-        jobs = list(self._jobs.values())
-        for job in jobs:
-            job.stop()  # also one that is being started
-            if job.run is not None:
-                job.run.terminate(cause)
-        for job in jobs:
-            await job.ended.wait()
+        """Kill every invocation at once; returns when nothing of them is left."""
+        invocations = list(self._invocations.values())
+        for invocation in invocations:
+            invocation.stop()  # also one that is being started
+            if invocation.run is not None:
+                invocation.run.terminate(cause)
+        for invocation in invocations:
+            await invocation.ended.wait()
 
-    def hand_over(self) -> tuple[JobState, ...]:
-        """The states of the jobs that run, before an exec, when nothing is ``under_way``."""
-        return tuple(job.hand_over() for job in self._jobs.values() if not job.ended.is_set())
+    def hand_over(self) -> tuple[InvocationState, ...]:
+        """The states of the invocations that run, before an exec, when nothing is ``under_way``."""
+        return tuple(
+            invocation.hand_over() for invocation in self._invocations.values() if not invocation.ended.is_set()
+        )
 
     def take_over(
-        self, registration: Registration, effective: EffectivePolicy, states: Iterable[JobState], kept_by: Launcher
+        self,
+        registration: Registration,
+        effective: EffectivePolicy,
+        states: Iterable[InvocationState],
+        kept_by: Launcher,
     ) -> str:
-        """Go on with the jobs from before the exec; returns why one of them does not go on, if there is one."""
+        """Go on with the invocations from before the exec; returns why one of them does not go on, if there is one."""
         problem = ""
         for state in states:
-            job = Job(self._context, registration, effective, state.run.id)
-            problem = job.take_over(state, kept_by) or problem
-            assert job.run is not None
-            self._own(job, job.watch(job.run))
+            invocation = Invocation(self._context, registration, effective, state.run.id)
+            problem = invocation.take_over(state, kept_by) or problem
+            assert invocation.run is not None
+            self._own(invocation, invocation.watch(invocation.run))
         return problem
 
-    def _own(self, job: Job, life: Coroutine[Any, Any, None]) -> None:
-        self._jobs[job.id] = job
-        job.begun.add_done_callback(lambda begun: begun.exception())  # who waited may have gone
-        task = self._tasks.run(f"job of plugin {self._name}", life)
-        task.add_done_callback(lambda _: self._jobs.pop(job.id, None))
+    def _own(self, invocation: Invocation, life: Coroutine[Any, Any, None]) -> None:
+        self._invocations[invocation.id] = invocation
+        invocation.begun.add_done_callback(lambda begun: begun.exception())  # who waited may have gone
+        task = self._tasks.run(f"invocation of plugin {self._name}", life)
+        task.add_done_callback(lambda _: self._invocations.pop(invocation.id, None))

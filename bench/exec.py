@@ -1,4 +1,4 @@
-"""Jobs: a shell script run once for each event, each in a cage of its own (the mode ``exec``)."""
+"""Invocations: a shell script run once for each event, each in a cage of its own (the mode ``exec``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPT = """\
     read -r params
 """
 AT_ONCE = 4
-"""Jobs of the plugin that may run at a time."""
+"""Invocations of the plugin that may run at a time."""
 
 
 def processor(running: Daemon) -> dict[str, float]:
@@ -39,7 +39,7 @@ def measure(rounds: int) -> Report:
     taken = []
     with daemon(host_toml=HOST_TOML) as running, Client(running.root) as client:
         subject = Subject(
-            running, "jobs", "project.created", SCRIPT, transport={"mode": "exec"}, delivery={"concurrency": AT_ONCE}
+            running, "exec", "project.created", SCRIPT, transport={"mode": "exec"}, delivery={"concurrency": AT_ONCE}
         )
         subject.once(client)
         for _ in range(rounds):
@@ -60,4 +60,4 @@ def measure(rounds: int) -> Report:
         f"processor time for each in ms: {each}",
     )
     series = (Series("isolator exec: one at a time", "cage, validation, durable queue, audit", "µs", tuple(taken)),)
-    return Report("jobs", "Running a job for an event", series, notes=notes)
+    return Report("exec", "Running an invocation for an event", series, notes=notes)
