@@ -36,7 +36,7 @@ _AT_ONCE = 64
 _META = "io.modelcontextprotocol/"
 
 
-@click.group()
+@click.group(epilog="\b\nExamples:\n  isolator mcp serve github\n  isolator mcp tools github")
 def mcp() -> None:
     """Use MCP servers from editors and agents; approve their tools."""
 

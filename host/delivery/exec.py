@@ -1,8 +1,8 @@
 """Delivery in the mode ``exec``: for each event the program runs once, in a cage of its own (a *invocation*).
 
 The event is on its standard input, the exit code is the answer, and the last line of its standard output, if it is a
-JSON object, the result. The supervisor starts and ends invocations, and tells how they ended; an attempt that no program saw,
-since its cage could not be made, does not count.
+JSON object, the result. The supervisor starts and ends invocations, and tells how they ended; an attempt that no
+program saw, since its cage could not be made, does not count.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Invocations: the runs of a plugin with the mode ``exec``, each a fresh cage for one event.
 
-An invocation has the event on its standard input and ends by itself; how it ends is for the host, which has the queue. It is
-no crash of the plugin, however it ends, and nothing is started again here. One that takes longer than the plugin's
-timeout is stopped. Before the plugin is stopped, its invocations may end: no new one begins meanwhile.
+An invocation has the event on its standard input and ends by itself; how it ends is for the host, which has the queue.
+It is no crash of the plugin, however it ends, and nothing is started again here. One that takes longer than the
+plugin's timeout is stopped. Before the plugin is stopped, its invocations may end: no new one begins meanwhile.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class Invocations:
         request: StartInvocation,
         stdin: int,
     ) -> Invocation:
-        """Begin an invocation, with the sealed standard input ``stdin``, which stays the caller's; raises IsolatorError."""
+        """Begin an invocation; its sealed standard input ``stdin`` stays the caller's. Raises IsolatorError."""
         where = f"plugin {self._name}"
         if self._stopping or self._context.rest.coming:
             raise UnavailableError(

@@ -16,8 +16,9 @@ RUN = [block for block in ALL if block.page == "README.md" and "cat /etc/shadow"
 MARKED = {"README.md": 4, "docs/compatibility.md": 1, "docs/install.md": 4, "docs/policy.md": 1}
 """Blocks that cannot be run here; the marker above each says why."""
 OPEN = {
-    "README.md": 1, "docs/audit.md": 3, "docs/embedding.md": 1, "docs/events.md": 3, "docs/host-api.md": 1,
-    "docs/manifest.md": 1, "docs/operations.md": 3, "docs/plugins.md": 3, "docs/policy.md": 3, "docs/run.md": 2,
+    "README.md": 1, "docs/audit.md": 3, "docs/console.md": 1, "docs/embedding.md": 1, "docs/events.md": 3,
+    "docs/host-api.md": 1, "docs/install.md": 1, "docs/manifest.md": 1, "docs/mcp.md": 1, "docs/operations.md": 5,
+    "docs/plugins.md": 3, "docs/policy.md": 3, "docs/run.md": 2,
 }  # fmt: skip
 """Blocks that could be run and are not yet; that their commands and options exist is tested (``test_commands``)."""
 

@@ -200,7 +200,7 @@ async def test_commands_change_deliveries_and_show_pauses(daemon: Daemon) -> Non
     ran = await isolator(daemon.root, "plugin", "list")
     assert "by uid:0; isolator plugin resume one" in ran.out
     assert "paused:" in (await isolator(daemon.root, "plugin", "show", "one")).out
-    assert "paused:   one" in (await isolator(daemon.root, "status")).out
+    assert "paused:    one" in (await isolator(daemon.root, "status")).out
     assert (await isolator(daemon.root, "plugin", "resume", "one")).out == "resumed one\n"
     await _state_is(daemon, emitted["id"], "retry")
     ran = await isolator(daemon.root, "event", "list", "--plugin", "one", "--state", "retry", "--since", "1h", "--json")
