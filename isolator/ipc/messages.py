@@ -347,8 +347,8 @@ class RunEnded(Request[None], op="run.ended"):
 
 
 class InvocationEnded(Request[None], op="invocation.ended"):
-    """An invocation has ended, and nothing of it is left. Its time has gone by, or it was stopped, if `cause` is neither
-    `exit` nor `signal`."""
+    """An invocation has ended, and nothing of it is left. Its time has gone by, or it was stopped, if `cause` is
+    neither `exit` nor `signal`."""
 
     name: str
     run: str
