@@ -13,7 +13,7 @@ from tests.support.timeouts import seconds
 from tests.system.daemon import event, wait_for, write_plugin
 from tests.vm.service import needs_machine
 
-pytestmark = [pytest.mark.vm, needs_machine]
+pytestmark = [pytest.mark.vm, pytest.mark.wide, needs_machine]
 
 
 def isolator(*words: str) -> str:
