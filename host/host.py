@@ -74,6 +74,7 @@ from isolator.ipc.messages import (
     RaiseAlarm,
     RunEnded,
     RunStarted,
+    ServeCallers,
     StderrTail,
 )
 from isolator.ipc.succession import Departure, Descriptors
@@ -266,6 +267,7 @@ class Host:
             GetStderrTail.on(self._stderr_tail),
             NewAuditSocket.on_fds(self._audit_source),
             AlarmsChanged.on(self._alarms_changed),
+            ServeCallers.on(self._serve_callers),
             Leave.on(self._leave),
         )
 
@@ -301,6 +303,9 @@ class Host:
         await self._api.take_over(state.api, descriptors)
         await self._control.take_over(state.control, descriptors)
         self._lifecycle.take_over(state.starts)
+
+    async def _serve_callers(self, _: ServeCallers) -> None:
+        await self._control.begin()
 
     async def _leave(self, _: Leave) -> Left:
         """Hand everything on to another process; nothing is accepted, sent or read any more once that has begun.

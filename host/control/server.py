@@ -172,6 +172,9 @@ class ControlServer:
         may_call: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._restore = restore or {}
+        self._taken_over: list[_Connection] = []
+        self._listener: socket.socket | None = None
+        """The listener that was taken over, until ``begin``."""
         self.console = console
         self.leaving = False
         """No request is begun any more: another process takes this one's place."""
@@ -257,14 +260,23 @@ class ControlServer:
         )
 
     async def take_over(self, state: ControlState, descriptors: Descriptors) -> None:
-        """Go on with the connections of another host, then accept."""
+        """Take the connections of another host; nothing is read or accepted before ``begin``."""
         for one in state.connections:
             connection = _Connection(self)
             with contextlib.suppress(OSError):
                 await connection.take_over(one.line, descriptors)
                 connection.restore(one.belongings, self._restore)
-                connection.begin()
-        await self.start(socket.socket(fileno=descriptors.take(state.listener)))
+                self._taken_over.append(connection)
+        self._listener = socket.socket(fileno=descriptors.take(state.listener))
+
+    async def begin(self) -> None:
+        """Go on with the connections that were taken over, then accept."""
+        taken_over, self._taken_over = self._taken_over, []
+        for connection in taken_over:
+            connection.begin()
+        if self._listener is not None:
+            listener, self._listener = self._listener, None
+            await self.start(listener)
 
     async def close(self) -> None:
         """Stop accepting and close every connection."""

@@ -279,6 +279,10 @@ class AlarmsChanged(Request[None], op="alarms"):
     alarms: tuple[str, ...]
 
 
+class ServeCallers(Request[None], op="serve.callers"):
+    """Serve the control socket: all that waited while H took another's place has been sent before."""
+
+
 class PluginChanged(Request[None], op="plugin.changed"):
     """Take over a plugin's new state, or forget a plugin."""
 
@@ -668,7 +672,8 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → W": (ConsoleHello,),
     "S ↔ old and new": (Leave, StatePart),
     "S → H": (
-        HostHello, AlarmsChanged, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded, InvocationEnded,
+        HostHello, AlarmsChanged, ServeCallers, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded,
+        InvocationEnded,
         GetStderrTail, NewAuditSocket,
     ),
     "H → S": (

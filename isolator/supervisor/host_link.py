@@ -30,6 +30,7 @@ from isolator.ipc.messages import (
     RaiseAlarm,
     RunEnded,
     RunStarted,
+    ServeCallers,
 )
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import read_sealed
@@ -94,6 +95,10 @@ class HostLink:
                 fresh=self.process.starts == 1, alarms=alarms, parts=parts,
             )  # fmt: skip
             await channel.ask(hello, fds=fds)
+
+    def serve_callers(self) -> None:
+        """Have a host that took another's place serve callers, now that it knows all that the other one knew."""
+        self._tell(ServeCallers())
 
     def plugin_changed(self, entry: PluginEntry) -> None:
         """Tell the host of a plugin's new state."""

@@ -123,6 +123,10 @@ class Services:
         def inherited_by_host() -> dict[str, int]:
             return {"audit": audit.source_end("host")}
 
+        def host_succeeded() -> None:
+            host.serve_callers()
+            audit.catch_up(host.process)
+
         of_host = {**handlers, **host.handlers()}
         of_broker: _Ways = {
             "inherit": inherited_by_broker, "succeed": lambda: broker.succeed, "succession": self._broker_filter,
@@ -130,7 +134,7 @@ class Services:
         }  # fmt: skip
         of_host_ways: _Ways = {
             "inherit": inherited_by_host, "succeed": lambda: host.succeed(table.entries()),
-            "succeeded": lambda: audit.catch_up(host.process),
+            "succeeded": host_succeeded,
         }  # fmt: skip
         if before is not None:
             audit.process.adopt(before["audit"], audit.introduce, succeed=lambda: audit.succeed)

@@ -153,3 +153,23 @@ def test_what_is_open_while_the_host_is_exchanged_is_answered(tmp_path: Path) ->
 def _wait_for_event(root: Path, event: str) -> dict[str, Any]:
     with Client(root, timeout=seconds(60)) as client:
         return dict(client.call("event.wait", id=event, timeout=seconds(30)))
+
+
+def test_plugin_that_is_added_during_exchanges_is_known_to_every_host(tmp_path: Path) -> None:
+    with daemon() as d:
+        stopped = threading.Event()
+
+        def exchange_on_and_on() -> None:
+            while not stopped.is_set():
+                exchange(d, "host")
+
+        with ThreadPoolExecutor(1) as pool:
+            exchanging = pool.submit(exchange_on_and_on)
+            try:
+                for number in range(6):
+                    name = f"added{number}"
+                    d.cli("plugin", "add", str(write_plugin(tmp_path / name)), "--yes")
+                    assert d.json("plugin", "show", name)["name"] == name
+            finally:
+                stopped.set()
+            exchanging.result()
