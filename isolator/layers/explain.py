@@ -48,6 +48,11 @@ def mode_sentence(proposal: Proposal) -> dict[str, str]:
     if proposal.mode == "http":
         place = f"port {proposal.port} of its own loopback" if proposal.port is not None else "its socket"
         return {"mode": f"Serves HTTP to the host alone, on {place}; a redirect is never followed."}
+    if proposal.mode == "mcp":
+        return {
+            "mode": "Speaks MCP with the host alone, which makes calls of its tools out of events and of what callers "
+            "ask; a tool that has changed is blocked for them until it is approved."
+        }
     return {}
 
 

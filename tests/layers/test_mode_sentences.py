@@ -25,6 +25,16 @@ CLAUSES = {
     ", on its socket": "system/test_http.py::test_event_arrives_as_a_cloudevent_with_a_signature_that_verifies",
     r", on port \d+ of its own loopback": "system/test_http.py::test_port_of_a_cage_is_reached_from_nowhere_else",
     "; a redirect is never followed.": "system/test_http.py::test_status_decides_about_the_event",
+    "Speaks MCP with the host alone": (
+        "mcp/test_servers.py::test_server_that_asks_floods_and_answers_what_nobody_asked_delays_nobody"
+    ),
+    ", which makes calls of its tools out of events": (
+        "mcp/test_servers.py::test_event_becomes_a_call_with_arguments_of_its_payload"
+    ),
+    " and of what callers ask": "mcp/test_servers.py::test_editor_of_either_era_sees_and_calls_granted_tools_alone",
+    "; a tool that has changed is blocked for them until it is approved.": (
+        "mcp/test_servers.py::test_tool_that_changes_or_is_renamed_is_blocked_until_approved"
+    ),
 }
 
 
