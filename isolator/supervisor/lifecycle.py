@@ -157,12 +157,17 @@ class Plugin:
         after as many of them as a plugin's own would have.
         """
         async with self._settled:
-            await self._settled.wait_for(lambda: self.state not in _PASSING or self._fails_to_start())
+            await self._settled.wait_for(lambda: not self._passing or self._fails_to_start())
         if self.state != PluginState.RUNNING or self.run is None:
             raise UnavailableError(
                 f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'"
             )
         return self.run
+
+    @property
+    def _passing(self) -> bool:
+        """Whether another state follows by itself; one whose run has just ended is called running for a moment."""
+        return self.state in _PASSING or (self.state == PluginState.RUNNING and self.run is None)
 
     def _fails_to_start(self) -> bool:
         limits = self.effective.restart if self.effective is not None else None

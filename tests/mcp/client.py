@@ -82,7 +82,9 @@ class Client:
         return answer
 
     def tools(self) -> list[str]:
-        return [tool["name"] for tool in self.ask("tools/list")["result"]["tools"]]
+        answer = self.ask("tools/list")
+        assert "result" in answer, answer
+        return [tool["name"] for tool in answer["result"]["tools"]]
 
     def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
         return self.ask("tools/call", name=tool, arguments=arguments)

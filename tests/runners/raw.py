@@ -32,10 +32,10 @@ def acting_as(uid: int, gid: int | None = None) -> Iterator[None]:
 def connect(root: Path, uid: int, gid: int | None = None) -> socket.socket:
     """A connection of a user's to the daemon's socket for runs."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(seconds(60))
     try:
         with acting_as(uid, gid):
-            sock.connect(str(root / "run/isolator/run.sock"))
+            sock.connect(str(root / "run/isolator/run.sock"))  # blocks while others wait to be accepted
+        sock.settimeout(seconds(60))
     except BaseException:
         sock.close()
         raise

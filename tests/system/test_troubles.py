@@ -158,7 +158,7 @@ def as_user(d: Daemon, uid: int, *words: str) -> subprocess.CompletedProcess[str
 def test_viewer_searches_the_trail_without_access_to_its_files(d: Daemon) -> None:
     event_id = d.json("event", "list")[-1]["id"]
     for words in (
-        ("audit", "story", event_id[:10], "--json"),
+        ("audit", "story", event_id[:-2], "--json"),
         ("audit", "query", "--plugin", "unlucky", "--type", "net.*", "--json"),
         ("plugin", "denials", "unlucky", "--json"),
         ("plugin", "history", "unlucky", "--json"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.system.daemon import Daemon, daemon, write_plugin
+from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
 from tests.system.reload.test_reload import STATE, running
 
 BEFORE = """
@@ -22,9 +24,7 @@ runner = [65534]
 [metrics]
 port = 9465
 [ceiling]
-memory = "100M"
-[defaults]
-tasks = 33
+memory = "260M"
 """
 
 
@@ -34,26 +34,42 @@ def listens(d: Daemon, port: int) -> bool:
     return f" 0100007F:{port:04X} 00000000:0000 0A " in Path(f"/proc/{d.process.pid}/net/tcp").read_text()
 
 
-def test_reload_puts_host_toml_in_force(shared_dir: Path) -> None:
+def memory_of_large(d: Daemon) -> int:
+    """The cap that is in force, in bytes."""
+    return int(d.json("plugin", "show", "large")["effective"]["resources"]["memory"])
+
+
+def may_look(d: Daemon, uid: int) -> bool:
+    """Whether a user is served as a viewer."""
+    program = "import sys; from host.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-I", "-c", program, "--root", str(d.root), "status"]
+    done = subprocess.run(command, user=uid, group=uid, extra_groups=[], capture_output=True, check=False, cwd="/")
+    return done.returncode != 4
+
+
+def test_reload_puts_host_toml_in_force_and_stops_nobody(shared_dir: Path) -> None:
     with daemon(host_toml=BEFORE) as d:
-        large = {**STATE, "resources": {"memory": "200M"}}
+        large = {**STATE, "resources": {"memory": "300M"}}
         for name, sandbox in (("large", large), ("small", STATE)):
             d.cli("plugin", "add", str(write_plugin(shared_dir / name, sandbox=sandbox)), "--yes")
+            if name == "large":
+                policy = d.root / "etc/isolator/policies/large.toml"
+                policy.write_text(policy.read_text().replace('memory = "256M"', 'memory = "300M"', 1))
             d.cli("plugin", "start", name)
+        wait_for(lambda: memory_of_large(d) == 300 << 20, what="the edited policy")
+        wait_for(lambda: set(running(d)) == {"large", "small"})
         before = running(d)
         assert listens(d, 9464) and not listens(d, 9465)
+        assert may_look(d, 65533) and not may_look(d, 65534)
         (d.root / "etc/isolator/host.toml").write_text(AFTER)
-        print(d.cli("reload").stdout)
-        assert listens(d, 9465) and not listens(d, 9464)
-        print(d.cli("plugin", "list").stdout)
-        print(d.cli("plugin", "show", "large").stdout)
-        print(d.cli("plugin", "show", "small").stdout)
-        import time
-
-        time.sleep(3)
-        print(before, running(d))
-        print(d.cli("plugin", "list").stdout)
-        print(d.cli("plugin", "show", "large").stdout)
-        print(d.cli("plugin", "show", "small").stdout)
-        print(d.log.read_text())
-        assert 0
+        d.cli("reload")
+        wait_for(lambda: listens(d, 9465) and not listens(d, 9464), what="the port of the metrics")
+        wait_for(lambda: may_look(d, 65534) and not may_look(d, 65533), what="the roles")
+        assert running(d) == before
+        large_one = wait_for(lambda: (shown := d.json("plugin", "show", "large"))["error"] and shown, what="the error")
+        assert "300M is over the ceiling, 260M" in large_one["error"]
+        assert large_one["error"].endswith("the last good policy stays in force")
+        assert memory_of_large(d) == 300 << 20
+        assert not d.json("plugin", "show", "small")["error"]
+        d.cli("plugin", "restart", "large", code=None)
+        assert "over the ceiling" in d.json("plugin", "show", "large")["error"]
