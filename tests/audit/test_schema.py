@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate.schemas import FOLDER, json_schema
+from docs.generate.schemas import FOLDER
 from isolator.audit.schema import (
     ABSENT,
     AUDIT,
@@ -53,8 +53,9 @@ def test_unknown_type_or_source_may_not_be_written() -> None:
 
 
 def test_published_schemas_are_those_of_the_record_types() -> None:
+    """That their text is current is tested with the other generated documents."""
     published = {path.name: path.read_text() for path in (REPO / FOLDER).iterdir()}
-    assert published == {f"{type}.json": json_schema(type) for type in RECORDS}
+    assert set(published) == {f"{type}.json" for type in RECORDS}
     for text in published.values():
         schema = json.loads(text)
         assert schema["description"] and schema["$schema"].endswith("2020-12/schema")

@@ -76,7 +76,7 @@ def test_every_promise_holds_and_nothing_is_left() -> None:
     assert not traces(root)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.wide)])
 def test_an_interrupted_demo_cleans_up_and_fails(number: signal.Signals) -> None:
     with running_demo() as (demo, _, root):
         os.kill(demo.pid, number)

@@ -149,7 +149,13 @@ def test_host_that_dies_with_its_database_comes_back_with_it() -> None:
         assert ended == {"service": "host", "why": "killed by SIGKILL", "hung": False}
 
 
-@pytest.mark.parametrize(("kind", "why"), [("missing", "is missing"), ("readable", "must be a plain file of uid")])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        pytest.param("missing", "is missing", marks=pytest.mark.wide),
+        ("readable", "must be a plain file of uid"),
+    ],
+)
 def test_without_its_key_a_plugin_with_secrets_waits_and_says_why(stopped: Daemon, kind: str, why: str) -> None:
     with kept(stopped) as folder:
         key = folder / "key"

@@ -41,7 +41,7 @@ def test_process_that_hangs_is_replaced(tmp_path: Path) -> None:
         assert d.stop() == 0
 
 
-@pytest.mark.parametrize("name", ["launcher", "audit"])
+@pytest.mark.parametrize("name", [pytest.param("launcher", marks=pytest.mark.wide), "audit"])
 def test_daemon_stops_although_a_process_hangs(name: str) -> None:
     with daemon() as d:
         os.kill(d.service_pid(MODULES[name]), signal.SIGSTOP)

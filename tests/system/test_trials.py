@@ -80,7 +80,7 @@ def test_config_given_with_a_version_that_waits_waits_with_it(running: Daemon, t
 @pytest.mark.parametrize(
     ("first", "outcome"),
     [
-        ("import time; time.sleep(3); raise SystemExit(7)", ("1.0.0", "red")),
+        pytest.param("import time; time.sleep(3); raise SystemExit(7)", ("1.0.0", "red"), marks=pytest.mark.wide),
         ("import time; time.sleep(3)", ("2.0.0", "blue")),
     ],
     ids=["fails", "comes up"],

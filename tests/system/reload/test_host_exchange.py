@@ -155,6 +155,7 @@ def _wait_for_event(root: Path, event: str) -> dict[str, Any]:
         return dict(client.call("event.wait", id=event, timeout=seconds(30)))
 
 
+@pytest.mark.wide
 def test_plugin_that_is_added_during_exchanges_is_known_to_every_host(tmp_path: Path) -> None:
     with daemon() as d:
         stopped = threading.Event()
