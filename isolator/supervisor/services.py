@@ -8,6 +8,7 @@ listeners of their host API. The messages are in isolator/ipc/messages.py.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -81,6 +82,8 @@ class Services:
         self.broker = BrokerLink(broker, paths, config)
         self.host = HostLink(host, paths, config, health.alarms)
         self._paths, self._process = paths, process
+        self.exchanging = asyncio.Lock()
+        """Held while processes are exchanged, and by a reload: an exchange needs answers that a rest holds back."""
         self.console: ConsoleLink | None = None
         """None, and nothing of it loaded, where there is no ``[console]``, or it could not be started."""
         if config.console is not None:
@@ -177,12 +180,13 @@ class Services:
 
     async def exchange(self) -> None:
         """Put new processes in the places of those that run, one after the other; each failure is logged."""
-        for process in self.every:
-            if process.succeed is not None:
-                try:
-                    await exchange(process)
-                except (IsolatorError, OSError) as error:
-                    logger.error("%s could not be exchanged: %s", process.spec.name, error)
+        async with self.exchanging:
+            for process in self.every:
+                if process.succeed is not None:
+                    try:
+                        await exchange(process)
+                    except (IsolatorError, OSError) as error:
+                        logger.error("%s could not be exchanged: %s", process.spec.name, error)
 
 
 async def _no_introduction(_: Channel) -> None:

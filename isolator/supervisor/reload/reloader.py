@@ -38,18 +38,19 @@ _REPEATED = frozenset({EnsureRun.op, ConnectRun.op})
 async def reload(daemon: Daemon, program: Program, generation: int) -> None:
     """Hand the daemon over to the program; returns only by raising, when that was not possible."""
     program.check()
-    began = time.monotonic()
-    number = await trial.try_out(program, daemon_state(daemon, generation, began))
-    began = time.monotonic()
-    try:
-        await _come_to_rest(daemon)
-        # From here to the exec nothing is awaited.
-        for service in daemon.services.every:
-            if service.channel is not None:
-                service.channel.leave_unread()
-        execute(program, daemon_state(daemon, generation, began), number)
-    finally:
-        _go_on(daemon)
+    async with daemon.services.exchanging:
+        began = time.monotonic()
+        number = await trial.try_out(program, daemon_state(daemon, generation, began))
+        began = time.monotonic()
+        try:
+            await _come_to_rest(daemon)
+            # From here to the exec nothing is awaited.
+            for service in daemon.services.every:
+                if service.channel is not None:
+                    service.channel.leave_unread()
+            execute(program, daemon_state(daemon, generation, began), number)
+        finally:
+            _go_on(daemon)
 
 
 def execute(program: Program, state: DaemonState, number: int) -> None:
