@@ -54,7 +54,7 @@ threading.Timer(params["duration_ms"] / 1000, answer).start()
 def exchange(d: Daemon, *names: str) -> None:
     """Have the services exchanged; returns when each of ``names`` is another process and the one before has ended."""
     assert d.process is not None
-    before = {name: d.service_pid(MODULES[name]) for name in names}
+    before = {name: wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True)) for name in names}
     os.kill(d.process.pid, signal.SIGUSR1)
     for name, pid in before.items():
         wait_for(lambda name=name, pid=pid: exchanged(d, name, pid), what=f"{name}: {d.log.read_text()}")

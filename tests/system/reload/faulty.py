@@ -77,7 +77,8 @@ def _at_exec(root: Path, words: str) -> None:
         if word == "leak":
             os.set_inheritable(os.open("/dev/full", os.O_RDONLY), True)
             subprocess.Popen(["sleep", "1000"])
-            os.waitid(os.P_PID, subprocess.Popen(["true"]).pid, os.WEXITED | os.WNOWAIT)
+            zombie = os.posix_spawn("/bin/true", ["true"], os.environ)  # a Popen that is dropped would reap it
+            os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
 
 
 def main() -> None:
