@@ -65,12 +65,22 @@ async def _took(root: Path, script: str, limits: ResourcePolicy) -> float:
             state.remove()
 
 
+async def _fastest(shared_dir: Path, script: str, limits: ResourcePolicy) -> float:
+    """Seconds of the fastest try of some: others may use the disk meanwhile."""
+    fastest = await _took(shared_dir, script, limits)
+    for _ in range(4):
+        if fastest < AMOUNT / RATE / 4:
+            break
+        fastest = min(fastest, await _took(shared_dir, script, limits))
+    return fastest
+
+
 @pytest.mark.parametrize(("script", "cap"), [(WRITE, "io_write"), (FSYNC, "io_write"), (READ, "io_read")])
 async def test_a_cap_slows_writing_and_reading(shared_dir: Path, script: str, cap: str) -> None:
     """The kernel keeps the rate from the first byte on, so it takes about a second; without a cap hundredths of one."""
     other = {"io_read": "io_write", "io_write": "io_read"}[cap]
-    free = await _took(shared_dir, script, ResourcePolicy())
-    wrong = await _took(shared_dir, script, ResourcePolicy(**{other: RATE}))
+    free = await _fastest(shared_dir, script, ResourcePolicy())
+    wrong = await _fastest(shared_dir, script, ResourcePolicy(**{other: RATE}))
     capped = await _took(shared_dir, script, ResourcePolicy(**{cap: RATE}))
     assert capped > AMOUNT / RATE / 2, f"{AMOUNT} bytes in {capped} s"
     assert capped > 2 * free and capped > 2 * wrong, f"{capped} s with a cap, {free} s without, {wrong} s with another"
