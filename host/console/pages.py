@@ -94,7 +94,7 @@ class Pages:
         return {"event": event, "lines": lines, "final": FINAL, "payload": json.dumps(event["payload"], indent=2)}
 
     async def denials(self, name: str | None) -> Context:
-        """What plugins were refused, each once, with the line that grants it."""
+        """Show each refusal once, with the line that grants it."""
         listed = (await self._upstream.call("plugin.list"))["plugins"]
         denied = self._live.denied()
         names = [name] if name else [entry["name"] for entry in listed if denied[entry["name"]]]

@@ -78,7 +78,7 @@ class Caller:
     pid: int
     role: str | None
     may_call: bool
-    """Whether it has the role ``caller``, besides the one that it has here."""
+    """The role ``caller``, which one may have besides the one that it has here."""
     notify: Callable[[str, Mapping[str, Any]], None]
     narrow: Callable[[int], None]
     cut: Callable[[], None]
@@ -91,7 +91,7 @@ class Caller:
     """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
 
     passes_on: bool = False
-    """Whether it may ask for somebody else: the console."""
+    """The right to ask for somebody else, which the console has."""
 
     @property
     def by(self) -> str:

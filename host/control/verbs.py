@@ -731,7 +731,7 @@ class Version(TypedDict):
 
 
 class Help(TypedDict):
-    """By verb, its summary, role, parameters (JSON Schema) and the keys of its answer; by notification, its keys."""
+    """Summary, role, parameters (JSON Schema) and answer's keys of each verb, and the keys of each notification."""
 
     verbs: dict[str, dict[str, Any]]
     notifications: dict[str, dict[str, bool]]
@@ -759,7 +759,7 @@ class Ledger(Request, verb="ledger", role="viewer", result=Controls):
 
 
 class Tools(TypedDict):
-    """What a caller is shown of an MCP server."""
+    """Name, instructions and tools of an MCP server, as one caller may see them."""
 
     name: str
     server: str

@@ -69,7 +69,7 @@ class ExecDelivery(Mode):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self._invocations: dict[str, _Invocation] = {}
-        """By run."""
+        """Those under way, by run."""
         self._slot = asyncio.Event()
         self._tasks = Tasks()
 

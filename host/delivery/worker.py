@@ -91,7 +91,7 @@ class Worker:
         self._sidecar, self._outcomes, self._oneshot, self._stream = sidecar, outcomes, oneshot, stream
         self._parts = parts
         self._modes: dict[str, Mode] = {}
-        """Those that were needed so far, by name."""
+        """Modes that were needed so far, by name."""
         self._users = 0
         """Others than the queue that use the sidecar at the moment."""
         self._woken = asyncio.Event()

@@ -153,7 +153,7 @@ class Greeting:
     name: str
     instructions: str
     tools: bool
-    """Whether it has any."""
+    """Presence of tools among its capabilities."""
 
 
 def greeting(era: Era, answer: Answer) -> Greeting:

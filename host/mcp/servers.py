@@ -102,9 +102,9 @@ class Servers:
         self._redactor, self._use = redactor, use
         self._sessions: dict[str, Session] = {}
         self._offered: dict[str, tuple[Item, ...]] = {}
-        """By run."""
+        """Tools that a server has listed, by run."""
         self._opening: dict[str, asyncio.Task[Session]] = {}
-        """By run: the task that opens its session."""
+        """Tasks that open sessions, by run."""
         self._ends: dict[str, asyncio.Event] = {}
         """By run whose session is over: set once it has ended."""
         self._finished: deque[str] = deque(maxlen=64)

@@ -85,7 +85,7 @@ class Service:
 
 @pytest.fixture
 def service(shared_dir: Path, request: pytest.FixtureRequest) -> Iterator[Service]:
-    (shared_dir / "work/below").mkdir(parents=True)
+    (shared_dir / "inner/below").mkdir(parents=True)
     made = Service(shared_dir, getattr(request, "param", READ_ONLY))
     yield made
     made.end()
@@ -94,23 +94,23 @@ def service(shared_dir: Path, request: pytest.FixtureRequest) -> Iterator[Servic
 def test_folder_of_another_namespace_is_found_and_writable_where_the_service_sees_it_read_only(
     service: Service, shared_dir: Path
 ) -> None:
-    read = service.ask(shared_dir / "work")
+    read = service.ask(shared_dir / "inner")
     assert read["directly"] == "EINVAL"  # the reason for all this
     assert read["wrote"] == "EROFS"
-    write = service.ask(shared_dir / "work", "write", os.O_RDONLY | os.O_DIRECTORY)
+    write = service.ask(shared_dir / "inner", "write", os.O_RDONLY | os.O_DIRECTORY)
     assert write["wrote"] is True
-    assert (shared_dir / "work/made").exists()
+    assert (shared_dir / "inner/made").exists()
     for answer in (read, write):
         assert answer["flags"] & os.ST_NOSUID
         assert answer["flags"] & os.ST_NODEV
 
 
 def test_file_is_found_by_the_name_that_it_has_now(service: Service, shared_dir: Path) -> None:
-    file, link = shared_dir / "work/file", shared_dir / "link"
+    file, link = shared_dir / "inner/file", shared_dir / "link"
     file.write_text("x")
     link.symlink_to(file)
     fd = os.open(link, os.O_RDONLY)
-    file.rename(shared_dir / "work/renamed")
+    file.rename(shared_dir / "inner/renamed")
     file.write_text("another")
     assert "error" not in service.ask(fd)
 
@@ -118,9 +118,9 @@ def test_file_is_found_by_the_name_that_it_has_now(service: Service, shared_dir:
 @pytest.mark.parametrize(
     ("service", "error"),
     [
-        (f'{READ_ONLY} && mount -t tmpfs none "$1/work/below"', "ESTALE"),
-        (f'{READ_ONLY} && mount -t tmpfs none "$1/work"', "ENOENT"),
-        ('mount -t tmpfs none "$1" && mkdir -p "$1/work" && ln -s /etc "$1/work/below"', "ELOOP"),
+        (f'{READ_ONLY} && mount -t tmpfs none "$1/inner/below"', "ESTALE"),
+        (f'{READ_ONLY} && mount -t tmpfs none "$1/inner"', "ENOENT"),
+        ('mount -t tmpfs none "$1" && mkdir -p "$1/inner" && ln -s /etc "$1/inner/below"', "ELOOP"),
     ],
     indirect=["service"],
     ids=["another file system there", "nothing there", "a link there"],
@@ -129,12 +129,12 @@ def test_file_is_found_by_the_name_that_it_has_now(service: Service, shared_dir:
 def test_folder_that_the_service_does_not_see_is_refused(
     service: Service, shared_dir: Path, error: str, how: str
 ) -> None:
-    assert service.ask(shared_dir / "work/below", how)["error"] == error
+    assert service.ask(shared_dir / "inner/below", how)["error"] == error
 
 
 def test_folder_on_a_mount_that_the_service_lacks_is_refused(service: Service, shared_dir: Path) -> None:
     """What lies under it there is another folder of the same name."""
-    place = shared_dir / "work"
+    place = shared_dir / "inner"
     subprocess.run(["mount", "-t", "tmpfs", "none", str(place)], check=True)
     try:
         assert service.ask(place, "write")["error"] == "ESTALE"
