@@ -177,12 +177,16 @@ def _write(path: Path, text: str) -> None:
 def _in_use(client: Client, before: dict[str, Any], kind: str) -> str:
     """Wait until the daemon has read the file; how that ended."""
     end, pause = time.monotonic() + _PATIENCE, Backoff(0.02, 0.25)
+    read = False
     while time.monotonic() < end:
         shown = client.call("plugin.show", name=before["name"])
-        if shown["effective_digest"] != before["effective_digest"]:
-            changed = _in_force(shown, kind) != _in_force(before, kind)
-            return "in force" if changed else "in force; nothing that the plugin has now has changed"
+        if _in_force(shown, kind) != _in_force(before, kind):
+            return "in force"
+        # Something else may have changed just now, too, such as what the daemon grants for want of a file.
+        read = shown["effective_digest"] != before["effective_digest"]
         if shown["error"] and shown["error"] != before["error"]:
             return f"not in force: {safe(shown['error'])}"
         time.sleep(pause.next())
+    if read:
+        return "in force; nothing that the plugin has now has changed"
     return "written; what the plugin may do is the same as before (isolator plugin explain says why)"

@@ -205,6 +205,7 @@ def test_event_arrives_as_a_cloudevent_with_a_signature_that_verifies(running: D
     expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
     assert (headers["webhook-id"], headers["webhook-signature"]) == (event_id, f"v1,{expected}")
     assert abs(int(headers["webhook-timestamp"]) - time.time()) < 600
+    final(running, event_id, "good")
     assert "webhook-id" not in next(one for one in seen(running, "good") if one[1]["ce-id"] == event_id)[1]
 
 
@@ -251,8 +252,9 @@ def test_port_of_its_own_loopback_serves_in_place_of_the_socket_and_is_asked_for
 
 
 def test_port_of_a_cage_is_reached_from_nowhere_else(running: Daemon) -> None:
+    running.cli("plugin", "start", "ported")
     supervisor, sidecar = running.process, running.json("plugin", "show", "ported")["pid"]
-    assert supervisor is not None
+    assert supervisor is not None and sidecar is not None
     reached = {}
     for of, pid in (("daemon", supervisor.pid), ("cage", sidecar)):
         connect = "import socket; socket.create_connection(('127.0.0.1', 8080), 5)"
