@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL, shown
-from host.channel.stream import BROKEN_OFF, CPU_A_SECOND, CPU_AT_ONCE, PROTOCOLS, cancel_calls
+from host.channel.stream import BROKEN_OFF, PROTOCOLS, cancel_calls
 from host.database import Store
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
-from host.wire.lines import Acceptor, LineProtocol, LineState
+from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, Acceptor, LineProtocol, LineState
 from host.wire.strict_json import WireError, dumps, line, parse_object, peer_of
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ApiCalled, ApiVerdict, PluginHealth
@@ -36,8 +36,9 @@ from isolator.pacing import TokenBucket
 from isolator.policy.names import covers_permission
 
 RATE, BURST = 200.0, 400.0
-REFUSAL = 0.25
-"""Seconds before a call beyond the rate is refused: calling again at once is of no use to it, and costs us."""
+REFUSAL = 0.01
+"""Seconds from one refusal (of a call beyond the rate, without permission, of no method) to the plugin's next: a flood
+is answered evenly and slowly, however many calls it has in flight, and never in one go, for which others would wait."""
 CONNECTIONS, IN_FLIGHT = 16, 16
 CONNECTS_A_SECOND, CONNECTS_AT_ONCE = 50.0, 50.0
 BYTES_A_SECOND, BYTES_AT_ONCE = 1 << 20, 4 << 20
@@ -74,6 +75,7 @@ class _Limits:
     connects: TokenBucket = field(default_factory=lambda: TokenBucket(CONNECTS_A_SECOND, CONNECTS_AT_ONCE))
     bytes: TokenBucket = field(default_factory=lambda: TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE))
     cpu: TokenBucket = field(default_factory=lambda: TokenBucket(CPU_A_SECOND, CPU_AT_ONCE))
+    refusing: asyncio.Lock = field(default_factory=asyncio.Lock)
     refused: int = 0
     reported: float = 0.0
 
@@ -265,7 +267,7 @@ class HostApi:
                 raise ApiError(-32602, "params must be an object")
             answer: dict[str, Any] = {"result": await found.handler(Context(plugin, run), params)}
         except _Limited as limited:
-            await asyncio.sleep(REFUSAL)
+            await self._pace(name)
             return {"error": {"code": RETRY_LATER, "message": str(limited), "data": {"retry_after_ms": 100}}}
         except ApiError as error:
             verdict = "failed" if verdict == "granted" else verdict
@@ -278,7 +280,13 @@ class HostApi:
         called_name = method[:80] if found is not None else shown(method, self._redactor(name), 80)
         called = ApiCalled(method=called_name, permission=permission, verdict=verdict, latency_us=latency)
         self._audit.record(called, plugin=name, run=run)
+        if verdict in ("denied", "unknown"):
+            await self._pace(name)
         return answer
+
+    async def _pace(self, name: str) -> None:
+        async with self.limits(name).refusing:
+            await asyncio.sleep(REFUSAL)
 
     def _charge(self, name: str, run: str | None) -> None:
         now, limits = time.monotonic(), self.limits(name)

@@ -28,8 +28,6 @@ PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0
 BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
 """Limits of a plugin's sending."""
-CPU_A_SECOND, CPU_AT_ONCE = 0.1, 0.5
-"""Seconds of the processor that reading one plugin's long messages may take."""
 CALLS_IN_FLIGHT = 32
 """Calls of the plugin to the host API that may be unanswered on this connection."""
 

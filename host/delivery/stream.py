@@ -14,20 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, Outcome, meta_of, params_text, read_reply
-from host.channel.stream import (
-    CPU_A_SECOND,
-    CPU_AT_ONCE,
-    Greeting,
-    Reply,
-    StreamConnection,
-    StreamState,
-    open_stream,
-)
+from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, open_stream
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket

@@ -21,7 +21,7 @@ from host.channel.reply import LostError, NotSentError
 from host.mcp import protocol
 from host.mcp.protocol import Answer, Era, Greeting
 from host.mcp.tools import MAX_TOOLS, Item, offered
-from host.wire.lines import LineProtocol, LineState
+from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
 from host.wire.strict_json import WireError
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
@@ -29,7 +29,6 @@ from isolator.pacing import TokenBucket
 
 STRAYS = 1000
 BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
-CPU_A_SECOND, CPU_AT_ONCE = 0.1, 0.5
 PROGRESS_A_SECOND, PROGRESS_AT_ONCE = 10.0, 20.0
 """Reports of progress of one request that are passed on; others are dropped."""
 LATE = 256

@@ -132,6 +132,25 @@ return codes
     assert sum(r["data"]["count"] for r in limited) == codes["-31000"]
 
 
+async def test_refusals_are_answered_one_after_another_on_however_many_connections(daemon: Daemon) -> None:
+    body = """
+call("whoami")
+sockets = [host] + [socket.socket(socket.AF_UNIX) for _ in range(15)]
+for one in sockets[1:]:
+    one.connect(os.environ["PLUGIN_HOST_SOCKET"])
+import time
+began, answers = time.monotonic(), 0
+for one in sockets:
+    one.sendall(b'{"jsonrpc":"2.0","method":"kv.get","params":{"key":"k"},"id":1}\\n' * 8)
+for one in sockets:
+    answers += sum(1 for _ in zip(range(8), one.makefile()))
+return [answers, time.monotonic() - began]
+"""
+    daemon.add("refused", _caller(body))
+    answers, took = await _reply(daemon)
+    assert answers == 128 and answers <= 100 * took + 1
+
+
 async def test_log_lines_of_a_plugin_carry_their_level(daemon: Daemon) -> None:
     body = 'return [call("log.write", {"level": "warning", "message": "disk is filling"}), call("log.write", {})]'
     daemon.add("logger", _caller(body), permissions=["log"])

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from host.wire import lines
 from host.wire.lines import LONG_LINE, LineProtocol
 from host.wire.strict_json import MAX_VALUES, WireError, parse
 from isolator.pacing import TokenBucket
@@ -97,7 +98,10 @@ async def test_blank_lines_take_no_turns_of_the_loop(reader: tuple[Reader, socke
     assert protocol.turns <= 1
 
 
-async def test_long_line_beyond_the_time_of_its_peer_waits(reader: tuple[Reader, socket.socket]) -> None:
+async def test_long_line_beyond_the_time_of_its_peer_waits(
+    reader: tuple[Reader, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "MOMENT", 0.0)
     protocol, peer = reader
     now = 0.0
     protocol.cpu = TokenBucket(1e-3, 0.0, clock=lambda: now)
