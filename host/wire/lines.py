@@ -29,7 +29,7 @@ LONG_LINE = 4096
 MOMENT = 0.001
 """Seconds of the processor that a long line may take without being counted: nobody notices so short a wait."""
 CPU_A_SECOND, CPU_AT_ONCE = 0.01, 0.2
-"""Seconds of the processor, beyond those moments, for one plugin's long lines. A line is read in one go, for which all
+"""Seconds of the processor for one plugin's lines that take longer. A line is read in one go, for which all
 others wait: of a hundred calls of theirs one may meet such a line, not more."""
 _BLANK = re.compile(rb"\n+")
 
@@ -54,7 +54,7 @@ class LineProtocol(asyncio.Protocol):
     budget: TokenBucket | None = None
     """Bytes that may be received; several connections may share one."""
     cpu: TokenBucket | None = None
-    """Seconds of the processor for long lines, beyond a ``MOMENT`` each; several connections may share one."""
+    """Seconds of the processor for lines that take more than a ``MOMENT``; several connections may share one."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
@@ -215,8 +215,8 @@ class LineProtocol(asyncio.Protocol):
             return
         began = time.thread_time()
         self.line_received(data)
-        spent = time.thread_time() - began - MOMENT
-        if spent > 0 and (wait := self.cpu.take(spent)):
+        spent = time.thread_time() - began
+        if spent > MOMENT and (wait := self.cpu.take(spent)):
             self.hold("cpu")
             self._loop.call_later(wait, self.unhold, "cpu")
 
