@@ -1,0 +1,117 @@
+"""Time in a cluster: how long this host may act on what it holds, and when it may claim what another one held.
+
+Both rest on one clock of this host alone (CLOCK_BOOTTIME, which goes on while the machine sleeps), never on another's.
+A host's deadline is ``HOLD`` after it *first sent* the newest decision of its own that it has read back; it counts
+from the sending, so a slow log only shortens it. Another host claims when it has read nothing new of the holder for
+``SILENCE``, and cites the last that it read.
+If the holder's next decision stands before the claim, the claim is void; if it comes after, the holder reads the claim
+first. The cited one was sent at least ``SILENCE`` before the claim, so the holder's deadline has been over for
+``SILENCE - HOLD``, whatever was delayed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from host.cluster.entries import Number
+from host.cluster.fold import Shard, State
+from host.cluster.placement import pick
+
+BEAT: Final = 2.0
+"""Seconds between two beats of a host."""
+HOLD: Final = 12.0
+"""Seconds for which a host may act after it sent what it has read back."""
+SILENCE: Final = 17.0
+"""Seconds without a new decision of a host after which others may claim its shards."""
+STEADY: Final = 4.0
+"""Seconds for which a host's own beats must have come back before it claims: an outage of the log moves nothing."""
+_LATE: Final = BEAT + 1.0
+
+
+def boottime() -> float:
+    """Seconds since the machine started, with those that it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Fence:
+    """The deadline of this host. Times are those of ``boottime``."""
+
+    def __init__(self) -> None:
+        self.deadline = 0.0
+        self._sent: dict[Number, float] = {}
+        self._back: float | None = None
+        self._steady_since: float | None = None
+
+    def sending(self, number: Number, now: float) -> None:
+        """Note that a decision is about to be sent; when it is sent again the first time counts."""
+        self._sent.setdefault(number, now)
+
+    def read_back(self, number: Number, now: float) -> None:
+        """Note that this host's decision has been read from the log; what it sent later came back no sooner."""
+        at = self._sent.get(number)
+        if at is None:
+            return  # of a session before this one
+        self.deadline = max(self.deadline, at + HOLD)
+        self._sent = {later: since for later, since in self._sent.items() if later > number}
+        if self._back is None or now - self._back > _LATE or now - at > _LATE:
+            self._steady_since = now
+        self._back = now
+
+    def may_act(self, now: float) -> bool:
+        """Whether what this host holds may be acted on."""
+        return now < self.deadline
+
+    def is_steady(self, now: float) -> bool:
+        """Whether this host's beats have come back in time for a while."""
+        if self._back is None or self._steady_since is None:
+            return False
+        return now - self._back <= _LATE and now - self._steady_since >= STEADY
+
+
+class Watch:
+    """What this host has read of the others, and when. Times are those of ``boottime``."""
+
+    def __init__(self, host: str, now: float) -> None:
+        self._host, self._began = host, now
+        self._heard: dict[str, tuple[Number, float]] = {}
+        self._freed: dict[Shard, tuple[int, float]] = {}
+
+    def look(self, state: State, now: float) -> None:
+        """Note what is new in the state; to be called after each message that was folded."""
+        for host, member in state.members.items():
+            if self._heard.get(host, (None,))[0] != member.decisions:
+                self._heard[host] = (member.decisions, now)
+        for shard, freed in state.freed.items():
+            if self._freed.get(shard, (0,))[0] != freed.place:
+                self._freed[shard] = (freed.place, now)
+
+    def is_silent(self, host: str, now: float) -> bool:
+        """Whether nothing new has come of a host for ``SILENCE``."""
+        return now - self._heard.get(host, (None, self._began))[1] >= SILENCE
+
+    def claimable(self, state: State, now: float) -> list[Shard]:
+        """The shards that this host should claim: it is their place, and nobody may act on them any more."""
+        alive = [host for host in state.members if host == self._host or not self.is_silent(host, now)]
+        found = []
+        for name, known in state.plugins.items():
+            if known.plugin.placement != "one":
+                continue
+            ready = [host for host in alive if _fits(state, host, name)]
+            for number in range(known.plugin.shards):
+                shard = (name, number)
+                if self._is_free(state, shard, now) and pick(shard, ready) == self._host:
+                    found.append(shard)
+        return found
+
+    def _is_free(self, state: State, shard: Shard, now: float) -> bool:
+        lease = state.leases.get(shard)
+        if lease is not None:
+            return lease.holder != self._host and self.is_silent(lease.holder, now)
+        freed = state.freed.get(shard)
+        return freed is None or freed.drained or now - self._freed[shard][1] >= SILENCE
+
+
+def _fits(state: State, host: str, name: str) -> bool:
+    beat = state.member(host).beat
+    return name in beat.ready and {*state.plugins[name].plugin.labels} <= {*beat.labels}
