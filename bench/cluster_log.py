@@ -5,7 +5,7 @@ Run as ``python3 -m bench.cluster_log PROGRAM`` in a network namespace of its ow
 
 1. *races*: two writers update one subject with the same expected last sequence; how often both win, or none;
 2. *faults*: writers send numbered messages, again until they read them back by ``DIRECT.GET``, while servers are
-   killed and stopped in turn; what was acknowledged and is missing, what stands there twice, how long reading back took;
+   killed and stopped in turn; what is missing of what was acknowledged, what stands there twice, how long it took;
 3. *replicas*: the stream, read fifty times by direct gets, which any replica answers; sequences with two contents.
 """
 
@@ -33,10 +33,9 @@ STREAM, GET = "ISO", "$JS.API.DIRECT.GET.ISO"
 
 async def _connect(servers: list[Server], first: int = 0) -> Any:
     urls = [one.url for one in servers[first:] + servers[:first]]
-    quiet = {"error_cb": _ignore, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2, "connect_timeout": 1}
-    return await nats.connect(
-        urls, dont_randomize=True, pending_size=0, ping_interval=1, max_outstanding_pings=2, **quiet
-    )
+    again = {"error_cb": _ignore, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2, "connect_timeout": 1}
+    quick = {"pending_size": 0, "ping_interval": 1, "max_outstanding_pings": 2}
+    return await nats.connect(urls, dont_randomize=True, **quick, **again)
 
 
 async def _close(client: Any) -> None:
