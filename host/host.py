@@ -14,10 +14,10 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -36,6 +36,7 @@ from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
+from host.delivery.gauges import Gauges
 from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
 from host.events import Catalogue
@@ -46,7 +47,7 @@ from host.jobs import Jobs
 from host.lifecycle import PluginLifecycle
 from host.operational import OperationalEvents
 from host.plugins.logs import Logs
-from host.plugins.registry import Plugin, Registry, load_event_types
+from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.missing import missing
 from host.queue.sqlite import SqliteQueue, newest_number
@@ -59,6 +60,7 @@ from isolator.ipc.channel import MAX_PACKET, Channel
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
     AlarmsChanged,
+    BreakOff,
     DrainRun,
     Environment,
     GetEnvironment,
@@ -78,17 +80,12 @@ from isolator.ipc.messages import (
     StderrTail,
 )
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.ipc.tasks import essential
 from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
-PLUGINS_AT_ONCE = 256
-"""Plugins in one message to the metrics."""
-QUEUE_BEAT = 2.0
-"""Seconds between two comparisons of the queues' lengths with those that the metrics have."""
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
@@ -324,12 +321,14 @@ class Host:
         if self._servers is not None:
             self._servers.hold()
         await self._settle(lambda: self._unsettled)
+        starts = self._lifecycle.pass_on()
+        await self._break_connects_off()
         await self._attempts.close()
         await self._store.run(lambda _: None)  # events that were accepted before are in their queues, and answered
         departure = Departure()
         while self._dispatcher.replied:  # noqa: ASYNC110 # a turn or two
             await asyncio.sleep(0)
-        workers, starts = self._dispatcher.pass_on(departure), self._lifecycle.pass_on()
+        workers = self._dispatcher.pass_on(departure)
         self._lifecycle.close()
         self._gauges.close()
         self._operational.close()
@@ -363,6 +362,13 @@ class Host:
             async with asyncio.timeout(SETTLE):
                 while unsettled():  # noqa: ASYNC110 # a dozen parts, none of which needs an event otherwise
                     await asyncio.sleep(SETTLE_BEAT)
+
+    async def _break_connects_off(self) -> None:
+        """Have no connection made for this process any more: simple plugins die of one without a request."""
+        with contextlib.suppress(IsolatorError):  # a supervisor of the version before does not know this
+            await self._channel.ask(BreakOff())
+            while self._dispatcher.connecting:  # noqa: ASYNC110 # each is answered: a turn or two
+                await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Stop serving; accepted events stay in the queue."""
@@ -473,50 +479,3 @@ def _is_crash(ended: RunEnded) -> bool:
     """Whether the run was killed by its own doing: by a signal or for its memory. An exit code is no crash."""
     own = ended.origin == Origin.PLUGIN and not ended.expected
     return own and (ended.signal is not None or ended.cause == OUT_OF_MEMORY)
-
-
-class Gauges:
-    """The queues' lengths and the plugins' states and limits, sent to the metrics whenever they have changed."""
-
-    def __init__(self, queue: SqliteQueue, registry: Registry, dispatcher: Dispatcher, audit: AuditClient) -> None:
-        self._queue, self._registry, self._dispatcher, self._audit = queue, registry, dispatcher, audit
-        self._sent: dict[str, int] | None = None
-        self._plugins: dict[str, dict[str, Any]] = {}
-        """As they were sent."""
-        self._task = essential(self._run(), "gauges")
-
-    def repeat(self) -> None:
-        """Send them once more though they are the same: there is a new audit process."""
-        self._sent, self._plugins = None, {}
-
-    def close(self) -> None:
-        """Send them no more."""
-        self._task.cancel()
-
-    async def _run(self) -> None:
-        while True:
-            depths = self._queue.depths()
-            if depths != self._sent:
-                self._audit.gauges(queue=depths)
-                self._sent = depths
-            self._send_plugins()
-            await asyncio.sleep(QUEUE_BEAT)
-
-    def _send_plugins(self) -> None:
-        oldest = self._queue.oldest()
-        found = {plugin.name: self._of(plugin, oldest) for plugin in self._registry}
-        changed: dict[str, Any] = {name: one for name, one in found.items() if self._plugins.get(name) != one}
-        changed |= dict.fromkeys(self._plugins.keys() - found.keys())
-        names = list(changed)
-        for begin in range(0, len(names), PLUGINS_AT_ONCE):
-            self._audit.gauges(plugins={name: changed[name] for name in names[begin : begin + PLUGINS_AT_ONCE]})
-        self._plugins = found
-
-    def _of(self, plugin: Plugin, oldest: Mapping[str, float]) -> dict[str, Any]:
-        found: dict[str, Any] = {"state": plugin.state, "paused": self._dispatcher.paused(plugin.name)}
-        if plugin.name in oldest:
-            found["oldest"] = round(oldest[plugin.name], 3)
-        if plugin.effective is not None:
-            caps = plugin.effective.resources
-            found |= {"memory": caps.memory, "cpu": caps.cpu / 1000, "tasks": caps.tasks, "open_files": caps.nofile}
-        return found

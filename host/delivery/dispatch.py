@@ -208,6 +208,11 @@ class Dispatcher:
         return self._attempts.unsettled or any(worker.unsettled for worker in self.workers.values())
 
     @property
+    def connecting(self) -> bool:
+        """Whether a connect is under way."""
+        return any(worker.connecting for worker in self.workers.values())
+
+    @property
     def replied(self) -> bool:
         """Whether a reply is there that is not concluded yet; it will be in a turn of the event loop or two."""
         return any(worker.replied for worker in self.workers.values())

@@ -18,6 +18,7 @@ from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, Outcome, interpret, meta_of, params_text
 from host.delivery.modes import Mode, Parts
+from host.delivery.sidecar import RENEWED
 from host.plugins.registry import Plugin
 from host.queue.interface import RETRY_BACKOFF, Delivery
 from host.wire.strict_json import WireError, parse_object
@@ -92,7 +93,7 @@ class ExecDelivery(Mode):
         if plugin.state in ("disabled", "failed"):
             raise NotSentError(plugin.error or f"is {plugin.state}")
         if self.parts.sidecar.leaving:
-            raise NotSentError("the host is being renewed")
+            raise NotSentError(RENEWED)
         invocation = _Invocation(plugin, delivery, os.urandom(5).hex())
         self._invocations[invocation.run] = invocation
 

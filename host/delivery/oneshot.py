@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from host.channel.oneshot import Exchange, ExchangeState, exchange
 from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
 from host.delivery.outcome import Outcomes
-from host.delivery.sidecar import PAUSED, SidecarLink
+from host.delivery.sidecar import PAUSED, RENEWED, SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
@@ -153,7 +153,7 @@ class OneshotDelivery:
             self._connecting = False
         if self._sidecar.leaving:  # it was made, so it has to be used: by the successor of this process
             self._prepared = _done((sock, run))
-            raise NotSentError("the host is being renewed")
+            raise NotSentError(RENEWED)
         return sock, run
 
     async def _connect(self) -> tuple[socket.socket, str]:
@@ -169,10 +169,14 @@ class OneshotDelivery:
     # One host in the place of another
 
     @property
+    def connecting(self) -> bool:
+        """Whether a connect is under way."""
+        return self._connecting or (self._prepared is not None and not self._prepared.done())
+
+    @property
     def unsettled(self) -> bool:
         """Whether something is under way that cannot be handed on: a connect, or a ping."""
-        connecting = self._prepared is not None and not self._prepared.done()
-        return self._connecting or connecting or (self._current is None and self._turn.locked())
+        return self.connecting or (self._current is None and self._turn.locked())
 
     @property
     def replied(self) -> bool:

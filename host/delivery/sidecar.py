@@ -16,7 +16,7 @@ from host.wire.strict_json import peer_of
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, WithFds
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import ConnectRun, EnsureRun
 from isolator.linux.descriptors import close_all
@@ -27,6 +27,8 @@ CONNECT_DEADLINE = 10.0
 
 PAUSED = "it is paused"
 """Why nothing is sent to a plugin that an operator has paused."""
+RENEWED = "the host is being renewed"
+"""Why nothing is sent by a process that leaves."""
 
 
 class SidecarState(Body):
@@ -50,6 +52,8 @@ class SidecarLink:
         """No request is begun any more: another process takes this one's place."""
         self.paused = False
         """No event is sent: an operator has paused the plugin."""
+        self.connecting = 0
+        """Connects that are under way."""
         self._supervisor, self._audit = supervisor, audit
         self._reached: str | None = None
         self._draining: str | None = None
@@ -72,17 +76,12 @@ class SidecarLink:
 
         Raises IsolatorError, NotSentError.
         """
-        self.status = "starting" if self.run is None else "connecting"
-        if self.run is None:
-            self.run = (await self._supervisor.ask(EnsureRun(name=self.name))).run
-        run = self.run
+        self._still_here()
+        self.connecting += 1
         try:
-            request = ConnectRun(name=self.name, run=run, deadline=CONNECT_DEADLINE)
-            answer = await self._supervisor.ask_fds(request, timeout=CONNECT_DEADLINE + 5)
-        except IsolatorError:
-            # The run may have ended meanwhile: the next connection ensures one again.
-            self.run = None
-            raise
+            run, answer = await self._connect()
+        finally:
+            self.connecting -= 1
         if len(answer.fds) != 1:
             close_all(answer.fds)
             raise NotSentError("the supervisor sent no connection")
@@ -90,6 +89,24 @@ class SidecarLink:
         sock.setblocking(False)
         self._reached = run
         return sock, run
+
+    async def _connect(self) -> tuple[str, WithFds[None]]:
+        self.status = "starting" if self.run is None else "connecting"
+        if self.run is None:
+            self.run = (await self._supervisor.ask(EnsureRun(name=self.name))).run
+        run = self.run
+        self._still_here()
+        try:
+            request = ConnectRun(name=self.name, run=run, deadline=CONNECT_DEADLINE)
+            return run, await self._supervisor.ask_fds(request, timeout=CONNECT_DEADLINE + 5)
+        except IsolatorError:
+            if not self.leaving:  # else it is still the run of the successor of this process
+                self.run = None  # it may have ended meanwhile: the next connection ensures one again
+            raise
+
+    def _still_here(self) -> None:
+        if self.leaving:  # a connection that is made from now on would be closed without a request
+            raise NotSentError(RENEWED)
 
     def check_peer(self, sock: socket.socket, plugin: Plugin, run: str) -> str | None:
         """Return None if the plugin serves the socket; else record who does, and return the record's text.
@@ -112,8 +129,7 @@ class SidecarLink:
         """Count a request until ``end_request``; raises NotSentError when the run is being stopped."""
         if run == self._draining:
             raise NotSentError("the plugin is being stopped")
-        if self.leaving:
-            raise NotSentError("the host is being renewed")
+        self._still_here()
         if self.paused:
             raise NotSentError(PAUSED)
         self.take_request()

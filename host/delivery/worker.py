@@ -252,6 +252,11 @@ class Worker:
         return modes or self._oneshot.unsettled or self._stream.unsettled
 
     @property
+    def connecting(self) -> bool:
+        """Whether a connect is under way."""
+        return self._sidecar.connecting > 0 or self._oneshot.connecting
+
+    @property
     def replied(self) -> bool:
         """Whether a reply is there that is not concluded yet; it will be in a turn of the event loop or two."""
         modes = any(mode.replied for mode in self._modes.values())

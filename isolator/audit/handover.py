@@ -9,7 +9,9 @@ from __future__ import annotations
 from isolator.audit.writer import WriterState
 from isolator.ipc.body import Body
 
-AUDIT_STATE = 1
+AUDIT_STATE = 2
+READ = (AUDIT_STATE, 1)
+"""Versions that are read: that of the version before has no histograms."""
 
 
 class AuditState(Body):

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 from isolator import __version__
 from isolator.audit.record import Incoming
 from isolator.audit.schema import AUDIT, RETENTION, ApiCalled, AuditGap, FsDenied, Resources, SyscallDenied
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, omitted
 
 MAX_LABELS = 4096
 _REQUEST_TIME = 5.0
@@ -54,11 +54,14 @@ _PRESENT = ("memory", "tasks", "open_files")
 
 
 class MetricState(Body):
-    """A value of a counter or gauge, on its way to another audit process."""
+    """A value of a counter or gauge, or a histogram, on its way to another audit process."""
 
     name: str
     labels: dict[str, str]
     value: float
+    """of a histogram, the sum"""
+    buckets: tuple[float, ...] = omitted(default=())
+    """of a histogram, the numbers in its buckets"""
 
 
 class _Present(Collector):
@@ -157,28 +160,42 @@ class Metrics:
         self._queues: set[str] = set()
 
     def pass_on(self) -> tuple[MetricState, ...]:
-        """The values of counters and gauges; histograms begin anew, as they may at any time."""
-        return tuple(
+        """The values of all metrics, for another audit process."""
+        values = (
             MetricState(name=name, labels=dict(sample.labels), value=sample.value)
-            for name, metric in self._by_name().items()
+            for name, metric in self._by_name(Counter, Gauge).items()
             for family in metric.collect()
             for sample in family.samples
             if not sample.name.endswith("_created")
-        ) + tuple(
+        )
+        histograms = (
+            MetricState(
+                name=name, labels=labels, value=child._sum.get(), buckets=tuple(b.get() for b in child._buckets)
+            )
+            for name, metric in self._by_name(Histogram).items()
+            for labels, child in _histograms(metric)
+        )
+        present = (
             MetricState(name=_PRESENT_STATE, labels={"plugin": name, "found": json.dumps(found)}, value=0.0)
             for name, found in self._present.plugins.items()
         )
+        return (*values, *histograms, *present)
 
     def take_over(self, values: Iterable[MetricState]) -> None:
         """Go on with the values of another audit process."""
-        metrics = self._by_name()
+        metrics = self._by_name(Counter, Gauge, Histogram)
         for one in values:
             if one.name == _PRESENT_STATE:
                 self._present.update({one.labels["plugin"]: json.loads(one.labels["found"])})
                 continue
             metric = metrics[one.name]
             child = metric.labels(**one.labels) if one.labels else metric
-            if isinstance(child, Gauge):
+            if isinstance(child, Histogram):
+                if len(child._buckets) == len(one.buckets):  # else the other version counts in other ones
+                    child._sum.inc(one.value)
+                    for bucket, count in zip(child._buckets, one.buckets, strict=True):
+                        bucket.inc(count)
+            elif isinstance(child, Gauge):
                 child.set(one.value)
             else:
                 child.inc(one.value)
@@ -187,9 +204,9 @@ class Metrics:
             if metric is self._waiting:
                 self._queues.add(one.labels["plugin"])
 
-    def _by_name(self) -> dict[str, Counter | Gauge]:
-        resources = {f"resources {field}": gauge for field, gauge in self._resources.items()}
-        return {name: metric for name, metric in vars(self).items() if isinstance(metric, Counter | Gauge)} | resources
+    def _by_name(self, *kinds: type[Any]) -> dict[str, Any]:
+        every = vars(self) | {f"resources {field}": gauge for field, gauge in self._resources.items()}
+        return {name: metric for name, metric in every.items() if isinstance(metric, kinds)}
 
     def observe(self, record: Incoming, *, summed: bool = False) -> None:
         """Count one record, whatever its ``data`` holds; ``summed``: it is in a summary, not in the trail itself."""
@@ -294,6 +311,15 @@ class Metrics:
                 labels = ("other",) * len(labels)
             child = self._children[(metric, *labels)] = metric.labels(*labels)
         return child
+
+
+def _histograms(metric: Histogram) -> Iterator[tuple[dict[str, str], Histogram]]:
+    """A histogram by its labels; the library has no public way to its values, but cumulated and among their names."""
+    if not metric._labelnames:
+        yield {}, metric
+        return
+    for values, child in list(metric._metrics.items()):
+        yield dict(zip(metric._labelnames, values, strict=True)), cast(Histogram, child)
 
 
 def _number(value: Any, otherwise: float = 0) -> float:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from isolator.audit.handover import AUDIT_STATE, AuditState
+from isolator.audit.handover import READ, AuditState
 from isolator.audit.log import Limits
 from isolator.audit.metrics import serve_metrics
 from isolator.audit.schema import SENDERS
@@ -82,7 +82,7 @@ async def serve(channel: socket.socket) -> None:
     async def go_on(taking: Writer, parts: int, wanted: tuple[str, int] | None) -> bool:
         """Go on with another process's state; returns whether it listened on the loopback address that is wanted."""
         found = False
-        state, descriptors = arrival.unpack(parts, AuditState, AUDIT_STATE)
+        state, descriptors = arrival.unpack(parts, AuditState, *READ)
         with descriptors:
             taking.take_over(state.writer, descriptors)
             for number in state.metrics:

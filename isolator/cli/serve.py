@@ -60,10 +60,11 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
     host_config = load_host_config(Path(config) if config else paths.host_toml)
 
     async def main() -> None:
-        stopping, hang_up = asyncio.Event(), _HangUp()
+        stopping, exchange, hang_up = asyncio.Event(), asyncio.Event(), _HangUp()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(signal.SIGUSR1, exchange.set)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup(1) keeps it so
             # Unlike SIG_IGN, a handler is not inherited by what is started.
             loop.add_signal_handler(signal.SIGHUP, stopping.set if _has_terminal() else hang_up)
@@ -72,7 +73,7 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
             notify("WATCHDOG=1")
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)
-        async with running_daemon(paths, host_config, progress=_notify_progress, before=before) as daemon:
+        async with running_daemon(paths, host_config, exchange, progress=_notify_progress, before=before) as daemon:
 
             async def perform(generation: int) -> None:
                 from isolator.supervisor.reload.reloader import reload

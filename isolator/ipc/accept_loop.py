@@ -65,6 +65,10 @@ class AcceptLoop:
             os.close(self._reserve)
             self._reserve = -1
 
+    def fileno(self) -> int:
+        """The descriptor of the listener."""
+        return self._listener.fileno()
+
     def release(self) -> socket.socket:
         """Accept no more, and give the listener back: callers wait in its backlog."""
         if self._resting is not None:

@@ -185,10 +185,20 @@ class Channel:
         Of the requests that are being served those with an op of ``repeated`` are broken off, to be begun again.
         """
         self._holding = True
+        self._held += (message.fields for message in self._cancel(repeated))
+
+    def break_off(self, ops: Collection[str]) -> None:
+        """Answer the requests with one of these ops that are being served that they are not done."""
+        for message in self._cancel(ops):
+            self._refuse(message, "was broken off", "ask again")
+
+    def _cancel(self, ops: Collection[str]) -> list[Message]:
+        cancelled = []
         for task, message in list(self._tasks.items()):
-            if message.fields["op"] in repeated and not task.cancelling():
+            if message.fields["op"] in ops and not task.cancelling():
                 task.cancel()
-                self._held.append(message.fields)
+                cancelled.append(message)
+        return cancelled
 
     @property
     def unsettled(self) -> str:
@@ -336,12 +346,13 @@ class Channel:
         del self._tasks[task]
         self._served_bytes -= size
 
-    def _refuse(self, message: Message) -> None:
+    def _refuse(
+        self, message: Message, why: str = "too many requests at once", remedy: str = "ask again when some are answered"
+    ) -> None:
         message.close()
         number = message.fields.get("id")
         if number is not None:
-            busy = UnavailableError(self.name, "too many requests at once", "ask again when some are answered")
-            self._send({"re": number, "error": busy.to_json()}, ())
+            self._send({"re": number, "error": UnavailableError(self.name, why, remedy).to_json()}, ())
 
     def _settle(self, message: Message) -> None:
         future = self._pending.get(message.fields["re"])

@@ -166,6 +166,57 @@ class TicketsState(Body):
     open: tuple[TicketState, ...]
 
 
+class StagedState(Body):
+    """A plugin that was shown to an operator who has not agreed yet; its copy stays where it is."""
+
+    staged: Json
+    """`Staged`, without the manifest, which is in the copy"""
+    source: Json
+    """`Source`"""
+    update: bool
+    """it is a newer version of a registered one"""
+    by: str | None
+    faults: tuple[str, ...]
+    shown: str
+    """digest of the policy that was shown"""
+
+
+class RunnerState(Body):
+    """A run of a user's."""
+
+    id: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    """of the caller"""
+    connection: int = field(metadata=_DESCRIPTOR)
+    """to the caller"""
+    cage: CageState
+    effective: Json
+    """JSON of `EffectivePolicy`"""
+    lease: int
+    """uid of the cage"""
+    lock: int = field(metadata=_DESCRIPTOR)
+    """holds that uid"""
+    listener: int = field(metadata=_DESCRIPTOR)
+    """of its denied calls; -1: none"""
+    theirs: tuple[int, ...] = field(metadata=_DESCRIPTOR)
+    """what the caller has sent, to be closed apart"""
+    shown: tuple[str, ...]
+    """denied calls that the caller was shown"""
+
+
+class RunnersState(Body):
+    """The runs of users, and the socket for them."""
+
+    listener: int = field(metadata=_DESCRIPTOR)
+    waiting: tuple[int, ...] = field(metadata=_DESCRIPTOR)
+    """connections that have not sent their request yet"""
+    runs: tuple[RunnerState, ...]
+    theirs: tuple[int, ...] = field(metadata=_DESCRIPTOR)
+    """what callers that have their answer had sent, to be closed apart"""
+
+
 class SubtreeState(Body):
     """The daemon's own control groups."""
 
@@ -194,6 +245,8 @@ class DaemonState(Body):
     tickets: TicketsState
     alarms: dict[str, str]
     found: tuple[FoundEntry, ...]
+    staged: tuple[StagedState, ...] = omitted(default=())
+    runners: RunnersState | None = omitted(default=None)
 
 
 def descriptors(body: Body) -> Iterator[int]:
@@ -202,7 +255,8 @@ def descriptors(body: Body) -> Iterator[int]:
     for one in fields(body):  # type: ignore[arg-type]
         value = getattr(body, one.name)
         if one.metadata.get("descriptor"):
-            yield from (fd for fd in (value.values() if isinstance(value, dict) else [value]) if fd >= 0)
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+            yield from (fd for fd in several if fd >= 0)
         else:
             yield from _within(value)
 

@@ -439,6 +439,11 @@ class StartInvocation(Request[InvocationStarted], op="invocation.start", fds=ran
     attempt: int
 
 
+class BreakOff(Request[None], op="run.break_off"):
+    """Break off every `run.ensure` and `run.connect` that is not answered, each with an error: H leaves, and nobody
+    would use a connection that is made from now on. Served after `leave`."""
+
+
 class RunReady(Request[None], op="run.ready"):
     """An `mcp` sidecar has answered its first request: it is up, as others are with their socket."""
 
@@ -677,9 +682,9 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
         GetStderrTail, NewAuditSocket,
     ),
     "H → S": (
-        RaiseAlarm, EnsureRun, ConnectRun, RunReady, StartInvocation, StopRun, RestartRun, StagePlugin, CommitPlugin,
-        DiscardPlugin, UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin, EnablePlugin,
-        DisablePlugin, ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
+        RaiseAlarm, EnsureRun, ConnectRun, BreakOff, RunReady, StartInvocation, StopRun, RestartRun, StagePlugin,
+        CommitPlugin, DiscardPlugin, UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin,
+        EnablePlugin, DisablePlugin, ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
     ),
 }  # fmt: skip
 """Every request by sender and receiver: supervisor, audit, broker, host, console (W)."""

@@ -107,15 +107,16 @@ class Arrival:
         self._fds += fds
         fds.clear()
 
-    def unpack(self, parts: int, kind: type[B], version: int) -> tuple[B, Descriptors]:
-        """The state and its descriptors; raises IsolatorError when it is not whole, or of another version."""
+    def unpack(self, parts: int, kind: type[B], *versions: int) -> tuple[B, Descriptors]:
+        """The state and its descriptors; raises IsolatorError when it is not whole, or of none of these versions."""
         fds, self._fds = self._fds, []
         try:
             if parts != self._parts or not fds:
                 raise UsageError("a state that was handed over", f"came in {self._parts} parts instead of {parts}")
             found = json.loads(read_sealed(fds[0], MOST_BYTES))
-            if not isinstance(found, dict) or found.get("version") != version:
-                raise IsolatorError("a state that was handed over", f"is not of the version {version}")
+            if not isinstance(found, dict) or found.get("version") not in versions:
+                expected = " or ".join(map(str, versions))
+                raise IsolatorError("a state that was handed over", f"is not of the version {expected}")
             state = kind.from_json(found, kind.__name__)
         except (OSError, ValueError, RecursionError) as error:
             close_all(fds)

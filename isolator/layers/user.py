@@ -187,22 +187,29 @@ class UidLease:
                 return
         raise _range_full(uid_range)
 
+    @classmethod
+    def adopt(cls, uid: int, lock: int) -> UidLease:
+        """The lease that this process had before its exec; ``lock``: the descriptor that holds it."""
+        lease = cls.__new__(cls)
+        lease.uid, lease.lock = uid, lock
+        return lease
+
     def _lock(self, uid: int) -> bool:
         try:
             fd = lock_file(LOCKS / str(uid))
         except FileNotFoundError:
             _make_locks()  # another release removed the empty folder
             return self._lock(uid)
-        self._fd = -1 if fd is None else fd
+        self.lock = -1 if fd is None else fd
         return fd is not None
 
     def release(self) -> None:
         """Give the uid back."""
-        if self._fd >= 0:
+        if self.lock >= 0:
             with contextlib.suppress(FileNotFoundError):
                 (LOCKS / str(self.uid)).unlink()
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self.lock)
+            self.lock = -1
             with contextlib.suppress(OSError):
                 LOCKS.rmdir()
 

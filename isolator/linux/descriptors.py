@@ -7,7 +7,7 @@ import sys
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 
@@ -67,6 +67,9 @@ class FdSet:
 
     def __len__(self) -> int:
         return len(self._fds)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._fds)
 
     def add(self, fd: int) -> int:
         """Take ownership of a descriptor; returns it."""

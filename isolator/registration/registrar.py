@@ -12,11 +12,12 @@ begun before its one decisive rename, and finishes what was begun after it (see 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isolator.errors import ConfinementError, IsolatorError, NotFoundError, UsageError
 from isolator.layers.explain import proposal_json
@@ -31,6 +32,11 @@ from isolator.registration.inspecting import inspect_folder
 from isolator.registration.proposals import Proposals
 from isolator.registration.staging import Source, Staged, check_staged, hash_binary
 from isolator.registration.store import KEPT, Intent, Registration, Release
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import StagedState
+
+logger = logging.getLogger(__name__)
 
 _MAX_STAGED = 64
 
@@ -50,6 +56,8 @@ class Candidate:
     """Caller who handed it over, by the kernel's word; None: the daemon itself read it."""
     faults: tuple[str, ...] = ()
     """Faults of its files that show before they run, a sentence each."""
+    update: bool = False
+    """It is a newer version of a registered plugin."""
 
 
 class Registrar(Proposals):
@@ -113,31 +121,59 @@ class Registrar(Proposals):
 
     def _take(self, staged: Staged, source: Source, registration: Registration | None, by: str | None) -> Candidate:
         try:
-            shown = source.path or source.binary
-            core = self.reader.read(staged.manifest, f"{shown}/plugin.json").core
-            if registration is not None and core.name != registration.name:
-                raise UsageError(
-                    f"plugin update {registration.name}", f"{shown} holds {core.name}",
-                    "add that as a plugin of its own: isolator plugin add",
-                )  # fmt: skip
-            more: tuple[str, ...] = ()
-            if registration is not None:
-                more = self._more(registration, core)
-            release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256)
-            proposal = self._proposed(registration, core) if more and registration else self._meet(core)
-            read = (*(core.sandbox.read or ()), *proposal.effective.filesystem.read)
-            check_staged(staged, core.binary, source.path or str(Path(shown).parent), read=read)
-            faults = inspect_folder(staged.folder, self._host.uid_range)
+            candidate = self._candidate(staged, source, registration, by)
+            core, shown = candidate.core, source.path or str(Path(source.binary).parent)
+            read = (*(core.sandbox.read or ()), *candidate.proposal.effective.filesystem.read)
+            check_staged(staged, core.binary, shown, read=read)
+            candidate = replace(candidate, faults=inspect_folder(staged.folder, self._host.uid_range))
         except BaseException:
             staging.discard(staged)
             raise
-        candidate = Candidate(staged, core, proposal, source, release, more, by, faults)
         with self._lock:
             self._staged[staged.token] = candidate
             expired = list(self._staged)[:-_MAX_STAGED]
         for token in expired:
             self.discard(token)
         return candidate
+
+    def _candidate(
+        self, staged: Staged, source: Source, registration: Registration | None, by: str | None
+    ) -> Candidate:
+        """What is made of a copy by reading it; its files are not looked at."""
+        shown = source.path or source.binary
+        core = self.reader.read(staged.manifest, f"{shown}/plugin.json").core
+        if registration is not None and core.name != registration.name:
+            raise UsageError(
+                f"plugin update {registration.name}", f"{shown} holds {core.name}",
+                "add that as a plugin of its own: isolator plugin add",
+            )  # fmt: skip
+        more = self._more(registration, core) if registration is not None else ()
+        release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256)
+        proposal = self._proposed(registration, core) if more and registration else self._meet(core)
+        return Candidate(staged, core, proposal, source, release, more, by, update=registration is not None)
+
+    def hand_over(self) -> tuple[StagedState, ...]:
+        """What is staged, before an exec of this process."""
+        from isolator.registration import carried
+
+        with self._lock:
+            return tuple(map(carried.hand_over, self._staged.values()))
+
+    def adopt(self, before: Iterable[StagedState]) -> None:
+        """Keep what was staged before the exec, as long as it would still be shown as it was."""
+        from isolator.registration import carried
+
+        for one in before:
+            staged, source = carried.staged_of(one)
+            try:
+                registration = self.store.load(staged.name) if one.update else None
+                candidate = replace(self._candidate(staged, source, registration, one.by), faults=one.faults)
+                if carried.shown(candidate.proposal) != one.shown:
+                    raise UsageError(f"plugin {staged.name}", "its policy or the host's ceiling has changed")
+                self._staged[staged.token] = candidate
+            except (IsolatorError, OSError) as error:
+                logger.warning("what was staged has expired: %s", error)
+                staging.discard(staged)
 
     def candidate(self, token: str) -> Candidate:
         """A staged plugin; raises NotFoundError when it was discarded meanwhile."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from isolator.ipc.messages import ConnectRun, EnsureRun
+
+REPEATED = frozenset({EnsureRun.op, ConnectRun.op})
+"""Requests that may wait for long, and change nothing if they are begun again."""
+
 
 class Rest:
     """Whether the daemon comes to rest. Whoever begins something by itself waits for ``opened`` first."""

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from isolator.pacing import Backoff
 from isolator.policy.denial import DenialRule
 from isolator.registration.staging import hash_binary
 from isolator.structs import replace
+from isolator.supervisor import ports
 from isolator.supervisor.cage_spec import SOCKET, plugin_spec
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.volume.volume import Volume
@@ -59,12 +60,6 @@ CLOSED_SECONDS = 2.0
 """Time between the end of a sidecar's standard input, which asks it to end, and SIGTERM."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
-
-
-_PORT_SECONDS = 1.0
-"""A connection to a port of a cage's own loopback takes no time, unless nobody accepts."""
-_LISTEN = "0A"
-"""The state of a listening socket in /proc/net/tcp."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +247,11 @@ class Run:
             if not alive():
                 raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "ask again")
             try:
-                return await self._connect_port(self.port) if self.port is not None else self._connect_once(uid)
+                if self.port is None:
+                    return self._connect_once(uid)
+                connection = await ports.connect(self.cage.network, self.port)
+                self.reached = True
+                return connection
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
                 # Bound but not yet listening, or its backlog of one is full: no event tells when that changes.
                 pause = backoff.next()
@@ -271,40 +270,11 @@ class Run:
     def _place(self) -> str:
         return "socket" if self.port is None else f"listener on port {self.port}"
 
-    async def _connect_port(self, port: int) -> socket.socket:
-        """A connection to a port of the cage's own loopback, which nobody but its programs can listen on."""
-        for version, address in ((4, "127.0.0.1"), (6, "::1")):
-            (fd,) = await asyncio.to_thread(network_layer.connectors, self.cage.network, 1, version=version)
-            connection = socket.socket(fileno=fd)
-            connection.setblocking(False)
-            try:
-                async with asyncio.timeout(_PORT_SECONDS):
-                    await asyncio.get_running_loop().sock_connect(connection, (address, port))
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except TimeoutError:  # its backlog is full
-                connection.close()
-                raise BlockingIOError(errno.EAGAIN, "its backlog is full") from None
-            except ConnectionRefusedError:
-                connection.close()
-                if version == 6:
-                    raise
-            except BaseException:
-                connection.close()
-                raise
-            else:
-                self.reached = True
-                return connection
-        raise AssertionError
-
     async def _poll_port(self, port: int) -> None:
-        """Set ``socket_there`` once somebody in the cage listens on the port: nothing tells of that by itself."""
-        pause = Backoff(0.01, 0.25)
-        while not self.socket_there.is_set():
-            tables = [Path(f"/proc/{self.cage.pid}/net/{name}") for name in ("tcp", "tcp6")]
-            if await asyncio.to_thread(_listens, tables, port):
-                self.socket_there.set()
-            else:
-                await asyncio.sleep(pause.next())
+        """Set ``socket_there`` once somebody in the cage listens on the port."""
+        if not self.socket_there.is_set():
+            await ports.until_listening(self.cage.pid, port)
+            self.socket_there.set()
 
     def _connect_once(self, uid: int) -> socket.socket:
         fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
@@ -476,17 +446,6 @@ def _streams(owned: FdSet) -> tuple[list[int], int, int]:
         theirs.append(owned.add(its.detach()))
         os.set_blocking(ours[-1], False)
     return ours, theirs[0], theirs[1]
-
-
-def _listens(tables: Iterable[Path], port: int) -> bool:
-    """Whether one of these tables of sockets (proc_pid_net(5)) has a listener on the port."""
-    for table in tables:
-        with contextlib.suppress(OSError):
-            for line in table.read_text("ascii").splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
-                    return True
-    return False
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

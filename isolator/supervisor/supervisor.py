@@ -15,9 +15,8 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,14 +86,15 @@ class Daemon:
 async def running_daemon(
     paths: Paths,
     config: HostConfig,
+    exchange: asyncio.Event,
     *,
     progress: Callable[[str], None] = lambda step: None,
     before: DaemonState | None = None,
 ) -> AsyncIterator[Daemon]:
     """A daemon that accepts commands; nothing of it is left when the context is left.
 
-    ``progress`` is called with each step of the start as it begins. ``before``: the state of the daemon that this
-    process was before its exec; that one goes on.
+    ``exchange`` is set by whoever wants the processes of the services exchanged. ``progress`` is called with each step
+    of the start as it begins. ``before``: the state of the daemon that this process was before its exec; that goes on.
     Raises IsolatorError with one clear line when this host or this root cannot carry a daemon.
     """
     if before is None:
@@ -158,7 +158,7 @@ async def running_daemon(
         table.load()
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
-        runners = _runners(context, config)
+        runners = _runners(context, config, before)
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
         stack.push_async_callback(_stop, table, services, audit)
         tickets = Tickets(paths.ticket_socket, config)
@@ -199,8 +199,10 @@ async def running_daemon(
             alarms.adopt(before.alarms)
             tickets.adopt(before.tickets)
             await services.start(table, handlers, {one.name: one for one in before.services})
+            registrar.adopt(before.staged)
             adopted = _adopt_plugins(table, context, before, kept_by)
-            await _change_launchers(table, runtime, kept_by)
+            adopted += _adopt_runs(runners, context, before, kept_by)
+            await _change_launchers(table, runners, runtime, kept_by)
             runtime.pool.begin(EVERY_LAYER)
             audit.record(
                 DaemonReloaded(
@@ -214,14 +216,15 @@ async def running_daemon(
             )
         if runners is not None:
             stack.push_async_callback(runners.close)
-            runners.start()
+            if before is None or before.runners is None:
+                runners.start()
         tasks.keep("snapshots", lambda: _take_snapshots(table, runners, config.audit.snapshot_interval))
         watch = PolicyWatch(table, context, config)
         stack.callback(watch.close)
         if before is not None:
             watch.look()
         await table.discovery.start(before.found if before is not None else ())
-        stack.enter_context(_exchange_on_signal(services, tasks))
+        tasks.keep("exchange of services", lambda: _exchange_when(exchange, services))
         if before is not None:
             tasks.run("exchange of the services of before", services.exchange())
         yield Daemon(runtime, notifier, services, table, runners, tickets, alarms, rest, reloads)
@@ -253,41 +256,47 @@ def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState,
     return adopted
 
 
-async def _change_launchers(table: PluginTable, runtime: CageRuntime, before: Launcher) -> None:
+def _adopt_runs(runners: Runners | None, context: RunContext, before: DaemonState, kept_by: Launcher) -> int:
+    """Have the runs of users go on; returns the number of those that do."""
+    adopted = 0
+    if runners is not None and before.runners is not None:
+        for one, problem in runners.take_over(before.runners, kept_by):
+            adopted += not problem
+            if problem:
+                name = f"_run.{one.uid}"
+                logger.error("run %s of %s was not taken over: %s", one.id, name, problem)
+                recovery.clear_cage(context.runtime.journal, f"{name}.{one.id}", one.cage.pid)
+                ended = RunEnded(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
+                context.audit.record(ended, plugin=name, run=one.id)
+    return adopted
+
+
+async def _change_launchers(
+    table: PluginTable, runners: Runners | None, runtime: CageRuntime, before: Launcher
+) -> None:
     """Have the new launcher keep every cage, and end the one before, which keeps none then."""
-    for plugin in table.plugins.values():
-        for run in plugin.runs:
-            with contextlib.suppress(FileNotFoundError):  # it has ended, and its group is gone
-                await run.cage.be_kept_by(runtime.launcher)
+    cages = [run.cage for plugin in table.plugins.values() for run in plugin.runs]
+    for cage in (*cages, *(runners.cages if runners is not None else ())):
+        with contextlib.suppress(FileNotFoundError):  # it has ended, and its group is gone
+            await cage.be_kept_by(runtime.launcher)
     before.close()
 
 
-def _runners(context: RunContext, config: HostConfig) -> Runners | None:
-    """The runs of runners; None, and nothing of it loaded, where nobody has that role."""
-    if not config.roles.runner:
+def _runners(context: RunContext, config: HostConfig, before: DaemonState | None) -> Runners | None:
+    """The runs of runners; None, and nothing of it loaded, where nobody has that role, or a run from when it had."""
+    if not config.roles.runner and (before is None or before.runners is None):
         return None
     from isolator.supervisor.runners.runners import Runners
 
     return Runners(context, config)
 
 
-@contextlib.contextmanager
-def _exchange_on_signal(services: Services, tasks: Tasks) -> Iterator[None]:
-    """Exchange the services' processes, one after the other, whenever SIGUSR1 comes."""
-    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
-
-    async def exchange() -> None:
-        while True:
-            await signalled.wait()
-            signalled.clear()
-            await services.exchange()
-
-    tasks.keep("exchange of services", exchange)
-    loop.add_signal_handler(signal.SIGUSR1, signalled.set)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGUSR1)
+async def _exchange_when(asked: asyncio.Event, services: Services) -> None:
+    """Exchange the services' processes, one after the other, whenever that is asked for."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        await services.exchange()
 
 
 async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> None:

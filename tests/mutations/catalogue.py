@@ -30,8 +30,48 @@ _WALK = "collector/test_walk.py::"
 _PATHS = "runners/test_paths.py::"
 
 _SERVERS = "mcp/test_servers.py::"
+_WAITS = "system/reload/test_what_waits.py::"
 
 MUTATIONS = (
+    *_mutations(
+        "isolator/supervisor/reload/reloader.py",
+        (
+            "a reload comes to rest while processes are exchanged",
+            "async with daemon.services.exchanging:",
+            "if daemon.services.exchanging:",
+            f"{_WAITS}test_reload_waits_for_the_exchange_of_the_one_before",
+        ),
+        (
+            "descriptors of strangers are closed by an exec",
+            "                daemon.runners.pause()\n",
+            "                pass\n",
+            "runners/test_reload.py::test_descriptor_that_takes_minutes_to_close_holds_up_no_reload",
+        ),
+    ),
+    *_mutations(
+        "host/host.py",
+        (
+            "a new host serves callers before it knows what was held for it",
+            "        self._lifecycle.take_over(state.starts)\n",
+            "        self._lifecycle.take_over(state.starts)\n        await self._control.begin()\n",
+            f"{_WAITS}test_new_host_serves_callers_once_it_knows_what_was_held_for_it",
+        ),
+        (
+            "a connection is made for a host that has left",
+            "        await self._break_connects_off()\n",
+            "",
+            f"{_WAITS}test_no_connection_is_made_for_a_host_that_has_left",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/registrar.py",
+        (
+            "an operator agrees to something else than was shown before a reload",
+            "if carried.shown(candidate.proposal) != one.shown:",
+            "if False:",
+            f"{_WAITS}test_what_would_be_shown_otherwise_after_a_reload_has_expired",
+        ),
+    ),
     *_mutations(
         "isolator/supervisor/invocations.py",
         (
@@ -148,7 +188,7 @@ MUTATIONS = (
         "isolator/supervisor/runners/runners.py",
         (
             "a stranger's descriptor is closed on the loop",
-            "await self._closers.close([connection.detach()])",
+            "await self._closers.close(uid, [connection.detach()])",
             "connection.close()",
             "runners/test_hostile.py::test_descriptor_that_takes_minutes_to_close_holds_up_nobody",
         ),

@@ -253,9 +253,12 @@ def test_flood_of_signals_delays_nobody_else(daemon: TakenOver, null: int) -> No
 @contextlib.contextmanager
 def lingering() -> Iterator[int]:
     """A descriptor whose last close takes five minutes: a connection whose peer takes nothing in (SO_LINGER)."""
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as sock:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(server.getsockname())
         peer, _ = server.accept()
         with peer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 300))
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -285,6 +288,23 @@ def test_descriptor_that_takes_minutes_to_close_holds_up_nobody(daemon: TakenOve
         for _ in range(3):
             assert bob_is_served(daemon)
         daemon.cli("plugin", "list")
+
+
+def test_descriptors_that_do_not_close_keep_nobody_else_out(daemon: TakenOver, null: int) -> None:
+    assert daemon.process is not None
+    with contextlib.ExitStack() as stack:
+        daemon.process.send_signal(signal.SIGSTOP)  # all of it waits when the daemon comes to the first
+        try:
+            for _ in range(80):
+                fd = stack.enter_context(lingering())
+                with connect(daemon.root, ALICE) as sock:
+                    send(sock, TRUE, [null] * 3 + [fd])
+                os.close(fd)
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        for _ in range(3):
+            assert bob_is_served(daemon)
+    wait_for(lambda: run_as(daemon, ALICE, "--", "true").returncode == 0, seconds(60), "she is not served any more")
 
 
 def test_pipe_that_nobody_serves_as_a_stream_holds_up_nobody(daemon: TakenOver, null: int) -> None:

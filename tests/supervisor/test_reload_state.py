@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import types
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
-from isolator.ipc.handover import DaemonState, RunState, descriptors
+from isolator.ipc.handover import CageState, DaemonState, RunnersState, RunnerState, RunState, descriptors
 from isolator.linux.memfd import make_sealed
 from isolator.supervisor.reload import formats
+from tests.supervisor.test_reload_trial import STATE
 
 NUMBERS = st.integers(-1, 1 << 40)
 JSON = st.recursive(
@@ -73,11 +75,11 @@ def test_every_descriptor_of_a_run_is_named(run: RunState) -> None:
     assert sorted(descriptors(run)) == sorted(fd for fd in expected if fd >= 0)
 
 
-@pytest.mark.parametrize("number", [formats.FORMAT + 1, formats.FORMAT - 1, "1", None])
+@pytest.mark.parametrize("number", [formats.FORMAT + 1, formats.FORMAT - 2, "1", None])
 def test_state_of_another_format_is_refused_in_one_line(number: object) -> None:
     fd = make_sealed(json.dumps({"format": number, "state": {}}).encode())
     try:
-        with pytest.raises(IsolatorError, match="this version reads 1") as caught:
+        with pytest.raises(IsolatorError, match="this version reads 2, 1") as caught:
             formats.read(fd)
         assert "\n" not in str(caught.value)
     finally:
@@ -90,6 +92,22 @@ def test_file_that_somebody_could_still_change_is_refused() -> None:
         os.write(fd, b'{"format": 1, "state": {}}')
         with pytest.raises(IsolatorError, match="cannot be read"):
             formats.read(fd)
+    finally:
+        os.close(fd)
+
+
+def test_daemon_with_runs_of_users_is_not_handed_to_a_version_that_would_end_them() -> None:
+    cage = CageState(pid=1, pidfd=-1, status=-1, oom=-1, oom_seen=False, started=0.0, layers=())
+    run = RunnerState(
+        id="4f", uid=1000, gid=1000, groups=(), connection=-1, cage=cage, effective={}, lease=1, lock=-1, listener=-1,
+        theirs=(), shown=(),
+    )  # fmt: skip
+    with_runs = RunnersState(listener=-1, waiting=(), runs=(run,), theirs=())
+    with pytest.raises(IsolatorError, match="and these go on: run 4f of uid 1000"):
+        formats.write(dataclasses.replace(STATE, runners=with_runs), 1)
+    fd = formats.write(dataclasses.replace(STATE, runners=dataclasses.replace(with_runs, runs=())), 1)
+    try:
+        assert formats.read(fd) == STATE
     finally:
         os.close(fd)
 

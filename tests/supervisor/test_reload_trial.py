@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from isolator.errors import IsolatorError
 from isolator.ipc.handover import AuditClientState, AuditState, DaemonState, SubtreeState, TicketsState
-from isolator.supervisor.reload import trial
+from isolator.supervisor.reload import formats, reloader, trial
 from isolator.supervisor.reload.program import Program
 
 STATE = DaemonState(
@@ -66,13 +67,29 @@ def test_program_that_somebody_else_could_change_is_refused(shared_dir: Path) ->
         program.check()
 
 
+def test_no_thread_but_the_main_one_executes() -> None:
+    """Whatever another one has forked would end with it (PR_SET_PDEATHSIG), the cages' launcher too."""
+    refused = []
+
+    def work() -> None:
+        try:
+            reloader.execute(Program("/usr/bin/false", ("false",)), STATE, formats.FORMAT)
+        except AssertionError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert refused
+
+
 async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
-    assert await trial.try_out(script(shared_dir, """echo '{"formats": [2, 1]}'"""), STATE) == 1
+    assert await trial.try_out(script(shared_dir, """echo '{"formats": [3, 2, 1]}'"""), STATE) == 2
     refusing = """echo '{"formats": [1], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
     with pytest.raises(IsolatorError, match=r"host\.toml: line 3"):
         await trial.try_out(script(shared_dir, refusing), STATE)
     unreadable = """echo '{"formats": [7], "error": {"what": "state", "why": "format 1", "remedy": ""}}'"""
-    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 1"):
+    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 2"):
         await trial.try_out(script(shared_dir, unreadable), STATE)
     for body in ("true", "echo no JSON", "echo '[]'", "kill -9 $$"):
         with pytest.raises(IsolatorError, match="it gave no answer"):

@@ -40,6 +40,7 @@ def end_unnamed_children(state: DaemonState) -> None:
     named = {state.launcher_pid, *(service.pid for service in state.services)}
     named |= {plugin.run.cage.pid for plugin in state.plugins if plugin.run is not None}
     named |= {invocation.run.cage.pid for plugin in state.plugins for invocation in plugin.invocations}
+    named |= {run.cage.pid for run in state.runners.runs} if state.runners is not None else set()
     for path in Path("/proc/self/task").glob("*/children"):
         for pid in {int(word) for word in path.read_text().split()} - named:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):

@@ -18,8 +18,9 @@ import time
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.channel import ALIVE
-from isolator.ipc.messages import Leave, StatePart
+from isolator.ipc.messages import BreakOff, Leave, StatePart
 from isolator.ipc.succession import Passage
+from isolator.supervisor.rest import REPEATED
 from isolator.supervisor.service import ChildProcess, Generation
 
 ANSWER = 10.0
@@ -71,8 +72,12 @@ async def _hand_over(service: ChildProcess, old: Generation, new: Generation) ->
     assert service.succeed is not None
     introduce = service.succeed()
     passage = Passage(new.channel)
-    op, handler = StatePart.on_fds(passage.part)
-    old.channel.handle(op, handler)
+
+    async def break_off(_: BreakOff) -> None:
+        old.channel.break_off(REPEATED)
+
+    for op, handler in (StatePart.on_fds(passage.part), BreakOff.on(break_off)):
+        old.channel.handle(op, handler)
     left = await old.channel.ask(Leave(), timeout=ANSWER)
     if left.refused:
         raise _RefusedError(left.refused)

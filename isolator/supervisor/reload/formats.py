@@ -9,18 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Json
 from isolator.ipc.handover import DaemonState
 from isolator.linux.memfd import make_sealed, read_sealed
 
-FORMAT = 1
+FORMAT = 2
 """The present format. With the next one, ``UP`` and ``DOWN`` each get the function that changes between it and this."""
 _MOST = 512 << 20
 
-UP: Mapping[int, Callable[[Json], Json]] = {}
+
+def _without_users_own(body: Json) -> Json:
+    """Format 1: runs of users cannot be handed over, and what was staged has expired."""
+    if runs := (body.get("runners") or {}).get("runs"):
+        named = ", ".join(f"run {run['id']} of uid {run['uid']}" for run in runs)
+        why = f"the installed version does not take over what users run, and these go on: {named}"
+        raise UnavailableError("reload", why, "ask again when they have ended")
+    return {key: value for key, value in body.items() if key not in ("staged", "runners")}
+
+
+UP: Mapping[int, Callable[[Json], Json]] = {2: lambda body: body}
 """By format, how the state of the one before becomes one of it."""
-DOWN: Mapping[int, Callable[[Json], Json]] = {}
+DOWN: Mapping[int, Callable[[Json], Json]] = {2: _without_users_own}
 """By format, how a state of it becomes one of the format before."""
 
 

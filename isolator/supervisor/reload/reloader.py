@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 import isolator
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.handover import DaemonState, SubtreeState, descriptors
-from isolator.ipc.messages import ConnectRun, EnsureRun
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.systemd import notify
 from isolator.supervisor.reload import formats, trial
 from isolator.supervisor.reload.program import ADOPT, Program
 from isolator.supervisor.reload.signals import HELD
+from isolator.supervisor.rest import REPEATED
 from isolator.supervisor.supervisor import Daemon
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 REST_SECONDS = 30.0
 """Work that is under way has this long to end."""
 _LOOK = 0.005
+CLOSING = "close"
+"""Name of threads that close what is a stranger's (runners/apart.py): an exec ends those that hang in the kernel."""
 _NOTIFIER_SECONDS = 5.0
-_REPEATED = frozenset({EnsureRun.op, ConnectRun.op})
-"""Requests that may wait for long, and change nothing if they are begun again."""
 
 
 async def reload(daemon: Daemon, program: Program, generation: int) -> None:
@@ -86,6 +86,8 @@ async def _come_to_rest(daemon: Daemon) -> None:
     try:
         async with asyncio.timeout(REST_SECONDS):
             daemon.rest.come()
+            if daemon.runners is not None:
+                daemon.runners.pause()
             await daemon.services.drop_console()
             await daemon.runtime.pool.close()
             await _until_idle(daemon, busy)
@@ -105,14 +107,14 @@ async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False)
     while True:
         for service in daemon.services.every:
             if service.channel is not None:
-                service.channel.hold(_REPEATED)
+                service.channel.hold(REPEATED)
         launcher = daemon.runtime.launcher
         busy[:] = [
             *daemon.table.under_way,
             *(daemon.runners.under_way if daemon.runners is not None else []),
             *(service.unsettled for service in daemon.services.every if service.unsettled),
             *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
-            *(one.name for one in threading.enumerate() if threads and one is not threading.main_thread()),
+            *(one.name for one in threading.enumerate() if threads and one.name not in ("MainThread", CLOSING)),
         ]
         if not busy:
             return
@@ -121,6 +123,8 @@ async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False)
 
 def _go_on(daemon: Daemon) -> None:
     daemon.notifier.go_on()
+    if daemon.runners is not None:
+        daemon.runners.go_on()
     for service in daemon.services.every:
         if service.channel is not None:
             service.channel.go_on()
@@ -153,4 +157,6 @@ def daemon_state(daemon: Daemon, generation: int, began: float) -> DaemonState:
         tickets=daemon.tickets.hand_over(),
         alarms=daemon.alarms.hand_over(),
         found=tuple(found.entry() for found in daemon.table.discovery.found.values()),
+        staged=daemon.table.registrar.hand_over(),
+        runners=daemon.runners.hand_over() if daemon.runners is not None else None,
     )

@@ -93,11 +93,14 @@ def _check(paths: Paths, config: str | None, state: DaemonState) -> None:
     check_host(paths, host_config)
     registrar = Registrar(paths, host_config)
     registrar.read_ahead()
-    for plugin in state.plugins:
-        if plugin.effective is not None:
+    runs = state.runners.runs if state.runners is not None else ()
+    policies = [(plugin.name, plugin.effective) for plugin in state.plugins]
+    for name, effective in (*policies, *((f"run {run.id} of uid {run.uid}", run.effective) for run in runs)):
+        if effective is not None:
             try:
-                EffectivePolicy.model_validate(plugin.effective)
+                EffectivePolicy.model_validate(effective)
             except ValueError as error:
-                raise UsageError(f"policy of {plugin.name}", f"is not one of this version: {error}") from None
+                raise UsageError(f"policy of {name}", f"is not one of this version: {error}") from None
+    for plugin in state.plugins:
         if plugin.run is not None or plugin.invocations:
             registrar.load(plugin.name)

@@ -1,51 +1,104 @@
 """Descriptors of strangers are closed in threads of their own.
 
 Closing the last reference may take as long as who opened it likes (socket(7), SO_LINGER; a file system in user space).
-So many threads and no more: whoever would need another one waits at the door.
+Each user has one thread, and what hangs in it holds up that user's own alone; one that has too much to close is not let
+in until it is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 
-from isolator.linux.descriptors import close_all
-
-MOST = 64
-"""Threads that close at a time."""
+MOST = 1024
+"""Descriptors of one user's that may wait to be closed before it is let in no more."""
+THREAD = "close"
+"""Name of the threads, which a reload does not wait for."""
 
 
 class Closers:
     """The threads that close strangers' descriptors for one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, crowded: Callable[[], None] = lambda: None) -> None:
+        """``crowded`` is called when the answer of ``exhausted`` has changed for somebody."""
         self._loop = asyncio.get_running_loop()
-        self._under_way = 0
+        self._lock = threading.Lock()
+        self._waiting: dict[int, deque[tuple[int, asyncio.Future[None] | None]]] = {}
+        """By uid, in the order in which they are closed, descriptors and what is done then."""
+        self._running: set[int] = set()
+        """The uids that have a thread."""
+        self._crowded, self._paused = crowded, False
+        self._full: set[int] = set()
 
     @property
-    def exhausted(self) -> bool:
-        """Whether so many hang that no more connections may be accepted."""
-        return self._under_way >= MOST
+    def exhausted(self) -> frozenset[int]:
+        """The uids that are to be let in no more."""
+        return frozenset(self._full)
 
-    async def close(self, fds: Iterable[int]) -> None:
-        """Close descriptors, and return when they are closed, however long that takes."""
+    async def close(self, uid: int, fds: Iterable[int]) -> None:
+        """Close descriptors of a user's, and return when they are closed, however long that takes."""
         owned = [fd for fd in fds if fd >= 0]
-        if not owned:
-            return
-        done = self._loop.create_future()
-        self._under_way += 1
+        if owned:
+            done = self._loop.create_future()
+            self._add(uid, [*((fd, None) for fd in owned[:-1]), (owned[-1], done)])
+            await asyncio.shield(done)
 
-        def work() -> None:
-            close_all(owned)
+    @property
+    def unclosed(self) -> tuple[int, ...]:
+        """The descriptors that wait to be closed; those that are being closed are not among them."""
+        with self._lock:
+            return tuple(fd for waiting in self._waiting.values() for fd, _ in waiting)
+
+    def pause(self) -> None:
+        """Begin to close none any more, until ``go_on``."""
+        with self._lock:
+            self._paused = True
+
+    def go_on(self) -> None:
+        """Close what waits."""
+        with self._lock:
+            self._paused = False
+            for uid in self._waiting:
+                self._start(uid)
+
+    def _add(self, uid: int, more: Iterable[tuple[int, asyncio.Future[None] | None]]) -> None:
+        with self._lock:
+            self._waiting.setdefault(uid, deque()).extend(more)
+            self._start(uid)
+        self._look(uid)
+
+    def _start(self, uid: int) -> None:
+        if uid not in self._running and not self._paused:
+            self._running.add(uid)
+            threading.Thread(target=self._work, args=(uid,), name=THREAD, daemon=True).start()
+
+    def _work(self, uid: int) -> None:
+        while True:
+            with self._lock:
+                waiting = self._waiting[uid]
+                if self._paused or not waiting:
+                    if not waiting:
+                        del self._waiting[uid]
+                    self._running.discard(uid)
+                    return
+                fd, done = waiting.popleft()
+            with contextlib.suppress(OSError):
+                os.close(fd)
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._closed, done)
+                self._loop.call_soon_threadsafe(self._closed, uid, done)
 
-        threading.Thread(target=work, name="close", daemon=True).start()
-        await asyncio.shield(done)
-
-    def _closed(self, done: asyncio.Future[None]) -> None:
-        self._under_way -= 1
-        if not done.done():
+    def _closed(self, uid: int, done: asyncio.Future[None] | None) -> None:
+        self._look(uid)
+        if done is not None and not done.done():
             done.set_result(None)
+
+    def _look(self, uid: int) -> None:
+        with self._lock:
+            full = len(self._waiting.get(uid, ())) >= MOST
+        if full != (uid in self._full):
+            self._full ^= {uid}
+            self._crowded()

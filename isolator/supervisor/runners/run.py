@@ -15,7 +15,7 @@ from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
 from isolator.cage.terminal import new_terminal
 from isolator.cage.view import PATH, time_zone
-from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError, printable
+from isolator.errors import ConfinementError, DeniedError, IsolatorError, UnavailableError, UsageError, printable
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything, send_packet
 from isolator.ipc.run_request import POLICY, POLICY_NAME, TERMINAL, RunRequest, error_fields, pack, read_signal
@@ -34,6 +34,8 @@ from isolator.supervisor.runners.paths import find_paths
 from isolator.supervisor.tickets import by_uid
 
 if TYPE_CHECKING:
+    from isolator.ipc.handover import RunnerState
+    from isolator.launcher.client import Launcher
     from isolator.layers.seccomp.notifier import Denied
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.host import HostConfig
@@ -65,16 +67,27 @@ class RunnerRun:
         connection: socket.socket,
         caller: tuple[int, int, Sequence[int]],
         reading: asyncio.Semaphore,
+        theirs: list[int],
+        id: str = "",
     ) -> None:
-        """``reading``: taken while a policy file is read, in a thread that the daemon's other work shares."""
-        self.id = os.urandom(5).hex()
+        """``reading``: taken while a policy file is read, in a thread that the daemon's other work shares.
+
+        ``theirs``: descriptors that lead to what is a stranger's, more of which come; the owner closes them apart.
+        """
+        self.id = id or os.urandom(5).hex()
         self.name = f"{PREFIX}{caller[0]}"
-        self.spilled: list[int] = []
-        """Descriptors that lead to what is a stranger's, for the owner to close apart."""
+        self.theirs = theirs
+        self.trees = FdSet()
+        """Those of mounts, likewise."""
         self._context, self._config, self._caller, self._connection = context, config, caller, connection
         self._by = by_uid(caller[0])
         self._reading = reading
-        self._cage: Cage | None = None
+        self.cage: Cage | None = None
+        self._lease: UidLease | None = None
+        self._denials: object = None
+        """The notifier's token of its denied calls."""
+        self._watched = False
+        """Nothing is awaited but its end."""
         self._shown: set[str] = set()
         self._cause, self._origin = "", Origin.PLUGIN
         self._ended = False
@@ -88,12 +101,11 @@ class RunnerRun:
             place.claim(tasks=policy.resources.tasks, memory=policy.resources.memory)
             if self._context.wait_for_trail:
                 await _trail_writable(self._context)
-            lease = await asyncio.to_thread(UidLease, self._config.uid_range)  # reads every user there is
-            trees = FdSet()
+            lease = self._lease = await asyncio.to_thread(UidLease, self._config.uid_range)  # reads every user there is
             try:
                 binds: list[Bind] = []
                 if request.paths:
-                    binds = await find_paths(request.paths, paths, self._caller, lease.uid, trees)
+                    binds = await find_paths(request.paths, paths, self._caller, lease.uid, self.trees)
                 spec = self._spec(request, policy, lease.uid, binds)
                 with FdSet() as for_start:
                     if TERMINAL in request.once:
@@ -102,22 +114,24 @@ class RunnerRun:
                         answer(self._connection, [(TERMINAL, "yes")], [master])
                     end = await self._live(spec, request, Stdio(*streams), for_start)
             finally:
-                self.spilled += trees.release_all()
                 lease.release()
         except (IsolatorError, OSError) as error:
             return error_fields(self._for_caller(error))
+        return self._told(end)
+
+    def _told(self, end: CageExit) -> Sequence[tuple[str, str]]:
         return _end_fields(replace(end, cause=self._cause) if self._cause else end)
 
     def terminate(self, cause: str, origin: Origin = Origin.DAEMON) -> None:
         """End the run at once; ``cause`` and ``origin`` are recorded as those of its end."""
         if not self._cause:
             self._cause, self._origin = cause, origin
-        if self._cage is not None and self._cage.started:
-            self._cage.kill()
+        if self.cage is not None and self.cage.started:
+            self.cage.kill()
 
     def take_snapshot(self) -> None:
         """Record the use of resources, and end a run whose groups or /proc somebody has changed."""
-        cage = self._cage
+        cage = self.cage
         if cage is None or not cage.started or self._ended or cage.processes.started == 0:
             return
         usage = snapshot(cage.leaf.folders(), cage.leaf.processes())
@@ -125,6 +139,55 @@ class RunnerRun:
         cage.refresh_figures(usage)
         if changed := cage.detect_drift():
             self.terminate(changed, Origin.OPERATOR)
+
+    # --- over an exec of this process ---------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Whether it can be handed over: its command runs."""
+        return self._watched and not self._cause and self.cage is not None and not self.cage.processes.ended.is_set()
+
+    def hand_over(self) -> RunnerState:
+        """The state of this run, when it is settled."""
+        from isolator.ipc.handover import RunnerState
+
+        assert self.cage is not None and self._lease is not None
+        uid, gid, groups = self._caller
+        return RunnerState(
+            id=self.id, uid=uid, gid=gid, groups=tuple(groups), connection=self._connection.fileno(),
+            cage=self.cage.hand_over(), effective=self.cage.spec.policy.model_dump(mode="json"),
+            lease=self._lease.uid, lock=self._lease.lock, listener=self._context.notifier.listener_of(self._denials),
+            theirs=(*self.theirs, *self.trees), shown=tuple(self._shown),
+        )  # fmt: skip
+
+    def take_over(self, before: RunnerState, kept_by: Launcher) -> EffectivePolicy:
+        """Go on from the state before the exec, and return the policy; what does not hold is ended."""
+        from isolator.policy.model import EffectivePolicy
+
+        policy, context = EffectivePolicy.model_validate(before.effective), self._context
+        uid = before.lease
+        spec = CageSpec(self.name, self.id, uid, uid, "cage", policy, context.paths, [], {}, to_group=True)
+        cage, _ = Cage.adopt(spec, context.runtime, before.cage, kept_by)
+        self.cage, self._shown, self._lease = cage, {*before.shown}, UidLease.adopt(before.lease, before.lock)
+        context.broker.adopt(self.id, self.name, cage.network, policy.network, self.terminate)
+        try:
+            cage.confirm()
+        except ConfinementError as error:
+            self.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
+        if before.listener >= 0:
+            self._denials = context.notifier.watch(before.listener, self._denied)
+        return policy
+
+    async def go_on(self) -> Sequence[tuple[str, str]]:
+        """Stay with a run that was taken over; returns the answer, as ``serve``."""
+        assert self.cage is not None and self._lease is not None
+        try:
+            return self._told(await self._to_its_end(self.cage))
+        except (IsolatorError, OSError) as error:
+            return error_fields(self._for_caller(error))
+        finally:
+            await self._take_down(self.cage)
+            self._lease.release()
 
     # --- before there is a cage --------------------------------------------------------------------------------
 
@@ -185,7 +248,7 @@ class RunnerRun:
         async def hand_over(made: network_layer.CageNetwork) -> None:
             await context.broker.attach(self.id, self.name, made, spec.policy.network, self.terminate)
 
-        cage = self._cage = Cage(spec, context.runtime, stdio, handover=hand_over)
+        cage = self.cage = Cage(spec, context.runtime, stdio, handover=hand_over)
         try:
             try:
                 await cage.start()
@@ -194,14 +257,20 @@ class RunnerRun:
                 raise
             for_start.close()
             self._started(cage, request)
-            end = await self._watch(cage)
-            self._ended = True
-            self._record_end(cage, end)
-            return end
+            return await self._to_its_end(cage)
         finally:
-            await cage.release()
-            with contextlib.suppress(UnavailableError):
-                await context.broker.detach(self.id)
+            await self._take_down(cage)
+
+    async def _to_its_end(self, cage: Cage) -> CageExit:
+        end = await self._watch(cage)
+        self._ended = True
+        self._record_end(cage, end)
+        return end
+
+    async def _take_down(self, cage: Cage) -> None:
+        await cage.release()
+        with contextlib.suppress(UnavailableError):
+            await self._context.broker.detach(self.id)
 
     async def _watch(self, cage: Cage) -> CageExit:
         """Wait for the end of the program, or of the connection, which ends it."""
@@ -212,7 +281,9 @@ class RunnerRun:
             with network_layer.watch(network) as drift, watched_ruleset(drift, network, policy, self._ruleset_changed):
                 if self._cause:  # ended while it was being started
                     cage.kill()
+                self._watched = True
                 await asyncio.wait({waiting, talking}, return_when=asyncio.FIRST_COMPLETED)
+                self._watched = False
                 if not waiting.done():
                     self.terminate("its caller has left")
                 return await waiting
@@ -232,7 +303,7 @@ class RunnerRun:
                 continue
             except OSError:
                 return
-            self.spilled += fds
+            self.theirs += fds
             number = 0 if fds else read_signal(packet)
             if not number:
                 return
@@ -269,7 +340,7 @@ class RunnerRun:
         )
         self._record(started, urgent=True)
         if cage.listener >= 0:
-            self._context.notifier.watch(cage.listener, self._denied)
+            self._denials = self._context.notifier.watch(cage.listener, self._denied)
             cage.listener = -1
 
     def _denied(self, denied: Denied) -> None:

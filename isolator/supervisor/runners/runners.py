@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from isolator.errors import DeniedError, IsolatorError, UsageError
@@ -29,6 +29,9 @@ from isolator.supervisor.runners.run import STREAMS, RunnerRun, answer
 from isolator.supervisor.runners.shares import Place, Shares
 
 if TYPE_CHECKING:
+    from isolator.cage.cage import Cage
+    from isolator.ipc.handover import RunnersState, RunnerState
+    from isolator.launcher.client import Launcher
     from isolator.policy.host import HostConfig
     from isolator.supervisor.run import RunContext
 
@@ -43,6 +46,8 @@ _REQUEST_SECONDS = 10.0
 _CLOSE_SECONDS = 1.0
 """For descriptors of a run to be closed before its caller is told the end."""
 _STOP_SECONDS = 5.0
+NOBODY = -1
+"""In place of the uid of somebody whose runs are over."""
 
 
 class Runners:
@@ -51,35 +56,49 @@ class Runners:
     def __init__(self, context: RunContext, config: HostConfig) -> None:
         self._context, self._config = context, config
         self._shares = Shares(config.runner)
-        self._closers = Closers()
+        self._closers = Closers(self._admit)
         self._reading = asyncio.Semaphore(1)
         self._paces: dict[int, TokenBucket] = {}
         self._runs: set[RunnerRun] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._silent: set[asyncio.Task[None]] = set()
-        """Those of the tasks that wait for a request."""
+        self._silent: dict[asyncio.Task[None], socket.socket] = {}
+        """Those of the tasks that wait for a request, with their connections."""
+        self._answered: set[asyncio.Task[None]] = set()
+        """Those that only wait for descriptors to be closed."""
         self._accept: AcceptLoop | None = None
 
-    def start(self) -> None:
-        """Listen; for nobody if the file system of the socket has no access lists."""
+    def start(self, listener: socket.socket | None = None) -> None:
+        """Listen; for nobody if the file system of the socket has no access lists.
+
+        ``listener``: the one from before this process's exec.
+        """
+        if not self._config.roles.runner:
+            return  # those that had the role are served to the end of their runs
         path = self._context.paths.run_socket
-        listener = listen(path, mode=0o600, owner=0, backlog=_BACKLOG, kind=socket.SOCK_SEQPACKET)
-        try:
-            allow_only(path, self._config.roles.runner)
-        except OSError as error:
-            logger.error("%s: nobody can use isolator run but root: %s", path, error.strerror)
+        listener = listener or listen(path, mode=0o600, owner=0, backlog=_BACKLOG, kind=socket.SOCK_SEQPACKET)
         self._accept = AcceptLoop(
             listener,
             lambda connection, _: self._accepted(connection),
             budget=TokenBucket(_CONNECTIONS, 2 * _CONNECTIONS),
-            ready=lambda: not self._closers.exhausted and not self._context.rest.coming,
+            ready=lambda: not self._context.rest.coming,
         )
+        self._admit()
+
+    def _admit(self) -> None:
+        """Let in those with the role, but for whoever has too much to close."""
+        path = self._context.paths.run_socket
+        if self._accept is not None:
+            try:
+                allow_only(path, {*self._config.roles.runner} - self._closers.exhausted)
+            except OSError as error:
+                logger.error("%s: nobody can use isolator run but root: %s", path, error.strerror)
 
     async def close(self) -> None:
         """Stop listening, and end every run; returns when they are gone."""
         if self._accept is not None:
             self._accept.close()
             self._context.paths.run_socket.unlink(missing_ok=True)
+            self._accept = None
         self.terminate("the daemon stops")
         for task in list(self._silent):
             task.cancel()
@@ -89,11 +108,70 @@ class Runners:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    # --- over an exec of this process --------------------------------------------------------------------------
+
+    @property
+    def cages(self) -> list[Cage]:
+        """The cages of the runs that have one."""
+        return [run.cage for run in self._runs if run.cage is not None and run.cage.started]
+
     @property
     def under_way(self) -> list[str]:
-        """The runs that a reload would end, and whatever else has a caller that waits for its end."""
-        others = len(self._tasks - self._silent) - len(self._runs)
-        return [*(f"run {run.id} of {run.name}" for run in self._runs), *["the end of a run"] * (others > 0)]
+        """What happens that is not to be broken off, in words."""
+        others = len(self._tasks - self._silent.keys() - self._answered) - len(self._runs)
+        begun = [f"the start or end of run {run.id} of {run.name}" for run in self._runs if not run.settled]
+        return [*begun, *["the end of a run"] * (others > 0)]
+
+    def hand_over(self) -> RunnersState:
+        """The state of the runs, and of all that callers have sent: none of it may be closed by an exec."""
+        from isolator.ipc.handover import RunnersState
+
+        return RunnersState(
+            listener=self._accept.fileno() if self._accept is not None else -1,
+            waiting=tuple(connection.fileno() for connection in self._silent.values()),
+            runs=tuple(run.hand_over() for run in self._runs if run.settled),
+            theirs=self._closers.unclosed,
+        )
+
+    def pause(self) -> None:
+        """Close nothing of callers' from now on: an exec would have to wait for it."""
+        self._closers.pause()
+
+    def go_on(self) -> None:
+        """Go on after an exec that came to nothing."""
+        self._closers.go_on()
+
+    def take_over(self, before: RunnersState, kept_by: Launcher) -> Iterator[tuple[RunnerState, str]]:
+        """Go on with the runs from before the exec, and listen; each run comes with why it does not go on, if so."""
+        for one in before.runs:
+            yield one, self._take_over(one, kept_by)
+        left = self._own(self._closers.close(NOBODY, before.theirs))
+        self._answered.add(left)
+        left.add_done_callback(self._answered.discard)
+        listener = socket.socket(fileno=before.listener) if before.listener >= 0 else None
+        self.start(listener)
+        if self._accept is None and listener is not None:
+            listener.close()
+            self._context.paths.run_socket.unlink(missing_ok=True)
+        for fd in before.waiting:
+            connection = socket.socket(fileno=fd)
+            connection.setblocking(False)
+            self._accepted(connection)
+
+    def _take_over(self, before: RunnerState, kept_by: Launcher) -> str:
+        caller, theirs = (before.uid, before.gid, before.groups), list(before.theirs)
+        connection = socket.socket(fileno=before.connection)
+        connection.setblocking(False)
+        run = RunnerRun(self._context, self._config, connection, caller, self._reading, theirs, before.id)
+        try:
+            caps = run.take_over(before, kept_by).resources
+        except Exception as error:  # whatever it was, the others go on
+            self._own(self._conclude(connection, before.uid, error_fields(_fault(error)), theirs))
+            return f"{type(error).__name__}: {error}"
+        self._runs.add(run)
+        place = self._shares.keep(before.uid, tasks=caps.tasks, memory=caps.memory)
+        self._own(self._go_on(run, connection, before.uid, place))
+        return ""
 
     def terminate(self, cause: str) -> None:
         """End every run, for a reason of the daemon's own."""
@@ -118,17 +196,15 @@ class Runners:
                 raise DeniedError("isolator run", f"uid {uid} is no runner", remedy)
             place = self._shares.enter(uid)
         except (IsolatorError, OSError) as error:
-            self._own(self._refuse(connection, error))
+            self._own(self._conclude(connection, uid, error_fields(error), []))
         else:
             self._own(self._serve(connection, uid, gid, place))
 
-    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name="runner")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _refuse(self, connection: socket.socket, error: Exception) -> None:
-        await self._finish(connection, error_fields(error), [])
+        return task
 
     async def _serve(self, connection: socket.socket, uid: int, gid: int, place: Place) -> None:
         fds: list[int] = []
@@ -142,7 +218,7 @@ class Runners:
             if len(fds) != STREAMS + len(request.paths):
                 raise UsageError("isolator run", "another number of descriptors than paths", "pass one for each")
             caller = (uid, gid, tuple(peer_groups(connection, most=MOST_GROUPS)))
-            run = RunnerRun(self._context, self._config, connection, caller, self._reading)
+            run = RunnerRun(self._context, self._config, connection, caller, self._reading, fds)
             self._runs.add(run)
             fields = await run.serve(request, fds[:STREAMS], fds[STREAMS:], place)
         except TimeoutError:
@@ -150,36 +226,58 @@ class Runners:
         except (IsolatorError, OSError) as error:
             fields = error_fields(error)
         except Exception as error:  # whatever it was, it is one run's alone
-            context = {"message": f"a run of uid {uid} has failed", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(context)
-            fields = error_fields(IsolatorError("isolator run", "a fault of the daemon", "see its log"))
+            fields = error_fields(_fault(error))
         finally:
-            if run is not None:
-                self._runs.discard(run)
-                fds += run.spilled
-            try:
-                await self._finish(connection, fields, fds)
-            finally:
-                place.leave()
+            await self._conclude(connection, uid, fields, fds, run, place)
+
+    async def _go_on(self, run: RunnerRun, connection: socket.socket, uid: int, place: Place) -> None:
+        fields: Sequence[tuple[str, str]] = ()
+        try:
+            fields = await run.go_on()
+        except Exception as error:  # whatever it was, it is one run's alone
+            fields = error_fields(_fault(error))
+        finally:
+            await self._conclude(connection, uid, fields, run.theirs, run, place)
 
     async def _first_packet(self, connection: socket.socket) -> None:
         """Wait for it; raises TimeoutError."""
         task = asyncio.current_task()
         assert task is not None
-        self._silent.add(task)
+        self._silent[task] = connection
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):
                 await readable(connection.fileno())
         finally:
-            self._silent.discard(task)
+            del self._silent[task]
 
-    async def _finish(self, connection: socket.socket, fields: Sequence[tuple[str, str]], fds: Sequence[int]) -> None:
+    async def _conclude(
+        self, connection: socket.socket, uid: int, fields: Sequence[tuple[str, str]], fds: Sequence[int],
+        run: RunnerRun | None = None, place: Place | None = None,
+    ) -> None:  # fmt: skip
         """Close what the caller sent, tell the caller, and close the connection, however long that takes."""
-        closing = asyncio.ensure_future(self._closers.close(fds))
-        await asyncio.wait({closing}, timeout=_CLOSE_SECONDS)
-        if fields:
-            answer(connection, fields)
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-        await self._closers.close([connection.detach()])
-        await closing
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            if run is not None:
+                self._runs.discard(run)
+                fds = [*fds, *run.trees.release_all()]
+            closing = asyncio.ensure_future(self._closers.close(uid, fds))
+            await asyncio.wait({closing}, timeout=_CLOSE_SECONDS)
+            if fields:
+                answer(connection, fields)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            self._answered.add(task)
+            await self._closers.close(uid, [connection.detach()])
+            await closing
+        finally:
+            self._answered.discard(task)
+            if place is not None:
+                place.leave()
+
+
+def _fault(error: Exception) -> IsolatorError:
+    """A fault of the daemon, logged, as its caller is told of it."""
+    context = {"message": "a run of a user has failed", "exception": error}
+    asyncio.get_running_loop().call_exception_handler(context)
+    return IsolatorError("isolator run", "a fault of the daemon", "see its log")

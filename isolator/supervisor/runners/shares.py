@@ -46,6 +46,12 @@ class Shares:
         self.take(place, {"cages": 1})
         return place
 
+    def keep(self, uid: int, *, tasks: int, memory: int) -> Place:
+        """The place of a run from before this process's exec, though the bounds may be others by now."""
+        place = Place(self, uid)
+        self._count(place, {"cages": 1, "all_tasks": tasks, "all_memory": memory})
+        return place
+
     def take(self, place: Place, amounts: dict[str, int]) -> None:
         """Count so much of each key for a place; nothing of it when one of them is exhausted."""
         own = self._of.get(place.uid, Counter())
@@ -53,7 +59,10 @@ class Shares:
             for mine, taken, most in ((True, own[key], self._each[key]), (False, self._all[key], self._most[key])):
                 if taken + amount > most:
                     raise _exhausted(key, amount, taken, most, mine=mine)
-        own = self._of.setdefault(place.uid, own)
+        self._count(place, amounts)
+
+    def _count(self, place: Place, amounts: dict[str, int]) -> None:
+        own = self._of.setdefault(place.uid, Counter())
         for counter in (self._all, own, place.taken):
             counter.update(amounts)
 

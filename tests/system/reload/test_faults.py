@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any, cast
@@ -97,6 +98,7 @@ def test_traps_of_an_exec_in_place(shared_dir: Path) -> None:
         assert crashed["ends"]["signal"] == signal.SIGKILL
         assert "it did not hold when the daemon was reloaded" in crashed["loose"]["cause"]
         assert set(crashed) == {"ends", "loose"}
+        assert blocked(d.service_pid("isolator.launcher.server")) == 0, "a child has inherited the mask of the exec"
         states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children(d)]
         assert "Z" not in states
         # A signal that comes during the exec is not lost, and ends the new image as it would have ended the old one.
@@ -105,6 +107,12 @@ def test_traps_of_an_exec_in_place(shared_dir: Path) -> None:
         assert d.process.wait(seconds(40)) == 0
         assert not any(alive(pid) for pid, _ in after.values())
         assert d.json("gc", "--dry-run") == []
+
+
+def blocked(pid: int) -> int:
+    """The signals that a process blocks, a bit each (proc_pid_status(5))."""
+    (mask,) = re.findall(r"^SigBlk:\s(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(mask, 16)
 
 
 def children(d: Daemon) -> list[int]:

@@ -1,0 +1,46 @@
+"""Staged plugins over an exec of the daemon: an operator who is looking at one may still agree to it.
+
+Their copies stay where they are; manifest and proposal are made of them again. What would be shown otherwise by now,
+because ``host.toml`` or the policy has changed, has expired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isolator.ipc.handover import StagedState
+from isolator.policy.meet.proposal import Proposal
+from isolator.registration.staging import MANIFEST, Source, Staged
+
+if TYPE_CHECKING:
+    from isolator.registration.registrar import Candidate
+
+
+def hand_over(candidate: Candidate) -> StagedState:
+    """The state of a staged plugin before an exec."""
+    staged = asdict(candidate.staged) | {"folder": str(candidate.staged.folder)}
+    del staged["manifest"]
+    return StagedState(
+        staged=staged, source=asdict(candidate.source), update=candidate.update, by=candidate.by,
+        faults=candidate.faults, shown=shown(candidate.proposal),
+    )  # fmt: skip
+
+
+def staged_of(state: StagedState) -> tuple[Staged, Source]:
+    """The copy of a staged plugin, whose manifest is empty if it cannot be read, and its origin."""
+    folder, manifest = Path(str(state.staged["folder"])), b""
+    with contextlib.suppress(OSError):
+        manifest = (folder / MANIFEST).read_bytes()
+    staged = Staged(**state.staged | {"folder": folder, "manifest": manifest})
+    return staged, Source(**state.source | {"hooks": tuple(state.source["hooks"])})
+
+
+def shown(proposal: Proposal) -> str:
+    """Digest of what an operator agrees to."""
+    text = json.dumps([proposal.needs_approval, proposal.effective.digest(), proposal.policy_text])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,137 @@
+"""``isolator serve`` with gates: an exchange waits at a named place for what a test does meanwhile, and takes notes.
+
+Run by ``GatedDaemon`` in place of the command, and again by each exec. The file ``gate`` below the root names the place
+of the next wait; ``notes`` has a line for each thing that the supervisor did, in their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isolator.ipc.channel import ALIVE
+from isolator.ipc.messages import ConnectRun
+from isolator.ipc.succession import Passage
+from isolator.supervisor import services
+from isolator.supervisor.rest import Rest
+from isolator.supervisor.service import ChildProcess, Generation
+from tests.system.daemon import Daemon
+
+BEFORE, ANSWERED, PARTING = "before", "answered", "parting"
+"""Before an exchange, until a reload waits for it or comes to rest; when the new host has answered its hello, until
+``go`` is there and it has had turns of its event loop; when the old host hands over, until no connect of it is open."""
+_LOOK = 0.005
+_TURNS = 50
+
+
+class GatedDaemon(Daemon):
+    """A daemon whose next exchange waits where it is told to."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", __file__, str(self.root)]
+
+    def wait_at(self, place: str) -> None:
+        """Have the next exchange that comes there wait."""
+        (self.root / "notes").write_text("")
+        (self.root / "gate").write_text(place)
+
+    def go(self) -> None:
+        """Let it go on."""
+        (self.root / "go").touch()
+
+    @property
+    def notes(self) -> list[str]:
+        """What was noted since ``wait_at``."""
+        return (self.root / "notes").read_text().splitlines()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that has no event."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK)
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    gate, go = root / "gate", root / "go"
+    present: dict[str, Any] = {}
+    """The lock of exchanges, whether there was a rest, and the service that is exchanged with its old process."""
+
+    def note(text: str) -> None:
+        with (root / "notes").open("a") as notes:
+            notes.write(f"{text}\n")
+
+    def waits_at(place: str) -> bool:
+        waits = gate.exists() and gate.read_text() == place
+        if waits:
+            gate.unlink()
+            note(place)
+        return waits
+
+    class Watched(asyncio.Lock):
+        waiting = 0
+
+        async def acquire(self) -> bool:  # type: ignore[override]
+            self.waiting += 1
+            try:
+                return await super().acquire()
+            finally:
+                self.waiting -= 1
+
+    make_services, come = services.Services.__init__, Rest.come
+    exchanged, first_answer, part, tell = services.exchange, ChildProcess.first_answer, Passage.part, ChildProcess.tell
+
+    def made(self: services.Services, *arguments: Any) -> None:
+        make_services(self, *arguments)
+        self.exchanging = present["lock"] = Watched()
+
+    def comes(self: Rest) -> None:
+        note("at rest")
+        present["rest"] = True
+        come(self)
+
+    async def exchange_one(process: ChildProcess) -> None:
+        if waits_at(BEFORE):
+            await until(lambda: present["lock"].waiting or "rest" in present)
+        present.update(name=process.spec.name, old=process.current)
+        await exchanged(process)
+        note(f"exchanged {process.spec.name}")
+
+    async def answered(self: ChildProcess, work: Any, generation: Generation | None = None) -> Any:
+        result = await first_answer(self, work, generation)
+        if generation is not None and self._waiting is not None and self.spec.name == "host" and waits_at(ANSWERED):
+            await until(go.exists)
+            go.unlink()
+            for _ in range(_TURNS):
+                await generation.channel.call(ALIVE)
+        return result
+
+    async def passed(self: Passage, *arguments: Any) -> None:
+        if present["name"] == "host" and waits_at(PARTING):
+            await until(go.exists)
+            go.unlink()
+            served = present["old"].channel._tasks
+            await until(lambda: not any(one.fields["op"] == ConnectRun.op for one in served.values()))
+        await part(self, *arguments)
+
+    def told(self: ChildProcess, request: Any, **further: Any) -> None:
+        if self._waiting is not None:
+            note(f"held {request.op}")
+        tell(self, request, **further)
+
+    services.Services.__init__ = made  # type: ignore[method-assign,assignment]
+    services.exchange = exchange_one  # type: ignore[assignment]
+    Rest.come, Passage.part = comes, passed  # type: ignore[method-assign,assignment]
+    ChildProcess.first_answer, ChildProcess.tell = answered, told  # type: ignore[method-assign,assignment]
+
+    from host.cli.main import main as command_line
+
+    sys.argv = ["isolator", "--root", str(root), "serve", *sys.argv[2:]]
+    sys.exit(command_line())
+
+
+if __name__ == "__main__":
+    main()
