@@ -61,6 +61,11 @@ def replace(value: T, /, **changes: Any) -> T:
 def _init(self: Any, *values: Any, **named: Any) -> None:
     cls = type(self)
     names: tuple[str, ...] = getattr(cls, _FIELDS)
+    if len(values) == len(names) and not named:  # as most are made
+        self.__dict__.update(zip(names, values, strict=True))
+        if (complete := getattr(self, "__post_init__", None)) is not None:
+            complete()
+        return
     defaults: dict[str, Any] = getattr(cls, _DEFAULTS)
     ordered = dict(zip(names, values, strict=False))
     if len(values) > len(names) or not ordered.keys().isdisjoint(named) or not named.keys() <= {*names}:

@@ -62,7 +62,7 @@ def write_request(method: str, path: str, headers: Iterable[tuple[str, str]], bo
     return (head or b"") + body
 
 
-class _Reader:
+class AnswerReader:
     """Reads the answer to a request of ``method``."""
 
     def __init__(self, method: str) -> None:
@@ -124,7 +124,7 @@ class HttpExchange:
         """``time.perf_counter_ns`` when sending began."""
         self.sock, self._method, self._timeout = sock, method, timeout
         self._unsent = memoryview(request)
-        self._reader = _Reader(method)
+        self._reader = AnswerReader(method)
         self._received: list[bytes] = []
         self._size = 0
         self._deadline = 0.0

@@ -7,6 +7,7 @@ it has changed. What the daemon says of the plugin is shown and never written wi
 from __future__ import annotations
 
 import difflib
+import pwd
 import sys
 import time
 from collections.abc import Callable
@@ -21,16 +22,19 @@ from host.client.client import Client
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.pacing import Backoff
 from isolator.paths import Paths
+from isolator.policy.edit import LISTS, Value
 
 _PATIENCE = 3.0
 """Seconds for the daemon to notice the file and restart the plugin with it."""
-_KIND = click.Choice(["egress", "hook", "permission"])
+_KIND = click.Choice(["egress", "hook", "permission", "tool", "caller"])
+_NONE_BY_DEFAULT = ("tool", "caller")
 
 
 @click.command(
     epilog="\b\nExamples:\n  isolator plugin grant slack egress hooks.slack.com:443\n"
     "  isolator plugin grant slack permission read:projects\n"
-    "  isolator plugin grant slack hook 'deploy.*' --dry-run"
+    "  isolator plugin grant slack hook 'deploy.*' --dry-run\n"
+    "  isolator plugin grant github tool 'get_*'\n  isolator plugin grant github caller alice"
 )
 @click.argument("name", shell_complete=plugin_names)
 @click.argument("kind", type=_KIND)
@@ -43,7 +47,8 @@ def grant(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes
     """Add a value to a plugin's policy file; a plugin that runs is restarted with it.
 
     Comments and other lines stay as they are. A plugin gets what its manifest
-    asks for and its policy grants: both.
+    asks for and its policy grants: both. A tool is one of an MCP server, a
+    caller a user (name or uid) who may call its tools: no manifest asks for them.
     """
     from isolator.policy.edit import granted
 
@@ -79,12 +84,12 @@ def _edit(
     yes: bool,
     as_json: bool,
 ) -> None:
-    value = _spelled(kind, value)
+    spelled = _spelled(kind, value)
     with Client(root) as client:
         shown = client.call("plugin.show", name=name)
         path = Paths.of(root).policies / f"{shown['name']}.toml"
         before = _read(path, name)
-        after = change(before, kind, value, in_force=_in_force(shown, kind))
+        after = change(before, kind, spelled, in_force=_in_force(shown, kind))
         _check(root, path, after)
         diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=1)
         lines = list(diff)[2:]  # without the two lines that name files
@@ -93,7 +98,7 @@ def _edit(
                 click.echo(safe(line))
         state = "stands there already" if not lines else "not written"
         if lines and not dry_run:
-            if _makes_list(before, after, kind):
+            if kind not in _NONE_BY_DEFAULT and _makes_list(before, after, kind):
                 _agree(name, kind, yes=yes)
             _write(path, after)
             state = _in_use(client, shown, kind)
@@ -103,19 +108,24 @@ def _edit(
         click.echo(f"{path}: {state}")
 
 
-def _spelled(kind: str, value: str) -> str:
+def _spelled(kind: str, value: str) -> Value:
     """The value as policies have it; raises UsageError."""
     from isolator.policy import names
 
     try:
         if kind == "egress":
             return value if value == "public" else names.format_egress(names.parse_egress(value))
-        return names.parse_hook_grant(value) if kind == "hook" else names.parse_permission_grant(value)
+        if kind == "caller":
+            return names.parse_uid(int(value) if value.isdecimal() else pwd.getpwnam(value).pw_uid)
+        parse = {"hook": names.parse_hook_grant, "permission": names.parse_permission_grant, "tool": names.parse_tool}
+        return parse[kind](value)
+    except KeyError:
+        raise NotFoundError(f"user {value}", "is not on this host", "name another, or a uid") from None
     except ValueError as error:
         raise UsageError(kind, str(error)) from None
 
 
-def _in_force(shown: dict[str, Any], kind: str) -> list[str]:
+def _in_force(shown: dict[str, Any], kind: str) -> list[Value]:
     """List what a plugin has of this kind now, as a policy would."""
     effective = shown.get("effective") or {}
     if kind == "egress":
@@ -124,7 +134,7 @@ def _in_force(shown: dict[str, Any], kind: str) -> list[str]:
 
         rules = (effective.get("network") or {}).get("egress") or []
         return [format_egress(EgressRule(host=rule["host"], ports=tuple(rule["ports"]))) for rule in rules]
-    return [str(one) for one in effective.get({"hook": "hooks", "permission": "permissions"}[kind]) or []]
+    return list(effective.get(LISTS[kind]) or [])
 
 
 def _read(path: Path, name: str) -> str:
@@ -147,8 +157,6 @@ def _check(root: str | None, path: Path, text: str) -> None:
 
 def _makes_list(before: str, after: str, kind: str) -> bool:
     import tomllib
-
-    from isolator.policy.edit import LISTS
 
     lists = [tomllib.loads(text).get("grant", {}).get(LISTS[kind]) for text in (before, after)]
     return lists[0] is None and lists[1] is not None

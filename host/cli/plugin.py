@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from host.cli import arguments
+from host.cli.add import add, update
 from host.cli.complete import plugin_names
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
 from host.cli.output import AS_JSON, SETTINGS, ago, duration, newest, print_json, safe, show_alarms, table
-from host.cli.registration import HISTORY_HINT, approve_plugin, register_plugin, show_proposal, update_plugin
+from host.cli.registration import (
+    AS_LONG_AS_STARTS_TAKE,
+    HISTORY_HINT,
+    approve_plugin,
+    register_plugin,
+    show_proposal,
+)
 from host.client.client import Client
 from isolator.cli.audit import moment
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
@@ -24,9 +31,6 @@ from isolator.policy import units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_AS_LONG_AS_STARTS_TAKE = None
-"""Time for the daemon's answer to what may start one version and then another: it has deadlines of its own."""
 
 
 @click.group(
@@ -40,68 +44,8 @@ def plugin() -> None:
     """Add, inspect, start, stop, update and remove plugins."""
 
 
-@plugin.command(
-    epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
-    "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
-    "  isolator plugin add ./plugin --yes --config token=- < token.txt"
-)
-@click.argument("folder", metavar="[DIR]", required=False)
-@click.option("--name", metavar="N", help="Register a single binary under this name.")
-@click.option("--binary", metavar="P", help="The binary; it stays where it is.")
-@click.option("--hooks", metavar="A,B", help="Events; of a plugin.json beside it only these.")
-@click.option("--files", metavar="DIR", help="A folder that is visible beside the binary.")
-@click.option("--config", "config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
-@click.option("--yes", "-y", is_flag=True, help="Agree to what is shown.")
-@AS_JSON
-@click.pass_obj
-def add(
-    root: str | None,
-    folder: str | None,
-    name: str | None,
-    binary: str | None,
-    hooks: str | None,
-    files: str | None,
-    config: tuple[str, ...],
-    yes: bool,
-    as_json: bool,
-) -> None:
-    """Register a plugin: show what it asks for and would get, ask, and do it."""
-    if folder is not None:
-        if name or binary or hooks or files:
-            raise UsageError("plugin add", "DIR and --name, --binary, --hooks, --files exclude each other")
-        request: dict[str, Any] = {"path": arguments.absolute(folder)}
-    elif name and binary:
-        request = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
-        if files:
-            request["files"] = arguments.absolute(files)
-    else:
-        raise UsageError("plugin add", "name a folder, or give --name, --binary and --hooks", "see --help")
-    values, literal = arguments.config_values(config)
-    with Client(root) as client:
-        register_plugin(client, request, values, literal, yes=yes, as_json=as_json)
-
-
-@plugin.command(
-    epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n\n"
-    "A version that asks for more waits (exit code 5): isolator plugin approve N"
-)
-@click.argument("name", shell_complete=plugin_names)
-@click.argument("folder", metavar="[DIR]", required=False)
-@click.option("--config", "config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
-@click.option("--yes", "-y", is_flag=True, help="Agree also if it asks for more than before.")
-@AS_JSON
-@click.pass_obj
-def update(root: str | None, name: str, folder: str | None, config: tuple[str, ...], yes: bool, as_json: bool) -> None:
-    """Take over a newer version from DIR, or from where the last one came from.
-
-    If it is not up in time, the version before comes back by itself.
-    """
-    request: dict[str, Any] = {"update": name}
-    if folder is not None:
-        request["path"] = arguments.absolute(folder)
-    values, literal = arguments.config_values(config)
-    with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
-        update_plugin(client, request, values, literal, yes=yes, as_json=as_json)
+plugin.add_command(add)
+plugin.add_command(update)
 
 
 @plugin.command("list", epilog="\b\nExamples:\n  isolator plugin list\n  isolator plugin list --failed --json")
@@ -297,7 +241,7 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
                 click.echo(f"{done} {name}{pid}")
             return answer
 
-        with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
+        with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
             return each(names, functools.partial(change, client), as_json=as_json)
 
     decorated = AS_JSON(click.pass_obj(command))
@@ -328,7 +272,7 @@ _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disab
 @click.pass_obj
 def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None:
     """Go back to the version before; if that is not up in time, nothing changes."""
-    with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
+    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
         answer = client.call("plugin.rollback", name=name, **({"to": to} if to else {}))
     if as_json:
         print_json(answer)
@@ -385,7 +329,7 @@ def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
 
     That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
     """
-    with Client(root, timeout=_AS_LONG_AS_STARTS_TAKE) as client:
+    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
             register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, as_json=as_json)
@@ -561,7 +505,3 @@ def _explained(client: Client, name: str) -> list[dict[str, Any]]:
     except IsolatorError:
         return []
     return [dict(line) for line in lines]
-
-
-def _listed(hooks: str | None) -> list[str]:
-    return [hook.strip() for hook in (hooks or "").split(",") if hook.strip()]

@@ -20,6 +20,8 @@ HISTORY_HINT = (
     "isolator: hint: secrets given as K=V stay in the shell's history; K=@FILE or K=- does not leave them there"
 )
 
+AS_LONG_AS_STARTS_TAKE = None
+"""Time for the daemon's answer to what may start one version and then another: it has deadlines of its own."""
 _WIDE = 110
 """Columns from which the grant has a column of its own."""
 _NAMES = ("hooks", "permissions", "egress", "listen", "read")

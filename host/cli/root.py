@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),
     "prove": ("isolator.cli.prove:prove", "Attack a cage from inside and show what held."),
     "plugin": ("host.cli.plugin:plugin", "Add, inspect, start, stop, update and remove plugins."),
-    "mcp": ("host.mcp_command:mcp", "Use MCP servers from editors and agents; approve their tools."),
+    "mcp": ("host.cli.mcp.command:mcp", "Use MCP servers from editors and agents; approve their tools."),
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
     "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
     "policy": ("host.policy_command:policy", "Check and explain policy files."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from host.control.verbs import (
     StagedPlugin,
     UpdatedPlugin,
 )
+from host.delivery.modes import check_mode
 from host.events import Catalogue
 from host.lifecycle import PluginLifecycle
 from host.plugins import manifest as manifests
@@ -38,10 +40,11 @@ from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import ConfigChanged
+from isolator.audit.schema import ConfigChanged, PackageResolved
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Json
+from isolator.ipc.channel import MAX_PACKET
 from isolator.ipc.succession import to_bytes, to_text
 from isolator.linux.descriptors import close_all
 from isolator.policy.request import MAX_BYTES
@@ -94,6 +97,7 @@ class RegistrationVerbs:
     async def stage(self, request: PluginStage, caller: Caller) -> StagedPlugin:
         wanted = ("path", "name", "binary", "hooks", "files", "update", "ticket")
         given = {k: v for k in wanted if (v := getattr(request, k)) is not None}
+        resolved = _resolved(request.resolved) if request.resolved is not None else None
         answer = await self._link.stage(messages.StagePlugin.from_json(given, "plugin.stage"))
         found = answer.body
         token = found.token
@@ -104,12 +108,16 @@ class RegistrationVerbs:
             checked = self._config.check(manifest, request.config)
             self._check_hooks(manifest.core.hooks)
             self._check_calls(manifest)
+            check_mode(manifest.transport.mode)
         except IsolatorError:
             self._link.discard(token)
             raise
         finally:
             close_all(answer.fds)
         self._keep(caller, token, _Staged(manifest, found.digest, text, where))
+        if resolved is not None:
+            record = PackageResolved(by=caller.by, digest=found.digest, **resolved)
+            self._audit.record(record, plugin=manifest.core.name)
         required = [spec.key for spec in manifest.config or () if spec.required and spec.default is None]
         shown = {
             **found.to_json(),
@@ -286,6 +294,16 @@ class RegistrationVerbs:
     def _abandon(self, token: str) -> None:
         if self._staged.pop(token, None) is not None:
             self._link.discard(token)
+
+
+def _resolved(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller says that a package was resolved to, as a record has it; raises UsageError."""
+    package, hashes = value.get("package"), value.get("hashes")
+    if not isinstance(package, str) or len(package) > 300 or not isinstance(hashes, dict):
+        raise UsageError("resolved", 'must be {"package": ..., "hashes": {...}}')
+    if not all(isinstance(text, str) for text in hashes.values()) or len(json.dumps(hashes)) > MAX_PACKET // 2:
+        raise UsageError("resolved", "its hashes must be text by name, and fit into a record of the trail")
+    return {"package": package, "hashes": hashes}
 
 
 def _deaf(proposal: Mapping[str, Any]) -> list[str]:

@@ -466,7 +466,8 @@ class PluginStage(Request, verb="plugin.stage", role="operator", recorded=True, 
     """Show the request and the grant of a plugin that is not registered yet; the answer's token registers it.
 
     ``update`` names the registered plugin of which this is a newer version; the rest may be left out then, as with the
-    last one. The files themselves were handed over with the ticket.
+    last one. The files themselves were handed over with the ticket. ``resolved``, of a package: ``package``, and
+    ``hashes`` of all that it consists of by ``NAME@VERSION``, for the trail.
     """
 
     path: OptionalText = None
@@ -477,6 +478,7 @@ class PluginStage(Request, verb="plugin.stage", role="operator", recorded=True, 
     update: OptionalText = None
     config: Config = field(default_factory=dict, repr=False)
     ticket: OptionalText = None
+    resolved: Annotated[dict[str, Any] | None, Object()] = field(default=None, repr=False)
 
 
 class PluginCommit(Request, verb="plugin.commit", role="operator", recorded=True, result=RegisteredPlugin):

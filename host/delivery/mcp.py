@@ -6,45 +6,25 @@ attempt; a question to a person, an unknown tool and arguments that it does not 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import LostError, NotSentError, Outcome, build_params
+from host.channel.reply import NotSentError, Outcome, build_params
 from host.delivery.modes import Mode, Parts
-from host.mcp import protocol, template
-from host.mcp.session import Reply
+from host.delivery.requests import Requests, RequestState
+from host.mcp import template
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from host.wire import mcp as protocol
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
-
-
-class AwaitedState(Body):
-    """A request in flight, on its way to another host."""
-
-    seq: int
-    run: str
-    sent_ns: int
 
 
 class McpState(Body):
     """Requests in flight by id, on their way to another host; the session is handed on with the callers' calls."""
 
-    requests: dict[str, AwaitedState]
-
-
-@dataclass(eq=False)
-class _Awaited:
-    plugin: Plugin
-    delivery: Delivery
-    run: str
-    number: str
-    reply: Reply
-    sent_ns: int = 0
+    requests: dict[str, RequestState]
 
 
 class McpDelivery(Mode):
@@ -54,12 +34,11 @@ class McpDelivery(Mode):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self._replies: dict[Reply, _Awaited] = {}
-        self._slot = asyncio.Event()
+        self._requests = Requests[tuple[protocol.Answer, bytes]](parts.sidecar, parts.outcomes, _outcome)
 
     @property
     def busy(self) -> bool:
-        return bool(self._replies)
+        return bool(self._requests)
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         parts, event = self.parts, delivery.event
@@ -72,10 +51,7 @@ class McpDelivery(Mode):
         call = spec.transport.calls[hook]
         parts.sidecar.status = "starting" if parts.sidecar.run is None else "connecting"
         session = await parts.servers().session(plugin.name)
-        most = min(spec.transport.max_in_flight, spec.delivery.concurrency)
-        while len(self._replies) >= (1 if parts.outcomes.isolated_retries else most):
-            self._slot.clear()
-            await self._slot.wait()
+        await self._requests.slot(plugin)
         await session.slot(plugin.timeout)
         number = session.new_id()
         params = {"name": call.tool, "arguments": template.fill(call.arguments, payload)}
@@ -85,35 +61,10 @@ class McpDelivery(Mode):
             return
         if not session.open:
             raise NotSentError(session.why or "the server is being stopped")
-        parts.sidecar.begin_request(session.run)
-        awaited = self._await(plugin, delivery, session.run, number)
-
-        def send() -> None:
-            awaited.sent_ns = time.perf_counter_ns()
-            session.write(number, request, plugin.timeout, awaited.reply)
-
-        parts.outcomes.begin(delivery, session.run, request, send)
-        parts.sidecar.status = "in_flight"
-
-    def _await(self, plugin: Plugin, delivery: Delivery, run: str, number: str) -> _Awaited:
-        reply: Reply = asyncio.get_running_loop().create_future()
-        reply.add_done_callback(self._replied)
-        awaited = self._replies[reply] = _Awaited(plugin, delivery, run, number, reply)
-        return awaited
-
-    def _replied(self, reply: Reply) -> None:
-        awaited = self._replies.pop(reply)
-        self._slot.set()
-        self.parts.sidecar.end_request()
-        if reply.cancelled():  # the worker ends
-            return
-        broken = False
-        try:
-            outcome = _outcome(*reply.result())
-        except (LostError, NotSentError) as error:
-            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
-        latency = (time.perf_counter_ns() - awaited.sent_ns) // 1000
-        self.parts.outcomes.conclude(awaited.plugin, awaited.delivery, awaited.run, outcome, latency, broken=broken)
+        self._requests.send(
+            plugin, delivery, session.run, number, request,
+            lambda reply: session.write(number, request, plugin.timeout, reply),
+        )  # fmt: skip
 
     async def ping(self, plugin: Plugin, timeout: float) -> None:
         session = await self.parts.servers().session(plugin.name)
@@ -121,22 +72,16 @@ class McpDelivery(Mode):
         await session.ask(method, {}, timeout)
 
     def close(self) -> None:
-        for reply in list(self._replies):
-            reply.cancel()
+        self._requests.cancel()
 
     # One host in the place of another
 
     @property
     def replied(self) -> bool:
-        return any(reply.done() for reply in self._replies)
+        return self._requests.answered
 
     def pass_on(self, departure: Departure) -> McpState | None:
-        requests = {
-            one.number: AwaitedState(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns)
-            for one in self._replies.values()
-        }
-        for reply in list(self._replies):
-            reply.cancel()
+        requests = self._requests.pass_on()
         return McpState(requests=requests) if requests else None
 
     @classmethod
@@ -146,17 +91,14 @@ class McpDelivery(Mode):
     async def take_over(
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: Any, descriptors: Descriptors
     ) -> None:
-        for number, request in state.requests.items():
-            delivery = deliveries.get(request.seq)
-            if plugin is not None and delivery is not None:
-                self.parts.sidecar.take_request()
-                one = self._await(plugin, delivery, request.run, number)
-                one.sent_ns = request.sent_ns
-                self.parts.servers().awaited.setdefault(plugin.name, {})[number] = one.reply
+        for number, reply in self._requests.take_over(plugin, deliveries, state.requests):
+            assert plugin is not None
+            self.parts.servers().awaited.setdefault(plugin.name, {})[number] = reply
 
 
-def _outcome(answer: protocol.Answer, data: bytes) -> Outcome:
+def _outcome(reply: tuple[protocol.Answer, bytes], _number: str) -> Outcome:
     """The outcome of an attempt."""
+    answer, data = reply
     judged = protocol.judge(answer)
     text, size, digest = data.decode("utf-8", "replace"), len(data), hashlib.sha256(data).hexdigest()
     if judged.verdict == "ok":

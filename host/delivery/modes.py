@@ -126,6 +126,12 @@ class Mode:
         """Go on with the requests of another host, which are of these deliveries, by event number."""
 
 
+def check_mode(name: str) -> None:
+    """Raise IsolatorError if a mode needs a package that is not installed."""
+    if name in _CLASSES:
+        mode_class(name)
+
+
 def mode_class(name: str) -> type[Mode]:
     """The class of a mode, loaded when it is first needed."""
     module, kind = _CLASSES[name]

@@ -6,16 +6,15 @@ each of their events is retried alone, until the one that the plugin dies of is 
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, Outcome, meta_of, params_text, read_reply
-from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, open_stream
+from host.channel.reply import STREAM_MESSAGE, NotSentError, meta_of, params_text, read_reply
+from host.channel.stream import Greeting, StreamConnection, StreamState, open_stream
 from host.delivery.outcome import Outcomes
+from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
@@ -44,13 +43,6 @@ class _Session:
         return self.is_open and capability in self.greeting.capabilities
 
 
-class AwaitedState(Body):
-    """A request in flight, on its way to another host."""
-
-    seq: int
-    sent_ns: int
-
-
 class SessionState(Body):
     """The connection to a run, on its way to another host."""
 
@@ -59,20 +51,8 @@ class SessionState(Body):
     protocol: str
     handles: tuple[str, ...]
     capabilities: tuple[str, ...]
-    requests: dict[str, AwaitedState]
+    requests: dict[str, RequestState]
     """by number"""
-
-
-@dataclass(eq=False)
-class _Awaited:
-    """A reply that is awaited, from before its request is sent."""
-
-    plugin: Plugin
-    delivery: Delivery
-    run: str
-    number: str
-    reply: Reply
-    sent_ns: int = 0
 
 
 class StreamDelivery:
@@ -89,15 +69,16 @@ class StreamDelivery:
         self._sidecar, self._outcomes, self._catalogue, self._api = sidecar, outcomes, catalogue, api
         self._redact = redact
         self._session: _Session | None = None
-        self._replies: dict[Reply, _Awaited] = {}
+        self._requests = Requests[tuple[dict[str, Any], bytes]](
+            sidecar, outcomes, lambda reply, number: read_reply(reply[1], expect=number)
+        )
         self._connecting = False
-        self._slot = asyncio.Event()
         self._cpu = TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
 
     @property
     def busy(self) -> bool:
         """Whether a request is unanswered."""
-        return bool(self._replies)
+        return bool(self._requests)
 
     @property
     def ready(self) -> bool:
@@ -120,50 +101,15 @@ class StreamDelivery:
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
             return
-        await self._free_slot(plugin)
-        await session.connection.writable(plugin.timeout)
+        await self._requests.slot(plugin)
+        connection = session.connection
+        await connection.writable(plugin.timeout)
         if not session.is_open:
-            raise NotSentError(session.connection.why)
-        self._send(plugin, delivery, session, number, request)
-
-    def _send(self, plugin: Plugin, delivery: Delivery, session: _Session, number: str, request: bytes) -> None:
-        self._sidecar.begin_request(session.run)
-        awaited = self._await(plugin, delivery, session.run, number)
-
-        def send() -> None:
-            awaited.sent_ns = time.perf_counter_ns()
-            session.connection.write(number, request, plugin.timeout, awaited.reply)
-
-        self._outcomes.begin(delivery, session.run, request, send)
-        self._sidecar.status = "in_flight"
-
-    def _await(self, plugin: Plugin, delivery: Delivery, run: str, number: str) -> _Awaited:
-        reply: Reply = asyncio.get_running_loop().create_future()
-        reply.add_done_callback(self._replied)
-        awaited = self._replies[reply] = _Awaited(plugin, delivery, run, number, reply)
-        return awaited
-
-    def _replied(self, reply: Reply) -> None:
-        awaited = self._replies.pop(reply)
-        self._slot.set()
-        self._sidecar.end_request()
-        if reply.cancelled():  # the worker ends
-            return
-        broken = False
-        try:
-            outcome = read_reply(reply.result()[1], expect=awaited.number)
-        except (LostError, NotSentError) as error:
-            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
-        latency = (time.perf_counter_ns() - awaited.sent_ns) // 1000
-        self._outcomes.conclude(awaited.plugin, awaited.delivery, awaited.run, outcome, latency, broken=broken)
-
-    async def _free_slot(self, plugin: Plugin) -> None:
-        """Wait until one more request may be in flight; during isolated retries, until none is."""
-        spec = plugin.manifest
-        most = min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
-        while len(self._replies) >= (1 if self._outcomes.isolated_retries else most):
-            self._slot.clear()
-            await self._slot.wait()
+            raise NotSentError(connection.why)
+        self._requests.send(
+            plugin, delivery, session.run, number, request,
+            lambda reply: connection.write(number, request, plugin.timeout, reply),
+        )  # fmt: skip
 
     async def _connected(self, plugin: Plugin) -> _Session:
         """The session with the present run, opened and greeted if there is none."""
@@ -222,7 +168,7 @@ class StreamDelivery:
     @property
     def replied(self) -> bool:
         """Whether a reply is there that is not concluded yet."""
-        return any(reply.done() for reply in self._replies)
+        return self._requests.answered
 
     def pass_on(self, departure: Departure) -> SessionState | None:
         """Hand on the connection with every request that is in flight over it."""
@@ -230,13 +176,7 @@ class StreamDelivery:
         if session is None or not session.connection.is_open:
             return None
         connection = session.connection.pass_on_all(departure)
-        requests = {
-            one.number: AwaitedState(seq=one.delivery.seq, sent_ns=one.sent_ns)
-            for one in self._replies.values()
-            if one.number in connection.deadlines
-        }
-        for reply in list(self._replies):
-            reply.cancel()
+        requests = self._requests.pass_on(connection.deadlines)
         return SessionState(
             run=session.run,
             connection=connection,
@@ -250,13 +190,7 @@ class StreamDelivery:
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: SessionState, descriptors: Descriptors
     ) -> None:
         """Go on with the connection of another host, and with the requests of these deliveries, by event number."""
-        awaited: dict[str, Reply] = {}
-        for number, request in state.requests.items():
-            delivery = deliveries.get(request.seq)
-            if plugin is not None and delivery is not None:
-                self._sidecar.take_request()
-                one = self._await(plugin, delivery, state.run, number)
-                one.sent_ns, awaited[number] = request.sent_ns, one.reply
+        awaited = dict(self._requests.take_over(plugin, deliveries, state.requests))
         connection = self._connection(state.run)
         greeting = Greeting(state.protocol, frozenset(state.handles), frozenset(state.capabilities))
         self._session = _Session(state.run, connection, greeting)
@@ -288,7 +222,6 @@ class StreamDelivery:
 
     def close(self) -> None:
         """Await no more replies and close the connection."""
-        for reply in list(self._replies):
-            reply.cancel()
+        self._requests.cancel()
         if self._session is not None:
             self._session.connection.close()

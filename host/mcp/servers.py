@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
-from host.mcp import protocol
 from host.mcp.pins import Pins
-from host.mcp.protocol import Era
 from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.sqlite import new_event_id
+from host.wire import mcp as protocol
+from host.wire.mcp import Era
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth, ToolCalled, ToolsApproved, ToolStarted
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError

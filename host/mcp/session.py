@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError
-from host.mcp import protocol
-from host.mcp.protocol import Answer, Era, Greeting
 from host.mcp.tools import MAX_TOOLS, Item, offered
+from host.wire import mcp as protocol
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
+from host.wire.mcp import Answer, Era, Greeting
 from host.wire.strict_json import WireError
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors

@@ -1,1 +1,1 @@
-"""Lines and JSON from untrusted peers."""
+"""Lines, JSON and messages of untrusted peers."""

@@ -274,6 +274,22 @@ class PluginAdded(RecordData):
     """``uid:N`` of the caller."""
 
 
+class PackageResolved(RecordData):
+    """A package was fetched from its registry, in a cage, and staged."""
+
+    TYPE = "package.resolved"
+    SOURCES = (HOST,)
+
+    by: str
+    """``uid:N`` of the caller."""
+    package: str
+    """``npm:NAME@VERSION`` or ``pypi:NAME==VERSION``."""
+    digest: str
+    """Of the folder that was made of it."""
+    hashes: dict[str, str]
+    """By ``NAME@VERSION`` of all that it consists of, the hash that the registry names; as the caller says."""
+
+
 class PluginPending(RecordData):
     """A found plugin, or a version that asks for more than the one in use, waits for approval."""
 

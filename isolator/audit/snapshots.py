@@ -25,13 +25,12 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int], *, totals: bool = Fal
     usage: Usage = {}
     for folder in folders:
         for name, read in (_TOTALS if totals else _FILES).items():
-            try:
-                text = (folder / name).read_text("ascii")
-            except (OSError, ValueError):
-                continue  # not in this hierarchy, or the group has just been removed
-            for field, value in read(text).items():
+            text = _text(f"{folder}/{name}")  # none: not in this hierarchy, or the group has just been removed
+            for field, value in read(text).items() if text else ():
                 usage.setdefault(field, value)
     pids = list(pids)
+    if totals:
+        return usage | _sockets(pids) | (_io_of_processes(pids) if pids and "io_read" not in usage else {})
     usage.setdefault("tasks", sum(_count(pid, "task") for pid in pids))
     usage["processes"] = len(pids)
     if pids:
@@ -41,6 +40,20 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int], *, totals: bool = Fal
         if "io_read" not in usage:
             usage.update(_io_of_processes(pids))
     return usage
+
+
+def _text(path: str) -> str:
+    """The content of a file of the kernel's, empty if it cannot be read; each end of a run reads dozens of them."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(fd, 1 << 16).decode("ascii", "replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
 
 
 def _single(field: str) -> Callable[[str], Usage]:
@@ -177,11 +190,10 @@ def _open_files(pid: int) -> int:
 def _sockets(pids: list[int]) -> Usage:
     """The cage's network, which all its processes share: sockets in use, bytes sent."""
     for pid in pids:
-        try:
-            sockets = Path(f"/proc/{pid}/net/sockstat").read_text("ascii").splitlines()
-            devices = Path(f"/proc/{pid}/net/dev").read_text("ascii").splitlines()[2:]
-        except OSError:
+        devices = _text(f"/proc/{pid}/net/dev").splitlines()[2:]
+        if not devices:
             continue
+        sockets = _text(f"/proc/{pid}/net/sockstat").splitlines()
         usage: Usage = {"network_bytes": sum(int(line.partition(":")[2].split()[8]) for line in devices)}
         for words in map(str.split, sockets):
             if words[:2] == ["TCP:", "inuse"]:
@@ -194,9 +206,6 @@ def _io_of_processes(pids: list[int]) -> Usage:
     """Bytes that the living processes read and wrote, for hosts without an io controller."""
     read = written = 0
     for pid in pids:
-        try:
-            table = _table(Path(f"/proc/{pid}/io").read_text("ascii").replace(":", ""))
-        except OSError:
-            continue
+        table = _table(_text(f"/proc/{pid}/io").replace(":", ""))
         read, written = read + table.get("read_bytes", 0), written + table.get("write_bytes", 0)
     return {"io_read": read, "io_written": written}

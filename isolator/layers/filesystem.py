@@ -358,8 +358,8 @@ def _mounts(process: Process) -> dict[str, _Mounted]:
     found = {}
     for place, line in process.mounts.items():
         if not place.startswith("/proc/"):
-            before, _, after = line.partition(" - ")
-            found[place] = _Mounted(after.split()[0], frozenset(before.split()[5].split(",")))
+            options, after = line.split(" ", 6)[5], line.partition(" - ")[2]
+            found[place] = _Mounted(after.partition(" ")[0], frozenset(options.split(",")))
     return found
 
 

@@ -43,7 +43,9 @@ def failed(what: str) -> OSError:
 
 def syscall(name: str, *args: int | bytes | ctypes._Pointer[ctypes.Structure] | object | None) -> int:
     """Make one system call by name; integers are passed as full 64-bit words."""
-    result: int = _syscall(ctypes.c_long(NUMBERS[name]), *(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
+    # A list, not a generator: each start makes forty such calls.
+    words = [ctypes.c_long(one) if isinstance(one, int) else one for one in args]
+    result: int = _syscall(ctypes.c_long(NUMBERS[name]), *words)
     if result < 0:
         raise failed(name)
     return result

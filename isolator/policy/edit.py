@@ -13,12 +13,13 @@ from isolator.errors import UsageError
 
 if TYPE_CHECKING:
     from isolator.policy.meet.proposal import Line
-
-LISTS = {"egress": "egress", "hook": "hooks", "permission": "permissions"}
+Value = str | int
+"""One value of a list: text, or the uid of a caller."""
+LISTS = {"egress": "egress", "hook": "hooks", "permission": "permissions", "tool": "tools", "caller": "callers"}
 """Keys of ``[grant]`` by what operators call one value of them."""
 
 
-def granted(text: str, kind: str, value: str, *, in_force: Sequence[str]) -> str:
+def granted(text: str, kind: str, value: Value, *, in_force: Sequence[Value]) -> str:
     """The file with ``value`` in the list of ``kind``, or the same text if it is in it.
 
     A file that has no such list gets one with what is ``in_force`` besides: a list says what is granted and that
@@ -63,7 +64,7 @@ def _append(found: Any, value: Any) -> None:
         found.append(value)
 
 
-def revoked(text: str, kind: str, value: str, *, in_force: Sequence[str]) -> str:
+def revoked(text: str, kind: str, value: Value, *, in_force: Sequence[Value]) -> str:
     """The file without ``value`` in the list of ``kind``; raises UsageError when it is not there to be removed."""
     document, table = _opened(text)
     key = LISTS[kind]

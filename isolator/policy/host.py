@@ -128,6 +128,17 @@ class Console(Frozen):
     """The process's own user, which the supervisor fills in."""
 
 
+class Packages(Frozen):
+    """``[packages]``: where ``plugin add --mcp`` gets packages. The first of a list is the index."""
+
+    npm: tuple[str, ...] = ("registry.npmjs.org",)
+    pypi: tuple[str, ...] = ("pypi.org/simple", "files.pythonhosted.org")
+    ca: str = ""
+    """A file of certificates to trust in place of the system's."""
+    timeout: float = 300.0
+    """Seconds for everything that one package needs."""
+
+
 class HostConfig(Frozen):
     """Everything of ``host.toml``. Crosses process borders as JSON."""
 
@@ -153,6 +164,7 @@ class HostConfig(Frozen):
     audit: AuditSettings = AuditSettings()
     metrics: Metrics = Metrics()
     console: Console | None = None
+    packages: Packages = Packages()
     source: str | None = None
     """The file it was read from; None when there is none."""
     where: dict[str, str] = fresh(default_factory=dict)
@@ -217,6 +229,8 @@ class HostConfig(Frozen):
             del data["runner"], data["roles"]["runner"]
         if self.console is None:
             del data["console"]
+        if self.packages == Packages():
+            del data["packages"]
         if self.event_source == HostConfig().event_source:
             del data["event_source"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -93,8 +93,9 @@ def plugin_spec(
 def host_api_folder(paths: Paths, name: str) -> Path:
     """Folder on the host with the host-API socket of a plugin, or invocation; bound whole, it survives the host."""
     folder = paths.run / "hostapi" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+    os.chmod(folder, 0o755)
     return folder
 
 

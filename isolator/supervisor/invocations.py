@@ -14,10 +14,10 @@ import re
 from collections.abc import Coroutine, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from isolator.audit.schema import ExecEnded, ExecStarted, SyscallDenied
+from isolator.audit.schema import ExecEnded, ExecStarted
 from isolator.audit.snapshots import snapshot
 from isolator.cage.processes import CageExit
-from isolator.errors import ConfinementError, ExecError, IsolatorError, UnavailableError, UsageError
+from isolator.errors import ExecError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.tasks import Tasks
 from isolator.layers.ledger import EVERY_LAYER
@@ -27,13 +27,13 @@ from isolator.linux.memfd import is_sealed
 from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.host_link import DRAIN_SECONDS
 from isolator.supervisor.listener import listen
+from isolator.supervisor.preparing import Input, adopt_run, origin_of, prepare_run, reason_of
 from isolator.supervisor.ruleset_watch import watched_ruleset
-from isolator.supervisor.run import STEADY_SECONDS, Input, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
+from isolator.supervisor.run import STEADY_SECONDS, Run, RunContext
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import InvocationState
     from isolator.launcher.client import Launcher
-    from isolator.layers.seccomp.notifier import Denied
     from isolator.policy.model import EffectivePolicy
     from isolator.registration.store import Registration
 
@@ -46,7 +46,10 @@ _RUN = re.compile(r"[0-9a-f]{10}")
 class Invocation:
     """One invocation, from its request to the last trace."""
 
-    def __init__(self, context: RunContext, registration: Registration, effective: EffectivePolicy, run: str) -> None:
+    def __init__(
+        self, context: RunContext, registration: Registration, effective: EffectivePolicy, run: str, policy: str = ""
+    ) -> None:
+        """``policy``: the digest of ``effective``, for the record of the start."""
         self.id, self.name = run, registration.name
         self.run: Run | None = None
         self.deadline = 0.0
@@ -59,7 +62,7 @@ class Invocation:
         self.fds = FdSet()
         """For the host: the listener of its host API, then its standard output and errors."""
         self._api = f"{registration.name}.{run}"
-        self._context, self._registration, self._effective = context, registration, effective
+        self._context, self._registration, self._effective, self._policy = context, registration, effective, policy
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -118,14 +121,8 @@ class Invocation:
 
     def take_over(self, before: InvocationState, kept_by: Launcher) -> str:
         """Take over an invocation from before this process's exec; returns why it does not go on, if it does not."""
-        run, _ = adopt_run(self._context, self._registration, self._effective, before.run, kept_by)
-        self.run, self.deadline, problem = run, before.deadline, ""
-        try:
-            run.cage.confirm()
-        except ConfinementError as error:
-            problem = str(error)
-            run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
-        self._answer_denied(run, before.run.listener)
+        self.run, _, problem = adopt_run(self._context, self._registration, self._effective, before.run, kept_by)
+        self.deadline = before.deadline
         return problem
 
     async def _prepare(self, request: StartInvocation, argv: list[str], stdin: int) -> Run:
@@ -153,11 +150,11 @@ class Invocation:
         self.deadline = run.began + self._effective.delivery_timeout
         started = ExecStarted(
             attempt=request.attempt, pid=run.cage.pid, digest=self._registration.digest,
-            policy_sha256=self._effective.digest(), milliseconds=round(sum(run.cage.steps.values()), 1),
+            policy_sha256=self._policy, milliseconds=round(sum(run.cage.steps.values()), 1),
         )  # fmt: skip
         self._context.audit.record(started, plugin=self.name, run=self.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1
-        self._answer_denied(run, listener)
+        run.answer_denied(listener)
 
     async def _wait(self, run: Run) -> None:
         """Return when it has ended, by itself or because it had to."""
@@ -200,19 +197,6 @@ class Invocation:
         # Urgent: on its way before the journal forgets the run.
         self._context.audit.record(ended, plugin=self.name, run=self.id, urgent=True)
 
-    def _answer_denied(self, run: Run, listener: int) -> None:
-        def denied(call: Denied) -> None:
-            self._context.audit.record(
-                SyscallDenied(call=call.call, count=call.count),
-                plugin=self.name,
-                run=self.id,
-                happened_ns=call.last_ns,
-                since_ns=call.first_ns,
-            )
-
-        if listener >= 0:
-            run.denials = self._context.notifier.watch(listener, denied)
-
     async def _take_down(self) -> None:
         if self.run is not None:
             await self.run.take_down()
@@ -238,6 +222,8 @@ class Invocations:
     def __init__(self, context: RunContext, name: str) -> None:
         self._context, self._name = context, name
         self._invocations: dict[str, Invocation] = {}
+        self._policy: tuple[EffectivePolicy | None, str] = (None, "")
+        """The policy of the last invocation, and its digest."""
         self._tasks = Tasks()
         self._stopping = ""
 
@@ -275,7 +261,9 @@ class Invocations:
             raise UnavailableError(where, f"{MOST} invocations run", "try again")
         if not is_sealed(stdin):
             raise UsageError(request.op, "its standard input is no sealed file in memory")
-        invocation = Invocation(self._context, registration, effective, request.run)
+        if self._policy[0] is not effective:
+            self._policy = effective, effective.digest()
+        invocation = Invocation(self._context, registration, effective, request.run, self._policy[1])
         # A description of its own: read from the beginning, and for reading only.
         own = os.open(f"/proc/self/fd/{stdin}", os.O_RDONLY | os.O_CLOEXEC)
         self._own(invocation, invocation.live(request, argv, own))

@@ -30,11 +30,9 @@ from isolator.audit.schema import (
     PluginStarted,
     PluginStopped,
     Resources,
-    SyscallDenied,
 )
 from isolator.cage.processes import CageExit
 from isolator.errors import (
-    ConfinementError,
     DeniedError,
     IsolatorError,
     NotApprovedError,
@@ -46,7 +44,8 @@ from isolator.ipc.tasks import Tasks, report
 from isolator.pacing import Backoff
 from isolator.supervisor.invocations import MODE as EXEC
 from isolator.supervisor.invocations import Invocation, Invocations
-from isolator.supervisor.run import NO_ANSWER, NO_SOCKET, Run, RunContext, adopt_run, origin_of, prepare_run, reason_of
+from isolator.supervisor.preparing import adopt_run, origin_of, prepare_run, reason_of
+from isolator.supervisor.run import NO_ANSWER, NO_SOCKET, Run, RunContext
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import PluginKept
@@ -335,15 +334,9 @@ class Plugin:
         run: Run | None = None
         if before.run is not None:
             assert self.effective is not None
-            run, without = adopt_run(self._context, self.registration, self.effective, before.run, kept_by)
+            run, without, problem = adopt_run(self._context, self.registration, self.effective, before.run, kept_by)
             if without:
                 self.lacking = f"runs without {', '.join(without)}, which came with an update; restart it"
-            try:
-                run.cage.confirm()
-            except ConfinementError as error:
-                problem = str(error)
-                run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
-            self._answer_denied(run, before.run.listener)
         if before.invocations:
             assert self.effective is not None
             problem = self.invocations.take_over(self.registration, self.effective, before.invocations, kept_by)
@@ -570,25 +563,11 @@ class Plugin:
         )
         audit.record(started, plugin=self.name, run=run.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1
-        self._answer_denied(run, listener)
+        run.answer_denied(listener)
         if not self._stop.is_set():
             self._set(PluginState.RUNNING)
             self._others_ends = 0
         self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
-
-    def _answer_denied(self, run: Run, listener: int) -> None:
-        """Have the denied calls of the run answered and recorded; ``listener`` -1: they are not."""
-        if listener >= 0:
-            run.denials = self._context.notifier.watch(
-                listener,
-                lambda denied: self._context.audit.record(
-                    SyscallDenied(call=denied.call, count=denied.count),
-                    plugin=self.name,
-                    run=run.id,
-                    happened_ns=denied.last_ns,
-                    since_ns=denied.first_ns,
-                ),
-            )
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
         self.record_usage()

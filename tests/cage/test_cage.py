@@ -102,8 +102,8 @@ async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
     class Tampered(Cage):
         async def _build(self, *args: object) -> None:
             for path in self.leaf.values(self.spec.policy.resources):
-                if path.name == "pids.max":
-                    path.write_text("max")
+                if path.endswith("/pids.max"):
+                    Path(path).write_text("max")
             await super()._build(*args)
 
     with pytest.raises(ConfinementError, match=r"pids\.max is max"):

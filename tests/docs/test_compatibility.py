@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 from tests.compat.rows import ORDER
+from tests.compat.test_sidecars import APPS, COMMANDS, SERVERS
 
 PAGE = Path(__file__).parents[2] / "docs/compatibility.md"
+AUTHORS = PAGE.with_name("plugins.md")
 
 
 def _shown() -> list[tuple[str, str]]:
@@ -28,3 +30,8 @@ def test_page_names_every_row_and_no_other() -> None:
 
 def test_page_has_a_reason_for_every_row_that_fails() -> None:
     assert "| unknown |" not in PAGE.read_text()
+
+
+def test_page_of_authors_names_every_sidecar_of_others() -> None:
+    text = AUTHORS.read_text()
+    assert not [one.name for one in (*COMMANDS, *APPS, *SERVERS) if one.name not in text]

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from host.mcp.protocol import read as read_mcp
+from host.channel.http import AnswerReader
+from host.channel.reply import LostError
+from host.wire.mcp import read as read_mcp
 from host.wire.strict_json import WireError, parse_object
 from isolator.broker import wire
 from isolator.broker.gate import Gate
@@ -37,6 +39,14 @@ def _through_gate(data: bytes) -> None:
         gate.feed(data[at : at + 4096])
 
 
+def _as_answer(data: bytes) -> None:
+    reader = AnswerReader("POST")
+    for at in range(0, len(data), 512):
+        if reader.feed(data[at : at + 512]) is not None:
+            return
+    reader.feed(b"")
+
+
 @dataclass(frozen=True)
 class Parser:
     """A parser, the errors that it may raise, and of which pieces its input is made up to how many bytes."""
@@ -51,6 +61,7 @@ class Parser:
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\n"
 JSON = (*(bytes((byte,)) for byte in b'"\\{}[]:,1e-.a '), b"\\u", b"d83d", b"\xc3\xa9")
 PARSERS = {
     "DNS question": Parser(wire.read_question, wire.Broken, 256, (HEADER, b""),
@@ -63,6 +74,10 @@ PARSERS = {
     "HTTP": Parser(_through_gate, Denied, 8192,
                    (GET, CHUNKED, GET + b"\r\n"),
                    (b"\r\n", b"\n", b"a: b\r\n", b"1\r\nx\r\n", GET + b"\r\n", b" ", b"a", b":", b"0")),
+    "HTTP answer": Parser(_as_answer, LostError, 8192,
+                          (OK, OK + b"Content-Length: 9999\r\n\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n", b""),
+                          (b"\r\n", b"\n", b"a: b\r\n", b"1\r\nx\r\n", b"HTTP/1.1 100 C\r\n\r\n", b" ", b":", b"0"),
+                          (b"", b"\r\n\r\n", b"0\r\n\r\n")),
     "JSON line": Parser(parse_object, WireError, 32768, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
     "MCP line": Parser(read_mcp, WireError, 32768, (b"", b'{"jsonrpc":"2.0","id":1,"result":', b'{"a":"'), JSON,
                        (b"", b'"}', b"}")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import sys
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -12,6 +13,8 @@ import pytest
 
 from host.channel.http import Response
 from host.delivery.http import outcome_of, sign
+from host.delivery.modes import check_mode
+from isolator.errors import IsolatorError
 
 
 def answer(status: int, body: bytes = b"", retry_after: str | None = None, *, whole: bool = True) -> Response:
@@ -70,3 +73,12 @@ def test_signature_is_that_of_standard_webhooks(secret: str, key: bytes) -> None
     assert headers == {
         "webhook-id": "ev_1", "webhook-timestamp": "1700000000", "webhook-signature": f"v1,{expected}"
     }  # fmt: skip
+
+
+def test_mode_without_its_package_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("host.delivery.http", "host.channel.http"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "h11", None)
+    with pytest.raises(IsolatorError, match=r"mode http: needs the Python package h11; .*isolator\[http\]"):
+        check_mode("http")
+    check_mode("stream")

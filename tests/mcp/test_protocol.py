@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from host.mcp import protocol, template, tools
-from host.mcp.protocol import SESSION, STATELESS, Answer, Call
+from host.mcp import template, tools
 from host.mcp.tools import INSTRUCTIONS, Item
+from host.wire import mcp as protocol
+from host.wire.mcp import SESSION, STATELESS, Answer, Call
 from host.wire.strict_json import WireError
 
 QUICK = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

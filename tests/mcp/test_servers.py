@@ -318,6 +318,33 @@ def test_server_that_forks_and_exits_is_over(running: Daemon, good: str, tmp_pat
     neighbour_answers(running, good)
 
 
+def test_server_that_never_answers_is_given_up_and_told_why(running: Daemon, good: str, tmp_path: Path) -> None:
+    name = add(running, tmp_path / "mute", "#!/bin/sh\nexec sleep 600\n", grant="",
+               restart={"start_timeout": "1s"})  # fmt: skip
+    refused = running.cli("mcp", "tools", name, code=None)
+    assert refused.returncode != 0
+    wait_for(lambda: "no answer to the first request in 1 s; raise start_timeout" in
+             (running.json("plugin", "show", name)["error"] or ""))  # fmt: skip
+    running.cli("plugin", "remove", name, "--yes")
+    neighbour_answers(running, good)
+
+
+def test_idle_server_is_stopped_and_the_next_call_starts_it(running: Daemon, tmp_path: Path) -> None:
+    name = add(running, tmp_path / "idle", server(), activation={"idle": "1s"})
+    with Client(running, name) as client:
+        client.initialize()
+        assert text(client.call("echo", a=1)) == '{"a": 1}'
+        wait_for(lambda: running.json("plugin", "show", name)["state"] == "stopped")
+        assert text(client.call("echo", a=2)) == '{"a": 2}'
+    assert outcomes(running, name) == ["ok", "ok"]
+
+
+@pytest.mark.wide
+def test_prove_attacks_a_cage_like_the_servers(running: Daemon, good: str) -> None:
+    findings = running.json("prove", good)["findings"]
+    assert len(findings) > 50 and not [one["name"] for one in findings if one["succeeded"]]
+
+
 # One host in the place of another
 
 WAITS = """

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from host.channel.reply import LostError, NotSentError
-from host.mcp import protocol
-from host.mcp.protocol import SESSION, STATELESS
 from host.mcp.session import STRAYS, Session
+from host.wire import mcp as protocol
+from host.wire.mcp import SESSION, STATELESS
 from tests.support.timeouts import seconds
 
 TOOLS = {"tools": {"listChanged": True}}

@@ -52,6 +52,7 @@ def test_host_toml_shows_every_key() -> None:
     assert set(data["runner"]) == {"cages", "all_tasks", "all_memory", "share", "egress", "read", "syscalls"} | of_a_run
     assert set(data["network"]) == {"exceptions", "resolvers", "virtual", "proxy", "proxy_resolves"}
     assert set(data["inbound"]) == {"addresses", "ports"}
+    assert set(data["packages"]) == {"npm", "pypi", "ca", "timeout"}
     assert set(data["restart"]) == {"backoff_min", "backoff_max", "crashes", "window"}
     assert set(data["audit"]) == set(HostConfig().audit.model_dump())
     assert set(data["console"]) == {"port", "emit"} and set(data["ingress"]["shop"]) == {"secret_file", "events"}

@@ -263,6 +263,28 @@ def test_port_of_a_cage_is_reached_from_nowhere_else(running: Daemon) -> None:
     assert reached == {"daemon": False, "cage": True}
 
 
+def test_idle_server_is_stopped_and_one_that_does_not_listen_is_given_up(running: Daemon, tmp_path: Path) -> None:
+    idle = write_plugin(
+        tmp_path / "idle", SERVER, **(MANIFEST | {"hooks": ["project.created"]}), activation={"idle": "1s"}
+    )
+    deaf = write_plugin(tmp_path / "deaf", "#!/bin/sh\nexec sleep 600\n", **(MANIFEST | {"hooks": ["project.created"]}),
+                        restart={"start_timeout": "1s"})  # fmt: skip
+    for folder in (idle, deaf):
+        running.cli("plugin", "add", str(folder), "--yes")
+    emitted = running.json("event", "emit", "project.created", '{"project_id": "p1", "name": "Shop"}')["id"]
+    wait_for(
+        lambda: (
+            {one["plugin"]: one["state"] for one in running.json("event", "show", emitted)["deliveries"]}["idle"]
+            == "ok"
+        )
+    )
+    wait_for(lambda: running.json("plugin", "show", "idle")["state"] == "stopped")
+    missing = "no socket in 1 s; raise start_timeout"
+    wait_for(lambda: missing in (running.json("plugin", "show", "deaf")["error"] or ""))
+    for name in ("idle", "deaf"):
+        running.cli("plugin", "remove", name, "--yes")
+
+
 def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_request(running: Daemon) -> None:
     held = [emit(running, "ok", project=f"held{number}", of_good="hold") for number in range(3)]
     wait_for(lambda: {one[1]["ce-id"] for one in seen(running, "good")} >= {*held})

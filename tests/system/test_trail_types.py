@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from docs.generate.schemas import fields
+from host.client.client import Client as Caller
 from isolator.audit.budget import BURST
 from isolator.audit.schema import RECORDS
 from isolator.audit.text import printable
@@ -195,7 +196,11 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     d.cli("plugin", "remove", "broken", "--yes")
 
     (policies / "tools.toml").write_text('[grant]\ntools = ["fail"]\ncallers = [0]\n')
-    add(d, write_plugin(place / "tools", server(FAILING), hooks=[], transport={"mode": "mcp"}))
+    folder = write_plugin(place / "tools", server(FAILING), hooks=[], transport={"mode": "mcp"})
+    with Caller(d.root) as caller:
+        package = {"package": "npm:tools@1.0.0", "hashes": {"tools@1.0.0": NASTY}}
+        staged = caller.call("plugin.stage", path=str(folder), resolved=package)
+        caller.call("plugin.commit", token=staged["token"])
     d.cli("mcp", "approve", "tools", "--yes")
     with Client(d, "tools") as client:
         client.initialize()

@@ -13,7 +13,6 @@ Everything is made below the daemon's own groups (isolator.layers.cgroup.subtree
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
@@ -42,9 +41,9 @@ class Cgroup(Layer):
         self.ahead: Leaf | None = None
         """The v1 groups that the parked process is in; they become the leaf's."""
         self._disks: list[str] = []
-        self._caps: dict[Path, str] = {}
+        self._caps: dict[str, str] = {}
         """The value of each file of the leaf."""
-        self._processor_caps: dict[Path, str] = {}
+        self._processor_caps: dict[str, str] = {}
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -96,7 +95,7 @@ class Cgroup(Layer):
             self._disks = list(dict.fromkeys(disks))
         if self.ahead is not None:
             self.ahead.rename_v1(self.leaf)
-        self._caps = self.leaf.create(self._limits)
+        self._caps = self.leaf.create(self._limits, v1=self.ahead is None)
         plan.own("cgroup", self.leaf.open_folder())
 
     def hand_over(self) -> Kept:
@@ -158,16 +157,16 @@ class Cgroup(Layer):
             return
         disk.confirm(self.leaf, self._limits, self._disks, pid)
 
-    def _confirm_all(self, values: dict[Path, str]) -> None:
+    def _confirm_all(self, values: dict[str, str]) -> None:
         for path, wanted in values.items():
             try:
                 found = read_file(path).strip()
             except FileNotFoundError:
-                if path.name in OPTIONAL:
+                if os.path.basename(path) in OPTIONAL:
                     continue
-                raise mismatch(self.name, str(path), wanted, "missing") from None
-            if found != wanted and not _same_pages(found, wanted) and path.name not in OPTIONAL:
-                raise mismatch(self.name, str(path), wanted, found)
+                raise mismatch(self.name, path, wanted, "missing") from None
+            if found != wanted and not _same_pages(found, wanted) and os.path.basename(path) not in OPTIONAL:
+                raise mismatch(self.name, path, wanted, found)
 
     def release(self) -> None:
         if self.leaf is not None:

@@ -72,19 +72,20 @@ class Leaf:
         shown = {**self.v1, **({"cpuset": self.cpuset} if self.cpuset is not None else {})}
         return [(place, str(path)) for place, path in shown.items()]
 
-    def create(self, limits: ResourcePolicy | None) -> dict[Path, str]:
+    def create(self, limits: ResourcePolicy | None, *, v1: bool = True) -> dict[str, str]:
         """Make the groups and write the limits but the processor's, before a process of the cage is in them.
 
-        Returns the value of each file.
+        Returns the value of each file. ``v1``: False where those in the v1 hierarchies are there already.
         """
-        self.create_v1()
+        if v1:
+            self.create_v1()
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.unified)  # this and the next few are a quarter of a start's preparation
         if self.blkio is not None:
             self.blkio.mkdir(exist_ok=True)
         return _write_all(self.values(limits)) if limits is not None else {}
 
-    def cap_processor(self, limits: ResourcePolicy) -> dict[Path, str]:
+    def cap_processor(self, limits: ResourcePolicy) -> dict[str, str]:
         """Write the limits of the processor; returns the value of each file."""
         return _write_all(self.cpu_values(limits))
 
@@ -99,41 +100,41 @@ class Leaf:
         for mine, its in dict(zip(self.v1.values(), other.v1.values(), strict=True)).items():
             os.rename(mine, its)
 
-    def values(self, limits: ResourcePolicy) -> dict[Path, str]:
+    def values(self, limits: ResourcePolicy) -> dict[str, str]:
         """The value of each file, in the order of writing; nothing for a controller that this host lacks.
 
         The processor's cap is apart, in ``cpu_values``.
         """
         tasks = str(limits.tasks + 1)  # pid 1 of the cage is ours
-        values: dict[Path, str] = {}
+        values: dict[str, str] = {}
         if "memory" in self.on_v2:
-            values[self.unified / "memory.max"] = str(limits.memory)
+            values[f"{self.unified}/memory.max"] = str(limits.memory)
             # Without swap there is nothing to reclaim above memory.high from a plugin that allocates without end:
             # the kernel only puts it to sleep, up to 2 s for every 128 KiB, and it hangs instead of being ended.
-            values[self.unified / "memory.high"] = str(limits.memory_high) if limits.swap else "max"
-            values[self.unified / "memory.swap.max"] = str(limits.swap)
-            values[self.unified / "memory.zswap.max"] = "0"
-            values[self.unified / "memory.oom.group"] = "1"
+            values[f"{self.unified}/memory.high"] = str(limits.memory_high) if limits.swap else "max"
+            values[f"{self.unified}/memory.swap.max"] = str(limits.swap)
+            values[f"{self.unified}/memory.zswap.max"] = "0"
+            values[f"{self.unified}/memory.oom.group"] = "1"
         elif "memory" in self.v1:
             memory = self.v1["memory"]
-            values[memory / "memory.limit_in_bytes"] = str(limits.memory)
-            values[memory / "memory.memsw.limit_in_bytes"] = str(limits.memory + limits.swap)
-            values[memory / "memory.swappiness"] = "0" if limits.swap == 0 else "60"
+            values[f"{memory}/memory.limit_in_bytes"] = str(limits.memory)
+            values[f"{memory}/memory.memsw.limit_in_bytes"] = str(limits.memory + limits.swap)
+            values[f"{memory}/memory.swappiness"] = "0" if limits.swap == 0 else "60"
             # Socket buffers are counted apart in v1: without this, as much again slips past the cap.
-            values[memory / "memory.kmem.tcp.limit_in_bytes"] = str(limits.memory // 8)
+            values[f"{memory}/memory.kmem.tcp.limit_in_bytes"] = str(limits.memory // 8)
         pids = self._pids()
         if pids is not None:
-            values[pids / "pids.max"] = tasks
+            values[f"{pids}/pids.max"] = tasks
         return values
 
-    def cpu_values(self, limits: ResourcePolicy) -> dict[Path, str]:
+    def cpu_values(self, limits: ResourcePolicy) -> dict[str, str]:
         """The value of each file that caps the processor, in the order of writing."""
         quota, period = cpu_quota(limits.cpu)
         if "cpu" in self.on_v2:
-            return {self.unified / "cpu.max": f"{quota} {period}"}
+            return {f"{self.unified}/cpu.max": f"{quota} {period}"}
         if "cpu" in self.v1:
             cpu = self.v1["cpu"]
-            return {cpu / "cpu.cfs_period_us": str(period), cpu / "cpu.cfs_quota_us": str(quota)}
+            return {f"{cpu}/cpu.cfs_period_us": str(period), f"{cpu}/cpu.cfs_quota_us": str(quota)}
         return {}
 
     def attach_v1(self, pid: int) -> None:
@@ -148,9 +149,9 @@ class Leaf:
     def _join(self, pid: int) -> None:
         folders = list(dict.fromkeys(self.v1.values()))
         for folder in folders:
-            (folder / "cgroup.procs").write_text(str(pid))
+            _write(f"{folder}/cgroup.procs", str(pid))
         for folder in folders:
-            if str(pid) not in (folder / "cgroup.procs").read_text().split():
+            if str(pid) not in read_file(f"{folder}/cgroup.procs").split():
                 raise mismatch("cgroup", str(folder), f"the group of {pid}", "not")
 
     def enter(self, pid: int) -> None:
@@ -168,7 +169,7 @@ class Leaf:
     def kill(self) -> None:
         """Kill every process of the leaf at once; no error when it is empty, removed, or a v1 group."""
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(self.unified / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            fd = os.open(f"{self.unified}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.write(fd, b"1")
             finally:
@@ -177,14 +178,14 @@ class Leaf:
     def populated(self) -> bool:
         """Whether any process, a zombie included, is left in the leaf."""
         try:
-            return "populated 1" in read_file(self.unified / "cgroup.events")
+            return "populated 1" in read_file(f"{self.unified}/cgroup.events")
         except FileNotFoundError:
             return False
 
     def wait_empty(self, timeout: float) -> bool:
         """Block until the leaf is empty (cgroup.events wakes poll); False when it is not in ``timeout`` seconds."""
         try:
-            fd = os.open(self.unified / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"{self.unified}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return True
         try:
@@ -207,7 +208,7 @@ class Leaf:
         for folder in self.folders():
             for _ in range(50):
                 try:
-                    folder.rmdir()
+                    os.rmdir(folder)
                     break
                 except FileNotFoundError:
                     break
@@ -220,11 +221,11 @@ class Leaf:
         """Deaths by memory and forks refused so far, from the kernel's counters."""
         oom = 0
         if "memory" in self.on_v2:
-            oom = _counter(self.unified / "memory.events", "oom_kill")
+            oom = _counter(f"{self.unified}/memory.events", "oom_kill")
         elif "memory" in self.v1:
-            oom = _counter(self.v1["memory"] / "memory.oom_control", "oom_kill")
+            oom = _counter(f"{self.v1['memory']}/memory.oom_control", "oom_kill")
         pids = self._pids()
-        return Events(oom, _counter(pids / "pids.events", "max") if pids is not None else 0)
+        return Events(oom, _counter(f"{pids}/pids.events", "max") if pids is not None else 0)
 
     def _pids(self) -> Path | None:
         return self.unified if "pids" in self.on_v2 else self.v1.get("pids")
@@ -249,7 +250,7 @@ def cpu_quota(permille: int) -> tuple[int, int]:
     return max(permille * period // 1000, _MIN_QUOTA_US), min(period, 1_000_000)
 
 
-def _counter(path: Path, key: str) -> int:
+def _counter(path: str, key: str) -> int:
     with contextlib.suppress(OSError):
         for line in read_file(path).splitlines():
             name, _, value = line.partition(" ")
@@ -263,18 +264,18 @@ def has_disk_caps(limits: ResourcePolicy | None) -> bool:
     return limits is not None and min(limits.io_read, limits.io_write) < NO_CAP
 
 
-def _write_all(values: dict[Path, str]) -> dict[Path, str]:
+def _write_all(values: dict[str, str]) -> dict[str, str]:
     for path, value in values.items():
         try:
             _write(path, value)
         except OSError as error:
-            if path.name in OPTIONAL:
+            if os.path.basename(path) in OPTIONAL:
                 continue
             raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
     return values
 
 
-def _write(path: Path | str, value: str) -> None:
+def _write(path: str, value: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, value.encode())
@@ -282,7 +283,7 @@ def _write(path: Path | str, value: str) -> None:
         os.close(fd)
 
 
-def read_file(path: Path) -> str:
+def read_file(path: str) -> str:
     """Read a file of a control group: at most 4 KiB, in one call."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -18,6 +18,7 @@ from isolator.policy.host import (
     Inbound,
     Ingress,
     Metrics,
+    Packages,
     Roles,
     Runner,
 )
@@ -108,6 +109,7 @@ def host_config_of(top: Table) -> HostConfig:
         audit=_audit(audit),
         metrics=_metrics(metrics),
         console=_console(top),
+        packages=_packages(top.table("packages")),
         source=source,
         where=where_of(top),
     )
@@ -213,6 +215,30 @@ def _console(top: Table) -> Console | None:
     )
     console.finish()
     return made
+
+
+def _packages(table: Table) -> Packages:
+    base = Packages()
+    made = Packages(
+        npm=table.strings("npm", _registry, limit=8) or base.npm,
+        pypi=table.strings("pypi", _registry, limit=8) or base.pypi,
+        ca=table.parsed("ca", lambda value: _absolute(printable(value, 4096)), base.ca),
+        timeout=table.parsed("timeout", duration_between(1, 3600), base.timeout),
+    )
+    table.finish()
+    return made
+
+
+def _registry(text: str) -> str:
+    """``HOST``, ``HOST:PORT`` or ``HOST/PATH`` of a server that speaks HTTPS."""
+    host, slash, path = text.partition("/")
+    try:
+        rule = names.parse_egress(host if ":" in host else f"{host}:443")
+    except ValueError:
+        raise ValueError(f'"{text}" is not a host, like "pypi.org" or "mirror.example:8443/simple"') from None
+    if len(rule.ports) != 1 or not isinstance(parse_host(rule.host), Name) or not path.isascii() or " " in path:
+        raise ValueError(f'"{text}" is not one host, like "pypi.org" or "mirror.example:8443/simple"')
+    return host + slash + path.rstrip("/")
 
 
 def _size(low: int) -> Any:

@@ -1,0 +1,96 @@
+"""``isolator mcp``: a caged MCP server for editors and agents, and the approval of its tools."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import click
+
+from host.cli.complete import plugin_names
+from host.cli.output import AS_JSON, print_json, safe
+from host.client.client import Client
+from isolator.errors import NeedsApprovalError, UsageError
+
+
+@click.group(epilog="\b\nExamples:\n  isolator mcp serve github\n  isolator mcp tools github")
+def mcp() -> None:
+    """Use MCP servers from editors and agents; approve their tools."""
+
+
+@mcp.command(
+    epilog="\b\nExamples:\n  isolator mcp serve github\n\n\b\nIn an editor's configuration:\n"
+    '  {"mcpServers": {"github": {"command": "isolator", "args": ["mcp", "serve", "github"]}}}'
+)
+@click.argument("name", shell_complete=plugin_names)
+@click.pass_obj
+def serve(root: str | None, name: str) -> None:
+    """Be the MCP server NAME for the client at standard input and output.
+
+    Takes the role 'caller', and this user's uid in 'callers' of [grant] in the
+    policy of NAME. The client sees approved tools that 'tools' there names.
+    """
+    from host.cli.mcp.front import Front
+    from isolator_client import address
+
+    asyncio.run(Front(address.control_socket(root=root), name).serve())
+
+
+@mcp.command(epilog="\b\nExamples:\n  isolator mcp tools github\n  isolator mcp tools github --json")
+@click.argument("name", shell_complete=plugin_names)
+@AS_JSON
+@click.pass_obj
+def tools(root: str | None, name: str, as_json: bool) -> None:
+    """Show what the MCP server NAME offers, and what of it is approved."""
+    with Client(root) as client:
+        found = client.call("mcp.tools", name=name)
+    if as_json:
+        print_json(found)
+        return
+    _show(found["tools"], whole=False)
+
+
+@mcp.command(
+    epilog="\b\nExamples:\n  isolator mcp approve github\n  isolator mcp approve github --yes\n"
+    "  isolator mcp approve github --digest 3b1f... --yes"
+)
+@click.argument("name", shell_complete=plugin_names)
+@click.option("--yes", "-y", is_flag=True, help="Agree without a question.")
+@click.option("--digest", help="Agree only to what has this digest ('mcp tools --json').")
+@AS_JSON
+@click.pass_obj
+def approve(root: str | None, name: str, yes: bool, digest: str | None, as_json: bool) -> None:
+    """Approve the tools and instructions of the MCP server NAME as they are now.
+
+    Each is shown whole, since a model obeys it. A tool that changes or comes
+    later is blocked until it is approved, too. Which users may call which
+    tools, 'callers' and 'tools' in [grant] of its policy say.
+    """
+    with Client(root) as client:
+        found = client.call("mcp.tools", name=name)
+        if digest is not None and digest != found["digest"]:
+            raise UsageError(f"tools of {name}", f"have the digest {found['digest']}", "look at them again")
+        if not as_json:
+            _show(found["tools"], whole=True)
+        if not yes and not (sys.stdin.isatty() and click.confirm("Approve all of this?", err=True)):
+            raise NeedsApprovalError(f"tools of {name}", "were not approved", "add --yes to agree")
+        approved = client.call("mcp.approve", name=name, digest=found["digest"])
+    if as_json:
+        print_json({"name": name, "digest": found["digest"], **approved})
+    else:
+        click.echo(f"{approved['approved']} approved")
+
+
+def _show(items: list[dict[str, Any]], *, whole: bool) -> None:
+    for item in items:
+        title = safe(item["name"]) or "(instructions)"
+        state = item["state"] + (f", was {safe(item['renamed'])}?" if item["renamed"] else "")
+        granted = "" if item["granted"] or not item["name"] else "  not granted to callers"
+        click.echo(f"{title:<32} {state:<10} {item['sha256'][:12]}{granted}")
+        if whole and item["state"] != "approved":
+            for line in json.dumps(item["body"], indent=2, ensure_ascii=True).splitlines():
+                click.echo(f"    {line}")
+    if not items:
+        click.echo("it offers no tools")

@@ -1,0 +1,208 @@
+"""Fetching a package: resolved in a cage, unpacked here into a plugin's folder, asked for its era in another cage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import tempfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from host.cli.packages.caged import GRACE, TooMuchError, caged
+from host.cli.packages.package import Package, Resolved, read_resolved
+from host.wire import mcp as protocol
+from host.wire.strict_json import WireError
+from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.policy.keys import BY_NAME
+from isolator.standalone.options import RunOptions
+
+if TYPE_CHECKING:
+    from isolator.policy.host import HostConfig
+
+MOST_BYTES, MOST_FILES = 512 << 20, 50_000
+_LINE = 1 << 20
+_PYTHON = "/usr/bin/python3"
+_BOUNDS = {
+    "memory": 1 << 30, "cpu": 2000, "tasks": 128, "tmp": 768 << 20, "tmp_inodes": 65536, "connects_per_second": 100,
+    "connects_open": 256, "nofile": 4096,
+}  # fmt: skip
+"""What it may take, where the host's ceiling allows that; keys of policies."""
+_REMEDIES = {"npm": "apt-get install npm", "pip": "apt-get install python3-pip"}
+_ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
+_ERA_SECONDS = 15.0
+_START = "start"
+
+
+def resolve(root: str | None, package: Package, host_config: HostConfig, folder: Path) -> Resolved:
+    """Resolve a package and write its files below ``folder``, which is empty; raises IsolatorError."""
+    packages = host_config.packages
+    index, *others = packages.npm if package.kind == "npm" else packages.pypi
+    host, slash, path = index.partition("/")
+    command = (
+        _PYTHON, "-I", "-c", Path(__file__).with_name("inside.py").read_text(),
+        package.kind, package.name, package.version, f"https://{host}{slash}{path}", *filter(None, [packages.ca]),
+    )  # fmt: skip
+    egress = (_destination(host), *map(_destination, others))
+    with contextlib.ExitStack() as stack:
+        policy = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".toml"))
+        policy.write(_limits(host_config))
+        policy.flush()
+        read = (packages.ca,) if packages.ca else ()
+        options = RunOptions(root=root, command=command, egress=egress, read=read, policy=policy.name)
+        most = MOST_BYTES + MOST_FILES * 1024
+        running = stack.enter_context(caged(options, most=most, seconds=packages.timeout))
+        running.stdin.close()
+        try:
+            resolved = _unpack(running.stdout, folder)
+        except TooMuchError as error:
+            raise IsolatorError(str(package), error.why, "see [packages] of host.toml") from None
+        except ValueError as error:
+            code, lines = running.end(GRACE)
+            if code == 0:
+                raise IsolatorError(str(package), f"the resolver's answer cannot be used: {error}") from None
+            shown = [line for line in map(str.strip, lines) if line][-3:]
+            why = "; ".join(shown)[:600] or f"the resolver ended with {code}"
+            raise IsolatorError(str(package), why, "see [packages] of host.toml for where it looks") from None
+    if _plain(package.name) not in {_plain(name.rpartition("@")[0]) for name in resolved.hashes}:
+        raise IsolatorError(str(package), "the registry gave another package")
+    return resolved
+
+
+def _limits(host: HostConfig) -> str:
+    """The limits of the resolver's cage, as a policy."""
+    ceiling = (host.ceiling if os.geteuid() == 0 else host.runner.ceiling or host.ceiling).limits
+    lines: dict[str, list[str]] = {}
+    for name, wanted in _BOUNDS.items():
+        limit = BY_NAME[name]
+        lines.setdefault(limit.section, []).append(limit.toml(min(wanted, getattr(ceiling, name))))
+    return "\n".join(line for section, keys in lines.items() for line in (f"[{section}]", *keys))
+
+
+def _destination(name: str) -> str:
+    host = name.partition("/")[0]
+    return host if ":" in host else f"{host}:443"
+
+
+def _plain(name: str) -> str:
+    """The name as PyPI compares it; names of npm are already so."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _unpack(stream: IO[bytes], folder: Path) -> Resolved:
+    """Write the files of a resolver's output; raises ValueError for whatever it must not be, OSError."""
+    first = _read_line(stream)
+    if isinstance(first, dict) and first.get("missing") in _REMEDIES:
+        tool = first["missing"]
+        raise NotFoundError(tool, "is not on this host, which fetches packages with it", _REMEDIES[tool])
+    resolved = read_resolved(first)
+    left = MOST_BYTES
+    for count in range(MOST_FILES + 1):
+        entry = _read_line(stream)
+        if isinstance(entry, dict) and entry.get("end") is True:
+            resolved.files = count
+            return resolved
+        path, size = _entry(entry, left)
+        left -= size
+        target = folder.joinpath(*path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            while size:
+                data = stream.read(min(size, 1 << 16))
+                if not data:
+                    raise ValueError("it ends too early")
+                file.write(data)
+                size -= len(data)
+        target.chmod(0o755 if entry.get("executable") is True else 0o644)
+    raise ValueError(f"more than {MOST_FILES} files")
+
+
+def _read_line(stream: IO[bytes]) -> Any:
+    line = stream.readline(_LINE)
+    if not line.endswith(b"\n"):
+        raise ValueError("it ends too early")
+    return json.loads(line)
+
+
+def _entry(entry: Any, most: int) -> tuple[list[str], int]:
+    """The parts of a file's path and its size."""
+    path, size = (entry.get("path"), entry.get("size")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(path, str) or not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= most:
+        raise ValueError("a file has no path or size, or all of them are too large")
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts) or parts == [_START]:
+        raise ValueError(f"a file has the path {path[:80]!r}")
+    return parts, size
+
+
+def entry_of(package: Package, resolved: Resolved, program: str | None) -> str:
+    """The entry of the program to start; raises UsageError when it is not clear which."""
+    names = sorted(resolved.programs)
+    wanted = program or (names[0] if len(names) == 1 else package.name.rpartition("/")[2])
+    if wanted not in resolved.programs:
+        has = f"has {', '.join(names)}" if names else "has no program to start"
+        raise UsageError(str(package), has[:300], "name one with --program" if names else "is it an MCP server?")
+    return resolved.programs[wanted]
+
+
+def write_start(package: Package, entry: str, folder: Path) -> None:
+    """Write the program that starts the server; raises UsageError for an entry that cannot be started."""
+    if package.kind == "npm":
+        path = Path(entry)
+        if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
+            raise UsageError(str(package), f"its program {entry[:200]!r} is not there")
+        text = f'#!/bin/sh\nexec node "${{0%/*}}"/{shlex.quote(str(path))} "$@"\n'
+    else:
+        if not _ENTRY.fullmatch(entry):
+            raise UsageError(str(package), f"its program {entry[:200]!r} is no function of a module")
+        module, _, function = entry.partition(":")
+        text = (
+            f"#!{_PYTHON} -I\nimport os, sys\n"
+            "sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), 'lib'))\n"
+            f"from {module} import {function}\nsys.exit({function}())\n"
+        )
+    start = folder / _START
+    start.write_text(text)
+    start.chmod(0o755)
+
+
+def ask_era(root: str | None, folder: Path, arguments: tuple[str, ...]) -> protocol.Era:
+    """Ask the server once, in a cage without a network, which era it speaks: silence and errors mean the older one."""
+    options = RunOptions(root=root, command=(str(folder / _START), *arguments), read=(str(folder),), memory="512M")
+    number = "era"
+    with caged(options, most=_LINE, seconds=_ERA_SECONDS) as running:
+        try:
+            running.stdin.write(protocol.opening(protocol.STATELESS, number))
+            while line := running.stdout.readline():
+                try:
+                    message = protocol.read(line)
+                except WireError:
+                    continue
+                if isinstance(message, protocol.Answer) and message.id == protocol.Id(True, number):
+                    protocol.greeting(protocol.STATELESS, message)
+                    return protocol.STATELESS
+        except (TooMuchError, OSError, ValueError):
+            pass
+    return protocol.SESSION
+
+
+def write_manifest(
+    package: Package, resolved: Resolved, folder: Path, *, name: str | None, era: protocol.Era,
+    arguments: tuple[str, ...], egress: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Write the manifest of the server, and what was resolved beside it."""
+    manifest = {
+        "name": name or package.plugin_name,
+        "version": package.plugin_version,
+        "api_version": "1",
+        "description": f"{package} {resolved.description}".strip(),
+        "binary": f"./{_START}",
+        "args": list(arguments),
+        "hooks": [],
+        "transport": {"mode": "mcp", "era": era},
+        "sandbox": {"network": {"egress": list(egress)}},
+    }
+    (folder / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / "resolved.json").write_text(json.dumps({"package": str(package), "hashes": resolved.hashes}, indent=2))

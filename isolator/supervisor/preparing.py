@@ -1,0 +1,185 @@
+"""Preparing a run: everything of it but the cage itself is made, or taken over from before this process's exec."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from isolator.cage.cage import Cage, Stdio
+from isolator.errors import ConfinementError, DeniedError, ExecError, IsolatorError, NotFoundError, UsageError
+from isolator.ipc.messages import Origin
+from isolator.layers.base import CageSpec
+from isolator.layers.network import namespace as network_layer
+from isolator.layers.user import plugin_gid
+from isolator.linux.descriptors import FdSet
+from isolator.registration.staging import hash_binary
+from isolator.supervisor.cage_spec import plugin_spec
+from isolator.supervisor.run import Run, RunContext, identity
+from isolator.volume.volume import Volume
+
+if TYPE_CHECKING:
+    from isolator.ipc.handover import RunState
+    from isolator.ipc.messages import Environment
+    from isolator.launcher.client import Launcher
+    from isolator.policy.model import EffectivePolicy
+    from isolator.registration.store import Registration
+
+
+@dataclass(frozen=True)
+class Input:
+    """What an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
+
+    stdin: int
+    variables: Mapping[str, str]
+    api: str
+    """Name of the folder of its host API."""
+
+
+class Adopted(NamedTuple):
+    """A run from before this process's exec."""
+
+    run: Run
+    without: tuple[str, ...]
+    """The layers that its cage came without."""
+    problem: str
+    """Why it does not go on: it did not hold, and is being ended."""
+
+
+def adopt_run(
+    context: RunContext, registration: Registration, effective: EffectivePolicy, before: RunState, kept_by: Launcher
+) -> Adopted:
+    """A run that began before this process's exec; it holds every descriptor of ``before``.
+
+    ``kept_by``: the launcher of then.
+    """
+    name = registration.name
+    # Its program and environment are its own by now: only the names and the policy are needed from here on.
+    spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})
+    cage, without = Cage.adopt(spec, context.runtime, before.cage, kept_by)
+    pipes = [before.stdout, before.stderr]
+    streams = [before.streams[key] for key in ("stdin", "stdout") if key in before.streams]
+    run = Run(
+        before.id, name, effective, cage, before.directory, pipes,
+        FdSet([before.directory, *pipes, *streams]), FdSet(), context, streams=streams,
+        started_at=before.started_at, began=before.began, forced_cause=before.forced_cause, origin=before.origin,
+        reached=before.reached, shown={path: (device, inode) for path, (device, inode) in before.shown.items()},
+        _usage=before.usage, port=before.port,
+    )  # fmt: skip
+    if before.drift >= 0:
+        run.drift = socket.socket(fileno=before.drift)
+        run.drift.setblocking(False)
+    if before.ready:
+        run.socket_there.set()
+    context.broker.adopt(run.id, name, cage.network, effective.network, run.terminate)
+    problem = ""
+    try:
+        run.cage.confirm()
+    except ConfinementError as error:
+        problem = str(error)
+        run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
+    run.answer_denied(before.listener)
+    return Adopted(run, without, problem)
+
+
+async def prepare_run(
+    context: RunContext, registration: Registration, effective: EffectivePolicy, argv: list[str], run_id: str,
+    environment: Environment, given: Input | None = None, *, port: int | None = None, talks: bool = False,
+) -> Run:  # fmt: skip
+    """Make everything of a run but the cage itself; raises IsolatorError or OSError, and nothing of it is left then.
+
+    ``talks``: the host speaks to it over its stdin and stdout.
+    """
+    name = registration.name
+    state = Volume(context.paths.state, name, context.runtime.journal)
+    files = effective.filesystem
+    if files.state and not state.ready(files.state):
+        # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
+        gid = plugin_gid(registration.user, registration.uid)
+        owner = {"uid": registration.uid, "gid": gid}
+        os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
+
+    if registration.release.kind == "binary":
+        # Read whole, and from memory when the cage is specified.
+        await asyncio.to_thread(hash_binary, Path(registration.release.binary_path))
+
+    async def hand_over(made: network_layer.CageNetwork) -> None:
+        await context.broker.attach(run_id, name, made, effective.network, run.terminate)
+
+    with FdSet() as owned:
+        api = given.api if given is not None else name
+        spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, api, owned.add)
+        if given is not None:
+            spec.env.update(given.variables)
+        if port is not None:
+            spec.env["PLUGIN_PORT"] = str(port)
+        pipes, writers = _log_pipes(owned)
+        stdin, streams, stdout = given.stdin if given is not None else owned.add(_nothing()), list[int](), writers[0]
+        if talks:
+            streams, stdin, stdout = _streams(owned)
+        cage = Cage(spec, context.runtime, Stdio(stdin, stdout, writers[1]), handover=hand_over)
+        directory = spec.mounts["/run/isolator/plugin"]
+        read = set(effective.filesystem.read)
+        shown = {bind.target: identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
+        kept = FdSet([owned.release(fd) for fd in (directory, *pipes, *streams)])
+        for_start = FdSet(owned.release_all())
+        run = Run(
+            run_id, name, effective, cage, directory, pipes, kept, for_start, context, streams=streams, shown=shown
+        )
+        run.port = port
+        return run
+
+
+def _nothing() -> int:
+    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _streams(owned: FdSet) -> tuple[list[int], int, int]:
+    """This end of a sidecar's stdin and stdout, then the sidecar's own ends.
+
+    A socket for each, so that the flags that a runtime sets on one (O_NONBLOCK) are not on the other.
+    """
+    ours, theirs = [], []
+    for _ in range(2):
+        mine, its = socket.socketpair()
+        ours.append(owned.add(mine.detach()))
+        theirs.append(owned.add(its.detach()))
+        os.set_blocking(ours[-1], False)
+    return ours, theirs[0], theirs[1]
+
+
+def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:
+    """Pipes for stdout and stderr: read ends, and write ends opened read-write.
+
+    A write end alone would give the plugin EPIPE when the reader, the host, dies.
+    """
+    readers, writers = [], []
+    for _ in range(2):
+        read, write = os.pipe2(os.O_CLOEXEC)
+        readers.append(owned.add(read))
+        try:
+            writers.append(owned.add(os.open(f"/proc/self/fd/{write}", os.O_RDWR | os.O_CLOEXEC)))
+        finally:
+            os.close(write)
+        os.set_blocking(read, False)
+    return readers, writers
+
+
+def origin_of(error: Exception) -> Origin:
+    """Whose doing it was that a start failed."""
+    if isinstance(error, ExecError):
+        return Origin.PLUGIN
+    return Origin.OPERATOR if isinstance(error, (UsageError, NotFoundError, DeniedError)) else Origin.DAEMON
+
+
+def reason_of(error: Exception) -> str:
+    """Why a start failed, in words."""
+    if isinstance(error, IsolatorError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'start'}: {error.strerror}"
+    return f"a fault of the daemon: {type(error).__name__}: {error}"
