@@ -14,10 +14,10 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
@@ -36,6 +36,7 @@ from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
+from host.delivery.gauges import Gauges
 from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
 from host.events import Catalogue
@@ -46,9 +47,10 @@ from host.jobs import Jobs
 from host.lifecycle import PluginLifecycle
 from host.operational import OperationalEvents
 from host.plugins.logs import Logs
-from host.plugins.registry import Plugin, Registry, load_event_types
+from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.missing import missing
+from host.queue.owed import Debts
 from host.queue.sqlite import SqliteQueue, newest_number
 from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
@@ -78,17 +80,12 @@ from isolator.ipc.messages import (
     StderrTail,
 )
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.ipc.tasks import essential
 from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
-PLUGINS_AT_ONCE = 256
-"""Plugins in one message to the metrics."""
-QUEUE_BEAT = 2.0
-"""Seconds between two comparisons of the queues' lengths with those that the metrics have."""
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
@@ -152,6 +149,7 @@ class Host:
         database, key = paths.host_database, paths.host_lib / "key"
         lost = key.exists() and not database.exists()
         store = self._store = Store(database, fatal=self._end)
+        debts = self._debts = Debts(store, audit, paths.audit_log)
         remove_snapshots(paths.host_lib)
         config = self._config = ConfigStore(store, key)
         if lost:
@@ -203,7 +201,7 @@ class Host:
             config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
             serve_invocation=api.serve_invocation,
             end_invocation=api.end_invocation,
-            pauses=Pauses(store),
+            pauses=Pauses(store, debts),
             servers=self._load_servers,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
@@ -222,14 +220,14 @@ class Host:
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
         self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
-        self._jobs = Jobs(store, queue, registry, catalogue, audit)
+        self._jobs = Jobs(store, queue, registry, catalogue, debts)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
         searches = self._searches = Searches(paths.audit_log)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
-            *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, audit).endpoints(),
-            *OperationVerbs(queue, dispatcher, registry, audit, self._jobs).endpoints(),
+            *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, debts).endpoints(),
+            *OperationVerbs(queue, dispatcher, registry, debts, self._jobs).endpoints(),
             *api_verbs.endpoints(),
             *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
             *registrations.endpoints(),
@@ -277,6 +275,7 @@ class Host:
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         self._jobs.start()
+        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         if introduction.listener is not None:
             await self._control.start(introduction.listener)
@@ -297,6 +296,7 @@ class Host:
             await self._load_servers().take_over(ServersState.from_json(state.mcp, "mcp"), descriptors)
         self._queue.end_lost_requests()
         self._jobs.start()
+        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         self._api_verbs.numbers = state.api_calls
@@ -334,6 +334,7 @@ class Host:
         self._gauges.close()
         self._operational.close()
         self._jobs.close()
+        self._debts.close()
         await self._watches.close()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
@@ -369,6 +370,7 @@ class Host:
         self._gauges.close()
         self._operational.close()
         self._jobs.close()
+        self._debts.close()
         self._lifecycle.close()
         await self._control.close()
         self._trail.close()
@@ -473,50 +475,3 @@ def _is_crash(ended: RunEnded) -> bool:
     """Whether the run was killed by its own doing: by a signal or for its memory. An exit code is no crash."""
     own = ended.origin == Origin.PLUGIN and not ended.expected
     return own and (ended.signal is not None or ended.cause == OUT_OF_MEMORY)
-
-
-class Gauges:
-    """The queues' lengths and the plugins' states and limits, sent to the metrics whenever they have changed."""
-
-    def __init__(self, queue: SqliteQueue, registry: Registry, dispatcher: Dispatcher, audit: AuditClient) -> None:
-        self._queue, self._registry, self._dispatcher, self._audit = queue, registry, dispatcher, audit
-        self._sent: dict[str, int] | None = None
-        self._plugins: dict[str, dict[str, Any]] = {}
-        """As they were sent."""
-        self._task = essential(self._run(), "gauges")
-
-    def repeat(self) -> None:
-        """Send them once more though they are the same: there is a new audit process."""
-        self._sent, self._plugins = None, {}
-
-    def close(self) -> None:
-        """Send them no more."""
-        self._task.cancel()
-
-    async def _run(self) -> None:
-        while True:
-            depths = self._queue.depths()
-            if depths != self._sent:
-                self._audit.gauges(queue=depths)
-                self._sent = depths
-            self._send_plugins()
-            await asyncio.sleep(QUEUE_BEAT)
-
-    def _send_plugins(self) -> None:
-        oldest = self._queue.oldest()
-        found = {plugin.name: self._of(plugin, oldest) for plugin in self._registry}
-        changed: dict[str, Any] = {name: one for name, one in found.items() if self._plugins.get(name) != one}
-        changed |= dict.fromkeys(self._plugins.keys() - found.keys())
-        names = list(changed)
-        for begin in range(0, len(names), PLUGINS_AT_ONCE):
-            self._audit.gauges(plugins={name: changed[name] for name in names[begin : begin + PLUGINS_AT_ONCE]})
-        self._plugins = found
-
-    def _of(self, plugin: Plugin, oldest: Mapping[str, float]) -> dict[str, Any]:
-        found: dict[str, Any] = {"state": plugin.state, "paused": self._dispatcher.paused(plugin.name)}
-        if plugin.name in oldest:
-            found["oldest"] = round(oldest[plugin.name], 3)
-        if plugin.effective is not None:
-            caps = plugin.effective.resources
-            found |= {"memory": caps.memory, "cpu": caps.cpu / 1000, "tasks": caps.tasks, "open_files": caps.nofile}
-        return found

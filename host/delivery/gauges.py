@@ -1,0 +1,65 @@
+"""Present values for the metrics: lengths of queues, states and limits of plugins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from host.delivery.dispatch import Dispatcher
+from host.plugins.registry import Plugin, Registry
+from host.queue.sqlite import SqliteQueue
+from isolator.audit.client import AuditClient
+from isolator.ipc.tasks import essential
+
+PLUGINS_AT_ONCE = 256
+"""Plugins in one message to the metrics."""
+QUEUE_BEAT = 2.0
+"""Seconds between two comparisons of the queues' lengths with those that the metrics have."""
+
+
+class Gauges:
+    """The queues' lengths and the plugins' states and limits, sent to the metrics whenever they have changed."""
+
+    def __init__(self, queue: SqliteQueue, registry: Registry, dispatcher: Dispatcher, audit: AuditClient) -> None:
+        self._queue, self._registry, self._dispatcher, self._audit = queue, registry, dispatcher, audit
+        self._sent: dict[str, int] | None = None
+        self._plugins: dict[str, dict[str, Any]] = {}
+        """As they were sent."""
+        self._task = essential(self._run(), "gauges")
+
+    def repeat(self) -> None:
+        """Send them once more though they are the same: there is a new audit process."""
+        self._sent, self._plugins = None, {}
+
+    def close(self) -> None:
+        """Send them no more."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            depths = self._queue.depths()
+            if depths != self._sent:
+                self._audit.gauges(queue=depths)
+                self._sent = depths
+            self._send_plugins()
+            await asyncio.sleep(QUEUE_BEAT)
+
+    def _send_plugins(self) -> None:
+        oldest = self._queue.oldest()
+        found = {plugin.name: self._of(plugin, oldest) for plugin in self._registry}
+        changed: dict[str, Any] = {name: one for name, one in found.items() if self._plugins.get(name) != one}
+        changed |= dict.fromkeys(self._plugins.keys() - found.keys())
+        names = list(changed)
+        for begin in range(0, len(names), PLUGINS_AT_ONCE):
+            self._audit.gauges(plugins={name: changed[name] for name in names[begin : begin + PLUGINS_AT_ONCE]})
+        self._plugins = found
+
+    def _of(self, plugin: Plugin, oldest: Mapping[str, float]) -> dict[str, Any]:
+        found: dict[str, Any] = {"state": plugin.state, "paused": self._dispatcher.paused(plugin.name)}
+        if plugin.name in oldest:
+            found["oldest"] = round(oldest[plugin.name], 3)
+        if plugin.effective is not None:
+            caps = plugin.effective.resources
+            found |= {"memory": caps.memory, "cpu": caps.cpu / 1000, "tasks": caps.tasks, "open_files": caps.nofile}
+        return found
