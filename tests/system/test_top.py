@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import signal
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import host
 import isolator
+from host.cli.top import table
+from host.cli.top.figures import Machine, Moment, Row
 from tests.support.terminal import Terminal, terminal
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
@@ -104,7 +108,7 @@ def test_without_a_terminal_it_is_one_plain_look_of_80_columns(d: Daemon) -> Non
     assert max(map(len, lines)) <= 80 and "\x1b" not in shown and "\u202e" not in shown, shown
     assert any(line.split()[:2] == ["busy", "running"] for line in lines)
     (note,) = [line for line in lines if line.startswith("hostile: ")]
-    assert "\\x1b]0;owned" in note and "[red]" in note
+    assert "]0;owned" in note and "[red]" in note
 
 
 def shown_on(one: Terminal) -> None:
@@ -140,7 +144,7 @@ def test_keys_sort_and_nothing_that_a_plugin_wrote_steers_the_terminal(d: Daemon
         one.press("jjq")
         assert one.end() == 0
         one.rest()
-        assert b"\\x1b]0;owned" in one.seen
+        assert b"]0;owned" in one.seen
         assert not re.search(rb"\x1b\]|\xe2\x80\xae", one.seen)
         assert not re.search(rb"\x1b\[[0-9;]*3[0-7][;m]", one.seen)  # no colour
 
@@ -165,6 +169,22 @@ def test_rates_follow_the_events_and_outlive_the_host_process(d: Daemon) -> None
                     break
         finally:
             follows.terminate()
+
+
+def test_drawing_makes_every_text_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\x1b]0;owned\x07[red]\u202e"
+    row = Row(text, text, False, None, None, None, None, None, None, None, 0, None, None, None, (text,))
+    machine = Machine(0.0, 1, (0.0, 0.0, 0.0), 0, 1)
+    moment = Moment(0.0, 1.0, text, 0.0, machine, (), (text,), (row,))
+
+    def drawn() -> str:
+        console = Console(file=io.StringIO(), width=200, force_terminal=True, no_color=True)
+        console.print(table.drawn(moment, "name", 200))
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "\x1b]" not in drawn() and "\u202e" not in drawn() and drawn().count("[red]") >= 4
+    monkeypatch.setattr(table, "safe", str)
+    assert drawn().count("\x1b]0;owned") >= 4
 
 
 def test_nothing_but_top_loads_rich_and_psutil() -> None:
