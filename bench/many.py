@@ -53,7 +53,7 @@ def measure(rounds: int) -> Report:
     with tempfile.TemporaryDirectory(prefix="isolator-bench-") as folder, daemon() as running:
         work = Path(folder)
         work.chmod(0o755)
-        names = _register(running, work)
+        names = register(running, work)
         program = work / "filter.bpf"
         program.write_bytes(compiled("default", work))
         peer: Callable[[], None] | None = None
@@ -96,7 +96,8 @@ def measure(rounds: int) -> Report:
     )
 
 
-def _register(running: Daemon, work: Path) -> list[str]:
+def register(running: Daemon, work: Path) -> list[str]:
+    """Add the plugins; returns their names."""
     source, program = work / "sidecar.c", work / "sidecar"
     source.write_text(SIDECAR)
     subprocess.run([shutil.which("gcc") or "cc", "-O2", "-static", "-o", str(program), str(source)], check=True)
@@ -134,17 +135,18 @@ def _memory(running: Daemon) -> dict[str, float]:
     modules = {"audit": "isolator.audit.service", "broker": "isolator.broker.service", "host": "host.service"}
     pids = {name: running.service_pid(module) for name, module in modules.items()}
     pids |= {"supervisor": running.process.pid, "launcher": running.service_pid("isolator.launcher.server")}
-    return {name: _pss(pid) for name, pid in pids.items()}
+    return {name: pss(pid) for name, pid in pids.items()}
 
 
 def _inits(running: Daemon, names: Iterable[str]) -> float:
     with Client(running.root) as client:
         entries = client.call("plugin.list")["plugins"]
     wanted = set(names)
-    return sum(_pss(entry["pid"]) for entry in entries if entry["name"] in wanted and entry["pid"])
+    return sum(pss(entry["pid"]) for entry in entries if entry["name"] in wanted and entry["pid"])
 
 
-def _pss(pid: int) -> float:
+def pss(pid: int) -> float:
+    """Return the KiB of a process, of shared pages its share."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

@@ -22,7 +22,11 @@ BENCHMARKS = {
     "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",
 }
-LONG = {"soak": "200 000 events: memory", "reload": "a daemon that is reloaded under load: pauses, losses"}
+LONG = {
+    "soak": "200 000 events: memory",
+    "reload": "a daemon that is reloaded under load: pauses, losses",
+    "console": "the console before 200 plugins and a million records: first page, a denial until it is seen, memory",
+}
 """Run only when they are named."""
 OUT = Path("/var/cache/isolator-dev/bench")
 

@@ -50,6 +50,7 @@ from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.missing import missing
+from host.queue.owed import Debts
 from host.queue.sqlite import SqliteQueue, newest_number
 from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
@@ -149,6 +150,7 @@ class Host:
         database, key = paths.host_database, paths.host_lib / "key"
         lost = key.exists() and not database.exists()
         store = self._store = Store(database, fatal=self._end)
+        debts = self._debts = Debts(store, audit, paths.audit_log)
         remove_snapshots(paths.host_lib)
         config = self._config = ConfigStore(store, key)
         if lost:
@@ -200,7 +202,7 @@ class Host:
             config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
             serve_invocation=api.serve_invocation,
             end_invocation=api.end_invocation,
-            pauses=Pauses(store),
+            pauses=Pauses(store, debts),
             servers=self._load_servers,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
@@ -219,14 +221,14 @@ class Host:
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
         self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
-        self._jobs = Jobs(store, queue, registry, catalogue, audit)
+        self._jobs = Jobs(store, queue, registry, catalogue, debts)
         trail = self._trail = TrailStreams(paths.audit_log, audit)
         searches = self._searches = Searches(paths.audit_log)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
-            *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, audit).endpoints(),
-            *OperationVerbs(queue, dispatcher, registry, audit, self._jobs).endpoints(),
+            *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, debts).endpoints(),
+            *OperationVerbs(queue, dispatcher, registry, debts, self._jobs).endpoints(),
             *api_verbs.endpoints(),
             *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
             *registrations.endpoints(),
@@ -274,6 +276,7 @@ class Host:
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         self._jobs.start()
+        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         if introduction.listener is not None:
             await self._control.start(introduction.listener)
@@ -294,6 +297,7 @@ class Host:
             await self._load_servers().take_over(ServersState.from_json(state.mcp, "mcp"), descriptors)
         self._queue.end_lost_requests()
         self._jobs.start()
+        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         self._api_verbs.numbers = state.api_calls
@@ -333,6 +337,7 @@ class Host:
         self._gauges.close()
         self._operational.close()
         self._jobs.close()
+        self._debts.close()
         await self._watches.close()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
@@ -375,6 +380,7 @@ class Host:
         self._gauges.close()
         self._operational.close()
         self._jobs.close()
+        self._debts.close()
         self._lifecycle.close()
         await self._control.close()
         self._trail.close()

@@ -8,8 +8,9 @@ from typing import Any
 
 from host.events import Catalogue
 from host.plugins.registry import Registry
+from host.queue.accepting import Answer
 from host.queue.interface import DEFAULT_TTL, Accepted, Delivery, NewEvent
-from host.queue.sqlite import Answer, SqliteQueue
+from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventAccepted, EventDead
 

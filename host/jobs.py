@@ -22,8 +22,8 @@ from host.events import Catalogue
 from host.plugins.registry import Plugin, Registry
 from host.queue import rows
 from host.queue.interface import Event, Subscriber
+from host.queue.owed import Debts, Owed, owed
 from host.queue.sqlite import REPLAY_TTL, Requeued, SqliteQueue
-from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventReplayed
 from isolator.errors import NotFoundError, UnavailableError, UsageError
 from isolator.ipc.tasks import Tasks
@@ -78,10 +78,10 @@ class Jobs:
     """The recovery jobs of one host."""
 
     def __init__(
-        self, store: Store, queue: SqliteQueue, registry: Registry, catalogue: Catalogue, audit: AuditClient
+        self, store: Store, queue: SqliteQueue, registry: Registry, catalogue: Catalogue, debts: Debts
     ) -> None:
         self._store, self._queue, self._registry = store, queue, registry
-        self._catalogue, self._audit = catalogue, audit
+        self._catalogue, self._debts = catalogue, debts
         self._tasks = Tasks()
         self._running: dict[str, asyncio.Task[None]] = {}
 
@@ -213,17 +213,15 @@ class Jobs:
             db.execute(
                 "UPDATE jobs SET first=?, done=done+?, state=? WHERE id=?", (upto + 1, len(found), state, job_id)
             )
+            again = [(one, EventReplayed(reason=job_id, attempts=one.attempts or 0, by=by)) for one in found]
+            records[:] = [owed(record, one.subscriber.plugin, one.event.id) for one, record in again]
+            self._debts.note(db, records)
             return found
 
         found: list[_Found] = []
+        records: list[Owed] = []
         await self._queue.requeue(lambda db: self._requeued(db, queue, found))
-        for one in found:
-            self._audit.record(
-                EventReplayed(reason=job_id, attempts=one.attempts or 0, by=by),
-                plugin=one.subscriber.plugin,
-                event_id=one.event.id,
-                delivery_id=f"{one.event.id}.{one.subscriber.plugin}",
-            )
+        self._debts.pay(records)
         return len(found)
 
     @staticmethod

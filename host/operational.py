@@ -2,14 +2,17 @@
 
 They are made of the records of the trail, which is followed from a mark in the database as long as a plugin receives
 one of them. The mark, and the conditions that stand at present, are kept after the events are safe; an event that was
-accepted before a crash is known by its record's hash. So each begin of a condition makes one event, whoever is killed
-meanwhile. They carry names and numbers only: no payload, log line, reply, address or path of a plugin.
+accepted before a crash is known by its record's hash. What no record tells of (a queue, the trail itself) is kept
+before, with its event, and that is emitted again after a crash, under the same key. So each begin of a condition makes
+one event, whoever is killed meanwhile. They carry names and numbers only: no payload, log line, reply, address or path
+of a plugin.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -150,10 +153,14 @@ class OperationalEvents:
         self._seq, self._saved, self._conditions = 0, -1, Conditions()
         row = store.read(lambda db: db.execute("SELECT seq, standing FROM operational").fetchone())
         self._begun = row is not None and isinstance(row[0], int)
+        self._owed: Operational | None = None
+        """An event whose condition is kept, and that may not have been accepted."""
         if self._begun:
             self._seq = row[0]
-            with contextlib.suppress(ValueError, TypeError):
-                self._conditions.standing = {str(one) for one in json.loads(row[1])}
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                kept = json.loads(row[1])
+                self._conditions.standing = {str(one) for one in kept["standing"]}
+                self._owed = Operational(**kept["owed"]) if kept["owed"] else None
         self._tasks = Tasks()
         self._tasks.keep("operational events", self._run)
 
@@ -176,17 +183,19 @@ class OperationalEvents:
     async def _look(self) -> None:
         if not self._registry.hears(OPERATIONAL):
             if self._begun:  # whoever is granted them later hears of what comes then
-                self._begun, self._conditions = False, Conditions()
+                self._begun, self._conditions, self._owed = False, Conditions(), None
                 self._close_file()
                 self._store.submit(lambda db: db.execute("DELETE FROM operational"))
             return
+        if self._owed is not None:
+            await self._tell()
         if self._audit.blocked == AWAY:
             return  # it is being started
         if self._audit.blocked is not None:
             self._close_file()  # its disk may have to be unmounted
             if self._conditions.begins("blocked"):
-                await self._emit(Operational("isolator.audit.blocked", {"record": self._seq}, f"blocked {self._seq}"))
-                await self._save()
+                self._owed = Operational("isolator.audit.blocked", {"record": self._seq}, f"blocked {self._seq}")
+                await self._tell()
             return
         self._conditions.ends("blocked")
         await self._follow()
@@ -194,7 +203,8 @@ class OperationalEvents:
             high = depth >= HIGH * self._queue.limit
             if high and self._conditions.begins("high", plugin):
                 found = {"plugin": plugin, "depth": depth, "limit": self._queue.limit, "record": self._seq}
-                await self._emit(Operational("isolator.queue.high", found, f"high {plugin} {self._seq}"))
+                self._owed = Operational("isolator.queue.high", found, f"high {plugin} {self._seq}")
+                await self._tell()
             elif depth < LOW * self._queue.limit:
                 self._conditions.ends("high", plugin)
         await self._save()
@@ -221,6 +231,14 @@ class OperationalEvents:
         self._reading = asyncio.get_running_loop().run_in_executor(None, follower.available, 256)
         return await asyncio.shield(self._reading)
 
+    async def _tell(self) -> None:
+        """Emit the event that is owed; its condition is kept before."""
+        assert self._owed is not None
+        await self._save()
+        await self._emit(self._owed)
+        self._owed, self._conditions.changed = None, True
+        await self._save()
+
     async def _emit(self, found: Operational) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -239,7 +257,8 @@ class OperationalEvents:
     async def _save(self) -> None:
         if self._seq == self._saved and not self._conditions.changed:
             return
-        row = (self._seq, json.dumps(sorted(self._conditions.standing)))
+        owed = dataclasses.asdict(self._owed) if self._owed is not None else None
+        row = (self._seq, json.dumps({"standing": sorted(self._conditions.standing), "owed": owed}))
         self._conditions.changed = False
         await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO operational VALUES (1,?,?)", row))
         self._saved = row[0]

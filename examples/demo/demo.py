@@ -15,6 +15,7 @@ that nothing is left is the last promise of the table.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -31,6 +32,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.dont_write_bytecode = True
 
+import console  # noqa: E402
 import internet  # noqa: E402
 import leftovers  # noqa: E402
 import report  # noqa: E402
@@ -40,6 +42,7 @@ from report import Promise  # noqa: E402
 from stage import DATABASE_PORT, Demo  # noqa: E402
 
 INSIDE = "ISOLATOR_DEMO_INSIDE"
+"""Set in the empty network; with a browser, to the descriptor of the listener outside it."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -47,9 +50,13 @@ def main() -> int:
     if os.geteuid() != 0:
         report.fail("cages need root; try: sudo ./dev demo")
         return 1
+    parser = argparse.ArgumentParser(prog="./dev demo", description="The main job on real cages.")
+    parser.add_argument("--browser", action="store_true", help="let a browser on this machine see the console")
+    parser.add_argument("--screenshot", type=Path, metavar="DIR", help="write pictures of the console to DIR")
+    options = parser.parse_args()
     if INSIDE not in os.environ:
-        os.environ[INSIDE] = "1"
-        os.execvp("unshare", ["unshare", "-n", sys.executable, "-I", str(Path(__file__).resolve())])
+        os.environ[INSIDE] = str(console.outside()) if options.browser else ""
+        os.execvp("unshare", ["unshare", "-n", sys.executable, "-I", str(Path(__file__).resolve()), *sys.argv[1:]])
     for number in SIGNALS:
         signal.signal(number, interrupt)
     began = time.monotonic()
@@ -59,7 +66,7 @@ def main() -> int:
     pids: set[int] = set()
     failure = ""
     try:
-        found = run(root, pids)
+        found = run(root, pids, options)
     except (DemoError, OSError, TimeoutError, RuntimeError) as error:
         failure = str(error)
     except KeyboardInterrupt:
@@ -99,8 +106,9 @@ def only_clean_up() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def run(root: Path, pids: set[int]) -> list[Promise]:
+def run(root: Path, pids: set[int], options: argparse.Namespace) -> list[Promise]:
     """Set up, do the steps, stop the daemon; the promises so far. ``pids`` collects the processes of the cages."""
+    with_console = options.browser or options.screenshot is not None
     report.say(
         "Isolator runs other people's plugins, each in a cage of its own. This demo starts the daemon in an empty"
         " network namespace beside a pretend internet (its own resolver, a webhook called hooks.slack.com, a"
@@ -112,7 +120,8 @@ def run(root: Path, pids: set[int]) -> list[Promise]:
     settings = root / "etc/isolator/host.toml"
     (settings.parent / "policies").mkdir(parents=True)
     # A quarter of an emulated processor takes its time to import what a plugin needs.
-    settings.write_text(f'[network]\nresolvers = ["{internet.RESOLVER}"]\n[defaults]\nstart_timeout = "2m"\n')
+    settings.write_text(f'[network]\nresolvers = ["{internet.RESOLVER}"]\n[defaults]\nstart_timeout = "2m"\n'
+                        + (console.SETTINGS if with_console else ""))  # fmt: skip
     settings.chmod(0o644)
     with contextlib.ExitStack() as stack:
         net = stack.enter_context(internet.Internet(work))
@@ -121,9 +130,16 @@ def run(root: Path, pids: set[int]) -> list[Promise]:
         daemon = stack.enter_context(Daemon(root, work, work / "daemon.log"))
         trail = stack.enter_context(Trail(daemon))
         demo = Demo(root, work, daemon, net, trail, contacts)
+        port = stack.enter_context(console.leading(int(os.environ[INSIDE]))) if options.browser else 0
+        if options.browser:
+            console.offer(daemon, port)
         try:
             for step in steps.STEPS:
                 step(demo)
+            if options.screenshot is not None:
+                console.take_pictures(demo, options.screenshot)
+            if options.browser:
+                console.wait_for_person(daemon, port)
         finally:
             pids.update(int(record["data"]["pid"]) for record in trail.kinds("plugin.started"))
     steps.record_holds(demo)

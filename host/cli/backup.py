@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from host.cli.output import AS_JSON, print_json
+from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UsageError
 from isolator.paths import Paths
 
@@ -49,7 +50,8 @@ def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_j
         with Client(root, timeout=_SNAPSHOT_SECONDS) as client:
             return str(client.call("daemon.snapshot", id=backup_id)["file"])
 
-    made = take(Paths.of(root), directory, passphrase, snapshot)
+    with Progress("copying", quiet=as_json):
+        made = take(Paths.of(root), directory, passphrase, snapshot)
     if as_json:
         print_json({**asdict(made), "place": str(made.place)})
         return
@@ -78,7 +80,9 @@ def restore(root: str | None, directory: Path, passphrase_file: Path | None, rep
     from isolator.backup.restore import restore as put_back
 
     _need_root("restore")
-    done = put_back(Paths.of(root), directory, _passphrase(passphrase_file, new=False), replace_data=replace)
+    passphrase = _passphrase(passphrase_file, new=False)
+    with Progress("restoring", quiet=as_json):
+        done = put_back(Paths.of(root), directory, passphrase, replace_data=replace)
     if as_json:
         print_json(asdict(done))
         return

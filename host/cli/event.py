@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 from typing import Any
 
@@ -14,9 +15,12 @@ from host.cli.many import Aliased
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, safe, table
 from host.client.client import Client
 from isolator.cli.audit import moment
-from isolator.errors import UsageError
+from isolator.cli.progress import Progress
+from isolator.errors import IsolatorError, UsageError
 
 _FINE = ("ok", "skipped")
+_JOB_LOOK = 0.2
+"""Seconds between two looks at a job that is waited for."""
 
 
 @click.group(
@@ -183,7 +187,7 @@ def _rate(_: click.Context, __: click.Parameter, text: str) -> float:
 
 @event.command(
     epilog="\b\nExamples:\n  isolator event recover --plugin slack --since 2h --dry-run\n"
-    "  isolator event recover --plugin slack --since 2026-01-31T12:00 --missed --rate 50/s\n\n"
+    "  isolator event recover --plugin slack --since 2026-01-31T12:00 --missed --rate 50/s --wait\n\n"
     "It runs in the daemon, over restarts too: isolator event jobs; isolator event cancel JOB"
 )
 @click.option("--plugin", metavar="NAME", required=True, shell_complete=plugin_names, help="The plugin to deliver to.")
@@ -192,23 +196,42 @@ def _rate(_: click.Context, __: click.Parameter, text: str) -> float:
 @click.option("--missed", is_flag=True, help="Only what it never got, and is granted now.")
 @click.option("--rate", metavar="N/s", default="20/s", show_default=True, callback=_rate, help="Deliveries a second.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
+@click.option("--wait", is_flag=True, help="Wait until all are queued; Ctrl-C ends the waiting alone.")
 @AS_JSON
 @click.pass_obj
 def recover(
-    root: str | None, plugin: str, since: str, dead: bool, missed: bool, rate: float, dry_run: bool, as_json: bool
-) -> None:
+    root: str | None, plugin: str, since: str, dead: bool, missed: bool, rate: float, dry_run: bool, wait: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Deliver again what was given up, and what the plugin has missed."""
     begin = moment(since)
     assert begin is not None
     request = {"plugin": plugin, "since": datetime.fromisoformat(begin).timestamp(), "dead": dead, "missed": missed}
     with Client(root) as client:
         answer = client.call("event.recover", **request, rate=rate, dry_run=dry_run)
+        if wait and answer["job"] is not None:
+            answer["state"] = _wait_for_job(client, answer["job"], quiet=as_json)
     if as_json:
         print_json(answer)
     elif answer["job"] is None:
         click.echo(f"{answer['count']} deliveries to recover for {plugin}")
     else:
-        click.echo(f"{answer['job']}  {answer['count']} deliveries for {plugin}; isolator event jobs")
+        state = answer.get("state")
+        more = f": {state}" if state else "; isolator event jobs"
+        click.echo(f"{answer['job']}  {answer['count']} deliveries for {plugin}{more}")
+    if answer.get("state", "done") != "done":
+        raise IsolatorError(f"job {answer['job']}", f"was {answer['state']}", "isolator event jobs")
+
+
+def _wait_for_job(client: Client, job: str, *, quiet: bool) -> str:
+    """Wait until a recovery job has ended; returns how."""
+    with Progress(f"queueing for {job}", quiet=quiet) as progress:
+        while True:
+            found = next((one for one in client.call("event.jobs")["jobs"] if one["id"] == job), None)
+            if found is None or found["state"] != "running":
+                return found["state"] if found is not None else "done"
+            progress.reach(found["done"], found["total"])
+            time.sleep(_JOB_LOOK)
 
 
 @event.command(epilog="\b\nExamples:\n  isolator event jobs\n  isolator event jobs --json")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli import arguments
+from host.cli import arguments, notes
 from host.cli.add import add, update
 from host.cli.complete import plugin_names
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
-from host.cli.output import AS_JSON, SETTINGS, ago, duration, newest, print_json, safe, show_alarms, table
+from host.cli.output import AS_JSON, SETTINGS, ago, newest, print_json, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
     HISTORY_HINT,
@@ -25,6 +25,7 @@ from host.cli.registration import (
 )
 from host.client.client import Client
 from isolator.cli.audit import moment
+from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.pacing import Backoff
 from isolator.policy import units
@@ -56,7 +57,7 @@ def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     """List every plugin with its state."""
     with Client(root) as client:
         answer = client.call("plugin.list")
-    plugins = [p for p in answer["plugins"] if not failed or _fails(p)]
+    plugins = [p for p in answer["plugins"] if not failed or notes.fails(p)]
     show_alarms(answer["alarms"])
     if as_json:
         print_json(plugins)
@@ -69,48 +70,9 @@ def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     for p in plugins:
         up = ago(p.get("started_at")) if p.get("pid") else None
         version = p["version"] if len(p["version"]) <= _SHORT else p["version"][: _SHORT - 1] + "…"
-        notes = "; ".join(_notes(p))
-        rows.append([p["name"], version, p["state"], p.get("pid"), up, p["restarts"], p["queue"], notes])
+        note = "; ".join(notes.all_notes(p))
+        rows.append([p["name"], version, p["state"], p.get("pid"), up, p["restarts"], p["queue"], note])
     table(["name", "version", "state", "pid", "up", "restarts", "queue", "note"], rows)
-
-
-def _fails(shown: Mapping[str, Any]) -> bool:
-    bad = shown["state"] in ("failed", "rejected", "backoff")
-    return bad or any(shown.get(key) for key in ("error", "holding", "failing_since"))
-
-
-def _notes(shown: Mapping[str, Any]) -> list[str]:
-    """Everything an operator should know about a plugin, the most urgent first, each once."""
-    holding = None if shown.get("paused") else shown.get("holding")
-    notes = [shown.get("error"), _waiting(shown), _paused(shown), _failing(shown), holding]
-    return [note for note in dict.fromkeys(notes) if note]
-
-
-def _failing(shown: Mapping[str, Any]) -> str | None:
-    """Since when attempts have failed, why the last one did, and when the next is due."""
-    last = shown.get("last")
-    if not shown.get("failing_since") or last is None:
-        return None
-    why = last["detail"] or last["status"] or last["outcome"]
-    due = shown.get("next_attempt")
-    again = f"; next try in {duration(due - time.time())}" if due else ""
-    return f"failing for {ago(shown['failing_since'])}: {why}{again}"
-
-
-def _paused(shown: Mapping[str, Any]) -> str | None:
-    """Since when a plugin is paused, by whom, with the command that ends it."""
-    pause = shown.get("paused")
-    if not pause:
-        return None
-    return f"paused {ago(pause['since'])} ago by {pause['by']}; isolator plugin resume {shown['name']}"
-
-
-def _waiting(shown: Mapping[str, Any]) -> str | None:
-    """The part of a plugin that waits for an operator, with the remedy."""
-    if shown.get("found"):
-        return f"found in {shown['found']}; isolator plugin approve {shown['name']}"
-    pending = shown.get("pending")
-    return f"{pending['version']} asks for more; isolator plugin approve {shown['name']}" if pending else None
 
 
 @plugin.command()
@@ -135,14 +97,14 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         detail = f", {safe(last['detail'])}" if last["detail"] else ""
         click.echo(f"{'last outcome:':18}{last['outcome']}, {ago(last['at'])} ago{detail}  ({last['event_id']})")
     for label, note in (
-        ("paused:", _paused(found)),
-        ("failing:", _failing(found)),
+        ("paused:", notes.paused(found)),
+        ("failing:", notes.failing(found)),
         ("held back by:", found.get("held_by")),
     ):
         if note:
             click.echo(f"{label:18}{safe(note)}")
     if found.get("pending"):
-        click.echo(f"{'waits:':18}{safe(_waiting(found))}")
+        click.echo(f"{'waits:':18}{safe(notes.waiting(found))}")
         for phrase in found["pending"]["differences"]:
             click.echo(f"{'':18}{safe(phrase)}")
     _show_config(found["config"])
@@ -233,7 +195,8 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
 
     def command(root: str | None, names: tuple[str, ...], as_json: bool, no_wait: bool = False) -> int:
         def change(client: Client, name: str) -> dict[str, Any]:
-            answer = client.call(f"plugin.{verb}", name=name)
+            with Progress(f"{verb} {name}", quiet=as_json):
+                answer = client.call(f"plugin.{verb}", name=name)
             if waits and not no_wait:
                 _wait_ready(client, name, answer["run"])
             if not as_json:
@@ -272,7 +235,7 @@ _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disab
 @click.pass_obj
 def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None:
     """Go back to the version before; if that is not up in time, nothing changes."""
-    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
+    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client, Progress(f"rollback {name}", quiet=as_json):
         answer = client.call("plugin.rollback", name=name, **({"to": to} if to else {}))
     if as_json:
         print_json(answer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from host.cli.output import paragraph, print_json, safe, table, terminal_width
+from isolator.cli.progress import Progress
 from isolator.errors import NeedsApprovalError, UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def register_plugin(
 
     ``literal``: keys of ``values`` whose value stood on the command line.
     """
-    staged = client.call("plugin.stage", **request, config=values)
+    staged = _stage(client, request, values, quiet=as_json)
     name = staged["name"]
     if staged.get("registered"):
         raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
@@ -49,7 +50,8 @@ def register_plugin(
     _warn_of_history(staged, literal)
     if not yes:
         _require_consent("plugin add", f"Register {name} with exactly this?")
-    done = client.call("plugin.commit", token=staged["token"], config=values)
+    with Progress(f"registering {name}", quiet=as_json):
+        done = client.call("plugin.commit", token=staged["token"], config=values)
     if as_json:
         print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
         return
@@ -68,14 +70,15 @@ def update_plugin(
     as_json: bool,
 ) -> None:
     """Exchange a version; raises NeedsApprovalError when it asks for more and nobody agrees: then it waits."""
-    staged = client.call("plugin.stage", **request, config=values)
+    staged = _stage(client, request, values, quiet=as_json)
     name, more = staged["name"], staged["differences"]
     if not as_json:
         _show_staged(staged)
         _show_differences(name, more)
     _warn_of_history(staged, literal)
     agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
-    done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
+    with Progress(f"exchanging {name}", quiet=as_json):
+        done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
     if as_json:
         print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
     if done.get("pending"):
@@ -107,12 +110,19 @@ def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> No
             click.echo("Its binary is another file than the one that was approved.\n")
     if not yes:
         _require_consent("plugin approve", f"Approve {name} with exactly this?")
-    answer = client.call("plugin.approve", name=name, digest=proposal["digest"])
+    with Progress(f"approving {name}", quiet=as_json):
+        answer = client.call("plugin.approve", name=name, digest=proposal["digest"])
     if as_json:
         print_json({**answer, "withheld": _withheld(proposal)})
         return
     click.echo(f"approved {name}; {answer['plugin']['version']} is in use now")
     _show_withheld(proposal)
+
+
+def _stage(client: Client, request: Mapping[str, Any], values: dict[str, str], *, quiet: bool) -> dict[str, Any]:
+    """Have the daemon copy and read what is offered."""
+    with Progress("copying and reading the plugin", quiet=quiet):
+        return client.call("plugin.stage", **request, config=values)
 
 
 def _show_withheld(proposal: Mapping[str, Any]) -> None:

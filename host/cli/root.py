@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reload": ("host.cli.reload:reload", "Take over an update and host.toml; plugins go on running."),
     "run": ("isolator.cli.run:run", "Run one command in a cage; needs no daemon."),
     "status": ("host.cli.status:status", "Show the daemon on one screen; exit code for scripts."),
+    "top": ("host.cli.top.command:top", "Show what plugins use and do, as it changes."),
     "console": ("host.console.command:console", "Print the URL of the web console."),
     "report": ("host.console.report:report", "Write what happened into one HTML file."),
     "check": ("host.cli.check:check", "Show which controls this host can enforce, and how to mend gaps."),

@@ -121,7 +121,7 @@ class App:
 
     def _admit(self, request: Request) -> None:
         """Refuse what does not come from this console's own pages; raises DeniedError."""
-        if _peer(request) is not None or request.url.path.startswith(INGRESS):
+        if _peer(request) is not None or _path(request).startswith(INGRESS):
             return
         host = request.headers.get("host", "")
         if not _is_loopback(host):
@@ -167,7 +167,7 @@ class App:
         return page
 
     def _html(self, template: str, request: Request, context: Context, status: int = 200) -> Response:
-        text = self._templates.get_template(template).render(path=request.url.path, live=self._live, **(
+        text = self._templates.get_template(template).render(path=_path(request), live=self._live, **(
             {key: value for key, value in context.items() if key != "live"}
         ))  # fmt: skip
         return HTMLResponse(text, status)
@@ -281,7 +281,7 @@ class App:
         return self._error(request, status, error)
 
     def _is_unknown(self, request: Request) -> bool:
-        return request.url.path.startswith(INGRESS) or self._caller(request) is None
+        return _path(request).startswith(INGRESS) or self._caller(request) is None
 
     def _http_refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -291,7 +291,7 @@ class App:
         return self._error(request, error.status_code, found)
 
     def _error(self, request: Request, status: int, error: IsolatorError) -> Response:
-        if request.url.path.startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
+        if _path(request).startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
             return _json({"error": error.to_json()}, status)
         return self._html("error.html", request, {"error": error, "status": status}, status)
 
@@ -323,6 +323,11 @@ def _json(value: Any, status: int = 200) -> Response:
 def _peer(request: Request) -> Peer | None:
     found = request.scope["state"]["peer"]
     return found if isinstance(found, Peer) else None
+
+
+def _path(request: Request) -> str:
+    """The path that is routed; that of ``request.url`` is made of the ``Host`` header, too."""
+    return str(request.scope["path"])
 
 
 def _name_of(host: str) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
-
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from isolator.audit.text import printable
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 WIDTH, HEIGHT = 240, 48
 
-Points = Sequence[tuple[str, dict[str, Any]]]
+USED = ("cpu_us", "memory", "tasks")
+"""Fields of a ``resources`` record that are drawn."""
+Points = Sequence[tuple[float, Mapping[str, Any]]]
+"""Unix time and figures."""
 
 
 def seconds_of(moment: str) -> float:
@@ -23,7 +27,7 @@ def seconds_of(moment: str) -> float:
 
 def values(points: Points, field: str) -> list[tuple[float, float]]:
     """Time and value of one field; of ``cpu_us`` its growth, in cores."""
-    found = [(seconds_of(at), float(data[field])) for at, data in points if isinstance(data.get(field), (int, float))]
+    found = [(at, float(data[field])) for at, data in points if isinstance(data.get(field), (int, float))]
     if field != "cpu_us":
         return found
     grown = []
@@ -35,6 +39,8 @@ def values(points: Points, field: str) -> list[tuple[float, float]]:
 
 def line(series: Sequence[tuple[float, float]], cap: float | None, label: str) -> Markup:
     """A chart of the series with a line at ``cap``; ``label`` describes it for those who do not see it."""
+    from markupsafe import Markup
+
     top = max([cap or 0.0, *(value for _, value in series)]) * 1.1 or 1.0
     begin, end = (series[0][0], series[-1][0]) if series else (0.0, 1.0)
     span = end - begin or 1.0

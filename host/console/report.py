@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from host.cli.denials import TYPES, Denial, attempt, collect, refused
+from host.console.charts import USED, line, seconds_of, values
 from isolator import __version__
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
@@ -40,7 +41,7 @@ class _Plugin:
     denied: deque[Record] = field(default_factory=lambda: deque(maxlen=5000))
     denials: int = 0
     egress: dict[str, Counter[str]] = field(default_factory=dict)
-    usage: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    usage: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     _step: int = 1
     _skipped: int = 0
 
@@ -50,7 +51,7 @@ class _Plugin:
         if self._skipped < self._step:
             return
         self._skipped = 0
-        self.usage.append((record.time, {key: record.data.get(key) for key in ("cpu_us", "memory", "tasks")}))
+        self.usage.append((seconds_of(record.time), {key: record.data.get(key) for key in USED}))
         if len(self.usage) > POINTS:
             self.usage, self._step = self.usage[::2], self._step * 2
 
@@ -104,7 +105,6 @@ def render(summary: Summary, since: str, root: Path) -> str:
     """The report as HTML."""
     from markupsafe import Markup
 
-    from host.console.charts import line, values
     from host.console.rendering import environment
 
     style = (Path(__file__).parent / "static/console.css").read_text()

@@ -29,8 +29,8 @@ from host.events import OPERATIONAL, Catalogue, from_schema
 from host.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
+from host.queue.owed import Debts
 from host.queue.sqlite import SqliteQueue
-from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventReplayed
 from isolator.errors import UsageError
 
@@ -46,10 +46,10 @@ class EventVerbs:
         registry: Registry,
         catalogue: Catalogue,
         store: Store,
-        audit: AuditClient,
+        debts: Debts,
     ) -> None:
         self._intake, self._queue, self._dispatcher, self._registry = intake, queue, dispatcher, registry
-        self._catalogue, self._store, self._audit = catalogue, store, audit
+        self._catalogue, self._store, self._debts = catalogue, store, debts
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -123,17 +123,13 @@ class EventVerbs:
         if request.plugin is not None:
             self._registry.need(request.plugin)
         event_id = self._queue.resolve(request.id)
-        attempts = {row.plugin: row.attempts for row in self._queue.show(event_id).deliveries}
-        plugins = await self._queue.replay(event_id, request.plugin)
+        change = self._debts.of_event(
+            event_id, lambda one: EventReplayed(reason="operator", attempts=one.attempts, by=caller.by)
+        )
+        plugins = await self._queue.replay(event_id, request.plugin, change.note)
         if not plugins:
             raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
-        for name in plugins:
-            self._audit.record(
-                EventReplayed(reason="operator", attempts=attempts.get(name, 0), by=caller.by),
-                plugin=name,
-                event_id=event_id,
-                delivery_id=f"{event_id}.{name}",
-            )
+        change.pay()
         return {"id": event_id, "plugins": plugins}
 
     async def types(self, _: EventTypes, __: Caller) -> EventTypeList:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import (
     ChangedEvent,
@@ -21,10 +19,10 @@ from host.control.verbs import (
 from host.delivery.dispatch import Dispatcher
 from host.jobs import JOB, Jobs
 from host.plugins.registry import Registry
-from host.queue.interface import Changed, Result
+from host.queue.interface import Result
+from host.queue.owed import ChangeOfEvent, Debts
 from host.queue.sqlite import SqliteQueue
-from isolator.audit.client import AuditClient
-from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped, PluginPaused, PluginResumed
+from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped
 from isolator.errors import UsageError
 
 
@@ -32,9 +30,9 @@ class OperationVerbs:
     """Deliveries as an operator changes them."""
 
     def __init__(
-        self, queue: SqliteQueue, dispatcher: Dispatcher, registry: Registry, audit: AuditClient, jobs: Jobs
+        self, queue: SqliteQueue, dispatcher: Dispatcher, registry: Registry, debts: Debts, jobs: Jobs
     ) -> None:
-        self._queue, self._dispatcher, self._registry, self._audit = queue, dispatcher, registry, audit
+        self._queue, self._dispatcher, self._registry, self._debts = queue, dispatcher, registry, debts
         self._jobs = jobs
 
     def endpoints(self) -> list[AnyEndpoint]:
@@ -51,31 +49,25 @@ class OperationVerbs:
 
     async def pause(self, request: PluginPause, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
-        changed = await self._dispatcher.pause(name, caller.by)
-        if changed:
-            self._audit.record(PluginPaused(by=caller.by), plugin=name)
-        return {"paused": True, "changed": changed}
+        return {"paused": True, "changed": await self._dispatcher.pause(name, caller.by)}
 
     async def resume(self, request: PluginResume, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
-        pause = await self._dispatcher.resume(name)
-        if pause is not None:
-            seconds = round(max(0.0, time.time() - pause.since), 3)
-            self._audit.record(PluginResumed(by=caller.by, seconds=seconds), plugin=name)
-        return {"paused": False, "changed": pause is not None}
+        return {"paused": False, "changed": await self._dispatcher.resume(name, caller.by) is not None}
 
     async def retry(self, request: EventRetry, caller: Caller) -> ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
-        changed = await self._queue.retry(event_id, request.plugin)
+        change = self._recorded(EventRetried, event_id, caller)
+        changed = await self._queue.retry(event_id, request.plugin, change.note)
+        change.pay()
         for one in changed:
             self._dispatcher.wake(one.plugin)
-        return self._record(EventRetried, event_id, changed, caller)
+        return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
     async def skip(self, request: EventSkip, caller: Caller) -> ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         result = Result("skipped", "operator", f"skipped by {caller.by}")
-        changed = await self._queue.end(event_id, request.plugin, result)
-        return self._record(EventSkipped, event_id, changed, caller)
+        return await self._end(EventSkipped, event_id, request.plugin, result, caller)
 
     async def cancel(self, request: EventCancel, caller: Caller) -> ChangedEvent:
         if request.id.startswith(JOB):
@@ -83,7 +75,16 @@ class OperationVerbs:
             return {"id": job.id, "plugins": [job.plugin]}
         event_id = self._resolved(request.id)
         result = Result("cancelled", "operator", f"cancelled by {caller.by}")
-        return self._record(EventCancelled, event_id, await self._queue.end(event_id, None, result), caller)
+        return await self._end(EventCancelled, event_id, None, result, caller)
+
+    async def _end(
+        self, kind: type[EventSkipped | EventCancelled], event_id: str, plugin: str | None, result: Result,
+        caller: Caller,
+    ) -> ChangedEvent:  # fmt: skip
+        change = self._recorded(kind, event_id, caller)
+        changed = await self._queue.end(event_id, plugin, result, change.note)
+        change.pay()
+        return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
     async def recover(self, request: EventRecover, caller: Caller) -> Recovery:
         plugin = self._registry.need(request.plugin)
@@ -122,18 +123,7 @@ class OperationVerbs:
             self._registry.need(plugin)
         return self._queue.resolve(text)
 
-    def _record(
-        self,
-        kind: type[EventRetried | EventSkipped | EventCancelled],
-        event_id: str,
-        changed: list[Changed],
-        caller: Caller,
-    ) -> ChangedEvent:
-        for one in changed:
-            self._audit.record(
-                kind(attempts=one.attempts, by=caller.by),
-                plugin=one.plugin,
-                event_id=event_id,
-                delivery_id=f"{event_id}.{one.plugin}",
-            )
-        return {"id": event_id, "plugins": [one.plugin for one in changed]}
+    def _recorded(
+        self, kind: type[EventRetried | EventSkipped | EventCancelled], event_id: str, caller: Caller
+    ) -> ChangeOfEvent:  # fmt: skip
+        return self._debts.of_event(event_id, lambda one: kind(attempts=one.attempts, by=caller.by))

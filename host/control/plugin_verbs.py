@@ -121,5 +121,7 @@ class PluginVerbs:
         if error and shown.get("state") == "pending":
             shown["state"] = "rejected"  # the parts of its manifest that only this process reads are wrong
         shown["error"] = error
+        effective = plugin.effective.resources if plugin is not None and plugin.effective is not None else None
+        shown["caps"] = effective and {"memory": effective.memory, "cpu": effective.cpu, "tasks": effective.tasks}
         shown["queue"] = self._queue.consumer(name).depth if plugin is not None else 0
         return cast(ListedPlugin, shown | self._dispatcher.status(name))

@@ -366,6 +366,8 @@ class ListedPlugin(PluginEntry):
 
     ``last`` and ``failing_since`` (Unix time of the first of the failed attempts in a row) are those of this host
     process; ``next_attempt`` is the Unix time at which the earliest delivery that waits for its retry is due.
+    ``attempts_ended`` counts since this host process started; ``latency_p99_us`` is exceeded by one of a hundred of the
+    newest attempts (256 at most). ``caps``: bytes of ``memory``, thousandths of a core (``cpu``), ``tasks``.
     """
 
     queue: int
@@ -374,6 +376,9 @@ class ListedPlugin(PluginEntry):
     last: Attempted | None
     failing_since: float | None
     next_attempt: float | None
+    attempts_ended: int
+    latency_p99_us: int | None
+    caps: dict[str, int] | None
     paused: Pause | None
 
 

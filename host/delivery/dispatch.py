@@ -127,9 +127,9 @@ class Dispatcher:
             if self._pauses.of(name) is None and name in self.workers:
                 self.workers[name].resume()  # it could not be kept
 
-    async def resume(self, name: str) -> Paused | None:
+    async def resume(self, name: str, by: str) -> Paused | None:
         """Resume a plugin's deliveries; returns the pause that is over, if there was one."""
-        pause = await self._pauses.end(name)
+        pause = await self._pauses.end(name, by)
         if name in self.workers:
             self.workers[name].resume()
         return pause
@@ -158,7 +158,7 @@ class Dispatcher:
         worker = self.workers.pop(name, None)
         if worker is not None:
             await worker.close()
-        await self._pauses.end(name)
+        await self._pauses.end(name, None)
 
     def run_started(self, name: str, run: str) -> None:
         """See ``Worker.run_started``."""
@@ -191,8 +191,8 @@ class Dispatcher:
         pause = self._pauses.of(name)
         paused = dataclasses.asdict(pause) if pause is not None else None
         if worker is None:
-            nothing = {"last": None, "failing_since": None, "next_attempt": None}
-            return {"worker": None, "holding": None, "paused": paused, **nothing}
+            nothing = {"last": None, "failing_since": None, "next_attempt": None, "latency_p99_us": None}
+            return {"worker": None, "holding": None, "paused": paused, "attempts_ended": 0, **nothing}
         return {"worker": worker.status, "holding": worker.blocked_on, "paused": paused, **worker.health()}
 
     # One host in the place of another

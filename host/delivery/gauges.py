@@ -1,4 +1,4 @@
-"""Present values that the host alone knows, for the metrics."""
+"""Present values for the metrics: lengths of queues, states and limits of plugins."""
 
 from __future__ import annotations
 

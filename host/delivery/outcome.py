@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 
@@ -29,6 +30,8 @@ CRASH_WINDOW = 5.0
 """Seconds within which a death of the sidecar is attributed to the attempt whose connection broke before it."""
 STORED_REPLY = 4096
 """Characters of a reply that are kept."""
+LATENCIES = 256
+"""Newest attempts of a plugin among which its slowest hundredth is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,9 @@ class Outcomes:
         self.last: Attempted | None = None
         self.failing_since: float | None = None
         """Unix time of the first failed attempt since the last that succeeded, or since this process started."""
+        self.ended = 0
+        """Attempts that have ended since this process started."""
+        self._latencies: deque[int] = deque(maxlen=LATENCIES)
         self._in_flight: dict[int, str] = {}
         """Run by event number."""
         self._overlapped: set[int] = set()
@@ -104,6 +110,11 @@ class Outcomes:
                 return True
             del self._isolated_retries[seq]
         return False
+
+    @property
+    def latency_p99(self) -> int | None:
+        """Latency in µs that one of a hundred of the newest attempts exceeds; None before the first one."""
+        return sorted(self._latencies)[len(self._latencies) * 99 // 100] if self._latencies else None
 
     def pass_on(self) -> OutcomeState:
         """Return the state of attempts and crashes for the successor of this process."""
@@ -155,6 +166,8 @@ class Outcomes:
         self._in_flight.pop(delivery.seq, None)
         alone = delivery.seq not in self._overlapped
         self._overlapped.discard(delivery.seq)
+        self.ended += 1
+        self._latencies.append(latency)
         redact = self._redactor(self._name)
         reply = redact(outcome.text)[:STORED_REPLY] if outcome.text else None
         detail = shown(outcome.detail, redact) if outcome.detail else None

@@ -5,10 +5,13 @@ They are in the database, so that they survive this process and the daemon.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import dataclass
 
 from host.database import Store
+from host.queue.owed import Debts, owed
+from isolator.audit.schema import PluginPaused, PluginResumed
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,10 @@ class Paused:
 
 
 class Pauses:
-    """The plugins that are paused, by name."""
+    """The plugins that are paused, by name; each pause and its end are on record."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, debts: Debts) -> None:
+        self._store, self._debts = store, debts
         rows = store.read(lambda db: db.execute("SELECT plugin, since, by FROM pauses").fetchall())
         # A damaged row still says that somebody wanted nothing to be sent.
         self._pauses = {
@@ -41,22 +44,39 @@ class Pauses:
         if name in self._pauses:
             return False
         pause = self._pauses[name] = Paused(time.time(), by)
-        row = (name, pause.since, by)
+        row, records = (name, pause.since, by), [owed(PluginPaused(by=by), name)]
+
+        def keep(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO pauses VALUES (?,?,?)", row)
+            self._debts.note(db, records)
+
         try:
-            await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO pauses VALUES (?,?,?)", row))
+            await self._store.run(keep)
         except BaseException:
             self._pauses.pop(name, None)
             raise
+        self._debts.pay(records)
         return True
 
-    async def end(self, name: str) -> Paused | None:
-        """End the pause of a plugin; returns it when its end is safe on disk, None if there was none."""
+    async def end(self, name: str, by: str | None) -> Paused | None:
+        """End the pause of a plugin; returns it when its end is safe on disk, None if there was none.
+
+        ``by`` None: the plugin is removed, which has a record of its own.
+        """
         pause = self._pauses.pop(name, None)
         if pause is None:
             return None
+        seconds = round(max(0.0, time.time() - pause.since), 3)
+        records = [owed(PluginResumed(by=by, seconds=seconds), name)] if by is not None else []
+
+        def forget(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM pauses WHERE plugin=?", (name,))
+            self._debts.note(db, records)
+
         try:
-            await self._store.run(lambda db: db.execute("DELETE FROM pauses WHERE plugin=?", (name,)))
+            await self._store.run(forget)
         except BaseException:
             self._pauses.setdefault(name, pause)
             raise
+        self._debts.pay(records)
         return pause

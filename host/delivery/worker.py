@@ -126,6 +126,8 @@ class Worker:
             "last": dataclasses.asdict(last) if last is not None else None,
             "failing_since": failing_since,
             "next_attempt": self._consumer.next_attempt,
+            "attempts_ended": self._outcomes.ended,
+            "latency_p99_us": self._outcomes.latency_p99,
         }
 
     @property

@@ -9,6 +9,7 @@ never taken).
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -224,6 +225,14 @@ class Changed:
 
     plugin: str
     attempts: int
+
+
+Beside = Callable[[sqlite3.Connection, Sequence[Changed]], None]
+"""Something to write in the transaction of a change, which may run again."""
+
+
+def nothing(_: sqlite3.Connection, __: Sequence[Changed]) -> None:
+    """Write nothing beside a change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,18 +23,19 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from host.database import Store
 from host.events import format_time
 from host.queue import rows
+from host.queue.accepting import Accepting, Answer
 from host.queue.consumer import SqliteConsumer
 from host.queue.interface import (
     FINAL,
     RETRY_BACKOFF,
     Accepted,
+    Beside,
     Changed,
     Delivery,
     DeliveryRow,
@@ -43,6 +44,7 @@ from host.queue.interface import (
     NewEvent,
     Result,
     Subscriber,
+    nothing,
 )
 from isolator.errors import NotFoundError, UsageError
 
@@ -65,30 +67,7 @@ _INTERRUPTED = Result("retry", detail="the host stopped while this was in flight
 
 Requeued = tuple[Event, Subscriber]
 """An event, and the plugin that it is queued for again."""
-Answer = Callable[[Accepted | None, Exception | None], None]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
-
-
-@dataclass
-class _Accept:
-    """An event between ``accept`` and its sync."""
-
-    new: NewEvent
-    event: Event
-    admitted: list[tuple[Subscriber, SqliteConsumer]]
-    """Each with its consumer: a plugin that takes the name of one that was removed has another."""
-    counted: set[str]
-    """The plugins among them whose first attempt is counted with the event."""
-    overflowed: list[Subscriber]
-    done: Answer
-    earlier: Event | None = None
-    """The event that already has this ``dedupe_key``."""
-
-    def accepted(self) -> Accepted:
-        if self.earlier is not None:
-            return Accepted(self.earlier, (), duplicate=True)
-        overflowed = tuple(s.plugin for s in self.overflowed)
-        return Accepted(self.event, (*(s.plugin for s, _ in self.admitted), *overflowed), overflowed)
 
 
 class SqliteQueue:
@@ -125,7 +104,7 @@ class SqliteQueue:
         """How often each name was purged."""
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._outcomes: _Outcomes | None = None
-        self._accepting: list[_Accept] | None = None
+        self._accepting: list[Accepting] | None = None
         self._seq = max(after, newest_number(store))
         self._since_prune = self._pruned = 0
         self.unreadable = 0
@@ -176,7 +155,7 @@ class SqliteQueue:
                     counted.add(subscriber.plugin)
             else:
                 overflowed.append(subscriber)
-        entry = _Accept(event, stored, admitted, counted, overflowed, done)
+        entry = Accepting(event, stored, admitted, counted, overflowed, done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -185,7 +164,7 @@ class SqliteQueue:
         else:
             self._accepting.append(entry)
 
-    def _insert(self, db: sqlite3.Connection, batch: list[_Accept]) -> None:
+    def _insert(self, db: sqlite3.Connection, batch: list[Accepting]) -> None:
         # May run again when the transaction fails: it must depend on the batch alone.
         if self._accepting is batch:
             self._accepting = None
@@ -212,7 +191,7 @@ class SqliteQueue:
             deliveries,
         )
 
-    def _inserted(self, batch: list[_Accept], error: Exception | None) -> None:
+    def _inserted(self, batch: list[Accepting], error: Exception | None) -> None:
         if self._accepting is batch:
             self._accepting = None
         now = self._loop.time()
@@ -241,7 +220,7 @@ class SqliteQueue:
 
         self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned), pruned)
 
-    def _enter_lanes(self, entry: _Accept, now: float) -> None:
+    def _enter_lanes(self, entry: Accepting, now: float) -> None:
         for subscriber, consumer in entry.admitted:
             delivery = Delivery(
                 entry.event.seq,
@@ -341,7 +320,7 @@ class SqliteQueue:
 
     # Listing and repeating
 
-    async def replay(self, event_id: str, plugin: str | None = None) -> list[str]:
+    async def replay(self, event_id: str, plugin: str | None = None, beside: Beside = nothing) -> list[str]:
         event = self._event(event_id)
         now = time.time()
 
@@ -352,16 +331,18 @@ class SqliteQueue:
                 else "('dead','expired','quarantined','ok','skipped','cancelled')"
             )
             found = db.execute(
-                f"SELECT plugin, key FROM deliveries WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
+                "SELECT plugin, key, attempts FROM deliveries"
+                f" WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
                 (event.seq, plugin, plugin),
             ).fetchall()
             db.executemany(
                 "UPDATE deliveries SET state='queued', attempts=0, crashes=0, due=0, detail='replayed', updated=?"
                 " WHERE seq=? AND plugin=?",
-                [(now, event.seq, name) for name, _ in found],
+                [(now, event.seq, name) for name, _, _ in found],
             )
             db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + REPLAY_TTL, event.seq))
-            return [(event, Subscriber(name, key)) for name, key in found]
+            beside(db, [Changed(name, attempts) for name, _, attempts in found])
+            return [(event, Subscriber(name, key)) for name, key, _ in found]
 
         return [subscriber.plugin for _, subscriber in await self.requeue(requeue)]
 
@@ -379,7 +360,7 @@ class SqliteQueue:
             self._consumer(to.plugin).add(Delivery(event.seq, to.plugin, to.key, expires=expires, ready_at=loop_now))
         return requeued
 
-    async def retry(self, event_id: str, plugin: str | None = None) -> list[Changed]:
+    async def retry(self, event_id: str, plugin: str | None = None, beside: Beside = nothing) -> list[Changed]:
         """Try deliveries that wait for their retry at once, each in its place; raises UsageError if there is none."""
         changed, earlier = [], None
         for delivery in self._pending(event_id, plugin):
@@ -398,10 +379,12 @@ class SqliteQueue:
         if not changed:
             remedy = f"see 'isolator event show {event_id}'; what was given up: isolator event replay"
             raise UsageError(f"event {event_id}", "none of its deliveries waits to be tried", remedy)
-        await self.store.run(lambda _: None)
+        await self.store.run(lambda db: beside(db, changed))
         return changed
 
-    async def end(self, event_id: str, plugin: str | None, result: Result) -> list[Changed]:
+    async def end(
+        self, event_id: str, plugin: str | None, result: Result, beside: Beside = nothing
+    ) -> list[Changed]:  # fmt: skip
         """End the deliveries of an event that wait; raises UsageError if none does, or one is in flight.
 
         One that is in flight may still be handled, and later events of its key must not overtake it.
@@ -416,8 +399,9 @@ class SqliteQueue:
         for delivery in pending:
             delivery.event_id = event_id  # whoever waits for the event is woken
             self._consumer(delivery.plugin).term(delivery, result)
-        await self.store.run(lambda _: None)
-        return [Changed(delivery.plugin, delivery.attempts) for delivery in pending]
+        changed = [Changed(delivery.plugin, delivery.attempts) for delivery in pending]
+        await self.store.run(lambda db: beside(db, changed))
+        return changed
 
     def _pending(self, event_id: str, plugin: str | None) -> list[Delivery]:
         """The deliveries of an event that are not final, or that of one plugin; raises NotFoundError."""

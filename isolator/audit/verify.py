@@ -11,7 +11,7 @@ elsewhere), and, for root on the host itself, the writer's own note of its last 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +78,17 @@ class Report:
 
 
 class Verifier:
-    """Checks the files of a trail in order; ``anchors`` maps a ``seq`` to the hash (or its beginning) it must have."""
+    """Checks the files of a trail in order; ``anchors`` maps a ``seq`` to the hash (or its beginning) it must have.
 
-    def __init__(self, keys: Mapping[str, Ed25519PublicKey], anchors: Mapping[int, str], *, whole: bool) -> None:
+    ``advance`` is called now and then with the number of bytes that were read.
+    """
+
+    def __init__(
+        self, keys: Mapping[str, Ed25519PublicKey], anchors: Mapping[int, str], *, whole: bool,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self.report = Report()
+        self._advance = advance
         self._keys, self._order = keys, list(keys)
         self._anchors, self._seen = anchors, set[int]()
         self._whole = whole
@@ -118,7 +125,7 @@ class Verifier:
 
     def _file(self, path: Path, *, last: bool) -> None:
         sha256 = hashlib.sha256
-        name, number, line = path.name, 0, b""
+        name, number, line, at = path.name, 0, b"", 0
         seq, prev = self._seq, self._prev
         with path.open("rb", buffering=1 << 20) as file:
             for number, raw in enumerate(file, 1):
@@ -149,6 +156,8 @@ class Verifier:
                     self._special(seq, line, digest)
                 if number % 4096 == 1:
                     self.report.last_time = _time_of(line)
+                    before, at = at, file.tell()
+                    self._advance(at - before)
             if self.report.records and line:
                 self.report.last_time = _time_of(line)
         self._seq, self._prev = seq, prev
@@ -273,9 +282,10 @@ def verify(
     anchors: Mapping[int, str] | None = None,
     *,
     whole: bool = True,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Report:
     """Verify the files of a trail, oldest first. ``whole``: they are all there is, so record 1 has to be in them."""
-    return Verifier(keys, anchors or {}, whole=whole).run(paths)
+    return Verifier(keys, anchors or {}, whole=whole, advance=advance).run(paths)
 
 
 def anchors_of(texts: Iterator[str] | list[str]) -> dict[int, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.paths import Paths
 
@@ -89,7 +90,9 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
         raise NotFoundError("public key", f"there is no {directory / PUBLIC_NAME}", "name it with --key") from None
     except ValueError as error:
         raise UsageError("public key", str(error)) from None
-    report = readable(lambda: verify(found, keys, known, whole=place.is_dir()))
+    size = readable(lambda: sum(path.stat().st_size for path in found))
+    with Progress("verifying the trail", size, quiet=as_json) as progress:
+        report = readable(lambda: verify(found, keys, known, whole=place.is_dir(), advance=progress.advance))
     if as_json:
         click.echo(json.dumps(_as_json(report), indent=2))
     elif not report.misfits:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from isolator.cli.progress import Progress
 from isolator.errors import ConfinementError, UsageError
 from isolator.paths import Paths
 
@@ -68,18 +70,21 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
 
     async with StandaloneSession(paths) as session:
         from isolator.policy.parse.load import load_host_config
-        from isolator.probe.run import attack
+        from isolator.probe.run import attack, attempts_at
         from isolator.standalone.records import Records
 
         host = load_host_config(paths.host_toml)
         making = plugin_target(session, host, plugin) if plugin else policy_target(session, host, policy_file)
         findings = []
         with contextlib.closing(Records(None, "prove", quiet=True)) as records, making as target:
-            table = _Table()
-            async for finding in attack(session, target, records):
-                findings.append(finding)
-                if not as_json:
-                    table.add(finding)
+            table, names = _Table(), attempts_at(target)
+            # On a terminal the table itself shows how far it is.
+            with Progress("attacking", len(names), quiet=as_json or sys.stdout.isatty()) as progress:
+                async for finding in attack(session, target, records, names):
+                    findings.append(finding)
+                    progress.advance()
+                    if not as_json:
+                        table.add(finding)
         return findings
 
 

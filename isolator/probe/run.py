@@ -74,12 +74,17 @@ class Target:
     further: dict[str, Any] = field(default_factory=dict)
 
 
+def attempts_at(target: Target) -> list[str]:
+    """Names of all attempts that the target's profile stops."""
+    return [name for name, attempt in ATTEMPTS.items() if target.inline or not attempt.strict]
+
+
 async def attack(
     session: StandaloneSession, target: Target, records: Records, names: Sequence[str] | None = None
 ) -> AsyncIterator[Finding]:
-    """Make the attempts, layer by layer, yielding each finding as it comes; all that the profile stops by default."""
+    """Make the attempts, layer by layer, yielding each finding as it comes; by default ``attempts_at`` the target."""
     if names is None:
-        names = [name for name, attempt in ATTEMPTS.items() if target.inline or not attempt.strict]
+        names = attempts_at(target)
     chosen = [ATTEMPTS[name] for name in names]
     chosen.sort(key=lambda attempt: _LAYERS.index(attempt.layer))
     with _bait() as bait:

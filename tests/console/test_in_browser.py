@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from isolator.linux import netns
-from tests.console.browser import CHROMIUM, DRIVER, chromium
 from tests.console.payloads import GROUPS, PAYLOADS, PLUGIN
 from tests.console.support import Console
+from tests.support.browser import chromium, missing, save_picture, show_as
 from tests.system.daemon import ECHO, event, wait_for, write_plugin
 
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists() or not DRIVER.exists(), reason="needs Debian's packages chromium and chromium-driver"
-)
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 T = TypeVar("T")
-SHOTS = Path(os.environ.get("ISOLATOR_SCREENSHOTS") or "/nonexistent")
+AXE = Path(os.environ.get("ISOLATOR_AXE") or "/nonexistent")
 FOREIGN = r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u05d0\u200b-\u200f\u202a-\u202e\u2060-\u2069]"
 STATE = """
 const all = [...document.querySelectorAll('*')];
@@ -41,6 +41,17 @@ return {
   wide: document.documentElement.scrollWidth > window.innerWidth,
 };
 """
+LOOK = """
+const done = arguments[0];
+axe.run(document).then(found => done(found.violations.map(
+  one => [one.id, one.help, one.nodes.map(node => node.target.join(' ') + ': ' + node.failureSummary).slice(0, 3)])));
+"""
+_NAME = "const name = e => `${e.tagName} ${(e.innerText || e.name || e.id).trim().slice(0, 40)}`;"
+REACHABLE = f"""{_NAME}
+return [...document.querySelectorAll('a[href], button, select, input, summary, [tabindex="0"]')].filter(
+  e => e.checkVisibility() && !e.hidden).map(name);
+"""
+FOCUSED = f"{_NAME} const e = document.activeElement; return [name(e), getComputedStyle(e).outlineStyle];"
 HARMLESS = {
     "acted": None,
     "scripts": 1,
@@ -139,17 +150,48 @@ def test_denial_is_on_the_page_that_is_open(visitor: Visitor) -> None:
     assert {key: state[key] for key in HARMLESS} == HARMLESS, state
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("width", [1280, 390])
-def test_pages_fit_the_screen(visitor: Visitor, hostile: list[str], width: int) -> None:
-    pages = {
+def pages(hostile: list[str]) -> dict[str, str]:
+    return {
         "overview": "/", "plugin": "/plugin/hostile", "echo": "/plugin/echo", "events": "/events",
         "story": f"/story/{hostile[1]}", "denials": "/denials", "trail": "/trail", "record": "/trail/1",
     }  # fmt: skip
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    visitor.do(lambda: visitor.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size))  # type: ignore[attr-defined]
-    for name, path in pages.items():
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_the_screen(visitor: Visitor, hostile: list[str], width: int, tmp_path: Path) -> None:
+    for name, path in pages(hostile).items():
         visitor.go(path)
+        for dark in (False, True):
+            picture = Path(os.environ.get("ISOLATOR_SCREENSHOTS", tmp_path)) / f"{name}-{width}{'-dark' * dark}.png"
+            visitor.do(lambda picture=picture, dark=dark: save_picture(visitor.browser, picture, width, dark=dark))
         assert not visitor.state()["wide"], f"{name} is wider than {width}"
-        if SHOTS.is_dir():
-            visitor.do(lambda name=name: visitor.browser.save_screenshot(str(SHOTS / f"{name}-{width}.png")))
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(not AXE.exists(), reason="needs axe-core, which './dev test --all' fetches with npm")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
+def test_pages_keep_nobody_out(visitor: Visitor, hostile: list[str], width: int, dark: bool) -> None:
+    """Contrast, names, roles, structure: axe-core finds nothing."""
+    visitor.do(lambda: show_as(visitor.browser, width, dark=dark))
+    for path in (*pages(hostile).values(), "/plugin/nobody"):
+        visitor.go(path)
+        visitor.do(lambda: visitor.browser.execute_script(AXE.read_text()))
+        found = visitor.do(lambda: visitor.browser.execute_async_script(LOOK))
+        assert found == [], (path, found)
+
+
+@pytest.mark.wide
+def test_everything_is_reached_by_the_keyboard_and_shows_that_it_is(visitor: Visitor) -> None:
+    visitor.do(lambda: show_as(visitor.browser, 1280))
+    for path in ("/", "/plugin/hostile", "/events", "/denials"):
+        visitor.go(path)
+        wanted = visitor.do(lambda: visitor.browser.execute_script(REACHABLE))
+        assert wanted[0] == "A Skip to content" and len(wanted) > 5
+        seen = []
+        for _ in wanted:
+            visitor.do(lambda: ActionChains(visitor.browser).send_keys(Keys.TAB).perform())
+            name, outline = visitor.do(lambda: visitor.browser.execute_script(FOCUSED))
+            assert outline != "none", (path, name)
+            seen.append(name)
+        assert seen == wanted, path

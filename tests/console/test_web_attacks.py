@@ -40,7 +40,18 @@ def test_nothing_is_shown_without_a_session(console: Console, path: str) -> None
 
 
 @pytest.mark.parametrize(
-    "host", [f"evil.example:{PORT}", "evil.localhost.example", f"localhost.:{PORT}", "", "169.254.169.254"]
+    "host",
+    [
+        f"evil.example:{PORT}",
+        "evil.localhost.example",
+        f"localhost.:{PORT}",
+        "",
+        "169.254.169.254",
+        "evil.example/v1/ingress/shop",
+        "evil.example/v1/ingress/shop?",
+        "localhost@evil.example",
+        "evil.example#localhost",
+    ],
 )
 def test_name_that_is_rebound_to_this_host_is_refused_before_routing(console: Console, host: str) -> None:
     _, cookie = console.enter()

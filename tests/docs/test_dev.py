@@ -15,7 +15,13 @@ REPO = Path(__file__).resolve().parents[2]
 def test_unknown_option_is_refused_at_once(command: str) -> None:
     ran = subprocess.run(["sh", REPO / "dev", command, "--nonsense"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert f"{command}: takes no options, and got: --nonsense" in ran.stderr
+    assert f"{command}: takes no options" in ran.stderr and "and got: --nonsense" in ran.stderr
+
+
+def test_folder_of_screenshots_has_to_be_there(tmp_path: Path) -> None:
+    for words in (["--screenshot"], ["--screenshot", str(tmp_path / "none")]):
+        ran = subprocess.run(["sh", REPO / "dev", "demo", *words], capture_output=True, text=True, check=False)
+        assert ran.returncode == 2 and "--screenshot takes a folder that exists" in ran.stderr
 
 
 _PYTEST = """#!/bin/sh

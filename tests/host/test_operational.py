@@ -180,3 +180,34 @@ async def test_nobody_else_emits_or_registers_them(daemon: Daemon) -> None:
     for name in ("isolator.denied", "isolator.mine"):
         with pytest.raises(UsageError, match="the daemon's own"):
             await daemon.ask("event.register", name=name, schema=schema)
+
+
+@pytest.mark.parametrize("step", ["before the event", "behind the event"])
+@pytest.mark.parametrize("kind", ["isolator.queue.high", "isolator.audit.blocked"])
+async def test_what_no_record_tells_of_is_one_event_when_the_host_is_killed_beside_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, kind: str, step: str
+) -> None:
+    reached, emit = asyncio.Event(), OperationalEvents._emit
+
+    async def emit_and_hang(self: OperationalEvents, found: Any) -> None:
+        if step == "behind the event":
+            await emit(self, found)
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as killed:
+        killed.setattr(OperationalEvents, "_emit", emit_and_hang)
+        if kind == "isolator.audit.blocked":
+            watched.audit.blocked = "the disk is full"
+        else:
+            for _ in range(8):
+                await watched.queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("plain", None)])
+        async with asyncio.timeout(seconds(20)):
+            await reached.wait()
+        await watched.close()
+    watched.write("host.started")  # the trail has gone on meanwhile
+    watched.open()
+    for _ in range(2):  # one look, and the next one
+        await watched.events(1)
+        watched.write("host.started")
+    assert [name for name, _, _ in await watched.events(1)] == [kind]

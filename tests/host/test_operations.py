@@ -332,3 +332,18 @@ async def test_commands_recover_and_list_jobs(daemon: Daemon) -> None:
     assert re.search(r"job_\w+ +one +dead +done +2/2 +50/s", (await isolator(daemon.root, "event", "jobs")).out)
     assert (await isolator(daemon.root, *words, "x")).code == 2
     assert (await isolator(daemon.root, "event", "cancel", "job_nothing")).code == 3
+
+
+async def test_command_waits_for_its_job_and_fails_with_one_that_is_cancelled(daemon: Daemon) -> None:
+    daemon.add("one", _rejects(daemon))
+    await _given_up(daemon, 3)
+    words = ("event", "recover", "--plugin", "one", "--since", "1h", "--dead", "--wait", "--rate")
+    waiting = asyncio.create_task(isolator(daemon.root, *words, "0.001/s"))
+    async with asyncio.timeout(seconds(20)):
+        while not (jobs := (await daemon.ask("event.jobs"))["jobs"]):  # noqa: ASYNC110 # no notification tells
+            await asyncio.sleep(0.02)
+    await daemon.ask("event.cancel", id=jobs[0]["id"])
+    ran = await waiting
+    assert (ran.code, ran.err) == (1, f"isolator: job {jobs[0]['id']}: was cancelled; isolator event jobs\n")
+    ran = await isolator(daemon.root, *words, "100/s", "--json")
+    assert (ran.code, ran.json["count"], ran.json["state"]) == (0, 3, "done")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from tests.runners.conftest import ALICE, run_as, words
-from tests.standalone.test_terminal import terminal
+from tests.support.terminal import terminal
 from tests.system.taken_over import TakenOver
 
 

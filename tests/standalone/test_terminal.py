@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import pty
-import select
 import shlex
 import signal
 import struct
 import subprocess
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.cage_fixture import COMMAND, caged, isolator
+from tests.support.terminal import terminal
 from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for
 
@@ -31,62 +28,8 @@ print("ready", flush=True)
 print("child got", signal.sigwait({signal.SIGTERM, signal.SIGHUP}).value, flush=True)"""
 
 
-class Terminal:
-    """A person's terminal: the end that the keyboard and the screen are on, and a command that has the other one."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.keyboard, self.line = pty.openpty()
-        self.resize(24, 80)
-        self._screen = b""
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command], stdin=self.line, stdout=self.line, stderr=self.line
-        )
-
-    def resize(self, rows: int, columns: int) -> None:
-        fcntl.ioctl(self.line, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-
-    def press(self, keys: str) -> None:
-        os.write(self.keyboard, keys.encode())
-
-    def shows(self, text: str) -> str:
-        """Wait until the screen has shown ``text``; returns everything up to it, and forgets that."""
-        wanted = text.encode()
-        while wanted not in self._screen:
-            assert select.select([self.keyboard], [], [], seconds(30))[0], (text, self._screen)
-            self._screen += os.read(self.keyboard, 4096)
-        shown, _, self._screen = self._screen.partition(wanted)
-        return (shown + wanted).decode(errors="replace")
-
-    def end(self) -> int:
-        """Wait for the command's end; returns its exit code."""
-        return self.process.wait(seconds(30))
-
-    def rest(self) -> str:
-        """Everything that the screen has shown since."""
-        while select.select([self.keyboard], [], [], 0)[0]:
-            self._screen += os.read(self.keyboard, 4096)
-        return self._screen.decode(errors="replace")
-
-
 def _run(root: Path, *arguments: str) -> list[str]:
     return [*COMMAND, "--root", str(root), "run", *arguments]
-
-
-@contextlib.contextmanager
-def terminal(command: list[str]) -> Iterator[Terminal]:
-    one = Terminal(command)
-    try:
-        yield one
-    finally:
-        if one.process.poll() is None:
-            one.process.send_signal(signal.SIGHUP)
-            try:
-                one.process.wait(seconds(10))
-            except subprocess.TimeoutExpired:
-                one.process.kill()
-                one.process.wait()
-        os.close(one.keyboard)
-        os.close(one.line)
 
 
 def test_ctrl_c_ends_a_script_with_the_program_that_it_waits_for(shared_dir: Path) -> None:

@@ -23,19 +23,19 @@ LIMITING = ("memory", "cpu", "pids")
 
 @struct_class(frozen=True)
 class Hierarchies:
-    """Groups of this process in each hierarchy, as absolute folders."""
+    """Groups of a process in each hierarchy, as absolute folders."""
 
     unified: Path | None
     v2: frozenset[str]
     """Limiting controllers that the unified hierarchy offers to us."""
     v1: dict[str, Path]
-    """Our own group in the v1 hierarchy of each controller that has one."""
+    """Its group in the v1 hierarchy of each controller that has one."""
 
 
-def find_hierarchies() -> Hierarchies:
-    """Read /proc/self/cgroup and /proc/self/mountinfo; a group that is not mounted is not offered."""
+def find_hierarchies(process: int | str = "self") -> Hierarchies:
+    """Read /proc/PID/cgroup and /proc/self/mountinfo; a group that is not mounted is not offered. Raises OSError."""
     own: dict[str, str] = {}
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path(f"/proc/{process}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
             own[controller] = path

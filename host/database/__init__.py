@@ -42,13 +42,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from host.database.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.tasks import end_process
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 3
 CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
 CHECKPOINT_LEAST = 8
@@ -69,47 +69,8 @@ RETRY = 0.1
 GIVE_UP = 5.0
 """Seconds after which an awaited write fails; writes that are not awaited are kept and retried."""
 
-_CONFIG_NEXT = """CREATE TABLE config_next (
-  plugin TEXT NOT NULL, digest TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL,
-  value BLOB NOT NULL, updated REAL NOT NULL, PRIMARY KEY (plugin, digest, key)
-) WITHOUT ROWID;"""
-_OPERATIONS = """CREATE TABLE pauses (plugin TEXT PRIMARY KEY, since REAL NOT NULL, by TEXT NOT NULL);
-CREATE TABLE operational (one INTEGER PRIMARY KEY, seq INTEGER NOT NULL, standing TEXT NOT NULL);
-CREATE TABLE jobs (
-  id TEXT PRIMARY KEY, plugin TEXT NOT NULL, added REAL NOT NULL, dead INTEGER NOT NULL, missed INTEGER NOT NULL,
-  first INTEGER NOT NULL, last INTEGER NOT NULL, rate REAL NOT NULL, by TEXT NOT NULL, created REAL NOT NULL,
-  state TEXT NOT NULL, total INTEGER NOT NULL, done INTEGER NOT NULL
-);
-"""
-_TABLES = """
-CREATE TABLE events (
-  seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, time TEXT NOT NULL, accepted REAL NOT NULL,
-  expires REAL NOT NULL, subject TEXT NOT NULL, payload TEXT NOT NULL, dedupe_key TEXT, trace TEXT, by TEXT
-);
-CREATE UNIQUE INDEX events_dedupe ON events(dedupe_key) WHERE dedupe_key IS NOT NULL;
-CREATE TABLE deliveries (
-  seq INTEGER NOT NULL, plugin TEXT NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-  crashes INTEGER NOT NULL DEFAULT 0, due REAL NOT NULL DEFAULT 0, key TEXT, status TEXT, detail TEXT, reply TEXT,
-  latency_us INTEGER, updated REAL NOT NULL, PRIMARY KEY (seq, plugin)
-) WITHOUT ROWID;
-CREATE INDEX deliveries_given_up ON deliveries(plugin, seq) WHERE state IN ('dead', 'expired', 'quarantined');
-CREATE TABLE plugins (name TEXT PRIMARY KEY, digest TEXT NOT NULL, version TEXT NOT NULL, added REAL NOT NULL);
-CREATE TABLE config (
-  plugin TEXT NOT NULL, key TEXT NOT NULL, secret INTEGER NOT NULL, type TEXT NOT NULL, value BLOB NOT NULL,
-  updated REAL NOT NULL, PRIMARY KEY (plugin, key)
-) WITHOUT ROWID;
-CREATE TABLE kv (
-  plugin TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, expires REAL, PRIMARY KEY (plugin, key)
-) WITHOUT ROWID;
-CREATE TABLE event_types (
-  name TEXT PRIMARY KEY, schema TEXT NOT NULL, order_by TEXT, version INTEGER NOT NULL, by TEXT
-);
-"""
-_SCHEMA = _TABLES + _CONFIG_NEXT + _OPERATIONS
 _RESTORE = "restore it from a backup, and keep this one until then: queued events and config are in it"
 _NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; nothing is lost"
-_MIGRATIONS = {1: _CONFIG_NEXT, 2: _OPERATIONS}
-"""Statements that lead from a version to the next one."""
 
 
 @dataclass
@@ -219,7 +180,7 @@ class Store:
             if mode != "wal":
                 raise IsolatorError(str(self.path), f"journal mode {mode} instead of wal", "use a local file system")
             if version < SCHEMA_VERSION:
-                steps = _SCHEMA if version == 0 else "".join(_MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
+                steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
                 # One transaction: interrupted at any instant, it is the old version or the new one.
                 connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
             # Writes that an earlier process never synced are made safe before anything is added behind them.

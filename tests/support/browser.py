@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from selenium.webdriver import ChromeOptions, Remote
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -22,6 +23,28 @@ from tests.support.timeouts import seconds
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 BROWSER_UID = 61150
 DRIVER_PORT = 8555
+
+
+def missing() -> str:
+    """Why there is no browser; empty where there is one."""
+    there = CHROMIUM.exists() and DRIVER.exists()
+    return "" if there else "needs Debian's packages chromium and chromium-driver"
+
+
+def show_as(browser: WebDriver, width: int, *, dark: bool = False, height: int = 900) -> None:
+    """Show pages as on a screen of this size in pixels, in light or dark colours."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    command = cast(Any, browser).execute_cdp_cmd
+    command("Emulation.setDeviceMetricsOverride", size)
+    command("Emulation.setEmulatedMedia", {"features": scheme})
+
+
+def save_picture(browser: WebDriver, path: Path, width: int, *, dark: bool = False) -> None:
+    """Write the upper part of the page as ``show_as`` has it."""
+    show_as(browser, width, dark=dark)
+    if not browser.save_screenshot(str(path)):
+        raise OSError(f"{path} could not be written")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,52 @@
+"""Notes on a plugin as ``plugin.list`` shows it: what an operator should know of it, in a few words each.
+
+They hold texts that a plugin wrote: whoever prints one makes it ``safe``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from host.cli.output import ago, duration
+
+
+def fails(shown: Mapping[str, Any]) -> bool:
+    """Whether a plugin fails, was refused, or holds events back."""
+    bad = shown["state"] in ("failed", "rejected", "backoff")
+    return bad or any(shown.get(key) for key in ("error", "holding", "failing_since"))
+
+
+def all_notes(shown: Mapping[str, Any]) -> list[str]:
+    """Everything an operator should know about a plugin, the most urgent first, each once."""
+    holding = None if shown.get("paused") else shown.get("holding")
+    found = [shown.get("error"), waiting(shown), paused(shown), failing(shown), holding]
+    return [note for note in dict.fromkeys(found) if note]
+
+
+def failing(shown: Mapping[str, Any]) -> str | None:
+    """Since when attempts have failed, why the last one did, and when the next is due."""
+    last = shown.get("last")
+    if not shown.get("failing_since") or last is None:
+        return None
+    why = last["detail"] or last["status"] or last["outcome"]
+    due = shown.get("next_attempt")
+    again = f"; next try in {duration(due - time.time())}" if due else ""
+    return f"failing for {ago(shown['failing_since'])}: {why}{again}"
+
+
+def paused(shown: Mapping[str, Any]) -> str | None:
+    """Since when a plugin is paused, by whom, with the command that ends it."""
+    pause = shown.get("paused")
+    if not pause:
+        return None
+    return f"paused {ago(pause['since'])} ago by {pause['by']}; isolator plugin resume {shown['name']}"
+
+
+def waiting(shown: Mapping[str, Any]) -> str | None:
+    """The part of a plugin that waits for an operator, with the remedy."""
+    if shown.get("found"):
+        return f"found in {shown['found']}; isolator plugin approve {shown['name']}"
+    pending = shown.get("pending")
+    return f"{pending['version']} asks for more; isolator plugin approve {shown['name']}" if pending else None

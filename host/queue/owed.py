@@ -1,0 +1,154 @@
+"""Records that the trail is owed: they stand in the database from their change's transaction until they are on disk.
+
+A change on demand and the record of it are safe at different moments. A process that is killed between them leaves its
+records here, and the next one makes those that the trail does not have. What the trail has is known by all that the
+record says, and by its time: it is not made before it is owed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from host.database import Store
+from host.queue.interface import Changed
+from isolator.audit import reader
+from isolator.audit.client import AuditClient, utc_now
+from isolator.audit.record import parse
+from isolator.audit.schema import (
+    EventCancelled,
+    EventReplayed,
+    EventRetried,
+    EventSkipped,
+    PluginPaused,
+    PluginResumed,
+    RecordData,
+)
+from isolator.ipc.tasks import Tasks
+
+LOOK = 20_000
+"""Newest records among which those of a killed process are looked for."""
+_KINDS = {
+    kind.TYPE: kind for kind in (EventCancelled, EventReplayed, EventRetried, EventSkipped, PluginPaused, PluginResumed)
+}
+
+
+@dataclass(frozen=True)
+class Owed:
+    """A record for the trail, which may have it from the time ``since`` on."""
+
+    record: RecordData
+    plugin: str
+    event_id: str | None
+    id: str
+    since: str
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that it says, but for its time."""
+        return {"type": self.record.TYPE, "plugin": self.plugin, "event_id": self.event_id, "data": self.record.data}
+
+
+def owed(record: RecordData, plugin: str, event_id: str | None = None) -> Owed:
+    """A record that is owed from now on."""
+    return Owed(record, plugin, event_id, os.urandom(8).hex(), utc_now())
+
+
+class ChangeOfEvent:
+    """Records of one change of an event's deliveries."""
+
+    def __init__(self, debts: Debts, event_id: str, record: Callable[[Changed], RecordData]) -> None:
+        self._debts, self._event_id, self._record = debts, event_id, record
+        self._records: list[Owed] = []
+
+    def note(self, db: sqlite3.Connection, changed: Sequence[Changed]) -> None:
+        """Owe them, in the transaction of the change, which may run again."""
+        self._records = [owed(self._record(one), one.plugin, self._event_id) for one in changed]
+        self._debts.note(db, self._records)
+
+    def pay(self) -> None:
+        """Make them; the change is safe."""
+        self._debts.pay(self._records)
+
+
+class Debts:
+    """The records that a host owes, and those that the one before it has left; ``trail``: the folder of the trail."""
+
+    def __init__(self, store: Store, audit: AuditClient, trail: Path) -> None:
+        self._store, self._audit, self._trail = store, audit, trail
+        self._unsettled: list[Owed] = []
+        self._settling = False
+        self._tasks = Tasks()
+
+    def close(self) -> None:
+        """Wait for the trail no more; the process that comes next looks whether it has them."""
+        self._tasks.cancel()
+
+    @staticmethod
+    def note(db: sqlite3.Connection, records: Iterable[Owed]) -> None:
+        """Owe records, in the transaction of their change."""
+        rows = [(one.id, one.since, json.dumps(one.content)) for one in records]
+        db.executemany("INSERT INTO owed (id, since, record) VALUES (?,?,?)", rows)
+
+    def pay(self, records: Sequence[Owed]) -> None:
+        """Record what was noted; its change is safe."""
+        for one in records:
+            delivery_id = f"{one.event_id}.{one.plugin}" if one.event_id is not None else None
+            self._audit.record(one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id)
+        self._unsettled += records
+        if records and not self._settling:
+            self._settling = True
+            self._tasks.run("records that are owed", self._settle())
+
+    def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> ChangeOfEvent:
+        """The records of one change of an event's deliveries, which are made of each that is changed."""
+        return ChangeOfEvent(self, event_id, record)
+
+    def find(self) -> None:
+        """Make the records that another process has left, in a while."""
+        if left := list(self._left()):
+            self._tasks.run("records of another host process", self._find(left))
+
+    async def _settle(self) -> None:
+        try:
+            while settled := self._unsettled:
+                self._unsettled = []
+                await self._audit.durable()
+                await self._forget(settled)
+        finally:
+            self._settling = False
+
+    async def _find(self, left: list[Owed]) -> None:
+        await self._audit.durable()  # what was under way from that process, or was handed over by it, has its place
+        lines = await asyncio.to_thread(reader.tail, self._trail, LOOK)
+        records = [record for line in lines if (record := parse(line)) is not None and record.type in _KINDS]
+
+        def is_there(one: Owed) -> bool:
+            return any(
+                record.time >= one.since
+                and one.content == {key: getattr(record, key) for key in ("type", "plugin", "event_id", "data")}
+                for record in records
+            )
+
+        await self._forget([one for one in left if is_there(one)])
+        self.pay([one for one in left if not is_there(one)])
+
+    async def _forget(self, settled: list[Owed]) -> None:
+        ids = [(one.id,) for one in settled]
+        await self._store.run(lambda db: db.executemany("DELETE FROM owed WHERE id=?", ids))
+
+    def _left(self) -> Iterator[Owed]:
+        rows = self._store.read(lambda db: db.execute("SELECT id, since, record FROM owed").fetchall())
+        for name, since, text in rows:
+            try:
+                said = json.loads(text)
+                record = _KINDS[said["type"]](**said["data"])
+                yield Owed(record, said["plugin"], said["event_id"], name, since)
+            except (ValueError, TypeError, KeyError):
+                continue  # a damaged row

@@ -1,0 +1,94 @@
+"""Records of what an operator changed: each is made once, wherever the host is killed between the change and them."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from typing import Any
+
+import pytest
+
+from isolator.audit.record import Incoming, spell
+from tests.host.fake_supervisor import Daemon
+from tests.support import sidecars
+
+KILLED = """
+import os
+from host.queue.owed import Debts
+real, calls = Debts.pay, []
+def pay(self, records):
+    calls.append(records)
+    if len(calls) < {change}:
+        return real(self, records)
+    if {behind}:
+        real(self, records)
+        self._audit.flush()
+    os.kill(os.getpid(), 9)
+Debts.pay = pay
+"""
+LATER = sidecars.oneshot('return {"status": "retry", "retry_after_ms": 600000}')
+REFUSES = sidecars.oneshot('return {"status": "rejected"}')
+
+
+async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
+    """Bring a plugin and an event to where the change may come; returns the change's parameters."""
+    daemon.add("one", REFUSES if kind == "event.replayed" else LATER)
+    event = await daemon.emit()
+    outcome = "rejected" if kind == "event.replayed" else "retry"
+    await daemon.until(lambda: any(r["data"]["outcome"] == outcome for r in daemon.of_type("event.response")))
+    if kind == "plugin.resumed":
+        await daemon.ask("plugin.pause", name="one")
+    if kind == "event.replayed":
+        await daemon.outcome(event)
+    return {"name": "one"} if kind.startswith("plugin.") else {"id": event["id"]}
+
+
+def write_trail(daemon: Daemon) -> None:
+    """Write the records that the fake audit process has got, as the real one has them on disk."""
+    folder, seq, prev = daemon.paths.audit_log, 0, "0" * 64
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for one in daemon.records:
+        names = {key: one[key] for key in ("plugin", "run", "event_id", "delivery_id")}
+        line, prev = spell(seq := seq + 1, Incoming(one["time"], one["type"], data=one["data"], **names), prev)
+        lines.append(line)
+    (folder / "audit.jsonl").write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the record", "behind the record"])
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    [
+        ("event.skipped", "event.skip"), ("event.replayed", "event.replay"), ("plugin.paused", "plugin.pause"),
+        pytest.param("event.cancelled", "event.cancel", marks=pytest.mark.wide),
+        pytest.param("event.retried", "event.retry", marks=pytest.mark.wide),
+        pytest.param("plugin.resumed", "plugin.resume", marks=pytest.mark.wide),
+    ],
+)  # fmt: skip
+async def test_change_of_an_operator_is_on_record_once(daemon: Daemon, kind: str, verb: str, behind: bool) -> None:
+    await daemon.kill_host()
+    daemon.first = KILLED.format(behind=behind, change=2 if kind == "plugin.resumed" else 1)
+    await daemon.start_host()
+    params = await begin(daemon, kind)
+    with pytest.raises(ValueError):  # the connection ends without an answer
+        await daemon.ask(verb, **params)
+    assert daemon.host is not None and daemon.channel is not None
+    await daemon.host.wait()
+    daemon.channel.close()
+    await daemon.poll(lambda: bool(daemon.of_type(kind)) is behind)
+    write_trail(daemon)
+
+    daemon.first = ""
+    await daemon.start_host()
+    await daemon.until(lambda: daemon.of_type(kind))
+    await settled(daemon)
+    (record,) = daemon.of_type(kind)
+    assert record["plugin"] == "one" and record["data"]["by"] == "uid:0"
+    if "id" in params:
+        assert record["event_id"] == params["id"] and record["delivery_id"] == f"{params['id']}.one"
+
+
+async def settled(daemon: Daemon) -> None:
+    """Wait until nothing is owed any more."""
+    with contextlib.closing(sqlite3.connect(f"file:{daemon.paths.host_database}?mode=ro", uri=True)) as db:
+        await daemon.poll(lambda: not db.execute("SELECT 1 FROM owed").fetchall())
