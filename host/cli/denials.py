@@ -45,6 +45,8 @@ _RAN_INTO = {
     "tasks": "no further process or thread",
     "state": "/state is full",
     "state_inodes": "/state holds no further file",
+    "tmp": "/tmp is full",
+    "tmp_inodes": "/tmp holds no further file",
 }
 
 
@@ -133,7 +135,10 @@ def _rows(record: Record, policy: EffectivePolicy) -> Iterator[tuple[str, dict[s
     if type == Resources.TYPE:
         files = policy.filesystem
         most = min(files.state_inodes, files.state // 4096)
-        sizes = (("state", "state_free", files.state), ("state_inodes", "state_files_free", most))
+        sizes = (
+            ("state", "state_free", files.state), ("state_inodes", "state_files_free", most),
+            ("tmp", "tmp_free", files.tmp), ("tmp_inodes", "tmp_files_free", files.tmp_inodes),
+        )  # fmt: skip
         for name, field_, size in sizes:
             free = data.get(field_)
             if isinstance(free, int) and free < size // _FULL:

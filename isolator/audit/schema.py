@@ -254,6 +254,10 @@ class Resources(RecordData):
     """Bytes that ``/state`` has room for."""
     state_files_free: int = ABSENT
     """Files that ``/state`` has room for."""
+    tmp_free: int = ABSENT
+    """Bytes that ``/tmp`` has room for; as of the last snapshot before the run ended, like the next."""
+    tmp_files_free: int = ABSENT
+    """Files that ``/tmp`` has room for."""
 
 
 # --- plugins: versions -----------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ CLOSED_SECONDS = 2.0
 """Time between the end of a sidecar's standard input, which asks it to end, and SIGTERM."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
+_TMP = ("tmp_free", "tmp_files_free")
+_OF_THE_RUN = (*OF_PROCESSES, *_TMP)
+"""Fields of its use that end with it."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,19 @@ class Run:
         """Return the resources used so far; those of processes that have ended as of the call before."""
         leaf = self.cage.leaf
         now = snapshot(leaf.folders(), [] if self.exited else leaf.processes())
-        before = {} if now["processes"] else {key: self._usage[key] for key in OF_PROCESSES if key in self._usage}
-        self._usage = {**before, **now, **self._room_in_state()}
+        before = {} if now["processes"] else {key: self._usage[key] for key in _OF_THE_RUN if key in self._usage}
+        self._usage = {**before, **now, **self._room_in_state(), **self._room_in_tmp()}
         return self._usage
+
+    def _room_in_tmp(self) -> dict[str, int]:
+        """The room in the cage's own ``/tmp``, a mount that it can neither replace nor have hang."""
+        if self.exited:
+            return {}
+        try:
+            room = os.statvfs(f"/proc/{self.cage.pid}/root/tmp")
+        except OSError:
+            return {}  # its first process has just ended
+        return dict(zip(_TMP, (room.f_bavail * room.f_frsize, room.f_favail), strict=True))
 
     def _room_in_state(self) -> dict[str, int]:
         if not self.effective.filesystem.state:

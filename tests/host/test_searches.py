@@ -133,3 +133,22 @@ async def test_search_of_an_event_that_is_not_there_finds_nothing(place: Path) -
     reader, writer = await begun(place, {"story": "ev_none"})
     assert await rest(reader) == ([], None)
     writer.close()
+
+
+async def test_other_callers_are_answered_between_the_blocks_of_a_search(place: Path) -> None:
+    reader, writer = await begun(place)
+    other_reader, other_writer = await asyncio.open_unix_connection(str(place / "control.sock"))
+    counts = []
+    for number in range(20):
+        other_writer.write(json.dumps({"jsonrpc": "2.0", "id": number, "method": "no.such.verb"}).encode() + b"\n")
+        answer = asyncio.ensure_future(other_reader.readline())
+        blocks = 0
+        while not answer.done():
+            blocks += bool(json.loads(await reader.readline())["params"]["more"])
+        counts.append(blocks)
+        assert json.loads(await answer)["id"] == number
+    lines, error = await rest(reader)
+    assert lines and error is None, "the search was over before the questions were"
+    assert max(counts) < 8, counts
+    writer.close()
+    other_writer.close()

@@ -5,11 +5,13 @@ And a viewer sees it without access to the trail's files, by searches that stand
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from psutil import STATUS_STOPPED, NoSuchProcess, Process
 
 from tests.support.internet_servers import OTHER, WEB, run_in
 from tests.support.pretend_internet import pretend_internet
@@ -24,6 +26,8 @@ viewer = [{VIEWER}]
 resolvers = ["{WEB}"]
 [restart]
 backoff_min = "0.1s"
+[audit]
+snapshot_interval = "1s"
 """
 POLICY = """\
 [grant]
@@ -34,6 +38,7 @@ memory = "48M"
 tasks = 16
 [filesystem]
 state = "1M"
+tmp = "1M"
 """
 WORK = """\
     import threading
@@ -58,8 +63,12 @@ WORK = """\
         with open(os.environ["PLUGIN_STATE_DIR"] + "/fill", "wb", buffering=0) as file:
             while file.write(bytes(4096)) == 4096:
                 pass
+    def tmp():
+        with open("/tmp/fill", "wb", buffering=0) as file:
+            while file.write(bytes(4096)) == 4096:
+                pass
     def work(kind):
-        {"network": network, "memory": memory, "tasks": tasks, "disk": disk}.get(kind, str)()
+        {"network": network, "memory": memory, "tasks": tasks, "disk": disk, "tmp": tmp}.get(kind, str)()
 """
 SCRIPT = (
     ECHO.replace("import json,", "import time, json,")
@@ -77,7 +86,8 @@ def d(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon whose plugin has had all its troubles."""
     folder = write_plugin(
         tmp_path_factory.mktemp("plugins") / "unlucky", SCRIPT, delivery={"attempts": 1, "timeout": "60s"},
-        sandbox={"network": {"egress": ["*.example.com:443,9999"]}, "resources": {"memory": "512M", "tasks": 16}},
+        sandbox={"network": {"egress": ["*.example.com:443,9999"]}, "resources": {"memory": "512M", "tasks": 16},
+                 "filesystem": {"tmp": "4M"}},
     )  # fmt: skip
     with pretend_internet() as pretend:
         run_in(pretend.host_fd, "ip", "route", "add", "unreachable", f"{OTHER}/32")
@@ -88,11 +98,14 @@ def d(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
             policies.mkdir(parents=True, exist_ok=True)
             (policies / "unlucky.toml").write_text(POLICY)
             made.cli("plugin", "add", str(folder), "--yes")
-            for kind in ("network", "tasks", "disk"):
+            for kind in ("network", "tasks", "disk", "tmp"):
                 made.cli("event", "emit", "deploy.completed", event(1, project_id=kind), "--wait")
+                if kind == "tmp":  # what is in it ends with the run: a snapshot has to see it
+                    wait_for(lambda: [r for r in made.records() if 0 <= r["data"].get("tmp_free", -1) < 1 << 14])
                 made.cli("plugin", "stop", "unlucky")
             made.cli("event", "emit", "deploy.completed", event(2, project_id="memory"), "--wait", code=None)
             wait_for(lambda: [r for r in made.records() if r["data"].get("oom_kills")])
+            made.cli("plugin", "stop", "unlucky")  # no snapshot comes while its records are compared
             yield made
 
 
@@ -127,12 +140,13 @@ def test_failure_of_the_network_is_told_apart_from_a_refusal(d: Daemon, key: str
         ("memory", 'memory = "96M"', "it has 48M; its manifest asks for 512M"),
         ("tasks", "tasks = 32", "its manifest asks for 16, and has to ask for more as well"),
         ("state", 'state = "2M"', "its manifest asks for no number, and has to ask for more as well"),
+        ("tmp", 'tmp = "2M"', "it has 1M; its manifest asks for 4M"),
     ],
 )
 def test_limit_that_was_reached_has_the_line_that_raises_it(d: Daemon, limit: str, line: str, why: str) -> None:
     row = rows(d)[f"limit {limit}"]
     assert row["count"] > 0 and row["grant"]["line"] == line and why in row["why"]
-    table = {"state": "filesystem"}.get(limit, "limits")
+    table = {"state": "filesystem", "tmp": "filesystem"}.get(limit, "limits")
     assert (
         f"to allow it, in [{table}] of policies/unlucky.toml:  {line}" in d.cli("plugin", "denials", "unlucky").stdout
     )
@@ -173,3 +187,35 @@ def test_viewer_searches_the_trail_without_access_to_its_files(d: Daemon) -> Non
     assert refused.returncode == 4 and "needs viewer" in refused.stderr
     called = [r["data"] for r in d.records() if r["type"] == "control.called" and r["data"]["verb"] == "audit.search"]
     assert {(c["uid"], c["verdict"]) for c in called} == {(VIEWER, "ok"), (STRANGER, "denied")}
+
+
+def frozen_search(d: Daemon) -> tuple[subprocess.Popen[str], Process]:
+    """A viewer's search that is under way for ever: the caller, and the process that is stopped."""
+    host = Process(d.service_pid("host.service"))
+    while True:
+        caller = subprocess.Popen(
+            ["isolator", "--root", str(d.root), "audit", "query", "--json"], stdout=subprocess.PIPE, text=True,
+            user=VIEWER, group=VIEWER, extra_groups=[], cwd="/",
+        )  # fmt: skip
+        while caller.poll() is None:
+            for child in host.children():
+                with contextlib.suppress(NoSuchProcess):
+                    if "isolator.audit.search" in child.cmdline():
+                        child.suspend()
+                        return caller, child
+        caller.communicate()  # it was quicker
+
+
+def test_deliveries_go_on_beside_a_search_that_does_not(d: Daemon) -> None:
+    caller, search = frozen_search(d)
+    try:
+        for number in range(10):
+            row = d.json("event", "emit", "deploy.completed", event(number, project_id="nothing"), "--wait")
+            assert [(one["state"], one["attempts"]) for one in row["deliveries"]] == [("ok", 1)]
+        assert caller.poll() is None and search.status() == STATUS_STOPPED
+        search.resume()
+        found, _ = caller.communicate(timeout=seconds(60))
+        assert caller.returncode == 0 and '"type":"event.response"' in found
+    finally:
+        caller.kill()
+        caller.communicate()
