@@ -45,7 +45,7 @@ def hostile(demo: Demo) -> None:
     policy = demo.root / "etc/isolator/policies/hostile.toml"
     shutil.copyfile(Path(__file__).with_name("hostile.toml"), policy)
     shutil.copytree(EXAMPLES / HOSTILE, demo.work / HOSTILE)
-    demo.daemon.show("plugin", "add", HOSTILE, "--yes", without="- ", instead="(a sentence for each layer, as above)")
+    demo.daemon.show("plugin", "add", HOSTILE, "--yes")
     target = known_to_the_attacker(demo)
     report.blank()
     report.say(f"The targets are real; the host itself reaches: {targets_are_real(demo, target)}.")

@@ -130,23 +130,11 @@ class Daemon:
                 raise DemoError(f"'isolator {' '.join(arguments)}' gave no answer in {seconds:g} s") from None
         return process.returncode, text
 
-    def show(self, *arguments: str, without: str | None = None, instead: str = "...") -> str:
-        """Print a command, run it, print what it said; its output.
-
-        A run of lines that begin with ``without`` (and the indented ones that go on with them) is left out; ``instead``
-        is shown.
-        """
+    def show(self, *arguments: str) -> str:
+        """Print a command, run it, print what it said; its output."""
         report.command(["isolator", *arguments])
         code, text = self.run(*arguments)
-        shown, cutting = list[str](), False
-        for line in text.replace(str(self.root), "$ROOT").splitlines():
-            cut = without is not None and (line.startswith(without) or (cutting and line.startswith(" ")))
-            if not cut:
-                shown.append(line)
-            elif not cutting:
-                shown.append(instead)
-            cutting = cut
-        report.output("\n".join(shown))
+        report.output(text.replace(str(self.root), "$ROOT"))
         if code != 0:
             raise DemoError(f"'isolator {' '.join(arguments)}' ended with {code}")
         return text

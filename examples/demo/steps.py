@@ -41,7 +41,7 @@ def add_notifier(demo: Demo) -> None:
     secret.chmod(0o600)
     shutil.copytree(EXAMPLES / NOTIFIER, demo.work / NOTIFIER)
     config = ["--config", "slack_webhook_url=@webhook.txt", "--config", "ca_file=@ca.pem"]
-    demo.daemon.show("plugin", "add", NOTIFIER, *config, "--yes")
+    demo.daemon.show("plugin", "add", NOTIFIER, *config, "--yes", "--verbose")
 
 
 def emit_events(demo: Demo) -> None:

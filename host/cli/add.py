@@ -10,8 +10,7 @@ from typing import Any
 import click
 
 from host.cli import arguments
-from host.cli.complete import plugin_names
-from host.cli.output import AS_JSON
+from host.cli.options import CONFIG, NAME, VERBOSE, here, yes
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
 from host.client.client import Client
 from isolator.errors import UsageError
@@ -34,10 +33,10 @@ from isolator.paths import Paths
 @click.option("--program", metavar="P", help="Which program of the package, if it has several.")
 @click.option("--arg", "args", metavar="A", multiple=True, help="An argument for it; repeatable.")
 @click.option("--egress", metavar="HOST:PORT", multiple=True, help="What it asks to reach; repeatable.")
-@click.option("--config", "config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
-@click.option("--yes", "-y", is_flag=True, help="Agree to what is shown.")
-@AS_JSON
-@click.pass_obj
+@CONFIG
+@yes()
+@VERBOSE
+@here
 def add(
     root: str | None,
     folder: str | None,
@@ -51,6 +50,7 @@ def add(
     egress: tuple[str, ...],
     config: tuple[str, ...],
     yes: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Register a plugin: show what it asks for and would get, ask, and do it.
@@ -62,7 +62,7 @@ def add(
     if mcp is not None:
         if folder or binary or hooks or files:
             raise UsageError("plugin add", "--mcp and DIR, --binary, --hooks, --files exclude each other")
-        _add_package(root, mcp, name, program, args, egress, config, yes=yes, as_json=as_json)
+        _add_package(root, mcp, name, program, args, egress, config, yes=yes, verbose=verbose, as_json=as_json)
         return
     if program or args or egress:
         raise UsageError("plugin add", "--program, --arg and --egress go with --mcp", "write them into plugin.json")
@@ -78,20 +78,22 @@ def add(
         raise UsageError("plugin add", "name a folder, or give --mcp, or --name, --binary and --hooks", "see --help")
     values, literal = arguments.config_values(config)
     with Client(root) as client:
-        register_plugin(client, request, values, literal, yes=yes, as_json=as_json)
+        register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
 
 
 @click.command(
     epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n\n"
     "A version that asks for more waits (exit code 5): isolator plugin approve N"
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @click.argument("folder", metavar="[DIR]", required=False)
-@click.option("--config", "config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
-@click.option("--yes", "-y", is_flag=True, help="Agree also if it asks for more than before.")
-@AS_JSON
-@click.pass_obj
-def update(root: str | None, name: str, folder: str | None, config: tuple[str, ...], yes: bool, as_json: bool) -> None:
+@CONFIG
+@yes("Agree also if it asks for more than before.")
+@VERBOSE
+@here
+def update(
+    root: str | None, name: str, folder: str | None, config: tuple[str, ...], yes: bool, verbose: bool, as_json: bool
+) -> None:
     """Take over a newer version from DIR, or from where the last one came from.
 
     If it is not up in time, the version before comes back by itself.
@@ -101,12 +103,12 @@ def update(root: str | None, name: str, folder: str | None, config: tuple[str, .
         request["path"] = arguments.absolute(folder)
     values, literal = arguments.config_values(config)
     with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
-        update_plugin(client, request, values, literal, yes=yes, as_json=as_json)
+        update_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
 
 
 def _add_package(
     root: str | None, text: str, name: str | None, program: str | None, args: tuple[str, ...], egress: tuple[str, ...],
-    config: tuple[str, ...], *, yes: bool, as_json: bool,
+    config: tuple[str, ...], *, yes: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from host.cli.packages import fetch
     from host.cli.packages.package import parse
@@ -128,7 +130,7 @@ def _add_package(
         fetch.write_manifest(package, resolved, folder, name=name, era=era, arguments=args, egress=egress)
         request = {"path": str(folder), "resolved": {"package": str(package), "hashes": resolved.hashes}}
         with Client(root) as client:
-            register_plugin(client, request, values, literal, yes=yes, as_json=as_json)
+            register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
     finally:
         shutil.rmtree(folder)
 

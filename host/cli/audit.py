@@ -15,12 +15,12 @@ from pathlib import Path
 
 import click
 
-from host.cli.complete import plugin_names
+from host.cli.options import SINCE, here, of_plugin
 from host.cli.output import newest
 from host.client.client import Client
 from isolator.audit import files, reader
 from isolator.audit.record import parse
-from isolator.cli.audit import AS_JSON, audit, check_types, moment, print_lines, readable, width
+from isolator.cli.audit import audit, check_types, moment, print_lines, readable, width
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError
 from isolator.paths import Paths
 
@@ -28,11 +28,10 @@ _RETRY = 1.0
 """Seconds between two attempts to reach a daemon that has ended."""
 
 
-_PLUGIN = click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only this plugin's.")
+_PLUGIN = of_plugin("Only this plugin's.")
 _TYPES = click.option(
     "--type", "types", metavar="TYPE", multiple=True, help="This type, or a family like net.*; repeatable."
 )
-_SINCE = click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31, 2026-01-31T12:00 (UTC).")
 
 
 @audit.command(
@@ -42,11 +41,10 @@ _SINCE = click.option("--since", metavar="TIME", help="From this time on: 2h, 30
 @_PLUGIN
 @_TYPES
 @click.option("--event", metavar="ID", help="Only what belongs to this event.")
-@_SINCE
+@SINCE
 @click.option("--until", metavar="TIME", help="Up to this time.")
 @newest("limit", None, 100_000)
-@AS_JSON
-@click.pass_obj
+@here
 def query(
     root: str | None,
     plugin: str | None,
@@ -75,8 +73,7 @@ def query(
 
 @audit.command(epilog="\b\nExamples:\n  isolator audit story ev_01a2\n  isolator audit story ev_01a2 --json")
 @click.argument("event_id")
-@AS_JSON
-@click.pass_obj
+@here
 def story(root: str | None, event_id: str, as_json: bool) -> None:
     """Tell everything that one event caused, in order; the beginning of its id will do."""
     from host.cli import trail
@@ -105,9 +102,8 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
 @click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Begin after this record, to complete a copy.")
 @_PLUGIN
 @_TYPES
-@_SINCE
-@AS_JSON
-@click.pass_obj
+@SINCE
+@here
 def tail(
     root: str | None,
     follow: bool,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from host.cli.output import AS_JSON, print_json
+from host.cli.options import here
+from host.cli.output import print_json
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UsageError
 from isolator.paths import Paths
@@ -27,8 +28,7 @@ _SNAPSHOT_SECONDS = 150.0
 )
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @_PASSPHRASE
-@AS_JSON
-@click.pass_obj
+@here
 def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_json: bool) -> None:
     """Copy everything a daemon keeps to DIR, which must be new.
 
@@ -66,8 +66,7 @@ def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_j
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @_PASSPHRASE
 @click.option("--replace", is_flag=True, help="Put plugins, queue and trail that are here aside, in replaced-TIME.")
-@AS_JSON
-@click.pass_obj
+@here
 def restore(root: str | None, directory: Path, passphrase_file: Path | None, replace: bool, as_json: bool) -> None:
     """Put the backup in DIR in the place of what is here; the daemon must not run.
 

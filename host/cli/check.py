@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from host.cli.output import AS_JSON, SETTINGS, show_alarms
+from host.cli.options import here
+from host.cli.output import SETTINGS, show_alarms
 from host.client.client import Client
 from isolator.cli.check import show
 from isolator.errors import IsolatorError
@@ -18,8 +19,7 @@ _TIMEOUT = 20.0
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator check\n  sudo isolator check --json | jq '.controls[]'",
 )
-@AS_JSON
-@click.pass_obj
+@here
 def check(root: str | None, as_json: bool) -> None:
     """Show which controls this host can enforce, and how to mend each gap.
 

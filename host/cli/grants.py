@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from host.cli.complete import plugin_names
-from host.cli.output import AS_JSON, print_json, safe
+from host.cli.options import NAME, F, here, yes
+from host.cli.output import print_json, safe
 from host.client.client import Client
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.pacing import Backoff
@@ -26,8 +26,22 @@ from isolator.policy.edit import LISTS, Value
 
 _PATIENCE = 3.0
 """Seconds for the daemon to notice the file and restart the plugin with it."""
-_KIND = click.Choice(["egress", "hook", "permission", "tool", "caller"])
+_PARAMETERS: tuple[Callable[[F], F], ...] = (
+    NAME,
+    click.argument("kind", type=click.Choice(["egress", "hook", "permission", "tool", "caller"])),
+    click.argument("value"),
+    click.option("--dry-run", is_flag=True, help="Show the change and make none."),
+    yes("Agree to a list that the file did not have before."),
+    here,
+)
 _NONE_BY_DEFAULT = ("tool", "caller")
+
+
+def _edits(command: F) -> F:
+    """Give a command the parameters of an edit."""
+    for declare in reversed(_PARAMETERS):
+        command = declare(command)
+    return command
 
 
 @click.command(
@@ -36,13 +50,7 @@ _NONE_BY_DEFAULT = ("tool", "caller")
     "  isolator plugin grant slack hook 'deploy.*' --dry-run\n"
     "  isolator plugin grant github tool 'get_*'\n  isolator plugin grant github caller alice"
 )
-@click.argument("name", shell_complete=plugin_names)
-@click.argument("kind", type=_KIND)
-@click.argument("value")
-@click.option("--dry-run", is_flag=True, help="Show the change and make none.")
-@click.option("--yes", "-y", is_flag=True, help="Agree to a list that the file did not have before.")
-@AS_JSON
-@click.pass_obj
+@_edits
 def grant(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Add a value to a plugin's policy file; a plugin that runs is restarted with it.
 
@@ -59,13 +67,7 @@ def grant(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes
     epilog="\b\nExamples:\n  isolator plugin revoke slack egress hooks.slack.com:443\n"
     "  isolator plugin revoke slack hook 'deploy.*'"
 )
-@click.argument("name", shell_complete=plugin_names)
-@click.argument("kind", type=_KIND)
-@click.argument("value")
-@click.option("--dry-run", is_flag=True, help="Show the change and make none.")
-@click.option("--yes", "-y", is_flag=True, help="Agree to a list that the file did not have before.")
-@AS_JSON
-@click.pass_obj
+@_edits
 def revoke(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Take a value out of a plugin's policy file; a plugin that runs is restarted without it."""
     from isolator.policy.edit import revoked

@@ -15,6 +15,7 @@ from host.cli.add import add, update
 from host.cli.complete import plugin_names
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
+from host.cli.options import NAME, NAMES, SINCE, VERBOSE, here, yes
 from host.cli.output import AS_JSON, SETTINGS, ago, newest, print_json, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
@@ -51,8 +52,7 @@ plugin.add_command(update)
 
 @plugin.command("list", epilog="\b\nExamples:\n  isolator plugin list\n  isolator plugin list --failed --json")
 @click.option("--failed", is_flag=True, help="Only those that fail, were refused or hold events back.")
-@AS_JSON
-@click.pass_obj
+@here
 def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     """List every plugin with its state."""
     with Client(root) as client:
@@ -76,9 +76,8 @@ def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
 
 
 @plugin.command()
-@click.argument("name", shell_complete=plugin_names)
-@AS_JSON
-@click.pass_obj
+@NAME
+@here
 def show(root: str | None, name: str, as_json: bool) -> None:
     """Show everything about one plugin."""
     with Client(root) as client:
@@ -132,9 +131,8 @@ def _show_troubles(root: str | None, found: Mapping[str, Any]) -> None:
 
 
 @plugin.command()
-@click.argument("name", shell_complete=plugin_names)
-@AS_JSON
-@click.pass_obj
+@NAME
+@here
 def explain(root: str | None, name: str, as_json: bool) -> None:
     """Show request, grant and effect line by line, and the promise of each layer."""
     with Client(root) as client:
@@ -142,7 +140,7 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
     if as_json:
         print_json(proposal)
     else:
-        show_proposal(proposal)
+        show_proposal(proposal, verbose=True)
 
 
 _SOON = 1.0
@@ -207,13 +205,10 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
         with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
             return each(names, functools.partial(change, client), as_json=as_json)
 
-    decorated = AS_JSON(click.pass_obj(command))
+    decorated = here(command)
     if waits:
         decorated = click.option("--no-wait", is_flag=True, help="Do not wait until its socket is there.")(decorated)
-    decorated = click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=plugin_names)(
-        decorated
-    )
-    plugin.command(verb, help=summary, epilog=epilog)(decorated)
+    plugin.command(verb, help=summary, epilog=epilog)(NAMES(decorated))
 
 
 _simple("start", "Start a plugin now instead of at its first event, and wait until it is up.", "started", waits=True)
@@ -229,10 +224,9 @@ _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disab
     epilog="\b\nExamples:\n  isolator plugin rollback slack\n  isolator plugin rollback slack --to 1.4.0\n"
     "  isolator plugin rollback slack --to 9f86d081"
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @click.option("--to", metavar="VERSION|DIGEST", help="One of the kept versions instead of the one before.")
-@AS_JSON
-@click.pass_obj
+@here
 def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None:
     """Go back to the version before; if that is not up in time, nothing changes."""
     with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client, Progress(f"rollback {name}", quiet=as_json):
@@ -244,9 +238,8 @@ def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin reject slack")
-@click.argument("name", shell_complete=plugin_names)
-@AS_JSON
-@click.pass_obj
+@NAME
+@here
 def reject(root: str | None, name: str, as_json: bool) -> None:
     """Refuse the version that waits for approval; the one in use stays."""
     with Client(root) as client:
@@ -259,9 +252,8 @@ def reject(root: str | None, name: str, as_json: bool) -> None:
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin history slack\n  isolator plugin history slack --json")
-@click.argument("name", shell_complete=plugin_names)
-@AS_JSON
-@click.pass_obj
+@NAME
+@here
 def history(root: str | None, name: str, as_json: bool) -> None:
     """Show which versions a plugin had, since when, and who decided it; from the audit trail."""
     from host.cli import trail
@@ -282,12 +274,12 @@ def history(root: str | None, name: str, as_json: bool) -> None:
     table(["time", "what", "version", "digest", "by", "why"], rows)
 
 
-@plugin.command()
-@click.argument("name", shell_complete=plugin_names)
-@click.option("--yes", "-y", is_flag=True, help="Agree to what is shown.")
-@AS_JSON
-@click.pass_obj
-def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
+@plugin.command(epilog="\b\nExamples:\n  isolator plugin approve slack\n  isolator plugin approve slack --verbose")
+@NAME
+@yes()
+@VERBOSE
+@here
+def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool) -> None:
     """Show what waits for an operator's agreement, ask, and agree to it.
 
     That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
@@ -295,16 +287,15 @@ def approve(root: str | None, name: str, yes: bool, as_json: bool) -> None:
     with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
-            register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, as_json=as_json)
+            register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, verbose=verbose, as_json=as_json)
         else:
-            approve_plugin(client, name, yes=yes, as_json=as_json)
+            approve_plugin(client, name, yes=yes, verbose=verbose, as_json=as_json)
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=plugin_names)
-@click.option("--yes", "-y", is_flag=True, help="Do not ask; needed where nobody can be asked.")
-@AS_JSON
-@click.pass_obj
+@NAMES
+@yes("Do not ask; needed where nobody can be asked.")
+@here
 def remove(root: str | None, names: tuple[str, ...], yes: bool, as_json: bool) -> int:
     """Stop plugins and forget them: files, user, config, queue, and what they have stored."""
     with Client(root) as client:
@@ -332,11 +323,10 @@ plugin.add_command(revoke)
     epilog="\b\nExamples:\n  isolator plugin config slack\n  isolator plugin config slack set channel=#ops\n"
     "  isolator plugin config slack set slack_webhook_url=@url.txt\n  isolator plugin config slack unset channel"
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @click.argument("action", type=click.Choice(["get", "set", "unset"]), default="get")
 @click.argument("values", nargs=-1, metavar="[K=V | K]...")
-@AS_JSON
-@click.pass_obj
+@here
 def config(root: str | None, name: str, action: str, values: tuple[str, ...], as_json: bool) -> None:
     """Show or change a plugin's config; secrets are never shown. A change restarts the plugin."""
     with Client(root) as client:
@@ -392,12 +382,11 @@ def _show_config(items: list[dict[str, Any]]) -> None:
     epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs slack -n 1000 --json\n"
     "  isolator plugin logs slack --since 10m"
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
 @newest("lines", 100, 10_000, 0)
-@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
-@AS_JSON
-@click.pass_obj
+@SINCE
+@here
 def logs(root: str | None, name: str, follow: bool, lines: int, since: str | None, as_json: bool) -> None:
     """Show what a plugin wrote to stdout and stderr, with a line where another run begins."""
     begin = moment(since)
@@ -412,6 +401,8 @@ def logs(root: str | None, name: str, follow: bool, lines: int, since: str | Non
             run = entry["run"] or run
             _print_log(entry, as_json=as_json)
         if not follow:
+            if not answer["lines"] and not as_json:
+                click.echo(f"{name} has written nothing so far", err=True)
             return
         try:
             for entry in client.notifications():

@@ -35,6 +35,7 @@ def register_plugin(
     literal: list[str],
     *,
     yes: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Register a new plugin; raises NeedsApprovalError when nobody agrees.
@@ -46,7 +47,7 @@ def register_plugin(
     if staged.get("registered"):
         raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
     if not as_json:
-        _show_staged(staged)
+        _show_staged(staged, verbose=verbose)
     _warn_of_history(staged, literal)
     if not yes:
         _require_consent("plugin add", f"Register {name} with exactly this?")
@@ -67,13 +68,14 @@ def update_plugin(
     literal: list[str],
     *,
     yes: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Exchange a version; raises NeedsApprovalError when it asks for more and nobody agrees: then it waits."""
     staged = _stage(client, request, values, quiet=as_json)
     name, more = staged["name"], staged["differences"]
     if not as_json:
-        _show_staged(staged)
+        _show_staged(staged, verbose=verbose)
         _show_differences(name, more)
     _warn_of_history(staged, literal)
     agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
@@ -94,12 +96,12 @@ def update_plugin(
         _warn_of_missing(name, done["missing"])
 
 
-def approve_plugin(client: Client, name: str, *, yes: bool, as_json: bool) -> None:
+def approve_plugin(client: Client, name: str, *, yes: bool, verbose: bool, as_json: bool) -> None:
     """Approve the pending version of a registered plugin, exactly as it is shown."""
     proposal = client.call("plugin.explain", name=name)["proposal"]
     if not as_json:
         click.echo(f"{name} {safe(proposal['version'])}\n")
-        show_proposal(proposal)
+        show_proposal(proposal, verbose=verbose)
         _show_differences(name, proposal["differences"])
         if proposal.get("policy_diff"):
             click.echo(f"{proposal['policy_file']} has been edited; only this changes in it:")
@@ -165,7 +167,7 @@ def _require_consent(command: str, question: str) -> None:
         raise NeedsApprovalError(command, "not agreed", "nothing was changed")
 
 
-def _show_staged(staged: Mapping[str, Any]) -> None:
+def _show_staged(staged: Mapping[str, Any], *, verbose: bool) -> None:
     manifest = "flags only, no manifest" if staged["synthesised"] else "plugin.json"
     click.echo(f"{staged['name']} {staged['version']} ({manifest}, {staged['mode']})")
     if staged["description"]:
@@ -181,7 +183,7 @@ def _show_staged(staged: Mapping[str, Any]) -> None:
         paragraph(f"{', '.join(marks)}{about}", f"config {field['key']}: ")
     if staged["config"]:
         click.echo()
-    show_proposal(staged["proposal"])
+    show_proposal(staged["proposal"], verbose=verbose)
     for warning in (*staged["warnings"], *staged["faults"]):
         click.echo(f"isolator: warning: {safe(warning)}", err=True)
 
@@ -194,8 +196,8 @@ def _size(count: int) -> str:
     return f"{count / 1024**2:.1f} MiB"
 
 
-def show_proposal(proposal: Mapping[str, Any]) -> None:
-    """Print request, grant and effect line by line, and each layer's promise."""
+def show_proposal(proposal: Mapping[str, Any], *, verbose: bool) -> None:
+    """Print request, grant and effect line by line; ``verbose``: also the promise of each layer."""
     columns = terminal_width()
     narrow = columns is not None and columns < _WIDE
     rows = []
@@ -230,9 +232,12 @@ def show_proposal(proposal: Mapping[str, Any]) -> None:
                 section = line.get("section")
                 click.echo(f"  [{safe(section)}]")
             click.echo(f"  {safe(line['add'])}")
-    click.echo()
-    for sentence in proposal["sentences"].values():
-        paragraph(safe(sentence), "- ")
+    if verbose:
+        click.echo()
+        for sentence in proposal["sentences"].values():
+            paragraph(safe(sentence), "- ")
+    else:
+        click.echo("\nWhat each layer promises, in sentences: --verbose")
     click.echo(f"\npolicy: {proposal['policy_file']}\neffective sha256:\n  {proposal['effective_digest']}\n")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from host.cli.output import AS_JSON, print_json
+from host.cli.options import here
+from host.cli.output import print_json
 from host.client.client import Client
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -18,8 +19,7 @@ _LOOK = 0.1
 @click.option(
     "--timeout", default=90.0, show_default=True, type=click.FloatRange(1, 3600), help="Seconds to wait for it."
 )
-@AS_JSON
-@click.pass_obj
+@here
 def reload(root: str | None, timeout: float, as_json: bool) -> None:
     """Take over an update and host.toml without stopping a plugin.
 

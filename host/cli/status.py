@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from host.cli.output import AS_JSON, ago, print_json, safe, show_alarms
+from host.cli.options import here
+from host.cli.output import ago, print_json, safe, show_alarms
 from host.client.client import Client
 from isolator.paths import Paths
 
@@ -18,8 +19,7 @@ _BAD_STATES = ("failed", "rejected", "backoff")
     epilog="\b\nExamples:\n  isolator status\n  isolator status --json | jq .queue\n\n"
     "Exit code 0: all is well; 1: an alarm, a process that is away, or a plugin that fails."
 )
-@AS_JSON
-@click.pass_obj
+@here
 def status(root: str | None, as_json: bool) -> int:
     """Show the daemon on one screen: processes, plugins, queue, trail, alarms."""
     with Client(root) as client:

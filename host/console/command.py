@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from host.cli.output import AS_JSON, print_json
+from host.cli.options import here
+from host.cli.output import print_json
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.paths import Paths
 
@@ -29,8 +30,7 @@ _HINT = (
     "else one is served here, with your rights, until Ctrl-C."
 )
 @click.option("--port", type=click.IntRange(0, 65535), help="Serve in the foreground on this port (0: any).")
-@AS_JSON
-@click.pass_obj
+@here
 def console(root: str | None, port: int | None, as_json: bool) -> None:
     """Print the URL of the web console, with a token that works once."""
     paths = Paths.of(root)

@@ -98,7 +98,8 @@ class Limit(Key):
         """``unit.parse``, and refuse what is too small to make sense."""
         number = self.unit.parse(value)
         if number < self.least:
-            raise ValueError(f"{self.show(number)} is less than the least that works, {self.show(self.least)}")
+            unit = "; a number alone is bytes" if self.unit is SIZE and str(value).isdecimal() else ""
+            raise ValueError(f"{self.show(number)} is less than the least that works, {self.show(self.least)}{unit}")
         return number
 
     def show(self, number: float) -> str:

@@ -237,6 +237,12 @@ async def test_dead_letters_are_listed_and_replayed(daemon: Daemon) -> None:
     assert [e["id"] for e in ran.json] == [emitted["id"]]
 
 
+async def test_misspelt_command_is_answered_with_the_one_that_was_meant(daemon: Daemon) -> None:
+    for words, meant in ((("plgin", "list"), "plugin"), (("plugin", "lst"), "list")):
+        ran = await isolator(daemon.root, *words)
+        assert (ran.code, f"Did you mean '{meant}'?" in ran.err) == (2, True)
+
+
 async def test_a_failed_emit_has_its_exit_code_and_its_reason(daemon: Daemon) -> None:
     ran = await isolator(daemon.root, "event", "emit", "deploy.complete")
     assert (ran.code, "did you mean deploy.completed?" in ran.err) == (3, True)

@@ -142,7 +142,7 @@ def test_wrong_values_are_refused(changes: dict[str, Any], why: str) -> None:
     ("sandbox", "why"),
     [
         ({"resources": {"memory": "-1M"}}, "negative"),
-        ({"resources": {"memory": 256}}, "least that works"),
+        ({"resources": {"memory": 256}}, "least that works, 4M; a number alone is bytes"),
         ({"resources": {"cpu": "25"}}, "percentage"),
         ({"resources": {"tasks": True}}, "whole number"),
         ({"resources": {"tasks": 0}}, "least that works"),

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from host.cli.complete import plugin_names
-from host.cli.output import AS_JSON, print_json, safe
+from host.cli.options import NAME, here, yes
+from host.cli.output import print_json, safe
 from host.client.client import Client
 from isolator.errors import NeedsApprovalError, UsageError
 
@@ -24,7 +24,7 @@ def mcp() -> None:
     epilog="\b\nExamples:\n  isolator mcp serve github\n\n\b\nIn an editor's configuration:\n"
     '  {"mcpServers": {"github": {"command": "isolator", "args": ["mcp", "serve", "github"]}}}'
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @click.pass_obj
 def serve(root: str | None, name: str) -> None:
     """Be the MCP server NAME for the client at standard input and output.
@@ -39,9 +39,8 @@ def serve(root: str | None, name: str) -> None:
 
 
 @mcp.command(epilog="\b\nExamples:\n  isolator mcp tools github\n  isolator mcp tools github --json")
-@click.argument("name", shell_complete=plugin_names)
-@AS_JSON
-@click.pass_obj
+@NAME
+@here
 def tools(root: str | None, name: str, as_json: bool) -> None:
     """Show what the MCP server NAME offers, and what of it is approved."""
     with Client(root) as client:
@@ -56,11 +55,10 @@ def tools(root: str | None, name: str, as_json: bool) -> None:
     epilog="\b\nExamples:\n  isolator mcp approve github\n  isolator mcp approve github --yes\n"
     "  isolator mcp approve github --digest 3b1f... --yes"
 )
-@click.argument("name", shell_complete=plugin_names)
-@click.option("--yes", "-y", is_flag=True, help="Agree without a question.")
+@NAME
+@yes("Agree without a question.")
 @click.option("--digest", help="Agree only to what has this digest ('mcp tools --json').")
-@AS_JSON
-@click.pass_obj
+@here
 def approve(root: str | None, name: str, yes: bool, digest: str | None, as_json: bool) -> None:
     """Approve the tools and instructions of the MCP server NAME as they are now.
 
