@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from bench import recorded
 from docs.generate import messages, openapi, policy_keys
 from docs.generate.floors import floors
 from docs.generate.metrics import metrics
@@ -16,6 +17,7 @@ from isolator.policy import denial
 
 PARTS: tuple[Part, ...] = (
     Part("docs/architecture.md", "floors", floors),
+    Part("bench/README.md", "results", recorded.tables),
     Part("docs/audit.md", "record types", types_table),
     Part("docs/egress.md", "denial rules", denial.table),
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from isolator.registration.inspecting import inspect_folder
+from tests.docs.blocks import shown_in
 from tests.support.cage_fixture import isolator
 
 PAGE = Path(__file__).parents[2] / "docs/plugins.md"
@@ -68,3 +69,7 @@ def test_recipe_makes_what_runs_in_a_cage(name: str, everything: bool, root: Pat
     ran = isolator(root, "run", "--cpu", "100%", "--read", str(folder), "--cwd", str(folder), "--", "./bell")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("fine")
+
+
+def test_page_has_no_other_recipe() -> None:
+    assert sorted(map(recipe, SOURCES)) == sorted(block.body for block in shown_in(__file__))

@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.timeouts import seconds
 
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _FENCE = re.compile(
-    r"(?:^ *<!-- not run: (?P<why>[^\n]+) -->\n)?^ *```(?P<kind>\w*)\n(?P<body>.*?)^ *```$", re.M | re.S
+    r"(?:^ *<!-- (?:not run: (?P<why>[^\n]+)|run in: (?P<place>[^\n]+)) -->\n)?"
+    r"^ *```(?P<kind>\w*)\n(?P<body>.*?)^ *```$",
+    re.M | re.S,
 )
-_PROGRAMS = r"(?:\$ |sudo |isolator |\./dev |git |systemctl |pip |apt|npm |cargo |go )"
+_PROGRAMS = (
+    r"(?:\$ |… \| |sudo |isolator |\./dev |git |systemctl |curl |pip |python3 |apt|npm |cargo |CGO_ENABLED=\d go |go "
+    r"|rustc |gcc |javac )"
+)
 _VARIES = (
     (r"ev_[0-9a-f]+…?", r"ev_[0-9a-f]+"),
     (r"\d{4}-\d\d-\d\dT[\d:.]+Z", r"\d{4}-\d\d-\d\dT[\d:.]+Z"),
@@ -25,12 +33,16 @@ _VARIES = (
 
 @dataclass(frozen=True)
 class Block:
-    """One block; ``why``: the reason of the marker above it, if it cannot be run."""
+    """One block.
+
+    ``why``: the reason of the marker above it, if it cannot be run; ``place``: the test of its own that it has.
+    """
 
     page: str
     kind: str
     body: str
-    why: str
+    why: str = ""
+    place: str = ""
 
     @property
     def is_shell(self) -> bool:
@@ -38,25 +50,35 @@ class Block:
         return self.kind in ("", "sh", "bash", "console") and bool(re.search(rf"^ *{_PROGRAMS}", self.body, re.M))
 
     def steps(self) -> Iterator[tuple[str, list[str]]]:
-        """Each command after ``$``, and the lines that it is shown to print."""
+        """Each command, and the lines that it is shown to print: those up to the next ``$``, if there is any."""
+        lines = textwrap.dedent(self.body).splitlines()
+        shows = any(line.startswith("$ ") for line in lines)
         command, shown = "", list[str]()
-        for line in self.body.splitlines():
-            if line.startswith("$ "):
+        for line in lines:
+            if command and not _is_whole(command):
+                command += f"\n{line}"
+            elif line.startswith("$ ") or (not shows and line.split("#")[0].strip()):
                 if command:
                     yield command, shown
-                command, shown = line[2:], []
-            elif command and not _is_whole(command):
-                command += f"\n{line}"
-            else:
+                command, shown = line.removeprefix("$ "), []
+            elif shows:
                 shown.append(line)
         if command:
             yield command, shown
 
 
-def blocks(page: Path, root: Path) -> list[Block]:
+def blocks(page: Path) -> list[Block]:
     """The blocks of a page in their order."""
-    name = str(page.relative_to(root))
-    return [Block(name, m["kind"], m["body"], m["why"] or "") for m in _FENCE.finditer(page.read_text())]
+    name = str(page.relative_to(ROOT))
+    return [
+        Block(name, m["kind"], m["body"], m["why"] or "", m["place"] or "") for m in _FENCE.finditer(page.read_text())
+    ]
+
+
+def shown_in(file: str) -> list[Block]:
+    """The blocks whose marker names this file of tests (its ``__file__``): it has to run or to compare each."""
+    place = str(Path(file).resolve().relative_to(ROOT))
+    return [block for page in PAGES for block in blocks(page) if block.place == place]
 
 
 def run(block: Block, folder: Path, replace: dict[str, str]) -> list[tuple[str, list[str], str]]:
@@ -85,8 +107,16 @@ def run(block: Block, folder: Path, replace: dict[str, str]) -> list[tuple[str, 
 
 def fits(shown: list[str], output: str) -> bool:
     """Whether output is as shown, but for ids, times, durations and spaces; a line ``...`` stands for any lines."""
-    pattern = "".join(r"(?:.*\n)*?" if line.strip() == "..." else rf"\s*{_any(line)}\s*\n" for line in shown)
-    return re.fullmatch(pattern, output) is not None
+    return re.fullmatch(_pattern(shown), output) is not None
+
+
+def holds(shown: str, output: str) -> bool:
+    """Whether the lines that a block shows stand in an output, one after the other."""
+    return re.search(r"(?:\A|\n)" + _pattern(textwrap.dedent(shown).splitlines()), output) is not None
+
+
+def _pattern(shown: Iterable[str]) -> str:
+    return "".join(r"(?:.*\n)*?" if line.strip() == "..." else rf"\s*{_any(line)}\s*\n" for line in shown)
 
 
 def _any(line: str) -> str:
@@ -101,7 +131,7 @@ def _any(line: str) -> str:
 
 def _is_whole(command: str) -> bool:
     try:
-        shlex.split(command)
+        shlex.split(command, comments=True)
     except ValueError:
         return False
     return not command.endswith("\\")

@@ -20,6 +20,10 @@ sys.path.insert(0, str(EXAMPLES / "demo"))
 sys.path.insert(0, str(EXAMPLES / "hostile"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-screen", type=Path, metavar="FILE", help="the demo: write its last screen as a picture")
+
+
 class Sidecar:
     """One example, started from its manifest with the environment that protocol.md promises and nothing else."""
 

@@ -16,13 +16,18 @@ import pytest
 from psutil import Process
 
 from isolator.paths import Paths
+from tests.docs.blocks import holds, shown_in
 from tests.examples.conftest import EXAMPLES
+from tests.examples.screen import lines_of, svg
 from tests.support.timeouts import seconds
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("isolator") is None, reason="needs isolator on PATH: ./dev test"),
 ]
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+PICTURE = EXAMPLES.parent / "docs/figures/demo.svg"
+"""Written anew by ``sudo ./dev test tests/examples/test_whole_demo.py --write-screen "$PWD/docs/figures/demo.svg"``."""
 SCRIPT = EXAMPLES / "demo" / "demo.py"
 
 
@@ -59,7 +64,7 @@ def running_demo() -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:
 
 
 @pytest.mark.vm
-def test_every_promise_holds_and_nothing_is_left() -> None:
+def test_every_promise_holds_and_nothing_is_left(request: pytest.FixtureRequest) -> None:
     with running_demo() as (demo, before, root):
         assert len(traces(root)) >= 5
         rest, errors = demo.communicate(timeout=seconds(120))
@@ -74,6 +79,22 @@ def test_every_promise_holds_and_nothing_is_left() -> None:
     assert held[1] == held[2]
     assert errors == ""
     assert not traces(root)
+    shown = [block.body for block in shown_in(__file__)]
+    assert [body for body in shown if not holds(NUMBER.sub("0", body), NUMBER.sub("0", out))] == []
+    write_to = request.config.getoption("write_screen", default=None)
+    if write_to:
+        Path(write_to).write_text(svg(screen_of(out)))
+    assert promises(lines_of(PICTURE.read_text())) == promises(screen_of(out))
+
+
+def screen_of(out: str) -> list[str]:
+    """The last screen of the demo: what was promised, and what held."""
+    return ["$ sudo ./dev demo", "...", *out[out.index("== 6.") :].splitlines()]
+
+
+def promises(screen: list[str]) -> list[str]:
+    """The promises of a screen, and whether each held; figures differ, and with them the lines of the evidence."""
+    return [text for line in screen if (text := NUMBER.sub("0", line[:39]).rstrip())]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.wide)])
