@@ -222,6 +222,9 @@ async def _held(daemon: Daemon, uid: int, count: int) -> AsyncIterator[None]:
 
 
 async def test_idle_connections_of_strangers_keep_nobody_out(daemon: Daemon) -> None:
+    async with _held(daemon, 64020, STRANGER_SHARE):
+        refused = await _as(daemon, 64020, "status")
+        assert "connections of uid 64020 are open" in refused["error"]["message"]
     async with contextlib.AsyncExitStack() as stack:
         for uid in range(64020, 64020 + STRANGERS // STRANGER_SHARE + 2):
             await stack.enter_async_context(_held(daemon, uid, STRANGER_SHARE))
