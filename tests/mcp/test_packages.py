@@ -193,7 +193,7 @@ def _npm_climbing(registry: Registry) -> str:
     [
         (_wrong_hash, "Expected sha256"),
         pytest.param(_huge, "No space left", marks=pytest.mark.wide),
-        pytest.param(_climbing_wheel, "outside target directory", marks=pytest.mark.wide),
+        pytest.param(_climbing_wheel, "outside the target directory", marks=pytest.mark.wide),
         pytest.param(_source_alone, "No matching distribution", marks=pytest.mark.wide),
         pytest.param(_other_package, "", marks=pytest.mark.wide),
         pytest.param(_npm_wrong_hash, "EINTEGRITY", marks=[pytest.mark.wide, needs_npm]),
