@@ -147,7 +147,6 @@ APPS = (
 )  # fmt: skip
 NODE = "#!/bin/sh\nexec node /plugin/node_modules/{}\n"
 SCRIPT = "#!/usr/bin/python3\nimport sys\nsys.path.insert(0, '/plugin/lib')\nfrom {0} import main\nmain()\n"
-SQLITE = SCRIPT.format("mcp_server_sqlite").replace("main()", "sys.argv[1:] = ['--db-path', '/state/db']\nmain()")
 SERVERS = (
     Server("mcp-server-time", SCRIPT.format("mcp_server_time"), "get_current_time", {"timezone": "Asia/Tokyo"}, "Tokyo",
            pip=("mcp-server-time",)),
@@ -155,7 +154,6 @@ SERVERS = (
            pip=("mcp-server-git",)),
     Server("mcp-server-fetch", SCRIPT.format("mcp_server_fetch"), "fetch", {"url": "https://example.invalid/"}, "",
            pip=("mcp-server-fetch",)),
-    Server("mcp-server-sqlite", SQLITE, "list_tables", {}, "[]", pip=("mcp-server-sqlite",)),
     Server("server-everything", NODE.format("@modelcontextprotocol/server-everything/dist/index.js"), "echo",
            {"message": "hello"}, "hello", npm=("@modelcontextprotocol/server-everything",)),
     Server("server-filesystem", NODE.format("@modelcontextprotocol/server-filesystem/dist/index.js /plugin"),
