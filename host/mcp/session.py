@@ -35,6 +35,7 @@ LATE = 256
 PAGES = 64
 """Pages of one list of tools."""
 
+_LATE = "no answer in time"
 Reply = asyncio.Future[tuple[Answer, bytes]]
 Progress = Callable[[Mapping[str, Any]], object]
 
@@ -133,7 +134,8 @@ class Session(LineProtocol):
             self.greeting = protocol.greeting(self.era, (await reply)[0])
         except (LostError, ValueError) as error:
             first = "server/discover" if self.era == protocol.STATELESS else "initialize"
-            self.breach(f"{first}: {error}")
+            late = f"no answer in {timeout:g} s; raise start_timeout in [restart] of its policy if it needs longer"
+            self.breach(f"{first}: {late if str(error) == _LATE else error}")
             raise NotSentError(self.why) from None
         if self.era == protocol.SESSION:
             self._input.send(protocol.notification("notifications/initialized"))
@@ -328,4 +330,4 @@ class Session(LineProtocol):
 
 def _expire(reply: Reply) -> None:
     if not reply.done():
-        reply.set_exception(LostError("no answer in time"))
+        reply.set_exception(LostError(_LATE))

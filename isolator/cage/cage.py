@@ -150,7 +150,7 @@ class Cage:
         layers = frozenset(layer.name for layer in self._layers)
         spare = self._spare = await runtime.pool.take(layers)
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
-        self._namespaces.parked = self._proc.parked = spare.pid
+        self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
         mark("spare")
         try:

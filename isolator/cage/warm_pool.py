@@ -146,16 +146,18 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._make(layers)
+        return await self._make(layers, hurried=True)
 
-    def begin(self, layers: frozenset[str]) -> None:
-        """Make one now, in the background, unless one waits already."""
+    def begin(self, layers: frozenset[str], *, hurried: bool = False) -> None:
+        """Make one now, in the background, unless one waits already. ``hurried``: it may be taken at once."""
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None
         if self._waiting is None and not self._closed:
             # What a host or a launcher refuses, the next start tries again, and reports.
-            self._waiting = self._tasks.run("making of a spare", self._make(layers), expected=_EXPECTED)
+            self._waiting = self._tasks.run(
+                "making of a spare", self._make(layers, hurried=hurried), expected=_EXPECTED
+            )
 
     def refill(self, layers: frozenset[str]) -> None:
         """Make one when no start has needed anything for a moment."""
@@ -184,8 +186,8 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
-    async def _make(self, layers: frozenset[str]) -> Spare:
-        return await _make_spare(self._launcher(), self._journal, self._subtree, layers)
+    async def _make(self, layers: frozenset[str], *, hurried: bool) -> Spare:
+        return await _make_spare(self._launcher(), self._journal, self._subtree, layers, hurried=hurried)
 
     def _give_back(self, making: asyncio.Task[Spare]) -> None:
         if self._waiting is None and not self._closed:
@@ -206,7 +208,9 @@ class WarmPool:
         task.add_done_callback(self._disposals.discard)
 
 
-async def _make_spare(launcher: Launcher, journal: Journal, subtree: Subtree, layers: frozenset[str]) -> Spare:
+async def _make_spare(
+    launcher: Launcher, journal: Journal, subtree: Subtree, layers: frozenset[str], *, hurried: bool
+) -> Spare:
     """A new spare; raises as ``WarmPool.take`` does, and nothing is left then."""
     from isolator.layers.network import namespace as network_layer
 
@@ -224,7 +228,7 @@ async def _make_spare(launcher: Launcher, journal: Journal, subtree: Subtree, la
         undo.callback(os.close, status)
         os.set_blocking(status, False)
         try:
-            parked = await launcher.park(its_link.fileno(), its_status, layers=layers)
+            parked = await launcher.park(its_link.fileno(), its_status, layers=layers, hurried=hurried)
         finally:
             its_link.close()
             os.close(its_status)

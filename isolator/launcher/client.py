@@ -78,7 +78,7 @@ class Launcher:
         """The launcher's pid (to be put into its group)."""
         return self._process.pid
 
-    async def park(self, link: int, status: int, *, layers: frozenset[str]) -> Clone:
+    async def park(self, link: int, status: int, *, layers: frozenset[str], hurried: bool = False) -> Clone:
         """Park a process that will become a cage with these layers (isolator.launcher.prefork).
 
         The descriptors, its end of the link and of the status pipe, stay the caller's. Raises ConfinementError, or
@@ -89,7 +89,7 @@ class Launcher:
         if self.closed.is_set():
             raise UnavailableError("launcher", "not running at the moment", "try again")
         future: asyncio.Future[Clone] = self._loop.create_future()
-        order = {"layers": sorted(layers), "last_capability": last_capability()}
+        order = {"layers": sorted(layers), "last_capability": last_capability(), "hurried": hurried}
         await self._send(json.dumps({"park": order}).encode(), [link, status])
         self._waiting.append(future)
         try:

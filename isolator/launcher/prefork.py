@@ -39,7 +39,8 @@ def park(order: ParkOrder, link: int, status: int) -> NoReturn:
         for section in enter.STEPS:
             if section.kind in order.layers:
                 section.enter_ahead(order)
-        _rehearse()
+        if not order.hurried:
+            _rehearse()
         packet, fds = receive_message(sock)
         if packet:
             _clone(Plan.unpack(packet, fds), sock, status)

@@ -57,7 +57,8 @@ def serve(sock: socket.socket) -> None:
             answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
             send_packet(sock, json.dumps(answer).encode())
         elif "park" in body:
-            order = ParkOrder(frozenset(body["park"]["layers"]), body["park"]["last_capability"])
+            wanted = body["park"]
+            order = ParkOrder(frozenset(wanted["layers"]), wanted["last_capability"], wanted.get("hurried", False))
             _park(sock, order, fds)
         elif "keep" in body:
             if fds:  # or its pid 1 alone watches for the end of the supervisor

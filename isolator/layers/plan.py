@@ -87,6 +87,8 @@ class ParkOrder:
 
     layers: frozenset[str]
     last_capability: int
+    hurried: bool = False
+    """Its plan follows at once: what is done ahead to spare the wait for it would be waited for."""
 
 
 @struct_class()

@@ -143,7 +143,8 @@ class Invocation:
 
     def _started(self, run: Run, request: StartInvocation) -> None:
         run.for_start.close()
-        self._context.runtime.pool.begin(EVERY_LAYER)  # the next one may come before the pool has had its rest
+        # The next one may come before the pool has had its rest.
+        self._context.runtime.pool.begin(EVERY_LAYER, hurried=True)
         for pipe in run.pipes:
             self.fds.add(os.dup(pipe))
         run.began = asyncio.get_running_loop().time()

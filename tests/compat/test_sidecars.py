@@ -154,8 +154,6 @@ SERVERS = (
            pip=("mcp-server-git",)),
     Server("mcp-server-fetch", SCRIPT.format("mcp_server_fetch"), "fetch", {"url": "https://example.invalid/"}, "",
            pip=("mcp-server-fetch",)),
-    Server("mcp-server-sqlite", SCRIPT.format("mcp_server_sqlite"), "list_tables", {}, "[]",
-           pip=("mcp-server-sqlite",)),
     Server("server-everything", NODE.format("@modelcontextprotocol/server-everything/dist/index.js"), "echo",
            {"message": "hello"}, "hello", npm=("@modelcontextprotocol/server-everything",)),
     Server("server-filesystem", NODE.format("@modelcontextprotocol/server-filesystem/dist/index.js /plugin"),

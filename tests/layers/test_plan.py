@@ -42,7 +42,7 @@ sections: st.SearchStrategy[Section] = st.one_of(
     st.builds(UserSection, numbers, numbers),
     st.builds(RlimitsSection, numbers),
     st.builds(LandlockSection, numbers, st.lists(st.builds(WritableFolder, texts), max_size=2).map(tuple)),
-    st.builds(ProcSection, st.lists(st.builds(GroupFolder, texts, texts), max_size=3).map(tuple)),
+    st.builds(ProcSection, st.lists(st.builds(GroupFolder, texts, texts), max_size=3).map(tuple), texts),
     st.builds(SeccompSection, st.binary(max_size=50), st.binary(max_size=9)),
     st.builds(FilesystemSection, st.booleans(), st.lists(operations, max_size=6).map(tuple)),
 )

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from host.client.client import Client
+from tests.support.mcp_servers import server
 from tests.support.timeouts import seconds
-from tests.system.daemon import daemon, wait_for, write_plugin
+from tests.system.daemon import alive, daemon, wait_for, write_plugin
 
 pytestmark = pytest.mark.wide
+
+CYCLES = 1000
 
 SERVER = """\
 #!/usr/bin/python3
@@ -65,20 +69,15 @@ def test_official_client_uses_a_server_as_it_is(tmp_path_factory: pytest.TempPat
         assert json.loads(text)["timezone"] == "Asia/Tokyo"
 
 
-@pytest.mark.wide
 def test_nothing_is_left_after_a_thousand_openings(tmp_path: Path) -> None:
-    from tests.support.mcp_servers import server
-
     with daemon() as d:
-        d.cli(
-            "plugin",
-            "add",
-            str(write_plugin(tmp_path / "cycle", server(), hooks=[], transport={"mode": "mcp"})),
-            "--yes",
-        )
-        for _ in range(1000):
-            d.cli("plugin", "start", "cycle")
-            d.cli("plugin", "stop", "cycle")
-        started = [one for one in d.records() if one["type"] == "plugin.started"]
-        assert len(started) == 1000
-        assert not any(Path(one["data"]["cgroup"]).exists() for one in started)
+        folder = write_plugin(tmp_path / "cycle", server(), hooks=[], transport={"mode": "mcp"})
+        d.cli("plugin", "add", str(folder), "--yes")
+        with Client(d.root) as client:
+            for _ in range(CYCLES):
+                client.call("plugin.start", name="cycle")
+                client.call("plugin.stop", name="cycle")
+        started = [one["data"] for one in d.records() if one["type"] == "plugin.started"]
+        assert len(started) == CYCLES
+        assert not any(Path(one["cgroup"]).exists() for one in started)
+        assert not any(alive(one["pid"]) for one in started[-100:])

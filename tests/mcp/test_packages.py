@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from host.cli.packages.fetch import unpack
 from tests.mcp.client import Client, text
 from tests.support.mcp_servers import server
 from tests.support.pretend_internet import pretend_internet
@@ -18,6 +21,7 @@ from tests.support.registry import HOST_TOML, Registry, link, tarball, wheel
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon
 
+REPORT, END = b'{"programs": {}, "hashes": {"a@1": "sha256-x"}}\n', b'{"end": true}\n'
 PYTHON = {"time_server/__init__.py": "def main():\n    from . import server\n"}
 NODE = """#!/usr/bin/env node
 const lines = require("readline").createInterface({input: process.stdin});
@@ -189,7 +193,7 @@ def _npm_climbing(registry: Registry) -> str:
     [
         (_wrong_hash, "Expected sha256"),
         pytest.param(_huge, "No space left", marks=pytest.mark.wide),
-        pytest.param(_climbing_wheel, "outside target directory", marks=pytest.mark.wide),
+        pytest.param(_climbing_wheel, "outside the target directory", marks=pytest.mark.wide),
         pytest.param(_source_alone, "No matching distribution", marks=pytest.mark.wide),
         pytest.param(_other_package, "", marks=pytest.mark.wide),
         pytest.param(_npm_wrong_hash, "EINTEGRITY", marks=[pytest.mark.wide, needs_npm]),
@@ -220,3 +224,34 @@ def test_package_without_an_exact_version_is_refused(packaged: Packaged) -> None
     for text_ in ("npm:server", "npm:server@latest", "pypi:server>=1", "pypi:server==", "gem:server@1", "server"):
         assert "names no package in one exact version" in packaged.add(text_, code=2)
     assert "HOST:PORT" in packaged.add("npm:server@1.0.0", "--egress", "nowhere", code=2)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        b"", b"{}\n", b"[]\n", b'{"programs": {}, "hashes": {}}\n', b'{"programs": {}, "hashes": {"a@1": ""}}\n',
+        *(
+            REPORT + json.dumps({"path": path, "size": 1, "executable": True}).encode() + b"\nx" + END
+            for path in ("../x", "/x", "a//x", "a/../../x", "", ".", "start", "plugin.json/x", "a\0b", "x" * 300)
+        ),
+        REPORT + b'{"path": "a", "size": -1}\n' + END,
+        REPORT + b'{"path": "a", "size": 1e99}\n' + END,
+        REPORT + b'{"path": "a", "size": 5}\nx',
+        REPORT + b'{"path": "a", "size": 1}\nx{"path": "a/b", "size": 1}\nx' + END,
+        REPORT + b'{"path": "a", "size": 1}\nx{"path": "a", "size": 1}\nx' + END,
+        REPORT + b"[" * 100_000 + b"\n",
+    ],
+)  # fmt: skip
+def test_output_of_a_resolver_that_was_taken_over_leads_nowhere(tmp_path: Path, output: bytes) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with pytest.raises((ValueError, OSError)):
+        unpack(io.BytesIO(output), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_output_of_a_resolver_becomes_plain_files(tmp_path: Path) -> None:
+    line = b'{"path": "a/b", "size": 2, "executable": true}\nxy'
+    resolved = unpack(io.BytesIO(REPORT + line + END), tmp_path)
+    assert (resolved.files, (tmp_path / "a/b").read_bytes()) == (1, b"xy")
+    assert (tmp_path / "a/b").stat().st_mode & 0o7777 == 0o755

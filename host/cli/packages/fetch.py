@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from host.cli.output import safe
 from host.cli.packages.caged import GRACE, TooMuchError, caged
 from host.cli.packages.package import Package, Resolved, read_resolved
 from host.wire import mcp as protocol
@@ -34,6 +35,8 @@ _REMEDIES = {"npm": "apt-get install npm", "pip": "apt-get install python3-pip"}
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 _ERA_SECONDS = 15.0
 _START = "start"
+_OURS = (_START, "plugin.json", "resolved.json")
+"""Names that are written here."""
 
 
 def resolve(root: str | None, package: Package, host_config: HostConfig, folder: Path) -> Resolved:
@@ -56,14 +59,14 @@ def resolve(root: str | None, package: Package, host_config: HostConfig, folder:
         running = stack.enter_context(caged(options, most=most, seconds=packages.timeout))
         running.stdin.close()
         try:
-            resolved = _unpack(running.stdout, folder)
+            resolved = unpack(running.stdout, folder)
         except TooMuchError as error:
             raise IsolatorError(str(package), error.why, "see [packages] of host.toml") from None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             code, lines = running.end(GRACE)
             if code == 0:
                 raise IsolatorError(str(package), f"the resolver's answer cannot be used: {error}") from None
-            shown = [line for line in map(str.strip, lines) if line][-3:]
+            shown = [safe(line) for line in map(str.strip, lines) if line][-3:]
             why = "; ".join(shown)[:600] or f"the resolver ended with {code}"
             raise IsolatorError(str(package), why, "see [packages] of host.toml for where it looks") from None
     if _plain(package.name) not in {_plain(name.rpartition("@")[0]) for name in resolved.hashes}:
@@ -91,7 +94,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _unpack(stream: IO[bytes], folder: Path) -> Resolved:
+def unpack(stream: IO[bytes], folder: Path) -> Resolved:
     """Write the files of a resolver's output; raises ValueError for whatever it must not be, OSError."""
     first = _read_line(stream)
     if isinstance(first, dict) and first.get("missing") in _REMEDIES:
@@ -123,7 +126,10 @@ def _read_line(stream: IO[bytes]) -> Any:
     line = stream.readline(_LINE)
     if not line.endswith(b"\n"):
         raise ValueError("it ends too early")
-    return json.loads(line)
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _entry(entry: Any, most: int) -> tuple[list[str], int]:
@@ -132,7 +138,7 @@ def _entry(entry: Any, most: int) -> tuple[list[str], int]:
     if not isinstance(path, str) or not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= most:
         raise ValueError("a file has no path or size, or all of them are too large")
     parts = path.split("/")
-    if any(part in ("", ".", "..") or "\0" in part for part in parts) or parts == [_START]:
+    if any(part in ("", ".", "..") or "\0" in part for part in parts) or parts[0] in _OURS:
         raise ValueError(f"a file has the path {path[:80]!r}")
     return parts, size
 
@@ -142,7 +148,7 @@ def entry_of(package: Package, resolved: Resolved, program: str | None) -> str:
     names = sorted(resolved.programs)
     wanted = program or (names[0] if len(names) == 1 else package.name.rpartition("/")[2])
     if wanted not in resolved.programs:
-        has = f"has {', '.join(names)}" if names else "has no program to start"
+        has = f"has {safe(', '.join(names))}" if names else "has no program to start"
         raise UsageError(str(package), has[:300], "name one with --program" if names else "is it an MCP server?")
     return resolved.programs[wanted]
 

@@ -50,11 +50,14 @@ class GroupFolder(Part, kind="group_folder"):
 
 
 class ProcSection(Section, kind="proc"):
-    """The cage's own /proc, and the groups that it is shown."""
+    """The cage's own /proc, the groups that it is shown, and the processors that it runs on: numbers with commas."""
 
     groups: tuple[GroupFolder, ...]
+    processors: str
 
     def enter(self, fds: dict[str, int]) -> None:
+        # Here, where only the cage waits if the kernel has to move it to another processor.
+        os.sched_setaffinity(0, list(map(int, self.processors.split(","))))
         os.chdir("/proc")  # the template's, and from the next mount on the folder below it
         mount.attach(fds[_FIGURES], CAGE)
         os.close(fds[_FIGURES])  # there may be more descriptors than the cage may have open files
@@ -105,8 +108,6 @@ class Proc(Layer):
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
-        self.parked = 0
-        """The pid of the process that will clone the cage."""
         self.folder = -1
         """A file system in memory for the cage's figures (``new_figures``); the caller's."""
         self.leaf: Leaf | None = None
@@ -135,15 +136,9 @@ class Proc(Layer):
         )
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        from isolator.errors import ConfinementError
         from isolator.layers.proc.figures import Figures, choose_processors
 
         self._processors = choose_processors(spec.policy.resources.cpu)
-        try:
-            with contextlib.suppress(ProcessLookupError):  # it has died, as the end of its link will show
-                os.sched_setaffinity(self.parked, self._processors)
-        except OSError as error:
-            raise ConfinementError("processors of the cage", f"{error.strerror}", "see 'isolator check'") from None
         limits = spec.policy.resources
         self._figures = Figures.of(self.folder, limits, self._processors, self._namespaces.boot_offset)
         self._figures.write()
@@ -154,7 +149,7 @@ class Proc(Layer):
             plan.own(f"group {place}", tree)
             mount.set_attributes(tree, _READ_ONLY, recursive=False)
             groups.append(GroupFolder(place, f"group {place}"))
-        plan.add(ProcSection(tuple(groups)))
+        plan.add(ProcSection(tuple(groups), ",".join(map(str, self._processors))))
 
     def hand_over(self) -> Kept:
         figures = self._figures
