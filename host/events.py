@@ -46,11 +46,11 @@ def format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-Time = Annotated[str, Field(max_length=64), AfterValidator(_timestamp)]
+Time = Annotated[str, Field(max_length=64, examples=["2026-03-12T10:11:12.000Z"]), AfterValidator(_timestamp)]
 Id = Annotated[str, Field(min_length=1, max_length=128)]
 Short = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=2000)]
-Url = Annotated[str, Field(max_length=2048, pattern=r"^https?://[^\s]+$")]
+Url = Annotated[str, Field(max_length=2048, pattern=r"^https?://[^\s]+$", examples=["https://shop.example"])]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -139,7 +139,7 @@ class DomainAdded(Payload):
     """A domain was attached to a project."""
 
     project_id: Id
-    domain: Annotated[str, Field(min_length=1, max_length=253)]
+    domain: Annotated[str, Field(min_length=1, max_length=253, examples=["shop.example"])]
     added_at: Time
     environment: Short | None = None
     is_primary: bool | None = None
@@ -380,6 +380,8 @@ def _field_type(event: str, key: str, rule: Mapping[str, Any]) -> Any:
         rejected = f"keyword {sorted(unknown)[0]!r}" if unknown else f"type {rule.get('type')!r}"
         raise UsageError(f"event {event}", f"{key}: {rejected} is not supported", f"use one of {', '.join(_SCALARS)}")
     limits = {_LIMITS[keyword]: rule[keyword] for keyword in _LIMITS if keyword in rule}
+    if isinstance(rule.get("examples"), list):
+        limits["examples"] = rule["examples"]
     return Annotated[kind, Field(**limits)] if limits else kind
 
 

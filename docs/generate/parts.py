@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from bench import recorded
-from docs.generate import messages, openapi, policy_keys
+from docs.generate import authors, messages, openapi, policy_keys
 from docs.generate.floors import floors
 from docs.generate.metrics import metrics
 from docs.generate.replace import Part
@@ -21,6 +21,7 @@ PARTS: tuple[Part, ...] = (
     Part("docs/audit.md", "record types", types_table),
     Part("docs/egress.md", "denial rules", denial.table),
     *(Part(f"{FOLDER}/{type}.json", None, partial(json_schema, type)) for type in RECORDS),
+    *(Part(file, None, text) for file, text in authors.FILES.items()),
     Part("docs/embedding.md", "verbs", verbs),
     Part("docs/metrics.md", "metrics", metrics),
     Part("docs/control.md", "control socket", page),

@@ -33,7 +33,7 @@ def update(root: Path, parts: Iterable[Part], *, write: bool) -> list[str]:
             documents[part.document] = replaced(text, part)
     stale = [name for name, text in documents.items() if not _holds(root / name, text)]
     for name in stale if write else ():
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(documents[name])
     return stale
 

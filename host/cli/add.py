@@ -21,10 +21,11 @@ from isolator.paths import Paths
     epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
     "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
     "  isolator plugin add ./plugin --yes --config token=- < token.txt\n"
+    "  isolator plugin add deploy-bell-1.0.0.isolator\n"
     "  isolator plugin add --mcp npm:@scope/server@1.2.3 --egress api.example.com:443\n"
     "  isolator plugin add --mcp pypi:mcp-server-time==2025.9.25 --arg=--local-timezone=UTC"
 )
-@click.argument("folder", metavar="[DIR]", required=False)
+@click.argument("folder", metavar="[DIR | FILE]", required=False)
 @click.option("--name", metavar="N", help="Register a single binary under this name.")
 @click.option("--binary", metavar="P", help="The binary; it stays where it is.")
 @click.option("--hooks", metavar="A,B", help="Events; of a plugin.json beside it only these.")
@@ -55,7 +56,8 @@ def add(
 ) -> None:
     """Register a plugin: show what it asks for and would get, ask, and do it.
 
-    A package is fetched in a cage that reaches its registry alone ([packages]
+    It is a folder, or a FILE that 'isolator pack' has made. With --mcp the
+    package is fetched in a cage that reaches its registry alone ([packages]
     of host.toml), without running a script of it; it asks for no network but
     what --egress names.
     """
@@ -86,7 +88,7 @@ def add(
     "A version that asks for more waits (exit code 5): isolator plugin approve N"
 )
 @NAME
-@click.argument("folder", metavar="[DIR]", required=False)
+@click.argument("folder", metavar="[DIR | FILE]", required=False)
 @CONFIG
 @yes("Agree also if it asks for more than before.")
 @VERBOSE
@@ -94,7 +96,7 @@ def add(
 def update(
     root: str | None, name: str, folder: str | None, config: tuple[str, ...], yes: bool, verbose: bool, as_json: bool
 ) -> None:
-    """Take over a newer version from DIR, or from where the last one came from.
+    """Take over a newer version from DIR or FILE, or from where the last one came from.
 
     If it is not up in time, the version before comes back by itself.
     """

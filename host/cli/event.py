@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import datetime
 from typing import Any
 
 import click
 
-from host.cli import arguments
+from host.cli import arguments, examples
 from host.cli.complete import event_ids, event_names, plugin_names
 from host.cli.many import Aliased
-from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, safe, table
+from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, result_in, safe, table
 from host.client.client import Client
 from isolator.cli.audit import moment
 from isolator.cli.progress import Progress
@@ -277,42 +276,51 @@ def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> Non
         click.echo("no dead letters", err=True)
 
 
-@event.command()
+@event.command(
+    epilog="\b\nExamples:\n  isolator event types deploy.failed\n  isolator event types deploy.failed --example"
+)
 @click.argument("name", required=False, shell_complete=event_names)
+@click.option("--example", is_flag=True, help="Print a payload with every required field; needs NAME.")
 @AS_JSON
 @click.pass_obj
-def types(root: str | None, name: str | None, as_json: bool) -> None:
-    """List the events there are; with NAME: the fields of one."""
+def types(root: str | None, name: str | None, example: bool, as_json: bool) -> None:
+    """List the events there are; with NAME: the fields of one, with their limits."""
+    if example and name is None:
+        raise UsageError("--example", "needs the name of an event", "isolator event types NAME --example")
     with Client(root) as client:
         found = client.call("event.types")["types"]
     if name is not None:
         found = [entry for entry in found if entry["name"] == name]
         if not found:
             raise UsageError(f"event {name}", "no such event", "see 'isolator event types'")
-    if as_json:
+    if example:
+        print_json(examples.example_of(found[0]["name"], found[0]["schema"], found[0].get("filled")))
+    elif as_json:
         print_json(found)
-        return
-    rows = []
-    for entry in found:
-        fields = entry["schema"]["properties"]
-        need = {key: "required" if key in entry["schema"].get("required", ()) else "optional" for key in fields}
-        if entry.get("filled"):
-            need[entry["filled"]] = "filled in"  # with the time, when it is left out
-        if name is not None:
-            rows += [[key, need[key], _kind(rule)] for key, rule in fields.items()]
-        else:
-            rows.append([entry["name"], entry["order_by"], ", ".join(key for key in fields if need[key] == "required")])
-    table(["field", "", "type"] if name is not None else ["event", "ordered by", "required"], rows)
+    elif name is not None:
+        rows = [[key, need, _kind(rule), limits] for key, need, rule, limits in _fields(found[0])]
+        table(["field", "", "type", "limits"], rows)
+    else:
+        rows = [
+            [entry["name"], entry["order_by"], ", ".join(key for key, need, *_ in _fields(entry) if need == "required")]
+            for entry in found
+        ]
+        table(["event", "ordered by", "required"], rows)
+
+
+def _fields(entry: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
+    """Each field of an event: its name, whether it is needed, its rule, and its limits in words."""
+    schema, found = entry["schema"], []
+    for key, rule in schema["properties"].items():
+        need = "required" if key in schema.get("required", ()) else "optional"
+        # With the time, when it is left out.
+        found.append((key, "filled in" if key == entry.get("filled") else need, rule, examples.limits_of(rule)))
+    return found
 
 
 def _kind(rule: dict[str, Any]) -> str:
-    options = [rule, *rule.get("anyOf", ())]
-    for option in options:
-        if "enum" in option:
-            return " | ".join(map(str, option["enum"]))
-        if option.get("type") not in (None, "null"):
-            return str(option["type"])
-    return "any"
+    rule = dict(examples.plain(rule))
+    return " | ".join(map(str, rule["enum"])) if "enum" in rule else str(rule.get("type", "any"))
 
 
 def _show(row: dict[str, Any]) -> None:
@@ -336,13 +344,4 @@ def _show_deliveries(row: dict[str, Any]) -> None:
     for delivery in deliveries:
         if delivery["reply"]:
             who = f"{delivery['plugin']} replied " if len(deliveries) > 1 else "reply "
-            paragraph(safe(_result(delivery["reply"])), who)
-
-
-def _result(reply: str) -> str:
-    """The result of a JSON-RPC reply as JSON; any other text unchanged."""
-    try:
-        message = json.loads(reply)
-    except ValueError:
-        return reply
-    return json.dumps(message["result"]) if isinstance(message, dict) and "result" in message else reply
+            paragraph(safe(result_in(delivery["reply"])), who)

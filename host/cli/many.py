@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -14,10 +16,30 @@ _ALIASES = {"ls": "list", "ps": "list", "rm": "remove", "inspect": "show"}
 
 
 class Aliased(click.Group):
-    """A group that also knows what its commands are called elsewhere (``ls``, ``ps``, ``rm``, ``inspect``)."""
+    """A group that also knows what its commands are called elsewhere (``ls``, ``ps``, ``rm``, ``inspect``).
+
+    ``lazy``: commands of other packages, each as ``MODULE:ATTRIBUTE``, which are imported when they are wanted.
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, str] = MappingProxyType({}), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self._lazy])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self._lazy:
+            return load_command(self._lazy[cmd_name])
         return super().get_command(ctx, cmd_name) or super().get_command(ctx, _ALIASES.get(cmd_name, ""))
+
+
+def load_command(place: str) -> click.Command:
+    """Import a command, named as ``MODULE:ATTRIBUTE``."""
+    module, attribute = place.split(":")
+    command = getattr(importlib.import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    return command
 
 
 def each(names: Sequence[str], work: Callable[[str], dict[str, Any]], *, as_json: bool) -> int:

@@ -106,3 +106,12 @@ def latency(microseconds: int | None) -> str:
     if microseconds < 1000:
         return f"{microseconds} µs"
     return f"{microseconds / 1000:.1f} ms" if microseconds < 1_000_000 else f"{microseconds / 1e6:.2f} s"
+
+
+def result_in(reply: str) -> str:
+    """The result of a JSON-RPC reply as JSON; any other text unchanged."""
+    try:
+        message = json.loads(reply)
+    except ValueError:
+        return reply
+    return json.dumps(message["result"]) if isinstance(message, dict) and "result" in message else reply

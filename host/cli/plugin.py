@@ -12,11 +12,10 @@ import click
 
 from host.cli import arguments, notes
 from host.cli.add import add, update
-from host.cli.complete import plugin_names
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
 from host.cli.options import NAME, NAMES, SINCE, VERBOSE, here, yes
-from host.cli.output import AS_JSON, SETTINGS, ago, newest, print_json, safe, show_alarms, table
+from host.cli.output import SETTINGS, ago, newest, print_json, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
     HISTORY_HINT,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 @click.group(
     cls=Aliased,
+    lazy={"denials": "host.cli.denials_command:denials", "test": "host.authoring.trial_command:test"},
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
     "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
@@ -86,7 +86,7 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         print_json(found)
         return
     shown = ["name", "version", "state", "error", "holding", "pid", "uid", "run", "restarts", "mode", "hooks", "queue"]
-    for key in (*shown, "digest", "effective_digest", "binary", "source", "found", "previous"):
+    for key in (*shown, "digest", "signer", "effective_digest", "binary", "source", "found", "previous"):
         if found.get(key) not in (None, "", []):
             click.echo(f"{key + ':':18}{safe(found[key])}")
         if key == "state" and (waits := _waits_for_socket(found)):
@@ -417,45 +417,3 @@ def _print_log(entry: Mapping[str, Any], *, as_json: bool) -> None:
     else:
         mark = {"stdout": " ", "stderr": "!"}.get(entry["stream"], "#")
         click.echo(f"{entry['time'][:23]}Z {mark} {safe(entry['line']) if entry['line'] else ''}")
-
-
-@plugin.command(
-    epilog="\b\nExamples:\n  isolator plugin denials slack\n  isolator plugin denials slack --since 1h --json"
-)
-@click.argument("name", shell_complete=plugin_names)
-@newest("limit", 50, 100_000)
-@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
-@AS_JSON
-@click.pass_obj
-def denials(root: str | None, name: str, limit: int, since: str | None, as_json: bool) -> None:
-    """Show what a plugin was refused, and what failed, each thing once.
-
-    A refusal comes with the line that would grant it, or why none can; a limit
-    that it ran into with the line that raises it, and what its manifest asks
-    for. A connection or lookup that "failed" was granted: the other side, or
-    this host's DNS, did not answer.
-    """
-    from host.cli import denials as summary
-    from host.cli import trail
-    from isolator.audit.reader import Query
-
-    with Client(root) as client:
-        entry = client.call("plugin.show", name=name)
-        lines = _explained(client, name)
-    records = trail.search(root, Query(entry["name"], summary.TYPES, since=moment(since)))
-    found = summary.collect((record for _, record in records), entry, lines)[-limit:]
-    if as_json:
-        print_json([denial.to_json() for denial in found])
-    elif found:
-        summary.show(found, name)
-    else:
-        click.echo(f"{name} was refused nothing so far, and nothing has failed", err=True)
-
-
-def _explained(client: Client, name: str) -> list[dict[str, Any]]:
-    """The lines of ``explain``; none of a plugin that cannot be explained."""
-    try:
-        lines = client.call("plugin.explain", name=name)["proposal"]["lines"]
-    except IsolatorError:
-        return []
-    return [dict(line) for line in lines]

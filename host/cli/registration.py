@@ -173,6 +173,8 @@ def _show_staged(staged: Mapping[str, Any], *, verbose: bool) -> None:
     if staged["description"]:
         click.echo(f"  {safe(staged['description'])}")
     click.echo()
+    if staged.get("signer"):
+        click.echo(f"signed by {staged['signer']}\n")
     if staged["files"]:
         click.echo(f"{staged['files']} files and folders, {_size(staged['size'])}\n")
     for field in staged["config"]:

@@ -6,7 +6,6 @@ Every command lives in a module of its own that is imported only when it is call
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import NoReturn
 
 import click
 
+from host.cli.many import load_command
 from isolator import __version__
 from isolator.errors import IsolatorError, UsageError
 
@@ -34,7 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
     "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
     "policy": ("host.policy_command:policy", "Check and explain policy files."),
-    "new": ("host.cli.new:new", "Start a new plugin from a working example."),
+    "new": ("host.authoring.new:new", "Start a new plugin from a working example."),
+    "schema": ("host.authoring.schema_command:schema", "Print JSON Schemas of manifests, policies, payloads."),
+    "pack": ("host.authoring.pack:pack", "Pack a plugin's folder into one file."),
+    "sign": ("host.authoring.sign:sign", "Sign a package, or make a key."),
     "backup": ("host.cli.backup:backup", "Copy everything a daemon keeps to a new folder."),
     "restore": ("host.cli.backup:restore", "Put a backup in the place of what is there."),
     "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),
@@ -55,10 +58,7 @@ class LazyGroup(click.Group):
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
-        module, attribute = entry[0].split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
+        return load_command(entry[0])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -330,6 +330,8 @@ class PluginEntry(TypedDict):
     binary: NotRequired[str | None]
     source: NotRequired[str]
     source_files: NotRequired[str]
+    source_packaged: NotRequired[bool]
+    signer: NotRequired[str]
     previous: NotRequired[list[str]]
     pending: NotRequired[Pending | None]
     ready: NotRequired[bool]
@@ -433,6 +435,7 @@ class StagedPlugin(TypedDict):
     config: list[dict[str, Any]]
     missing: list[str]
     secrets_given: list[str]
+    signer: NotRequired[str]
 
 
 class ChangedPlugin(TypedDict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from isolator.errors import UsageError
 from isolator.policy.filters import MOST, parse_filter
@@ -24,6 +24,9 @@ ERAS = ("2025-11-25", "2026-07-28")
 CALLED_IDLE = 600.0
 """Seconds after which an MCP server that nobody uses is stopped."""
 ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
+CONFIG_TYPES: tuple[str, ...] = get_args(ConfigType)
+MAX_KEYS = 64
+"""Entries of ``config_schema``."""
 
 MAX_VALUE = 8 * 1024
 MAX_SECRET_FILE = 32 * 1024
@@ -313,8 +316,8 @@ def _duration(value: Any) -> float:
 def _config(table: Table) -> tuple[ConfigField, ...]:
     fields: list[ConfigField] = []
     taken: dict[str, str] = {}
-    if len(table.data) > 64:
-        raise UsageError(table.where(), f"config_schema: {len(table.data)} keys; at most 64")
+    if len(table.data) > MAX_KEYS:
+        raise UsageError(table.where(), f"config_schema: {len(table.data)} keys; at most {MAX_KEYS}")
     for key in table.data:
         try:
             check_key(key)
@@ -334,7 +337,7 @@ def _config_field(table: Table, key: str) -> ConfigField:
     else:
         entry = table.table(key)
     values = entry.strings("values", lambda value: value) or entry.strings("enum", lambda value: value) or ()
-    kind = entry.choice("type", ("string", "integer", "number", "boolean", "enum", "file"), None)
+    kind = entry.choice("type", CONFIG_TYPES, None)
     if kind is None:
         kind = "enum" if values else "string"
     if kind == "enum" and not values:

@@ -436,6 +436,8 @@ class PluginStarted(CageStarted):
     """Names of the environment's variables."""
     ledger: dict[str, str]
     """By control, whether it is ``enforced``, ``degraded`` or ``missing``."""
+    signer: str = ABSENT
+    """Publisher of ``[trust]`` who has signed this version."""
 
 
 class CageStopped(RecordData):
@@ -505,6 +507,8 @@ class ExecStarted(RecordData):
     policy_sha256: str
     milliseconds: float
     """From the beginning of the cage to the exec."""
+    signer: str = ABSENT
+    """Publisher of ``[trust]`` who has signed this version."""
 
 
 class ExecEnded(_Ended):

@@ -20,8 +20,9 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     """Remove what earlier runs left behind: processes, control groups, mounts.
 
     That is what a killed daemon left, unless one runs on the same root (it looks after its own), and what a killed
-    'isolator run' left. What runs is never touched: whatever made it holds a lock.
+    'isolator run' or 'plugin test' left. What runs is never touched: whatever made it holds a lock.
     """
+    from isolator.cli import private_root
     from isolator.recovery import daemon as recovery
     from isolator.recovery import standalone as abandoned
     from isolator.recovery.journal import read_unlocked
@@ -31,12 +32,16 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
         entries = read_unlocked(paths.journal)
         found = recovery.find(paths, entries) if entries is not None else []
         found += abandoned.find(paths)
+        if not paths.instance:
+            found += private_root.find()
         if found and not dry_run:
             if os.geteuid() != 0:
                 raise IsolatorError("gc", "what was left belongs to root", "run it with sudo")
             if entries is not None:
                 _clear_after_daemon(paths)
             abandoned.clear(paths)
+            if not paths.instance:
+                private_root.clear()
             with contextlib.suppress(OSError):
                 paths.run.rmdir()
     except PermissionError as error:

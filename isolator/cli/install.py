@@ -25,7 +25,6 @@ COMPLETIONS = {
     "fish": Path("/usr/share/fish/vendor_completions.d/isolator.fish"),
 }
 MAN_PAGES = Path("/usr/local/share/man/man1")
-_SERVICES = ("audit", "net", "host")
 _REFUSED = "refused, and nothing has changed"
 """Words of ``isolator reload`` when a daemon that knows reloads does not do this one."""
 
@@ -98,7 +97,10 @@ def uninstall(root: str | None, purge: bool, yes: bool) -> None:
         _systemctl("daemon-reload", check=False)
         click.echo(f"removed {place}")
     if purge:
-        _purge(paths)
+        from isolator.cli.purge import purge_root
+
+        for folder in purge_root(paths):
+            click.echo(f"removed {folder}")
     if not paths.instance:
         _remove_program()
 
@@ -162,9 +164,10 @@ def _make_folders(paths: Paths) -> None:
 
 
 def _make_users(paths: Paths) -> None:
+    from isolator.cli.purge import SERVICES
     from isolator.layers.user import add_service_user
 
-    for service in _SERVICES:
+    for service in SERVICES:
         add_service_user(paths.named(f"isolator-{service}"), comment=f"Isolator {service}")
 
 
@@ -215,33 +218,6 @@ def _remove_program() -> None:
         LINK.unlink()
     if environment.remove_all():
         click.echo(f"removed {environment.BASE}")
-
-
-def _purge(paths: Paths) -> None:
-    from isolator.layers.user import remove_group, remove_user
-    from isolator.recovery import daemon as recovery
-    from isolator.recovery import standalone as abandoned
-    from isolator.recovery.journal import Journal
-    from isolator.registration.store import Store
-
-    journal = Journal(paths.journal)  # refused while a daemon runs here
-    try:
-        recovery.clear(paths, journal)
-        abandoned.clear(paths)
-        recovery.remove_subtree(paths)
-    finally:
-        journal.close()
-    users = [paths.named(f"isolator-{name}") for name in (*_SERVICES, "console")]
-    if paths.plugins.exists():
-        store = Store(paths.plugins)
-        users += [store.load(name).user for name in store.names()]
-    for user in users:
-        remove_user(user)
-    remove_group(paths.named("isolator"))
-    for folder in (paths.lib, paths.log, paths.etc, paths.run):
-        if folder.exists():
-            shutil.rmtree(folder)
-            click.echo(f"removed {folder}")
 
 
 def _need_root(what: str) -> None:

@@ -35,6 +35,7 @@ _HOST_KEYS = {
     "network",
     "inbound",
     "metrics",
+    "trust",
 }
 _POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls", "env"}
 _REQUIRED = {"name": "stand-in", "version": "1.0.0", "api_version": "1", "binary": "./stand-in", "hooks": []}

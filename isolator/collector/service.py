@@ -1,8 +1,8 @@
-"""The collector process: ``python3 -I -m isolator.collector.service UID GID GROUPS``, started as root.
+"""The collector process: ``python3 -I -m isolator.collector.service UID GID GROUPS SINGLE``, started as root.
 
 Standard input is a connection over which one or two descriptors come, or have come: a folder, a regular file, or both.
 Standard output gets everything below the folder and the file's identity (``isolator/ipc/folder_stream.py``). GROUPS
-are numbers between commas.
+are numbers between commas. SINGLE is ``package`` where a regular file alone is a package, whose content is wanted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from isolator.collector.hardening import become, read_only_below, rules
 from isolator.collector.walk import write_folder
 from isolator.errors import UsageError, printable
-from isolator.ipc.folder_stream import FolderWriter
+from isolator.ipc.folder_stream import FolderWriter, chunks
 from isolator.layers.seccomp.layer import compile_rules
 
 _SECONDS = 10.0
@@ -36,22 +36,23 @@ def main() -> None:
     writer = FolderWriter(1)
     with contextlib.suppress(BrokenPipeError):
         try:
-            collect(writer, program)
+            collect(writer, program, packaged=sys.argv[4] == "package")
         except UsageError as error:
             writer.error(os.fsencode(error.what), error.why, error.remedy)
         except OSError as error:
             writer.error(b"", error.strerror or "cannot be read", "try again")
 
 
-def collect(writer: FolderWriter, program: bytes) -> None:
-    """Receive the descriptors and write what they hold."""
-    folders, files = [], []
+def collect(writer: FolderWriter, program: bytes, *, packaged: bool) -> None:
+    """Receive the descriptors and write what they hold; ``packaged``: a file by itself is a package."""
+    folders, files, single = [], [], -1
     for fd in _received():
         info = os.fstat(fd)
         if stat.S_ISDIR(info.st_mode):
             folders.append(fd)
         elif stat.S_ISREG(info.st_mode):
             files.append((info.st_dev, info.st_ino))
+            single = fd
         else:
             raise UsageError("", "neither a folder nor a regular file", "name a folder that has a plugin.json")
     if len(folders) > 1 or len(files) > 1:
@@ -59,6 +60,10 @@ def collect(writer: FolderWriter, program: bytes) -> None:
     read_only_below(folders, program)
     for folder in folders:
         write_folder(folder, writer)
+    if packaged and files and not folders:
+        os.lseek(single, 0, os.SEEK_SET)  # its offset is the caller's to move, too; what comes of that is checked
+        writer.package(chunks(single))
+        files = []
     for device, inode in files:
         writer.single(device, inode)
     writer.end()

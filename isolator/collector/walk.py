@@ -9,7 +9,7 @@ import os
 import stat
 
 from isolator.errors import UsageError
-from isolator.ipc.folder_stream import MAX_BYTES, MAX_DEPTH, MAX_FILES, FolderWriter
+from isolator.ipc.folder_stream import MAX_BYTES, MAX_DEPTH, MAX_FILES, FolderWriter, chunks
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
 
@@ -66,7 +66,7 @@ def _write(folder: int, writer: FolderWriter, depth: int, prefix: str) -> None:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
                     raise UsageError(path, "changed while it was being read", "try again")
-                writer.file(encoded, fd, executable=bool(info.st_mode & 0o111), mtime_ns=info.st_mtime_ns)
+                writer.file(encoded, chunks(fd), executable=bool(info.st_mode & 0o111), mtime_ns=info.st_mtime_ns)
         else:
             raise UsageError(path, "not a regular file, a folder or a link", "remove it")
 

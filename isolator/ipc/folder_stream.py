@@ -3,27 +3,35 @@
 A record is a letter and its fields; texts are bytes after their length. Folders nest: ``d`` enters one, ``u`` leaves
 it, so a name is always one component of a path. A file's content comes in chunks after their length; an empty one ends
 it.
-``s`` names a single file, which is not copied, by device and inode. ``e`` is the end of a collector that refuses or
+``s`` names a single file, which is not copied, by device and inode. ``p`` has, like a file, the content of a package,
+and stands alone. ``g`` is a signature, behind everything else. ``e`` is the end of a collector that refuses or
 fails, ``.`` that of a whole stream.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 MAX_FILES = 50_000
 MAX_BYTES = 2 << 30
 MAX_DEPTH = 64
 
-ENTER, LEAVE, LINK, FILE, SINGLE, ERROR, END = b"d", b"u", b"l", b"f", b"s", b"e", b"."
+ENTER, LEAVE, LINK, FILE, SINGLE, PACKAGE, SIGNATURE, ERROR, END = b"d", b"u", b"l", b"f", b"s", b"p", b"g", b"e", b"."
 CHUNK = 1 << 18
 LONGEST_TEXT = 4096
 """Bytes of a name, a link's goal or a part of an error."""
 _LENGTH, _FILE, _SINGLE = struct.Struct("=I"), struct.Struct("=?q"), struct.Struct("=QQ")
+
+
+def chunks(fd: int) -> Iterator[bytes]:
+    """The content of an open file from where it stands."""
+    while chunk := os.read(fd, CHUNK):
+        yield chunk
 
 
 class FolderWriter:
@@ -44,16 +52,23 @@ class FolderWriter:
         """Name a symbolic link."""
         self._write(LINK + _text(name) + _text(goal))
 
-    def file(self, name: bytes, source: int, *, executable: bool, mtime_ns: int) -> None:
-        """Copy a file from an open descriptor."""
+    def file(self, name: bytes, source: Iterable[bytes], *, executable: bool, mtime_ns: int) -> None:
+        """Copy a file from its content in chunks, of at most ``CHUNK`` bytes each."""
         self._write(FILE + _text(name) + _FILE.pack(executable, mtime_ns))
-        while chunk := os.read(source, CHUNK):
-            self._write(_LENGTH.pack(len(chunk)) + chunk)
-        self._write(_LENGTH.pack(0))
+        self._content(source)
+
+    def package(self, source: Iterable[bytes]) -> None:
+        """Copy a package, likewise."""
+        self._write(PACKAGE)
+        self._content(source)
 
     def single(self, device: int, inode: int) -> None:
         """Name a single file."""
         self._write(SINGLE + _SINGLE.pack(device, inode))
+
+    def signature(self, signature: bytes) -> None:
+        """Pass on one signature."""
+        self._write(SIGNATURE + _text(signature))
 
     def error(self, path: bytes, why: str, remedy: str) -> None:
         """End the stream with an error; ``path`` is below the folder."""
@@ -65,6 +80,13 @@ class FolderWriter:
         self._write(END)
         self._flush()
 
+    def _content(self, source: Iterable[bytes]) -> None:
+        try:
+            for chunk in source:
+                self._write(_LENGTH.pack(len(chunk)) + chunk)
+        finally:
+            self._write(_LENGTH.pack(0))  # also of what cannot be read to its end: the error comes as a record
+
     def _write(self, data: bytes) -> None:
         self._held += data
         if len(self._held) >= CHUNK:
@@ -75,6 +97,35 @@ class FolderWriter:
         self._held.clear()
         while left:
             left = left[os.write(self._fd, left) :]
+
+
+class FolderDigest:
+    """SHA-256 over names, modes and contents of a folder, each folder before what is in it."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def folder(self, path: str) -> None:
+        """Count a folder."""
+        self._update("d", path)
+
+    def link(self, path: str, goal: str) -> None:
+        """Count a link."""
+        self._update("l", path, goal)
+
+    def file(self, path: str, sha256: str, *, executable: bool) -> None:
+        """Count a file by the SHA-256 of its content."""
+        self._update("x" if executable else "f", path, sha256)
+
+    def hexdigest(self) -> str:
+        """The digest of all of it."""
+        return self._digest.hexdigest()
+
+    def _update(self, *fields: str) -> None:
+        # With lengths: a file name may hold any byte, and two different folders must never have the same digest.
+        for text in (str(len(fields)), *fields):
+            data = text.encode(errors="surrogateescape")
+            self._digest.update(len(data).to_bytes(8, "big") + data)
 
 
 class FolderReader:

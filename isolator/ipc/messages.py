@@ -95,6 +95,10 @@ class RegisteredEntry(PluginEntry):
     source: str = ""
     source_files: str = omitted(default="")
     """the folder that was registered beside a binary"""
+    source_packaged: bool = omitted(default=False)
+    """whether the source is a package"""
+    signer: str = omitted(default="")
+    """the publisher who has signed the version in use"""
 
 
 class FoundEntry(PluginEntry):
@@ -482,6 +486,8 @@ class Staged(Body):
     """bytes that were copied"""
     faults: tuple[str, ...] = ()
     """of its files on this host, a sentence each"""
+    signer: str = omitted(default="")
+    """the publisher who has signed it"""
 
 
 class StagePlugin(Request[Staged], op="plugin.stage"):
@@ -491,7 +497,7 @@ class StagePlugin(Request[Staged], op="plugin.stage"):
     """
 
     path: str = omitted(default="")
-    """the name of its folder; or the next four"""
+    """the name of its folder or package; or the next four"""
     name: str = omitted(default="")
     binary: str = omitted(default="")
     hooks: tuple[str, ...] = omitted(default=())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.keys import CEILING, GIB, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
+from isolator.policy.trust import Trust
 
 Role = Literal["caller", "viewer", "emitter", "operator"]
 Profile = Literal["default", "strict"]
@@ -165,6 +166,7 @@ class HostConfig(Frozen):
     metrics: Metrics = Metrics()
     console: Console | None = None
     packages: Packages = Packages()
+    trust: Trust = Trust()
     source: str | None = None
     """The file it was read from; None when there is none."""
     where: dict[str, str] = fresh(default_factory=dict)
@@ -231,6 +233,8 @@ class HostConfig(Frozen):
             del data["console"]
         if self.packages == Packages():
             del data["packages"]
+        if self.trust == Trust():
+            del data["trust"]
         if self.event_source == HostConfig().event_source:
             del data["event_source"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -14,8 +14,8 @@ from isolator.policy.model import EgressRule, ListenRule
 from isolator.policy.units import shown
 
 PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]{1,62}")
-_HOOK = re.compile(r"[a-z][a-z0-9_]{0,63}(?:\.[a-z][a-z0-9_]{0,63}){0,7}")
-_PERMISSION = re.compile(r"[a-z][a-z0-9_.-]{0,63}(?::[a-z0-9][a-z0-9_.-]{0,63}){0,3}")
+HOOK = re.compile(r"[a-z][a-z0-9_]{0,63}(?:\.[a-z][a-z0-9_]{0,63}){0,7}")
+PERMISSION = re.compile(r"[a-z][a-z0-9_.-]{0,63}(?::[a-z0-9][a-z0-9_.-]{0,63}){0,3}")
 
 OLDER_HOOKS: dict[str, str] = {
     "on_deploy_start": "deploy.started",
@@ -46,7 +46,7 @@ def parse_hook(text: str) -> str:
     """An event name as a manifest lists it; no wildcards, because the list is what will be dispatched."""
     if "*" in text:
         raise ValueError(f'"{shown(text)}": a manifest names each event; wildcards are for grants')
-    if not _HOOK.fullmatch(text):
+    if not HOOK.fullmatch(text):
         raise ValueError(f'"{shown(text)}" is not an event name like "deploy.completed"')
     return text
 
@@ -55,7 +55,7 @@ def parse_permission(text: str) -> str:
     """A permission as a manifest lists it, like ``read:deployments``."""
     if "*" in text:
         raise ValueError(f'"{shown(text)}": a manifest names each permission; wildcards are for grants')
-    if not _PERMISSION.fullmatch(text):
+    if not PERMISSION.fullmatch(text):
         raise ValueError(f'"{shown(text)}" is not a permission like "read:deployments"')
     return text
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.ipc.handover import StagedState
-from isolator.policy.meet.proposal import Proposal
 from isolator.registration.staging import MANIFEST, Source, Staged
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def hand_over(candidate: Candidate) -> StagedState:
     del staged["manifest"]
     return StagedState(
         staged=staged, source=asdict(candidate.source), update=candidate.update, by=candidate.by,
-        faults=candidate.faults, shown=shown(candidate.proposal),
+        faults=candidate.faults, shown=shown(candidate),
     )  # fmt: skip
 
 
@@ -36,11 +35,14 @@ def staged_of(state: StagedState) -> tuple[Staged, Source]:
     folder, manifest = Path(str(state.staged["folder"])), b""
     with contextlib.suppress(OSError):
         manifest = (folder / MANIFEST).read_bytes()
-    staged = Staged(**state.staged | {"folder": folder, "manifest": manifest})
+    signatures = tuple(map(str, state.staged.get("signatures", ())))
+    staged = Staged(**state.staged | {"folder": folder, "manifest": manifest, "signatures": signatures})
     return staged, Source(**state.source | {"hooks": tuple(state.source["hooks"])})
 
 
-def shown(proposal: Proposal) -> str:
+def shown(candidate: Candidate) -> str:
     """Digest of what an operator agrees to."""
-    text = json.dumps([proposal.needs_approval, proposal.effective.digest(), proposal.policy_text])
+    proposal, signer = candidate.proposal, candidate.release.signer
+    agreed = [proposal.needs_approval, proposal.effective.digest(), proposal.policy_text, *([signer] if signer else ())]
+    text = json.dumps(agreed)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -26,11 +26,14 @@ from isolator.linux.descriptors import FdSet
 from isolator.linux.files import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from isolator.linux.peer import peer_groups, peer_ids
 
+PACKAGE = "package"
+"""Name of a package's copy in its folder, until it is unpacked."""
 _MODULE = "isolator.collector.service"
 """Named, never imported."""
 _SECONDS = 110.0
 """Patience with one copy; the host waits a little longer."""
 MOST_GROUPS = 4096
+_MOST_SIGNATURES = 8
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,26 @@ class Collected:
     files: int = 0
     size: int = 0
     """Bytes of what was copied."""
+    packaged: bool = False
+    """A package came, which is ``PACKAGE`` in the target now; nothing of it was read."""
+    signatures: tuple[bytes, ...] = ()
+    """As they came, unchecked."""
 
 
-def collect(offer: Offer, target: Path, shown: str) -> Collected:
+def collect(offer: Offer, target: Path, shown: str, *, packages: bool = False) -> Collected:
     """Copy an offered folder into ``target``, an empty folder; ``shown`` is its name in errors.
 
-    Raises UsageError for what cannot be copied, IsolatorError when the collector fails.
+    With ``packages`` a regular file by itself is a package, and copied as it is. Raises UsageError for what cannot be
+    copied, IsolatorError when the collector fails.
     """
-    process = _start(offer)
+    return receive(_start(offer, packages=packages), target, shown)
+
+
+def receive(process: subprocess.Popen[bytes], target: Path, shown: str, *, by: str = "collector") -> Collected:
+    """Make the copy that a process writes to its standard output, and end it; raises as ``collect``.
+
+    ``by`` is what errors call that process.
+    """
     assert process.stdout is not None
     try:
         with FdSet() as owned:
@@ -114,10 +129,10 @@ def collect(offer: Offer, target: Path, shown: str) -> Collected:
     except EOFError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        why = f"was not read to its end: the collector ended ({process.returncode})"
+        why = f"was not read to its end: the {by} ended ({process.returncode})"
         raise IsolatorError(shown, why, "run the command again") from None
     except (ValueError, OverflowError):
-        raise IsolatorError(shown, "was not read: its collector made no sense", "run 'isolator check'") from None
+        raise IsolatorError(shown, f"was not read: its {by} made no sense", "run 'isolator check'") from None
     except TimeoutError:
         raise IsolatorError(shown, f"was not read within {_SECONDS:g} s", "run the command again") from None
     finally:
@@ -127,12 +142,12 @@ def collect(offer: Offer, target: Path, shown: str) -> Collected:
         process.stdout.close()
 
 
-def _start(offer: Offer) -> subprocess.Popen[bytes]:
+def _start(offer: Offer, *, packages: bool) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             [
                 sys.executable, "-I", "-m", _MODULE, str(offer.uid), str(offer.gid),
-                ",".join(map(str, offer.groups)),
+                ",".join(map(str, offer.groups)), "package" if packages else "identity",
             ],
             stdin=offer.connection.fileno(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
             start_new_session=True, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
@@ -149,20 +164,29 @@ class _Copy:
     shown: str
     files: int = 0
     size: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: stream.FolderDigest = field(default_factory=stream.FolderDigest)
     links: list[tuple[str, str]] = field(default_factory=list)
 
     def whole(self, root: int) -> Collected:
         """Read the stream to its end."""
-        single = None
+        single, packaged = None, False
         end = self._folder(root, "", 0)
         if end == stream.SINGLE:
             single, end = self.reader.identity(), self.reader.kind()
+        elif end == stream.PACKAGE and not self.files:
+            self._content(root, PACKAGE, 0, executable=False)
+            packaged, end = True, self.reader.kind()
+        signatures: list[bytes] = []
+        while end == stream.SIGNATURE and len(signatures) < _MOST_SIGNATURES:
+            signatures.append(self.reader.text())
+            end = self.reader.kind()
         if end != stream.END:
             raise ValueError("no end")
         for path, goal in self.links:
             self._check_link(root, path, goal)
-        return Collected(self.digest.hexdigest() if self.files else "", single, self.files, self.size)
+        return Collected(
+            self.digest.hexdigest() if self.files else "", single, self.files, self.size, packaged, tuple(signatures)
+        )
 
     def _folder(self, target: int, prefix: str, depth: int) -> bytes:
         """Make what is in one folder; returns the letter of the record that ends it."""
@@ -189,7 +213,7 @@ class _Copy:
                 self._file(target, name, path)
 
     def _enter(self, target: int, name: str, path: str, depth: int) -> None:
-        self._update("d", path)
+        self.digest.folder(path)
         os.mkdir(name, 0o755, dir_fd=target)
         with FdSet() as owned:
             below = owned.add(openat2(target, name, os.O_RDONLY | os.O_DIRECTORY))
@@ -201,7 +225,7 @@ class _Copy:
         steps = os.path.normpath(os.path.join(os.path.dirname(path), goal))
         if goal.startswith("/") or steps == ".." or steps.startswith("../"):
             raise self._leads_out(path, goal)
-        self._update("l", path, goal)
+        self.digest.link(path, goal)
         os.symlink(goal, name, dir_fd=target)
         self.links.append((path, goal))
 
@@ -219,6 +243,11 @@ class _Copy:
 
     def _file(self, target: int, name: str, path: str) -> None:
         executable, mtime_ns = self.reader.facts()
+        sha256 = self._content(target, name, mtime_ns, executable=executable)
+        self.digest.file(path, sha256, executable=executable)
+
+    def _content(self, target: int, name: str, mtime_ns: int, *, executable: bool) -> str:
+        """Make a file of what comes; returns its SHA-256."""
         content = hashlib.sha256()
         fd = openat2(target, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
         with os.fdopen(fd, "wb") as out:
@@ -236,13 +265,7 @@ class _Copy:
             out.flush()
             # Python compares it with what a .pyc notes of its source. Not part of the digest.
             os.utime(fd, ns=(mtime_ns, mtime_ns))
-        self._update("x" if executable else "f", path, content.hexdigest())
-
-    def _update(self, *fields: str) -> None:
-        # With lengths: a file name may hold any byte, and two different folders must never have the same digest.
-        for text in (str(len(fields)), *fields):
-            data = text.encode(errors="surrogateescape")
-            self.digest.update(len(data).to_bytes(8, "big") + data)
+        return content.hexdigest()
 
     def _refusal(self) -> UsageError:
         """The error that the collector reports, in its words but below the name that the caller used."""

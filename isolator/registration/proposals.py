@@ -19,6 +19,7 @@ from isolator.policy.parse.load import check_ceiling, load_plugin_policy, parse_
 from isolator.policy.request import MODES, ManifestCore
 from isolator.registration import policy_files
 from isolator.registration.reading import ManifestReader
+from isolator.registration.signatures import changes, refuse_withdrawn
 from isolator.registration.staging import hash_binary
 from isolator.registration.store import Registration, Release, Store
 
@@ -69,7 +70,9 @@ class Proposals:
         name = registration.name
         manifest: dict[str, Any] = {}
         try:
-            found = self.reader.read(self.store.manifest(name, registration.release), f"{name}/plugin.json")
+            release = registration.release
+            refuse_withdrawn(name, release.version, release.digest, self._host.trust)
+            found = self.reader.read(self.store.manifest(name, release), f"{name}/plugin.json")
             manifest = found.manifest
             proposal = self.granted(found.core)
             argv = _argv(registration.release, found.core)
@@ -98,7 +101,7 @@ class Proposals:
             **shown,
             "version": release.version,
             "digest": release.digest,
-            "differences": list(self._more(now, core)) if now.pending else [],
+            "differences": list(self._more(now, core, release)) if now.pending else [],
             "changed_binary": self.binary_changed(now),
             "policy_diff": self._difference(now.name, proposal) if now.pending else [],
         }
@@ -109,7 +112,7 @@ class Proposals:
         if pending is None:
             return None
         try:
-            more = self._more(registration, self._core(registration, pending))
+            more = self._more(registration, self._core(registration, pending), pending)
         except (IsolatorError, OSError) as error:
             more = (str(error),)
         return PendingVersion(version=pending.version, digest=pending.digest, differences=tuple(more))
@@ -154,12 +157,14 @@ class Proposals:
         text = self.store.manifest(registration.name, release)
         return self.reader.read(text, f"{registration.name}/plugin.json").core
 
-    def _more(self, registration: Registration, core: ManifestCore) -> tuple[str, ...]:
+    def _more(self, registration: Registration, core: ManifestCore, release: Release) -> tuple[str, ...]:
+        now = registration.release
         try:
-            before = self._core(registration, registration.release)
+            before = self._core(registration, now)
         except (IsolatorError, OSError) as error:
             return (f"all of it: the version in use cannot be read ({error})",)
-        return asks_more(before, core, self._host)
+        origin = changes(release.signer, release.version, now.signer, now.version)
+        return (*origin, *asks_more(before, core, self._host))
 
     def _meet(self, core: ManifestCore) -> Proposal:
         try:

@@ -62,7 +62,7 @@ class ManifestReader:
     """Reads manifests as users of ``uid_range`` that nobody else is."""
 
     def __init__(self, uid_range: tuple[int, int]) -> None:
-        self._uid_range = uid_range
+        self.uid_range = uid_range
 
     def read(self, text: bytes, name: str) -> ReadManifest:
         """Read one manifest; ``name`` is what errors call it. Raises UsageError with file, line, key and remedy."""
@@ -101,7 +101,7 @@ class ManifestReader:
         """Answers of one process, as far as it comes, and at least one."""
         answers: list[ReadManifest | IsolatorError] = []
         try:
-            lease = UidLease(self._uid_range)
+            lease = UidLease(self.uid_range)
             try:
                 for answer in _read(texts, lease.uid, _MODULE, _checked):
                     answers.append(answer)  # those before a failure count

@@ -30,6 +30,7 @@ from isolator.registration import policy_files, staging
 from isolator.registration.collecting import Offer
 from isolator.registration.inspecting import inspect_folder
 from isolator.registration.proposals import Proposals
+from isolator.registration.signatures import publisher_of
 from isolator.registration.staging import Source, Staged, check_staged, hash_binary
 from isolator.registration.store import KEPT, Intent, Registration, Release
 
@@ -147,8 +148,9 @@ class Registrar(Proposals):
                 f"plugin update {registration.name}", f"{shown} holds {core.name}",
                 "add that as a plugin of its own: isolator plugin add",
             )  # fmt: skip
-        more = self._more(registration, core) if registration is not None else ()
-        release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256)
+        signer = publisher_of(core.name, core.version, staged.digest, staged.signatures, self._host.trust)
+        release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256, signer)
+        more = self._more(registration, core, release) if registration is not None else ()
         proposal = self._proposed(registration, core) if more and registration else self._meet(core)
         return Candidate(staged, core, proposal, source, release, more, by, update=registration is not None)
 
@@ -168,7 +170,7 @@ class Registrar(Proposals):
             try:
                 registration = self.store.load(staged.name) if one.update else None
                 candidate = replace(self._candidate(staged, source, registration, one.by), faults=one.faults)
-                if carried.shown(candidate.proposal) != one.shown:
+                if carried.shown(candidate) != one.shown:
                     raise UsageError(f"plugin {staged.name}", "its policy or the host's ceiling has changed")
                 self._staged[staged.token] = candidate
             except (IsolatorError, OSError) as error:

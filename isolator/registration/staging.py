@@ -29,11 +29,13 @@ from isolator.policy.request import synthesise_manifest
 from isolator.registration.collecting import Collected, Offer, collect
 from isolator.registration.program import CageView, check_descriptor, check_program
 from isolator.registration.reading import ManifestReader
+from isolator.registration.unpacking import unpack
 
 MANIFEST = "plugin.json"
 NAME = re.compile(r"^[a-z][a-z0-9-]{1,62}$")
 PREFIX = ".staging-"
 """Beginning of the names of staging folders; the store removes them when a daemon starts."""
+Kind = Literal["folder", "binary", "package"]
 _CHUNK = 1 << 20
 _TICK_NS = 100_000_000
 _MAX_HASHED = 1024
@@ -42,7 +44,10 @@ _hashed: dict[tuple[int, ...], str] = {}
 
 @dataclass(frozen=True)
 class Source:
-    """Origin of a plugin as an operator named it: a folder (``path``), or a binary with flags. Empty: not named."""
+    """Origin of a plugin as an operator named it: a folder or a package (``path``), or a binary with flags.
+
+    Empty: not named.
+    """
 
     path: str = ""
     name: str = ""
@@ -61,12 +66,14 @@ class Staged:
     folder: Path
     manifest: bytes
     synthesised: bool
-    kind: Literal["folder", "binary"] = "folder"
+    kind: Kind = "folder"
     binary_path: str = ""
     binary_sha256: str = ""
     files: int = 0
     size: int = 0
     """Bytes of what was copied."""
+    signatures: tuple[str, ...] = ()
+    """Of a package, in hexadecimal digits; unchecked."""
 
 
 def stage(base: Path, source: Source, reader: ManifestReader, offer: Offer) -> Staged:
@@ -108,10 +115,14 @@ class _Stager:
         self._base, self._reader, self._offer = base, reader, offer
 
     def stage_folder(self, path: Path) -> Staged:
-        """Copy a folder and read its manifest; nothing is registered yet."""
+        """Copy a folder, or the content of a package, and read its manifest; nothing is registered yet."""
         with _new_staging(self._base) as (token, target):
-            collected = collect(self._offer, target, str(path))
-            return self._staged_folder(token, target, collected, path)
+            collected = collect(self._offer, target, str(path), packages=True)
+            if not collected.packaged:
+                return self._staged_folder(token, target, collected, path)
+            content = unpack(target, str(path), self._reader.uid_range)
+            staged = self._staged_folder(token, target, content, path)
+            return replace(staged, kind="package", signatures=tuple(one.hex() for one in content.signatures))
 
     def stage_binary(self, name: str, binary: Path, hooks: list[str], files: Path | None) -> Staged:
         """Stage a binary by path: pinned when it stays where it is, copied when it lies in ``files``.
@@ -135,7 +146,7 @@ class _Stager:
             self._reader.read(manifest, "plugin add")
             _write_new(target / MANIFEST, manifest, 0o644)
         digest = _digest(collected.digest, sha256, manifest)
-        kind: Literal["folder", "binary"] = "binary" if inside is None else "folder"
+        kind: Kind = "binary" if inside is None else "folder"
         pinned = (str(binary), sha256) if inside is None else ("", "")
         return Staged(
             token, name, digest, target, manifest, True, kind, *pinned, files=collected.files, size=collected.size

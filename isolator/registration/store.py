@@ -26,12 +26,12 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.linux.files import read_plain
 from isolator.registration.durable import replace_file, sync_folder, sync_tree
-from isolator.registration.staging import MANIFEST, NAME, PREFIX, Source, Staged
+from isolator.registration.staging import MANIFEST, NAME, PREFIX, Kind, Source, Staged
 
 KEPT = 5
 """Earlier versions that stay for rollback."""
@@ -55,10 +55,17 @@ class Release:
     digest: str
     """Of the folder's content, or of the synthesised manifest and the pinned binary."""
     version: str
-    kind: Literal["folder", "binary"] = "folder"
+    kind: Kind = "folder"
     binary_path: str = ""
     """For ``binary``: where it stays."""
     binary_sha256: str = ""
+    signer: str = ""
+    """The publisher of ``[trust]`` whose signature was good when it was added."""
+
+    @property
+    def signed_by(self) -> dict[str, str]:
+        """The field ``signer`` of the records of its starts, if it has one."""
+        return {"signer": self.signer} if self.signer else {}
 
 
 @dataclass(frozen=True)
@@ -319,7 +326,14 @@ class Store:
 
     def _write(self, name: str, file: str, content: dict[str, Any]) -> None:
         folder = self._folder_of(name)
-        replace_file(folder / file, json.dumps(content, indent=1).encode(), temporary=folder / f".{file}")
+        replace_file(folder / file, json.dumps(_as_before(content), indent=1).encode(), temporary=folder / f".{file}")
+
+
+def _as_before(content: Any) -> Any:
+    """Leave out the fields that came later and are not set, so that an earlier version can read the rest."""
+    if isinstance(content, dict):
+        return {key: _as_before(value) for key, value in content.items() if (key, value) != ("signer", "")}
+    return [_as_before(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _is_folder(path: Path) -> bool:
@@ -349,7 +363,7 @@ def _registration(data: Any) -> Registration:
 
 def _release(data: Any) -> Release:
     made = Release(**data)
-    _check(made, digest=str, version=str, kind=str, binary_path=str, binary_sha256=str)
+    _check(made, digest=str, version=str, kind=str, binary_path=str, binary_sha256=str, signer=str)
     if not made.digest.isalnum():  # it names a folder
         raise ValueError("a digest that is none")
     return made

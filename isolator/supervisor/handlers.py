@@ -116,6 +116,7 @@ class Handlers:
             files=staged.files,
             size=staged.size,
             faults=candidate.faults,
+            signer=candidate.release.signer,
         )
         with FdSet() as owned:
             manifest = owned.add(os.memfd_create("plugin.json", os.MFD_CLOEXEC))

@@ -152,6 +152,7 @@ class Invocation:
         started = ExecStarted(
             attempt=request.attempt, pid=run.cage.pid, digest=self._registration.digest,
             policy_sha256=self._policy, milliseconds=round(sum(run.cage.steps.values()), 1),
+            **self._registration.release.signed_by,
         )  # fmt: skip
         self._context.audit.record(started, plugin=self.name, run=self.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1

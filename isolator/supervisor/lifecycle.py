@@ -548,19 +548,13 @@ class Plugin:
         run.began = asyncio.get_running_loop().time()
         run.for_start.close()
         audit = self._context.audit
+        release = self.registration.release
         started = PluginStarted(
-            reason=reason,
-            pid=run.cage.pid,
-            uid=spec.uid,
-            cgroup=str(run.cage.leaf.unified),
-            digest=self.registration.digest,
-            binary_sha256=self.registration.release.binary_sha256 or None,
-            policy_sha256=run.effective.digest(),
-            env=sorted(spec.env),
-            milliseconds=run.cage.steps,
-            ledger={control.key: control.state for control in controls},
-            degraded=not_enforced(controls),
-        )
+            reason=reason, pid=run.cage.pid, uid=spec.uid, cgroup=str(run.cage.leaf.unified), digest=release.digest,
+            binary_sha256=release.binary_sha256 or None, policy_sha256=run.effective.digest(), env=sorted(spec.env),
+            milliseconds=run.cage.steps, ledger={control.key: control.state for control in controls},
+            degraded=not_enforced(controls), **release.signed_by,
+        )  # fmt: skip
         audit.record(started, plugin=self.name, run=run.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1
         run.answer_denied(listener)

@@ -154,6 +154,8 @@ class PluginTable:
             on_trial=plugin.on_trial,
             source=registration.source.path or registration.source.binary,
             source_files=registration.source.files,
+            source_packaged=registration.release.kind == "package",
+            signer=registration.release.signer,
         )
 
     def pending(self, registration: Registration) -> PendingVersion | None:

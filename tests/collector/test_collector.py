@@ -168,8 +168,8 @@ def test_stopped_collector_is_given_up(folder: Path, target: Path, monkeypatch: 
     """A caller may stop or kill the process that has its uid: that is an error, and nobody waits for ever."""
     real = collecting._start
 
-    def stopped(offer: Offer) -> subprocess.Popen[bytes]:
-        process = real(offer)
+    def stopped(offer: Offer, *, packages: bool) -> subprocess.Popen[bytes]:
+        process = real(offer, packages=packages)
         process.send_signal(signal.SIGSTOP)
         return process
 
@@ -178,8 +178,8 @@ def test_stopped_collector_is_given_up(folder: Path, target: Path, monkeypatch: 
     with pytest.raises(IsolatorError, match="was not read within"):
         collect(offered(folder), target, "it")
 
-    def killed(offer: Offer) -> subprocess.Popen[bytes]:
-        process = real(offer)
+    def killed(offer: Offer, *, packages: bool) -> subprocess.Popen[bytes]:
+        process = real(offer, packages=packages)
         process.kill()
         return process
 
@@ -224,6 +224,8 @@ LIES: dict[str, bytes] = {
     "many": b"".join(a_file(b"%d" % number) for number in range(60)),
     "time that no disk has": b"f" + text(b"a") + struct.pack("=?q", False, 1 << 62) + text(b"") + b"!",
     "error that is no text": b"e" + text(b"\xff\x1b[2J") + text(b"\n<0>kernel") + text(b"\0"),
+    "package behind a file": b"f" + text(b"a") + struct.pack("=?q", False, 0) + struct.pack("=I", 0) * 2 + b"p.",
+    "many signatures": (b"g" + text(b"x" * 64)) * 9 + b".",
     "garbage": bytes(range(256)) * 100,
 }
 
@@ -234,7 +236,7 @@ def says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
         path = tmp_path / "answer"
         path.write_bytes(answer)
 
-        def start(offer: Offer) -> subprocess.Popen[bytes]:
+        def start(offer: Offer, *, packages: bool) -> subprocess.Popen[bytes]:
             offer.close()
             return subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE)
 

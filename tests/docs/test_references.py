@@ -23,6 +23,7 @@ _NO_MODULES = {
     "host.sock",
     "host.hello",
     "isolator.service",
+    "isolator.sum",
     "isolator.slice",
     "isolator.serve",
     "host.refused",

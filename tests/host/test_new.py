@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from host.cli.new import LANGUAGES
+from host.authoring.new import LANGUAGES
 from tests.host.fake_supervisor import Daemon
 from tests.host.test_cli import isolator
 

@@ -67,7 +67,7 @@ MUTATIONS = (
         "isolator/registration/registrar.py",
         (
             "an operator agrees to something else than was shown before a reload",
-            "if carried.shown(candidate.proposal) != one.shown:",
+            "if carried.shown(candidate) != one.shown:",
             "if False:",
             f"{_WAITS}test_what_would_be_shown_otherwise_after_a_reload_has_expired",
         ),
@@ -191,6 +191,36 @@ MUTATIONS = (
             "await self._closers.close(uid, [connection.detach()])",
             "connection.close()",
             "runners/test_hostile.py::test_descriptor_that_takes_minutes_to_close_holds_up_nobody",
+        ),
+    ),
+    *_mutations(
+        "isolator/reader/package.py",
+        (
+            "a name in a package leads out of it",
+            'if {b"", b".", b".."} & set(parts):',
+            "if False:",
+            "authoring/test_packages.py::test_bad_package_is_refused_in_one_line_and_leaves_nothing",
+        ),
+        (
+            "the digest of a package is not compared",
+            "if size != len(text) or self._take(size) != text:",
+            "if self._take(size) is None:",
+            "authoring/test_packages.py::test_bad_package_is_refused_in_one_line_and_leaves_nothing",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/signatures.py",
+        (
+            "a publisher may publish any plugin",
+            "if publisher in owners:",
+            "if publisher:",
+            "authoring/test_signatures.py::test_plugin_of_a_publisher_is_nobody_elses_to_publish",
+        ),
+        (
+            "a signature is not verified",
+            "key.verify(bytes.fromhex(signature), signed)",
+            "pass",
+            "authoring/test_signatures.py::test_plugin_of_a_publisher_is_nobody_elses_to_publish",
         ),
     ),
     *_mutations(

@@ -103,7 +103,7 @@ def _can_be_sent(method: str, params: Mapping[str, Any]) -> bool:
 
 def _source(shown: Mapping[str, Any]) -> dict[str, Any]:
     source, files = str(shown.get("source") or ""), str(shown.get("source_files") or "")
-    if os.path.isdir(source) and not files:
+    if shown.get("source_packaged") or (os.path.isdir(source) and not files):
         return {"path": source}
     return {"binary": source, "files": files}
 
@@ -113,7 +113,7 @@ def _opened(params: Mapping[str, Any]) -> tuple[dict[str, str], list[int]]:
     path, binary, files = (str(params.get(key) or "") for key in ("path", "binary", "files"))
     if path:
         path = os.path.abspath(path)
-        return {"path": path}, [_open(path, os.O_DIRECTORY, "name a folder that has a plugin.json")]
+        return {"path": path}, [_open(path, os.O_NONBLOCK, "name a folder that has a plugin.json, or a package")]
     if not binary:
         return {}, []
     real = _resolve(binary)

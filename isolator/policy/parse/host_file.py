@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from isolator.policy import names
+from isolator.policy import names, trust
 from isolator.policy.destinations import Name, Network, Wildcard, parse_host, parse_virtual
 from isolator.policy.host import (
     MAY_DEGRADE,
@@ -27,6 +27,7 @@ from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
 from isolator.policy.model import VIRTUAL, AddressException, RestartPolicy
 from isolator.policy.parse.strict import Table, did_you_mean, printable
 from isolator.policy.parse.toml_file import document, duration_between, egress_of, restart_of, where_of
+from isolator.policy.trust import Publisher, Trust
 from isolator.policy.units import parse_size
 
 OF_A_RUN = tuple(
@@ -110,6 +111,7 @@ def host_config_of(top: Table) -> HostConfig:
         metrics=_metrics(metrics),
         console=_console(top),
         packages=_packages(top.table("packages")),
+        trust=_trust(top.table("trust")),
         source=source,
         where=where_of(top),
     )
@@ -190,6 +192,27 @@ def _metrics(table: Table) -> Metrics:
     return Metrics(
         address=table.parsed("address", loopback, Metrics().address), port=table.parsed("port", names.parse_port, None)
     )
+
+
+def _trust(table: Table) -> Trust:
+    publishers, found = table.table("publishers"), {}
+    for name in publishers.data:
+        one = publishers.table(name)
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name):
+            publishers.fail(name, "is shown in records", "use small letters, digits and hyphens")
+        key = one.parsed("key", lambda value: trust.parse_key(printable(value, 64)), "")
+        covered = one.strings("names", trust.parse_pattern)
+        if not key or not covered:
+            publishers.fail(name, f"has no {'names' if key else 'key'}", 'key = "HEX", names = ["acme-*"]')
+        found[name] = Publisher(key=key, names=covered)
+        one.finish()
+    made = Trust(
+        require=table.boolean("require", False),
+        withdrawn=table.strings("withdrawn", trust.parse_withdrawn, limit=1000) or (),
+        publishers=found,
+    )
+    table.finish()
+    return made
 
 
 def _console(top: Table) -> Console | None:

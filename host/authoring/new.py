@@ -33,18 +33,6 @@ MODES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "mcp": {"python": (("mcp/plugin.py.txt", "{name}"),), "node": (("mcp/plugin.js.txt", "{name}"),)},
 }
 
-# A payload to try each event with, for the README.
-SAMPLES: dict[str, dict[str, object]] = {
-    "deploy.started": {"project_id": "shop", "deployment_id": "d1"},
-    "deploy.completed": {
-        "project_id": "shop", "deployment_id": "d1", "url": "https://shop.example", "duration_ms": 812
-    },
-    "deploy.failed": {"project_id": "shop", "deployment_id": "d1", "error_code": "BUILD_FAILED"},
-    "project.created": {"project_id": "shop", "name": "Shop"},
-    "error.detected": {"project_id": "shop", "error_id": "e1", "fingerprint": "f1", "level": "error", "count": 1},
-    "domain.added": {"project_id": "shop", "domain": "shop.example"},
-}  # fmt: skip
-
 
 @click.command(
     context_settings=SETTINGS,
@@ -61,7 +49,7 @@ SAMPLES: dict[str, dict[str, object]] = {
 @click.option("--hooks", metavar="A,B", default="deploy.completed", show_default=True, help="The events it gets.")
 def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None:
     """Start a new plugin in DIR from a working example."""
-    from isolator.policy.names import OLDER_HOOKS
+    from host.authoring import schemas
     from isolator.reader.manifest import parse_manifest
 
     target = Path(folder)
@@ -72,6 +60,7 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
         raise UsageError(f"--lang {lang}", f"has no example of the mode {mode}", f"use {' or '.join(MODES[mode])}")
     plugin = name if name is not None else target.absolute().name
     manifest: dict[str, Any] = {
+        "$schema": f"./{schemas.FILE_NAME}",
         "name": plugin,
         "version": "0.1.0",
         "description": "",
@@ -91,9 +80,10 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
         manifest["transport"]["calls"] = dict.fromkeys(manifest["hooks"], call)
     # A manifest that cannot be registered is refused now: not every folder's name is a name for a plugin.
     parse_manifest(manifest, name="isolator new")
-    event = OLDER_HOOKS.get(manifest["hooks"][0], manifest["hooks"][0])
+    event = manifest["hooks"][0]
     target.mkdir(parents=True, exist_ok=True)
     (target / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (target / schemas.FILE_NAME).write_text(schemas.text_of(schemas.manifest_schema()))
     compiled = len(files) > 1
     fields = {
         "name": plugin,
@@ -101,7 +91,7 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
         "source": files[0][1].format(name=plugin),
         "build": "make\n" if compiled else "",
         "event": event,
-        "payload": json.dumps(SAMPLES.get(event, {"see": f"isolator event types {event}"})),
+        "payload": json.dumps(_sample(event)),
     }
     templates = importlib.resources.files("host.templates")
     _fill(templates / "README.md.txt", target / "README.md", fields)
@@ -112,6 +102,18 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
             path.chmod(0o755)
     place = shlex.quote(folder)
     click.echo(f"wrote {folder}; next:\n  {f'make -C {place} && ' if compiled else ''}isolator plugin add {place}")
+
+
+def _sample(event: str) -> dict[str, Any]:
+    """A payload to try an event with, for the README."""
+    from host.cli.examples import example_of
+    from host.events import Catalogue
+
+    catalogue = Catalogue()
+    found = catalogue.get(catalogue.canonical(event))
+    if found is None:  # the platform's own
+        return {"see": f"isolator event types {event} --example"}
+    return example_of(event, found.schema(), found.filled)
 
 
 def _fill(template: Traversable, path: Path, fields: dict[str, str]) -> None:
