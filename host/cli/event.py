@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +15,7 @@ from host.cli.complete import event_ids, event_names, plugin_names
 from host.cli.many import Aliased
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, safe, table
 from host.client.client import Client
+from host.schemas.flat import fields
 from isolator.cli.audit import moment
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UsageError
@@ -294,18 +296,19 @@ def types(root: str | None, name: str | None, as_json: bool) -> None:
         return
     rows = []
     for entry in found:
-        fields = entry["schema"]["properties"]
-        need = {key: "required" if key in entry["schema"].get("required", ()) else "optional" for key in fields}
+        found_fields = list(fields(entry["schema"]))
+        need = {key: "required" if required else "optional" for key, _, required in found_fields}
         if entry.get("filled"):
             need[entry["filled"]] = "filled in"  # with the time, when it is left out
         if name is not None:
-            rows += [[key, need[key], _kind(rule)] for key, rule in fields.items()]
+            rows += [[key, need[key], _kind(rule)] for key, rule, _ in found_fields]
         else:
-            rows.append([entry["name"], entry["order_by"], ", ".join(key for key in fields if need[key] == "required")])
+            required = [key for key in entry["schema"]["properties"] if need[key] == "required"]
+            rows.append([entry["name"], entry["order_by"], ", ".join(required)])
     table(["field", "", "type"] if name is not None else ["event", "ordered by", "required"], rows)
 
 
-def _kind(rule: dict[str, Any]) -> str:
+def _kind(rule: Mapping[str, Any]) -> str:
     options = [rule, *rule.get("anyOf", ())]
     for option in options:
         if "enum" in option:
