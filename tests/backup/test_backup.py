@@ -85,7 +85,7 @@ def folder_of_root() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def source() -> Iterator[Source]:
-    with folder_of_root() as place, daemon() as d:
+    with folder_of_root() as place, daemon(host_toml="# of the source\n") as d:
         passphrase = place / "pass"
         passphrase.write_text(f"{PASSPHRASE}\n")
         passphrase.chmod(0o600)
@@ -324,8 +324,6 @@ def test_mount_point_that_cannot_be_exchanged_is_refused_before_a_change(source:
     with another_host() as d:
         assert source.restore(d.root).returncode == 0
         place = d.root / "etc/isolator" / name
-        if not place.exists():
-            place.touch()
         words = ("restore", str(source.place), "--replace", "--passphrase-file", str(source.passphrase))
         command = f"mount --bind {place} {place}"
         refused(d, lambda: mounted(command, "--root", str(d.root), *words), "is a mount point of its own")

@@ -106,5 +106,5 @@ def test_operator_hands_an_upload_over_as_a_descriptor_whatever_its_name_is_by_t
         command, user=OPERATOR, group=OPERATOR, extra_groups=[], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert reply(running, "uploaded")["status"] == "ok"
-    assert running.json("event", "list", "--plugin", "uploaded")[0]["deliveries"][0]["state"] == "ok"
+    emitted = running.json("event", "emit", "deploy.completed", event("uploaded"), "--wait", code=None)
+    assert [one["state"] for one in emitted["deliveries"] if one["plugin"] == "uploaded"] == ["ok"]
