@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from host.schemas.compatible import difference
+from host.schemas.model import make
+from host.schemas.shape import Record, read
 from host.wire.strict_json import dumps
 from isolator.errors import NotFoundError, UsageError
 from isolator.policy.names import OLDER_HOOKS
@@ -57,7 +60,7 @@ Count = Annotated[int, Field(ge=0)]
 class Payload(BaseModel):
     """Base of every payload: strict, closed, immutable."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True, protected_namespaces=())
 
 
 class DeployStarted(Payload):
@@ -211,6 +214,20 @@ class EventType:
     version: int = 1
     down: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     """``down[n]`` turns a payload of major n into one of major n - 1."""
+    shape: Record | None = None
+    """What its payloads may be; None for one that is built in."""
+
+    def surprise(self, newer: EventType) -> str | None:
+        """What a plugin that knows this type would not expect of a payload of a newer one; None if all is as before."""
+        if self.shape is None or newer.shape is None:
+            return None
+        if self.order_by != newer.order_by:
+            return f"events are ordered by {newer.order_by or 'nothing'} instead of {self.order_by or 'nothing'}"
+        return difference(self.shape, newer.shape, keeps_optional=True)
+
+    def lacks(self, older: EventType) -> str | None:
+        """What a plugin that knows this type would not expect of a payload of an older one."""
+        return difference(self.shape, older.shape) if self.shape is not None and older.shape is not None else None
 
     def optional_fields(self) -> tuple[str, ...]:
         """Return the optional fields in the order in which one-shot requests drop them."""
@@ -268,8 +285,8 @@ class Catalogue:
     def __iter__(self) -> Iterator[EventType]:
         return iter(self._types.values())
 
-    def register(self, event_type: EventType) -> None:
-        """Add or replace a platform's event; raises UsageError for a bad or taken name."""
+    def check(self, event_type: EventType) -> None:
+        """Raise UsageError for an event with a bad or taken name, or an order by a field that it does not have."""
         if not NAME.match(event_type.name):
             raise UsageError(f"event {event_type.name!r}", "not a dotted lower-case name", "such as 'backup.failed'")
         if event_type.name.startswith(OPERATIONAL) and event_type not in BUILT_IN:
@@ -278,8 +295,19 @@ class Catalogue:
         if built_in is not None and built_in in BUILT_IN:
             raise UsageError(f"event {event_type.name}", "is built in", "choose another name")
         if event_type.order_by is not None and event_type.order_by not in event_type.model.model_fields:
-            raise UsageError(f"event {event_type.name}", f"order_by names no field: {event_type.order_by}")
+            why = f"order_by names no field: {event_type.order_by}"
+            raise UsageError(f"event {event_type.name}", why, f"one of {', '.join(event_type.model.model_fields)}")
+
+    def register(self, event_type: EventType) -> None:
+        """Add or replace a platform's event; raises UsageError as ``check`` does."""
+        self.check(event_type)
         self._types[event_type.name] = event_type
+
+    def unregister(self, name: str) -> None:
+        """Forget a platform's event; raises NotFoundError for one that is not there, UsageError for a built-in one."""
+        if self.need(name) in BUILT_IN:
+            raise UsageError(f"event {name}", "is built in", "only a platform's own events can be unregistered")
+        del self._types[name]
 
     def get(self, name: str) -> EventType | None:
         """Find an event type by its canonical name."""
@@ -335,54 +363,28 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     for step in loc:
         info = model.model_fields.get(str(step))
-        if info is None:
-            continue
-        candidates = [info.annotation, *getattr(info.annotation, "__args__", ())]
-        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if inner is None:
-            return []
-        model = inner
+        if info is not None:  # else an index, or a key of a table
+            inner = next(_models(info.annotation), None)
+            if inner is None:
+                return []
+            model = inner
     return list(model.model_fields)
 
 
-_SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict[str, Any]}
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation names, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)
 
 
-def from_schema(name: str, schema: Mapping[str, Any], order_by: str | None = None, version: int = 1) -> EventType:
-    """Make a platform's event type from the JSON Schema of its payload (flat object; scalars, enums, lists of them).
+def from_schema(
+    name: str, schema: Mapping[str, Any], order_by: str | None = None, version: int = 1, *, stored: bool = False
+) -> EventType:
+    """Make a platform's event type from the JSON Schema of its payload; ``stored``: it was registered before.
 
-    A keyword outside that subset is refused rather than ignored, so that no rule goes unchecked. Raises UsageError.
+    Raises UsageError for a keyword that would not be checked, and for names that the daemon or nobody has.
     """
-    if schema.get("type") != "object" or not isinstance(schema.get("properties"), dict):
-        raise UsageError(f"event {name}", "the schema must describe an object with properties")
-    required = set(schema.get("required", ()))
-    fields: dict[str, Any] = {}
-    for key, rule in schema["properties"].items():
-        kind = _field_type(name, key, rule)
-        fields[key] = (kind, ...) if key in required else (kind | None, None)
-    model = create_model("".join(p.title() for p in re.split(r"[._]", name)), __base__=Payload, **fields)
-    return EventType(name, model, order_by, version=version)
-
-
-def _field_type(event: str, key: str, rule: Mapping[str, Any]) -> Any:
-    if "anyOf" in rule:
-        options = [option for option in rule["anyOf"] if option.get("type") != "null"]
-        if len(options) == 1:
-            rule = options[0]
-    if "enum" in rule:
-        return Literal[tuple(rule["enum"])]
-    if rule.get("type") == "array":
-        return list[_field_type(event, key, rule.get("items", {}))]  # type: ignore[misc] # made at run time
-    kind = _SCALARS.get(str(rule.get("type")))
-    known = {"type", "title", "description", "default", "examples"} | _LIMITS.keys()
-    unknown = set(rule) - known
-    if kind is None or unknown:
-        rejected = f"keyword {sorted(unknown)[0]!r}" if unknown else f"type {rule.get('type')!r}"
-        raise UsageError(f"event {event}", f"{key}: {rejected} is not supported", f"use one of {', '.join(_SCALARS)}")
-    limits = {_LIMITS[keyword]: rule[keyword] for keyword in _LIMITS if keyword in rule}
-    if isinstance(rule.get("examples"), list):
-        limits["examples"] = rule["examples"]
-    return Annotated[kind, Field(**limits)] if limits else kind
-
-
-_LIMITS = {"maxLength": "max_length", "minLength": "min_length", "pattern": "pattern", "minimum": "ge", "maximum": "le"}
+    shape = read(name, schema, stored=stored)
+    return EventType(name, make(name, shape, Payload, stored=stored), order_by, version=version, shape=shape)

@@ -21,17 +21,19 @@ from typing import TYPE_CHECKING
 
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
+from host.control.catalogue_verbs import CatalogueVerbs
 from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
 from host.control.mcp_verbs import McpVerbs
 from host.control.operation_verbs import OperationVerbs
+from host.control.platform_types import ApiRegister
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.searches import Searches
 from host.control.server import AnyEndpoint, ControlServer
-from host.control.verbs import ApiRegister, PluginStage
+from host.control.verbs import PluginStage
 from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher
@@ -227,10 +229,11 @@ class Host:
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
-            *EventVerbs(intake, queue, dispatcher, registry, catalogue, store, debts).endpoints(),
+            *EventVerbs(intake, queue, dispatcher, registry, catalogue, debts).endpoints(),
+            *CatalogueVerbs(catalogue, registry, store).endpoints(),
             *OperationVerbs(queue, dispatcher, registry, debts, self._jobs).endpoints(),
             *api_verbs.endpoints(),
-            *PluginVerbs(link, registry, config, queue, dispatcher, logs, alarms).endpoints(),
+            *PluginVerbs(link, registry, config, queue, dispatcher, watches, logs, alarms).endpoints(),
             *registrations.endpoints(),
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),

@@ -40,6 +40,7 @@ class EventIntake:
         dedupe_key: str | None = None,
         ttl: float | None = None,
         trace: str | None = None,
+        on_behalf_of: str | None = None,
     ) -> None:
         """Validate and accept one event; ``done(accepted, error)`` when it and its deliveries are on disk.
 
@@ -49,7 +50,7 @@ class EventIntake:
         subscribers = self._registry.subscribers(checked.type, checked.fields)
         subject = str(checked.fields.get(checked.type.order_by or "project_id", ""))
         lifetime = DEFAULT_TTL if ttl is None else ttl
-        event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, lifetime, trace, by)
+        event = NewEvent(checked.type.name, checked.json, subject, dedupe_key, lifetime, trace, by, on_behalf_of)
         self._queue.submit(event, subscribers, done)
 
     def full(self) -> bool:
@@ -82,6 +83,7 @@ class EventRecords:
                 plugins=list(accepted.plugins),
                 by=event.by,
                 number=stored.seq,
+                **({"on_behalf_of": event.on_behalf_of} if event.on_behalf_of else {}),
             ),
             event_id=stored.id,
         )

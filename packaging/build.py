@@ -56,7 +56,6 @@ isolator: absolute-symlink-in-top-level-folder *
 isolator: bogus-mail-host *
 isolator: bogus-mail-host-in-debian-changelog *
 isolator: initial-upload-closes-no-bugs *
-isolator: no-manual-page *
 isolator: maintainer-script-calls-systemctl *
 """
 
@@ -118,7 +117,12 @@ def build(folder: Path, output: Path, *, plain: bool) -> Path:
         ("zsh", "usr/share/zsh/vendor-completions/_isolator"),
         ("fish", "usr/share/fish/vendor_completions.d/isolator.fish"),
     ):
-        write(tree / place, completions(shell))
+        write(tree / place, isolator_command(_ISOLATOR_COMPLETE=f"{shell}_source"))
+    isolator_command("man", str(folder / "man"))
+    man = tree / "usr/share/man/man1"
+    man.mkdir(parents=True)
+    for page in (folder / "man").iterdir():
+        (man / f"{page.name}.gz").write_bytes(gzip.compress(page.read_bytes(), mtime=0))
     doc = tree / "usr/share/doc/isolator"
     write(doc / "copyright", copyright_text())
     write(tree / "usr/share/lintian/overrides/isolator", OVERRIDES)
@@ -157,12 +161,12 @@ Description: {DESCRIPTION}
         (tree / "DEBIAN" / script).chmod(0o755)
 
 
-def completions(shell: str) -> str:
-    """Click's completions of the command for one shell."""
-    code = "import sys; sys.argv = ['isolator']; from host.cli.main import main; main()"
-    variables = {"PATH": os.environ["PATH"], "_ISOLATOR_COMPLETE": f"{shell}_source", "LANG": "C.UTF-8"}
-    command = [sys.executable, "-I", "-c", code]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+def isolator_command(*words: str, **variables: str) -> str:
+    """What the command prints: it knows its own completions and man pages."""
+    code = "import sys; from host.cli.main import main; sys.argv[0] = 'isolator'; sys.exit(main())"
+    environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **variables}
+    command = [sys.executable, "-I", "-c", code, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def copyright_text() -> str:

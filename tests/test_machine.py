@@ -115,5 +115,8 @@ def test_which_tests_run() -> None:
     assert "tests/vm/test_service.py" in commands()[-1] and "tests/test_machine.py" not in commands()[-1]
     assert commands("--all")[:-1] == commands() and "-m 'not vm'" in commands("--all")[-1]
     assert len(commands("--reboots")) == 3
-    assert len(commands("--", "-k", "cgroup")) == 1
+    (one,) = commands("--", "-k", "cgroup")
+    assert "-m vm" in one and "ADDOPTS" not in one
+    (one,) = commands("--all", "--", "-k", "cgroup")
+    assert "-m vm" not in one and one.startswith("sudo PYTEST_ADDOPTS=--all ./dev test ")
     assert commands("--command", "true") == ["true"]

@@ -54,7 +54,7 @@ def legs_for(options: Namespace) -> list[Leg]:
     if options.command is not None:
         return [Leg("command", options.command)]
     if options.pytest:  # somebody is after certain tests
-        return [_pytest("tests", *([] if options.all else ["-m", "vm"]), *options.pytest)]
+        return [_pytest("tests", *([] if options.all else ["-m", "vm"]), *options.pytest, wide=options.all)]
     tests = [_pytest("tests", "-m", "vm", *_marked_files())]
     if options.all:
         # The marked ones have the machine to themselves: they set its clock and fill its disk. The others mostly wait.
@@ -76,9 +76,11 @@ def _marked_files() -> list[str]:
     return [str(path.relative_to(tree)) for path in files]
 
 
-def _pytest(name: str, *words: str, reboot: str | None = None) -> Leg:
+def _pytest(name: str, *words: str, reboot: str | None = None, wide: bool = False) -> Leg:
+    """One run of pytest; ``wide``: also what is marked so, without packages that can only be fetched outside."""
     report = f"/var/tmp/junit-{name}.xml"
-    command = ["sudo", "./dev", "test", f"--junitxml={report}", "-o", f"junit_suite_name={name}", "-v", *words]
+    command = ["sudo", *(["PYTEST_ADDOPTS=--all"] if wide else []), "./dev", "test", f"--junitxml={report}"]
+    command += ["-o", f"junit_suite_name={name}", "-v", *words]
     return Leg(name, shlex.join(command), report, reboot)
 
 

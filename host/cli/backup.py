@@ -36,7 +36,7 @@ def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_j
     a running daemon goes on; each plugin is frozen while its state is copied.
     The keys are encrypted under the passphrase: without it nothing can be
     restored. Events, stored values and state are not encrypted: files are 0600.
-    Logs of plugins, and programs registered by path, are not in it.
+    Logs of plugins, and programs registered by path, are not in it, and named.
     """
     from dataclasses import asdict
 
@@ -57,6 +57,8 @@ def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_j
         return
     plugins = f"{made.plugins} plugin{'' if made.plugins == 1 else 's'}"
     click.echo(f"{made.place}: {plugins}, {made.bytes >> 10} KiB, as of {made.taken[:19]}Z (backup {made.id})")
+    for line in made.left_out:
+        click.echo(line)
 
 
 @click.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from host.cli.complete import event_ids, event_names, plugin_names
 from host.cli.many import Aliased
 from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, result_in, safe, table
 from host.client.client import Client
+from host.schemas.flat import fields
 from isolator.cli.audit import moment
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UsageError
@@ -295,32 +297,32 @@ def types(root: str | None, name: str | None, example: bool, as_json: bool) -> N
             raise UsageError(f"event {name}", "no such event", "see 'isolator event types'")
     if example:
         print_json(examples.example_of(found[0]["name"], found[0]["schema"], found[0].get("filled")))
-    elif as_json:
+        return
+    if as_json:
         print_json(found)
-    elif name is not None:
-        rows = [[key, need, _kind(rule), limits] for key, need, rule, limits in _fields(found[0])]
-        table(["field", "", "type", "limits"], rows)
-    else:
-        rows = [
-            [entry["name"], entry["order_by"], ", ".join(key for key, need, *_ in _fields(entry) if need == "required")]
-            for entry in found
-        ]
-        table(["event", "ordered by", "required"], rows)
+        return
+    rows = []
+    for entry in found:
+        found_fields = list(fields(entry["schema"]))
+        need = {key: "required" if required else "optional" for key, _, required in found_fields}
+        if entry.get("filled"):
+            need[entry["filled"]] = "filled in"  # with the time, when it is left out
+        if name is not None:
+            rows += [[key, need[key], _kind(rule), examples.limits_of(rule)] for key, rule, _ in found_fields]
+        else:
+            required = [key for key in entry["schema"]["properties"] if need[key] == "required"]
+            rows.append([entry["name"], entry["order_by"], ", ".join(required)])
+    table(["field", "", "type", "limits"] if name is not None else ["event", "ordered by", "required"], rows)
 
 
-def _fields(entry: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
-    """Each field of an event: its name, whether it is needed, its rule, and its limits in words."""
-    schema, found = entry["schema"], []
-    for key, rule in schema["properties"].items():
-        need = "required" if key in schema.get("required", ()) else "optional"
-        # With the time, when it is left out.
-        found.append((key, "filled in" if key == entry.get("filled") else need, rule, examples.limits_of(rule)))
-    return found
-
-
-def _kind(rule: dict[str, Any]) -> str:
-    rule = dict(examples.plain(rule))
-    return " | ".join(map(str, rule["enum"])) if "enum" in rule else str(rule.get("type", "any"))
+def _kind(rule: Mapping[str, Any]) -> str:
+    options = [rule, *rule.get("anyOf", ())]
+    for option in options:
+        if "enum" in option:
+            return " | ".join(map(str, option["enum"]))
+        if option.get("type") not in (None, "null"):
+            return str(option["type"])
+    return "any"
 
 
 def _show(row: dict[str, Any]) -> None:

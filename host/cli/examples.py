@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from host.schemas.flat import Rule, plain
 from isolator.errors import UsageError
 
 _NUMBERS = {"integer": 1, "number": 1.5, "boolean": True, "object": {}, "array": []}
@@ -16,13 +17,14 @@ def example_of(name: str, schema: Mapping[str, Any], filled: str | None) -> dict
 
     Raises UsageError where a schema has a pattern and no example of it.
     """
+    named = schema.get("$defs", {})
     required = set(schema.get("required", ())) - {filled}
-    return {field: _value(name, field, rule) for field, rule in schema["properties"].items() if field in required}
+    fields = {key: plain(rule, named) for key, rule in schema["properties"].items() if key in required}
+    return {key: _value(name, key, rule, named) for key, rule in fields.items()}
 
 
-def limits_of(rule: Mapping[str, Any]) -> str:
+def limits_of(rule: Rule) -> str:
     """The limits of one field, as people read them: ``1 to 128 characters``."""
-    rule = plain(rule)
     words = []
     if length := _range(rule.get("minLength"), rule.get("maxLength")):
         words.append(f"{length} characters")
@@ -33,27 +35,26 @@ def limits_of(rule: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def plain(rule: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rule of a field that may also be null, without the null."""
-    options = [option for option in rule.get("anyOf", ()) if option.get("type") != "null"]
-    return options[0] if len(options) == 1 else rule
-
-
 def _range(low: Any, high: Any) -> str:
     if low is not None and high is not None:
         return f"{low} to {high}"
     return f"at most {high}" if high is not None else f"at least {low}" if low is not None else ""
 
 
-def _value(event: str, field: str, rule: Mapping[str, Any]) -> Any:
-    rule = plain(rule)
+def _value(event: str, field: str, rule: Rule, named: Rule) -> Any:
     for choices in (rule.get("examples"), rule.get("enum")):
         if isinstance(choices, list) and choices:
             return choices[0]
+    if "properties" in rule:
+        inner = {key: plain(one, named) for key, one in rule["properties"].items() if key in rule.get("required", ())}
+        return {key: _value(event, f"{field}.{key}", one, named) for key, one in inner.items()}
+    if rule.get("minItems"):
+        return [_value(event, f"{field}[]", plain(rule.get("items", {}), named), named)] * rule["minItems"]
     kind = rule.get("type")
     if kind in _NUMBERS:
         return max(_NUMBERS[kind], rule["minimum"]) if "minimum" in rule else _NUMBERS[kind]
-    text = f"{field.removesuffix('_id')}-1" if field.endswith("_id") else field.replace("_", "-")
+    last = field.rpartition(".")[2].removesuffix("[]")
+    text = f"{last.removesuffix('_id')}-1" if last.endswith("_id") else last.replace("_", "-")
     text = text[: rule.get("maxLength", 256)].ljust(rule.get("minLength", 0), "-")
     if not re.search(rule.get("pattern", ""), text):
         remedy = "add 'examples' to it in the event's schema"

@@ -24,7 +24,7 @@ from isolator.audit.record import Record, parse
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
 from isolator_client.aio import AsyncClient
-from isolator_client.calls import Delivered, Emitted
+from isolator_client.calls import Delivered, Emitted, Health
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -72,10 +72,12 @@ class PluginHost:
         dedupe_key: str | None = None,
         ttl: float | None = None,
         traceparent: str | None = None,
+        on_behalf_of: str | None = None,
     ) -> Emitted:
         """Emit an event; it is safe on disk when this returns. Raises UsageError for a payload that does not fit."""
+        more = {"dedupe_key": dedupe_key, "traceparent": traceparent, "on_behalf_of": on_behalf_of}
         with our_errors():
-            return await self._client.emit(name, payload, dedupe_key=dedupe_key, ttl=ttl, traceparent=traceparent)
+            return await self._client.emit(name, payload, ttl=ttl, **more)
 
     async def wait(self, event_id: str, *, timeout: float = 30.0) -> list[Delivered]:
         """The deliveries of an event once all are final, or as they stand after ``timeout`` seconds."""
@@ -83,11 +85,28 @@ class PluginHost:
             return await self._client.wait(event_id, timeout=timeout)
 
     async def register_event(
-        self, name: str, model: type[BaseModel], *, order_by: str | None = None, version: int = 1
+        self,
+        name: str,
+        model: type[BaseModel],
+        *,
+        order_by: str | None = None,
+        version: int = 1,
+        breaking: bool = False,
     ) -> None:
         """Make an event of the platform's own known; its payloads are checked against ``model`` by the daemon."""
+        schema = model.model_json_schema()
         with our_errors():
-            await self._client.register_event(name, model.model_json_schema(), order_by=order_by, version=version)
+            await self._client.register_event(name, schema, order_by=order_by, version=version, breaking=breaking)
+
+    async def unregister_event(self, name: str) -> None:
+        """Have the daemon forget an event type; refused while plugins subscribe to it or its events wait."""
+        with our_errors():
+            await self._client.unregister_event(name)
+
+    async def health(self, name: str | None = None) -> list[Health]:
+        """How every plugin, or the one of this name, is doing."""
+        with our_errors():
+            return await self._client.health(name)
 
     async def serve(self, method: str, permission: str, handler: ApiHandler) -> None:
         """Answer a host-API method that plugins may call with ``permission``."""

@@ -8,12 +8,13 @@ are gone and open calls fail: a plugin never waits for a platform that has died.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from host.channel.reply import RETRY_LATER
+from host.control.platform_types import ApiAnswer, ApiCall, ApiRegister, ApiUnregister, RegisteredMethod
 from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
-from host.control.verbs import ApiAnswer, ApiCall, ApiRegister, Nothing, RegisteredMethod
+from host.control.terms import Nothing
 from host.host_api import PLATFORM_TIMEOUT, ApiError, Context, HostApi
 from isolator.errors import UsageError
 from isolator.ipc.body import Json
@@ -26,12 +27,18 @@ class ApiVerbs:
     def __init__(self, api: HostApi) -> None:
         self._api = api
         self._calls: dict[int, tuple[Caller, asyncio.Future[ApiAnswer]]] = {}
+        self._served: dict[str, tuple[Caller, Callable[[], None]]] = {}
+        """Who serves a method, and what ends that."""
         self.numbers = 0
         """The number of the newest call."""
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
-        return [Endpoint(ApiRegister, self.register), Endpoint(ApiAnswer, self.answer)]
+        return [
+            Endpoint(ApiRegister, self.register),
+            Endpoint(ApiUnregister, self.unregister),
+            Endpoint(ApiAnswer, self.answer),
+        ]
 
     async def register(self, request: ApiRegister, caller: Caller) -> RegisteredMethod:
         try:
@@ -50,9 +57,29 @@ class ApiVerbs:
         async def forward(context: Context, params: Mapping[str, Any]) -> Any:
             return await self._forward(caller, method, context, params)
 
-        caller.on_close.append(self._api.register(method, permission, forward))
+        remove = self._api.register(method, permission, forward)
         belonging = Belonging(verb=ApiRegister.spec.verb, data={"method": method, "permission": permission})
-        caller.belongings.append(lambda: belonging)
+
+        def kept() -> Belonging:
+            return belonging
+
+        def end() -> None:
+            remove()
+            self._served.pop(method, None)
+            caller.on_close.remove(end)
+            caller.belongings.remove(kept)
+
+        self._served[method] = caller, end
+        caller.on_close.append(end)
+        caller.belongings.append(kept)
+
+    async def unregister(self, request: ApiUnregister, caller: Caller) -> Nothing:
+        server, end = self._served.get(request.method, (None, None))
+        if server is not caller or end is None:
+            why = "is not served by this connection"
+            raise UsageError(f"method {request.method}", why, "only the connection that registered it may")
+        end()
+        return {}
 
     async def answer(self, request: ApiAnswer, caller: Caller) -> Nothing:
         entry = self._calls.get(request.call)

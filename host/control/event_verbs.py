@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, cast
 
 from host.control.server import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
@@ -13,19 +12,14 @@ from host.control.verbs import (
     EventDead,
     EventEmit,
     EventList,
-    EventRegister,
     EventReplay,
     Events,
     EventShow,
-    EventTypeList,
-    EventTypes,
     EventWait,
-    RegisteredEvent,
     Replayed,
 )
-from host.database import Store
 from host.delivery.dispatch import Dispatcher
-from host.events import OPERATIONAL, Catalogue, from_schema
+from host.events import OPERATIONAL, Catalogue
 from host.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
@@ -36,7 +30,7 @@ from isolator.errors import UsageError
 
 
 class EventVerbs:
-    """Events: emitted, followed, replayed, and their types."""
+    """Events: emitted, followed, replayed."""
 
     def __init__(
         self,
@@ -45,11 +39,10 @@ class EventVerbs:
         dispatcher: Dispatcher,
         registry: Registry,
         catalogue: Catalogue,
-        store: Store,
         debts: Debts,
     ) -> None:
         self._intake, self._queue, self._dispatcher, self._registry = intake, queue, dispatcher, registry
-        self._catalogue, self._store, self._debts = catalogue, store, debts
+        self._catalogue, self._debts = catalogue, debts
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -60,8 +53,6 @@ class EventVerbs:
             Endpoint(EventShow, self.show),
             Endpoint(EventDead, self.dead),
             Endpoint(EventReplay, self.replay),
-            Endpoint(EventTypes, self.types),
-            Endpoint(EventRegister, self.register),
         ]
 
     def emit(self, request: EventEmit, caller: Caller, reply: Reply) -> None:
@@ -77,13 +68,15 @@ class EventVerbs:
             }
             reply(answer, None)
 
+        person = request.on_behalf_of
         if request.name.startswith(OPERATIONAL):
             raise UsageError(f"event {request.name}", "is the daemon's own", "emit one whose name begins otherwise")
         self._intake.emit(
             request.name,
             request.payload,
             done,
-            by=caller.by if request.on_behalf_of is None else caller.for_another(request.on_behalf_of),
+            by=f"console:{person}" if caller.is_console and person else caller.by,
+            on_behalf_of=None if caller.is_console else person,
             dedupe_key=request.dedupe_key,
             ttl=request.ttl,
             trace=request.trace,
@@ -131,21 +124,6 @@ class EventVerbs:
             raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
         change.pay()
         return {"id": event_id, "plugins": plugins}
-
-    async def types(self, _: EventTypes, __: Caller) -> EventTypeList:
-        return {
-            "types": [
-                {"name": t.name, "version": t.version, "order_by": t.order_by, "filled": t.filled, "schema": t.schema()}
-                for t in self._catalogue
-            ]
-        }
-
-    async def register(self, request: EventRegister, caller: Caller) -> RegisteredEvent:
-        name, version = request.name, request.version
-        self._catalogue.register(from_schema(name, request.schema, request.order_by, version))
-        row = (name, json.dumps(request.schema), request.order_by, version, caller.by)
-        await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO event_types VALUES (?,?,?,?,?)", row))
-        return {"name": name, "version": version}
 
 
 def _event(row: EventRow) -> Event:

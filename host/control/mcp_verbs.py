@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.terms import Nothing
 from host.control.verbs import (
     ApprovedTools,
     CalledTool,
@@ -18,7 +19,6 @@ from host.control.verbs import (
     McpCancel,
     McpOpen,
     McpTools,
-    Nothing,
     Tools,
 )
 from host.plugins.registry import Registry

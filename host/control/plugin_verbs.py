@@ -8,13 +8,14 @@ from typing import Any, cast
 
 from host.control.alarms import Alarms
 from host.control.config_verbs import config_items
+from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
 from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.terms import Nothing
 from host.control.verbs import (
     Explanation,
     ListedPlugin,
     ListedPlugins,
     LogLines,
-    Nothing,
     PluginExplain,
     PluginList,
     PluginLogs,
@@ -26,12 +27,16 @@ from host.control.verbs import (
     StartedRun,
 )
 from host.delivery.dispatch import Dispatcher
+from host.delivery.health import Pinged, Watches
 from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
 from host.supervisor_link import SupervisorLink
 from isolator.errors import IsolatorError
+
+_SERVING = ("stopped", "starting", "running", "stopping")
+"""States in which a plugin gets its events; a stopped one is started by the next."""
 
 
 class PluginVerbs:
@@ -44,17 +49,19 @@ class PluginVerbs:
         config: ConfigStore,
         queue: SqliteQueue,
         dispatcher: Dispatcher,
+        watches: Watches,
         logs: Logs,
         alarms: Alarms,
     ) -> None:
         self._link, self._registry, self._config, self._queue = link, registry, config, queue
-        self._dispatcher, self._logs, self._alarms = dispatcher, logs, alarms
+        self._dispatcher, self._watches, self._logs, self._alarms = dispatcher, watches, logs, alarms
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
             Endpoint(PluginList, self.list_all),
             Endpoint(PluginShow, self.show),
+            Endpoint(PluginHealth, self.health),
             Endpoint(PluginExplain, self.explain),
             Endpoint(PluginLogs, self.logs),
             Endpoint(PluginStart, self.start),
@@ -81,6 +88,22 @@ class PluginVerbs:
             "held_by": self._queue.consumer(plugin.name).held_by,
             "log_bytes_dropped": log.dropped,
         }
+
+    async def health(self, request: PluginHealth, _: Caller) -> PluginsHealth:
+        name = self._registry.need(request.name).name if request.name else None
+        entries = [entry for entry in await self._entries() if name is None or entry.get("name") == name]
+        return {"plugins": [self._health(self._listed(entry)) for entry in entries]}
+
+    def _health(self, listed: ListedPlugin) -> PluginHealthEntry:
+        name = listed["name"]
+        pinged = self._watches.last(name)
+        if pinged is not None and pinged.run != listed["run"]:
+            pinged = None  # that run is over
+        why = _trouble(listed, pinged)
+        shown = {key: value for key, value in listed.items() if key in PluginHealthEntry.__annotations__}
+        ping = {key: value for key, value in vars(pinged).items() if key != "run"} if pinged is not None else None
+        held_by = self._queue.consumer(name).held_by if self._registry.get(name) is not None else None
+        return cast(PluginHealthEntry, {**shown, "healthy": why is None, "why": why, "held_by": held_by, "ping": ping})
 
     async def explain(self, request: PluginExplain, _: Caller) -> Explanation:
         return cast(Explanation, (await self._link.explain(self._registry.need(request.name).name)).to_json())
@@ -125,3 +148,17 @@ class PluginVerbs:
         shown["caps"] = effective and {"memory": effective.memory, "cpu": effective.cpu, "tasks": effective.tasks}
         shown["queue"] = self._queue.consumer(name).depth if plugin is not None else 0
         return cast(ListedPlugin, shown | self._dispatcher.status(name))
+
+
+def _trouble(listed: ListedPlugin, pinged: Pinged | None) -> str | None:
+    """The first thing that keeps a plugin from doing its work, in one line; None if nothing is known."""
+    state, last = listed["state"], listed["last"]
+    if state not in _SERVING:
+        return f"it is {state}" + (f": {listed['error']}" if listed["error"] else "")
+    if pinged is not None and not pinged.ok:
+        return f"{pinged.misses} of its last pings {'was' if pinged.misses == 1 else 'were'} missed: {pinged.detail}"
+    if listed["failing_since"] is not None:
+        return "its attempts fail" + (f": {last['detail'] or last['status'] or last['outcome']}" if last else "")
+    if listed["paused"] is not None:
+        return f"paused by {listed['paused']['by']}"
+    return f"its events wait: {listed['holding']}" if listed["holding"] else listed["error"]

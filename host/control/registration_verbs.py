@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
+from host.control.terms import Nothing
 from host.control.verbs import (
     ApprovedPlugin,
     ChangedPlugin,
-    Nothing,
     PluginApprove,
     PluginCommit,
     PluginDisable,

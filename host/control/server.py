@@ -90,19 +90,13 @@ class Caller:
     follows: bool = False
     """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
 
-    passes_on: bool = False
-    """The right to ask for somebody else, which the console has."""
+    is_console: bool = False
+    """Of its word for whom it asks the trail makes a name."""
 
     @property
     def by(self) -> str:
         """The caller's name in the trail."""
         return f"uid:{self.uid}"
-
-    def for_another(self, name: str) -> str:
-        """Name in the trail of whoever the console asks for; raises DeniedError for any other caller."""
-        if not self.passes_on:
-            raise DeniedError("on_behalf_of", f"uid {self.uid} asks for itself alone", "leave it out")
-        return f"console:{name}"
 
 
 Result = Mapping[str, Any]
@@ -158,7 +152,7 @@ class ControlServer:
 
     ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records. ``restore``: by verb,
     what takes over a belonging of a caller from the host whose place this one takes. ``console``: uid of the
-    console, which may ask for others. ``may_call``: whether a uid has the role ``caller``, which one may have besides
+    console. ``may_call``: whether a uid has the role ``caller``, which one may have besides
     another.
     """
 
@@ -315,7 +309,7 @@ class _Connection(LineProtocol):
             uid, pid, self._server.role_of(uid), self._server.may_call(uid), self._notify, self._narrow, self._cut
         )
         self._caller.drained.set()
-        self._caller.passes_on = uid == self._server.console
+        self._caller.is_console = uid == self._server.console
         if self._caller.role is None:
             self.per_turn, self.budget = 1, self._server.stranger_bytes
         why = self._server.opened(self, self._caller)

@@ -1,7 +1,8 @@
 """The verbs of the control socket: one type each, with parameters, result, role, and whether each call is recorded.
 
 This is the contract. The server reads requests with it, the table in docs/embedding.md is generated from it, and
-clients are tested against ``listing``. The handlers stand in one module per noun, beside this one.
+clients are tested against ``listing``. The handlers stand in one module per noun, beside this one. The verbs that only
+platforms need are in ``platform_types``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import inspect
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict, get_origin, get_type_hints
 
-from host.control.parameters import ConfigValues, Flag, Json, Number, Object, OneOf, Request, Text, Texts, Whole
+from host.control.parameters import Flag, Number, Object, OneOf, Request, Text, Texts, Whole
+from host.control.platform_types import ApiCall
+from host.control.terms import LARGEST, Attempted, Config, Name, Nothing, OptionalText, Pause
+from isolator.audit.schema import MAX_ID
 
 MAX_WAIT = 3600.0
 """Seconds that ``event.wait`` may take."""
@@ -18,21 +22,8 @@ MAX_TTL = 31 * 86400.0
 """Seconds after which an event may expire at the latest."""
 MAX_RECORDS = 10_000
 """Records that ``audit.follow`` may begin with."""
-LARGEST = 1 << 53
-"""The largest number that every JSON reader keeps exactly."""
-
 STORED_STATES = ("queued", "retry", "in_flight", "ok", "skipped", "dead", "expired", "quarantined", "cancelled")
 """States of deliveries as ``event.list`` can look for them."""
-
-Name = Annotated[str, Text()]
-OptionalText = Annotated[str | None, Text(least=0, nullable=True)]
-Config = Annotated[dict[str, str], ConfigValues()]
-"""Values may be secrets: fields of this type are left out of ``repr``."""
-
-
-class Nothing(TypedDict):
-    """An answer without content."""
-
 
 # Events
 
@@ -121,29 +112,10 @@ class RecoveryJobs(TypedDict):
     jobs: list[RecoveryJob]
 
 
-class EventTypeEntry(TypedDict):
-    """One event type of the catalogue, with the JSON Schema of its payload."""
-
-    name: str
-    version: int
-    order_by: str | None
-    filled: str | None
-    schema: dict[str, Any]
-
-
-class EventTypeList(TypedDict):
-    types: list[EventTypeEntry]
-
-
-class RegisteredEvent(TypedDict):
-    name: str
-    version: int
-
-
 class EventEmit(Request, verb="event.emit", role="emitter", result=Emitted):
     """Accept one event; it and its deliveries are on disk when the answer comes.
 
-    ``on_behalf_of``, of the console alone: who asked it.
+    ``on_behalf_of``: the person for whom it is emitted; it is in the record ``event.accepted``, and gives no right.
     """
 
     name: Name
@@ -151,7 +123,7 @@ class EventEmit(Request, verb="event.emit", role="emitter", result=Emitted):
     dedupe_key: Annotated[str | None, Text(256, nullable=True)] = None
     ttl: Annotated[float | None, Number(MAX_TTL, nullable=True)] = None
     trace: Annotated[str | None, Text(128, least=0, nullable=True)] = None
-    on_behalf_of: Annotated[str | None, Text(96, nullable=True)] = None
+    on_behalf_of: Annotated[str | None, Text(MAX_ID, nullable=True)] = None
 
 
 class EventWait(Request, verb="event.wait", role="emitter", result=Event):
@@ -229,42 +201,6 @@ class EventJobs(Request, verb="event.jobs", role="viewer", result=RecoveryJobs):
     """List the recovery jobs, those that ended too, the newest first."""
 
 
-class EventTypes(Request, verb="event.types", role="viewer", result=EventTypeList):
-    """List the event types with the JSON Schema of every payload."""
-
-
-class EventRegister(Request, verb="event.register", role="operator", recorded=True, result=RegisteredEvent):
-    """Register or replace an event type of the platform's."""
-
-    name: Name
-    schema: Annotated[dict[str, Any], Object("event", "schema must be a JSON Schema object")]
-    order_by: OptionalText = None
-    version: Annotated[int, Whole(10_000)] = 1
-
-
-# The platform's part of the host API
-
-
-class RegisteredMethod(TypedDict):
-    method: str
-    permission: str
-
-
-class ApiRegister(Request, verb="api.register", role="emitter", recorded=True, result=RegisteredMethod):
-    """Serve a method of the host API on this connection until it closes; calls come as ``api.call`` notifications."""
-
-    method: Name
-    permission: Name
-
-
-class ApiAnswer(Request, verb="api.answer", role="emitter", repeatable=False, result=Nothing):
-    """Answer an ``api.call`` with ``result``, or with ``error``: ``{code, message}``."""
-
-    call: Annotated[int, Whole(LARGEST)]
-    result: Annotated[Any, Json()] = None
-    error: Annotated[Any, Json()] = None
-
-
 # The audit trail
 
 
@@ -337,23 +273,6 @@ class PluginEntry(TypedDict):
     ready: NotRequired[bool]
     on_trial: NotRequired[bool]
     found: NotRequired[str]
-
-
-class Attempted(TypedDict):
-    """The newest attempt to deliver an event that has ended, with the Unix time of its end."""
-
-    event_id: str
-    outcome: str
-    status: str | None
-    detail: str | None
-    at: float
-
-
-class Pause(TypedDict):
-    """Pause of a plugin's deliveries: since when (Unix time), and who set it."""
-
-    since: float
-    by: str
 
 
 class PauseChange(TypedDict):
@@ -856,15 +775,6 @@ class McpProgress(TypedDict):
     message: NotRequired[str]
 
 
-class ApiCall(TypedDict):
-    """A plugin's call of a method that this connection serves; answered with ``api.answer``."""
-
-    call: int
-    method: str
-    plugin: str
-    params: dict[str, Any]
-
-
 class AuditRecords(TypedDict):
     """Lines of the trail, byte for byte."""
 
@@ -896,10 +806,19 @@ NOTIFICATIONS: dict[str, type[Any]] = {
     "mcp.progress": McpProgress,
 }
 
+_NOUNS = ("event", "api", "audit", "plugin", "config", "daemon")
+"""The order in which verbs are listed; those of other nouns, and without one, come last."""
+
 
 def verbs() -> dict[str, type[Request]]:
     """The request types by verb."""
-    return {request.spec.verb: request for request in Request.__subclasses__()}
+
+    def place(verb: str) -> int:
+        noun = verb.partition(".")[0]
+        return _NOUNS.index(noun) if noun in _NOUNS else len(_NOUNS)
+
+    found = {request.spec.verb: request for request in Request.__subclasses__()}
+    return {verb: found[verb] for verb in sorted(found, key=place)}
 
 
 def listing() -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 from host.channel.reply import LostError, NotSentError
 from host.delivery.worker import Worker
@@ -27,6 +28,19 @@ from isolator.ipc.tasks import Tasks
 
 _log = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class Pinged:
+    """The newest ping of a plugin that ended while the run lived: at ``at`` (Unix time)."""
+
+    run: str | None
+    at: float
+    ok: bool
+    latency_us: int
+    misses: int
+    detail: str | None
+
+
 OVERSLEPT = 1.0
 """Seconds by which a round may be late before its result is void."""
 
@@ -37,6 +51,7 @@ class Watch:
     def __init__(self, worker: Worker, registry: Registry, supervisor: Channel, audit: AuditClient) -> None:
         self._worker, self._registry, self._supervisor, self._audit = worker, registry, supervisor, audit
         self._misses = 0
+        self.last: Pinged | None = None
         self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
         self._tasks.run(f"watch over {worker.name}", self._watch())
@@ -81,14 +96,16 @@ class Watch:
         assert plugin.manifest is not None
         health, run = plugin.manifest.health, self._worker.run
         before, began = self._loop.time(), time.perf_counter_ns()
-        why = None
+        why, pinged = None, True
         try:
-            await self._worker.ping(plugin, health.timeout)
+            pinged = await self._worker.ping(plugin, health.timeout)
         except (LostError, NotSentError, WireError) as error:
             why = str(error)
         if self._worker.run != run or self._loop.time() - before > health.timeout + OVERSLEPT:
             return
         latency = (time.perf_counter_ns() - began) // 1000
+        if pinged:
+            self.last = Pinged(run, time.time(), why is None, latency, 0 if why is None else self._misses + 1, why)
         if why is None:
             if self._misses:
                 self._audit.record(PluginHealth(ok=True, latency_us=latency, misses=0), plugin=plugin.name, run=run)
@@ -117,6 +134,11 @@ class Watches:
     def __init__(self, registry: Registry, supervisor: Channel, audit: AuditClient) -> None:
         self._registry, self._supervisor, self._audit = registry, supervisor, audit
         self._watches: dict[str, tuple[object, Watch]] = {}
+
+    def last(self, name: str) -> Pinged | None:
+        """The newest ping of a plugin since its watch began; None before the first, and of one that is not pinged."""
+        current = self._watches.get(name)
+        return current[1].last if current is not None else None
 
     async def update(self, plugin: Plugin, worker: Worker) -> None:
         """Start, replace or end the watch of a plugin whose entry changed."""

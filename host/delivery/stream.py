@@ -196,15 +196,17 @@ class StreamDelivery:
         self._session = _Session(state.run, connection, greeting)
         await connection.take_over_all(state.connection, awaited, descriptors)
 
-    async def ping(self, timeout: float) -> None:
-        """Send ``ping`` over an open, quiet stream; raises LostError, NotSentError.
+    async def ping(self, timeout: float) -> bool:
+        """Send ``ping`` over an open, quiet stream, and return whether there is one; raises LostError, NotSentError.
 
         A stream that nobody has opened yet cannot be lost. A plugin that has a request to answer has that request's
         deadline, and may well be too busy for a ping.
         """
         session = self._session
-        if session is not None and session.is_open and not session.connection.in_flight:
-            await session.connection.request("ping", {}, timeout)
+        if session is None or not session.is_open or session.connection.in_flight:
+            return False
+        await session.connection.request("ping", {}, timeout)
+        return True
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Send a notification if the plugin declared that it takes this one."""

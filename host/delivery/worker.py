@@ -216,21 +216,22 @@ class Worker:
         for mode in self._modes.values():
             mode.notify(method, params)
 
-    async def ping(self, plugin: Plugin, timeout: float) -> None:
+    async def ping(self, plugin: Plugin, timeout: float) -> bool:
         """Ping the sidecar; raises LostError, NotSentError, WireError or IsolatorError when there is no pong.
 
-        Except in stream mode a plugin is pinged only while nothing waits for it: it may serve one thing at a time.
+        Returns whether it was a time to ping. Except in stream mode a plugin is pinged only while nothing waits for it:
+        it may serve one thing at a time.
         """
         if plugin.mode == "stream":
-            await self._stream.ping(timeout)
-            return
+            return await self._stream.ping(timeout)
         unanswered = self._oneshot.busy or any(mode.busy for mode in self._modes.values())
         if unanswered or (self._consumer.depth and not self._sidecar.paused):
-            return
+            return False
         if plugin.mode == "oneshot":
             await self._oneshot.ping(timeout)
         else:
             await self._mode(plugin.mode).ping(plugin, timeout)
+        return True
 
     def _mode(self, name: str) -> Mode:
         mode = self._modes.get(name)

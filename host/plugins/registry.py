@@ -163,6 +163,10 @@ class Registry:
         value = payload.get(by) if by is not None else None
         return Subscriber(plugin.name, None if value is None else f"{by}={value}")
 
+    def subscribed(self, event: str) -> list[str]:
+        """Names of the plugins that receive an event, filters aside."""
+        return sorted(plugin.name for plugin in self._subscribers.get(event, ()))
+
     def hears(self, prefix: str) -> bool:
         """Whether a plugin receives an event whose name begins so."""
         return any(name.startswith(prefix) for name in self._subscribers)
@@ -227,7 +231,7 @@ def load_event_types(store: Store) -> tuple[list[EventType], list[str]]:
         try:
             if not isinstance(name, str) or not isinstance(version, int) or not isinstance(order_by, str | None):
                 raise ValueError("no event type")
-            found.append(from_schema(name, json.loads(schema), order_by, version))
+            found.append(from_schema(name, json.loads(schema), order_by, version, stored=True))
         except (IsolatorError, ValueError, TypeError, AttributeError, RecursionError):
             damaged.append(str(name))
     return found, damaged

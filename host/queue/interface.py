@@ -53,6 +53,8 @@ class NewEvent:
     ttl: float = DEFAULT_TTL
     trace: str | None = None
     by: str | None = None
+    on_behalf_of: str | None = None
+    """The person for whom ``by`` emits it, on the caller's word."""
 
 
 @dataclass(frozen=True, slots=True)

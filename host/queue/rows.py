@@ -96,6 +96,16 @@ def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:
     ).fetchall()
 
 
+def waiting(db: sqlite3.Connection, name: str) -> int:
+    """Number of the deliveries of one event type that are not final."""
+    count: int = db.execute(
+        "SELECT count(*) FROM deliveries d JOIN events e ON e.seq=d.seq"
+        f" WHERE e.name=? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN {ENDED}",
+        (name,),
+    ).fetchone()[0]
+    return count
+
+
 def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pruned: int) -> int:
     """Drop finished deliveries older than event number ``oldest`` or Unix time ``before``; bound the dead letters.
 

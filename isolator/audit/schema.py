@@ -642,6 +642,8 @@ class EventAccepted(RecordData):
     """``uid:N`` of the caller."""
     number: int = ABSENT
     """Number of the event in the queue; grows, with gaps. A queue that is restored from before is noticed by it."""
+    on_behalf_of: str = ABSENT
+    """The person for whom the caller emitted it, on the caller's word."""
 
 
 class EventDispatched(RecordData):

@@ -12,6 +12,7 @@ copied as they are.
   AES-256-GCM under a passphrase (scrypt), which authenticates the manifest: whoever changes a byte is found out.
 - ``freezer.py``: one plugin's state, its cage frozen meanwhile. A process of its own thaws it if this one is killed.
 - ``take.py``: what is copied and in which order; DIR gets its name when everything is on disk.
+- ``left_out.py``: what is not in it, told by whoever takes it.
 - ``restore.py``: checks all of it while it is copied beside what is there, makes the users, changes owners.
 - ``swap.py``: one file written is the decision; before it nothing counts, after it the renames are finished by whoever
   comes next, the daemon's start too. What was there before is kept in ``replaced-TIME``.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from isolator.backup import archive, swap
 from isolator.backup.archive import Entry, Manifest, copy_sparse, open_plain
+from isolator.backup.left_out import mount_points
 from isolator.errors import ConfinementError, IsolatorError, UsageError
 from isolator.layers.user import add_service_user, add_user, plugin_gid, remove_user, user_name
 from isolator.linux import loop, mount
@@ -141,10 +142,6 @@ class _Restoring:
             folder.mkdir(mode=0o700)
         for folder in (*self._areas.values(), self._lib / "audit"):
             folder.mkdir(mode=0o700, exist_ok=True)
-            target = folder.parent.parent / folder.name
-            if target != self._paths.etc and os.path.ismount(target):
-                why = "is a mount point of its own, so its content cannot be exchanged in one step"
-                raise IsolatorError(str(target), why, "unmount it, restore, and move what was restored onto that disk")
         (self._etc / "policies").mkdir(mode=0o755)  # with those of before they would be more than were backed up
         with _folders(self._areas) as areas:
             for number, entry in enumerate(self._manifest.entries):
@@ -163,6 +160,18 @@ class _Restoring:
             fd = os.open(self._lib / area / file, _NEW | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as out:
                 out.write(content)
+        self._check_mounts()
+
+    def _check_mounts(self) -> None:
+        """Refuse what could not be renamed: once that is decided upon, it has to succeed."""
+        for staged in (self._etc, self._lib, self._log):
+            mounted = mount_points(staged.parent.resolve())
+            for new in sorted(staged.iterdir()):
+                place = staged.parent.resolve() / new.name
+                if place in mounted:
+                    why = "is a mount point of its own, so its content cannot be exchanged in one step"
+                    remedy = "unmount it, restore, and move what was restored onto that disk"
+                    raise IsolatorError(str(staged.parent / new.name), why, remedy)
 
     def _one(self, area: int, entry: Entry, blob: Path) -> None:
         """Make one entry below the folder ``area``, beyond which no name leads."""

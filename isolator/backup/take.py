@@ -24,6 +24,7 @@ from isolator.audit.seal import PUBLIC_NAME
 from isolator.backup import archive
 from isolator.backup.archive import Entry, Manifest, copy_sparse, open_plain
 from isolator.backup.freezer import copy_state
+from isolator.backup.left_out import left_out
 from isolator.backup.swap import REPLACED, finish
 from isolator.errors import IsolatorError, UsageError
 from isolator.linux.files import read_plain
@@ -52,6 +53,8 @@ class Taken:
     plugins: int
     bytes: int
     live: bool
+    left_out: tuple[str, ...]
+    """Lines about what is not in it, or would stand in a restore's way."""
 
 
 def take(paths: Paths, place: Path, passphrase: str, snapshot: Snapshot) -> Taken:
@@ -83,7 +86,7 @@ def take(paths: Paths, place: Path, passphrase: str, snapshot: Snapshot) -> Take
             why = f"{error.filename or 'a file'}: {error.strerror}"
             raise IsolatorError(f"backup {place}", why, "mend that, or name another folder") from None
     size = sum(entry.size for entry in making.manifest.entries)
-    return Taken(making.manifest.id, place, making.manifest.taken, len(making.names), size, live)
+    return Taken(making.manifest.id, place, making.manifest.taken, len(making.names), size, live, left_out(paths))
 
 
 def _check_place(place: Path) -> None:

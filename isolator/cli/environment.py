@@ -34,6 +34,8 @@ _PACKAGES = ("isolator", "host", "clients/python/isolator_client")
 """The project's own packages, as they lie in a clone; a wheel of each is installed by pip."""
 _OWN = frozenset({"isolator-client"})
 """Distributions among the requirements that are such a package: no index is asked for them."""
+_EXTRAS = ("http", "console")
+"""Extras of pyproject.toml that go along: nothing of them is imported until an operator turns it on."""
 
 
 def shipped(name: str) -> Path:
@@ -162,7 +164,8 @@ def write_program(environment: Path, place: Path) -> Path:
 
 def _requirements() -> list[str]:
     project = tomllib.loads((_CODE / "pyproject.toml").read_text())["project"]
-    return [str(requirement) for requirement in project["dependencies"]]
+    extras = [requirement for extra in _EXTRAS for requirement in project["optional-dependencies"][extra]]
+    return [str(requirement) for requirement in (*project["dependencies"], *extras)]
 
 
 def _closure(requirements: Iterable[str]) -> set[str]:

@@ -85,7 +85,7 @@ def folder_of_root() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def source() -> Iterator[Source]:
-    with folder_of_root() as place, daemon() as d:
+    with folder_of_root() as place, daemon(host_toml="# of the source\n") as d:
         passphrase = place / "pass"
         passphrase.write_text(f"{PASSPHRASE}\n")
         passphrase.chmod(0o600)
@@ -278,6 +278,56 @@ def test_data_that_are_there_are_replaced_only_on_demand_and_kept(source: Source
         assert not (d.root / "etc/isolator/policies/mine.toml").exists()
         assert [p.read_text() for p in (d.root / "etc/isolator").glob("replaced-*/policies/mine.toml")] == ["# mine\n"]
         assert (Path(done["replaced"]) / "plugins/echo/plugin.state").exists()
+
+
+def mounted(command: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run isolator behind mounts of its own, which nobody else sees."""
+    script = f'{command}; exec isolator "$@"'
+    return subprocess.run(
+        ["unshare", "-m", "--propagation", "private", "sh", "-ec", script, "sh", *words],
+        capture_output=True, text=True, check=False, timeout=seconds(90), stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_backup_names_what_is_not_in_it(source: Source) -> None:
+    with another_host() as d, folder_of_root() as place:
+        assert source.restore(d.root).returncode == 0
+        registered = d.root / "var/lib/isolator/plugins/later/plugin.state"
+        state = json.loads(registered.read_text())
+        state["release"] |= {"kind": "binary", "binary_path": "/usr/local/bin/later", "binary_sha256": "0" * 64}
+        registered.write_text(json.dumps(state))
+        log = d.root / "var/log/isolator/plugins/echo.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("x" * 1500)
+        policies = d.root / "etc/isolator/policies"
+        words = (
+            "--root",
+            str(d.root),
+            "backup",
+            str(place / "b"),
+            "--passphrase-file",
+            str(source.passphrase),
+            "--json",
+        )
+        made = mounted(f"mount --bind {policies} {policies}", *words)
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout)["left_out"] == [
+            f"{policies} is a mount point: what lies there is in the backup, "
+            "and a restore asks you to unmount it first",
+            f"not in it: the logs of plugins, 2 KiB in {log.parent}",
+            "not in it: /usr/local/bin/later, the program of later, registered by its path",
+        ]
+
+
+@pytest.mark.parametrize("name", ["policies", "host.toml"])
+def test_mount_point_that_cannot_be_exchanged_is_refused_before_a_change(source: Source, name: str) -> None:
+    with another_host() as d:
+        assert source.restore(d.root).returncode == 0
+        place = d.root / "etc/isolator" / name
+        words = ("restore", str(source.place), "--replace", "--passphrase-file", str(source.passphrase))
+        command = f"mount --bind {place} {place}"
+        refused(d, lambda: mounted(command, "--root", str(d.root), *words), "is a mount point of its own")
+        assert source.restore(d.root, "--replace").returncode == 0
 
 
 def test_daemon_that_runs_is_not_restored_over(source: Source) -> None:

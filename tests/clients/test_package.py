@@ -5,9 +5,7 @@ from __future__ import annotations
 import email
 import json
 import re
-import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ import isolator_client
 from host.control.verbs import listing, result_keys, verbs
 from isolator.cli import environment
 from isolator_client import calls
-from tests.host.fake_supervisor import REPO
+from tests.support import wheels
+from tests.support.wheels import REPO, SYSTEM_PYTHON
 
 PACKAGE = REPO / "clients/python"
-SYSTEM_PYTHON = "/usr/bin/python3"
 
 # Imports every module and every public name, and prints the packages that this has loaded.
 ALONE = """
@@ -84,11 +82,19 @@ class _Noted(dict[str, Any]):
         return super().__getitem__(key)
 
 
+STAGED = calls.Staged("token", "x", "1", "0", False, False, {}, (), (), ())
 CALLS = {
-    "emit": calls.emit("deploy.completed", {}, "key", 60.0, "00-1-2-03"),
+    "emit": calls.emit("deploy.completed", {}, "key", 60.0, "00-1-2-03", "alice"),
     "wait": calls.wait("ev_1", 1.0),
-    "register_event": calls.register_event("backup.failed", {"type": "object"}, "volume", 1),
+    "register_event": calls.register_event("backup.failed", {"type": "object"}, "volume", 1, breaking=True),
+    "unregister_event": calls.unregister_event("backup.failed"),
     "serve": calls.register_method("a.get", "read:a"),
+    "unserve": calls.unregister_method("a.get"),
+    "health": calls.health("slack"),
+    "stage": calls.stage({"path": "/x"}, name="x", hooks=["a.b"], update="x", config={"a": "b"}),
+    "commit": calls.commit(STAGED, {"a": "b"}),
+    "update": calls.update(STAGED, {"a": "b"}, True),
+    "discard": calls.discard(STAGED),
     "plugins": calls.plugins(),
     "audit": calls.follow({"after": 1}),
     "audit with lines": calls.follow({"lines": 1}),
@@ -119,7 +125,10 @@ def test_the_readme_tells_the_role_of_each_call() -> None:
     rows = re.findall(r"^\| `(\w+)\(.*\| (\w*) *\|$", (PACKAGE / "README.md").read_text(), re.MULTILINE)
     told = {name: role for name, role in rows if name in CALLS}
     assert told == {name: listing()[call.method]["role"] for name, call in CALLS.items() if name in told}
-    assert set(told) == {"emit", "wait", "register_event", "serve", "audit", "plugins"}
+    assert set(told) == {
+        *("emit", "wait", "register_event", "unregister_event", "serve", "unserve", "audit", "plugins", "health"),
+        *("stage", "commit", "update", "discard"),
+    }
 
 
 def test_the_readme_tells_each_error() -> None:
@@ -135,26 +144,9 @@ def test_the_readme_tells_each_error() -> None:
 @pytest.fixture(scope="module")
 def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both wheels, built from a copy of the tree by the distribution's tools and without a network."""
-    if subprocess.run([SYSTEM_PYTHON, "-I", "-c", "import setuptools, pip, wheel"], check=False).returncode:
-        pytest.skip("needs apt-get install python3-pip python3-setuptools python3-wheel")
+    wheels.need_builder()
     place = tmp_path_factory.mktemp("wheels")
-    for part in ("isolator", "host", "clients", "policies", "pyproject.toml", "README.md"):
-        source = REPO / part
-        if source.is_dir():
-            shutil.copytree(source, place / "clone" / part)
-        else:
-            shutil.copy(source, place / "clone" / part)
-    arguments = "wheel --quiet --no-index --no-build-isolation --no-deps --wheel-dir".split()
-    for source in (place / "clone/clients/python", place / "clone"):
-        _without_licence_expression(source / "pyproject.toml")
-        _python("-m", "pip", *arguments, str(place / "out"), str(source))
-    return place / "out"
-
-
-def _without_licence_expression(project: Path) -> None:
-    """Spell the licence for the distribution's setuptools, which may be older (Debian 12) than SPDX expressions."""
-    text = re.sub(r'^license = (".*")$', r"license = { text = \1 }", project.read_text(), flags=re.MULTILINE)
-    project.write_text(re.sub(r"^license-files = .*\n", "", text, flags=re.MULTILINE))
+    return wheels.build(wheels.copy_tree(place / "clone"), place / "out")
 
 
 def _metadata(wheel: Path) -> tuple[set[str], Any]:
@@ -180,12 +172,7 @@ def test_the_main_wheel_depends_on_it_and_a_wheelhouse_brings_both(wheelhouse: P
     assert not any(name.startswith(("isolator_client", "clients")) for name in names)
     assert any(line.startswith("isolator-client") for line in metadata.get_all("Requires-Dist"))
     # Installed in an environment that has every other dependency, and no index to ask.
-    deps = Path(sys.prefix) / "deps"
-    subprocess.run([SYSTEM_PYTHON, "-I", "-m", "venv", "--without-pip", str(tmp_path)], check=True)
-    (packages,) = tmp_path.glob("lib/python*/site-packages")
-    (packages / "deps.pth").write_text(f"{deps / packages.relative_to(tmp_path)}\n")
-    pip = [str(deps / "bin/python3"), "-I", "-m", "pip", "--quiet", "--python", str(tmp_path / "bin/python")]
-    subprocess.run([*pip, "install", "--no-index", "--find-links", str(wheelhouse), "isolator"], check=True)
+    packages = wheels.install(wheelhouse, tmp_path)
     assert {path.name for path in packages.glob("isolator*")} >= {"isolator", "isolator_client"}
     _runs(tmp_path)
     unit = subprocess.run([tmp_path / "bin/isolator", "install", "--print-unit"], check=True, capture_output=True)

@@ -70,11 +70,16 @@ def test_bytes_that_are_no_json_and_too_many_are_refused(console: Console) -> No
         assert answer.status == 400, (body[:10], answer.text)
 
 
-def test_nobody_but_the_console_asks_for_another(console: Console) -> None:
-    from isolator_client import Client, DeniedError
+def test_nobody_but_the_console_gets_the_name_of_another(console: Console) -> None:
+    from isolator_client import Client
 
-    with Client(root=console.daemon.root) as client, pytest.raises(DeniedError, match="on_behalf_of"):
-        client.call("event.emit", name="deploy.completed", payload=EVENT, on_behalf_of="uid:1")
+    with Client(root=console.daemon.root) as client:
+        found = client.emit("deploy.completed", EVENT, on_behalf_of="uid:1")
+    assert emitted(console, found.id)["by"] == "uid:0"
+    (accepted,) = [
+        one for one in console.daemon.records() if one["type"] == "event.accepted" and one["event_id"] == found.id
+    ]
+    assert accepted["data"]["on_behalf_of"] == "uid:1"
 
 
 def test_signed_event_gets_in_and_is_one_event_however_often_it_is_sent(console: Console) -> None:

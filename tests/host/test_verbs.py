@@ -10,6 +10,7 @@ import pytest
 
 from host.control import (
     api_verbs,
+    catalogue_verbs,
     config_verbs,
     daemon_verbs,
     event_verbs,
@@ -21,10 +22,10 @@ from host.control import (
     searches,
 )
 from host.control.parameters import Request
+from host.control.platform_types import EventRegister
 from host.control.verbs import (
     AuditFollow,
     EventEmit,
-    EventRegister,
     EventReplay,
     EventWait,
     PluginLogs,
@@ -40,6 +41,7 @@ from tests.support import sidecars
 
 MODULES = (
     api_verbs,
+    catalogue_verbs,
     config_verbs,
     daemon_verbs,
     event_verbs,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +14,13 @@ import pytest
 from tests.support.sidecars import oneshot
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
+OPERATOR = 61997
+"""Nobody's uid on the host."""
+
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Daemon]:
-    with daemon(host_toml='[audit]\nsnapshot_interval = "1s"\n') as d:
+    with daemon(host_toml=f'[audit]\nsnapshot_interval = "1s"\n[roles]\noperator = [{OPERATOR}]\n') as d:
         yield d
 
 
@@ -73,3 +79,32 @@ def test_plugin_whose_file_was_replaced_says_so_until_it_is_restarted(running: D
     running.cli("plugin", "restart", "shown")
     assert not running.json("plugin", "show", "shown")["error"]
     assert reply(running, "after")["text"] == "new"
+
+
+UPLOAD = """
+import os, sys
+from isolator_client import Client
+root, folder = sys.argv[1:]
+uploaded = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+os.rename(folder, folder + ".away")
+with Client(root=root) as client:
+    staged = client.stage(uploaded)
+    assert (staged.name, staged.registered) == ("uploaded", False), staged
+    assert client.commit(staged)["name"] == "uploaded"
+"""
+
+
+def test_operator_hands_an_upload_over_as_a_descriptor_whatever_its_name_is_by_then(running: Daemon) -> None:
+    """No path leads to it any more, and nobody but its owner may read it."""
+    uploads = running.root / "uploads"
+    folder = write_plugin(uploads / "uploaded")
+    for path in (uploads, folder, *folder.iterdir()):
+        os.chown(path, OPERATOR, OPERATOR)
+    uploads.chmod(0o700)
+    command = [sys.executable, "-I", "-c", UPLOAD, str(running.root), str(folder)]
+    done = subprocess.run(
+        command, user=OPERATOR, group=OPERATOR, extra_groups=[], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    emitted = running.json("event", "emit", "deploy.completed", event("uploaded"), "--wait", code=None)
+    assert [one["state"] for one in emitted["deliveries"] if one["plugin"] == "uploaded"] == ["ok"]

@@ -47,6 +47,7 @@ RARE = {
     "event.dispatched": "busy",
     "api.called": "uid count",
     "control.called": "on_behalf_of",
+    "event.accepted": "on_behalf_of",
     "audit.summary": "total",
     "database.damaged": "missing last",
     "config.changed": "rotated lost why waits",

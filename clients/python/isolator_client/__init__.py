@@ -24,7 +24,7 @@ from isolator_client.errors import (
 if TYPE_CHECKING:
     from isolator_client.aio import AsyncClient, Handler
     from isolator_client.blocking import Client
-    from isolator_client.calls import Delivered, Emitted
+    from isolator_client.calls import Delivered, Emitted, Health, Staged
     from isolator_client.protocol import Notification
     from isolator_client.trail import Recorded
 
@@ -38,11 +38,13 @@ __all__ = [
     "DeniedError",
     "Emitted",
     "Handler",
+    "Health",
     "IsolatorError",
     "NeedsApprovalError",
     "NotFoundError",
     "Notification",
     "Recorded",
+    "Staged",
     "UnavailableError",
     "UsageError",
 ]
@@ -53,6 +55,8 @@ _HOMES = {
     "Client": "blocking",
     "Delivered": "calls",
     "Emitted": "calls",
+    "Health": "calls",
+    "Staged": "calls",
     "Notification": "protocol",
     "Recorded": "trail",
 }

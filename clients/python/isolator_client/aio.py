@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 from isolator_client import address, calls, tickets
-from isolator_client.calls import Call, Delivered, Emitted
-from isolator_client.errors import DeniedError, IsolatorError, UnavailableError
+from isolator_client.calls import Call, Delivered, Emitted, Health, Staged
+from isolator_client.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator_client.link import Link, connect, lost
 from isolator_client.protocol import Notification, encode, pauses
 from isolator_client.trail import Recorded, Trail
@@ -130,14 +130,16 @@ class AsyncClient:
         dedupe_key: str | None = None,
         ttl: float | None = None,
         traceparent: str | None = None,
+        on_behalf_of: str | None = None,
     ) -> Emitted:
         """Emit an event: when this returns, it is on disk with a delivery for each plugin that subscribed to it.
 
-        ``dedupe_key`` makes a repetition harmless, ``ttl`` are the seconds after which it expires undelivered. Raises
+        ``dedupe_key`` makes a repetition harmless, ``ttl`` are the seconds after which it expires undelivered.
+        ``on_behalf_of`` names the person for whom you emit it; it is in the trail, and gives no right. Raises
         UsageError when the event's schema refuses the payload, UnavailableError when nobody knows whether the event
         was taken.
         """
-        return await self._do(calls.emit(name, payload, dedupe_key, ttl, traceparent))
+        return await self._do(calls.emit(name, payload, dedupe_key, ttl, traceparent, on_behalf_of))
 
     async def wait(self, event_id: str, *, timeout: float = 30.0) -> list[Delivered]:
         """Wait until every delivery of an event is final, at most ``timeout`` seconds, and return how each stands."""
@@ -148,14 +150,21 @@ class AsyncClient:
         return await self._do(calls.plugins())
 
     async def register_event(
-        self, name: str, schema: Mapping[str, Any], *, order_by: str | None = None, version: int = 1
+        self,
+        name: str,
+        schema: Mapping[str, Any],
+        *,
+        order_by: str | None = None,
+        version: int = 1,
+        breaking: bool = False,
     ) -> None:
         """Register an event of the platform's own: the daemon checks its payloads by this JSON Schema.
 
-        Deliveries with the same value in the field ``order_by`` go one after the other. It is registered again on each
-        new connection. Takes the role ``operator``.
+        Deliveries with the same value in the field ``order_by`` go one after the other. A schema that plugins which
+        subscribe would not expect is a UsageError, unless it is ``breaking``. It is registered again on each new
+        connection. Takes the role ``operator``.
         """
-        call = calls.register_event(name, schema, order_by, version)
+        call = calls.register_event(name, schema, order_by, version, breaking)
         await self._do(call)
         self._events[name] = call
 
@@ -177,6 +186,56 @@ class AsyncClient:
             else:
                 self._methods[method] = before
             raise
+
+    async def unregister_event(self, name: str) -> None:
+        """Have the daemon forget an event type; refused while plugins subscribe to it or its events wait."""
+        await self._do(calls.unregister_event(name))
+        self._events.pop(name, None)
+
+    async def unserve(self, method: str) -> None:
+        """Answer a method no longer; plugins learn that nobody serves it. Calls that are under way are answered."""
+        await self._do(calls.unregister_method(method))
+        self._methods.pop(method, None)
+
+    async def health(self, name: str | None = None) -> list[Health]:
+        """Return how every plugin, or the one of this name, is doing."""
+        return await self._do(calls.health(name))
+
+    async def stage(
+        self,
+        source: address.StrPath | int,
+        *,
+        name: str | None = None,
+        hooks: Sequence[str] | None = None,
+        update: str | None = None,
+        config: Mapping[str, str] | None = None,
+    ) -> Staged:
+        """Hand a plugin over, and return what it asks for; nothing is registered yet.
+
+        ``source`` is its folder, or its binary (then with ``name`` and ``hooks``): a path, or a descriptor that this
+        process has opened for reading. The daemon reads what it was handed with this user's rights, and opens no path.
+        ``update`` names the registered plugin that it is a newer version of. Takes the role ``operator``.
+        """
+        files, opened = tickets.handed(source)
+        call = calls.stage(files, name=name, hooks=hooks, update=update, config=config)
+        params = await asyncio.to_thread(tickets.with_ticket, self.path, call.method, call.params, opened=opened)
+        return call.read(await self._ask(call.method, params))
+
+    async def commit(self, staged: Staged, *, config: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Register what was staged, with its config; returns the plugin as ``plugins`` shows it."""
+        call = calls.commit(staged, config)
+        return call.read(await self.call(call.method, **call.params))
+
+    async def update(
+        self, staged: Staged, *, config: Mapping[str, str] | None = None, approve: bool = False
+    ) -> dict[str, Any]:
+        """Exchange the version in use for the staged one; one that asks for more waits, unless ``approve``."""
+        call = calls.update(staged, config, approve)
+        return call.read(await self.call(call.method, **call.params))
+
+    async def discard(self, staged: Staged) -> None:
+        """Forget what was staged."""
+        await self._do(calls.discard(staged))
 
     async def audit(self, *, after: int | None = None, lines: int = 0) -> AsyncGenerator[Recorded, None]:
         """Yield the records of the audit trail as they are written, over a connection of its own.
@@ -277,7 +336,10 @@ class AsyncClient:
     async def _settled(self, link: Link, call: Call[None]) -> bool:
         try:
             await link.ask(call.method, call.params)
-        except DeniedError as error:  # roles have changed, which no repetition mends
+        except (
+            DeniedError,
+            UsageError,
+        ) as error:  # no repetition mends either
             _report(f"registering again was refused: {error}", error)
         except IsolatorError:
             return False

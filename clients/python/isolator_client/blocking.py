@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,7 @@ from isolator_client.errors import DeniedError, UnavailableError
 from isolator_client.protocol import Lines, Message, Notification, Reply, pauses, request
 
 if TYPE_CHECKING:
-    from isolator_client.calls import Call, Delivered, Emitted
+    from isolator_client.calls import Call, Delivered, Emitted, Health, Staged
     from isolator_client.trail import Recorded, Trail
 
 T = TypeVar("T")
@@ -96,16 +96,18 @@ class Client:
         dedupe_key: str | None = None,
         ttl: float | None = None,
         traceparent: str | None = None,
+        on_behalf_of: str | None = None,
     ) -> Emitted:
         """Emit an event: when this returns, it is on disk with a delivery for each plugin that subscribed to it.
 
-        ``dedupe_key`` makes a repetition harmless, ``ttl`` are the seconds after which it expires undelivered. Raises
+        ``dedupe_key`` makes a repetition harmless, ``ttl`` are the seconds after which it expires undelivered.
+        ``on_behalf_of`` names the person for whom you emit it; it is in the trail, and gives no right. Raises
         UsageError when the event's schema refuses the payload, UnavailableError when nobody knows whether the event
         was taken.
         """
         from isolator_client import calls
 
-        return self._do(calls.emit(name, payload, dedupe_key, ttl, traceparent))
+        return self._do(calls.emit(name, payload, dedupe_key, ttl, traceparent, on_behalf_of))
 
     def wait(self, event_id: str, *, timeout: float = 30.0) -> list[Delivered]:
         """Wait until every delivery of an event is final, at most ``timeout`` seconds, and return how each stands."""
@@ -114,15 +116,78 @@ class Client:
         return self._do(calls.wait(event_id, timeout), timeout)
 
     def register_event(
-        self, name: str, schema: Mapping[str, Any], *, order_by: str | None = None, version: int = 1
+        self,
+        name: str,
+        schema: Mapping[str, Any],
+        *,
+        order_by: str | None = None,
+        version: int = 1,
+        breaking: bool = False,
     ) -> None:
         """Register an event of the platform's own: the daemon checks its payloads by this JSON Schema.
 
-        Deliveries with the same value in the field ``order_by`` go one after the other. Takes the role ``operator``.
+        Deliveries with the same value in the field ``order_by`` go one after the other. A schema that plugins which
+        subscribe would not expect is a UsageError, unless it is ``breaking``. Takes the role ``operator``.
         """
         from isolator_client import calls
 
-        self._do(calls.register_event(name, schema, order_by, version))
+        self._do(calls.register_event(name, schema, order_by, version, breaking))
+
+    def unregister_event(self, name: str) -> None:
+        """Have the daemon forget an event type; refused while plugins subscribe to it or its events wait."""
+        from isolator_client import calls
+
+        self._do(calls.unregister_event(name))
+
+    def health(self, name: str | None = None) -> list[Health]:
+        """Return how every plugin, or the one of this name, is doing."""
+        from isolator_client import calls
+
+        return self._do(calls.health(name))
+
+    def stage(
+        self,
+        source: address.StrPath | int,
+        *,
+        name: str | None = None,
+        hooks: Sequence[str] | None = None,
+        update: str | None = None,
+        config: Mapping[str, str] | None = None,
+    ) -> Staged:
+        """Hand a plugin over, and return what it asks for; nothing is registered yet.
+
+        ``source`` is its folder, or its binary (then with ``name`` and ``hooks``): a path, or a descriptor that this
+        process has opened for reading. The daemon reads what it was handed with this user's rights, and opens no path.
+        ``update`` names the registered plugin that it is a newer version of. Takes the role ``operator``.
+        """
+        from isolator_client import calls, tickets
+
+        files, opened = tickets.handed(source)
+        call = calls.stage(files, name=name, hooks=hooks, update=update, config=config)
+        params = tickets.with_ticket(self.path, call.method, call.params, opened=opened)
+        return call.read(self._ask(call.method, params, self.timeout))
+
+    def commit(self, staged: Staged, *, config: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Register what was staged, with its config; returns the plugin as ``plugins`` shows it."""
+        from isolator_client import calls
+
+        call = calls.commit(staged, config)
+        return call.read(self.call(call.method, **call.params))
+
+    def update(
+        self, staged: Staged, *, config: Mapping[str, str] | None = None, approve: bool = False
+    ) -> dict[str, Any]:
+        """Exchange the version in use for the staged one; one that asks for more waits, unless ``approve``."""
+        from isolator_client import calls
+
+        call = calls.update(staged, config, approve)
+        return call.read(self.call(call.method, **call.params))
+
+    def discard(self, staged: Staged) -> None:
+        """Forget what was staged."""
+        from isolator_client import calls
+
+        self._do(calls.discard(staged))
 
     def plugins(self) -> list[dict[str, Any]]:
         """List every plugin with its live figures."""

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,26 +55,47 @@ def updated(method: str, params: Mapping[str, Any]) -> str | None:
     return None
 
 
+def handed(source: address.StrPath | int) -> tuple[dict[str, str], list[int]]:
+    """Parameters of ``plugin.stage`` for a plugin's folder or its binary, and descriptors to hand over if it is open.
+
+    A descriptor says what it is by the name that it was opened by, which is all that the daemon makes of a path.
+    """
+    if not isinstance(source, int):
+        path = os.fspath(source)
+        return {"path" if os.path.isdir(path) else "binary": path}, []
+    try:
+        folder, name = stat.S_ISDIR(os.fstat(source).st_mode), os.readlink(f"/proc/self/fd/{source}")
+        return {"path" if folder else "binary": name}, [os.dup(source)]
+    except OSError as error:
+        raise UsageError(f"descriptor {source}", error.strerror or "is not open", "open a plugin's folder") from None
+
+
 def with_ticket(
-    control: str, method: str, params: Mapping[str, Any], shown: Mapping[str, Any] | None = None
+    control: str,
+    method: str,
+    params: Mapping[str, Any],
+    shown: Mapping[str, Any] | None = None,
+    opened: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the parameters with a ticket, and absolute paths, if the verb takes one. May wait.
 
-    ``shown`` describes the plugin that ``updated`` named. Raises UsageError for files that cannot be handed over.
-    Without a ticket, for want of the role or from a daemon that has none, the daemon's own answer tells why.
+    ``shown`` describes the plugin that ``updated`` named; ``opened`` are the descriptors that ``handed`` made for these
+    parameters, which are closed. Raises UsageError for files that cannot be handed over. Without a ticket, for want of
+    the role or from a daemon that has none, the daemon's own answer tells why.
     """
     made = dict(params)
-    if made.get("ticket") or not _can_be_sent(method, params):
-        return made
-    about, descriptors = b"", list[int]()
-    if method == "plugin.stage":
-        files, descriptors = _opened(made if shown is None else _source(shown))
-        if shown is None:
-            made |= files
-    elif method in _AGREEING:
-        about = purpose(method, params)
-    else:
-        return made
+    about, descriptors = b"", list(opened)
+    if not opened:
+        if made.get("ticket") or not _can_be_sent(method, params):
+            return made
+        if method == "plugin.stage":
+            files, descriptors = _opened(made if shown is None else _source(shown))
+            if shown is None:
+                made |= files
+        elif method in _AGREEING:
+            about = purpose(method, params)
+        else:
+            return made
     try:
         ticket = _ask(os.path.join(os.path.dirname(control), SOCKET), descriptors, about)
     finally:

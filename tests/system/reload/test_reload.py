@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,9 +104,9 @@ class Emitter:
 
 
 @contextlib.contextmanager
-def loaded_daemon(folder: Path) -> Iterator[Daemon]:
+def loaded_daemon(folder: Path, kind: type[Daemon] | None = None) -> Iterator[Daemon]:
     """A daemon with a one-shot plugin, a slow one, and a stream plugin, all running."""
-    with daemon() as d:
+    with daemon(kind=kind) as d:
         for name, script, more in (
             ("quick", ECHO, {}),
             ("slow", SLOW, {}),
@@ -117,12 +117,20 @@ def loaded_daemon(folder: Path) -> Iterator[Daemon]:
         yield d
 
 
-def reload_under_events(d: Daemon, times: int, pause: float) -> None:
+def reload_once(d: Daemon, _: int) -> None:
+    """The program that is installed, once more."""
+    d.cli("reload")
+
+
+def reload_under_events(
+    d: Daemon, times: int, pause: float, reload: Callable[[Daemon, int], None] = reload_once
+) -> None:
+    """Reload while events come all the time: sidecars stay, and each event reaches each of them once."""
     before, (files, threads) = running(d), held(d)
     assert set(before) == {"quick", "slow", "streams"}
     with Emitter(d, pause) as emitter:
-        for _ in range(times):
-            d.cli("reload")
+        for number in range(times):
+            reload(d, number)
     assert not emitter.refused
     with Client(d.root) as client:
         wait_for(lambda: not any(client.call("status")["queue"].values()), seconds(120), "events are left in the queue")

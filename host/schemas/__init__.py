@@ -1,0 +1,1 @@
+"""JSON Schemas of the platform's payloads: read as shapes, which become models and are compared."""

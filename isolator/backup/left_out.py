@@ -1,0 +1,45 @@
+"""What a backup does not bring back, said when it is taken and not when it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from isolator.errors import IsolatorError
+from isolator.paths import Paths
+from isolator.registration.store import Store
+
+
+def left_out(paths: Paths) -> tuple[str, ...]:
+    """One line for each thing that a backup of this daemon leaves out, or that a restore would stumble over here."""
+    lines = [
+        f"{place} is a mount point: what lies there is in the backup, and a restore asks you to unmount it first"
+        for place in mount_points(paths.etc.resolve())
+    ]
+    size = sum(log.stat().st_size for log in _logs(paths))
+    if size:
+        lines.append(f"not in it: the logs of plugins, {-(-size >> 10)} KiB in {paths.plugin_log}")
+    store = Store(paths.plugins) if paths.plugins.is_dir() else None
+    for name in store.names() if store is not None else ():
+        assert store is not None
+        with contextlib.suppress(IsolatorError):
+            release = store.load(name).release
+            if release.kind == "binary":
+                lines.append(f"not in it: {release.binary_path}, the program of {name}, registered by its path")
+    return tuple(lines)
+
+
+def mount_points(folder: Path) -> list[Path]:
+    """The mount points below a folder, of files too; not the folder itself."""
+    found = set[Path]()
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        text = re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), line.split(" ", 5)[4])
+        place = Path(text)
+        if folder in place.parents:
+            found.add(place)
+    return sorted(found)
+
+
+def _logs(paths: Paths) -> list[Path]:
+    return [path for path in paths.plugin_log.glob("*.log*") if path.is_file() and not path.is_symlink()]

@@ -1,0 +1,103 @@
+"""Upgrades and downgrades between two installed versions, each from wheels and in an environment of its own.
+
+The newer one is this tree with another version, and another format of the state that crosses the exec: it has a field
+more, and translates from and to the format before.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import isolator
+from host.client.client import Client
+from isolator.errors import IsolatorError
+from isolator.supervisor.reload.formats import FORMAT
+from tests.support import wheels
+from tests.support.timeouts import seconds
+from tests.system.daemon import Daemon, wait_for
+from tests.system.reload.test_reload import loaded_daemon, reload_under_events
+
+NEWER = "9.9.9"
+TIMES = 20
+
+
+def make_newer(tree: Path) -> None:
+    """Make a copied tree the next version, with a field more in what it hands over."""
+    exchange(tree / "isolator/__init__.py", f'"{isolator.__version__}"', f'"{NEWER}"')
+    formats = tree / "isolator/supervisor/reload/formats.py"
+    exchange(formats, f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n")
+    up = "lambda body: {**body, 'upgraded': True}"
+    down = "lambda body: {key: value for key, value in body.items() if key != 'upgraded'}"
+    for name, step in (("UP", up), ("DOWN", down)):
+        text = formats.read_text()
+        made = re.sub(rf"^{name}: (.*?) = .*$", rf"{name}: \\1 = {{FORMAT: {step}}}", text, flags=re.MULTILINE)
+        assert made != text
+        formats.write_text(made)
+    exchange(
+        tree / "isolator/ipc/handover.py",
+        '    """A whole daemon at rest."""\n\n',
+        '    """A whole daemon at rest."""\n\n    upgraded: bool = False\n',
+    )
+
+
+def exchange(path: Path, before: str, after: str) -> None:
+    """Replace one piece of a file, which has to be there."""
+    text = path.read_text()
+    assert text.count(before) == 1, (path, before)
+    path.write_text(text.replace(before, after))
+
+
+@pytest.fixture
+def versions(shared_dir: Path) -> dict[str, Path]:
+    """Environments by version."""
+    wheels.need_builder()
+    found = {}
+    for version in (isolator.__version__, NEWER):
+        tree = wheels.copy_tree(shared_dir / f"tree-{version}")
+        if version == NEWER:
+            make_newer(tree)
+        environment = found[version] = shared_dir / f"installed-{version}"
+        wheels.install(wheels.build(tree, shared_dir / f"wheels-{version}"), environment)
+    return found
+
+
+def version_of(d: Daemon) -> str | None:
+    """The version of the host process that answers, and of the supervisor if both are the same."""
+    try:
+        with Client(d.root, timeout=seconds(20)) as client:
+            versions = {client.call("status")["version"], client.call("daemon.generation")["version"]}
+    except IsolatorError:
+        return None  # it is being exchanged
+    return versions.pop() if len(versions) == 1 else None
+
+
+@pytest.mark.wide
+@pytest.mark.timeout(seconds(1800))
+def test_sidecars_and_their_events_go_on_over_upgrades_and_downgrades(
+    shared_dir: Path, versions: dict[str, Path]
+) -> None:
+    current = shared_dir / "current"
+    current.symlink_to(versions[isolator.__version__])
+
+    class Installed(Daemon):
+        def command(self) -> list[str]:
+            return [str(current / "bin/isolator"), "--root", str(self.root), "serve"]
+
+    def exchange_version(d: Daemon, number: int) -> None:
+        wanted = (NEWER, isolator.__version__)[number % 2]
+        new = shared_dir / "current.new"
+        new.symlink_to(versions[wanted])
+        new.rename(current)
+        d.cli("reload")
+        wait_for(lambda: version_of(d) == wanted, seconds(60), f"it is not {wanted} after {number} reloads")
+
+    with loaded_daemon(shared_dir, Installed) as d:
+        reload_under_events(d, TIMES, 0.25, exchange_version)
+        reloaded = [one["data"] for one in d.records() if one["type"] == "daemon.reloaded"]
+        there, back = (isolator.__version__, NEWER), (NEWER, isolator.__version__)
+        assert [(one["from"], one["to"]) for one in reloaded] == [there, back] * (TIMES // 2)
+        assert d.stop() == 0
+        assert d.json("gc", "--dry-run") == []
