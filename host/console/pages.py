@@ -147,7 +147,7 @@ def _with_seal(trail: Path, seq: int) -> tuple[bytes, Record | None]:
 
 _CHARTS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
     ("processor, cores", "cpu", 1000, "{:.2f}".format),
-    ("memory", "memory", 1, lambda value: format_size(int(value) >> 20 << 20) if value >= 1 << 20 else f"{value:.0f}"),
+    ("memory", "memory", 1, lambda value: format_size(int(value) >> 20 << 20 or int(value) >> 10 << 10)),
     ("tasks", "tasks", 1, "{:.0f}".format),
 )
 """Title, key of the limits, what divides a limit to have the chart's unit, and the form of a value."""
