@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -49,7 +48,7 @@ class Pages:
         """Alarms, plugins, queue, last denials."""
         status, listed = await asyncio.gather(self._upstream.call("status"), self._upstream.call("plugin.list"))
         plugins = sorted(listed["plugins"], key=_urgency)
-        recent = list(itertools.islice(reversed(list(self._live.denials())), 8))
+        recent = self._live.newest_denials(8)
         return {
             "status": status, "alarms": listed["alarms"], "plugins": plugins, "denied": self._live.denied(),
             "recent": [(record, attempt(_single(record))) for record in recent],
