@@ -10,6 +10,7 @@ it ends when the page holds it: in Chromium, when the open page has put it in it
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -27,7 +28,7 @@ from isolator.linux import netlink, netns
 from isolator.paths import Paths
 from tests.console.support import Console
 from tests.support.browser import chromium, missing
-from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for, write_plugin
+from tests.system.daemon import ECHO, Daemon, daemon, wait_for, write_plugin
 
 RECORDS = 1_000_000
 AT_ONCE = 20_000
@@ -37,11 +38,13 @@ ASKS = ECHO.replace(
     "        reply = ",
     """\
         try:
-            socket.getaddrinfo(params["deployment_id"] + ".example", 443)
+            socket.getaddrinfo(params["project_id"] + ".example", 443)
         except OSError:
             pass
         reply = """,
-)
+).replace('params["deployment_id"]', 'params["project_id"]')
+ASKED = {"hooks": ["project.created"], "sandbox": {"network": {"egress": [{"host": "hooks.example.com"}]}}}
+"""An event that the other plugins do not get, and a list of names, so that any other one is refused."""
 _LOADED = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
 _WATCH = """
 window.seen = [];
@@ -70,8 +73,8 @@ def measure(rounds: int) -> Report:
 def _measure(running: Daemon, network: int, work: Path, rounds: int) -> Report:
     work.chmod(0o755)
     names = register(running, work)
-    running.cli("plugin", "add", str(write_plugin(work / REFUSED, ASKS)), "--yes")
-    running.cli("event", "emit", "deploy.completed", event(0), "--wait", code=None)
+    running.cli("plugin", "add", str(write_plugin(work / REFUSED, ASKS, **ASKED)), "--yes")
+    _ask(running, "first", "--wait")
     running.stop()
     _fill(Paths.of(running.root), names)
     running.start()
@@ -103,6 +106,11 @@ def _measure(running: Daemon, network: int, work: Path, rounds: int) -> Report:
             f"{pss(running.service_pid('host.console.service')) / 1024:.1f} MiB at the end; goal: 40",
         ),
     )
+
+
+def _ask(running: Daemon, name: str, *words: str) -> None:
+    """Have the plugin look up a name that it was not granted."""
+    running.cli("event", "emit", "project.created", json.dumps({"project_id": name, "name": name}), *words)
 
 
 def _fill(paths: Paths, names: list[str]) -> None:
@@ -153,7 +161,7 @@ def _denied(console: Console, host: str, cookie: str, number: int) -> float:
     """Milliseconds from a denial's own time until a page that follows the stream has it."""
     before = _newest(console.at_port("/", host=host, cookie=cookie).text)
     with _stream(console, host, cookie) as lines:
-        console.daemon.cli("event", "emit", "deploy.completed", event(number))
+        _ask(console.daemon, f"p{number}")
         for line in lines:
             if line.startswith("data:") and "denials" in line:
                 page = console.at_port("/", host=host, cookie=cookie).text
@@ -198,7 +206,7 @@ def _in_chromium(console: Console, network: int, rounds: int) -> tuple[tuple[flo
         wait_for(lambda: ask("return !document.getElementById('live').hidden"))
         ask(_WATCH)
         for number in range(1, rounds + 1):
-            console.daemon.cli("event", "emit", "deploy.completed", event(f"c{number}"))
+            _ask(console.daemon, f"c{number}")
             path, at = wait_for(lambda number=number: (ask("return window.seen") + [None] * number)[number - 1])
             seen.append(at - _time_of(console, path) * 1e3)
     return tuple(loads), tuple(seen)

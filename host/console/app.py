@@ -26,7 +26,7 @@ from host.console.connections import Message, Peer, Receive, Send, patient
 from host.console.pages import Context, Pages
 from host.console.rendering import environment
 from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
-from host.console.upstream import BEAT, Listener, Live, Upstream
+from host.console.upstream import Listener, Live, Upstream
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.policy.host import Console, HostConfig
 
@@ -184,7 +184,7 @@ class App:
                     if self._ending.is_set() or self._caller(request) is None:
                         return  # a session ends, and so does what it may see
                     yield f"event: changed\ndata: {json.dumps(topics)}\n\n" if topics else ": quiet\n\n"
-                    await asyncio.sleep(BEAT)
+                    await listener.rest()
             finally:
                 self._live.forget(listener)
 

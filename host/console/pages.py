@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -49,7 +48,7 @@ class Pages:
         """Alarms, plugins, queue, last denials."""
         status, listed = await asyncio.gather(self._upstream.call("status"), self._upstream.call("plugin.list"))
         plugins = sorted(listed["plugins"], key=_urgency)
-        recent = list(itertools.islice(reversed(list(self._live.denials())), 8))
+        recent = self._live.newest_denials(8)
         return {
             "status": status, "alarms": listed["alarms"], "plugins": plugins, "denied": self._live.denied(),
             "recent": [(record, attempt(_single(record))) for record in recent],
@@ -147,7 +146,7 @@ def _with_seal(trail: Path, seq: int) -> tuple[bytes, Record | None]:
 
 _CHARTS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
     ("processor, cores", "cpu", 1000, "{:.2f}".format),
-    ("memory", "memory", 1, lambda value: format_size(int(value) >> 20 << 20) if value >= 1 << 20 else f"{value:.0f}"),
+    ("memory", "memory", 1, lambda value: format_size(int(value) >> 20 << 20 or int(value) >> 10 << 10)),
     ("tasks", "tasks", 1, "{:.0f}".format),
 )
 """Title, key of the limits, what divides a limit to have the chart's unit, and the form of a value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import struct
 from collections import Counter, deque
@@ -26,8 +27,9 @@ DENIALS, POINTS, PLUGINS = 1000, 120, 4096
 """Denials that are kept, points of a chart, and plugins with one."""
 LONGEST = 8192
 """Bytes of a record that is kept."""
-BEAT = 0.5
-"""Seconds between two notices of one topic to a page."""
+BEAT, URGENT_BEAT = 0.5, 0.1
+"""Seconds between two notices to a page, and with one that is urgent."""
+URGENT = frozenset({"denials"})
 LISTENERS = 64
 _RETRY = 1.0
 _POINT = struct.Struct(f"{1 + len(USED)}d")
@@ -75,7 +77,8 @@ class Live:
         self.problem = ""
         """Why the trail cannot be followed, or does not fit together."""
         self.seal: Recorded | None = None
-        self._denials: deque[bytes] = deque(maxlen=DENIALS)
+        self._denials: deque[tuple[str | None, bytes]] = deque(maxlen=DENIALS)
+        """Plugin and line of each."""
         self._usage: dict[str, deque[bytes]] = {}
         self._listeners: set[Listener] = set()
 
@@ -110,20 +113,25 @@ class Live:
             line = record.line.encode()
             found = parse(line) if len(line) <= LONGEST else None
             if found is not None and refused(found):
-                self._denials.append(line)
+                self._denials.append((found.plugin, line))
                 self._notify("denials")
         self._notify(kind.partition(".")[0])
 
     def denials(self, plugin: str | None = None) -> Iterator[Record]:
         """The denials of a plugin, or of all, oldest first."""
-        for line in tuple(self._denials):
-            record = parse(line)
-            if record is not None and plugin in (None, record.plugin):
-                yield record
+        return self._parsed([line for name, line in self._denials if plugin in (None, name)])
+
+    def newest_denials(self, count: int) -> list[Record]:
+        """The last denials, the newest first."""
+        return list(self._parsed([line for _, line in itertools.islice(reversed(self._denials), count)]))
+
+    @staticmethod
+    def _parsed(lines: list[bytes]) -> Iterator[Record]:
+        return (record for line in lines if (record := parse(line)) is not None)
 
     def denied(self) -> Counter[str]:
         """How many denials are kept of each plugin."""
-        return Counter(record.plugin for record in self.denials() if record.plugin is not None)
+        return Counter(name for name, _ in self._denials if name is not None)
 
     def usage(self, plugin: str) -> list[tuple[float, dict[str, float]]]:
         """Points of the charts of a plugin: Unix time and figures."""
@@ -159,12 +167,21 @@ class Listener:
 
     def __init__(self) -> None:
         self._topics: set[str] = set()
-        self._changed = asyncio.Event()
+        self._changed, self._urgent = asyncio.Event(), asyncio.Event()
 
     def add(self, topic: str) -> None:
         """Note a change."""
         self._topics.add(topic)
         self._changed.set()
+        if topic in URGENT:
+            self._urgent.set()
+
+    async def rest(self) -> None:
+        """Wait until the next notice may be sent."""
+        await asyncio.sleep(URGENT_BEAT)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BEAT - URGENT_BEAT):
+                await self._urgent.wait()
 
     async def take(self, patience: float) -> list[str]:
         """Wait for changes, no longer than ``patience`` seconds; returns the topics, none after a quiet time."""
@@ -172,5 +189,6 @@ class Listener:
             async with asyncio.timeout(patience):
                 await self._changed.wait()
         self._changed.clear()
+        self._urgent.clear()
         topics, self._topics = sorted(self._topics), set()
         return topics

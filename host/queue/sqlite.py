@@ -379,7 +379,8 @@ class SqliteQueue:
         if not changed:
             remedy = f"see 'isolator event show {event_id}'; what was given up: isolator event replay"
             raise UsageError(f"event {event_id}", "none of its deliveries waits to be tried", remedy)
-        await self.store.run(lambda db: beside(db, changed))
+        self.store.submit(lambda db: beside(db, changed))  # as the change itself: kept while the disk is full
+        await self.store.run(lambda _: None)
         return changed
 
     async def end(
@@ -400,7 +401,8 @@ class SqliteQueue:
             delivery.event_id = event_id  # whoever waits for the event is woken
             self._consumer(delivery.plugin).term(delivery, result)
         changed = [Changed(delivery.plugin, delivery.attempts) for delivery in pending]
-        await self.store.run(lambda db: beside(db, changed))
+        self.store.submit(lambda db: beside(db, changed))  # as the change itself: kept while the disk is full
+        await self.store.run(lambda _: None)
         return changed
 
     def _pending(self, event_id: str, plugin: str | None) -> list[Delivery]:

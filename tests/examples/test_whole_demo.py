@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
 import shutil
@@ -43,16 +44,18 @@ def traces(root: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def running_demo() -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:
+def running_demo(
+    *options: str, until: str = "What arrived"
+) -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:  # fmt: skip
     """A demo in whose middle the daemon and a cage run: its process, its lines so far, and its root."""
-    command = [sys.executable, "-I", str(SCRIPT)]
+    command = [sys.executable, "-I", str(SCRIPT), *options]
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert demo.stdout is not None
         before = []
         for line in demo.stdout:
             before.append(line)
-            if "What arrived" in line:
+            if until in line:
                 break
         children = [argument for child in Process(demo.pid).children(recursive=True) for argument in child.cmdline()]
         roots = {Path(argument) for argument in children if argument.startswith("/var/lib/isolator-demo-")}
@@ -106,4 +109,27 @@ def test_an_interrupted_demo_cleans_up_and_fails(number: signal.Signals) -> None
     assert re.search(r"Nothing is left behind +yes", rest), rest
     assert "demo: interrupted" in errors
     assert "Traceback" not in errors
+    assert not traces(root)
+
+
+@pytest.mark.wide
+def test_browser_outside_its_network_sees_the_console_of_the_demo() -> None:
+    with running_demo("--browser", until="http://") as (demo, before, root):
+        host, _, path = before[-1].strip().removeprefix("http://").partition("/")
+        port = int(host.rpartition(":")[2])
+
+        def ask(path: str, **headers: str) -> http.client.HTTPResponse:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds(30))
+            connection.request("GET", path, headers={"Host": host, **headers})
+            return connection.getresponse()
+
+        entered = ask(f"/{path}")
+        assert entered.status == 303
+        page = ask("/", Cookie=str(entered.headers["set-cookie"]).partition(";")[0])
+        assert page.status == 200 and b"Overview" in page.read()
+        assert ask("/").status == ask(f"/{path}").status == 401
+        os.kill(demo.pid, signal.SIGINT)
+        rest, errors = demo.communicate(timeout=seconds(120))
+    assert demo.returncode == 1 and "Traceback" not in errors, rest + errors
+    assert re.search(r"Nothing is left behind +yes", rest), rest
     assert not traces(root)

@@ -52,6 +52,9 @@ def test_pause_holds_over_a_reload_and_a_restart_of_the_daemon(d: Daemon, tmp_pa
     d.cli("plugin", "resume", "echo")
     wait_for(lambda: d.json("plugin", "show", "echo")["queue"] == 0)
     assert seen(d, "echo").split() == ["d0", "d1", "d2"]
+    assert [r["type"] for r in d.records() if r["type"] in ("plugin.paused", "plugin.resumed")] == [
+        "plugin.paused", "plugin.resumed",
+    ]  # fmt: skip
 
 
 def test_plugin_that_is_granted_them_hears_of_the_others_and_no_other_does(d: Daemon, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from isolator.audit.snapshots import Usage, snapshot
 from isolator.errors import IsolatorError
 from isolator.layers.cgroup.subtree import find_hierarchies
 
+PATIENCE = 10.0
+"""Seconds that an answer of the daemon may take."""
 CATCH_UP = 10.0
 """Seconds that the first moment waits for the trail."""
 
@@ -100,7 +102,7 @@ class Figures:
 
     def __init__(self, root: str | None) -> None:
         self._root = root
-        self._client = Client(root)
+        self._client = Client(root, timeout=PATIENCE)
         self._denials = Denials(root)
         self._denials.wait(CATCH_UP)
         self._before: dict[str, _Before] = {}
@@ -120,7 +122,7 @@ class Figures:
             status, listed = self._client.call("status"), self._client.call("plugin.list")
         except IsolatorError:
             self._client.close()
-            self._client = Client(self._root)
+            self._client = Client(self._root, timeout=PATIENCE)
             raise
         now, denied = time.monotonic(), self._denials.counts()
         seconds, self._at = now - self._at, now

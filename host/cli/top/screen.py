@@ -82,13 +82,15 @@ class _View:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[int]:
-    """Standard input, a key at a time and without echo; neither Ctrl-Z nor flow control leaves the screen half done."""
+    """Standard input, a key at a time and without echo.
+
+    Ctrl-C is a key, which cannot be lost in the midst of something else; Ctrl-Z and Ctrl-S would leave half a screen.
+    """
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     now = termios.tcgetattr(terminal)
     now[0] &= ~termios.IXON
-    now[3] &= ~(termios.ECHO | termios.ICANON)
-    now[6][termios.VSUSP] = b"\0"
+    now[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
     termios.tcsetattr(terminal, termios.TCSADRAIN, now)
     try:
         yield terminal
@@ -98,7 +100,7 @@ def _keys() -> Iterator[int]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP leave the terminal as Ctrl-C does, which is an end like q."""
+    """Have signals leave the terminal as q does; SIGINT is an end like q."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
