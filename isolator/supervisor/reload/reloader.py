@@ -23,6 +23,7 @@ from isolator.supervisor.reload import formats, trial
 from isolator.supervisor.reload.program import ADOPT, Program
 from isolator.supervisor.reload.signals import HELD
 from isolator.supervisor.rest import REPEATED
+from isolator.supervisor.runners.apart import THREAD
 from isolator.supervisor.supervisor import Daemon
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 REST_SECONDS = 30.0
 """Work that is under way has this long to end."""
 _LOOK = 0.005
-CLOSING = "close"
-"""Name of threads that close what is a stranger's (runners/apart.py): an exec ends those that hang in the kernel."""
 _NOTIFIER_SECONDS = 5.0
 
 
@@ -114,7 +113,7 @@ async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False)
             *(daemon.runners.under_way if daemon.runners is not None else []),
             *(service.unsettled for service in daemon.services.every if service.unsettled),
             *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
-            *(one.name for one in threading.enumerate() if threads and one.name not in ("MainThread", CLOSING)),
+            *(one.name for one in threading.enumerate() if threads and one.name not in ("MainThread", THREAD)),
         ]
         if not busy:
             return

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 MOST = 1024
 """Descriptors of one user's that may wait to be closed before it is let in no more."""
 THREAD = "close"
-"""Name of the threads, which a reload does not wait for."""
+"""Name of the threads, which a reload does not wait for: an exec ends those that hang in the kernel."""
 
 
 class Closers:
