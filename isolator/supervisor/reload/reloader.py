@@ -23,7 +23,6 @@ from isolator.supervisor.reload import formats, trial
 from isolator.supervisor.reload.program import ADOPT, Program
 from isolator.supervisor.reload.signals import HELD
 from isolator.supervisor.rest import REPEATED
-from isolator.supervisor.runners.apart import THREAD
 from isolator.supervisor.supervisor import Daemon
 
 logger = logging.getLogger(__name__)
@@ -84,9 +83,9 @@ async def _come_to_rest(daemon: Daemon) -> None:
     busy: list[str] = []
     try:
         async with asyncio.timeout(REST_SECONDS):
-            daemon.rest.come()
             if daemon.runners is not None:
-                daemon.runners.pause()
+                await daemon.runners.pause()
+            daemon.rest.come()
             await daemon.services.drop_console()
             await daemon.runtime.pool.close()
             await _until_idle(daemon, busy)
@@ -113,7 +112,7 @@ async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False)
             *(daemon.runners.under_way if daemon.runners is not None else []),
             *(service.unsettled for service in daemon.services.every if service.unsettled),
             *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
-            *(one.name for one in threading.enumerate() if threads and one.name not in ("MainThread", THREAD)),
+            *(one.name for one in threading.enumerate() if threads and one is not threading.main_thread()),
         ]
         if not busy:
             return
