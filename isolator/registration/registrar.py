@@ -158,8 +158,7 @@ class Registrar(Proposals):
         """What is staged, before an exec of this process."""
         from isolator.registration import carried
 
-        with self._lock:
-            return tuple(map(carried.hand_over, self._staged.values()))
+        return tuple(map(carried.hand_over, list(self._staged.values())))  # without the lock: useradd may have it
 
     def adopt(self, before: Iterable[StagedState]) -> None:
         """Keep what was staged before the exec, as long as it would still be shown as it was."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from tests.support.internet_servers import THIRD, WEB, Server, run_in
 from tests.support.pretend_internet import PretendInternet
 from tests.support.timeouts import seconds
-from tests.system.daemon import daemon, event, wait_for
+from tests.system.daemon import Daemon, daemon, event, wait_for
 
 CHROMIUM = Path("/usr/lib/chromium/chromium")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -114,7 +115,9 @@ def test_browser_without_the_key_is_refused_for_what_its_hello_may_hide(
     assert "encrypted-hello" in {r["data"]["rule"] for r in records if r["type"] == "net.denied"}
 
 
-def test_page_report_keeps_a_screenshot_of_each_deployed_page(pretend: PretendInternet, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def page_report(pretend: PretendInternet, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon with the example and its policy."""
     folder = tmp_path / "page-report"
     shutil.copytree(EXAMPLES / "page-report", folder)
     manifest = folder / "plugin.json"
@@ -126,14 +129,19 @@ def test_page_report_keeps_a_screenshot_of_each_deployed_page(pretend: PretendIn
         text = (EXAMPLES.parent / "policies/page-report.toml").read_text()
         (policies / "page-report.toml").write_text(text.replace("example.com:443", "example.com:8443"))
         d.cli("plugin", "add", str(folder), "--yes", "--config", f"browser_flags={FLAGS}")
-        payload = event("shop", url="https://www.example.com:8443/")
-        emitted = d.json("event", "emit", "deploy.completed", payload)
+        yield d
 
-        def reply() -> Any:
-            found = [r for r in d.records() if r["type"] == "event.response" and r["event_id"] == emitted["id"]]
-            return found and json.loads(found[-1]["data"]["response"])["result"]
 
-        result = wait_for(reply, seconds(180))
+def replies(d: Daemon, event_id: str) -> list[dict[str, Any]]:
+    """What the example answered to an event, attempt after attempt."""
+    found = [r for r in d.records() if r["type"] == "event.response" and r["event_id"] == event_id]
+    return [json.loads(r["data"]["response"])["result"] for r in found]
+
+
+def test_page_report_keeps_a_screenshot_of_each_deployed_page(pretend: PretendInternet, tmp_path: Path) -> None:
+    with page_report(pretend, tmp_path) as d:
+        emitted = d.json("event", "emit", "deploy.completed", event("shop", url="https://www.example.com:8443/"))
+        result = wait_for(lambda: replies(d, emitted["id"]), seconds(180))[-1]
         assert result["status"] == "ok", result
         shown = {key: result[key] for key in ("url", "title", "language", "viewport", "unnamed_images")}
         assert shown == {
@@ -142,3 +150,20 @@ def test_page_report_keeps_a_screenshot_of_each_deployed_page(pretend: PretendIn
         }  # fmt: skip
         kept = d.root / "var/lib/isolator/state/page-report/mnt/state"
         assert is_picture((kept / "dshop.png").read_bytes())
+
+
+def test_outage_of_a_site_loses_no_event_of_page_report(pretend: PretendInternet, tmp_path: Path) -> None:
+    """Five attempts take more than twenty seconds with the pauses between them."""
+    records = pretend.internet.dns.records
+    with page_report(pretend, tmp_path) as d:
+        address = records.pop("www.example.com")
+        try:
+            emitted = d.json("event", "emit", "deploy.completed", event("shop", url="https://www.example.com:8443/"))
+            tried = wait_for(
+                lambda: (found := replies(d, emitted["id"]))[4:] and found, seconds(300), d.log.read_text()
+            )
+            assert {one["status"] for one in tried} == {"retry"}, tried
+        finally:
+            records["www.example.com"] = address
+        wait_for(lambda: replies(d, emitted["id"])[-1]["status"] == "ok", seconds(300), "the page is there again")
+        assert not [r["type"] for r in d.records() if r["type"] in ("event.dead", "event.quarantined", "plugin.failed")]

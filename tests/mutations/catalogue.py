@@ -43,7 +43,7 @@ MUTATIONS = (
         ),
         (
             "descriptors of strangers are closed by an exec",
-            "                daemon.runners.pause()\n",
+            "                await daemon.runners.pause()\n",
             "                pass\n",
             "runners/test_reload.py::test_descriptor_that_takes_minutes_to_close_holds_up_no_reload",
         ),

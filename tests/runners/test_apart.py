@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 
 from isolator.supervisor.runners.apart import MOST, Closers
 from tests.runners.conftest import ALICE, BOB
 from tests.runners.test_hostile import lingering
+from tests.support.hanging_file import file_that_does_not_close
 
 
 def is_open(fd: int) -> bool:
@@ -36,7 +38,7 @@ async def test_paused_threads_close_nothing_and_what_waits_is_known() -> None:
     with lingering() as hanging:
         closing = asyncio.ensure_future(closers.close(ALICE, [hanging]))
         null = os.open("/dev/null", os.O_RDONLY)
-        closers.pause()
+        assert await closers.pause() == frozenset(), "a signal ends the wait for a connection"
         waiting = asyncio.ensure_future(closers.close(BOB, [null]))
         await asyncio.sleep(0)
         assert null in closers.unclosed and is_open(null)
@@ -44,3 +46,16 @@ async def test_paused_threads_close_nothing_and_what_waits_is_known() -> None:
         await waiting
         assert not is_open(null)
     await closing
+
+
+async def test_file_that_does_not_close_keeps_a_pause_waiting_for_a_moment_alone(tmp_path: Path) -> None:
+    closers = Closers()
+    with file_that_does_not_close(tmp_path / "file", os.getpid()) as fd:
+        closing = asyncio.ensure_future(closers.close(ALICE, [os.dup(fd)]))
+        await asyncio.sleep(0)
+        while closers.unclosed:  # noqa: ASYNC110 # its thread has not begun
+            await asyncio.sleep(0.01)
+        assert await closers.pause() == {ALICE}
+        closers.go_on()
+    await closing
+    assert await closers.pause() == frozenset()

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 REST_SECONDS = 30.0
 """Work that is under way has this long to end."""
 _LOOK = 0.005
-CLOSING = "close"
-"""Name of threads that close what is a stranger's (runners/apart.py): an exec ends those that hang in the kernel."""
 _NOTIFIER_SECONDS = 5.0
 
 
@@ -85,9 +83,9 @@ async def _come_to_rest(daemon: Daemon) -> None:
     busy: list[str] = []
     try:
         async with asyncio.timeout(REST_SECONDS):
-            daemon.rest.come()
             if daemon.runners is not None:
-                daemon.runners.pause()
+                await daemon.runners.pause()
+            daemon.rest.come()
             await daemon.services.drop_console()
             await daemon.runtime.pool.close()
             await _until_idle(daemon, busy)
@@ -114,7 +112,7 @@ async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False)
             *(daemon.runners.under_way if daemon.runners is not None else []),
             *(service.unsettled for service in daemon.services.every if service.unsettled),
             *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
-            *(one.name for one in threading.enumerate() if threads and one.name not in ("MainThread", CLOSING)),
+            *(one.name for one in threading.enumerate() if threads and one is not threading.main_thread()),
         ]
         if not busy:
             return

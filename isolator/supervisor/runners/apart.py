@@ -3,6 +3,9 @@
 Closing the last reference may take as long as who opened it likes (socket(7), SO_LINGER; a file system in user space).
 Each user has one thread, and what hangs in it holds up that user's own alone; one that has too much to close is not let
 in until it is closed.
+
+No thread may be left at an exec of this process, which would wait for one that hangs in a file system, and closes what
+it is not told to keep. A signal ends the wait for a connection, whose close goes on in the kernel; not that for a file.
 """
 
 from __future__ import annotations
@@ -10,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
 MOST = 1024
 """Descriptors of one user's that may wait to be closed before it is let in no more."""
-THREAD = "close"
-"""Name of the threads, which a reload does not wait for."""
+_INTERRUPT = signal.SIGUSR2
+_SECONDS, _BEAT = 2.0, 0.01
+"""For interrupted threads to end, and between two interrupts."""
 
 
 class Closers:
@@ -29,10 +34,11 @@ class Closers:
         self._lock = threading.Lock()
         self._waiting: dict[int, deque[tuple[int, asyncio.Future[None] | None]]] = {}
         """By uid, in the order in which they are closed, descriptors and what is done then."""
-        self._running: set[int] = set()
-        """The uids that have a thread."""
+        self._running: dict[int, threading.Thread] = {}
+        """The threads by uid."""
         self._crowded, self._paused = crowded, False
         self._full: set[int] = set()
+        signal.signal(_INTERRUPT, lambda *_: None)  # for good: a thread may come back to it much later
 
     @property
     def exhausted(self) -> frozenset[int]:
@@ -53,10 +59,17 @@ class Closers:
         with self._lock:
             return tuple(fd for waiting in self._waiting.values() for fd, _ in waiting)
 
-    def pause(self) -> None:
-        """Begin to close none any more, until ``go_on``."""
+    async def pause(self) -> frozenset[int]:
+        """Begin to close none any more, until ``go_on``; returns the uids whose descriptors hang in spite of that."""
         with self._lock:
             self._paused = True
+        end = self._loop.time() + _SECONDS
+        while self._running and self._loop.time() < end:
+            with self._lock:  # whoever is among them has not ended
+                for thread in self._running.values():
+                    signal.pthread_kill(thread.ident or 0, _INTERRUPT)
+            await asyncio.sleep(_BEAT)
+        return frozenset(self._running)
 
     def go_on(self) -> None:
         """Close what waits."""
@@ -73,8 +86,8 @@ class Closers:
 
     def _start(self, uid: int) -> None:
         if uid not in self._running and not self._paused:
-            self._running.add(uid)
-            threading.Thread(target=self._work, args=(uid,), name=THREAD, daemon=True).start()
+            thread = self._running[uid] = threading.Thread(target=self._work, args=(uid,), name="close", daemon=True)
+            thread.start()
 
     def _work(self, uid: int) -> None:
         while True:
@@ -83,7 +96,7 @@ class Closers:
                 if self._paused or not waiting:
                     if not waiting:
                         del self._waiting[uid]
-                    self._running.discard(uid)
+                    del self._running[uid]
                     return
                 fd, done = waiting.popleft()
             with contextlib.suppress(OSError):

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from isolator.errors import DeniedError, IsolatorError, UsageError
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything
@@ -133,9 +133,12 @@ class Runners:
             theirs=self._closers.unclosed,
         )
 
-    def pause(self) -> None:
-        """Close nothing of callers' from now on: an exec would have to wait for it."""
-        self._closers.pause()
+    async def pause(self) -> None:
+        """Close nothing of callers' from now on: an exec would have to wait for it. Raises UnavailableError."""
+        if stuck := await self._closers.pause():
+            whose = ", ".join(f"uid {uid}" if uid != NOBODY else "a user" for uid in sorted(stuck))
+            why = f"a descriptor that {whose} has handed over does not close, and would keep the daemon waiting"
+            raise UnavailableError("reload", why, "end the file system behind it, or restart the daemon")
 
     def go_on(self) -> None:
         """Go on after an exec that came to nothing."""
