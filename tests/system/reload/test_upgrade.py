@@ -33,7 +33,7 @@ def make_newer(tree: Path) -> None:
     down = "lambda body: {key: value for key, value in body.items() if key != 'upgraded'}"
     for name, step in (("UP", up), ("DOWN", down)):
         text = formats.read_text()
-        made = re.sub(rf"^{name}: (.*?) = .*$", rf"{name}: \\1 = {{FORMAT: {step}}}", text, flags=re.MULTILINE)
+        made = re.sub(rf"^{name}: (.*?) = .*$", rf"{name}: \1 = {{FORMAT: {step}}}", text, flags=re.MULTILINE)
         assert made != text
         formats.write_text(made)
     exchange(
