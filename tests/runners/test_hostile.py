@@ -279,8 +279,13 @@ def test_descriptor_that_takes_minutes_to_close_holds_up_nobody(daemon: TakenOve
             with connect(daemon.root, ALICE) as other:
                 send(other, TRUE, [null] * 3 + [fd])
         elif where == "unread request":
-            send(sock, b"signal=28")
-            send(sock, b"x", [fd])
+            assert daemon.process is not None
+            daemon.process.send_signal(signal.SIGSTOP)  # so that both are there when the first ends the connection
+            try:
+                send(sock, b"no signal")
+                send(sock, b"x", [fd])
+            finally:
+                daemon.process.send_signal(signal.SIGCONT)
         elif where == "signal":
             send(sock, b"signal=28", [fd])
         os.close(fd)
