@@ -10,7 +10,6 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from isolator.audit import schema
 from isolator.audit.schema import RECORDS, Field, RecordData
 
 FOLDER = "docs/schemas"
@@ -33,7 +32,7 @@ def types_table() -> str:
 def json_schema(type: str) -> str:
     """The JSON Schema of one record type, as the text of its file."""
     kind = RECORDS[type]
-    hints = typing.get_type_hints(kind, vars(schema), {})
+    hints = typing.get_type_hints(kind)
     data: dict[str, Any] = {}
     for attribute, field in fields(kind):
         data[field.name] = _described(_schema_of(hints[attribute]), _docs(kind).get(attribute, ""))

@@ -1,0 +1,180 @@
+"""The records of the trail: one type each, with who may write it and the fields of its ``data``.
+
+    audit.record(NetDenied(rule="port", name="example.org", port=25), plugin=name, run=run_id)
+
+A type is a set of annotated fields; type checkers know its constructor from them. An instance is no more than the
+``data`` of one record as it is written: the fields that were passed, in that order. A field declared ``= ABSENT`` may
+be missing; ``None`` is written as ``null``. Thousands of records a second pass here, so nothing is checked at run time.
+
+The writer's rule, the table in docs/audit.md and the JSON Schemas in docs/schemas/ follow from this package, and so
+does the test that compares it with the trail of a daemon. A field's docstring is its description there. To add a
+record: declare its type in the module of its likes, record it, and run ``python3 docs/generate``.
+
+Sizes are in bytes; SHA-256 are 64 hex digits; ``*_us`` are microseconds; a *digest* is the SHA-256 of a plugin's files.
+"""
+
+from __future__ import annotations
+
+from isolator.audit.schema import control, daemon, events, network, runs, tools, trail, versions
+from isolator.audit.schema.base import (
+    ABSENT,
+    AUDIT,
+    BROKER,
+    HOST,
+    IDENTIFIERS,
+    MAX_ID,
+    SENDERS,
+    SUPERVISOR,
+    ApiVerdict,
+    Field,
+    RecordData,
+    Summed,
+)
+from isolator.audit.schema.control import (
+    ApiCalled,
+    ConfigChanged,
+    ControlCalled,
+    FsDenied,
+    SecretInjected,
+    SyscallDenied,
+)
+from isolator.audit.schema.daemon import (
+    BackupRestored,
+    BackupTaken,
+    DaemonReloaded,
+    DatabaseDamaged,
+    HostStarted,
+    HostStopped,
+    Resources,
+    ServiceEnded,
+)
+from isolator.audit.schema.events import (
+    EventAccepted,
+    EventCancelled,
+    EventDead,
+    EventDispatched,
+    EventQuarantined,
+    EventReplayed,
+    EventResponse,
+    EventRetried,
+    EventSkipped,
+)
+from isolator.audit.schema.network import NetClosed, NetConnect, NetDenied, NetQuery
+from isolator.audit.schema.runs import (
+    CageStarted,
+    CageStopped,
+    ExecEnded,
+    ExecStarted,
+    PluginCrashed,
+    PluginFailed,
+    PluginHealth,
+    PluginPaused,
+    PluginQuarantined,
+    PluginResumed,
+    PluginStarted,
+    PluginStopped,
+    RunEnded,
+    RunStarted,
+)
+from isolator.audit.schema.tools import ToolCalled, ToolsApproved, ToolStarted
+from isolator.audit.schema.trail import RETENTION, AuditGap, AuditSeal, AuditSummary
+from isolator.audit.schema.versions import (
+    PackageResolved,
+    PluginAdded,
+    PluginApproved,
+    PluginDeclined,
+    PluginPending,
+    PluginRejected,
+    PluginRemoved,
+    PluginRolledBack,
+    PluginUpdated,
+)
+
+RECORDS: dict[str, type[RecordData]] = {
+    kind.TYPE: kind
+    for module in (daemon, versions, runs, events, tools, network, control, trail)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, RecordData) and hasattr(kind, "SOURCES") and hasattr(kind, "TYPE")
+}
+"""Every record of the trail by its type, in the order of the modules."""
+
+
+def may_write(source: str, type: str) -> bool:
+    """Whether the process ``source`` may write records of ``type``."""
+    kind = RECORDS.get(type)
+    return kind is not None and source in kind.SOURCES
+
+
+__all__ = [
+    "ABSENT",
+    "AUDIT",
+    "BROKER",
+    "HOST",
+    "IDENTIFIERS",
+    "MAX_ID",
+    "RECORDS",
+    "RETENTION",
+    "SENDERS",
+    "SUPERVISOR",
+    "ApiCalled",
+    "ApiVerdict",
+    "AuditGap",
+    "AuditSeal",
+    "AuditSummary",
+    "BackupRestored",
+    "BackupTaken",
+    "CageStarted",
+    "CageStopped",
+    "ConfigChanged",
+    "ControlCalled",
+    "DaemonReloaded",
+    "DatabaseDamaged",
+    "EventAccepted",
+    "EventCancelled",
+    "EventDead",
+    "EventDispatched",
+    "EventQuarantined",
+    "EventReplayed",
+    "EventResponse",
+    "EventRetried",
+    "EventSkipped",
+    "ExecEnded",
+    "ExecStarted",
+    "Field",
+    "FsDenied",
+    "HostStarted",
+    "HostStopped",
+    "NetClosed",
+    "NetConnect",
+    "NetDenied",
+    "NetQuery",
+    "PackageResolved",
+    "PluginAdded",
+    "PluginApproved",
+    "PluginCrashed",
+    "PluginDeclined",
+    "PluginFailed",
+    "PluginHealth",
+    "PluginPaused",
+    "PluginPending",
+    "PluginQuarantined",
+    "PluginRejected",
+    "PluginRemoved",
+    "PluginResumed",
+    "PluginRolledBack",
+    "PluginStarted",
+    "PluginStopped",
+    "PluginUpdated",
+    "RecordData",
+    "Resources",
+    "RunEnded",
+    "RunStarted",
+    "SecretInjected",
+    "ServiceEnded",
+    "Summed",
+    "SyscallDenied",
+    "ToolCalled",
+    "ToolStarted",
+    "ToolsApproved",
+    "may_write",
+]

@@ -1,0 +1,124 @@
+"""Records of events and their deliveries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from isolator.audit.schema.base import ABSENT, HOST, RecordData, Summed
+
+
+class EventAccepted(RecordData):
+    """An event and its deliveries are on disk."""
+
+    TYPE = "event.accepted"
+    SOURCES = (HOST,)
+
+    event: str
+    """Name of the event's type."""
+    subject: str
+    """Key within which events stay in order."""
+    bytes: int
+    """Size of the payload."""
+    sha256: str
+    """Of the payload."""
+    plugins: list[str]
+    """Plugins that it is delivered to."""
+    by: str | None
+    """``uid:N`` of the caller."""
+    number: int = ABSENT
+    """Number of the event in the queue; grows, with gaps. A queue that is restored from before is noticed by it."""
+    on_behalf_of: str = ABSENT
+    """The person for whom the caller emitted it, on the caller's word."""
+
+
+class EventDispatched(RecordData):
+    """An attempt begins: its first byte is sent after this record."""
+
+    TYPE = "event.dispatched"
+    SOURCES = (HOST,)
+    SUMMED = Summed("after a reply of busy", covers=lambda data: "busy" in data)
+
+    attempt: int
+    """1 for the first."""
+    queued_us: int | None
+    """Time since the delivery was due; null when that is not known."""
+    request_bytes: int
+    request_sha256: str
+    busy: int = ABSENT
+    """Earlier requests of this delivery that were answered busy; such a reply is no attempt."""
+
+
+class EventResponse(RecordData):
+    """An attempt ended."""
+
+    TYPE = "event.response"
+    SOURCES = (HOST,)
+    SUMMED = Summed("`outcome` busy", covers=lambda data: data.get("outcome") == "busy")
+
+    attempt: int
+    outcome: Literal["ok", "skipped", "retry", "busy", "rejected", "failed", "unknown"]
+    status: str | None
+    """The plugin's own."""
+    detail: str | None
+    """The plugin's reason, or the fault; redacted."""
+    latency_us: int
+    """Duration from request to reply."""
+    response_bytes: int
+    response_sha256: str | None
+    response: str | None
+    """First 4 KiB of the reply, redacted."""
+
+
+class _GivenUp(RecordData):
+    reason: str
+    attempts: int
+
+
+class EventDead(_GivenUp):
+    """A delivery was given up."""
+
+    TYPE = "event.dead"
+    SOURCES = (HOST,)
+
+
+class EventQuarantined(_GivenUp):
+    """A delivery was given up because the plugin crashed of it."""
+
+    TYPE = "event.quarantined"
+    SOURCES = (HOST,)
+
+
+class EventReplayed(_GivenUp):
+    """A delivery was queued again on demand."""
+
+    TYPE = "event.replayed"
+    SOURCES = (HOST,)
+
+    by: str
+    """``uid:N`` of the caller."""
+
+
+class EventRetried(RecordData):
+    """A delivery that waited for its next attempt was tried at once, on demand."""
+
+    TYPE = "event.retried"
+    SOURCES = (HOST,)
+
+    attempts: int
+    """Attempts before."""
+    by: str
+    """``uid:N`` of the caller."""
+
+
+class EventSkipped(EventRetried):
+    """A delivery that waited was passed over on demand; later events of its key go on."""
+
+    TYPE = "event.skipped"
+    SOURCES = (HOST,)
+
+
+class EventCancelled(EventRetried):
+    """A delivery that waited was cancelled on demand, with all of its event's."""
+
+    TYPE = "event.cancelled"
+    SOURCES = (HOST,)

@@ -1,0 +1,102 @@
+"""Records of names and connections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from isolator.audit.schema.base import ABSENT, BROKER, SUPERVISOR, RecordData, Summed
+
+
+class _Net(RecordData):
+    CAUSED = True
+    SUMMED = Summed("all", by="rule")
+
+    rule: str
+    """The grant that allowed it, or the reason of a refusal."""
+    various: Literal[True] = ABSENT
+    """Many different ones with the same rule were counted together; the other fields are missing."""
+    count: int = ABSENT
+    """Number that this record stands for; 1 when missing."""
+
+
+class NetQuery(_Net):
+    """A plugin looked up a name."""
+
+    TYPE = "net.query"
+    SOURCES = (BROKER,)
+
+    name: str | None = ABSENT
+    type: str | None = ABSENT
+    """Record type: ``A``, ``AAAA``, ..."""
+    verdict: str = ABSENT
+    """``allowed``, ``denied``, ``withheld`` (the name has no address that may be reached) or ``failed``."""
+
+
+class NetConnect(_Net):
+    """A connection was opened, or its other side could not be reached."""
+
+    TYPE = "net.connect"
+    SOURCES = (BROKER,)
+
+    name: str | None = ABSENT
+    """Name that the plugin looked up; null when it used an address."""
+    address: str = ABSENT
+    """Of the far end."""
+    port: int = ABSENT
+    direction: Literal["in"] = ABSENT
+    """There for a connection from outside to a ``listen`` port."""
+    cage_port: int = ABSENT
+    """Port inside the cage of such a connection."""
+    verdict: Literal["allowed", "failed"] = ABSENT
+    flow: str = ABSENT
+    """Identifies the connection in its ``net.closed``."""
+    error: str = ABSENT
+    """Why the other side could not be reached, such as ``econnrefused``; ``upstream``: its name was not resolved."""
+    via: str = ABSENT
+    """The proxy that it goes through; where that looks the name up, ``address`` is the one inside the cage."""
+
+
+class NetClosed(RecordData):
+    """A connection ended."""
+
+    TYPE = "net.closed"
+    SOURCES = (BROKER,)
+    CAUSED = True
+    SUMMED = Summed("all", by="name")
+
+    name: str | None
+    address: str
+    port: int
+    direction: Literal["in"] = ABSENT
+    cage_port: int = ABSENT
+    sent: int
+    """Bytes from the plugin."""
+    received: int
+    """Bytes to the plugin."""
+    duration_ms: float
+    reason: str
+    """``closed``, ``idle``, ``cage ended``, a refusal's rule, or an error such as ``econnreset``."""
+    flow: str
+
+
+class NetDenied(_Net):
+    """A connection or packet was refused."""
+
+    TYPE = "net.denied"
+    SOURCES = (BROKER, SUPERVISOR)
+
+    name: str | None = ABSENT
+    """Name that the plugin looked up; null when it used an address."""
+    address: str | None = ABSENT
+    port: int | None = ABSENT
+    direction: Literal["in"] = ABSENT
+    cage_port: int = ABSENT
+    protocol: str = ABSENT
+    """``tcp``, ``udp``, ``icmp``, ..."""
+    verdict: Literal["denied"] = ABSENT
+    detail: str = ABSENT
+    """In which way the first bytes were malformed."""
+    asked: list[str] = ABSENT
+    """Names in the first bytes, where they differ from ``name``."""
+    why: str = ABSENT
+    """Difference of the cage's ruleset from the one that was made (rule ``ruleset-changed``)."""
