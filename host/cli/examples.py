@@ -25,7 +25,7 @@ def example_of(name: str, schema: Mapping[str, Any], filled: str | None) -> dict
 
 def limits_of(rule: Rule) -> str:
     """The limits of one field, as people read them: ``1 to 128 characters``."""
-    words = []
+    rule, words = plain(rule, {}), []
     if length := _range(rule.get("minLength"), rule.get("maxLength")):
         words.append(f"{length} characters")
     if size := _range(rule.get("minimum"), rule.get("maximum")):

@@ -35,6 +35,7 @@ def test_missing_marker_is_an_error(tmp_path: Path) -> None:
         update(tmp_path, [Part("guide.md", "one", str)], write=True)
 
 
+@pytest.mark.wide  # ./dev lint looks at each
 def test_documents_of_this_repository_are_current() -> None:
     done = subprocess.run(
         [sys.executable, "-I", REPO / "docs/generate", "--check"], capture_output=True, text=True, check=False

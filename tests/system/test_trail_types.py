@@ -39,6 +39,8 @@ RARE = {
     "plugin.crashed": "reason",
     "plugin.rejected": "folder",
     "plugin.pending": "folder",
+    "plugin.started": "signer",
+    "exec.started": "signer",
     "exec.ended": "reason network_bytes io_read io_written",
     "net.query": "various count",
     "net.connect": "various count error direction cage_port via",
@@ -53,7 +55,7 @@ RARE = {
     "config.changed": "rotated lost why waits",
     "audit.gap": "bytes sha256 text kept found written from to hash files",
 }
-"""By type, fields that need another kernel or a fault to appear."""
+"""By type, fields that need another kernel, a fault or a publisher to appear."""
 
 SECRET = "s3cr3t-and-long-enough"
 NASTY = '\x1b[2J\x1b]0;x\x07\r\n{"seq":1,"type":"plugin.stopped","hash":"0"}\u202egnp.exe\u2066\u200b\u3164\x9b\x7f'
