@@ -101,7 +101,8 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
         if path.name == plugin:
             path.chmod(0o755)
     place = shlex.quote(folder)
-    click.echo(f"wrote {folder}; next:\n  {f'make -C {place} && ' if compiled else ''}isolator plugin add {place}")
+    made = f"make -C {place} && " if compiled else ""
+    click.echo(f"wrote {folder}; next:\n  {made}sudo isolator plugin test {place}\n  isolator plugin add {place}")
 
 
 def _sample(event: str) -> dict[str, Any]:

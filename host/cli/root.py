@@ -130,7 +130,8 @@ def report(failure: BaseException) -> NoReturn:
         else:
             hint = ""
         kind = UsageError if isinstance(error, click.UsageError) else IsolatorError
-        say(kind(f"{error.format_message().rstrip('.')}{hint}"))
+        message = " ".join(error.format_message().split())  # click writes choices on lines of their own
+        say(kind(f"{message.rstrip('.')}{hint}"))
         sys.exit(kind.exit_code)
     except IsolatorError as error:
         if debug:
