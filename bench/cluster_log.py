@@ -1,4 +1,4 @@
-"""What three servers of NATS keep of a stream while their leader is killed or stopped, and what writers believe.
+"""Experiment: a stream on three servers of NATS while their leader is killed or stopped, and its writers' view of it.
 
 Not a comparison of speed, but the experiment on which the cluster's protocol rests; docs/decisions has its outcome.
 Run as ``python3 -m bench.cluster_log PROGRAM`` in a network namespace of its own (``unshare -n``), with ``nats-py``:
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import nats
+import nats.errors
 from nats.js.api import StreamConfig
 
 from tests.support.nats_servers import Server, nats_servers
@@ -53,7 +54,7 @@ async def _request(
     """The answer to a request, or None: out of time, no quorum, a connection that ends."""
     try:
         return await client.request(subject, body, timeout=timeout, headers=headers)
-    except Exception:
+    except (nats.errors.Error, OSError, TimeoutError):
         return None
 
 

@@ -25,7 +25,7 @@ PORT = 8090
 """The console's, in the demo's network."""
 SETTINGS = f"[console]\nport = {PORT}\n"
 KINDS = {"light": (1280, False), "dark": (1280, True), "narrow": (390, False)}
-"""By its name, the width of a kind of pictures, and whether they are dark."""
+"""Widths of the kinds of pictures, by name, and whether they are dark."""
 
 
 def outside() -> int:

@@ -105,7 +105,7 @@ def with_signatures(data: bytes, envelope: bytes) -> bytes:
 
 
 def _signatures_at(data: bytes, end: int) -> int:
-    """Where the member ``SIGNATURES`` of a good package begins; its end when it has none."""
+    """Offset at which the member ``SIGNATURES`` of a good package begins; its end when it has none."""
     known = package.header(package.SIGNATURES, 0)[:100]
     at = 0
     while at < end:
@@ -158,7 +158,7 @@ def _new_key(path: Path) -> str:
 
 
 class _Content(FolderWriter):
-    """What of a package's content is signed, and the signatures that it has."""
+    """The signed part of a package's content, and the signatures that it has."""
 
     def __init__(self) -> None:
         super().__init__(-1)

@@ -27,6 +27,7 @@ from host.cluster.entries import (
     Position,
     Release,
     Replay,
+    Stream,
     UnknownFormatError,
     VoidLeases,
     decode,
@@ -203,9 +204,10 @@ def test_state_comes_back_from_its_json_and_goes_on_alike(written: list[Any]) ->
 
 
 def test_entries_come_back_as_they_were_written() -> None:
-    for stream, some in (("ctl", DECISIONS), ("ev", EVENTS)):
-        message = Message("host-1", stream, Number(3, 4), tuple(some))  # type: ignore[arg-type]
-        assert decode(subject("host-1", stream), encode(message)) == message  # type: ignore[arg-type]
+    written: list[tuple[Stream, list[Entry]]] = [("ctl", DECISIONS), ("ev", EVENTS)]
+    for stream, some in written:
+        message = Message("host-1", stream, Number(3, 4), tuple(some))
+        assert decode(subject("host-1", stream), encode(message)) == message
 
 
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text()

@@ -30,7 +30,7 @@ _BOUNDS = {
     "memory": 1 << 30, "cpu": 2000, "tasks": 128, "tmp": 768 << 20, "tmp_inodes": 65536, "connects_per_second": 100,
     "connects_open": 256, "nofile": 4096,
 }  # fmt: skip
-"""What it may take, where the host's ceiling allows that; keys of policies."""
+"""Limits of a resolver, where the host's ceiling allows them; keys of policies."""
 _REMEDIES = {"npm": "apt-get install npm", "pip": "apt-get install python3-pip"}
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 _ERA_SECONDS = 15.0

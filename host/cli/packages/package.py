@@ -48,12 +48,12 @@ class Package:
 
 @dataclass
 class Resolved:
-    """What a registry gave for a package, as the resolver in the cage reports it."""
+    """A registry's answer for a package, as the resolver in the cage reports it."""
 
     programs: dict[str, str]
-    """By the name of a program, its entry: the path of a script, or ``MODULE:FUNCTION``."""
+    """Entries of programs, by name: the path of a script, or ``MODULE:FUNCTION``."""
     hashes: dict[str, str] = field(default_factory=dict)
-    """By ``NAME@VERSION`` of everything that came along, the hash that was compared with the registry's."""
+    """Hashes that were compared with the registry's, by ``NAME@VERSION`` of everything that came along."""
     description: str = ""
     files: int = 0
 

@@ -89,7 +89,7 @@ class Moment:
 
 @dataclass
 class _Before:
-    """What rates are differences to."""
+    """The figures of before, to which rates are differences."""
 
     run: str | None
     at: float
@@ -107,7 +107,7 @@ class Figures:
         self._denials.wait(CATCH_UP)
         self._before: dict[str, _Before] = {}
         self._groups: dict[str, list[Path]] = {}
-        """By run, its control groups."""
+        """Control groups of each run."""
         self._processes: dict[int, psutil.Process] = {}
         self._at = time.monotonic()
         psutil.cpu_percent()

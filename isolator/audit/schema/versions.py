@@ -35,7 +35,7 @@ class PackageResolved(RecordData):
     digest: str
     """Of the folder that was made of it."""
     hashes: dict[str, str]
-    """By ``NAME@VERSION`` of all that it consists of, the hash that the registry names; as the caller says."""
+    """Hashes that the registry names, by ``NAME@VERSION`` of all that it consists of; as the caller says."""
 
 
 class PluginPending(RecordData):
