@@ -279,10 +279,11 @@ class ChildProcess:
         mine, theirs = pair()
         inherited = {"channel": theirs.detach(), **inherited}
         self.generations += 1
-        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}")
+        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}", on_v2=self._subtree.on_v2)
         self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
         try:
             leaf.create(None)
+            leaf.prefer()
             process = subprocess.Popen(
                 service_command(spec.module, spec.uid, spec.gid, inherited),
                 pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
