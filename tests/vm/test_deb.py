@@ -63,3 +63,6 @@ def test_deb_is_installed_upgraded_removed_and_purged(tmp_path: Path) -> None:
         assert not Path(left).exists(), left
     users = Path("/etc/passwd").read_text()
     assert "isolator-host" not in users and "plugin-echo" not in users
+    run("isolator", "install")
+    assert run("systemctl", "is-active", "isolator").strip() == "active"
+    run("isolator", "uninstall", "--purge", "--yes")
