@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from host.authoring.languages import MODES
+from host.authoring.languages import COMPILED, MODES
 from tests.host.fake_supervisor import Daemon
 from tests.host.test_cli import isolator
 from tests.support.new_plugins import need
 
 SOURCES = {language: files[0][1] for language, files in MODES["oneshot"].items()}
 EACH = [pytest.param(one, marks=pytest.mark.wide if one == "typescript" else ()) for one in sorted(SOURCES)]
+WITHOUT_BUILDS = [pytest.param(one, marks=pytest.mark.wide if one in COMPILED else ()) for one in sorted(SOURCES)]
 
 
 @pytest.mark.parametrize("language", EACH)
@@ -49,7 +50,7 @@ FAILING = {
 """By language, how its handler works and how it fails."""
 
 
-@pytest.mark.parametrize("language", EACH)
+@pytest.mark.parametrize("language", WITHOUT_BUILDS)
 async def test_failing_handler_of_a_new_plugin_asks_for_another_delivery_and_logs_why(
     daemon: Daemon, language: str
 ) -> None:
