@@ -29,10 +29,13 @@ _EXTENSION_SECONDS = 120
 
 @click.command(epilog="\b\nExamples:\n  isolator serve\n  isolator --root /tmp/try serve")
 @click.option("--config", metavar="FILE", help="Read FILE instead of /etc/isolator/host.toml.")
+@click.option("--certifying", is_flag=True, hidden=True)
 @click.option("--adopt", metavar="FD", type=int, hidden=True)
 @click.option("--check-handover", metavar="FD", type=int, hidden=True)
 @click.pass_obj
-def serve(root: str | None, config: str | None, adopt: int | None, check_handover: int | None) -> None:
+def serve(
+    root: str | None, config: str | None, certifying: bool, adopt: int | None, check_handover: int | None
+) -> None:  # fmt: skip
     """Run the daemon in the foreground.
 
     Prints 'isolator: ready' on stdout when it accepts commands (and tells systemd). SIGTERM or ^C stops it and
@@ -42,6 +45,7 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
     from isolator.policy.parse.load import load_host_config
     from isolator.supervisor.reload.program import Program
     from isolator.supervisor.reload.signals import HELD
+    from isolator.supervisor.services import CERTIFYING_HOST, HOST_MODULE
     from isolator.supervisor.supervisor import running_daemon
 
     paths = Paths.of(root)
@@ -58,6 +62,7 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
         before = take_over(adopt)
     program = Program.of_this_process()
     host_config = load_host_config(Path(config) if config else paths.host_toml)
+    host_module = CERTIFYING_HOST if certifying else HOST_MODULE
 
     async def main() -> None:
         stopping, exchange, hang_up = asyncio.Event(), asyncio.Event(), _HangUp()
@@ -73,7 +78,9 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
             notify("WATCHDOG=1")
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)
-        async with running_daemon(paths, host_config, exchange, progress=_notify_progress, before=before) as daemon:
+        async with running_daemon(
+            paths, host_config, exchange, progress=_notify_progress, before=before, host_module=host_module
+        ) as daemon:  # fmt: skip
 
             async def perform(generation: int) -> None:
                 from isolator.supervisor.reload.reloader import reload

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 NOBODY = 65534
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
+CERTIFYING_HOST = "host.certifying.service"
+"""The host of a private daemon of ``isolator certify``: it plays the faults of the protocol."""
 
 
 class _Ways(TypedDict, total=False):
@@ -61,8 +63,9 @@ class Services:
     """The services of one daemon. Their users and folders are made at once, the processes by ``start``."""
 
     def __init__(
-        self, paths: Paths, config: HostConfig, runtime: CageRuntime, client: AuditClient, health: ServiceHealth
-    ) -> None:
+        self, paths: Paths, config: HostConfig, runtime: CageRuntime, client: AuditClient, health: ServiceHealth,
+        host_module: str = HOST_MODULE,
+    ) -> None:  # fmt: skip
         kept.check_trail(paths)
         kept.check_host(paths)
         users = _make_users(paths)
@@ -76,7 +79,7 @@ class Services:
             ids = users.get(name, (NOBODY, NOBODY))
             return ChildProcess(ServiceSpec(name, module, *ids), runtime.subtree, runtime.journal, health)
 
-        broker, host = process("broker", "isolator.broker.service"), process("host", HOST_MODULE)
+        broker, host = process("broker", "isolator.broker.service"), process("host", host_module)
         audit = process("audit", "isolator.audit.service")
         self.audit = AuditLink(audit, client, (broker, host), paths, config)
         self.broker = BrokerLink(broker, paths, config)

@@ -53,7 +53,7 @@ from isolator.supervisor.policy_watch import PolicyWatch
 from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
-from isolator.supervisor.services import Services
+from isolator.supervisor.services import HOST_MODULE, Services
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
@@ -90,6 +90,7 @@ async def running_daemon(
     *,
     progress: Callable[[str], None] = lambda step: None,
     before: DaemonState | None = None,
+    host_module: str = HOST_MODULE,
 ) -> AsyncIterator[Daemon]:
     """A daemon that accepts commands; nothing of it is left when the context is left.
 
@@ -148,7 +149,7 @@ async def running_daemon(
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(health.work_failed)
         stack.callback(loop.set_exception_handler, None)
-        services = Services(paths, config, runtime, audit, health)
+        services = Services(paths, config, runtime, audit, health, host_module)
         context = RunContext(
             paths, runtime, audit, services.host, services.broker, sockets, notifier,
             wait_for_trail=config.audit.disk_full == "stop", rest=(rest := Rest()),

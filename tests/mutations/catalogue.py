@@ -32,6 +32,10 @@ _PATHS = "runners/test_paths.py::"
 _SERVERS = "mcp/test_servers.py::"
 _WAITS = "system/reload/test_what_waits.py::"
 
+_CERTIFIED = (
+    "authoring/test_certify.py::test_policy_takes_what_a_certifier_signed_or_this_host_has_made_and_nothing_else"
+)
+
 MUTATIONS = (
     *_mutations(
         "isolator/supervisor/reload/reloader.py",
@@ -46,6 +50,24 @@ MUTATIONS = (
             "                await daemon.runners.pause()\n",
             "                pass\n",
             "runners/test_reload.py::test_descriptor_that_takes_minutes_to_close_holds_up_no_reload",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/proposals.py",
+        (
+            "a policy's demand for a certificate is not looked at",
+            "        if grant.certified and release is not None:\n",
+            "        if False:\n",
+            _CERTIFIED,
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/certificates.py",
+        (
+            "whoever signs a certificate is a certifier",
+            "        if verifies(key, signed, claim.signatures):\n",
+            "        if claim.signatures:\n",
+            _CERTIFIED,
         ),
     ),
     *_mutations(
