@@ -39,13 +39,22 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
     every plugin cleanly, and so does the end of the terminal that it was started from. Without a terminal, SIGHUP
     reloads it, as 'isolator reload' does.
     """
+    from isolator.supervisor.zygote import Zygotes
+
+    paths = Paths.of(root)
+    daemon_log.set_up()
+    os.umask(0o022)
+    leave_memory_out()
+    let_children_start_no_handler()
+    allow_many_files()
+    zygotes = Zygotes()
+    if adopt is None and check_handover is None:
+        zygotes.begin()  # it imports what it needs while this process does
     from isolator.policy.parse.load import load_host_config
     from isolator.supervisor.reload.program import Program
     from isolator.supervisor.reload.signals import HELD
     from isolator.supervisor.supervisor import running_daemon
 
-    paths = Paths.of(root)
-    daemon_log.set_up()
     if check_handover is not None:
         from isolator.supervisor.reload.trial import check_handover as check
 
@@ -73,7 +82,9 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
             notify("WATCHDOG=1")
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)
-        async with running_daemon(paths, host_config, exchange, progress=_notify_progress, before=before) as daemon:
+        async with running_daemon(
+            paths, host_config, exchange, zygotes, progress=_notify_progress, before=before
+        ) as daemon:
 
             async def perform(generation: int) -> None:
                 from isolator.supervisor.reload.reloader import reload
@@ -95,10 +106,6 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
                 extending.keep("extension of the stop", _extend_timeout)
         extending.cancel()
 
-    os.umask(0o022)
-    leave_memory_out()
-    let_children_start_no_handler()
-    allow_many_files()
     asyncio.run(main())
 
 
