@@ -470,6 +470,15 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/linux/routes.py",
+        (
+            "gateways of routes with several hops are not known",
+            "yield from _hops(value[offset + _NEXT_HOP : offset + length])",
+            "pass",
+            "linux/test_routes.py::test_gateway_of_each_form_is_found_and_nothing_else",
+        ),
+    ),
+    *_mutations(
         "isolator/linux/unprivileged.py",
         (
             "nobody looks whether a service has lost its privileges",
