@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from host import service
 from host.authoring.certify.stage import Stage
 from host.certifying.other_side import SilentApi
 from host.certifying.taps import TappedLink
 from host.host import HostParts
-from host.service import main
 from isolator.paths import Paths
 
 
@@ -18,5 +18,10 @@ def parts(paths: Paths) -> HostParts:
     return HostParts(partial(TappedLink, stage=stage), partial(SilentApi, stage=stage))
 
 
+def main() -> None:
+    """Entry point."""
+    service.main(parts)
+
+
 if __name__ == "__main__":
-    main(parts)
+    main()

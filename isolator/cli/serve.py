@@ -42,14 +42,23 @@ def serve(
     every plugin cleanly, and so does the end of the terminal that it was started from. Without a terminal, SIGHUP
     reloads it, as 'isolator reload' does.
     """
+    from isolator.supervisor.zygote import Zygotes
+
+    paths = Paths.of(root)
+    daemon_log.set_up()
+    os.umask(0o022)
+    leave_memory_out()
+    let_children_start_no_handler()
+    allow_many_files()
+    zygotes = Zygotes()
+    if adopt is None and check_handover is None:
+        zygotes.begin()  # it imports what it needs while this process does
     from isolator.policy.parse.load import load_host_config
     from isolator.supervisor.reload.program import Program
     from isolator.supervisor.reload.signals import HELD
     from isolator.supervisor.services import CERTIFYING_HOST, HOST_MODULE
     from isolator.supervisor.supervisor import running_daemon
 
-    paths = Paths.of(root)
-    daemon_log.set_up()
     if check_handover is not None:
         from isolator.supervisor.reload.trial import check_handover as check
 
@@ -79,7 +88,7 @@ def serve(
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)
         async with running_daemon(
-            paths, host_config, exchange, progress=_notify_progress, before=before, host_module=host_module
+            paths, host_config, exchange, zygotes, progress=_notify_progress, before=before, host_module=host_module
         ) as daemon:  # fmt: skip
 
             async def perform(generation: int) -> None:
@@ -102,10 +111,6 @@ def serve(
                 extending.keep("extension of the stop", _extend_timeout)
         extending.cancel()
 
-    os.umask(0o022)
-    leave_memory_out()
-    let_children_start_no_handler()
-    allow_many_files()
     asyncio.run(main())
 
 

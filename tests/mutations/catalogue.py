@@ -492,6 +492,39 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/linux/routes.py",
+        (
+            "gateways of routes with several hops are not known",
+            "yield from _hops(value[offset + _NEXT_HOP : offset + length])",
+            "pass",
+            "linux/test_routes.py::test_gateway_of_each_form_is_found_and_nothing_else",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/unprivileged.py",
+        (
+            "nobody looks whether a service has lost its privileges",
+            "if found != wanted or left or uid == 0:",
+            "if False:",
+            "supervisor/test_zygote.py::test_privilege_that_stays_is_noticed",
+        ),
+        (
+            "a service keeps its bounding set",
+            "    drop_bounding_set(last_capability())\n    os.setgroups",
+            "    os.setgroups",
+            "supervisor/test_zygote.py::test_forked_service_is_what_an_executed_one_is",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/sibling.py",
+        (
+            "forked services draw the same random numbers",
+            "        interpreter.PyOS_AfterFork_Child()\n",
+            "",
+            "supervisor/test_zygote.py::test_forked_service_is_what_an_executed_one_is",
+        ),
+    ),
+    *_mutations(
         "isolator/broker/host_addresses.py",
         (
             "gateways are never read again",
