@@ -37,11 +37,12 @@ from host.control.server import AnyEndpoint, ControlServer
 from host.control.verbs import PluginStage
 from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
-from host.delivery.dispatch import Dispatcher
+from host.delivery.dispatch import Dispatcher, SidecarLinks
 from host.delivery.gate import DispatchGate
 from host.delivery.gauges import Gauges
 from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
+from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.handover import HostState
 from host.host_api import HostApi
@@ -131,6 +132,14 @@ class Introduction:
         )
 
 
+@dataclass(frozen=True)
+class HostParts:
+    """Parts of a host that another program may put in its own place: ``isolator certify`` does."""
+
+    sidecars: SidecarLinks = SidecarLink
+    api: Callable[..., HostApi] = HostApi
+
+
 class Host:
     """The running host. ``before``: the state of another, which has left and whose place this one takes.
 
@@ -138,8 +147,9 @@ class Host:
     """
 
     def __init__(
-        self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient, before: HostState | None = None
-    ) -> None:
+        self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient, before: HostState | None = None,
+        parts: HostParts = HostParts(),
+    ) -> None:  # fmt: skip
         for folder in (paths.host_lib, paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
@@ -191,7 +201,7 @@ class Host:
         self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
-        api = self._api = HostApi(registry, audit, store, logs, config.redactor)
+        api = self._api = parts.api(registry, audit, store, logs, config.redactor)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -210,6 +220,7 @@ class Host:
             end_invocation=api.end_invocation,
             pauses=Pauses(store, debts),
             servers=self._load_servers,
+            sidecars=parts.sidecars,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,

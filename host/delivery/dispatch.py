@@ -34,6 +34,9 @@ from isolator.ipc.succession import Departure, Descriptors
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
 
+SidecarLinks = Callable[[str, Channel, AuditClient], SidecarLink]
+"""Makes the link to the sidecar of a plugin: (plugin, supervisor, audit)."""
+
 
 class Dispatcher:
     """The workers by plugin; ``redactor`` gives a plugin's, ``api`` answers calls of stream plugins to the host API.
@@ -60,20 +63,21 @@ class Dispatcher:
         end_invocation: Callable[[str, str], None],
         pauses: Pauses,
         servers: Callable[[], Servers],
+        sidecars: SidecarLinks = SidecarLink,
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
         self._logs, self._serve_invocation, self._end_invocation = logs, serve_invocation, end_invocation
-        self._source, self._config_value = source, config_value
+        self._source, self._config_value, self._sidecars = source, config_value, sidecars
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
         self._descriptors = Descriptors([])
 
     def _new_worker(self, name: str) -> Worker:
         consumer = self._queue.consumer(name)
-        sidecar = SidecarLink(name, self._supervisor, self._audit)
+        sidecar = self._sidecars(name, self._supervisor, self._audit)
         outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts)
         before = self._before.pop(name, None)
         return Worker(
