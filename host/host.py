@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +42,9 @@ from host.delivery.gauges import Gauges
 from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
 from host.events import Catalogue
+from host.fence.fences import Fences
 from host.handover import HostState
-from host.host_api import HostApi
+from host.host_api import HostApi, KeyValue
 from host.intake import EventIntake, EventRecords
 from host.jobs import Jobs
 from host.lifecycle import PluginLifecycle
@@ -109,6 +110,8 @@ class Introduction:
     """The supervisor's."""
     listener: socket.socket | None
     """The control socket."""
+    fences: Mapping[str, float]
+    """Deadlines by plugin, as the supervisor keeps them."""
 
     @classmethod
     def read(cls, hello: HostHello, fds: list[int]) -> Introduction:
@@ -126,6 +129,7 @@ class Introduction:
             fresh=hello.fresh,
             alarms=hello.alarms,
             listener=listener,
+            fences=hello.fences,
         )
 
 
@@ -187,7 +191,8 @@ class Host:
         self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
-        api = self._api = HostApi(registry, audit, store, logs, config.redactor)
+        fences = self._fences = Fences(channel.tell)
+        api = self._api = HostApi(registry, audit, KeyValue(store), logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -205,6 +210,7 @@ class Host:
             serve_invocation=api.serve_invocation,
             end_invocation=api.end_invocation,
             pauses=Pauses(store, debts),
+            fences=fences,
             servers=self._load_servers,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
@@ -220,6 +226,7 @@ class Host:
             dispatcher=dispatcher,
             watches=watches,
         )
+        fences.opened, fences.ended = lifecycle.may_act, dispatcher.lost
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
         self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
@@ -254,7 +261,9 @@ class Host:
             from host.mcp.servers import Servers
 
             pins, use = Pins(self._store), self._dispatcher.in_use
-            self._servers = Servers(self._channel, self._registry, self._audit, pins, self._config.redactor, use)
+            self._servers = Servers(
+                self._channel, self._registry, self._audit, pins, self._config.redactor, use, self._fences
+            )
         return self._servers
 
     def handlers(self) -> dict[str, Handler]:
@@ -275,6 +284,7 @@ class Host:
 
     async def start(self, introduction: Introduction) -> None:
         """Take over the plugins, accept commands, and start eager plugins."""
+        self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
@@ -289,6 +299,7 @@ class Host:
 
     async def go_on(self, introduction: Introduction, state: HostState, descriptors: Descriptors) -> None:
         """Take over the plugins as another host has left them, its requests in flight, its connections."""
+        self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
         self._dispatcher.take_over(state.workers, descriptors)
         for entry in introduction.plugins:
