@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -93,6 +94,7 @@ SETTLE, SETTLE_BEAT = 2.0, 0.005
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
+    from host.membership.member import Member
 
 _logger = logging.getLogger(__name__)
 
@@ -177,7 +179,7 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
-        queue = self._queue = SqliteQueue(
+        queue = self._queue = self._queue_class(settings)(
             store,
             after=self._hold_against_the_trail(paths.audit_log),
             in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
@@ -192,7 +194,9 @@ class Host:
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
         fences = self._fences = Fences(channel.tell)
-        api = self._api = HostApi(registry, audit, KeyValue(store), logs, config.redactor, fences)
+        member = self._member = self._new_member(settings, paths, catalogue)
+        values = member.values if member is not None else KeyValue(store)
+        api = self._api = HostApi(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -225,6 +229,7 @@ class Host:
             api=api,
             dispatcher=dispatcher,
             watches=watches,
+            member=member,
         )
         fences.opened, fences.ended = lifecycle.may_act, dispatcher.lost
 
@@ -254,6 +259,26 @@ class Host:
             console=settings.console.uid if settings.console is not None else None, may_call=settings.may_call,
         )  # fmt: skip
         self._gauges = Gauges(queue, registry, dispatcher, audit)
+
+    @staticmethod
+    def _queue_class(settings: HostConfig) -> Callable[..., SqliteQueue]:
+        if settings.cluster is None:
+            return SqliteQueue
+        from host.cluster.delivery.queue import ClusterQueue
+
+        return functools.partial(ClusterQueue, host=settings.cluster.name)
+
+    def _new_member(self, settings: HostConfig, paths: Paths, catalogue: Catalogue) -> Member | None:
+        if settings.cluster is None:
+            return None
+        from host.cluster.delivery.queue import ClusterQueue
+        from host.membership.member import Member
+
+        assert isinstance(self._queue, ClusterQueue)
+        parts = (self._store, self._queue, self._registry, catalogue, self._fences, self._audit)
+        member = Member(settings.cluster, *parts, paths.host_lib)
+        self._alarms.cluster = member.problems
+        return member
 
     def _load_servers(self) -> Servers:
         if self._servers is None:
@@ -288,6 +313,8 @@ class Host:
         self._alarms.supervisor = introduction.alarms
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
+        if self._member is not None:
+            await self._member.start()
         self._jobs.start()
         self._debts.find()
         self._lifecycle.drop_unsettled_values()
@@ -310,6 +337,8 @@ class Host:
 
             await self._load_servers().take_over(ServersState.from_json(state.mcp, "mcp"), descriptors)
         self._queue.end_lost_requests()
+        if self._member is not None:
+            await self._member.start()
         self._jobs.start()
         self._debts.find()
         self._lifecycle.drop_unsettled_values()
@@ -353,6 +382,8 @@ class Host:
         self._jobs.close()
         self._debts.close()
         await self._watches.close()
+        if self._member is not None:
+            await self._member.close()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
@@ -404,6 +435,8 @@ class Host:
             self._servers.close()
         await self._dispatcher.close()
         await self._attempts.close()
+        if self._member is not None:
+            await self._member.close()
         self._api.close()
         self._logs.close()
         await self._store.close()

@@ -11,8 +11,10 @@ import json
 import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
+from isolator.policy.cluster import Cluster
 from pydantic import TypeAdapter
 
 from host.cluster.delivery.follower import QueueFollower
@@ -20,14 +22,18 @@ from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import Entry
 from host.cluster.entries import Plugin as Described
 from host.cluster.fold import Applied, State
-from host.cluster.follower import Fences, Follower
+from host.cluster.joining import join
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
+from host.cluster.problems import Kind
 from host.database import Store
 from host.events import Catalogue
+from host.fence.fences import Fences
 from host.membership.values import ClusterKeyValue
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Event, Subscriber
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import ClusterProblem
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import PluginState
 from isolator.ipc.tasks import Tasks
@@ -46,37 +52,49 @@ AGAIN: Final = 1.0
 
 
 class Member:
-    """This host in its cluster. ``join`` makes its node, for the follower; ``unbound``: a plugin has no deadline."""
+    """This host in its cluster. ``folder`` is for copies of the fold."""
 
     def __init__(
         self,
+        settings: Cluster,
         store: Store,
         queue: ClusterQueue,
         registry: Registry,
         catalogue: Catalogue,
         fences: Fences,
-        unbound: Callable[[str], bool],
-        lost_events: Callable[[str, int], None],
-        join: Callable[[Follower], Node],
+        audit: AuditClient,
+        folder: Path,
     ) -> None:
-        self._registry, self._catalogue, self._fences, self._unbound = registry, catalogue, fences, unbound
-        self._store, self._wished, self._tasks = store, asyncio.Event(), Tasks()
+        self._settings, self._store, self._queue, self._folder = settings, store, queue, folder
+        self._registry, self._catalogue, self._fences, self._audit = registry, catalogue, fences, audit
+        self._wished, self._tasks = asyncio.Event(), Tasks()
         store.read(lambda db: db.execute(_WISHES))
-        self._join = join
+        self._trouble: list[str] = []
         self.node: Node | None = None
-        self.follower = QueueFollower(queue, self._subscriptions, self._ready, lost_events, self._described)
+        self.follower = QueueFollower(queue, self._subscriptions, self._ready, self._lost_events, self._described)
         self.values = ClusterKeyValue(store, self.follower, self._decide)
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong with this host's part, a line each."""
+        return [*self._trouble, *(self.node.problems.lines.values() if self.node is not None else ())]
 
     async def start(self) -> None:
         """Begin to follow the log: what the registry does not know by now would be passed over.
 
-        No plugin that one host has is started before this host holds it.
+        No plugin that one host has is started before this host holds it. If the settings are of no use, events are
+        refused, with the reason.
         """
-        self.node = self._join(self.follower)
-        self.follower.attach(self.node)
-        await self.node.start()
-        for name, known in self.node.state.plugins.items():
-            if known.plugin.placement == "one" and self._unbound(name):
+        try:
+            node = join(self._settings, self._store, self.follower, self._fences, self._notice, self._folder)
+        except IsolatorError as error:
+            self._trouble.append(f"this host is in no cluster: {error}")
+            self._queue.refuse(error)
+            return
+        self.node = node
+        self.follower.attach(node)
+        await node.start()
+        for name, known in node.state.plugins.items():
+            if known.plugin.placement == "one" and self._fences.of(name).until is None:
                 self._fences.hold(name, 0.0)
         for plugin in self._registry:
             self.follower.serve(plugin.name)
@@ -91,8 +109,14 @@ class Member:
 
     def serve(self, plugin: str) -> None:
         """Take note of a plugin that this host has, or that has changed."""
-        if self.node is not None:
-            self.follower.serve(plugin)
+        if self.node is None:
+            return
+        found, known = self._registry.get(plugin), self.node.state.plugins.get(plugin)
+        holds = self.follower.epoch(plugin) is not None
+        if holds and found is not None and known is not None and found.digest != known.plugin.digest:
+            # Its holder has another version now: it was updated, or the new one failed.
+            self._tasks.run(f"version of {plugin}", self.registered(found, new=False))
+        self.follower.serve(plugin)
 
     def forget(self, plugin: str) -> None:
         """Take note of a plugin that this host has no more."""
@@ -157,6 +181,14 @@ class Member:
         if self.node is None:
             raise LogUnavailableError("this host is being started")
         return await self.node.decide(entry)
+
+    def _notice(self, kind: Kind, line: str | None) -> None:
+        self._audit.record(ClusterProblem(kind=kind, line=line or "", ended=line is None))
+
+    def _lost_events(self, plugin: str, count: int) -> None:
+        line = f"{count} events for {plugin} are lost: this host does not have them, and they were not handled"
+        _log.error("%s", line)
+        self._trouble.append(line)
 
     def _ready(self) -> Sequence[str]:
         plugins = self._state.plugins
