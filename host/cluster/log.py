@@ -5,6 +5,7 @@ Nothing else is asked of it. An acknowledgement proves nothing here: what a host
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -70,6 +71,12 @@ class Log(Protocol):
 
     async def facts(self) -> Facts:
         """The log's bounds and settings."""
+
+    async def ask(self, subject: str, body: bytes) -> bytes:
+        """The first answer of another host; raises LogUnavailableError if there is none."""
+
+    def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
+        """Answer other hosts from now on; None: say nothing."""
 
     async def close(self) -> None:
         """End the connections."""

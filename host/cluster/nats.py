@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -19,13 +19,11 @@ from typing import Any, Final
 import nats.errors
 from nats.aio.client import Client
 
+from host.cluster.access import STREAM, SUBJECTS, TICK
 from host.cluster.clock import Clock
 from host.cluster.entries import MAX_MESSAGE
 from host.cluster.log import EVERYTHING, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
 
-STREAM: Final = "ISO"
-SUBJECTS: Final = ("iso.ev.*", "iso.ctl.*")
-TICK: Final = "iso.tick"
 OLDEST: Final = (2, 9, 0)
 """The first servers that answer ``DIRECT.GET``."""
 OLDEST_OF_THREE: Final = (2, 10, 26)
@@ -35,6 +33,7 @@ MAX_AGE: Final = 14 * 86400
 MAX_BYTES: Final = 8 << 30
 _ANSWER, _CONNECT = 1.0, 2.0
 """Seconds for an answer, and for a connection."""
+_ATTEMPTS = 10
 _FULL = re.compile("maximum bytes|insufficient|resource|no space|storage", re.IGNORECASE)
 _REFUSED = re.compile("authorization|permission|authentication|credential|certificate", re.IGNORECASE)
 
@@ -65,6 +64,7 @@ class NatsLog:
         self._versions: dict[str, str] = {}
         """By server's name."""
         self._surveyed = False
+        self._answers: dict[str, Callable[[bytes], bytes | None]] = {}
         self._unanswered = 0
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -116,6 +116,8 @@ class NatsLog:
                 )
             raise _error_of(text)
         config, state = answer["config"], answer["state"]
+        too_old = _too_old(self._versions, int(config["num_replicas"]))
+        self._surveyed = not too_old  # or it is looked at again: somebody may update it
         return Facts(
             # An empty stream begins behind its last message; a new one has none.
             first=max(int(state["first_seq"]), 1),
@@ -125,8 +127,26 @@ class NatsLog:
             servers=tuple(sorted(self._versions.values())),
             bytes=int(state["bytes"]),
             max_bytes=int(config["max_bytes"]),
-            wrong=(*_wrong(config), *_too_old(self._versions, int(config["num_replicas"]))),
+            wrong=(*_wrong(config), *too_old),
         )
+
+    async def ask(self, subject: str, body: bytes) -> bytes:
+        client = await self._connected()
+        try:
+            return bytes((await client.request(subject, body, timeout=_ANSWER)).data)
+        except nats.errors.NoRespondersError:
+            raise LogUnavailableError("no other host answers") from None
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise self._error(error) from None
+
+    def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
+        self._answers[subject] = handler
+
+    async def _answered(self, message: Any) -> None:
+        answer = self._answers[message.subject](message.data)
+        if answer is not None and message.reply:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await message.respond(answer)
 
     async def close(self) -> None:
         if self._client is not None:
@@ -157,6 +177,8 @@ class NatsLog:
                 self._urls.append(url)
                 client = await self._connect(url)
                 await client.subscribe(TICK, cb=self._ticked)
+                for subject in self._answers:
+                    await client.subscribe(subject, cb=self._answered)
                 self._client = client
             return self._client
 
@@ -216,37 +238,29 @@ async def make_stream(access: Access, replicas: int, max_bytes: int = MAX_BYTES,
     log = NatsLog(access)
     config = {
         "name": STREAM, "subjects": [*SUBJECTS], "storage": "file", "retention": "limits", "discard": "old",
-        "num_replicas": replicas, "max_bytes": max_bytes, "max_age": max_age * 1_000_000_000, "max_consumers": 0,
-        "max_msgs": -1, "max_msg_size": MAX_MESSAGE, "allow_direct": True, "deny_delete": True, "deny_purge": True,
+        "num_replicas": replicas, "max_bytes": max_bytes, "max_age": max_age * 1_000_000_000, "max_msgs": -1,
+        "max_msg_size": MAX_MESSAGE, "allow_direct": True, "deny_delete": True, "deny_purge": True,
     }  # fmt: skip
     try:
-        client = await log._connected()
-        answer = json.loads(
-            (await client.request(f"$JS.API.STREAM.CREATE.{STREAM}", json.dumps(config).encode(), 10)).data
-        )
-    except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
-        raise log._error(error) from None
+        for attempt in range(_ATTEMPTS):
+            try:
+                known = json.loads((await log._ask(f"$JS.API.STREAM.INFO.{STREAM}", b"")).data)
+                if "error" not in known:
+                    return False
+                answer = await log._ask(f"$JS.API.STREAM.CREATE.{STREAM}", json.dumps(config).encode())
+                break
+            except LogRefusedError:
+                raise
+            except LogUnavailableError:  # servers that have just started have no leader yet
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(1)
     finally:
         await log.close()
-    if "error" in answer:
-        if answer["error"].get("err_code") == 10058:  # it is there with other settings
-            return False
-        raise _error_of(str(answer["error"].get("description")))
-    return "did_create" in answer
-
-
-def permissions(host: str) -> dict[str, list[str]]:
-    """What a host's user may publish and subscribe, as the servers' configuration has it."""
-    reads = [f"$JS.API.DIRECT.GET.{STREAM}", f"$JS.API.STREAM.INFO.{STREAM}"]
-    return {
-        "publish": [f"iso.ev.{host}", f"iso.ctl.{host}", TICK, *reads],
-        "subscribe": [f"{inbox_of(host)}.>", TICK],
-    }
-
-
-def inbox_of(host: str) -> str:
-    """The prefix of a host's own inboxes."""
-    return f"_ISO.{host}"
+    made = json.loads(answer.data)
+    if "error" in made:
+        raise _error_of(str(made["error"].get("description")))
+    return True
 
 
 def _wrong(config: dict[str, Any]) -> list[str]:

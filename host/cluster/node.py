@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import secrets
 import sqlite3
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, TypeVar
 
-from host.cluster.clock import Clock, Handle
+from host.cluster import snapshots
+from host.cluster.agreement import Agreement
+from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN, Decisions
 from host.cluster.entries import (
     Beat,
@@ -36,42 +37,45 @@ from host.cluster.entries import (
     UnknownFormatError,
     VoidLeases,
     decode,
-    encode,
     next_session,
-    subject,
 )
+from host.cluster.events import Events
 from host.cluster.fold import Applied, Shard, State, fold
 from host.cluster.follower import Fences, Follower
-from host.cluster.lease import Fence, Watch
-from host.cluster.log import Entered, Facts, Log, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.footing import RETRY, Footing
+from host.cluster.holding import Holding
+from host.cluster.lease import HOLD, Fence, Watch
+from host.cluster.log import Entered, Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError, read_back
-from host.cluster.problems import FINAL, Kind, Problems, StoppedError
-from host.cluster.store import FoldStore, keep_log, kept, make_tables
+from host.cluster.problems import FINAL, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.store import keep_log, kept, make_tables
 from host.database import Store as Database
+from isolator.errors import IsolatorError
 
 TICK: Final = 0.25
 """Seconds between two readings, should nobody wake this host."""
 EXAMINE: Final = 10.0
 """Seconds between two looks at the log's bounds."""
-LASTS: Final = 3.0
-"""Seconds for which the log may be without an answer before that is a problem."""
-_RETRY = 1.0
-_DIGESTS = 4096
 _CLAIMS = 200
 """Claims in one message."""
 _POSITIONS = 110_000
 """Bytes of positions in one beat, by estimate."""
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """This host in its cluster. ``outbox``: bytes of events that may wait for the log."""
+    """This host in its cluster. ``outbox``: bytes of events that may wait for the log.
+
+    ``snapshots`` is a folder for copies of the fold, which new hosts need once the log's beginning is gone.
+    """
 
     host: str
     labels: tuple[str, ...] = ()
     version: str = ""
     outbox: int = 256 << 20
+    snapshots: Path | None = None
 
 
 class Node:
@@ -89,33 +93,35 @@ class Node:
         notice: Callable[[Kind, str | None], None] = lambda _, __: None,
         random: Callable[[int], int] = secrets.randbits,
     ) -> None:
-        self.host, self.log, self.state = settings.host, log, State()
+        self.host, self.log = settings.host, log
         self.problems = Problems(notice)
-        self._settings, self._database, self._follower, self._fences = settings, database, follower, fences
+        self.settings = settings
+        self.clocks: dict[str, float] = {}
+        """Seconds by which the wall clocks of other hosts were ahead of this one's when their newest beat was read."""
+        self._database, self._follower, self._fences = database, follower, fences
         self._clock, self._random = clock or Clock(), random
+        self._snapshots: snapshots.Snapshots | None = None
+        if settings.snapshots is not None:
+            self._snapshots = snapshots.Snapshots(settings.host, database, settings.snapshots)
+            for subject_asked in (snapshots.EVERYBODY, snapshots.subject_of(settings.host)):
+                log.answer(subject_asked, self._snapshots.answer)
         self._outbox = Outbox(database, settings.host, settings.outbox, random)
-        self._store = FoldStore(database)
-        self._held: dict[Shard, int] = {}
-        """The shards that the follower has, with their epochs."""
-        self._released: set[Shard] = set()
+        self._holding = Holding(settings.host, follower, fences, self._clock)
+        self._troubles = LogTroubles(self.problems, self._clock)
+        self._footing = Footing(log, database, follower, self._clock, self.problems, self._troubles)
         self._positions: dict[Shard, Position] = {}
-        self._digests: OrderedDict[int, str] = OrderedDict()
-        self._differs: dict[str, bool] = {}
-        self._extended: dict[str, float] = {}
-        self._since: dict[Kind, float] = {}
-        """Since when the log has not answered."""
-        self._unsent, self._events_back = asyncio.Event(), asyncio.Event()
-        self._over, self._leaving = True, False
-        self._timer: Handle | None = None
+        self._events = Events(settings.host, self._outbox, log, self._clock, self._footing.write, self._troubles.writes)
+        self._leaving = False
         self._task: asyncio.Task[None] | None = None
-        self._begin_life(0)
+        self._copying: asyncio.Task[None] | None = None
+        self._begin_life()
 
-    def _begin_life(self, place: int) -> None:
-        """Begin at a place of the log as a process does that has just started."""
-        self._place = place
-        """Up to here the log was read; entries that nobody can read included."""
-        self._fence, self._watch = Fence(), Watch(self.host, self._clock.now())
-        self._decisions = Decisions(self.host, self.log, self._fence, self._clock, self._rest, self._writes)
+    def _begin_life(self) -> None:
+        """Begin as a process does that has just started."""
+        self._agreement = Agreement()
+        fence = self._holding.fence = Fence()
+        self._watch = Watch(self.host, self._clock.now())
+        self._decisions = Decisions(self.host, self.log, fence, self._clock, self._rest, self._troubles.writes)
         self._came_back = False
         """A decision of this life was read back."""
         self._examined = -EXAMINE
@@ -130,14 +136,15 @@ class Node:
             self._outbox.open(db)
 
         await self._database.run(open_tables)
-        self.state = self._store.load()
-        self._begin_life(self.state.place)
+        self._footing.load()
+        self._begin_life()
         self._task = asyncio.create_task(self._run(), name="cluster")
 
     async def close(self) -> None:
         """End, as a process does; leases and outbox stay as they are."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._holding.close()
+        if self._copying is not None:
+            await asyncio.gather(self._copying, return_exceptions=True)
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -150,12 +157,14 @@ class Node:
 
         Raises OutboxFullError before anything was written, IsolatorError for one that no message holds.
         """
+        if "left" in self.problems.lines:
+            raise IsolatorError("the cluster", self.problems.lines["left"])
         try:
             ref = self._outbox.put(db, entry)
         except OutboxFullError as error:
             self.problems.begin("outbox_full", str(error))
             raise
-        self._unsent.set()
+        self._events.unsent.set()
         return ref
 
     async def decide(self, entry: Entry) -> Applied:
@@ -167,7 +176,7 @@ class Node:
         if final := next((line for kind, line in self.problems.lines.items() if kind in FINAL), None):
             raise LogUnavailableError(final)
         if isinstance(entry, Release):
-            self._released.add((entry.plugin, entry.shard))
+            self._holding.released.add((entry.plugin, entry.shard))
         return await self._decisions.write(entry)
 
     def changed(self) -> None:
@@ -176,23 +185,42 @@ class Node:
 
     def may_act(self, plugin: str) -> bool:
         """Whether shards of a plugin that this host holds may be acted on now."""
-        held = any(shard[0] == plugin and shard not in self._released for shard in self._held)
-        return held and self._fence.may_act(self._clock.now())
+        return self._holding.may_act(plugin)
 
     @property
     def held(self) -> dict[Shard, int]:
         """The shards that this host holds, with their epochs."""
-        return dict(self._held)
+        return dict(self._holding.epochs)
 
     @property
     def deadline(self) -> float:
         """Until when this host may act, by its clock."""
-        return self._fence.deadline
+        return self._holding.fence.deadline
 
     @property
     def is_member(self) -> bool:
         """Whether this host's decisions come back at the moment."""
-        return self._came_back and self._fence.may_act(self._clock.now())
+        return self._came_back and self._holding.fence.may_act(self._clock.now())
+
+    @property
+    def state(self) -> State:
+        """The fold; another object after the log had to be read again."""
+        return self._footing.state
+
+    @property
+    def facts(self) -> Facts | None:
+        """The log as its servers described it last."""
+        return self._footing.facts
+
+    @property
+    def place(self) -> int:
+        """Up to where this host has read the log."""
+        return self._footing.place
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether this host takes no further shard."""
+        return self._leaving
 
     def waiting(self) -> tuple[int, int]:
         """How many events of this host wait for the log, and their bytes."""
@@ -202,13 +230,42 @@ class Node:
         """Whether nothing new has come of a host for so long that others take its shards."""
         return self._watch.is_silent(host, self._clock.now())
 
-    async def leave(self) -> None:
-        """Give up every shard, each when nothing of it is in flight, and take no other; raises LogUnavailableError."""
+    async def leave(self, *, force: bool = False) -> int:
+        """End this host's part in this cluster; returns how many events stay in the outbox, as ``force`` allows.
+
+        Every shard is released when nothing of it is in flight, the outbox is emptied, and the fold forgotten: the next
+        start joins as a new host does, be it another cluster. Raises LogUnavailableError, and goes on as before.
+        """
         self._leaving = True
-        for shard, epoch in [*self._held.items()]:
-            await self._follower.drain(shard)
-            await self.decide(Release(*shard, epoch))
-        self.changed()
+        try:
+            for shard, epoch in self.held.items():
+                await self._follower.drain(shard)
+                await self.decide(Release(*shard, epoch))
+            async with self._clock.limit(HOLD):
+                while self.waiting()[0]:
+                    await self._clock.event(self._events.back, AGAIN)
+        except (LogUnavailableError, TimeoutError) as error:
+            if not force:
+                self._leaving = False
+                why = str(error) or f"{self.waiting()[0]} events of this host are not in the log yet"
+                raise LogUnavailableError(why) from None
+        plugins = [*self.state.plugins]
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        line = "this host has left its cluster: remove [cluster] from host.toml, then run isolator reload"
+        self.problems.begin("left", line)
+        self._give_up(line)
+        await self._database.run(self._forget)
+        for plugin in plugins:
+            self._fences.free(plugin)
+        return self.waiting()[0]
+
+    def _forget(self, db: sqlite3.Connection) -> None:
+        self._footing.store.reset(db)
+        self._outbox.forget(db)
+        self._follower.again(db)
+        keep_log(db, "")
 
     # Life
 
@@ -222,19 +279,24 @@ class Node:
                 self._give_up(stopped.line)
                 if stopped.kind in FINAL:
                     return
-                await self._clock.sleep(_RETRY)
-            except Exception as error:
+                await self._clock.sleep(RETRY)
+            except Exception as error:  # a fault of this program's, which must not let it act on
                 _logger.exception("cluster: the log cannot be followed any more")
-                self._give_up(f"the log cannot be followed: {error}")
-                raise
+                line = f"the log cannot be followed: {error!r}; see the daemon's log, then start it again"
+                self.problems.begin("failed", line)
+                self._give_up(line)
+                return
 
     async def _live(self) -> None:
         """Follow the log until this host has to stop, or begin anew."""
-        facts = await self._usable_log()
-        self._begin_life(self._place)
+        facts = await self._footing.usable_log()
+        self._begin_life()
         await self._read(facts.last)
         await self._begin_session()
-        tasks = [asyncio.create_task(self._decisions.run()), asyncio.create_task(self._send_events())]
+        tasks = [
+            asyncio.create_task(self._decisions.run()),
+            asyncio.create_task(self._events.run(lambda: self.state.member(self.host).events)),
+        ]
         tasks.append(asyncio.create_task(self._read()))
         if "log_lost" in self.problems.lines:
             tasks.append(asyncio.create_task(self._void_leases()))
@@ -257,78 +319,20 @@ class Node:
             self._outbox.fit(db, own.events)
             return session
 
-        self._decisions.begin(await self._database.run(write))
+        self._decisions.begin(await self._footing.write(write))
 
     def _give_up(self, why: str) -> None:
         self._decisions.end(why)
-        for shard in [*self._held]:
-            self._lose(shard, why)
-        self._fence = Fence()
-        self._set_over()
-
-    async def _usable_log(self) -> Facts:
-        """The log's facts, once it answers and is this cluster's; an unusable one is looked at again and again."""
-        while True:
-            try:
-                facts = await self.log.facts()
-                self._check(facts)
-            except LogUnavailableError as error:
-                self._reads(error)
-            except StoppedError as stopped:
-                self._reads(None)
-                self.problems.begin(stopped.kind, stopped.line)
-                if stopped.kind == "log_lost":
-                    await self._fold_again()
-                    continue
-            else:
-                self._reads(None)
-                self.problems.end("refused", "settings", "another_log", "trimmed")
-                await self._database.run(functools.partial(keep_log, created=facts.created))
-                return facts
-            await self._clock.sleep(_RETRY)
-
-    def _check(self, facts: Facts) -> None:
-        """Raise StoppedError for a log that this host cannot follow from where it is."""
-        known = self._database.read(kept).log
-        if facts.wrong:
-            raise StoppedError("settings", f"the log cannot be used: {'; '.join(facts.wrong)}")
-        if known and facts.created != known:
-            raise StoppedError(
-                "another_log",
-                f"this is another cluster's log (made {facts.created}, this host follows one made {known}): "
-                "see [cluster] servers in host.toml, or have this host leave its cluster first: isolator cluster leave",
-            )
-        if facts.last < self._place:
-            raise StoppedError(
-                "log_lost",
-                f"the log ends at {facts.last}, and this host has read it up to {self._place}: "
-                "its servers lost the rest",
-            )
-        if facts.first > self._place + 1:
-            raise StoppedError(
-                "trimmed",
-                f"the log begins at {facts.first} and this host has read it up to {self._place}: "
-                "it cannot know what was decided between, so it holds nothing; its events wait in its outbox",
-            )
-
-    async def _fold_again(self) -> None:
-        """Empty the fold, which knows entries that the log has lost."""
-
-        def empty(db: sqlite3.Connection) -> None:
-            self._store.reset(db)
-            self._follower.again(db)
-
-        await self._database.run(empty)
-        self.state, self._place = self._store.load(), 0
-        self._digests.clear()
+        self._holding.give_up(why)
+        self._positions.clear()
 
     # Reading
 
     async def _read(self, end: float = math.inf) -> None:
-        while self._place < end:
-            if self._clock.now() - self._examined >= EXAMINE:
-                await self._examine()
-            if not await self._step():
+        while self._footing.place < end:
+            if self._clock.now() - self._examined >= EXAMINE and not await self._examine():
+                await self._clock.sleep(TICK)
+            elif not await self._step():
                 with contextlib.suppress(LogUnavailableError):
                     await self.log.wait(TICK)
 
@@ -339,28 +343,31 @@ class Node:
                 await self.decide(VoidLeases("the log lost its newest entries"))
                 self.problems.end("log_lost")
 
-    async def _examine(self) -> None:
+    async def _examine(self) -> bool:
+        """Look whether the log is still the one that was read; whether reading may go on."""
+        if not await self._footing.is_sure():
+            return False
         self._examined = self._clock.now()
-        with contextlib.suppress(LogUnavailableError):
-            self._check(await self.log.facts())
+        facts = self._footing.facts
+        if self._snapshots is not None and facts is not None and (self._copying is None or self._copying.done()):
+            made = self._snapshots.keep_up(facts, self.state.place, self.state.time)
+            self._copying = asyncio.create_task(made, name="copy of the fold")
+        return True
 
     async def _step(self) -> bool:
         """Read the next message, if there is one, and act on it."""
         try:
-            entered = await self.log.after(self._place)
+            entered = await self.log.after(self._footing.place)
         except LogUnavailableError as error:
-            self._reads(error)
-            await self._clock.sleep(TICK)
+            self._troubles.reads(error)
+            self._examined = -EXAMINE  # servers that come back may have lost what they had
             return False
-        self._reads(None)
+        self._troubles.reads(None)
         if entered is None:
             return False
-        if entered.place > self._place + 1:
-            # A place that was never filled, or what was there is gone: the servers keep a log for so long only.
-            with contextlib.suppress(LogUnavailableError):
-                self._check(await self.log.facts())
-                await self._take(entered)
-            return True
+        # A place that was never filled, or what was there is gone: the servers keep a log for so long only.
+        if entered.place > self._footing.place + 1 and not await self._footing.is_sure():
+            return False
         await self._take(entered)
         return True
 
@@ -374,19 +381,19 @@ class Node:
         except ValueError:
             line = f"{entered.subject[:100]!r} holds what no host writes, at {entered.place}: it is passed over"
             self.problems.begin("unreadable", line)
-            self._place = entered.place
+            self._footing.read(entered)
             return
         member = self.state.member(message.host)
         before = member.decisions if message.stream == "ctl" else member.events
-        applied = fold(self.state, self._store, message, entered.place, entered.time)
-        self._place = entered.place
+        applied = fold(self.state, self._footing.store, message, entered.place, entered.time)
+        mark = self._footing.read(entered)
         taken = _taken(before, applied, self.state, message) if message.host == self.host else []
         if taken and message.stream == "ev" and not self._outbox.is_own(taken):
             if self._decisions.session:
                 raise StoppedError("twin", self._twin("an event"))
             # This database is an earlier copy: it has given numbers again that the log has.
-            await self._database.run(self._outbox.renew)
-        await self._keep(message, applied, taken)
+            await self._footing.write(self._outbox.renew)
+        await self._keep(message, applied, taken, mark)
         now = self._clock.now()
         self._watch.look(self.state, now)
         self._compare(message)
@@ -396,10 +403,11 @@ class Node:
             for one in applied:
                 if isinstance(one.entry, Plugin) and one.entry.placement == "all" and not one.void:
                     self._fences.free(one.entry.name)
-            self._settle()
+            for shard in self._holding.follow(self.state, came_back=self._came_back):
+                self._positions.pop(shard, None)
 
-    async def _keep(self, message: Message, applied: list[Applied], taken: Sequence[Applied]) -> None:
-        changes, state = self._store.changes(self.state, message.host), self.state
+    async def _keep(self, message: Message, applied: list[Applied], taken: Sequence[Applied], mark: str) -> None:
+        changes, state = self._footing.store.changes(self.state, message.host, mark), self.state
         back = taken[-1].ref if taken and message.stream == "ev" else None
         if back is not None and back.series != self._outbox.generation:
             back = None
@@ -424,29 +432,24 @@ class Node:
         self._follower.kept(state.place, state.time, applied)
 
     def _compare(self, message: Message) -> None:
-        """Compare this host's fold with those that beats tell of; raises StoppedError if half of the hosts differ."""
-        self._digests[self.state.place] = self.state.digest
-        if len(self._digests) > _DIGESTS:
-            self._digests.popitem(last=False)
+        """Compare this host with the one whose beats these are; raises StoppedError."""
+        self._agreement.folded(self.state)
+        if message.host == self.host or not self._decisions.session:
+            return  # beats from before this life may be about entries that the log has lost
+        now = self._clock.now()
         for beat in message.entries:
-            known = self._digests.get(beat.place) if isinstance(beat, Beat) and message.host != self.host else None
-            if isinstance(beat, Beat) and known is not None:
-                self._differs[message.host] = known != beat.digest
-        alive = {host for host in self.state.members if host == self.host or not self.is_silent(host)}
-        differing = sorted(host for host, differs in self._differs.items() if differs and host in alive)
-        if differing and 2 * len(differing) >= len(alive):
-            raise StoppedError(
-                "diverged",
-                f"the log means something else to {', '.join(differing[:5])} than to this host: a host or a server is "
-                "damaged; this host holds nothing until its daemon is started again",
-            )
+            if isinstance(beat, Beat):
+                self.clocks[message.host] = beat.clock - self._clock.wall()
+                alive = (one for one in self.state.members if one == self.host or not self.is_silent(one))
+                if not self._agreement.compare(message.host, beat, alive, now):
+                    self._examined = -EXAMINE  # the log may have lost what one of both has read
 
     def _read_own(self, message: Message, taken: Sequence[Applied], now: float) -> None:
         """Act on what stands in the log under this host's name; raises StoppedError if another host wrote it."""
         if message.stream == "ev":
             if "outbox_full" in self.problems.lines:
                 self.problems.end("outbox_full")
-            self._events_back.set()
+            self._events.back.set()
             return
         session = self._decisions.session
         if not taken or not session or taken[-1].ref.series < session:
@@ -454,7 +457,7 @@ class Node:
         if taken[-1].ref.series > session or not all(map(self._decisions.applied, taken)):
             raise StoppedError("twin", self._twin("a decision"))
         last = taken[-1].ref
-        self._fence.read_back(Number(last.series, last.number), now)
+        self._holding.fence.read_back(Number(last.series, last.number), now)
         self._came_back = True
 
     def _twin(self, what: str) -> str:
@@ -463,68 +466,17 @@ class Node:
             "this name, or a copy of this disk runs; give one of them another [cluster] name, then restart this daemon"
         )
 
-    def _settle(self) -> None:
-        """Tell the follower what it holds now, and until when."""
-        mine = {shard: one.epoch for shard, one in self.state.leases.items() if one.holder == self.host}
-        for shard, epoch in [*self._held.items()]:
-            if mine.get(shard) != epoch:
-                self._lose(shard, self._fate_of(shard))
-        if not self._came_back:
-            return
-        for shard, epoch in mine.items():
-            if shard not in self._held:
-                self._held[shard] = epoch
-                self._released.discard(shard)
-                self._fences.hold(shard[0], self._fence.deadline)
-                self._follower.held(shard, epoch, self.state.positions.get(shard) or Position(*shard, epoch))
-        for name in {shard[0] for shard in self._held}:
-            if self._extended.get(name, 0.0) + 1.0 <= self._fence.deadline:
-                self._extended[name] = self._fence.deadline
-                self._fences.hold(name, self._fence.deadline)
-        self._set_over()
-
-    def _fate_of(self, shard: Shard) -> str:
-        lease = self.state.leases.get(shard)
-        if lease is not None:
-            return f"held by {lease.holder}"
-        freed = self.state.freed.get(shard)
-        return "released" if freed is not None and freed.drained else "freed"
-
-    def _lose(self, shard: Shard, why: str) -> None:
-        del self._held[shard]
-        self._positions.pop(shard, None)
-        drained = shard in self._released
-        self._released.discard(shard)
-        self._follower.lost(shard, why)
-        if not drained or not any(name == shard[0] for name, _ in self._held):
-            # The cage may have work of this shard in it, so it ends although it serves others, too.
-            self._fences.lost(shard[0])
-            self._extended.pop(shard[0], None)
-
-    def _set_over(self) -> None:
-        """Note whether the deadline is over, now and when it will be."""
-        now = self._clock.now()
-        over = not self._fence.may_act(now)
-        if over != self._over:
-            self._over = over
-            self._follower.fenced(over)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if not over:
-            self._timer = self._clock.call_later(self._fence.deadline - now, self._set_over)
-
     # Writing
 
     def _rest(self) -> Sequence[Entry]:
         """The claims of the moment, and the beat."""
         now = self._clock.now()
         claims: list[Entry] = []
-        if self._fence.is_steady(now) and not self._leaving:
+        if self._holding.fence.is_steady(now) and not self._leaving:
             claims += [self.state.claim(shard) for shard in self._watch.claimable(self.state, now)[:_CLAIMS]]
         beat = Beat(
-            labels=self._settings.labels,
-            version=self._settings.version,
+            labels=self.settings.labels,
+            version=self.settings.version,
             clock=self._clock.wall(),
             place=self.state.place,
             digest=self.state.digest,
@@ -544,52 +496,6 @@ class Node:
                 break
             found.append(self._positions.pop(shard))
         return found
-
-    async def _send_events(self) -> None:
-        while True:
-            message = await self._outbox.batch(self.state.member(self.host).events)
-            if message is None:
-                await self._unsent.wait()
-                self._unsent.clear()
-                continue
-            body, last = encode(message), message.first.number + len(message.entries) - 1
-            self._events_back.clear()
-            try:
-                await self.log.append(subject(self.host, "ev"), body)
-                self._writes(None)
-            except LogUnavailableError as error:
-                self._writes(error)
-            if not self._has(Number(message.first.series, last)):
-                await self._clock.event(self._events_back, AGAIN)
-
-    def _has(self, number: Number) -> bool:
-        log = self.state.member(self.host).events
-        return log.series == number.series and log.number >= number.number
-
-    def _reads(self, error: LogUnavailableError | None) -> None:
-        """Note how the log answers those who read."""
-        kind: Kind = "refused" if isinstance(error, LogRefusedError) else "unreachable"
-        self._lasting(kind, error, "the log does not answer")
-
-    def _writes(self, error: LogUnavailableError | None) -> None:
-        """Note how the log answers those who write."""
-        if isinstance(error, LogFullError | LogRefusedError):
-            self.problems.begin(
-                "full" if isinstance(error, LogFullError) else "refused", f"the log takes nothing: {error}"
-            )
-            return
-        if error is None:
-            self.problems.end("full", "refused")
-        self._lasting("unwritable", error, "the log takes nothing, perhaps its servers have no quorum")
-
-    def _lasting(self, kind: Kind, error: LogUnavailableError | None, what: str) -> None:
-        """Have a problem that lasts; elections of the servers' leader do not."""
-        now = self._clock.now()
-        if error is None:
-            self._since.pop(kind, None)
-            self.problems.end(kind)
-        elif now - self._since.setdefault(kind, now) >= LASTS or kind == "refused":
-            self.problems.begin(kind, f"{what}: {error}")
 
 
 def _taken(before: Number, applied: Sequence[Applied], state: State, message: Message) -> list[Applied]:

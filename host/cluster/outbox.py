@@ -73,15 +73,11 @@ class Outbox:
         db.execute("UPDATE cluster_self SET emitted=?, unsent=?", (last + 1, unsent + size))
         return EventRef(self._host, generation, last + 1)
 
-    async def batch(self, log: Number) -> Message | None:
-        """The next message for a log that has this host's events up to a number, all on disk; None: it has all.
+    def next(self, db: sqlite3.Connection, log: Number) -> tuple[int, tuple[Event | Replay, ...]]:
+        """The first number and the entries of the next message, for a log that has this host's events up to a number.
 
         Begins another generation if the numbers that it would need are not here.
         """
-        first, entries = await self._database.run(lambda db: self._next(db, log))
-        return Message(self._host, "ev", Number(self.generation, first), entries) if entries else None
-
-    def _next(self, db: sqlite3.Connection, log: Number) -> tuple[int, tuple[Event | Replay, ...]]:
         last = self.fit(db, log)
         rows = db.execute(
             "SELECT entry FROM cluster_outbox WHERE number>? ORDER BY number LIMIT ?", (last, MAX_ENTRIES)
@@ -94,6 +90,15 @@ class Outbox:
                 break
             entries.append(_ENTRY.validate_json(text))
         return last + 1, tuple(entries)
+
+    def message(self, found: tuple[int, tuple[Event | Replay, ...]]) -> Message | None:
+        """The message of what ``next`` found, once that is on disk; None: the log has all."""
+        first, entries = found
+        return Message(self._host, "ev", Number(self.generation, first), entries) if entries else None
+
+    def forget(self, db: sqlite3.Connection) -> None:
+        """Drop the rows that the log has: no other log is to get them."""
+        db.execute("DELETE FROM cluster_outbox WHERE back IS NOT NULL")
 
     def fit(self, db: sqlite3.Connection, log: Number) -> int:
         """Begin another generation if the number after the log's is not here to be sent; returns the log's."""

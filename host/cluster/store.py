@@ -26,7 +26,7 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS cluster_self (
   one INTEGER PRIMARY KEY CHECK (one = 1), format INTEGER NOT NULL, host TEXT NOT NULL, log TEXT NOT NULL,
   session INTEGER NOT NULL, generation INTEGER NOT NULL, emitted INTEGER NOT NULL, unsent INTEGER NOT NULL,
-  place INTEGER NOT NULL, time REAL NOT NULL, digest TEXT NOT NULL
+  place INTEGER NOT NULL, time REAL NOT NULL, digest TEXT NOT NULL, mark TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS cluster_fold (
   part TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (part, key)
@@ -53,17 +53,28 @@ _OF_PARTS: dict[str, TypeAdapter[Any]] = {
 }
 _BY_SHARD = ("leases", "freed", "positions")
 
+_OF_THE_FOLD: dict[str, tuple[TypeAdapter[Any], int]] = {
+    "fold": (TypeAdapter(list[tuple[str, str, str]]), 3),
+    "unique": (TypeAdapter(list[tuple[str, str, int, int, float]]), 5),
+    "values": (TypeAdapter(list[tuple[str, str, str]]), 3),
+}
+"""Tables, each with its rows and the number of its columns."""
+
 Write = Callable[[sqlite3.Connection], None]
 """Something to write, which may run again with the same effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """This host as its database knows it. ``log`` tells which log it follows; empty before the first."""
+    """This host as its database knows it. ``log`` tells which log it follows; empty before the first.
+
+    ``mark`` is that of the message at the fold's place.
+    """
 
     host: str
     log: str
     session: int
+    mark: str
 
 
 def make_tables(db: sqlite3.Connection, host: str, generation: int) -> None:
@@ -71,7 +82,8 @@ def make_tables(db: sqlite3.Connection, host: str, generation: int) -> None:
     for statement in _TABLES.split(";"):
         db.execute(statement)
     db.execute(
-        "INSERT OR IGNORE INTO cluster_self VALUES (1, ?, ?, '', 0, ?, 0, 0, 0, 0.0, '')", (FORMAT, host, generation)
+        "INSERT OR IGNORE INTO cluster_self VALUES (1, ?, ?, '', 0, ?, 0, 0, 0, 0.0, '', '')",
+        (FORMAT, host, generation),
     )
     found = db.execute("SELECT format FROM cluster_self").fetchone()[0]
     if found > FORMAT:
@@ -82,7 +94,7 @@ def make_tables(db: sqlite3.Connection, host: str, generation: int) -> None:
 
 def kept(db: sqlite3.Connection) -> Kept:
     """What the database knows of this host."""
-    return Kept(*db.execute("SELECT host, log, session FROM cluster_self").fetchone())
+    return Kept(*db.execute("SELECT host, log, session, mark FROM cluster_self").fetchone())
 
 
 def keep_log(db: sqlite3.Connection, created: str) -> None:
@@ -137,7 +149,7 @@ class FoldStore:
     def forget(self, plugin: str) -> None:
         self._writes.append(("DELETE FROM cluster_values WHERE plugin=?", (plugin,)))
 
-    def changes(self, state: State, host: str) -> Write:
+    def changes(self, state: State, host: str, mark: str) -> Write:
         """What the folding of one message of a host has changed, to be written before the next message is folded."""
         writes, self._writes, self._seen = self._writes, [], {}
         for part, form in _OF_PARTS.items():
@@ -150,8 +162,8 @@ class FoldStore:
                     row = (part, _text_of(key), form.dump_json(value).decode())
                     writes.append(("INSERT OR REPLACE INTO cluster_fold VALUES (?,?,?)", row))
                     before[key] = value
-        at = (state.place, state.time, state.digest)
-        writes.append(("UPDATE cluster_self SET place=?, time=?, digest=?", at))
+        at = (state.place, state.time, state.digest, mark)
+        writes.append(("UPDATE cluster_self SET place=?, time=?, digest=?, mark=?", at))
         self._folded += 1
         if self._folded % _PRUNE_EVERY == 0:
             writes.append(("DELETE FROM cluster_unique WHERE time<=?", (state.time - KEEP,)))
@@ -166,7 +178,30 @@ class FoldStore:
         """Empty the fold: the log is to be folded from its beginning. Only in a transaction of its own."""
         for table in ("fold", "unique", "values"):
             db.execute(f"DELETE FROM cluster_{table}")
-        db.execute("UPDATE cluster_self SET place=0, time=0.0, digest=''")
+        db.execute("UPDATE cluster_self SET place=0, time=0.0, digest='', mark=''")
+
+
+def dump(db: sqlite3.Connection) -> dict[str, Any]:
+    """The whole fold, as JSON can have it; ``restore`` takes it back."""
+    place, time, digest, mark = db.execute("SELECT place, time, digest, mark FROM cluster_self").fetchone()
+    rows = {table: db.execute(f"SELECT * FROM cluster_{table}").fetchall() for table in _OF_THE_FOLD}
+    return {"place": place, "time": time, "digest": digest, "mark": mark, **rows}
+
+
+def restore(db: sqlite3.Connection, found: dict[str, Any]) -> None:
+    """Put another host's fold in the place of this one's; raises ValueError, TypeError, KeyError for what is none."""
+    for table, (form, columns) in _OF_THE_FOLD.items():
+        rows = form.validate_python(found[table])
+        if table == "fold":
+            for part, key, value in rows:
+                _key_of(part, key)
+                _OF_PARTS[part].validate_json(value)
+        db.execute(f"DELETE FROM cluster_{table}")
+        db.executemany(f"INSERT INTO cluster_{table} VALUES ({','.join('?' * columns)})", rows)
+    at = TypeAdapter(tuple[int, float, str, str]).validate_python(
+        (found["place"], found["time"], found["digest"], found["mark"]), strict=True
+    )
+    db.execute("UPDATE cluster_self SET place=?, time=?, digest=?, mark=?", at)
 
 
 def value_of(db: sqlite3.Connection, plugin: str, key: str) -> str | None:

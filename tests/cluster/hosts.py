@@ -19,6 +19,7 @@ from tests.cluster.log_in_memory import MemoryLog, Servers
 from tests.cluster.stepped_clock import SteppedClock, View
 
 T = TypeVar("T")
+_FOLLOWED = "CREATE TABLE IF NOT EXISTS followed (place INTEGER PRIMARY KEY)"
 
 
 class Following:
@@ -38,7 +39,7 @@ class Following:
         """What the next transactions fail with, one each."""
 
     def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
-        db.execute("CREATE TABLE IF NOT EXISTS followed (place INTEGER PRIMARY KEY)")
+        db.execute(_FOLLOWED)
         db.execute("INSERT INTO followed VALUES (?)", (place,))
         if self.fails:
             raise self.fails.pop()
@@ -49,6 +50,7 @@ class Following:
                 self.events.append((one.ref, one.entry.cloudevent))
 
     def again(self, db: sqlite3.Connection) -> None:
+        db.execute(_FOLLOWED)
         db.execute("DELETE FROM followed")
         self.events.clear()
 
@@ -97,7 +99,7 @@ class Host:
         self.follower = Following()
         self.follower.names = self.cluster.names
         self.log = MemoryLog(self.cluster.servers, self.clock)
-        settings = Settings(self.name, version="1", outbox=self.outbox)
+        settings = Settings(self.name, version="1", outbox=self.outbox, snapshots=self.folder / "folds")
         self.node = Node(
             settings, self.log, self.database, self.follower, self.follower, clock=self.clock,
             notice=lambda kind, line: self.problems.append((kind, line)), random=self.cluster.random.getrandbits,

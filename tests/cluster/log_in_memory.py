@@ -25,6 +25,7 @@ class Servers:
         self.wrong: tuple[str, ...] = ()
         self.full = self.quorum_lost = False
         self.woken: set[asyncio.Event] = set()
+        self.answers: dict[str, list[tuple[MemoryLog, Callable[[bytes], bytes | None]]]] = {}
 
     def put(self, subject: str, body: bytes) -> None:
         """Append a message, whoever wrote it."""
@@ -42,7 +43,9 @@ class MemoryLog:
 
     def __init__(self, servers: Servers, clock: Clock) -> None:
         self.servers, self.clock = servers, clock
-        self.cut = self.refused = self.loses_answers = False
+        self.cut = self.refused = self.loses_answers = self.closed = False
+        self.lag = 0
+        """By how many messages the servers' leader, which has just been elected, says that the log is shorter."""
         self.keeps: Callable[[str], bool] = lambda _: True
         """Whether a message that this host sends arrives."""
         self.sees: Callable[[Entered], Entered] = lambda entered: entered
@@ -77,9 +80,21 @@ class MemoryLog:
         await self._reach()
         servers = self.servers
         first = servers.trimmed + 1
-        return Facts(first, len(servers.messages), servers.created, 3, ("2.10.26",) * 3, wrong=servers.wrong)
+        return Facts(first, len(servers.messages) - self.lag, servers.created, 3, ("2.10.26",) * 3, wrong=servers.wrong)
+
+    async def ask(self, subject: str, body: bytes) -> bytes:
+        await self._reach()
+        for log, handler in self.servers.answers.get(subject, []):
+            answer = None if log.cut or log.closed else handler(body)
+            if answer is not None:
+                return answer
+        raise LogUnavailableError("no other host answers")
+
+    def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
+        self.servers.answers.setdefault(subject, []).append((self, handler))
 
     async def close(self) -> None:
+        self.closed = True
         self.servers.woken.discard(self._woken)
 
     async def _reach(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from host.cluster import snapshots
 from host.cluster.entries import (
     Beat,
     Claim,
@@ -205,13 +206,58 @@ async def test_database_that_fails_a_transaction_applies_the_message_once(cluste
     assert host.node.state.digest == cluster.hosts[1].node.state.digest
 
 
-async def test_leaving_host_drains_and_releases_and_another_takes_over_at_once(cluster: Cluster) -> None:
+async def test_leaving_host_drains_and_releases_sends_what_waits_and_may_join_again(cluster: Cluster) -> None:
     first = await cluster.settled()
-    await cluster.during(first.node.leave())
-    assert first.follower.drained == [("p", 0)]
+    await first.emit("last words")
+    assert await cluster.during(first.node.leave()) == 0
+    assert first.follower.drained == [("p", 0)] and not first.acting()
+    assert "remove [cluster] from host.toml" in _line(first, "left")
+    with pytest.raises(IsolatorError, match="has left its cluster"):
+        await first.emit("too late")
     await cluster.passes(3)
+    others = [host for host in cluster.hosts if host is not first]
+    assert cluster.holder() in others and [host.seen for host in others] == [["last words"]] * 2
+    await first.stop()
+    cluster.servers.created = "another"
+    for host in others:
+        await host.stop()
+    cluster.hosts = [first]
+    cluster.servers.messages.clear()
+    await first.start()
+    await first.emit("first words")
+    await cluster.passes(5)
+    assert first.seen == ["first words"] and not first.node.problems.lines
+
+
+async def test_host_that_is_cut_off_leaves_only_by_force_and_says_what_stays_behind(cluster: Cluster) -> None:
+    first = await cluster.settled()
+    first.log.cut = True
+    await first.emit("waits")
+    with pytest.raises(LogUnavailableError):
+        await cluster.during(first.node.leave())
+    assert not first.node.is_leaving and not _line(first, "left")
+    assert await cluster.during(first.node.leave(force=True)) == 1
+    assert not first.acting() and "p" not in first.follower.until
+
+
+async def test_leader_that_has_not_taken_up_all_yet_is_no_loss(cluster: Cluster) -> None:
+    first = await cluster.settled()
+    first.log.lag = 3
+    first.node._examined = -1e9
+    await cluster.passes(1)
+    first.log.lag = 0
+    await cluster.passes(15)
+    assert cluster.holder() is first and not first.problems
+
+
+async def test_fault_of_the_follower_ends_the_reading_and_has_its_line(cluster: Cluster) -> None:
+    first = await cluster.settled()
+    first.follower.fails = [ValueError("a fault")]
+    await cluster.passes(5)
+    assert "ValueError('a fault')" in _line(first, "failed")
+    assert not first.acting()
+    await cluster.passes(30)
     assert cluster.holder() is not first
-    assert first.follower.lost_because[0][1] in ("released", f"held by {cluster.holder().name}")
 
 
 # Bad disks and bad hosts
@@ -303,6 +349,22 @@ async def test_log_that_lost_its_tail_gets_its_events_again_and_every_lease_ends
     assert not any(host.node.problems.lines for host in cluster.hosts)
 
 
+async def test_log_that_lost_its_tail_and_has_grown_again_is_known_by_its_content(cluster: Cluster) -> None:
+    await cluster.settled()
+    for host in cluster.hosts[1:]:
+        await host.stop()
+    cluster.hosts = [cluster.hosts[0]]
+    host = cluster.hosts[0]
+    await host.stop()
+    cluster.servers.lose_tail(3)
+    for number in range(5):
+        cluster.servers.put(subject("h9", "ctl"), encode(Message("h9", "ctl", Number(1, 1 + number), (Beat(),))))
+    await host.start()
+    await cluster.passes(5)
+    assert "log_lost" in {kind for kind, _ in host.problems}
+    assert host.node.state.members["h9"].decisions == Number(1, 5)
+
+
 async def test_another_log_is_not_followed(cluster: Cluster) -> None:
     await cluster.settled()
     host = cluster.hosts[0]
@@ -326,6 +388,48 @@ async def test_log_whose_beginning_is_gone_lets_a_new_host_hold_nothing_and_keep
     await cluster.passes(5)
     assert "it holds nothing; its events wait" in _line(new, "trimmed")
     assert new.node.waiting()[0] == 1 and not new.node.is_member
+
+
+async def test_new_host_takes_over_a_fold_from_before_when_the_logs_beginning_is_gone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "LEAST", 5)
+    first = await cluster.settled()
+    await first.emit("early", "key")
+    epoch = first.node.held["p", 0]
+    await cluster.during(first.node.decide(KeyValue("p", 0, epoch, "k", "v")))
+    await cluster.passes(30)
+    for number in range(20):
+        await cluster.hosts[number % 3].emit(f"e{number}")
+        await cluster.passes(1)
+    places = sorted(int(path.stem) for path in (first.folder / "folds").glob("*.fold"))
+    cluster.servers.trimmed = places[-2] - 1
+    new = cluster.host("new")
+    cluster.hosts.append(new)
+    await new.start()
+    await cluster.passes(10)
+    assert new.node.is_member and not new.node.problems.lines
+    assert new.node.state.digest == first.node.state.digest and "early" not in new.seen and "e19" in new.seen
+    assert new.database.read(lambda db: value_of(db, "p", "k")) == "v"
+    await new.emit("again", "key")
+    await cluster.passes(3)
+    assert all("again" not in host.seen for host in cluster.hosts)
+    await first.stop()
+    cluster.hosts.remove(first)
+    await cluster.passes(25)
+    assert cluster.holder() in cluster.hosts
+
+
+@pytest.mark.parametrize("answer", [b"", b"{}", b'{"host":"h","place":9,"size":1}', b"[" * 9999, b"\xff"])
+async def test_hostile_copy_of_a_fold_is_not_taken(cluster: Cluster, answer: bytes) -> None:
+    await cluster.settled()
+    cluster.servers.trimmed = 8
+    new = cluster.host("new")
+    cluster.hosts.append(new)
+    cluster.servers.answers = {name: [(cluster.hosts[0].log, lambda _: answer)] for name in ("iso.ask", "iso.ask.h")}
+    await new.start()
+    await cluster.passes(5)
+    assert "it holds nothing" in _line(new, "trimmed") and new.node.state.place == 0
 
 
 @pytest.mark.parametrize("fault", ["full", "refused", "unreachable", "unwritable", "settings"])
@@ -419,7 +523,7 @@ async def test_host_whose_server_has_other_content_stops_and_the_others_go_on(cl
 
     odd.log.sees = otherwise
     await cluster.hosts[0].emit("true text")
-    await cluster.passes(6)
+    await cluster.passes(12)
     assert "means something else to h0, h1" in _line(odd, "diverged") or "h1, h0" in _line(odd, "diverged")
     assert not odd.acting() and not odd.node.is_member
     assert [host.node.problems.lines for host in cluster.hosts[:2]] == [{}, {}]
