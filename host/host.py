@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
+from host.fence.fences import Fences
 from host.handover import HostState
 from host.host_api import HostApi
 from host.intake import EventIntake, EventRecords
@@ -110,6 +111,8 @@ class Introduction:
     """The supervisor's."""
     listener: socket.socket | None
     """The control socket."""
+    fences: Mapping[str, float]
+    """Deadlines by plugin, as the supervisor keeps them."""
 
     @classmethod
     def read(cls, hello: HostHello, fds: list[int]) -> Introduction:
@@ -127,6 +130,7 @@ class Introduction:
             fresh=hello.fresh,
             alarms=hello.alarms,
             listener=listener,
+            fences=hello.fences,
         )
 
 
@@ -197,7 +201,8 @@ class Host:
         self._attempts = Attempts(queue, audit, wait_for_trail=wait_for_trail)
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
-        api = self._api = parts.api(registry, audit, store, logs, config.redactor)
+        fences = self._fences = Fences(channel.tell)
+        api = self._api = parts.api(registry, audit, store, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -215,6 +220,7 @@ class Host:
             serve_invocation=api.serve_invocation,
             end_invocation=api.end_invocation,
             pauses=Pauses(store, debts),
+            fences=fences,
             servers=self._load_servers,
             sidecars=parts.sidecars,
         )
@@ -231,6 +237,7 @@ class Host:
             dispatcher=dispatcher,
             watches=watches,
         )
+        fences.opened, fences.ended = lifecycle.may_act, dispatcher.lost
 
         intake = EventIntake(catalogue, registry, queue, audit, wait_for_trail=wait_for_trail)
         self._operational = OperationalEvents(paths.audit_log, audit, store, registry, queue, intake)
@@ -265,7 +272,9 @@ class Host:
             from host.mcp.servers import Servers
 
             pins, use = Pins(self._store), self._dispatcher.in_use
-            self._servers = Servers(self._channel, self._registry, self._audit, pins, self._config.redactor, use)
+            self._servers = Servers(
+                self._channel, self._registry, self._audit, pins, self._config.redactor, use, self._fences
+            )
         return self._servers
 
     def handlers(self) -> dict[str, Handler]:
@@ -286,6 +295,7 @@ class Host:
 
     async def start(self, introduction: Introduction) -> None:
         """Take over the plugins, accept commands, and start eager plugins."""
+        self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
@@ -300,6 +310,7 @@ class Host:
 
     async def go_on(self, introduction: Introduction, state: HostState, descriptors: Descriptors) -> None:
         """Take over the plugins as another host has left them, its requests in flight, its connections."""
+        self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
         self._dispatcher.take_over(state.workers, descriptors)
         for entry in introduction.plugins:

@@ -22,6 +22,7 @@ from typing import Any
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL, shown
 from host.channel.stream import BROKEN_OFF, PROTOCOLS, cancel_calls
 from host.database import Store
+from host.fence.fences import Fences
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
@@ -102,9 +103,11 @@ class HostApi:
     """Methods that plugins may call, and the listeners that they call on."""
 
     def __init__(
-        self, registry: Registry, audit: AuditClient, store: Store, logs: Logs, redactor: Callable[[str], Redactor]
-    ) -> None:
+        self, registry: Registry, audit: AuditClient, store: Store, logs: Logs, redactor: Callable[[str], Redactor],
+        fences: Fences,
+    ) -> None:  # fmt: skip
         self._registry, self._audit, self._logs, self._redactor = registry, audit, logs, redactor
+        self._fences = fences
         self._limits: dict[str, _Limits] = {}
         self._listeners: dict[str, Acceptor] = {}
         self._runs: dict[str, str] = {}
@@ -243,7 +246,17 @@ class HostApi:
         self._audit.record(PluginHealth(ok=False, detail=f"protocol: {why}"), plugin=name, run=run)
 
     async def call(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
-        """Answer a request: ``{"result": …}`` or ``{"error": {code, message, data}}``."""
+        """Answer a request: ``{"result": …}`` or ``{"error": {code, message, data}}``.
+
+        Past the plugin's deadline nothing is done for it, and nothing answered, before that is moved on.
+        """
+        fence = self._fences.of(name)
+        await fence.opened()
+        answer = await self._answer(name, run, method, params)
+        await fence.opened()
+        return answer
+
+    async def _answer(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
         began = time.perf_counter_ns()
         verdict: ApiVerdict = "granted"
         permission, found = None, None

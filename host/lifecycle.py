@@ -108,6 +108,13 @@ class PluginLifecycle:
         if not self.config.missing(plugin.name, manifest, plugin.digest):
             self._begin(plugin.name, "eager")
 
+    def may_act(self, name: str, anew: bool) -> None:
+        """Go on with a plugin whose deadline was moved on after it had passed, or begin ``anew`` with one."""
+        self.dispatcher.wake(name)
+        plugin = self.registry.get(name)
+        if anew and plugin is not None:
+            self.start_if_eager(plugin)
+
     def _begin(self, name: str, reason: str) -> None:
         task = asyncio.get_running_loop().create_task(self._start(name, reason), name=f"start {name}")
         self._starts[task] = (name, reason)
@@ -135,6 +142,9 @@ class PluginLifecycle:
             self._begin(plugin.name, "operator")  # it need not wait for the end of its pause either
         if current.run is None:
             self.start_if_eager(self.registry.need(plugin.name))
+            return False
+        if self.dispatcher.workers[plugin.name].fence.closed:
+            await self.link.stop_run(plugin.name, "config")  # it is started with these when it may act
             return False
         # Names only: the values come with the environment of the next start.
         self.dispatcher.notify(plugin.name, "config.changed", {"keys": keys})

@@ -272,6 +272,7 @@ class PluginEntry(TypedDict):
     pending: NotRequired[Pending | None]
     ready: NotRequired[bool]
     on_trial: NotRequired[bool]
+    lease: NotRequired[str]
     found: NotRequired[str]
 
 

@@ -100,7 +100,7 @@ class HttpDelivery(Mode):
             raise
         post = _Post(plugin, delivery, run, HttpExchange(sock, "POST", data, plugin.timeout))
         self._await(post)
-        self.parts.outcomes.begin(delivery, run, data, post.exchange.send)
+        self.parts.outcomes.begin(delivery, run, data, post.exchange.send, post.exchange.give_up)
         self.parts.sidecar.status = "in_flight"
 
     async def ping(self, plugin: Plugin, timeout: float) -> None:

@@ -97,7 +97,7 @@ class OneshotDelivery:
                 return
             self._sidecar.begin_request(run)
             exchange = Exchange(sock, request, plugin.timeout)
-            self._outcomes.begin(delivery, run, request, exchange.send)
+            self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
             await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:
