@@ -210,11 +210,19 @@ _LATER = """\
         connection.sendall(json.dumps({"jsonrpc": "2.0", "result": result, "id": request["id"]}).encode() + b"\\n")
         connection.close()
 """
+_BURN = """\
+    import hashlib
+    def flood():
+        while True:
+            hashlib.pbkdf2_hmac("sha256", b"x", b"x", 100_000)
+    together(2, flood)
+"""
 _LABELS = 'b"".join(b"\\1" + bytes([97 + (number >> shift) % 26]) for shift in range(120)) + b"\\0"'
 _HOSTILE_NAME = '(lambda first: bytes([len(first)]) + first)(b"n%d" % number) + b"\\7hostile\\7example\\0"'
 
 BAD = (
     BadPlugin("burns its processor time (for comparison)", HEAD + ANSWERED + "    while True:\n        pass\n"),
+    BadPlugin("burns it in two threads (for comparison)", HEAD + ANSWERED + _BURN),
     BadPlugin("sends lines with runs of digits to the host API", _api(_DIGITS)),
     BadPlugin("sends lines of 30 000 numbers to the host API", _api(_NUMBERS)),
     BadPlugin("sends newlines to the host API", _api('b"\\n" * 65536')),

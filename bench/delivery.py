@@ -30,7 +30,7 @@ from bench.delivery_subjects import EVENT, HOST_TOML, ONESHOT, STREAM, Passage, 
 from bench.frame import Report, Series, Skipped
 from host.client.client import Client
 from tests.support.timeouts import EMULATED
-from tests.system.daemon import daemon
+from tests.system.daemon import Daemon, daemon
 
 NODE = """
 const net = require("net");
@@ -109,8 +109,36 @@ def references() -> Iterator[tuple[list[Reference], list[Skipped]]]:
 
 def measure(rounds: int) -> Report:
     """Deliver ``rounds`` events per contender, one at a time; then load the daemon."""
+    with daemon(host_toml=HOST_TOML) as running, Client(running.root) as client:
+        samples, skipped, subjects, notes = one_at_a_time(running, client, rounds)
+        if EMULATED:
+            notes.append("a busy daemon is not measured: this processor is emulated, and has no speed of its own")
+        else:
+            notes += [
+                "to reach: dispatch p50 300 µs, p99 1 ms; round trip stream p50 400 µs, oneshot p50 3 × the first line",
+                *under_load(running, client, subjects),
+            ]
+    builds = {"isolator": "cage, validation, durable queue, audit"}
+    series = tuple(
+        Series(name, builds.get(name.split(maxsplit=1)[0].rstrip(":"), ""), "µs", tuple(taken))
+        for name, taken in samples.items()
+    )
+    return Report(
+        name="delivery",
+        title="Delivering an event (one at a time)",
+        series=series,
+        skipped=tuple(skipped),
+        baselines=(next(iter(samples)),),
+        notes=tuple(notes),
+    )
+
+
+def one_at_a_time(
+    running: Daemon, client: Client, rounds: int
+) -> tuple[dict[str, list[float]], list[Skipped], list[Subject], list[str]]:
+    """Deliver ``rounds`` events per contender; returns µs by series, plain hosts first, who was skipped, and notes."""
     samples: dict[str, list[float]] = {}
-    with references() as (plain, skipped), daemon(host_toml=HOST_TOML) as running, Client(running.root) as client:
+    with references() as (plain, skipped):
         subjects = [
             Subject(running, "oneshot", "deploy.completed", ONESHOT),
             Subject(running, "stream", "deploy.started", STREAM, transport={"mode": "stream"}),
@@ -138,26 +166,7 @@ def measure(rounds: int) -> Report:
             samples[f"isolator {subject.name}: round trip"] = [p.round_trip for p in passages]
             notes.append(_stages(subject, trail, passages))
         samples["isolator: emit"] = list(subjects[0].emits)
-        if EMULATED:
-            notes.append("a busy daemon is not measured: this processor is emulated, and has no speed of its own")
-        else:
-            notes += [
-                "to reach: dispatch p50 300 µs, p99 1 ms; round trip stream p50 400 µs, oneshot p50 3 × the first line",
-                *under_load(running, client, subjects),
-            ]
-    builds = {"isolator": "cage, validation, durable queue, audit"}
-    series = tuple(
-        Series(name, builds.get(name.split(maxsplit=1)[0].rstrip(":"), ""), "µs", tuple(taken))
-        for name, taken in samples.items()
-    )
-    return Report(
-        name="delivery",
-        title="Delivering an event (one at a time)",
-        series=series,
-        skipped=tuple(skipped),
-        baselines=(plain[0].name,),
-        notes=tuple(notes),
-    )
+    return samples, skipped, subjects, notes
 
 
 def _one_sync(path: Path) -> float:

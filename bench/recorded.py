@@ -14,6 +14,8 @@ from pathlib import Path
 from bench.frame import Report, Series, Skipped, table
 
 RESULTS = Path(__file__).resolve().parent / "results"
+QUICK = "quick.json"
+"""Rows of ``./dev bench --quick``, in a form of their own."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Recorded:
 
 def recorded() -> list[Recorded]:
     """Every result, by name."""
-    return [_read(path) for path in sorted(RESULTS.glob("*.json"))]
+    return [_read(path) for path in sorted(RESULTS.glob("*.json")) if path.name != QUICK]
 
 
 def tables() -> str:

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "delivery": "delivering an event: to a sidecar in its cage and back, durable and audited",
     "exec": "running a program once for each event, in a cage of its own: the mode exec",
     "mcp": "calling a tool of an MCP server: over pipes, and in its cage through isolator mcp serve",
+    "packages": "verifying a package of 10 MB",
     "audit": "recording facts until all are durable",
     "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",
@@ -46,10 +47,17 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which (all but {', '.join(LONG)})")
     parser.add_argument("--rounds", type=int, default=100, metavar="N", help="rounds of each (100)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where results go ({OUT})")
+    parser.add_argument("--quick", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # ./dev says where
+    parser.add_argument("--commit", default="this tree", help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.names) - set(BENCHMARKS | LONG)
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    if options.quick is not None:
+        from bench.quick import run
+
+        run(options.quick, options.commit)
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     print("host: " + ", ".join(f"{key} {value}" for key, value in host().items()) + "\n", flush=True)
     for name in options.names or BENCHMARKS:

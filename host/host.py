@@ -38,11 +38,12 @@ from host.control.server import AnyEndpoint, ControlServer
 from host.control.verbs import PluginStage
 from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
-from host.delivery.dispatch import Dispatcher
+from host.delivery.dispatch import Dispatcher, SidecarLinks
 from host.delivery.gate import DispatchGate
 from host.delivery.gauges import Gauges
 from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
+from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.fence.fences import Fences
 from host.handover import HostState
@@ -94,7 +95,6 @@ SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
 
 if TYPE_CHECKING:
-    from host.cluster.node import Node
     from host.mcp.servers import Servers
     from host.membership.member import Member
 
@@ -137,6 +137,14 @@ class Introduction:
         )
 
 
+@dataclass(frozen=True)
+class HostParts:
+    """Parts of a host that another program may put in its own place: ``isolator certify`` does."""
+
+    sidecars: SidecarLinks = SidecarLink
+    api: Callable[..., HostApi] = HostApi
+
+
 class Host:
     """The running host. ``before``: the state of another, which has left and whose place this one takes.
 
@@ -144,8 +152,9 @@ class Host:
     """
 
     def __init__(
-        self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient, before: HostState | None = None
-    ) -> None:
+        self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient, before: HostState | None = None,
+        parts: HostParts = HostParts(),
+    ) -> None:  # fmt: skip
         for folder in (paths.host_lib, paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
@@ -154,8 +163,6 @@ class Host:
         self._audit, self._channel = audit, channel
         self._servers: Servers | None = None
         """MCP servers, once there is one."""
-        self._node: Node | None = None
-        """This host in its cluster, where it has one."""
         link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
 
@@ -200,7 +207,7 @@ class Host:
         fences = self._fences = Fences(channel.tell)
         member = self._member = self._new_member(settings, paths, catalogue)
         values = member.values if member is not None else KeyValue(store)
-        api = self._api = HostApi(registry, audit, values, logs, config.redactor, fences)
+        api = self._api = parts.api(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -220,6 +227,7 @@ class Host:
             pauses=Pauses(store, debts),
             fences=fences,
             servers=self._load_servers,
+            sidecars=parts.sidecars,
         )
         lifecycle = self._lifecycle = PluginLifecycle(
             link=link,
@@ -256,7 +264,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry).endpoints(),
-            *ClusterVerbs(lambda: self._node).endpoints(),
+            *ClusterVerbs(lambda: member.node if member is not None else None).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(

@@ -13,11 +13,12 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 import prctl
 
 from host.handover import HOST_STATE, HostState
-from host.host import Host, Introduction
+from host.host import Host, HostParts, Introduction
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import by_op
@@ -26,11 +27,12 @@ from isolator.ipc.messages import HostHello, NewAuditSocket, StatePart
 from isolator.ipc.succession import Arrival, Descriptors
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
+from isolator.paths import Paths
 
 _logger = logging.getLogger(__name__)
 
 
-async def serve(channel_fd: int, audit_fd: int | None) -> int:
+async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], HostParts]) -> int:
     """Serve until the supervisor closes its channel, or until SIGTERM; returns the exit code."""
     loop = asyncio.get_running_loop()
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
@@ -46,7 +48,9 @@ async def serve(channel_fd: int, audit_fd: int | None) -> int:
         if request.parts:
             state, descriptors = arrival.unpack(request.parts, HostState, HOST_STATE)
             audit.take_over(state.audit, descriptors)
-        host = Host(introduction.paths, introduction.settings, channel, audit, state)
+        host = Host(
+            introduction.paths, introduction.settings, channel, audit, state, parts(introduction.paths)
+        )  # fmt: skip
         running.set_result(host)
         # Before anything is awaited: a message behind the hello finds its handler.
         for op, handler in host.handlers().items():
@@ -83,8 +87,8 @@ def _freeze() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def main() -> None:
-    """Entry point of the process."""
+def main(parts: Callable[[Paths], HostParts] = lambda _: HostParts()) -> None:
+    """Entry point of the process; ``parts`` of a daemon with these paths."""
     open_standard_streams()
     parser = argparse.ArgumentParser(prog="host.service")
     parser.add_argument("--channel-fd", type=int, required=True)
@@ -99,7 +103,7 @@ def main() -> None:
     # This process knows every secret: no dump of it, and no debugger of the same uid.
     prctl.set_dumpable(False)
     try:
-        sys.exit(asyncio.run(serve(arguments.channel_fd, arguments.audit_fd)))
+        sys.exit(asyncio.run(serve(arguments.channel_fd, arguments.audit_fd, parts)))
     except IsolatorError as error:
         _logger.error("%s", error)
         sys.exit(1)

@@ -50,6 +50,11 @@ class Paths:
         return self.etc / "policies"
 
     @property
+    def certificates(self) -> Path:
+        """``DIGEST.json`` for each version of a plugin whose certificate counts here; root-owned."""
+        return self.etc / "certificates"
+
+    @property
     def lib(self) -> Path:
         return self.root / "var/lib/isolator"
 

@@ -1,6 +1,6 @@
 """Builds the Debian package: ``./dev deb [DIR]``.
 
-Debian's pydantic and pyroute2 are too old, so the package brings an environment of its own: ``/usr/lib/isolator/dist``,
+Debian's pydantic is too old, so the package brings an environment of its own: ``/usr/lib/isolator/dist``,
 made for the Python of the release that it is built on, and tied to that in ``Depends``. Every dependency is pinned by
 version and hash in ``requirements.txt``. Nothing is fetched when it is installed; ``postinst`` says how a service runs
 from it, and why not from ``dist`` itself.

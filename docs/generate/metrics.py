@@ -1,4 +1,4 @@
-"""Table of the metrics, from the registry that is served."""
+"""Table of the metrics, from the families that are served."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from isolator.audit.metrics import Metrics
 
 def metrics() -> str:
     """Return a Markdown table: each metric with its type, its labels and its meaning, the old ones last."""
-    registry = Metrics().registry
     rows = []
-    for collector in registry._collector_to_names:  # it has no public way to the labels of a metric without values
-        for family in collector.collect():
-            counts = family.type == "counter"
-            labels = getattr(family if hasattr(family, "_labelnames") else collector, "_labelnames", ())
-            listed = ", ".join(f"`{label}`" for label in labels)
-            old = family.documentation.startswith("Old: ")
-            name = f"{family.name}_total" if counts else family.name
-            rows.append((old, name, f"| `{name}` | {family.type} | {listed} | {family.documentation} |"))
+    for family in Metrics().families():
+        listed = ", ".join(f"`{label}`" for label in family.names)
+        old = family.meaning.startswith("Old: ")
+        rows.append((old, family.name, f"| `{family.name}` | {family.kind} | {listed} | {family.meaning} |"))
     return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *(row for *_, row in sorted(rows))])

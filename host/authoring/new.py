@@ -11,33 +11,15 @@ from typing import Any
 
 import click
 
+from host.authoring.languages import CALLS, COMPILED, LANGUAGES, MODES, SHARED, TESTS
 from host.cli.output import SETTINGS
 from isolator.errors import UsageError
-
-# language -> pairs of template and the file that is written from it
-LANGUAGES: dict[str, tuple[tuple[str, str], ...]] = {
-    "python": (("plugin.py.txt", "{name}"),),
-    "node": (("plugin.js.txt", "{name}"),),
-    "go": (("main.go.txt", "main.go"), ("Makefile.txt", "Makefile")),
-    "rust": (("main.rs.txt", "main.rs"), ("Makefile.txt", "Makefile")),
-    "sh": (("plugin.sh.txt", "{name}"),),
-}
-
-# mode -> the languages for which there is an example of it; templates by their place
-MODES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
-    "oneshot": {
-        lang: tuple((f"{lang}/{template}", file) for template, file in files) for lang, files in LANGUAGES.items()
-    },
-    "exec": {"python": (("exec/plugin.py.txt", "{name}"),), "sh": (("exec/plugin.sh.txt", "{name}"),)},
-    "http": {"python": (("http/plugin.py.txt", "{name}"),), "node": (("http/plugin.js.txt", "{name}"),)},
-    "mcp": {"python": (("mcp/plugin.py.txt", "{name}"),), "node": (("mcp/plugin.js.txt", "{name}"),)},
-}
 
 
 @click.command(
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator new ./deploy-bell --lang python\n"
-    "  isolator new ./deploy-log --lang sh --mode exec\n"
+    "  isolator new ./deploy-count --lang go --mode stream\n  isolator new ./deploy-log --lang sh --mode exec\n"
     "  isolator new ./deploy-tools --lang python --mode mcp",
 )
 @click.argument("folder", metavar="DIR")
@@ -48,7 +30,10 @@ MODES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
 @click.option("--name", metavar="N", help="Its name (default: the folder's).")
 @click.option("--hooks", metavar="A,B", default="deploy.completed", show_default=True, help="The events it gets.")
 def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None:
-    """Start a new plugin in DIR from a working example."""
+    """Start a new plugin in DIR from a working example, with tests and a recipe for CI.
+
+    What it writes is under the licence 0BSD, which asks nothing of you.
+    """
     from host.authoring import schemas
     from isolator.reader.manifest import parse_manifest
 
@@ -84,19 +69,25 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
     target.mkdir(parents=True, exist_ok=True)
     (target / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")
     (target / schemas.FILE_NAME).write_text(schemas.text_of(schemas.manifest_schema()))
-    compiled = len(files) > 1
+    compiled = lang in COMPILED
+    tested, outcome = CALLS.get((mode, lang), ("", ""))
     fields = {
+        "call": tested.replace("{name}", plugin),
+        "result": outcome,
         "name": plugin,
         "hooks": ", ".join(f"`{hook}`" for hook in manifest["hooks"]),
         "source": files[0][1].format(name=plugin),
         "build": "make\n" if compiled else "",
+        "test": TESTS[lang],
+        "ci_build": "make && " if compiled else "",
         "event": event,
         "payload": json.dumps(_sample(event)),
     }
     templates = importlib.resources.files("host.templates")
     _fill(templates / "README.md.txt", target / "README.md", fields)
-    for template, file in files:
+    for template, file in (*files, *SHARED):
         path = target / file.format(name=plugin)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _fill(templates / template, path, fields)
         if path.name == plugin:
             path.chmod(0o755)

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from host.client.client import Client
 from isolator.cli.private_root import PrivateRoot
@@ -30,12 +32,18 @@ _START_SECONDS, _STOP_SECONDS = 60.0, 60.0
 class PrivateDaemon:
     """A running daemon; a context manager that stops it and removes every trace of it."""
 
-    def __init__(self, command: str, root: str | None) -> None:
-        """``command`` is what errors call it; ``root``: where the ``host.toml`` to follow is. Raises IsolatorError."""
+    def __init__(
+        self, command: str, root: str | None, *, options: Sequence[str] = (), network: Mapping[str, Any] | None = None
+    ) -> None:
+        """``command`` is what errors call it; ``root``: where the ``host.toml`` to follow is. Raises IsolatorError.
+
+        ``options`` of its ``serve``; ``network`` takes the place of that table.
+        """
         if os.geteuid() != 0:
             why = "building a cage needs root; the role 'runner' of a running daemon serves 'isolator run' only"
             raise DeniedError(command, why, f"run it with sudo: sudo isolator {command} DIR")
-        self._host_toml = _followed(Paths.of(root).host_toml)
+        self._host_toml = _followed(Paths.of(root).host_toml, network)
+        self._options = options
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -54,6 +62,12 @@ class PrivateDaemon:
         self._stack.close()
 
     @property
+    def pid(self) -> int:
+        """Its process, in whose mount namespace the plugins' files are."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def root(self) -> str:
         """Its root, for ``Client`` and the readers of the trail."""
         return str(self.paths.root)
@@ -68,7 +82,7 @@ class PrivateDaemon:
         with log.open("wb") as errors:
             # In a session of its own: ^C is this command's, which then stops it.
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", "--", program, "--root", self.root, "serve"],
+                ["setpriv", "--pdeathsig", "TERM", "--", program, "--root", self.root, "serve", *self._options],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, cwd="/",
             )  # fmt: skip
         self._stack.callback(self._stop)
@@ -98,7 +112,7 @@ def wait_until(deadline: float, pause: float) -> bool:
     return left > 0
 
 
-def _followed(path: Path) -> str:
+def _followed(path: Path, network: Mapping[str, Any] | None) -> str:
     """The part of a host's settings that holds here, as the text of a ``host.toml``. Raises IsolatorError."""
     import tomlkit
 
@@ -106,7 +120,7 @@ def _followed(path: Path) -> str:
     from isolator.policy.parse.trusted import read_trusted
 
     load_host_config(path)  # a fault is one of that file
-    if not path.exists():
-        return ""
-    data = tomllib.loads(read_trusted(path).decode("utf-8-sig"))
+    data = tomllib.loads(read_trusted(path).decode("utf-8-sig")) if path.exists() else {}
+    if network is not None:
+        data["network"] = network
     return tomlkit.dumps({key: data[key] for key in _TAKEN if key in data})

@@ -143,6 +143,9 @@ def policy_schema() -> Schema:
         "syscalls": _closed(profile=_PROFILE),
         "restart": _closed(backoff_min=_DURATION, backoff_max=_DURATION, crashes=low, window=_DURATION),
         "delivery": _closed(),
+        "require": _closed(certified={
+            "type": "boolean", "default": False, "description": "Take no version that is not certified.",
+        }),
         "env": {
             "type": "object", "maxProperties": load.MAX_VARIABLES,
             "propertyNames": {"pattern": _whole(names.VARIABLE.pattern)},

@@ -116,7 +116,7 @@ class Trials:
         if plan.policy is not None and self._registered is None:
             client.call("plugin.discard", token=staged["token"])
             policy = self._daemon.paths.policies / f"{name}.toml"
-            policy.write_bytes(plan.policy.read_bytes())
+            policy.write_bytes(_without_demands(plan.policy.read_bytes()))
             staged = stage()
         if staged["missing"]:
             key = staged["missing"][0]
@@ -144,16 +144,20 @@ class Trials:
         emitted = client.call("event.emit", name=event, payload=dict(payload))
         if name not in emitted["plugins"]:
             return Answer(event, payload, "withheld", "its manifest, its filters or its policy keep this event from it")
+        return self._await(client, name, event, payload, emitted["id"])
+
+    def _await(self, client: Client, name: str, event: str, payload: Mapping[str, Any], event_id: str) -> Answer:
+        """The outcome of an event that was sent, which is not tried again."""
         deadline = time.monotonic() + self._plan.timeout
         while True:
-            answer = self._answer(client, name, event, payload, emitted["id"])
+            answer = self._answer(client, name, event, payload, event_id)
             if answer is not None:
                 break
             if not wait_until(deadline, _PAUSE):
                 answer = Answer(event, payload, "no reply", f"none within {self._plan.timeout:g} s")
                 break
         if not answer.ok:  # it would be tried again
-            self._cancel(client, emitted["id"])
+            self._cancel(client, event_id)
         return answer
 
     @staticmethod
@@ -201,6 +205,19 @@ class Trials:
     def _log(client: Client, name: str) -> list[dict[str, Any]]:
         lines = client.call("plugin.logs", name=name, lines=10 * _MOST_LINES)["lines"]
         return [dict(line) for line in lines]
+
+
+def _without_demands(policy: bytes) -> bytes:
+    """A policy without what it demands of a version's origin: here it is being tried."""
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    try:
+        document = tomlkit.parse(policy.decode())
+    except (ValueError, TOMLKitError):
+        return policy  # whoever reads it says what is wrong
+    document.pop("require", None)
+    return tomlkit.dumps(document).encode()
 
 
 def _example(types: Mapping[str, Mapping[str, Any]], event: str) -> dict[str, Any]:

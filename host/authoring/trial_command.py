@@ -7,15 +7,18 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from host.cli import arguments
 from host.cli.output import AS_JSON, SETTINGS, print_json
 from isolator.errors import IsolatorError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from host.authoring.trial import Plan
 
 _MOST_FOLDERS = 2000
 """Folders that are watched; changes in those beyond are not noticed."""
@@ -62,21 +65,13 @@ def test(
     """
     from host.authoring import trial_report
     from host.authoring.private_daemon import PrivateDaemon
-    from host.authoring.trial import Plan, Trials
+    from host.authoring.trial import Trials
 
     if payload is not None and len(events) != 1:
         raise UsageError("--payload", "is for one event", "name it with --event")
-    given = arguments.json_object(payload) if payload is not None else None
-    plan = Plan(
-        arguments.absolute(folder),
-        dict.fromkeys(events, given),
-        arguments.config_values(config)[0],
-        _file(policy) if policy is not None else None,
-        dict(map(_schema, schemas)),
-        timeout,
-    )
+    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
 
-    with _ending_cleanly(), PrivateDaemon("plugin test", root) as daemon:
+    with ending_cleanly(), PrivateDaemon("plugin test", root) as daemon:
         trials = Trials(daemon, plan)
 
         def work() -> int:
@@ -90,6 +85,24 @@ def test(
             return 0 if trial.ok else 1
 
         return asyncio.run(_repeat(plan.folder, work)) if watch else work()
+
+
+def plan_of(
+    folder: str, events: Iterable[str], payload: str | None, config: tuple[str, ...], policy: str | None,
+    schemas: tuple[str, ...], timeout: float,
+) -> Plan:  # fmt: skip
+    """The plan that options of a command are; raises IsolatorError."""
+    from host.authoring.trial import Plan
+
+    given = arguments.json_object(payload) if payload is not None else None
+    return Plan(
+        arguments.absolute(folder),
+        dict.fromkeys(events, given),
+        arguments.config_values(config)[0],
+        _file(policy) if policy is not None else None,
+        dict(map(_schema, schemas)),
+        timeout,
+    )
 
 
 async def _repeat(folder: str, work: Callable[[], int]) -> int:
@@ -122,7 +135,7 @@ def _folders(folder: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _ending_cleanly() -> Iterator[None]:
+def ending_cleanly() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end this command as ^C does: what it has made is removed."""
 
     def end(number: int, _: Any) -> None:

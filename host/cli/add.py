@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,20 @@ from host.client.client import Client
 from isolator.errors import UsageError
 from isolator.paths import Paths
 
+_SHA256 = click.option("--sha256", metavar="HEX", help="Of a package at a URL: its SHA-256, or it is refused.")
+
 
 @click.command(
     epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
     "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
     "  isolator plugin add ./plugin --yes --config token=- < token.txt\n"
     "  isolator plugin add deploy-bell-1.0.0.isolator\n"
+    "  isolator plugin add https://example.com/deploy-bell-1.0.0.isolator --sha256 3fd2...\n"
     "  isolator plugin add --mcp npm:@scope/server@1.2.3 --egress api.example.com:443\n"
     "  isolator plugin add --mcp pypi:mcp-server-time==2025.9.25 --arg=--local-timezone=UTC"
 )
-@click.argument("folder", metavar="[DIR | FILE]", required=False)
+@click.argument("folder", metavar="[DIR | FILE | URL]", required=False)
+@_SHA256
 @click.option("--name", metavar="N", help="Register a single binary under this name.")
 @click.option("--binary", metavar="P", help="The binary; it stays where it is.")
 @click.option("--hooks", metavar="A,B", help="Events; of a plugin.json beside it only these.")
@@ -41,6 +47,7 @@ from isolator.paths import Paths
 def add(
     root: str | None,
     folder: str | None,
+    sha256: str | None,
     name: str | None,
     binary: str | None,
     hooks: str | None,
@@ -56,11 +63,14 @@ def add(
 ) -> None:
     """Register a plugin: show what it asks for and would get, ask, and do it.
 
-    It is a folder, or a FILE that 'isolator pack' has made. With --mcp the
+    It is a folder, or a FILE that 'isolator pack' has made; one at a URL
+    (https) is fetched in a cage that reaches that name alone. With --mcp the
     package is fetched in a cage that reaches its registry alone ([packages]
     of host.toml), without running a script of it; it asks for no network but
     what --egress names.
     """
+    if sha256 is not None and not _is_address(folder):
+        raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
     if mcp is not None:
         if folder or binary or hooks or files:
             raise UsageError("plugin add", "--mcp and DIR, --binary, --hooks, --files exclude each other")
@@ -71,16 +81,19 @@ def add(
     if folder is not None:
         if name or binary or hooks or files:
             raise UsageError("plugin add", "DIR and --name, --binary, --hooks, --files exclude each other")
-        request: dict[str, Any] = {"path": arguments.absolute(folder)}
-    elif name and binary:
-        request = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
+        values, literal = arguments.config_values(config)
+        with _offered(root, folder, sha256, quiet=as_json) as request, Client(root) as client:
+            register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+        return
+    if name and binary:
+        single: dict[str, Any] = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
         if files:
-            request["files"] = arguments.absolute(files)
+            single["files"] = arguments.absolute(files)
     else:
         raise UsageError("plugin add", "name a folder, or give --mcp, or --name, --binary and --hooks", "see --help")
     values, literal = arguments.config_values(config)
     with Client(root) as client:
-        register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+        register_plugin(client, single, values, literal, yes=yes, verbose=verbose, as_json=as_json)
 
 
 @click.command(
@@ -88,24 +101,47 @@ def add(
     "A version that asks for more waits (exit code 5): isolator plugin approve N"
 )
 @NAME
-@click.argument("folder", metavar="[DIR | FILE]", required=False)
+@click.argument("folder", metavar="[DIR | FILE | URL]", required=False)
+@_SHA256
 @CONFIG
 @yes("Agree also if it asks for more than before.")
 @VERBOSE
 @here
 def update(
-    root: str | None, name: str, folder: str | None, config: tuple[str, ...], yes: bool, verbose: bool, as_json: bool
-) -> None:
-    """Take over a newer version from DIR or FILE, or from where the last one came from.
+    root: str | None, name: str, folder: str | None, sha256: str | None, config: tuple[str, ...], yes: bool,
+    verbose: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Take over a newer version from DIR, FILE or URL, or from where the last one came from.
 
     If it is not up in time, the version before comes back by itself.
     """
-    request: dict[str, Any] = {"update": name}
-    if folder is not None:
-        request["path"] = arguments.absolute(folder)
+    if sha256 is not None and not _is_address(folder):
+        raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
     values, literal = arguments.config_values(config)
-    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
+    with contextlib.ExitStack() as stack:
+        request: dict[str, Any] = {"update": name}
+        if folder is not None:
+            request |= stack.enter_context(_offered(root, folder, sha256, quiet=as_json))
+        client = stack.enter_context(Client(root, timeout=AS_LONG_AS_STARTS_TAKE))
         update_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+
+
+def _is_address(text: str | None) -> bool:
+    return text is not None and "://" in text
+
+
+@contextlib.contextmanager
+def _offered(root: str | None, text: str, sha256: str | None, *, quiet: bool) -> Iterator[dict[str, Any]]:
+    """What ``plugin.stage`` is asked for a folder, a package, or the address of one."""
+    if not _is_address(text):
+        yield {"path": arguments.absolute(text)}
+        return
+    from host.cli.packages.download import SCHEME, downloaded
+
+    if not text.startswith(SCHEME):
+        raise UsageError(ascii(text)[1:-1][:200], "is no address that is fetched from", "use https://HOST/PATH")
+    with downloaded(root, text, sha256, quiet=quiet) as package:
+        yield {"path": str(package.path), "resolved": package.resolved}
 
 
 def _add_package(

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "policy": ("host.policy_command:policy", "Check and explain policy files."),
     "new": ("host.authoring.new:new", "Start a new plugin from a working example."),
     "schema": ("host.authoring.schema_command:schema", "Print JSON Schemas of manifests, policies, payloads."),
+    "certify": ("host.authoring.certify.command:certify", "Play the faults of the protocol against a plugin."),
     "pack": ("host.authoring.pack:pack", "Pack a plugin's folder into one file."),
     "sign": ("host.authoring.sign:sign", "Sign a package, or make a key."),
     "cluster": ("host.cluster.command:cluster", "Set up and watch a cluster of several hosts."),

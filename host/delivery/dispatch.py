@@ -29,11 +29,15 @@ from host.plugins.secrets import Redactor
 from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
+from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
+
+SidecarLinks = Callable[[str, Channel, AuditClient, Fence], SidecarLink]
+"""Makes the link to the sidecar of a plugin: (plugin, supervisor, audit, fence)."""
 
 
 class Dispatcher:
@@ -62,6 +66,7 @@ class Dispatcher:
         pauses: Pauses,
         fences: Fences,
         servers: Callable[[], Servers],
+        sidecars: SidecarLinks = SidecarLink,
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
@@ -69,14 +74,14 @@ class Dispatcher:
         self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
         self._fences = fences
         self._logs, self._serve_invocation, self._end_invocation = logs, serve_invocation, end_invocation
-        self._source, self._config_value = source, config_value
+        self._source, self._config_value, self._sidecars = source, config_value, sidecars
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
         self._descriptors = Descriptors([])
 
     def _new_worker(self, name: str) -> Worker:
         consumer, fence = self._queue.consumer(name), self._fences.of(name)
-        sidecar = SidecarLink(name, self._supervisor, self._audit, fence)
+        sidecar = self._sidecars(name, self._supervisor, self._audit, fence)
         outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts, fence)
         before = self._before.pop(name, None)
         return Worker(

@@ -119,12 +119,16 @@ class SidecarLink:
         A plugin owns its socket's directory and may put a hard link to another's socket there, or pass its name
         on; the kernel names the process that called listen().
         """
-        uid = peer_of(sock)[1]
+        uid = self._served_by(sock)
         if plugin.uid is None or uid == plugin.uid:
             return None
         detail = f"its socket is served by uid {uid} instead of {plugin.uid}; nothing was sent"
         self.record_fault(run, detail)
         return detail
+
+    def _served_by(self, sock: socket.socket) -> int:
+        """Uid of the process that serves a connection."""
+        return peer_of(sock)[1]
 
     def record_fault(self, run: str, detail: str) -> None:
         """Record a fault of the plugin in the trail."""

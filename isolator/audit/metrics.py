@@ -16,14 +16,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
+from typing import Any
 
 from isolator import __version__
+from isolator.audit.families import CONTENT_TYPE, Child, Family, text
 from isolator.audit.record import Incoming
 from isolator.audit.schema import AUDIT, RETENTION, ApiCalled, AuditGap, FsDenied, Resources, SyscallDenied
 from isolator.ipc.body import Body, omitted
@@ -64,7 +60,7 @@ class MetricState(Body):
     """of a histogram, the numbers in its buckets"""
 
 
-class _Present(Collector):
+class _Present:
     """Metrics of what is so at present, as the host has sent it; nothing of what was stays."""
 
     def __init__(self) -> None:
@@ -79,134 +75,118 @@ class _Present(Collector):
             else:
                 self.plugins.pop(name, None)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def families(self) -> Iterator[Family]:
         """Make the metrics, for a scrape."""
-        build = GaugeMetricFamily("isolator_build_info", "1, with the version of the daemon", labels=["version"])
-        build.add_metric([__version__], 1)
+        build = Family("gauge", "isolator_build_info", "1, with the version of the daemon", ("version",))
+        build.of(__version__).set(1)
         yield build
-        states = GaugeMetricFamily("isolator_plugin_state", "1 for the plugin's state", labels=["plugin", "state"])
+        states = Family("gauge", "isolator_plugin_state", "1 for the plugin's state", ("plugin", "state"))
+        paused = Family("gauge", "isolator_plugin_paused", "1 while an operator has paused it", ("plugin",))
         for plugin, found in self.plugins.items():
-            states.add_metric([plugin, str(found.get("state"))[:32]], 1)
-        yield states
-        paused = GaugeMetricFamily("isolator_plugin_paused", "1 while an operator has paused it", labels=["plugin"])
-        for plugin, found in self.plugins.items():
-            paused.add_metric([plugin], int(found.get("paused") is True))
-        yield paused
+            states.of(plugin, str(found.get("state"))[:32]).set(1)
+            paused.of(plugin).set(found.get("paused") is True)
+        yield from (states, paused)
         for limit, (name, meaning) in _LIMITS.items():
-            family = GaugeMetricFamily(f"isolator_plugin_limit_{name}", meaning, labels=["plugin"])
+            family = Family("gauge", f"isolator_plugin_limit_{name}", meaning, ("plugin",))
             for plugin, found in self.plugins.items():
                 if limit in found:
-                    family.add_metric([plugin], _number(found[limit]))
+                    family.of(plugin).set(_number(found[limit]))
             yield family
-        age = GaugeMetricFamily(
-            "isolator_queue_oldest_seconds", "Age of the oldest event that waits; 0: none", labels=["plugin"]
-        )
+        meaning = "Age of the oldest event that waits; 0: none"
+        age = Family("gauge", "isolator_queue_oldest_seconds", meaning, ("plugin",))
         now = time.time()
         for plugin, found in self.plugins.items():
-            age.add_metric([plugin], max(0.0, now - found["oldest"]) if found.get("oldest") else 0.0)
+            age.of(plugin).set(max(0.0, now - found["oldest"]) if found.get("oldest") else 0.0)
         yield age
+
+
+def _counter(name: str, meaning: str, *labels: str) -> Family:
+    return Family("counter", f"isolator_{name}", meaning, labels)
+
+
+def _gauge(name: str, meaning: str, *labels: str) -> Family:
+    return Family("gauge", f"isolator_{name}", meaning, labels)
+
+
+def _histogram(name: str, meaning: str, *labels: str) -> Family:
+    return Family("histogram", f"isolator_{name}", meaning, labels, _SECONDS)
 
 
 class Metrics:
     """Counters and gauges of one daemon, fed by ``observe``."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call] # its own
-        self.registry = CollectorRegistry()
-        to = self.registry
         self._present = _Present()
-        to.register(self._present)
-        self._records = Counter("isolator_audit_records", "Records in the trail by type", ["type"], registry=to)
-        self._summed = Counter(
-            "isolator_audit_summed_records", "Records counted in summaries by type", ["type"], registry=to
-        )
-        self._lifetime = Gauge(
-            "isolator_audit_lifetime_seconds", "How long the trail reaches back at its present pace", registry=to
-        )
-        self._seq = Gauge("isolator_audit_seq", "Number of the last durable record", registry=to)
-        self._lost = Counter("isolator_audit_lost_records", "Records known to be lost (audit.gap)", registry=to)
-        self._commit = Histogram("isolator_audit_commit_seconds", "Write and fdatasync", buckets=_SECONDS, registry=to)
-        self._blocked = Gauge("isolator_audit_blocked", "1 while the trail cannot be written", registry=to)
-        self._accepted = Counter("isolator_events_accepted", "Events accepted", ["event"], registry=to)
-        self._outcomes = Counter("isolator_deliveries", "Attempts by outcome", ["plugin", "outcome"], registry=to)
-        self._latency = Histogram(
-            "isolator_delivery_seconds", "Request written to reply read", ["plugin"], buckets=_SECONDS, registry=to
-        )
-        self._queued = Histogram(
-            "isolator_queued_seconds", "Accepted to request written", ["plugin"], buckets=_SECONDS, registry=to
-        )
-        self._waiting = Gauge("isolator_queue_depth", "Deliveries not done with", ["plugin"], registry=to)
-        self._dead = Counter("isolator_dead_letters", "Deliveries given up", ["plugin"], registry=to)
-        self._lifecycle = Counter("isolator_plugin", "Starts, stops, crashes", ["plugin", "what"], registry=to)
-        self._restarts = Counter("isolator_plugin_restarts", "Starts after a crash", ["plugin"], registry=to)
-        self._running = Gauge("isolator_plugin_running", "1 while the plugin runs", ["plugin"], registry=to)
-        self._network = Counter("isolator_network", "DNS queries and connections", ["plugin", "what"], registry=to)
-        self._traffic = Counter("isolator_network_bytes", "Bytes carried", ["plugin", "direction"], registry=to)
-        self._denials = Counter("isolator_denied", "Denied calls, paths, connections", ["plugin", "what"], registry=to)
+        self._records = _counter("audit_records", "Records in the trail by type", "type")
+        self._summed = _counter("audit_summed_records", "Records counted in summaries by type", "type")
+        self._lifetime = _gauge("audit_lifetime_seconds", "How long the trail reaches back at its present pace")
+        self._seq = _gauge("audit_seq", "Number of the last durable record")
+        self._lost = _counter("audit_lost_records", "Records known to be lost (audit.gap)")
+        self._commit = _histogram("audit_commit_seconds", "Write and fdatasync")
+        self._blocked = _gauge("audit_blocked", "1 while the trail cannot be written")
+        self._accepted = _counter("events_accepted", "Events accepted", "event")
+        self._outcomes = _counter("deliveries", "Attempts by outcome", "plugin", "outcome")
+        self._latency = _histogram("delivery_seconds", "Request written to reply read", "plugin")
+        self._queued = _histogram("queued_seconds", "Accepted to request written", "plugin")
+        self._waiting = _gauge("queue_depth", "Deliveries not done with", "plugin")
+        self._dead = _counter("dead_letters", "Deliveries given up", "plugin")
+        self._lifecycle = _counter("plugin", "Starts, stops, crashes", "plugin", "what")
+        self._restarts = _counter("plugin_restarts", "Starts after a crash", "plugin")
+        self._running = _gauge("plugin_running", "1 while the plugin runs", "plugin")
+        self._network = _counter("network", "DNS queries and connections", "plugin", "what")
+        self._traffic = _counter("network_bytes", "Bytes carried", "plugin", "direction")
+        self._denials = _counter("denied", "Denied calls, paths, connections", "plugin", "what")
         self._resources = {
-            field: Gauge(f"isolator_plugin_{name}", meaning, ["plugin"], registry=to)
-            for field, (name, meaning) in _RESOURCES.items()
+            field: _gauge(f"plugin_{name}", meaning, "plugin") for field, (name, meaning) in _RESOURCES.items()
         }
-        self._cpu = Counter("isolator_plugin_cpu_seconds", "Processor time of the plugin", ["plugin"], registry=to)
-        self._throttled = Counter(
-            "isolator_plugin_throttled_seconds",
-            "Time for which the plugin was held at its cap",
-            ["plugin"],
-            registry=to,
-        )
+        self._cpu = _counter("plugin_cpu_seconds", "Processor time of the plugin", "plugin")
+        held = "Time for which the plugin was held at its cap"
+        self._throttled = _counter("plugin_throttled_seconds", held, "plugin")
         self._spent: dict[tuple[str, str], float] = {}
         """By plugin and field, the newest figure in µs of its present run."""
-        self._children: dict[tuple[Any, ...], Any] = {}
+        self._children = 0
+        """Children of all families."""
         self._queues: set[str] = set()
+
+    def families(self) -> Iterator[Family]:
+        """Every metric with its present values."""
+        yield from self._present.families()
+        yield from self._by_name().values()
 
     def pass_on(self) -> tuple[MetricState, ...]:
         """The values of all metrics, for another audit process."""
         values = (
-            MetricState(name=name, labels=dict(sample.labels), value=sample.value)
-            for name, metric in self._by_name(Counter, Gauge).items()
-            for family in metric.collect()
-            for sample in family.samples
-            if not sample.name.endswith("_created")
-        )
-        histograms = (
-            MetricState(
-                name=name, labels=labels, value=child._sum.get(), buckets=tuple(b.get() for b in child._buckets)
-            )
-            for name, metric in self._by_name(Histogram).items()
-            for labels, child in _histograms(metric)
+            MetricState(name=name, labels=labels, value=child.value, buckets=tuple(child.counts))
+            for name, family in self._by_name().items()
+            for labels, child in family.labelled()
         )
         present = (
             MetricState(name=_PRESENT_STATE, labels={"plugin": name, "found": json.dumps(found)}, value=0.0)
             for name, found in self._present.plugins.items()
         )
-        return (*values, *histograms, *present)
+        return (*values, *present)
 
     def take_over(self, values: Iterable[MetricState]) -> None:
         """Go on with the values of another audit process."""
-        metrics = self._by_name(Counter, Gauge, Histogram)
+        families = self._by_name()
         for one in values:
             if one.name == _PRESENT_STATE:
                 self._present.update({one.labels["plugin"]: json.loads(one.labels["found"])})
                 continue
-            metric = metrics[one.name]
-            child = metric.labels(**one.labels) if one.labels else metric
-            if isinstance(child, Histogram):
-                if len(child._buckets) == len(one.buckets):  # else the other version counts in other ones
-                    child._sum.inc(one.value)
-                    for bucket, count in zip(child._buckets, one.buckets, strict=True):
-                        bucket.inc(count)
-            elif isinstance(child, Gauge):
-                child.set(one.value)
-            else:
-                child.inc(one.value)
+            family = families[one.name]
+            child = self._of(family, *(one.labels[name] for name in family.names))
+            if len(child.counts) != len(one.buckets):
+                continue  # the other version counts in other ones
+            child.value = one.value if family.kind == "gauge" else child.value + one.value
+            child.counts = [mine + theirs for mine, theirs in zip(child.counts, one.buckets, strict=True)]
             if one.name.removeprefix("resources ") in _SPENT:
                 self._spent[one.labels["plugin"], one.name.removeprefix("resources ")] = one.value
-            if metric is self._waiting:
+            if family is self._waiting:
                 self._queues.add(one.labels["plugin"])
 
-    def _by_name(self, *kinds: type[Any]) -> dict[str, Any]:
+    def _by_name(self) -> dict[str, Family]:
         every = vars(self) | {f"resources {field}": gauge for field, gauge in self._resources.items()}
-        return {name: metric for name, metric in every.items() if isinstance(metric, kinds)}
+        return {name: family for name, family in every.items() if isinstance(family, Family)}
 
     def observe(self, record: Incoming, *, summed: bool = False) -> None:
         """Count one record, whatever its ``data`` holds; ``summed``: it is in a summary, not in the trail itself."""
@@ -237,7 +217,7 @@ class Metrics:
             for field, counter in (("cpu_us", self._cpu), ("throttled_us", self._throttled)):
                 self._spend(counter, plugin, field, _number(data.get(field)))
         elif kind == AuditGap.TYPE and (data.get("why") != RETENTION or record.origin != AUDIT):
-            self._lost.inc(_number(data.get("count")))
+            self._lost.of().inc(_number(data.get("count")))
 
     def gauges(self, data: dict[str, Any]) -> None:
         """Take present values of the host's, which are no record, by plugin.
@@ -260,16 +240,16 @@ class Metrics:
 
     def committed(self, seconds: float, seq: int) -> None:
         """Count a commit that took ``seconds`` and made records up to ``seq`` durable."""
-        self._commit.observe(seconds)
-        self._seq.set(seq)
+        self._commit.of().observe(seconds)
+        self._seq.of().set(seq)
 
     def set_blocked(self, blocked: bool) -> None:
         """Set whether the trail cannot be written at the moment."""
-        self._blocked.set(int(blocked))
+        self._blocked.of().set(int(blocked))
 
     def set_lifetime(self, seconds: float) -> None:
         """Set how long the trail reaches back at its present pace."""
-        self._lifetime.set(seconds)
+        self._lifetime.of().set(seconds)
 
     def _event(self, what: str, data: dict[str, Any], plugin: str) -> None:
         if what == "accepted":
@@ -295,7 +275,7 @@ class Metrics:
             for field in _PRESENT:
                 self._of(self._resources[field], plugin).set(0)
 
-    def _spend(self, counter: Counter, plugin: str, field: str, total: float) -> None:
+    def _spend(self, counter: Family, plugin: str, field: str, total: float) -> None:
         """Count what a run has spent since its last figure; the figures of another run begin anew."""
         if len(self._spent) > MAX_LABELS:
             self._spent.clear()
@@ -303,23 +283,14 @@ class Metrics:
         self._spent[plugin, field] = total
         self._of(counter, plugin).inc((total - before if total >= before else total) / 1e6)
 
-    def _of(self, metric: Any, *labels: str) -> Any:
-        key = (metric, *labels)
-        child = self._children.get(key)
+    def _of(self, family: Family, *labels: str) -> Child:
+        child = family.children.get(labels)
         if child is None:
-            if len(self._children) >= MAX_LABELS:
+            if self._children >= MAX_LABELS:
                 labels = ("other",) * len(labels)
-            child = self._children[(metric, *labels)] = metric.labels(*labels)
+            self._children += labels not in family.children
+            child = family.of(*labels)
         return child
-
-
-def _histograms(metric: Histogram) -> Iterator[tuple[dict[str, str], Histogram]]:
-    """A histogram by its labels; the library has no public way to its values, but cumulated and among their names."""
-    if not metric._labelnames:
-        yield {}, metric
-        return
-    for values, child in list(metric._metrics.items()):
-        yield dict(zip(metric._labelnames, values, strict=True)), cast(Histogram, child)
 
 
 def _number(value: Any, otherwise: float = 0) -> float:
@@ -334,8 +305,8 @@ async def serve_metrics(metrics: Metrics, listener: socket.socket) -> asyncio.Se
             async with asyncio.timeout(_REQUEST_TIME):
                 head = await reader.readuntil(b"\r\n\r\n")
                 found = head.split(b" ", 2)[:2] in ([b"GET", b"/metrics"], [b"GET", b"/"])
-                body = generate_latest(metrics.registry) if found else b"only GET /metrics\n"
-                kind = CONTENT_TYPE_LATEST if found else "text/plain"
+                body = text(metrics.families()).encode() if found else b"only GET /metrics\n"
+                kind = CONTENT_TYPE if found else "text/plain"
                 status = "200 OK" if found else "404 Not Found"
                 writer.write(
                     f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from isolator.audit.record import Record
 from isolator.audit.schema import AuditSeal
+
+if TYPE_CHECKING:  # the supervisor shows text, and parses no record
+    from isolator.audit.record import Record
 
 _RIGHT_TO_LEFT = {"R", "AL", "AN", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI", "PDF", "PDI", "BN"}
 # Letters and symbols that are printed as nothing: Hangul fillers, Mongolian separators, Braille blank.

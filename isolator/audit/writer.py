@@ -26,7 +26,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from isolator.audit.budget import WINDOW, Budgets
 from isolator.audit.cause import Causes, CauseState
@@ -36,6 +36,7 @@ from isolator.audit.metrics import Metrics, MetricState
 from isolator.audit.notable import Notable
 from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
+from isolator.audit.source import Source, SourceState
 from isolator.errors import IsolatorError
 from isolator.ipc import channel as ipc
 from isolator.ipc.body import Body
@@ -57,18 +58,6 @@ _STALLED = 10.0
 """A commit that takes longer counts as blocked until it ends."""
 
 
-class SourceState(Body):
-    """A socket from which records come, on its way to another writer."""
-
-    name: str
-    socket: int
-    received: int
-    acked: int
-    blocked: str | None
-    alarm: str | None
-    """as they were sent back last, these three"""
-
-
 class WriterState(Body):
     """What a writer knows and the trail does not tell, on its way to another writer."""
 
@@ -77,74 +66,6 @@ class WriterState(Body):
     """by source, the number of its last record, written or counted"""
     causes: CauseState
     metrics: tuple[MetricState, ...]
-
-
-class Source:
-    """One socket from which records come, and the state that was sent back on it."""
-
-    def __init__(self, name: str, sock: socket.socket) -> None:
-        self.name, self.sock = name, sock
-        self.received = self.acked = 0
-        self.open = True
-        self.held = False
-        """Not read yet, so that another source's records come first."""
-        self.reading = False
-        self.blocked: str | None = None
-        self.alarm: str | None = None
-        self._sent_state: tuple[int, str | None, str | None] = (0, None, None)
-        self._loop = asyncio.get_running_loop()
-
-    def report(self, *, acked: int | None = None, blocked: str | None, alarm: str | None) -> None:
-        """Report progress and trouble; a source that does not read gets the latest state once it does."""
-        self.acked = self.acked if acked is None else acked
-        self.blocked, self.alarm = blocked, alarm
-        self._push()
-
-    def pass_on(self, departure: Departure) -> SourceState:
-        """Hand the socket to another writer, which reads on."""
-        acked, blocked, alarm = self._sent_state
-        self._loop.remove_reader(self.sock)
-        self._loop.remove_writer(self.sock)
-        number = departure.add(self.sock.detach())
-        return SourceState(
-            name=self.name, socket=number, received=self.received, acked=acked, blocked=blocked, alarm=alarm
-        )  # fmt: skip
-
-    @classmethod
-    def taken_over(cls, state: SourceState, descriptors: Descriptors) -> Self:
-        """The socket of another writer; what that one received is written."""
-        sock = socket.socket(fileno=descriptors.take(state.socket))
-        sock.setblocking(False)
-        source = cls(state.name, sock)
-        source.received = source.acked = state.received
-        source.blocked, source.alarm = state.blocked, state.alarm
-        source._sent_state = (state.acked, state.blocked, state.alarm)
-        return source
-
-    def close(self) -> None:
-        """Stop reading and answering."""
-        self._loop.remove_reader(self.sock)
-        self._loop.remove_writer(self.sock)
-        self.sock.close()
-
-    def _push(self) -> None:
-        message: dict[str, Any] = {}
-        if self.acked != self._sent_state[0]:
-            message["acked"] = self.acked
-        if self.blocked != self._sent_state[1]:
-            message["blocked"] = self.blocked
-        if self.alarm != self._sent_state[2]:
-            message["alarm"] = self.alarm
-        if message:
-            try:
-                self.sock.send(json.dumps(message, separators=(",", ":")).encode(), socket.MSG_NOSIGNAL)
-            except (BlockingIOError, InterruptedError):
-                self._loop.add_writer(self.sock, self._push)
-                return
-            except OSError:
-                pass  # closed: noticed where it is read
-        self._sent_state = (self.acked, self.blocked, self.alarm)
-        self._loop.remove_writer(self.sock)
 
 
 class Writer:

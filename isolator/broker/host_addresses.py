@@ -2,9 +2,9 @@
 
 The kernel answers for each connection whether an address is the host's own, or that of a neighbour, so a new one has no
 moment in which it could be reached. A neighbour is an IPv6 address that the host would look for on its own link: with
-IPv4 whatever is at home or in the office has a private address, with IPv6 a public one. Gateways are read with pyroute2
-in the broker's (the host's) namespace; a netlink socket that is subscribed to changes says when to read again. They are
-read in a thread: pyroute2 runs an event loop of its own.
+IPv4 whatever is at home or in the office has a private address, with IPv6 a public one. Gateways are read in the
+broker's (the host's) namespace, in a thread, for a router has a million routes; a netlink socket that is subscribed to
+changes says when to read again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
-from typing import Any
 
 from isolator.ipc.tasks import Tasks
 from isolator.linux.netlink import RouteQuery
-from isolator.policy.addresses import Address, parse_address, spellings
+from isolator.linux.routes import read_network
+from isolator.policy.addresses import Address, spellings
 from isolator.policy.denial import DenialRule
 
 _GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
@@ -55,21 +54,9 @@ class HostAddresses:
 
     def refresh(self) -> None:
         """Read addresses, broadcast addresses and gateways from the kernel; raises OSError."""
-        from pyroute2 import IPRoute  # 200 ms: only the broker pays for it
-
-        own: set[Address] = set()
-        gateways: set[Address] = set()
-        with IPRoute() as ipr:
-            for message in ipr.get_addr():
-                attributes = dict(message["attrs"])
-                own.update(_parsed(attributes, "IFA_ADDRESS", "IFA_LOCAL", "IFA_BROADCAST"))
-                if "IFA_LOCAL" in attributes and attributes.get("IFA_ADDRESS") != attributes["IFA_LOCAL"]:
-                    # On a point-to-point link IFA_ADDRESS is the other end: as close as a gateway.
-                    gateways.update(_parsed(attributes, "IFA_ADDRESS"))
-            self._tunnels = frozenset(link["index"] for link in ipr.get_links() if link["flags"] & _NO_NEIGHBOURS)
-            for message in ipr.get_routes():
-                gateways.update(_hops(dict(message["attrs"])))
-        self._own, self._gateways = frozenset(own), frozenset(gateways)
+        found = read_network()
+        self._tunnels = frozenset(index for index, flags in found.flags.items() if flags & _NO_NEIGHBOURS)
+        self._own, self._gateways = found.own, found.gateways
 
     async def watch(self) -> None:
         """Read now, and again after each change, on the running event loop; raises OSError."""
@@ -107,19 +94,3 @@ class HostAddresses:
             except BaseException:
                 self._stale.set()  # as stale as before
                 raise
-
-
-def _parsed(attributes: dict[str, Any], *names: str) -> Iterator[Address]:
-    for name in names:
-        address = parse_address(str(attributes.get(name, "")))
-        if address is not None:
-            yield address
-
-
-def _hops(attributes: dict[str, Any]) -> Iterator[Address]:
-    yield from _parsed(attributes, "RTA_GATEWAY")
-    via = attributes.get("RTA_VIA")
-    if isinstance(via, dict):
-        yield from _parsed({"via": via.get("addr")}, "via")
-    for hop in attributes.get("RTA_MULTIPATH") or ():
-        yield from _hops(dict(hop["attrs"]))

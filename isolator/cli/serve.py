@@ -29,23 +29,36 @@ _EXTENSION_SECONDS = 120
 
 @click.command(epilog="\b\nExamples:\n  isolator serve\n  isolator --root /tmp/try serve")
 @click.option("--config", metavar="FILE", help="Read FILE instead of /etc/isolator/host.toml.")
+@click.option("--certifying", is_flag=True, hidden=True)
 @click.option("--adopt", metavar="FD", type=int, hidden=True)
 @click.option("--check-handover", metavar="FD", type=int, hidden=True)
 @click.pass_obj
-def serve(root: str | None, config: str | None, adopt: int | None, check_handover: int | None) -> None:
+def serve(
+    root: str | None, config: str | None, certifying: bool, adopt: int | None, check_handover: int | None
+) -> None:  # fmt: skip
     """Run the daemon in the foreground.
 
     Prints 'isolator: ready' on stdout when it accepts commands (and tells systemd). SIGTERM or ^C stops it and
     every plugin cleanly, and so does the end of the terminal that it was started from. Without a terminal, SIGHUP
     reloads it, as 'isolator reload' does.
     """
-    from isolator.policy.parse.load import load_host_config
-    from isolator.supervisor.reload.program import Program
-    from isolator.supervisor.reload.signals import HELD
-    from isolator.supervisor.supervisor import running_daemon
+    from isolator.supervisor.zygote import Zygotes
 
     paths = Paths.of(root)
     daemon_log.set_up()
+    os.umask(0o022)
+    leave_memory_out()
+    let_children_start_no_handler()
+    allow_many_files()
+    zygotes = Zygotes()
+    if adopt is None and check_handover is None:
+        zygotes.begin()  # it imports what it needs while this process does
+    from isolator.policy.parse.load import load_host_config
+    from isolator.supervisor.reload.program import Program
+    from isolator.supervisor.reload.signals import HELD
+    from isolator.supervisor.services import CERTIFYING_HOST, HOST_MODULE
+    from isolator.supervisor.supervisor import running_daemon
+
     if check_handover is not None:
         from isolator.supervisor.reload.trial import check_handover as check
 
@@ -58,6 +71,7 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
         before = take_over(adopt)
     program = Program.of_this_process()
     host_config = load_host_config(Path(config) if config else paths.host_toml)
+    host_module = CERTIFYING_HOST if certifying else HOST_MODULE
 
     async def main() -> None:
         stopping, exchange, hang_up = asyncio.Event(), asyncio.Event(), _HangUp()
@@ -73,7 +87,9 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
             notify("WATCHDOG=1")
         extending, watchdog = Tasks(), Tasks()
         extending.keep("extension of the start", _extend_timeout)
-        async with running_daemon(paths, host_config, exchange, progress=_notify_progress, before=before) as daemon:
+        async with running_daemon(
+            paths, host_config, exchange, zygotes, progress=_notify_progress, before=before, host_module=host_module
+        ) as daemon:  # fmt: skip
 
             async def perform(generation: int) -> None:
                 from isolator.supervisor.reload.reloader import reload
@@ -95,10 +111,6 @@ def serve(root: str | None, config: str | None, adopt: int | None, check_handove
                 extending.keep("extension of the stop", _extend_timeout)
         extending.cancel()
 
-    os.umask(0o022)
-    leave_memory_out()
-    let_children_start_no_handler()
-    allow_many_files()
     asyncio.run(main())
 
 

@@ -23,6 +23,8 @@ MAX_DEPTH = 64
 
 ENTER, LEAVE, LINK, FILE, SINGLE, PACKAGE, SIGNATURE, ERROR, END = b"d", b"u", b"l", b"f", b"s", b"p", b"g", b"e", b"."
 CHUNK = 1 << 18
+_COPIED = 1 << 14
+"""Bytes of a chunk that is written by itself: a copy costs more than a call."""
 LONGEST_TEXT = 4096
 """Bytes of a name, a link's goal or a part of an error."""
 _LENGTH, _FILE, _SINGLE = struct.Struct("=I"), struct.Struct("=?q"), struct.Struct("=QQ")
@@ -83,7 +85,12 @@ class FolderWriter:
     def _content(self, source: Iterable[bytes]) -> None:
         try:
             for chunk in source:
-                self._write(_LENGTH.pack(len(chunk)) + chunk)
+                self._write(_LENGTH.pack(len(chunk)))
+                if len(chunk) < _COPIED:
+                    self._write(chunk)
+                else:
+                    self._flush()
+                    self._write_all(chunk)
         finally:
             self._write(_LENGTH.pack(0))  # also of what cannot be read to its end: the error comes as a record
 
@@ -93,8 +100,11 @@ class FolderWriter:
             self._flush()
 
     def _flush(self) -> None:
-        left = memoryview(bytes(self._held))
-        self._held.clear()
+        held, self._held = self._held, bytearray()
+        self._write_all(held)
+
+    def _write_all(self, data: bytes | bytearray) -> None:
+        left = memoryview(data)
         while left:
             left = left[os.write(self._fd, left) :]
 

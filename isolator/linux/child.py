@@ -10,6 +10,8 @@ import select
 import signal
 import subprocess
 
+from isolator.linux.readable import readable
+
 
 class Child:
     """A child that nobody else waits for: until then its pid is nobody else's."""
@@ -48,3 +50,15 @@ class Child:
         """Send SIGKILL unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
+
+
+async def ended(process: subprocess.Popen[bytes] | Child) -> None:
+    """Wait for the end of a child, and reap it."""
+    if process.poll() is not None:
+        return
+    fd = os.pidfd_open(process.pid)
+    try:
+        await readable(fd)
+    finally:
+        os.close(fd)
+    process.wait()

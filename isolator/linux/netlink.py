@@ -19,13 +19,17 @@ NETLINK_ADD_MEMBERSHIP = 1
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_CREATE, _NLM_F_REPLACE = 1, 4, 0x400, 0x100
+_NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x300, 0x10
+_DUMPS = 10
+"""How often a list is asked for that changes while it is read."""
 
 _RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 16, 20, 24, 26
 _IFF_UP = 1
 _LO = 1  # the loopback device is always the first of its namespace
 _RT_TABLE_LOCAL, _RTPROT_BOOT, _RTN_LOCAL = 255, 3, 2
 _RT_SCOPE_HOST, _RT_SCOPE_UNIVERSE = 254, 0
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_MULTIPATH, _RTA_VIA = 1, 4, 5, 7, 9, 18
+_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+RTA_GATEWAY, RTA_MULTIPATH, RTA_VIA = 5, 9, 18
 _RTM_F_FIB_MATCH = 0x2000
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTN_OWN = frozenset({2, 3, 4, 5})  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
@@ -97,10 +101,36 @@ class RouteQuery:
             reply = _ask(self._sock, _RTM_GETROUTE, 0, body + _attribute(_RTA_DST, packed))
         except OSError:
             return 0
-        attributes = dict(_attributes(reply[12:]))
-        if len(reply) < 12 or not reply[1] or attributes.keys() & {_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA}:
+        found = dict(attributes(reply[12:]))
+        if len(reply) < 12 or not reply[1] or found.keys() & {RTA_GATEWAY, RTA_MULTIPATH, RTA_VIA}:
             return 0
-        return int.from_bytes(attributes.get(_RTA_OIF, b""), sys.byteorder)
+        return int.from_bytes(found.get(_RTA_OIF, b""), sys.byteorder)
+
+    def dump(self, kind: int, header: int) -> list[bytes]:
+        """The bodies of everything of a kind, by a request whose header of so many bytes is empty; raises OSError.
+
+        One that changed meanwhile is read again, a few times: it may have been told in two halves that do not meet.
+        """
+        for _ in range(_DUMPS):
+            whole, bodies = self._dump(kind, bytes(header))
+            if whole:
+                break
+        return bodies
+
+    def _dump(self, kind: int, body: bytes) -> tuple[bool, list[bytes]]:
+        self._sock.send(struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
+        whole = True
+        bodies: list[bytes] = []
+        while True:
+            packet = self._sock.recv(1 << 17)
+            for reply, flags, content in _flagged_messages(packet):
+                whole = whole and not flags & _NLM_F_DUMP_INTR
+                if reply in {_NLMSG_ERROR, _NLMSG_DONE}:
+                    error = -struct.unpack_from("=i", content)[0] if len(content) >= 4 else 0
+                    if error:
+                        raise OSError(error, f"netlink list {kind}: {os.strerror(error)}")
+                    return whole, bodies
+                bodies.append(content)
 
     def close(self) -> None:
         """Close the socket."""
@@ -134,7 +164,7 @@ def parse_nflog(packet: bytes) -> list[tuple[str, bytes]]:
     records = []
     for kind, body in _messages(packet):
         if kind == (_NFNL_SUBSYS_ULOG << 8) | _NFULNL_MSG_PACKET and len(body) >= 4:
-            fields = dict(_attributes(body[4:]))
+            fields = dict(attributes(body[4:]))
             prefix = fields.get(_NFULA_PREFIX, b"").rstrip(b"\0").decode("ascii", "replace")
             records.append((prefix, fields.get(_NFULA_PAYLOAD, b"")))
     return records
@@ -158,7 +188,7 @@ class Generations:
         """The number now; raises OSError."""
         body = struct.pack("!BBH", socket.AF_UNSPEC, 0, 0)
         reply = _ask(self._sock, (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN, 0, body)
-        number = dict(_attributes(reply[4:])).get(_NFTA_GEN_ID)
+        number = dict(attributes(reply[4:])).get(_NFTA_GEN_ID)
         if number is None:
             raise OSError(0, "the kernel did not tell its nftables generation")
         return int(struct.unpack("!I", number)[0])
@@ -220,7 +250,8 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", length, kind) + value + b"\0" * (-length % 4)
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind and value of each attribute."""
     offset = 0
     while offset + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, offset)
@@ -231,10 +262,15 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    for kind, _, content in _flagged_messages(data):
+        yield kind, content
+
+
+def _flagged_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
     while offset + 16 <= len(data):
-        length, kind = struct.unpack_from("=IH", data, offset)
+        length, kind, flags = struct.unpack_from("=IHH", data, offset)
         if length < 16 or offset + length > len(data):
             return
-        yield kind, data[offset + 16 : offset + length]
+        yield kind, flags, data[offset + 16 : offset + length]
         offset += (length + 3) & ~3

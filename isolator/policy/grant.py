@@ -34,6 +34,8 @@ class PluginPolicy(Frozen):
     """Overrides of ``CrashPolicy``."""
     read: tuple[str, ...] | None = None
     syscalls: Profile | None = None
+    certified: bool = False
+    """``[require] certified``: only a version with a certificate that counts on this host is taken, and started."""
     env: dict[str, str] = fresh(default_factory=dict)
     """Variables of its environment."""
     where: dict[str, str] = fresh(default_factory=dict)

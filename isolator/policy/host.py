@@ -239,6 +239,8 @@ class HostConfig(Frozen):
             del data["packages"]
         if self.trust == Trust():
             del data["trust"]
+        elif not self.trust.certifiers:
+            del data["trust"]["certifiers"]
         if self.event_source == HostConfig().event_source:
             del data["event_source"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -12,6 +12,9 @@ import re
 from isolator.policy.frozen import Frozen, fresh
 
 PAYLOAD_TYPE = "application/vnd.isolator.package+json"
+CERTIFICATE_TYPE = "application/vnd.isolator.certificate+json"
+CERTIFICATE = 1
+"""Number of the set of checks that a certificate stands for."""
 SIGNATURE_BYTES, KEY_BYTES = 64, 32
 """Of Ed25519."""
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}\*?")
@@ -34,6 +37,8 @@ class Trust(Frozen):
     withdrawn: tuple[str, ...] = ()
     """``NAME VERSION``, or a digest: refused, whoever signed it."""
     publishers: dict[str, Publisher] = fresh(default_factory=dict)
+    certifiers: dict[str, str] = fresh(default_factory=dict)
+    """Keys, as a publisher's, by name: whose certificates count beside those that this host has made."""
 
     def may_publish(self, publisher: str, plugin: str) -> bool:
         """Whether a publisher may publish a plugin."""
@@ -53,9 +58,15 @@ def statement(name: str, version: str, digest: str) -> bytes:
     return json.dumps({"digest": digest, "name": name, "version": version}, separators=(",", ":")).encode()
 
 
-def signed_bytes(payload: bytes) -> bytes:
-    """The bytes that are signed for a payload: DSSE's pre-authentication encoding."""
-    return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
+def certified(name: str, version: str, digest: str) -> bytes:
+    """The payload of a certificate's signature."""
+    fields = {"certified": CERTIFICATE, "digest": digest, "name": name, "version": version}
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def signed_bytes(payload: bytes, kind: str = PAYLOAD_TYPE) -> bytes:
+    """The bytes that are signed for a payload of this type: DSSE's pre-authentication encoding."""
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
 
 
 def parse_pattern(text: str) -> str:

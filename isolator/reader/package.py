@@ -1,6 +1,7 @@
 """Packages, and the process that reads one: ``python3 -I -m isolator.reader.package``.
 
 Standard input is the package; standard output gets its content (``isolator/ipc/folder_stream.py``), or why it is none.
+With ``manifest`` behind it: the bytes of its ``plugin.json`` alone, and nothing of a file that has none.
 
 A package is a tar archive (POSIX ustar) of which each folder of files has exactly one: the members in the order of
 their paths, each after its folder; folders and regular files, no owner, no time, mode 0755 or 0644; then, if it is
@@ -16,10 +17,13 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 from isolator.errors import UsageError, printable
 from isolator.ipc.folder_stream import CHUNK, MAX_BYTES, MAX_DEPTH, MAX_FILES, FolderWriter
+from isolator.policy.request import MANIFEST_NAME
+from isolator.policy.request import MAX_BYTES as LARGEST_MANIFEST
 from isolator.policy.trust import PAYLOAD_TYPE, SIGNATURE_BYTES
 
 BLOCK = 512
@@ -81,6 +85,19 @@ def order(path: bytes) -> list[bytes]:
 def read_package(read: Callable[[int], bytes], writer: FolderWriter) -> None:
     """Write the content of a package; ``read`` returns at most so many bytes, none at the end. Raises UsageError."""
     _Package(read, writer).whole()
+
+
+def manifest_in(fd: int) -> bytes:
+    """The manifest in a package, for who lists it: nothing else is looked at. Raises UsageError for one without."""
+    for _ in range(MAX_FILES):
+        block = os.read(fd, BLOCK)
+        if len(block) < BLOCK or not any(block):
+            break
+        path, size, folder, _ = _fields(block)
+        if path == MANIFEST_NAME.encode() and not folder:
+            return os.read(fd, min(size, LARGEST_MANIFEST + 1))
+        os.lseek(fd, 0 if folder else size + len(padding(size)), os.SEEK_CUR)
+    raise _fault(MANIFEST_NAME, "is not in it")
 
 
 def signatures_in(envelope: bytes) -> list[bytes]:
@@ -183,7 +200,7 @@ class _Package:
         self._digest.update(rest)
 
     def _take(self, size: int) -> bytes:
-        data = b""
+        data = self._read(size) if size else b""
         while len(data) < size:
             chunk = self._read(size - len(data))
             if not chunk:
@@ -228,6 +245,10 @@ def main() -> None:
     with contextlib.suppress(UsageError):
         signatures_in(b"{}")
     harden(1 + size // _CPU_BYTES)
+    if sys.argv[1:] == ["manifest"]:
+        with contextlib.suppress(UsageError, OSError):
+            os.write(1, manifest_in(0))
+        return
     try:
         read_package(lambda most: os.read(0, most), writer)
     except UsageError as error:

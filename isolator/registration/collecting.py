@@ -60,7 +60,7 @@ class Offer:
 
     @classmethod
     def of_owner(cls, folder: int) -> Offer:
-        """An offer of a folder that root has opened, to be read with the rights of its owner."""
+        """An offer of a folder or package that root has opened, to be read with the rights of its owner."""
         info = os.fstat(folder)
         gid: int = info.st_gid
         groups: tuple[int, ...] = ()

@@ -1,8 +1,9 @@
 """Discovery of plugins in the folders that ``host.toml`` lists as ``plugin_dirs``: shown, never run before approval.
 
-Each folder in one of them that holds a ``plugin.json`` is an entry: *pending* when its manifest can be read, else
-*rejected* with the reason. Nothing but the manifest is read, and nothing is believed: approving copies the folder into
-the store like any other registration, so it does not matter who can write here. An entry goes when its folder goes.
+Each folder in one of them that holds a ``plugin.json``, and each package ``*.isolator``, is an entry: *pending* when
+its manifest can be read, else *rejected* with the reason. Nothing but the manifest is read, and nothing is believed:
+approving copies it into the store like any other registration, so it does not matter who can write here. An entry goes
+when its folder or package goes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from isolator.linux.folder_watch import FolderWatch
 from isolator.policy.request import MAX_BYTES, ManifestCore
 from isolator.registration.reading import ManifestReader, ReadManifest
 from isolator.registration.staging import MANIFEST, NAME
+from isolator.registration.unpacking import SUFFIX, manifest_of
 
 logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 256
 """Entries that are read in one folder: whoever can write there must not keep the daemon busy with more."""
+_packed: dict[tuple[int, ...], bytes | UsageError] = {}
+"""What was in each package that was looked at, by the file's identity: a reader is a process."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def scan(folders: Iterable[str], registered: Mapping[str, str], reader: Manifest
         for place, child in _candidates(folder):
             try:
                 if place not in sources:
-                    text = _manifest(child, f"{place}/{MANIFEST}")
+                    text = _manifest_of(child, place, reader.uid_range)
                     if text is not None:
                         texts[place] = text
             except IsolatorError as error:
@@ -195,7 +199,7 @@ class Discovery:
 
 
 def _candidates(folder: str) -> Iterable[tuple[str, int]]:
-    """(path, descriptor) of each folder in ``folder``; links are none of them. The caller closes the descriptors."""
+    """(path, descriptor) of each folder and package in ``folder``, but for links. The caller closes the descriptors."""
     try:
         base = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -205,11 +209,33 @@ def _candidates(folder: str) -> Iterable[tuple[str, int]]:
         for name in sorted(os.listdir(base))[:MAX_ENTRIES]:
             if name.startswith("."):
                 continue
+            kind = 0 if name.endswith(SUFFIX) else os.O_DIRECTORY
             with contextlib.suppress(OSError):
-                child = openat2(base, name, os.O_RDONLY | os.O_DIRECTORY)
+                child = openat2(base, name, os.O_RDONLY | os.O_NONBLOCK | kind)
                 yield os.path.join(real, name), child
     finally:
         os.close(base)
+
+
+def _manifest_of(child: int, place: str, uid_range: tuple[int, int]) -> bytes | None:
+    """The manifest in a folder or a package; None for a folder without one. Raises UsageError."""
+    info = os.fstat(child)
+    if stat.S_ISDIR(info.st_mode):
+        return _manifest(child, f"{place}/{MANIFEST}")
+    if not stat.S_ISREG(info.st_mode):
+        raise UsageError(place, "is no package", "remove it")
+    now = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    if now not in _packed:
+        while len(_packed) >= 4 * MAX_ENTRIES:
+            _packed.pop(next(iter(_packed)), None)
+        try:
+            _packed[now] = manifest_of(child, place, uid_range)
+        except UsageError as error:
+            _packed[now] = error
+    found = _packed[now]
+    if isinstance(found, UsageError):
+        raise UsageError(place, found.why, found.remedy)
+    return found
 
 
 def _manifest(child: int, shown: str) -> bytes | None:
@@ -242,6 +268,7 @@ def _watched(folders: Iterable[str]) -> list[str]:
         watched.append(str(place))
         if place == Path(os.path.realpath(folder)):
             for path, child in _candidates(folder):
+                if stat.S_ISDIR(os.fstat(child).st_mode):
+                    watched.append(path)
                 os.close(child)
-                watched.append(path)
     return watched

@@ -17,7 +17,7 @@ from isolator.policy.meet.effective import asks_more, meet
 from isolator.policy.meet.proposal import Proposal
 from isolator.policy.parse.load import check_ceiling, load_plugin_policy, parse_plugin_policy
 from isolator.policy.request import MODES, ManifestCore
-from isolator.registration import policy_files
+from isolator.registration import certificates, policy_files
 from isolator.registration.reading import ManifestReader
 from isolator.registration.signatures import changes, refuse_withdrawn
 from isolator.registration.staging import hash_binary
@@ -74,15 +74,18 @@ class Proposals:
             refuse_withdrawn(name, release.version, release.digest, self._host.trust)
             found = self.reader.read(self.store.manifest(name, release), f"{name}/plugin.json")
             manifest = found.manifest
-            proposal = self.granted(found.core)
+            proposal = self.granted(found.core, release)
             argv = _argv(registration.release, found.core)
             return Loaded(registration, manifest, proposal, argv, mode=found.core.mode, port=found.core.port)
         except (IsolatorError, OSError, ValueError) as error:
             return Loaded(registration, manifest, None, error=str(error))
 
-    def granted(self, core: ManifestCore) -> Proposal:
-        """The proposal for a manifest under its policy file; raises when there is none, or it is of no use."""
-        proposal = self._meet(core)
+    def granted(self, core: ManifestCore, release: Release | None = None) -> Proposal:
+        """The proposal for a manifest under its policy file; raises when there is none, or it is of no use.
+
+        Raises DeniedError also for a ``release`` without the certificate that the policy demands.
+        """
+        proposal = self._meet(core, release)
         if proposal.needs_approval:
             raise NeedsApprovalError(
                 f"policy {self.policy_file(core.name)}", "the file is gone",
@@ -166,11 +169,13 @@ class Proposals:
         origin = changes(release.signer, release.version, now.signer, now.version)
         return (*origin, *asks_more(before, core, self._host))
 
-    def _meet(self, core: ManifestCore) -> Proposal:
+    def _meet(self, core: ManifestCore, release: Release | None = None) -> Proposal:
         try:
             grant = load_plugin_policy(self.policy_file(core.name), self._host)
         except NotFoundError:
             return meet(core, None, self._host)
+        if grant.certified and release is not None:
+            certificates.require(self._paths, core.name, release.version, release.digest, self._host.trust)
         return meet(core, grant, self._host)
 
     def _proposed(self, now: Registration, core: ManifestCore) -> Proposal:

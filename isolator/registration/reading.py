@@ -27,12 +27,16 @@ from isolator.layers.user import UidLease
 from isolator.linux.unprivileged import service_command
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.grant_check import check as check_policy
+from isolator.policy.names import PLUGIN_NAME
 from isolator.policy.parse.strict import prose
-from isolator.policy.request import MAX_BYTES, MAX_DEPTH, ManifestCore, check
+from isolator.policy.request import MAX_BYTES, MAX_DEPTH, VERSION, ManifestCore, check
+from isolator.policy.trust import SIGNATURE_BYTES
+from isolator.registration.certificates import Claim
 
 T = TypeVar("T")
 
 _MODULE, _POLICY_MODULE = "isolator.reader.service", "isolator.reader.policy"
+_CERTIFICATE_MODULE = "isolator.reader.certificate"
 """Named, never imported."""
 _BATCH = 32
 """Manifests for one process: its start takes as long as reading hundreds."""
@@ -56,6 +60,7 @@ _known: OrderedDict[bytes, tuple[ReadManifest | UsageError, int]] = OrderedDict(
 """Answers by the SHA-256 of their text, each with its size; what was not wanted for longest goes first."""
 _lock = threading.Lock()
 _OVERHEAD = 1024
+_SIGNATURE = re.compile(rf"[0-9a-f]{{{2 * SIGNATURE_BYTES}}}")
 
 
 class ManifestReader:
@@ -113,17 +118,29 @@ class ManifestReader:
         return answers
 
 
+def read_certificate(text: bytes, name: str, uid_range: tuple[int, int]) -> Claim:
+    """A certificate from elsewhere, read likewise; ``name`` is what errors call it. Raises IsolatorError; blocks."""
+    return _read_one(text, name, uid_range, _CERTIFICATE_MODULE, _checked_claim)
+
+
 def read_policy(text: bytes, name: str, uid_range: tuple[int, int]) -> PluginPolicy:
     """A stranger's policy file, read likewise; ``name`` is what errors call it. Raises IsolatorError; blocks."""
+    found = _read_one(text, name, uid_range, _POLICY_MODULE, _checked_policy)
+    where = {key: f"{name}{place}" for key, place in found.where.items()}
+    return found.model_copy(update={"source": name, "where": where})
+
+
+def _read_one(
+    text: bytes, name: str, uid_range: tuple[int, int], module: str, checked: Callable[[bytes], T | IsolatorError]
+) -> T:
     lease = UidLease(uid_range)
     try:
-        (found,) = _read([text], lease.uid, _POLICY_MODULE, _checked_policy)
+        (found,) = _read([text], lease.uid, module, checked)
     finally:
         lease.release()
     if isinstance(found, IsolatorError):
         raise type(found)(name + found.what, found.why, found.remedy)
-    where = {key: f"{name}{place}" for key, place in found.where.items()}
-    return found.model_copy(update={"source": name, "where": where})
+    return found
 
 
 def _read(
@@ -224,6 +241,23 @@ def _checked_policy(line: bytes) -> PluginPolicy | IsolatorError:
         check_policy(found)
         return found
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+        raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
+
+
+def _checked_claim(line: bytes) -> Claim | IsolatorError:
+    try:
+        answer = json.loads(line, parse_constant=_refuse)
+        if "claim" not in answer:
+            return _refusal(answer)
+        found = answer["claim"]
+        name, version, digest = (str(found[key]) for key in ("name", "version", "digest"))
+        signatures = tuple(str(one) for one in found["signatures"])
+        if not PLUGIN_NAME.fullmatch(name) or not VERSION.fullmatch(version) or len(version) > 256:
+            raise ValueError("no name or version")
+        if not re.fullmatch(r"[0-9a-f]{64}", digest) or any(not _SIGNATURE.fullmatch(one) for one in signatures):
+            raise ValueError("no digest or signature")
+        return Claim(name, version, digest, signatures)
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
 
 

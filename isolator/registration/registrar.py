@@ -151,7 +151,8 @@ class Registrar(Proposals):
         signer = publisher_of(core.name, core.version, staged.digest, staged.signatures, self._host.trust)
         release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256, signer)
         more = self._more(registration, core, release) if registration is not None else ()
-        proposal = self._proposed(registration, core) if more and registration else self._meet(core)
+        as_it_is = self._meet(core, release)
+        proposal = self._proposed(registration, core) if more and registration else as_it_is
         return Candidate(staged, core, proposal, source, release, more, by, update=registration is not None)
 
     def hand_over(self) -> tuple[StagedState, ...]:

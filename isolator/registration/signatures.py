@@ -21,7 +21,7 @@ def publisher_of(name: str, version: str, digest: str, signatures: Sequence[str]
             raise DeniedError(what, f"{why} ({_TRUST})", "take the package that its publisher has signed")
         return ""
     signed = signed_bytes(statement(name, version, digest))
-    found = [publisher for publisher in trust.publishers if _verifies(trust, publisher, signed, signatures)]
+    found = [name for name, one in trust.publishers.items() if verifies(one.key, signed, signatures)]
     for publisher in found:
         if publisher in owners:
             return publisher
@@ -48,14 +48,15 @@ def changes(publisher: str, version: str, before: str, version_before: str) -> l
     return found
 
 
-def _verifies(trust: Trust, publisher: str, signed: bytes, signatures: Sequence[str]) -> bool:
+def verifies(key: str, signed: bytes, signatures: Sequence[str]) -> bool:
+    """Whether one of the signatures is that of a key; each in hexadecimal digits."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(trust.publishers[publisher].key))
+    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
     for signature in signatures:
         try:
-            key.verify(bytes.fromhex(signature), signed)
+            public.verify(bytes.fromhex(signature), signed)
         except InvalidSignature:
             continue
         return True

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,14 +25,13 @@ from isolator.ipc.messages import ServiceEntry
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
-from isolator.linux.child import Child
+from isolator.linux.child import Child, ended
 from isolator.linux.descriptors import close_all
-from isolator.linux.readable import readable
-from isolator.linux.unprivileged import service_command
 from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
+from isolator.supervisor.zygote import Zygote, Zygotes
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import ServiceState
@@ -64,7 +62,7 @@ class ServiceSpec:
 class Generation:
     """One process of a service. While another takes its place two are alive, each in a leaf of its own."""
 
-    process: subprocess.Popen[bytes] | Child
+    process: Child
     channel: Channel
     leaf: Leaf
 
@@ -83,8 +81,10 @@ which that many parts of state were passed."""
 class ChildProcess:
     """One service. ``channel`` is None before its first start and closed between two processes."""
 
-    def __init__(self, spec: ServiceSpec, subtree: Subtree, journal: Journal, health: ServiceHealth) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: ServiceSpec, zygotes: Zygotes, subtree: Subtree, journal: Journal, health: ServiceHealth
+    ) -> None:
+        self.spec, self.zygotes = spec, zygotes
         self._health = health
         self.current: Generation | None = None
         """The process that serves, or served last."""
@@ -150,7 +150,8 @@ class ChildProcess:
 
         async def launch() -> None:
             self.starts += 1
-            generation = self.current = self.spawn(self._inherit())
+            async with self.zygotes.ready() as zygote:
+                generation = self.current = self.spawn(zygote, self._inherit())
             await introduce(generation.channel)
             self.up.set()
 
@@ -273,21 +274,18 @@ class ChildProcess:
         if generation is not None:
             self._succeeded()
 
-    def spawn(self, inherited: dict[str, int]) -> Generation:
+    def spawn(self, zygote: Zygote, inherited: dict[str, int]) -> Generation:
         """Start a process, which waits for its hello, with the descriptors; they are closed here."""
         spec = self.spec
         mine, theirs = pair()
         inherited = {"channel": theirs.detach(), **inherited}
         self.generations += 1
-        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}")
+        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}", on_v2=self._subtree.on_v2)
         self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
         try:
             leaf.create(None)
-            process = subprocess.Popen(
-                service_command(spec.module, spec.uid, spec.gid, inherited),
-                pass_fds=list(inherited.values()), stdin=subprocess.DEVNULL, cwd="/",
-                env=_environment(), start_new_session=True, umask=0o027,
-            )  # fmt: skip
+            leaf.prefer()
+            process = zygote.fork(spec, inherited)
         except BaseException:
             mine.close()
             leaf.remove()
@@ -305,14 +303,14 @@ class ChildProcess:
         generation.channel.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
-                await _ended(generation.process)
+                await ended(generation.process)
         await self.discard(generation)
 
     async def discard(self, generation: Generation) -> None:
         """Kill a process, and remove every trace of it."""
         generation.channel.close()
         generation.leaf.kill()
-        await _ended(generation.process)
+        await ended(generation.process)
         await asyncio.to_thread(generation.leaf.wait_empty, 5.0)
         generation.leaf.remove()
         self._journal.forget(generation.entry)
@@ -358,23 +356,6 @@ class ChildProcess:
     async def _clear(self, before: Generation) -> None:
         if self.current is not None and self.current is not before:
             await self.discard(self.current)
-
-
-def _environment() -> dict[str, str]:
-    """A service's environment; with it, its lines on standard error have priorities where the journal reads them."""
-    journal = {key: value for key, value in os.environ.items() if key == "JOURNAL_STREAM"}
-    return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **journal}
-
-
-async def _ended(process: subprocess.Popen[bytes] | Child) -> None:
-    if process.poll() is not None:
-        return
-    fd = os.pidfd_open(process.pid)
-    try:
-        await readable(fd)
-    finally:
-        os.close(fd)
-    process.wait()
 
 
 def _how(code: int | None) -> str:

@@ -36,6 +36,7 @@ from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.reload.exchange import exchange
 from isolator.supervisor.service import ChildProcess, ServiceSpec, Succeed
+from isolator.supervisor.zygote import Zygotes
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import ServiceState
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 NOBODY = 65534
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
+CERTIFYING_HOST = "host.certifying.service"
+"""The host of a private daemon of ``isolator certify``: it plays the faults of the protocol."""
 
 
 class _Ways(TypedDict, total=False):
@@ -61,7 +64,14 @@ class Services:
     """The services of one daemon. Their users and folders are made at once, the processes by ``start``."""
 
     def __init__(
-        self, paths: Paths, config: HostConfig, runtime: CageRuntime, client: AuditClient, health: ServiceHealth
+        self,
+        paths: Paths,
+        config: HostConfig,
+        runtime: CageRuntime,
+        client: AuditClient,
+        health: ServiceHealth,
+        zygotes: Zygotes,
+        host_module: str = HOST_MODULE,
     ) -> None:
         kept.check_trail(paths)
         kept.check_host(paths)
@@ -74,14 +84,14 @@ class Services:
 
         def process(name: str, module: str) -> ChildProcess:
             ids = users.get(name, (NOBODY, NOBODY))
-            return ChildProcess(ServiceSpec(name, module, *ids), runtime.subtree, runtime.journal, health)
+            return ChildProcess(ServiceSpec(name, module, *ids), zygotes, runtime.subtree, runtime.journal, health)
 
-        broker, host = process("broker", "isolator.broker.service"), process("host", HOST_MODULE)
+        broker, host = process("broker", "isolator.broker.service"), process("host", host_module)
         audit = process("audit", "isolator.audit.service")
         self.audit = AuditLink(audit, client, (broker, host), paths, config)
         self.broker = BrokerLink(broker, paths, config)
         self.host = HostLink(host, paths, config, health.alarms)
-        self._paths, self._process = paths, process
+        self._paths, self._process, self._zygotes = paths, process, zygotes
         self.exchanging = asyncio.Lock()
         """Held while processes are exchanged, and by a reload: an exchange needs answers that a rest holds back."""
         self.console: ConsoleLink | None = None
@@ -145,13 +155,14 @@ class Services:
             host.process.adopt(before["host"], introduce_host, handlers=of_host, **of_host_ways)
             await self._start_console(before.get("console"))
             return
-        await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
-        if audit.found.blocked is None:
-            kept.note(self._paths.trail_begun)
-        await broker.process.start(introduce_broker, handlers=broker.handlers(), **of_broker)
-        await host.process.start(introduce_host, handlers=of_host, **of_host_ways)
-        kept.note(self._paths.database_begun)
-        await self._start_console()
+        async with self._zygotes.ready():  # one for all
+            await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
+            if audit.found.blocked is None:
+                kept.note(self._paths.trail_begun)
+            await broker.process.start(introduce_broker, handlers=broker.handlers(), **of_broker)
+            await host.process.start(introduce_host, handlers=of_host, **of_host_ways)
+            kept.note(self._paths.database_begun)
+            await self._start_console()
 
     async def _start_console(self, before: ServiceState | None = None) -> None:
         if before is not None and self.console is not None:
@@ -180,7 +191,9 @@ class Services:
 
     async def exchange(self) -> None:
         """Put new processes in the places of those that run, one after the other; each failure is logged."""
-        async with self.exchanging:
+        async with self.exchanging, contextlib.AsyncExitStack() as stack:
+            with contextlib.suppress(IsolatorError, OSError):  # it is begun anew for each, which says what failed
+                await stack.enter_async_context(self._zygotes.ready())
             for process in self.every:
                 if process.succeed is not None:
                     try:

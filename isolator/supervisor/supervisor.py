@@ -54,10 +54,11 @@ from isolator.supervisor.policy_watch import PolicyWatch
 from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
-from isolator.supervisor.services import Services
+from isolator.supervisor.services import HOST_MODULE, Services
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
+from isolator.supervisor.zygote import Zygotes
 from isolator.volume import volume
 from isolator.volume.volume import Volume
 
@@ -89,14 +90,17 @@ async def running_daemon(
     paths: Paths,
     config: HostConfig,
     exchange: asyncio.Event,
+    zygotes: Zygotes,
     *,
     progress: Callable[[str], None] = lambda step: None,
     before: DaemonState | None = None,
+    host_module: str = HOST_MODULE,
 ) -> AsyncIterator[Daemon]:
     """A daemon that accepts commands; nothing of it is left when the context is left.
 
-    ``exchange`` is set by whoever wants the processes of the services exchanged. ``progress`` is called with each step
-    of the start as it begins. ``before``: the state of the daemon that this process was before its exec; that goes on.
+    ``exchange`` is set by whoever wants the processes of the services exchanged; ``zygotes`` make them. ``progress`` is
+    called with each step of the start as it begins. ``before``: the state of the daemon that this process was before
+    its exec; that goes on.
     Raises IsolatorError with one clear line when this host or this root cannot carry a daemon.
     """
     if before is None:
@@ -150,7 +154,7 @@ async def running_daemon(
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(health.work_failed)
         stack.callback(loop.set_exception_handler, None)
-        services = Services(paths, config, runtime, audit, health)
+        services = Services(paths, config, runtime, audit, health, zygotes, host_module)
         context = RunContext(
             paths, runtime, audit, services.host, services.broker, sockets, notifier,
             wait_for_trail=config.audit.disk_full == "stop", rest=(rest := Rest()),

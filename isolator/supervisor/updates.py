@@ -422,11 +422,11 @@ class Updates:
 
 
 def _offer_found(path: str) -> Offer:
-    """An offer of a folder in one of ``plugin_dirs``; raises UsageError when it has gone."""
+    """An offer of a folder or package in one of ``plugin_dirs``; raises UsageError when it has gone."""
     with FdSet() as owned:
         try:
             above = owned.add(os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            folder = owned.add(openat2(above, os.path.basename(path), os.O_RDONLY | os.O_DIRECTORY))
+            folder = owned.add(openat2(above, os.path.basename(path), os.O_RDONLY | os.O_NONBLOCK))
         except OSError as error:
             raise UsageError(path, error.strerror or "cannot be opened", "see 'isolator plugin list'") from None
         return Offer.of_owner(folder)

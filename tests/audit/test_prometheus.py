@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from isolator import __version__
+from isolator.audit.families import text
 from isolator.audit.metrics import Metrics
 from isolator.audit.record import Incoming
 
@@ -32,7 +33,7 @@ PLUGINS = {
 
 
 def _text(metrics: Metrics) -> str:
-    return generate_latest(metrics.registry).decode()
+    return text(metrics.families())
 
 
 def _filled() -> Metrics:
@@ -61,7 +62,7 @@ def test_what_the_host_knows_is_served_as_it_is_at_present() -> None:
         'isolator_plugin_state{plugin="a",state="running"} 1.0',
         'isolator_plugin_state{plugin="b",state="rejected"} 1.0',
         'isolator_plugin_paused{plugin="a"} 1.0',
-        'isolator_plugin_limit_memory_bytes{plugin="a"} 2.68435456e+08',
+        'isolator_plugin_limit_memory_bytes{plugin="a"} 268435456.0',
         'isolator_plugin_limit_cpu_cores{plugin="a"} 0.25',
         'isolator_dead_letters_total{plugin="b"} 0.0',
         'isolator_queue_oldest_seconds{plugin="b"} 0.0',
@@ -104,6 +105,22 @@ def test_seconds_of_the_processor_grow_over_runs_and_an_exchange_of_the_audit_pr
             metrics.observe(Incoming("", "resources", "a", data={"cpu_us": step}))
             figures.append(seconds())
     assert figures == [2.0, 5.0, 11.0, 12.0, 13.0]
+
+
+def test_official_parser_reads_every_family_and_label_as_it_was_meant() -> None:
+    metrics = _filled()
+    metrics.observe(Incoming("", "event.accepted", data={"event": 'odd " \\ \n name'}))
+    read = {family.name: family for family in text_string_to_metric_families(_text(metrics))}
+    served = [family for family in metrics.families() if family.children]
+    assert {family.name.removesuffix("_total") for family in served} <= read.keys()
+    for family in served:
+        found = read[family.name.removesuffix("_total")]
+        assert (found.type, found.documentation) == (family.kind, family.meaning)
+        shown = [(sample.name, sample.labels, sample.value) for sample in found.samples]
+        if family.name != "isolator_queue_oldest_seconds":  # that is an age
+            assert shown == list(family.samples())
+    buckets = [sample.value for sample in read["isolator_delivery_seconds"].samples if "_bucket" in sample.name]
+    assert buckets == sorted(buckets) and buckets[-1] == 1
 
 
 @needs_promtool

@@ -266,9 +266,12 @@ def test_mutated_package_is_refused_or_a_good_one(parcel: Path) -> None:
     assert refused > 300
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(1000, marks=pytest.mark.wide)])
-def test_mutated_package_leaves_nothing_and_breaks_nothing(base: Path, parcel: Path, count: int) -> None:
-    good, chance = parcel.read_bytes(), random.Random(count)
+@pytest.mark.parametrize(
+    ("count", "seed"), [(10, 10), *(pytest.param(200, seed, marks=pytest.mark.wide) for seed in range(5))]
+)
+def test_mutated_package_leaves_nothing_and_breaks_nothing(base: Path, parcel: Path, count: int, seed: int) -> None:
+    """A thousand of them with ``--all``, in parts that each have a test's time."""
+    good, chance = parcel.read_bytes(), random.Random(seed)
     for _ in range(count):
         parcel.write_bytes(_mutated(good, chance))
         try:

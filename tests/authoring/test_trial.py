@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import pwd
+import re
 import select
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,13 +17,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from host.authoring.new import MODES as NEW
+from host.authoring.languages import TESTS
 from isolator.cli.private_root import BASE
 from isolator.paths import Paths
-from tests.support.go import go_cache
+from tests.support.new_plugins import KINDS, build, environment, new_plugin
 from tests.support.timeouts import seconds
 from tests.system.daemon import alive, wait_for, write_plugin
-from tests.system.test_new import NEEDS
 
 CURIOUS = """\
     #!/usr/bin/python3
@@ -135,19 +134,18 @@ def test_mode_of_a_plugin_is_tried_as_it_runs(tmp_path: Path, mode: str) -> None
     assert (answer["outcome"], answer["ok"]) == ("ok", True)
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize(
-    ("mode", "language"), [(mode, language) for mode, languages in NEW.items() for language in languages]
+    ("mode", "language"),
+    [pytest.param(*kind, marks=[] if kind == ("stream", "python") else pytest.mark.wide) for kind in KINDS],
 )
-def test_new_plugin_of_every_kind_passes_its_trial(tmp_path: Path, mode: str, language: str) -> None:
-    if shutil.which(NEEDS[language]) is None:
-        pytest.skip(f"{NEEDS[language]} is not installed")
-    folder = tmp_path / f"new-{language}"
-    words = ["isolator", "new", str(folder), "--lang", language, "--mode", mode]
-    subprocess.run(words, check=True, capture_output=True)
-    if (folder / "Makefile").exists():
-        environment = {**os.environ, "GOCACHE": go_cache(tmp_path)}
-        subprocess.run(["make", "-s", "-C", str(folder)], check=True, env=environment)
+def test_new_plugin_of_every_kind_passes_its_own_tests_and_its_trial(tmp_path: Path, mode: str, language: str) -> None:
+    folder = new_plugin(tmp_path / f"new-{language}", mode, language)
+    texts = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert not re.search(r"\{\{[a-z_]+\}\}", "".join(texts.values()))
+    assert json.loads(texts["plugin.json"])["$schema"].removeprefix("./") in texts
+    assert "Zero Clause" in texts["LICENSE"] and f"{TESTS[language]}\n" in texts[".github/workflows/test.yml"]
+    build(folder)
+    subprocess.run(TESTS[language].split(), cwd=folder, check=True, env=environment(tmp_path), capture_output=True)
     found = trial(str(folder))
     assert (found["mode"], [answer["outcome"] for answer in found["events"]]) == (mode, ["ok"]), found
     assert any("deploy.completed" in line["line"] or "project-1" in line["line"] for line in found["log"])

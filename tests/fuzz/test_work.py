@@ -6,106 +6,15 @@ Counted are the lines that the interpreter executes, which no busy machine chang
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from host.channel.http import AnswerReader
-from host.channel.reply import LostError
-from host.wire.mcp import read as read_mcp
-from host.wire.strict_json import WireError, parse_object
-from isolator.broker import wire
-from isolator.broker.gate import Gate
-from isolator.broker.guard import Denied
-from isolator.errors import IsolatorError
-from isolator.policy.parse.load import parse_plugin_policy
-from isolator.reader.manifest import parse_manifest_core
+from tests.fuzz.parsers import PARSERS, steps
 
 EXAMPLES = 15
-HEADER = b"\x12\x34\x81\x80\0\1\0\x40\0\0\0\0"
-ASKED = wire.query(0x1234, "a.example.com", wire.A)
-
-
-def _through_gate(data: bytes) -> None:
-    gate = Gate(lambda hello: None, strict=True)
-    for at in range(0, len(data), 4096):
-        gate.feed(data[at : at + 4096])
-
-
-def _as_answer(data: bytes) -> None:
-    reader = AnswerReader("POST")
-    for at in range(0, len(data), 512):
-        if reader.feed(data[at : at + 512]) is not None:
-            return
-    reader.feed(b"")
-
-
-@dataclass(frozen=True)
-class Parser:
-    """A parser, the errors that it may raise, and of which pieces its input is made up to how many bytes."""
-
-    parse: Callable[[bytes], object]
-    errors: type[Exception]
-    size: int
-    begins: tuple[bytes, ...]
-    pieces: tuple[bytes, ...]
-    ends: tuple[bytes, ...] = (b"",)
-
-
-GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
-CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-OK = b"HTTP/1.1 200 OK\r\n"
-JSON = (*(bytes((byte,)) for byte in b'"\\{}[]:,1e-.a '), b"\\u", b"d83d", b"\xc3\xa9")
-PARSERS = {
-    "DNS question": Parser(wire.read_question, wire.Broken, 256, (HEADER, b""),
-                           (b"\0", b"\1a", b"\x3f" + b"b" * 63, b"\xc0\x0c", b"\xc0", b"\xff", b"\0\1")),
-    "DNS answer": Parser(lambda data: wire.read_reply(data, ASKED, wire.A), wire.Broken, 8192,
-                         (ASKED[:2] + HEADER[2:] + ASKED[12:], HEADER, b""),
-                         (b"\0", b"\1a", b"\xc0\x0c", b"\xc0\xff", b"\0\1\0\1\0\0\0\x3c\0\4\1\2\3\4", b"\0\5\0\1")),
-    "TLS": Parser(_through_gate, Denied, 8192, (b"\x16\x03\x01\x20\0\1\0\x1f\xf0\3\3", b"\x16\x03\x01\0\1\1", b"\x80"),
-                  (b"\0", b"\x16\x03\x01\0\1", b"\x14\x03\x03\0\1\1", b"\xff", b"\0\0\0\5", b"\x15\x03\x03\0\2\1\x70")),
-    "HTTP": Parser(_through_gate, Denied, 8192,
-                   (GET, CHUNKED, GET + b"\r\n"),
-                   (b"\r\n", b"\n", b"a: b\r\n", b"1\r\nx\r\n", GET + b"\r\n", b" ", b"a", b":", b"0")),
-    "HTTP answer": Parser(_as_answer, LostError, 8192,
-                          (OK, OK + b"Content-Length: 9999\r\n\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n", b""),
-                          (b"\r\n", b"\n", b"a: b\r\n", b"1\r\nx\r\n", b"HTTP/1.1 100 C\r\n\r\n", b" ", b":", b"0"),
-                          (b"", b"\r\n\r\n", b"0\r\n\r\n")),
-    "JSON line": Parser(parse_object, WireError, 32768, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
-    "MCP line": Parser(read_mcp, WireError, 32768, (b"", b'{"jsonrpc":"2.0","id":1,"result":', b'{"a":"'), JSON,
-                       (b"", b'"}', b"}")),
-    "manifest": Parser(parse_manifest_core, IsolatorError, 16384, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
-    "policy": Parser(lambda data: parse_plugin_policy(data, source="p.toml"), IsolatorError, 8192,
-                     (b"", b"[grant]\n", b"[grant]\nhooks = [", b'[grant]\negress = ["'),
-                     (*(bytes((byte,)) for byte in b"\"'\\\n[]a=1,.{}# "), b'"""')),
-}  # fmt: skip
-
-
-def steps(parser: Parser, data: bytes) -> int:
-    """Lines executed in reading ``data``."""
-    count = 0
-
-    def line(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        count += event == "line"
-        return line
-
-    before = sys.gettrace()
-    sys.settrace(line)
-    try:
-        parser.parse(data)
-    except parser.errors:
-        pass
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.timeout(0)

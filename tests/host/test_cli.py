@@ -246,7 +246,8 @@ async def test_misspelt_command_is_answered_with_the_one_that_was_meant(daemon: 
 async def test_missing_option_is_named_with_its_choices_on_one_line(daemon: Daemon) -> None:
     ran = await isolator(daemon.root, "new", "/nowhere/x")
     assert (ran.code, ran.err.count("\n"), "\\n" in ran.err) == (2, 1, False)
-    assert "Missing option '--lang'. Choose from: go, node, python, rust, sh; try 'isolator new --help'" in ran.err
+    choices = "go, node, python, rust, sh, typescript"
+    assert f"Missing option '--lang'. Choose from: {choices}; try 'isolator new --help'" in ran.err
 
 
 async def test_a_failed_emit_has_its_exit_code_and_its_reason(daemon: Daemon) -> None:

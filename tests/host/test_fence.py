@@ -108,10 +108,9 @@ def touch(sidecar: Sidecar, name: str) -> None:
     (sidecar.folder / name).touch()
 
 
-async def delivery(daemon: Daemon, event: dict[str, Any]) -> dict[str, Any]:
-    (one,) = (await daemon.ask("event.show", id=event["id"]))["deliveries"]
-    assert isinstance(one, dict)
-    return one
+async def deliveries(daemon: Daemon, event: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The deliveries of an event by plugin."""
+    return {one["plugin"]: one for one in (await daemon.ask("event.show", id=event["id"]))["deliveries"]}
 
 
 async def test_plugin_past_its_deadline_is_sent_nothing_until_that_is_moved(made: FencedDaemon) -> None:
@@ -121,7 +120,7 @@ async def test_plugin_past_its_deadline_is_sent_nothing_until_that_is_moved(made
     await made.order("hold", "caller", boottime() - 1)
     event = await made.emit()
     await made.until_held("caller")
-    assert made.ensured == [] and (await delivery(made, event))["attempts"] == 0
+    assert made.ensured == [] and (await deliveries(made, event))["caller"]["attempts"] == 0
     await made.kill_host()
     made.fences = {"caller": LOST}
     await made.start_host()
@@ -148,50 +147,32 @@ async def test_call_past_the_deadline_is_answered_once_that_is_moved(made: Fence
     assert (await made.outcome(event))["deliveries"][0]["state"] == "ok"
 
 
-async def _replied_past_its_deadline(made: FencedDaemon) -> dict[str, Any]:
-    """A plugin is frozen while it has an event, and its reply comes all the same; returns the event."""
+async def test_attempt_that_ends_past_the_deadline_has_an_outcome_once_that_is_moved(made: FencedDaemon) -> None:
     await made.start()
-    plugin = made.add("caller", CALLER)
+    names = ("replies", "dies", "lost")
+    plugins = {name: made.add(name, CALLER) for name in names}
     event = await made.emit()
-    await made.until_written("caller", "handled")
-    await made.order("hold", "caller", boottime() - 1)
-    touch(plugin, "go")
-    await made.until_idle("caller")
-    assert (await delivery(made, event))["state"] == "in_flight"
+    for name, plugin in plugins.items():
+        await made.until_written(name, "handled")
+        await made.order("hold", name, boottime() - 1)
+        if name == "dies":
+            assert plugin.process is not None
+            plugin.process.kill()
+        touch(plugin, "go")
+        await made.until_idle(name)
+    assert {one["state"] for one in (await deliveries(made, event)).values()} == {"in_flight"}
     assert made.of_type("event.response") == []
-    return event
 
-
-async def test_reply_past_the_deadline_is_an_outcome_once_that_is_moved(made: FencedDaemon) -> None:
-    event = await _replied_past_its_deadline(made)
-    await made.order("hold", "caller", boottime() + seconds(600))
-    (outcome,) = (await made.outcome(event))["deliveries"]
-    assert (outcome["state"], outcome["attempts"]) == ("ok", 1)
-    assert (await made.lines("caller")).count("handled") == 1
-
-
-async def test_reply_of_a_lost_plugin_is_no_attempt(made: FencedDaemon) -> None:
-    event = await _replied_past_its_deadline(made)
-    await made.order("lost", "caller")
-    await made.until(lambda: made.of_type("event.response"))
-    assert made.of_type("event.response")[0]["data"]["status"] == "frozen"
-    found = await delivery(made, event)
-    assert (found["state"], found["attempts"]) == ("retry", 0)
-
-
-async def test_failure_of_a_plugin_that_was_held_back_is_no_attempt(made: FencedDaemon) -> None:
-    await made.start()
-    plugin = made.add("caller", CALLER)
-    event = await made.emit()
-    await made.until_written("caller", "handled")
-    await made.order("hold", "caller", boottime() - 1)
-    assert plugin.process is not None
-    plugin.process.kill()
-    await made.until_idle("caller")
-    touch(plugin, "go")
-    await made.order("hold", "caller", boottime() + seconds(600))
-    (outcome,) = (await made.outcome(event))["deliveries"]
-    assert (outcome["state"], outcome["attempts"], outcome["crashes"]) == ("ok", 1, 0)
+    await made.order("lost", "lost")
+    await made.until(lambda: [r["data"]["status"] for r in made.of_type("event.response")] == ["frozen"])
+    found = (await deliveries(made, event))["lost"]
+    assert (found["state"], found["attempts"]) == ("retry", 0), "another host repeats it"
+    for name in ("replies", "dies"):
+        await made.order("hold", name, boottime() + seconds(600))
+    await made.until(lambda: [r["data"]["outcome"] for r in made.of_type("event.response")].count("ok") == 2)
+    found = await deliveries(made, event)
+    assert [(found[name]["state"], found[name]["attempts"]) for name in ("replies", "dies")] == [("ok", 1)] * 2
+    assert (await made.lines("replies")).count("handled") == 1
 
 
 async def test_host_without_the_check_sends_and_answers_past_the_deadline(made: FencedDaemon) -> None:

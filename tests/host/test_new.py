@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from host.authoring.new import LANGUAGES
+from host.authoring.languages import COMPILED, MODES
 from tests.host.fake_supervisor import Daemon
 from tests.host.test_cli import isolator
+from tests.support.new_plugins import need
 
-NEEDS = {"python": "/usr/bin/python3", "node": "node", "go": "go", "rust": "rustc", "sh": "perl"}
+SOURCES = {language: files[0][1] for language, files in MODES["oneshot"].items()}
+EACH = [pytest.param(one, marks=pytest.mark.wide if one == "typescript" else ()) for one in sorted(SOURCES)]
+WITHOUT_BUILDS = [pytest.param(one, marks=pytest.mark.wide if one in COMPILED else ()) for one in sorted(SOURCES)]
 
 
-@pytest.mark.parametrize("language", sorted(LANGUAGES))
+@pytest.mark.parametrize("language", EACH)
 async def test_a_new_plugin_works_as_written(daemon: Daemon, language: str) -> None:
-    if shutil.which(NEEDS[language]) is None:
-        pytest.skip(f"{NEEDS[language]} is not installed")
+    need(language)
     folder = daemon.root / "my-plugin"
     ran = await isolator(daemon.root, "new", str(folder), "--lang", language)
     assert ran.code == 0, ran.err
@@ -41,6 +42,7 @@ async def test_a_new_plugin_works_as_written(daemon: Daemon, language: str) -> N
 FAILING = {
     "python": ('    return {"status": "ok"}\n', '    raise OSError("no answer")\n'),
     "node": ('  return { status: "ok" };\n', '  throw new Error("no answer");\n'),
+    "typescript": ('  return { status: "ok" };\n', '  throw new Error("no answer");\n'),
     "go": ('\treturn map[string]any{"status": "ok"}\n', '\tpanic("no answer")\n'),
     "rust": ('    r#"{"status":"ok"}"#\n', '    panic!("no answer")\n'),
     "sh": ("trap - EXIT\n", "echo no answer >&2\nfalse\ntrap - EXIT\n"),
@@ -48,15 +50,14 @@ FAILING = {
 """By language, how its handler works and how it fails."""
 
 
-@pytest.mark.parametrize("language", sorted(LANGUAGES))
+@pytest.mark.parametrize("language", WITHOUT_BUILDS)
 async def test_failing_handler_of_a_new_plugin_asks_for_another_delivery_and_logs_why(
     daemon: Daemon, language: str
 ) -> None:
-    if shutil.which(NEEDS[language]) is None:
-        pytest.skip(f"{NEEDS[language]} is not installed")
+    need(language)
     folder = daemon.root / "my-plugin"
     assert (await isolator(daemon.root, "new", str(folder), "--lang", language)).code == 0
-    source = folder / LANGUAGES[language][0][1].format(name="my-plugin")
+    source = folder / SOURCES[language].format(name="my-plugin")
     text, (works, fails) = source.read_text(), FAILING[language]
     assert text.count(works) == 1
     source.write_text(text.replace(works, fails))

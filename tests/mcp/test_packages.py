@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from host.authoring.pack import pack_folder
+from host.cli.packages.download import Address
 from host.cli.packages.fetch import unpack
+from isolator.errors import UsageError
 from tests.mcp.client import Client, text
 from tests.support.mcp_servers import server
 from tests.support.pretend_internet import pretend_internet
-from tests.support.registry import HOST_TOML, Registry, link, tarball, wheel
+from tests.support.registry import FILES, HOST_TOML, NAME, Registry, link, tarball, wheel
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, daemon
+from tests.system.daemon import Daemon, daemon, write_plugin
 
 REPORT, END = b'{"programs": {}, "hashes": {"a@1": "sha256-x"}}\n', b'{"end": true}\n'
 PYTHON = {"time_server/__init__.py": "def main():\n    from . import server\n"}
@@ -48,17 +52,11 @@ class Packaged:
 
     def add(self, package: str, *words: str, code: int = 0) -> str:
         """``plugin add --mcp``; returns what it writes."""
-        command = [
-            *self._enter,
-            "isolator",
-            "--root",
-            str(self.daemon.root),
-            "plugin",
-            "add",
-            "--mcp",
-            package,
-            "--yes",
-        ]
+        return self.run("add", "--mcp", package, "--yes", *words, code=code)
+
+    def run(self, *words: str, code: int = 0) -> str:
+        """A command of ``plugin``; returns what it writes."""
+        command = [*self._enter, "isolator", "--root", str(self.daemon.root), "plugin"]
         ran = subprocess.run(
             [*command, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
             timeout=seconds(180),
@@ -207,23 +205,144 @@ def test_hostile_registry_gets_nothing_staged(packaged: Packaged, package: Calla
     assert "bad" not in [one["name"] for one in packaged.daemon.json("plugin", "list")]
 
 
-@pytest.mark.wide
-def test_slow_registry_is_given_up(packaged: Packaged) -> None:
-    registry, toml = packaged.registry, packaged.daemon.root / "etc/isolator/host.toml"
-    registry.pypi("bad", "1.0", PYTHON, script="time_server:main")
-    registry.slow.add("/bad-1.0-py3-none-any.whl")
+@pytest.fixture
+def in_a_hurry(packaged: Packaged) -> Iterator[None]:
+    """Eight seconds for a package."""
+    toml = packaged.daemon.root / "etc/isolator/host.toml"
     before = toml.read_text()
     toml.write_text(before.replace(f'timeout = "{seconds(60):.0f}s"', 'timeout = "8s"'))
-    try:
-        assert "is not done in the time that it has" in packaged.add("pypi:bad==1.0", code=1)
-    finally:
-        toml.write_text(before)
+    yield
+    toml.write_text(before)
 
 
-def test_package_without_an_exact_version_is_refused(packaged: Packaged) -> None:
-    for text_ in ("npm:server", "npm:server@latest", "pypi:server>=1", "pypi:server==", "gem:server@1", "server"):
-        assert "names no package in one exact version" in packaged.add(text_, code=2)
-    assert "HOST:PORT" in packaged.add("npm:server@1.0.0", "--egress", "nowhere", code=2)
+@pytest.mark.wide
+@pytest.mark.usefixtures("in_a_hurry")
+def test_slow_registry_is_given_up(packaged: Packaged) -> None:
+    packaged.registry.pypi("bad", "1.0", PYTHON, script="time_server:main")
+    packaged.registry.slow.add("/bad-1.0-py3-none-any.whl")
+    assert "is not done in the time that it has" in packaged.add("pypi:bad==1.0", code=1)
+
+
+# --- packages from an address --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parcels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Two versions of a plugin, packed."""
+    folder = tmp_path_factory.mktemp("parcel")
+    return {
+        version: pack_folder(write_plugin(folder / "parcel", version=version), folder / version).path.read_bytes()
+        for version in ("1.0.0", "1.1.0")
+    }
+
+
+def test_package_at_an_address_is_fetched_and_on_record(packaged: Packaged, parcels: dict[str, bytes]) -> None:
+    registry, d = packaged.registry, packaged.daemon
+    registry.files |= {"/p/parcel-1.0.0.isolator": parcels["1.0.0"], "/p/new": parcels["1.1.0"]}
+    registry.heads["/p/latest"] = (302, {"Location": "/p/parcel-1.0.0.isolator", "Content-Length": "0"})
+    digest = hashlib.sha256(parcels["1.0.0"]).hexdigest()
+    url = f"https://{NAME}/p/latest"
+    assert "added parcel 1.0.0" in packaged.run("add", url, "--yes", "--sha256", digest)
+    (record,) = [one for one in d.records() if one["type"] == "package.resolved" and one["plugin"] == "parcel"]
+    assert record["data"]["package"] == url and record["data"]["hashes"] == {"latest": f"sha256-{digest}"}
+    packaged.run("update", "parcel", f"https://{NAME}/p/new", "--yes")
+    assert d.json("plugin", "show", "parcel")["version"] == "1.1.0"
+
+
+def _elsewhere(registry: Registry, _: bytes) -> str:
+    registry.heads["/p/bad"] = (302, {"Location": f"https://{FILES}/p/good", "Content-Length": "0"})
+    return "leads to https://files.example.com"
+
+
+def _round(registry: Registry, _: bytes) -> str:
+    registry.heads["/p/bad"] = (307, {"Location": "/p/bad", "Content-Length": "0"})
+    return "redirects without end"
+
+
+def _plain(registry: Registry, _: bytes) -> str:
+    registry.heads["/p/bad"] = (301, {"Location": f"http://{NAME}/p/good", "Content-Length": "0"})
+    return "leads to http://"
+
+
+def _too_short(registry: Registry, good: bytes) -> str:
+    registry.heads["/p/bad"] = (200, {"Content-Length": str(len(good) + 9)})
+    return f"closes after {len(good)} of {len(good) + 9} bytes"
+
+
+def _too_long(registry: Registry, good: bytes) -> str:
+    registry.heads["/p/bad"] = (200, {"Content-Length": str(len(good) - 9)})
+    return "ends too early"
+
+
+def _endless(registry: Registry, _: bytes) -> str:
+    registry.files["/p/bad"] = 4 << 30
+    registry.heads["/p/bad"] = (200, {})
+    return "has written more than it may"
+
+
+def _nothing(registry: Registry, _: bytes) -> str:
+    registry.heads["/p/bad"] = (500, {"Content-Length": "0"})
+    return "answers 500"
+
+
+def _no_package(registry: Registry, _: bytes) -> str:
+    registry.files["/p/bad"] = b"<html>" * 200
+    return "is no package"
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        _elsewhere,
+        *(
+            pytest.param(one, marks=pytest.mark.wide)
+            for one in (_round, _plain, _too_short, _too_long, _endless, _nothing, _no_package)
+        ),
+    ],
+)
+def test_hostile_server_of_a_package_gets_nothing_staged(
+    packaged: Packaged, parcels: dict[str, bytes], server: Callable[[Registry, bytes], str]
+) -> None:
+    registry, good = packaged.registry, parcels["1.0.0"]
+    registry.heads.pop("/p/bad", None)
+    registry.files |= {"/p/bad": good, "/p/good": good}
+    why, before = server(registry, good), packaged.daemon.json("plugin", "list")
+    written = packaged.run("add", f"https://{NAME}/p/bad", "--yes", code=2 if server in (_too_long, _no_package) else 1)
+    assert why in written, written
+    assert "/p/good" not in registry.asked[-1:]
+    assert [one["name"] for one in packaged.daemon.json("plugin", "list")] == [one["name"] for one in before]
+
+
+@pytest.mark.wide
+@pytest.mark.usefixtures("in_a_hurry")
+def test_slow_server_of_a_package_is_given_up(packaged: Packaged, parcels: dict[str, bytes]) -> None:
+    packaged.registry.files["/p/slow"] = parcels["1.0.0"]
+    packaged.registry.slow.add("/p/slow")
+    assert "is not done in the time that it has" in packaged.run("add", f"https://{NAME}/p/slow", "--yes", code=1)
+
+
+@pytest.mark.wide
+def test_package_with_another_digest_than_was_named_is_refused(packaged: Packaged, parcels: dict[str, bytes]) -> None:
+    packaged.registry.files["/p/other"] = parcels["1.0.0"]
+    written = packaged.run("add", f"https://{NAME}/p/other", "--yes", "--sha256", "0" * 64, code=1)
+    assert "its SHA-256 is" in written
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://", "https://user@example.com/p", "https://example.com/p#x",
+     "https://example.com:99999/p", "https://exa mple.com/p", "https://ex\nample.com/p", "https://*.example.com/p"],
+)  # fmt: skip
+def test_address_that_is_not_one_of_a_package_is_refused(address: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Address.of(address)
+    assert str(caught.value).isprintable()
+
+
+def test_address_without_encryption_is_refused(packaged: Packaged) -> None:
+    assert "use https://" in packaged.run("add", "http://example.com/p", "--yes", code=2)
+    assert "64 hexadecimal" in packaged.run("add", "https://example.com/p", "--yes", "--sha256", "12", code=2)
+    assert "--sha256" in packaged.run("add", "./parcel", "--yes", "--sha256", "0" * 64, code=2)
 
 
 @pytest.mark.parametrize(

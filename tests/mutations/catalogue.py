@@ -32,6 +32,10 @@ _PATHS = "runners/test_paths.py::"
 _SERVERS = "mcp/test_servers.py::"
 _WAITS = "system/reload/test_what_waits.py::"
 
+_CERTIFIED = (
+    "authoring/test_certify.py::test_policy_takes_what_a_certifier_signed_or_this_host_has_made_and_nothing_else"
+)
+
 MUTATIONS = (
     *_mutations(
         "isolator/supervisor/reload/reloader.py",
@@ -46,6 +50,24 @@ MUTATIONS = (
             "                await daemon.runners.pause()\n",
             "                pass\n",
             "runners/test_reload.py::test_descriptor_that_takes_minutes_to_close_holds_up_no_reload",
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/proposals.py",
+        (
+            "a policy's demand for a certificate is not looked at",
+            "        if grant.certified and release is not None:\n",
+            "        if False:\n",
+            _CERTIFIED,
+        ),
+    ),
+    *_mutations(
+        "isolator/registration/certificates.py",
+        (
+            "whoever signs a certificate is a certifier",
+            "        if verifies(key, signed, claim.signatures):\n",
+            "        if claim.signatures:\n",
+            _CERTIFIED,
         ),
     ),
     *_mutations(
@@ -467,6 +489,39 @@ MUTATIONS = (
             "if entry.answered > oldest:",
             "if False:",
             "policy/test_destinations.py",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/routes.py",
+        (
+            "gateways of routes with several hops are not known",
+            "yield from _hops(value[offset + _NEXT_HOP : offset + length])",
+            "pass",
+            "linux/test_routes.py::test_gateway_of_each_form_is_found_and_nothing_else",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/unprivileged.py",
+        (
+            "nobody looks whether a service has lost its privileges",
+            "if found != wanted or left or uid == 0:",
+            "if False:",
+            "supervisor/test_zygote.py::test_privilege_that_stays_is_noticed",
+        ),
+        (
+            "a service keeps its bounding set",
+            "    drop_bounding_set(last_capability())\n    os.setgroups",
+            "    os.setgroups",
+            "supervisor/test_zygote.py::test_forked_service_is_what_an_executed_one_is",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/sibling.py",
+        (
+            "forked services draw the same random numbers",
+            "        interpreter.PyOS_AfterFork_Child()\n",
+            "",
+            "supervisor/test_zygote.py::test_forked_service_is_what_an_executed_one_is",
         ),
     ),
     *_mutations(

@@ -58,7 +58,7 @@ def test_host_toml_shows_every_key() -> None:
     assert set(data["audit"]) == set(HostConfig().audit.model_dump())
     assert set(data["console"]) == {"port", "emit"} and set(data["ingress"]["shop"]) == {"secret_file", "events"}
     assert set(data["cluster"]) == set(Cluster.model_fields) - {"secret"}
-    assert set(data["trust"]) == {"require", "withdrawn", "publishers"}
+    assert set(data["trust"]) == {"require", "withdrawn", "publishers", "certifiers"}
     assert set(data["trust"]["publishers"]["acme"]) == {"key", "names"}
     assert set(data["metrics"]) == {"address", "port"}
     assert settings(parse_host_config(text.encode(), source="host.toml")) != settings(HostConfig())

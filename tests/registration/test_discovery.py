@@ -7,8 +7,10 @@ import json
 import os
 from pathlib import Path
 
+from host.authoring.pack import pack_folder
 from isolator.linux.folder_watch import FolderWatch
 from isolator.policy.host import HostConfig
+from isolator.reader.package import header
 from isolator.registration.discovery import MAX_ENTRIES, scan
 from isolator.registration.reading import ManifestReader
 from tests.system.daemon import write_plugin
@@ -50,6 +52,29 @@ def test_broken_folder_never_hides_another(tmp_path: Path) -> None:
     names = found(tmp_path)
     assert names.pop("good") == ""
     assert len(names) == 5 and all(names.values()), names
+
+
+def test_package_is_found_as_its_folder_would_be(tmp_path: Path) -> None:
+    pack_folder(write_plugin(tmp_path / "away/parcel"), tmp_path / "any.isolator")
+    pack_folder(write_plugin(tmp_path / "away/many", **{"description": "x" * 3000}), tmp_path / "b.isolator")
+    names = found(tmp_path)
+    assert names == {"parcel": "", "many": ""}
+    assert found(tmp_path, registered={"parcel": f"{tmp_path}/any.isolator"}) == {"many": ""}
+
+
+def test_file_that_is_no_package_is_rejected_and_hides_nothing(tmp_path: Path) -> None:
+    good = pack_folder(write_plugin(tmp_path / "away/parcel"), tmp_path / "parcel.isolator").path.read_bytes()
+    (tmp_path / "parcel.tar").write_bytes(good)
+    bad = {"empty": b"", "short": good[:700], "text": b"<html>" * 500, "huge": header(b"a", 8**11 - 1) + bytes(512)}
+    for name, content in bad.items():
+        (tmp_path / f"{name}.isolator").write_bytes(content)
+    os.mkfifo(tmp_path / "fifo.isolator")
+    (tmp_path / "link.isolator").symlink_to("parcel.isolator")
+    names = found(tmp_path)
+    assert names.pop("parcel") == ""
+    assert len(names) == len(bad) + len(["fifo"]) and all("is no package" in error for error in names.values()), names
+    (tmp_path / "empty.isolator").write_bytes(good.replace(b"parcel", b"second"))
+    assert found(tmp_path)["second"] == ""
 
 
 def test_scan_of_a_folder_is_bounded(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Registry:
 
     def __init__(self, internet: Internet, directory: Path) -> None:
         self.files: dict[str, bytes | int] = {}
+        self.heads: dict[str, tuple[int, dict[str, str]]] = {}
+        """Status and headers, by path, in place of those that fit the file."""
         self.slow: set[str] = set()
         self.asked: list[str] = []
         self.closed = threading.Event()
@@ -62,9 +64,11 @@ class Registry:
         path = request.path.split("?")[0].replace("%2f", "/").replace("%2F", "/")
         self.asked.append(path)
         found = self.files.get(path)
-        request.send_response(200 if found is not None else 404)
         size = found if isinstance(found, int) else len(found or b"")
-        request.send_header("Content-Length", str(size))
+        status, headers = self.heads.get(path, (200 if found is not None else 404, {"Content-Length": str(size)}))
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
         kind = "text/html" if path.startswith("/simple/") else "application/json"
         request.send_header("Content-Type", kind)
         request.end_headers()
@@ -79,6 +83,7 @@ class Registry:
                     return
         else:
             request.wfile.write(found or b"")
+        request.close_connection |= path in self.heads
 
     def npm(
         self, name: str, version: str, files: Mapping[str, str], *, archive: bytes | None = None, integrity: str = "",

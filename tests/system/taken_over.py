@@ -1,6 +1,6 @@
 """A process of the daemon's, taken over: it does its work, and sends the supervisor whatever a test wants.
 
-``python3 -I -m tests.system.taken_over MODULE ARGUMENTS`` is MODULE, of the daemon's services, with a socket of its own
+``tests.system.taken_over`` with ``TAKEN=MODULE`` is MODULE, of the daemon's services, with a socket of its own
 (``$ORDERS/MODULE``) that takes lines of JSON. ``{"op": NAME, "fields": {}}`` goes to the supervisor over the channel
 that the process was given, with a descriptor of ``{"folder": PATH}``. ``{"connect": PATH}`` and ``{"open": PATH}`` are
 done with the process's own rights. ``{"fence": [VERB, ...]}`` calls the fences of a host, as a holder of leases does.
@@ -37,13 +37,16 @@ class TakenOver(Daemon):
         orders.mkdir(exist_ok=True)
         orders.chmod(0o777)
         program = (
-            "import sys; from isolator.supervisor import service; real = service.service_command\n"
-            "def command(module, *rest):\n"
-            "    words = real(module, *rest)\n"
-            "    at = words.index(module)\n"
-            f"    taken = ['tests.system.taken_over', {str(orders)!r}, module]\n"
-            "    return words[:at] + (taken if 'broker' not in module else [module]) + words[at + 1:]\n"
-            "service.service_command = command\n"
+            "import sys\n"
+            "from dataclasses import replace\n"
+            "from isolator.supervisor.zygote import Zygote\n"
+            "real = Zygote.fork\n"
+            "def fork(zygote, spec, descriptors):\n"
+            "    if 'broker' not in spec.module:\n"
+            f"        zygote.environment['ORDERS'], zygote.environment['TAKEN'] = {str(orders)!r}, spec.module\n"
+            "        spec = replace(spec, module='tests.system.taken_over')\n"
+            "    return real(zygote, spec, descriptors)\n"
+            "Zygote.fork = fork\n"
             "from host.cli.main import main; sys.exit(main())"
         )
         return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
@@ -125,8 +128,8 @@ def _keep_fences() -> None:
 
 def main() -> None:
     """Run the service, and obey."""
-    orders, module = sys.argv[1:3]
-    sys.argv = [module, *sys.argv[3:]]
+    orders, module = os.environ["ORDERS"], os.environ["TAKEN"]
+    sys.argv[0] = module
     real = channel.Channel.__init__
     kept = []
 

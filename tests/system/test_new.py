@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -13,18 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from host.authoring.new import LANGUAGES
 from host.events import BUILT_IN, OPERATIONAL
+from tests.host.test_new import EACH, SOURCES, WITHOUT_BUILDS
 from tests.support.go import go_cache
+from tests.support.new_plugins import need
 from tests.system.daemon import Daemon, daemon, wait_for
 
-NEEDS = {"python": "/usr/bin/python3", "node": "/usr/bin/node", "go": "go", "rust": "rustc", "sh": "perl"}
 AGREE = re.compile(r"^(isolator plugin add .*)$", re.MULTILINE)
 
 
 def _new(parent: Path, language: str) -> Path:
-    if shutil.which(NEEDS[language]) is None:
-        pytest.skip(f"{NEEDS[language]} is not installed")
+    need(language)
     folder = parent / f"my-{language}"
     subprocess.run(["isolator", "new", str(folder), "--lang", language], check=True, capture_output=True)
     return folder
@@ -45,7 +43,7 @@ def running() -> Iterator[Daemon]:
         yield d
 
 
-@pytest.mark.parametrize("language", sorted(LANGUAGES))
+@pytest.mark.parametrize("language", EACH)
 def test_what_the_readme_says_works_as_written(running: Daemon, tmp_path: Path, language: str) -> None:
     folder = _new(tmp_path, language)
     name, root = folder.name, str(running.root)
@@ -63,10 +61,10 @@ def test_what_the_readme_says_works_as_written(running: Daemon, tmp_path: Path, 
         )
         wait_for(lambda: "deploy.completed project-1" in running.cli("plugin", "logs", name).stdout)
 
-        source = folder / LANGUAGES[language][0][1].format(name=name)
+        source = folder / SOURCES[language].format(name=name)
         manifest = json.loads((folder / "plugin.json").read_text())
         (folder / "plugin.json").write_text(json.dumps(manifest | {"version": "0.2.0"}))
-        source.write_text(source.read_text() + ("// " if language in ("go", "rust", "node") else "# ") + "changed\n")
+        source.write_text(source.read_text() + ("# " if language in ("python", "sh") else "// ") + "changed\n")
         assert f"{name} 0.2.0 is in use now" in _run(second, folder, ISOLATOR_ROOT=root)
         example = running.cli("event", "types", "deploy.completed", "--example").stdout
         emitted = running.json("event", "emit", "deploy.completed", example, "--wait")
@@ -80,7 +78,7 @@ def test_example_of_every_event_is_a_payload_that_is_accepted(running: Daemon, e
     running.cli("event", "emit", event, running.cli("event", "types", event, "--example").stdout)
 
 
-@pytest.mark.parametrize("language", sorted(LANGUAGES))
+@pytest.mark.parametrize("language", WITHOUT_BUILDS)
 def test_a_reply_ends_the_connection(tmp_path: Path, language: str) -> None:
     """Hosts that read to end of file get there, for each of several events in a row."""
     folder = _new(tmp_path, language)

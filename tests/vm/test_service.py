@@ -113,6 +113,10 @@ def test_a_cage_has_all_controllers_and_every_limit(service: Service) -> None:
     }  # fmt: skip
     assert {name: (group / name).read_text().strip() for name in wanted} == wanted
     assert Path(f"/proc/{entry['pid']}/oom_score_adj").read_text().strip() == "500"
+    services = {one.name.split(".")[1]: one for one in group.parent.glob("service.*")}
+    assert services.keys() == {"audit", "broker", "host"}
+    weights = {name: int((one / "cpu.weight").read_text()) for name, one in services.items()}
+    assert min(weights.values()) == 10 * int((group / "cpu.weight").read_text()), "cages could keep a service waiting"
     ledger = service.json("check")
     short = [c for c in ledger["controls"] if c["state"] != "enforced" and c["layer"] != "landlock"]
     assert ledger["ready"] and not short

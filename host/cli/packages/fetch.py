@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES, MOST_FILES = 512 << 20, 50_000
 _LINE = 1 << 20
-_PYTHON = "/usr/bin/python3"
+PYTHON = "/usr/bin/python3"
 _BOUNDS = {
     "memory": 1 << 30, "cpu": 2000, "tasks": 128, "tmp": 768 << 20, "tmp_inodes": 65536, "connects_per_second": 100,
     "connects_open": 256, "nofile": 4096,
@@ -45,16 +46,14 @@ def resolve(root: str | None, package: Package, host_config: HostConfig, folder:
     index, *others = packages.npm if package.kind == "npm" else packages.pypi
     host, slash, path = index.partition("/")
     command = (
-        _PYTHON, "-I", "-c", Path(__file__).with_name("inside.py").read_text(),
+        PYTHON, "-I", "-c", Path(__file__).with_name("inside.py").read_text(),
         package.kind, package.name, package.version, f"https://{host}{slash}{path}", *filter(None, [packages.ca]),
     )  # fmt: skip
     egress = (_destination(host), *map(_destination, others))
     with contextlib.ExitStack() as stack:
-        policy = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".toml"))
-        policy.write(_limits(host_config))
-        policy.flush()
+        policy = stack.enter_context(limits_file(host_config))
         read = (packages.ca,) if packages.ca else ()
-        options = RunOptions(root=root, command=command, egress=egress, read=read, policy=policy.name)
+        options = RunOptions(root=root, command=command, egress=egress, read=read, policy=policy)
         most = MOST_BYTES + MOST_FILES * 1024
         running = stack.enter_context(caged(options, most=most, seconds=packages.timeout))
         running.stdin.close()
@@ -66,12 +65,27 @@ def resolve(root: str | None, package: Package, host_config: HostConfig, folder:
             code, lines = running.end(GRACE)
             if code == 0:
                 raise IsolatorError(str(package), f"the resolver's answer cannot be used: {error}") from None
-            shown = [safe(line) for line in map(str.strip, lines) if line][-3:]
-            why = "; ".join(shown)[:600] or f"the resolver ended with {code}"
-            raise IsolatorError(str(package), why, "see [packages] of host.toml for where it looks") from None
+            raise IsolatorError(
+                str(package), reason(code, lines), "see [packages] of host.toml for where it looks"
+            ) from None
     if _plain(package.name) not in {_plain(name.rpartition("@")[0]) for name in resolved.hashes}:
         raise IsolatorError(str(package), "the registry gave another package")
     return resolved
+
+
+def reason(code: int, lines: list[str]) -> str:
+    """Why a command in a cage has failed, by its exit code and its last words."""
+    shown = [safe(line) for line in map(str.strip, lines) if line][-3:]
+    return "; ".join(shown)[:600] or f"the command in the cage ended with {code}"
+
+
+@contextlib.contextmanager
+def limits_file(host: HostConfig) -> Iterator[str]:
+    """The name of a policy file with the limits of a cage that fetches."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as policy:
+        policy.write(_limits(host))
+        policy.flush()
+        yield policy.name
 
 
 def _limits(host: HostConfig) -> str:
@@ -165,7 +179,7 @@ def write_start(package: Package, entry: str, folder: Path) -> None:
             raise UsageError(str(package), f"its program {entry[:200]!r} is no function of a module")
         module, _, function = entry.partition(":")
         text = (
-            f"#!{_PYTHON} -I\nimport os, sys\n"
+            f"#!{PYTHON} -I\nimport os, sys\n"
             "sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), 'lib'))\n"
             f"from {module} import {function}\nsys.exit({function}())\n"
         )

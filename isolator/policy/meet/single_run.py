@@ -106,6 +106,8 @@ def _without_effect(grant: PluginPolicy) -> Iterator[str]:
     """The parts of a policy file that a single run does not honour, and why."""
     if grant.limits.get("state"):
         yield "filesystem.state has no effect: a single run keeps nothing; --write DIR shows a folder to write to"
+    if grant.certified:
+        yield "require.certified has no effect: a command is no plugin, and nobody certifies it"
     keys = [f"grant.{name}" for name in ("hooks", "permissions", "filters") if getattr(grant, name)]
     keys += [BY_NAME[name].policy for name in _NO_EFFECT if name in grant.limits]
     keys += ["restart"] if grant.restart else []

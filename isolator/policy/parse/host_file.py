@@ -198,23 +198,37 @@ def _metrics(table: Table) -> Metrics:
 
 def _trust(table: Table) -> Trust:
     publishers, found = table.table("publishers"), {}
-    for name in publishers.data:
+    for name in _shown(publishers):
         one = publishers.table(name)
-        if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name):
-            publishers.fail(name, "is shown in records", "use small letters, digits and hyphens")
-        key = one.parsed("key", lambda value: trust.parse_key(printable(value, 64)), "")
+        key = one.parsed("key", _key, "")
         covered = one.strings("names", trust.parse_pattern)
         if not key or not covered:
             publishers.fail(name, f"has no {'names' if key else 'key'}", 'key = "HEX", names = ["acme-*"]')
         found[name] = Publisher(key=key, names=covered)
         one.finish()
+    certifiers = table.table("certifiers")
+    keys = {name: certifiers.parsed(name, _key, "") for name in _shown(certifiers)}
+    certifiers.finish()
     made = Trust(
         require=table.boolean("require", False),
         withdrawn=table.strings("withdrawn", trust.parse_withdrawn, limit=1000) or (),
         publishers=found,
+        certifiers=keys,
     )
     table.finish()
     return made
+
+
+def _key(value: Any) -> str:
+    return trust.parse_key(printable(value, 64))
+
+
+def _shown(table: Table) -> Iterable[str]:
+    """The keys of a table of names that records show."""
+    for name in table.data:
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}", name):
+            table.fail(name, "is shown in records", "use small letters, digits and hyphens")
+        yield name
 
 
 def _console(top: Table) -> Console | None:

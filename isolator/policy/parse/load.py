@@ -74,8 +74,8 @@ def policy_of(top: Table) -> PluginPolicy:
     grant, limits, filesystem = top.table("grant"), top.table("limits"), top.table("filesystem")
     syscalls, restart, delivery = top.table("syscalls"), top.table("restart"), top.table("delivery")
     egress, public = egress_of(grant, "egress")
-    env = top.table("env")
-    tables = (grant, limits, filesystem, syscalls, restart, delivery, env, top)
+    env, require = top.table("env"), top.table("require")
+    tables = (grant, limits, filesystem, syscalls, restart, delivery, env, require, top)
     numbers = declared_in(tables, LIMITS)
     policy = PluginPolicy(
         source=source,
@@ -92,6 +92,7 @@ def policy_of(top: Table) -> PluginPolicy:
         restart=restart_of(restart),
         read=filesystem.strings("read", names.parse_read_path),
         syscalls=syscalls.choice("profile", ("default", "strict"), None),  # type: ignore[arg-type]  # choice() checks it
+        certified=require.boolean("certified", False),
         env=_variables(env),
         where=where_of(top),
     )

@@ -41,7 +41,8 @@ async def exchange(service: ChildProcess) -> None:
         old = service.current
         if old is None or old.channel.closed.is_set() or not service.up.is_set():
             raise UnavailableError(name, "is not up", "try again when it is")
-        new = service.spawn(service.succession())
+        async with service.zygotes.ready() as zygote:
+            new = service.spawn(zygote, service.succession())
         try:
             await service.first_answer(new.channel.call(ALIVE), new)
         except BaseException:

@@ -16,6 +16,7 @@ from typing import Any
 from isolator.ipc.succession import Passage
 from isolator.supervisor import service
 from isolator.supervisor.service import ChildProcess, Generation
+from isolator.supervisor.zygote import Zygote
 from tests.system.daemon import Daemon
 
 STEPS = ("loading", "held", "part", "left", "went on")
@@ -62,9 +63,9 @@ def main() -> None:
     spawn, hold, go_on, part = ChildProcess.spawn, ChildProcess.hold, ChildProcess.go_on, Passage.part
     first_answer = ChildProcess.first_answer
 
-    def spawned(self: ChildProcess, inherited: dict[str, int]) -> Generation:
+    def spawned(self: ChildProcess, zygote: Zygote, inherited: dict[str, int]) -> Generation:
         exchanged = self.changing.locked()
-        made = spawn(self, inherited)
+        made = spawn(self, zygote, inherited)
         if exchanged:
             present.update(service=self, old=self.current, new=made)
             reached("loading")

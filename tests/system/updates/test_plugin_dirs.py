@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from host.authoring.pack import pack_folder
 from host.client.client import Client
 from isolator.errors import UsageError
 from tests.system.daemon import daemon, event, wait_for, write_plugin
@@ -43,6 +44,14 @@ def test_found_plugins_wait_for_approval(tmp_path: Path) -> None:
         assert states(d) == {"found-one": "running", "broken": "rejected"}
         (added,) = [r for r in d.records() if r["type"] == "plugin.added"]
         assert added["plugin"] == "found-one"
+
+        pack_folder(make(tmp_path / "away/parcel", "1.0.0"), place / "parcel.isolator")
+        wait_for(lambda: states(d).get("parcel") == "pending")
+        d.cli("plugin", "approve", "parcel", "--yes")
+        d.cli("event", "emit", "deploy.completed", event("packed"), "--wait")
+        assert states(d)["parcel"] == "running"
+        (place / "parcel.isolator").unlink()
+        d.cli("plugin", "remove", "parcel", "--yes")
 
         # What comes, changes and goes while it runs.
         make(later / "late-comer", "3.0.0")
