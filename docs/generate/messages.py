@@ -1,4 +1,4 @@
-"""Tables of the messages between processes, from isolator/ipc/messages.py."""
+"""Tables of the messages between processes, from isolator/ipc/messages/."""
 
 from __future__ import annotations
 
@@ -79,5 +79,6 @@ def _own(body: type[Body]) -> Iterator[str]:
 
 @functools.cache
 def _classes() -> dict[str, ast.ClassDef]:
-    tree = ast.parse(inspect.getsource(messages))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    modules = [module for module in vars(messages).values() if inspect.ismodule(module)]
+    trees = [ast.parse(inspect.getsource(module)) for module in modules]
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}

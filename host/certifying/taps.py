@@ -17,6 +17,7 @@ from host.certifying.single import Single
 from host.delivery.sidecar import SidecarLink
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
+from isolator.ipc.fence import Fence
 from isolator.ipc.tasks import Tasks
 
 LIMIT = 2 << 20
@@ -53,8 +54,8 @@ class Peer:
 class TappedLink(SidecarLink):
     """Link to a sidecar whose connections are tapped."""
 
-    def __init__(self, name: str, supervisor: Channel, audit: AuditClient, *, stage: Stage) -> None:
-        super().__init__(name, supervisor, audit)
+    def __init__(self, name: str, supervisor: Channel, audit: AuditClient, fence: Fence, *, stage: Stage) -> None:
+        super().__init__(name, supervisor, audit, fence)
         self.stage = stage
         self.played = 0
         """Number of the last scene that is played once only."""

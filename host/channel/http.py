@@ -136,6 +136,11 @@ class HttpExchange:
             self.sent_ns = time.perf_counter_ns()
             self._listen(self._loop.time() + self._timeout)
 
+    def give_up(self, why: str) -> None:
+        """End a request that was not sent, for that reason."""
+        self.sent_ns = time.perf_counter_ns()
+        self._fail(LostError(why))
+
     @property
     def unanswered(self) -> bool:
         """Whether sending has begun, and the answer is still to come."""

@@ -92,6 +92,11 @@ class Exchange:
         exchange._listen(state.deadline)
         return exchange
 
+    def give_up(self, why: str) -> None:
+        """End a request that was not sent, for that reason."""
+        self.sent_ns = time.perf_counter_ns()
+        self._fail(why)
+
     def close(self) -> None:
         """Await the reply no more; a request that was not sent yet never is."""
         self.reply.cancel()

@@ -21,7 +21,8 @@ def fails(shown: Mapping[str, Any]) -> bool:
 def all_notes(shown: Mapping[str, Any]) -> list[str]:
     """Everything an operator should know about a plugin, the most urgent first, each once."""
     holding = None if shown.get("paused") else shown.get("holding")
-    found = [shown.get("error"), waiting(shown), paused(shown), failing(shown), holding]
+    error, lease = shown.get("error") or "", shown.get("lease") or ""
+    found = [error, waiting(shown), paused(shown), failing(shown), holding, lease if lease not in error else None]
     return [note for note in dict.fromkeys(found) if note]
 
 

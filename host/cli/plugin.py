@@ -86,7 +86,7 @@ def show(root: str | None, name: str, as_json: bool) -> None:
         print_json(found)
         return
     shown = ["name", "version", "state", "error", "holding", "pid", "uid", "run", "restarts", "mode", "hooks", "queue"]
-    for key in (*shown, "digest", "signer", "effective_digest", "binary", "source", "found", "previous"):
+    for key in (*shown, "lease", "digest", "signer", "effective_digest", "binary", "source", "found", "previous"):
         if found.get(key) not in (None, "", []):
             click.echo(f"{key + ':':18}{safe(found[key])}")
         if key == "state" and (waits := _waits_for_socket(found)):

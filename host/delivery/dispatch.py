@@ -22,20 +22,22 @@ from host.delivery.sidecar import SidecarLink
 from host.delivery.stream import HostApiCall, StreamDelivery
 from host.delivery.worker import Worker, WorkerState
 from host.events import Catalogue
+from host.fence.fences import Fences
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
+from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
 
-SidecarLinks = Callable[[str, Channel, AuditClient], SidecarLink]
-"""Makes the link to the sidecar of a plugin: (plugin, supervisor, audit)."""
+SidecarLinks = Callable[[str, Channel, AuditClient, Fence], SidecarLink]
+"""Makes the link to the sidecar of a plugin: (plugin, supervisor, audit, fence)."""
 
 
 class Dispatcher:
@@ -62,6 +64,7 @@ class Dispatcher:
         serve_invocation: Callable[[str, str, socket.socket], None],
         end_invocation: Callable[[str, str], None],
         pauses: Pauses,
+        fences: Fences,
         servers: Callable[[], Servers],
         sidecars: SidecarLinks = SidecarLink,
     ) -> None:
@@ -69,6 +72,7 @@ class Dispatcher:
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
+        self._fences = fences
         self._logs, self._serve_invocation, self._end_invocation = logs, serve_invocation, end_invocation
         self._source, self._config_value, self._sidecars = source, config_value, sidecars
         self._before: dict[str, WorkerState] = {}
@@ -76,9 +80,9 @@ class Dispatcher:
         self._descriptors = Descriptors([])
 
     def _new_worker(self, name: str) -> Worker:
-        consumer = self._queue.consumer(name)
-        sidecar = self._sidecars(name, self._supervisor, self._audit)
-        outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts)
+        consumer, fence = self._queue.consumer(name), self._fences.of(name)
+        sidecar = self._sidecars(name, self._supervisor, self._audit, fence)
+        outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts, fence)
         before = self._before.pop(name, None)
         return Worker(
             consumer,
@@ -147,6 +151,11 @@ class Dispatcher:
         if name in self.workers:
             self.workers[name].wake()
 
+    def lost(self, name: str) -> None:
+        """Count no attempt that was under way when the plugin was lost: another host repeats it."""
+        if name in self.workers:
+            self.workers[name].lost()
+
     def notify(self, name: str, method: str, params: Mapping[str, Any]) -> None:
         """See ``Worker.notify``."""
         if name in self.workers:
@@ -163,6 +172,7 @@ class Dispatcher:
         if worker is not None:
             await worker.close()
         await self._pauses.end(name, None)
+        self._fences.forget(name)
 
     def run_started(self, name: str, run: str) -> None:
         """See ``Worker.run_started``."""

@@ -19,6 +19,7 @@ from typing import Any
 from host.channel.reply import STREAM_MESSAGE, NotSentError, Outcome, interpret, meta_of, params_text
 from host.delivery.modes import Mode, Parts
 from host.delivery.sidecar import RENEWED
+from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.queue.interface import RETRY_BACKOFF, Delivery
 from host.wire.strict_json import WireError, parse_object
@@ -81,7 +82,7 @@ class ExecDelivery(Mode):
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         assert delivery.event is not None and plugin.manifest is not None
         event_type = self.parts.catalogue.get(delivery.event.name)
-        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout, delivery.epoch)
         # A line, as the read of a shell wants it.
         request = params_text(delivery.event, event_type, plugin.major, meta).encode() + b"\n"
         if len(request) > STREAM_MESSAGE:
@@ -94,6 +95,8 @@ class ExecDelivery(Mode):
             raise NotSentError(plugin.error or f"is {plugin.state}")
         if self.parts.sidecar.leaving:
             raise NotSentError(RENEWED)
+        if self.parts.sidecar.fence.closed:
+            raise NotSentError(NO_LEASE)
         invocation = _Invocation(plugin, delivery, os.urandom(5).hex())
         self._invocations[invocation.run] = invocation
 
@@ -101,7 +104,11 @@ class ExecDelivery(Mode):
             invocation.sent_ns = time.perf_counter_ns()
             self._tasks.run(f"invocation of {plugin.name}", self._live(invocation, hook, request))
 
-        self.parts.outcomes.begin(delivery, invocation.run, request, send)
+        def give_up(why: str) -> None:
+            invocation.sent_ns = time.perf_counter_ns()
+            self._conclude(invocation, Outcome("busy", "not_started", why))
+
+        self.parts.outcomes.begin(delivery, invocation.run, request, send, give_up)
         self.parts.sidecar.status = "in_flight"
 
     async def _live(self, invocation: _Invocation, hook: str, request: bytes) -> None:

@@ -3,7 +3,7 @@
 Stream plugins are pinged every 30 s; three misses in a row restart the sidecar. One-shot plugins are pinged only when
 their manifest asks for it (a script that ignores ``method`` would act on a ping as on an event), never while a request
 is in flight, and any JSON object is a pong. A plugin is never declared dead because *this* process slept: a round in
-which the clock moved much further than the round's wait is void.
+which the clock moved much further than the round's wait is void, and so is one in which the plugin was frozen.
 
 A plugin with an idle time is stopped when it had nothing to do for that long; the next event starts it again.
 """
@@ -25,6 +25,7 @@ from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import RestartRun, StopRun
 from isolator.ipc.tasks import Tasks
+from isolator.linux.boottime import boottime
 
 _log = logging.getLogger(__name__)
 
@@ -95,13 +96,16 @@ class Watch:
     async def _ping(self, plugin: Plugin) -> None:
         assert plugin.manifest is not None
         health, run = plugin.manifest.health, self._worker.run
-        before, began = self._loop.time(), time.perf_counter_ns()
+        before, began, at = self._loop.time(), time.perf_counter_ns(), boottime()
         why, pinged = None, True
         try:
             pinged = await self._worker.ping(plugin, health.timeout)
         except (LostError, NotSentError, WireError) as error:
             why = str(error)
         if self._worker.run != run or self._loop.time() - before > health.timeout + OVERSLEPT:
+            return
+        if self._worker.fence.closed_since(at):  # it could not answer
+            self._misses = 0
             return
         latency = (time.perf_counter_ns() - began) // 1000
         if pinged:

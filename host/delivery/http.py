@@ -100,7 +100,7 @@ class HttpDelivery(Mode):
             raise
         post = _Post(plugin, delivery, run, HttpExchange(sock, "POST", data, plugin.timeout))
         self._await(post)
-        self.parts.outcomes.begin(delivery, run, data, post.exchange.send)
+        self.parts.outcomes.begin(delivery, run, data, post.exchange.send, post.exchange.give_up)
         self.parts.sidecar.status = "in_flight"
 
     async def ping(self, plugin: Plugin, timeout: float) -> None:
@@ -136,6 +136,7 @@ class HttpDelivery(Mode):
             "subject": (delivery.key or "").partition("=")[2],
             "attempt": str(delivery.attempts + 1),
             "traceparent": event.trace or "",
+            "epoch": str(delivery.epoch) if delivery.epoch else "",
         }
         headers = [(f"ce-{name}", _escape(value)) for name, value in attributes.items() if value]
         headers.append(("content-type", "application/json"))

@@ -82,6 +82,7 @@ class OneshotDelivery:
             timeout=plugin.timeout,
             major=plugin.major,
             meta=plugin.manifest is None or plugin.manifest.transport.meta == "fit",
+            epoch=delivery.epoch,
         )
         if request is None:
             self._outcomes.give_up(delivery, "payload_too_large")
@@ -97,7 +98,7 @@ class OneshotDelivery:
                 return
             self._sidecar.begin_request(run)
             exchange = Exchange(sock, request, plugin.timeout)
-            self._outcomes.begin(delivery, run, request, exchange.send)
+            self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
             await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:

@@ -16,18 +16,23 @@ from dataclasses import asdict, dataclass
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
+from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
 from host.queue.interface import RETRY_BACKOFF, Consumer, Delivery, Result, State
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
 from isolator.ipc.body import Body
+from isolator.ipc.fence import Fence
+from isolator.linux.boottime import boottime
 
 CRASHES_TO_QUARANTINE = 2
 UNREADABLE_REPLIES = 2
 """Answers that are no reply after which an event is given up: the plugin has most likely done its work each time."""
 CRASH_WINDOW = 5.0
 """Seconds within which a death of the sidecar is attributed to the attempt whose connection broke before it."""
+_IN_VAIN = frozenset({"retry", "busy", "failed", "unknown"})
+"""Outcomes after which an event is delivered again."""
 STORED_REPLY = 4096
 """Characters of a reply that are kept."""
 LATENCIES = 256
@@ -43,6 +48,17 @@ class Attempted:
     status: str | None
     detail: str | None
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """An attempt that has ended, as ``conclude`` has it."""
+
+    plugin: Plugin
+    delivery: Delivery
+    run: str
+    outcome: Outcome
+    latency: int
 
 
 class AttemptedState(Body):
@@ -81,9 +97,12 @@ class Outcomes:
         audit: AuditClient,
         redactor: Callable[[str], Redactor],
         attempts: Attempts,
+        fence: Fence,
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
-        self._attempts = attempts
+        self._attempts, self._fence = attempts, fence
+        self._deferred: list[_Ended] = []
+        """Attempts that have ended past the plugin's deadline."""
         self.last: Attempted | None = None
         self.failing_since: float | None = None
         """Unix time of the first failed attempt since the last that succeeded, or since this process started."""
@@ -147,10 +166,18 @@ class Outcomes:
         if candidate is not None:
             self._crash_candidate = (state.candidate_run, candidate, state.candidate_at)
 
-    def begin(self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None]) -> None:
-        """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it."""
+    def begin(
+        self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None], give_up: Callable[[str], None]
+    ) -> None:
+        """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it.
+
+        ``give_up`` is called in its place, with the reason, if it may not be written after all.
+        """
 
         def written() -> None:
+            if self._fence.closed:
+                give_up(NO_LEASE)
+                return
             if self._in_flight:
                 self._overlapped |= {*self._in_flight, delivery.seq}
             self._in_flight[delivery.seq] = run
@@ -161,7 +188,44 @@ class Outcomes:
     def conclude(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
     ) -> None:
-        """End an attempt after ``latency`` µs; ``broken``: its connection broke, perhaps as the plugin died of it."""
+        """End an attempt after ``latency`` µs; ``broken``: its connection broke, perhaps as the plugin died of it.
+
+        Past the plugin's deadline it has no outcome before that is moved on, and none ever if the plugin is lost. One
+        that failed counts for nothing if the plugin could not act all the time.
+        """
+        if self._fence.until is not None:
+            ended = _Ended(plugin, delivery, run, outcome, latency)
+            if self._fence.closed and not self._fence.lost:
+                self._fence.stall(self._conclude_deferred)
+                self._deferred.append(ended)
+                return
+            in_vain = self._fence.lost or outcome.kind in _IN_VAIN
+            if in_vain and self._fence.closed_since(boottime() - latency / 1e6):
+                self._conclude_uncounted(ended)
+                return
+        self._conclude(plugin, delivery, run, outcome, latency, broken=broken)
+
+    def lost(self) -> None:
+        """Count none of the attempts that have ended past the deadline: the plugin is lost, or this process leaves."""
+        deferred, self._deferred = self._deferred, []
+        for ended in deferred:
+            self._conclude_uncounted(ended)
+
+    def _conclude_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for one in deferred:
+            if one.outcome.kind in _IN_VAIN:
+                self._conclude_uncounted(one)
+            else:
+                self._conclude(one.plugin, one.delivery, one.run, one.outcome, one.latency, broken=False)
+
+    def _conclude_uncounted(self, one: _Ended) -> None:
+        outcome = Outcome("busy", "frozen", "the plugin was held back meanwhile, as its lease ended", retry_after=0.0)
+        self._conclude(one.plugin, one.delivery, one.run, outcome, one.latency, broken=False)
+
+    def _conclude(
+        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
+    ) -> None:
         assert delivery.event is not None
         self._in_flight.pop(delivery.seq, None)
         alone = delivery.seq not in self._overlapped
@@ -226,7 +290,9 @@ class Outcomes:
         reply: str | None = None,
         latency: int | None = None,
     ) -> None:
-        """Make the delivery a dead letter."""
+        """Make the delivery a dead letter, unless another host has it by now."""
+        if delivery.final:
+            return
         self._consumer.term(delivery, Result("dead", status, why, reply, latency))
         self._record_end(EventDead, delivery, why)
 

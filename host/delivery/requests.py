@@ -77,7 +77,12 @@ class Requests(Generic[A]):
             one.sent_ns = time.perf_counter_ns()
             write(one.answer)
 
-        self._outcomes.begin(delivery, run, request, send)
+        def give_up(why: str) -> None:
+            one.sent_ns = time.perf_counter_ns()
+            if not one.answer.done():
+                one.answer.set_exception(LostError(why))
+
+        self._outcomes.begin(delivery, run, request, send, give_up)
         self._sidecar.status = "in_flight"
 
     def cancel(self) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import socket
 
 from host.channel.reply import NotSentError
+from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.wire.strict_json import peer_of
 from isolator.audit.client import AuditClient
@@ -18,6 +19,7 @@ from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, WithFds
 from isolator.ipc.channel import Channel
+from isolator.ipc.fence import Fence
 from isolator.ipc.messages import ConnectRun, EnsureRun
 from isolator.linux.descriptors import close_all
 
@@ -42,8 +44,8 @@ class SidecarState(Body):
 class SidecarLink:
     """The sidecar of one plugin, as its worker and its deliveries see it."""
 
-    def __init__(self, name: str, supervisor: Channel, audit: AuditClient) -> None:
-        self.name = name
+    def __init__(self, name: str, supervisor: Channel, audit: AuditClient, fence: Fence) -> None:
+        self.name, self.fence = name, fence
         self.run: str | None = None
         """The run that is delivered to, if any."""
         self.status = "idle"
@@ -64,7 +66,8 @@ class SidecarLink:
     @property
     def accepts(self) -> bool:
         """Whether a run is there to which requests may be sent."""
-        return self.run is not None and self.run != self._draining and not self.leaving and not self.paused
+        may_act = not self.leaving and not self.paused and not self.fence.closed
+        return self.run is not None and self.run != self._draining and may_act
 
     @property
     def reached(self) -> bool:
@@ -107,6 +110,8 @@ class SidecarLink:
     def _still_here(self) -> None:
         if self.leaving:  # a connection that is made from now on would be closed without a request
             raise NotSentError(RENEWED)
+        if self.fence.closed:
+            raise NotSentError(NO_LEASE)
 
     def check_peer(self, sock: socket.socket, plugin: Plugin, run: str) -> str | None:
         """Return None if the plugin serves the socket; else record who does, and return the record's text.

@@ -24,10 +24,12 @@ from host.delivery.oneshot import OneshotDelivery, OneshotState
 from host.delivery.outcome import Outcomes, OutcomeState
 from host.delivery.sidecar import PAUSED, SidecarLink, SidecarState
 from host.delivery.stream import SessionState, StreamDelivery
+from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery, KeptState
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, Json
+from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
@@ -159,9 +161,19 @@ class Worker:
         self.wake()
 
     @property
+    def fence(self) -> Fence:
+        """Until when the plugin may act."""
+        return self._sidecar.fence
+
+    def lost(self) -> None:
+        """Count no attempt that is under way."""
+        self._outcomes.lost()
+        self.wake()
+
+    @property
     def idle(self) -> bool:
         """Whether the sidecar may be stopped as idle."""
-        return not self.busy and not self._sidecar.paused
+        return not self.busy and not self._sidecar.paused and not self.fence.closed
 
     def wake(self) -> None:
         """End the present pause: the plugin has changed."""
@@ -201,7 +213,7 @@ class Worker:
 
         Returns within ``DRAIN_SECONDS``.
         """
-        if run != self._sidecar.run:
+        if run != self._sidecar.run or self.fence.closed:
             return
         with contextlib.suppress(TimeoutError, LostError, NotSentError):
             async with asyncio.timeout(DRAIN_SECONDS):
@@ -212,6 +224,8 @@ class Worker:
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Send a plugin a notification, if it declared that it takes this one."""
+        if self.fence.closed:
+            return
         self._stream.notify(method, params)
         for mode in self._modes.values():
             mode.notify(method, params)
@@ -222,6 +236,8 @@ class Worker:
         Returns whether it was a time to ping. Except in stream mode a plugin is pinged only while nothing waits for it:
         it may serve one thing at a time.
         """
+        if self.fence.closed:
+            return False
         if plugin.mode == "stream":
             return await self._stream.ping(timeout)
         unanswered = self._oneshot.busy or any(mode.busy for mode in self._modes.values())
@@ -269,6 +285,7 @@ class Worker:
         """Hand everything to the successor of this process, the requests in flight with it, and stop."""
         began = self._taken is None or self._oneshot.began(self._taken)
         modes = {name: mode.pass_on(departure) for name, mode in self._modes.items()}
+        self._outcomes.lost()
         state = WorkerState(
             plugin=self.name,
             sidecar=self._sidecar.pass_on(),
@@ -326,9 +343,11 @@ class Worker:
             await self._gate.wait_open()
             if self._sidecar.leaving:
                 await asyncio.Event().wait()  # pass_on ends it
-            if self._sidecar.paused:
+            if self._sidecar.paused or self.fence.closed:
                 self._consumer.release(delivery)
                 self._taken = None
+                if self.fence.closed:
+                    await self._until_opened()
                 continue
             try:
                 await self._deliver(delivery)
@@ -348,6 +367,14 @@ class Worker:
             self._sidecar.status, self.blocked_on = "holding", PAUSED
             await self._resumed_by_operator.wait()
             self._sidecar.status, self.blocked_on = "idle", None
+
+    async def _until_opened(self) -> None:
+        """Hold back past the deadline, as a delivery waits, until that is moved on or something else has changed."""
+        self._sidecar.status, self.blocked_on = "holding", NO_LEASE
+        self._woken.clear()
+        self.fence.stall(self._woken.set)
+        await self._woken.wait()
+        self.blocked_on = None
 
     def _note_failure(self, delivery: Delivery, why: str) -> None:
         plugin = self._registry.get(self.name)

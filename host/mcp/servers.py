@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
+from host.fence.fences import Fences
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, permits
@@ -97,9 +98,10 @@ class Servers:
         pins: Pins,
         redactor: Callable[[str], Redactor],
         use: Callable[[str], AbstractContextManager[None]],
+        fences: Fences,
     ) -> None:
         self._supervisor, self._registry, self._audit, self.pins = supervisor, registry, audit, pins
-        self._redactor, self._use = redactor, use
+        self._redactor, self._use, self._fences = redactor, use, fences
         self._sessions: dict[str, Session] = {}
         self._offered: dict[str, tuple[Item, ...]] = {}
         """Tools that a server has listed, by run."""
@@ -129,8 +131,9 @@ class Servers:
         return task
 
     async def _open(self, name: str, run: str) -> Session:
+        await self._fences.of(name).opened()
         plugin = self._registry.need(name)
-        session = Session(run, _era(plugin), lambda session, why: self._ended(name, session, why))
+        session = Session(run, _era(plugin), self._reporter(name), self._fences.of(name))
         answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
         if len(answer.fds) != 2:
             close_all(answer.fds)
@@ -435,7 +438,7 @@ class Servers:
             plugin = self._registry.get(name)
             if plugin is None:
                 continue
-            session = Session(one.run, _era(plugin), self._reporter(name))
+            session = Session(one.run, _era(plugin), self._reporter(name), self._fences.of(name))
             awaited = self.awaited.pop(name, {})
             for call in state.calls:
                 if call.plugin == name:

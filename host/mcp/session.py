@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError
+from host.fence.fences import NO_LEASE
 from host.mcp.tools import MAX_TOOLS, Item, offered
 from host.wire import mcp as protocol
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
 from host.wire.mcp import Answer, Era, Greeting
 from host.wire.strict_json import WireError
 from isolator.ipc.body import Body
+from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
 
@@ -86,9 +88,9 @@ class Session(LineProtocol):
     limit = protocol.MAX_LINE
     write_high = protocol.MAX_LINE
 
-    def __init__(self, run: str, era: Era, ended: Callable[[Session, str], object]) -> None:
+    def __init__(self, run: str, era: Era, ended: Callable[[Session, str], object], fence: Fence | None = None) -> None:
         super().__init__()
-        self.run, self.era = run, era
+        self.run, self.era, self._fence = run, era, fence or Fence()
         self.greeting: Greeting | None = None
         self.why = ""
         """Why it is over."""
@@ -168,6 +170,9 @@ class Session(LineProtocol):
             return
         if self._over or self.draining or not self._input.is_open:
             reply.set_exception(NotSentError(self.why or "the server is being stopped"))
+            return
+        if self._fence.closed:
+            reply.set_exception(NotSentError(NO_LEASE))
             return
         self._input.send(data)
         self._await(number, self._loop.time() + timeout, reply, progress)

@@ -2,7 +2,8 @@
 
 A cage that runs is frozen (cgroup.freeze), its file system is synced, and the image is copied as bytes. That nothing
 else came between, a start, a resize or an unmount by the daemon, shows in the image itself and in the daemon's journal;
-then it is copied again. A process of its own thaws the cage when this one ends, however it ends.
+then it is copied again. A process of its own thaws the cage when this one ends, however it ends; but one that the
+daemon has frozen stays so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from isolator.errors import IsolatorError
+from isolator.layers.cgroup.leaf import keep_frozen
 from isolator.linux.files import sync_filesystem
 from isolator.paths import Paths
 from isolator.recovery.journal import read_entries
@@ -91,7 +93,7 @@ def _one_frozen(group: Path) -> Iterator[None]:
     switch = os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
     mine, its = socket.socketpair()
     with its:
-        thawer = _start_thawer(switch, mine, its)
+        thawer = _start_thawer(group, switch, mine, its)
     try:
         mine.recv(1)  # from here on it survives this process
         os.write(switch, b"1")
@@ -103,7 +105,7 @@ def _one_frozen(group: Path) -> Iterator[None]:
         os.close(switch)
 
 
-def _start_thawer(switch: int, theirs: socket.socket, mine: socket.socket) -> int:
+def _start_thawer(group: Path, switch: int, theirs: socket.socket, mine: socket.socket) -> int:
     """Start the process that thaws a group once nobody has ``theirs`` open any more; returns its pid."""
     pid = os.fork()
     if pid == 0:
@@ -114,7 +116,10 @@ def _start_thawer(switch: int, theirs: socket.socket, mine: socket.socket) -> in
             theirs.close()
             mine.send(b"r")
             mine.recv(1)
-            os.write(switch, b"0")
+            if not keep_frozen(group):
+                os.write(switch, b"0")
+            if keep_frozen(group):  # since that look
+                os.write(switch, b"1")
         os._exit(0)
     return pid
 

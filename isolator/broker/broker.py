@@ -17,7 +17,17 @@ from isolator.broker.resolver import HostResolvers
 from isolator.errors import UsageError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, Leave, Left, NewAuditSocket
+from isolator.ipc.fence import Fence
+from isolator.ipc.messages import (
+    AttachCage,
+    BrokerHello,
+    CageSockets,
+    DetachCage,
+    FencePlugin,
+    Leave,
+    Left,
+    NewAuditSocket,
+)
 from isolator.ipc.succession import Arrival, Departure
 from isolator.ipc.tasks import essential
 from isolator.policy.destinations import Rules
@@ -51,6 +61,8 @@ class Broker:
         self.arrival = Arrival()
         """The state of the broker whose place this one takes, as it comes."""
         self._cages: dict[str, Outbound] = {}
+        self._fences: dict[str, Fence] = {}
+        """By plugin."""
         self._host = HostAddresses()
         resolvers = HostResolvers()
         self._nat64 = Nat64(resolvers)
@@ -61,6 +73,7 @@ class Broker:
         """The supervisor's first call; answered when the host's addresses are known."""
         audit_first = request.config.get("audit", {}).get("disk_full", "stop") == "stop"
         self._shared = replace(self._shared, audit_first=audit_first)
+        self._fences = {plugin: Fence(until) for plugin, until in request.fences.items()}
         await self._host.watch()
         if request.parts:
             state, descriptors = self.arrival.unpack(request.parts, BrokerState, BROKER_STATE)
@@ -68,7 +81,8 @@ class Broker:
                 self.audit.take_over(state.audit, descriptors)
                 for one in state.cages:
                     fetch = partial(self._sockets, one.run)
-                    self._cages[one.run] = Outbound.taken_over(one, self._shared, fetch, descriptors)
+                    fence = self._fence(one.plugin)
+                    self._cages[one.run] = Outbound.taken_over(one, fence, self._shared, fetch, descriptors)
 
     async def leave(self, _: Leave) -> Left:
         """Hand every cage on to another broker: its sockets, its connections, and those that are not decided yet."""
@@ -97,7 +111,17 @@ class Broker:
         await self._drop(run)
         sockets = [socket.socket(fileno=fd) for fd in fds]
         fds.clear()
-        self._cages[run] = Outbound(run, request.plugin, rules, self._shared, partial(self._sockets, run), sockets)
+        fetch, fence = partial(self._sockets, run), self._fence(request.plugin)
+        self._cages[run] = Outbound(run, request.plugin, rules, fence, self._shared, fetch, sockets)
+
+    async def fence(self, request: FencePlugin) -> None:
+        """Move the deadline of a plugin."""
+        self._fence(request.plugin).move(request.until)
+        if request.until is None and all(cage.plugin != request.plugin for cage in self._cages.values()):
+            del self._fences[request.plugin]
+
+    def _fence(self, plugin: str) -> Fence:
+        return self._fences.setdefault(plugin, Fence())
 
     async def detach(self, request: DetachCage) -> None:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""

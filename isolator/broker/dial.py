@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from isolator.broker.buffers import keep_small
 from isolator.broker.relay import keep_alive
+from isolator.ipc.fence import Fence
 from isolator.policy.addresses import Address
 
 STAGGER = 0.25
@@ -17,16 +18,18 @@ TIMEOUT = 10.0
 """Seconds for all addresses together."""
 
 
-async def dial(addresses: Sequence[Address], port: int, *, small: bool = False) -> tuple[socket.socket, Address]:
+async def dial(
+    addresses: Sequence[Address], port: int, fence: Fence, *, small: bool = False
+) -> tuple[socket.socket, Address]:
     """Connect by TCP; returns the socket and the address that answered. Raises OSError, ETIMEDOUT after ``TIMEOUT``.
 
-    ``small``: with buffers that do not grow.
+    ``fence``: no connection is begun past this deadline. ``small``: with buffers that do not grow.
     """
     loop = asyncio.get_running_loop()
     if len(addresses) == 1:
         try:
             async with asyncio.timeout(TIMEOUT):
-                return await _connect(addresses[0], port, small), addresses[0]
+                return await _connect(addresses[0], port, fence, small), addresses[0]
         except TimeoutError as late:
             raise OSError(errno.ETIMEDOUT, "no answer in time") from late
     waiting = list(addresses)
@@ -37,7 +40,7 @@ async def dial(addresses: Sequence[Address], port: int, *, small: bool = False) 
         while waiting or running:
             if waiting:
                 address = waiting.pop(0)
-                running[loop.create_task(_connect(address, port, small))] = address
+                running[loop.create_task(_connect(address, port, fence, small))] = address
             left = end - loop.time()
             pause = min(STAGGER, left) if waiting else left
             done, _ = await asyncio.wait(running, timeout=max(pause, 0), return_when=asyncio.FIRST_COMPLETED)
@@ -60,7 +63,8 @@ async def dial(addresses: Sequence[Address], port: int, *, small: bool = False) 
                 result.close()
 
 
-async def _connect(address: Address, port: int, small: bool) -> socket.socket:
+async def _connect(address: Address, port: int, fence: Fence, small: bool) -> socket.socket:
+    await fence.opened()
     sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

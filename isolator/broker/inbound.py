@@ -26,6 +26,7 @@ from isolator.broker.repeats import Write
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
+from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.policy.addresses import parse_address
@@ -52,7 +53,8 @@ class InboundState(Body):
 class Inbound:
     """The listeners of one run, which it owns, and the connections that came in by them.
 
-    ``limit``: connections at once. ``refusal`` gives the rule that refuses every new connection at present, or None.
+    ``fence``: past its deadline connections wait. ``limit``: connections at once. ``refusal`` gives the rule that
+    refuses every new connection at present, or None.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Inbound:
         listeners: Iterable[tuple[socket.socket, ListenRule]],
         fetch: Fetch,
         write: Write,
+        fence: Fence,
         scratch: Scratch,
         buffers: Buffers,
         *,
@@ -68,7 +71,7 @@ class Inbound:
     ) -> None:
         self.flows = FlowTable(limit)
         self._fetch, self._write, self._scratch, self._refusal = fetch, write, scratch, refusal
-        self._buffers = buffers
+        self._buffers, self._fence = buffers, fence
         self._loop = asyncio.get_running_loop()
         self._stock: deque[socket.socket] = deque()
         self._tasks = Tasks()
@@ -120,15 +123,16 @@ class Inbound:
         orderly = False
         try:
             if flow.before:
-                flow.join_again(self._scratch, _no_gate)
+                flow.join_again(self._scratch, self._fence, _no_gate)
             else:
+                await self._fence.opened()
                 flow.server = await self._connect(flow)
                 flow.recorded = True
                 self._write(flow.opened(), happened_ns=flow.began)
                 for sock in (flow.client, flow.server):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     keep_alive(sock)
-                for pipe in flow.join(self._scratch):
+                for pipe in flow.join(self._scratch, self._fence):
                     pipe.start()
             orderly = await flow.relay()
         except OSError as error:

@@ -9,6 +9,8 @@ For each accepted connection, in this order:
 3. The first bytes against the name (``guard``), and whatever else in the clear names a server (``gate``).
 4. Bytes both ways until both ends are done, one breaks off, or nothing moved for the policy's ``idle``.
 
+While the plugin is held back by its ``Fence`` nothing of this begins, and what has begun waits.
+
 A refusal is a reset, at once. Each decision is a record: ``net.connect`` and ``net.closed``, or ``net.denied``.
 """
 
@@ -42,7 +44,9 @@ from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.virtual import EntryState, VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body, Json
+from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
+from isolator.linux.boottime import boottime
 from isolator.linux.netlink import parse_nflog
 from isolator.linux.readable import resolve
 from isolator.policy.addresses import Address
@@ -107,24 +111,24 @@ class Outbound:
     """
 
     def __init__(
-        self, run: str, plugin: str, rules: Rules, shared: Shared, fetch: Fetch, sockets: Sequence[socket.socket],
-        *, drops: int = 0,
+        self, run: str, plugin: str, rules: Rules, fence: Fence, shared: Shared, fetch: Fetch,
+        sockets: Sequence[socket.socket], *, drops: int = 0,
     ) -> None:  # fmt: skip
         tcp4, tcp6, dns_udp, dns_tcp, log, *inbound = sockets
         policy = rules.policy
         self.run, self.plugin = run, plugin
-        self._shared, self._rules = shared, rules
+        self._shared, self._rules, self._fence = shared, rules, fence
         self._loop = asyncio.get_running_loop()
         self._flows = FlowTable(policy.connects_open)
         self._buffers = Buffers()
         self._looking = Looking()
         self._pool = VirtualPool(rules, self._loop.time)
-        self._resolver = Resolver(policy.resolvers, shared.resolvers)
+        self._resolver = Resolver(policy.resolvers, shared.resolvers, fence)
         self._proxy: Proxy | None = None
         if policy.proxy:
             from isolator.broker.proxy import Proxy
 
-            self._proxy = Proxy(policy.proxy, Resolver(policy.resolvers, shared.resolvers))
+            self._proxy = Proxy(policy.proxy, Resolver(policy.resolvers, shared.resolvers, fence), fence)
         self._repeats = RepeatCounter(self._write, self._loop.time)
         # The rate of questions bounds these: each name that is looked at has a record of its own.
         self._questions = RepeatCounter(self._write, self._loop.time, keys=QUESTION_KEYS)
@@ -137,7 +141,7 @@ class Outbound:
         self._nflog = log
         self._loop.add_reader(log, self._read_refusals)
         self._inbound = Inbound(
-            zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, shared.scratch, self._buffers,
+            zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, fence, shared.scratch, self._buffers,
             limit=policy.connects_open, refusal=shared.unrecordable,
         )  # fmt: skip
 
@@ -164,7 +168,7 @@ class Outbound:
         )
 
     @classmethod
-    def taken_over(cls, state: CageState, shared: Shared, fetch: Fetch, descriptors: Descriptors) -> Self:
+    def taken_over(cls, state: CageState, fence: Fence, shared: Shared, fetch: Fetch, descriptors: Descriptors) -> Self:
         """Serve what another broker has served, its connections with it."""
 
         def take(*numbers: int) -> list[socket.socket]:
@@ -176,7 +180,7 @@ class Outbound:
             *take(*state.inbound.listeners),
         ]  # fmt: skip
         rules = Rules(NetworkPolicy.model_validate(state.policy))
-        cage = cls(state.run, state.plugin, rules, shared, fetch, sockets, drops=state.names.drops)
+        cage = cls(state.run, state.plugin, rules, fence, shared, fetch, sockets, drops=state.names.drops)
         cage._pool.take_over(state.virtual)
         for one in state.flows:
             flow = Flow.taken_over(one, descriptors)
@@ -209,9 +213,11 @@ class Outbound:
         """Write counts that are due and end flows that stand still; to be called once a second."""
         self._repeats.flush()
         self._questions.flush()
-        self._flows.end_incomplete(self._loop.time() - FIRST_BYTES)
-        for flows in (self._flows, self._inbound.flows):
-            flows.end_idle(self._loop.time() - self._rules.policy.idle)
+        if not self._fence.closed_since(boottime() - FIRST_BYTES):
+            self._flows.end_incomplete(self._loop.time() - FIRST_BYTES)
+        if not self._fence.closed_since(boottime() - self._rules.policy.idle):
+            for flows in (self._flows, self._inbound.flows):
+                flows.end_idle(self._loop.time() - self._rules.policy.idle)
 
     def blocked(self, address: Address, port: int) -> DenialRule | None:
         """The rule that keeps a resolved address out of reach at ``port``, or None."""
@@ -240,7 +246,7 @@ class Outbound:
         orderly = False
         try:
             if flow.before:
-                flow.join_again(self._shared.scratch, partial(self._gate_again, flow))
+                flow.join_again(self._shared.scratch, self._fence, partial(self._gate_again, flow))
             else:
                 await self._connect(flow)
             orderly = await flow.relay()
@@ -262,6 +268,7 @@ class Outbound:
 
     async def _connect(self, flow: Flow) -> None:
         """Judge, dial and compare; fills in the flow, raises Denied or OSError."""
+        await self._fence.opened()
         refusal = self._shared.unrecordable()
         if refusal is not None:
             entry = self._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
@@ -289,7 +296,7 @@ class Outbound:
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
         flow.recorded, flow.first = True, b""
         self._write(flow.opened(), happened_ns=flow.began)
-        up, down = flow.join(self._shared.scratch)
+        up, down = flow.join(self._shared.scratch, self._fence)
         if gate is not None:
             up.guard(gate, down)
         down.start()
@@ -348,7 +355,7 @@ class Outbound:
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:
         flow.roomy = self._buffers.take()
         if self._proxy is None:
-            flow.server, flow.dialled = await dial(addresses, flow.port, small=not flow.roomy)
+            flow.server, flow.dialled = await dial(addresses, flow.port, self._fence, small=not flow.roomy)
         else:
             flow.via = self._proxy.where
             flow.server, flow.dialled = await self._proxy.dial(addresses, flow.name, flow.port, small=not flow.roomy)
@@ -357,25 +364,32 @@ class Outbound:
 
     async def _first_bytes(self, flow: Flow, gate: Gate) -> bytes:
         """Read until the gate lets bytes pass; returns these; raises Denied or OSError."""
-        began, again = False, flow.first
-        try:
-            async with asyncio.timeout(FIRST_BYTES):
-                while not gate.passing:
-                    if self._looking.spent or self._looking.over:
-                        turn = self._loop.create_future()
-                        self._looking.turn(partial(resolve, turn))
-                        await turn
-                    part = again or await self._loop.sock_recv(flow.client, self._looking.piece)
-                    if not part:
-                        if began:
-                            raise Denied(DenialRule.INCOMPLETE)
-                        return b""
-                    flow.first += b"" if again else part
-                    began, again = True, b""
-                    first = bytes(gate.feed(part))
-        except TimeoutError:
-            # To pass on half of the compared bytes after a while would be a way round the comparison.
-            raise Denied(DenialRule.INCOMPLETE if began else DenialRule.SILENT) from None
+        unread = [flow.first] if flow.first else []
+        while True:
+            try:
+                async with asyncio.timeout(FIRST_BYTES):
+                    return await self._until_passing(flow, gate, unread)
+            except TimeoutError:
+                if not self._fence.closed_since(boottime() - FIRST_BYTES):
+                    # To pass on half of the compared bytes after a while would be a way round the comparison.
+                    raise Denied(DenialRule.INCOMPLETE if flow.first else DenialRule.SILENT) from None
+
+    async def _until_passing(self, flow: Flow, gate: Gate, unread: list[bytes]) -> bytes:
+        """Read; ``unread``: bytes that another broker has read."""
+        first = b""
+        while not gate.passing:
+            if self._looking.spent or self._looking.over:
+                turn = self._loop.create_future()
+                self._looking.turn(partial(resolve, turn))
+                await turn
+            again = bool(unread)
+            part = unread.pop() if again else await self._loop.sock_recv(flow.client, self._looking.piece)
+            if not part:
+                if flow.first:
+                    raise Denied(DenialRule.INCOMPLETE)
+                return b""
+            flow.first += b"" if again else part
+            first = bytes(gate.feed(part))
         return first
 
     def _read_refusals(self) -> None:

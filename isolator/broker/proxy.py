@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from isolator.broker.dial import dial
 from isolator.broker.flow import DescribedError
 from isolator.broker.resolver import ResolveError, Resolver
+from isolator.ipc.fence import Fence
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.names import parse_egress
 
@@ -27,12 +28,15 @@ _STATUS = re.compile(rb"HTTP/1\.[01] ([1-9][0-9][0-9])[ \r]")
 
 
 class Proxy:
-    """A proxy, ``HOST:PORT``; ``resolver`` finds its address, which no policy has to grant."""
+    """A proxy, ``HOST:PORT``; ``resolver`` finds its address, which no policy has to grant.
 
-    def __init__(self, where: str, resolver: Resolver) -> None:
+    ``fence``: nothing is sent to it past this deadline.
+    """
+
+    def __init__(self, where: str, resolver: Resolver, fence: Fence) -> None:
         rule = parse_egress(where)
         self.where = where
-        self._host, self._port, self._resolver = rule.host, rule.ports[0], resolver
+        self._host, self._port, self._resolver, self._fence = rule.host, rule.ports[0], resolver, fence
 
     async def close(self) -> None:
         """Cancel lookups under way."""
@@ -60,12 +64,13 @@ class Proxy:
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         addresses = await self._addresses()
         try:
-            sock, _ = await dial(addresses, self._port, small=small)
+            sock, _ = await dial(addresses, self._port, self._fence, small=small)
         except OSError as error:
             raise DescribedError(f"proxy {self.where} cannot be reached: {error.strerror}") from error
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n"
+                await self._fence.opened()
                 await asyncio.get_running_loop().sock_sendall(sock, request.encode())
                 status = await _read_status(sock)
             if status == 407:

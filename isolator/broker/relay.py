@@ -5,6 +5,9 @@ own only while its sink is full, at most one read's worth; its source then waits
 
 A flow to a name has a ``Gate`` between client and server until everything may pass; then its bytes are not looked at.
 While looking has cost the cage too much, such a flow is not read.
+
+Each byte passes the plugin's ``Fence`` as it is sent, in either direction, and so does the end of a stream: past the
+deadline they wait here, and go on once it is moved.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import struct
 from isolator.broker.gate import Gate, GateState
 from isolator.broker.guard import Denied
 from isolator.ipc.body import Body
+from isolator.ipc.fence import Fence
 from isolator.ipc.succession import to_bytes, to_text
 from isolator.policy.denial import DenialRule
 
@@ -69,7 +73,7 @@ class Pipe:
     ``denied``: the refusal of something that the client sent. ``gate`` holds back what has to be looked at.
     """
 
-    def __init__(self, source: socket.socket, sink: socket.socket, scratch: Scratch) -> None:
+    def __init__(self, source: socket.socket, sink: socket.socket, scratch: Scratch, fence: Fence) -> None:
         self.total = 0
         self.touched = 0.0
         self.error: OSError | None = None
@@ -77,7 +81,7 @@ class Pipe:
         self.gate: Gate | None = None
         self._answers: Pipe | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._source, self._sink, self._scratch = source, sink, scratch
+        self._source, self._sink, self._scratch, self._fence = source, sink, scratch, fence
         self._loop = asyncio.get_running_loop()
         self._rest = memoryview(b"")
         self._reading = False
@@ -200,7 +204,12 @@ class Pipe:
             self._read(True)
 
     def _send(self, data: memoryview) -> bool:
-        """Pass ``data`` on; False when the sink took only part of it and the source now waits."""
+        """Pass ``data`` on; False when the sink took only part of it, or none may be sent, and the source now waits."""
+        if self._fence.until is not None and self._fence.closed:
+            self._keep(memoryview(bytes(data)))
+            self._read(False)
+            self._fence.stall(self._thawed)
+            return False
         try:
             sent = self._sink.send(data)
         except BlockingIOError:
@@ -217,7 +226,16 @@ class Pipe:
         self._loop.add_writer(self._sink, self._writable)
         return False
 
+    def _thawed(self) -> None:
+        """Send what was kept past the deadline."""
+        if self._rest:
+            self._loop.add_writer(self._sink, self._writable)
+
     def _writable(self) -> None:
+        if self._fence.closed:
+            self._loop.remove_writer(self._sink)
+            self._fence.stall(self._thawed)
+            return
         self.touched = self._loop.time()
         try:
             sent = self._sink.send(self._rest)
@@ -245,6 +263,9 @@ class Pipe:
                 self._loop.remove_reader(self._source)
 
     def _finish(self) -> None:
+        if self._fence.closed:  # an end may mean as much as bytes; it is there to be read again
+            self._read(False)
+            return self._fence.stall(self._go_on)
         if self.gate is not None and self.gate.incomplete:
             return self._incomplete()
         if self._answers is not None:

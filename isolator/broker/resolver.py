@@ -25,6 +25,7 @@ from pathlib import Path
 
 from isolator.broker import wire
 from isolator.broker.wire import Code, Reply
+from isolator.ipc.fence import Fence
 from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.destinations import normal_name
@@ -121,11 +122,14 @@ class HostResolvers:
 
 
 class Resolver:
-    """The resolver of one cage. ``configured`` replaces the host's servers when it is not empty."""
+    """The resolver of one cage. ``configured`` replaces the host's servers when it is not empty.
 
-    def __init__(self, configured: tuple[str, ...], host: HostResolvers) -> None:
+    ``fence``: nothing is asked past this deadline, as a plugin chooses the names; None: no plugin does.
+    """
+
+    def __init__(self, configured: tuple[str, ...], host: HostResolvers, fence: Fence | None = None) -> None:
         self._configured = tuple(server for text in configured if (server := Server.parse(text)) is not None)
-        self._host = host
+        self._host, self._fence = host, fence or Fence()
         self._loop = asyncio.get_running_loop()
         self._work = TokenBucket(CPU_PER_SECOND, CPU_BURST)
         self._pace = TokenBucket(ASKED_PER_SECOND, ASKED_AT_ONCE)
@@ -243,6 +247,7 @@ class Resolver:
         with _socket(server, socket.SOCK_DGRAM) as sock:
             # Connected: only this server can answer, and a refusal is reported at once.
             await self._loop.sock_connect(sock, _where(server, sock))
+            await self._fence.opened()
             await self._loop.sock_sendall(sock, asked)
             # Forged or late packets do not end the wait for the right one.
             while not wire.answers(answer := await self._loop.sock_recv(sock, 4096), asked):
@@ -252,7 +257,9 @@ class Resolver:
             return reply
         await asyncio.sleep(self._pace.take(OVER_TCP))
         with _socket(server, socket.SOCK_STREAM) as sock:
+            await self._fence.opened()
             await self._loop.sock_connect(sock, _where(server, sock))
+            await self._fence.opened()
             await self._loop.sock_sendall(sock, struct.pack("!H", len(asked)) + asked)
             length = struct.unpack("!H", await _read(sock, 2))[0]
             answer = await _read(sock, min(length, MAX_ANSWER))

@@ -30,6 +30,7 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
         messages.BrokerHello.on(broker.hello),
         messages.AttachCage.on_fds(broker.attach),
         messages.DetachCage.on(broker.detach),
+        messages.FencePlugin.on(broker.fence),
         messages.NewAuditSocket.on_fds(broker.audit_source),
         messages.Leave.on(broker.leave),
         messages.StatePart.on_fds(broker.arrival.part),

@@ -71,7 +71,8 @@ class Cage:
     """A cage, from ``start`` to ``release``.
 
     ``handover`` gets the cage's network once its rules are in force, and is awaited before the exec: it takes the
-    broker's sockets. ``without`` names layers to leave out, for tests of their absence.
+    broker's sockets. ``admit`` is called right before the exec; what it raises keeps it from happening. ``without``
+    names layers to leave out, for tests of their absence.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Cage:
         *,
         without: frozenset[str] = frozenset(),
         handover: Callable[[CageNetwork], Awaitable[None]] | None = None,
+        admit: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.listener = -1
@@ -99,7 +101,7 @@ class Cage:
             Landlock(), Seccomp(), self._network,
         ]  # fmt: skip
         self._layers = [layer for layer in every if layer.name not in without]
-        self._handover = handover
+        self._handover, self._admit = handover, admit
         self._spare: Spare | None = None
         self._kept_by: Launcher | None = None
         """The launcher that holds a descriptor of the cage's group, however far the start came."""
@@ -206,6 +208,7 @@ class Cage:
             if self._cgroup.caps_disks:
                 await asyncio.to_thread(self._cgroup.cap_disks, self.pid)
         mark("confirm")
+        self._admit()
         send_packet(spare.link, b"x")
         try:
             async with asyncio.timeout(_SET_UP_SECONDS):

@@ -7,7 +7,7 @@ and no peer to authenticate. Both ends may call and notify. A message is one pac
     notification {"op": NAME, ...fields}              never answered
     reply        {"re": N, "ok": {...}} or {"re": N, "error": {...}}
 
-``fields`` are the body of a type in ``messages.py``: ``ask`` and ``tell`` send one, ``Request.on`` makes the handler
+``fields`` are the body of a type in ``messages``: ``ask`` and ``tell`` send one, ``Request.on`` makes the handler
 that receives one. Descriptors travel beside a message (SCM_RIGHTS, at most 64) and belong to the receiver from then on.
 Packets are at most ``MAX_PACKET`` bytes; anything larger travels as a descriptor (a file or a memfd).
 Nothing here grows without a bound: a peer that does not read, so that more than ``MOST_WAITING`` waits for it, is given

@@ -81,6 +81,15 @@ class InvocationState(Body):
     """when it is stopped"""
 
 
+class FenceState(Body):
+    """A plugin's deadline."""
+
+    until: float
+    """seconds of CLOCK_BOOTTIME"""
+    frozen: float | None
+    """on that clock, when its cages were frozen, if they are"""
+
+
 class PluginKept(Body):
     """A plugin, running or not."""
 
@@ -101,6 +110,7 @@ class PluginKept(Body):
     """JSON of `EffectivePolicy`"""
     run: RunState | None
     invocations: tuple[InvocationState, ...] = omitted(default=())
+    fence: FenceState | None = omitted(default=None)
 
 
 class ChannelState(Body):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage
+from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, FencePlugin
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.paths import Paths
@@ -42,6 +42,8 @@ class BrokerLink:
         self.process = process
         self._root, self._config = str(paths.root), config.model_dump(mode="json")
         self._attached: dict[str, _Attached] = {}
+        self.deadlines: Callable[[], dict[str, float]] = dict
+        """Returns those of plugins that are bound to one."""
 
     def handlers(self) -> dict[str, Handler]:
         """Requests of the broker."""
@@ -53,7 +55,11 @@ class BrokerLink:
 
     async def succeed(self, channel: Channel, parts: int) -> None:
         """Say hello to a broker that takes the place of another, to which that many parts of its state have gone."""
-        await channel.ask(BrokerHello(root=self._root, config=self._config, parts=parts))
+        await channel.ask(BrokerHello(root=self._root, config=self._config, parts=parts, fences=self.deadlines()))
+
+    def fence(self, plugin: str, until: float | None) -> None:
+        """Have a plugin's bytes relayed until that time only; None: at any."""
+        self.process.tell(FencePlugin(plugin=plugin, until=until))
 
     async def attach_again(self, channel: Channel) -> None:
         """Make the sockets of every running cage anew and hand them to a new broker."""

@@ -17,6 +17,7 @@ from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.ledger import ledger
 from isolator.linux.descriptors import FdSet
 from isolator.registration.staging import Source
+from isolator.supervisor.fences import Fences
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.reloads import Reloads
@@ -32,8 +33,11 @@ T = TypeVar("T")
 class Handlers:
     """Handlers of everything that the host may ask."""
 
-    def __init__(self, table: PluginTable, updates: Updates, services: Services, reloads: Reloads) -> None:
+    def __init__(
+        self, table: PluginTable, updates: Updates, services: Services, reloads: Reloads, fences: Fences
+    ) -> None:
         self._table, self._updates, self._services, self._reloads = table, updates, services, reloads
+        self._fences = fences
 
     def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
@@ -45,6 +49,9 @@ class Handlers:
             messages.RunReady.on(self._ready),
             messages.StopRun.on(whole(self._stop)),
             messages.RestartRun.on(whole(self._restart)),
+            messages.HoldPlugin.on(self._hold),
+            messages.FreePlugin.on(self._free),
+            messages.LosePlugin.on(self._lose),
             messages.StagePlugin.on(self._stage),
             messages.DiscardPlugin.on(self._discard),
             messages.CommitPlugin.on(whole(self._commit)),
@@ -95,6 +102,20 @@ class Handlers:
 
     async def _restart(self, request: messages.RestartRun) -> messages.Running:
         return _running(await self._table.restart(request.name, request.reason))
+
+    # --- fences ----------------------------------------------------------------------------------------------
+
+    async def _hold(self, request: messages.HoldPlugin) -> None:
+        self._table.find(request.name)
+        self._fences.hold(request.name, request.until)
+
+    async def _free(self, request: messages.FreePlugin) -> None:
+        self._table.find(request.name)
+        self._fences.free(request.name)
+
+    async def _lose(self, request: messages.LosePlugin) -> None:
+        self._table.find(request.name)
+        self._fences.lost(request.name)
 
     # --- registrations ---------------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ class HostLink:
     def __init__(self, process: ChildProcess, paths: Paths, config: HostConfig, alarms: Alarms) -> None:
         self.process = process
         self._paths, self._config, self._alarms = paths, config, alarms
+        self.deadlines: Callable[[], dict[str, float]] = dict
+        """Returns those of plugins that are bound to one."""
         alarms.on_change = lambda lines: self._tell(AlarmsChanged(alarms=lines))
 
     def handlers(self) -> dict[str, Handler]:
@@ -94,7 +96,7 @@ class HostLink:
                     file.write(encoded)
             hello = HostHello(
                 root=str(self._paths.root), config=self._settings(), plugins=plugins,
-                fresh=self.process.starts == 1, alarms=alarms, parts=parts,
+                fresh=self.process.starts == 1, alarms=alarms, parts=parts, fences=self.deadlines(),
             )  # fmt: skip
             await channel.ask(hello, fds=fds)
 

@@ -117,7 +117,8 @@ class Invocation:
         from isolator.ipc.handover import InvocationState
 
         assert self.run is not None
-        return InvocationState(run=self.run.hand_over(), deadline=self.deadline)
+        deadline = self.deadline + self.run.frozen_seconds
+        return InvocationState(run=self.run.hand_over(), deadline=deadline)
 
     def take_over(self, before: InvocationState, kept_by: Launcher) -> str:
         """Take over an invocation from before this process's exec; returns why it does not go on, if it does not."""
@@ -157,6 +158,7 @@ class Invocation:
         self._context.audit.record(started, plugin=self.name, run=self.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1
         run.answer_denied(listener)
+        self._context.fences.started(self.name, run)
 
     async def _wait(self, run: Run) -> None:
         """Return when it has ended, by itself or because it had to."""
@@ -173,10 +175,9 @@ class Invocation:
             run.drift = run.drift or network_layer.watch(run.cage.network)
             network, policy = run.cage.network, self._effective.network
             with watched_ruleset(run.drift, network, policy, run.ruleset_changed):
-                left = max(0.0, self.deadline - loop.time())
-                await asyncio.wait({ended, stopping}, timeout=left, return_when="FIRST_COMPLETED")
+                await run.first_of({ended, stopping}, self.deadline)
                 if stopping.done():
-                    await asyncio.wait({ended}, timeout=min(DRAIN_SECONDS, left))
+                    await self._end_in_time(run, ended)
                 elif not ended.done():
                     run.forced_cause = f"no end in {self._effective.delivery_timeout:g} s"
                 if not ended.done():
@@ -185,6 +186,15 @@ class Invocation:
         finally:
             for task in (ended, stopping):
                 task.cancel()
+
+    async def _end_in_time(self, run: Run, ended: asyncio.Task[Any]) -> None:
+        """Give one that is to stop a moment to end by itself, if it can."""
+        left = max(0.0, self.deadline + run.frozen_seconds - asyncio.get_running_loop().time())
+        run.stopping = True
+        if run.frozen:
+            run.freeze()
+        else:
+            await asyncio.wait({ended}, timeout=min(DRAIN_SECONDS, left))
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin) -> None:
         leaf = run.cage.leaf
@@ -252,6 +262,7 @@ class Invocations:
         stdin: int,
     ) -> Invocation:
         """Begin an invocation; its sealed standard input ``stdin`` stays the caller's. Raises IsolatorError."""
+        self._context.fences.check(self._name)
         where = f"plugin {self._name}"
         if self._stopping or self._context.rest.coming:
             raise UnavailableError(

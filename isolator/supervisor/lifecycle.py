@@ -17,10 +17,8 @@ import asyncio
 import contextlib
 import secrets
 import socket
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.audit.schema import (
@@ -41,11 +39,11 @@ from isolator.errors import (
 )
 from isolator.ipc.messages import Environment, Origin, PluginState, StartInvocation
 from isolator.ipc.tasks import Tasks, report
-from isolator.pacing import Backoff
+from isolator.supervisor.ends import Ended, Ends
 from isolator.supervisor.invocations import MODE as EXEC
 from isolator.supervisor.invocations import Invocation, Invocations
 from isolator.supervisor.preparing import adopt_run, origin_of, prepare_run, reason_of
-from isolator.supervisor.run import NO_ANSWER, NO_SOCKET, Run, RunContext
+from isolator.supervisor.run import Run, RunContext
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import PluginKept
@@ -56,8 +54,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-
-_BACKOFF_SPREAD = 0.2
 
 
 class Plugin:
@@ -86,13 +82,10 @@ class Plugin:
         self.on_trial = False
         """Whether the version in use is not judged yet."""
         self.invocations = Invocations(context, loaded.registration.name)
+        self.fence = context.fences.of(loaded.registration.name)
+        """Until when it may act."""
         self._context, self._on_change = context, changed
-        self._ends: deque[float] = deque()
-        self._others_ends = 0
-        """Ends since it last ran that were the daemon's or the operator's doing."""
-        """Times of the ends in the window that nobody wanted: the pauses grow with them."""
-        self._crashes: deque[float] = deque()
-        """Times of those that count for giving up."""
+        self._unwanted = Ends()
         self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Condition()
@@ -131,14 +124,14 @@ class Plugin:
         self.mode, self.port = loaded.mode, loaded.port
         self.effective = loaded.proposal.effective if loaded.proposal else None
         self.error, self.notice = loaded.error, ""
-        self._forget_crashes()
+        self._unwanted.forget()
         self.state = self._idle_state()
 
     def set_enabled(self, registration: Registration) -> None:
         """Take over a registration that was enabled or disabled, and forget earlier failures."""
         self.registration = registration
         if not self.wanted:
-            self._forget_crashes()
+            self._unwanted.forget()
             self.error = "" if self.effective is not None else self.error
             self._set(self._idle_state())
 
@@ -170,14 +163,16 @@ class Plugin:
 
     def _fails_to_start(self) -> bool:
         limits = self.effective.restart if self.effective is not None else None
-        return self.state == PluginState.BACKOFF and limits is not None and self._others_ends >= limits.crashes
+        return self.state == PluginState.BACKOFF and limits is not None and self._unwanted.others >= limits.crashes
 
     @property
     def runs(self) -> list[Run]:
         """The runs that have a cage: its own, and those of its invocations."""
         return [*([self.run] if self.run is not None and self.run.cage.started else []), *self.invocations.runs]
 
-    def _check_allowed(self) -> None:
+    def check_allowed(self) -> None:
+        """Raise IsolatorError if nothing of it may be started."""
+        self._context.fences.check(self.name)
         if self.state in _REMEDIES:
             raise DeniedError(
                 f"plugin {self.name}", self.error or f"is {self.state}", _REMEDIES[self.state].format(self.name)
@@ -185,22 +180,22 @@ class Plugin:
 
     def begin_invocation(self, request: StartInvocation, stdin: int) -> Invocation:
         """Begin an invocation, with its standard input, which stays the caller's; raises IsolatorError."""
-        self._check_allowed()
+        self.check_allowed()
         if self.mode != EXEC or self.effective is None:
             raise DeniedError(f"plugin {self.name}", "its mode is not exec", "nothing was started")
         return self.invocations.begin(self.registration, self.effective, self.argv, request, stdin)
 
     def start(self, reason: str) -> None:
         """Start the sidecar unless it is started; raises IsolatorError when it may not run."""
-        self._check_allowed()
+        self.check_allowed()
         if self.mode == EXEC:
             raise UsageError(f"plugin {self.name}", "has the mode exec: each event starts its program", "emit one")
         if self.state == PluginState.FAILED:
             if reason != "operator":
                 raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
-            self._forget_crashes()
+            self._unwanted.forget()
         if reason == "operator":
-            self._others_ends = 0  # what made earlier starts fail may be mended: wait for new ones
+            self._unwanted.others = 0  # what made earlier starts fail may be mended: wait for new ones
             self._end_backoff.set()
         if self._task is None or self._task.done():
             self._wanted = True
@@ -211,7 +206,7 @@ class Plugin:
 
     async def try_version(self, reason: str) -> str:
         """Start a new version and watch until it is up; returns why it failed, empty when it did not."""
-        if self.mode == EXEC:
+        if self.mode == EXEC or self.fence.closed:
             return ""  # an event shows it
         self._verdict = asyncio.get_running_loop().create_future()
         try:
@@ -282,7 +277,7 @@ class Plugin:
         outdated = why if replaced else ""
         if self.run is run and outdated != self.outdated:
             self.outdated = outdated
-            self._changed()
+            self.announce_change()
 
     # --- over an exec of this process --------------------------------------------------------------------------
 
@@ -309,13 +304,14 @@ class Plugin:
             wanted=self.wanted,
             reason=self._reason,
             restarts=self.restarts,
-            ends=tuple(self._ends),
-            others_ends=self._others_ends,
-            crashes=tuple(self._crashes),
+            ends=tuple(self._unwanted.times),
+            others_ends=self._unwanted.others,
+            crashes=tuple(self._unwanted.crashes),
             backoff_until=self._backoff_until,
             effective=self.effective.model_dump(mode="json") if self.effective is not None else None,
             run=run.hand_over() if run is not None else None,
             invocations=self.invocations.hand_over(),
+            fence=self._context.fences.hand_over(self.name),
         )
 
     def take_over(self, before: PluginKept, kept_by: Launcher) -> str:
@@ -324,13 +320,15 @@ class Plugin:
         A run that does not hold is ended, as by a drift, and started again. ``kept_by``: the launcher of then.
         """
         problem = ""
+        if before.fence is not None:
+            self._context.fences.adopt(self.name, before.fence)
         if before.effective is not None:
             from isolator.policy.model import EffectivePolicy
 
             self.effective = EffectivePolicy.model_validate(before.effective)
         self.state, self.error, self.notice = before.state, before.error, before.notice
-        self.outdated, self.restarts, self._others_ends = before.outdated, before.restarts, before.others_ends
-        self._ends, self._crashes = deque(before.ends), deque(before.crashes)
+        self.outdated, self.restarts = before.outdated, before.restarts
+        self._unwanted = Ends(deque(before.ends), before.others_ends, deque(before.crashes))
         run: Run | None = None
         if before.run is not None:
             assert self.effective is not None
@@ -368,6 +366,10 @@ class Plugin:
                 await self._pause_until(backoff_until)
             while self._wanted:
                 self._reason = reason
+                if run is None and self.fence.closed:
+                    with self._waiting():
+                        await self._until_stopped(self.fence.opened())
+                    continue
                 try:
                     retry = await self._run_once(reason, run)
                 except Exception as error:  # whatever it was: one that is wanted must not stay away in silence
@@ -389,8 +391,7 @@ class Plugin:
         """One run, from start to end; returns the seconds to the next one, or None when there shall be none."""
         ended = await self._one_run(reason, run)
         expected = not self._wanted
-        why = ended.problem or _describe(ended.exit)
-        retry = None if expected or self._failed_trial(why) else self._after_crash(why, ended)
+        retry = None if expected or self._failed_trial(ended.why) else self._after_crash(ended)
         if ended.exit is not None:
             self._context.host.run_ended(
                 self.name, ended.run, ended.exit, origin=ended.origin, state=self.state, expected=expected,
@@ -422,31 +423,17 @@ class Plugin:
         if self._verdict is not None and not self._verdict.done():
             self._verdict.set_result(outcome)
 
-    def _forget_crashes(self) -> None:
-        self._ends.clear()
-        self._others_ends = 0
-        self._crashes.clear()
-
-    def _after_crash(self, why: str, ended: _Ended) -> float | None:
+    def _after_crash(self, ended: Ended) -> float | None:
         """Note an end that nobody wanted; returns the seconds to wait, or None when too many of them count."""
         assert self.effective is not None
-        limits = self.effective.restart
-        now = time.monotonic()
-        if ended.origin == Origin.PLUGIN:
-            self._ends.append(now)
-        else:
-            self._others_ends += 1
-        if ended.counts:
-            self._crashes.append(now)
-        for times in (self._ends, self._crashes):
-            while times and now - times[0] > limits.window:
-                times.popleft()
+        limits, why = self.effective.restart, ended.why
+        self._unwanted.note(ended, limits.window)
         if ended.hopeless:
             self.error = why
             self._set(PluginState.FAILED)
             self._context.audit.record(PluginFailed(reason=why), plugin=self.name)
             return None
-        count = len(self._crashes)
+        count = len(self._unwanted.crashes)
         if ended.counts and count >= limits.crashes:
             self.error = f"{why}; {count} crashes in {limits.window / 60:g} minutes"
             self._set(PluginState.FAILED)
@@ -461,19 +448,16 @@ class Plugin:
         """Note that this daemon failed with a run or its end; returns as ``_after_crash``."""
         if not self._wanted or self._failed_trial(why):
             return None
-        self._others_ends += 1
+        self._unwanted.others += 1
         return self._back_off(why)
 
     def _back_off(self, why: str) -> float:
         assert self.effective is not None
-        limits = self.effective.restart
         self.error = why
         self._set(PluginState.BACKOFF)
-        return Backoff(limits.backoff_min, limits.backoff_max, spread=_BACKOFF_SPREAD).after(
-            len(self._ends) + self._others_ends - 1
-        )
+        return self._unwanted.pause(self.effective.restart)
 
-    async def _one_run(self, reason: str, run: Run | None = None) -> _Ended:
+    async def _one_run(self, reason: str, run: Run | None = None) -> Ended:
         """Build one cage, or take over ``run``; watch it to its end, take everything down."""
         assert self.effective is not None
         run_id = run.id if run is not None else secrets.token_hex(5)
@@ -482,7 +466,7 @@ class Plugin:
                 with self._waiting():
                     environment = await self._until_stopped(self._environment())
                 if environment is None:
-                    return _Ended(run_id, None, Origin.OPERATOR)
+                    return Ended(run_id, None, Origin.OPERATOR)
                 run = self.run = await prepare_run(
                     self._context,
                     self.registration,
@@ -498,7 +482,7 @@ class Plugin:
             with self._waiting():
                 await run.watch(
                     self._stop,
-                    on_ready=self._changed,
+                    on_ready=self.announce_change,
                     on_steady=lambda: self._conclude_trial(""),
                     drain=lambda: self._context.host.drain(self.name, run_id, self._stop_reason),
                 )
@@ -507,14 +491,14 @@ class Plugin:
             origin = run.origin if self._wanted else Origin.OPERATOR
             self._record_end(run, end, origin, await self._context.host.stderr_tail(self.name, run_id))
             counts = origin == Origin.PLUGIN and not (run.reached and end.cause == "exit")
-            return _Ended(run_id, end, origin, counts=counts)
+            return Ended(run_id, end, origin, counts=counts)
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
             why = reason_of(error)
             origin = origin_of(error)
             crashed = PluginCrashed(cause="did not start", origin=origin, reason=why)
             self._context.audit.record(crashed, plugin=self.name, run=run_id)
             hopeless = isinstance(error, NotApprovedError)
-            return _Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN, hopeless=hopeless)
+            return Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN, hopeless=hopeless)
         finally:
             self.run, self.outdated, self.lacking = None, "", ""
             if run is not None:
@@ -560,8 +544,9 @@ class Plugin:
         run.answer_denied(listener)
         if not self._stop.is_set():
             self._set(PluginState.RUNNING)
-            self._others_ends = 0
+            self._unwanted.others = 0
         self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
+        self._context.fences.started(self.name, run)
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
         self.record_usage()
@@ -580,10 +565,10 @@ class Plugin:
 
     def _set(self, state: PluginState) -> None:
         self.state = state
-        self._changed()
+        self.announce_change()
         self._tasks.run(f"waiters for plugin {self.name}", self._notify())
 
-    def _changed(self) -> None:
+    def announce_change(self) -> None:
         """Call ``changed``; that it fails is its owner's fault, and does not end this plugin's life."""
         try:
             self._on_change(self)
@@ -600,27 +585,3 @@ _REMEDIES = {
     PluginState.DISABLED: "isolator plugin enable {0}",
     PluginState.REJECTED: "see 'isolator plugin show {0}' and correct it",
 }
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """End of a run, or of its start: then ``exit`` is None and ``problem`` the reason."""
-
-    run: str
-    exit: CageExit | None
-    origin: Origin
-    problem: str = ""
-    counts: bool = False
-    """It counts for giving the plugin up."""
-    hopeless: bool = False
-    """No further attempt helps before an operator has agreed to something."""
-
-
-def _describe(end: CageExit | None) -> str:
-    if end is None:
-        return "did not start"
-    if end.cause in ("exit", "signal"):
-        return f"exit code {end.exit_code}" if end.signal is None else f"killed by signal {end.signal}"
-    if end.cause.startswith((NO_SOCKET, NO_ANSWER)):
-        return f"{end.cause}; raise start_timeout in [restart] of its policy if it needs longer"
-    return end.cause

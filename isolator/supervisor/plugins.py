@@ -19,6 +19,7 @@ from isolator.registration.discovery import Discovery, Found
 from isolator.registration.proposals import Loaded
 from isolator.registration.registrar import Registrar
 from isolator.registration.store import Registration
+from isolator.supervisor.fences import FROZEN, LEASE_LOST
 from isolator.supervisor.invocations import Invocation
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.run import Run, RunContext
@@ -36,6 +37,7 @@ class PluginTable:
         self.registrar = registrar
         self.discovery = Discovery(plugin_dirs, registrar.reader, self._sources, self._discovered)
         self._context = context
+        context.fences.plugins, context.fences.lose = self.plugins, self._lose
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._given_up: set[asyncio.Task[Any]] = set()
@@ -106,6 +108,7 @@ class PluginTable:
     def drop(self, name: str) -> None:
         """Drop a plugin that is registered no more, and tell the host, which may have come back meanwhile."""
         del self.plugins[name]
+        self._context.fences.forget(name)
         self._context.host.plugin_removed(name)
 
     def find(self, name: str) -> Plugin:
@@ -133,12 +136,14 @@ class PluginTable:
     def entry(self, plugin: Plugin) -> RegisteredEntry:
         """One registered plugin as the host and the command line see it."""
         run, registration, effective = plugin.run, plugin.registration, plugin.effective
+        lease = self._context.fences.notice(plugin.name)
+        frozen = lease if lease == FROZEN else ""
         return RegisteredEntry(
             name=plugin.name,
             version=plugin.version,
             digest=registration.digest,
             state=plugin.state,
-            error="; ".join(filter(None, (plugin.error, plugin.notice, plugin.outdated, plugin.lacking))),
+            error="; ".join(filter(None, (frozen, plugin.error, plugin.notice, plugin.outdated, plugin.lacking))),
             run=run.id if run else None,
             pid=run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
             uid=registration.uid,
@@ -156,6 +161,7 @@ class PluginTable:
             source_files=registration.source.files,
             source_packaged=registration.release.kind == "package",
             signer=registration.release.signer,
+            lease=lease,
         )
 
     def pending(self, registration: Registration) -> PendingVersion | None:
@@ -204,9 +210,13 @@ class PluginTable:
         self.find(name)
         async with self.lock(name):
             plugin = self.find(name)
+            plugin.check_allowed()
             await plugin.stop(reason)
             plugin.start("operator")
         return await plugin.wait_running()
+
+    def _lose(self, name: str) -> None:
+        self.own(self.stop(name, LEASE_LOST))
 
     # --- discovery -------------------------------------------------------------------------------------------
 

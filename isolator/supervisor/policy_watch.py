@@ -74,7 +74,7 @@ class PolicyWatch:
                 old_policy_sha256=old.digest() if old else None, policy_sha256=new.digest(),
             )  # fmt: skip
             self._audit.record(changed, plugin=name)
-            if running:
+            if running and not plugin.fence.closed:
                 plugin.start("its policy changed")
             self._table.announce(plugin)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 from collections.abc import Mapping
@@ -121,7 +122,8 @@ async def prepare_run(
         stdin, streams, stdout = given.stdin if given is not None else owned.add(_nothing()), list[int](), writers[0]
         if talks:
             streams, stdin, stdout = _streams(owned)
-        cage = Cage(spec, context.runtime, Stdio(stdin, stdout, writers[1]), handover=hand_over)
+        stdio, admit = Stdio(stdin, stdout, writers[1]), functools.partial(context.fences.check, name)
+        cage = Cage(spec, context.runtime, stdio, handover=hand_over, admit=admit)
         directory = spec.mounts["/run/isolator/plugin"]
         read = set(effective.filesystem.read)
         shown = {bind.target: identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}

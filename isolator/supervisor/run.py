@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
     from isolator.supervisor.broker_link import BrokerLink
+    from isolator.supervisor.fences import Fences
     from isolator.supervisor.host_link import HostLink
     from isolator.supervisor.rest import Rest
     from isolator.supervisor.socket_watch import SocketWatch
@@ -51,6 +52,8 @@ NO_ANSWER = "no answer to the first request"
 """The same of one that is spoken to over its standard streams."""
 CLOSED_SECONDS = 2.0
 """Time between the end of a sidecar's standard input, which asks it to end, and SIGTERM."""
+FROZEN_BEAT = 0.25
+"""Seconds between two looks at whether a frozen cage goes on."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 _TMP = ("tmp_free", "tmp_files_free")
@@ -72,6 +75,7 @@ class RunContext:
     wait_for_trail: bool
     """Start nothing while the trail cannot be written."""
     rest: Rest
+    fences: Fences
 
 
 @dataclass
@@ -113,7 +117,55 @@ class Run:
     """The notifier's token of its seccomp listener."""
     drift: socket.socket | None = None
     """Readable when its network's rules change, while it is watched."""
+    stopping: bool = False
+    """It is to end by itself, and is killed if it does not."""
+    _frozen_at: float | None = None
+    """Loop time at which its cage was frozen, while it is."""
+    _frozen_before: float = 0.0
+    """Seconds for which it was frozen before that."""
     _usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def executes(self) -> bool:
+        """Whether its program has begun."""
+        return self.cage.started and self.cage.processes.started > 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its cage is frozen."""
+        return self._frozen_at is not None
+
+    @property
+    def frozen_seconds(self) -> float:
+        """Seconds for which its cage was frozen, all in all: they count for no time that the plugin has."""
+        now = asyncio.get_running_loop().time()
+        return self._frozen_before + (now - self._frozen_at if self._frozen_at is not None else 0.0)
+
+    def freeze(self) -> None:
+        """Freeze the cage; one that is to stop is killed, as it could not end by itself."""
+        if self.stopping:
+            self.terminate("stopped at once: it was frozen", self.origin)
+            return
+        if self._frozen_at is None:
+            self._frozen_at = asyncio.get_running_loop().time()
+        try:
+            self.cage.leaf.freeze()
+        except OSError as error:
+            self.terminate(f"its cage could not be frozen: {error.strerror}")
+
+    def thaw(self) -> None:
+        """Let the cage go on."""
+        self._frozen_before, self._frozen_at = self.frozen_seconds, None
+        self.cage.leaf.thaw()
+
+    async def first_of(self, signs: Iterable[asyncio.Task[Any]], deadline: float) -> None:
+        """Wait for the first of the signs, until that loop time, which is put off while the cage is frozen."""
+        while True:
+            left = max(0.0, deadline + self.frozen_seconds - asyncio.get_running_loop().time())
+            pause = max(left, FROZEN_BEAT) if self.frozen else left
+            done, _ = await asyncio.wait(signs, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            if done or not left:
+                return
 
     def terminate(self, cause: str, origin: Origin = Origin.DAEMON) -> None:
         """Kill the whole cage at once; ``cause`` and ``origin`` are recorded as those of its end."""
@@ -166,7 +218,6 @@ class Run:
         ``stop`` ends it gracefully, after ``drain``. ``on_ready`` is called when the socket is there, ``on_steady``
         when it has been for ``STEADY_SECONDS``.
         """
-        loop = asyncio.get_running_loop()
         patience = self.effective.restart.start_timeout
         watched = self.context.sockets.add(self.directory, self._check_socket)
         self._check_socket()
@@ -180,8 +231,7 @@ class Run:
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))
         try:
-            left = max(0.0, self.began + patience - loop.time())
-            await asyncio.wait({waiting, there}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await self.first_of({waiting, there}, self.began + patience)
             self.context.sockets.remove(watched)
             if self.socket_there.is_set():
                 on_ready()
@@ -207,6 +257,11 @@ class Run:
 
     async def _stop_when(self, stop: asyncio.Event, drain: Callable[[], Awaitable[None]]) -> None:
         await stop.wait()
+        self.stopping = True
+        if self.frozen:
+            self.usage()
+            self.freeze()
+            return
         try:
             await drain()
         except Exception as error:  # whatever it was, the run is stopped
@@ -216,6 +271,7 @@ class Run:
         await self._stop()
 
     async def _stop(self) -> None:
+        self.stopping = True
         if self.streams:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.streams[0])) as stdin:
                 stdin.shutdown(socket.SHUT_WR)  # also of the host's copy
@@ -337,7 +393,7 @@ class Run:
             streams=dict(zip(("stdin", "stdout"), self.streams, strict=False)),
             drift=self.drift.fileno() if self.drift is not None else -1,
             started_at=self.started_at,
-            began=self.began,
+            began=self.began + self.frozen_seconds,
             forced_cause=self.forced_cause,
             origin=self.origin,
             reached=self.reached,

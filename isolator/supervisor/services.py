@@ -3,7 +3,7 @@
 They start in this order and stop in the reverse. Each gets a channel to the supervisor and (but for audit itself) a
 source socket of its own to the audit process; whoever dies is started again and introduced anew: to audit come new
 source sockets, to the broker the listeners of every cage that runs, to the host the plugins, their log pipes and the
-listeners of their host API. The messages are in isolator/ipc/messages.py.
+listeners of their host API. The messages are in isolator/ipc/messages.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import Alarms, ServiceHealth
+from isolator.supervisor.fences import Fences
 from isolator.supervisor.folders import own_folder
 from isolator.supervisor.handlers import Handlers
 from isolator.supervisor.plugins import PluginTable
@@ -81,6 +82,7 @@ class Daemon:
     alarms: Alarms
     rest: Rest
     reloads: Reloads
+    fences: Fences
 
 
 @contextlib.asynccontextmanager
@@ -156,7 +158,9 @@ async def running_daemon(
         context = RunContext(
             paths, runtime, audit, services.host, services.broker, sockets, notifier,
             wait_for_trail=config.audit.disk_full == "stop", rest=(rest := Rest()),
+            fences=(fences := Fences(audit, services.broker, services.host)),
         )  # fmt: skip
+        stack.callback(fences.close)
         table = PluginTable(context, registrar, config.plugin_dirs)
         progress("reading the plugins")
         table.load()
@@ -170,7 +174,7 @@ async def running_daemon(
         updates = Updates(table, context, tickets)
         reloads = Reloads(before.generation if before is not None else 1)
         stack.push_async_callback(reloads.close)
-        handlers = Handlers(table, updates, services, reloads).all()
+        handlers = Handlers(table, updates, services, reloads, fences).all()
         if before is None:
             on_trial = await updates.hold_trials()
             progress("starting the services")
@@ -205,6 +209,7 @@ async def running_daemon(
             await services.start(table, handlers, {one.name: one for one in before.services})
             registrar.adopt(before.staged)
             adopted = _adopt_plugins(table, context, before, kept_by)
+            fences.go_on()
             adopted += _adopt_runs(runners, context, before, kept_by)
             await _change_launchers(table, runners, runtime, kept_by)
             runtime.pool.begin(EVERY_LAYER)
@@ -231,7 +236,7 @@ async def running_daemon(
         tasks.keep("exchange of services", lambda: _exchange_when(exchange, services))
         if before is not None:
             tasks.run("exchange of the services of before", services.exchange())
-        yield Daemon(runtime, notifier, services, table, runners, tickets, alarms, rest, reloads)
+        yield Daemon(runtime, notifier, services, table, runners, tickets, alarms, rest, reloads, fences)
 
 
 def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState, kept_by: Launcher) -> int:

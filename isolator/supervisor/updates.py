@@ -222,7 +222,7 @@ class Updates:
                 registration = await asyncio.to_thread(self._registrar.grant, now)
                 plugin.adopt(await self._read(registration))
                 self._record_approval(plugin, now.release, (), who)
-                if running:
+                if running and not plugin.fence.closed:
                     plugin.start("approve")
                 self._table.announce(plugin)
             else:

@@ -12,6 +12,7 @@ from isolator.broker.gate import _RETRY, HOLD, LARGEST, SMALLEST, Gate, Looking
 from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.sniff import Hello
+from isolator.ipc.fence import Fence
 from isolator.pacing import TokenBucket
 from tests.broker.test_sniff import REAL, hello
 from tests.support.timeouts import seconds
@@ -203,7 +204,7 @@ class Ends:
         for sock in self.sockets:
             sock.setblocking(False)
         scratch = Scratch()
-        self.up, self.down = Pipe(inner, outer, scratch), Pipe(outer, inner, scratch)
+        self.up, self.down = Pipe(inner, outer, scratch, Fence()), Pipe(outer, inner, scratch, Fence())
         self.up.guard(made, self.down)
         self.down.start()
         self.up.start()

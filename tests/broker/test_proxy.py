@@ -11,6 +11,7 @@ import pytest
 from isolator.broker import proxy as proxies
 from isolator.broker.flow import DescribedError
 from isolator.broker.resolver import HostResolvers, Resolver
+from isolator.ipc.fence import Fence
 from isolator.policy.model import NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import METADATA, OTHER, PRIVATE, WEB, WEB6, Connects
@@ -165,7 +166,7 @@ async def test_proxy_that_is_silent_is_not_waited_for_without_end(monkeypatch: p
     monkeypatch.setattr(proxies, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         where = f"127.0.0.1:{listener.getsockname()[1]}"
-        proxy = proxies.Proxy(where, Resolver((), HostResolvers()))
+        proxy = proxies.Proxy(where, Resolver((), HostResolvers()), Fence())
         with pytest.raises(DescribedError, match=f"proxy {where} does not answer"):
             await proxy.dial((ip_address(WEB),), None, 443, small=False)
         await proxy.close()

@@ -17,6 +17,7 @@ that lets everything through. Nothing but tests starts it; the product has no su
 ``buffers``           the outer connections of a cage may all have large buffers
 ``dns-rate``         the rate of questions
 ``recordable``       connections are let out that cannot be recorded
+``fence``            the deadline of the plugin
 ===================  ==================================================================================================
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from isolator.broker import buffers, dns, flow, gate, guard, host_addresses, outbound, sniff
 from isolator.broker.service import main
+from isolator.ipc import fence
 from isolator.policy import destinations
 
 
@@ -93,6 +95,8 @@ def switch_off(check: str) -> None:
         dns.QUERY_BURST = 1 << 30
     elif check == "recordable":
         outbound.Shared.unrecordable = lambda self: None  # type: ignore[method-assign]
+    elif check == "fence":
+        fence.Fence.closed = property(lambda self: False)  # type: ignore[method-assign, assignment]
     else:
         raise SystemExit(f"no such check: {check}")
 

@@ -93,6 +93,8 @@ class Daemon(FakeAudit):
         self.registrar = FakeRegistrar(self)
         self._runs = 0
         self.hello_plugins: list[str] | None = None
+        self.fences: dict[str, float] = {}
+        """Deadlines that the host is told of at its start."""
 
     # Life
 
@@ -147,6 +149,7 @@ class Daemon(FakeAudit):
             config=self.config.model_dump(mode="json"),
             plugins=tuple(map(self.entry, self.sidecars.values())),
             fresh=self.fresh,
+            fences=self.fences,
         )
         await self.channel.ask(hello, fds=[listener.fileno()], timeout=20)
         listener.close()

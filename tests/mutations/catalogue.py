@@ -540,6 +540,33 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/broker/relay.py",
+        (
+            "bytes pass past the deadline of a plugin",
+            "if self._fence.until is not None and self._fence.closed:",
+            "if False:",
+            "broker/test_fence.py::test_broker_relays_nothing_past_the_deadline_and_everything_when_it_is_moved",
+        ),
+    ),
+    *_mutations(
+        "isolator/supervisor/fences.py",
+        (
+            "a cage goes on past the deadline of its plugin",
+            "if fence.closed and name not in self._frozen:",
+            "if False:",
+            "system/test_fence.py::test_plugin_past_its_deadline_stands_still_and_goes_on_when_it_is_moved",
+        ),
+    ),
+    *_mutations(
+        "host/host_api.py",
+        (
+            "a call past the deadline of its plugin is answered",
+            "        await fence.opened()\n        answer",
+            "        answer",
+            "host/test_fence.py::test_call_past_the_deadline_is_answered_once_that_is_moved",
+        ),
+    ),
+    *_mutations(
         "isolator/broker/outbound.py",
         (
             "addresses of the host itself can be reached",

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
-from isolator.ipc.handover import CageState, DaemonState, RunnersState, RunnerState, RunState, descriptors
+from isolator.ipc.handover import (
+    CageState,
+    DaemonState,
+    FenceState,
+    PluginKept,
+    RunnersState,
+    RunnerState,
+    RunState,
+    descriptors,
+)
+from isolator.ipc.messages import PluginState
 from isolator.linux.memfd import make_sealed
 from isolator.supervisor.reload import formats
 from tests.supervisor.test_reload_trial import STATE
@@ -110,6 +120,16 @@ def test_daemon_with_runs_of_users_is_not_handed_to_a_version_that_would_end_the
         assert formats.read(fd) == STATE
     finally:
         os.close(fd)
+
+
+def test_plugin_with_a_deadline_is_not_handed_to_a_version_that_would_forget_it() -> None:
+    kept = PluginKept(
+        name="held", state=PluginState.RUNNING, error="", notice="", outdated="", wanted=True, reason="event",
+        restarts=0, ends=(), others_ends=0, crashes=(), backoff_until=None, effective=None, run=None,
+        fence=FenceState(until=1.0, frozen=None),
+    )  # fmt: skip
+    with pytest.raises(IsolatorError, match="knows no leases, and these plugins have one: held"):
+        formats.write(dataclasses.replace(STATE, plugins=(kept,)), 1)
 
 
 def test_format_before_is_written_for_a_version_that_reads_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

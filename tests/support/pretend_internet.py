@@ -137,6 +137,8 @@ class BrokerProcess:
     records: list[dict[str, Any]] = field(default_factory=list)
     acknowledge: bool = True
     cages: dict[str, CageNet] = field(default_factory=dict)
+    fences: dict[str, float] = field(default_factory=dict)
+    """Deadlines that the next process is told of."""
 
     @classmethod
     async def start(cls, pretend: PretendInternet, *, off: Sequence[str] = ()) -> BrokerProcess:
@@ -163,7 +165,7 @@ class BrokerProcess:
         self.channel.handle(op, handler)
         left = await self.channel.ask(Leave(), timeout=10)
         assert left.parts == passage.parts > 0, left
-        await channel.ask(BrokerHello(root="/", config={}, parts=left.parts), timeout=20)
+        await channel.ask(BrokerHello(root="/", config={}, parts=left.parts, fences=self.fences), timeout=20)
         self.channel.close()
         await self.process.wait()
         self.process, self.channel = process, channel

@@ -3,7 +3,7 @@
 ``tests.system.taken_over`` with ``TAKEN=MODULE`` is MODULE, of the daemon's services, with a socket of its own
 (``$ORDERS/MODULE``) that takes lines of JSON. ``{"op": NAME, "fields": {}}`` goes to the supervisor over the channel
 that the process was given, with a descriptor of ``{"folder": PATH}``. ``{"connect": PATH}`` and ``{"open": PATH}`` are
-done with the process's own rights.
+done with the process's own rights. ``{"fence": [VERB, ...]}`` calls the fences of a host, as a holder of leases does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from isolator.errors import IsolatorError
 from isolator.ipc import channel
 from isolator.linux.descriptors import close_all
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, daemon
+from tests.system.daemon import Daemon, daemon, wait_for
 
 ORDERS = "orders"
 """Folder of the sockets, below the daemon's root."""
@@ -60,6 +60,16 @@ class TakenOver(Daemon):
             with sock.makefile("rb") as answers:
                 return json.loads(answers.readline())
 
+    def fence(self, verb: str, *arguments: Any) -> None:
+        """Have the host hold, free or lose a plugin; if one is about to take another's place, that one."""
+
+        def done() -> bool:
+            with contextlib.suppress(OSError, ValueError):
+                return "error" not in self.order("host.service", fence=[verb, *arguments])
+            return False
+
+        wait_for(done, what="no host obeys")
+
     def ask_as_host(self, op: str, **fields: Any) -> dict[str, Any]:
         """Send the supervisor a request in the host process's name."""
         return self.order("host.service", op=op, fields=fields)
@@ -73,9 +83,18 @@ def taken_over(host_toml: str = "") -> Iterator[TakenOver]:
         yield made
 
 
+_fences: list[Any] = []
+"""Those of this process, if it is a host."""
+
+
 async def _obey(link: channel.Channel, order: dict[str, Any]) -> dict[str, Any]:
     try:
-        if "op" in order:
+        if "fence" in order:
+            if not _fences:
+                return {"error": {"code": "no hello yet"}}
+            verb, *arguments = order["fence"]
+            getattr(_fences[-1], verb)(*arguments)
+        elif "op" in order:
             fds = [os.open(order["folder"], os.O_RDONLY | os.O_DIRECTORY)] if "folder" in order else []
             try:
                 answer = await link.call(order["op"], fds=fds, timeout=seconds(60), **order["fields"])
@@ -83,7 +102,7 @@ async def _obey(link: channel.Channel, order: dict[str, Any]) -> dict[str, Any]:
                 close_all(fds)
             answer.close()
             return answer.fields
-        if "connect" in order:
+        elif "connect" in order:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(order["connect"])
         else:
@@ -93,6 +112,18 @@ async def _obey(link: channel.Channel, order: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         return {"error": {"code": type(error).__name__}}
     return {}
+
+
+def _keep_fences() -> None:
+    from host.fence.fences import Fences
+
+    made = Fences.__init__
+
+    def init(self: Fences, *arguments: Any) -> None:
+        made(self, *arguments)
+        _fences.append(self)
+
+    Fences.__init__ = init  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -114,6 +145,8 @@ def main() -> None:
         kept.append(asyncio.get_running_loop().create_task(asyncio.start_unix_server(serve, path)))
 
     channel.Channel.__init__ = init  # type: ignore[method-assign]
+    if module == "host.service":
+        _keep_fences()
     runpy.run_module(module, run_name="__main__")
 
 

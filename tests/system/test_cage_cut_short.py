@@ -37,6 +37,7 @@ from isolator.recovery import journal as journal_module
 from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.registration.staging import Source
+from isolator.supervisor.fences import Fences
 from isolator.supervisor.lifecycle import Plugin
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
@@ -113,8 +114,9 @@ class _World:
         launcher = Launcher()
         tell(launcher.pid)
         context: Any = RunContext(
-            self.paths, CageRuntime(launcher, journal, subtree), _NoAudit(), _NoHost(), _NoBroker(), SocketWatch(),
-            _NoAudit(), wait_for_trail=False, rest=Rest(),
+            self.paths, CageRuntime(launcher, journal, subtree), audit := _NoAudit(), host := _NoHost(),
+            broker := _NoBroker(), SocketWatch(), _NoAudit(), wait_for_trail=False, rest=Rest(),
+            fences=(fences := Fences(audit, broker, host)),
         )  # fmt: skip
         plugin = Plugin(context, self.registrar.load(NAME), lambda _: None)
         begin()
@@ -124,6 +126,7 @@ class _World:
         Volume(self.paths.state, NAME, journal).close()
         end()
         assert not plugin.error, plugin.error
+        fences.close()
         launcher.close()
         subtree.remove()
         journal.forget("subtree")

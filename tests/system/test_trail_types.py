@@ -24,12 +24,14 @@ from host.client.client import Client as Caller
 from isolator.audit.budget import BURST
 from isolator.audit.schema import RECORDS
 from isolator.audit.text import printable
+from isolator.linux.boottime import boottime
 from tests.mcp.client import Client
 from tests.support.internet_servers import OTHER, WEB
 from tests.support.json_schema import violations
 from tests.support.mcp_servers import server
 from tests.support.pretend_internet import pretend_internet
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
+from tests.system.taken_over import TakenOver
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs/schemas"
 
@@ -143,7 +145,7 @@ def emit(d: Daemon, what: str, *, wait: bool = True) -> str:
     return str(emitted["id"])
 
 
-def live(d: Daemon, place: Path) -> dict[str, str]:
+def live(d: TakenOver, place: Path) -> dict[str, str]:
     """Everything that can happen; the events by what they made the plugin do."""
     policies = d.root / "etc/isolator/policies"
     policies.mkdir(parents=True, exist_ok=True)
@@ -208,7 +210,10 @@ def live(d: Daemon, place: Path) -> dict[str, str]:
     with Client(d, "tools") as client:
         client.initialize()
         client.call("fail")
-    d.cli("plugin", "stop", "tools")
+    for verb, type in (("hold", "plugin.frozen"), ("hold", "plugin.thawed"), ("lost", "plugin.lost")):
+        until = [] if verb == "lost" else [boottime() + (600 if of(d, "plugin.frozen") else 0)]
+        d.fence(verb, "tools", *until)
+        wait_for(lambda type=type: of(d, type))
 
     old = write_plugin(place / "old/changing", ECHO, hooks=["deploy.failed"])
     new = write_plugin(place / "new/changing", ECHO, hooks=["deploy.failed"], version="2.0.0")
@@ -269,7 +274,8 @@ def of(d: Daemon, type: str, event_id: str | None = None) -> list[dict[str, Any]
 
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, dict[str, str]]]:
-    with pretend_internet() as pretend, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
+    with pretend_internet() as pretend, daemon(host_toml=HOST_TOML, network=pretend.host_fd, kind=TakenOver) as d:
+        assert isinstance(d, TakenOver)
         events = live(d, tmp_path_factory.mktemp("plugins"))
         (passphrase := d.root / "passphrase").write_text("a passphrase for tests")
         passphrase.chmod(0o600)
@@ -280,9 +286,12 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, di
             d.stop()
             d.cli("backup", str(place / "stopped"), *secret)
             d.cli("restore", str(place / "stopped"), *secret, "--replace")
+            with (d.root / "etc/isolator/host.toml").open("a") as file:
+                file.write('[cluster]\nname = "one"\nservers = ["127.0.0.1:1"]\ntls = false\n')
             d.start()
         finally:
             shutil.rmtree(place)
+        wait_for(lambda: of(d, "cluster.problem"))
         d.stop()
         yield d, events
 

@@ -217,3 +217,34 @@ class PluginHealth(RecordData):
     misses: int = ABSENT
     """Pings missed in a row."""
     detail: str = ABSENT
+
+
+class PluginFrozen(RecordData):
+    """A plugin's deadline has passed, and its cages were frozen: it may be held by another host."""
+
+    TYPE = "plugin.frozen"
+    SOURCES = (SUPERVISOR,)
+
+    runs: list[str]
+    late_ms: float | None
+    """Milliseconds between the deadline and this; null if there was none, as after a loss."""
+
+
+class PluginThawed(RecordData):
+    """A frozen plugin goes on: its deadline was moved on before it was lost."""
+
+    TYPE = "plugin.thawed"
+    SOURCES = (SUPERVISOR,)
+
+    runs: list[str]
+    seconds: float
+    """For which it was frozen."""
+
+
+class PluginLost(RecordData):
+    """Another host holds a plugin, or may; its cages were killed, and none is started."""
+
+    TYPE = "plugin.lost"
+    SOURCES = (SUPERVISOR,)
+
+    runs: list[str]

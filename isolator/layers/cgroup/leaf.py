@@ -184,6 +184,18 @@ class Leaf:
             finally:
                 os.close(fd)
 
+    def freeze(self) -> None:
+        """Stop every process of the leaf where it is, until ``thaw``; the kernel lets nothing but a kill through."""
+        os.setxattr(self.unified, _FROZEN, b"1")
+        _write(f"{self.unified}/cgroup.freeze", "1")
+
+    def thaw(self) -> None:
+        """Let them go on; no error when it is not frozen, or removed."""
+        with contextlib.suppress(OSError):
+            os.removexattr(self.unified, _FROZEN)
+        with contextlib.suppress(FileNotFoundError):
+            _write(f"{self.unified}/cgroup.freeze", "0")
+
     def populated(self) -> bool:
         """Whether any process, a zombie included, is left in the leaf."""
         try:
@@ -242,6 +254,18 @@ class Leaf:
     def open_folder(self) -> int:
         """A descriptor of the v2 leaf, for CLONE_INTO_CGROUP."""
         return os.open(self.unified, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+_FROZEN = "trusted.isolator.frozen"
+"""Attribute of a leaf that is to stay frozen, for whoever freezes it for a while beside the daemon."""
+
+
+def keep_frozen(folder: str | os.PathLike[str]) -> bool:
+    """Whether the daemon has frozen the leaf with this v2 folder."""
+    try:
+        return bool(os.getxattr(folder, _FROZEN))
+    except OSError:
+        return False
 
 
 OPTIONAL = frozenset(

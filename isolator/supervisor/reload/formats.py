@@ -20,7 +20,10 @@ _MOST = 512 << 20
 
 
 def _without_users_own(body: Json) -> Json:
-    """Format 1: runs of users cannot be handed over, and what was staged has expired."""
+    """Format 1: runs of users and deadlines cannot be handed over, and what was staged has expired."""
+    if bound := [plugin["name"] for plugin in body["plugins"] if "fence" in plugin]:
+        why = f"the installed version knows no leases, and these plugins have one: {', '.join(bound)}"
+        raise UnavailableError("reload", why, "install a version that does, or restart the daemon")
     if runs := (body.get("runners") or {}).get("runs"):
         named = ", ".join(f"run {run['id']} of uid {run['uid']}" for run in runs)
         why = f"the installed version does not take over what users run, and these go on: {named}"

@@ -46,6 +46,7 @@ async def reload(daemon: Daemon, program: Program, generation: int) -> None:
             for service in daemon.services.every:
                 if service.channel is not None:
                     service.channel.leave_unread()
+            daemon.fences.stand_still()
             execute(program, daemon_state(daemon, generation, began), number)
         finally:
             _go_on(daemon)
@@ -129,6 +130,7 @@ def _go_on(daemon: Daemon) -> None:
     daemon.runtime.pool.reopen()
     daemon.rest.go_on()
     daemon.runtime.pool.begin(EVERY_LAYER)
+    daemon.fences.go_on()
 
 
 def daemon_state(daemon: Daemon, generation: int, began: float) -> DaemonState:
