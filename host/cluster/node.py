@@ -222,11 +222,6 @@ class Node:
         """Up to where this host has read the log."""
         return self._footing.place
 
-    @property
-    def is_leaving(self) -> bool:
-        """Whether this host takes no further shard."""
-        return self._leaving
-
     def waiting(self) -> tuple[int, int]:
         """How many events of this host wait for the log, and their bytes."""
         return self._outbox.waiting()

@@ -235,7 +235,7 @@ async def test_host_that_is_cut_off_leaves_only_by_force_and_says_what_stays_beh
     await first.emit("waits")
     with pytest.raises(LogUnavailableError):
         await cluster.during(first.node.leave())
-    assert not first.node.is_leaving and not _line(first, "left")
+    assert not first.node._leaving and not _line(first, "left")
     assert await cluster.during(first.node.leave(force=True)) == 1
     assert not first.acting() and "p" not in first.follower.until
 
