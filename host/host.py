@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
 from host.control.catalogue_verbs import CatalogueVerbs
+from host.control.cluster_verbs import ClusterVerbs
 from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
 from host.control.event_verbs import EventVerbs
@@ -93,6 +94,7 @@ SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
 
 if TYPE_CHECKING:
+    from host.cluster.node import Node
     from host.mcp.servers import Servers
 
 _logger = logging.getLogger(__name__)
@@ -160,6 +162,8 @@ class Host:
         self._audit, self._channel = audit, channel
         self._servers: Servers | None = None
         """MCP servers, once there is one."""
+        self._node: Node | None = None
+        """This host in its cluster, where it has one."""
         link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
 
@@ -258,6 +262,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry).endpoints(),
+            *ClusterVerbs(lambda: self._node).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "certify": ("host.authoring.certify.command:certify", "Play the faults of the protocol against a plugin."),
     "pack": ("host.authoring.pack:pack", "Pack a plugin's folder into one file."),
     "sign": ("host.authoring.sign:sign", "Sign a package, or make a key."),
+    "cluster": ("host.cluster.command:cluster", "Set up and watch a cluster of several hosts."),
     "backup": ("host.cli.backup:backup", "Copy everything a daemon keeps to a new folder."),
     "restore": ("host.cli.backup:restore", "Put a backup in the place of what is there."),
     "gc": ("isolator.cli.gc:gc", "Remove what earlier runs left behind."),

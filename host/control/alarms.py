@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from host.database import Store
 from isolator.audit.client import AuditClient
 from isolator.policy.host import without_trail
@@ -14,6 +16,8 @@ class Alarms:
         self._audit, self._store, self._disk_full = audit, store, disk_full
         self.supervisor: tuple[str, ...] = ()
         """Alarms of the supervisor's: processes that hang or do not come up."""
+        self.cluster: Callable[[], Iterable[str]] = tuple
+        """Returns the problems of this host with its cluster, where it has one."""
         self._noted: list[str] = []
 
     def note(self, line: str) -> None:
@@ -22,7 +26,7 @@ class Alarms:
 
     def lines(self) -> list[str]:
         """The alarms at this moment, one line each."""
-        found = [*self._noted, *self.supervisor]
+        found = [*self._noted, *self.supervisor, *self.cluster()]
         if self._audit.blocked is not None:
             found.append(f"{self._audit.blocked}; {without_trail(self._disk_full)}")
         if self._audit.alarm is not None:

@@ -11,6 +11,7 @@ import inspect
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict, get_origin, get_type_hints
 
+from host.control import cluster_types  # noqa: F401 # its verbs are among those that are listed
 from host.control.parameters import Flag, Number, Object, OneOf, Request, Text, Texts, Whole
 from host.control.platform_types import ApiCall
 from host.control.terms import LARGEST, Attempted, Config, Name, Nothing, OptionalText, Pause

@@ -34,7 +34,7 @@ _PACKAGES = ("isolator", "host", "clients/python/isolator_client")
 """The project's own packages, as they lie in a clone; a wheel of each is installed by pip."""
 _OWN = frozenset({"isolator-client"})
 """Distributions among the requirements that are such a package: no index is asked for them."""
-_EXTRAS = ("http", "console")
+_EXTRAS = ("http", "console", "cluster")
 """Extras of pyproject.toml that go along: nothing of them is imported until an operator turns it on."""
 
 

@@ -6,6 +6,7 @@ The models alone; ``parse/host_file.py`` reads the file. The values here are the
 
 from typing import Any, Literal
 
+from isolator.policy.cluster import Cluster
 from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.keys import CEILING, GIB, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
@@ -165,6 +166,7 @@ class HostConfig(Frozen):
     audit: AuditSettings = AuditSettings()
     metrics: Metrics = Metrics()
     console: Console | None = None
+    cluster: Cluster | None = None
     packages: Packages = Packages()
     trust: Trust = Trust()
     source: str | None = None
@@ -231,6 +233,8 @@ class HostConfig(Frozen):
             del data["runner"], data["roles"]["runner"]
         if self.console is None:
             del data["console"]
+        if self.cluster is None:
+            del data["cluster"]
         if self.packages == Packages():
             del data["packages"]
         if self.trust == Trust():

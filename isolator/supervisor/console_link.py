@@ -7,9 +7,7 @@ files of root's, and told to nobody else.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-import stat
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ from isolator.paths import Paths
 from isolator.policy.host import Console, HostConfig
 from isolator.supervisor.alarms import ServiceHealth
 from isolator.supervisor.listener import listen
+from isolator.supervisor.secret_file import secrets_of
 from isolator.supervisor.service import ChildProcess
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 MODULE = "host.console.service"
 """Named, never imported, as the host's."""
 _NEEDED = ("starlette", "uvicorn", "jinja2")
-_LONGEST_SECRET = 1 << 16
 
 
 class ConsoleLink:
@@ -95,26 +93,10 @@ class ConsoleLink:
         found = {}
         for name, ingress in self._settings.ingress.items():
             try:
-                found[name] = _secrets_of(Path(ingress.secret_file))
+                found[name] = secrets_of(
+                    Path(ingress.secret_file), "put the ingress's secret there", "one secret a line, whsec_ and base64"
+                )
             except IsolatorError as error:
                 found[name] = ()  # nothing gets in there; the others go on
                 self._health.alarms.raise_(f"ingress {name}", str(error))
         return found
-
-
-def _secrets_of(path: Path) -> tuple[str, ...]:
-    """The secrets in a file that only root can read, one a line; raises IsolatorError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o077:
-                raise IsolatorError(
-                    str(path), "is not a file that only root can read", f"chown root, chmod 0600 {path}"
-                )
-            text = file.read(_LONGEST_SECRET).decode()
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be read", "put the ingress's secret there") from None
-    except UnicodeDecodeError:
-        raise IsolatorError(str(path), "is not text", "one secret a line, whsec_ and base64") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from isolator.cage.processes import CageExit
 from isolator.errors import IsolatorError
@@ -93,10 +95,26 @@ class HostLink:
                 with os.fdopen(os.dup(fds[-1]), "wb") as file:
                     file.write(encoded)
             hello = HostHello(
-                root=str(self._paths.root), config=self._config.model_dump(mode="json"), plugins=plugins,
+                root=str(self._paths.root), config=self._settings(), plugins=plugins,
                 fresh=self.process.starts == 1, alarms=alarms, parts=parts, fences=self.deadlines(),
             )  # fmt: skip
             await channel.ask(hello, fds=fds)
+
+    def _settings(self) -> dict[str, Any]:
+        config: dict[str, Any] = self._config.model_dump(mode="json")
+        cluster = self._config.cluster
+        if cluster is not None and cluster.credentials:
+            from isolator.supervisor.secret_file import secrets_of
+
+            alarm = "credentials of [cluster]"
+            try:
+                form = "one line: USER:PASSWORD"
+                found = secrets_of(Path(cluster.credentials), "put USER:PASSWORD for the servers there", form)
+                config["cluster"]["secret"] = found[0] if found else ""
+                self._alarms.settle(alarm)
+            except IsolatorError as error:  # the host does without the cluster until it is there
+                self._alarms.raise_(alarm, str(error))
+        return config
 
     def serve_callers(self) -> None:
         """Have a host that took another's place serve callers, now that it knows all that the other one knew."""

@@ -11,6 +11,7 @@ import pytest
 from host.control import (
     api_verbs,
     catalogue_verbs,
+    cluster_verbs,
     config_verbs,
     daemon_verbs,
     event_verbs,
@@ -42,6 +43,7 @@ from tests.support import sidecars
 MODULES = (
     api_verbs,
     catalogue_verbs,
+    cluster_verbs,
     config_verbs,
     daemon_verbs,
     event_verbs,

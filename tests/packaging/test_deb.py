@@ -84,7 +84,7 @@ mkfifo /run/fifo
 package /run/packages/this.deb
 echo "version: $(isolator --version)"
 zcat /usr/share/man/man1/isolator-plugin-add.1.gz | grep -c "^.SH SYNOPSIS"
-/usr/lib/isolator/current/bin/python3 -I -c "import h11, jinja2, starlette, uvicorn; print('extras')"
+/usr/lib/isolator/current/bin/python3 -I -c "import h11, jinja2, nats, starlette, uvicorn; print('extras')"
 isolator install 2>&1 | sed 's/^/install: /'
 isolator uninstall --purge --yes 2>&1 | sed 's/^/uninstall: /'
 "$(readlink -f /usr/lib/isolator/current)/bin/python3" -I /run/packages/late.py </run/fifo >/run/late 2>&1 &
@@ -202,6 +202,6 @@ def test_every_dependency_is_pinned_by_hash() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==\S+( +--hash=sha256:[0-9a-f]{64})+", line) for line in lines)
     pinned = {line.partition("==")[0] for line in lines}
     project = tomllib.loads((BUILD.parents[1] / "pyproject.toml").read_text())["project"]
-    extras = [one for name in ("http", "console") for one in project["optional-dependencies"][name]]
+    extras = [one for name in ("cluster", "console", "http") for one in project["optional-dependencies"][name]]
     wanted = {re.split(r"[^A-Za-z0-9-]", requirement)[0] for requirement in (*project["dependencies"], *extras)}
     assert wanted - {"isolator-client"} <= pinned

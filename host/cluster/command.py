@@ -1,0 +1,217 @@
+"""``isolator cluster``: several hosts that deliver one stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from host.cli.options import here
+from host.cli.output import print_json, safe, table
+from host.client.client import Client
+from host.cluster.access import permissions
+from isolator.errors import IsolatorError, UnavailableError, UsageError
+from isolator.policy.cluster import parse_name, parse_server
+
+_SERVERS = click.option(
+    "--server", "servers", metavar="HOST:PORT", multiple=True, required=True, help="A server of NATS; repeatable."
+)
+
+
+@click.group(
+    epilog="\b\nExamples:\n  isolator cluster users --dir /root/nats host-1 host-2 host-3\n"
+    "  isolator cluster init --server nats-1:4222 --credentials /root/nats/admin.secret\n"
+    "  isolator cluster status\n  sudo isolator cluster leave"
+)
+def cluster() -> None:
+    """Set up and watch a cluster of hosts ([cluster] in host.toml)."""
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n  isolator cluster init --server nats-1:4222 --credentials /root/nats/admin.secret\n"
+    "  isolator cluster init --server 127.0.0.1:4222 --replicas 1 --no-tls --json"
+)
+@_SERVERS
+@click.option(
+    "--credentials", metavar="FILE", type=click.Path(path_type=Path), help="USER:PASSWORD of an administrator."
+)
+@click.option("--ca", metavar="FILE", default="", help="Certificates to trust in place of the system's.")
+@click.option("--tls/--no-tls", default=True, help="Whether the servers speak TLS.")
+@click.option(
+    "--replicas", type=click.Choice(["1", "3", "5"]), default="3", show_default=True, help="Copies of the log."
+)
+@click.option(
+    "--max-bytes", type=click.IntRange(1 << 20), default=8 << 30, show_default=True, help="Bytes that the log may have."
+)
+@here
+def init(
+    root: str | None, servers: tuple[str, ...], credentials: Path | None, ca: str, tls: bool, replicas: str,
+    max_bytes: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Make the cluster's log, once; a log that is there stays as it is.
+
+    It is the stream ISO of the servers: kept for 14 days or up to --max-bytes, the
+    oldest entries go first. The hosts' own users may not make or change it.
+    """
+    from host.cluster.joining import access_of
+    from host.cluster.log import LogUnavailableError
+
+    urls = tuple(_parsed(parse_server, server, "--server") for server in servers)
+    secret = ""
+    if credentials is not None:
+        try:
+            secret = credentials.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise IsolatorError(str(credentials), f"cannot be read: {error}", "it holds USER:PASSWORD") from None
+    access = access_of(urls, secret, tls=tls, ca=ca)
+    from host.cluster.nats import NatsLog, make_stream
+
+    async def make() -> tuple[bool, Any]:
+        made = await make_stream(access, int(replicas), max_bytes)
+        log = NatsLog(access)
+        try:
+            return made, await log.facts()
+        finally:
+            await log.close()
+
+    try:
+        made, facts = asyncio.run(make())
+    except LogUnavailableError as error:
+        raise UnavailableError(
+            "the cluster's log", f"was not made: {error}", "docs/cluster.md shows the servers' set-up"
+        ) from None
+    if facts.wrong:
+        raise IsolatorError("the cluster's log", "; ".join(facts.wrong), "see docs/cluster.md")
+    if as_json:
+        print_json({"made": made, "created": facts.created, "replicas": facts.replicas, "servers": list(facts.servers)})
+    else:
+        what = "made" if made else "is there already, since"
+        click.echo(
+            f"log {what} {safe(facts.created)}: {facts.replicas} copies on nats-server {', '.join(facts.servers)}"
+        )
+        click.echo("next: [cluster] in host.toml of each host, then isolator reload")
+
+
+@cluster.command(epilog="\b\nExamples:\n  isolator cluster users --dir /root/nats host-1 host-2 host-3")
+@click.argument("names", metavar="HOST...", nargs=-1, required=True)
+@click.option(
+    "--dir", "folder", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Where to; new files."
+)
+@here
+def users(_: str | None, names: tuple[str, ...], folder: Path, as_json: bool) -> None:
+    """Write one user for each host, and an administrator, for the servers' configuration.
+
+    DIR/users.conf is for the servers ('include users.conf'), DIR/HOST.secret for
+    [cluster] credentials of that host, DIR/admin.secret for 'cluster init'. A host's
+    user writes under its own name alone, and cannot administrate. Files are 0600.
+    """
+    hosts = [_parsed(parse_name, name, "HOST") for name in names]
+    if len({*hosts}) != len(hosts) or "admin" in hosts:
+        raise UsageError("HOST", "each host needs a name of its own, and none is called admin")
+    passwords = {name: secrets.token_urlsafe(32) for name in (*hosts, "admin")}
+    # JSON is read by the servers as what their own notation says.
+    entries: list[dict[str, Any]] = [
+        {"user": name, "password": passwords[name], "permissions": permissions(name)} for name in hosts
+    ]
+    entries.append({"user": "admin", "password": passwords["admin"]})
+    files = {"users.conf": f"authorization {{ users: {json.dumps(entries, indent=1)} }}\n"}
+    files |= {f"{name}.secret": f"{name}:{password}\n" for name, password in passwords.items()}
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in files:
+            if (folder / name).exists():
+                raise UsageError(
+                    str(folder / name), "is there already", "take another --dir; passwords are not changed"
+                )
+        for name, text in files.items():
+            with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(text)
+    except OSError as error:
+        raise IsolatorError(str(folder), f"cannot be written: {error.strerror}") from None
+    if as_json:
+        print_json({"files": [str(folder / name) for name in files]})
+    else:
+        click.echo("\n".join(str(folder / name) for name in files))
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n  isolator cluster status\n  isolator cluster status --json | jq .problems\n\n"
+    "Exit code 0: this host is a member and has no problem; 1 otherwise."
+)
+@here
+def status(root: str | None, as_json: bool) -> int:
+    """Show this host in its cluster: problems, the log, the hosts, who holds which plugin."""
+    with Client(root) as client:
+        found = client.call("cluster.status")
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+    return 0 if found["member"] and not found["problems"] else 1
+
+
+@cluster.command(epilog="\b\nExamples:\n  sudo isolator cluster leave\n  sudo isolator cluster leave --force --json")
+@click.option("--force", is_flag=True, help="Also where the log is out of reach: events that wait stay behind.")
+@here
+def leave(root: str | None, force: bool, as_json: bool) -> None:
+    """Give up this host's part in the cluster.
+
+    Each plugin goes to another host when nothing of it is in flight, and events that
+    wait are sent. Afterwards remove [cluster] from host.toml and run isolator reload.
+    """
+    with Client(root, timeout=180) as client:
+        found = client.call("cluster.leave", force=force)
+    if as_json:
+        print_json(found)
+        return
+    click.echo("left; remove [cluster] from host.toml, then run isolator reload")
+    if found["left_behind"]:
+        click.echo(f"{found['left_behind']} events were accepted here and are not in the log: they stay in the outbox")
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    for problem in found["problems"]:
+        click.echo(f"PROBLEM {safe(problem['kind'])}: {safe(problem['line'])}")
+    standing = f"a member; may act for {found['seconds_left']} s" if found["member"] else "NOT a member at the moment"
+    click.echo(f"host:    {safe(found['host'])}, {standing}")
+    log = found["log"]
+    if log is not None:
+        size = f"{log['bytes'] >> 20} of {log['max_bytes'] >> 20} MiB"
+        servers = f"{log['replicas']} copies on nats-server {safe(', '.join(log['servers']))}"
+        click.echo(f"log:     read up to {found['place']} of {log['last']}; {size}; {servers}")
+    outbox = found["outbox"]
+    click.echo(f"outbox:  {outbox['events']} events wait ({outbox['bytes'] >> 10} of {outbox['max_bytes'] >> 10} KiB)")
+    click.echo()
+    table(
+        ["HOST", "STATE", "VERSION", "HOLDS", "BEHIND", "CLOCK", "LABELS"],
+        [_row(host, found) for host in found["hosts"]],
+    )
+    shards = [
+        [plugin["name"], plugin["placement"], shard["shard"], shard["host"] or "nobody", shard["epoch"] or ""]
+        for plugin in found["plugins"]
+        for shard in plugin["shards"] or [{"shard": "", "host": "every host", "epoch": None}]
+    ]
+    if shards:
+        click.echo()
+        table(["PLUGIN", "PLACEMENT", "SHARD", "HELD BY", "EPOCH"], shards)
+
+
+def _row(host: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
+    name = f"{host['name']}{' (this)' if host['here'] else ''}"
+    clock = "" if host["clock_ahead"] is None else f"{host['clock_ahead']:+.1f} s"
+    behind = max(0, found["place"] - host["place"])
+    state = "alive" if host["alive"] else "SILENT"
+    return [name, state, host["version"], len(host["holds"]), behind, clock, ", ".join(host["labels"])]
+
+
+def _parsed(parse: Any, text: str, option: str) -> str:
+    try:
+        return str(parse(text))
+    except ValueError as error:
+        raise UsageError(option, str(error)) from None

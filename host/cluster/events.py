@@ -1,0 +1,53 @@
+"""The way of this host's events from its outbox into the log: sent again until they are read back."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from host.cluster.clock import Clock
+from host.cluster.decisions import AGAIN
+from host.cluster.entries import Number, encode, subject
+from host.cluster.log import Log, LogUnavailableError
+from host.cluster.outbox import Outbox
+
+Write = Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]]
+
+
+class Events:
+    """Sends what the outbox has. ``write`` has something on disk; ``writes`` gets how the log answers."""
+
+    def __init__(
+        self,
+        host: str,
+        outbox: Outbox,
+        log: Log,
+        clock: Clock,
+        write: Write,
+        writes: Callable[[LogUnavailableError | None], None],
+    ) -> None:
+        self._host, self._outbox, self._log, self._clock = host, outbox, log, clock
+        self._write, self._writes = write, writes
+        self.unsent, self.back = asyncio.Event(), asyncio.Event()
+        """Something was put into the outbox; something of it was read back."""
+
+    async def run(self, known: Callable[[], Number]) -> None:
+        """Send until it is cancelled; ``known`` is the number up to which the log was read."""
+        while True:
+            message = self._outbox.message(await self._write(functools.partial(self._outbox.next, log=known())))
+            if message is None:
+                await self.unsent.wait()
+                self.unsent.clear()
+                continue
+            self.back.clear()
+            try:
+                await self._log.append(subject(self._host, "ev"), encode(message))
+                self._writes(None)
+            except LogUnavailableError as error:
+                self._writes(error)
+            last = message.first.number + len(message.entries) - 1
+            if known() < Number(message.first.series, last) or known().series != message.first.series:
+                await self._clock.event(self.back, AGAIN)

@@ -1,0 +1,73 @@
+"""Those who follow a cluster's log on this host: the queue, and what keeps deadlines beside the host."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Protocol
+
+from host.cluster.entries import Position
+from host.cluster.fold import Applied, Shard
+
+
+class Fences(Protocol):
+    """Until when this host's plugins may act, as broker and supervisor keep it beside the host."""
+
+    def hold(self, plugin: str, until: float) -> None:
+        """Let a plugin act until a time of CLOCK_BOOTTIME; each later call moves it on."""
+
+    def free(self, plugin: str) -> None:
+        """Bind a plugin to no time: it is not the cluster's any more, or runs on all hosts."""
+
+    def lost(self, plugin: str) -> None:
+        """Let a plugin act no more: another host holds it, or may. Its cages are ended, frozen as they may be."""
+
+
+class Follower(Protocol):
+    """The queue of this host, which follows the log. All methods are called on the event loop, in the log's order.
+
+    What is behind, because a lane was full, reads the log by itself (``Node.log``): the fold waits for nobody.
+    """
+
+    def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
+        """Write rows that follow from a message, in the transaction that keeps the fold.
+
+        It runs again with the same arguments when the transaction fails, so it changes the database alone; an error
+        of it ends the reading.
+        """
+
+    def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
+        """Act on a message, once, after that transaction: the database has it, and survives this process."""
+
+    def again(self, db: sqlite3.Connection) -> None:
+        """Forget how far the log was read: it is folded from its beginning, and some is known. As ``applied``.
+
+        Every shard was lost before.
+        """
+
+    def held(self, shard: Shard, epoch: int, position: Position) -> None:
+        """Begin with a shard: the own claim was read back, or, after a start, the lease from before it still stands.
+
+        Called after ``kept`` of the claim. ``position`` is the fold's: what the last beat of its holder came to.
+        """
+
+    def lost(self, shard: Shard, why: str) -> None:
+        """End with a shard at once: another's claim, a void, a removal, or nobody knows. What is open becomes moved.
+
+        Also called for a shard whose release was read back.
+        """
+
+    def fenced(self, over: bool) -> None:
+        """Send nothing and answer no call from now on: this host's deadline is over; or, if not ``over``, go on."""
+
+    async def drain(self, shard: Shard) -> None:
+        """Begin nothing new of a shard; return when nothing of it is in flight, or has been for too long."""
+
+    def positions(self) -> Sequence[Position]:
+        """Positions that have changed since they were taken here last; beats carry them until they are read back.
+
+        After ``held`` the shard's position counts as changed.
+        """
+
+    def ready(self) -> Sequence[str]:
+        """Names of the plugins that this host could hold: it has the cluster's version, and they are enabled."""

@@ -1,0 +1,60 @@
+"""From ``[cluster]`` of host.toml to the log: the one place that loads the servers' client."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.cluster.access import inbox_of
+from host.cluster.follower import Fences, Follower
+from host.cluster.node import Node, Settings
+from host.cluster.problems import Kind
+from host.database import Store
+from isolator import __version__
+from isolator.errors import IsolatorError, UnavailableError
+from isolator.policy.cluster import Cluster
+
+if TYPE_CHECKING:
+    from host.cluster.nats import Access, NatsLog
+
+
+def connect(settings: Cluster) -> NatsLog:
+    """The log of a host's cluster; nothing is connected yet. Raises IsolatorError."""
+    access = access_of(settings.servers, settings.secret, tls=settings.tls, ca=settings.ca, host=settings.name)
+    from host.cluster.nats import NatsLog
+
+    return NatsLog(access)
+
+
+def join(
+    settings: Cluster,
+    database: Store,
+    follower: Follower,
+    fences: Fences,
+    notice: Callable[[Kind, str | None], None],
+    folder: Path,
+) -> Node:
+    """This host's node, which has not begun; ``folder`` is for copies of the fold. Raises IsolatorError."""
+    here = Settings(settings.name, settings.labels, __version__, settings.outbox, folder)
+    return Node(here, connect(settings), database, follower, fences, notice=notice)
+
+
+def access_of(servers: tuple[str, ...], secret: str, *, tls: bool, ca: str, host: str = "") -> Access:
+    """How to reach servers, with ``USER:PASSWORD``; answers come to the host's own inbox. Raises IsolatorError."""
+    try:
+        from host.cluster.nats import Access, addresses
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'isolator[cluster]', then isolator reload"
+        raise UnavailableError("[cluster]", f"{error.name} is not installed", remedy) from None
+    context = None
+    if tls:
+        try:
+            context = ssl.create_default_context(cafile=ca or None)
+        except OSError as error:
+            remedy = "[cluster] ca names a file of certificates, which every user can read"
+            raise IsolatorError(ca, f"cannot be used: {error.strerror or error}", remedy) from None
+    user, _, password = secret.partition(":")
+    inbox = inbox_of(host) if host else "_ISO"
+    return Access(addresses(servers, tls), user, password, context, inbox)

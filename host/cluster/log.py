@@ -1,0 +1,82 @@
+"""Log of a cluster as a host uses it, whatever keeps it: messages in one order, which all hosts read alike.
+
+Nothing else is asked of it. An acknowledgement proves nothing here: what a host has written counts when it reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
+
+EVERYTHING: Final = "iso.>"
+EVENTS: Final = "iso.ev.*"
+
+
+class LogUnavailableError(Exception):
+    """The log does not answer at the moment, or refuses: in the text is why. Whether an append was made is unknown."""
+
+
+class LogFullError(LogUnavailableError):
+    """The log's disk or its servers' bounds are full: nothing is appended until there is room."""
+
+
+class LogRefusedError(LogUnavailableError):
+    """The log refuses this host until a person has changed something: credentials, permissions, no such stream."""
+
+
+class Entered(NamedTuple):
+    """A message of the log: its place, Unix time by the servers' clock, subject and body."""
+
+    place: int
+    time: float
+    subject: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The log as its servers describe it. ``first`` is 1 and ``trimmed`` False while nothing of it was removed.
+
+    ``created`` tells a log from another of the same name. ``wrong`` names settings under which it cannot be used.
+    """
+
+    first: int
+    last: int
+    created: str = ""
+    replicas: int = 1
+    servers: tuple[str, ...] = ()
+    """The servers' versions, as far as they are known."""
+    bytes: int = 0
+    max_bytes: int = 0
+    wrong: tuple[str, ...] = field(default=())
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether its beginning is no longer there."""
+        return self.first > 1
+
+
+class Log(Protocol):
+    """A replicated, totally ordered log. Every method but ``close`` may raise LogUnavailableError, soon (1 to 2 s)."""
+
+    async def append(self, subject: str, body: bytes) -> None:
+        """Have a message written. Neither its return nor an error says for sure whether it was."""
+
+    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
+        """The next message after a place, of the subjects that match; None: there is no newer one yet."""
+
+    async def wait(self, seconds: float) -> None:
+        """Return when somebody may have written something, or after a time."""
+
+    async def facts(self) -> Facts:
+        """The log's bounds and settings."""
+
+    async def ask(self, subject: str, body: bytes) -> bytes:
+        """The first answer of another host; raises LogUnavailableError if there is none."""
+
+    def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
+        """Answer other hosts from now on; None: say nothing."""
+
+    async def close(self) -> None:
+        """End the connections."""

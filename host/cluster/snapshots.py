@@ -1,0 +1,131 @@
+"""Copies of the fold at earlier places, for hosts that come when the log's beginning is gone.
+
+Every host makes one a day, or when an eighth of the log has been replaced, and gives the oldest from which the log is
+whole: whoever takes it folds all that the log still has. A false one is noticed by the first digest that follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import zlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from host.cluster.log import Facts, Log, LogUnavailableError
+from host.cluster.store import dump, restore
+from host.database import Store as Database
+
+EVERYBODY: Final = "iso.ask"
+CHUNK: Final = 200 << 10
+LARGEST: Final = 64 << 20
+"""Bytes of a copy, compressed; unpacked at most sixteen times that."""
+EVERY: Final = 86400.0
+LEAST: Final = 10_000
+"""Places between two copies, at least; seconds by the log's time, otherwise."""
+_KEEP = 20
+_FORMAT = 1
+
+
+def subject_of(host: str) -> str:
+    """Where a host answers."""
+    return f"{EVERYBODY}.{host}"
+
+
+class Snapshots:
+    """The copies of one host, in a folder of its own."""
+
+    def __init__(self, host: str, database: Database, folder: Path) -> None:
+        self._host, self._database, self._folder = host, database, folder
+        self._made_at = 0.0
+
+    def _known(self) -> list[tuple[int, Path]]:
+        with contextlib.suppress(OSError):
+            return sorted((int(path.stem), path) for path in self._folder.glob("*.fold") if path.stem.isdigit())
+        return []
+
+    async def keep_up(self, facts: Facts, place: int, time: float) -> None:
+        """Make a copy if one is due, at a place and time of the log; drop those that nobody can use any more."""
+        known = self._known()
+        for behind, path in known[:-_KEEP] + [one for one in known[-_KEEP:] if one[0] < facts.first - 1]:
+            path.unlink(missing_ok=True)
+            known.remove((behind, path))
+        newest = known[-1][0] if known else 0
+        step = max(LEAST, (facts.last - facts.first) // 8)
+        if place - newest < LEAST or (place - newest < step and time - self._made_at < EVERY):
+            return
+        self._made_at = time
+        await self._database.scan(lambda db: self._make(db, facts.created))
+
+    def _make(self, db: sqlite3.Connection, created: str) -> None:
+        db.execute("BEGIN")
+        found = {"format": _FORMAT, "log": created, **dump(db)}
+        packed = zlib.compress(json.dumps(found, separators=(",", ":")).encode(), 6)
+        if len(packed) > LARGEST:
+            return
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        draft = self._folder / "draft"
+        draft.write_bytes(packed)
+        draft.rename(self._folder / f"{found['place']}.fold")
+
+    def answer(self, question: bytes) -> bytes | None:
+        """What another host gets: which copy there is for its log, or a piece of one; None: nothing, or no question."""
+        try:
+            asked = json.loads(question)
+            known = self._known()
+            if "first" in asked:
+                place, path = next(one for one in known if one[0] >= int(asked["first"]) - 1)
+                return json.dumps({"host": self._host, "place": place, "size": path.stat().st_size}).encode()
+            path, offset = dict(known)[int(asked["place"])], int(asked["offset"])
+            with path.open("rb") as file:
+                file.seek(max(0, offset))
+                return file.read(CHUNK)
+        except (ValueError, TypeError, KeyError, StopIteration, OSError, OverflowError):
+            return None
+
+
+async def fetch(log: Log, facts: Facts) -> dict[str, Any]:
+    """A copy of the fold from which the log is whole, from any host; raises LogUnavailableError, ValueError."""
+    offer = json.loads(await log.ask(EVERYBODY, json.dumps({"first": facts.first}).encode()))
+    host, place, size = str(offer["host"]), int(offer["place"]), int(offer["size"])
+    if not 0 < size <= LARGEST or place < facts.first - 1 or place > facts.last:
+        raise ValueError(f"{host[:64]} offers a copy of {size} bytes at {place}")
+    packed = b""
+    while len(packed) < size:
+        piece = await log.ask(subject_of(host), json.dumps({"place": place, "offset": len(packed)}).encode())
+        if not piece or len(piece) > CHUNK:
+            raise LogUnavailableError(f"{host[:64]} has dropped the copy that it offered")
+        packed += piece
+    opener = zlib.decompressobj()
+    found: dict[str, Any] = json.loads(opener.decompress(packed, 16 * LARGEST))
+    if found.get("format") != _FORMAT or found.get("log") != facts.created or found.get("place") != place:
+        raise ValueError(f"{host[:64]} sent a copy of another log or version")
+    return found
+
+
+_UNUSABLE = (
+    *(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError),
+    *(zlib.error, sqlite3.Error),
+)
+
+
+async def adopt(
+    log: Log, facts: Facts, write: Callable[[Callable[[sqlite3.Connection], None]], Awaitable[None]]
+) -> None:
+    """Put a copy of the fold in the place of this host's; raises LogUnavailableError if there is none to be used."""
+    try:
+        found = await fetch(log, facts)
+        await write(lambda db: restore(db, found))
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        zlib.error,
+        sqlite3.Error,
+    ) as error:
+        raise LogUnavailableError(f"no copy of the fold can be used: {error}") from None

@@ -1,0 +1,93 @@
+"""Types of the verbs of a cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypedDict
+
+from host.control.parameters import Flag, Request
+
+
+class ClusterLog(TypedDict):
+    """The log, as its servers described it last; sizes in bytes."""
+
+    first: int
+    last: int
+    created: str
+    replicas: int
+    servers: list[str]
+    bytes: int
+    max_bytes: int
+
+
+class ClusterOutbox(TypedDict):
+    """Events of this host that wait for the log."""
+
+    events: int
+    bytes: int
+    max_bytes: int
+
+
+class ClusterProblem(TypedDict):
+    kind: str
+    line: str
+
+
+class ClusterHost(TypedDict):
+    """A host by its newest beat; ``clock_ahead`` in seconds, by this host's wall clock."""
+
+    name: str
+    here: bool
+    alive: bool
+    labels: list[str]
+    version: str
+    place: int
+    clock_ahead: float | None
+    holds: list[str]
+    ready: list[str]
+
+
+class ClusterShard(TypedDict):
+    shard: int
+    host: str | None
+    epoch: int | None
+
+
+class ClusterPlugin(TypedDict):
+    """A plugin of the cluster; no shards where every host has its own copy."""
+
+    name: str
+    digest: str
+    placement: str
+    labels: list[str]
+    shards: list[ClusterShard]
+
+
+class ClusterStanding(TypedDict):
+    """This host in its cluster; ``seconds_left`` is how long it may act on what it has read."""
+
+    host: str
+    member: bool
+    seconds_left: float
+    place: int
+    log: ClusterLog | None
+    outbox: ClusterOutbox
+    problems: list[ClusterProblem]
+    hosts: list[ClusterHost]
+    plugins: list[ClusterPlugin]
+
+
+class ClusterLeft(TypedDict):
+    left_behind: int
+
+
+class ClusterStatus(Request, verb="cluster.status", role="viewer", result=ClusterStanding):
+    """Show this host's part in its cluster, the log, the other hosts, and who holds which plugin."""
+
+
+class ClusterLeave(Request, verb="cluster.leave", role="operator", recorded=True, result=ClusterLeft):
+    """Give up every plugin of the cluster, send what waits, and forget the cluster.
+
+    With ``force`` also where the log is out of reach: events that wait stay in the outbox, ``left_behind`` of them.
+    """
+
+    force: Annotated[bool, Flag()] = False

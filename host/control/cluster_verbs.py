@@ -1,0 +1,51 @@
+"""Verbs of the cluster. They are served always, and refuse where there is no ``[cluster]``: nothing else is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from host.control.cluster_types import ClusterLeave, ClusterLeft, ClusterStanding, ClusterStatus
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from isolator.errors import UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from host.cluster.node import Node
+
+
+class ClusterVerbs:
+    """The cluster. ``node``: this host's, where there is one."""
+
+    def __init__(self, node: Callable[[], Node | None]) -> None:
+        self._node = node
+
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verbs with their handlers."""
+        return [Endpoint(ClusterStatus, self.status), Endpoint(ClusterLeave, self.leave)]
+
+    def _here(self) -> Node:
+        node = self._node()
+        if node is None:
+            raise UsageError(
+                "cluster", "this host has no [cluster] in host.toml", "docs/cluster.md says how to set it up"
+            )
+        return node
+
+    async def status(self, _: ClusterStatus, __: Caller) -> ClusterStanding:
+        node = self._here()
+        from host.cluster.lease import boottime
+        from host.cluster.standing import standing
+
+        return cast(ClusterStanding, standing(node, boottime()))
+
+    async def leave(self, request: ClusterLeave, _: Caller) -> ClusterLeft:
+        node = self._here()
+        from host.cluster.log import LogUnavailableError
+
+        try:
+            return {"left_behind": await node.leave(force=request.force)}
+        except LogUnavailableError as error:
+            why = f"this host has not left its cluster: {error}"
+            raise UnavailableError(
+                "cluster", why, "see 'isolator cluster status'; --force leaves without the log"
+            ) from None

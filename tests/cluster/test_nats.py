@@ -1,0 +1,248 @@
+"""The log over real servers: what a host reads and writes while they are stopped and killed, and who is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+
+from host.cluster import nats as log_of_nats
+from host.cluster.access import inbox_of, permissions
+from host.cluster.entries import Event
+from host.cluster.log import EVENTS, Entered, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.nats import Access, NatsLog, addresses, make_stream
+from host.cluster.node import Node, Settings
+from host.database import Store
+from tests.cluster.hosts import Following
+from tests.support.nats_servers import Server, nats_servers
+from tests.support.timeouts import seconds
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """Three servers with the stream."""
+    with nats_servers(tmp_path_factory.mktemp("nats")) as running:
+        assert asyncio.run(make_stream(_access(running), 3, 50 << 20))
+        yield running
+
+
+@pytest.fixture
+async def log(servers: list[Server]) -> AsyncIterator[NatsLog]:
+    made = NatsLog(_access(servers))
+    yield made
+    await made.close()
+
+
+def _access(servers: list[Server], **more: Any) -> Access:
+    return Access(tuple(server.url for server in servers), **more)
+
+
+async def _append(log: NatsLog, subject: str, body: bytes) -> None:
+    """Append as a host does: until it is taken."""
+    async with asyncio.timeout(seconds(60)):
+        while True:
+            try:
+                return await log.append(subject, body)
+            except LogUnavailableError:
+                await asyncio.sleep(0.1)
+
+
+async def _after(log: NatsLog, place: int, subject: str = "iso.>") -> Entered:
+    """Read as a host does: until there is something."""
+    async with asyncio.timeout(seconds(60)):
+        while True:
+            try:
+                found = await log.after(place, subject)
+            except LogUnavailableError:
+                await asyncio.sleep(0.1)
+                continue
+            if found is not None:
+                return found
+            await log.wait(0.25)
+
+
+async def test_messages_are_read_in_the_order_of_their_places_and_readers_are_woken(
+    log: NatsLog, servers: list[Server]
+) -> None:
+    start = (await log.facts()).last
+    reader = NatsLog(_access(servers[::-1]))
+    assert await reader.after(start) is None
+    waiting = asyncio.create_task(reader.wait(seconds(600)))
+    await _append(log, "iso.ctl.h1", b"one")
+    await waiting
+    await _append(log, "iso.ev.h1", b"two")
+    first = await _after(reader, start)
+    second = await _after(reader, first.place)
+    assert [(one.subject, one.body) for one in (first, second)] == [("iso.ctl.h1", b"one"), ("iso.ev.h1", b"two")]
+    assert first.place < second.place and abs(first.time - second.time) < 60
+    assert (await _after(reader, start, EVENTS)).place == second.place
+    facts = await reader.facts()
+    assert (facts.first, facts.replicas, facts.wrong, len(facts.servers)) == (1, 3, (), 3)
+    await reader.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+async def test_log_goes_on_by_another_server_when_its_own_is_stopped_or_killed(
+    log: NatsLog, servers: list[Server], number: int
+) -> None:
+    start = (await log.facts()).last
+    url = log._client.connected_url.netloc
+    mine = next(server for server in servers if server.url.endswith(url))
+    if number == signal.SIGKILL:
+        mine.kill()
+    else:
+        mine.signal(number)
+    try:
+        await _append(log, "iso.ev.h1", b"meanwhile")
+        assert (await _after(log, start)).body == b"meanwhile"
+        assert log._client.connected_url.netloc != url
+    finally:
+        if number == signal.SIGKILL:
+            mine.start()
+        else:
+            mine.signal(signal.SIGCONT)
+
+
+async def test_no_accepted_event_is_lost_or_counted_twice_while_the_streams_leader_is_killed(
+    servers: list[Server], tmp_path: Path
+) -> None:
+    hosts = []
+    for name in ("a", "b"):
+        database, follower = Store(tmp_path / name), Following()
+        node = Node(Settings(name), NatsLog(_access(servers, inbox=inbox_of(name))), database, follower, follower)
+        await node.start()
+        hosts.append((node, database, follower))
+    emitted = [f"{number}" for number in range(200)]
+    for text in emitted:
+        node, database, _ = hosts[int(text) % 2]
+        await database.run(lambda db, node=node, text=text: node.emit(db, Event(text)))
+        if text == "50":
+            leader = await _leader(servers)
+            leader.kill()
+        if text == "150":
+            leader.start()
+    async with asyncio.timeout(seconds(120)):
+        for _, _, follower in hosts:
+            while len(follower.events) < len(emitted):  # noqa: ASYNC110 # the stand-in of a follower wakes nobody
+                await asyncio.sleep(0.05)
+    orders = [[text for _, text in follower.events] for *_, follower in hosts]
+    assert orders[0] == orders[1] and sorted(orders[0]) == sorted(emitted)
+    for first in (0, 1):
+        assert [text for text in orders[0] if int(text) % 2 == first] == emitted[first::2]
+    for node, database, _ in hosts:
+        assert node.is_member and not {*node.problems.lines} - {"unreadable"}  # other tests' messages are no entries
+        await node.close()
+        await database.close()
+
+
+async def _leader(servers: list[Server]) -> Server:
+    client = await nats.connect([server.url for server in servers])
+    info = json.loads((await client.request("$JS.API.STREAM.INFO.ISO", b"", timeout=seconds(10))).data)
+    await client.close()
+    return next(server for server in servers if server.name == info["cluster"]["leader"])
+
+
+async def test_user_of_a_host_writes_under_its_own_name_alone_and_reads_no_answers_of_another(tmp_path: Path) -> None:
+    users = [
+        f'{{ user: "{name}", password: "pw-{name}", permissions: {json.dumps(permissions(name))} }}'
+        for name in ("h1", "h2")
+    ]
+    users.append('{ user: admin, password: "pw" }')
+    with nats_servers(tmp_path, 1, more=f"authorization {{ users: [ {', '.join(users)} ] }}") as servers:
+        assert await make_stream(_access(servers, user="admin", password="pw"), 1, 50 << 20)
+        mine = _access(servers, user="h1", password="pw-h1", inbox=inbox_of("h1"))
+        log = NatsLog(mine)
+        await log.append("iso.ev.h1", b"mine")
+        for subject in ("iso.ev.h2", "iso.ctl.h2"):
+            with pytest.raises(LogRefusedError, match="permissions violation"):
+                await log.append(subject, b"forged")
+        await log.close()
+        with pytest.raises(LogRefusedError, match="permissions violation"):
+            await make_stream(mine, 1)
+        spy = NatsLog(_access(servers, user="h1", password="pw-h1", inbox=inbox_of("h2")))
+        with pytest.raises(LogRefusedError, match="permissions violation for subscription"):
+            await spy.after(0)
+        await spy.close()
+        for wrong in ({"user": "h1", "password": "wrong"}, {}):
+            refused = NatsLog(_access(servers, **wrong))
+            with pytest.raises(LogRefusedError, match="Authorization Violation"):
+                await refused.facts()
+            await refused.close()
+        reader = NatsLog(mine)
+        assert [(await reader.after(0)), await reader.after(1)] == [await reader.after(0), None]
+        await reader.close()
+
+
+async def test_servers_without_the_stream_are_no_log(tmp_path: Path) -> None:
+    with nats_servers(tmp_path, 1) as servers:
+        log = NatsLog(_access(servers))
+        assert "isolator cluster init" in (await log.facts()).wrong[0]
+        with pytest.raises(LogUnavailableError):
+            await log.append("iso.ev.h1", b"x")
+        await log.close()
+
+
+async def test_full_disk_of_the_servers_is_named(tmp_path: Path) -> None:
+    with nats_servers(tmp_path, 1, disk="2MB") as servers:
+        assert await make_stream(_access(servers), 1, -1)
+        log = NatsLog(_access(servers))
+        with pytest.raises(LogFullError):
+            for _ in range(20):
+                await log.append("iso.ev.h1", b"x" * 250_000)
+        assert await log.after(0) is not None
+        await log.close()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A key and a certificate for ``localhost``."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return key, certificate
+
+
+async def test_tls_is_checked_against_the_clusters_own_certificates(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    key, certificate = pair
+    with nats_servers(tmp_path, 1, more=f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}') as servers:
+        url = addresses([f"localhost:{servers[0].port}"], tls=True)
+        trusting = Access(url, tls=ssl.create_default_context(cafile=certificate))
+        assert await make_stream(trusting, 1, 50 << 20)
+        stranger = NatsLog(Access(url, tls=ssl.create_default_context()))
+        with pytest.raises(LogRefusedError, match="certificate"):
+            await stranger.facts()
+        await stranger.close()
+        other_name = NatsLog(Access(addresses([f"127.0.0.1:{servers[0].port}"], tls=True), tls=trusting.tls))
+        with pytest.raises(LogRefusedError, match="certificate"):
+            await other_name.facts()
+        await other_name.close()
+
+
+def test_old_servers_and_other_settings_of_the_stream_are_named() -> None:
+    assert log_of_nats._too_old({"n1": "2.10.25", "n2": "2.10.26"}, 3) == [
+        "nats-server 2.10.25 (n1) is too old: 3 replicas need 2.10.26"
+    ]
+    assert not log_of_nats._too_old({"n1": "2.9.10"}, 1)
+    assert len(log_of_nats._too_old({"n1": "2.8.4", "n2": ""}, 1)) == 2
+    right = {
+        "storage": "file", "retention": "limits", "discard": "old", "allow_direct": True, "num_replicas": 3,
+        "subjects": ["iso.ctl.*", "iso.ev.*"], "max_msgs": -1,
+    }  # fmt: skip
+    assert not log_of_nats._wrong(right)
+    for key, value, shown in (
+        ("storage", "memory", "storage"), ("retention", "workqueue", "retention"), ("discard", "new", "discard"),
+        ("allow_direct", False, "allow_direct"), ("num_replicas", 2, "two replicas"), ("subjects", [">"], "subjects"),
+        ("max_msgs", 10, "bound of messages"),
+    ):  # fmt: skip
+        assert shown in " ".join(log_of_nats._wrong({**right, key: value}))
