@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.fence.fences import Fences
 from host.handover import HostState
-from host.host_api import HostApi
+from host.host_api import HostApi, KeyValue
 from host.intake import EventIntake, EventRecords
 from host.jobs import Jobs
 from host.lifecycle import PluginLifecycle
@@ -94,8 +95,8 @@ SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
 
 if TYPE_CHECKING:
-    from host.cluster.node import Node
     from host.mcp.servers import Servers
+    from host.membership.member import Member
 
 _logger = logging.getLogger(__name__)
 
@@ -162,8 +163,6 @@ class Host:
         self._audit, self._channel = audit, channel
         self._servers: Servers | None = None
         """MCP servers, once there is one."""
-        self._node: Node | None = None
-        """This host in its cluster, where it has one."""
         link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
         wait_for_trail = settings.audit.disk_full != "continue"
 
@@ -191,7 +190,7 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
-        queue = self._queue = SqliteQueue(
+        queue = self._queue = self._queue_class(settings)(
             store,
             after=self._hold_against_the_trail(paths.audit_log),
             in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
@@ -206,7 +205,9 @@ class Host:
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
         fences = self._fences = Fences(channel.tell)
-        api = self._api = parts.api(registry, audit, store, logs, config.redactor, fences)
+        member = self._member = self._new_member(settings, paths, catalogue)
+        values = member.values if member is not None else KeyValue(store)
+        api = self._api = parts.api(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
@@ -240,6 +241,7 @@ class Host:
             api=api,
             dispatcher=dispatcher,
             watches=watches,
+            member=member,
         )
         fences.opened, fences.ended = lifecycle.may_act, dispatcher.lost
 
@@ -262,7 +264,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry).endpoints(),
-            *ClusterVerbs(lambda: self._node).endpoints(),
+            *ClusterVerbs(lambda: member.node if member is not None else None).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
@@ -270,6 +272,26 @@ class Host:
             console=settings.console.uid if settings.console is not None else None, may_call=settings.may_call,
         )  # fmt: skip
         self._gauges = Gauges(queue, registry, dispatcher, audit)
+
+    @staticmethod
+    def _queue_class(settings: HostConfig) -> Callable[..., SqliteQueue]:
+        if settings.cluster is None:
+            return SqliteQueue
+        from host.cluster.delivery.queue import ClusterQueue
+
+        return functools.partial(ClusterQueue, host=settings.cluster.name)
+
+    def _new_member(self, settings: HostConfig, paths: Paths, catalogue: Catalogue) -> Member | None:
+        if settings.cluster is None:
+            return None
+        from host.cluster.delivery.queue import ClusterQueue
+        from host.membership.member import Member
+
+        assert isinstance(self._queue, ClusterQueue)
+        parts = (self._store, self._queue, self._registry, catalogue, self._fences, self._audit)
+        member = Member(settings.cluster, *parts, paths.host_lib)
+        self._alarms.cluster = member.problems
+        return member
 
     def _load_servers(self) -> Servers:
         if self._servers is None:
@@ -304,6 +326,8 @@ class Host:
         self._alarms.supervisor = introduction.alarms
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
+        if self._member is not None:
+            await self._member.start()
         self._jobs.start()
         self._debts.find()
         self._lifecycle.drop_unsettled_values()
@@ -326,6 +350,8 @@ class Host:
 
             await self._load_servers().take_over(ServersState.from_json(state.mcp, "mcp"), descriptors)
         self._queue.end_lost_requests()
+        if self._member is not None:
+            await self._member.start()
         self._jobs.start()
         self._debts.find()
         self._lifecycle.drop_unsettled_values()
@@ -369,6 +395,8 @@ class Host:
         self._jobs.close()
         self._debts.close()
         await self._watches.close()
+        if self._member is not None:
+            await self._member.close()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
@@ -420,6 +448,8 @@ class Host:
             self._servers.close()
         await self._dispatcher.close()
         await self._attempts.close()
+        if self._member is not None:
+            await self._member.close()
         self._api.close()
         self._logs.close()
         await self._store.close()

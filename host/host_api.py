@@ -103,7 +103,7 @@ class HostApi:
     """Methods that plugins may call, and the listeners that they call on."""
 
     def __init__(
-        self, registry: Registry, audit: AuditClient, store: Store, logs: Logs, redactor: Callable[[str], Redactor],
+        self, registry: Registry, audit: AuditClient, kv: KeyValue, logs: Logs, redactor: Callable[[str], Redactor],
         fences: Fences,
     ) -> None:  # fmt: skip
         self._registry, self._audit, self._logs, self._redactor = registry, audit, logs, redactor
@@ -113,7 +113,6 @@ class HostApi:
         self._runs: dict[str, str] = {}
         """The run of each listener; listeners by plugin, those of invocations by ``PLUGIN.RUN``."""
         self._connections: dict[str, set[_Connection]] = {}
-        kv = KeyValue(store)
         self._methods = {
             "plugin.hello": ApiMethod(None, _hello),
             "whoami": ApiMethod(None, _whoami),
@@ -350,7 +349,7 @@ class KeyValue:
 
     async def get(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         """Serve ``{key}`` → ``{value, found}``; the value is null when there is none."""
-        where = (context.plugin.name, _key(params))
+        where = (context.plugin.name, key_of(params))
         row = self._store.read(
             lambda db: db.execute("SELECT value, expires FROM kv WHERE plugin=? AND key=?", where).fetchone()
         )
@@ -362,16 +361,13 @@ class KeyValue:
 
     async def set(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         """Serve ``{key, value, ttl?}`` → ``{}``; ``ttl`` in seconds. The answer means that the value is on disk."""
-        name, key = context.plugin.name, _key(params)
+        name, key = context.plugin.name, key_of(params)
         if "value" not in params:
             raise ApiError(-32602, "value is missing")
         text = dumps(params["value"])
         if len(text.encode()) > KV_VALUE:
             raise ApiError(QUOTA_EXCEEDED, f"a value may have {KV_VALUE} bytes")
-        ttl = params.get("ttl")
-        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < 1e9):
-            raise ApiError(-32602, "ttl must be seconds")
-        now = time.time()
+        ttl, now = ttl_of(params), time.time()
         expires = now + ttl if ttl is not None else None
 
         def write(db: sqlite3.Connection) -> str | None:
@@ -395,7 +391,7 @@ class KeyValue:
 
     async def delete(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         """Serve ``{key}`` → ``{deleted}``."""
-        where = (context.plugin.name, _key(params))
+        where = (context.plugin.name, key_of(params))
         count = await self._store.run(lambda db: db.execute("DELETE FROM kv WHERE plugin=? AND key=?", where).rowcount)
         return {"deleted": bool(count)}
 
@@ -506,7 +502,16 @@ async def _whoami(context: Context, _: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _key(params: Mapping[str, Any]) -> str:
+def ttl_of(params: Mapping[str, Any]) -> float | None:
+    """The ``ttl`` of a call, in seconds; raises ApiError."""
+    ttl = params.get("ttl")
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < 1e9):
+        raise ApiError(-32602, "ttl must be seconds")
+    return ttl
+
+
+def key_of(params: Mapping[str, Any]) -> str:
+    """The ``key`` of a call; raises ApiError."""
     key = params.get("key")
     if not isinstance(key, str) or not 0 < len(key.encode()) <= KV_KEY:
         raise ApiError(-32602, f"key must be text of 1 to {KV_KEY} bytes")

@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from host.database import Store
 from host.delivery.dispatch import Dispatcher
@@ -42,6 +43,22 @@ def _erase(db: sqlite3.Connection, name: str) -> None:
         db.execute("DELETE FROM mcp_pins WHERE plugin=?", (name,))
 
 
+class Membership(Protocol):
+    """A host's part in a cluster, as far as it has to hear of plugins."""
+
+    def serve(self, plugin: str) -> None:
+        """Take note of a plugin that this host has, or that has changed."""
+
+    def forget(self, plugin: str) -> None:
+        """Take note of a plugin that this host has no more."""
+
+    async def registered(self, plugin: Plugin, *, new: bool) -> None:
+        """Have the cluster use the version of a plugin that a command has brought here; ``new``: or begin with it."""
+
+    async def removed(self, name: str) -> None:
+        """Have the cluster end with a plugin that a command has removed here, if no other host has it."""
+
+
 @dataclass
 class PluginLifecycle:
     """The parts of the host that know plugins, kept in step with the supervisor's table."""
@@ -57,6 +74,8 @@ class PluginLifecycle:
     api: HostApi
     dispatcher: Dispatcher
     watches: Watches
+    member: Membership | None = None
+    """This host's part in a cluster, where it has one."""
     _starts: dict[asyncio.Task[None], tuple[str, str]] = field(default_factory=dict, init=False)
     """Starts under way, each with the plugin's name and the reason."""
     _eager: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EAGER_STARTS), init=False)
@@ -72,7 +91,20 @@ class PluginLifecycle:
             self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
         await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
+        if self.member is not None:
+            self.member.serve(plugin.name)
         return plugin
+
+    async def registered(self, plugin: Plugin, *, new: bool = False) -> None:
+        """Tell the cluster, if there is one, of a plugin that a command has changed here."""
+        if self.member is not None:
+            await self.member.registered(plugin, new=new)
+
+    async def removed(self, name: str) -> None:
+        """Forget a plugin that a command has removed; if this host was the last to have it, so does the cluster."""
+        if self.member is not None:
+            await self.member.removed(name)
+        await self.forget(name)
 
     async def forget(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat. At once no event is accepted for it any more."""
@@ -89,6 +121,8 @@ class PluginLifecycle:
         await self.watches.forget(name)
         await self.dispatcher.plugin_removed(name)
         self.api.forget(name)
+        if self.member is not None:
+            self.member.forget(name)
         dropped = self.queue.unfinished(name)
         await self.queue.purge(name)
         await self.config.forget(name)

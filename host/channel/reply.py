@@ -84,8 +84,8 @@ def params_text(event: Event, event_type: EventType | None, major: int, meta: Ma
     return f'{body[:-1]}{"" if body == "{}" else ","}"_meta":{dumps(meta)}}}'
 
 
-def meta_of(event: Event, attempt: int, timeout: float) -> dict[str, Any]:
-    """Build ``params._meta`` of an attempt; ``timeout`` in seconds."""
+def meta_of(event: Event, attempt: int, timeout: float, epoch: int = 0) -> dict[str, Any]:
+    """Build ``params._meta`` of an attempt; ``timeout`` in seconds, ``epoch`` of the lease under which it is made."""
     meta: dict[str, Any] = {
         "id": event.id,
         "type": event.name,
@@ -95,11 +95,21 @@ def meta_of(event: Event, attempt: int, timeout: float) -> dict[str, Any]:
     }
     if event.trace is not None:
         meta["traceparent"] = event.trace
+    if epoch:
+        meta["epoch"] = epoch
     return meta
 
 
 def oneshot_request(
-    event: Event, hook: str, event_type: EventType | None, *, attempt: int, timeout: float, major: int, meta: bool
+    event: Event,
+    hook: str,
+    event_type: EventType | None,
+    *,
+    attempt: int,
+    timeout: float,
+    major: int,
+    meta: bool,
+    epoch: int = 0,
 ) -> bytes | None:
     """Build the line to send, at most ``ONESHOT_REQUEST`` bytes; None if even the required fields do not fit.
 
@@ -109,7 +119,7 @@ def oneshot_request(
     head = f'{{"jsonrpc":"2.0","method":"{hook}","params":'
     tail = ',"id":1}\n'
     if meta:
-        line = (head + params_text(event, event_type, major, meta_of(event, attempt, timeout)) + tail).encode()
+        line = (head + params_text(event, event_type, major, meta_of(event, attempt, timeout, epoch)) + tail).encode()
         if len(line) <= ONESHOT_REQUEST:
             return line
     line = (head + params_text(event, event_type, major) + tail).encode()

@@ -232,6 +232,7 @@ class RegistrationVerbs:
             keys, waits = sorted(request.config), isinstance(answer, messages.UpdatedPlugin) and answer.pending
             self._audit.record(ConfigChanged(names=keys, by=caller.by, waits=waits), plugin=name)
         plugin = await self._lifecycle.adopt(answer.plugin)
+        await self._lifecycle.registered(plugin, new=isinstance(request, PluginCommit))
         missing = self._config.missing(name, plugin.manifest or manifest)
         self._lifecycle.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
@@ -280,7 +281,7 @@ class RegistrationVerbs:
             await self._link.remove(name, request.ticket)
             now = self._registry.get(name)
             if now is None or not now.raw.get("found"):  # else forgotten already, and found in a folder
-                await self._lifecycle.forget(name)
+                await self._lifecycle.removed(name)
             return {}
 
     async def _change(self, name: str, change: Callable[[str], Awaitable[messages.OnePlugin]]) -> ChangedPlugin:
@@ -289,7 +290,9 @@ class RegistrationVerbs:
         async with self._locks[name]:
             self._registry.need(name)
             answer = await change(name)
-            return {"plugin": _shown(await self._lifecycle.adopt(answer.plugin))}
+            plugin = await self._lifecycle.adopt(answer.plugin)
+            await self._lifecycle.registered(plugin)
+            return {"plugin": _shown(plugin)}
 
     def _abandon(self, token: str) -> None:
         if self._staged.pop(token, None) is not None:

@@ -23,7 +23,18 @@ MAX_TTL = 31 * 86400.0
 """Seconds after which an event may expire at the latest."""
 MAX_RECORDS = 10_000
 """Records that ``audit.follow`` may begin with."""
-STORED_STATES = ("queued", "retry", "in_flight", "ok", "skipped", "dead", "expired", "quarantined", "cancelled")
+STORED_STATES = (
+    "queued",
+    "retry",
+    "in_flight",
+    "ok",
+    "skipped",
+    "dead",
+    "expired",
+    "quarantined",
+    "cancelled",
+    "moved",
+)
 """States of deliveries as ``event.list`` can look for them."""
 
 # Events

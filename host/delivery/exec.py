@@ -82,7 +82,7 @@ class ExecDelivery(Mode):
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         assert delivery.event is not None and plugin.manifest is not None
         event_type = self.parts.catalogue.get(delivery.event.name)
-        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout, delivery.epoch)
         # A line, as the read of a shell wants it.
         request = params_text(delivery.event, event_type, plugin.major, meta).encode() + b"\n"
         if len(request) > STREAM_MESSAGE:

@@ -136,6 +136,7 @@ class HttpDelivery(Mode):
             "subject": (delivery.key or "").partition("=")[2],
             "attempt": str(delivery.attempts + 1),
             "traceparent": event.trace or "",
+            "epoch": str(delivery.epoch) if delivery.epoch else "",
         }
         headers = [(f"ce-{name}", _escape(value)) for name, value in attributes.items() if value]
         headers.append(("content-type", "application/json"))

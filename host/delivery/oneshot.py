@@ -82,6 +82,7 @@ class OneshotDelivery:
             timeout=plugin.timeout,
             major=plugin.major,
             meta=plugin.manifest is None or plugin.manifest.transport.meta == "fit",
+            epoch=delivery.epoch,
         )
         if request is None:
             self._outcomes.give_up(delivery, "payload_too_large")

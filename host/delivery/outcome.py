@@ -290,7 +290,9 @@ class Outcomes:
         reply: str | None = None,
         latency: int | None = None,
     ) -> None:
-        """Make the delivery a dead letter."""
+        """Make the delivery a dead letter, unless another host has it by now."""
+        if delivery.final:
+            return
         self._consumer.term(delivery, Result("dead", status, why, reply, latency))
         self._record_end(EventDead, delivery, why)
 

@@ -94,7 +94,7 @@ class StreamDelivery:
             self._outcomes.give_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return
         event_type = self._catalogue.get(delivery.event.name)
-        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout)
+        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout, delivery.epoch)
         params = params_text(delivery.event, event_type, plugin.major, meta)
         number = os.urandom(8).hex()
         request = f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()

@@ -25,10 +25,12 @@ class Accepting:
     done: Answer
     earlier: Event | None = None
     """The event that already has this ``dedupe_key``."""
+    others: tuple[str, ...] = ()
+    """Plugins that get it later, from the log of a cluster."""
 
     def accepted(self) -> Accepted:
         """The answer to the caller, once it is safe."""
         if self.earlier is not None:
             return Accepted(self.earlier, (), duplicate=True)
         overflowed = tuple(s.plugin for s in self.overflowed)
-        return Accepted(self.event, (*(s.plugin for s, _ in self.admitted), *overflowed), overflowed)
+        return Accepted(self.event, (*(s.plugin for s, _ in self.admitted), *overflowed, *self.others), overflowed)

@@ -18,11 +18,12 @@ from isolator.ipc.body import Body
 from isolator.pacing import Backoff
 
 State = Literal[
-    "queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined", "cancelled"
+    "queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined", "cancelled", "moved"
 ]
 DEFAULT_TTL = 7 * 86400.0
 """Seconds after which an undelivered event expires."""
-FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined", "cancelled"})
+FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined", "cancelled", "moved"})
+"""``moved``: another host of the cluster has the plugin, and goes on with the delivery."""
 RETRY_BACKOFF = Backoff(1.0, 600.0, spread=0.2)
 """Pauses before a failed delivery's next attempt: 1·2ⁿ seconds, at most ten minutes, ±20 %."""
 
@@ -107,6 +108,8 @@ class Delivery:
     """Number of its newest entry in its lane's order."""
     ready_at: float = 0.0
     """Loop time at which it could first be taken; only for latency figures."""
+    epoch: int = 0
+    """In a cluster the number of the lease under which it is sent; a later holder of its plugin has a higher one."""
 
     @property
     def id(self) -> str:

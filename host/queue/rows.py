@@ -15,7 +15,8 @@ DELIVERY = (
     " FROM deliveries d JOIN events e ON e.seq=d.seq"
 )
 GIVEN_UP = "('dead', 'expired', 'quarantined')"
-ENDED = "('ok', 'skipped', 'cancelled')"
+ENDED = "('ok', 'skipped', 'cancelled', 'moved')"
+PENDING = "('queued', 'retry', 'in_flight')"
 
 
 def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
@@ -106,15 +107,34 @@ def waiting(db: sqlite3.Connection, name: str) -> int:
     return count
 
 
-def prune(db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pruned: int) -> int:
+def pending(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    """The deliveries that are not final, as ``SqliteQueue`` takes them up at its start, in the order of their events.
+
+    (number, plugin, key, attempts, crashes, due, expires, state).
+    """
+    return db.execute(
+        "SELECT d.seq, d.plugin, d.key, d.attempts, d.crashes, d.due, e.expires, d.state FROM deliveries d"
+        f" JOIN events e ON e.seq=d.seq WHERE d.state IN {PENDING} ORDER BY d.seq"
+    ).fetchall()
+
+
+def newest_number(db: sqlite3.Connection) -> int:
+    """Number of the newest event, which is never pruned; 0 if there is none."""
+    return int(db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+
+
+def prune(
+    db: sqlite3.Connection, oldest: int, before: float, keep_dead: int, pruned: int, needed: int | None = None
+) -> int:
     """Drop finished deliveries older than event number ``oldest`` or Unix time ``before``; bound the dead letters.
 
-    ``pruned`` is the previous call's result. At most 4000 further events a call and no scan of those that stay, so that
-    a call stays short.
+    Events from number ``needed`` on stay. ``pruned`` is the previous call's result. At most 4000 further events a call
+    and no scan of those that stay, so that a call stays short.
     """
     first_kept = db.execute("SELECT seq FROM events WHERE accepted >= ? ORDER BY seq LIMIT 1", (before,)).fetchone()
     start: int = max(pruned, db.execute("SELECT coalesce(min(seq), 0) FROM events").fetchone()[0])
     below: int = min(max(oldest, first_kept[0] if first_kept is not None else oldest), start + 4000)
+    below = below if needed is None else min(below, needed)
     db.execute(f"DELETE FROM deliveries WHERE seq < ? AND state IN {ENDED}", (below,))
     for (plugin,) in db.execute(f"SELECT DISTINCT plugin FROM deliveries WHERE state IN {GIVEN_UP}").fetchall():
         last = db.execute(

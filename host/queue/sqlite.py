@@ -38,7 +38,6 @@ from host.queue.interface import (
     Beside,
     Changed,
     Delivery,
-    DeliveryRow,
     Event,
     EventRow,
     NewEvent,
@@ -46,9 +45,9 @@ from host.queue.interface import (
     Subscriber,
     nothing,
 )
-from isolator.errors import NotFoundError, UsageError
+from host.queue.listing import Listing
+from isolator.errors import UsageError
 
-PENDING = "('queued', 'retry', 'in_flight')"
 _CACHED = 256
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _CACHED_BYTES = 1 << 20
@@ -70,7 +69,7 @@ Requeued = tuple[Event, Subscriber]
 _Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 
 
-class SqliteQueue:
+class SqliteQueue(Listing):
     """The queue of one host process; see ``host.queue.interface.Queue``.
 
     ``after``: events get higher numbers than this one. ``in_flight``: event numbers by plugin of the deliveries whose
@@ -113,6 +112,10 @@ class SqliteQueue:
 
     # Accepting
 
+    @staticmethod
+    def _id_of(_: NewEvent, now: float) -> str:
+        return new_event_id(now)
+
     async def accept(self, event: NewEvent, subscribers: Sequence[Subscriber]) -> Accepted:
         future: asyncio.Future[Accepted] = self._loop.create_future()
 
@@ -133,7 +136,7 @@ class SqliteQueue:
         self._seq += 1
         stored = Event(
             seq=self._seq,
-            id=new_event_id(now),
+            id=self._id_of(event, now),
             name=event.name,
             time=format_time(datetime.fromtimestamp(now, UTC)),
             accepted=now,
@@ -218,7 +221,13 @@ class SqliteQueue:
             if error is None:
                 self._pruned = upto
 
-        self.store.submit(lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned), pruned)
+        self.store.submit(
+            lambda db: rows.prune(db, oldest, time.time() - seconds, dead, self._pruned, self._needed(db)), pruned
+        )
+
+    def _needed(self, _: sqlite3.Connection) -> int | None:
+        """The number of the first event that has to stay though nothing of it is in this queue; None: there is none."""
+        return None
 
     def _enter_lanes(self, entry: Accepting, now: float) -> None:
         for subscriber, consumer in entry.admitted:
@@ -230,10 +239,14 @@ class SqliteQueue:
                 counted=subscriber.plugin in entry.counted,
                 ready_at=now,
             )
-            depth = consumer.depth
-            if depth < _CACHED and depth * len(entry.event.payload) < _CACHED_BYTES:
-                delivery.load(entry.event)
-            consumer.add(delivery)
+            self._enter(consumer, delivery, entry.event)
+
+    @staticmethod
+    def _enter(consumer: SqliteConsumer, delivery: Delivery, event: Event) -> None:
+        depth = consumer.depth
+        if depth < _CACHED and depth * len(event.payload) < _CACHED_BYTES:
+            delivery.load(event)
+        consumer.add(delivery)
 
     # Delivering
 
@@ -243,8 +256,11 @@ class SqliteQueue:
     def _consumer(self, plugin: str) -> SqliteConsumer:
         consumer = self._consumers.get(plugin)
         if consumer is None:
-            consumer = self._consumers[plugin] = SqliteConsumer(self, self._on_expired)
+            consumer = self._consumers[plugin] = self._new_consumer()
         return consumer
+
+    def _new_consumer(self) -> SqliteConsumer:
+        return SqliteConsumer(self, self._on_expired)
 
     async def sent(self, deliveries: Sequence[Delivery]) -> None:
         fresh = [delivery for delivery in deliveries if not delivery.counted]
@@ -418,37 +434,6 @@ class SqliteQueue:
         await self.store.run(lambda db: db.execute("DELETE FROM deliveries WHERE plugin=?", (plugin,)).rowcount)
         return waiting
 
-    def unfinished(self, plugin: str) -> list[tuple[str, int]]:
-        """(event id, attempts so far) of a plugin's deliveries that are not final, oldest first."""
-        return self.store.read(lambda db: rows.unfinished(db, plugin))
-
-    async def list_events(
-        self,
-        *,
-        limit: int = 50,
-        name: str | None = None,
-        before: int | None = None,
-        since: float = 0.0,
-        plugin: str | None = None,
-        state: str | None = None,
-    ) -> list[EventRow]:
-        """Events with their deliveries, newest first; ``before`` is an event number, ``since`` in Unix time.
-
-        With ``plugin`` and ``state`` those with such a delivery.
-        """
-        return await self.store.scan(lambda db: rows.events(db, limit, name, before, since, plugin, state))
-
-    def show(self, event_id: str) -> EventRow:
-        """Show one event with its deliveries; raises NotFoundError."""
-        row = self.store.read(lambda db: rows.event_row(db, "id=?", event_id))
-        if row is None:
-            raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
-        return row
-
-    async def list_dead(self, *, plugin: str | None = None, limit: int = 1000) -> list[DeliveryRow]:
-        """Deliveries that were given up, newest first."""
-        return await self.store.scan(lambda db: rows.dead(db, plugin, limit))
-
     async def wait(self, event_id: str, *, timeout: float) -> EventRow:
         """Wait at most ``timeout`` seconds until all deliveries of an event are final; returns it as it then stands."""
         changed = asyncio.Event()
@@ -477,31 +462,6 @@ class SqliteQueue:
         self.store.submit(lambda _: None, lambda _, __: None if future.done() else future.set_result(None))
         await future
 
-    def resolve(self, text: str) -> str:
-        """The id of the one stored event whose id begins with ``text``.
-
-        Raises NotFoundError when there is none, UsageError when several begin so.
-        """
-        found = self.store.read(lambda db: rows.ids(db, text, 3))
-        if text in found:
-            return text
-        if not found:
-            raise NotFoundError(f"event {text}", "is not stored", "see 'isolator event list'")
-        if len(found) > 1:
-            raise UsageError(f"event {text}", f"several ids begin so: {', '.join(found)}", "write more of it")
-        return found[0]
-
-    def name_of(self, event_id: str) -> str | None:
-        """The name of an event; None when it is not stored."""
-        event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
-        return event.name if event is not None else None
-
-    def _event(self, event_id: str) -> Event:
-        event = self.store.read(lambda db: rows.event(db, "id=?", event_id))
-        if event is None:
-            raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
-        return event
-
     def depths(self) -> dict[str, int]:
         """Number of pending deliveries by plugin."""
         return {plugin: consumer.depth for plugin, consumer in self._consumers.items()}
@@ -521,15 +481,13 @@ class SqliteQueue:
             for delivery in consumer.not_retaken():
                 consumer.nak(delivery, _INTERRUPTED, delay=RETRY_BACKOFF.after(delivery.attempts - 1))
 
+    def _unfinished(self, _: Mapping[str, Collection[int]]) -> list[tuple[Any, ...]]:
+        """The deliveries on disk that this process goes on with."""
+        return self.store.read(rows.pending)
+
     def _recover(self, in_flight: Mapping[str, Collection[int]]) -> None:
         now, loop_now = time.time(), self._loop.time()
-        pending = self.store.read(
-            lambda db: db.execute(
-                "SELECT d.seq, d.plugin, d.key, d.attempts, d.crashes, d.due, e.expires, d.state FROM deliveries d"
-                f" JOIN events e ON e.seq=d.seq WHERE d.state IN {PENDING} ORDER BY d.seq"
-            ).fetchall()
-        )
-        for row in pending:
+        for row in self._unfinished(in_flight):
             if not all(isinstance(value, kind) for value, kind in zip(row, _PENDING_TYPES, strict=True)):
                 self.unreadable += 1
                 continue
@@ -550,7 +508,7 @@ class SqliteQueue:
 
 def newest_number(store: Store) -> int:
     """Number of the newest event in the database, which is never pruned; 0 if there is none."""
-    return int(store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]))
+    return store.read(rows.newest_number)
 
 
 def new_event_id(now: float) -> str:

@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterable
 from host.cluster.clock import Clock
 from host.database import Store
 
-_TURNS = 30
-"""Turns of the event loop without database work after which everything that can go on has done so."""
-
 
 class _Call:
     def __init__(self, callback: Callable[[], object]) -> None:
@@ -80,8 +77,9 @@ class View(Clock):
 
 async def settle(databases: list[Store]) -> None:
     """Return when nothing can go on without time passing."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
     quiet = 0
-    while quiet < _TURNS:
+    while quiet < 2:
         busy = any(one._ops or one._gathering or one._syncing or one._held for one in databases if not one._closed)
-        quiet = 0 if busy else quiet + 1
         await asyncio.sleep(0.0005 if busy else 0)
+        quiet = 0 if busy or ready else quiet + 1

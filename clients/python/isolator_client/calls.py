@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-FINAL = frozenset({"ok", "skipped", "dead", "expired", "quarantined", "cancelled"})
+FINAL = frozenset({"ok", "skipped", "dead", "expired", "quarantined", "cancelled", "moved"})
 """States in which a delivery stays, unless an operator replays it."""
 
 SUCCEEDED = frozenset({"ok", "skipped"})

@@ -1,0 +1,300 @@
+"""What the queue of a host does with the log that its node reads (``host.cluster.node.Follower``).
+
+Of each shard that this host holds, and of each plugin of which every host has its own copy, there is a cursor. The
+lanes of others are empty: their deliveries are another host's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
+from host.cluster.delivery.places import BEGIN, END, Subscriptions
+from host.cluster.delivery.queue import ClusterQueue
+from host.cluster.entries import Beat, Ended, Event, EventRef, Plugin, Position, Release, Replay
+from host.cluster.fold import Applied, Shard
+from host.cluster.log import LogUnavailableError
+from host.cluster.node import Node
+from host.queue.interface import Delivery, Result
+from isolator.ipc.tasks import Tasks
+
+_log = logging.getLogger(__name__)
+
+DRAIN: Final = 30.0
+"""Seconds for which a release waits for replies."""
+AGAIN: Final = 1.0
+"""Seconds until the log is asked for the same decision again."""
+_WHY = 1000
+"""Characters of the reason why a delivery was given up."""
+
+
+class QueueFollower:
+    """Keeps the cursors and lanes of this host in step with the log.
+
+    ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
+    gets a plugin and how many of its events nobody has any more, ``described`` what the log says of a plugin anew.
+    """
+
+    def __init__(
+        self,
+        queue: ClusterQueue,
+        subscriptions: Subscriptions,
+        ready: Callable[[], Sequence[str]],
+        lost_events: Callable[[str, int], None] = lambda _, __: None,
+        described: Callable[[Plugin], None] = lambda _: None,
+    ) -> None:
+        self._queue, self._subscriptions, self._ready = queue, subscriptions, ready
+        self._lost_events, self._news = lost_events, described
+        self._node: Node
+        self._held: dict[Shard, Held] = {}
+        self._own: dict[str, Own] = {}
+        self._acting = False
+        self._place = 0
+        self._draining: set[Shard] = set()
+        self._tasks = Tasks()
+
+    def attach(self, node: Node) -> None:
+        """Follow a node, before it begins to read."""
+        self._node, queue = node, self._queue
+        queue.emit, queue.places.fold = node.emit, lambda: node.state
+        queue.on_final, queue.subscribers = self._on_final, self._subscriptions
+        queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
+
+    def close(self) -> None:
+        """Wait for no decision any more."""
+        self._tasks.cancel()
+
+    def may_act(self, plugin: str) -> bool:
+        """Whether a plugin may be sent anything at the moment."""
+        return not self._is_of_one(plugin) or (self._acting and self.holds(plugin))
+
+    def holds(self, plugin: str) -> bool:
+        """Whether this host has the work of a plugin: it holds a shard of it, or every host has its own copy."""
+        return not self._is_of_one(plugin) or any(shard[0] == plugin for shard in self._held)
+
+    def epoch(self, plugin: str) -> tuple[int, int] | None:
+        """A shard that this host holds of a plugin, and its epoch: what other entries about the plugin go by."""
+        return next(((one.shard[1], one.epoch) for one in self._of(plugin)), None)
+
+    # What the node reads
+
+    def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
+        """See ``Follower``."""
+        self._queue.places.apply(db, place, time, entries)
+
+    def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
+        """See ``Follower``."""
+        if place <= self._place:  # the log is read once more
+            for own in self._own.values():
+                own.at, own.behind = BEGIN, True
+        self._place = place
+        counted = [one for one in entries if not one.void]
+        events = sum(isinstance(one.entry, Event | Replay) for one in counted)
+        if events:
+            self._queue.count(events)
+            reads = self._queue.places.at(place)
+            for cursor in [*self._cursors()]:
+                cursor.offer(reads)
+        for one in counted:
+            if isinstance(one.entry, Beat):
+                self._read_back(one)
+            elif isinstance(one.entry, Plugin):
+                self._described(one.entry)
+        self._queue.look()
+
+    def _read_back(self, one: Applied) -> None:
+        assert isinstance(one.entry, Beat)
+        if one.ref.host != self._node.host:
+            return
+        for position in one.entry.positions:
+            held = self._held.get((position.plugin, position.shard))
+            if held is not None and held.epoch == position.epoch:
+                held.read_back(position)
+                self._gate(held.plugin)
+
+    def _described(self, plugin: Plugin) -> None:
+        if plugin.removed:
+            self.forget(plugin.name)
+        elif plugin.placement == "one":
+            self._hand_over(plugin.name)
+        else:
+            self._begin_own(plugin.name)
+        self._news(plugin)
+        self._gate(plugin.name)
+        self.look()
+
+    def held(self, shard: Shard, epoch: int, position: Position) -> None:
+        """See ``Follower``."""
+        before = self._held.pop(shard, None)
+        if before is not None:
+            self._queue.move(before.open.values())
+        places, state = self._queue.places, self._node.state
+        known = state.plugins[shard[0]]
+        self._draining.discard(shard)
+        cursor = self._held[shard] = Held(
+            shard, known.plugin.shards, epoch, position if position.epoch else None, known.began,
+            places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
+        )  # fmt: skip
+        places.hold(shard, epoch)
+        if cursor.lost:
+            self._lost_events(shard[0], len(cursor.lost))
+        cursor.begin()
+        self._gate(shard[0])
+        self.look()
+
+    def lost(self, shard: Shard, why: str) -> None:
+        """See ``Follower``."""
+        cursor = self._held.pop(shard, None)
+        self._draining.discard(shard)
+        if cursor is not None:
+            self._queue.move([*cursor.open.values()])
+            self._gate(shard[0])
+
+    def again(self, db: sqlite3.Connection) -> None:
+        """See ``Follower``."""
+        self._queue.places.again(db)
+
+    def fenced(self, over: bool) -> None:
+        """See ``Follower``."""
+        self._acting = not over
+        for plugin in {shard[0] for shard in self._held}:
+            self._gate(plugin)
+        self._queue.look()
+
+    async def drain(self, shard: Shard) -> None:
+        """See ``Follower``."""
+        held = self._held.get(shard)
+        if held is None:
+            return
+        self._draining.add(shard)
+        self._gate(held.plugin)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN):
+                while self._held.get(shard) is held and not held.is_settled:
+                    self._node.changed()
+                    await self._queue.settled()
+
+    def positions(self) -> Sequence[Position]:
+        """See ``Follower``."""
+        return [position for held in self._held.values() if (position := held.to_write()) is not None]
+
+    def ready(self) -> Sequence[str]:
+        """See ``Follower``."""
+        return self._ready()
+
+    # Cursors
+
+    def _cursors(self) -> Iterator[Cursor]:
+        yield from self._held.values()
+        yield from self._own.values()
+
+    def _of(self, plugin: str) -> Iterator[Held]:
+        return (one for one in self._held.values() if one.plugin == plugin)
+
+    def _is_of_one(self, plugin: str) -> bool:
+        known = self._node.state.plugins.get(plugin)
+        return known is not None and known.plugin.placement == "one"
+
+    def serve(self, plugin: str) -> None:
+        """Take note of a plugin that this host has, or that has changed."""
+        self._begin_own(plugin)
+        self._gate(plugin)
+        self.look()
+
+    def forget(self, plugin: str) -> None:
+        """Read no further for a plugin as for one of which every host has its own copy."""
+        own = self._end_own(plugin)
+        if own is not None:
+            self._queue.move([*own.open.values()])
+
+    def _end_own(self, plugin: str) -> Own | None:
+        own = self._own.pop(plugin, None)
+        if own is not None:
+            self._queue.store.submit(lambda db: db.execute("DELETE FROM cluster_read WHERE plugin=?", (plugin,)))
+        return own
+
+    def _hand_over(self, plugin: str) -> None:
+        """Have one host deliver what waits here for a plugin of which this host had its own copy."""
+        own, queue = self._end_own(plugin), self._queue
+        if own is None:
+            return
+        replays = own.replays()
+
+        def handed_over(_: object, error: Exception | None) -> None:
+            if error is None:
+                queue.move([*own.open.values()])
+            else:  # they wait in the lane until this host has the plugin
+                _log.error("%d events for %s are not handed over: %s", len(replays), plugin, error)
+
+        queue.store.submit(lambda db: [queue.emit(db, one) for one in replays], handed_over)
+
+    def _begin_own(self, plugin: str) -> None:
+        """Begin with a plugin of which this host has its own copy, as every host has, or as the cluster knows none."""
+        if plugin in self._own or self._is_of_one(plugin):
+            return
+        state = self._node.state
+        known = state.plugins.get(plugin)
+        began = known.began if known is not None else state.place
+        at = self._queue.places.own(plugin) or (began, END)
+        self._own[plugin] = Own(plugin, self._queue, self._subscriptions, at)
+        self._own[plugin].catch_up()
+
+    def look(self) -> None:
+        """Release the shards of plugins that this host can no longer hold."""
+        ready = set(self._ready())
+        for held in [*self._held.values()]:
+            if held.plugin not in ready and held.shard not in self._draining:
+                self._draining.add(held.shard)
+                self._gate(held.plugin)
+                self._tasks.run(f"release of {held.plugin}", self._release(held))
+        self._node.changed()
+
+    def _gate(self, plugin: str) -> None:
+        """Give a plugin no delivery while this host may make none, it drains, or a move would repeat too many."""
+        shards = [*self._of(plugin)]
+        closed = not self.may_act(plugin) or sum(one.unconfirmed for one in shards) >= MOST_ENDED
+        self._queue.lane(plugin).hold_back(closed or any(one.shard in self._draining for one in shards))
+
+    # Outcomes
+
+    def _on_final(self, delivery: Delivery, result: Result) -> None:
+        for cursor in (*self._of(delivery.plugin), *filter(None, [self._own.get(delivery.plugin)])):
+            if cursor.ref_of(delivery.seq) is not None:
+                ref = cursor.ended(delivery, result)
+                if ref is not None and isinstance(cursor, Held):
+                    self._end(cursor, ref, result.state, result.detail or "")
+                if isinstance(cursor, Held):
+                    self._gate(cursor.plugin)
+                    self._node.changed()
+                return
+
+    def _end(self, held: Held, ref: EventRef, state: str, why: str) -> None:
+        entry = Ended(*held.shard, held.epoch, ref, state, why[:_WHY])
+        self._tasks.run(f"end of a delivery to {held.plugin}", self._have_ended(held, entry))
+
+    def _gave_up(self, held: Held, ref: EventRef, state: str) -> None:
+        self._end(held, ref, state, "given up before this host was started again")
+
+    async def _have_ended(self, held: Held, entry: Ended) -> None:
+        if await self._decide(held, entry):
+            held.close(entry.event)
+            self._node.changed()
+
+    async def _release(self, held: Held) -> None:
+        await self.drain(held.shard)
+        await self._decide(held, Release(*held.shard, held.epoch))
+
+    async def _decide(self, held: Held, entry: Ended | Release) -> bool:
+        """Have the log decide something about a shard while it is held; whether it counts."""
+        while self._held.get(held.shard) is held:
+            try:
+                return not (await self._node.decide(entry)).void
+            except LogUnavailableError as error:
+                _log.info("%s of %s waits: %s", entry.kind, held.plugin, error)
+                await asyncio.sleep(AGAIN)
+        return False

@@ -1,0 +1,211 @@
+"""This host as a member of its cluster: the node, the queue's follower, and those who have to hear of either.
+
+It is made beside the queue, and begins before plugins are started: what one host of the cluster does, this one does
+only with a lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from isolator.policy.cluster import Cluster
+from pydantic import TypeAdapter
+
+from host.cluster.delivery.follower import QueueFollower
+from host.cluster.delivery.queue import ClusterQueue
+from host.cluster.entries import Entry
+from host.cluster.entries import Plugin as Described
+from host.cluster.fold import Applied, State
+from host.cluster.joining import join
+from host.cluster.log import LogUnavailableError
+from host.cluster.node import Node
+from host.cluster.problems import Kind
+from host.database import Store
+from host.events import Catalogue
+from host.fence.fences import Fences
+from host.membership.values import ClusterKeyValue
+from host.plugins.registry import Plugin, Registry
+from host.queue.interface import Event, Subscriber
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import ClusterProblem
+from isolator.errors import IsolatorError
+from isolator.ipc.messages import PluginState
+from isolator.ipc.tasks import Tasks
+
+_log = logging.getLogger(__name__)
+_UNABLE = frozenset({PluginState.PENDING, PluginState.REJECTED, PluginState.DISABLED, PluginState.FAILED})
+"""States in which a plugin cannot be held here."""
+
+
+_DESCRIBED: Final = TypeAdapter(Described)
+_WISHES: Final = (
+    "CREATE TABLE IF NOT EXISTS cluster_wishes (plugin TEXT PRIMARY KEY, entry TEXT NOT NULL) WITHOUT ROWID"
+)
+AGAIN: Final = 1.0
+"""Seconds until the log is asked again for what a command has wished for."""
+
+
+class Member:
+    """This host in its cluster. ``folder`` is for copies of the fold."""
+
+    def __init__(
+        self,
+        settings: Cluster,
+        store: Store,
+        queue: ClusterQueue,
+        registry: Registry,
+        catalogue: Catalogue,
+        fences: Fences,
+        audit: AuditClient,
+        folder: Path,
+    ) -> None:
+        self._settings, self._store, self._queue, self._folder = settings, store, queue, folder
+        self._registry, self._catalogue, self._fences, self._audit = registry, catalogue, fences, audit
+        self._wished, self._tasks = asyncio.Event(), Tasks()
+        store.read(lambda db: db.execute(_WISHES))
+        self._trouble: list[str] = []
+        self.node: Node | None = None
+        self.follower = QueueFollower(queue, self._subscriptions, self._ready, self._lost_events, self._described)
+        self.values = ClusterKeyValue(store, self.follower, self._decide)
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong with this host's part, a line each."""
+        return [*self._trouble, *(self.node.problems.lines.values() if self.node is not None else ())]
+
+    async def start(self) -> None:
+        """Begin to follow the log: what the registry does not know by now would be passed over.
+
+        No plugin that one host has is started before this host holds it. If the settings are of no use, events are
+        refused, with the reason.
+        """
+        try:
+            node = join(self._settings, self._store, self.follower, self._fences, self._notice, self._folder)
+        except IsolatorError as error:
+            self._trouble.append(f"this host is in no cluster: {error}")
+            self._queue.refuse(error)
+            return
+        self.node = node
+        self.follower.attach(node)
+        await node.start()
+        for name, known in node.state.plugins.items():
+            if known.plugin.placement == "one" and self._fences.of(name).until is None:
+                self._fences.hold(name, 0.0)
+        for plugin in self._registry:
+            self.follower.serve(plugin.name)
+        self._tasks.keep("wishes for the cluster", self._fulfil)
+
+    async def close(self) -> None:
+        """End this host's part; its leases run out, or its successor goes on with them."""
+        self._tasks.cancel()
+        self.follower.close()
+        if self.node is not None:
+            await self.node.close()
+
+    def serve(self, plugin: str) -> None:
+        """Take note of a plugin that this host has, or that has changed."""
+        if self.node is None:
+            return
+        found, known = self._registry.get(plugin), self.node.state.plugins.get(plugin)
+        holds = self.follower.epoch(plugin) is not None
+        if holds and found is not None and known is not None and found.digest != known.plugin.digest:
+            # Its holder has another version now: it was updated, or the new one failed.
+            self._tasks.run(f"version of {plugin}", self.registered(found, new=False))
+        self.follower.serve(plugin)
+
+    def forget(self, plugin: str) -> None:
+        """Take note of a plugin that this host has no more."""
+        if self.node is not None:
+            self.follower.forget(plugin)
+            self.follower.look()
+
+    async def registered(self, plugin: Plugin, *, new: bool) -> None:
+        """Have the cluster use the version of a plugin that this host has; a command changed it here. Safe on disk.
+
+        ``new``: also of a plugin that the cluster does not know; one host has that.
+        """
+        known = self._state.plugins.get(plugin.name)
+        if known is not None and known.plugin.digest != plugin.digest:
+            one = known.plugin
+            await self._wish(Described(one.name, plugin.digest, one.placement, one.shards, one.labels))
+        elif known is None and new:
+            await self._wish(Described(plugin.name, plugin.digest))
+
+    async def removed(self, name: str) -> None:
+        """End a plugin in the cluster if no other host has it; a command removed it here. Safe on disk."""
+        state, node = self._state, self.node
+        others = [
+            host for host, member in state.members.items()
+            if node is not None and host != node.host and name in member.beat.ready and not node.is_silent(host)
+        ]  # fmt: skip
+        known = state.plugins.get(name)
+        if known is not None and not others:
+            await self._wish(Described(name, known.plugin.digest, removed=True))
+
+    async def _wish(self, entry: Described) -> None:
+        """Have an entry written, however long the log does not answer; a later one of the plugin replaces it."""
+        row = (entry.name, _DESCRIBED.dump_json(entry).decode())
+        await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO cluster_wishes VALUES (?,?)", row))
+        self._wished.set()
+
+    async def _fulfil(self) -> None:
+        """Write what commands have wished for, one after the other."""
+        while True:
+            row = self._store.read(lambda db: db.execute("SELECT plugin, entry FROM cluster_wishes").fetchone())
+            if row is None:
+                self._wished.clear()
+                await self._wished.wait()
+                continue
+            try:
+                await self._decide(_DESCRIBED.validate_json(row[1]))
+            except LogUnavailableError:
+                await asyncio.sleep(AGAIN)
+                continue
+            await self._store.run(_forget(row))
+
+    def _described(self, entry: Described) -> None:
+        """Have a plugin that one host has act on none before it is claimed."""
+        if entry.placement == "one" and not entry.removed and not self.follower.holds(entry.name):
+            self._fences.hold(entry.name, 0.0)
+
+    @property
+    def _state(self) -> State:
+        return self.node.state if self.node is not None else State()
+
+    async def _decide(self, entry: Entry) -> Applied:
+        if self.node is None:
+            raise LogUnavailableError("this host is being started")
+        return await self.node.decide(entry)
+
+    def _notice(self, kind: Kind, line: str | None) -> None:
+        self._audit.record(ClusterProblem(kind=kind, line=line or "", ended=line is None))
+
+    def _lost_events(self, plugin: str, count: int) -> None:
+        line = f"{count} events for {plugin} are lost: this host does not have them, and they were not handled"
+        _log.error("%s", line)
+        self._trouble.append(line)
+
+    def _ready(self) -> Sequence[str]:
+        plugins = self._state.plugins
+        return [
+            one.name for one in self._registry
+            if one.state not in _UNABLE and one.name in plugins and plugins[one.name].plugin.digest == one.digest
+        ]  # fmt: skip
+
+    def _subscriptions(self, event: Event) -> Mapping[str, Subscriber]:
+        """The subscribers of an event, which another host may have emitted: it is validated here once more."""
+        try:
+            checked = self._catalogue.validate(event.name, json.loads(event.payload))
+        except (IsolatorError, ValueError) as error:
+            _log.warning("%s of another host is delivered to nobody here: %s", event.id, error)
+            return {}
+        return {one.plugin: one for one in self._registry.subscribers(checked.type, checked.fields)}
+
+
+def _forget(row: tuple[str, str]) -> Callable[[sqlite3.Connection], object]:
+    return lambda db: db.execute("DELETE FROM cluster_wishes WHERE plugin=? AND entry=?", row)

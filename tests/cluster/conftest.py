@@ -1,0 +1,28 @@
+"""Clusters whose hosts, queues and databases are real, on a log in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from host import database
+from tests.cluster.queues import Hosts, Make
+
+
+@pytest.fixture
+async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
+    """Clusters that have not been started. Hours pass in seconds, so no sync is waited for: no power is cut here."""
+    monkeypatch.setattr(database.os, "fdatasync", lambda _: None)
+    made: list[Hosts] = []
+
+    def build(seed: int = 0, **more: object) -> Hosts:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        made.append(Hosts(folder, seed, **more))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield build
+    for hosts in made:
+        await hosts.close()
