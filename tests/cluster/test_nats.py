@@ -164,9 +164,10 @@ async def test_user_of_a_host_writes_under_its_own_name_alone_and_reads_no_answe
         for subject in ("iso.ev.h2", "iso.ctl.h2"):
             with pytest.raises(LogRefusedError, match="permissions violation"):
                 await log.append(subject, b"forged")
+        for verb in ("UPDATE", "DELETE"):
+            with pytest.raises(LogRefusedError, match="permissions violation"):
+                await log._ask(f"$JS.API.STREAM.{verb}.ISO", b"{}")
         await log.close()
-        with pytest.raises(LogRefusedError, match="permissions violation"):
-            await make_stream(mine, 1)
         spy = NatsLog(_access(servers, user="h1", password="pw-h1", inbox=inbox_of("h2")))
         with pytest.raises(LogRefusedError, match="permissions violation for subscription"):
             await spy.after(0)
