@@ -290,7 +290,7 @@ class Host:
 
         assert isinstance(self._queue, ClusterQueue)
         parts = (self._store, self._queue, self._registry, catalogue, self._fences, self._audit)
-        member = Member(settings.cluster, *parts, paths.host_lib)
+        member = Member(settings.cluster, *parts, paths.host_lib / "cluster-folds")
         self._alarms.cluster = member.problems
         return member
 

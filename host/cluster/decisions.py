@@ -62,6 +62,10 @@ class Decisions:
         except TimeoutError:
             raise LogUnavailableError("the cluster's log did not take the decision in time") from None
 
+    def is_flying(self, entry: Entry) -> bool:
+        """Whether a decision was sent and may count yet."""
+        return entry in self._flying.values()
+
     def changed(self) -> None:
         """Have a beat sent soon."""
         self._work.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from host.cluster.clock import Clock, Handle
-from host.cluster.entries import Position
+from host.cluster.entries import Position, Release
 from host.cluster.fold import Shard, State
 from host.cluster.follower import Fences, Follower
 from host.cluster.lease import Fence
@@ -22,7 +22,7 @@ class Holding:
         self.fence = Fence()
         self.epochs: dict[Shard, int] = {}
         """The shards, with their epochs."""
-        self.released: set[Shard] = set()
+        self._released: set[Shard] = set()
         """Those of them that this host has given up itself."""
         self._extended: dict[str, float] = {}
         self._over = True
@@ -30,8 +30,17 @@ class Holding:
 
     def may_act(self, plugin: str) -> bool:
         """Whether shards of a plugin may be acted on now."""
-        held = any(shard[0] == plugin and shard not in self.released for shard in self.epochs)
+        held = any(shard[0] == plugin and shard not in self._released for shard in self.epochs)
         return held and self.fence.may_act(self._clock.now())
+
+    def release(self, entry: Release) -> None:
+        """Act no more on a shard that is about to be released."""
+        if self.epochs.get((entry.plugin, entry.shard)) == entry.epoch:
+            self._released.add((entry.plugin, entry.shard))
+
+    def keep(self, entry: Release) -> None:
+        """Go on with a shard whose release was never sent."""
+        self._released.discard((entry.plugin, entry.shard))
 
     def follow(self, state: State, *, came_back: bool) -> Iterable[Shard]:
         """Lose and take up what the state says, which has just changed; returns what was lost.
@@ -46,7 +55,7 @@ class Holding:
             for shard, epoch in mine.items():
                 if shard not in self.epochs:
                     self.epochs[shard] = epoch
-                    self.released.discard(shard)
+                    self._released.discard(shard)
                     self._fences.hold(shard[0], self.fence.deadline)
                     self._follower.held(shard, epoch, state.positions.get(shard) or Position(*shard, epoch))
             for name in {shard[0] for shard in self.epochs}:
@@ -70,8 +79,8 @@ class Holding:
 
     def _lose(self, shard: Shard, why: str) -> None:
         del self.epochs[shard]
-        drained = shard in self.released
-        self.released.discard(shard)
+        drained = shard in self._released
+        self._released.discard(shard)
         self._follower.lost(shard, why)
         if not drained or not any(name == shard[0] for name, _ in self.epochs):
             # The cage may have work of this shard in it, so it ends although it serves others, too.

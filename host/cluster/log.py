@@ -36,7 +36,7 @@ class Entered(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The log as its servers describe it. ``first`` is 1 and ``trimmed`` False while nothing of it was removed.
+    """The log as its servers describe it. ``first`` is 1 while nothing of it was removed.
 
     ``created`` tells a log from another of the same name. ``wrong`` names settings under which it cannot be used.
     """
@@ -50,11 +50,6 @@ class Facts:
     bytes: int = 0
     max_bytes: int = 0
     wrong: tuple[str, ...] = field(default=())
-
-    @property
-    def trimmed(self) -> bool:
-        """Whether its beginning is no longer there."""
-        return self.first > 1
 
 
 class Log(Protocol):

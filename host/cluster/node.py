@@ -176,8 +176,13 @@ class Node:
         if final := next((line for kind, line in self.problems.lines.items() if kind in FINAL), None):
             raise LogUnavailableError(final)
         if isinstance(entry, Release):
-            self._holding.released.add((entry.plugin, entry.shard))
-        return await self._decisions.write(entry)
+            self._holding.release(entry)
+        try:
+            return await self._decisions.write(entry)
+        except LogUnavailableError:
+            if isinstance(entry, Release) and not self._decisions.is_flying(entry):
+                self._holding.keep(entry)  # it was never sent
+            raise
 
     def changed(self) -> None:
         """Have the next beat sent soon (0.2 s): positions or readiness have changed."""
@@ -216,11 +221,6 @@ class Node:
     def place(self) -> int:
         """Up to where this host has read the log."""
         return self._footing.place
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether this host takes no further shard."""
-        return self._leaving
 
     def waiting(self) -> tuple[int, int]:
         """How many events of this host wait for the log, and their bytes."""

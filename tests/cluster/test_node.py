@@ -235,9 +235,21 @@ async def test_host_that_is_cut_off_leaves_only_by_force_and_says_what_stays_beh
     await first.emit("waits")
     with pytest.raises(LogUnavailableError):
         await cluster.during(first.node.leave())
-    assert not first.node.is_leaving and not _line(first, "left")
+    assert not first.node._leaving and not _line(first, "left")
     assert await cluster.during(first.node.leave(force=True)) == 1
     assert not first.acting() and "p" not in first.follower.until
+
+
+@pytest.mark.parametrize("wait", [0.0, 1.0, 2.5])
+async def test_release_that_never_left_leaves_nobody_without_the_plugin(cluster: Cluster, wait: float) -> None:
+    first = await cluster.settled()
+    first.log.cut = True
+    await cluster.passes(wait)
+    with pytest.raises(LogUnavailableError):
+        await cluster.during(first.node.leave())
+    first.log.cut = False
+    await cluster.passes(30)
+    assert cluster.holder()
 
 
 async def test_leader_that_has_not_taken_up_all_yet_is_no_loss(cluster: Cluster) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.support.timeouts import seconds
@@ -25,10 +25,11 @@ class Server:
     """One server of a cluster, with a folder of its own."""
 
     def __init__(
-        self, number: int, folder: Path, program: str, count: int, first_port: int, more: str, disk: str
-    ) -> None:
+        self, number: int, folder: Path, program: str, count: int, first_port: int, more: str, disk: str,
+        enter: Sequence[str],
+    ) -> None:  # fmt: skip
         self.name, self.port = f"n{number}", first_port + 10 * number
-        self._program, self._folder = program, folder / self.name
+        self._program, self._folder, self._enter = program, folder / self.name, enter
         self._folder.mkdir(parents=True)
         routes = ", ".join(f'"nats://127.0.0.1:{first_port + 10 * other + 1}"' for other in range(count))
         cluster = f'cluster {{ name: iso, listen: "127.0.0.1:{self.port + 1}", routes: [{routes}] }}\n'
@@ -45,15 +46,16 @@ class Server:
         return f"nats://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start the server; returns when it accepts connections."""
-        with (self._folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([self._program, "-c", self.config], stdout=log, stderr=log)
+        """Start the server; returns when it says that it is ready."""
+        path = self._folder / "log"
+        with path.open("ab") as log:
+            before = log.tell()
+            command = [*self._enter, self._program, "-c", str(self.config)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + seconds(20)
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            assert time.monotonic() < end and self.process.poll() is None, (self._folder / "log").read_text()[-2000:]
-            time.sleep(0.05)
+        while b"Server is ready" not in path.read_bytes()[before:]:
+            assert time.monotonic() < end and self.process.poll() is None, path.read_text()[-2000:]
+            time.sleep(0.02)
 
     def signal(self, number: int) -> None:
         """Send it a signal: SIGSTOP, SIGCONT."""
@@ -70,15 +72,24 @@ class Server:
 
 @contextlib.contextmanager
 def nats_servers(
-    folder: Path, count: int = 3, program: str = "", first_port: int = 0, more: str = "", disk: str = "200MB"
+    folder: Path,
+    count: int = 3,
+    program: str = "",
+    first_port: int = 0,
+    more: str = "",
+    disk: str = "200MB",
+    enter: Sequence[str] = (),
 ) -> Iterator[list[Server]]:
     """A cluster of servers that all run, with more lines of configuration; they are killed at the end.
+
+    ``enter`` is what takes a program into a network namespace.
 
     In a network namespace any port is free.
     """
     first_port = first_port or _free_ports(count)
     servers = [
-        Server(number, folder, program or nats_server(), count, first_port, more, disk) for number in range(count)
+        Server(number, folder, program or nats_server(), count, first_port, more, disk, enter)
+        for number in range(count)
     ]
     try:
         for server in servers:

@@ -286,9 +286,12 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, di
             d.stop()
             d.cli("backup", str(place / "stopped"), *secret)
             d.cli("restore", str(place / "stopped"), *secret, "--replace")
+            with (d.root / "etc/isolator/host.toml").open("a") as file:
+                file.write('[cluster]\nname = "one"\nservers = ["127.0.0.1:1"]\ntls = false\n')
             d.start()
         finally:
             shutil.rmtree(place)
+        wait_for(lambda: of(d, "cluster.problem"))
         d.stop()
         yield d, events
 

@@ -41,6 +41,7 @@ from isolator.audit.schema.control import (
 from isolator.audit.schema.daemon import (
     BackupRestored,
     BackupTaken,
+    ClusterProblem,
     DaemonReloaded,
     DatabaseDamaged,
     HostStarted,
@@ -128,6 +129,7 @@ __all__ = [
     "BackupTaken",
     "CageStarted",
     "CageStopped",
+    "ClusterProblem",
     "ConfigChanged",
     "ControlCalled",
     "DaemonReloaded",

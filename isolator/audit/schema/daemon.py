@@ -111,6 +111,17 @@ class DatabaseDamaged(RecordData):
     """Id of the newest of them."""
 
 
+class ClusterProblem(RecordData):
+    """A problem of this host with its cluster began, or ended (``isolator cluster status``)."""
+
+    TYPE = "cluster.problem"
+    SOURCES = (HOST,)
+
+    kind: str
+    why: str | None
+    """One line; null: it has ended."""
+
+
 class Resources(RecordData):
     """Use of one run: every ``snapshot_interval``, and once at its end."""
 

@@ -1,0 +1,123 @@
+"""A whole daemon with [cluster], on a real server: it joins, holds its plugins, goes on after a reload, and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.nats_servers import nats_servers
+from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
+
+
+@contextlib.contextmanager
+def _namespace() -> Iterator[int]:
+    """A descriptor of a network namespace with a loopback."""
+    holder = subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", "ip link set lo up && echo up && exec cat"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdin is not None and holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"up\n"
+        fd = os.open(f"/proc/{holder.pid}/ns/net", os.O_RDONLY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    finally:
+        holder.stdin.close()
+        holder.wait()
+        holder.stdout.close()
+
+
+def _status(d: Daemon) -> dict[str, Any]:
+    return d.json("cluster", "status", code=None)
+
+
+def _held(d: Daemon) -> list[dict[str, Any]]:
+    """The shards of all plugins, once this host has them."""
+    shards = [shard for plugin in _status(d)["plugins"] for shard in plugin["shards"]]
+    return shards if shards and all(shard["host"] == "h1" for shard in shards) else []
+
+
+def _problem(d: Daemon, kind: str) -> str:
+    return next((one["line"] for one in _status(d)["problems"] if one["kind"] == kind), "")
+
+
+@pytest.mark.slow
+def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leaves(tmp_path: Path) -> None:
+    with _namespace() as network, contextlib.ExitStack() as stack:
+        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
+        d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
+        d.cli("cluster", "users", "--dir", str(tmp_path / "users"), "h1")
+        users = (tmp_path / "users/users.conf").read_text()
+        servers = stack.enter_context(nats_servers(tmp_path / "nats", 1, more=users, first_port=4222, enter=enter))
+        made = subprocess.run(
+            [*enter, "isolator", "--root", d.root, "cluster", "init", "--server", "127.0.0.1:4222", "--no-tls",
+             "--replicas", "1", "--max-bytes", "50000000", "--credentials", tmp_path / "users/admin.secret"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        assert "log made" in made.stdout
+        secret = d.root / "etc/isolator/cluster.secret"
+        secret.write_bytes((tmp_path / "users/h1.secret").read_bytes())
+        secret.chmod(0o600)
+        (d.root / "etc/isolator/host.toml").write_text(
+            f'[cluster]\nname = "h1"\nservers = ["127.0.0.1:4222"]\ntls = false\ncredentials = "{secret}"\n'
+        )
+        d.start()
+        wait_for(lambda: _status(d)["member"], what="a member")
+
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        held = wait_for(
+            lambda: next((s for p in _status(d)["plugins"] for s in p["shards"] if s["host"] == "h1"), None),
+            what="held",
+        )
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+
+        # A reload carries the lease: the same epoch, in a new session, and nothing in between is lost.
+        d.cli("reload")
+        d.cli("event", "emit", "deploy.completed", event(2), "--wait")
+        shown = _status(d)
+        assert shown["plugins"][0]["shards"] == held and shown["outbox"]["events"] == 0 and not shown["problems"]
+
+        # Without the server events are accepted, and the plugin does not act for long.
+        servers[0].kill()
+        wait_for(lambda: _problem(d, "unreachable"), what="no answer")
+        d.cli("event", "emit", "deploy.completed", event(3))
+        assert _status(d)["outbox"]["events"] == 1
+        d.cli("cluster", "status", code=1)
+        servers[0].start()
+        wait_for(lambda: _status(d)["member"] and _status(d)["outbox"]["events"] == 0, what="sent")
+        wait_for(lambda: _seen(d) == ["d1", "d2", "d3"], what="delivered")
+
+        # A password that is not its own has its line, and nothing is lost.
+        secret.write_text("h1:guess\n")
+        d.cli("reload")
+        assert "Authorization Violation" in wait_for(lambda: _problem(d, "refused"), what="refused")
+        assert any("Authorization Violation" in line for line in d.json("status", code=None)["alarms"])
+        d.cli("event", "emit", "deploy.completed", event(4))
+        secret.write_bytes((tmp_path / "users/h1.secret").read_bytes())
+        d.cli("reload")
+        wait_for(lambda: _seen(d) == ["d1", "d2", "d3", "d4"], what="delivered")
+
+        left = d.json("cluster", "leave")
+        assert left == {"left_behind": 0} and _problem(d, "left")
+        refused = d.cli("event", "emit", "deploy.completed", event(5), code=None)
+        assert refused.returncode and "has left its cluster" in refused.stderr
+        (d.root / "etc/isolator/host.toml").write_text("# none any more\n")
+        d.cli("reload")
+        d.cli("event", "emit", "deploy.completed", event(6), "--wait")
+        kinds = {record["data"]["kind"] for record in d.records() if record["type"] == "cluster.problem"}
+        assert {"unreachable", "refused"} <= kinds
+
+
+def _seen(d: Daemon) -> list[str]:
+    """What the plugin was sent, each once, in the order of its first time."""
+    path = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
+    return list(dict.fromkeys(path.read_text().split())) if path.exists() else []
