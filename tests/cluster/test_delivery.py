@@ -361,3 +361,21 @@ async def test_full_outbox_refuses_events_and_keeps_those_that_it_has(make: Make
     await hosts.heal()
     await hosts.until(lambda: hosts.all_handled("p"))
     assert len({act.event for act in hosts.witness.handled}) == kept
+
+
+async def test_host_that_began_with_a_copied_fold_holds_no_plugin_whose_events_it_does_not_have(make: Make) -> None:
+    hosts = make()
+    hosts.failing = 1.0
+    await hosts.start(ONE)
+    holder = await _holder(hosts)
+    for host in hosts.hosts:
+        await hosts.emit(host, "k")
+    await hosts.passes(3.0)
+    other = _another(hosts, holder)
+    assert other.store is not None
+    assert "p" in other.follower.ready()
+    await other.store.run(lambda db: (other.follower.again(db), db.execute("DELETE FROM cluster_events")))
+    assert "p" not in other.follower.ready()
+    hosts.failing = 0.0
+    await hosts.until(lambda: hosts.all_handled("p"))
+    await hosts.until(lambda: "p" in other.follower.ready())
