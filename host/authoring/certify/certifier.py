@@ -39,6 +39,8 @@ class Result:
     findings: list[str] = field(default_factory=list)
     skipped: str = ""
     """Why it could not be played."""
+    good: frozenset[str] = GOOD
+    """Outcomes that count as an answer."""
 
 
 @dataclass
@@ -131,7 +133,9 @@ class Certifier(Trials):
     def _play(
         self, client: Client, check: Check, report: Report, events: Mapping[str, Mapping[str, Any]]
     ) -> Result:  # fmt: skip
-        result = Result(check, trail.newest(self._daemon.root))
+        # A tool of MCP says so when it could not do its work; that is an answer.
+        good = GOOD | {"failed"} if report.mode == "mcp" else GOOD
+        result = Result(check, trail.newest(self._daemon.root), good=good)
         name, payload = next(iter(events.items()))
         if report.mode != "exec":
             with contextlib.suppress(IsolatorError):  # after a crash it would be in its pause; an event shows the rest
@@ -173,7 +177,7 @@ class Certifier(Trials):
     def _judge(answer: Answer, result: Result, when: str = "") -> None:
         if answer.outcome == "withheld":
             raise UsageError(f"event {answer.event}", answer.detail or "", "name one with --event and --payload")
-        if answer.outcome not in GOOD:
+        if answer.outcome not in result.good:
             result.findings.append(f"{when}{answer.event}: {answer.outcome}: {answer.detail or 'no reason'}")
 
     def _restart_in_mid_event(self, client: Client, plugin: str, event: str, payload: Mapping[str, Any]) -> None:
