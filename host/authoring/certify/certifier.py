@@ -15,7 +15,8 @@ from typing import Any
 from host.authoring.certify.checks import Check, checks_for
 from host.authoring.certify.stage import FOUND, GOOD, Stage
 from host.authoring.private_daemon import PrivateDaemon, wait_until
-from host.authoring.trial import Answer, Plan, Trials
+from host.authoring.sending import Answer, cancel, first_attempt
+from host.authoring.trial import Plan, Trials
 from host.cli import trail
 from host.client.client import Client
 from isolator.audit.reader import Query
@@ -188,7 +189,7 @@ class Certifier(Trials):
                 raise IsolatorError(f"event {event}", "was not sent in time", "run the command again")
         with contextlib.suppress(IsolatorError):  # what is wrong with the start shows in what follows
             client.call("plugin.restart", name=plugin)
-        self._cancel(client, emitted["id"])
+        cancel(client, emitted["id"])
 
     @staticmethod
     def _state(client: Client, plugin: str, event_id: str) -> str:
@@ -204,7 +205,8 @@ class Certifier(Trials):
         if answer.ok:
             (row,) = client.call("event.list", limit=1, plugin=plugin)["events"]
             client.call("event.replay", id=row["id"], plugin=plugin)
-            self._judge(self._await(client, plugin, event, payload, row["id"]), result, "the second time ")
+            repeated = first_attempt(client, plugin, event, payload, row["id"], self._plan.timeout)
+            self._judge(repeated, result, "the second time ")
 
     @contextlib.contextmanager
     def _full_disk(self, plugin: str) -> Iterator[bool]:
