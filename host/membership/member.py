@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from isolator.policy.cluster import Cluster
 from pydantic import TypeAdapter
 
 from host.cluster.delivery.follower import QueueFollower
@@ -37,6 +36,7 @@ from isolator.audit.schema import ClusterProblem
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import PluginState
 from isolator.ipc.tasks import Tasks
+from isolator.policy.cluster import Cluster
 
 _log = logging.getLogger(__name__)
 _UNABLE = frozenset({PluginState.PENDING, PluginState.REJECTED, PluginState.DISABLED, PluginState.FAILED})
