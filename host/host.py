@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ from host.intake import EventIntake, EventRecords
 from host.jobs import Jobs
 from host.lifecycle import PluginLifecycle
 from host.operational import OperationalEvents
+from host.plugins.environments import Environments
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
@@ -60,16 +61,15 @@ from host.queue.owed import Debts
 from host.queue.sqlite import SqliteQueue, newest_number
 from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import ConfigChanged, DatabaseDamaged, SecretInjected
+from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Handler, WithFds, by_op
-from isolator.ipc.channel import MAX_PACKET, Channel
+from isolator.ipc.body import Handler, by_op
+from isolator.ipc.channel import Channel
 from isolator.ipc.messages import (
     OUT_OF_MEMORY,
     AlarmsChanged,
     BreakOff,
     DrainRun,
-    Environment,
     GetEnvironment,
     GetStderrTail,
     HostHello,
@@ -87,7 +87,6 @@ from isolator.ipc.messages import (
     StderrTail,
 )
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.linux.memfd import make_sealed
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
@@ -209,6 +208,7 @@ class Host:
         values = member.values if member is not None else KeyValue(store)
         api = self._api = parts.api(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
+        environments = self._environments = Environments(config, registry, audit)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
             queue=queue,
@@ -222,6 +222,7 @@ class Host:
             logs=logs,
             source=settings.event_source,
             config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
+            environment=environments.along,
             serve_invocation=api.serve_invocation,
             end_invocation=api.end_invocation,
             pauses=Pauses(store, debts),
@@ -264,7 +265,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry).endpoints(),
-            *ClusterVerbs(lambda: member.node if member is not None else None).endpoints(),
+            *ClusterVerbs(lambda: member.node if member is not None else None, registry).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
@@ -308,7 +309,7 @@ class Host:
         """The supervisor's requests and notifications, by op."""
         return by_op(
             PluginChanged.on(self._plugin_changed),
-            GetEnvironment.on(self._run_environment),
+            GetEnvironment.on(self._environments.answer),
             RunStarted.on_fds(self._run_started),
             DrainRun.on(self._drain_run),
             RunEnded.on(self._run_ended),
@@ -461,19 +462,6 @@ class Host:
             await self._lifecycle.forget(request.removed)
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
-
-    async def _run_environment(self, request: GetEnvironment) -> WithFds[Environment]:
-        name = request.name
-        plugin = self._registry.get(name)
-        manifest, digest = (plugin.manifest, plugin.digest) if plugin is not None else (None, "")
-        environment = self._config.environment(name, manifest, digest)
-        if environment.secrets:
-            self._audit.record(SecretInjected(names=list(environment.secrets)), plugin=name)
-        answer = Environment(env=environment.env, files=environment.files, secrets=tuple(environment.secrets))
-        encoded = json.dumps(answer.files).encode()
-        if len(encoded) <= MAX_PACKET // 4:  # the variables have their half of the message
-            return WithFds(answer, [])
-        return WithFds(replace(answer, files={}, apart=True), [make_sealed(encoded)])
 
     async def _run_started(self, request: RunStarted, fds: list[int]) -> None:
         name, run = request.name, request.run

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from isolator.ipc.messages import HostHello, NewAuditSocket, StatePart
 from isolator.ipc.succession import Arrival, Descriptors
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
+from isolator.linux.garbage import spare_the_collector
 from isolator.paths import Paths
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
             channel.handle(op, handler)
         with descriptors:
             await (host.go_on(introduction, state, descriptors) if state is not None else host.start(introduction))
-        loop.call_soon(_freeze)
+        loop.call_soon(spare_the_collector)
 
     async def audit_source(_: NewAuditSocket, fds: list[int]) -> None:
         audit.reconnect(socket.socket(fileno=fds.pop()))
@@ -78,13 +78,6 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
     channel.close()
     audit.close()
     return 0
-
-
-def _freeze() -> None:
-    """Keep the collector from walking the objects of the start-up over and over: none of them will ever be garbage."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def main(parts: Callable[[Paths], HostParts] = lambda _: HostParts()) -> None:

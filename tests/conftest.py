@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import commands
 from tests.support.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
 from tests.support.timeouts import seconds
 
@@ -91,6 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("mutations") and config.args == config.getini("testpaths"):
         config.args[:] = ["tests/mutations"]
     os.umask(0o022)
+    if config.getoption("all"):
+        os.environ[commands.EXECUTE] = "1"
     # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.stash[_run] = _Run(worker=hasattr(config, "workerinput"))
@@ -105,6 +108,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[_run]
+    commands.end()
     if session.config.getoption("--leaks") != "off":
         run.check()
     if run.leaks:
@@ -137,6 +141,7 @@ def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     marker = request.config.stash[_run].marker
     before = HostState.read(marker)
     yield
+    commands.end()
     left = wait_until_clean(before, marker, _PATIENCE)
     assert not left, f"left behind: {left}"
 

@@ -1,7 +1,8 @@
 """A daemon of a command's own, below a private root: the whole of what runs in production, for one author's plugin.
 
 It takes from ``host.toml`` what decides about cages, and nothing that would reach further: no plugins to discover, no
-roles, no forwarded ports, no metrics, no console. It ends with the command, also when that is killed.
+roles, no forwarded ports, no metrics, no console. It ends with the command, also when that is killed. With a recorder
+every connection of its cages leads there, and only they trust its authority.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from host.client.client import Client
 from isolator.cli.private_root import PrivateRoot
-from isolator.errors import DeniedError, IsolatorError
+from isolator.errors import DeniedError, IsolatorError, UsageError
 from isolator.paths import Paths
+
+if TYPE_CHECKING:
+    from host.authoring.recorder.recorder import Recorder
 
 _TAKEN = ("uid_range", "may_degrade", "ceiling", "defaults", "restart", "network", "events")
 """Keys and tables of ``host.toml`` that hold here, too."""
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _START_SECONDS, _STOP_SECONDS = 60.0, 60.0
 
 
@@ -33,33 +39,52 @@ class PrivateDaemon:
     """A running daemon; a context manager that stops it and removes every trace of it."""
 
     def __init__(
-        self, command: str, root: str | None, *, options: Sequence[str] = (), network: Mapping[str, Any] | None = None
-    ) -> None:
+        self, command: str, root: str | None, recorder: Recorder | None = None, *, options: Sequence[str] = (),
+        network: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """``command`` is what errors call it; ``root``: where the ``host.toml`` to follow is. Raises IsolatorError.
 
         ``options`` of its ``serve``; ``network`` takes the place of that table.
         """
         if os.geteuid() != 0:
-            why = "building a cage needs root; the role 'runner' of a running daemon serves 'isolator run' only"
+            why = "building a cage needs root; the role 'runner' of a running daemon serves 'run' and 'plugin test'"
             raise DeniedError(command, why, f"run it with sudo: sudo isolator {command} DIR")
-        self._host_toml = _followed(Paths.of(root).host_toml, network)
-        self._options = options
+        self._settings, self._uid_range = _followed(Paths.of(root).host_toml)
+        if network is not None:
+            self._settings["network"] = network
+        self._options, self._recorder = options, recorder
+        if recorder is not None and not recorder.replays and self._settings.get("network", {}).get("proxy"):
+            why = "[network] proxy of host.toml is the only way out, and nothing can be recorded through it"
+            raise UsageError("--recording", why, "record where no proxy is needed; replaying works here")
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PrivateDaemon:
+        import tomlkit
+
         with self._stack:
             self.paths = self._stack.enter_context(PrivateRoot()).paths
             self.paths.policies.mkdir(parents=True)
-            self.paths.host_toml.write_text(self._host_toml)
+            if self._recorder is not None:
+                way = self._stack.enter_context(self._recorder.running(self.paths, self._uid_range))
+                self._settings["network"] = {**self._settings.get("network", {}), **way}
+            self.paths.host_toml.write_text(tomlkit.dumps(self._settings))
             self._start()
+            if self._recorder is not None:
+                self._recorder.serve(self.paths)
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        # A second ^C would leave half of it.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDING)}
+        try:
+            self._stack.close()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def pid(self) -> int:
@@ -72,6 +97,11 @@ class PrivateDaemon:
         """Its root, for ``Client`` and the readers of the trail."""
         return str(self.paths.root)
 
+    def hide(self, secrets: Mapping[str, str]) -> None:
+        """Keep the values of a config that are secret out of what is recorded."""
+        if self._recorder is not None:
+            self._recorder.hide(secrets)
+
     def client(self, timeout: float | None = 150.0) -> Client:
         """A new connection to it."""
         return Client(self.root, timeout=timeout)
@@ -79,10 +109,14 @@ class PrivateDaemon:
     def _start(self) -> None:
         program = sys.argv[0] if "/" in sys.argv[0] else shutil.which(sys.argv[0]) or sys.argv[0]
         log = self.paths.root / "serve.log"
+        command, environment = [program, "--root", self.root, "serve", *self._options], dict(os.environ)
+        if self._recorder is not None:
+            command = self._recorder.around(self.paths, command)
+            environment |= self._recorder.environment
         with log.open("wb") as errors:
             # In a session of its own: ^C is this command's, which then stops it.
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", "--", program, "--root", self.root, "serve", *self._options],
+                ["setpriv", "--pdeathsig", "TERM", "--", *command], env=environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, cwd="/",
             )  # fmt: skip
         self._stack.callback(self._stop)
@@ -105,6 +139,21 @@ class PrivateDaemon:
         process.stdout.close()
 
 
+@contextlib.contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this command as ^C does: what it has made is removed."""
+
+    def end(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def wait_until(deadline: float, pause: float) -> bool:
     """Pause, unless the deadline (monotonic seconds) has come; whether there is time left."""
     left = deadline - time.monotonic()
@@ -112,15 +161,11 @@ def wait_until(deadline: float, pause: float) -> bool:
     return left > 0
 
 
-def _followed(path: Path, network: Mapping[str, Any] | None) -> str:
-    """The part of a host's settings that holds here, as the text of a ``host.toml``. Raises IsolatorError."""
-    import tomlkit
-
+def _followed(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The part of a host's settings that holds here, and its range of uids. Raises IsolatorError."""
     from isolator.policy.parse.load import load_host_config
     from isolator.policy.parse.trusted import read_trusted
 
-    load_host_config(path)  # a fault is one of that file
+    config = load_host_config(path)  # a fault is one of that file
     data = tomllib.loads(read_trusted(path).decode("utf-8-sig")) if path.exists() else {}
-    if network is not None:
-        data["network"] = network
-    return tomlkit.dumps({key: data[key] for key in _TAKEN if key in data})
+    return {key: data[key] for key in _TAKEN if key in data}, config.uid_range

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from host.cli import arguments
-from host.cli.output import AS_JSON, SETTINGS, print_json
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from host.authoring.options import of_a_plugin, plan_of, recorder_of
+from host.cli.output import AS_JSON, SETTINGS, print_json, safe
+from isolator.errors import IsolatorError, UsageError
 
 if TYPE_CHECKING:
-    from host.authoring.trial import Plan
-
-_MOST_FOLDERS = 2000
-"""Folders that are watched; changes in those beyond are not noticed."""
+    from host.authoring.through_runner import RunnerTrials
+    from host.authoring.trial import Plan, Trials
 
 
 @click.command(
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator plugin test ./deploy-bell\n"
     "  sudo isolator plugin test . --event deploy.failed --payload @failed.json --watch\n"
-    "  sudo isolator plugin test . --policy prod.toml --junit report.xml\n\n"
+    "  sudo isolator plugin test . --policy prod.toml --recording answers.jsonl --junit report.xml\n\n"
     "In CI the exit code says it: 0 every event was handled, 1 one was not, others as usual.",
 )
-@click.argument("folder", metavar="DIR")
+@of_a_plugin
 @click.option("--event", "events", metavar="NAME", multiple=True, help="Send this event (default: one of each hook).")
-@click.option("--payload", metavar="JSON", help="JSON, @FILE or -, for one --event (default: an example).")
-@click.option("--config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
-@click.option("--policy", metavar="FILE", help="Grant this and no more (default: what the manifest asks for).")
-@click.option(
-    "--schema", "schemas", metavar="NAME=FILE", multiple=True, help="An event of your platform, by its schema."
-)
-@click.option("--timeout", default=60.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Seconds a reply.")
 @click.option("--watch", is_flag=True, help="Repeat it whenever a file in DIR changes.")
 @click.option("--junit", metavar="FILE", help="Write a report for CI.")
 @AS_JSON
@@ -52,6 +41,7 @@ def test(
     config: tuple[str, ...],
     policy: str | None,
     schemas: tuple[str, ...],
+    recording: str | None,
     timeout: float,
     watch: bool,
     junit: str | None,
@@ -60,106 +50,61 @@ def test(
     """Send events to a plugin in its cage, and show replies, log, and what it was refused.
 
     A daemon of this command's own does it, below a root of its own, which is gone afterwards: none needs to run, and
-    the one that runs is left alone. Needs root. Ceiling, defaults and network are those of this host's host.toml. It
-    has what its policy grants: with the network it was granted, it reaches the real other side.
+    the one that runs is left alone. Ceiling, defaults and network are those of this host's host.toml. It has what its
+    policy grants: with the network it was granted, it reaches the real other side, unless a --recording answers in
+    its place. Needs root, or the role runner of a running daemon: that builds the cage then, of a plugin in the mode
+    oneshot or exec, within [runner], without host API and without --recording.
     """
     from host.authoring import trial_report
+    from host.authoring.private_daemon import ending_cleanly
+
+    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
+
+    def work(trials: Trials | RunnerTrials) -> int:
+        trial = trials.round()
+        if as_json:
+            print_json(trial_report.to_json(trial))
+        else:
+            trial_report.show(trial)
+        if junit is not None:
+            _write(lambda: trial_report.write_junit(trial, Path(junit)), junit)
+        return 0 if trial.ok else 1
+
+    with ending_cleanly(), contextlib.ExitStack() as stack:
+        trials = _trials(root, plan, recording, stack)
+        return _repeat(plan.folder, plan.policy, lambda: work(trials)) if watch else work(trials)
+
+
+def _trials(root: str | None, plan: Plan, recording: str | None, stack: contextlib.ExitStack) -> Trials | RunnerTrials:
+    """Trials on a daemon of this command's own, which ends with the stack, or through one that runs."""
     from host.authoring.private_daemon import PrivateDaemon
     from host.authoring.trial import Trials
 
-    if payload is not None and len(events) != 1:
-        raise UsageError("--payload", "is for one event", "name it with --event")
-    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
+    if os.geteuid() != 0:
+        from host.authoring.through_runner import RunnerTrials, is_served
 
-    with ending_cleanly(), PrivateDaemon("plugin test", root) as daemon:
-        trials = Trials(daemon, plan)
-
-        def work() -> int:
-            trial = trials.round()
-            if as_json:
-                print_json(trial_report.to_json(trial))
-            else:
-                trial_report.show(trial)
-            if junit is not None:
-                _write(lambda: trial_report.write_junit(trial, Path(junit)), junit)
-            return 0 if trial.ok else 1
-
-        return asyncio.run(_repeat(plan.folder, work)) if watch else work()
+        if is_served(root):
+            if recording is not None:
+                raise UsageError("--recording", "is root's alone", "leave it out, or use sudo")
+            return RunnerTrials(root, plan)
+    recorder = recorder_of(recording, lambda text: click.echo(f"isolator: {safe(text)}", err=True))
+    return Trials(stack.enter_context(PrivateDaemon("plugin test", root, recorder)), plan)
 
 
-def plan_of(
-    folder: str, events: Iterable[str], payload: str | None, config: tuple[str, ...], policy: str | None,
-    schemas: tuple[str, ...], timeout: float,
-) -> Plan:  # fmt: skip
-    """The plan that options of a command are; raises IsolatorError."""
-    from host.authoring.trial import Plan
+def _repeat(folder: str, policy: Path | None, work: Callable[[], int]) -> int:
+    """Work now, and again after every change; errors are shown. Ends with ^C."""
+    from host.authoring.watching import Watching
 
-    given = arguments.json_object(payload) if payload is not None else None
-    return Plan(
-        arguments.absolute(folder),
-        dict.fromkeys(events, given),
-        arguments.config_values(config)[0],
-        _file(policy) if policy is not None else None,
-        dict(map(_schema, schemas)),
-        timeout,
-    )
-
-
-async def _repeat(folder: str, work: Callable[[], int]) -> int:
-    """Work now, and again after every change below a folder; errors are shown. Ends with ^C."""
-    from isolator.linux.folder_watch import FolderWatch
-
-    changed = asyncio.Event()
-    watching = FolderWatch(lambda _: changed.set())
-    with contextlib.closing(watching):
+    changed = threading.Event()
+    with contextlib.closing(Watching(folder, policy, changed.set)):
         while True:
-            watching.set(_folders(folder))
-            changed.clear()
             try:
-                await asyncio.to_thread(work)
+                work()
             except IsolatorError as error:
                 click.echo(f"isolator: {error}", err=True)
             click.echo("\nwaiting for a change; ^C ends it", err=True)
-            await changed.wait()
-
-
-def _folders(folder: str) -> list[str]:
-    """A folder and those below it, but for hidden ones."""
-    found: list[str] = []
-    for path, inner, _ in os.walk(folder):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found.append(path)
-        if len(found) >= _MOST_FOLDERS:
-            break
-    return found
-
-
-@contextlib.contextmanager
-def ending_cleanly() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end this command as ^C does: what it has made is removed."""
-
-    def end(number: int, _: Any) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _file(name: str) -> Path:
-    if not Path(name).is_file():
-        raise NotFoundError(name, "no such file")
-    return Path(name)
-
-
-def _schema(text: str) -> tuple[str, dict[str, Any]]:
-    name, separator, file = text.partition("=")
-    if not separator:
-        raise UsageError(f"--schema {text}", "is not NAME=FILE", "write --schema backup.failed=backup.schema.json")
-    return name, arguments.json_object(f"@{file}")
+            changed.wait()
+            changed.clear()
 
 
 def _write(write: Callable[[], None], name: str) -> None:

@@ -40,13 +40,7 @@ def to_json(trial: Trial) -> dict[str, Any]:
     return {
         "plugin": trial.plugin, "version": trial.version, "mode": trial.mode, "ok": trial.ok,
         "effective_digest": trial.effective_digest,
-        "events": [
-            {
-                "event": a.event, "payload": dict(a.payload), "ok": a.ok, "outcome": a.outcome, "detail": a.detail,
-                "reply": a.reply, "latency_us": a.latency_us,
-            }
-            for a in trial.answers
-        ],
+        "events": [answer.to_json() for answer in trial.answers],
         "log": trial.log,
         "denials": [denial.to_json() for denial in trial.denials],
         "warnings": trial.warnings,

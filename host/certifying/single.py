@@ -146,10 +146,12 @@ class Single:
 
 
 async def send_bytewise(peer: Peer, data: bytes) -> None:
-    """Send each byte by itself."""
-    for place in range(len(data)):
+    """Send each byte by itself; the last two in one, since without its newline a message may be whole, and answered."""
+    end = max(0, len(data) - 2)
+    for place in range(end):
         await peer.send(data[place : place + 1])
         await asyncio.sleep(_PIECE_SECONDS)
+    await peer.send(data[end:])
 
 
 def _never() -> NoReturn:

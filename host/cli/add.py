@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +13,11 @@ from host.cli.options import CONFIG, NAME, VERBOSE, here, yes
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
 from host.client.client import Client
 from isolator.errors import UsageError
-from isolator.paths import Paths
+
+MCP = click.option("--mcp", metavar="PACKAGE", help="An MCP server: npm:NAME@VERSION or pypi:NAME==VERSION.")
+PROGRAM = click.option("--program", metavar="P", help="Which program of the package, if it has several.")
+ARG = click.option("--arg", "args", metavar="A", multiple=True, help="An argument for it; repeatable.")
+EGRESS = click.option("--egress", metavar="HOST:PORT", multiple=True, help="What it asks to reach; repeatable.")
 
 _SHA256 = click.option("--sha256", metavar="HEX", help="Of a package at a URL: its SHA-256, or it is refused.")
 
@@ -36,10 +37,10 @@ _SHA256 = click.option("--sha256", metavar="HEX", help="Of a package at a URL: i
 @click.option("--binary", metavar="P", help="The binary; it stays where it is.")
 @click.option("--hooks", metavar="A,B", help="Events; of a plugin.json beside it only these.")
 @click.option("--files", metavar="DIR", help="A folder that is visible beside the binary.")
-@click.option("--mcp", metavar="PACKAGE", help="An MCP server: npm:NAME@VERSION or pypi:NAME==VERSION.")
-@click.option("--program", metavar="P", help="Which program of the package, if it has several.")
-@click.option("--arg", "args", metavar="A", multiple=True, help="An argument for it; repeatable.")
-@click.option("--egress", metavar="HOST:PORT", multiple=True, help="What it asks to reach; repeatable.")
+@MCP
+@PROGRAM
+@ARG
+@EGRESS
 @CONFIG
 @yes()
 @VERBOSE
@@ -74,10 +75,11 @@ def add(
     if mcp is not None:
         if folder or binary or hooks or files:
             raise UsageError("plugin add", "--mcp and DIR, --binary, --hooks, --files exclude each other")
-        _add_package(root, mcp, name, program, args, egress, config, yes=yes, verbose=verbose, as_json=as_json)
+        from host.cli.packages.command import add_package
+
+        add_package(root, mcp, name, program, args, egress, config, yes=yes, verbose=verbose, as_json=as_json)
         return
-    if program or args or egress:
-        raise UsageError("plugin add", "--program, --arg and --egress go with --mcp", "write them into plugin.json")
+    _refuse_without_package("plugin add", program, args, egress)
     if folder is not None:
         if name or binary or hooks or files:
             raise UsageError("plugin add", "DIR and --name, --binary, --hooks, --files exclude each other")
@@ -97,26 +99,52 @@ def add(
 
 
 @click.command(
-    epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n\n"
-    "A version that asks for more waits (exit code 5): isolator plugin approve N"
+    epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n"
+    "  isolator plugin update server --mcp npm:@scope/server@1.3.0\n\n"
+    "What asks for more than before waits (exit code 5): isolator plugin approve N\n"
+    "So do tools that are others now: isolator mcp approve N"
 )
 @NAME
 @click.argument("folder", metavar="[DIR | FILE | URL]", required=False)
 @_SHA256
+@MCP
+@PROGRAM
+@ARG
+@EGRESS
 @CONFIG
 @yes("Agree also if it asks for more than before.")
 @VERBOSE
 @here
 def update(
-    root: str | None, name: str, folder: str | None, sha256: str | None, config: tuple[str, ...], yes: bool,
-    verbose: bool, as_json: bool,
-) -> None:  # fmt: skip
+    root: str | None,
+    name: str,
+    folder: str | None,
+    sha256: str | None,
+    mcp: str | None,
+    program: str | None,
+    args: tuple[str, ...],
+    egress: tuple[str, ...],
+    config: tuple[str, ...],
+    yes: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
     """Take over a newer version from DIR, FILE or URL, or from where the last one came from.
 
-    If it is not up in time, the version before comes back by itself.
+    If it is not up in time, the version before comes back by itself. With
+    --mcp the newer version of a package is fetched as 'plugin add' does;
+    without --arg and --egress it has those of the version before.
     """
     if sha256 is not None and not _is_address(folder):
         raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
+    if mcp is not None:
+        if folder:
+            raise UsageError("plugin update", "--mcp and DIR exclude each other")
+        from host.cli.packages.command import update_package
+
+        update_package(root, name, mcp, program, args, egress, config, yes=yes, verbose=verbose, as_json=as_json)
+        return
+    _refuse_without_package("plugin update", program, args, egress)
     values, literal = arguments.config_values(config)
     with contextlib.ExitStack() as stack:
         request: dict[str, Any] = {"update": name}
@@ -144,42 +172,9 @@ def _offered(root: str | None, text: str, sha256: str | None, *, quiet: bool) ->
         yield {"path": str(package.path), "resolved": package.resolved}
 
 
-def _add_package(
-    root: str | None, text: str, name: str | None, program: str | None, args: tuple[str, ...], egress: tuple[str, ...],
-    config: tuple[str, ...], *, yes: bool, verbose: bool, as_json: bool,
-) -> None:  # fmt: skip
-    from host.cli.packages import fetch
-    from host.cli.packages.package import parse
-    from isolator.policy.parse.load import load_host_config
-
-    package = parse(text)
-    for destination in egress:
-        _check_destination(destination)
-    values, literal = arguments.config_values(config)
-    host_config = load_host_config(Paths.of(root).host_toml)
-    folder = Path(tempfile.mkdtemp(prefix="isolator-package-", dir="/var/tmp"))
-    try:
-        folder.chmod(0o755)
-        if not as_json:
-            click.echo(f"fetching {package}", err=True)
-        resolved = fetch.resolve(root, package, host_config, folder)
-        fetch.write_start(package, fetch.entry_of(package, resolved, program), folder)
-        era = fetch.ask_era(root, folder, args)
-        fetch.write_manifest(package, resolved, folder, name=name, era=era, arguments=args, egress=egress)
-        request = {"path": str(folder), "resolved": {"package": str(package), "hashes": resolved.hashes}}
-        with Client(root) as client:
-            register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
-    finally:
-        shutil.rmtree(folder)
-
-
-def _check_destination(text: str) -> None:
-    from isolator.policy.names import parse_egress
-
-    try:
-        parse_egress(text)
-    except ValueError as error:
-        raise UsageError("--egress", str(error)) from None
+def _refuse_without_package(command: str, program: str | None, args: tuple[str, ...], egress: tuple[str, ...]) -> None:
+    if program or args or egress:
+        raise UsageError(command, "--program, --arg and --egress go with --mcp", "write them into plugin.json")
 
 
 def _listed(hooks: str | None) -> list[str]:

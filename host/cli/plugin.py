@@ -165,7 +165,7 @@ def _waits_for_socket(shown: Mapping[str, Any]) -> str | None:
     return f"its socket is not there yet, after {ago(shown['started_at'])} of {patience}"
 
 
-def _wait_ready(client: Client, name: str, run: str) -> None:
+def wait_ready(client: Client, name: str, run: str) -> None:
     """Wait until a plugin that was started has its socket; raises IsolatorError with its last words if it ends before.
 
     By questions with growing pauses: no notification of the control socket tells of a plugin's socket. The daemon ends
@@ -196,7 +196,7 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
             with Progress(f"{verb} {name}", quiet=as_json):
                 answer = client.call(f"plugin.{verb}", name=name)
             if waits and not no_wait:
-                _wait_ready(client, name, answer["run"])
+                wait_ready(client, name, answer["run"])
             if not as_json:
                 pid = f", pid {answer['pid']}" if answer.get("pid") else ""
                 click.echo(f"{done} {name}{pid}")

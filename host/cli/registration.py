@@ -13,7 +13,7 @@ from isolator.cli.progress import Progress
 from isolator.errors import NeedsApprovalError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from host.client.client import Client
 
@@ -70,8 +70,12 @@ def update_plugin(
     yes: bool,
     verbose: bool,
     as_json: bool,
+    then: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Exchange a version; raises NeedsApprovalError when it asks for more and nobody agrees: then it waits."""
+    """Exchange a version; raises NeedsApprovalError when it asks for more and nobody agrees: then it waits.
+
+    ``then`` is called once the new version is in use; what it returns goes along with ``as_json``.
+    """
     staged = _stage(client, request, values, quiet=as_json)
     name, more = staged["name"], staged["differences"]
     if not as_json:
@@ -81,8 +85,10 @@ def update_plugin(
     agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
     with Progress(f"exchanging {name}", quiet=as_json):
         done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
+    more_known = then() if not done.get("pending") else {}
     if as_json:
-        print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
+        warnings = [*staged["warnings"], *staged["faults"]]
+        print_json({**done, "proposal": staged["proposal"], "warnings": warnings, **more_known})
     if done.get("pending"):
         raise NeedsApprovalError(
             f"{name} {staged['version']}",

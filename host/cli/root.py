@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("host.authoring.new:new", "Start a new plugin from a working example."),
     "schema": ("host.authoring.schema_command:schema", "Print JSON Schemas of manifests, policies, payloads."),
     "certify": ("host.authoring.certify.command:certify", "Play the faults of the protocol against a plugin."),
+    "dev": ("host.authoring.dev.command:dev", "Run a plugin in its cage while you write it."),
     "pack": ("host.authoring.pack:pack", "Pack a plugin's folder into one file."),
     "sign": ("host.authoring.sign:sign", "Sign a package, or make a key."),
     "cluster": ("host.cluster.command:cluster", "Set up and watch a cluster of several hosts."),

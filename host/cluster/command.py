@@ -156,6 +156,40 @@ def status(root: str | None, as_json: bool) -> int:
     return 0 if found["member"] and not found["problems"] else 1
 
 
+@cluster.command(
+    epilog="\b\nExamples:\n  isolator cluster place github --label eu\n"
+    "  isolator cluster place audit-copy --all --anew\n  isolator cluster place github --shards 4 --anew --json"
+)
+@click.argument("plugin")
+@click.option("--all/--one", "everywhere", default=None, help="On every host that has it, or on one at a time.")
+@click.option("--shards", type=click.IntRange(1, 64), help="Parts of its events, by key, which hosts hold apart.")
+@click.option("--label", "labels", metavar="LABEL", multiple=True, help="Only on hosts with it; repeatable.")
+@click.option("--no-labels", is_flag=True, help="On hosts with any labels.")
+@click.option("--anew", is_flag=True, help="Begin anew: events that wait for it are dropped.")
+@here
+def place(
+    root: str | None, plugin: str, everywhere: bool | None, shards: int | None, labels: tuple[str, ...],
+    no_labels: bool, anew: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Say where a plugin of the cluster runs; what is left out stays.
+
+    A plugin that was added on a host of the cluster runs on one at a time. Labels are
+    those of [cluster] in host.toml. --all, --one and --shards take --anew.
+    """
+    placement = None if everywhere is None else "all" if everywhere else "one"
+    wanted = list(labels) if labels or no_labels else None
+    with Client(root) as client:
+        found = client.call(
+            "cluster.place", name=plugin, placement=placement, shards=shards or 0, labels=wanted, anew=anew
+        )
+    if as_json:
+        print_json(found)
+        return
+    where = "on every host" if found["placement"] == "all" else f"on one host at a time, in {found['shards']} shards"
+    only = f", only with {safe(', '.join(found['labels']))}" if found["labels"] else ""
+    click.echo(f"{safe(found['name'])}: {where}{only}")
+
+
 @cluster.command(epilog="\b\nExamples:\n  sudo isolator cluster leave\n  sudo isolator cluster leave --force --json")
 @click.option("--force", is_flag=True, help="Also where the log is out of reach: events that wait stay behind.")
 @here

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, TypedDict
 
-from host.control.parameters import Flag, Request
+from host.control.parameters import Flag, Request, Text, Texts, Whole
+from host.control.terms import Name
 
 
 class ClusterLog(TypedDict):
@@ -82,6 +83,27 @@ class ClusterLeft(TypedDict):
 
 class ClusterStatus(Request, verb="cluster.status", role="viewer", result=ClusterStanding):
     """Show this host's part in its cluster, the log, the other hosts, and who holds which plugin."""
+
+
+class PlacedPlugin(TypedDict):
+    name: str
+    placement: str
+    shards: int
+    labels: list[str]
+
+
+class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True, result=PlacedPlugin):
+    """Say where a plugin runs: on one host or on all, on hosts with these labels, its events in so many shards.
+
+    ``placement`` is ``one`` or ``all``; what is left out stays. Another placement, or number of shards, takes ``anew``:
+    events that wait for the plugin are dropped.
+    """
+
+    name: Name
+    placement: Annotated[str | None, Text(most=3, nullable=True)] = None
+    shards: Annotated[int, Whole(64)] = 0
+    labels: Annotated[list[str] | None, Texts()] = None
+    anew: Annotated[bool, Flag()] = False
 
 
 class ClusterLeave(Request, verb="cluster.leave", role="operator", recorded=True, result=ClusterLeft):

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-from host.control.cluster_types import ClusterLeave, ClusterLeft, ClusterStanding, ClusterStatus
+from host.control.cluster_types import (
+    ClusterLeave,
+    ClusterLeft,
+    ClusterPlace,
+    ClusterStanding,
+    ClusterStatus,
+    PlacedPlugin,
+)
 from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.plugins.registry import Registry
 from isolator.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -16,12 +24,16 @@ if TYPE_CHECKING:
 class ClusterVerbs:
     """The cluster. ``node``: this host's, where there is one."""
 
-    def __init__(self, node: Callable[[], Node | None]) -> None:
-        self._node = node
+    def __init__(self, node: Callable[[], Node | None], registry: Registry) -> None:
+        self._node, self._registry = node, registry
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
-        return [Endpoint(ClusterStatus, self.status), Endpoint(ClusterLeave, self.leave)]
+        return [
+            Endpoint(ClusterStatus, self.status),
+            Endpoint(ClusterPlace, self.place),
+            Endpoint(ClusterLeave, self.leave),
+        ]
 
     def _here(self) -> Node:
         node = self._node()
@@ -37,6 +49,26 @@ class ClusterVerbs:
         from host.cluster.standing import standing
 
         return cast(ClusterStanding, standing(node, boottime()))
+
+    async def place(self, request: ClusterPlace, _: Caller) -> PlacedPlugin:
+        node = self._here()
+        from host.cluster.placing import place
+
+        wanted = request.placement
+        if wanted is not None and wanted not in ("one", "all"):
+            raise UsageError("placement", "must be one or all")
+        placement: Literal["one", "all"] | None = None if wanted is None else "one" if wanted == "one" else "all"
+        plugin = self._registry.get(request.name)
+        placed = await place(
+            node, request.name, placement=placement, shards=request.shards or None, labels=request.labels,
+            anew=request.anew, here=plugin.digest if plugin is not None else None,
+        )  # fmt: skip
+        return {
+            "name": placed.name,
+            "placement": placed.placement,
+            "shards": placed.shards,
+            "labels": list(placed.labels),
+        }
 
     async def leave(self, request: ClusterLeave, _: Caller) -> ClusterLeft:
         node = self._here()

@@ -30,7 +30,7 @@ from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
-from isolator.ipc.messages import InvocationEnded
+from isolator.ipc.messages import Environment, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Dispatcher:
         logs: Logs,
         source: str,
         config_value: Callable[[Plugin, str], str | None],
+        environment: Callable[[str], Environment | None],
         serve_invocation: Callable[[str, str, socket.socket], None],
         end_invocation: Callable[[str, str], None],
         pauses: Pauses,
@@ -75,6 +76,7 @@ class Dispatcher:
         self._fences = fences
         self._logs, self._serve_invocation, self._end_invocation = logs, serve_invocation, end_invocation
         self._source, self._config_value, self._sidecars = source, config_value, sidecars
+        self._environment = environment
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
         self._descriptors = Descriptors([])
@@ -101,6 +103,7 @@ class Dispatcher:
                 self._logs,
                 self._source,
                 self._config_value,
+                self._environment,
                 self._serve_invocation,
                 self._end_invocation,
                 self._servers,

@@ -116,8 +116,9 @@ class ExecDelivery(Mode):
         event, attempt = invocation.delivery.event, invocation.delivery.attempts
         assert event is not None
         start = StartInvocation(
-            name=invocation.plugin.name, run=invocation.run, event=event.id, type=hook, attempt=attempt
-        )
+            name=invocation.plugin.name, run=invocation.run, event=event.id, type=hook, attempt=attempt,
+            environment=self.parts.environment(invocation.plugin.name),
+        )  # fmt: skip
         try:
             started = await self._start(start, request)
         except (IsolatorError, OSError) as error:

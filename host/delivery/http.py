@@ -12,6 +12,7 @@ import binascii
 import email.utils
 import hashlib
 import hmac
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ RETRY = frozenset({408, 425, 429})
 LONGEST_PAUSE = 600.0
 """Seconds of a ``Retry-After`` that are granted."""
 HEALTH_PATH = "/healthz"
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""As W3C Trace Context has it."""
 
 
 class PostState(Body):
@@ -140,7 +143,7 @@ class HttpDelivery(Mode):
         }
         headers = [(f"ce-{name}", _escape(value)) for name, value in attributes.items() if value]
         headers.append(("content-type", "application/json"))
-        if event.trace:
+        if event.trace and _TRACEPARENT.fullmatch(event.trace):  # an emitter may name any text
             headers.append(("traceparent", event.trace))
         transport: Transport = plugin.manifest.transport
         if transport.secret is not None:

@@ -24,7 +24,7 @@ from host.queue.interface import Delivery
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import InvocationEnded
+from isolator.ipc.messages import Environment, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Parts:
     """The platform, as events name it where they have a source."""
     config_value: Callable[[Plugin, str], str | None]
     """The value of a key of a plugin's config."""
+    environment: Callable[[str], Environment | None]
+    """The config of a plugin as a run gets it; None: it is too long to go along with another message."""
     serve_invocation: Callable[[str, str, socket.socket], None]
     """Answers the calls of an invocation (plugin, run) to the host API, which come by this listener."""
     end_invocation: Callable[[str, str], None]

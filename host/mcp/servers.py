@@ -23,7 +23,7 @@ from host.channel.reply import LostError, NotSentError, shown
 from host.fence.fences import Fences
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
-from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, permits
+from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.sqlite import new_event_id
@@ -47,6 +47,8 @@ CLOSED_SECONDS = 2.0
 """Seconds in which a server whose output is closed has to end by itself."""
 DRAIN_SECONDS = 2.0
 """Seconds that a server which is to stop has to answer what is in flight."""
+CALLS = 64
+"""Calls of one user at a time, of all servers: each keeps its arguments here until it is sent."""
 
 
 class CallState(Body):
@@ -103,8 +105,8 @@ class Servers:
         self._supervisor, self._registry, self._audit, self.pins = supervisor, registry, audit, pins
         self._redactor, self._use, self._fences = redactor, use, fences
         self._sessions: dict[str, Session] = {}
-        self._offered: dict[str, tuple[Item, ...]] = {}
-        """Tools that a server has listed, by run."""
+        self._offered: dict[str, dict[str, Item]] = {}
+        """By run, the tools that a server has listed, by name."""
         self._opening: dict[str, asyncio.Task[Session]] = {}
         """Tasks that open sessions, by run."""
         self._ends: dict[str, asyncio.Event] = {}
@@ -113,6 +115,8 @@ class Servers:
         """Runs that have ended."""
         self._calls: dict[tuple[int, str], _Sent] = {}
         """By caller's uid and its key of the call."""
+        self._unsent: dict[tuple[int, str], asyncio.Task[Any]] = {}
+        """Tasks whose calls wait for their server, likewise."""
         self.awaited: dict[str, dict[str, Reply]] = {}
         """By plugin and id, the answers that events wait for, of requests that another host has sent."""
         self._leaving = False
@@ -231,15 +235,15 @@ class Servers:
     async def inspect(self, name: str) -> tuple[tuple[Compared, ...], str]:
         """Compare a server's tools with those that are approved; also the digest of what it offers now."""
         self._server(name)
-        session = await self.session(name)
-        now = await self._offers(name, session, again=True)
+        with self._use(name):
+            now = (await self._offers(name, await self.session(name), again=True)).values()
         return compare(self.pins.of(name), now), digest_of(now)
 
     async def approve(self, name: str, digest: str, by: str) -> tuple[Item, ...]:
         """Approve what a server offers now, which has to be what was shown; raises UsageError when it is not."""
         self._server(name)
-        session = await self.session(name)
-        now = await self._offers(name, session, again=True)
+        with self._use(name):
+            now = tuple((await self._offers(name, await self.session(name), again=True)).values())
         if digest_of(now) != digest:
             raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
         await self.pins.approve(name, now)
@@ -252,20 +256,21 @@ class Servers:
         plugin = self._admit(name, uid)
         with self._use(name):
             session = await self.session(name)
-            found = compare(self.pins.of(name), await self._offers(name, session, again=True))
-        usable = [one.item for one in found if one.state == "approved"]
+            now = await self._offers(name, session, again=True)
+        usable = [item for item in self.pins.of(name) if is_unchanged(item, now.get(item.name))]
         granted = plugin.effective.tools if plugin.effective is not None else ()
         tools = [item.body for item in usable if item.name != INSTRUCTIONS and permits(granted, item.name)]
         texts = [str(item.body.get("instructions", "")) for item in usable if item.name == INSTRUCTIONS]
         assert session.greeting is not None
         return "".join(texts), tools, session.greeting.name
 
-    async def _offers(self, name: str, session: Session, *, again: bool = False) -> tuple[Item, ...]:
+    async def _offers(self, name: str, session: Session, *, again: bool = False) -> dict[str, Item]:
         """The tools of a session's server, asked for once, ``again``, and when it says that they have changed."""
         if not again and not session.tools_changed and session.run in self._offered:
             return self._offered[session.run]
+        self._offered.pop(session.run, None)  # nobody goes by it while the answer is awaited
         try:
-            found = self._offered[session.run] = await session.list_tools()
+            found = self._offered[session.run] = {item.name: item for item in await session.list_tools()}
         except (NotSentError, LostError, ValueError) as error:
             why = self._shown(name, str(error))
             raise UnavailableError(f"tools of {name}", why, f"see 'isolator plugin logs {name}'") from None
@@ -282,9 +287,9 @@ class Servers:
         """
         sent = self._calls.get((uid, key))
         if sent is None:
-            sent = await self._send(name, tool, arguments, uid, key, progress)
+            sent = await self._begin_call(name, tool, arguments, uid, key, progress)
         elif sent.plugin != name or sent.tool != tool:
-            raise UsageError(f"call {key[:40]}", "is under way already", "give each call a key of its own")
+            raise _under_way(key)
         try:
             with self._use(name):
                 answer, _ = await sent.reply
@@ -298,7 +303,7 @@ class Servers:
             if not self._leaving:
                 self._record(sent, "cancelled", "the caller no longer waits")
             if sent.given_up:
-                raise UnavailableError(f"tool {tool}", "the call was cancelled") from None
+                raise _cancelled(tool) from None
             raise
         finally:
             self._calls.pop((uid, key), None)
@@ -311,11 +316,12 @@ class Servers:
         return {"id": sent.id, "result": dict(answer.result)}
 
     def cancel(self, uid: int, key: str) -> None:
-        """Give up a call of a user's, if it is under way."""
-        sent = self._calls.get((uid, key))
-        if sent is not None:
+        """Give up a call of a user's, if it is under way; one that was not sent yet never is."""
+        if (sent := self._calls.get((uid, key))) is not None:
             sent.given_up = True
             sent.reply.cancel()
+        elif (unsent := self._unsent.pop((uid, key), None)) is not None:
+            unsent.cancel()
 
     def granted(self, name: str) -> Callable[[str], bool]:
         """Whether the policy of a plugin grants a tool."""
@@ -323,21 +329,43 @@ class Servers:
         patterns = plugin.effective.tools if plugin.effective is not None else ()
         return lambda tool: permits(patterns, tool)
 
+    async def _begin_call(
+        self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
+    ) -> _Sent:
+        """Send a call when its server can take it; ``cancel`` ends the wait for that."""
+        if (uid, key) in self._unsent:
+            raise _under_way(key)
+        if sum(one == uid for one, _ in (*self._calls, *self._unsent)) >= CALLS:
+            raise UnavailableError(f"tool {shown(tool, str, 80)}", f"{CALLS} calls of uid {uid} are under way", "wait")
+        task = asyncio.current_task()
+        assert task is not None
+        self._unsent[uid, key] = task
+        try:
+            with self._use(name):
+                return await self._send(name, tool, arguments, uid, key, progress)
+        except asyncio.CancelledError:
+            if (uid, key) not in self._unsent:
+                raise _cancelled(tool) from None
+            raise
+        finally:
+            self._unsent.pop((uid, key), None)
+
     async def _send(
         self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
     ) -> _Sent:
-        plugin = self._admit(name, uid)
+        self._admit(name, uid)
         digest = hashlib.sha256(canonical_json(dict(arguments)).encode()).hexdigest()
         try:
-            session = await self._allowed(plugin, tool)
+            session = await self._allowed(name, tool, uid)
+            while not session.has_slot:
+                await session.slot(protocol.PATIENCE)
+                session = await self._allowed(name, tool, uid)  # it may not be any more
         except DeniedError as error:
             denied = ToolCalled(
                 tool=tool[:128], uid=uid, arguments_sha256=digest, outcome="denied", detail=error.why, latency_us=0
             )
             self._audit.record(denied, plugin=name, event_id=new_event_id(time.time()))
             raise
-        try:
-            await session.slot(protocol.PATIENCE)
         except NotSentError as error:
             raise UnavailableError(f"tool {tool}", str(error), "try again") from None
         number, reply = session.new_id(), asyncio.get_running_loop().create_future()
@@ -354,23 +382,29 @@ class Servers:
         session.write(number, data, protocol.PATIENCE, reply, progress)
         return sent
 
-    async def _allowed(self, plugin: Plugin, tool: str) -> Session:
-        """The session with a server of which a tool may be called; raises IsolatorError."""
+    async def _allowed(self, name: str, tool: str, uid: int) -> Session:
+        """The session with a server of which a user may call a tool at this moment; raises IsolatorError."""
+        self._check_grant(name, tool, uid)
+        session = await self.session(name)
+        offered = (await self._offers(name, session)).get(tool)
+        self._check_grant(name, tool, uid)  # the policy may be another by now
+        approved = next((item for item in self.pins.of(name) if item.name == tool), None)
+        if offered is None or tool == INSTRUCTIONS:
+            raise UsageError(f"tool {shown(tool, str, 80)}", f"is none of {name}", "list the tools again")
+        if approved is None or not is_unchanged(approved, offered):
+            why = "has changed since it was approved" if approved is not None else "is new and not approved"
+            raise DeniedError(f"tool {tool}", why, f"isolator mcp approve {name}, if you trust it")
+        return session
+
+    def _check_grant(self, name: str, tool: str, uid: int) -> None:
+        """Raise DeniedError unless the policy of a server lets the user call the tool."""
+        plugin = self._admit(name, uid)
         granted = plugin.effective.tools if plugin.effective is not None else ()
         if not permits(granted, tool):
             raise DeniedError(
-                f"tool {shown(tool, str, 80)}", f"is not granted by the policy of {plugin.name}",
-                f'add "{shown(tool, str, 80)}" to tools in [grant] of policies/{plugin.name}.toml, to allow it',
+                f"tool {shown(tool, str, 80)}", f"is not granted by the policy of {name}",
+                f'add "{shown(tool, str, 80)}" to tools in [grant] of policies/{name}.toml, to allow it',
             )  # fmt: skip
-        session = await self.session(plugin.name)
-        found = compare(self.pins.of(plugin.name), await self._offers(plugin.name, session))
-        one = next((one for one in found if one.item.name == tool), None)
-        if one is None or one.state == "missing":
-            raise UsageError(f"tool {shown(tool, str, 80)}", f"is none of {plugin.name}", "list the tools again")
-        if one.state != "approved":
-            why = "has changed since it was approved" if one.state == "changed" else "is new and not approved"
-            raise DeniedError(f"tool {tool}", why, f"isolator mcp approve {plugin.name}, if you trust it")
-        return session
 
     def _admit(self, name: str, uid: int) -> Plugin:
         plugin = self._server(name)
@@ -453,6 +487,14 @@ class Servers:
 
     def _reporter(self, name: str) -> Callable[[Session, str], None]:
         return lambda session, why: self._ended(name, session, why)
+
+
+def _under_way(key: str) -> UsageError:
+    return UsageError(f"call {key[:40]}", "is under way already", "give each call a key of its own")
+
+
+def _cancelled(tool: str) -> UnavailableError:
+    return UnavailableError(f"tool {shown(tool, str, 80)}", "the call was cancelled")
 
 
 def _era(plugin: Plugin) -> Era:

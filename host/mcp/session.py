@@ -36,6 +36,8 @@ PROGRESS_A_SECOND, PROGRESS_AT_ONCE = 10.0, 20.0
 LATE = 256
 PAGES = 64
 """Pages of one list of tools."""
+MAX_LISTED = 1 << 20
+"""Bytes of all pages together: they are kept, and hashed in one go."""
 
 _LATE = "no answer in time"
 Reply = asyncio.Future[tuple[Answer, bytes]]
@@ -148,11 +150,16 @@ class Session(LineProtocol):
         """An id that nobody can guess."""
         return os.urandom(8).hex()
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether one more request may be in flight, or none ever again."""
+        return self._over or len(self._pending) < protocol.IN_FLIGHT
+
     async def slot(self, timeout: float) -> None:
         """Wait until one more request may be in flight; raises NotSentError when none is free in time."""
         try:
             async with asyncio.timeout(timeout):
-                while not self._over and len(self._pending) >= protocol.IN_FLIGHT:
+                while not self.has_slot:
                     self._free.clear()
                     await self._free.wait()
         except TimeoutError:
@@ -179,13 +186,16 @@ class Session(LineProtocol):
 
     async def ask(
         self, method: str, params: Mapping[str, Any], timeout: float, progress: Progress | None = None
-    ) -> Answer:
-        """Send a request and await its answer; a cancelled caller cancels it. Raises NotSentError, LostError."""
+    ) -> tuple[Answer, bytes]:
+        """Send a request and await its answer and the line that it came in; a cancelled caller cancels it.
+
+        Raises NotSentError, LostError.
+        """
         await self.slot(timeout)
         number, reply = self.new_id(), self._loop.create_future()
         data = protocol.request(self.era, number, method, params, progress=progress is not None)
         self.write(number, data, timeout, reply, progress)
-        answer: Answer = (await reply)[0]
+        answer: tuple[Answer, bytes] = await reply
         return answer
 
     async def list_tools(self) -> tuple[Item, ...]:
@@ -194,14 +204,19 @@ class Session(LineProtocol):
         self.tools_changed = False
         found: list[Any] = []
         cursor: str | None = None
+        size = len(self.greeting.instructions)
         for _ in range(PAGES if self.greeting.tools else 0):
-            answer = await self.ask("tools/list", {"cursor": cursor} if cursor is not None else {}, protocol.PATIENCE)
+            asked = {"cursor": cursor} if cursor is not None else {}
+            answer, data = await self.ask("tools/list", asked, protocol.PATIENCE)
             if answer.result is None:
                 raise ValueError(f"tools/list: {protocol.describe_error(answer.error)}")
             page, cursor = answer.result.get("tools"), answer.result.get("nextCursor")
             if not isinstance(page, list) or not isinstance(cursor, str | None):
                 raise ValueError("tools/list: no list of tools")
             found += page
+            size += len(data)
+            if size > MAX_LISTED:
+                raise ValueError(f"tools/list: more than {MAX_LISTED} bytes of tools")
             if cursor is None:
                 break
             if len(found) > MAX_TOOLS:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from isolator.policy.model import canonical_json
@@ -19,19 +21,21 @@ MAX_TOOLS = 512
 INSTRUCTIONS = ""
 """The name under which ``instructions`` are pinned, which no tool can have."""
 State = Literal["approved", "new", "changed", "missing"]
+_LITERAL = re.compile(r"[\[?]")
+"""Characters with a meaning for fnmatch that they do not have in a policy."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Item:
     """A tool as its server describes it, or the server's ``instructions``."""
 
     name: str
     body: Mapping[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of every field, as hex."""
-        return hashlib.sha256(canonical_json(dict(self.body)).encode()).hexdigest()
+        return _sha256(dict(self.body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,16 @@ def offered(instructions: str, tools: Iterable[Any]) -> tuple[Item, ...]:
     return tuple(found)
 
 
+def is_unchanged(approved: Item, now: Item | None) -> bool:
+    """Whether a tool is offered just as it was approved."""
+    return now is not None and now.digest == approved.digest
+
+
 def compare(approved: Iterable[Item], now: Iterable[Item]) -> tuple[Compared, ...]:
-    """Compare what is approved with what is offered now: the approved in their order, then what is new."""
+    """Compare what is approved with what is offered now: the approved in their order, then what is new.
+
+    A new tool that has the description or the input of one that is missing seems to be that one with a new name.
+    """
     before, after = {item.name: item for item in approved}, {item.name: item for item in now}
     found = []
     for name, item in before.items():
@@ -69,32 +81,41 @@ def compare(approved: Iterable[Item], now: Iterable[Item]) -> tuple[Compared, ..
         if there is None:
             found.append(Compared(item, "missing"))
         else:
-            found.append(Compared(there, "approved" if there.digest == item.digest else "changed"))
-    gone = [item for name, item in before.items() if name not in after and name != INSTRUCTIONS]
+            found.append(Compared(there, "approved" if is_unchanged(item, there) else "changed"))
+    missing: dict[str, str] = {}
+    for one in found:
+        if one.state == "missing" and one.item.name != INSTRUCTIONS:
+            for trait in _traits(one.item):
+                missing.setdefault(trait, one.item.name)
     for name, item in after.items():
         if name not in before:
-            alike = next((old.name for old in gone if name != INSTRUCTIONS and _alike(old, item)), "")
-            found.append(Compared(item, "new", alike))
+            alike = (missing[trait] for trait in _traits(item) if trait in missing) if missing else iter(())
+            found.append(Compared(item, "new", next(alike, "")))
     return tuple(found)
 
 
-def _alike(old: Item, new: Item) -> bool:
-    """Whether a tool seems to be another one with a new name: the same description, or the same schema of input."""
-    without = [{key: value for key, value in item.body.items() if key not in ("name", "title")} for item in (old, new)]
-    if without[0] == without[1]:
-        return True
-    described = [one.get("description") for one in without]
-    schemas = [one.get("inputSchema") for one in without]
-    has_fields = isinstance(schemas[0], dict) and bool(schemas[0].get("properties"))
-    return (bool(described[0]) and described[0] == described[1]) or (has_fields and schemas[0] == schemas[1])
+def _traits(item: Item) -> Iterable[str]:
+    """Digests of what a tool keeps when it gets another name: all the rest, its description, the schema of its input.
+
+    Looked up and not compared one by one: of 512 tools all may be missing, and 512 be new.
+    """
+    yield _sha256({key: value for key, value in item.body.items() if key not in ("name", "title")})
+    description, schema = item.body.get("description"), item.body.get("inputSchema")
+    if description:
+        yield _sha256(["description", description])
+    if isinstance(schema, dict) and schema.get("properties"):
+        yield _sha256(["inputSchema", schema])
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def digest_of(items: Iterable[Item]) -> str:
     """SHA-256 over everything that is offered, by which an approval names what was shown."""
-    text = canonical_json([[item.name, item.digest] for item in items])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256([[item.name, item.digest] for item in items])
 
 
 def permits(granted: Iterable[str], tool: str) -> bool:
     """Whether ``[grant] tools`` of a policy names the tool; ``*`` stands for any characters."""
-    return any(fnmatch.fnmatchcase(tool, pattern.replace("[", "[[]")) for pattern in granted)
+    return any(fnmatch.fnmatchcase(tool, _LITERAL.sub(r"[\g<0>]", pattern)) for pattern in granted)

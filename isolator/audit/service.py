@@ -33,6 +33,7 @@ from isolator.ipc.channel import Channel
 from isolator.ipc.succession import Arrival, Departure
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
+from isolator.linux.garbage import spare_the_collector
 from isolator.paths import Paths
 
 _log = logging.getLogger("isolator.audit")
@@ -67,6 +68,7 @@ async def serve(channel: socket.socket) -> None:
         config = request.config
         writer = Writer(Paths.of(request.root), limits_of(config))
         await writer.open()
+        asyncio.get_running_loop().call_soon(spare_the_collector)
         section = config.get("metrics") or {}
         wanted = (str(section.get("address", "127.0.0.1")), int(section["port"])) if section.get("port") else None
         if request.parts and await go_on(writer, request.parts, wanted):

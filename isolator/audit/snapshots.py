@@ -24,8 +24,11 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int], *, totals: bool = Fal
     """
     usage: Usage = {}
     for folder in folders:
+        names = _names(folder)
         for name, read in (_TOTALS if totals else _FILES).items():
-            text = _text(f"{folder}/{name}")  # none: not in this hierarchy, or the group has just been removed
+            if name not in names:
+                continue
+            text = _text(f"{folder}/{name}")  # none: the group has just been removed
             for field, value in read(text).items() if text else ():
                 usage.setdefault(field, value)
     pids = list(pids)
@@ -40,6 +43,17 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int], *, totals: bool = Fal
         if "io_read" not in usage:
             usage.update(_io_of_processes(pids))
     return usage
+
+
+def _names(folder: Path) -> frozenset[str]:
+    """The names of a group's files, of those that are read here; the groups beside it have the same."""
+    hierarchy = os.path.dirname(folder)
+    if hierarchy not in _known:
+        try:
+            _known[hierarchy] = frozenset(_FILES.keys() & os.listdir(folder))
+        except OSError:
+            return frozenset()
+    return _known[hierarchy]
 
 
 def _text(path: str) -> str:
@@ -161,6 +175,8 @@ _FILES: dict[str, Callable[[str], Usage]] = {
     "io.pressure": _pressure("pressure_io"),
 }
 
+
+_known: dict[str, frozenset[str]] = {}
 
 _TOTALS = {
     name: _FILES[name]

@@ -8,6 +8,7 @@ import os
 from isolator.errors import ConfinementError
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
+_CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 
 
 def time_zone() -> str:
@@ -16,6 +17,12 @@ def time_zone() -> str:
     Without the variable each runtime has a guess of its own.
     """
     return os.environ.get("TZ", "UTC")
+
+
+def certificate_variables() -> dict[str, str]:
+    """Where programs find certificates, as the process that starts a cage has it, if a cage has it, too."""
+    found = {name: os.environ.get(name, "") for name in _CERTIFICATES}
+    return {name: path for name, path in found.items() if path.startswith("/etc/ssl/certs/")}
 
 
 def open_read_path(path: str) -> int:

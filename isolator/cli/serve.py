@@ -17,6 +17,7 @@ from isolator.ipc.tasks import Tasks
 from isolator.linux import daemon_log
 from isolator.linux.coredump import leave_memory_out, let_children_start_no_handler
 from isolator.linux.descriptors import allow_many_files
+from isolator.linux.garbage import spare_the_collector
 from isolator.linux.systemd import notify
 from isolator.paths import Paths
 
@@ -101,6 +102,7 @@ def serve(
                 if before is None:
                     click.echo("isolator: ready")
                 notify("READY=1\nSTATUS=")
+                loop.call_soon(spare_the_collector)
                 extending.cancel()
                 watchdog.keep("watchdog", _watchdog)
                 hang_up.allow(daemon.reloads.ask)

@@ -56,6 +56,8 @@ MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
 """Requests of a peer that are served at the same time, and their bytes."""
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 __all__ = ["MAX_FDS", "MAX_PACKET", "Channel", "Handler", "Message", "pair", "receive_packet", "send_packet"]
 
 
@@ -226,7 +228,7 @@ class Channel:
                 self._begin(Message(fields), 0)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
-        payload = json.dumps(message, separators=(",", ":")).encode()
+        payload = _encode(message).encode()
         if len(payload) > MAX_PACKET:
             raise IsolatorError("internal message", f"{len(payload)} bytes exceed {MAX_PACKET}", "pass it as a file")
         # The caller may close its descriptors at once, so what waits in the queue is a duplicate.

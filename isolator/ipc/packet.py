@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 MAX_PACKET = 160 * 1024
 MAX_FDS = 64
+_TAKE, _LOOK = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CMSG_CLOEXEC | socket.MSG_PEEK)
+_LACKING = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+"""Numbers: each ``|`` of an enumeration's members takes as long as a system call."""
 _MOST_FDS = 253
 """Descriptors in one packet of anybody's (the kernel's SCM_MAX_FD)."""
 
@@ -63,13 +66,13 @@ def receive_packet(sock: socket.socket, *, peek: bool = False) -> tuple[bytes, l
 
     With ``peek`` the packet stays, to be taken by ``drop_packet``: one whose descriptors found no room is not lost.
     """
-    how = socket.MSG_CMSG_CLOEXEC | (socket.MSG_PEEK if peek else 0)
+    how = _LOOK if peek else _TAKE
     payload, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, socket.CMSG_SPACE(MAX_FDS * 4), how)
     fds = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & _LACKING:
         for fd in fds:
             os.close(fd)
         raise TruncatedPacketError(b"" if flags & socket.MSG_TRUNC else payload)

@@ -197,8 +197,16 @@ class Process:
 
     def read(self, name: str) -> str:
         """The text of /proc/PID/``name``."""
-        with open(f"/proc/{self.pid}/{name}") as file:  # noqa: PTH123  # half the time of Path.read_text
-            return file.read()
+        fd = os.open(
+            f"/proc/{self.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC
+        )  # each start reads seven: a third of open()
+        try:
+            found = b""
+            while data := os.read(fd, 1 << 16):
+                found += data
+        finally:
+            os.close(fd)
+        return found.decode("utf-8", "surrogateescape")
 
     def namespace(self, kind: str) -> str:
         """The namespace that /proc/PID/ns/``kind`` names, as ``KIND:[INODE]``."""

@@ -35,7 +35,7 @@ import os
 import stat
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, Tree, mismatch
 from isolator.layers.phrases import listing
@@ -319,17 +319,19 @@ class Filesystem(Layer):
         self._runs = spec.policy.syscalls != "strict"  # what the plugin wrote
 
     def confirm(self, process: Process) -> None:
-        mounts = _mounts(process)
-        if "/" not in mounts or mounts["/"].kind != "tmpfs" or "ro" not in mounts["/"].options:
-            raise mismatch(self.name, "/", "a read-only tmpfs", mounts.get("/"))
-        for place, found in mounts.items():
-            if place.startswith("/dev/") and place != "/dev/shm":
+        mounts = process.mounts
+        if "ro" not in _options(root := mounts.get("/", "")) or " - tmpfs " not in root:
+            raise mismatch(self.name, "/", "a read-only tmpfs", root)
+        for place, line in mounts.items():
+            # The covers of /proc are another layer's.
+            if place.startswith(("/proc/", "/dev/")) and place != "/dev/shm":
                 continue
-            if place in _WRITABLE and not self._runs and "noexec" not in found.options:
-                raise mismatch(self.name, place, "noexec", ",".join(sorted(found.options)))
-            if "nosuid" not in found.options or "nodev" not in found.options:
-                raise mismatch(self.name, place, "nosuid,nodev", ",".join(sorted(found.options)))
-        if "ro" not in mounts["/usr"].options:
+            options = _options(line)
+            if place in _WRITABLE and not self._runs and "noexec" not in options:
+                raise mismatch(self.name, place, "noexec", ",".join(options))
+            if "nosuid" not in options or "nodev" not in options:
+                raise mismatch(self.name, place, "nosuid,nodev", ",".join(options))
+        if "ro" not in _options(mounts["/usr"]):
             raise mismatch(self.name, "/usr", "read-only", "writable")
 
 
@@ -348,19 +350,9 @@ def map_ids(tree: int, ids: int, target: str) -> None:
         raise ConfinementError(f"writable folder {target}", why, remedy) from None
 
 
-class _Mounted(NamedTuple):
-    kind: str
-    options: frozenset[str]
-
-
-def _mounts(process: Process) -> dict[str, _Mounted]:
-    """The mounts by their places, but for the covers of /proc, which are another layer's."""
-    found = {}
-    for place, line in process.mounts.items():
-        if not place.startswith("/proc/"):
-            options, after = line.split(" ", 6)[5], line.partition(" - ")[2]
-            found[place] = _Mounted(after.partition(" ")[0], frozenset(options.split(",")))
-    return found
+def _options(line: str) -> list[str]:
+    """The options of a mount, of its line in mountinfo; none of no line."""
+    return line.split(" ", 6)[5].split(",") if line else []
 
 
 def _known(target: str) -> bool:

@@ -144,7 +144,7 @@ class Plan:
             self.cage, self.argv, self.env, self.cwd, self.umask, self.clone_flags, list(self.sections.values()),
             list(self.fds), self.to_group, self.terminal,
         ]  # fmt: skip
-        return json.dumps(body, separators=(",", ":"), default=_wire).encode(), list(self.fds.values())
+        return _ENCODER.encode(body).encode(), list(self.fds.values())
 
     @classmethod
     def unpack(cls, packet: bytes, fds: list[int]) -> Plan:
@@ -174,6 +174,9 @@ def _wire(value: object) -> Any:
     if isinstance(value, bytes):
         return binascii.b2a_base64(value, newline=False).decode()
     raise TypeError(f"no part of a plan may hold a {type(value).__name__}")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=_wire)
 
 
 def _read_parts(base: type[P], wire: list[Any]) -> tuple[P, ...]:

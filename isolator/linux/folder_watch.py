@@ -32,10 +32,13 @@ _MASK = (
 
 
 class FolderWatch:
-    """Watches folders (not what is below their folders) and calls ``changed`` with the paths, as FOLDER/NAME."""
+    """Watches folders (not what is below their folders) and calls ``changed`` with the paths, as FOLDER/NAME.
 
-    def __init__(self, changed: Callable[[set[str]], None]) -> None:
-        self._changed = changed
+    ``settle``: seconds without a change.
+    """
+
+    def __init__(self, changed: Callable[[set[str]], None], *, settle: float = SETTLE) -> None:
+        self._changed, self._settle = changed, settle
         self._inotify = Inotify()
         self._folders: dict[int, str] = {}
         self._seen: set[str] = set()
@@ -75,7 +78,7 @@ class FolderWatch:
             self._first = now
         else:
             self._timer.cancel()
-        self._timer = self._loop.call_at(min(now + SETTLE, self._first + LONGEST), self._tell)
+        self._timer = self._loop.call_at(min(now + self._settle, self._first + LONGEST), self._tell)
 
     def _tell(self) -> None:
         self._timer = None

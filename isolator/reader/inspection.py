@@ -13,9 +13,9 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from isolator.reader.libraries import Elf, NotUnderstoodError, library_folders, missing_libraries
+from isolator.structs import field, struct_class
 
 MOST_FINDINGS = 12
 _MOST_FILES = 50_000
@@ -27,7 +27,7 @@ _FEW = 20
 """Modules that are compiled in no time."""
 
 
-@dataclass
+@struct_class()
 class Host:
     """This host as a cage sees it, which files are held against."""
 
@@ -48,7 +48,7 @@ class Host:
         return host
 
 
-@dataclass
+@struct_class()
 class _Found:
     """Compiled files and modules of a folder."""
 

@@ -11,10 +11,10 @@ import os
 import re
 import struct
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from isolator.linux.elf import MACHINES
+from isolator.structs import field, struct_class
 
 _CLASS64, _LITTLE = 2, 1
 _PT_LOAD, _PT_DYNAMIC = 1, 2
@@ -28,7 +28,7 @@ class NotUnderstoodError(Exception):
     """A file that begins like a program and is none that the dynamic linker would take."""
 
 
-@dataclass
+@struct_class()
 class Elf:
     """One compiled file."""
 

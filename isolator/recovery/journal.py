@@ -21,6 +21,7 @@ from isolator.structs import field, replace, struct_class
 
 KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
 _COMPACT_LINES = 4000
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _SERVICE_NAMES = frozenset({"service.audit", "service.broker", "service.host"})
 _MOST = 64 << 20
 
@@ -171,11 +172,11 @@ class Journal:
 
     def _append(self, record: dict[str, object]) -> None:
         # Written in one call and not synced: it must survive the daemon's death, not the machine's.
-        os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        os.write(self._fd, _encode(record).encode() + b"\n")
         self._lines += 1
 
     def _compact(self) -> None:
-        lines = [json.dumps(entry.__dict__, separators=(",", ":")).encode() + b"\n" for entry in self.open.values()]
+        lines = [_encode(entry.__dict__).encode() + b"\n" for entry in self.open.values()]
         os.ftruncate(self._fd, 0)
         os.write(self._fd, b"".join(lines))
         self._lines = len(lines)

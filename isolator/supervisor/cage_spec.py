@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from isolator.cage.view import PATH, open_read_path, time_zone
+from isolator.cage.view import PATH, certificate_variables, open_read_path, time_zone
 from isolator.errors import NotApprovedError
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.user import plugin_gid
@@ -103,6 +103,7 @@ def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environ
     """Environment of a sidecar (docs/plugins.md); of two who set a variable, the policy wins over the config."""
     state = "/state" if policy.filesystem.state else ""
     return {
+        **certificate_variables(),
         **environment.env,
         "LANG": "C.UTF-8",
         "TZ": time_zone(),

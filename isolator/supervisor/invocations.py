@@ -130,7 +130,7 @@ class Invocation:
         context = self._context
         if context.wait_for_trail:
             await context.audit.writable()
-        environment = await context.host.environment(self.name)
+        environment = request.environment or await context.host.environment(self.name)
         variables = {
             "PLUGIN_EVENT_ID": request.event,
             "PLUGIN_EVENT_TYPE": request.type,
@@ -213,10 +213,11 @@ class Invocation:
         if self.run is not None:
             await self.run.take_down()
         self.fds.close()
-        folder = host_api_folder(self._context.paths, self._api)
+        folder = self._context.paths.run / "hostapi" / self._api
         with contextlib.suppress(OSError):
-            (folder / "host.sock").unlink(missing_ok=True)
-            folder.rmdir()
+            os.unlink(f"{folder}/host.sock")
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
         self.ended.set()
 
     @contextlib.contextmanager

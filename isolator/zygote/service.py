@@ -41,7 +41,7 @@ _SHARED = (
     "isolator.policy.destinations",
     "isolator.policy.host",
 )
-"""What at least two of the services import, and nothing that reads a byte of a stranger's."""
+"""What services have in common, and those of this package: as root they are imported, and nothing of them is called."""
 
 
 class Service:

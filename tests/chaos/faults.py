@@ -159,7 +159,7 @@ class Faults:
 
     def check_renewed(self) -> None:
         """Note what ``renewed`` was given of the time before its registration."""
-        early = [number for _, _, number in ledger.seen(self._states(), "renewed") if number <= self.boundary]
+        early = [note.number for note in ledger.seen(self._states(), "renewed") if note.number <= self.boundary]
         if early:
             self.wrong.append(f"renewed was given d{early[0]}, and begins after d{self.boundary}")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import math
 import random
 import threading
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from host.client.client import Client
 from isolator.errors import IsolatorError
@@ -19,7 +24,9 @@ from tests.system.daemon import EVENT, Daemon, write_plugin
 KEYS = 6
 NOTE = """
 def note(params):
-    line = f"{params['_meta']['id']} {params['_meta']['attempt']} {params['deployment_id']}\\n".encode()
+    import time
+    meta = params["_meta"]
+    line = f"{meta['id']} {meta['attempt']} {params['deployment_id']} {time.time()}\\n".encode()
     with open(os.environ["PLUGIN_STATE_DIR"] + "/seen", "ab", buffering=0) as seen:
         seen.write(line)
 """
@@ -47,6 +54,57 @@ PLUGINS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """``unsure`` asks for every tenth event again; ``renewed`` is removed, and another takes its name."""
 LASTING = ("oneshot", "unsure", "streams")
+
+
+class Note(NamedTuple):
+    """One thing that a plugin was given: the event, which attempt, the event's number, and the Unix time."""
+
+    event: str
+    attempt: int
+    number: int
+    time: float
+
+
+@dataclass
+class Life:
+    """A host process in the trail: the times of its first and of its last record."""
+
+    first: float
+    last: float
+
+
+@dataclass
+class Recorded:
+    """Attempts on record, by plugin, and what explains those that are not."""
+
+    attempts: set[tuple[str, str, int]] = field(default_factory=set)
+    lives: list[Life] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    """Times of the gaps that have no count: a process has died, and what it had not handed over is lost."""
+
+    @classmethod
+    def read(cls, trail: Iterable[dict[str, Any]]) -> Recorded:
+        """Take it from the records of a trail."""
+        found, sessions = cls(), dict[str, Life]()
+        for record in trail:
+            at = datetime.fromisoformat(record["time"]).timestamp()
+            if record["type"] == "event.dispatched":
+                found.attempts.add((record["plugin"], record["event_id"], record["data"]["attempt"]))
+            elif record["type"] == "audit.gap" and record["data"]["count"] is None:
+                found.gaps.append(at)
+            source, _, number = record["origin"].partition(":")
+            if source == "host":
+                life = sessions.setdefault(number.partition(":")[0], Life(at, at))
+                life.first, life.last = min(life.first, at), max(life.last, at)
+        found.lives = sorted(sessions.values(), key=lambda life: life.first)
+        return found
+
+    def lost_with_its_host(self, moment: float) -> bool:
+        """Whether nothing that the host of that moment recorded later is there either, and a gap says so."""
+        index = bisect.bisect_right(self.lives, moment, key=lambda life: life.first) - 1
+        begun = self.lives[index].last if index >= 0 else 0.0
+        ended = self.lives[index + 1].last if index + 1 < len(self.lives) else math.inf
+        return begun < moment and any(begun < gap <= ended for gap in self.gaps)
 
 
 class Sender:
@@ -86,15 +144,15 @@ def add(d: Daemon, source: Path, name: str) -> None:
     d.cli("plugin", "add", str(write_plugin(source / name, script, **manifest)), "--yes", code=None)
 
 
-def seen(states: Path, name: str) -> list[tuple[str, int, int]]:
-    """Id, attempt and number of everything that a plugin was given, in its order; nothing while it has no state."""
+def seen(states: Path, name: str) -> list[Note]:
+    """Everything that a plugin was given, in its order; nothing while it has no state."""
     path = states / f"{name}/mnt/state/seen"
     try:
         whole = path.read_bytes()
     except OSError:
         return []
     lines = [line.split() for line in whole[: whole.rfind(b"\n") + 1].decode().splitlines()]
-    return [(event, int(attempt), int(number[1:])) for event, attempt, number in lines]
+    return [Note(event, int(attempt), int(number[1:]), float(time)) for event, attempt, number, time in lines]
 
 
 def settle(client: Client, events: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
@@ -106,12 +164,12 @@ def check_plugin(
     name: str,
     rows: dict[str, dict[str, Any]],
     acknowledged: list[tuple[str, int]],
-    given: list[tuple[str, int, int]],
-    recorded: Counter[str],
+    given: list[Note],
+    recorded: Recorded,
 ) -> list[str]:
     """Hold both sides against each other; returns one line for each thing that is wrong."""
     wrong = []
-    times = Counter(event for event, _, _ in given)
+    times = Counter(note.event for note in given)
     deliveries = {event: _of(row, name) for event, row in rows.items()}
     for event, number in acknowledged:
         delivery = deliveries[event]
@@ -121,13 +179,17 @@ def check_plugin(
             wrong.append(f"{name}: d{number} ({event}) is lost: {delivery}, seen {times[event]} times")
         elif times[event] > delivery["attempts"]:
             wrong.append(f"{name}: d{number} ({event}) came {times[event]} times: {delivery}")
-        elif recorded[event] < times[event]:
-            wrong.append(f"{name}: d{number} ({event}) came {times[event]} times, on record are {recorded[event]}")
-    twice = [key for key, count in Counter((event, attempt) for event, attempt, _ in given).items() if count > 1]
+    for note in given:
+        unrecorded = (name, note.event, note.attempt) not in recorded.attempts
+        if unrecorded and not recorded.lost_with_its_host(note.time):
+            wrong.append(
+                f"{name}: d{note.number} ({note.event}), attempt {note.attempt}, is not on record: {note.time}"
+            )
+    twice = [key for key, count in Counter((note.event, note.attempt) for note in given).items() if count > 1]
     wrong += [f"{name}: {event} came twice as attempt {attempt}" for event, attempt in twice]
     first: dict[str, int] = {}
-    for place, (event, _, _) in enumerate(given):
-        first.setdefault(event, place)
+    for place, note in enumerate(given):
+        first.setdefault(note.event, place)
     for key in range(KEYS):
         order = [(number, first[event]) for event, number in acknowledged if number % KEYS == key and event in first]
         for (before, one), (after, other) in pairwise(order):

@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -190,12 +189,9 @@ def test_nothing_is_lost_whatever_goes_wrong(request: pytest.FixtureRequest, tmp
         wrong += faults.wrong
         given = {name: ledger.seen(d.states, name) for name in ledger.LASTING}
         gaps = json.loads(d.cli("audit", "verify", "--json").stdout)
-        recorded: dict[str, Counter[str]] = {name: Counter() for name in ledger.PLUGINS}
-        for record in _trail(d):
-            if record["type"] == "event.dispatched":
-                recorded[record["plugin"]][record["event_id"]] += 1
+        recorded = ledger.Recorded.read(_trail(d))
         for name in ledger.LASTING:
-            wrong += ledger.check_plugin(name, calm.rows, sender.acknowledged, given[name], recorded[name])
+            wrong += ledger.check_plugin(name, calm.rows, sender.acknowledged, given[name], recorded)
         for name, (fds, memory) in at_last.items():
             before = at_first[name]
             if fds > before[0] + ROOM_FDS or memory > before[1] + ROOM_MEMORY:

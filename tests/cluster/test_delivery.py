@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from host.cluster import placing
 from host.cluster.delivery import cursor, follower
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import Plugin
 from host.queue.interface import FINAL
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
 from tests.cluster.queues import MOST_AT_ONCE, Hosts, Make, SimHost
 
 ONE = Plugin("p", "d")
@@ -361,3 +362,47 @@ async def test_full_outbox_refuses_events_and_keeps_those_that_it_has(make: Make
     await hosts.heal()
     await hosts.until(lambda: hosts.all_handled("p"))
     assert len({act.event for act in hosts.witness.handled}) == kept
+
+
+async def test_host_that_began_with_a_copied_fold_holds_no_plugin_whose_events_it_does_not_have(make: Make) -> None:
+    hosts = make()
+    hosts.failing = 1.0
+    await hosts.start(ONE)
+    holder = await _holder(hosts)
+    for host in hosts.hosts:
+        await hosts.emit(host, "k")
+    await hosts.passes(3.0)
+    other = _another(hosts, holder)
+    assert other.store is not None
+    assert "p" in other.follower.ready()
+    await other.store.run(lambda db: (other.follower.again(db), db.execute("DELETE FROM cluster_events")))
+    assert "p" not in other.follower.ready()
+    hosts.failing = 0.0
+    await hosts.until(lambda: hosts.all_handled("p"))
+    await hosts.until(lambda: "p" in other.follower.ready())
+
+
+async def test_operator_places_a_plugin_and_is_asked_before_events_are_dropped(make: Make) -> None:
+    hosts = make()
+    await hosts.start(ONE)
+    holder = await _holder(hosts)
+
+    async def place(**wanted: Any) -> Plugin:
+        return await hosts.during(placing.place(holder.node, "p", **wanted))
+
+    assert (await place(labels=["eu", "big"])).labels == ("big", "eu")
+    with pytest.raises(UsageError, match="begins anew"):
+        await place(placement="all")
+    with pytest.raises(UsageError, match="not a label"):
+        await place(labels=["No"])
+    with pytest.raises(UsageError, match="no shards"):
+        await place(placement="all", shards=2, anew=True)
+    with pytest.raises(UsageError, match="none of the cluster"):
+        await hosts.during(placing.place(holder.node, "q"))
+    placed = await place(placement="all", labels=[], anew=True)
+    given = await hosts.during(placing.place(holder.node, "r", shards=2, here="d7"))
+    assert given == Plugin("r", "d7", shards=2) == holder.node.state.plugins["r"].plugin
+    assert placed == Plugin("p", "d", placement="all") == holder.node.state.plugins["p"].plugin
+    hosts.plugins["p"] = placed
+    await hosts.emit(holder, "k")
+    await hosts.until(lambda: len(hosts.witness.handled) == 3)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 from host.channel.http import AnswerReader
 from host.channel.reply import LostError
@@ -18,6 +16,7 @@ from isolator.broker.guard import Denied
 from isolator.errors import IsolatorError
 from isolator.policy.parse.load import parse_plugin_policy
 from isolator.reader.manifest import parse_manifest_core
+from tests.support.steps import steps as count_lines
 
 HEADER = b"\x12\x34\x81\x80\0\1\0\x40\0\0\0\0"
 ASKED = wire.query(0x1234, "a.example.com", wire.A)
@@ -85,19 +84,9 @@ PARSERS = {
 
 def steps(parser: Parser, data: bytes) -> int:
     """Lines executed in reading ``data``."""
-    count = 0
 
-    def line(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        count += event == "line"
-        return line
+    def read() -> None:
+        with contextlib.suppress(parser.errors):
+            parser.parse(data)
 
-    before = sys.gettrace()
-    sys.settrace(line)
-    try:
-        parser.parse(data)
-    except parser.errors:
-        pass
-    finally:
-        sys.settrace(before)
-    return count
+    return count_lines(read)

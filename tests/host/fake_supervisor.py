@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -89,7 +88,6 @@ class Daemon(FakeAudit):
         self.foreign_listener: str | None = None
         self.first = ""
         """Python that the host process runs first, from its next start on."""
-        self._code = root / "code"
         self.registrar = FakeRegistrar(self)
         self._runs = 0
         self.hello_plugins: list[str] | None = None
@@ -100,8 +98,6 @@ class Daemon(FakeAudit):
 
     async def start(self) -> None:
         """Lay out the root and start the host."""
-        for package in ("isolator", "host"):
-            shutil.copytree(REPO / package, self._code / package, ignore=shutil.ignore_patterns("__pycache__"))
         for folder in (self.paths.host_lib, self.paths.plugin_log):
             folder.mkdir(parents=True)
             os.chown(folder, HOST_UID, HOST_UID)
@@ -113,9 +109,9 @@ class Daemon(FakeAudit):
         """Start the host process and say hello, with the runs that are there."""
         ours, theirs = pair()
         audit_ours, audit_theirs = pair()
-        main = f"import sys; sys.path.insert(0, sys.argv.pop(1))\n{self.first}\nfrom host.service import main; main()"
+        main = f"{self.first}\nfrom host.service import main; main()"
         self.host = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-c", main, str(self._code)),
+            *(sys.executable, "-I", "-c", main),
             *("--channel-fd", str(theirs.fileno()), "--audit-fd", str(audit_theirs.fileno())),
             pass_fds=(theirs.fileno(), audit_theirs.fileno()),
             user=HOST_UID,

@@ -26,6 +26,7 @@ class Client:
         self._number = 0
         self._buffer = b""
         self.notes: list[dict[str, Any]] = []
+        self.answers: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> Client:
         return self
@@ -66,12 +67,14 @@ class Client:
         return found
 
     def end(self, number: int) -> dict[str, Any]:
-        """The answer to a request; notifications are kept."""
-        while True:
+        """The answer to a request; others that come before it are kept, and so are notifications."""
+        while number not in self.answers:
             message = self.read()
-            if message.get("id") == number:
-                return message
-            self.notes.append(message)
+            if isinstance(message.get("id"), int):
+                self.answers[message["id"]] = message
+            else:
+                self.notes.append(message)
+        return self.answers.pop(number)
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
         return self.end(self.begin(method, **params))

@@ -14,6 +14,7 @@ from host.mcp.tools import INSTRUCTIONS, Item
 from host.wire import mcp as protocol
 from host.wire.mcp import SESSION, STATELESS, Answer, Call
 from host.wire.strict_json import WireError
+from tests.support.steps import steps
 
 QUICK = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
@@ -186,6 +187,28 @@ def test_comparison_shows_new_changed_missing_and_renamed() -> None:
     assert [one.item.name for one in reordered][:4] == ["", "search", "write", "plain"]
 
 
+def test_name_that_only_looks_like_another_is_another_tool() -> None:
+    for name in ("s\u0435arch", "search\u0301", "\uff53earch", "Search"):
+        approved, now = tools.offered("", [TOOL]), tools.offered("", [TOOL | {"name": name}])
+        assert [(one.state, one.renamed) for one in tools.compare(approved, now)] == [
+            ("missing", ""),
+            ("new", "search"),
+        ]
+    for name in ("search\u200b", "\u202esearch", "sea\u00adrch", "search\ufeff", "search\U000e0041"):
+        with pytest.raises(ValueError):
+            tools.offered("", [TOOL | {"name": name}])
+
+
+def test_comparison_takes_steps_in_proportion_to_the_tools() -> None:
+    def compared(count: int) -> int:
+        listed = [{"name": f"t{n}", "description": f"d{n}", "inputSchema": {"properties": {str(n): {}}}} for n in
+                  range(2 * count)]  # fmt: skip
+        return steps(lambda: tools.compare(tools.offered("", listed[:count]), tools.offered("", listed[count:])))
+
+    compared(2)
+    assert compared(256) <= 2.2 * compared(128)
+
+
 @pytest.mark.parametrize(
     "listed", [[3], [{}], [{"name": ""}], [{"name": "a\x1b[2J"}], [{"name": "a" * 129}], [TOOL, TOOL],
                [{"name": f"t{n}"} for n in range(513)]],
@@ -199,6 +222,7 @@ def test_grant_names_tools_by_pattern() -> None:
     assert tools.permits(["search", "get_*"], "get_issue") and tools.permits(["search"], "search")
     assert not tools.permits(["search", "get_*"], "delete_issue") and not tools.permits([], "search")
     assert not tools.permits(["Search"], "search") and not tools.permits(["get[_a]x"], "get_x")
+    assert not tools.permits(["get_?"], "get_x") and tools.permits(["get_?", "a[*"], "a[b]")
 
 
 def test_digest_is_that_of_canonical_json() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from host.channel.reply import LostError, NotSentError
-from host.mcp.session import STRAYS, Session
+from host.mcp.session import PAGES, STRAYS, Session
 from host.wire import mcp as protocol
 from host.wire.mcp import SESSION, STATELESS
 from tests.support.timeouts import seconds
@@ -85,7 +85,7 @@ async def test_call_is_answered_in_each_era(era: Any) -> None:
     async with pair(era) as both:
         call = asyncio.ensure_future(both.session.ask("tools/call", {"name": "t", "arguments": {"a": 1}}, seconds(10)))
         asked = await both.server.answer(result={"content": []})
-        assert (await call).result == {"content": []}
+        assert (await call)[0].result == {"content": []}
         assert asked["params"]["name"] == "t" and ("_meta" in asked["params"]) is (era == STATELESS)
         first = both.server.asked[0]["method"]
         assert first == ("server/discover" if era == STATELESS else "initialize")
@@ -127,6 +127,21 @@ async def test_endless_pages_end() -> None:
             await listing
 
 
+async def test_list_of_tools_is_bounded_by_its_bytes() -> None:
+    async with pair() as both:
+        listing = asyncio.ensure_future(both.session.list_tools())
+        pages = 0
+        while not listing.done() and pages < PAGES:
+            tool = {"name": f"t{pages}", "description": "x" * 100_000}
+            page = asyncio.ensure_future(both.server.answer(result={"tools": [tool], "nextCursor": "again"}))
+            await asyncio.wait({page, listing}, return_when="FIRST_COMPLETED")
+            pages += 1
+        page.cancel()
+        with pytest.raises(ValueError, match="more than 1048576 bytes of tools"):
+            await listing
+        assert pages <= 12 and both.session.open
+
+
 async def test_requests_of_the_servers_own_are_refused_and_ping_is_answered() -> None:
     async with pair(SESSION) as both:
         for method in ("roots/list", "sampling/createMessage", "elicitation/create"):
@@ -164,7 +179,18 @@ async def test_cancelled_call_is_cancelled_at_the_server_and_its_late_answer_is_
             both.server.send(id=asked["id"], result={})
         again = asyncio.ensure_future(both.session.ask("tools/call", {}, seconds(10)))
         await both.server.answer(result={"second": True})
-        assert (await again).result == {"second": True}
+        assert (await again)[0].result == {"second": True}
+
+
+async def test_call_that_is_never_answered_is_given_up_and_cancelled() -> None:
+    async with pair() as both:
+        call = asyncio.ensure_future(both.session.ask("tools/call", {}, 0.05))
+        asked = await both.server.next()
+        with pytest.raises(LostError, match="no answer in time"):
+            await call
+        cancelled = await both.server.next()
+        assert cancelled["params"] == {"requestId": asked["id"], "reason": "not answered in time"}
+        assert both.session.open and both.session.in_flight == 0
 
 
 async def test_sixteen_requests_at_most_are_in_flight() -> None:
@@ -211,7 +237,7 @@ async def test_strays_are_dropped_until_there_are_too_many() -> None:
             both.server.send(id=number, result={})
         call = asyncio.ensure_future(both.session.ask("tools/call", {}, seconds(10)))
         await both.server.answer(result={"fine": True})
-        assert (await call).result == {"fine": True}
+        assert (await call)[0].result == {"fine": True}
         assert f"{STRAYS} lines" in await _end(both, lambda: both.server.send(id=3, result={}))
 
 

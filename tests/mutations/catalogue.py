@@ -119,9 +119,21 @@ MUTATIONS = (
         ),
         (
             "a tool that nobody has approved as it is is called",
-            'if one.state != "approved":',
+            "if approved is None or not is_unchanged(approved, offered):",
             "if False:",
             f"{_SERVERS}test_tool_that_changes_or_is_renamed_is_blocked_until_approved",
+        ),
+        (
+            "a call that waits for its server is sent though its tool has changed meanwhile",
+            "session = await self._allowed(name, tool, uid)  # it may not be any more",
+            "pass",
+            f"{_SERVERS}test_call_that_waits_for_its_server_is_not_sent_once_it_is_cancelled_or_forbidden",
+        ),
+        (
+            "one user's calls take all the memory that there is",
+            ">= CALLS:",
+            ">= 1 << 30:",
+            f"{_SERVERS}test_user_with_too_many_calls_is_refused_and_others_are_served",
         ),
     ),
     *_mutations(

@@ -14,9 +14,11 @@ TOOLS = [
     {"name": "delete_all", "description": "Deletes everything.", "inputSchema": {"type": "object"}},
 ]
 INSTRUCTIONS = "Be kind."
+LOCK = threading.Lock()
 def send(**message):
-    sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}) + "\\n")
-    sys.stdout.flush()
+    with LOCK:
+        sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}) + "\\n")
+        sys.stdout.flush()
 def text(value, **more):
     return {"content": [{"type": "text", "text": value}], **more}
 def call(id, name, arguments, meta):

@@ -48,7 +48,6 @@ from tests.support.internet_servers import (
 )
 
 BROKER_UID, CLIENT_UID = 64901, 64902
-REPOSITORY = Path(__file__).resolve().parents[2]
 PRELUDE = """
 import socket, ssl, time, urllib.request, errno, sys, struct
 CA = 'CA_FILE'
@@ -92,8 +91,6 @@ def pretend_internet() -> Iterator[PretendInternet]:
     """Build everything, and remove it again whatever happens."""
     directory = Path(tempfile.mkdtemp(prefix="isolator-egress-"))
     directory.chmod(0o755)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(REPOSITORY / "isolator", directory / "isolator", ignore=ignored)
     shutil.copy(Path(__file__).parents[1] / "broker/weakened.py", directory)
     (directory / "resolv.conf").write_text(f"nameserver {network.RESOLVER}\noptions timeout:3 attempts:1\n")
     (directory / "host-resolv.conf").write_text(f"nameserver {WEB}\n")

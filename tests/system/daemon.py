@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support import commands
 from tests.support.timeouts import seconds
 
 EVENT = {"project_id": "p1", "deployment_id": "d1", "url": "https://app.example/", "duration_ms": 12}
@@ -94,10 +95,7 @@ class Daemon:
 
     def cli(self, *words: str, code: int | None = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run one command; ``code`` is the exit code it must have (None: any)."""
-        result = subprocess.run(
-            ["isolator", "--root", str(self.root), *words], capture_output=True, text=True, check=False,
-            timeout=seconds(90), input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
-        )  # fmt: skip
+        result = commands.run(["--root", str(self.root), *words], stdin=stdin, timeout=seconds(90))
         if code is not None:
             assert result.returncode == code, (words, result.returncode, result.stdout, result.stderr)
         return result

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from host.client.client import Client
 from tests.examples.conftest import EXAMPLES
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
 
@@ -207,6 +208,18 @@ def test_event_arrives_as_a_cloudevent_with_a_signature_that_verifies(running: D
     assert abs(int(headers["webhook-timestamp"]) - time.time()) < 600
     final(running, event_id, "good")
     assert "webhook-id" not in next(one for one in seen(running, "good") if one[1]["ce-id"] == event_id)[1]
+
+
+def test_trace_of_an_event_becomes_a_header_if_it_is_one(running: Daemon) -> None:
+    real = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for trace in (real, "a\r\nx-more: y", "t\u00fc"):
+        payload = {"project_id": trace, "deployment_id": "d", "url": "https://a/", "duration_ms": 1, "branch": "ok"}
+        with Client(running.root) as client:
+            event_id = client.call("event.emit", name="deploy.completed", payload=payload, trace=trace)["id"]
+        assert final(running, event_id)["attempts"] == 1
+        headers = next(headers for _, headers, _ in seen(running) if headers["ce-id"] == event_id)
+        assert headers.get("traceparent") == (real if trace == real else None)
+        assert "x-more" not in headers and "\n" not in headers["ce-traceparent"]
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,9 @@ def _certify(
 ) -> int:  # fmt: skip
     from host.authoring.certify import certificate
     from host.authoring.certify.certifier import PATIENCE, Certifier, DeadEnd
-    from host.authoring.private_daemon import PrivateDaemon
+    from host.authoring.options import plan_of
+    from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
     from host.authoring.sign import read_key
-    from host.authoring.trial_command import ending_cleanly, plan_of
 
     if payload is not None and event is None:
         raise UsageError("--payload", "is for one event", "name it with --event")

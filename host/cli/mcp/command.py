@@ -83,8 +83,8 @@ def approve(root: str | None, name: str, yes: bool, digest: str | None, as_json:
 
 def _show(items: list[dict[str, Any]], *, whole: bool) -> None:
     for item in items:
-        title = safe(item["name"]) or "(instructions)"
-        state = item["state"] + (f", was {safe(item['renamed'])}?" if item["renamed"] else "")
+        title = _title(item["name"])
+        state = item["state"] + (f", was {_title(item['renamed'])}?" if item["renamed"] else "")
         granted = "" if item["granted"] or not item["name"] else "  not granted to callers"
         click.echo(f"{title:<32} {state:<10} {item['sha256'][:12]}{granted}")
         if whole and item["state"] != "approved":
@@ -92,3 +92,8 @@ def _show(items: list[dict[str, Any]], *, whole: bool) -> None:
                 click.echo(f"    {line}")
     if not items:
         click.echo("it offers no tools")
+
+
+def _title(name: str) -> str:
+    """The name of a tool; of one that may only look like another also its characters beyond ASCII."""
+    return f"{safe(name)}{'' if name.isascii() else f' = {name!a}'}" or "(instructions)"

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from host.cli.mcp.source import Source
 from host.client.terms import our_errors
 from host.wire import mcp as protocol
 from host.wire.mcp import Call, Id
@@ -47,21 +47,21 @@ class Front:
 
     async def serve(self) -> None:
         """Serve the client until it closes standard input."""
-        queue: asyncio.Queue[bytes] = asyncio.Queue()
-        room = threading.Semaphore(_AT_ONCE)
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=_read_lines, args=(loop, queue, room), daemon=True).start()
         tasks: set[asyncio.Task[None]] = set()
+        source = Source(sys.stdin.fileno())
 
         def done(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
-            room.release()
+            free.set()
 
-        while data := await queue.get():
-            task = loop.create_task(self.received(data))
+        free = asyncio.Event()
+        while data := await source.line():
+            task = asyncio.create_task(self.received(data))
             tasks.add(task)
             task.add_done_callback(done)
-            await asyncio.sleep(0)  # in the order in which they came
+            while len(tasks) >= _AT_ONCE:
+                free.clear()
+                await free.wait()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -230,24 +230,6 @@ class _RefusedError(Exception):
 
 def _instructions(shown: Mapping[str, Any]) -> dict[str, str]:
     return {"instructions": shown["instructions"]} if shown.get("instructions") else {}
-
-
-def _read_lines(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[bytes], room: threading.Semaphore) -> None:
-    """Read the client's lines, in a thread: standard input may be anything."""
-    source = sys.stdin.buffer
-    while True:
-        room.acquire()
-        data = source.readline(protocol.MAX_LINE + 2)
-        while data == b"\n":
-            data = source.readline(protocol.MAX_LINE + 2)
-        if len(data) > protocol.MAX_LINE + 1:
-            rest = data
-            while rest and not rest.endswith(b"\n"):
-                rest = source.readline(1 << 16)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(queue.put_nowait, data.rstrip(b"\r\n") or (b" " if data else b""))
-        if not data:
-            return
 
 
 def _write(line: bytes) -> None:

@@ -8,13 +8,13 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from host.cli.output import safe
 from host.cli.packages.caged import GRACE, TooMuchError, caged
-from host.cli.packages.package import Package, Resolved, read_resolved
+from host.cli.packages.package import Package, Resolved, parse, read_resolved
 from host.wire import mcp as protocol
 from host.wire.strict_json import WireError
 from isolator.errors import IsolatorError, NotFoundError, UsageError
@@ -68,7 +68,7 @@ def resolve(root: str | None, package: Package, host_config: HostConfig, folder:
             raise IsolatorError(
                 str(package), reason(code, lines), "see [packages] of host.toml for where it looks"
             ) from None
-    if _plain(package.name) not in {_plain(name.rpartition("@")[0]) for name in resolved.hashes}:
+    if not any(_same(package, package.kind, name.rpartition("@")[0]) for name in resolved.hashes):
         raise IsolatorError(str(package), "the registry gave another package")
     return resolved
 
@@ -103,9 +103,12 @@ def _destination(name: str) -> str:
     return host if ":" in host else f"{host}:443"
 
 
-def _plain(name: str) -> str:
-    """The name as PyPI compares it; names of npm are already so."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+def _same(package: Package, kind: str, name: str) -> bool:
+    """Whether the registry of that kind means the package by this name: PyPI has several spellings of one."""
+    if kind != package.kind or kind != "pypi":
+        return (kind, name) == (package.kind, package.name)
+    plain, other = (re.sub(r"[-_.]+", "-", one).lower() for one in (package.name, name))
+    return plain == other
 
 
 def unpack(stream: IO[bytes], folder: Path) -> Resolved:
@@ -206,6 +209,22 @@ def ask_era(root: str | None, folder: Path, arguments: tuple[str, ...]) -> proto
         except (TooMuchError, OSError, ValueError):
             pass
     return protocol.SESSION
+
+
+def is_of(package: Package, manifest: Mapping[str, Any]) -> bool:
+    """Whether a plugin's manifest was written here for a version of the package."""
+    try:
+        before = parse(str(manifest.get("description")).split(" ", 1)[0])
+    except UsageError:
+        return False
+    ours = manifest.get("binary") == f"./{_START}" and manifest.get("transport", {}).get("mode") == "mcp"
+    return ours and _same(package, before.kind, before.name)
+
+
+def asked_before(manifest: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The arguments and the egress of a manifest that was written here."""
+    egress = manifest.get("sandbox", {}).get("network", {}).get("egress", ())
+    return tuple(map(str, manifest.get("args", ()))), tuple(map(str, egress))
 
 
 def write_manifest(

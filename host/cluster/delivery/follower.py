@@ -185,7 +185,7 @@ class QueueFollower:
 
     def ready(self) -> Sequence[str]:
         """See ``Follower``."""
-        return self._ready()
+        return [name for name in self._ready() if not self._is_of_one(name) or self._queue.places.is_whole(name)]
 
     # Cursors
 

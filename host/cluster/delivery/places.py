@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from host.cluster.delivery import cloudevent
-from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Replay
+from host.cluster.entries import MAX_NUMBER, NOTHING, Claim, Ended, EventRef, Replay
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Member, Shard, State
 from host.cluster.placement import shard_of
@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS cluster_held (
   plugin TEXT NOT NULL, shard INTEGER NOT NULL, epoch INTEGER NOT NULL, PRIMARY KEY (plugin, shard)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS cluster_read (plugin TEXT PRIMARY KEY, place INTEGER NOT NULL, number INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS cluster_begun (one INTEGER PRIMARY KEY, place INTEGER NOT NULL);
 CREATE TRIGGER IF NOT EXISTS cluster_pruned AFTER DELETE ON events
   BEGIN DELETE FROM cluster_events WHERE seq=OLD.seq; END;
 """
@@ -193,10 +194,37 @@ class Places:
 
     @staticmethod
     def again(db: sqlite3.Connection) -> None:
-        """Forget every place: the log is read from its beginning, and may have other events at them."""
+        """Forget every place: the log is read anew, after the place where the fold is now."""
         db.execute("DELETE FROM cluster_events WHERE plugin IS NOT NULL")
         db.execute("UPDATE cluster_events SET place=NULL")
         db.execute("UPDATE cluster_read SET place=0, number=0")
+        db.execute("INSERT OR REPLACE INTO cluster_begun SELECT 1, place FROM cluster_self")
+
+    def is_whole(self, name: str) -> bool:
+        """Whether this host has every event with which a holder of a plugin goes on; with a copied fold it may not."""
+        found = self._store.read(lambda db: db.execute("SELECT place FROM cluster_begun").fetchone())
+        return found is None or self._store.read(lambda db: self._is_whole(db, name, found[0]))
+
+    def _is_whole(self, db: sqlite3.Connection, name: str, begun: int) -> bool:
+        known = self.state.plugins[name]
+        for shard in range(known.plugin.shards):
+            position = self.state.positions.get((name, shard))
+            read = {ref.host: ref for ref in position.read} if position is not None else {}
+            for host, member in self.state.members.items():
+                last = read.get(host)
+                if last is None:
+                    if known.began >= begun or member.events == NOTHING:
+                        continue
+                    if member.retired:
+                        return False
+                    last = EventRef(host, member.events.series, 0)
+                if last.series != member.events.series:
+                    return False
+                if last.number < member.events.number and not self._place_of(db, last._replace(number=last.number + 1)):
+                    return False
+            if position is not None and any(self.seq_of(db, one.event) is None for one in position.open):
+                return False
+        return True
 
     def own(self, plugin: str) -> Place | None:
         """How far this host has read for a plugin of which every host has its own copy."""

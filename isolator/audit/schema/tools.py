@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from isolator.audit.schema.base import HOST, RecordData
+from isolator.audit.schema.base import HOST, RecordData, Summed
 
 
 class _Tool(RecordData):
@@ -27,6 +27,7 @@ class ToolCalled(_Tool):
 
     TYPE = "tool.called"
     SOURCES = (HOST,)
+    SUMMED = Summed("`outcome` denied", by="tool", covers=lambda data: data.get("outcome") == "denied", by_caller=True)
 
     outcome: Literal[
         "ok",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from isolator.ipc.body import Body, Json, Request, omitted
 from isolator.ipc.messages.plugins import PluginEntry
+from isolator.ipc.messages.to_host import Environment
 
 
 class Running(Body):
@@ -63,6 +64,8 @@ class StartInvocation(Request[InvocationStarted], op="invocation.start", fds=ran
     event: str
     type: str
     attempt: int
+    environment: Environment | None = omitted(default=None)
+    """its config; without it S asks for that"""
 
 
 class BreakOff(Request[None], op="run.break_off"):

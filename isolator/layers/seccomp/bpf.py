@@ -13,8 +13,9 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
+
+from isolator.structs import field, struct_class
 
 AUDIT_ARCH_X86_64 = 0xC000003E
 RET_KILL_PROCESS = 0x80000000
@@ -28,7 +29,7 @@ _X32, _NO_CALL = 0x40000000, 0xFFFFFFFF  # x32's calls start there; -1 is what a
 _FARTHEST = 255  # of a conditional jump, in instructions
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Equal:
     """Argument ``index`` under ``mask`` equals ``value``."""
 
@@ -37,7 +38,7 @@ class Equal:
     value: int
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class AnyBit:
     """Argument ``index`` has at least one bit of ``mask``."""
 
@@ -48,7 +49,7 @@ class AnyBit:
 Condition = Equal | AnyBit
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Judged:
     """One rule of a call: what the kernel answers (SECCOMP_RET_*) when every condition holds."""
 
@@ -150,7 +151,7 @@ def _test(code: _Code, condition: Condition, held: int, missed: int) -> None:
         code.place(following)
 
 
-@dataclass
+@struct_class()
 class _Instruction:
     operation: int
     constant: int
@@ -159,7 +160,7 @@ class _Instruction:
     """Labels of where to go, for a jump."""
 
 
-@dataclass
+@struct_class()
 class _Code:
     """Instructions with labels, all of them ahead, and what is known to be loaded at the current place."""
 

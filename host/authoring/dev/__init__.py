@@ -1,0 +1,1 @@
+"""``isolator dev``: a plugin in its cage while its author writes it."""

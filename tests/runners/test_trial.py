@@ -1,0 +1,96 @@
+"""``isolator plugin test`` of users without privilege, through the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.authoring.dev_process import answering
+from tests.runners.conftest import ALICE, STRANGER
+from tests.support.timeouts import seconds
+from tests.system.daemon import write_plugin
+from tests.system.taken_over import TakenOver
+
+EXEC = '#!/bin/sh\nread event\necho "got $PLUGIN_EVENT_TYPE" >&2\necho "{\\"message\\": \\"$GREETING\\"}"\nexit CODE\n'
+WORK = """__import__("json").dumps([
+    __import__("os").getuid(), __import__("os").environ["GREETING"],
+    __import__("os").path.exists("/etc/shadow"), __import__("os").listdir(__import__("os").environ["PLUGIN_STATE_DIR"]),
+])"""
+
+
+def trial(d: TakenOver, uid: int, *words: str, code: int = 0) -> Any:
+    """``isolator plugin test`` as a user; its JSON, or the error's."""
+    program = shutil.which("isolator")
+    assert program is not None
+    ran = subprocess.run(
+        ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--", program, "--root", str(d.root),
+         "plugin", "test", *words, "--json"],
+        capture_output=True, text=True, check=False, cwd="/", timeout=seconds(90), stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert ran.returncode == code, (ran.stdout, ran.stderr)
+    return json.loads(ran.stdout or ran.stderr)
+
+
+def write(home: Path, script: str, **manifest: Any) -> str:
+    """A plugin of Alice's that only she may read."""
+    network = {"network": {"egress": []}, "resources": {"memory": "64M"}}
+    schema = {"greeting": {"type": "string", "required": True}}
+    folder = write_plugin(home / "plugin", script, **{"sandbox": network, "config_schema": schema} | manifest)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, ALICE, ALICE)
+        path.chmod(path.stat().st_mode & 0o700)
+    return str(folder)
+
+
+def test_runner_tries_a_plugin_in_a_cage_without_being_root(daemon: TakenOver, home: Path) -> None:
+    folder = write(home, answering(" ".join(WORK.split())))
+    before = set(Path("/tmp").iterdir())
+    found = trial(daemon, ALICE, folder, "--config", "greeting=hello")
+    (answer,) = found["events"]
+    uid, greeting, shadow, state = json.loads(json.loads(answer["reply"])["result"]["message"])
+    assert (answer["outcome"], greeting, shadow, state) == ("ok", "hello", False, [])
+    assert uid != ALICE and [line["line"] for line in found["log"]] == ["version 1"]
+    assert not [path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith("isolator-test-")]
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [(0, "ok"), *(pytest.param(*one, marks=pytest.mark.wide) for one in ((75, "retry"), (3, "failed")))],
+)
+def test_runner_tries_a_plugin_that_runs_for_each_event(daemon: TakenOver, home: Path, code: int, outcome: str) -> None:
+    folder = write(home, EXEC.replace("CODE", str(code)), transport={"mode": "exec"})
+    found = trial(daemon, ALICE, folder, "--config", "greeting=hello", code=0 if outcome == "ok" else 1)
+    (answer,) = found["events"]
+    assert answer["outcome"] == outcome and "hello" in answer["detail"]
+    assert "got deploy.completed" in [line["line"] for line in found["log"]]
+
+
+def test_plugin_that_asks_for_more_than_a_runner_has_is_refused_with_the_reason(daemon: TakenOver, home: Path) -> None:
+    egress = {"network": {"egress": [{"host": "other.example", "ports": [443]}]}}
+    folder = write(home, answering(), sandbox=egress, config_schema={})
+    (answer,) = trial(daemon, ALICE, folder, code=1)["events"]
+    assert answer["outcome"] == "unknown" and "over the ceiling" in answer["detail"], answer
+
+
+def test_user_without_the_role_is_refused(daemon: TakenOver, home: Path) -> None:
+    home.chmod(0o755)
+    found = trial(daemon, STRANGER, "/usr", code=4)
+    assert "needs root" in found["error"]["why"] and "sudo isolator plugin test" in found["error"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("words", "manifest", "expected"),
+    [(["--recording", "x"], {}, "is root's alone"), ([], {"transport": {"mode": "stream"}}, "is tried by root alone"),
+     ([], {}, "needs the config greeting")],
+)  # fmt: skip
+def test_what_a_runner_cannot_have_is_refused_with_what_to_do(
+    daemon: TakenOver, home: Path, words: list[str], manifest: dict[str, Any], expected: str
+) -> None:
+    found = trial(daemon, ALICE, write(home, answering(), **manifest), *words, code=2)
+    assert expected in found["error"]["why"] and found["error"]["remedy"]
