@@ -50,7 +50,7 @@ def _problem(d: Daemon, kind: str) -> str:
     return next((one["line"] for one in _status(d)["problems"] if one["kind"] == kind), "")
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leaves(tmp_path: Path) -> None:
     with _namespace() as network, contextlib.ExitStack() as stack:
         enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
