@@ -9,11 +9,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from isolator.ipc.fence import LOST
+from host.delivery.outcome import Outcomes
+from host.fence.fences import NO_LEASE
+from isolator.ipc.fence import LOST, Fence
 from isolator.linux.boottime import boottime
 from tests.host.fake_supervisor import Daemon, Sidecar
 from tests.support import sidecars
@@ -173,6 +176,22 @@ async def test_attempt_that_ends_past_the_deadline_has_an_outcome_once_that_is_m
     found = await deliveries(made, event)
     assert [(found[name]["state"], found[name]["attempts"]) for name in ("replies", "dies")] == [("ok", 1)] * 2
     assert (await made.lines("replies")).count("handled") == 1
+
+
+def test_request_is_given_up_if_the_deadline_passes_before_it_is_written() -> None:
+    begun: list[Any] = []
+    sent: list[str] = []
+    fence = Fence(boottime() + 600)
+    attempts: Any = SimpleNamespace(begin=begun.append)
+    absent: Any = None
+    outcomes = Outcomes("caller", absent, absent, absent, attempts, fence)
+    delivery: Any = SimpleNamespace(seq=1)
+    for _ in range(2):
+        outcomes.begin(delivery, "run", b"request", lambda: sent.append("sent"), sent.append)
+    begun[0].send()
+    fence.move(LOST)
+    begun[1].send()
+    assert sent == ["sent", NO_LEASE]
 
 
 async def test_host_without_the_check_sends_and_answers_past_the_deadline(made: FencedDaemon) -> None:

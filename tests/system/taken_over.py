@@ -23,7 +23,7 @@ from isolator.errors import IsolatorError
 from isolator.ipc import channel
 from isolator.linux.descriptors import close_all
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, daemon, wait_for
+from tests.system.daemon import Daemon, alive, daemon, wait_for
 
 ORDERS = "orders"
 """Folder of the sockets, below the daemon's root."""
@@ -50,6 +50,17 @@ class TakenOver(Daemon):
             "from host.cli.main import main; sys.exit(main())"
         )
         return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
+
+    def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
+        """Those that are taken over have another name, and note their pid themselves."""
+        if "broker" in module:
+            return super().service_pid(module, missing_ok=missing_ok)
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.root / ORDERS / f"{module}.pid").read_text())
+            if alive(pid):
+                return pid
+        assert missing_ok, f"no {module}"
+        return 0
 
     def order(self, module: str, **order: Any) -> dict[str, Any]:
         """Have a process do something; returns the answer, or the error under ``error``."""
@@ -130,6 +141,9 @@ def main() -> None:
     """Run the service, and obey."""
     orders, module = os.environ["ORDERS"], os.environ["TAKEN"]
     sys.argv[0] = module
+    note = Path(orders) / f"{module}.pid"
+    note.unlink(missing_ok=True)
+    note.write_text(str(os.getpid()))
     real = channel.Channel.__init__
     kept = []
 

@@ -16,6 +16,7 @@ import pytest
 from isolator.linux.boottime import boottime
 from tests.support.internet_servers import WEB
 from tests.support.pretend_internet import PretendInternet, pretend_internet
+from tests.support.timeouts import seconds
 from tests.support.witness import PORT, Witness
 from tests.system.daemon import ECHO, daemon, event, kill_9, wait_for, write_plugin
 from tests.system.taken_over import TakenOver
@@ -29,6 +30,7 @@ egress = ["hooks.example.com:{PORT}"]
 connects_per_second = 100
 cpu = "50%"
 """
+NETWORK = {"network": {"egress": [{"host": "hooks.example.com", "ports": [PORT]}]}}
 BUSY = f"""
     import ctypes, signal, threading, time
     def stamp():
@@ -137,13 +139,12 @@ def witness(pretend: PretendInternet) -> Witness:
 @contextlib.contextmanager
 def held(pretend: PretendInternet, folder: Path) -> Iterator[Held]:
     """A daemon with the plugin ``busy``, which runs, and ``once``, of the mode exec."""
-    network = {"network": {"egress": [{"host": "hooks.example.com", "ports": [PORT]}]}}
     with daemon(host_toml=HOST_TOML, network=pretend.host_fd, kind=Held) as made:
         assert isinstance(made, Held)
         policies = made.root / "etc/isolator/policies"
         policies.mkdir(parents=True, exist_ok=True)
         (policies / "busy.toml").write_text(POLICY)
-        made.cli("plugin", "add", str(write_plugin(folder / "busy", SCRIPT, sandbox=network)), "--yes")
+        made.cli("plugin", "add", str(write_plugin(folder / "busy", SCRIPT, sandbox=NETWORK)), "--yes")
         made.cli("event", "emit", "deploy.completed", event(1), "--wait")
         yield made
 
@@ -237,6 +238,41 @@ def test_lost_plugin_is_killed_frozen_and_blamed_for_nothing(d: Held, witness: W
     assert d.of_type("plugin.stopped", "busy")[-1]["data"]["cause"] == "its lease was lost"
     assert len(d.of_type("plugin.lost", "busy")) == 3
     assert len(d.of_type("plugin.crashed", "busy")) == crashes
+
+
+def test_frozen_plugin_is_updated_without_a_trial(d: Held, tmp_path: Path) -> None:
+    up(d)
+    d.freeze("busy")
+    d.cli(
+        "plugin",
+        "update",
+        "busy",
+        str(write_plugin(tmp_path / "busy", SCRIPT, sandbox=NETWORK, version="2.0.0")),
+        "--yes",
+    )
+    shown = d.show("busy")
+    assert (shown["version"], shown["state"], shown["lease"]) == ("2.0.0", "stopped", "waits for its lease")
+    d.hold("busy", boottime() + LONG)
+    assert up(d)
+
+
+@pytest.mark.wide
+def test_plugin_whose_deadline_passes_while_it_is_stopped_is_killed(d: Held, tmp_path: Path) -> None:
+    stubborn = ECHO.replace(
+        "    server.bind(path)\n", "    import signal; signal.signal(15, signal.SIG_IGN)\n    server.bind(path)\n"
+    )
+    (d.root / "etc/isolator/policies/stubborn.toml").write_text(
+        '[grant]\nhooks = ["deploy.*"]\n[restart]\nstop_grace = "60s"\n'
+    )
+    d.cli("plugin", "add", str(write_plugin(tmp_path / "stubborn", stubborn)), "--yes")
+    d.cli("event", "emit", "deploy.completed", event(5), "--wait")
+    stop = d.begin("plugin", "stop", "stubborn")
+    wait_for(lambda: d.show("stubborn")["state"] == "stopping", what="it is not stopped")
+    d.hold("stubborn", boottime() - 1)
+    assert stop.wait(seconds(30)) == 0, "its grace is waited for"
+    stop.communicate()
+    assert d.of_type("plugin.stopped", "stubborn")[-1]["data"]["cause"] == "stopped at once: it was frozen"
+    d.cli("plugin", "remove", "stubborn", "--yes")
 
 
 def test_deadline_is_kept_over_reloads(d: Held, witness: Witness) -> None:
