@@ -83,7 +83,7 @@ def stage() -> Iterator[tuple[PrivateDaemon, DeadEnd]]:
     """A private daemon in which plugins are certified."""
     dead_end = DeadEnd()
     before, sys.argv = sys.argv, [shutil.which("isolator") or "isolator"]
-    network = {"proxy": f"127.0.0.1:{dead_end.port}", "proxy_resolves": True}
+    network = dead_end.network
     try:
         with PrivateDaemon("certify", None, options=["--certifying"], network=network) as made:
             yield made, dead_end

@@ -252,7 +252,7 @@ MUTATIONS = (
         ),
         (
             "a signature is not verified",
-            "key.verify(bytes.fromhex(signature), signed)",
+            "public.verify(bytes.fromhex(signature), signed)",
             "pass",
             "authoring/test_signatures.py::test_plugin_of_a_publisher_is_nobody_elses_to_publish",
         ),

@@ -25,8 +25,11 @@ from isolator.errors import IsolatorError, UsageError
 PATIENCE = 60.0
 """Seconds for one answer, beyond the plugin's own time: for its start, and for connections that it refuses."""
 _KILLED = 9
+_UNDER_WAY = ("queued", "in_flight", "retry")
 _RECORDS = ("plugin.crashed", "plugin.stopped", "plugin.health", "event.quarantined")
-_SETTLE_SECONDS, _PAUSE = 30.0, 0.02
+_SETTLE_SECONDS, _PAUSE = 60.0, 0.02
+_REFUSAL_SECONDS = 1.0
+"""Patience with the request of a connection to the dead end."""
 _FILLER = "isolator-certify"
 
 
@@ -65,7 +68,7 @@ class Report:
 
 
 class DeadEnd:
-    """A port of loopback that leads nowhere: connections are closed at once, or left alone."""
+    """A proxy on loopback that leads nowhere: it refuses whatever it is asked, or is silent."""
 
     def __init__(self) -> None:
         self._answering = threading.Event()
@@ -80,12 +83,18 @@ class DeadEnd:
         self._socket.listen(128)
         threading.Thread(target=self._serve, name="dead end", daemon=True).start()
 
+    @property
+    def network(self) -> dict[str, Any]:
+        """The table ``[network]`` that leads everything here, names too: no datagram is answered."""
+        place = f"127.0.0.1:{self.port}"
+        return {"proxy": place, "proxy_resolves": True, "resolvers": [place]}
+
     def be_silent(self) -> None:
         """Leave connections alone from now on."""
         self._answering.clear()
 
     def refuse(self) -> None:
-        """Close connections again, also those that were left alone."""
+        """Refuse again, also what was left alone."""
         self._answering.set()
 
     def close(self) -> None:
@@ -100,7 +109,10 @@ class DeadEnd:
             while True:
                 connection, _ = self._socket.accept()
                 self._answering.wait()
-                connection.close()
+                with connection, contextlib.suppress(OSError):
+                    connection.settimeout(_REFUSAL_SECONDS)
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
 
 
 class Certifier(Trials):
@@ -189,7 +201,9 @@ class Certifier(Trials):
                 raise IsolatorError(f"event {event}", "was not sent in time", "run the command again")
         with contextlib.suppress(IsolatorError):  # what is wrong with the start shows in what follows
             client.call("plugin.restart", name=plugin)
-        cancel(client, emitted["id"])
+        # It would be tried again, and hold the others of its project back. What is in flight cannot be cancelled yet.
+        while self._state(client, plugin, emitted["id"]) in _UNDER_WAY and wait_until(deadline, _PAUSE):
+            cancel(client, emitted["id"])
 
     @staticmethod
     def _state(client: Client, plugin: str, event_id: str) -> str:

@@ -88,7 +88,7 @@ def _certify(
             click.echo(f"  {check.name}: {check.title}", err=True)
 
     dead_end = DeadEnd()
-    network = {"proxy": f"127.0.0.1:{dead_end.port}", "proxy_resolves": True}
+    network = dead_end.network
     try:
         with ending_cleanly(), PrivateDaemon("certify", root, options=["--certifying"], network=network) as daemon:
             report = Certifier(daemon, plan, dead_end, note).certify(checks)
