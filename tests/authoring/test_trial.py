@@ -54,7 +54,8 @@ MODES = {
             for line in connection.makefile():
                 request = json.loads(line)
                 hello = request["method"] == "host.hello"
-                result = {"protocol": "1", "handles": [], "capabilities": []} if hello else {"status": "ok"}
+                greeting = {"protocol": "1", "handles": ["deploy.completed"], "capabilities": []}
+                result = greeting if hello else {"status": "ok"}
                 if "id" in request:
                     reply = {"jsonrpc": "2.0", "id": request["id"], "result": result}
                     connection.sendall(json.dumps(reply).encode() + b"\\n")

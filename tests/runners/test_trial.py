@@ -24,7 +24,7 @@ WORK = """__import__("json").dumps([
 ])"""
 
 
-def trial(d: TakenOver, uid: int, *words: str, code: int = 0) -> Any:
+def trial(d: TakenOver, uid: int, *words: str, code: int = 0, scratch: Path | None = None) -> Any:
     """``isolator plugin test`` as a user; its JSON, or the error's."""
     program = shutil.which("isolator")
     assert program is not None
@@ -32,6 +32,7 @@ def trial(d: TakenOver, uid: int, *words: str, code: int = 0) -> Any:
         ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--", program, "--root", str(d.root),
          "plugin", "test", *words, "--json"],
         capture_output=True, text=True, check=False, cwd="/", timeout=seconds(90), stdin=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(scratch or "/tmp")},
     )  # fmt: skip
     assert ran.returncode == code, (ran.stdout, ran.stderr)
     return json.loads(ran.stdout or ran.stderr)
@@ -50,13 +51,15 @@ def write(home: Path, script: str, **manifest: Any) -> str:
 
 def test_runner_tries_a_plugin_in_a_cage_without_being_root(daemon: TakenOver, home: Path) -> None:
     folder = write(home, answering(" ".join(WORK.split())))
-    before = set(Path("/tmp").iterdir())
-    found = trial(daemon, ALICE, folder, "--config", "greeting=hello")
+    scratch = home / "scratch"
+    scratch.mkdir()
+    os.chown(scratch, ALICE, ALICE)
+    found = trial(daemon, ALICE, folder, "--config", "greeting=hello", scratch=scratch)
     (answer,) = found["events"]
     uid, greeting, shadow, state = json.loads(json.loads(answer["reply"])["result"]["message"])
     assert (answer["outcome"], greeting, shadow, state) == ("ok", "hello", False, [])
     assert uid != ALICE and [line["line"] for line in found["log"]] == ["version 1"]
-    assert not [path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith("isolator-test-")]
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize(
