@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
+from isolator.linux import netns
 from isolator.policy.model import EgressRule, NetworkPolicy
 from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, pretend_internet
 
@@ -19,6 +22,15 @@ def listed(*rules: str, **fields: object) -> NetworkPolicy:
         host, _, ports = rule.rpartition(":")
         parsed.append(EgressRule(host=host, ports=tuple(map(int, ports.split(",")))))
     return NetworkPolicy.model_validate({"mode": "listed", "egress": tuple(parsed), **fields})
+
+
+def assert_watched(network: int, selector: str) -> None:
+    """The kernel looks every minute or sooner whether the other end of these connections is there (``ss``'s filter)."""
+    command = ["ss", "-Htno", "state", "established", selector]
+    found = netns.in_network(
+        network, lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+    assert re.search(r"keepalive,(1min|[0-9]+sec)", found), found
 
 
 @pytest.fixture(scope="module")

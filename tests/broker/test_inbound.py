@@ -15,7 +15,7 @@ from isolator.ipc.fence import Fence
 from isolator.layers.network import namespace as network
 from isolator.linux import netns
 from isolator.policy.model import ListenRule, NetworkPolicy
-from tests.broker.conftest import MakeCage, listed
+from tests.broker.conftest import MakeCage, assert_watched, listed
 from tests.support.internet_servers import HOST, run_in
 from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, run_client
 
@@ -90,6 +90,22 @@ async def test_a_port_behind_which_nobody_listens_resets_and_is_recorded(
     assert await outside(cage, code) == "ECONNRESET"
     failed = await broker.wait_for("net.connect", verdict="failed", direction="in")
     assert failed["error"] == "econnrefused"
+
+
+async def test_dead_end_of_a_quiet_forwarded_connection_is_looked_for_on_both_sides(
+    cages: MakeCage, broker: BrokerProcess, pretend: PretendInternet
+) -> None:
+    run_in(pretend.host_fd, "ip", "link", "set", "lo", "up")
+    cage = await cages(policy())
+    server = asyncio.create_task(cage.client(SERVE.replace("ADDRESS", "'127.0.0.1'"), timeout=3600))
+    await until_listening(cage, 3000)
+    client = asyncio.create_task(outside(cage, "s = tcp('127.0.0.1', 8080, 3600)\ns.recv(1)"))
+    await broker.wait_for("net.connect", direction="in")
+    assert_watched(pretend.host_fd, "sport = 8080")
+    assert_watched(cage.network.netns_fd, "dport = 3000")
+    for one in (server, client):
+        one.cancel()
+    await asyncio.gather(server, client, return_exceptions=True)
 
 
 async def test_only_the_granted_address_listens_and_only_while_attached(cages: MakeCage, broker: BrokerProcess) -> None:

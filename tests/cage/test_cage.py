@@ -81,6 +81,22 @@ async def test_a_cage_that_is_not_built_in_time(shared_dir: Path, monkeypatch: p
     assert not leaves(shared_dir)
 
 
+async def test_child_that_failed_and_ended_before_it_was_looked_at_tells_its_own_reason(shared_dir: Path) -> None:
+    """It is in no group any more by then."""
+
+    class Late(Cage):
+        def _confirm_birth(self, *args: object) -> None:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            super()._confirm_birth(*args)
+
+    def change(spec: CageSpec) -> None:
+        spec.cwd = "/nowhere"
+
+    with pytest.raises(ConfinementError, match="working directory: /nowhere: No such file or directory"):
+        async with cage(shared_dir, ["true"], cage_type=Late, change=change):
+            pass
+
+
 async def test_a_child_that_dies_while_it_is_built(shared_dir: Path) -> None:
     class Dying(Cage):
         def _born(self, *args: object) -> None:

@@ -38,6 +38,17 @@ async def test_one_connection_carries_many_events(daemon: Daemon) -> None:
     assert sidecar.starts == 1
 
 
+async def test_half_an_emoji_ends_no_connection(daemon: Daemon) -> None:
+    """As common writers of JSON make it, in an event and in a reply."""
+    sidecar = _add(daemon, "cuts", stream(r"send(id=id, result={'message': params['project_id'] + ' \ud83d'})"))
+    for _ in range(2):
+        delivery = await _only(daemon, project_id="half \ud83d")
+        assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
+        assert json.loads(delivery["reply"])["result"]["message"].startswith("half \ufffd ")
+    assert sidecar.starts == 1
+    assert not daemon.of_type("plugin.health")
+
+
 async def test_replies_may_come_in_any_order(daemon: Daemon) -> None:
     body = """
 waiting = globals().setdefault("waiting", [])

@@ -50,11 +50,9 @@ async def test_paused_threads_close_nothing_and_what_waits_is_known() -> None:
 
 async def test_file_that_does_not_close_keeps_a_pause_waiting_for_a_moment_alone(tmp_path: Path) -> None:
     closers = Closers()
-    with file_that_does_not_close(tmp_path / "file", os.getpid()) as fd:
-        closing = asyncio.ensure_future(closers.close(ALICE, [os.dup(fd)]))
-        await asyncio.sleep(0)
-        while closers.unclosed:  # noqa: ASYNC110 # its thread has not begun
-            await asyncio.sleep(0.01)
+    with file_that_does_not_close(tmp_path / "file", os.getpid()) as file:
+        closing = asyncio.ensure_future(closers.close(ALICE, [os.dup(file.fd)]))
+        await asyncio.to_thread(file.hangs)
         assert await closers.pause() == {ALICE}
         closers.go_on()
     await closing
