@@ -201,6 +201,24 @@ def test_program_that_does_not_end_in_time_is_ended_and_the_event_is_repeated(ru
     assert causes == ["no end in 5 s", "exit"]
 
 
+def test_update_is_in_use_at_once_and_comes_back_by_a_rollback_alone(running: Daemon, tmp_path: Path) -> None:
+    folder, manifest = tmp_path / "updated", {"hooks": ["project.created"], "delivery": {"attempts": 1}}
+    write_plugin(folder, '#!/bin/sh\necho \'{"status": "first"}\'\n', **(MANIFEST | manifest))
+    running.cli("plugin", "add", str(folder), "--yes")
+    write_plugin(folder, "#!/bin/sh\nexit 1\n", version="2.0.0", **(MANIFEST | manifest))
+    running.cli("plugin", "update", "updated", str(folder))
+    assert running.json("plugin", "show", "updated")["version"] == "2.0.0"
+    emitted = running.json(
+        "event", "emit", "project.created", '{"project_id": "p1", "name": "Shop"}', "--wait", code=None
+    )
+    assert [(one["state"], one["attempts"]) for one in emitted["deliveries"]] == [("dead", 1)]
+    assert running.json("plugin", "show", "updated")["version"] == "2.0.0"
+    running.cli("plugin", "rollback", "updated")
+    running.cli("event", "replay", emitted["id"], "--plugin", "updated")
+    wait_for(lambda: running.json("event", "show", emitted["id"])["deliveries"][0]["status"] == "first")
+    running.cli("plugin", "remove", "updated", "--yes")
+
+
 def test_output_without_bound_harms_nobody_and_a_line_too_long_is_no_result(running: Daemon) -> None:
     flooded, long = deliver(running, "floods", "floods"), deliver(running, "long", "long")
     assert (flooded["state"], long["state"]) == ("ok", "ok")
@@ -306,24 +324,6 @@ def test_invocation_of_a_killed_host_is_ended_and_its_event_delivered_again(held
     let_go(held)
     done = outcome_of_held(held, one)
     assert (done["state"], done["attempts"]) == ("ok", 2)
-
-
-def test_update_is_in_use_at_once_and_comes_back_by_a_rollback_alone(running: Daemon, tmp_path: Path) -> None:
-    folder, manifest = tmp_path / "updated", {"hooks": ["project.created"], "delivery": {"attempts": 1}}
-    write_plugin(folder, '#!/bin/sh\necho \'{"status": "first"}\'\n', **(MANIFEST | manifest))
-    running.cli("plugin", "add", str(folder), "--yes")
-    write_plugin(folder, "#!/bin/sh\nexit 1\n", version="2.0.0", **(MANIFEST | manifest))
-    running.cli("plugin", "update", "updated", str(folder))
-    assert running.json("plugin", "show", "updated")["version"] == "2.0.0"
-    emitted = running.json(
-        "event", "emit", "project.created", '{"project_id": "p1", "name": "Shop"}', "--wait", code=None
-    )
-    assert [(one["state"], one["attempts"]) for one in emitted["deliveries"]] == [("dead", 1)]
-    assert running.json("plugin", "show", "updated")["version"] == "2.0.0"
-    running.cli("plugin", "rollback", "updated")
-    running.cli("event", "replay", emitted["id"], "--plugin", "updated")
-    wait_for(lambda: running.json("event", "show", emitted["id"])["deliveries"][0]["status"] == "first")
-    running.cli("plugin", "remove", "updated", "--yes")
 
 
 def test_mode_exec_refuses_settings_of_a_resident_process(running: Daemon, tmp_path: Path) -> None:
