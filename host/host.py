@@ -31,11 +31,11 @@ from host.control.follow import TrailStreams
 from host.control.mcp_verbs import McpVerbs
 from host.control.operation_verbs import OperationVerbs
 from host.control.platform_types import ApiRegister
+from host.control.plugin_types import PluginStage
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.searches import Searches
 from host.control.server import AnyEndpoint, ControlServer
-from host.control.verbs import PluginStage
 from host.database import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher, SidecarLinks

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import Any, NotRequired, get_args, get_origin, get_type_hints
 
 from host.console.events import STRUCTURED
+from host.control.event_types import Emitted
 from host.control.parameters import Parameter, Request
-from host.control.verbs import Emitted, verbs
+from host.control.verbs import verbs
 from isolator import __version__
 from isolator.errors import UsageError
 

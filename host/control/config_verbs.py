@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.verbs import (
+from host.control.config_types import (
     ConfigChange,
-    ConfigItem,
     ConfigItems,
     ConfigList,
     ConfigRotateKey,
@@ -13,6 +11,8 @@ from host.control.verbs import (
     ConfigUnset,
     Reencrypted,
 )
+from host.control.plugin_types import ConfigItem
+from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.lifecycle import PluginLifecycle
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Registry

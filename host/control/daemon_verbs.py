@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from host.control.alarms import Alarms
-from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.verbs import (
-    NOTIFICATIONS,
+from host.control.daemon_types import (
     Controls,
     DaemonGeneration,
     DaemonSnapshot,
@@ -31,9 +29,9 @@ from host.control.verbs import (
     SnapshotTaken,
     Status,
     Version,
-    listing,
-    result_keys,
 )
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.verbs import NOTIFICATIONS, listing, result_keys
 from host.database import Store
 from host.delivery.dispatch import Dispatcher
 from host.plugins.registry import Registry

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-from host.control.server import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
-from host.control.verbs import (
+from host.control.event_types import (
     Deliveries,
     Event,
     EventDead,
@@ -18,6 +17,7 @@ from host.control.verbs import (
     EventWait,
     Replayed,
 )
+from host.control.server import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
 from host.delivery.dispatch import Dispatcher
 from host.events import OPERATIONAL, Catalogue
 from host.intake import EventIntake

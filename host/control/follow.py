@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from host.control.audit_types import AuditFollow, FollowedTrail
 from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.verbs import AuditFollow, FollowedTrail
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UnavailableError, UsageError

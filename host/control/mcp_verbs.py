@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.terms import Nothing
-from host.control.verbs import (
+from host.control.mcp_types import (
     ApprovedTools,
     CalledTool,
     ComparedTools,
@@ -21,6 +19,8 @@ from host.control.verbs import (
     McpTools,
     Tools,
 )
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.terms import Nothing
 from host.plugins.registry import Registry
 
 if TYPE_CHECKING:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.verbs import (
+from host.control.event_types import (
     ChangedEvent,
     EventCancel,
     EventJobs,
     EventRecover,
     EventRetry,
     EventSkip,
-    PauseChange,
-    PluginPause,
-    PluginResume,
     Recovery,
     RecoveryJobs,
 )
+from host.control.plugin_types import PauseChange, PluginPause, PluginResume
+from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.delivery.dispatch import Dispatcher
 from host.jobs import JOB, Jobs
 from host.plugins.registry import Registry

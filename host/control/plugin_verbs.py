@@ -9,9 +9,7 @@ from typing import Any, cast
 from host.control.alarms import Alarms
 from host.control.config_verbs import config_items
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
-from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.control.terms import Nothing
-from host.control.verbs import (
+from host.control.plugin_types import (
     Explanation,
     ListedPlugin,
     ListedPlugins,
@@ -26,6 +24,8 @@ from host.control.verbs import (
     ShownPlugin,
     StartedRun,
 )
+from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.terms import Nothing
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Pinged, Watches
 from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded

@@ -11,9 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
-from host.control.terms import Nothing
-from host.control.verbs import (
+from host.control.plugin_types import (
     ApprovedPlugin,
     ChangedPlugin,
     PluginApprove,
@@ -31,6 +29,8 @@ from host.control.verbs import (
     StagedPlugin,
     UpdatedPlugin,
 )
+from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
+from host.control.terms import Nothing
 from host.delivery.modes import check_mode
 from host.events import Catalogue
 from host.lifecycle import PluginLifecycle

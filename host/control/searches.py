@@ -17,9 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from host.control.audit_types import AuditSearch
 from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.terms import Nothing
-from host.control.verbs import AuditSearch
 from isolator.audit.search import CPU_SECONDS, FAILED, MEMORY
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.tasks import Tasks

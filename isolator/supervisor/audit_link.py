@@ -38,18 +38,22 @@ class AuditLink:
         self._client, self._senders, self._paths, self._config = client, senders, paths, config
         self._ends: dict[str, socket.socket] = {}
         self._made_for: dict[str, int] = {}
-        """By source: the start of the audit process for which its socket was made."""
+        """By source: the start of the audit process for which its socket was made; 0: there was none to take it."""
+        self._introduced = 0
+        """The last start of the audit process that has answered its hello: before, it takes no sources."""
 
     async def introduce(self, channel: Channel) -> None:
         """Say hello to a new audit process, and give every sender a socket to it."""
         check_trail(self._paths)
         hello = AuditHello(root=str(self._paths.root), config=self._config.model_dump(mode="json"))
         found = await self.process.first_answer(channel.ask(hello))
+        self._introduced = self.process.starts
         self._client.reconnect(socket.socket(fileno=self.source_end("supervisor")))
         with listen(self._paths.metrics_socket, mode=0o600, owner=0, backlog=16) as metrics:
             channel.tell(ServeMetrics(), fds=[metrics.fileno()])
         for sender in self._senders:
-            if sender.up.is_set():
+            # One that is not up yet may be waiting for the trail, and so for this.
+            if sender.channel is not None and not sender.channel.closed.is_set():
                 self._renew(sender)
         if self.process.starts > 1:
             why = "the audit process ended and was started again; what it had counted and not summed up is lost"
@@ -69,9 +73,11 @@ class AuditLink:
         if old is not None:
             old.close()
         self._ends[source] = mine
-        self._made_for[source] = self.process.starts
+        present = self._introduced == self.process.starts
+        self._made_for[source] = self.process.starts if present else 0
         with theirs:
-            self.process.tell(RecordSource(name=source), fds=[theirs.fileno()])
+            if present:
+                self.process.tell(RecordSource(name=source), fds=[theirs.fileno()])
         return os.dup(mine.fileno())
 
     def note_restart(self, sender: ChildProcess) -> None:
@@ -81,7 +87,7 @@ class AuditLink:
             self._client.record(AuditGap(count=None, why=why, source=sender.spec.name))
 
     def catch_up(self, sender: ChildProcess) -> None:
-        """Connect a sender that was coming up while the audit process was started again: ``introduce`` left it out.
+        """Connect a sender for which no socket was made when the audit process was started again.
 
         Nothing may be awaited after this: ``up`` is set next, and from then on ``introduce`` takes care of it.
         """
@@ -99,6 +105,7 @@ class AuditLink:
         """Go on with the links from before this process's exec."""
         self._ends = {name: socket.socket(fileno=fd) for name, fd in before.sources.items()}
         self._made_for = dict(before.made_for)
+        self._introduced = max(before.made_for.values())  # nothing is handed over before it has answered
         self._client.adopt(before.client)
 
     def _renew(self, sender: ChildProcess) -> None:

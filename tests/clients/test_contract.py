@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from host.control.event_types import Delivery
 from host.control.platform_types import EventTypeEntry, PluginHealthEntry
-from host.control.verbs import Delivery, PluginEntry, verbs
+from host.control.plugin_types import PluginEntry
+from host.control.verbs import verbs
 from isolator_client import AsyncClient, Client, IsolatorError, NotFoundError, Staged, UsageError
 from isolator_client.testing import _USUAL, FakeDaemon
 from tests.host.fake_supervisor import Daemon

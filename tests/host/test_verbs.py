@@ -22,20 +22,12 @@ from host.control import (
     registration_verbs,
     searches,
 )
+from host.control.audit_types import AuditFollow
+from host.control.event_types import EventEmit, EventReplay, EventWait
 from host.control.parameters import Request
 from host.control.platform_types import EventRegister
-from host.control.verbs import (
-    AuditFollow,
-    EventEmit,
-    EventReplay,
-    EventWait,
-    PluginLogs,
-    PluginShow,
-    PluginStage,
-    PluginUpdate,
-    listing,
-    verbs,
-)
+from host.control.plugin_types import PluginLogs, PluginShow, PluginStage, PluginUpdate
+from host.control.verbs import listing, verbs
 from isolator.errors import UsageError
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from host.client.client import Client
-from host.control.verbs import ListedPlugin, PluginEntry
+from host.control.plugin_types import ListedPlugin, PluginEntry
 from isolator.paths import Paths
 from tests.support.answers import check_keys, checked
 from tests.system.daemon import ECHO, alive, daemon, event, wait_for, write_plugin

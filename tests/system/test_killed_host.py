@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -17,7 +19,7 @@ from host.client.client import Client
 from isolator.errors import IsolatorError
 from tests.support.sidecars import raw, stream
 from tests.support.timeouts import seconds
-from tests.system.daemon import EVENT, Daemon, alive, daemon, kill_9, wait_for, write_plugin
+from tests.system.daemon import EVENT, Daemon, alive, daemon, event, kill_9, wait_for, write_plugin
 
 NOTE = """
 def note(meta):
@@ -132,3 +134,23 @@ def _connected(d: Daemon) -> Client | None:
 
 def _of(row: dict[str, Any], plugin: str) -> dict[str, Any]:
     return next(delivery for delivery in row["deliveries"] if delivery["plugin"] == plugin)
+
+
+def is_well(d: Daemon) -> bool:
+    with contextlib.suppress(IsolatorError, OSError), Client(d.root, timeout=seconds(10)) as client:
+        return not client.call("status")["alarms"]
+    return False
+
+
+@pytest.mark.parametrize("pause", [0.0, pytest.param(0.2, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("first", ["host", "isolator.audit"])
+def test_host_that_dies_with_the_audit_process_comes_back(first: str, pause: float) -> None:
+    second = "host" if first == "isolator.audit" else "isolator.audit"
+    with daemon(kind=Impatient) as d:
+        pids = [d.service_pid(f"{first}.service"), d.service_pid(f"{second}.service")]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(pause)
+        wait_for(lambda: d.service_pid("host.service", missing_ok=True) not in (0, *pids), seconds(60))
+        wait_for(lambda: is_well(d), seconds(60), "one of them waits for the other")
+        d.cli("event", "emit", "deploy.completed", event("after"))
