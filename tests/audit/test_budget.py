@@ -21,7 +21,7 @@ from tests.support.timeouts import seconds
 FLOOD = 10_000
 SUMMED = {
     "plugin.health", "event.dispatched", "event.response", "net.query", "net.connect", "net.closed", "net.denied",
-    "syscall.denied", "fs.denied", "api.called", "control.called",
+    "syscall.denied", "fs.denied", "api.called", "control.called", "tool.called",
 }  # fmt: skip
 """All types of which the writer may count records; a change here is a change of the trail's promise."""
 
