@@ -84,7 +84,7 @@ def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leav
         d.cli("reload")
         d.cli("event", "emit", "deploy.completed", event(2), "--wait")
         shown = _status(d)
-        assert shown["plugins"][0]["shards"] == held and shown["outbox"]["events"] == 0 and not shown["problems"]
+        assert shown["plugins"][0]["shards"] == [held] and shown["outbox"]["events"] == 0 and not shown["problems"]
 
         # Without the server events are accepted, and the plugin does not act for long.
         servers[0].kill()
