@@ -1,7 +1,6 @@
 """State of a host on its way to another that takes its place: one type, of the types of those that hand something on.
 
-Whoever changes one of them, in whatever way, raises ``HOST_STATE``: another version's state is not read, and the
-process starts as after a crash.
+Whoever changes one of them, in whatever way, makes the next format of it.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ from host.lifecycle import StartState
 from host.plugins.logs import LogState
 from isolator.audit.client import SenderState
 from isolator.ipc.body import Body, Json
-
-HOST_STATE = 2
+from isolator.ipc.formats import Formats
 
 
 class HostState(Body):
     """Everything that a host knows and neither its database nor the supervisor does."""
 
-    version: int = HOST_STATE
     audit: SenderState
     workers: tuple[WorkerState, ...]
     logs: tuple[LogState, ...]
@@ -31,3 +28,24 @@ class HostState(Body):
     starts: tuple[StartState, ...]
     mcp: Json | None
     """`ServersState` of `host.mcp.servers`, if there is an MCP server"""
+
+
+def _settled(body: Json) -> Json:
+    """Format 2: what is greeted and has not answered is cut off, and nobody reads from what is being started."""
+
+    def worker(one: Json) -> Json:
+        session, modes = one["session"], one["modes"]
+        if "exec" in modes:
+            runs = [{key: run[key] for key in run if key != "beginning"} for run in modes["exec"]["invocations"]]
+            modes = {**modes, "exec": {"invocations": runs}}
+        return {**one, "session": None if session is not None and "hello" in session else session, "modes": modes}
+
+    mcp = body["mcp"]
+    if mcp is not None:
+        mcp = {**mcp, "sessions": {name: one for name, one in mcp["sessions"].items() if "hello" not in one}}
+    return {**body, "workers": [worker(one) for one in body["workers"]], "mcp": mcp}
+
+
+FORMATS = Formats(HostState, 3, up=lambda body: body, down=_settled)
+BEFORE_ASKING = 2
+"""The format of the version whose supervisor names none."""

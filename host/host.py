@@ -73,6 +73,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    InvocationBegun,
     InvocationEnded,
     Leave,
     Left,
@@ -86,7 +87,7 @@ from isolator.ipc.messages import (
     ServeCallers,
     StderrTail,
 )
-from isolator.ipc.succession import Departure, Descriptors
+from isolator.ipc.succession import Departure, Descriptors, Succession
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
@@ -151,15 +152,21 @@ class Host:
     """
 
     def __init__(
-        self, paths: Paths, settings: HostConfig, channel: Channel, audit: AuditClient, before: HostState | None = None,
+        self,
+        paths: Paths,
+        settings: HostConfig,
+        channel: Channel,
+        audit: AuditClient,
+        succession: Succession[HostState],
+        before: HostState | None = None,
         parts: HostParts = HostParts(),
-    ) -> None:  # fmt: skip
+    ) -> None:
         for folder in (paths.host_lib, paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise IsolatorError(str(folder), "is not a folder this process can write", "restart the daemon as root")
         self.left = False
         """Everything was handed on: nothing is to be closed here."""
-        self._audit, self._channel = audit, channel
+        self._audit, self._channel, self._succession = audit, channel, succession
         self._servers: Servers | None = None
         """MCP servers, once there is one."""
         link = SupervisorLink(channel, settings.ceiling.limits.start_timeout)
@@ -313,6 +320,7 @@ class Host:
             RunStarted.on_fds(self._run_started),
             DrainRun.on(self._drain_run),
             RunEnded.on(self._run_ended),
+            InvocationBegun.on_fds(self._invocation_begun),
             InvocationEnded.on(self._invocation_ended),
             GetStderrTail.on(self._stderr_tail),
             NewAuditSocket.on_fds(self._audit_source),
@@ -387,7 +395,7 @@ class Host:
         await self._attempts.close()
         await self._store.run(lambda _: None)  # events that were accepted before are in their queues, and answered
         departure = Departure()
-        while self._dispatcher.replied:  # noqa: ASYNC110 # a turn or two
+        while any(one.replied for one in self._senders):  # noqa: ASYNC110 # a turn or two
             await asyncio.sleep(0)
         workers = self._dispatcher.pass_on(departure)
         self._lifecycle.close()
@@ -412,14 +420,18 @@ class Host:
             starts=starts, mcp=mcp,
         )  # fmt: skip
         self.left = True
-        return Left(parts=await departure.send(state, self._channel))
+        return Left(parts=await self._succession.send(state, departure, self._channel))
 
     @property
     def _unsettled(self) -> bool:
         """Whether something is under way that cannot be handed on and is likely to end soon."""
         others = self._channel.serving > 1  # one is the request to leave
-        opening = self._servers is not None and self._servers.unsettled
-        return opening or others or self._dispatcher.unsettled or self._api.busy or self._lifecycle.unsettled
+        return others or self._dispatcher.unsettled or self._api.busy or self._lifecycle.unsettled
+
+    @property
+    def _senders(self) -> tuple[Dispatcher | Servers, ...]:
+        """Those whose requests sidecars answer."""
+        return self._dispatcher, *([self._servers] if self._servers is not None else [])
 
     async def _settle(self, unsettled: Callable[[], bool]) -> None:
         with contextlib.suppress(TimeoutError):
@@ -431,7 +443,7 @@ class Host:
         """Have no connection made for this process any more: simple plugins die of one without a request."""
         with contextlib.suppress(IsolatorError):  # a supervisor of the version before does not know this
             await self._channel.ask(BreakOff())
-            while self._dispatcher.connecting:  # noqa: ASYNC110 # each is answered: a turn or two
+            while any(one.connecting for one in self._senders):  # noqa: ASYNC110 # each is answered: a turn or two
                 await asyncio.sleep(0)
 
     async def close(self) -> None:
@@ -492,6 +504,9 @@ class Host:
         if self._servers is not None:
             self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
+
+    async def _invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
+        self._dispatcher.invocation_begun(begun, fds)
 
     async def _invocation_ended(self, ended: InvocationEnded) -> None:
         self._dispatcher.invocation_ended(ended)

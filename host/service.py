@@ -16,14 +16,14 @@ from collections.abc import Callable
 
 import prctl
 
-from host.handover import HOST_STATE, HostState
+from host.handover import BEFORE_ASKING, FORMATS
 from host.host import Host, HostParts, Introduction
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import HostHello, NewAuditSocket, StatePart
-from isolator.ipc.succession import Arrival, Descriptors
+from isolator.ipc.messages import HostHello, NewAuditSocket
+from isolator.ipc.succession import Descriptors, Succession
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 from isolator.linux.garbage import spare_the_collector
@@ -38,7 +38,7 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
     audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None)
     running: asyncio.Future[Host] = loop.create_future()
-    arrival = Arrival()
+    succession = Succession(FORMATS, BEFORE_ASKING)
 
     async def hello(request: HostHello, fds: list[int]) -> None:
         if running.done():
@@ -46,10 +46,10 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
         introduction = Introduction.read(request, fds)
         state, descriptors = None, Descriptors([])
         if request.parts:
-            state, descriptors = arrival.unpack(request.parts, HostState, HOST_STATE)
+            state, descriptors = succession.unpack(request.parts)
             audit.take_over(state.audit, descriptors)
         host = Host(
-            introduction.paths, introduction.settings, channel, audit, state, parts(introduction.paths)
+            introduction.paths, introduction.settings, channel, audit, succession, state, parts(introduction.paths)
         )  # fmt: skip
         running.set_result(host)
         # Before anything is awaited: a message behind the hello finds its handler.
@@ -62,9 +62,8 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
     async def audit_source(_: NewAuditSocket, fds: list[int]) -> None:
         audit.reconnect(socket.socket(fileno=fds.pop()))
 
-    for op, handler in by_op(
-        HostHello.on_fds(hello), NewAuditSocket.on_fds(audit_source), StatePart.on_fds(arrival.part)
-    ).items():
+    first = by_op(HostHello.on_fds(hello), NewAuditSocket.on_fds(audit_source))
+    for op, handler in (succession.handlers() | first).items():
         channel.handle(op, handler)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -90,7 +90,7 @@ class StreamConnection(LineProtocol):
         """
         number = os.urandom(8).hex()
         reply: Reply = self._loop.create_future()
-        self.write(number, line({"jsonrpc": "2.0", "method": method, "params": params, "id": number}), timeout, reply)
+        self.write(number, _request(method, params, number), timeout, reply)
         return await reply
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
@@ -139,18 +139,24 @@ class StreamConnection(LineProtocol):
         """Send a notification, which is never answered."""
         self.send(line({"jsonrpc": "2.0", "method": method, "params": params}))
 
-    async def hello(self, *, plugin: Mapping[str, str], hooks: Iterable[str], limits: Mapping[str, Any]) -> Greeting:
-        """Agree on a protocol; raises NotSentError with the reason when that fails."""
-        granted = list(hooks)
+    def hello(self, *, plugin: Mapping[str, str], hooks: Iterable[str], limits: Mapping[str, Any]) -> tuple[str, Reply]:
+        """Offer the protocols; returns the number of the request, and its reply, for ``greeting``."""
         offer = {
             "protocol": list(PROTOCOLS),
             "host": {"name": "isolator", "version": __version__},
             "plugin": dict(plugin),
-            "hooks": granted,
+            "hooks": list(hooks),
             "limits": dict(limits),
         }
+        number, reply = os.urandom(8).hex(), self._loop.create_future()
+        self.write(number, _request("host.hello", offer, number), HELLO_TIMEOUT, reply)
+        return number, reply
+
+    async def greeting(self, hooks: Iterable[str], reply: Reply) -> Greeting:
+        """The plugin's answer to the offer of these hooks; raises NotSentError with the reason when it is none."""
+        granted = list(hooks)
         try:
-            message, _ = await self.request("host.hello", offer, HELLO_TIMEOUT)
+            message, _ = await reply
         except LostError as error:
             self.abort(f"no answer to host.hello: {error}")
             raise NotSentError(self.why) from None
@@ -288,6 +294,10 @@ def cancel_calls(calls: Mapping[asyncio.Task[None], Any]) -> list[Any]:
     for task in open_calls:
         task.cancel()
     return [number for number in open_calls.values() if number is not None]
+
+
+def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:
+    return line({"jsonrpc": "2.0", "method": method, "params": params, "id": number})
 
 
 def _expire(future: asyncio.Future[Any]) -> None:

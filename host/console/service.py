@@ -20,32 +20,35 @@ from isolator.broker.hardening import harden
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import Body, by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import ConsoleHello, Leave, Left, StatePart
-from isolator.ipc.succession import Arrival, Departure
+from isolator.ipc.formats import Formats
+from isolator.ipc.messages import ConsoleHello, Leave, Left
+from isolator.ipc.succession import Departure, Succession
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
-CONSOLE_STATE = 1
-"""Whoever changes the type below, in whatever way, raises it."""
-
 _logger = logging.getLogger(__name__)
 
 
 class ConsoleState(Body):
-    """A console on its way to another that takes its place."""
+    """A console on its way to another that takes its place.
 
-    version: int = CONSOLE_STATE
+    Whoever changes it, in whatever way, makes the next format of it.
+    """
+
     listeners: tuple[int, ...]
     sessions: dict[str, Session]
+
+
+FORMATS = Formats(ConsoleState, 1)
 
 
 async def serve(channel_fd: int, filter_fd: int) -> None:
     """Serve until the supervisor closes its channel."""
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
     serving: Serving | None = None
-    arrival = Arrival()
+    succession = Succession(FORMATS)
 
     async def hello(request: ConsoleHello, fds: list[int]) -> None:
         nonlocal serving
@@ -56,7 +59,7 @@ async def serve(channel_fd: int, filter_fd: int) -> None:
             harden(program.read(), _readable(paths))
         sessions = Sessions()
         if request.parts:
-            state, descriptors = arrival.unpack(request.parts, ConsoleState, CONSOLE_STATE)
+            state, descriptors = succession.unpack(request.parts)
             with descriptors:
                 listeners = [socket.socket(fileno=descriptors.take(number)) for number in state.listeners]
             sessions.take_over(state.sessions)
@@ -75,9 +78,9 @@ async def serve(channel_fd: int, filter_fd: int) -> None:
         numbers = tuple(departure.copy(one.fileno()) for one in serving.listeners)
         await serving.end()
         state = ConsoleState(listeners=numbers, sessions=serving.sessions.pass_on())
-        return Left(parts=await departure.send(state, channel))
+        return Left(parts=await succession.send(state, departure, channel))
 
-    for op, handler in by_op(ConsoleHello.on_fds(hello), Leave.on(leave), StatePart.on_fds(arrival.part)).items():
+    for op, handler in (succession.handlers() | by_op(ConsoleHello.on_fds(hello), Leave.on(leave))).items():
         channel.handle(op, handler)
     await channel.closed.wait()
     if serving is not None:

@@ -30,7 +30,7 @@ from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
-from isolator.ipc.messages import Environment, InvocationEnded
+from isolator.ipc.messages import Environment, InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
@@ -186,6 +186,11 @@ class Dispatcher:
         """See ``Worker.run_ended``."""
         if name in self.workers:
             self.workers[name].run_ended(run, crashed=crashed)
+
+    def invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
+        """See ``Worker.invocation_begun``."""
+        if begun.name in self.workers:
+            self.workers[begun.name].invocation_begun(begun, fds)
 
     def invocation_ended(self, ended: InvocationEnded) -> None:
         """See ``Worker.invocation_ended``."""

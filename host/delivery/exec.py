@@ -12,7 +12,7 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,8 @@ from host.plugins.registry import Plugin
 from host.queue.interface import RETRY_BACKOFF, Delivery
 from host.wire.strict_json import WireError, parse_object
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Body
-from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
+from isolator.ipc.body import Body, WithFds, omitted
+from isolator.ipc.messages import InvocationBegun, InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.linux.descriptors import close_all
@@ -44,6 +44,8 @@ class InvocationInFlight(Body):
     seq: int
     run: str
     sent_ns: int
+    beginning: bool = omitted(default=False)
+    """the supervisor was asked for it and has not answered: `invocation.begun` is its answer"""
 
 
 class ExecState(Body):
@@ -58,9 +60,17 @@ class _Invocation:
     delivery: Delivery
     run: str
     sent_ns: int = 0
+    begun: asyncio.Future[WithFds[InvocationStarted]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """The supervisor's answer to another host, which had asked for it and has left."""
     started: bool = False
     """The supervisor has started it, and its pipes are read."""
     ended: asyncio.Future[InvocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    async def answer(self) -> WithFds[InvocationStarted]:
+        """What ``begun`` has; raises IsolatorError when it was not begun."""
+        return await self.begun
 
 
 class ExecDelivery(Mode):
@@ -102,7 +112,9 @@ class ExecDelivery(Mode):
 
         def send() -> None:
             invocation.sent_ns = time.perf_counter_ns()
-            self._tasks.run(f"invocation of {plugin.name}", self._live(invocation, hook, request))
+            self._tasks.run(
+                f"invocation of {plugin.name}", self._live(invocation, lambda: self._ask(invocation, hook, request))
+            )
 
         def give_up(why: str) -> None:
             invocation.sent_ns = time.perf_counter_ns()
@@ -111,39 +123,45 @@ class ExecDelivery(Mode):
         self.parts.outcomes.begin(delivery, invocation.run, request, send, give_up)
         self.parts.sidecar.status = "in_flight"
 
-    async def _live(self, invocation: _Invocation, hook: str, request: bytes) -> None:
-        """Have the invocation started, and conclude the attempt when it has ended."""
-        event, attempt = invocation.delivery.event, invocation.delivery.attempts
-        assert event is not None
-        start = StartInvocation(
-            name=invocation.plugin.name, run=invocation.run, event=event.id, type=hook, attempt=attempt,
-            environment=self.parts.environment(invocation.plugin.name),
-        )  # fmt: skip
+    async def _live(
+        self, invocation: _Invocation, answered: Callable[[], Awaitable[WithFds[InvocationStarted]]]
+    ) -> None:
+        """Conclude the attempt when the invocation has ended, or ``answered`` says that it was not begun."""
         try:
-            started = await self._start(start, request)
+            answer = await answered()
+            self._attach(invocation, answer.fds)
         except (IsolatorError, OSError) as error:
             pause = RETRY_BACKOFF.after(invocation.delivery.busy)
             self._conclude(invocation, Outcome("busy", "not_started", str(error), retry_after=pause))
             return
-        if started.failed:
-            self._conclude(invocation, Outcome("failed", "not_executed", started.failed))
+        if answer.body.failed:
+            self._conclude(invocation, Outcome("failed", "not_executed", answer.body.failed))
             return
         invocation.started = True
         await self._finish(invocation)
 
-    async def _start(self, start: StartInvocation, request: bytes) -> InvocationStarted:
+    async def _ask(self, invocation: _Invocation, hook: str, request: bytes) -> WithFds[InvocationStarted]:
+        event = invocation.delivery.event
+        assert event is not None
+        start = StartInvocation(
+            name=invocation.plugin.name, run=invocation.run, event=event.id, type=hook,
+            attempt=invocation.delivery.attempts, environment=self.parts.environment(invocation.plugin.name),
+        )  # fmt: skip
         stdin = make_sealed(request)
         try:
-            answer = await self.parts.supervisor.ask_fds(start, fds=[stdin])
+            return await self.parts.supervisor.ask_fds(start, fds=[stdin])
         finally:
             os.close(stdin)
-        if len(answer.fds) == 3:
-            listener, stdout, stderr = answer.fds
-            self.parts.logs.attach(start.name, start.run, stdout, stderr, tail=True)
-            self.parts.serve_invocation(start.name, start.run, socket.socket(fileno=listener))
+
+    def _attach(self, invocation: _Invocation, fds: list[int]) -> None:
+        """Read the output of an invocation and serve its calls; owns the descriptors."""
+        name, run = invocation.plugin.name, invocation.run
+        if len(fds) == 3:
+            listener, stdout, stderr = fds
+            self.parts.logs.attach(name, run, stdout, stderr, tail=True)
+            self.parts.serve_invocation(name, run, socket.socket(fileno=listener))
         else:
-            close_all(answer.fds)
-        return answer.body
+            close_all(fds)
 
     async def _finish(self, invocation: _Invocation) -> None:
         ended = await invocation.ended
@@ -161,10 +179,22 @@ class ExecDelivery(Mode):
             invocation.plugin, invocation.delivery, invocation.run, outcome, latency, broken=False
         )
 
+    def invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
+        invocation = self._invocations.get(begun.run)
+        if invocation is None or invocation.begun.done():
+            return
+        if begun.refused:
+            invocation.begun.set_exception(IsolatorError(begun.refused))
+        else:
+            invocation.begun.set_result(WithFds(InvocationStarted(failed=begun.failed), list(fds)))
+            fds.clear()
+
     def invocation_ended(self, ended: InvocationEnded) -> None:
         invocation = self._invocations.get(ended.run)
         if invocation is not None and not invocation.ended.done():
             invocation.ended.set_result(ended)
+            if not invocation.begun.done():
+                invocation.begun.set_result(WithFds(InvocationStarted(), []))
 
     def close(self) -> None:
         self._tasks.cancel()
@@ -173,7 +203,7 @@ class ExecDelivery(Mode):
 
     @property
     def unsettled(self) -> bool:
-        return any(not invocation.started for invocation in self._invocations.values())
+        return any(not invocation.sent_ns for invocation in self._invocations.values())
 
     @property
     def replied(self) -> bool:
@@ -182,8 +212,9 @@ class ExecDelivery(Mode):
     def pass_on(self, departure: Departure) -> ExecState | None:
         self._tasks.cancel()
         invocations = (
-            InvocationInFlight(seq=invocation.delivery.seq, run=invocation.run, sent_ns=invocation.sent_ns)
-            for invocation in self._invocations.values()
+            InvocationInFlight(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns, beginning=not one.started)
+            for one in self._invocations.values()
+            if one.sent_ns
         )
         return ExecState(invocations=tuple(invocations))
 
@@ -198,9 +229,10 @@ class ExecDelivery(Mode):
             delivery = deliveries.get(one.seq)
             if plugin is not None and delivery is not None:
                 invocation = self._invocations[one.run] = _Invocation(
-                    plugin, delivery, one.run, one.sent_ns, started=True
+                    plugin, delivery, one.run, one.sent_ns, started=not one.beginning
                 )
-                self._tasks.run(f"invocation of {plugin.name}", self._finish(invocation))
+                life = self._live(invocation, invocation.answer) if one.beginning else self._finish(invocation)
+                self._tasks.run(f"invocation of {plugin.name}", life)
 
 
 def outcome_of(ended: InvocationEnded, line: bytes, last_words: str = "") -> Outcome:

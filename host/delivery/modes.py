@@ -24,7 +24,7 @@ from host.queue.interface import Delivery
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import Environment, InvocationEnded
+from isolator.ipc.messages import Environment, InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ class Mode:
 
     def run_ended(self, run: str) -> None:
         """Take note that a run is over."""
+
+    def invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
+        """Go on with an invocation for which another host has asked, if it is one of these; takes its descriptors."""
 
     def invocation_ended(self, ended: InvocationEnded) -> None:
         """Take note of how an invocation has ended."""

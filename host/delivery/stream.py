@@ -6,13 +6,14 @@ each of their events is retried alone, until the one that the plugin dies of is 
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, meta_of, params_text, read_reply
-from host.channel.stream import Greeting, StreamConnection, StreamState, open_stream
+from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, open_stream
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
@@ -20,19 +21,31 @@ from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, omitted
 from isolator.ipc.succession import Departure, Descriptors
+from isolator.ipc.tasks import Tasks
 from isolator.pacing import TokenBucket
 
 HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 """Answers a call of a stream plugin to the host API: (plugin, run, method, params) → its reply's fields."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Session:
     run: str
     connection: StreamConnection
-    greeting: Greeting
+    greeted: asyncio.Future[Greeting]
+    """Done once the plugin has answered ``host.hello``; fails with NotSentError."""
+    hello: str = ""
+    """The number of that request."""
+    reply: Reply | None = None
+    """The reply to it; None: another host had it."""
+
+    @property
+    def greeting(self) -> Greeting | None:
+        """The plugin's greeting, if there is one."""
+        done = self.greeted.done() and not self.greeted.cancelled() and self.greeted.exception() is None
+        return self.greeted.result() if done else None
 
     @property
     def is_open(self) -> bool:
@@ -40,7 +53,7 @@ class _Session:
 
     def can(self, capability: str) -> bool:
         """Whether the plugin can still be sent a message that it declared in its greeting."""
-        return self.is_open and capability in self.greeting.capabilities
+        return self.is_open and (greeting := self.greeting) is not None and capability in greeting.capabilities
 
 
 class SessionState(Body):
@@ -53,6 +66,8 @@ class SessionState(Body):
     capabilities: tuple[str, ...]
     requests: dict[str, RequestState]
     """by number"""
+    hello: str = omitted(default="")
+    """the number of the unanswered `host.hello`, in place of a greeting"""
 
 
 class StreamDelivery:
@@ -72,7 +87,9 @@ class StreamDelivery:
         self._requests = Requests[tuple[dict[str, Any], bytes]](
             sidecar, outcomes, lambda reply, number: read_reply(reply[1], expect=number)
         )
-        self._connecting = False
+        self.connecting = False
+        """A connection is being made, and not greeted yet."""
+        self._tasks = Tasks()
         self._cpu = TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
 
     @property
@@ -83,14 +100,21 @@ class StreamDelivery:
     @property
     def ready(self) -> bool:
         """Whether the present run has been greeted, so that a request can be sent at once."""
+        session = self._present
+        return session is not None and session.greeting is not None
+
+    @property
+    def _present(self) -> _Session | None:
+        """The session with the present run, if it is open."""
         session = self._session
-        return session is not None and session.run == self._sidecar.run and session.is_open
+        return session if session is not None and session.run == self._sidecar.run and session.is_open else None
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""
         assert delivery.event is not None
-        session = await self._connected(plugin)
-        if hook not in session.greeting.handles:
+        session = self._present or await self._connect(plugin)
+        greeting = await asyncio.shield(session.greeted)
+        if hook not in greeting.handles:
             self._outcomes.give_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return
         event_type = self._catalogue.get(delivery.event.name)
@@ -111,18 +135,16 @@ class StreamDelivery:
             lambda reply: connection.write(number, request, plugin.timeout, reply),
         )  # fmt: skip
 
-    async def _connected(self, plugin: Plugin) -> _Session:
-        """The session with the present run, opened and greeted if there is none."""
+    async def _connect(self, plugin: Plugin) -> _Session:
+        """Open a session with the present run in the place of the one before; its ``greeted`` is under way."""
         if self._session is not None:
-            if self.ready:
-                return self._session
             self._session.connection.close()
             self._session = None
-        self._connecting = True
+        self.connecting = True
         try:
             self._session = await self._open(plugin)
         finally:
-            self._connecting = False
+            self.connecting = False
         return self._session
 
     async def _open(self, plugin: Plugin) -> _Session:
@@ -132,17 +154,23 @@ class StreamDelivery:
             sock.close()
             raise NotSentError(foreign)
         connection = await open_stream(sock, lambda: self._connection(run))
-        spec = plugin.manifest
-        greeting = await connection.hello(
+        if self._sidecar.leaving:
+            self._hold(connection)
+        spec, hooks = plugin.manifest, sorted(plugin.hooks.values())
+        number, reply = connection.hello(
             plugin={"name": plugin.name, "version": plugin.version},
-            hooks=sorted(plugin.hooks.values()),
+            hooks=hooks,
             limits={
                 "max_message": STREAM_MESSAGE,
                 "max_in_flight": spec.transport.max_in_flight if spec is not None else 1,
                 "deadline_ms": round(plugin.timeout * 1000),
             },
         )
-        return _Session(run, connection, greeting)
+        return _Session(run, connection, self._greeted(connection, hooks, reply), number, reply)
+
+    def _greeted(self, connection: StreamConnection, hooks: Iterable[str], reply: Reply) -> asyncio.Future[Greeting]:
+        name = f"greeting of {self._sidecar.name}"
+        return self._tasks.run(name, connection.greeting(hooks, reply), expected=(NotSentError,))
 
     def _connection(self, run: str) -> StreamConnection:
         async def call(method: str, params: Any) -> dict[str, Any]:
@@ -158,16 +186,23 @@ class StreamDelivery:
     def hold(self) -> None:
         """Read nothing of the connection from now on."""
         if self._session is not None:
-            self._session.connection.hold("leaving")
+            self._hold(self._session.connection)
+
+    @staticmethod
+    def _hold(connection: StreamConnection) -> None:
+        connection.hold("leaving")
 
     @property
     def unsettled(self) -> bool:
-        """Whether something is under way that cannot be handed on: a greeting, or a call of the plugin's."""
-        return self._connecting or (self._session is not None and self._session.connection.busy)
+        """Whether something is under way that cannot be handed on: a connect, or a call of the plugin's."""
+        return self.connecting or (self._session is not None and self._session.connection.busy)
 
     @property
     def replied(self) -> bool:
         """Whether a reply is there that is not concluded yet."""
+        session = self._session
+        if session is not None and session.reply is not None and session.reply.done() and not session.greeted.done():
+            return True
         return self._requests.answered
 
     def pass_on(self, departure: Departure) -> SessionState | None:
@@ -177,14 +212,18 @@ class StreamDelivery:
             return None
         connection = session.connection.pass_on_all(departure)
         requests = self._requests.pass_on(connection.deadlines)
-        return SessionState(
+        greeting = session.greeting or Greeting("", frozenset(), frozenset())
+        state = SessionState(
             run=session.run,
             connection=connection,
-            protocol=session.greeting.protocol,
-            handles=tuple(session.greeting.handles),
-            capabilities=tuple(session.greeting.capabilities),
+            protocol=greeting.protocol,
+            handles=tuple(greeting.handles),
+            capabilities=tuple(greeting.capabilities),
             requests=requests,
+            hello="" if session.greeting is not None else session.hello,
         )
+        self._tasks.cancel()
+        return state
 
     async def take_over(
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: SessionState, descriptors: Descriptors
@@ -192,8 +231,17 @@ class StreamDelivery:
         """Go on with the connection of another host, and with the requests of these deliveries, by event number."""
         awaited = dict(self._requests.take_over(plugin, deliveries, state.requests))
         connection = self._connection(state.run)
-        greeting = Greeting(state.protocol, frozenset(state.handles), frozenset(state.capabilities))
-        self._session = _Session(state.run, connection, greeting)
+        loop = asyncio.get_running_loop()
+        if state.hello:
+            reply: Reply = loop.create_future()
+            awaited[state.hello] = reply
+            hooks = sorted(plugin.hooks.values()) if plugin is not None else ()
+            greeted = self._greeted(connection, hooks, reply)
+            self._session = _Session(state.run, connection, greeted, state.hello, reply)
+        else:
+            greeted = loop.create_future()
+            greeted.set_result(Greeting(state.protocol, frozenset(state.handles), frozenset(state.capabilities)))
+            self._session = _Session(state.run, connection, greeted)
         await connection.take_over_all(state.connection, awaited, descriptors)
 
     async def ping(self, timeout: float) -> bool:

@@ -30,7 +30,7 @@ from host.queue.interface import Consumer, Delivery, KeptState
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, Json
 from isolator.ipc.fence import Fence
-from isolator.ipc.messages import InvocationEnded
+from isolator.ipc.messages import InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 from isolator.pacing import Backoff
@@ -195,6 +195,11 @@ class Worker:
         self._outcomes.run_ended(run, crashed=crashed)
         self.wake()
 
+    def invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
+        """Go on with an invocation for which another host has asked; takes the descriptors of one of its own."""
+        for mode in self._modes.values():
+            mode.invocation_begun(begun, fds)
+
     def invocation_ended(self, ended: InvocationEnded) -> None:
         """Conclude the attempt whose invocation has ended."""
         for mode in self._modes.values():
@@ -273,7 +278,7 @@ class Worker:
     @property
     def connecting(self) -> bool:
         """Whether a connect is under way."""
-        return self._sidecar.connecting > 0 or self._oneshot.connecting
+        return self._sidecar.connecting > 0 or self._oneshot.connecting or self._stream.connecting
 
     @property
     def replied(self) -> bool:

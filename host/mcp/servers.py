@@ -14,7 +14,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +105,10 @@ class Servers:
         self._supervisor, self._registry, self._audit, self.pins = supervisor, registry, audit, pins
         self._redactor, self._use, self._fences = redactor, use, fences
         self._sessions: dict[str, Session] = {}
+        self._greeted: dict[str, Session] = {}
+        """By plugin, sessions whose first request is not answered."""
+        self.connecting = 0
+        """Sessions that are about to send it."""
         self._offered: dict[str, dict[str, Item]] = {}
         """By run, the tools that a server has listed, by name."""
         self._opening: dict[str, asyncio.Task[Session]] = {}
@@ -130,28 +134,44 @@ class Servers:
             self._begin(name, run)
 
     def _begin(self, name: str, run: str) -> asyncio.Task[Session]:
-        task = self._tasks.run(f"session with {name}", self._open(name, run), expected=(IsolatorError,))
-        self._opening[run] = task
+        return self._own(name, run, self._open(name, run))
+
+    def _own(self, name: str, run: str, opening: Coroutine[Any, Any, Session]) -> asyncio.Task[Session]:
+        task = self._opening[run] = self._tasks.run(f"session with {name}", opening, expected=(IsolatorError,))
         return task
 
     async def _open(self, name: str, run: str) -> Session:
         await self._fences.of(name).opened()
+        session = Session(run, _era(self._registry.need(name)), self._reporter(name), self._fences.of(name))
+        self.connecting += 1
+        try:
+            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
+            if len(answer.fds) != 2:
+                close_all(answer.fds)
+                raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")
+            stdin, stdout = (socket.socket(fileno=fd) for fd in answer.fds)
+            answer.fds.clear()
+            await session.connect(stdin, stdout)
+        finally:
+            self.connecting -= 1
+        if self._leaving:
+            session.begin_to_leave()
+        return await self._greet(name, session)
+
+    async def _greet(self, name: str, session: Session) -> Session:
+        """Wait until a connected session is open, whichever host has begun it."""
         plugin = self._registry.need(name)
-        session = Session(run, _era(plugin), self._reporter(name), self._fences.of(name))
-        answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
-        if len(answer.fds) != 2:
-            close_all(answer.fds)
-            raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")
-        stdin, stdout = (socket.socket(fileno=fd) for fd in answer.fds)
-        answer.fds.clear()
-        await session.connect(stdin, stdout)
         patience = plugin.effective.restart.start_timeout if plugin.effective is not None else 10.0
+        self._greeted[name] = session
         try:
             await session.greet(patience)
         except NotSentError as error:
             raise UnavailableError(f"plugin {name}", self._shown(name, str(error)), "see its log") from None
+        finally:
+            if self._greeted.get(name) is session:
+                del self._greeted[name]
         self._sessions[name] = session
-        await self._supervisor.ask(RunReady(name=name, run=run))
+        await self._supervisor.ask(RunReady(name=name, run=session.run))
         return session
 
     async def session(self, name: str) -> Session:
@@ -444,13 +464,13 @@ class Servers:
     def hold(self) -> None:
         """Read nothing from now on."""
         self._leaving = True
-        for session in self._sessions.values():
+        for session in (*self._sessions.values(), *self._greeted.values()):
             session.begin_to_leave()
 
     @property
-    def unsettled(self) -> bool:
-        """Whether a session is being opened, or a call is about to be sent."""
-        return any(not task.done() for task in self._opening.values())
+    def replied(self) -> bool:
+        """Whether a server has answered its first request, and its session is about to be open."""
+        return any(session.opening.done() for session in self._greeted.values())
 
     def pass_on(self, departure: Departure) -> ServersState:
         """Hand every session on, with the calls that are in flight."""
@@ -462,8 +482,9 @@ class Servers:
             for (uid, key), one in self._calls.items()
             if not one.reply.done()
         )  # fmt: skip
-        sessions = {name: session.leave(departure) for name, session in self._sessions.items() if session.open}
-        return ServersState(sessions=sessions, calls=calls)
+        sessions = {**self._sessions, **self._greeted}
+        states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}
+        return ServersState(sessions=states, calls=calls)
 
     async def take_over(self, state: ServersState, descriptors: Descriptors) -> None:
         """Go on with the sessions of another host; ``awaited`` has what events wait for."""
@@ -483,7 +504,10 @@ class Servers:
                     )  # fmt: skip
             with contextlib.suppress(OSError):
                 await session.go_on(one, awaited, descriptors)
-                self._sessions[name] = session
+                if one.hello:
+                    self._own(name, one.run, self._greet(name, session))
+                else:
+                    self._sessions[name] = session
 
     def _reporter(self, name: str) -> Callable[[Session, str], None]:
         return lambda session, why: self._ended(name, session, why)

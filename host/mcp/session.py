@@ -24,7 +24,7 @@ from host.wire import mcp as protocol
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
 from host.wire.mcp import Answer, Era, Greeting
 from host.wire.strict_json import WireError
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, omitted
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.pacing import TokenBucket
@@ -56,6 +56,8 @@ class SessionState(Body):
     tools: bool
     deadlines: dict[str, float]
     """by id of each request without an answer, the loop time by which it is awaited"""
+    hello: str = omitted(default="")
+    """the id of the first request, which is not answered: there is no greeting yet"""
 
 
 @dataclass(eq=False)
@@ -94,6 +96,10 @@ class Session(LineProtocol):
         super().__init__()
         self.run, self.era, self._fence = run, era, fence or Fence()
         self.greeting: Greeting | None = None
+        self.hello = ""
+        """The id of the first request, once it is sent."""
+        self.opening: Reply = self._loop.create_future()
+        """The answer to that."""
         self.why = ""
         """Why it is over."""
         self.tools_changed = False
@@ -115,7 +121,12 @@ class Session(LineProtocol):
     @property
     def open(self) -> bool:
         """Whether requests can be sent, the first one excepted."""
-        return not self._over and not self.draining and self.greeting is not None
+        return self.lasts and self.greeting is not None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is neither over nor about to be."""
+        return not self._over and not self.draining
 
     @property
     def in_flight(self) -> int:
@@ -130,12 +141,12 @@ class Session(LineProtocol):
             await loop.create_unix_connection(factory, sock=sock)
 
     async def greet(self, timeout: float) -> Greeting:
-        """Open the session; raises NotSentError with the reason when the server does not."""
-        number = self.new_id()
-        reply: Reply = self._loop.create_future()
-        self.write(number, protocol.opening(self.era, number), timeout, reply)
+        """Open the session, unless another host has begun to; raises NotSentError with the reason when it fails."""
+        if not self.hello:
+            self.hello = self.new_id()
+            self.write(self.hello, protocol.opening(self.era, self.hello), timeout, self.opening)
         try:
-            self.greeting = protocol.greeting(self.era, (await reply)[0])
+            self.greeting = protocol.greeting(self.era, (await self.opening)[0])
         except (LostError, ValueError) as error:
             first = "server/discover" if self.era == protocol.STATELESS else "initialize"
             late = f"no answer in {timeout:g} s; raise start_timeout in [restart] of its policy if it needs longer"
@@ -318,12 +329,11 @@ class Session(LineProtocol):
         self.hold("leaving")
 
     def leave(self, departure: Departure) -> SessionState:
-        """Hand on an open session, with what is in flight."""
-        assert self.greeting is not None
+        """Hand on a session that is open or being opened, with what is in flight."""
         pending, self._pending, self._over = self._pending, {}, True
         for one in pending.values():
             one.timer.cancel()
-        greeting = self.greeting
+        greeting = self.greeting or Greeting("", "", "", tools=False)
         return SessionState(
             run=self.run,
             input=self._input.pass_on(departure),
@@ -333,14 +343,18 @@ class Session(LineProtocol):
             instructions=greeting.instructions,
             tools=greeting.tools,
             deadlines={number: one.deadline for number, one in pending.items()},
+            hello=self.hello if self.greeting is None else "",
         )
 
     async def go_on(self, state: SessionState, awaited: Mapping[str, Reply], descriptors: Descriptors) -> None:
         """Go on with the session of another host; ``awaited``: the answers that somebody waits for, by id."""
-        self.greeting = Greeting(state.version, state.name, state.instructions, state.tools)
+        self.hello = state.hello
+        if not state.hello:
+            self.greeting = Greeting(state.version, state.name, state.instructions, state.tools)
         for number, deadline in state.deadlines.items():
-            if number in awaited:
-                self._await(number, deadline, awaited[number], None)
+            reply = self.opening if number == state.hello else awaited.get(number)
+            if reply is not None:
+                self._await(number, deadline, reply, None)
             else:
                 self._late.append(number)
         await self._input.take_over(state.input, descriptors)

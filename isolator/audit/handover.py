@@ -1,23 +1,27 @@
 """State of an audit process on its way to another that takes its place.
 
-Whoever changes the type, or one of those in it, in whatever way, raises ``AUDIT_STATE``: another version's state is not
-read, and the process starts as after a crash.
+Whoever changes the type, or one of those in it, in whatever way, makes the next format of it.
 """
 
 from __future__ import annotations
 
 from isolator.audit.writer import WriterState
-from isolator.ipc.body import Body
-
-AUDIT_STATE = 2
-READ = (AUDIT_STATE, 1)
-"""Versions that are read: that of the version before has no histograms."""
+from isolator.ipc.body import Body, Json
+from isolator.ipc.formats import Formats
 
 
 class AuditState(Body):
     """Everything that an audit process knows and the trail does not tell."""
 
-    version: int = AUDIT_STATE
     writer: WriterState
     metrics: tuple[int, ...]
     """listening sockets"""
+
+
+def _without_histograms(body: Json) -> Json:
+    """Format 1."""
+    metrics = [one for one in body["writer"]["metrics"] if "buckets" not in one]
+    return {**body, "writer": {**body["writer"], "metrics": metrics}}
+
+
+FORMATS = Formats(AuditState, 2, up=lambda body: body, down=_without_histograms)

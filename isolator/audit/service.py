@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from isolator.audit.handover import READ, AuditState
+from isolator.audit.handover import FORMATS, AuditState
 from isolator.audit.log import Limits
 from isolator.audit.metrics import serve_metrics
 from isolator.audit.schema import SENDERS
@@ -30,7 +30,7 @@ from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.succession import Arrival, Departure
+from isolator.ipc.succession import Departure, Succession
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 from isolator.linux.garbage import spare_the_collector
@@ -54,7 +54,7 @@ async def serve(channel: socket.socket) -> None:
     """Serve until the channel closes."""
     writer: Writer | None = None
     listeners: list[asyncio.Server] = []
-    arrival, left = Arrival(), False
+    succession, left = Succession(FORMATS), False
 
     def ready() -> Writer:
         if writer is None:
@@ -84,7 +84,7 @@ async def serve(channel: socket.socket) -> None:
     async def go_on(taking: Writer, parts: int, wanted: tuple[str, int] | None) -> bool:
         """Go on with another process's state; returns whether it listened on the loopback address that is wanted."""
         found = False
-        state, descriptors = arrival.unpack(parts, AuditState, *READ)
+        state, descriptors = succession.unpack(parts)
         with descriptors:
             taking.take_over(state.writer, descriptors)
             for number in state.metrics:
@@ -109,7 +109,7 @@ async def serve(channel: socket.socket) -> None:
             one.close()
         left = True
         state = AuditState(writer=handed, metrics=tuple(numbers))
-        return messages.Left(parts=await departure.send(state, peer))
+        return messages.Left(parts=await succession.send(state, departure, peer))
 
     async def source(request: messages.RecordSource, fds: list[int]) -> None:
         if request.name not in SENDERS:
@@ -125,13 +125,12 @@ async def serve(channel: socket.socket) -> None:
             listener = socket.socket(fileno=fds.pop())
             listeners.append(await serve_metrics(running.metrics, listener))
 
-    handlers = by_op(
+    handlers = succession.handlers() | by_op(
         messages.AuditHello.on(hello),
         messages.RecordSource.on_fds(source),
         messages.Flush.on(flush),
         messages.ServeMetrics.on_fds(metrics),
         messages.Leave.on(leave),
-        messages.StatePart.on_fds(arrival.part),
     )
     peer = Channel(channel, handlers, name="audit")
     await peer.closed.wait()

@@ -18,6 +18,7 @@ from isolator.errors import UsageError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
+from isolator.ipc.formats import Formats
 from isolator.ipc.messages import (
     AttachCage,
     BrokerHello,
@@ -28,14 +29,13 @@ from isolator.ipc.messages import (
     Left,
     NewAuditSocket,
 )
-from isolator.ipc.succession import Arrival, Departure
+from isolator.ipc.succession import Departure, Succession
 from isolator.ipc.tasks import essential
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy
 
 SOCKETS = 5
 """Sockets of a cage's own: TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG."""
-BROKER_STATE = 1
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for requests under way to end before the cages are handed on, and between two looks at that."""
 FLUSH = 2.0
@@ -45,12 +45,14 @@ FLUSH = 2.0
 class BrokerState(Body):
     """Everything that a broker knows, on its way to another that takes its place.
 
-    Whoever changes it, or a type in it, in whatever way, raises ``BROKER_STATE``: another version's is not read.
+    Whoever changes it, or a type in it, in whatever way, makes the next format of it.
     """
 
-    version: int = BROKER_STATE
     audit: SenderState
     cages: tuple[CageState, ...]
+
+
+FORMATS = Formats(BrokerState, 1)
 
 
 class Broker:
@@ -58,8 +60,7 @@ class Broker:
 
     def __init__(self, audit: AuditClient, supervisor: Channel) -> None:
         self.audit, self._supervisor = audit, supervisor
-        self.arrival = Arrival()
-        """The state of the broker whose place this one takes, as it comes."""
+        self.succession = Succession(FORMATS)
         self._cages: dict[str, Outbound] = {}
         self._fences: dict[str, Fence] = {}
         """By plugin."""
@@ -76,7 +77,7 @@ class Broker:
         self._fences = {plugin: Fence(until) for plugin, until in request.fences.items()}
         await self._host.watch()
         if request.parts:
-            state, descriptors = self.arrival.unpack(request.parts, BrokerState, BROKER_STATE)
+            state, descriptors = self.succession.unpack(request.parts)
             with descriptors:
                 self.audit.take_over(state.audit, descriptors)
                 for one in state.cages:
@@ -95,7 +96,7 @@ class Broker:
         cages, self._cages = list(self._cages.values()), {}
         states = [await cage.pass_on(departure) for cage in cages]
         state = BrokerState(audit=self.audit.pass_on(departure), cages=tuple(states))
-        return Left(parts=await departure.send(state, self._supervisor))
+        return Left(parts=await self.succession.send(state, departure, self._supervisor))
 
     async def attach(self, request: AttachCage, fds: list[int]) -> None:
         """Take over the sockets of a run and serve it; a run that is attached already is replaced.

@@ -26,14 +26,13 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
     audit = AuditClient(audit_socket)
     channel = Channel(channel_socket, name="supervisor")
     broker = Broker(audit, channel)
-    handlers = by_op(
+    handlers = broker.succession.handlers() | by_op(
         messages.BrokerHello.on(broker.hello),
         messages.AttachCage.on_fds(broker.attach),
         messages.DetachCage.on(broker.detach),
         messages.FencePlugin.on(broker.fence),
         messages.NewAuditSocket.on_fds(broker.audit_source),
         messages.Leave.on(broker.leave),
-        messages.StatePart.on_fds(broker.arrival.part),
     )
     for op, handler in handlers.items():
         channel.handle(op, handler)

@@ -189,10 +189,14 @@ class Channel:
         self._holding = True
         self._held += (message.fields for message in self._cancel(repeated))
 
-    def break_off(self, ops: Collection[str]) -> None:
-        """Answer the requests with one of these ops that are being served that they are not done."""
+    def break_off(self, ops: Collection[str], unanswered: Collection[str] = ()) -> None:
+        """Answer the requests with one of these ops that are being served that they are not done.
+
+        The handlers of those ``unanswered`` are cancelled, and the peer hears nothing of them.
+        """
         for message in self._cancel(ops):
             self._refuse(message, "was broken off", "ask again")
+        self._cancel(unanswered)
 
     def _cancel(self, ops: Collection[str]) -> list[Message]:
         cancelled = []

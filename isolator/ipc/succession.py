@@ -1,11 +1,12 @@
 """State of a process on its way to its successor: one JSON object, and descriptors that it names by number.
 
 The old process packs what it has (``Departure``) and sends it in parts over its channel; the supervisor passes each on
-to the new process unread, which unpacks it (``Arrival``). A part has at most ``PART_FDS`` descriptors; the first of the
-first part is a sealed file in memory with the JSON object. Each part is acknowledged before the next is sent, so that
-nothing gathers on the way.
+to the new process unread, which unpacks it (``Succession``). A part has at most ``PART_FDS`` descriptors; the first of
+the first part is a sealed file in memory with the JSON object. Each part is acknowledged before the next is sent, so
+that nothing gathers on the way.
 
-The object's ``version`` says which type it is. Who does not know it has to be started as after a crash.
+The object's ``version`` is its format (``isolator.ipc.formats``). The old process is told which ones the new one reads
+before it leaves; a new process that reads none of the old one's has to be started as after a crash.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import base64
 import json
 import os
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from isolator.errors import IsolatorError, UsageError
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, Handler, Json, by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import StatePart
+from isolator.ipc.formats import Formats
+from isolator.ipc.messages import ReadableFormats, ReadFormats, StatePart, WriteFormat
 from isolator.linux.descriptors import FdSet, close_all
 from isolator.linux.memfd import make_sealed, read_sealed
 
@@ -55,11 +57,11 @@ class Departure:
         """Hand on a copy of a descriptor, whose owner closes its own; returns its number. Raises OSError."""
         return self.add(os.dup(fd))
 
-    async def send(self, state: Body, channel: Channel) -> int:
+    async def send(self, state: Json, channel: Channel) -> int:
         """Send everything, and close it here; returns the number of parts. Raises IsolatorError, OSError."""
         fds = self._fds.release_all()
         try:
-            fds.insert(0, make_sealed(json.dumps(state.to_json(), separators=(",", ":")).encode()))
+            fds.insert(0, make_sealed(json.dumps(state, separators=(",", ":")).encode()))
             parts = range(0, len(fds), PART_FDS)
             for number, start in enumerate(parts):
                 await channel.ask(StatePart(number=number), fds=fds[start : start + PART_FDS])
@@ -92,40 +94,60 @@ class Descriptors:
 B = TypeVar("B", bound=Body)
 
 
-class Arrival:
-    """The parts of a state as they come; serves ``StatePart``."""
+class Succession(Generic[B]):
+    """A process's part in it: it takes the place of another, and hands on to the next. ``handlers`` serve both.
 
-    def __init__(self) -> None:
+    ``unasked``: the format to hand on in for a supervisor that names none, which is of the version before.
+    """
+
+    def __init__(self, formats: Formats[B], unasked: int | None = None) -> None:
+        self._formats, self._format = formats, unasked or formats.present
         self._parts = 0
         self._fds: list[int] = []
 
-    async def part(self, request: StatePart, fds: list[int]) -> None:
-        """Take over the next part."""
+    def handlers(self) -> dict[str, Handler]:
+        """Handlers of what every process is asked in an exchange, but ``leave``."""
+        return by_op(
+            ReadFormats.on(self._readable_formats), StatePart.on_fds(self._part), WriteFormat.on(self._write_format)
+        )
+
+    async def _readable_formats(self, _: ReadFormats) -> ReadableFormats:
+        return ReadableFormats(formats=self._formats.read)
+
+    async def _write_format(self, request: WriteFormat) -> None:
+        self._format = self._formats.newest_common(request.formats) or self._formats.present
+
+    async def _part(self, request: StatePart, fds: list[int]) -> None:
         if request.number != self._parts:
             raise UsageError(request.op, f"part {request.number} came in place of {self._parts}")
         self._parts += 1
         self._fds += fds
         fds.clear()
 
-    def unpack(self, parts: int, kind: type[B], *versions: int) -> tuple[B, Descriptors]:
-        """The state and its descriptors; raises IsolatorError when it is not whole, or of none of these versions."""
-        fds, self._fds = self._fds, []
+    def unpack(self, parts: int) -> tuple[B, Descriptors]:
+        """The state that has come, and its descriptors; raises IsolatorError when it is not whole or not readable."""
+        where, fds, self._fds = "a state that was handed over", self._fds, []
         try:
             if parts != self._parts or not fds:
-                raise UsageError("a state that was handed over", f"came in {self._parts} parts instead of {parts}")
+                raise UsageError(where, f"came in {self._parts} parts instead of {parts}")
             found = json.loads(read_sealed(fds[0], MOST_BYTES))
-            if not isinstance(found, dict) or found.get("version") not in versions:
-                expected = " or ".join(map(str, versions))
-                raise IsolatorError("a state that was handed over", f"is not of the version {expected}")
-            state = kind.from_json(found, kind.__name__)
+            number = found.pop("version", None) if isinstance(found, dict) else None
+            if number not in self._formats.read:
+                expected = " or ".join(map(str, self._formats.read))
+                raise IsolatorError(where, f"is of the format {number}, and this version reads {expected}")
+            state = self._formats.state(number, found, self._formats.kind.__name__)
         except (OSError, ValueError, RecursionError) as error:
             close_all(fds)
-            raise UsageError("a state that was handed over", f"cannot be read: {error}") from None
+            raise UsageError(where, f"cannot be read: {error}") from None
         except BaseException:
             close_all(fds)
             raise
         os.close(fds.pop(0))
         return state, Descriptors(fds)
+
+    async def send(self, state: B, departure: Departure, channel: Channel) -> int:
+        """Send a state with its descriptors; returns the number of parts. Raises IsolatorError, OSError."""
+        return await departure.send({"version": self._format, **self._formats.body(state, self._format)}, channel)
 
 
 class Passage:

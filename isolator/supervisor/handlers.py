@@ -93,9 +93,34 @@ class Handlers:
     async def _start_invocation(
         self, request: messages.StartInvocation, fds: list[int]
     ) -> WithFds[messages.InvocationStarted]:
-        invocation = await self._table.begin_invocation(request, fds[0])
+        work = self._table.own(self._begin_invocation(request, fds.pop()))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:  # the host leaves; the one that takes its place is told
+            work.add_done_callback(lambda work: self._tell_begun(request, work))
+            raise
+
+    async def _begin_invocation(
+        self, request: messages.StartInvocation, stdin: int
+    ) -> WithFds[messages.InvocationStarted]:
+        with FdSet([stdin]):
+            invocation = await self._table.begin_invocation(request, stdin)
         started = await asyncio.shield(invocation.begun)
         return WithFds(started, invocation.fds.release_all())
+
+    def _tell_begun(
+        self, request: messages.StartInvocation, work: asyncio.Task[WithFds[messages.InvocationStarted]]
+    ) -> None:
+        if work.cancelled():
+            return
+        try:
+            answer = work.result()
+            failed, refused, fds = answer.body.failed, "", answer.fds
+        except Exception as error:  # whatever it was, the attempt has to be concluded
+            failed, refused, fds = "", str(error), []
+        with FdSet(fds):
+            begun = messages.InvocationBegun(name=request.name, run=request.run, failed=failed, refused=refused)
+            self._services.host.invocation_begun(begun, fds)
 
     async def _stop(self, request: messages.StopRun) -> None:
         await self._table.stop(request.name, request.reason)

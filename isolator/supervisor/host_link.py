@@ -24,6 +24,7 @@ from isolator.ipc.messages import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    InvocationBegun,
     InvocationEnded,
     Origin,
     PluginChanged,
@@ -168,6 +169,10 @@ class HostLink:
             expected=expected, uptime=end.uptime, state=state, retry_in=retry_in,
         )  # fmt: skip
         self._tell(ended)
+
+    def invocation_begun(self, begun: InvocationBegun, fds: Sequence[int]) -> None:
+        """Tell the host of an invocation for which the one before it has asked; the descriptors stay the caller's."""
+        self._tell(begun, fds)
 
     def invocation_ended(self, ended: InvocationEnded) -> None:
         """Tell the host how an invocation ended."""

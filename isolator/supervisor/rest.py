@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from isolator.ipc.messages import ConnectRun, EnsureRun
+from isolator.ipc.messages import ConnectRun, EnsureRun, StartInvocation
 
 REPEATED = frozenset({EnsureRun.op, ConnectRun.op})
 """Requests that may wait for long, and change nothing if they are begun again."""
+LATER = frozenset({StartInvocation.op})
+"""Requests that go on when the host which sent them leaves: the next one is told how they ended."""
 
 
 class Rest:

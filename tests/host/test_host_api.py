@@ -95,6 +95,17 @@ return [call("kv.get", {"key": "color"}), call("kv.get", {"key": "gone"}), call(
     assert json.loads(delivery["reply"])["result"]["result"]["keys"] == []
 
 
+async def test_half_an_emoji_is_stored_and_logged_as_its_replacement(daemon: Daemon) -> None:
+    body = r"""
+half = "half \ud83d"
+return [call("kv.set", {"key": "a", "value": half}), call("kv.get", {"key": "a"}),
+        call("log.write", {"level": "info", "message": half})]
+"""
+    daemon.add("cuts", _caller(body), permissions=["kv", "log"])
+    stored, read, logged = await _reply(daemon)
+    assert (stored["result"], read["result"]["value"], logged["result"]) == ({}, "half \ufffd", {})
+
+
 async def test_the_store_has_a_quota(daemon: Daemon) -> None:
     body = """
 errors = []

@@ -4,41 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import pytest
 
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import Body, by_op
 from isolator.ipc.channel import Channel, pair
-from isolator.ipc.messages import StatePart
-from isolator.ipc.succession import PART_FDS, Arrival, Departure, Passage, to_bytes, to_text
+from isolator.ipc.formats import Formats
+from isolator.ipc.messages import ReadFormats, StatePart, WriteFormat
+from isolator.ipc.succession import PART_FDS, Departure, Passage, Succession, to_bytes, to_text
 
 
 class Sample(Body):
-    version: int = 3
     numbers: tuple[int, ...]
     text: str
+
+
+class Newer(Body):
+    numbers: tuple[int, ...]
+    letters: str
+
+
+SAMPLE = Formats(Sample, 3)
+NEWER = Formats(
+    Newer, 4,
+    up=lambda body: {"numbers": body["numbers"], "letters": body["text"]},
+    down=lambda body: {"numbers": body["numbers"], "text": body["letters"]},
+)  # fmt: skip
+LATEST = Formats(Newer, 5, up=lambda body: body, down=lambda body: body)
 
 
 class Way:
     """Old process, supervisor and new process, each with its end of a channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads: Formats[Any] = SAMPLE, writes: Formats[Any] = SAMPLE, unasked: int | None = None) -> None:
         old, supervisor_old = pair()
         supervisor_new, new = pair()
-        self.arrival = Arrival()
-        self.new = Channel(new, by_op(StatePart.on_fds(self.arrival.part)), name="supervisor")
+        self.arrival, self.leaving = Succession(reads), Succession(writes, unasked)
+        self.new = Channel(new, self.arrival.handlers(), name="supervisor")
         self.to_new = Channel(supervisor_new, name="new")
         self.passage = Passage(self.to_new)
         self.to_old = Channel(supervisor_old, by_op(StatePart.on_fds(self.passage.part)), name="old")
-        self.old = Channel(old, name="supervisor")
+        self.old = Channel(old, self.leaving.handlers(), name="supervisor")
 
     def close(self) -> None:
         for channel in (self.old, self.to_old, self.to_new, self.new):
             channel.close()
 
 
-async def _hand_over(way: Way, count: int) -> int:
+async def _hand_over(way: Way, count: int, kind: type[Body] = Sample) -> int:
     departure = Departure()
     numbers = []
     for number in range(count):
@@ -46,7 +61,9 @@ async def _hand_over(way: Way, count: int) -> int:
         os.write(fd, str(number).encode())
         numbers.append(departure.add(fd))
     assert numbers == list(range(count))
-    return await departure.send(Sample(numbers=tuple(numbers), text=to_text(b"\0\xff")), way.old)
+    text = "text" if kind is Sample else "letters"
+    state = kind(numbers=tuple(numbers), **{text: to_text(b"\0\xff")})
+    return await way.leaving.send(state, departure, way.old)
 
 
 @pytest.mark.parametrize("count", [0, 1, PART_FDS - 1, PART_FDS, 5 * PART_FDS + 1])
@@ -55,7 +72,7 @@ async def test_state_arrives_whole_with_its_descriptors_in_their_order(count: in
     way = Way()
     parts = await _hand_over(way, count)
     assert parts == way.passage.parts == (count + 1 + PART_FDS - 1) // PART_FDS
-    state, descriptors = way.arrival.unpack(parts, Sample, 3)
+    state, descriptors = way.arrival.unpack(parts)
     with descriptors:
         assert to_bytes(state.text) == b"\0\xff"
         for number in state.numbers[: count // 2]:  # nobody takes the others
@@ -70,14 +87,17 @@ async def test_state_arrives_whole_with_its_descriptors_in_their_order(count: in
 
 
 @pytest.mark.parametrize(
-    ("more", "version", "why"), [(0, 4, "not of the version 4"), (1, 3, "came in 1 parts instead of 2")]
+    ("more", "reads", "why"),
+    [(0, LATEST, "is of the format 3, and this version reads 5 or 4"), (1, SAMPLE, "came in 1 parts instead of 2")],
 )
-async def test_state_of_another_version_or_not_whole_is_refused_and_closed(more: int, version: int, why: str) -> None:
+async def test_state_of_another_format_or_not_whole_is_refused_and_closed(
+    more: int, reads: Formats[Any], why: str
+) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    way = Way()
+    way = Way(reads)
     parts = await _hand_over(way, 2)
     with pytest.raises(IsolatorError, match=why):
-        way.arrival.unpack(parts + more, Sample, version)
+        way.arrival.unpack(parts + more)
     way.close()
     await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -88,4 +108,19 @@ async def test_old_process_hears_that_the_new_one_has_died() -> None:
     way.new.close()
     with pytest.raises(IsolatorError):
         await _hand_over(way, 3)
+    way.close()
+
+
+@pytest.mark.parametrize(("reads", "writes"), [(NEWER, SAMPLE), (SAMPLE, NEWER), (NEWER, NEWER), (LATEST, NEWER)])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "asked by a version that asks for none"])
+async def test_state_goes_one_version_up_and_one_down(reads: Formats[Any], writes: Formats[Any], asked: bool) -> None:
+    way = Way(reads, writes, unasked=min(reads.present, writes.present))
+    if asked:
+        readable = await way.to_new.ask(ReadFormats())
+        way.to_old.tell(WriteFormat(formats=readable.formats))
+        await way.to_old.call("alive")
+    state, descriptors = way.arrival.unpack(await _hand_over(way, 1, writes.kind))
+    with descriptors:
+        assert type(state) is reads.kind
+        assert to_bytes(state.text if isinstance(state, Sample) else state.letters) == b"\0\xff"
     way.close()

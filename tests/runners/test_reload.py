@@ -12,6 +12,7 @@ from isolator.ipc.run_request import pack
 from tests.runners.conftest import ALICE, run_as, words
 from tests.runners.raw import answer, connect, send
 from tests.runners.test_hostile import bob_is_served, end_of, lingering, started
+from tests.support.hanging_file import file_that_does_not_close
 from tests.support.timeouts import seconds
 from tests.system.taken_over import TakenOver
 
@@ -73,3 +74,20 @@ def test_descriptor_that_takes_minutes_to_close_holds_up_no_reload(daemon: Taken
             daemon.cli("reload")
             assert bob_is_served(daemon)
     os.close(null)
+
+
+def test_file_system_that_does_not_answer_is_named_and_holds_up_nobody_else(daemon: TakenOver, tmp_path: Path) -> None:
+    assert daemon.process is not None
+    with file_that_does_not_close(tmp_path / "file", daemon.process.pid) as file:
+        with connect(daemon.root, ALICE) as caller, Path("/dev/null").open("r+b") as null:
+            send(caller, pack([("argument", "true")]), [null.fileno()] * 3 + [file.fd])
+            assert answer(caller)
+        file.hangs()
+        assert bob_is_served(daemon)
+        refused = daemon.cli("reload", code=1).stderr
+        assert "nothing has changed" in refused and refused.count("\n") == 1
+        assert f"a descriptor that uid {ALICE} has handed over does not close" in refused
+        assert "end the file system behind it" in refused
+        assert bob_is_served(daemon)
+    daemon.cli("reload")
+    assert bob_is_served(daemon)

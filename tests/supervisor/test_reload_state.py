@@ -85,7 +85,7 @@ def test_every_descriptor_of_a_run_is_named(run: RunState) -> None:
     assert sorted(descriptors(run)) == sorted(fd for fd in expected if fd >= 0)
 
 
-@pytest.mark.parametrize("number", [formats.FORMAT + 1, formats.FORMAT - 2, "1", None])
+@pytest.mark.parametrize("number", [formats.FORMATS.present + 1, formats.FORMATS.present - 2, "1", None])
 def test_state_of_another_format_is_refused_in_one_line(number: object) -> None:
     fd = make_sealed(json.dumps({"format": number, "state": {}}).encode())
     try:
@@ -132,11 +132,7 @@ def test_plugin_with_a_deadline_is_not_handed_to_a_version_that_would_forget_it(
         formats.write(dataclasses.replace(STATE, plugins=(kept,)), 1)
 
 
-def test_format_before_is_written_for_a_version_that_reads_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "FORMAT", 2)
-    monkeypatch.setattr(formats, "DOWN", {2: lambda body: body | {"version": "as format 1 has it"}})
-    monkeypatch.setattr(formats, "UP", {2: lambda body: body | {"version": "as format 2 has it"}})
-    assert formats.readable() == (2, 1)
+def test_newest_format_that_both_sides_know_is_written() -> None:
     assert [formats.newest_common(others) for others in ([1], [2, 1], [3, 2])] == [1, 2, 2]
     with pytest.raises(IsolatorError, match=r"takes over states of format 3, 4, this one hands over 2"):
         formats.newest_common([4, 3])

@@ -73,7 +73,7 @@ def test_no_thread_but_the_main_one_executes() -> None:
 
     def work() -> None:
         try:
-            reloader.execute(Program("/usr/bin/false", ("false",)), STATE, formats.FORMAT)
+            reloader.execute(Program("/usr/bin/false", ("false",)), STATE, formats.FORMATS.present)
         except AssertionError as error:
             refused.append(error)
 

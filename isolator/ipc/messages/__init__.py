@@ -84,7 +84,10 @@ from isolator.ipc.messages.plugins import (
 from isolator.ipc.messages.succession import (
     Leave,
     Left,
+    ReadableFormats,
+    ReadFormats,
     StatePart,
+    WriteFormat,
 )
 from isolator.ipc.messages.to_host import (
     AlarmsChanged,
@@ -93,6 +96,7 @@ from isolator.ipc.messages.to_host import (
     GetEnvironment,
     GetStderrTail,
     HostHello,
+    InvocationBegun,
     InvocationEnded,
     PluginChanged,
     RunEnded,
@@ -106,11 +110,10 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → B": (BrokerHello, AttachCage, DetachCage, FencePlugin, NewAuditSocket),
     "B → S": (CageSockets,),
     "S → W": (ConsoleHello,),
-    "S ↔ old and new": (Leave, StatePart),
+    "S ↔ old and new": (ReadFormats, WriteFormat, Leave, StatePart),
     "S → H": (
         HostHello, AlarmsChanged, ServeCallers, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded,
-        InvocationEnded,
-        GetStderrTail, NewAuditSocket,
+        InvocationBegun, InvocationEnded, GetStderrTail, NewAuditSocket,
     ),
     "H → S": (
         RaiseAlarm, EnsureRun, ConnectRun, BreakOff, RunReady, StartInvocation, StopRun, RestartRun, HoldPlugin,
@@ -154,6 +157,7 @@ __all__ = [
     "GetStderrTail",
     "HoldPlugin",
     "HostHello",
+    "InvocationBegun",
     "InvocationEnded",
     "InvocationStarted",
     "Leave",
@@ -172,6 +176,8 @@ __all__ = [
     "Plugins",
     "Proposal",
     "RaiseAlarm",
+    "ReadFormats",
+    "ReadableFormats",
     "RecordSource",
     "RegisteredEntry",
     "RejectPlugin",
@@ -196,4 +202,5 @@ __all__ = [
     "StopRun",
     "UpdatePlugin",
     "UpdatedPlugin",
+    "WriteFormat",
 ]  # fmt: skip

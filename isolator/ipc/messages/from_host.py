@@ -70,7 +70,8 @@ class StartInvocation(Request[InvocationStarted], op="invocation.start", fds=ran
 
 class BreakOff(Request[None], op="run.break_off"):
     """Break off every `run.ensure` and `run.connect` that is not answered, each with an error: H leaves, and nobody
-    would use a connection that is made from now on. Served after `leave`."""
+    would use a connection that is made from now on. Served after `leave`. An `invocation.start` that is not answered
+    goes on, and the next host gets `invocation.begun`."""
 
 
 class RunReady(Request[None], op="run.ready"):

@@ -19,6 +19,23 @@ class Leave(Request[Left], op="leave"):
     of the answer, never change."""
 
 
+class ReadableFormats(Body):
+    """Formats of a state, the newest first."""
+
+    formats: tuple[int, ...]
+
+
+class ReadFormats(Request[ReadableFormats], op="state.formats"):
+    """Which formats of a state it reads: the first request to a process that is to take another's place."""
+
+
+class WriteFormat(Request[None], op="state.write"):
+    """Hand the state over in the newest of these formats, which the new process reads. Comes before `leave`, as a
+    notification: a process of the version before does not know it, and hands over its own format."""
+
+    formats: tuple[int, ...]
+
+
 class StatePart(Request[None], op="state.part", fds=range(1, 61)):
     """Pass on a part of the state that the old process hands to the new one: S sends the same to that one, and answers
     when that has it. This form never changes.

@@ -107,6 +107,20 @@ class RunEnded(Request[None], op="run.ended"):
     """seconds until it is started again"""
 
 
+class InvocationBegun(Request[None], op="invocation.begun", fds=range(4)):
+    """The answer to an `invocation.start` whose sender has left meanwhile: an invocation has begun, or not.
+
+    Descriptors: those of that answer
+    """
+
+    name: str
+    run: str
+    failed: str = omitted(default="")
+    """why its program cannot be executed"""
+    refused: str = omitted(default="")
+    """why it was not begun"""
+
+
 class InvocationEnded(Request[None], op="invocation.ended"):
     """An invocation has ended, and nothing of it is left. Its time has gone by, or it was stopped, if `cause` is
     neither `exit` nor `signal`."""

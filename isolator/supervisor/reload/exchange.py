@@ -1,9 +1,10 @@
 """Exchange of a service's process for a new one that goes on with its state: nobody notices.
 
-1. The new process is started and loads; it answers ``alive`` when it waits for its hello. Until here a failure changes
-   nothing.
+1. The new process is started and loads; when it waits for its hello it answers which formats of a state it reads. Until
+   here a failure changes nothing.
 2. What the supervisor notifies the service of waits for the new process; requests to it wait, too.
-3. The old process gets ``leave``. It finishes what it can, and sends its state in parts, which are passed on unread.
+3. The old process gets ``leave``. It finishes what it can, and sends its state, in a format that the new one reads. The
+   parts are passed on unread.
 4. The new one gets its hello, with all that the old one had been notified of, and then what waited.
 5. The old one ends.
 
@@ -17,10 +18,9 @@ import logging
 import time
 
 from isolator.errors import IsolatorError, UnavailableError
-from isolator.ipc.channel import ALIVE
-from isolator.ipc.messages import BreakOff, Leave, StatePart
+from isolator.ipc.messages import BreakOff, Leave, ReadableFormats, ReadFormats, StatePart, WriteFormat
 from isolator.ipc.succession import Passage
-from isolator.supervisor.rest import REPEATED
+from isolator.supervisor.rest import LATER, REPEATED
 from isolator.supervisor.service import ChildProcess, Generation
 
 ANSWER = 10.0
@@ -44,14 +44,14 @@ async def exchange(service: ChildProcess) -> None:
         async with service.zygotes.ready() as zygote:
             new = service.spawn(zygote, service.succession())
         try:
-            await service.first_answer(new.channel.call(ALIVE), new)
+            readable = await service.first_answer(new.channel.ask(ReadFormats()), new)
         except BaseException:
             await service.discard(new)
             raise
         service.hold()
         left = time.monotonic()
         try:
-            await _hand_over(service, old, new)
+            await _hand_over(service, old, new, readable)
         except _RefusedError as refused:
             service.go_on(old)
             await service.discard(new)
@@ -69,16 +69,17 @@ async def exchange(service: ChildProcess) -> None:
     await service.retire(old)
 
 
-async def _hand_over(service: ChildProcess, old: Generation, new: Generation) -> None:
+async def _hand_over(service: ChildProcess, old: Generation, new: Generation, readable: ReadableFormats) -> None:
     assert service.succeed is not None
     introduce = service.succeed()
     passage = Passage(new.channel)
 
     async def break_off(_: BreakOff) -> None:
-        old.channel.break_off(REPEATED)
+        old.channel.break_off(REPEATED, unanswered=LATER)
 
     for op, handler in (StatePart.on_fds(passage.part), BreakOff.on(break_off)):
         old.channel.handle(op, handler)
+    old.channel.tell(WriteFormat(formats=readable.formats))
     left = await old.channel.ask(Leave(), timeout=ANSWER)
     if left.refused:
         raise _RefusedError(left.refused)

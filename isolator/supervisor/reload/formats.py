@@ -1,21 +1,16 @@
-"""Formats of the state that crosses an exec: a sealed file in memory, one JSON object with the number of its format.
-
-A version reads its own format and the one before, and writes both: the newest that the other side reads. That is what
-makes a step back to the version before possible.
-"""
+"""Formats of the state that crosses an exec: a sealed file in memory, one JSON object with the number of its format."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Json
+from isolator.ipc.formats import Formats
 from isolator.ipc.handover import DaemonState
 from isolator.linux.memfd import make_sealed, read_sealed
 
-FORMAT = 2
-"""The present format. With the next one, ``UP`` and ``DOWN`` each get the function that changes between it and this."""
 _MOST = 512 << 20
 
 
@@ -31,36 +26,27 @@ def _without_users_own(body: Json) -> Json:
     return {key: value for key, value in body.items() if key not in ("staged", "runners")}
 
 
-UP: Mapping[int, Callable[[Json], Json]] = {2: lambda body: body}
-"""By format, how the state of the one before becomes one of it."""
-DOWN: Mapping[int, Callable[[Json], Json]] = {2: _without_users_own}
-"""By format, how a state of it becomes one of the format before."""
-
-
-def readable() -> tuple[int, ...]:
-    """The formats that this version reads, the newest first."""
-    return (FORMAT, *(number - 1 for number in (FORMAT,) if number in UP))
+FORMATS = Formats(DaemonState, 2, up=lambda body: body, down=_without_users_own)
 
 
 def newest_common(others: Iterable[int]) -> int:
     """The newest format that this version writes and the other one reads; raises IsolatorError."""
-    written = {FORMAT, *(number - 1 for number in (FORMAT,) if number in DOWN)}
-    common = written & {*others}
-    if not common:
-        theirs = ", ".join(map(str, sorted(others))) or "none"
+    others = sorted(others)
+    common = FORMATS.newest_common(others)
+    if common is None:
+        theirs = ", ".join(map(str, others)) or "none"
         raise IsolatorError(
-            "reload", f"the new version takes over states of format {theirs}, this one hands over {FORMAT}",
+            "reload", f"the new version takes over states of format {theirs}, this one hands over {FORMATS.present}",
             "go over a version between them, or restart the daemon",
         )  # fmt: skip
-    return max(common)
+    return common
 
 
-def write(state: DaemonState, number: int = FORMAT) -> int:
-    """A descriptor of a sealed file with the state, in the format ``number``."""
-    body = state.to_json()
-    for step in range(FORMAT, number, -1):
-        body = DOWN[step](body)
-    return make_sealed(json.dumps({"format": number, "state": body}, separators=(",", ":")).encode())
+def write(state: DaemonState, number: int | None = None) -> int:
+    """A descriptor of a sealed file with the state, in the present format or in that of this number."""
+    number = number or FORMATS.present
+    found = {"format": number, "state": FORMATS.body(state, number)}
+    return make_sealed(json.dumps(found, separators=(",", ":")).encode())
 
 
 def read(fd: int) -> DaemonState:
@@ -71,9 +57,7 @@ def read(fd: int) -> DaemonState:
         number, body = found["format"], found["state"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IsolatorError(where, f"cannot be read: {error}", "restart the daemon") from None
-    if number not in readable():
-        reads = ", ".join(map(str, readable()))
+    if number not in FORMATS.read:
+        reads = ", ".join(map(str, FORMATS.read))
         raise IsolatorError(where, f"is of format {number}, and this version reads {reads}", "restart the daemon")
-    if number != FORMAT:
-        body = UP[FORMAT](body)
-    return DaemonState.from_json(body, where)
+    return FORMATS.state(number, body, where)

@@ -32,7 +32,7 @@ _MOST = 1 << 20
 async def try_out(program: Program, state: DaemonState) -> int:
     """Have the program read the state; returns the format to hand it over in. Raises IsolatorError if it would not."""
     answer = await _answer(program, formats.write(state))
-    if "error" in answer and formats.FORMAT not in _formats(answer):
+    if "error" in answer and formats.FORMATS.present not in _formats(answer):
         answer = await _answer(program, formats.write(state, formats.newest_common(_formats(answer))))
     if "error" in answer:
         raise IsolatorError.from_json(answer["error"])
@@ -76,7 +76,7 @@ async def _answer(program: Program, fd: int) -> dict[str, Any]:
 
 def check_handover(paths: Paths, config: str | None, fd: int) -> str:
     """The answer of the program that is tried."""
-    answer: dict[str, Any] = {"version": isolator.__version__, "formats": formats.readable()}
+    answer: dict[str, Any] = {"version": isolator.__version__, "formats": formats.FORMATS.read}
     try:
         _check(paths, config, formats.read(fd))
     except IsolatorError as error:

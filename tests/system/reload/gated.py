@@ -16,13 +16,15 @@ from isolator.ipc.channel import ALIVE
 from isolator.ipc.messages import ConnectRun
 from isolator.ipc.succession import Passage
 from isolator.supervisor import services
+from isolator.supervisor.reload import exchange as exchanging
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.service import ChildProcess, Generation
 from tests.system.daemon import Daemon
 
-BEFORE, ANSWERED, PARTING = "before", "answered", "parting"
-"""Before an exchange, until a reload waits for it or comes to rest; when the new host has answered its hello, until
-``go`` is there and it has had turns of its event loop; when the old host hands over, until no connect of it is open."""
+BEFORE, LOADED, ANSWERED, PARTING = "before", "loaded", "answered", "parting"
+"""Before an exchange, until a reload waits for it or comes to rest; when the new host has loaded and the old one serves
+still, until ``go`` is there; when the new one has answered its hello, until ``go`` is there and it has had turns of its
+event loop; when the old one hands over, until no connect of it is open."""
 _LOOK = 0.005
 _TURNS = 50
 
@@ -81,7 +83,7 @@ def main() -> None:
             finally:
                 self.waiting -= 1
 
-    make_services, come = services.Services.__init__, Rest.come
+    make_services, come, handed_over = services.Services.__init__, Rest.come, exchanging._hand_over
     exchanged, first_answer, part, tell = services.exchange, ChildProcess.first_answer, Passage.part, ChildProcess.tell
 
     def made(self: services.Services, *arguments: Any) -> None:
@@ -92,6 +94,12 @@ def main() -> None:
         note("at rest")
         present["rest"] = True
         come(self)
+
+    async def hand_over(process: ChildProcess, *arguments: Any) -> None:
+        if process.spec.name == "host" and waits_at(LOADED):
+            await until(go.exists)
+            go.unlink()
+        await handed_over(process, *arguments)
 
     async def exchange_one(process: ChildProcess) -> None:
         if waits_at(BEFORE):
@@ -124,6 +132,7 @@ def main() -> None:
 
     services.Services.__init__ = made  # type: ignore[method-assign,assignment]
     services.exchange = exchange_one  # type: ignore[assignment]
+    exchanging._hand_over = hand_over  # type: ignore[assignment]
     Rest.come, Passage.part = comes, passed  # type: ignore[method-assign,assignment]
     ChildProcess.first_answer, ChildProcess.tell = answered, told  # type: ignore[method-assign,assignment]
 

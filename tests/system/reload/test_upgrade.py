@@ -1,7 +1,7 @@
 """Upgrades and downgrades between two installed versions, each from wheels and in an environment of its own.
 
-The newer one is this tree with another version, and another format of the state that crosses the exec: it has a field
-more, and translates from and to the format before.
+The newer one is this tree with another version, and other formats of the states that supervisor and host hand over:
+each has a field more, and steps from and to the format before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import pytest
 import isolator
 from host.client.client import Client
 from isolator.errors import IsolatorError
-from isolator.supervisor.reload.formats import FORMAT
 from tests.support import wheels
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, wait_for
@@ -24,23 +23,29 @@ NEWER = "9.9.9"
 TIMES = 20
 
 
+STATES = {
+    "isolator/supervisor/reload/formats.py": ("isolator/ipc/handover.py", "A whole daemon at rest."),
+    "host/handover.py": (
+        "host/handover.py",
+        "Everything that a host knows and neither its database nor the supervisor does.",
+    ),
+}
+"""By file with the formats of a state, the file with its type, and that one's docstring."""
+
+
 def make_newer(tree: Path) -> None:
-    """Make a copied tree the next version, with a field more in what it hands over."""
+    """Make a copied tree the next version, with a field more in what supervisor and host hand over."""
     exchange(tree / "isolator/__init__.py", f'"{isolator.__version__}"', f'"{NEWER}"')
-    formats = tree / "isolator/supervisor/reload/formats.py"
-    exchange(formats, f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n")
     up = "lambda body: {**body, 'upgraded': True}"
     down = "lambda body: {key: value for key, value in body.items() if key != 'upgraded'}"
-    for name, step in (("UP", up), ("DOWN", down)):
-        text = formats.read_text()
-        made = re.sub(rf"^{name}: (.*?) = .*$", rf"{name}: \1 = {{FORMAT: {step}}}", text, flags=re.MULTILINE)
-        assert made != text
-        formats.write_text(made)
-    exchange(
-        tree / "isolator/ipc/handover.py",
-        '    """A whole daemon at rest."""\n\n',
-        '    """A whole daemon at rest."""\n\n    upgraded: bool = False\n',
-    )
+    for name, (place, docstring) in STATES.items():
+        path = tree / name
+        found = re.search(r"^FORMATS = Formats\((\w+), (\d+), .*\)$", path.read_text(), re.MULTILINE)
+        assert found is not None, name
+        kind, number = found[1], int(found[2])
+        exchange(path, found[0], f"FORMATS = Formats({kind}, {number + 1}, up={up}, down={down})")
+        head = f'    """{docstring}"""\n'
+        exchange(tree / place, head, f"{head}\n    upgraded: bool\n")
 
 
 def exchange(path: Path, before: str, after: str) -> None:

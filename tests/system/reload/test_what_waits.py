@@ -13,10 +13,12 @@ from typing import cast
 import pytest
 
 from tests.standalone.test_terminal import terminal
+from tests.support.mcp_servers import server
+from tests.support.sidecars import stream
 from tests.support.timeouts import seconds
-from tests.system.daemon import daemon, event, wait_for, write_plugin
+from tests.system.daemon import EVENT, daemon, event, wait_for, write_plugin
 from tests.system.reload.exchanges import MODULES, exchanged
-from tests.system.reload.gated import ANSWERED, BEFORE, PARTING, GatedDaemon
+from tests.system.reload.gated import ANSWERED, BEFORE, LOADED, PARTING, GatedDaemon
 
 LATE = """\
     #!/usr/bin/python3
@@ -42,6 +44,40 @@ LATE = """\
         connection.close()
 """
 """Lets nobody connect before the file ``listen`` is there, and notes the length of each connection's request."""
+HESITATES = """
+state = os.environ["PLUGIN_STATE_DIR"]
+def hesitate():
+    with open(state + "/greeted", "a") as greeted:
+        greeted.write("once\\n")
+    while not os.path.exists(state + "/answer"):
+        time.sleep(0.01)
+"""
+"""Notes each greeting, and answers none before the file ``answer`` is there."""
+HESITANT_STREAM = stream(
+    "send(id=id, result={'status': 'ok'})",
+    first=HESITATES,
+    hello='hesitate() or {"protocol": "1", "handles": params["hooks"], "capabilities": []}',
+)
+HESITANT_SERVER = server(
+    HESITATES
+    + """
+class Lines:
+    def __iter__(self):
+        for line in os.fdopen(0):
+            if '"initialize"' in line:
+                hesitate()
+            yield line
+sys.stdin = Lines()
+"""
+)
+PROGRAM = """\
+    #!/usr/bin/python3
+    import os, sys
+    with open(os.environ["PLUGIN_STATE_DIR"] + "/runs", "a") as runs:
+        runs.write("once\\n")
+    print('{"status": "written"}')
+"""
+STATE = {"filesystem": {"state": "1M"}}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +117,9 @@ def test_new_host_serves_callers_once_it_knows_what_was_held_for_it(d: GatedDaem
 
 
 def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_dir: Path) -> None:
-    folder = write_plugin(shared_dir / "late", LATE, sandbox={"filesystem": {"state": "1M"}})
-    d.cli("plugin", "add", str(folder), "--yes")
+    d.cli("plugin", "add", str(write_plugin(shared_dir / "late", LATE, sandbox=STATE)), "--yes")
     emitting = d.begin("event", "emit", "deploy.completed", event(1), "--wait")
-    state = d.root / "var/lib/isolator/state/late/mnt/state"
+    state = state_of(d, "late")
     wait_for((state / "bound").exists)
     before = begin_exchange(d, PARTING)
     (state / "listen").touch()
@@ -94,6 +129,82 @@ def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_d
     lengths = [int(line) for line in (state / "requests").read_text().split()]
     assert len(lengths) == 1 and lengths[0], "a connection without a request, of which simple plugins die"
     wait_for(lambda: exchanged(d, "host", before))
+
+
+def state_of(d: GatedDaemon, plugin: str) -> Path:
+    """What a plugin sees as its own folder."""
+    return d.root / f"var/lib/isolator/state/{plugin}/mnt/state"
+
+
+def emit_failed(d: GatedDaemon) -> str:
+    """Emit the event that only the plugins of one test at a time get; returns its id."""
+    payload = {"project_id": EVENT["project_id"], "deployment_id": "d1", "error_code": "none"}
+    return str(d.json("event", "emit", "deploy.failed", json.dumps(payload))["id"])
+
+
+def delivered(d: GatedDaemon, event_id: str) -> dict[str, object]:
+    """The delivery of an event, once it is final."""
+
+    def final() -> dict[str, object] | None:
+        (delivery,) = d.json("event", "show", event_id)["deliveries"]
+        done = delivery["state"] in ("ok", "dead")
+        return {key: delivery[key] for key in ("state", "status", "attempts")} if done else None
+
+    return cast(dict[str, object], wait_for(final, what=d.log.read_text()))
+
+
+def test_stream_that_is_being_greeted_stays_connected(d: GatedDaemon, shared_dir: Path) -> None:
+    folder = write_plugin(
+        shared_dir / "hesitant", HESITANT_STREAM, sandbox=STATE, hooks=["deploy.failed"], transport={"mode": "stream"}
+    )
+    d.cli("plugin", "add", str(folder), "--yes")
+    d.cli("plugin", "start", "hesitant")
+    state = state_of(d, "hesitant")
+    before = begin_exchange(d, LOADED)
+    emitted = emit_failed(d)
+    wait_for((state / "greeted").exists)
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before))
+    (state / "answer").touch()
+    assert delivered(d, emitted) == {"state": "ok", "status": "ok", "attempts": 1}
+    assert (state / "greeted").read_text().split() == ["once"]
+    d.cli("plugin", "remove", "hesitant", "--yes")
+
+
+def test_server_that_has_not_answered_its_first_request_goes_on(d: GatedDaemon, shared_dir: Path) -> None:
+    folder = write_plugin(
+        shared_dir / "server", HESITANT_SERVER, sandbox=STATE, hooks=[], transport={"mode": "mcp"},
+        restart={"start_timeout": "2m"},
+    )  # fmt: skip
+    d.cli("plugin", "add", str(folder), "--yes")
+    approving = d.begin("mcp", "approve", "server", "--yes")
+    state = state_of(d, "server")
+    wait_for((state / "greeted").exists)
+    before, pid = d.service_pid(MODULES["host"]), d.json("plugin", "show", "server")["pid"]
+    d.cli("reload")
+    wait_for(lambda: exchanged(d, "host", before))
+    (state / "answer").touch()
+    assert approving.wait(seconds(60)) == 0, (approving.communicate(), d.log.read_text())
+    approving.communicate()
+    shown = d.json("plugin", "show", "server")
+    assert (shown["pid"], shown["ready"]) == (pid, True)
+    assert (state / "greeted").read_text().split() == ["once"]
+    d.cli("plugin", "remove", "server", "--yes")
+
+
+def test_result_of_a_program_that_is_started_meanwhile_is_read(d: GatedDaemon, shared_dir: Path) -> None:
+    folder = write_plugin(
+        shared_dir / "program", PROGRAM, sandbox=STATE, hooks=["deploy.failed"], transport={"mode": "exec"}
+    )
+    d.cli("plugin", "add", str(folder), "--yes")
+    before = begin_exchange(d, LOADED)
+    emitted = emit_failed(d)
+    wait_for(lambda: [one for one in d.records() if one["type"] == "event.dispatched" and one["event_id"] == emitted])
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before))
+    assert delivered(d, emitted) == {"state": "ok", "status": "written", "attempts": 1}
+    assert (state_of(d, "program") / "runs").read_text().split() == ["once"]
+    d.cli("plugin", "remove", "program", "--yes")
 
 
 def adding(d: GatedDaemon, folder: Path) -> list[str]:
