@@ -112,7 +112,8 @@ def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leav
         assert refused.returncode and "has left its cluster" in refused.stderr
         (d.root / "etc/isolator/host.toml").write_text("# none any more\n")
         d.cli("reload")
-        d.cli("event", "emit", "deploy.completed", event(6), "--wait")
+        # The host process is exchanged after the supervisor.
+        wait_for(lambda: not d.cli("event", "emit", "deploy.completed", event(6), "--wait", code=None).returncode)
         kinds = {record["data"]["kind"] for record in d.records() if record["type"] == "cluster.problem"}
         assert {"unreachable", "refused"} <= kinds
 
