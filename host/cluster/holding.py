@@ -81,11 +81,12 @@ class Holding:
         del self.epochs[shard]
         drained = shard in self._released
         self._released.discard(shard)
-        self._follower.lost(shard, why)
         if not drained or not any(name == shard[0] for name, _ in self.epochs):
-            # The cage may have work of this shard in it, so it ends although it serves others, too.
+            # The cage may have work of this shard in it, so it ends although it serves others, too. First, because a
+            # delivery whose outcome came past the deadline goes back to the queue, and moves with the others.
             self._fences.lost(shard[0])
             self._extended.pop(shard[0], None)
+        self._follower.lost(shard, why)
 
     def _look(self) -> None:
         """Note whether the deadline is over, now and when it will be."""
