@@ -12,6 +12,7 @@ by ``{"pid": N}``, a child of the supervisor's, or by ``{"problem": TEXT}``. The
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -95,8 +96,10 @@ def main() -> None:
         import_module(name)
     gc.enable()
     gc.freeze()  # a collection in a copy would write to every object, and so own its page
-    send_packet(sock, b'{"ready": true}')
-    service = serve(sock)
+    service = None
+    with contextlib.suppress(ConnectionError):  # the daemon has ended meanwhile, and says itself why
+        send_packet(sock, b'{"ready": true}')
+        service = serve(sock)
     if service is None:
         os._exit(0)  # nothing here is to be seen to; taking every module apart takes longer than a fork
     service.run()

@@ -578,6 +578,7 @@ def test_every_check_of_the_weakened_broker_is_switched_off_here() -> None:
     from tests.broker import weakened
 
     text = Path(__file__).read_text() + Path(__file__).with_name("test_guarantees.py").read_text()
+    text += Path(__file__).with_name("test_fence.py").read_text()
     for line in (weakened.__doc__ or "").splitlines():
         if line.startswith("``") and not line.startswith("``python"):
             check = line.split("``")[1].split(":")[0]

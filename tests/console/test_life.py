@@ -16,8 +16,10 @@ def pid_of(d: Daemon) -> int:
 
 
 def reloaded(d: Daemon) -> None:
+    before = pid_of(d)
     generation = d.json("reload")["generation"]
     assert generation > 1
+    wait_for(lambda: pid_of(d) not in (0, before), what="the process is not exchanged")
 
 
 def test_reload_exchanges_the_process_and_keeps_who_was_let_in(console: Console) -> None:

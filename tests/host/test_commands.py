@@ -30,7 +30,7 @@ def both(
         (["--root", "/nonexistent", "plugin", "list", "--json"], 1),
         (["event", "types", "--json"], 1),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_forked_command_answers_as_a_started_one(monkeypatch: pytest.MonkeyPatch, words: list[str], code: int) -> None:
     monkeypatch.setenv("ISOLATOR_ROOT", "/nonexistent/other")

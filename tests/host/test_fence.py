@@ -69,7 +69,11 @@ class FencedDaemon(Daemon):
 
     async def order(self, verb: str, *arguments: Any) -> None:
         """Have the host ``hold``, ``free`` or lose (``lost``) a plugin."""
-        reader, writer = await asyncio.open_unix_connection(str(self.paths.host_lib / "orders"))
+        orders = self.paths.host_lib / "orders"
+        async with asyncio.timeout(seconds(30)):
+            while not orders.exists():  # noqa: ASYNC110 # another process makes it
+                await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_unix_connection(str(orders))
         writer.write(json.dumps([verb, *arguments]).encode() + b"\n")
         assert await reader.read() == b"done"
         writer.close()

@@ -49,7 +49,7 @@ def test_cage_that_cannot_be_built_is_125_and_one_line(daemon: TakenOver) -> Non
         (["--egress", "other.example:443"], "other.example:443 is over the ceiling; "),
         (["--net", "public"], '"public" is over the ceiling; '),
         (["--read", "/proc/1"], "never made visible"),
-        (["--read", "/run/isolator"], "never made visible"),
+        (["--read", "/sys/kernel"], "never made visible"),
         (["--cwd", "here"], "--cwd: is not absolute"),
         (["--audit", "/dev/null"], "--audit: is root's alone: the daemon's own trail has the records; leave it out"),
         (["--env", "=x"], "--env: "),

@@ -55,7 +55,8 @@ def test_reload_puts_host_toml_in_force_and_stops_nobody(shared_dir: Path) -> No
             if name == "large":
                 policy = d.root / "etc/isolator/policies/large.toml"
                 policy.write_text(policy.read_text().replace('memory = "256M"', 'memory = "300M"', 1))
-            d.cli("plugin", "start", name)
+            # The new policy may end a start that is under way.
+            wait_for(lambda name=name: d.cli("plugin", "start", name, code=None).returncode == 0)
         wait_for(lambda: memory_of_large(d) == 300 << 20, what="the edited policy")
         wait_for(lambda: set(running(d)) == {"large", "small"})
         before = running(d)
