@@ -167,7 +167,12 @@ def test_without_its_key_a_plugin_with_secrets_waits_and_says_why(stopped: Daemo
         try:
             assert why in stopped.log.read_text()
             emitted = stopped.json("event", "emit", "deploy.completed", event(3))["id"]
-            wait_for(lambda: why in (stopped.json("event", "show", emitted)["deliveries"][0]["holding"] or ""))
+            wait_for(
+                lambda: (
+                    why in (stopped.json("event", "show", emitted)["deliveries"][0]["holding"] or "")
+                    or why in (stopped.json("plugin", "show", "echo")["error"] or "")
+                )
+            )
             assert any(why in alarm for alarm in stopped.json("check", code=1)["alarms"])
             assert not key.exists() or key.stat().st_mode & 0o777 == 0o644, "a bad key was replaced"
         finally:
