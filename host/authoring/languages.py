@@ -70,4 +70,4 @@ CALLS: dict[tuple[str, str], tuple[str, str]] = {
     ("oneshot", "sh"): (f"echo '{_LINE}' | ./{{name}} handle", ""),
     ("exec", "sh"): ('echo \'{"project_id":"p1"}\' | PLUGIN_EVENT_TYPE=deploy.completed ./{name}', ""),
 }
-"""What a plugin's own test calls, by mode and language, and what comes of it; where the test depends on the mode."""
+"""Call in a plugin's own test and its result, by mode and language; where the test depends on the mode."""

@@ -41,7 +41,7 @@ from isolator.policy.names import covers_hook, format_egress
 
 ONESHOT, EXEC = "oneshot", "exec"
 _OWN, _DENIED = "isolator: ", "isolator: denied: "
-"""What ``isolator run`` itself writes on standard error."""
+"""Lines that ``isolator run`` itself writes on standard error."""
 _PAUSE = 0.01
 _END_SECONDS = 10.0
 _KINDS = {

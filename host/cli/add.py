@@ -160,7 +160,7 @@ def _is_address(text: str | None) -> bool:
 
 @contextlib.contextmanager
 def _offered(root: str | None, text: str, sha256: str | None, *, quiet: bool) -> Iterator[dict[str, Any]]:
-    """What ``plugin.stage`` is asked for a folder, a package, or the address of one."""
+    """Parameters of ``plugin.stage`` for a folder, a package, or the address of one."""
     if not _is_address(text):
         yield {"path": arguments.absolute(text)}
         return

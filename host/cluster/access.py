@@ -11,7 +11,7 @@ TICK: Final = "iso.tick"
 
 
 def permissions(host: str) -> dict[str, Any]:
-    """What a host's user may publish and subscribe, as the servers' configuration has it."""
+    """Permissions of a host's user, as the servers' configuration has them."""
     reads = [f"$JS.API.DIRECT.GET.{STREAM}", f"$JS.API.STREAM.INFO.{STREAM}"]
     return {
         "publish": [f"iso.ev.{host}", f"iso.ctl.{host}", TICK, "iso.ask", "iso.ask.*", *reads],

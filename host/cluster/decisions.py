@@ -26,7 +26,7 @@ FILL: Final = MAX_MESSAGE // 2
 
 
 class Decisions:
-    """What this host writes to its ``ctl``. ``rest``: the claims of the moment, and the beat, which stands last."""
+    """Entries that this host writes to its ``ctl``. ``rest``: the claims of the moment, and the beat, the last."""
 
     def __init__(
         self,

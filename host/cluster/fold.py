@@ -54,7 +54,7 @@ ByShard = Annotated[
 
 
 class Store(Protocol):
-    """What a fold keeps that may be large; a host has it in its database, in one transaction with the state."""
+    """The large part of a fold; a host has it in its database, in one transaction with the state."""
 
     def is_first(self, unique: str, event: EventRef, time: float) -> bool:
         """Keep a dedupe key, for as long as the log keeps its entries; False if it is there already."""

@@ -1,4 +1,4 @@
-"""Where this host stands in the log: its fold, up to where it has read, and whether that is still this log's."""
+"""Place of this host in the log: its fold, up to where it has read, and whether that is still this log's."""
 
 from __future__ import annotations
 

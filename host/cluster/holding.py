@@ -15,7 +15,7 @@ _EXTENDED = 1.0
 
 
 class Holding:
-    """What the follower was given to hold. ``fence`` is this life's."""
+    """Shards that the follower holds. ``fence`` is this life's."""
 
     def __init__(self, host: str, follower: Follower, fences: Fences, clock: Clock) -> None:
         self._host, self._follower, self._fences, self._clock = host, follower, fences, clock

@@ -70,7 +70,7 @@ class Fence:
 
 
 class Watch:
-    """What this host has read of the others, and when. Times are those of ``boottime``."""
+    """Entries that this host has read of the others, and when. Times are those of ``boottime``."""
 
     def __init__(self, host: str, now: float) -> None:
         self._host, self._began = host, now

@@ -1,4 +1,4 @@
-"""Where a plugin of the cluster runs: an operator's word, which all hosts read."""
+"""Placement of a plugin of the cluster: an operator's decision, which all hosts read."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class StoppedError(Exception):
 
 
 class Problems:
-    """What is wrong at the moment. ``notice(kind, line)`` is called for each new one, with None when one has ended."""
+    """The present problems. ``notice(kind, line)`` is called for each new one, with None when one has ended."""
 
     def __init__(self, notice: Callable[[Kind, str | None], None]) -> None:
         self._notice = notice

@@ -30,7 +30,7 @@ _FORMAT = 1
 
 
 def subject_of(host: str) -> str:
-    """Where a host answers."""
+    """Subject of questions to a host."""
     return f"{EVERYBODY}.{host}"
 
 
@@ -71,7 +71,7 @@ class Snapshots:
         draft.rename(self._folder / f"{found['place']}.fold")
 
     def answer(self, question: bytes) -> bytes | None:
-        """What another host gets: which copy there is for its log, or a piece of one; None: nothing, or no question."""
+        """Answer another host: which copy there is for its log, or a piece of one; None: nothing, or no question."""
         try:
             asked = json.loads(question)
             known = self._known()

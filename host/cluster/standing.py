@@ -1,4 +1,4 @@
-"""What ``isolator cluster status`` shows: this host, the log and the other hosts, as this host knows them."""
+"""The picture of ``isolator cluster status``: this host, the log and the other hosts, as this host knows them."""
 
 from __future__ import annotations
 

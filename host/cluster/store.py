@@ -93,7 +93,7 @@ def make_tables(db: sqlite3.Connection, host: str, generation: int) -> None:
 
 
 def kept(db: sqlite3.Connection) -> Kept:
-    """What the database knows of this host."""
+    """The database's facts about this host."""
     return Kept(*db.execute("SELECT host, log, session, mark FROM cluster_self").fetchone())
 
 
@@ -103,7 +103,7 @@ def keep_log(db: sqlite3.Connection, created: str) -> None:
 
 
 class FoldStore:
-    """What a fold keeps (``host.cluster.fold.Store``), and the state itself, of one database."""
+    """Values of a fold (``host.cluster.fold.Store``), and the state itself, of one database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -150,7 +150,7 @@ class FoldStore:
         self._writes.append(("DELETE FROM cluster_values WHERE plugin=?", (plugin,)))
 
     def changes(self, state: State, host: str, mark: str) -> Write:
-        """What the folding of one message of a host has changed, to be written before the next message is folded."""
+        """Changes by the folding of one message of a host, to be written before the next message is folded."""
         writes, self._writes, self._seen = self._writes, [], {}
         for part, form in _OF_PARTS.items():
             now, before = getattr(state, part), self._written[part]

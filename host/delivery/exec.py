@@ -69,7 +69,7 @@ class _Invocation:
     ended: asyncio.Future[InvocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     async def answer(self) -> WithFds[InvocationStarted]:
-        """What ``begun`` has; raises IsolatorError when it was not begun."""
+        """The result of ``begun``; raises IsolatorError when it was not begun."""
         return await self.begun
 
 

@@ -75,7 +75,7 @@ class Member:
         self.values = ClusterKeyValue(store, self.follower, self._decide)
 
     def problems(self) -> Sequence[str]:
-        """What is wrong with this host's part, a line each."""
+        """Problems of this host's part, a line each."""
         return [*self._trouble, *(self.node.problems.lines.values() if self.node is not None else ())]
 
     async def start(self) -> None:

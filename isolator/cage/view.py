@@ -20,7 +20,7 @@ def time_zone() -> str:
 
 
 def certificate_variables() -> dict[str, str]:
-    """Where programs find certificates, as the process that starts a cage has it, if a cage has it, too."""
+    """Variables that lead to certificates, of the process that starts a cage, where a cage has them, too."""
     found = {name: os.environ.get(name, "") for name in _CERTIFICATES}
     return {name: path for name, path in found.items() if path.startswith("/etc/ssl/certs/")}
 

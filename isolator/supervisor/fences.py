@@ -73,7 +73,7 @@ class Fences:
             raise UnavailableError(f"plugin {name}", why, "it is started on the host that holds it")
 
     def notice(self, name: str) -> str:
-        """What an operator is shown of a plugin that may not act, empty if it may."""
+        """Text for an operator about a plugin that may not act, empty if it may."""
         if name in self._frozen and self._runs(name):
             return FROZEN
         return WAITS if self.of(name).closed else ""

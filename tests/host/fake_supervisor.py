@@ -162,27 +162,32 @@ class Daemon(FakeAudit):
         self.channel.close()
 
     async def stop(self) -> None:
-        """End everything."""
+        """End everything, and the sidecars last: until then somebody may start another."""
         for sidecar in self.sidecars.values():
             sidecar.stopping = True
-            if sidecar.process is not None and sidecar.process.returncode is None:
-                sidecar.process.kill()
-                await sidecar.process.wait()
-            for fd in sidecar.pipes:
-                os.close(fd)
         if self.channel is not None:
             self.channel.close()
-        if self.host is not None and self.host.returncode is None:
-            try:
-                async with asyncio.timeout(10):
+        try:
+            if self.host is not None and self.host.returncode is None:
+                try:
+                    async with asyncio.timeout(10):
+                        await self.host.wait()
+                except TimeoutError:
+                    self.host.kill()
                     await self.host.wait()
-            except TimeoutError:
-                self.host.kill()
-                await self.host.wait()
-                raise AssertionError("the host did not end when its channel closed") from None
-        for task in list(self._tasks):
-            task.cancel()
-        self.close_audit()
+                    raise AssertionError("the host did not end when its channel closed") from None
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for sidecar in self.sidecars.values():
+                if sidecar.process is not None and sidecar.process.returncode is None:
+                    sidecar.process.kill()
+                    await sidecar.process.wait()
+                for fd in sidecar.pipes:
+                    os.close(fd)
+            self.close_audit()
 
     # Plugins
 

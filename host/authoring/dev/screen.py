@@ -1,4 +1,4 @@
-"""What an author sees under ``isolator dev``: lines for people, or one JSON object a line (key ``kind``)."""
+"""The author's view of ``isolator dev``: lines for people, or one JSON object a line (key ``kind``)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ VARIABLES = {
     name: str(CERTIFICATES / BUNDLE)
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 }
-"""Where programs that bring certificates of their own look for more."""
+"""Variables by which programs that bring certificates of their own find more."""
 # In small letters: OpenSSL makes the name of a certificate's file from its subject in small letters.
 _NAME = "isolator throw-away authority"
 _DAYS = 2

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -24,13 +25,13 @@ MOST_ENDED: Final = 256
 _NEW: Final = Local("queued", 0, 0, 0.0)
 
 
-class Cursor:
+class Cursor(ABC):
     """How far a plugin's events are read. A cursor that is ``behind`` reads them from the database once it has room."""
 
     def __init__(self, plugin: str, queue: ClusterQueue, subscriptions: Subscriptions, at: Place) -> None:
         self.plugin, self.at, self.behind = plugin, at, True
         self.open: dict[EventRef, Delivery] = {}
-        """What is not final, in the log's order."""
+        """Deliveries that are not final, in the log's order."""
         self._queue, self._places, self._subscriptions = queue, queue.places, subscriptions
         self._refs: dict[int, EventRef] = {}
 
@@ -54,8 +55,9 @@ class Cursor:
             self.at = read.at
             self._take(read)
 
+    @abstractmethod
     def _take(self, read: Read) -> None:
-        raise NotImplementedError
+        """Make a delivery of what was read, if it has one for the plugin."""
 
     def _subscriber(self, read: Read) -> Subscriber | None:
         if read.plugin not in (None, self.plugin) or read.of in self.open:
@@ -77,9 +79,9 @@ class Cursor:
         if self.behind and len(self.open) <= MOST_OPEN // 2:
             self.catch_up()
 
+    @abstractmethod
     def ended(self, delivery: Delivery, result: Result) -> EventRef | None:
         """Note a final outcome; returns the event if all hosts have to know of it before it is closed."""
-        raise NotImplementedError
 
 
 class Held(Cursor):
@@ -116,7 +118,7 @@ class Held(Cursor):
         refs = [one.event for one in opened]
         self._local = queue.places.local(self.plugin, refs, at) if known else {}
         self._left = {delivery.seq: delivery for delivery in queue.lane(self.plugin).pending()}
-        """What another process of this host had in flight, and handed over."""
+        """Deliveries that another process of this host had in flight, and handed over."""
         self.lost = self._take_open(opened)
         """Events that are open and that this host does not have."""
 

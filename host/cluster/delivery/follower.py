@@ -1,4 +1,4 @@
-"""What the queue of a host does with the log that its node reads (``host.cluster.node.Follower``).
+"""The work of a host's queue with the log that its node reads (``host.cluster.node.Follower``).
 
 Of each shard that this host holds, and of each plugin of which every host has its own copy, there is a cursor. The
 lanes of others are empty: their deliveries are another host's.
