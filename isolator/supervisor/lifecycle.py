@@ -149,17 +149,12 @@ class Plugin:
         after as many of them as a plugin's own would have.
         """
         async with self._settled:
-            await self._settled.wait_for(lambda: not self._passing or self._fails_to_start())
+            await self._settled.wait_for(lambda: self.state not in _PASSING or self._fails_to_start())
         if self.state != PluginState.RUNNING or self.run is None:
             raise UnavailableError(
                 f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'"
             )
         return self.run
-
-    @property
-    def _passing(self) -> bool:
-        """Whether another state follows by itself; one whose run has just ended is called running for a moment."""
-        return self.state in _PASSING or (self.state == PluginState.RUNNING and self.run is None)
 
     def _fails_to_start(self) -> bool:
         limits = self.effective.restart if self.effective is not None else None
@@ -501,6 +496,8 @@ class Plugin:
             return Ended(run_id, None, origin, why, counts=origin == Origin.PLUGIN, hopeless=hopeless)
         finally:
             self.run, self.outdated, self.lacking = None, "", ""
+            if self.state == PluginState.RUNNING:
+                self._set(PluginState.STOPPING)
             if run is not None:
                 await run.take_down()
 
@@ -581,6 +578,7 @@ class Plugin:
 
 
 _PASSING = frozenset({PluginState.STARTING, PluginState.BACKOFF, PluginState.STOPPING})
+"""Another state follows by itself."""
 _REMEDIES = {
     PluginState.DISABLED: "isolator plugin enable {0}",
     PluginState.REJECTED: "see 'isolator plugin show {0}' and correct it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -41,6 +42,7 @@ SCALARS: dict[Any, st.SearchStrategy[Any]] = {
 }  # fmt: skip
 
 
+@functools.cache
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Any value of a field's type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

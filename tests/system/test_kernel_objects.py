@@ -50,10 +50,14 @@ def _groups(d: Daemon, run: str) -> list[Path]:
 
 
 def _another_run(d: Daemon, run: str) -> dict[str, Any]:
-    return wait_for(
-        lambda: (e := d.json("plugin", "show", "echo"))["state"] == "running" and e["run"] != run and e,
-        what=f"nobody noticed: {d.log.read_text()}",
-    )
+    def another() -> dict[str, Any] | None:
+        entry: dict[str, Any] = d.json("plugin", "show", "echo")
+        if entry["state"] != "running":
+            return None
+        assert entry["run"], "it is called running, and has no run"
+        return entry if entry["run"] != run else None
+
+    return wait_for(another, what=f"nobody noticed: {d.log.read_text()}")
 
 
 def _cause(d: Daemon, run: str) -> str:
