@@ -11,6 +11,7 @@ import pytest
 
 from isolator.errors import IsolatorError
 from isolator.ipc.handover import AuditClientState, AuditState, DaemonState, SubtreeState, TicketsState
+from isolator.supervisor import alive
 from isolator.supervisor.reload import formats, reloader, trial
 from isolator.supervisor.reload.program import Program
 
@@ -99,6 +100,13 @@ async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
 
 
 async def test_program_that_never_answers_is_ended(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 0.2)
-    with pytest.raises(IsolatorError, match=r"it gave no answer in 0\.2 s"):
+    monkeypatch.setattr(alive, "TICK", 0.05)
+    with pytest.raises(IsolatorError, match=r"it does not answer, and has done nothing for 0\.5 s"):
         await trial.try_out(script(shared_dir, "exec sleep 1000"), STATE)
+
+
+async def test_program_that_is_slow_is_waited_for(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than one that does nothing would be."""
+    monkeypatch.setattr(alive, "TICK", 0.1)
+    slow = "for i in $(seq 20); do sleep 0.1; done; echo '{\"formats\": [2]}'"
+    assert await trial.try_out(script(shared_dir, slow), STATE) == 2

@@ -20,6 +20,12 @@ def isolator(*words: str) -> str:
     return run("/usr/bin/isolator", *words)
 
 
+def both(*command: str) -> str:
+    """What a command that has to succeed prints, and what it complains of."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=seconds(300), check=True)
+    return result.stdout + result.stderr
+
+
 def pid_of(plugin: str) -> int:
     return int(json.loads(isolator("plugin", "show", plugin, "--json"))["pid"])
 
@@ -47,9 +53,11 @@ def test_deb_is_installed_upgraded_removed_and_purged(tmp_path: Path) -> None:
         isolator("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
         isolator("event", "emit", "deploy.completed", event("before"), "--wait")
         before, daemon = pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")
-        run("dpkg", "-i", str(newer))
+        printed = both("dpkg", "-i", str(newer))
+        journal = both("journalctl", "-u", "isolator", "-n", "60", "--no-pager")
+        assert "runs on" not in printed, (printed, journal)
         # Its host process, which answers, is exchanged after the supervisor.
-        wait_for(lambda: version_that_answers() == NEWER, seconds(120))
+        wait_for(lambda: version_that_answers() == NEWER, seconds(120), f"{printed}\n{journal}")
         assert (pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")) == (before, daemon)
         isolator("event", "emit", "deploy.completed", event("after"), "--wait")
         run("dpkg", "-r", "isolator")

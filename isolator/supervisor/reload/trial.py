@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import isolator
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.ipc.handover import DaemonState
 from isolator.paths import Paths
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.parse.load import load_host_config
 from isolator.registration.registrar import Registrar
+from isolator.supervisor import alive
 from isolator.supervisor.reload import formats
 from isolator.supervisor.reload.program import CHECK, Program
 
-SECONDS = 20.0
 _MOST = 1 << 20
 """Bytes of an answer."""
 
@@ -57,13 +57,13 @@ async def _answer(program: Program, fd: int) -> dict[str, Any]:
     assert process.stdout is not None
     why = "it gave no answer"
     try:
-        async with asyncio.timeout(SECONDS):
-            line = await process.stdout.readline()
-            answer = json.loads(line)
-            if isinstance(answer, dict):
-                return answer
-    except TimeoutError:
-        why = f"it gave no answer in {SECONDS:g} s"
+        # The daemon serves meanwhile: on a slow host it may take as long as it makes progress.
+        line = await alive.answered(process.stdout.readline(), process.pid, "trial", ticks=alive.BUSY_TICKS)
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            return answer
+    except UnavailableError as error:
+        why = f"it {error.why}"
     except ValueError:
         pass
     finally:
