@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import wait_for, write_plugin
-from tests.vm.service import Service, needs_machine
+from tests.system.daemon import wait_for
+from tests.vm.service import Service, needs_machine, slow_plugin
 
 NOTES = Path("/var/tmp/isolator-reboot")  # a disk's, and swept by nobody while the machine lives
 ACCEPTED, BOOT = NOTES / "accepted", NOTES / "boot"
@@ -65,7 +65,7 @@ def test_it_is_in_the_middle_of_deliveries() -> None:
         subprocess.run(["isolator", "install"], check=True, timeout=seconds(30))
     NOTES.mkdir(exist_ok=True)
     if not ACCEPTED.exists():
-        service.cli("plugin", "add", str(write_plugin(NOTES / PLUGIN, SLOW)), "--yes")
+        service.cli("plugin", "add", str(slow_plugin(NOTES / PLUGIN, SLOW)), "--yes")
     BOOT.write_text(boot)
     ACCEPTED.touch()
     known = len(accepted())

@@ -16,7 +16,7 @@ import pytest
 from host.client.client import Client
 from isolator.errors import IsolatorError
 from tests.support.timeouts import seconds
-from tests.system.daemon import EVENT, wait_for
+from tests.system.daemon import EVENT, wait_for, write_plugin
 
 _DISPOSABLE = Path("/etc/systemd/system/isolator-vm-ready.service")  # the box of ./dev vm, and nothing else, has it
 _PURE_V2 = Path("/sys/fs/cgroup/cgroup.controllers")
@@ -25,6 +25,11 @@ needs_machine = pytest.mark.skipif(
     not (_DISPOSABLE.exists() and Path("/run/systemd/system").exists() and _PURE_V2.exists()),
     reason="needs systemd as PID 1 and pure cgroup v2: sudo ./dev vm",
 )
+
+
+def slow_plugin(folder: Path, *arguments: Any, **manifest: Any) -> Path:
+    """As ``write_plugin``; a machine that is emulated beside others may take more than the usual ten seconds."""
+    return write_plugin(folder, *arguments, restart={"start_timeout": "2m"}, **manifest)
 
 
 class Service:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.packaging.package import NEWER, build, run
 from tests.support.timeouts import seconds
-from tests.system.daemon import event, wait_for, write_plugin
-from tests.vm.service import needs_machine
+from tests.system.daemon import event, wait_for
+from tests.vm.service import needs_machine, slow_plugin
 
 pytestmark = [pytest.mark.vm, pytest.mark.wide, needs_machine]
 
@@ -50,7 +50,7 @@ def test_deb_is_installed_upgraded_removed_and_purged(tmp_path: Path) -> None:
         assert run("systemctl", "is-enabled", "isolator").strip() == "enabled"
         # An image for servers may be set up to leave manual pages out.
         assert "/usr/share/man/man1/isolator-plugin-add.1.gz" in run("dpkg", "-L", "isolator").splitlines()
-        isolator("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        isolator("plugin", "add", str(slow_plugin(tmp_path / "echo")), "--yes")
         isolator("event", "emit", "deploy.completed", event("before"), "--wait")
         before, daemon = pid_of("echo"), run("systemctl", "show", "-P", "MainPID", "isolator")
         printed = both("dpkg", "-i", str(newer))

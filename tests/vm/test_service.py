@@ -17,9 +17,9 @@ from host.client.client import Client
 from isolator.cli.install import COMPLETIONS, LINK
 from isolator.layers.seccomp.profiles import DENY, rules
 from tests.support.timeouts import seconds
-from tests.system.daemon import alive, event, wait_for, write_plugin
+from tests.system.daemon import alive, event, wait_for
 from tests.vm import reboot_before
-from tests.vm.service import Service, needs_machine
+from tests.vm.service import Service, needs_machine, slow_plugin
 from tests.vm.shells import completed
 
 pytestmark = [pytest.mark.vm, needs_machine]
@@ -74,7 +74,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     try:
         with HOST_TOML.open("a") as file:
             file.write(NOTE)
-        made.cli("plugin", "add", str(write_plugin(tmp_path_factory.mktemp("plugins") / "echo")), "--yes")
+        made.cli("plugin", "add", str(slow_plugin(tmp_path_factory.mktemp("plugins") / "echo")), "--yes")
         made.cli("event", "emit", "deploy.completed", event("first"), "--wait")
         yield made
     finally:
@@ -184,7 +184,7 @@ def test_nobody_notices_a_reload(service: Service, how: str) -> None:
 
 
 def test_one_plugin_out_of_memory_leaves_the_others(service: Service, tmp_path: Path) -> None:
-    service.cli("plugin", "add", str(write_plugin(tmp_path / "hog", HOG, **LITTLE)), "--yes")
+    service.cli("plugin", "add", str(slow_plugin(tmp_path / "hog", HOG, **LITTLE)), "--yes")
     run, pid = service.json("plugin", "show", "echo")["run"], service.pid()
     with Client() as client:
         client.call("event.emit", name="deploy.failed", payload=FAILED)
@@ -207,7 +207,7 @@ def test_every_forbidden_call_is_on_record(service: Service, tmp_path: Path) -> 
     numbers = {name: resolve_syscall(Arch.NATIVE, name) for name in names}
     known = {name: number for name, number in numbers.items() if number is not None and number >= 0}
     script = CALLER.replace("NUMBERS", repr(sorted(known.values())))
-    service.cli("plugin", "add", str(write_plugin(tmp_path / "caller", script, hooks=["deploy.failed"])), "--yes")
+    service.cli("plugin", "add", str(slow_plugin(tmp_path / "caller", script, hooks=["deploy.failed"])), "--yes")
     service.cli("event", "emit", "deploy.failed", json.dumps(FAILED), "--wait")
     wanted = known.keys() | {"socket"}
     wait_for(lambda: wanted <= _denied(service), seconds(5), "a forbidden call is on no record")
