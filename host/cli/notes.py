@@ -20,8 +20,10 @@ def fails(shown: Mapping[str, Any]) -> bool:
 
 def all_notes(shown: Mapping[str, Any]) -> list[str]:
     """Everything an operator should know about a plugin, the most urgent first, each once."""
-    holding = None if shown.get("paused") else shown.get("holding")
     error, lease = shown.get("error") or "", shown.get("lease") or ""
+    holding = None if shown.get("paused") else shown.get("holding")
+    if holding and error and error in holding:  # with what to do about it
+        error, holding = holding.removeprefix(f"plugin {shown['name']}: "), None
     found = [error, waiting(shown), paused(shown), failing(shown), holding, lease if lease not in error else None]
     return [note for note in dict.fromkeys(found) if note]
 
