@@ -33,7 +33,7 @@ from isolator.audit.schema import ApiCalled, ApiVerdict, PluginHealth
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from isolator.policy.names import covers_permission
 
 RATE, BURST = 200.0, 400.0

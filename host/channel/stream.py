@@ -22,7 +22,7 @@ from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0

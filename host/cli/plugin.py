@@ -27,7 +27,7 @@ from host.client.client import Client
 from isolator.cli.audit import moment
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 from isolator.policy import units
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "mcp": ("host.cli.mcp.command:mcp", "Use MCP servers from editors and agents; approve their tools."),
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
     "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
-    "policy": ("host.policy_command:policy", "Check and explain policy files."),
+    "policy": ("host.plugins.policy_command:policy", "Check and explain policy files."),
     "new": ("host.authoring.new:new", "Start a new plugin from a working example."),
     "schema": ("host.authoring.schema_command:schema", "Print JSON Schemas of manifests, policies, payloads."),
     "certify": ("host.authoring.certify.command:certify", "Play the faults of the protocol against a plugin."),

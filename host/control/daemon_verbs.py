@@ -36,7 +36,7 @@ from host.database import Store
 from host.delivery.dispatch import Dispatcher
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
-from host.supervisor_link import SupervisorLink
+from host.lifecycle.supervisor_link import SupervisorLink
 from isolator import __version__
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient

@@ -20,7 +20,7 @@ from host.control.event_types import (
 from host.control.server import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
 from host.delivery.dispatch import Dispatcher
 from host.events import OPERATIONAL, Catalogue
-from host.intake import EventIntake
+from host.intake.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
 from host.queue.owed import Debts

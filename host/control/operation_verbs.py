@@ -15,7 +15,7 @@ from host.control.event_types import (
 from host.control.plugin_types import PauseChange, PluginPause, PluginResume
 from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.delivery.dispatch import Dispatcher
-from host.jobs import JOB, Jobs
+from host.intake.jobs import JOB, Jobs
 from host.plugins.registry import Registry
 from host.queue.interface import Result
 from host.queue.owed import ChangeOfEvent, Debts

@@ -32,7 +32,7 @@ from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
-from host.supervisor_link import SupervisorLink
+from host.lifecycle.supervisor_link import SupervisorLink
 from isolator.errors import IsolatorError
 
 _SERVING = ("stopped", "starting", "running", "stopping")

@@ -33,12 +33,12 @@ from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.terms import Nothing
 from host.delivery.modes import check_mode
 from host.events import Catalogue
-from host.lifecycle import PluginLifecycle
+from host.lifecycle.lifecycle import PluginLifecycle
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
-from host.supervisor_link import SupervisorLink
+from host.lifecycle.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, PackageResolved
 from isolator.errors import IsolatorError, UsageError

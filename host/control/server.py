@@ -26,7 +26,7 @@ from isolator.audit.schema import MAX_ID, ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.body import Body, Json
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 R = TypeVar("R", bound=Request)
 ROLES = ("caller", "viewer", "emitter", "operator")

@@ -24,7 +24,7 @@ from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
 from isolator.ipc.body import Body, omitted
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 """Answers a call of a stream plugin to the host API: (plugin, run, method, params) → its reply's fields."""

@@ -33,7 +33,7 @@ from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 
 _log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from host.wire.strict_json import WireError
 from isolator.ipc.body import Body, omitted
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 STRAYS = 1000
 BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20

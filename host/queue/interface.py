@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from isolator.ipc.body import Body
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 
 State = Literal[
     "queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined", "cancelled", "moved"

@@ -28,7 +28,7 @@ from isolator.broker.wire import Code
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules, normal_name

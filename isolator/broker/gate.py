@@ -35,7 +35,7 @@ from isolator.broker.sniff import (
 )
 from isolator.ipc.body import Body
 from isolator.ipc.succession import to_bytes, to_text
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from isolator.policy.denial import DenialRule
 
 Judge = Callable[[Hello], None]

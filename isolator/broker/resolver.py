@@ -26,7 +26,7 @@ from pathlib import Path
 from isolator.broker import wire
 from isolator.broker.wire import Code, Reply
 from isolator.ipc.fence import Fence
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.destinations import normal_name
 

@@ -48,7 +48,7 @@ from isolator.layers.user import User
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import CageState

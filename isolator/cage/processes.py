@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from isolator.launcher.client import Clone
 from isolator.layers.cgroup.leaf import Events, Leaf
-from isolator.structs import field, struct_class
+from isolator.base.structs import field, struct_class
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import CageState

@@ -25,7 +25,7 @@ from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.proc.layer import new_figures
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 
 _log = logging.getLogger(__name__)
 

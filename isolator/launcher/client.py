@@ -19,7 +19,7 @@ from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send
 from isolator.ipc.tasks import Tasks
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
 

@@ -22,7 +22,7 @@ from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
 from isolator.policy.host import MAY_DEGRADE
-from isolator.structs import replace
+from isolator.base.structs import replace
 
 Check = Callable[[], Control]
 

@@ -31,7 +31,7 @@ from isolator.policy.addresses import (
 )
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, NetworkPolicy
 from isolator.policy.units import shown
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 PUBLIC_PORTS = frozenset({80, 443})
 """TCP ports of the ``public`` mode."""

@@ -29,7 +29,7 @@ from isolator.policy.units import (
     parse_size,
     parse_volume,
 )
-from isolator.structs import replace, struct_class
+from isolator.base.structs import replace, struct_class
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from isolator.errors import IsolatorError
 from isolator.linux.lock import lock_file
-from isolator.structs import field, replace, struct_class
+from isolator.base.structs import field, replace, struct_class
 
 KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
 _COMPACT_LINES = 4000

@@ -11,7 +11,7 @@ from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.schema import ServiceEnded
 from isolator.audit.text import printable
 from isolator.errors import UnavailableError
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import close_all
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 
 _SECONDS = 1.0
 """A connection takes no time, unless nobody accepts."""

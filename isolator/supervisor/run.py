@@ -25,9 +25,9 @@ from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 from isolator.policy.denial import DenialRule
-from isolator.structs import replace
+from isolator.base.structs import replace
 from isolator.supervisor import ports
 from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.ruleset_watch import watched_ruleset

@@ -27,7 +27,7 @@ from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.child import Child, ended
 from isolator.linux.descriptors import close_all
-from isolator.pacing import Backoff
+from isolator.base.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth

@@ -13,7 +13,7 @@ from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.sniff import Hello
 from isolator.ipc.fence import Fence
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from tests.broker.test_sniff import REAL, hello
 from tests.support.timeouts import seconds
 

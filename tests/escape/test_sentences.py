@@ -50,7 +50,7 @@ from isolator.policy.units import parse_cpu, parse_size
 from isolator.probe.run import Finding
 from isolator.recovery.journal import Journal
 from isolator.standalone.broker import Records
-from isolator.structs import replace
+from isolator.base.structs import replace
 from isolator.volume.volume import Volume
 from tests.escape import cages, inspection
 from tests.escape.cages import Range, WeakenedCage, Weakness, in_pretend_host

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from isolator.ipc.accept_loop import HOLD, PAUSE, AcceptLoop
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from tests.support.timeouts import seconds
 
 

@@ -71,7 +71,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/host.py",
+        "host/composition/host.py",
         (
             "a new host serves callers before it knows what was held for it",
             "        self._lifecycle.take_over(state.starts)\n",

@@ -20,7 +20,7 @@ from host.delivery.http import HttpDeliveryState
 from host.delivery.mcp import McpState
 from host.delivery.modes import _CLASSES, mode_class
 from host.delivery.worker import WorkerState
-from host.handover import FORMATS, HostState
+from host.composition.handover import FORMATS, HostState
 from host.mcp.servers import ServersState
 from isolator.audit import handover as audit
 from isolator.broker import broker

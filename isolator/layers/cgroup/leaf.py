@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from isolator.errors import ConfinementError
 from isolator.layers.base import mismatch
 from isolator.policy.units import NO_CAP
-from isolator.structs import field, struct_class
+from isolator.base.structs import field, struct_class
 
 if TYPE_CHECKING:
     from isolator.layers.cgroup.subtree import Subtree

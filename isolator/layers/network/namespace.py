@@ -27,7 +27,7 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
-from isolator.structs import field, struct_class
+from isolator.base.structs import field, struct_class
 
 RESOLVER = "127.0.0.53"
 """The name server of a cage's ``/etc/resolv.conf``."""

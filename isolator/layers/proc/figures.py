@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 if TYPE_CHECKING:
     from isolator.policy.model import ResourcePolicy

@@ -14,7 +14,7 @@ from isolator.policy.destinations import PUBLIC_PORTS, Network, parse_host
 from isolator.policy.host import Ceiling
 from isolator.policy.keys import CEILING, SWITCHES, Limits
 from isolator.policy.model import EgressRule
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 
 @struct_class(frozen=True)

@@ -16,7 +16,7 @@ from isolator.policy.meet.compose import compose
 from isolator.policy.meet.sides import ceiling_bounds, grant_bounds
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.parse.load import check_ceiling, load_plugin_policy
-from isolator.structs import replace
+from isolator.base.structs import replace
 
 Net = Literal["none", "names", "public"]
 

@@ -24,11 +24,11 @@ from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import UidLease
 from isolator.linux.descriptors import FdSet
 from isolator.linux.readable import readable
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from isolator.policy.denial import INSTEAD, DenialRule
 from isolator.policy.meet.single_run import Net, policy_for_run
 from isolator.registration.reading import read_policy
-from isolator.structs import replace
+from isolator.base.structs import replace
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.supervisor.runners.paths import find_paths
 from isolator.supervisor.tickets import by_uid

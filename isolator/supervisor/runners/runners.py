@@ -21,7 +21,7 @@ from isolator.ipc.packet import receive_anything
 from isolator.ipc.run_request import MAX_BYTES, error_fields, read_request
 from isolator.linux.peer import allow_only, peer_groups, peer_ids
 from isolator.linux.readable import readable
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from isolator.registration.collecting import MOST_GROUPS
 from isolator.supervisor.listener import listen
 from isolator.supervisor.runners.apart import Closers

@@ -46,12 +46,12 @@ from host.delivery.pauses import Pauses
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.fence.fences import Fences
-from host.handover import HostState
+from host.composition.handover import HostState
 from host.host_api import HostApi, KeyValue
-from host.intake import EventIntake, EventRecords
-from host.jobs import Jobs
-from host.lifecycle import PluginLifecycle
-from host.operational import OperationalEvents
+from host.intake.intake import EventIntake, EventRecords
+from host.intake.jobs import Jobs
+from host.lifecycle.lifecycle import PluginLifecycle
+from host.intake.operational import OperationalEvents
 from host.plugins.environments import Environments
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
@@ -59,7 +59,7 @@ from host.plugins.secrets import ConfigStore
 from host.queue.missing import missing
 from host.queue.owed import Debts
 from host.queue.sqlite import SqliteQueue, newest_number
-from host.supervisor_link import SupervisorLink
+from host.lifecycle.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError

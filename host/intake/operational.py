@@ -22,7 +22,7 @@ from typing import Any
 
 from host.database import Store
 from host.events import OPERATIONAL
-from host.intake import EventIntake
+from host.intake.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
 from isolator.audit import files, reader
