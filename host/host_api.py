@@ -21,7 +21,7 @@ from typing import Any
 
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, UNSUPPORTED_PROTOCOL, shown
 from host.channel.stream import BROKEN_OFF, PROTOCOLS, cancel_calls
-from host.database import Store
+from host.database.store import Store
 from host.fence.fences import Fences
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry

@@ -11,7 +11,7 @@ from host.cluster.access import inbox_of
 from host.cluster.follower import Fences, Follower
 from host.cluster.node import Node, Settings
 from host.cluster.problems import Kind
-from host.database import Store
+from host.database.store import Store
 from isolator import __version__
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.policy.cluster import Cluster

@@ -36,7 +36,7 @@ from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.searches import Searches
 from host.control.server import AnyEndpoint, ControlServer
-from host.database import Store, exit_after_failed_sync
+from host.database.store import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher, SidecarLinks
 from host.delivery.gate import DispatchGate

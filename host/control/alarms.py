@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from host.database import Store
+from host.database.store import Store
 from isolator.audit.client import AuditClient
 from isolator.policy.host import without_trail
 

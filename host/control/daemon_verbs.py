@@ -32,7 +32,7 @@ from host.control.daemon_types import (
 )
 from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import NOTIFICATIONS, listing, result_keys
-from host.database import Store
+from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from host.database import Store
+from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Watches
 from host.host_api import HostApi

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from host.database import Store
+from host.database.store import Store
 from host.events import OPERATIONAL, Catalogue, EventType, from_schema
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest

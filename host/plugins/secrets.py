@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from host.database import Store
+from host.database.store import Store
 from host.plugins.keyfile import KeyFile
 from host.plugins.manifest import (
     MAX_CONFIG,

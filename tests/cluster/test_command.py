@@ -21,7 +21,7 @@ from host.cluster.node import Node, Settings
 from host.cluster.standing import standing
 from host.control.cluster_types import ClusterHost, ClusterLog, ClusterPlugin, ClusterStanding
 from host.control.verbs import result_keys
-from host.database import Store
+from host.database.store import Store
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.policy.cluster import Cluster as Settled
 from tests.cluster.hosts import Cluster, Following

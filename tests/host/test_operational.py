@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from host import operational
-from host.database import Store
+from host.database.store import Store
 from host.events import Catalogue
 from host.intake.intake import EventIntake
 from host.intake.operational import OperationalEvents

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from host.database import WAL_HIGH, Store
+from host.database.store import WAL_HIGH, Store
 from host.database.schema import SCHEMA_VERSION
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
