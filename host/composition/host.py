@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.composition.handover import HostState
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
 from host.control.catalogue_verbs import CatalogueVerbs
@@ -46,12 +47,13 @@ from host.delivery.pauses import Pauses
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.fence.fences import Fences
-from host.composition.handover import HostState
-from host.host_api import HostApi, KeyValue
+from host.host_api.api import HostApi
+from host.host_api.methods import KeyValue
 from host.intake.intake import EventIntake, EventRecords
 from host.intake.jobs import Jobs
-from host.lifecycle.lifecycle import PluginLifecycle
 from host.intake.operational import OperationalEvents
+from host.lifecycle.lifecycle import PluginLifecycle
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.environments import Environments
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
@@ -59,7 +61,6 @@ from host.plugins.secrets import ConfigStore
 from host.queue.missing import missing
 from host.queue.owed import Debts
 from host.queue.sqlite import SqliteQueue, newest_number
-from host.lifecycle.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError

@@ -15,7 +15,8 @@ from host.channel.reply import RETRY_LATER
 from host.control.platform_types import ApiAnswer, ApiCall, ApiRegister, ApiUnregister, RegisteredMethod
 from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.terms import Nothing
-from host.host_api import PLATFORM_TIMEOUT, ApiError, Context, HostApi
+from host.host_api.api import PLATFORM_TIMEOUT, HostApi
+from host.host_api.methods import ApiError, Context
 from isolator.errors import UsageError
 from isolator.ipc.body import Json
 from isolator.policy.names import parse_permission

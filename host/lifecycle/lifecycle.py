@@ -12,7 +12,7 @@ from typing import Protocol
 from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Watches
-from host.host_api import HostApi
+from host.host_api.api import HostApi
 from host.intake.intake import AUDIT_AHEAD, EventRecords
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry

@@ -570,7 +570,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/host_api.py",
+        "host/host_api/api.py",
         (
             "a call past the deadline of its plugin is answered",
             "        await fence.opened()\n        answer",
@@ -789,7 +789,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/host_api.py",
+        "host/host_api/api.py",
         (
             "another user calls the host API as a plugin",
             "if plugin is None or plugin.uid != uid:",
