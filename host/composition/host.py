@@ -27,6 +27,7 @@ from host.control.catalogue_verbs import CatalogueVerbs
 from host.control.cluster_verbs import ClusterVerbs
 from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
+from host.control.endpoints import AnyEndpoint
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
 from host.control.mcp_verbs import McpVerbs
@@ -36,7 +37,7 @@ from host.control.plugin_types import PluginStage
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.searches import Searches
-from host.control.server import AnyEndpoint, ControlServer
+from host.control.server import ControlServer
 from host.database.store import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
 from host.delivery.dispatch import Dispatcher, SidecarLinks

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from host.channel.reply import RETRY_LATER
+from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.platform_types import ApiAnswer, ApiCall, ApiRegister, ApiUnregister, RegisteredMethod
-from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.terms import Nothing
 from host.host_api.api import PLATFORM_TIMEOUT, HostApi
 from host.host_api.methods import ApiError, Context

@@ -11,8 +11,8 @@ from host.control.config_types import (
     ConfigUnset,
     Reencrypted,
 )
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.plugin_types import ConfigItem
-from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.lifecycle.lifecycle import PluginLifecycle
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Registry

@@ -30,13 +30,13 @@ from host.control.daemon_types import (
     Status,
     Version,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import NOTIFICATIONS, listing, result_keys
 from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
-from host.lifecycle.supervisor_link import SupervisorLink
 from isolator import __version__
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient

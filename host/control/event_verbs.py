@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
 from host.control.event_types import (
     Deliveries,
     Event,
@@ -17,7 +18,6 @@ from host.control.event_types import (
     EventWait,
     Replayed,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
 from host.delivery.dispatch import Dispatcher
 from host.events import OPERATIONAL, Catalogue
 from host.intake.intake import EventIntake

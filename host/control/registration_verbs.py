@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.plugin_types import (
     ApprovedPlugin,
     ChangedPlugin,
@@ -29,16 +30,15 @@ from host.control.plugin_types import (
     StagedPlugin,
     UpdatedPlugin,
 )
-from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.terms import Nothing
 from host.delivery.modes import check_mode
 from host.events import Catalogue
 from host.lifecycle.lifecycle import PluginLifecycle
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
-from host.lifecycle.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, PackageResolved
 from isolator.errors import IsolatorError, UsageError

@@ -137,12 +137,18 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/control/server.py",
+        "host/control/endpoints.py",
         (
             "any role may call tools",
             "return caller.may_call",
             "return True",
             f"{_SERVERS}test_user_who_is_not_named_is_refused",
+        ),
+        (
+            "any role may call any verb",
+            "return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)",
+            "return caller.role is not None",
+            "host/test_control.py::test_each_role_may_call_its_own_verbs_and_no_others",
         ),
     ),
     *_mutations(
@@ -775,12 +781,6 @@ MUTATIONS = (
     ),
     *_mutations(
         "host/control/server.py",
-        (
-            "any role may call any verb",
-            "return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)",
-            "return caller.role is not None",
-            "host/test_control.py::test_each_role_may_call_its_own_verbs_and_no_others",
-        ),
         (
             "strangers take every place",
             "share = STRANGER_SHARE if caller.role is None else",
