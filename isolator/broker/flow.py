@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
-from isolator.broker.gate import Gate, GateState
+from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.relay import Pipe, PipeState, Scratch, reset
 from isolator.broker.virtual import Entry
 from isolator.ipc.body import Body

@@ -627,13 +627,16 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/broker/gate.py",
+        "isolator/broker/gate/tls.py",
         (
             "the second hello is not held to the name",
             "        self._judge(hello)\n        self.done = True  # a server asks once",
             "        self.done = True  # a server asks once",
             "broker/test_gate.py",
         ),
+    ),
+    *_mutations(
+        "isolator/broker/gate/http.py",
         (
             "a chunk may be longer than it says",
             'if line != b"\\r\\n":',
