@@ -215,10 +215,10 @@ class EventType:
     down: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     """``down[n]`` turns a payload of major n into one of major n - 1."""
     shape: Record | None = None
-    """What its payloads may be; None for one that is built in."""
+    """Values that its payloads may have; None for one that is built in."""
 
     def surprise(self, newer: EventType) -> str | None:
-        """What a plugin that knows this type would not expect of a payload of a newer one; None if all is as before."""
+        """Find what a plugin that knows this type would not expect of a newer payload; None if all is as before."""
         if self.shape is None or newer.shape is None:
             return None
         if self.order_by != newer.order_by:
@@ -226,7 +226,7 @@ class EventType:
         return difference(self.shape, newer.shape, keeps_optional=True)
 
     def lacks(self, older: EventType) -> str | None:
-        """What a plugin that knows this type would not expect of a payload of an older one."""
+        """Find what a plugin that knows this type would not expect of an older payload."""
         return difference(self.shape, older.shape) if self.shape is not None and older.shape is not None else None
 
     def optional_fields(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class ApiVerbs:
         self._api = api
         self._calls: dict[int, tuple[Caller, asyncio.Future[ApiAnswer]]] = {}
         self._served: dict[str, tuple[Caller, Callable[[], None]]] = {}
-        """Who serves a method, and what ends that."""
+        """Server of a method, and the call that ends its service."""
         self.numbers = 0
         """The number of the newest call."""
 

@@ -41,7 +41,7 @@ class Caller:
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     on_close: list[Callable[[], None]] = field(default_factory=list)
     belongings: list[Callable[[], Belonging | None]] = field(default_factory=list)
-    """What verbs keep for this connection, for a host that takes the place of this one; None: no longer."""
+    """Things that verbs keep for this connection, for a host that takes the place of this one; None: no longer."""
     follows: bool = False
     """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
 

@@ -300,7 +300,7 @@ class RegistrationVerbs:
 
 
 def _resolved(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What a caller says that a package was resolved to, as a record has it; raises UsageError."""
+    """Resolution of a package by a caller's word, as a record has it; raises UsageError."""
     package, hashes = value.get("package"), value.get("hashes")
     if not isinstance(package, str) or len(package) > 300 or not isinstance(hashes, dict):
         raise UsageError("resolved", 'must be {"package": ..., "hashes": {...}}')

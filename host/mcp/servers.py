@@ -240,7 +240,7 @@ class Servers:
         return now
 
     async def shown_to(self, name: str, uid: int) -> tuple[str, list[Mapping[str, Any]], str]:
-        """What a caller is shown: the instructions, the tools, and the server's name; raises IsolatorError."""
+        """View of a caller: the instructions, the tools, and the server's name; raises IsolatorError."""
         plugin = self._admit(name, uid)
         with self._use(name):
             session = await self.session(name)
@@ -312,7 +312,7 @@ class Servers:
             unsent.cancel()
 
     def granted(self, name: str) -> Callable[[str], bool]:
-        """Whether the policy of a plugin grants a tool."""
+        """Return the test whether the policy of a plugin grants a tool."""
         plugin = self._server(name)
         patterns = plugin.effective.tools if plugin.effective is not None else ()
         return lambda tool: permits(patterns, tool)

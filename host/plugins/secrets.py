@@ -43,7 +43,7 @@ from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy.parse.strict import did_you_mean
 
 FILES_AT = "/run/isolator/config"
-"""Where the cage shows values of type ``file``, one 0400 file each, named by its key."""
+"""Folder of values of type ``file`` in the cage: one 0400 file each, named by its key."""
 REDACTED = "[redacted]"
 _SHORTEST = 4
 

@@ -29,7 +29,7 @@ Only exponents of three digits and runs of 300 can overflow to infinity, which t
 """
 
 _NO_MARKS = bytes(c for c in range(256) if c not in b"[{,")
-"""What is left of a text without these bytes bounds its values: one pass where counting would take three."""
+"""The number of these marks bounds that of a text's values: the text without all other bytes, in one pass."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _HALF_PAIR = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))

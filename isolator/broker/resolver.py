@@ -48,7 +48,7 @@ CPU_PER_SECOND, CPU_BURST = 0.05, 0.25
 ASKED_PER_SECOND, ASKED_AT_ONCE = 100, 64
 """Questions of one cage to servers, for one family each; those beyond wait. As many as its own questions need."""
 OVER_TCP = 4
-"""What a question that has to be asked again over TCP counts in addition."""
+"""Addition to the count of a question that has to be asked again over TCP."""
 _SIOCGIFINDEX = 0x8933
 
 

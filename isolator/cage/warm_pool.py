@@ -69,7 +69,7 @@ class Spare:
     def spent(
         cls, name: str, launcher: Launcher, journal: Journal, status: int, figures: int, network: CageNetwork | None
     ) -> Spare:
-        """What is left of a spare that has become a cage before this process's exec."""
+        """Remainder of a spare that has become a cage before this process's exec."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         link.close()
         return cls(name, frozenset(), launcher, journal, link, status, 0, -1, figures, network)

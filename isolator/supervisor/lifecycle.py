@@ -278,7 +278,7 @@ class Plugin:
 
     @property
     def under_way(self) -> str:
-        """What happens to it that is not to be broken off, in words; empty when nothing does."""
+        """Change under way that is not to be broken off, in words; empty when there is none."""
         if self.invocations.under_way:
             return f"an invocation of plugin {self.name}"
         if self._task is None or self._task.done() or (self._waits and not self._stop.is_set()):

@@ -85,7 +85,7 @@ class PluginTable:
 
     @property
     def under_way(self) -> list[str]:
-        """What happens that is not to be broken off, in words."""
+        """Changes under way that are not to be broken off, in words."""
         changes = len(self._tasks - self._given_up)
         return [
             *filter(None, (plugin.under_way for plugin in self.plugins.values())),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Input:
-    """What an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
+    """Things that an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
 
     stdin: int
     variables: Mapping[str, str]

@@ -42,7 +42,7 @@ _SHARED = (
     "isolator.policy.destinations",
     "isolator.policy.host",
 )
-"""What services have in common, and those of this package: as root they are imported, and nothing of them is called."""
+"""Modules that services share, and those of this package: as root they are imported, and nothing of them is called."""
 
 
 class Service:

@@ -176,7 +176,7 @@ def watch(network: CageNetwork) -> socket.socket:
 
 
 def hand_over(network: CageNetwork) -> Kept:
-    """What ``adopt`` needs after this process's exec; the broker has the sockets."""
+    """State for ``adopt`` after this process's exec; the broker has the sockets."""
     values = {"inode": network.inode, "ruleset": network.ruleset, "generation": network.generation}
     return Kept(values, {"netns": network.netns_fd, "generations": network.generations.fileno()})
 

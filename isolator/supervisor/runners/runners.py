@@ -117,7 +117,7 @@ class Runners:
 
     @property
     def under_way(self) -> list[str]:
-        """What happens that is not to be broken off, in words."""
+        """Changes under way that are not to be broken off, in words."""
         others = len(self._tasks - self._silent.keys() - self._answered) - len(self._runs)
         begun = [f"the start or end of run {run.id} of {run.name}" for run in self._runs if not run.settled]
         return [*begun, *["the end of a run"] * (others > 0)]
