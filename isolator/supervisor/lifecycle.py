@@ -18,14 +18,13 @@ import contextlib
 import secrets
 import socket
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.audit.schema import (
     PluginCrashed,
     PluginFailed,
     PluginQuarantined,
-    PluginStarted,
     PluginStopped,
     Resources,
 )
@@ -38,11 +37,12 @@ from isolator.errors import (
     UsageError,
 )
 from isolator.ipc.messages import Environment, Origin, PluginState, StartInvocation
-from isolator.ipc.tasks import Tasks, report
+from isolator.ipc.tasks import Tasks, report, unless
 from isolator.supervisor.ends import Ended, Ends
 from isolator.supervisor.invocations import MODE as EXEC
 from isolator.supervisor.invocations import Invocation, Invocations
-from isolator.supervisor.preparing import adopt_run, origin_of, prepare_run, reason_of
+from isolator.supervisor.preparing import adopt_run, origin_of, prepare_run, reason_of, start_record
+from isolator.supervisor.rest import Waits
 from isolator.supervisor.run import Run, RunContext
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Plugin:
         self._stop_reason = ""
         self._verdict: asyncio.Future[str] | None = None
         """Outcome of the trial that is under way."""
-        self._waits = False
+        self._waits = Waits()
         """The task waits for something that takes as long as it takes; it can be given up and begun again."""
         self._reason = ""
         """Of the start that comes next, or was the last."""
@@ -281,7 +281,7 @@ class Plugin:
         """Change under way that is not to be broken off, in words; empty when there is none."""
         if self.invocations.under_way:
             return f"an invocation of plugin {self.name}"
-        if self._task is None or self._task.done() or (self._waits and not self._stop.is_set()):
+        if self._task is None or self._task.done() or (self._waits.now and not self._stop.is_set()):
             return ""
         return f"plugin {self.name} ({self.state})"
 
@@ -339,18 +339,10 @@ class Plugin:
             self._task = self._tasks.run(f"life of plugin {self.name}", life)
         return problem
 
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        self._waits = True
-        try:
-            yield
-        finally:
-            self._waits = False
-
     async def _opened(self) -> None:
         """Wait while the daemon comes to rest, unless the run is to stop."""
         if self._context.rest.coming:
-            await self._until_stopped(self._context.rest.opened())
+            await unless(self._stop, self._context.rest.opened())
 
     # --- the task that owns a run ----------------------------------------------------------------------------
 
@@ -362,8 +354,8 @@ class Plugin:
             while self._wanted:
                 self._reason = reason
                 if run is None and self.fence.closed:
-                    with self._waiting():
-                        await self._until_stopped(self.fence.opened())
+                    with self._waits:
+                        await unless(self._stop, self.fence.opened())
                     continue
                 try:
                     retry = await self._run_once(reason, run)
@@ -397,7 +389,7 @@ class Plugin:
     async def _pause_until(self, until: float) -> None:
         """Wait until then, or until an operator ends the back-off; and while the daemon comes to rest."""
         self._backoff_until = until
-        with self._waiting():
+        with self._waits:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._end_backoff.wait(), until - asyncio.get_running_loop().time())
             await self._opened()
@@ -458,8 +450,8 @@ class Plugin:
         run_id = run.id if run is not None else secrets.token_hex(5)
         try:
             if run is None:
-                with self._waiting():
-                    environment = await self._until_stopped(self._environment())
+                with self._waits:
+                    environment = await unless(self._stop, self._environment())
                 if environment is None:
                     return Ended(run_id, None, Origin.OPERATOR)
                 run = self.run = await prepare_run(
@@ -474,7 +466,7 @@ class Plugin:
                 )
                 await run.cage.start()
                 self._started(run, reason)
-            with self._waiting():
+            with self._waits:
                 await run.watch(
                     self._stop,
                     on_ready=self.announce_change,
@@ -507,56 +499,26 @@ class Plugin:
             await self._context.audit.writable()
         return await self._context.host.environment(self.name)
 
-    async def _until_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Return the outcome of ``work``; None when it was given up because the plugin is to stop."""
-        task = asyncio.create_task(work)
-        stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        return None if task.cancelled() else task.result()
-
     def _started(self, run: Run, reason: str) -> None:
         from isolator.audit.client import utc_now
-        from isolator.layers.ledger import ledger, not_enforced
-        from isolator.volume import volume
 
-        controls = ledger(volume.check)
-        spec = run.cage.spec
         run.started_at = utc_now()
         run.began = asyncio.get_running_loop().time()
         run.for_start.close()
-        audit = self._context.audit
-        release = self.registration.release
-        started = PluginStarted(
-            reason=reason, pid=run.cage.pid, uid=spec.uid, cgroup=str(run.cage.leaf.unified), digest=release.digest,
-            binary_sha256=release.binary_sha256 or None, policy_sha256=run.effective.digest(), env=sorted(spec.env),
-            milliseconds=run.cage.steps, ledger={control.key: control.state for control in controls},
-            degraded=not_enforced(controls), **release.signed_by,
-        )  # fmt: skip
-        audit.record(started, plugin=self.name, run=run.id, urgent=True)
+        started = start_record(run, self.registration.release, reason)
+        self._context.audit.record(started, plugin=self.name, run=run.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1
         run.answer_denied(listener)
         if not self._stop.is_set():
             self._set(PluginState.RUNNING)
             self._unwanted.others = 0
-        self._context.host.run_started(self.name, spec.uid, run.id, run.cage.pid, run.pipes)
+        self._context.host.run_started(self.name, run.cage.spec.uid, run.id, run.cage.pid, run.pipes)
         self._context.fences.started(self.name, run)
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
         self.record_usage()
-        ended = (PluginCrashed if self._wanted else PluginStopped)(
-            exit_code=end.exit_code,
-            signal=end.signal,
-            cause=end.cause,
-            origin=origin,
-            oom_kills=end.events.oom_kills,
-            task_denials=end.events.task_denials,
-            uptime=round(end.uptime, 3),
-            stderr=list(stderr_tail),
-        )
+        kind = PluginCrashed if self._wanted else PluginStopped
+        ended = kind(cause=end.cause, origin=origin, stderr=list(stderr_tail), **end.figures)
         # Urgent: on its way before the journal forgets the run. If we die between, nobody else would tell.
         self._context.audit.record(ended, plugin=self.name, run=run.id, urgent=True)
 

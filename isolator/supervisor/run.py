@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import FsDenied, NetDenied, SyscallDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
+from isolator.base.pacing import Backoff
+from isolator.base.structs import replace
 from isolator.cage.cage import Cage
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
@@ -25,9 +27,7 @@ from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
-from isolator.base.pacing import Backoff
 from isolator.policy.denial import DenialRule
-from isolator.base.structs import replace
 from isolator.supervisor import ports
 from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.ruleset_watch import watched_ruleset

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from isolator.base.pacing import Backoff
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler, Request
 from isolator.ipc.channel import ALIVE, Channel, pair
@@ -27,7 +28,6 @@ from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.child import Child, ended
 from isolator.linux.descriptors import close_all
-from isolator.base.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
