@@ -17,7 +17,8 @@ from collections.abc import Callable
 import prctl
 
 from host.composition.handover import BEFORE_ASKING, FORMATS
-from host.composition.host import Host, HostParts, Introduction
+from host.composition.host import Host
+from host.composition.introduction import HostParts, Introduction
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import by_op
