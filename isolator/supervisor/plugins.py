@@ -21,7 +21,7 @@ from isolator.registration.registrar import Registrar
 from isolator.registration.store import Registration
 from isolator.supervisor.fences import FROZEN, LEASE_LOST
 from isolator.supervisor.invocations import Invocation
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.run import Run, RunContext
 from isolator.volume.volume import Volume
 

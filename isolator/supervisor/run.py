@@ -1,6 +1,6 @@
 """One run of a sidecar: its cage, its socket directory, its log pipes, its network, from preparation to the last trace.
 
-``Plugin`` in ``lifecycle.py`` decides when there is a run and what follows it; here is how one is built, watched and
+``Plugin`` in ``lifecycle/`` decides when there is a run and what follows it; here is how one is built, watched and
 taken down. Everything of a run is named by its run id; nothing is ever recognised by a bare pid.
 """
 

@@ -38,7 +38,7 @@ from isolator.registration.registrar import Candidate
 from isolator.registration.staging import Source
 from isolator.registration.store import Registration, Release, Trial
 from isolator.supervisor.cage_spec import host_api_folder
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.tickets import TICKETS, Tickets, by_uid, purpose
