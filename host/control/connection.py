@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from host.control.endpoints import Belonging, Caller, QuickEndpoint, may
 from host.wire.lines import LineProtocol, LineState
-from host.wire.strict_json import WireError, line, parse_object, peer_of
+from host.wire.strict_json import WireError, line, parse_object
 from isolator.audit.schema import MAX_ID, ControlCalled
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.body import Body, Json
 from isolator.ipc.succession import Departure
+from isolator.linux.peer import peer_ids
 
 if TYPE_CHECKING:
     from host.control.server import ControlServer
@@ -53,7 +54,7 @@ class Connection(LineProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        pid, uid, _ = peer_of(transport.get_extra_info("socket"))
+        pid, uid, _ = peer_ids(transport.get_extra_info("socket"))
         self._caller = Caller(
             uid, pid, self._server.role_of(uid), self._server.may_call(uid), self._notify, self._narrow, self._cut
         )

@@ -20,10 +20,10 @@ from typing import Any
 from host.control.connection import Connection, ConnectionState, refusal
 from host.control.endpoints import AnyEndpoint, Caller
 from host.wire.lines import Acceptor
-from host.wire.strict_json import peer_of
 from isolator.base.pacing import TokenBucket
 from isolator.ipc.body import Body, Json
 from isolator.ipc.succession import Departure, Descriptors
+from isolator.linux.peer import peer_ids
 
 CONNECTIONS = 512
 """Connections of root and of uids with a role."""
@@ -88,7 +88,7 @@ class ControlServer:
 
     def _admits(self, connection: socket.socket) -> bool:
         """Decide whether a connection is served; strangers who come too fast get one line, without the cost of serving."""
-        if self.role_of(peer_of(connection)[1]) is not None or self._stranger_connects.try_take():
+        if self.role_of(peer_ids(connection)[1]) is not None or self._stranger_connects.try_take():
             return True
         with contextlib.suppress(OSError):
             connection.send(_TOO_FAST)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from host.channel.reply import PERMISSION_DENIED
 from host.channel.stream import BROKEN_OFF, cancel_calls
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
-from host.wire.strict_json import WireError, line, parse_object, peer_of
+from host.wire.strict_json import WireError, line, parse_object
 from isolator.base.pacing import TokenBucket
 from isolator.ipc.succession import Departure
+from isolator.linux.peer import peer_ids
 
 RATE, BURST = 200.0, 400.0
 CONNECTIONS, IN_FLIGHT = 16, 16
@@ -53,7 +54,7 @@ class Connection(LineProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        refused = self._api.admit(self, peer_of(transport.get_extra_info("socket"))[1])
+        refused = self._api.admit(self, peer_ids(transport.get_extra_info("socket"))[1])
         if refused is not None:
             self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": PERMISSION_DENIED, "message": refused}}))
             self.close()

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import socket
-import struct
 from typing import Any
 
 import pydantic_core
@@ -85,12 +83,6 @@ def _encode(value: Any) -> bytes:
     except pydantic_core.PydanticSerializationError:
         # Half a surrogate pair, as file names may hold: escaped, so that the text is valid UTF-8.
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-
-def peer_of(sock: socket.socket) -> tuple[int, int, int]:
-    """Return (pid, uid, gid) of the process at the other end, as the kernel recorded it at connect or listen."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid, gid
 
 
 def _from_common_writer(data: bytes, error: ValueError) -> Any:
