@@ -170,7 +170,7 @@ class RegistrationVerbs:
 
         for hook, call in manifest.transport.calls.items():
             event_type = self._catalogue.get(self._catalogue.canonical(hook))
-            known = list(event_type.model.model_fields) if event_type is not None else []
+            known = list(event_type.shape.fields) if event_type is not None else []
             where = f"transport.calls.{hook}.arguments"
             try:
                 template.check(call.arguments)
