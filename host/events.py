@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic_core import SchemaValidator, ValidationError
-
 from host.schemas.check import check_of
 from host.schemas.compatible import difference
 from host.schemas.publish import json_schema
 from host.schemas.shape import Choice, Many, Property, Record, Scalar, Shape, Table, read
 from host.wire.strict_json import dumps
+from isolator.base.core import SchemaValidator, ValidationError
 from isolator.errors import NotFoundError, UsageError
 from isolator.policy.names import OLDER_HOOKS
 

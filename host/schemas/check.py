@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic_core import SchemaError, SchemaValidator
-
 from host.schemas.shape import Choice, Many, Record, Scalar, Shape, Table
+from isolator.base.core import SchemaError, SchemaValidator
 from isolator.errors import UsageError
 
 _KINDS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "object": "dict"}

@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any
 
-import pydantic_core
+from isolator.base import core
 
 MAX_DEPTH = 64
 
@@ -48,7 +48,7 @@ def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     if len(marks) > MAX_VALUES:
         raise WireError(f"more than {MAX_VALUES} values", -32600)
     try:
-        value = pydantic_core.from_json(data, allow_inf_nan=False)
+        value = core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
         value = _from_common_writer(data, error)
     # Each level needs an opening bracket, so few brackets prove the depth without walking the value.
@@ -79,8 +79,8 @@ def line(value: Any) -> bytes:
 
 def _encode(value: Any) -> bytes:
     try:
-        return pydantic_core.to_json(value)
-    except pydantic_core.PydanticSerializationError:
+        return core.to_json(value)
+    except core.PydanticSerializationError:
         # Half a surrogate pair, as file names may hold: escaped, so that the text is valid UTF-8.
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
@@ -93,7 +93,7 @@ def _from_common_writer(data: bytes, error: ValueError) -> Any:
         text = b"\\\\".join(_HALF_PAIR.sub(rb"\\ufffd", piece) for piece in text.split(b"\\\\"))
     if text != data:
         try:
-            return pydantic_core.from_json(text, allow_inf_nan=False)
+            return core.from_json(text, allow_inf_nan=False)
         except ValueError as still:
             error = still
     raise WireError(f"not valid JSON: {_short(str(error))}") from None
