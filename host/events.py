@@ -11,7 +11,6 @@ then carries a ``down`` function to the major below, and plugins whose ``api_ver
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from host.schemas.publish import json_schema
 from host.schemas.shape import Choice, Many, Property, Record, Scalar, Shape, Table, read
 from host.wire.strict_json import dumps
 from isolator.base.core import SchemaValidator, ValidationError
-from isolator.errors import NotFoundError, UsageError
+from isolator.errors import NotFoundError, UsageError, nearest
 from isolator.policy.names import OLDER_HOOKS
 
 OPERATIONAL = "isolator."
@@ -261,8 +260,8 @@ class Catalogue:
         """Find an event type by either spelling of its name; raises NotFoundError."""
         event_type = self._types.get(self.canonical(name))
         if event_type is None:
-            close = difflib.get_close_matches(name, self._types, 1)
-            hint = f"did you mean {close[0]}?" if close else "see 'isolator event types'"
+            close = nearest(name, self._types)
+            hint = f"did you mean {close}?" if close else "see 'isolator event types'"
             raise NotFoundError(f"event {name}", "no such event", hint)
         return event_type
 
@@ -291,8 +290,8 @@ def explain(error: ValidationError, shape: Record) -> str:
         if item["type"] == "missing":
             parts.append(f"{where} is required")
         elif item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(item["loc"][-1]), _fields_at(shape, item["loc"][:-1]), 1)
-            parts.append(f"unknown field {where}" + (f" (did you mean {close[0]}?)" if close else ""))
+            close = nearest(str(item["loc"][-1]), _fields_at(shape, item["loc"][:-1]))
+            parts.append(f"unknown field {where}" + (f" (did you mean {close}?)" if close else ""))
         else:
             parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
     more = len(problems) - 3

@@ -16,7 +16,7 @@ import click
 
 from host.cli.many import load_command
 from isolator import __version__
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, nearest
 
 # command -> (module, attribute, one line for --help); kept here so that --help imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -66,11 +66,9 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        import difflib
-
-        near = difflib.get_close_matches(args[0], COMMANDS, 1) if args[0] not in COMMANDS else []
+        near = nearest(args[0], COMMANDS) if args[0] not in COMMANDS else ""
         if near:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

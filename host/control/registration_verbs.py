@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import os
 from collections import defaultdict
@@ -41,7 +40,7 @@ from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, PackageResolved
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, nearest
 from isolator.ipc import messages
 from isolator.ipc.body import Json
 from isolator.ipc.channel import MAX_PACKET
@@ -155,10 +154,10 @@ class RegistrationVerbs:
         known = sorted({event.name for event in self._catalogue})
         for hook in hooks:
             if self._catalogue.get(self._catalogue.canonical(hook)) is None:
-                near = difflib.get_close_matches(hook, known, 1)
+                near = nearest(hook, known)
                 raise UsageError(
                     f"hook {hook!r}",
-                    f"no such event; did you mean {near[0]!r}?" if near else "no such event",
+                    f"no such event; did you mean {near!r}?" if near else "no such event",
                     f"known: {', '.join(known)}",
                 )
 
@@ -177,8 +176,8 @@ class RegistrationVerbs:
             except ValueError as error:
                 raise UsageError(where, str(error)) from None
             for name in sorted(template.fields(call.arguments) - set(known)):
-                near = difflib.get_close_matches(name, known, 1)
-                why = f"{hook} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                near = nearest(name, known)
+                why = f"{hook} has no field {name!r}" + (f"; did you mean {near!r}?" if near else "")
                 raise UsageError(where, why, f"known: {', '.join(known)}")
 
     async def commit(self, request: PluginCommit, caller: Caller) -> RegisteredPlugin:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import secrets
+import os
 import socket
 import struct
 import time
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
+from isolator.base.pacing import TokenBucket
 from isolator.broker import wire
 from isolator.broker.wire import Code, Reply
 from isolator.ipc.fence import Fence
-from isolator.base.pacing import TokenBucket
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.destinations import normal_name
 
@@ -243,7 +243,7 @@ class Resolver:
         raise ResolveError(last)
 
     async def _exchange(self, server: Server, target: str, kind: int) -> Reply:
-        asked = wire.query(secrets.randbits(16), target, kind)
+        asked = wire.query(int.from_bytes(os.urandom(2), "big"), target, kind)
         with _socket(server, socket.SOCK_DGRAM) as sock:
             # Connected: only this server can answer, and a refusal is reported at once.
             await self._loop.sock_connect(sock, _where(server, sock))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 from typing import TYPE_CHECKING
 
 from isolator.audit.schema import PluginCrashed, PluginFailed, PluginQuarantined, PluginStopped
@@ -164,7 +164,7 @@ class Life:
     async def _one_run(self, reason: str, run: Run | None = None) -> Ended:
         """Build one cage, or take over ``run``; watch it to its end, take everything down."""
         assert self._plugin.effective is not None
-        run_id = run.id if run is not None else secrets.token_hex(5)
+        run_id = run.id if run is not None else os.urandom(5).hex()
         try:
             if run is None:
                 with self.waits:
