@@ -70,6 +70,8 @@ _NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; 
 
 @dataclass
 class _Op:
+    """An operation that waits for a transaction, or for the sync of its own."""
+
     apply: Callable[[sqlite3.Connection], Any]
     done: Callable[[Any, Exception | None], None] | None
     durable: bool

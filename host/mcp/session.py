@@ -62,6 +62,8 @@ class SessionState(Body):
 
 @dataclass(eq=False)
 class _Pending:
+    """A request that is not answered."""
+
     reply: Reply
     deadline: float
     timer: asyncio.TimerHandle

@@ -108,6 +108,8 @@ class ConfigItem:
 
 @dataclass
 class _Value:
+    """A value of a plugin's config."""
+
     text: str
     secret: bool
     type: str

@@ -277,6 +277,8 @@ class Resolver:
 
 @dataclass(frozen=True)
 class _Step:
+    """One answer on the way from a name to its addresses."""
+
     target: str
     addresses: tuple[Address, ...]
     ttl: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from isolator.base.lean import import_without
+from isolator.base.lean import import_asyncio
 from isolator.errors import IsolatorError
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -42,7 +42,7 @@ def run(options: RunOptions) -> int:
 
         launcher = fork_launcher()
         try:
-            import_without({"ssl", "_hashlib"}, "asyncio", "hashlib")
+            import_asyncio(without=("ssl", "_hashlib"))
             from isolator.standalone.single import run_once
 
             return run_once(options, launcher)

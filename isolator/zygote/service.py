@@ -20,7 +20,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from isolator.base.lean import import_without
+from isolator.base.lean import import_asyncio
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.linux.arguments import overwrite_arguments
 from isolator.linux.descriptors import close_all, open_standard_streams
@@ -88,7 +88,7 @@ def main() -> None:
     open_standard_streams()
     sock = socket.socket(fileno=inherited()["socket"])  # behind it is room for the longer command line of a service
     gc.disable()
-    import_without({"ssl"}, "asyncio")
+    import_asyncio()
     for name in _SHARED:
         import_module(name)
     gc.enable()

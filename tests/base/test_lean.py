@@ -11,8 +11,8 @@ import pytest
 HANDSHAKE = """
 import sys
 sys.path[:0] = {paths!r}
-from isolator.base.lean import give_asyncio_tls, import_without
-import_without({{"ssl"}}, "asyncio")
+from isolator.base.lean import give_asyncio_tls, import_asyncio
+import_asyncio()
 import asyncio
 assert "ssl" not in sys.modules and "_ssl" not in sys.modules
 {take_up}
