@@ -87,7 +87,7 @@ class ControlServer:
         self._acceptor = Acceptor(listener, lambda: Connection(self), refuse=_refuse, admit=self._admits)
 
     def _admits(self, connection: socket.socket) -> bool:
-        """Decide whether a connection is served; strangers who come too fast get one line, without the cost of serving."""
+        """Decide whether a connection is served; strangers who come too fast get one line, at little cost."""
         if self.role_of(peer_ids(connection)[1]) is not None or self._stranger_connects.try_take():
             return True
         with contextlib.suppress(OSError):

@@ -14,11 +14,11 @@ from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Watches
 from host.host_api.api import HostApi
 from host.intake.intake import AUDIT_AHEAD, EventRecords
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
-from host.lifecycle.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body

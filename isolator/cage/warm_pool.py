@@ -18,6 +18,7 @@ import select
 import socket
 from typing import TYPE_CHECKING
 
+from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError
 from isolator.ipc.packet import pair
 from isolator.ipc.tasks import Tasks
@@ -25,7 +26,6 @@ from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.proc.layer import new_figures
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
-from isolator.base.structs import struct_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable
