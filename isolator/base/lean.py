@@ -58,10 +58,6 @@ def give_asyncio_tls() -> None:
 
     for module in (asyncio.base_events, asyncio.selector_events):
         vars(module)["ssl"] = ssl
-    if vars(import_module("asyncio.sslproto")).get("ssl", ssl) is None:
-        del sys.modules["asyncio.sslproto"]
-        for module in (asyncio.base_events, asyncio.selector_events):
-            vars(module)["sslproto"] = import_module("asyncio.sslproto")
 
 
 def _is_coroutine_function(function: Callable[..., Any]) -> bool:

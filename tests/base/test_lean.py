@@ -27,7 +27,8 @@ async def main():
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=ours)
     theirs = ssl.create_default_context(cafile={pair!r})
     port = server.sockets[0].getsockname()[1]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=theirs, server_hostname="localhost")
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await writer.start_tls(theirs, server_hostname="localhost")
     writer.write(b"over TLS\\n")
     print((await reader.readline()).decode(), end="")
     writer.close()

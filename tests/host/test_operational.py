@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from host import operational
+from host.intake import operational
 from host.database.store import Store
 from host.events import Catalogue
 from host.intake.intake import EventIntake
