@@ -7,8 +7,9 @@ of source, and for looking into functions. None of it is used before something f
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def give_asyncio_tls() -> None:
 
 def _is_coroutine_function(function: Callable[..., Any]) -> bool:
     """Whether a call of it makes a coroutine."""
-    while (inner := getattr(function, "func", None) or getattr(function, "__func__", None)) is not None:
-        function = inner  # of a partial, of a method
+    while isinstance(function, partial | MethodType):
+        function = function.func if isinstance(function, partial) else function.__func__
     return bool(getattr(getattr(function, "__code__", None), "co_flags", 0) & 0x80)
 
 
