@@ -11,9 +11,6 @@ import secrets as random_source
 import stat
 from pathlib import Path
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from isolator.errors import IsolatorError
 
 
@@ -69,11 +66,16 @@ class KeyFile:
 
     def seal(self, plugin: str, key: str, value: str) -> bytes:
         """Encrypt a value; it opens only under the same plugin and key name."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # a host without config needs none of it
+
         nonce = os.urandom(12)
         return _key_id(self.keys[0]) + nonce + AESGCM(self.keys[0]).encrypt(nonce, value.encode(), _place(plugin, key))
 
     def open(self, plugin: str, key: str, sealed: bytes) -> str:
         """Decrypt; raises IsolatorError when no key fits or the row was moved or changed."""
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         for candidate in self.keys:
             if _key_id(candidate) == sealed[:4]:
                 with contextlib.suppress(InvalidTag):

@@ -29,7 +29,6 @@ from isolator.linux.unprivileged import drop_privileges, inherited, module_comma
 
 _SHARED = (
     "concurrent.futures.thread",
-    "cryptography.hazmat.primitives.ciphers",
     "isolator.audit.client",
     "isolator.audit.files",
     "isolator.audit.service",
