@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets as random_source
 import stat
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class KeyFile:
 
     def save(self, keys: list[bytes]) -> None:
         """Replace the file in one step, synced."""
-        temporary = self.path.with_name(f".{self.path.name}.{random_source.token_hex(6)}")
+        temporary = self.path.with_name(f".{self.path.name}.{os.urandom(6).hex()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
             json.dump({"keys": [base64.b64encode(key).decode() for key in keys]}, file)
