@@ -24,7 +24,7 @@ from host.cluster.access import inbox_of
 from host.cluster.entries import Event, Plugin
 from host.cluster.nats import Access, NatsLog, make_stream
 from host.cluster.node import Node, Settings
-from host.database import Store
+from host.database.store import Store
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers
 

@@ -1,6 +1,6 @@
-"""Event catalogue: the types of events, the models of their payloads, and the field that orders each.
+"""Event catalogue: the types of events, the shapes of their payloads, and the field that orders each.
 
-A payload is a typed model: unknown fields, wrong types and missing required fields are refused when the platform
+A payload is checked by a shape: unknown fields, wrong types and missing required fields are refused when the platform
 emits, so that a plugin never sees anything else. Times are RFC 3339 text in UTC. Fields that the host can know
 itself (``finished_at`` and the like) are filled in. A hook may be subscribed by an older spelling; the plugin then
 receives that spelling as its method.
@@ -11,20 +11,20 @@ then carries a ``down`` function to the major below, and plugins whose ``api_ver
 
 from __future__ import annotations
 
-import difflib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-
+from host.schemas.check import check_of
 from host.schemas.compatible import difference
-from host.schemas.model import make
-from host.schemas.shape import Record, read
+from host.schemas.publish import json_schema
+from host.schemas.shape import Choice, Many, Property, Record, Scalar, Shape, Table, read
 from host.wire.strict_json import dumps
-from isolator.errors import NotFoundError, UsageError
+from isolator.base.core import SchemaValidator, ValidationError
+from isolator.errors import NotFoundError, UsageError, nearest
 from isolator.policy.names import OLDER_HOOKS
 
 OPERATIONAL = "isolator."
@@ -49,152 +49,31 @@ def format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-Time = Annotated[str, Field(max_length=64, examples=["2026-03-12T10:11:12.000Z"]), AfterValidator(_timestamp)]
-Id = Annotated[str, Field(min_length=1, max_length=128)]
-Short = Annotated[str, Field(max_length=256)]
-Text = Annotated[str, Field(max_length=2000)]
-Url = Annotated[str, Field(max_length=2048, pattern=r"^https?://[^\s]+$", examples=["https://shop.example"])]
-Count = Annotated[int, Field(ge=0)]
-
-
-class Payload(BaseModel):
-    """Base of every payload: strict, closed, immutable."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True, protected_namespaces=())
-
-
-class DeployStarted(Payload):
-    """A deployment began."""
-
-    project_id: Id
-    deployment_id: Id
-    started_at: Time
-    project_name: Short | None = None
-    environment: Short | None = None
-    branch: Short | None = None
-    commit_sha: Short | None = None
-    commit_message: Text | None = None
-    trigger: Short | None = None
-    actor: Short | None = None
-
-
-class DeployCompleted(Payload):
-    """A deployment succeeded and serves ``url``."""
-
-    project_id: Id
-    deployment_id: Id
-    url: Url
-    duration_ms: Count
-    finished_at: Time
-    commit_sha: Short | None = None
-    project_name: Short | None = None
-    environment: Short | None = None
-    branch: Short | None = None
-    commit_message: Text | None = None
-
-
-class DeployFailed(Payload):
-    """A deployment failed; ``error_code`` says in which way."""
-
-    project_id: Id
-    deployment_id: Id
-    error_code: Short
-    finished_at: Time
-    stage: Short | None = None
-    message: Text | None = None
-    exit_code: int | None = None
-    duration_ms: Count | None = None
-    commit_sha: Short | None = None
-    environment: Short | None = None
-    branch: Short | None = None
-    log_url: Url | None = None
-
-
-class ProjectCreated(Payload):
-    """A project was created."""
-
-    project_id: Id
-    name: Short
-    created_at: Time
-    slug: Short | None = None
-    repo_url: Short | None = None
-    default_branch: Short | None = None
-    framework: Short | None = None
-
-
-class ErrorDetected(Payload):
-    """An application reported errors that share ``fingerprint``."""
-
-    project_id: Id
-    error_id: Id
-    fingerprint: Id
-    level: Literal["debug", "info", "warning", "error", "fatal"]
-    count: Count
-    title: Short | None = None
-    environment: Short | None = None
-    deployment_id: Id | None = None
-    url: Url | None = None
-    first_seen: Time | None = None
-    last_seen: Time | None = None
-
-
-class DomainAdded(Payload):
-    """A domain was attached to a project."""
-
-    project_id: Id
-    domain: Annotated[str, Field(min_length=1, max_length=253, examples=["shop.example"])]
-    added_at: Time
-    environment: Short | None = None
-    is_primary: bool | None = None
-    tls: Short | None = None
-
-
-class _About(Payload):
-    """Base of operational events: the number of the trail's record with the details, and when it was made."""
-
-    record: Count
-    at: Time | None = None
-
-
-class PluginFailed(_About):
-    """A plugin failed too often and is not started again by itself."""
-
-    plugin: Id
-
-
-class DeliveryDead(_About):
-    """A plugin's delivery was given up, the first one since its last success."""
-
-    plugin: Id
-    state: Literal["dead", "quarantined"]
-    event_id: Id | None = None
-    event: Short | None = None
-
-
-class Denied(_About):
-    """A plugin was refused a thing of this kind, for the first time in this version and grant."""
-
-    plugin: Id
-    kind: Literal["connection", "lookup", "call", "file", "api"]
-
-
-class UpdatePending(_About):
-    """A version waits for an operator's approval."""
-
-    plugin: Id
-    version: Short
-
-
-class QueueHigh(_About):
-    """A plugin's queue has reached four fifths of its limit; it has to fall below half before the next event."""
-
-    plugin: Id
-    depth: Count
-    limit: Count
-
-
-class AuditBlocked(_About):
-    """The trail cannot be written; ``record`` is the last that was seen before."""
+_ID = Scalar("string", {"minLength": 1, "maxLength": 128})
+_SHORT = Scalar("string", {"maxLength": 256})
+_TEXT = Scalar("string", {"maxLength": 2000})
+_COUNT = Scalar("integer", {"minimum": 0})
+_TIME = Scalar("string", {"maxLength": 64}, ("2026-03-12T10:11:12.000Z",), then=_timestamp)
+_URL = Scalar("string", {"maxLength": 2048, "pattern": r"^https?://[^\s]+$"}, ("https://shop.example",))
+_FIELDS: dict[str, Shape] = {
+    **dict.fromkeys("project_id deployment_id error_id fingerprint plugin event_id".split(), _ID),
+    **dict.fromkeys(
+        "project_name environment branch commit_sha trigger actor error_code stage name slug repo_url default_branch"
+        " framework title tls event version".split(),
+        _SHORT,
+    ),
+    **dict.fromkeys("commit_message message".split(), _TEXT),
+    **dict.fromkeys("started_at finished_at created_at added_at first_seen last_seen at".split(), _TIME),
+    **dict.fromkeys("duration_ms count record depth limit".split(), _COUNT),
+    **dict.fromkeys("url log_url".split(), _URL),
+    "exit_code": Scalar("integer"),
+    "is_primary": Scalar("boolean"),
+    "domain": Scalar("string", {"minLength": 1, "maxLength": 253}, ("shop.example",)),
+    "level": Choice(("debug", "info", "warning", "error", "fatal")),
+    "state": Choice(("dead", "quarantined")),
+    "kind": Choice(("connection", "lookup", "call", "file", "api")),
+}
+"""Shapes of the fields of built-in events, which are the same in all of them."""
 
 
 # In one-shot mode optional fields are dropped in this order until the request fits; others follow, longest first.
@@ -206,7 +85,8 @@ class EventType:
     """Event type: one entry of the catalogue."""
 
     name: str
-    model: type[BaseModel]
+    shape: Record
+    """The values that its payloads may have."""
     order_by: str | None
     """Payload field whose value orders deliveries; None means no order is kept."""
     filled: str | None = None
@@ -214,24 +94,26 @@ class EventType:
     version: int = 1
     down: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     """``down[n]`` turns a payload of major n into one of major n - 1."""
-    shape: Record | None = None
-    """What its payloads may be; None for one that is built in."""
+    about: str = ""
+
+    @functools.cached_property
+    def check(self) -> SchemaValidator:
+        """The check of its payloads; raises UsageError when none can be made of its shape."""
+        return check_of(self.name, self.shape)
 
     def surprise(self, newer: EventType) -> str | None:
-        """What a plugin that knows this type would not expect of a payload of a newer one; None if all is as before."""
-        if self.shape is None or newer.shape is None:
-            return None
+        """Find what a plugin that knows this type would not expect of a newer payload; None if all is as before."""
         if self.order_by != newer.order_by:
             return f"events are ordered by {newer.order_by or 'nothing'} instead of {self.order_by or 'nothing'}"
         return difference(self.shape, newer.shape, keeps_optional=True)
 
     def lacks(self, older: EventType) -> str | None:
-        """What a plugin that knows this type would not expect of a payload of an older one."""
-        return difference(self.shape, older.shape) if self.shape is not None and older.shape is not None else None
+        """Find what a plugin that knows this type would not expect of an older payload."""
+        return difference(self.shape, older.shape)
 
     def optional_fields(self) -> tuple[str, ...]:
         """Return the optional fields in the order in which one-shot requests drop them."""
-        names = [name for name, info in self.model.model_fields.items() if not info.is_required()]
+        names = [name for name, one in self.shape.fields.items() if not one.required]
         return (*(n for n in DROP_ORDER if n in names), *(n for n in names if n not in DROP_ORDER))
 
     def translate(self, payload: dict[str, Any], major: int) -> dict[str, Any]:
@@ -244,9 +126,9 @@ class EventType:
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON Schema of the payload."""
-        schema = self.model.model_json_schema()
-        schema["$id"] = f"isolator:schema/{self.name}/{self.version}"
-        return schema
+        title = "".join(part.title() for part in re.split(r"[._]", self.name.removeprefix(OPERATIONAL)))
+        schema = json_schema(self.shape, title, self.about)
+        return {**schema, "$id": f"isolator:schema/{self.name}/{self.version}"}
 
 
 @dataclass(frozen=True)
@@ -258,20 +140,77 @@ class Validated:
     json: str
 
 
+def _built_in(name: str, about: str, fields: str, order_by: str | None, filled: str | None = None) -> EventType:
+    """Declare a type by its fields in order, those that may be missing with a question mark."""
+    declared = {
+        key.removesuffix("?"): Property(_FIELDS[key.removesuffix("?")], key[-1] != "?") for key in fields.split()
+    }
+    return EventType(name, Record(name, declared), order_by, filled, about=about)
+
+
 BUILT_IN = (
-    EventType("deploy.started", DeployStarted, "project_id", "started_at"),
-    EventType("deploy.completed", DeployCompleted, "project_id", "finished_at"),
-    EventType("deploy.failed", DeployFailed, "project_id", "finished_at"),
-    EventType("project.created", ProjectCreated, "project_id", "created_at"),
-    EventType("error.detected", ErrorDetected, "fingerprint"),
-    EventType("domain.added", DomainAdded, "domain", "added_at"),
-    EventType("isolator.plugin.failed", PluginFailed, "plugin"),
-    EventType("isolator.delivery.dead", DeliveryDead, "plugin"),
-    EventType("isolator.denied", Denied, "plugin"),
-    EventType("isolator.update.pending", UpdatePending, "plugin"),
-    EventType("isolator.queue.high", QueueHigh, "plugin"),
-    EventType("isolator.audit.blocked", AuditBlocked, None, "at"),
-)
+    _built_in(
+        "deploy.started", "A deployment began.",
+        "project_id deployment_id started_at project_name? environment? branch? commit_sha? commit_message? trigger?"
+        " actor?",
+        "project_id", "started_at",
+    ),
+    _built_in(
+        "deploy.completed", "A deployment succeeded and serves ``url``.",
+        "project_id deployment_id url duration_ms finished_at commit_sha? project_name? environment? branch?"
+        " commit_message?",
+        "project_id", "finished_at",
+    ),
+    _built_in(
+        "deploy.failed", "A deployment failed; ``error_code`` says in which way.",
+        "project_id deployment_id error_code finished_at stage? message? exit_code? duration_ms? commit_sha?"
+        " environment? branch? log_url?",
+        "project_id", "finished_at",
+    ),
+    _built_in(
+        "project.created", "A project was created.",
+        "project_id name created_at slug? repo_url? default_branch? framework?",
+        "project_id", "created_at",
+    ),
+    _built_in(
+        "error.detected", "An application reported errors that share ``fingerprint``.",
+        "project_id error_id fingerprint level count title? environment? deployment_id? url? first_seen? last_seen?",
+        "fingerprint",
+    ),
+    _built_in(
+        "domain.added", "A domain was attached to a project.",
+        "project_id domain added_at environment? is_primary? tls?",
+        "domain", "added_at",
+    ),
+    # Operational: ``record`` is the number of the trail's record with the details, ``at`` when it was made.
+    _built_in(
+        "isolator.plugin.failed", "A plugin failed too often and is not started again by itself.",
+        "record at? plugin", "plugin",
+    ),
+    _built_in(
+        "isolator.delivery.dead", "A plugin's delivery was given up, the first one since its last success.",
+        "record at? plugin state event_id? event?", "plugin",
+    ),
+    _built_in(
+        "isolator.denied",
+        "A plugin was refused a thing of this kind, for the first time in this version and grant.",
+        "record at? plugin kind", "plugin",
+    ),
+    _built_in(
+        "isolator.update.pending", "A version waits for an operator's approval.",
+        "record at? plugin version", "plugin",
+    ),
+    _built_in(
+        "isolator.queue.high",
+        "A plugin's queue has reached four fifths of its limit; it has to fall below half before the next event.",
+        "record at? plugin depth limit", "plugin",
+    ),
+    _built_in(
+        "isolator.audit.blocked",
+        "The trail cannot be written; ``record`` is the last that was seen before.",
+        "record at?", None, "at",
+    ),
+)  # fmt: skip
 
 
 class Catalogue:
@@ -294,9 +233,9 @@ class Catalogue:
         built_in = self._types.get(event_type.name)
         if built_in is not None and built_in in BUILT_IN:
             raise UsageError(f"event {event_type.name}", "is built in", "choose another name")
-        if event_type.order_by is not None and event_type.order_by not in event_type.model.model_fields:
+        if event_type.order_by is not None and event_type.order_by not in event_type.shape.fields:
             why = f"order_by names no field: {event_type.order_by}"
-            raise UsageError(f"event {event_type.name}", why, f"one of {', '.join(event_type.model.model_fields)}")
+            raise UsageError(f"event {event_type.name}", why, f"one of {', '.join(event_type.shape.fields)}")
 
     def register(self, event_type: EventType) -> None:
         """Add or replace a platform's event; raises UsageError as ``check`` does."""
@@ -321,8 +260,8 @@ class Catalogue:
         """Find an event type by either spelling of its name; raises NotFoundError."""
         event_type = self._types.get(self.canonical(name))
         if event_type is None:
-            close = difflib.get_close_matches(name, self._types, 1)
-            hint = f"did you mean {close[0]}?" if close else "see 'isolator event types'"
+            close = nearest(name, self._types)
+            hint = f"did you mean {close}?" if close else "see 'isolator event types'"
             raise NotFoundError(f"event {name}", "no such event", hint)
         return event_type
 
@@ -332,17 +271,16 @@ class Catalogue:
         if event_type.filled is not None and payload.get(event_type.filled) is None:
             payload = {**payload, event_type.filled: format_time(datetime.now(UTC))}
         try:
-            model = event_type.model.model_validate(payload)
+            fields: dict[str, Any] = event_type.check.validate_python(payload)
         except ValidationError as error:
-            raise UsageError(f"event {name}", explain(error, event_type.model)) from None
-        fields = model.model_dump(mode="json", exclude_none=True)
+            raise UsageError(f"event {name}", explain(error, event_type.shape)) from None
         text = dumps(fields)
         if len(text) > MAX_PAYLOAD:
             raise UsageError(f"event {name}", f"payload of {len(text)} bytes exceeds {MAX_PAYLOAD}")
         return Validated(event_type, fields, text)
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
+def explain(error: ValidationError, shape: Record) -> str:
     """Describe the errors of a document in one line, with a suggestion for a misspelt key."""
     parts: list[str] = []
     # A misspelt field first: it explains the missing one.
@@ -352,31 +290,24 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         if item["type"] == "missing":
             parts.append(f"{where} is required")
         elif item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(item["loc"][-1]), _fields_at(model, item["loc"][:-1]), 1)
-            parts.append(f"unknown field {where}" + (f" (did you mean {close[0]}?)" if close else ""))
+            close = nearest(str(item["loc"][-1]), _fields_at(shape, item["loc"][:-1]))
+            parts.append(f"unknown field {where}" + (f" (did you mean {close}?)" if close else ""))
         else:
             parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
     more = len(problems) - 3
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _fields_at(shape: Shape, loc: tuple[int | str, ...]) -> list[str]:
     for step in loc:
-        info = model.model_fields.get(str(step))
-        if info is not None:  # else an index, or a key of a table
-            inner = next(_models(info.annotation), None)
-            if inner is None:
-                return []
-            model = inner
-    return list(model.model_fields)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation names, at any depth."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models(argument)
+        match shape:
+            case Record():
+                shape = shape.fields[str(step)].shape
+            case Many():
+                shape = shape.item
+            case Table():
+                shape = shape.value
+    return list(shape.fields) if isinstance(shape, Record) else []
 
 
 def from_schema(
@@ -386,5 +317,7 @@ def from_schema(
 
     Raises UsageError for a keyword that would not be checked, and for names that the daemon or nobody has.
     """
-    shape = read(name, schema, stored=stored)
-    return EventType(name, make(name, shape, Payload, stored=stored), order_by, version=version, shape=shape)
+    made = EventType(name, read(name, schema, stored=stored), order_by, version=version)
+    if not stored:
+        _ = made.check  # of one that is stored at the first payload
+    return made

@@ -5,7 +5,6 @@ It runs as a user of its own without any privilege, and ends when its channel cl
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -16,8 +15,9 @@ from collections.abc import Callable
 
 import prctl
 
-from host.handover import BEFORE_ASKING, FORMATS
-from host.host import Host, HostParts, Introduction
+from host.composition.handover import BEFORE_ASKING, FORMATS
+from host.composition.host import Host
+from host.composition.introduction import HostParts, Introduction
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import by_op
@@ -27,6 +27,7 @@ from isolator.ipc.succession import Descriptors, Succession
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 from isolator.linux.garbage import spare_the_collector
+from isolator.linux.unprivileged import inherited
 from isolator.paths import Paths
 
 _logger = logging.getLogger(__name__)
@@ -82,10 +83,7 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
 def main(parts: Callable[[Paths], HostParts] = lambda _: HostParts()) -> None:
     """Entry point of the process; ``parts`` of a daemon with these paths."""
     open_standard_streams()
-    parser = argparse.ArgumentParser(prog="host.service")
-    parser.add_argument("--channel-fd", type=int, required=True)
-    parser.add_argument("--audit-fd", type=int)
-    arguments = parser.parse_args()
+    fds = inherited()
     daemon_log.set_up()
     if os.geteuid() == 0:
         # Bytes of plugins are parsed here: this process must never be one that can do harm.
@@ -95,7 +93,7 @@ def main(parts: Callable[[Paths], HostParts] = lambda _: HostParts()) -> None:
     # This process knows every secret: no dump of it, and no debugger of the same uid.
     prctl.set_dumpable(False)
     try:
-        sys.exit(asyncio.run(serve(arguments.channel_fd, arguments.audit_fd, parts)))
+        sys.exit(asyncio.run(serve(fds["channel"], fds.get("audit"), parts)))
     except IsolatorError as error:
         _logger.error("%s", error)
         sys.exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 
@@ -16,6 +17,13 @@ def printable(text: str) -> str:
     if not text or text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The known word that a misspelt one resembles most, or an empty text."""
+    import difflib  # takes longer than all else of most processes that never get here
+
+    return next(iter(difflib.get_close_matches(word, [*known], 1, cutoff)), "")
 
 
 class IsolatorError(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 
 @struct_class(frozen=True)

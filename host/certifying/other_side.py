@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from host.authoring.certify.stage import DOWN_SECONDS, Stage
-from host.host_api import HostApi
+from host.host_api.api import HostApi
 
 _BEAT = 0.05
 

@@ -8,7 +8,7 @@ from host import service
 from host.authoring.certify.stage import Stage
 from host.certifying.other_side import SilentApi
 from host.certifying.taps import TappedLink
-from host.host import HostParts
+from host.composition.introduction import HostParts
 from isolator.paths import Paths
 
 

@@ -20,9 +20,9 @@ from host.channel.reply import RETRY_LATER, STREAM_MESSAGE, UNSUPPORTED_PROTOCOL
 from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
+from isolator.base.pacing import TokenBucket
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.pacing import TokenBucket
 
 PROTOCOLS = ("1",)
 HELLO_TIMEOUT = 5.0

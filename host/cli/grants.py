@@ -19,8 +19,8 @@ import click
 from host.cli.options import NAME, F, here, yes
 from host.cli.output import print_json, safe
 from host.client.client import Client
+from isolator.base.pacing import Backoff
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UsageError
-from isolator.pacing import Backoff
 from isolator.paths import Paths
 from isolator.policy.edit import LISTS, Value
 

@@ -24,10 +24,10 @@ from host.cli.registration import (
     show_proposal,
 )
 from host.client.client import Client
+from isolator.base.pacing import Backoff
 from isolator.cli.audit import moment
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
-from isolator.pacing import Backoff
 from isolator.policy import units
 
 if TYPE_CHECKING:

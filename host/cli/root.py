@@ -16,7 +16,7 @@ import click
 
 from host.cli.many import load_command
 from isolator import __version__
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, nearest
 
 # command -> (module, attribute, one line for --help); kept here so that --help imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "mcp": ("host.cli.mcp.command:mcp", "Use MCP servers from editors and agents; approve their tools."),
     "event": ("host.cli.event:event", "Emit events and follow their deliveries."),
     "audit": ("host.cli.audit:audit", "Read and verify the audit trail."),
-    "policy": ("host.policy_command:policy", "Check and explain policy files."),
+    "policy": ("host.plugins.policy_command:policy", "Check and explain policy files."),
     "new": ("host.authoring.new:new", "Start a new plugin from a working example."),
     "schema": ("host.authoring.schema_command:schema", "Print JSON Schemas of manifests, policies, payloads."),
     "certify": ("host.authoring.certify.command:certify", "Play the faults of the protocol against a plugin."),
@@ -66,11 +66,9 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        import difflib
-
-        near = difflib.get_close_matches(args[0], COMMANDS, 1) if args[0] not in COMMANDS else []
+        near = nearest(args[0], COMMANDS) if args[0] not in COMMANDS else ""
         if near:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -16,7 +16,7 @@ from host.cluster.follower import Follower
 from host.cluster.log import Entered, Facts, Log, LogUnavailableError
 from host.cluster.problems import LASTS, LogTroubles, Problems, StoppedError, check_bounds
 from host.cluster.store import FoldStore, keep_log, kept
-from host.database import Store as Database
+from host.database.store import Store as Database
 from isolator.errors import UnavailableError
 
 RETRY: Final = 1.0

@@ -11,8 +11,9 @@ from host.cluster.access import inbox_of
 from host.cluster.follower import Fences, Follower
 from host.cluster.node import Node, Settings
 from host.cluster.problems import Kind
-from host.database import Store
+from host.database.store import Store
 from isolator import __version__
+from isolator.base.lean import give_asyncio_tls
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.policy.cluster import Cluster
 
@@ -50,6 +51,7 @@ def access_of(servers: tuple[str, ...], secret: str, *, tls: bool, ca: str, host
         raise UnavailableError("[cluster]", f"{error.name} is not installed", remedy) from None
     context = None
     if tls:
+        give_asyncio_tls()
         try:
             context = ssl.create_default_context(cafile=ca or None)
         except OSError as error:

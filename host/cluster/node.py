@@ -49,7 +49,7 @@ from host.cluster.log import Entered, Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError, read_back
 from host.cluster.problems import FINAL, Kind, LogTroubles, Problems, StoppedError
 from host.cluster.store import keep_log, kept, make_tables
-from host.database import Store as Database
+from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
 TICK: Final = 0.25

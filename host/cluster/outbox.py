@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from host.cluster.entries import MAX_ENTRIES, MAX_MESSAGE, MAX_NUMBER, Event, EventRef, Message, Number, Replay
 from host.cluster.fold import Applied
-from host.database import Store as Database
+from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
 KEEP: Final = 3600.0

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from host.cluster.log import Facts, Log, LogUnavailableError
 from host.cluster.store import dump, restore
-from host.database import Store as Database
+from host.database.store import Store as Database
 
 EVERYBODY: Final = "iso.ask"
 CHUNK: Final = 200 << 10

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from host.cluster.entries import EventRef, Position
 from host.cluster.fold import Freed, Incarnation, Lease, Member, State
-from host.database import Store as Database
+from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
 FORMAT: Final = 1

@@ -6,7 +6,6 @@ sockets and starts no program: whoever breaks it can read what a viewer can, and
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -25,6 +24,7 @@ from isolator.ipc.messages import ConsoleHello, Leave, Left
 from isolator.ipc.succession import Departure, Succession
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
+from isolator.linux.unprivileged import inherited
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
@@ -100,10 +100,7 @@ def _port_of(listeners: list[socket.socket]) -> int | None:
 def main() -> None:
     """Entry point of the process."""
     open_standard_streams()
-    parser = argparse.ArgumentParser(prog="host.console.service")
-    parser.add_argument("--channel-fd", type=int, required=True)
-    parser.add_argument("--filter-fd", type=int, required=True)
-    arguments = parser.parse_args()
+    fds = inherited()
     daemon_log.set_up()
     if os.geteuid() == 0:
         _logger.error("host.console.service: refuses to run as root; it is started by 'isolator serve'")
@@ -112,7 +109,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the supervisor ends it, by its channel
     os.umask(0o027)
     try:
-        asyncio.run(serve(arguments.channel_fd, arguments.filter_fd))
+        asyncio.run(serve(fds["channel"], fds["filter"]))
     except IsolatorError as error:
         _logger.error("%s", error)
         sys.exit(1)

@@ -37,6 +37,8 @@ class Session(Body):
 
 @dataclass(frozen=True)
 class _Token:
+    """A token that opens a session once."""
+
     uid: int
     until: float
 

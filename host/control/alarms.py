@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from host.database import Store
+from host.database.store import Store
+from host.queue.missing import missing
+from host.queue.sqlite import newest_number
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import DatabaseDamaged
 from isolator.policy.host import without_trail
+
+_logger = logging.getLogger(__name__)
 
 
 class Alarms:
@@ -23,6 +30,19 @@ class Alarms:
     def note(self, line: str) -> None:
         """Add an alarm that stands as long as this process."""
         self._noted.append(line)
+
+    def hold_against_the_trail(self, trail: Path) -> int:
+        """Return the number of the newest accepted event, by the trail; an alarm if the database does not have it."""
+        held = newest_number(self._store)
+        lost = missing(trail, held)
+        if not lost.count:
+            return held
+        why = f"{lost.count} accepted events are on the trail and not in {self._store.path}, up to {lost.last}"
+        remedy = "it was damaged or restored from before; have the platform emit them again"
+        _logger.critical("ALARM: %s; %s", why, remedy)
+        self._audit.record(DatabaseDamaged(why=remedy.partition(";")[0], missing=lost.count, last=lost.last))
+        self.note(f"{why}; {remedy}")
+        return lost.number
 
     def lines(self) -> list[str]:
         """The alarms at this moment, one line each."""

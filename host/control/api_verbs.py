@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from host.channel.reply import RETRY_LATER
+from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.platform_types import ApiAnswer, ApiCall, ApiRegister, ApiUnregister, RegisteredMethod
-from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.terms import Nothing
-from host.host_api import PLATFORM_TIMEOUT, ApiError, Context, HostApi
+from host.host_api.api import PLATFORM_TIMEOUT, HostApi
+from host.host_api.methods import ApiError, Context
 from isolator.errors import UsageError
 from isolator.ipc.body import Json
 from isolator.policy.names import parse_permission
@@ -28,7 +29,7 @@ class ApiVerbs:
         self._api = api
         self._calls: dict[int, tuple[Caller, asyncio.Future[ApiAnswer]]] = {}
         self._served: dict[str, tuple[Caller, Callable[[], None]]] = {}
-        """Who serves a method, and what ends that."""
+        """Server of a method, and the call that ends its service."""
         self.numbers = 0
         """The number of the newest call."""
 

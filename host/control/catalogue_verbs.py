@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.platform_types import EventRegister, EventTypeList, EventTypes, EventUnregister, RegisteredEvent
-from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.terms import Nothing
-from host.database import Store
+from host.database.store import Store
 from host.events import Catalogue, EventType, from_schema
 from host.plugins.registry import Registry
 from host.queue import rows

@@ -13,7 +13,7 @@ from host.control.cluster_types import (
     ClusterStatus,
     PlacedPlugin,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.plugins.registry import Registry
 from isolator.errors import UnavailableError, UsageError
 

@@ -11,9 +11,9 @@ from host.control.config_types import (
     ConfigUnset,
     Reencrypted,
 )
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.plugin_types import ConfigItem
-from host.control.server import AnyEndpoint, Caller, Endpoint
-from host.lifecycle import PluginLifecycle
+from host.lifecycle.lifecycle import PluginLifecycle
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import os
 import re
 import sqlite3
@@ -30,18 +29,18 @@ from host.control.daemon_types import (
     Status,
     Version,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import NOTIFICATIONS, listing, result_keys
-from host.database import Store
+from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
-from host.supervisor_link import SupervisorLink
 from isolator import __version__
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import BackupTaken
-from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
+from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError, nearest
 from isolator.policy.request import API_MAJORS
 
 _SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
@@ -144,8 +143,8 @@ class DaemonVerbs:
     async def help(self, request: ShowHelp, _: Caller) -> Help:
         verbs = {verb: entry for verb, entry in listing().items() if request.verb in (None, verb)}
         if not verbs:
-            near = difflib.get_close_matches(str(request.verb), listing(), 1)
-            raise NotFoundError(f"verb {request.verb}", "does not exist", f"did you mean {near[0]}?" if near else "")
+            near = nearest(str(request.verb), listing())
+            raise NotFoundError(f"verb {request.verb}", "does not exist", f"did you mean {near}?" if near else "")
         return {"verbs": verbs, "notifications": {name: result_keys(keys) for name, keys in NOTIFICATIONS.items()}}
 
     async def ledger(self, _: Ledger, __: Caller) -> Controls:

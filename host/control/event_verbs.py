@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
 from host.control.event_types import (
     Deliveries,
     Event,
@@ -17,10 +18,9 @@ from host.control.event_types import (
     EventWait,
     Replayed,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
 from host.delivery.dispatch import Dispatcher
 from host.events import OPERATIONAL, Catalogue
-from host.intake import EventIntake
+from host.intake.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.interface import FINAL, Accepted, DeliveryRow, EventRow
 from host.queue.owed import Debts

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from host.control.audit_types import AuditFollow, FollowedTrail
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UnavailableError, UsageError

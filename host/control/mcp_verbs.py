@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.mcp_types import (
     ApprovedTools,
     CalledTool,
@@ -19,7 +20,6 @@ from host.control.mcp_types import (
     McpTools,
     Tools,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.terms import Nothing
 from host.plugins.registry import Registry
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.event_types import (
     ChangedEvent,
     EventCancel,
@@ -13,9 +14,8 @@ from host.control.event_types import (
     RecoveryJobs,
 )
 from host.control.plugin_types import PauseChange, PluginPause, PluginResume
-from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.delivery.dispatch import Dispatcher
-from host.jobs import JOB, Jobs
+from host.intake.jobs import JOB, Jobs
 from host.plugins.registry import Registry
 from host.queue.interface import Result
 from host.queue.owed import ChangeOfEvent, Debts

@@ -11,7 +11,6 @@ kind that checks it; one with a default may be left out. What the caller sends b
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field
 from typing import Any, ClassVar, Protocol, Self, dataclass_transform, get_type_hints
@@ -210,7 +209,7 @@ class Request:
         """Note the verb; ``repeatable`` is by default what changes nothing that is worth a record."""
         cls.spec = Spec(verb, role, result, recorded, not recorded if repeatable is None else repeatable)
         cls._fields = {}
-        for name in inspect.get_annotations(cls):
+        for name in vars(cls).get("__annotations__", {}):
             given = cls.__dict__.get(name, MISSING)
             cls._fields[name] = given if isinstance(given, Field) else field(default=given)
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from host.control.alarms import Alarms
 from host.control.config_verbs import config_items
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
 from host.control.plugin_types import (
     Explanation,
@@ -24,15 +25,14 @@ from host.control.plugin_types import (
     ShownPlugin,
     StartedRun,
 )
-from host.control.server import AnyEndpoint, Caller, Endpoint
 from host.control.terms import Nothing
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Pinged, Watches
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
-from host.supervisor_link import SupervisorLink
 from isolator.errors import IsolatorError
 
 _SERVING = ("stopped", "starting", "running", "stopping")

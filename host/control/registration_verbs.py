@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import os
 from collections import defaultdict
@@ -11,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.plugin_types import (
     ApprovedPlugin,
     ChangedPlugin,
@@ -29,19 +29,18 @@ from host.control.plugin_types import (
     StagedPlugin,
     UpdatedPlugin,
 )
-from host.control.server import AnyEndpoint, Belonging, Caller, Endpoint
 from host.control.terms import Nothing
 from host.delivery.modes import check_mode
 from host.events import Catalogue
-from host.lifecycle import PluginLifecycle
+from host.lifecycle.lifecycle import PluginLifecycle
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
-from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, PackageResolved
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, nearest
 from isolator.ipc import messages
 from isolator.ipc.body import Json
 from isolator.ipc.channel import MAX_PACKET
@@ -155,10 +154,10 @@ class RegistrationVerbs:
         known = sorted({event.name for event in self._catalogue})
         for hook in hooks:
             if self._catalogue.get(self._catalogue.canonical(hook)) is None:
-                near = difflib.get_close_matches(hook, known, 1)
+                near = nearest(hook, known)
                 raise UsageError(
                     f"hook {hook!r}",
-                    f"no such event; did you mean {near[0]!r}?" if near else "no such event",
+                    f"no such event; did you mean {near!r}?" if near else "no such event",
                     f"known: {', '.join(known)}",
                 )
 
@@ -170,15 +169,15 @@ class RegistrationVerbs:
 
         for hook, call in manifest.transport.calls.items():
             event_type = self._catalogue.get(self._catalogue.canonical(hook))
-            known = list(event_type.model.model_fields) if event_type is not None else []
+            known = list(event_type.shape.fields) if event_type is not None else []
             where = f"transport.calls.{hook}.arguments"
             try:
                 template.check(call.arguments)
             except ValueError as error:
                 raise UsageError(where, str(error)) from None
             for name in sorted(template.fields(call.arguments) - set(known)):
-                near = difflib.get_close_matches(name, known, 1)
-                why = f"{hook} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                near = nearest(name, known)
+                why = f"{hook} has no field {name!r}" + (f"; did you mean {near!r}?" if near else "")
                 raise UsageError(where, why, f"known: {', '.join(known)}")
 
     async def commit(self, request: PluginCommit, caller: Caller) -> RegisteredPlugin:
@@ -300,7 +299,7 @@ class RegistrationVerbs:
 
 
 def _resolved(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What a caller says that a package was resolved to, as a record has it; raises UsageError."""
+    """Resolution of a package by a caller's word, as a record has it; raises UsageError."""
     package, hashes = value.get("package"), value.get("hashes")
     if not isinstance(package, str) or len(package) > 300 or not isinstance(hashes, dict):
         raise UsageError("resolved", 'must be {"package": ..., "hashes": {...}}')

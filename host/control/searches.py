@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from host.control.audit_types import AuditSearch
-from host.control.server import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.terms import Nothing
 from isolator.audit.search import CPU_SECONDS, FAILED, MEMORY
 from isolator.errors import IsolatorError, UnavailableError

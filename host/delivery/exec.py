@@ -56,6 +56,8 @@ class ExecState(Body):
 
 @dataclass(eq=False)
 class _Invocation:
+    """An invocation under way."""
+
     plugin: Plugin
     delivery: Delivery
     run: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from host.database import Store
+from host.database.store import Store
 from isolator.audit.client import AuditClient
 
 

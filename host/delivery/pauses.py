@@ -9,7 +9,7 @@ import sqlite3
 import time
 from dataclasses import dataclass
 
-from host.database import Store
+from host.database.store import Store
 from host.queue.owed import Debts, owed
 from isolator.audit.schema import PluginPaused, PluginResumed
 

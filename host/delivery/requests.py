@@ -28,6 +28,8 @@ class RequestState(Body):
 
 @dataclass(eq=False)
 class _Request(Generic[A]):
+    """A request that is not answered."""
+
     plugin: Plugin
     delivery: Delivery
     run: str

@@ -13,7 +13,6 @@ import socket
 from host.channel.reply import NotSentError
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
-from host.wire.strict_json import peer_of
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
@@ -22,6 +21,7 @@ from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
 from isolator.ipc.messages import ConnectRun, EnsureRun
 from isolator.linux.descriptors import close_all
+from isolator.linux.peer import peer_ids
 
 CONNECT_DEADLINE = 10.0
 """Seconds for the sidecar's socket to appear and accept."""
@@ -128,7 +128,7 @@ class SidecarLink:
 
     def _served_by(self, sock: socket.socket) -> int:
         """Uid of the process that serves a connection."""
-        return peer_of(sock)[1]
+        return peer_ids(sock)[1]
 
     def record_fault(self, run: str, detail: str) -> None:
         """Record a fault of the plugin in the trail."""

@@ -21,10 +21,10 @@ from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
+from isolator.base.pacing import TokenBucket
 from isolator.ipc.body import Body, omitted
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-from isolator.pacing import TokenBucket
 
 HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 """Answers a call of a stream plugin to the host API: (plugin, run, method, params) → its reply's fields."""
@@ -32,6 +32,8 @@ HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 
 @dataclass(eq=False)
 class _Session:
+    """The connection with one run."""
+
     run: str
     connection: StreamConnection
     greeted: asyncio.Future[Greeting]

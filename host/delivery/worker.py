@@ -27,13 +27,13 @@ from host.delivery.stream import SessionState, StreamDelivery
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Consumer, Delivery, KeptState
+from isolator.base.pacing import Backoff
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, Json
 from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-from isolator.pacing import Backoff
 
 _log = logging.getLogger(__name__)
 

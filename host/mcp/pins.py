@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 
-from host.database import Store
+from host.database.store import Store
 from host.mcp.tools import Item
 
 _TABLE = """CREATE TABLE IF NOT EXISTS mcp_pins (

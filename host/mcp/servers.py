@@ -16,11 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
 from host.fence.fences import Fences
+from host.mcp.calls import CALLS, CallState, Sent, cancelled, under_way
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, permits
@@ -47,21 +47,6 @@ CLOSED_SECONDS = 2.0
 """Seconds in which a server whose output is closed has to end by itself."""
 DRAIN_SECONDS = 2.0
 """Seconds that a server which is to stop has to answer what is in flight."""
-CALLS = 64
-"""Calls of one user at a time, of all servers: each keeps its arguments here until it is sent."""
-
-
-class CallState(Body):
-    """A call of a caller's, on its way to another host."""
-
-    plugin: str
-    uid: int
-    key: str
-    number: str
-    id: str
-    tool: str
-    arguments_sha256: str
-    sent_ns: int
 
 
 class ServersState(Body):
@@ -70,23 +55,6 @@ class ServersState(Body):
     sessions: dict[str, SessionState]
     """by plugin"""
     calls: tuple[CallState, ...]
-
-
-@dataclass(eq=False)
-class _Sent:
-    """A call whose answer is awaited."""
-
-    plugin: str
-    uid: int
-    session: Session
-    number: str
-    id: str
-    tool: str
-    arguments_sha256: str
-    sent_ns: int
-    reply: Reply
-    given_up: bool = False
-    """The caller has cancelled it."""
 
 
 class Servers:
@@ -117,7 +85,7 @@ class Servers:
         """By run whose session is over: set once it has ended."""
         self._finished: deque[str] = deque(maxlen=64)
         """Runs that have ended."""
-        self._calls: dict[tuple[int, str], _Sent] = {}
+        self._calls: dict[tuple[int, str], Sent] = {}
         """By caller's uid and its key of the call."""
         self._unsent: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Tasks whose calls wait for their server, likewise."""
@@ -272,7 +240,7 @@ class Servers:
         return now
 
     async def shown_to(self, name: str, uid: int) -> tuple[str, list[Mapping[str, Any]], str]:
-        """What a caller is shown: the instructions, the tools, and the server's name; raises IsolatorError."""
+        """View of a caller: the instructions, the tools, and the server's name; raises IsolatorError."""
         plugin = self._admit(name, uid)
         with self._use(name):
             session = await self.session(name)
@@ -309,7 +277,7 @@ class Servers:
         if sent is None:
             sent = await self._begin_call(name, tool, arguments, uid, key, progress)
         elif sent.plugin != name or sent.tool != tool:
-            raise _under_way(key)
+            raise under_way(key)
         try:
             with self._use(name):
                 answer, _ = await sent.reply
@@ -323,7 +291,7 @@ class Servers:
             if not self._leaving:
                 self._record(sent, "cancelled", "the caller no longer waits")
             if sent.given_up:
-                raise _cancelled(tool) from None
+                raise cancelled(tool) from None
             raise
         finally:
             self._calls.pop((uid, key), None)
@@ -344,17 +312,17 @@ class Servers:
             unsent.cancel()
 
     def granted(self, name: str) -> Callable[[str], bool]:
-        """Whether the policy of a plugin grants a tool."""
+        """Return the test whether the policy of a plugin grants a tool."""
         plugin = self._server(name)
         patterns = plugin.effective.tools if plugin.effective is not None else ()
         return lambda tool: permits(patterns, tool)
 
     async def _begin_call(
         self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
-    ) -> _Sent:
+    ) -> Sent:
         """Send a call when its server can take it; ``cancel`` ends the wait for that."""
         if (uid, key) in self._unsent:
-            raise _under_way(key)
+            raise under_way(key)
         if sum(one == uid for one, _ in (*self._calls, *self._unsent)) >= CALLS:
             raise UnavailableError(f"tool {shown(tool, str, 80)}", f"{CALLS} calls of uid {uid} are under way", "wait")
         task = asyncio.current_task()
@@ -365,14 +333,14 @@ class Servers:
                 return await self._send(name, tool, arguments, uid, key, progress)
         except asyncio.CancelledError:
             if (uid, key) not in self._unsent:
-                raise _cancelled(tool) from None
+                raise cancelled(tool) from None
             raise
         finally:
             self._unsent.pop((uid, key), None)
 
     async def _send(
         self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
-    ) -> _Sent:
+    ) -> Sent:
         self._admit(name, uid)
         digest = hashlib.sha256(canonical_json(dict(arguments)).encode()).hexdigest()
         try:
@@ -393,7 +361,7 @@ class Servers:
         data = protocol.request(session.era, number, "tools/call", params, progress=progress is not None)
         if len(data) > protocol.MAX_LINE:
             raise UsageError(f"tool {tool}", f"its arguments are longer than {protocol.MAX_LINE} bytes")
-        sent = _Sent(name, uid, session, number, new_event_id(time.time()), tool, digest, time.perf_counter_ns(), reply)
+        sent = Sent(name, uid, session, number, new_event_id(time.time()), tool, digest, time.perf_counter_ns(), reply)
         started = ToolStarted(tool=tool, uid=uid, arguments_sha256=digest)
         self._audit.record(started, plugin=name, run=session.run, event_id=sent.id)
         await self._audit.flushed()
@@ -441,20 +409,9 @@ class Servers:
             raise UsageError(f"plugin {name}", f"is no MCP server: its mode is {plugin.mode}")
         return plugin
 
-    def _record(self, sent: _Sent, outcome: Any, detail: str | None) -> None:
-        self._audit.record(
-            ToolCalled(
-                tool=sent.tool,
-                uid=sent.uid,
-                arguments_sha256=sent.arguments_sha256,
-                outcome=outcome,
-                detail=self._shown(sent.plugin, detail) if detail else None,
-                latency_us=(time.perf_counter_ns() - sent.sent_ns) // 1000,
-            ),
-            plugin=sent.plugin,
-            run=sent.session.run,
-            event_id=sent.id,
-        )
+    def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
+        record = sent.over(outcome, self._shown(sent.plugin, detail) if detail else None)
+        self._audit.record(record, plugin=sent.plugin, run=sent.session.run, event_id=sent.id)
 
     def _shown(self, name: str, text: str) -> str:
         return shown(text, self._redactor(name))
@@ -474,14 +431,7 @@ class Servers:
 
     def pass_on(self, departure: Departure) -> ServersState:
         """Hand every session on, with the calls that are in flight."""
-        calls = tuple(
-            CallState(
-                plugin=one.plugin, uid=uid, key=key, number=one.number, id=one.id, tool=one.tool,
-                arguments_sha256=one.arguments_sha256, sent_ns=one.sent_ns,
-            )
-            for (uid, key), one in self._calls.items()
-            if not one.reply.done()
-        )  # fmt: skip
+        calls = tuple(one.pass_on(key) for (_, key), one in self._calls.items() if not one.reply.done())
         sessions = {**self._sessions, **self._greeted}
         states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}
         return ServersState(sessions=states, calls=calls)
@@ -498,10 +448,7 @@ class Servers:
             for call in state.calls:
                 if call.plugin == name:
                     awaited[call.number] = loop.create_future()
-                    self._calls[call.uid, call.key] = _Sent(
-                        name, call.uid, session, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns,
-                        awaited[call.number],
-                    )  # fmt: skip
+                    self._calls[call.uid, call.key] = Sent.taken_over(call, session, awaited[call.number])
             with contextlib.suppress(OSError):
                 await session.go_on(one, awaited, descriptors)
                 if one.hello:
@@ -511,14 +458,6 @@ class Servers:
 
     def _reporter(self, name: str) -> Callable[[Session, str], None]:
         return lambda session, why: self._ended(name, session, why)
-
-
-def _under_way(key: str) -> UsageError:
-    return UsageError(f"call {key[:40]}", "is under way already", "give each call a key of its own")
-
-
-def _cancelled(tool: str) -> UnavailableError:
-    return UnavailableError(f"tool {shown(tool, str, 80)}", "the call was cancelled")
 
 
 def _era(plugin: Plugin) -> Era:

@@ -24,10 +24,10 @@ from host.wire import mcp as protocol
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
 from host.wire.mcp import Answer, Era, Greeting
 from host.wire.strict_json import WireError
+from isolator.base.pacing import TokenBucket
 from isolator.ipc.body import Body, omitted
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.pacing import TokenBucket
 
 STRAYS = 1000
 BYTES_A_SECOND, BYTES_AT_ONCE = 4 << 20, 16 << 20
@@ -62,6 +62,8 @@ class SessionState(Body):
 
 @dataclass(eq=False)
 class _Pending:
+    """A request that is not answered."""
+
     reply: Reply
     deadline: float
     timer: asyncio.TimerHandle

@@ -48,7 +48,7 @@ class Compared:
 
 
 def offered(instructions: str, tools: Iterable[Any]) -> tuple[Item, ...]:
-    """What a server offers, its instructions first; raises ValueError for what is no list of tools."""
+    """Items that a server offers, its instructions first; raises ValueError for what is no list of tools."""
     found = [Item(INSTRUCTIONS, {"instructions": instructions})] if instructions else []
     names: set[str] = set()
     for tool in tools:

@@ -25,7 +25,7 @@ from host.cluster.joining import join
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.cluster.problems import Kind
-from host.database import Store
+from host.database.store import Store
 from host.events import Catalogue
 from host.fence.fences import Fences
 from host.membership.values import ClusterKeyValue

@@ -18,13 +18,13 @@ from host.cluster.entries import KeyValue as Entry
 from host.cluster.fold import Applied
 from host.cluster.log import LogUnavailableError
 from host.cluster.store import value_of
-from host.database import Store
-from host.host_api import KV_KEYS, KV_TOTAL, KV_VALUE, ApiError, Context, KeyValue, key_of, ttl_of
+from host.database.store import Store
+from host.host_api.methods import KV_KEYS, KV_TOTAL, KV_VALUE, ApiError, Context, KeyValue, key_of, ttl_of
 from host.wire.strict_json import dumps
 
 
 class ClusterKeyValue(KeyValue):
-    """See ``host.host_api.KeyValue``; ``decide`` has the log decide something."""
+    """See ``host.host_api.methods.KeyValue``; ``decide`` has the log decide something."""
 
     def __init__(self, store: Store, follower: QueueFollower, decide: Callable[[Entry], Awaitable[Applied]]) -> None:
         super().__init__(store)

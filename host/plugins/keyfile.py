@@ -7,12 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets as random_source
 import stat
 from pathlib import Path
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from isolator.errors import IsolatorError
 
@@ -53,7 +49,7 @@ class KeyFile:
 
     def save(self, keys: list[bytes]) -> None:
         """Replace the file in one step, synced."""
-        temporary = self.path.with_name(f".{self.path.name}.{random_source.token_hex(6)}")
+        temporary = self.path.with_name(f".{self.path.name}.{os.urandom(6).hex()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
             json.dump({"keys": [base64.b64encode(key).decode() for key in keys]}, file)
@@ -69,11 +65,16 @@ class KeyFile:
 
     def seal(self, plugin: str, key: str, value: str) -> bytes:
         """Encrypt a value; it opens only under the same plugin and key name."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # a host without config needs none of it
+
         nonce = os.urandom(12)
         return _key_id(self.keys[0]) + nonce + AESGCM(self.keys[0]).encrypt(nonce, value.encode(), _place(plugin, key))
 
     def open(self, plugin: str, key: str, sealed: bytes) -> str:
         """Decrypt; raises IsolatorError when no key fits or the row was moved or changed."""
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         for candidate in self.keys:
             if _key_id(candidate) == sealed[:4]:
                 with contextlib.suppress(InvalidTag):

@@ -7,7 +7,6 @@ never reach another that takes its name.
 
 from __future__ import annotations
 
-import difflib
 import json
 import sqlite3
 import time
@@ -15,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from host.database import Store
+from host.database.store import Store
 from host.events import OPERATIONAL, Catalogue, EventType, from_schema
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.queue.interface import Subscriber
-from isolator.errors import IsolatorError, NotFoundError
+from isolator.errors import IsolatorError, NotFoundError, nearest
 from isolator.ipc.messages import PluginEntry
 from isolator.policy.filters import passes
 from isolator.policy.model import EffectivePolicy
@@ -102,8 +101,8 @@ class Registry:
         """Find a plugin by name; raises NotFoundError."""
         plugin = self._plugins.get(name)
         if plugin is None:
-            near = difflib.get_close_matches(name, self._plugins, 1)
-            remedy = f"did you mean {near[0]}?" if near else "see 'isolator plugin list'"
+            near = nearest(name, self._plugins)
+            remedy = f"did you mean {near}?" if near else "see 'isolator plugin list'"
             raise NotFoundError(f"plugin {name}", "is not registered", remedy)
         return plugin
 

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from host.database import Store
+from host.database.store import Store
 from host.plugins.keyfile import KeyFile
 from host.plugins.manifest import (
     MAX_CONFIG,
@@ -43,7 +43,7 @@ from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy.parse.strict import did_you_mean
 
 FILES_AT = "/run/isolator/config"
-"""Where the cage shows values of type ``file``, one 0400 file each, named by its key."""
+"""Folder of values of type ``file`` in the cage: one 0400 file each, named by its key."""
 REDACTED = "[redacted]"
 _SHORTEST = 4
 
@@ -108,6 +108,8 @@ class ConfigItem:
 
 @dataclass
 class _Value:
+    """A value of a plugin's config."""
+
     text: str
     secret: bool
     type: str

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from isolator.base.pacing import Backoff
 from isolator.ipc.body import Body
-from isolator.pacing import Backoff
 
 State = Literal[
     "queued", "starting", "in_flight", "retry", "ok", "skipped", "dead", "expired", "quarantined", "cancelled", "moved"

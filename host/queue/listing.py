@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from host.database import Store
+from host.database.store import Store
 from host.queue import rows
 from host.queue.interface import DeliveryRow, Event, EventRow
 from isolator.errors import NotFoundError, UsageError

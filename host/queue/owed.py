@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from host.database import Store
+from host.database.store import Store
 from host.queue.interface import Changed
 from isolator.audit import reader
 from isolator.audit.client import AuditClient, utc_now

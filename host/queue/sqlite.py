@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from host.database import Store
+from host.database.store import Store
 from host.events import format_time
 from host.queue import rows
 from host.queue.accepting import Accepting, Answer

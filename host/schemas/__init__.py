@@ -1,1 +1,1 @@
-"""JSON Schemas of the platform's payloads: read as shapes, which become models and are compared."""
+"""JSON Schemas of the platform's payloads: read as shapes, which become checks and are compared."""

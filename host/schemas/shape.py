@@ -7,7 +7,7 @@ rather than ignored, so that no rule goes unchecked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,9 @@ class Scalar:
 
     kind: str
     limits: Mapping[str, Any] = field(default_factory=dict)
+    examples: tuple[Any, ...] = ()
+    then: Callable[[Any], Any] | None = None
+    """Further check of a value that fits; returns the value to go on with, or raises ValueError."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from isolator.base.pacing import TokenBucket
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
-from isolator.pacing import TokenBucket
 
 LINGER = 2.0
 """Seconds that a peer has to read the rest before a closed connection is cut."""

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import socket
-import struct
 from typing import Any
 
-import pydantic_core
+from isolator.base import core
 
 MAX_DEPTH = 64
 
@@ -29,7 +27,7 @@ Only exponents of three digits and runs of 300 can overflow to infinity, which t
 """
 
 _NO_MARKS = bytes(c for c in range(256) if c not in b"[{,")
-"""What is left of a text without these bytes bounds its values: one pass where counting would take three."""
+"""The number of these marks bounds that of a text's values: the text without all other bytes, in one pass."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _HALF_PAIR = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
@@ -50,7 +48,7 @@ def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     if len(marks) > MAX_VALUES:
         raise WireError(f"more than {MAX_VALUES} values", -32600)
     try:
-        value = pydantic_core.from_json(data, allow_inf_nan=False)
+        value = core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
         value = _from_common_writer(data, error)
     # Each level needs an opening bracket, so few brackets prove the depth without walking the value.
@@ -81,16 +79,10 @@ def line(value: Any) -> bytes:
 
 def _encode(value: Any) -> bytes:
     try:
-        return pydantic_core.to_json(value)
-    except pydantic_core.PydanticSerializationError:
+        return core.to_json(value)
+    except core.PydanticSerializationError:
         # Half a surrogate pair, as file names may hold: escaped, so that the text is valid UTF-8.
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-
-def peer_of(sock: socket.socket) -> tuple[int, int, int]:
-    """Return (pid, uid, gid) of the process at the other end, as the kernel recorded it at connect or listen."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid, gid
 
 
 def _from_common_writer(data: bytes, error: ValueError) -> Any:
@@ -101,7 +93,7 @@ def _from_common_writer(data: bytes, error: ValueError) -> Any:
         text = b"\\\\".join(_HALF_PAIR.sub(rb"\\ufffd", piece) for piece in text.split(b"\\\\"))
     if text != data:
         try:
-            return pydantic_core.from_json(text, allow_inf_nan=False)
+            return core.from_json(text, allow_inf_nan=False)
         except ValueError as still:
             error = still
     raise WireError(f"not valid JSON: {_short(str(error))}") from None

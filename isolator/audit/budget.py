@@ -18,7 +18,7 @@ from typing import Any
 
 from isolator.audit.record import Incoming
 from isolator.audit.schema import RECORDS, AuditSummary, Summed
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 RATE, BURST, WINDOW = 10.0, 3000.0, 1.0
 """Records a second and at once of one type and cause; seconds between the summaries of those beyond."""

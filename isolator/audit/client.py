@@ -14,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import secrets
+import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
@@ -42,7 +41,8 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str).
 
 def utc_now() -> str:
     """The current time in the form of the trail: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")[:26] + "Z"
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06}Z"
 
 
 class SenderState(Body):
@@ -76,7 +76,7 @@ class AuditClient:
         """Called with the new value each time ``alarm`` changes."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
-        self._session = secrets.token_hex(4)
+        self._session = os.urandom(4).hex()
         self._number = 0
         self._pending: deque[bytes] = deque()
         self._unacked: deque[bytes] = deque()

@@ -27,7 +27,7 @@ from isolator.audit.schema import (
     PluginRejected,
     SyscallDenied,
 )
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 BURST, RATE = 20.0, 20.0 / 3600
 """Lines of one plugin at once, and a second."""

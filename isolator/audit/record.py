@@ -24,9 +24,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import pydantic_core
-
 from isolator.audit.schema import MAX_ID, may_write
+from isolator.base import core
 
 T = TypeVar("T")
 
@@ -80,7 +79,7 @@ class Incoming:
 def parse_incoming(source: str, line: bytes) -> Incoming:
     """Check one line of a source; raises RejectedError with a reason fit for the trail."""
     try:
-        value = pydantic_core.from_json(line)
+        value = core.from_json(line)
     except ValueError:
         value = _parse_leniently(line)
     if not isinstance(value, dict):
@@ -250,7 +249,7 @@ class Record:
 def parse(line: bytes) -> Record | None:
     """A line of the trail as a Record, or None when it is not one; its place in the chain is not checked."""
     try:
-        value = pydantic_core.from_json(line)
+        value = core.from_json(line)
         data, cut = value["data"], value.get("cut") or {}
         if not isinstance(data, dict) or not isinstance(cut, dict):
             return None

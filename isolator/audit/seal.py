@@ -10,6 +10,7 @@ is missing or broken, is not used again: a new one takes over, a record says so,
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -21,20 +22,14 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
 
 from isolator.linux.files import read_plain
 
 KEY_NAME = "seal.key"
 PUBLIC_NAME = "public.pem"
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----\n.*?-----END PUBLIC KEY-----\n", re.S)
+_PRIVATE, _PUBLIC = bytes.fromhex("302e020100300506032b657004220420"), bytes.fromhex("302a300506032b6570032100")
+"""Begin of an Ed25519 key in DER (RFC 8410), before its 32 bytes; reading any key would take a MiB of memory."""
 
 
 def message(first: int, last: int, last_hash: str) -> bytes:
@@ -44,7 +39,7 @@ def message(first: int, last: int, last_hash: str) -> bytes:
 
 def fingerprint(key: Ed25519PublicKey) -> str:
     """The first 16 hex digits of the SHA-256 of the raw public key."""
-    return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
+    return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -77,10 +72,10 @@ def load_signer(lib: Path, log: Path) -> Signer:
         os.rename(lib / KEY_NAME, lib / f"{KEY_NAME}.distrusted")
     if key is None:
         key = Ed25519PrivateKey.generate()
-        _replace(lib / KEY_NAME, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+        _replace(lib / KEY_NAME, _pem("PRIVATE", _PRIVATE + key.private_bytes_raw()), 0o600)
         if notes:
             notes[-1] += f"; from here on the key {fingerprint(key.public_key())} signs"
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    public = _pem("PUBLIC", _PUBLIC + key.public_key().public_bytes_raw())
     if public not in known:
         known += public
         _replace(lib / PUBLIC_NAME, known, 0o600)
@@ -96,8 +91,9 @@ def load_public(path: Path) -> dict[str, Ed25519PublicKey]:
     """The public keys in a file by fingerprint, oldest first; raises OSError, ValueError when there is none."""
     keys = {}
     for pem in _PEM.findall(path.read_bytes()):
-        key = load_pem_public_key(pem)
-        if isinstance(key, Ed25519PublicKey):
+        der = _der(pem)
+        if der.startswith(_PUBLIC) and len(der) == len(_PUBLIC) + 32:
+            key = Ed25519PublicKey.from_public_bytes(der[-32:])
             keys[fingerprint(key)] = key
     if not keys:
         raise ValueError(f"{path} holds no Ed25519 public key")
@@ -143,15 +139,28 @@ def _read_key(path: Path) -> Ed25519PrivateKey | None:
             raise ValueError(f"belonged to uid {status.st_uid}")
         if status.st_mode & 0o077:
             raise ValueError(f"was open to others (mode {stat.S_IMODE(status.st_mode):04o})")
-        try:
-            key = load_pem_private_key(os.read(fd, 65536), None)
-        except (ValueError, TypeError) as error:
-            raise ValueError("could not be read as a key") from error
+        der = _der(os.read(fd, 65536))
     finally:
         os.close(fd)
-    if not isinstance(key, Ed25519PrivateKey):
+    if not der:
+        raise ValueError("could not be read as a key")
+    if not der.startswith(_PRIVATE) or len(der) != len(_PRIVATE) + 32:
         raise ValueError("was not an Ed25519 key")
-    return key
+    return Ed25519PrivateKey.from_private_bytes(der[-32:])
+
+
+def _pem(kind: str, der: bytes) -> bytes:
+    text = base64.b64encode(der).decode()
+    return f"-----BEGIN {kind} KEY-----\n{text}\n-----END {kind} KEY-----\n".encode()
+
+
+def _der(pem: bytes) -> bytes:
+    """The bytes between the lines of a key; none if it is no PEM."""
+    lines = pem.split()
+    try:
+        return base64.b64decode(b"".join(lines[3:-3]), validate=True) if pem.startswith(b"-----BEGIN ") else b""
+    except ValueError:
+        return b""
 
 
 def _replace(path: Path, content: bytes, mode: int) -> None:

@@ -10,7 +10,6 @@ still have to be written) and exits when its channel closes, after a last seal.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -34,6 +33,7 @@ from isolator.ipc.succession import Departure, Succession
 from isolator.linux import daemon_log
 from isolator.linux.descriptors import open_standard_streams
 from isolator.linux.garbage import spare_the_collector
+from isolator.linux.unprivileged import inherited
 from isolator.paths import Paths
 
 _log = logging.getLogger("isolator.audit")
@@ -143,14 +143,11 @@ async def serve(channel: socket.socket) -> None:
 def main() -> None:
     """Entry point."""
     open_standard_streams()
-    parser = argparse.ArgumentParser(prog="isolator.audit.service")
-    parser.add_argument("--channel-fd", type=int, required=True)
-    arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     daemon_log.set_up("isolator audit")
     os.umask(0o027)
-    asyncio.run(serve(socket.socket(fileno=arguments.channel_fd)))
+    asyncio.run(serve(socket.socket(fileno=inherited()["channel"])))
     sys.exit(0)
 
 

@@ -59,7 +59,7 @@ _STALLED = 10.0
 
 
 class WriterState(Body):
-    """What a writer knows and the trail does not tell, on its way to another writer."""
+    """Knowledge of a writer that the trail does not have, on its way to another writer."""
 
     sources: tuple[SourceState, ...]
     origins: dict[str, str]

@@ -1,4 +1,4 @@
-"""What a backup does not bring back, said when it is taken and not when it is needed."""
+"""Things that a backup does not bring back, named when it is taken and not when it is needed."""
 
 from __future__ import annotations
 

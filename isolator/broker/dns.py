@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Protocol
 
+from isolator.base.pacing import TokenBucket
 from isolator.broker import wire
 from isolator.broker.resolver import Overworked, ResolveError, Resolver
 from isolator.broker.virtual import TTL, VirtualPool
@@ -28,7 +29,6 @@ from isolator.broker.wire import Code
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure
-from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules, normal_name

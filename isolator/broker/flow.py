@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-import secrets
+import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
-from isolator.broker.gate import Gate, GateState
+from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.relay import Pipe, PipeState, Scratch, reset
 from isolator.broker.virtual import Entry
 from isolator.ipc.body import Body
@@ -27,7 +27,7 @@ from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
 from isolator.ipc.tasks import report
 from isolator.policy.addresses import Address
 
-_session = secrets.token_hex(3)
+_session = os.urandom(3).hex()
 _numbers = itertools.count(1)
 
 

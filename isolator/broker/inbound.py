@@ -20,7 +20,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from isolator.broker.buffers import Buffers, keep_small
 from isolator.broker.flow import Flow, FlowState, FlowTable
-from isolator.broker.gate import Gate, GateState
+from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Write
 from isolator.errors import IsolatorError, UsageError

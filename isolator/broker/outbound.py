@@ -33,7 +33,8 @@ from isolator.broker.buffers import Buffers
 from isolator.broker.dial import dial
 from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer, NameServerState
 from isolator.broker.flow import DescribedError, Flow, FlowState, FlowTable
-from isolator.broker.gate import Gate, GateState, Looking
+from isolator.broker.gate.gate import Gate, GateState
+from isolator.broker.gate.looking import Looking
 from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound, InboundState

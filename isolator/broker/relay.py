@@ -17,7 +17,7 @@ import contextlib
 import socket
 import struct
 
-from isolator.broker.gate import Gate, GateState
+from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.guard import Denied
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence

@@ -21,6 +21,8 @@ Repeatable = NetQuery | NetConnect | NetDenied
 
 @dataclass
 class _Repeat:
+    """A record, and how often it was repeated."""
+
     since: float
     record: Repeatable
     count: int = 0

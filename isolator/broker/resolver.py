@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import secrets
+import os
 import socket
 import struct
 import time
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
+from isolator.base.pacing import TokenBucket
 from isolator.broker import wire
 from isolator.broker.wire import Code, Reply
 from isolator.ipc.fence import Fence
-from isolator.pacing import TokenBucket
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.destinations import normal_name
 
@@ -48,7 +48,7 @@ CPU_PER_SECOND, CPU_BURST = 0.05, 0.25
 ASKED_PER_SECOND, ASKED_AT_ONCE = 100, 64
 """Questions of one cage to servers, for one family each; those beyond wait. As many as its own questions need."""
 OVER_TCP = 4
-"""What a question that has to be asked again over TCP counts in addition."""
+"""Addition to the count of a question that has to be asked again over TCP."""
 _SIOCGIFINDEX = 0x8933
 
 
@@ -243,7 +243,7 @@ class Resolver:
         raise ResolveError(last)
 
     async def _exchange(self, server: Server, target: str, kind: int) -> Reply:
-        asked = wire.query(secrets.randbits(16), target, kind)
+        asked = wire.query(int.from_bytes(os.urandom(2), "big"), target, kind)
         with _socket(server, socket.SOCK_DGRAM) as sock:
             # Connected: only this server can answer, and a refusal is reported at once.
             await self._loop.sock_connect(sock, _where(server, sock))
@@ -277,6 +277,8 @@ class Resolver:
 
 @dataclass(frozen=True)
 class _Step:
+    """One answer on the way from a name to its addresses."""
+
     target: str
     addresses: tuple[Address, ...]
     ttl: int

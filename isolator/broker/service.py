@@ -7,7 +7,6 @@ it, so their connects are refused.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import socket
@@ -19,6 +18,7 @@ from isolator.ipc import messages
 from isolator.ipc.body import by_op
 from isolator.ipc.channel import Channel
 from isolator.linux.descriptors import open_standard_streams
+from isolator.linux.unprivileged import inherited
 
 
 async def serve(channel_socket: socket.socket, audit_socket: socket.socket | None) -> None:
@@ -46,15 +46,11 @@ async def serve(channel_socket: socket.socket, audit_socket: socket.socket | Non
 def main() -> None:
     """Entry point of the process."""
     open_standard_streams()
-    parser = argparse.ArgumentParser(prog="isolator.broker.service")
-    parser.add_argument("--channel-fd", type=int, required=True)
-    parser.add_argument("--filter-fd", type=int, required=True)
-    parser.add_argument("--audit-fd", type=int)
-    arguments = parser.parse_args()
-    with os.fdopen(arguments.filter_fd, "rb") as program:
+    fds = inherited()
+    with os.fdopen(fds["filter"], "rb") as program:
         harden(program.read())
-    audit = socket.socket(fileno=arguments.audit_fd) if arguments.audit_fd is not None else None
-    asyncio.run(serve(socket.socket(fileno=arguments.channel_fd), audit))
+    audit = socket.socket(fileno=fds["audit"]) if "audit" in fds else None
+    asyncio.run(serve(socket.socket(fileno=fds["channel"]), audit))
 
 
 if __name__ == "__main__":

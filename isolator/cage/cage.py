@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from isolator.base.structs import struct_class
 from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare
@@ -48,7 +49,6 @@ from isolator.layers.user import User
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
-from isolator.structs import struct_class
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import CageState

@@ -12,11 +12,11 @@ import os
 import signal
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from isolator.base.structs import field, struct_class
 from isolator.launcher.client import Clone
 from isolator.layers.cgroup.leaf import Events, Leaf
-from isolator.structs import field, struct_class
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import CageState
@@ -36,6 +36,17 @@ class CageExit:
     def returncode(self) -> int:
         """Exit code as a shell shows it: the code, or 128 + the signal."""
         return self.exit_code if self.exit_code is not None else 128 + (self.signal or 9)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The fields that records of an end share, whatever has ended."""
+        return {
+            "exit_code": self.exit_code,
+            "signal": self.signal,
+            "oom_kills": self.events.oom_kills,
+            "task_denials": self.events.task_denials,
+            "uptime": round(self.uptime, 3),
+        }
 
 
 class CageProcesses:

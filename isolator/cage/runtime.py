@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from isolator.base.structs import field, struct_class
 from isolator.cage.warm_pool import WarmPool
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.recovery.journal import Journal
-from isolator.structs import field, struct_class
 
 
 @struct_class()

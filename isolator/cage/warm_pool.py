@@ -18,6 +18,7 @@ import select
 import socket
 from typing import TYPE_CHECKING
 
+from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError
 from isolator.ipc.packet import pair
 from isolator.ipc.tasks import Tasks
@@ -25,7 +26,6 @@ from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.proc.layer import new_figures
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
-from isolator.structs import struct_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ class Spare:
     def spent(
         cls, name: str, launcher: Launcher, journal: Journal, status: int, figures: int, network: CageNetwork | None
     ) -> Spare:
-        """What is left of a spare that has become a cage before this process's exec."""
+        """Remainder of a spare that has become a cage before this process's exec."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         link.close()
         return cls(name, frozenset(), launcher, journal, link, status, 0, -1, figures, network)

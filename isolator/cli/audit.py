@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -113,8 +112,8 @@ def check_types(types: tuple[str, ...]) -> None:
     for wanted in types:
         known = families if wanted.endswith(".*") else set(RECORDS)
         if wanted not in known:
-            near = difflib.get_close_matches(wanted, sorted(known), 1)
-            remedy = f"did you mean {near[0]}?" if near else "docs/audit.md lists them"
+            near = nearest(wanted, sorted(known))
+            remedy = f"did you mean {near}?" if near else "docs/audit.md lists them"
             raise UsageError(f"--type {wanted}", "no record has that type", remedy)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 
 PER_TURN = 64
 """Connections accepted in one turn of the event loop; the others wait for the next in the listener's backlog."""

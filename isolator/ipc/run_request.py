@@ -63,7 +63,7 @@ def unpack(packet: bytes) -> list[tuple[str, str]]:
 
 
 class RunRequest:
-    """What one client requests."""
+    """Request of one client."""
 
     def __init__(self) -> None:
         self.once: dict[str, str] = {}

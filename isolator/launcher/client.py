@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import isolator
+from isolator.base.structs import struct_class
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send_packet
 from isolator.ipc.tasks import Tasks
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
-from isolator.structs import struct_class
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
 

@@ -25,7 +25,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from isolator.structs import field, struct_class
+from isolator.base.structs import field, struct_class
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process
 from isolator.layers.phrases import listing
@@ -44,13 +44,10 @@ class LandlockSection(Section, kind="landlock"):
         global _ahead
         with contextlib.suppress(OSError):  # no Landlock: then the plan has no section for it
             version = landlock.abi()
-            _ahead = _Ahead(_ruleset(version), os.stat("/"))
+            _ahead = _ruleset(version), os.stat("/")
 
     def enter(self, fds: dict[str, int]) -> None:
-        if _ahead is not None and os.path.samestat(_ahead.root, os.stat("/")):
-            ruleset = _ahead.ruleset
-        else:
-            ruleset = _ruleset(self.abi)
+        ruleset = _ahead[0] if _ahead and os.path.samestat(_ahead[1], os.stat("/")) else _ruleset(self.abi)
         for path in (*_WRITABLE_LATER, *(folder.path for folder in self.folders)):
             if os.path.isdir(path):  # the child avoids importing pathlib
                 landlock.allow(ruleset, self.abi, path, landlock.READ | landlock.WRITE)
@@ -100,14 +97,9 @@ class Landlock(Layer):
         """Confirm nothing: the kernel shows a process's Landlock domain nowhere. ``restrict_self`` has succeeded."""
 
 
-class _Ahead(NamedTuple):
-    ruleset: int
-    root: os.stat_result
-    """The root that the ruleset is about: a policy that names more paths to read gives the cage another one."""
-
-
-_ahead: _Ahead | None = None
-"""The ruleset of the parked process and of the cage that it becomes."""
+_ahead: tuple[int, os.stat_result] | None = None
+"""The ruleset of the parked process and of the cage that it becomes, and the root that it is about: a policy that names
+more paths to read gives the cage another one."""
 
 
 def _ruleset(version: int) -> int:

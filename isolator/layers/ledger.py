@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 
+from isolator.base.structs import replace
 from isolator.layers.base import Control, Layer
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
@@ -22,7 +23,6 @@ from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
 from isolator.policy.host import MAY_DEGRADE
-from isolator.structs import replace
 
 Check = Callable[[], Control]
 

@@ -14,8 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
+from isolator.base.structs import field, struct_class
 from isolator.linux.descriptors import FdSet
-from isolator.structs import field, struct_class
 
 
 @dataclass_transform(frozen_default=True)

@@ -37,6 +37,15 @@ def openat2(
         raise OSError(error.errno, error.strerror, path) from None
 
 
+def remove_tree(path: str | os.PathLike[str], *, ignore_errors: bool = False) -> None:
+    """Remove a folder and everything in it, by descriptors; raises OSError."""
+    if ignore_errors and not os.path.lexists(path):
+        return
+    import shutil  # brings every archive format along, and is not needed before something is removed
+
+    shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
 def open_nofollow(path: str, flags: int = os.O_PATH) -> int:
     """Open an absolute path in which no component is a symlink (ELOOP otherwise)."""
     how = _OpenHow(flags=flags | os.O_CLOEXEC, resolve=RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)

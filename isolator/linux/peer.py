@@ -18,7 +18,7 @@ _READ_WRITE, _NOBODY = 6, 0xFFFFFFFF
 
 
 def peer_ids(sock: socket.socket) -> tuple[int, int, int]:
-    """Return (pid, uid, gid) of the process that connected."""
+    """Return (pid, uid, gid) of the process at the other end, as the kernel noted it at connect or listen."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid, gid
 

@@ -23,7 +23,7 @@ _NEXT_HOP = 8
 
 @dataclass(frozen=True)
 class HostNetwork:
-    """What there is in a network namespace."""
+    """Addresses, gateways and devices of a network namespace."""
 
     own: frozenset[Address]
     """Addresses of its devices, and their broadcast addresses."""

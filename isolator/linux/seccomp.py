@@ -7,8 +7,8 @@ import errno
 import fcntl
 import struct
 
+from isolator.base.structs import struct_class
 from isolator.linux._libc import call, libc, syscall
-from isolator.structs import struct_class
 
 _SET_MODE_FILTER = 1
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2

@@ -24,6 +24,12 @@ def module_command(module: str, descriptors: Mapping[str, int]) -> list[str]:
     return [sys.executable, "-I", "-m", module, *arguments]
 
 
+def inherited() -> dict[str, int]:
+    """The descriptors that the command line of this process names, as ``module_command`` has written it."""
+    words = sys.argv[1:]
+    return {name[2:].removesuffix("-fd"): int(fd) for name, fd in zip(words[::2], words[1::2], strict=False)}
+
+
 def drop_privileges(uid: int, gid: int) -> None:
     """Become a user without groups, capabilities and any way to gain privileges, for good. For one with one thread.
 

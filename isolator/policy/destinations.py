@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TypeAlias
 
+from isolator.base.structs import struct_class
 from isolator.errors import UsageError
 from isolator.policy.addresses import (
     BLOCKED,
@@ -31,7 +32,6 @@ from isolator.policy.addresses import (
 )
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, NetworkPolicy
 from isolator.policy.units import shown
-from isolator.structs import struct_class
 
 PUBLIC_PORTS = frozenset({80, 443})
 """TCP ports of the ``public`` mode."""

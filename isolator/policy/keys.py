@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
+from isolator.base.structs import replace, struct_class
 from isolator.policy.frozen import Frozen, field_types
 from isolator.policy.units import (
     NO_CAP,
@@ -29,7 +30,6 @@ from isolator.policy.units import (
     parse_size,
     parse_volume,
 )
-from isolator.structs import replace, struct_class
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

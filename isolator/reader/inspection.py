@@ -14,8 +14,8 @@ import re
 import sys
 from collections.abc import Iterator
 
+from isolator.base.structs import field, struct_class
 from isolator.reader.libraries import Elf, NotUnderstoodError, library_folders, missing_libraries
-from isolator.structs import field, struct_class
 
 MOST_FINDINGS = 12
 _MOST_FILES = 50_000

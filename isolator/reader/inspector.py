@@ -7,7 +7,6 @@ manifests does not; so it is a process of its own, and its filter leaves it look
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ from isolator.layers.seccomp import profiles as syscalls
 from isolator.layers.seccomp.layer import compile_rules
 from isolator.linux import seccomp
 from isolator.linux.coredump import start_no_handler
+from isolator.linux.unprivileged import inherited
 from isolator.reader.inspection import Host, inspect
 
 CPU_SECONDS = 20
@@ -56,9 +56,7 @@ def harden() -> None:
 
 def main() -> None:
     """Look through the folder of the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder-fd", type=int, required=True)
-    folder = parser.parse_args().folder_fd
+    folder = inherited()["folder"]
     host = Host.here()
     harden()
     line = memoryview(json.dumps(inspect(folder, host)).encode() + b"\n")

@@ -13,8 +13,8 @@ import struct
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from isolator.base.structs import field, struct_class
 from isolator.linux.elf import MACHINES
-from isolator.structs import field, struct_class
 
 _CLASS64, _LITTLE = 2, 1
 _PT_LOAD, _PT_DYNAMIC = 1, 2

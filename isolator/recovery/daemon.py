@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.linux import mount
+from isolator.linux.files import remove_tree
 from isolator.paths import Paths
 from isolator.recovery.journal import Entry, Journal
 
@@ -80,7 +80,7 @@ def clear(paths: Paths, journal: Journal) -> list[Leftover]:
     for entry in list(journal.open.values()):
         if entry.kind == "mount":
             journal.forget(entry.name)
-    shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
+    remove_tree(paths.run / "hostapi", ignore_errors=True)
     return found
 
 

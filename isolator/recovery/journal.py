@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from isolator.base.structs import field, replace, struct_class
 from isolator.errors import IsolatorError
 from isolator.linux.lock import lock_file
-from isolator.structs import field, replace, struct_class
 
 KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
 _COMPACT_LINES = 4000

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from isolator.layers import user
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.linux import mount
 from isolator.linux.descriptors import close_all
+from isolator.linux.files import remove_tree
 from isolator.linux.lock import lock_file
 from isolator.paths import Paths
 from isolator.recovery.daemon import Leftover, mounts_below, process_count
@@ -73,7 +73,7 @@ def clear(paths: Paths) -> list[Leftover]:
             for folder in run.folders:
                 for place in mounts_below(folder):
                     mount.unmount(place, lazy=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder, ignore_errors=True)
             # Last: as long as anything is left, something has to name it.
             if run.journal is not None:
                 run.journal.unlink(missing_ok=True)

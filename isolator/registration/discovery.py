@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_ENTRIES = 256
 """Entries that are read in one folder: whoever can write there must not keep the daemon busy with more."""
 _packed: dict[tuple[int, ...], bytes | UsageError] = {}
-"""What was in each package that was looked at, by the file's identity: a reader is a process."""
+"""Content of each package that was looked at, by the file's identity: a reader is a process."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import platform
 import stat
 import struct
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ def _check_elf(head: bytes, view: CageView, shown: str) -> None:
     except (IndexError, struct.error):
         raise UsageError(f"binary {shown}", "is cut short", "build it again") from None
     built_for = MACHINES.get(machine, f"machine {machine}")
-    here = platform.machine()
+    here = os.uname().machine
     if built_for != here:
         raise UsageError(f"binary {shown}", f"built for {built_for}, this host is {here}", f"build it for {here}")
     interpreter = _elf_interpreter(head, order)

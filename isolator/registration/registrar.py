@@ -140,7 +140,7 @@ class Registrar(Proposals):
     def _candidate(
         self, staged: Staged, source: Source, registration: Registration | None, by: str | None
     ) -> Candidate:
-        """What is made of a copy by reading it; its files are not looked at."""
+        """Things made of a copy by reading it; its files are not looked at."""
         shown = source.path or source.binary
         core = self.reader.read(staged.manifest, f"{shown}/plugin.json").core
         if registration is not None and core.name != registration.name:
@@ -156,7 +156,7 @@ class Registrar(Proposals):
         return Candidate(staged, core, proposal, source, release, more, by, update=registration is not None)
 
     def hand_over(self) -> tuple[StagedState, ...]:
-        """What is staged, before an exec of this process."""
+        """Everything staged, before an exec of this process."""
         from isolator.registration import carried
 
         return tuple(map(carried.hand_over, list(self._staged.values())))  # without the lock: useradd may have it

@@ -39,7 +39,7 @@ def refuse_withdrawn(name: str, version: str, digest: str, trust: Trust) -> None
 
 
 def changes(publisher: str, version: str, before: str, version_before: str) -> list[str]:
-    """What about the origin of an update an operator has to agree to, one phrase each."""
+    """Changes of origin in an update that an operator has to agree to, one phrase each."""
     found = []
     if before and publisher != before:
         found.append(f"publisher: {publisher or 'nobody'} instead of {before}")

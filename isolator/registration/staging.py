@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ from typing import Literal
 
 from isolator.errors import UsageError
 from isolator.linux.descriptors import FdSet
-from isolator.linux.files import open_nofollow, openat2
+from isolator.linux.files import open_nofollow, openat2, remove_tree
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
 from isolator.policy.request import synthesise_manifest
 from isolator.registration.collecting import Collected, Offer, collect
@@ -98,6 +96,8 @@ def stage_again(base: Path, folder: Path, name: str, source: Source) -> Staged:
     binary = Path(source.binary)
     sha256 = hash_binary(binary)
     with _new_staging(base) as (token, target):
+        import shutil
+
         shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
         manifest = _synthesised(name, sha256, f"./{binary.name}", source.hooks)
         _write_new(target / MANIFEST, manifest, 0o644)
@@ -107,7 +107,7 @@ def stage_again(base: Path, folder: Path, name: str, source: Source) -> Staged:
 
 def discard(staged: Staged) -> None:
     """Delete a staged copy."""
-    shutil.rmtree(staged.folder, ignore_errors=True)
+    remove_tree(staged.folder, ignore_errors=True)
 
 
 class _Stager:
@@ -187,13 +187,13 @@ class _Stager:
 @contextlib.contextmanager
 def _new_staging(base: Path) -> Iterator[tuple[str, Path]]:
     """Token and folder, root's alone, of a new copy; the folder is deleted when the block fails."""
-    token = secrets.token_hex(8)
+    token = os.urandom(8).hex()
     folder = base / f"{PREFIX}{token}"
     folder.mkdir(mode=0o700)
     try:
         yield token, folder
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder, ignore_errors=True)
         raise
 
 

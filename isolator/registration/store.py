@@ -20,8 +20,6 @@ import json
 import logging
 import os
 import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isolator.errors import IsolatorError, NotFoundError
-from isolator.linux.files import read_plain
+from isolator.linux.files import read_plain, remove_tree
 from isolator.registration.durable import replace_file, sync_folder, sync_tree
 from isolator.registration.staging import MANIFEST, NAME, PREFIX, Kind, Source, Staged
 
@@ -220,7 +218,7 @@ class Store:
         place = self.base / staged.name / staged.digest
         self._folder_of(staged.name)
         if place.exists():
-            shutil.rmtree(staged.folder)
+            remove_tree(staged.folder)
             return
         sync_tree(staged.folder)
         staged.folder.rename(place)
@@ -254,7 +252,7 @@ class Store:
         """
         for leftover in self.base.glob(f"{PREFIX}*"):
             if _is_folder(leftover):
-                shutil.rmtree(leftover)
+                remove_tree(leftover)
         for name in self.names():
             with contextlib.suppress(IsolatorError):
                 trial = self.trial(name)
@@ -268,7 +266,7 @@ class Store:
         for folder in self.base.iterdir():
             own = _is_folder(folder) and NAME.match(folder.name)
             if own and _is_forgotten(folder):
-                shutil.rmtree(folder)
+                remove_tree(folder)
             elif not own or not any((folder / file).exists() for file in (_STATE, *_MARKERS)):
                 logger.warning("%s is nothing of the daemon's; it is left alone", ascii(str(folder))[1:-1])
 
@@ -280,7 +278,7 @@ class Store:
         (folder / _STATE).unlink(missing_ok=True)
         for entry in sorted(folder.iterdir()):
             if entry.is_dir():
-                shutil.rmtree(entry)
+                remove_tree(entry)
             elif entry.name not in _MARKERS:
                 entry.unlink()
         for marker in _MARKERS:
@@ -289,9 +287,9 @@ class Store:
 
     def _trash(self, folder: Path) -> None:
         # Renamed first: a digest that is there is a whole one, also when this is interrupted.
-        trash = self.base / f"{PREFIX}{secrets.token_hex(8)}"
+        trash = self.base / f"{PREFIX}{os.urandom(8).hex()}"
         folder.rename(trash)
-        shutil.rmtree(trash)
+        remove_tree(trash)
 
     def _folder_of(self, name: str) -> Path:
         folder = self.base / name

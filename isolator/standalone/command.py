@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+from isolator.base.lean import import_asyncio
 from isolator.errors import IsolatorError
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -41,7 +42,7 @@ def run(options: RunOptions) -> int:
 
         launcher = fork_launcher()
         try:
-            _load_lean()
+            import_asyncio(without=("ssl", "_hashlib"))
             from isolator.standalone.single import run_once
 
             return run_once(options, launcher)
@@ -50,18 +51,3 @@ def run(options: RunOptions) -> int:
     except IsolatorError as error:
         print(f"isolator: {error}", file=sys.stderr)
         return 2 if error.exit_code == 2 else 125
-
-
-def _load_lean() -> None:
-    """Import asyncio and hashlib without OpenSSL, which they take where there is one.
-
-    Loading it takes a third of their time; no connection here is encrypted, and Python has hashes of its own.
-    """
-    absent = {"ssl", "_hashlib"} - sys.modules.keys()
-    sys.modules |= dict.fromkeys(absent)  # type: ignore[arg-type]  # None: an import of it fails
-    try:
-        for name in ("asyncio", "hashlib"):
-            __import__(name)
-    finally:
-        for name in absent:
-            del sys.modules[name]

@@ -22,7 +22,7 @@ from isolator.policy.host import Console, HostConfig
 from isolator.supervisor.alarms import ServiceHealth
 from isolator.supervisor.listener import listen
 from isolator.supervisor.secret_file import secrets_of
-from isolator.supervisor.service import ChildProcess
+from isolator.supervisor.service import ChildProcess, Ways
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import ServiceState
@@ -49,9 +49,7 @@ class ConsoleLink:
             if missing:
                 why = f"{', '.join(missing)} not installed"
                 raise UnavailableError("[console]", why, "pip install 'isolator[console]', then isolator reload")
-            await self.process.start(
-                self.introduce, inherit=self.inherited, succeed=lambda: self.succeed, succession=self.inherited
-            )
+            await self.process.start(self._ways)
         except (IsolatorError, OSError) as error:
             await self.process.stop()
             self._health.does_not_start(CONSOLE, error)
@@ -60,9 +58,13 @@ class ConsoleLink:
 
     def adopt(self, before: ServiceState) -> None:
         """Keep the process running that is there since before this process's exec."""
-        self.process.adopt(
-            before, self.introduce, inherit=self.inherited, succeed=lambda: self.succeed, succession=self.inherited
-        )
+        self.process.adopt(before, self._ways)
+
+    @property
+    def _ways(self) -> Ways:
+        return Ways(
+            self.introduce, inherit=self.inherited, succeed=lambda: self.succeed, succession=self.inherited
+        )  # fmt: skip
 
     def inherited(self) -> dict[str, int]:
         """The descriptors that every process of it gets."""

@@ -7,9 +7,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from isolator.base.pacing import Backoff
 from isolator.cage.processes import CageExit
 from isolator.ipc.messages import Origin
-from isolator.pacing import Backoff
 from isolator.supervisor.run import NO_ANSWER, NO_SOCKET
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from isolator.ipc.handover import FenceState
     from isolator.supervisor.broker_link import BrokerLink
     from isolator.supervisor.host_link import HostLink
-    from isolator.supervisor.lifecycle import Plugin
+    from isolator.supervisor.lifecycle.plugin import Plugin
     from isolator.supervisor.run import Run
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from isolator.layers.ledger import ledger
 from isolator.linux.descriptors import FdSet
 from isolator.registration.staging import Source
 from isolator.supervisor.fences import Fences
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.run import Run

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import ExecEnded, ExecStarted
@@ -28,6 +28,7 @@ from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.host_link import DRAIN_SECONDS
 from isolator.supervisor.listener import listen
 from isolator.supervisor.preparing import Input, adopt_run, origin_of, prepare_run, reason_of
+from isolator.supervisor.rest import Waits
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.supervisor.run import STEADY_SECONDS, Run, RunContext
 
@@ -54,7 +55,7 @@ class Invocation:
         self.run: Run | None = None
         self.deadline = 0.0
         """Loop time at which it is stopped."""
-        self.waits = False
+        self.waits = Waits()
         """Its task waits for something that takes as long as it takes; it can be given up and begun again."""
         self.begun: asyncio.Future[InvocationStarted] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
@@ -95,7 +96,7 @@ class Invocation:
         """Wait for the end, which the host is told of when nothing is left."""
         end, origin = CageExit(None, None, "a fault of the daemon", 0.0), Origin.DAEMON
         try:
-            with self._waiting():
+            with self.waits:
                 await self._wait(run)
                 if self._context.rest.coming:
                     await self._context.rest.opened()
@@ -201,11 +202,8 @@ class Invocation:
         living = [] if run.cage.processes.exited.is_set() else [run.cage.pid]
         use = snapshot(leaf.folders(), living, totals=True)
         counted = ("cpu_us", "memory_peak", "io_read", "io_written", "network_bytes")
-        ended = ExecEnded(
-            cause=end.cause, origin=origin, exit_code=end.exit_code, signal=end.signal,
-            oom_kills=end.events.oom_kills, task_denials=end.events.task_denials, uptime=round(end.uptime, 3),
-            **{field: use[field] for field in counted if field in use},
-        )  # fmt: skip
+        used = {field: use[field] for field in counted if field in use}
+        ended = ExecEnded(cause=end.cause, origin=origin, **end.figures, **used)
         # Urgent: on its way before the journal forgets the run.
         self._context.audit.record(ended, plugin=self.name, run=self.id, urgent=True)
 
@@ -219,14 +217,6 @@ class Invocation:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
         self.ended.set()
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        self.waits = True
-        try:
-            yield
-        finally:
-            self.waits = False
 
 
 class Invocations:
@@ -252,7 +242,7 @@ class Invocations:
     @property
     def under_way(self) -> bool:
         """Whether something happens that is not to be broken off."""
-        return any(not invocation.waits for invocation in self._invocations.values())
+        return any(not invocation.waits.now for invocation in self._invocations.values())
 
     def begin(
         self,

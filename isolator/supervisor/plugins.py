@@ -21,7 +21,7 @@ from isolator.registration.registrar import Registrar
 from isolator.registration.store import Registration
 from isolator.supervisor.fences import FROZEN, LEASE_LOST
 from isolator.supervisor.invocations import Invocation
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.run import Run, RunContext
 from isolator.volume.volume import Volume
 
@@ -85,7 +85,7 @@ class PluginTable:
 
     @property
     def under_way(self) -> list[str]:
-        """What happens that is not to be broken off, in words."""
+        """Changes under way that are not to be broken off, in words."""
         changes = len(self._tasks - self._given_up)
         return [
             *filter(None, (plugin.under_way for plugin in self.plugins.values())),

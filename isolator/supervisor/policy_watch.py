@@ -15,7 +15,7 @@ from isolator.audit.schema import ConfigChanged, PluginRejected
 from isolator.linux.folder_watch import FolderWatch
 from isolator.policy.host import HostConfig
 from isolator.registration.proposals import Loaded
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import RunContext
 

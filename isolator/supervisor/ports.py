@@ -9,9 +9,9 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from isolator.base.pacing import Backoff
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import close_all
-from isolator.pacing import Backoff
 
 _SECONDS = 1.0
 """A connection takes no time, unless nobody accepts."""

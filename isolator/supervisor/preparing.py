@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from isolator.audit.schema import PluginStarted
 from isolator.cage.cage import Cage, Stdio
 from isolator.errors import ConfinementError, DeniedError, ExecError, IsolatorError, NotFoundError, UsageError
 from isolator.ipc.messages import Origin
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from isolator.ipc.messages import Environment
     from isolator.launcher.client import Launcher
     from isolator.policy.model import EffectivePolicy
-    from isolator.registration.store import Registration
+    from isolator.registration.store import Registration, Release
 
 
 @dataclass(frozen=True)
 class Input:
-    """What an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
+    """Things that an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
 
     stdin: int
     variables: Mapping[str, str]
@@ -169,6 +170,20 @@ def _log_pipes(owned: FdSet) -> tuple[list[int], list[int]]:
             os.close(write)
         os.set_blocking(read, False)
     return readers, writers
+
+
+def start_record(run: Run, release: Release, reason: str) -> PluginStarted:
+    """The record of a run that has started."""
+    from isolator.layers.ledger import ledger, not_enforced
+    from isolator.volume import volume
+
+    controls, spec = ledger(volume.check), run.cage.spec
+    return PluginStarted(
+        reason=reason, pid=run.cage.pid, uid=spec.uid, cgroup=str(run.cage.leaf.unified), digest=release.digest,
+        binary_sha256=release.binary_sha256 or None, policy_sha256=run.effective.digest(), env=sorted(spec.env),
+        milliseconds=run.cage.steps, ledger={control.key: control.state for control in controls},
+        degraded=not_enforced(controls), **release.signed_by,
+    )  # fmt: skip
 
 
 def origin_of(error: Exception) -> Origin:

@@ -12,6 +12,18 @@ LATER = frozenset({StartInvocation.op})
 """Requests that go on when the host which sent them leaves: the next one is told how they ended."""
 
 
+class Waits:
+    """Entered by a task while it waits for something that takes as long as it takes: it can be given up meanwhile."""
+
+    now = False
+
+    def __enter__(self) -> None:
+        self.now = True
+
+    def __exit__(self, *_: object) -> None:
+        self.now = False
+
+
 class Rest:
     """Whether the daemon comes to rest. Whoever begins something by itself waits for ``opened`` first."""
 

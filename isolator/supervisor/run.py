@@ -1,6 +1,6 @@
 """One run of a sidecar: its cage, its socket directory, its log pipes, its network, from preparation to the last trace.
 
-``Plugin`` in ``lifecycle.py`` decides when there is a run and what follows it; here is how one is built, watched and
+``Plugin`` in ``lifecycle/`` decides when there is a run and what follows it; here is how one is built, watched and
 taken down. Everything of a run is named by its run id; nothing is ever recognised by a bare pid.
 """
 
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import FsDenied, NetDenied, SyscallDenied
 from isolator.audit.snapshots import OF_PROCESSES, snapshot
+from isolator.base.pacing import Backoff
+from isolator.base.structs import replace
 from isolator.cage.cage import Cage
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
@@ -25,9 +27,7 @@ from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
-from isolator.pacing import Backoff
 from isolator.policy.denial import DenialRule
-from isolator.structs import replace
 from isolator.supervisor import ports
 from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.ruleset_watch import watched_ruleset

@@ -15,9 +15,10 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from isolator.base.pacing import Backoff
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler, Request
 from isolator.ipc.channel import ALIVE, Channel, pair
@@ -27,7 +28,6 @@ from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.child import Child, ended
 from isolator.linux.descriptors import close_all
-from isolator.pacing import Backoff
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
@@ -78,6 +78,28 @@ Succeed = Callable[[], Callable[[Channel, int], Awaitable[None]]]
 which that many parts of state were passed."""
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a service is started, and its successor."""
+
+    introduce: Introduce
+    """Says hello to a process that has begun."""
+    handlers: Mapping[str, Handler] = field(default_factory=dict)
+    """Serve the requests of each process."""
+    inherit: Callable[[], dict[str, int]] = dict
+    """Descriptors that a process gets, by name; they are closed here."""
+    succeed: Succeed | None = None
+    """Introduces a process that goes on with the state of another; None: this service hands nothing on."""
+    succession: Callable[[], dict[str, int]] = dict
+    """Descriptors that a process inherits which takes the place of another, in place of those."""
+    succeeded: Callable[[], None] = lambda: None
+    """Called once a process serves that has taken the place of another."""
+
+
+async def _no_introduction(_: Channel) -> None:
+    """A process that is only to end."""
+
+
 class ChildProcess:
     """One service. ``channel`` is None before its first start and closed between two processes."""
 
@@ -102,81 +124,48 @@ class ChildProcess:
         """Held while one process takes the place of another."""
         self.blame = ""
         """Why an exchange has failed, which ended the process."""
-        self.succeed: Succeed | None = None
-        """Introduces a process that goes on with the state of another; None: this service hands nothing on."""
-        self.succession: Callable[[], dict[str, int]] = dict
-        """Descriptors that a process inherits which takes the place of another, by name."""
+        self.ways = Ways(_no_introduction)
         self._subtree, self._journal = subtree, journal
-        self._handlers: Mapping[str, Handler] = {}
-        self._inherit: Callable[[], dict[str, int]] = dict
-        self._succeeded: Callable[[], None] = lambda: None
         self._waiting: list[tuple[Request[Any], list[int]]] | None = None
         """Notifications for the process that takes the place of another; None: they are sent at once."""
         self._tasks = Tasks()
         self._stopping = False
 
-    async def start(
-        self,
-        introduce: Introduce,
-        *,
-        handlers: Mapping[str, Handler] | None = None,
-        inherit: Callable[[], dict[str, int]] = dict,
-        succeed: Succeed | None = None,
-        succession: Callable[[], dict[str, int]] = dict,
-        succeeded: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Start the service for the first time (a failure is the caller's) and keep it running.
+    async def start(self, ways: Ways) -> None:
+        """Start the service for the first time (a failure is the caller's) and keep it running."""
+        await self.begin(ways)
+        await self.introduce()
 
-        Each process gets the descriptors that ``inherit`` returns by name; they are closed here. ``introduce`` says
-        hello to it; ``handlers`` serve its requests. A process that takes the place of another gets the descriptors of
-        ``succession`` in place of those, and its hello by what ``succeed`` returns; ``succeeded`` is called once it
-        serves.
-        """
-        launch = self._launcher(introduce, handlers, inherit, succeed, succession, succeeded)
-        await launch()
-        self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+    async def begin(self, ways: Ways) -> None:
+        """Start the first process, which loads its modules, and then waits to be introduced."""
+        self.ways = ways
+        await self._fork()
 
-    def _launcher(
-        self,
-        introduce: Introduce,
-        handlers: Mapping[str, Handler] | None,
-        inherit: Callable[[], dict[str, int]],
-        succeed: Succeed | None,
-        succession: Callable[[], dict[str, int]],
-        succeeded: Callable[[], None],
-    ) -> Callable[[], Awaitable[None]]:
-        self._handlers, self._inherit, self.succeed = handlers or {}, inherit, succeed
-        self.succession, self._succeeded = succession, succeeded
+    async def introduce(self) -> None:
+        """Say hello to the process that has begun, and keep the service running; a failure is the caller's."""
+        await self._introduce()
+        self._tasks.keep(f"watch over {self.spec.name}", self._keep)
 
-        async def launch() -> None:
-            self.starts += 1
-            async with self.zygotes.ready() as zygote:
-                generation = self.current = self.spawn(zygote, self._inherit())
-            await introduce(generation.channel)
-            self.up.set()
+    async def _fork(self) -> None:
+        self.starts += 1
+        async with self.zygotes.ready() as zygote:
+            self.current = self.spawn(zygote, self.ways.inherit())
 
-        return launch
+    async def _introduce(self) -> None:
+        assert self.current is not None
+        await self.ways.introduce(self.current.channel)
+        self.up.set()
 
-    def adopt(
-        self,
-        before: ServiceState,
-        introduce: Introduce,
-        *,
-        handlers: Mapping[str, Handler] | None = None,
-        inherit: Callable[[], dict[str, int]] = dict,
-        succeed: Succeed | None = None,
-        succession: Callable[[], dict[str, int]] = dict,
-        succeeded: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Keep the process running that is there since before this process's exec; the rest as ``start``."""
-        launch = self._launcher(introduce, handlers, inherit, succeed, succession, succeeded)
+    def adopt(self, before: ServiceState, ways: Ways) -> None:
+        """Keep the process running that is there since before this process's exec."""
+        self.ways = ways
         self.starts, self.generations = before.starts, before.generations
         end = socket.socket(fileno=before.channel.socket)
-        channel = Channel(end, self._handlers, name=self.spec.name, before=before.channel)
+        channel = Channel(end, ways.handlers, name=self.spec.name, before=before.channel)
         self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
         self._alive.append(self.current)
         self.up.set()
-        self._tasks.keep(f"watch over {self.spec.name}", lambda: self._keep(launch))
+        self._tasks.keep(f"watch over {self.spec.name}", self._keep)
 
     @property
     def unsettled(self) -> str:
@@ -272,7 +261,7 @@ class ChildProcess:
                 generation.channel.tell(request, fds=fds)
             close_all(fds)
         if generation is not None:
-            self._succeeded()
+            self.ways.succeeded()
 
     def spawn(self, zygote: Zygote, inherited: dict[str, int]) -> Generation:
         """Start a process, which waits for its hello, with the descriptors; they are closed here."""
@@ -294,7 +283,7 @@ class ChildProcess:
         finally:
             close_all(inherited.values())
         (leaf.unified / "cgroup.procs").write_text(str(process.pid))
-        generation = Generation(process, Channel(mine, self._handlers, name=spec.name), leaf)
+        generation = Generation(process, Channel(mine, self.ways.handlers, name=spec.name), leaf)
         self._alive.append(generation)
         return generation
 
@@ -316,7 +305,7 @@ class ChildProcess:
         self._journal.forget(generation.entry)
         self._alive = [other for other in self._alive if other is not generation]
 
-    async def _keep(self, launch: Callable[[], Awaitable[None]]) -> None:
+    async def _keep(self) -> None:
         deaths, failures = Backoff(_BACKOFF_FIRST, _LONGEST_AWAY), Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
         loop = asyncio.get_running_loop()
         while not self._stopping:
@@ -344,7 +333,8 @@ class ChildProcess:
             while True:
                 await asyncio.sleep(pause)
                 try:
-                    await launch()
+                    await self._fork()
+                    await self._introduce()
                     failures.reset()
                     self._health.is_up(self.spec.name)
                     break

@@ -13,9 +13,9 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from isolator.audit.client import AuditClient
 from isolator.broker.hardening import filter_file
@@ -35,7 +35,7 @@ from isolator.supervisor.folders import own_folder
 from isolator.supervisor.host_link import HostLink
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.reload.exchange import exchange
-from isolator.supervisor.service import ChildProcess, ServiceSpec, Succeed
+from isolator.supervisor.service import ChildProcess, ServiceSpec, Ways
 from isolator.supervisor.zygote import Zygotes
 
 if TYPE_CHECKING:
@@ -49,15 +49,6 @@ HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
 CERTIFYING_HOST = "host.certifying.service"
 """The host of a private daemon of ``isolator certify``: it plays the faults of the protocol."""
-
-
-class _Ways(TypedDict, total=False):
-    """How a service is started, and its successor: see ``ChildProcess.start``."""
-
-    inherit: Callable[[], dict[str, int]]
-    succeed: Succeed
-    succession: Callable[[], dict[str, int]]
-    succeeded: Callable[[], None]
 
 
 class Services:
@@ -140,27 +131,29 @@ class Services:
             host.serve_callers()
             audit.catch_up(host.process)
 
-        of_host = {**handlers, **host.handlers()}
-        of_broker: _Ways = {
-            "inherit": inherited_by_broker, "succeed": lambda: broker.succeed, "succession": self._broker_filter,
-            "succeeded": lambda: audit.catch_up(broker.process),
-        }  # fmt: skip
-        of_host_ways: _Ways = {
-            "inherit": inherited_by_host, "succeed": lambda: host.succeed(table.entries()),
-            "succeeded": host_succeeded,
-        }  # fmt: skip
+        of_audit = Ways(audit.introduce, succeed=lambda: audit.succeed)
+        of_broker = Ways(
+            introduce_broker, broker.handlers(), inherited_by_broker, lambda: broker.succeed, self._broker_filter,
+            lambda: audit.catch_up(broker.process),
+        )  # fmt: skip
+        of_host = Ways(
+            introduce_host, {**handlers, **host.handlers()}, inherited_by_host, lambda: host.succeed(table.entries()),
+            succeeded=host_succeeded,
+        )  # fmt: skip
         if before is not None:
-            audit.process.adopt(before["audit"], audit.introduce, succeed=lambda: audit.succeed)
-            broker.process.adopt(before["broker"], introduce_broker, handlers=broker.handlers(), **of_broker)
-            host.process.adopt(before["host"], introduce_host, handlers=of_host, **of_host_ways)
+            audit.process.adopt(before["audit"], of_audit)
+            broker.process.adopt(before["broker"], of_broker)
+            host.process.adopt(before["host"], of_host)
             await self._start_console(before.get("console"))
             return
         async with self._zygotes.ready():  # one for all
-            await audit.process.start(audit.introduce, succeed=lambda: audit.succeed)
+            for process, ways in ((audit.process, of_audit), (broker.process, of_broker), (host.process, of_host)):
+                await process.begin(ways)  # they load their modules beside each other
+            await audit.process.introduce()
             if audit.found.blocked is None:
                 kept.note(self._paths.trail_begun)
-            await broker.process.start(introduce_broker, handlers=broker.handlers(), **of_broker)
-            await host.process.start(introduce_host, handlers=of_host, **of_host_ways)
+            await broker.process.introduce()
+            await host.process.introduce()
             kept.note(self._paths.database_begun)
             await self._start_console()
 
@@ -169,7 +162,7 @@ class Services:
             self.console.adopt(before)
         elif before is not None:  # host.toml has none any more
             process = self._process("console", "")
-            process.adopt(before, _no_introduction)
+            process.adopt(before, process.ways)
             await process.stop()
             self._paths.console_socket.unlink(missing_ok=True)
         elif self.console is not None and not await self.console.start():
@@ -195,15 +188,11 @@ class Services:
             with contextlib.suppress(IsolatorError, OSError):  # it is begun anew for each, which says what failed
                 await stack.enter_async_context(self._zygotes.ready())
             for process in self.every:
-                if process.succeed is not None:
+                if process.ways.succeed is not None:
                     try:
                         await exchange(process)
                     except (IsolatorError, OSError) as error:
                         logger.error("%s could not be exchanged: %s", process.spec.name, error)
-
-
-async def _no_introduction(_: Channel) -> None:
-    """A process that is only to end."""
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

@@ -13,8 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import platform
-import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
+from isolator.linux.files import remove_tree
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig, without_trail
 from isolator.recovery import daemon as recovery
@@ -190,8 +190,8 @@ async def running_daemon(
             audit.record(
                 HostStarted(
                     version=isolator.__version__,
-                    kernel=platform.release(),
-                    python=platform.python_version(),
+                    kernel=os.uname().release,
+                    python=".".join(map(str, sys.version_info[:3])),
                     ledger=[control.to_json() for control in ledger(volume.check)],
                     config=config.source,
                     config_sha256=config.digest(),
@@ -361,7 +361,7 @@ def _remove_run_folder(paths: Paths) -> None:
     paths.ticket_socket.unlink(missing_ok=True)
     paths.run_socket.unlink(missing_ok=True)
     paths.console_socket.unlink(missing_ok=True)
-    shutil.rmtree(paths.run / "hostapi", ignore_errors=True)
+    remove_tree(paths.run / "hostapi", ignore_errors=True)
     with contextlib.suppress(OSError):
         paths.run.rmdir()
 

@@ -18,7 +18,7 @@ import hashlib
 import hmac
 import json
 import logging
-import secrets
+import os
 import socket
 from collections import Counter
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ class Tickets:
 
     def _accepted(self, connection: socket.socket) -> None:
         _, uid, _ = peer_ids(connection)
-        token, ticket = secrets.token_hex(16), Ticket(uid, connection)
+        token, ticket = os.urandom(16).hex(), Ticket(uid, connection)
         try:
             self._check(uid)
         except IsolatorError as error:

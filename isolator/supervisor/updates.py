@@ -38,7 +38,7 @@ from isolator.registration.registrar import Candidate
 from isolator.registration.staging import Source
 from isolator.registration.store import Registration, Release, Trial
 from isolator.supervisor.cage_spec import host_api_folder
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.tickets import TICKETS, Tickets, by_uid, purpose
@@ -116,7 +116,7 @@ class Updates:
         return await asyncio.to_thread(_offer_found, source.path)
 
     def _agreed(self, candidate: Candidate, ticket: str | None, *purposes: bytes) -> str:
-        """Who agrees to a staged plugin, for the trail: whoever handed it over. Raises DeniedError for anybody else."""
+        """Name whoever agrees to a staged plugin, for the trail; raises DeniedError unless it has handed it over."""
         who = self._tickets.who(ticket, f"plugin {candidate.staged.name}", *purposes)
         if candidate.by is not None and who != candidate.by:
             why = f"{candidate.by} handed it over, and {who} agrees to it with a ticket"
@@ -124,7 +124,7 @@ class Updates:
         return who
 
     def _asked(self, ticket: str | None, verb: str, name: str, *more: str) -> str:
-        """Who asks for a change of a registered plugin, for the trail; raises DeniedError when nobody does."""
+        """Name whoever asks for a change of a registered plugin, for the trail; raises DeniedError when nobody does."""
         self._table.find(name)
         return self._tickets.who(ticket, f"plugin {name}", purpose(verb, name, *more))
 

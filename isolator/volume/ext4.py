@@ -40,6 +40,8 @@ class Size:
 
 @dataclass(frozen=True)
 class _Superblock:
+    """The figures of a file system's superblock."""
+
     blocks: int
     free: int
     clean: bool

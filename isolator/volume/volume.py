@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
 from isolator.errors import ConfinementError
 from isolator.layers.base import Control
 from isolator.linux import loop, mount
+from isolator.linux.files import remove_tree
 from isolator.recovery.journal import Entry, Journal
 from isolator.volume.ext4 import TOOLS, Ext4Image, Size
 
@@ -29,7 +29,7 @@ def check() -> Control:
     if not Path("/dev/loop-control").exists():
         remedy = "modprobe loop, or run outside a container without loop devices"
         return Control(label, layer, "unavailable", "no loop devices (/dev/loop-control)", remedy, mandatory=False)
-    if shutil.which("mkfs.ext4", path=TOOLS) is None:
+    if not any(os.access(f"{folder}/mkfs.ext4", os.X_OK) for folder in TOOLS.split(":")):
         return Control(label, layer, "unavailable", "no mkfs.ext4", "apt-get install e2fsprogs", mandatory=False)
     return Control(label, layer, "enforced", "an ext4 image per plugin on a loop device", mandatory=False)
 
@@ -110,7 +110,7 @@ class Volume:
         """Unmount and delete everything the plugin has stored."""
         self.close()
         if self._folder.exists():
-            shutil.rmtree(self._folder)
+            remove_tree(self._folder)
 
     def _wait_until_detached(self) -> None:
         """An image that something still holds (a cage that is just ending) cannot be resized."""

@@ -11,7 +11,6 @@ by ``{"pid": N}``, a child of the supervisor's, or by ``{"problem": TEXT}``. The
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -21,16 +20,15 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from isolator.base.lean import import_asyncio
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.linux.arguments import overwrite_arguments
 from isolator.linux.descriptors import close_all, open_standard_streams
 from isolator.linux.sibling import fork_sibling
-from isolator.linux.unprivileged import drop_privileges, module_command
+from isolator.linux.unprivileged import drop_privileges, inherited, module_command
 
 _SHARED = (
-    "asyncio",
     "concurrent.futures.thread",
-    "cryptography.hazmat.primitives.ciphers",
     "isolator.audit.client",
     "isolator.audit.files",
     "isolator.audit.service",
@@ -42,7 +40,7 @@ _SHARED = (
     "isolator.policy.destinations",
     "isolator.policy.host",
 )
-"""What services have in common, and those of this package: as root they are imported, and nothing of them is called."""
+"""Modules that services share, and those of this package: as root they are imported, and nothing of them is called."""
 
 
 class Service:
@@ -87,11 +85,9 @@ def serve(sock: socket.socket) -> Service | None:
 def main() -> None:
     """Entry point."""
     open_standard_streams()
-    parser = argparse.ArgumentParser(prog="isolator.zygote.service")
-    parser.add_argument("--socket-fd", type=int, required=True)
-    parser.add_argument("room")  # for the longer command line of a service
-    sock = socket.socket(fileno=parser.parse_args().socket_fd)
+    sock = socket.socket(fileno=inherited()["socket"])  # behind it is room for the longer command line of a service
     gc.disable()
+    import_asyncio()
     for name in _SHARED:
         import_module(name)
     gc.enable()

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from isolator.broker.gate import _RETRY, HOLD, LARGEST, SMALLEST, Gate, Looking
+from isolator.base.pacing import TokenBucket
+from isolator.broker.gate.gate import Gate
+from isolator.broker.gate.looking import HOLD, LARGEST, SMALLEST, Looking
+from isolator.broker.gate.tls import _RETRY
 from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.sniff import Hello
 from isolator.ipc.fence import Fence
-from isolator.pacing import TokenBucket
 from tests.broker.test_sniff import REAL, hello
 from tests.support.timeouts import seconds
 
@@ -277,7 +279,7 @@ async def test_relay_reads_one_dear_piece_of_a_cage_in_a_turn_of_the_loop(monkey
         counting = loop.call_soon(count_turns)
 
     counting = loop.call_soon(count_turns)
-    monkeypatch.setattr("isolator.broker.gate.time.thread_time", thread_time)
+    monkeypatch.setattr("isolator.broker.gate.gate.time.thread_time", thread_time)
     feed = Gate.feed
 
     def noted(self: Gate, data: memoryview) -> object:

@@ -26,7 +26,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from isolator.broker import buffers, dns, flow, gate, guard, host_addresses, outbound, sniff
+from isolator.broker import buffers, dns, flow, guard, host_addresses, outbound, sniff
+from isolator.broker.gate import gate
 from isolator.broker.service import main
 from isolator.ipc import fence
 from isolator.policy import destinations

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from host import database
+from host.database import store
 from tests.cluster.queues import Hosts, Make
 
 
 @pytest.fixture
 async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Clusters that have not been started. Hours pass in seconds, so no sync is waited for: no power is cut here."""
-    monkeypatch.setattr(database.os, "fdatasync", lambda _: None)
+    monkeypatch.setattr(store.os, "fdatasync", lambda _: None)
     made: list[Hosts] = []
 
     def build(seed: int = 0, **more: object) -> Hosts:

@@ -14,7 +14,7 @@ from host.cluster.entries import Event, EventRef, Plugin, Position
 from host.cluster.fold import Applied, Shard
 from host.cluster.node import Node, Settings
 from host.cluster.problems import Kind
-from host.database import Store
+from host.database.store import Store
 from tests.cluster.log_in_memory import MemoryLog, Servers
 from tests.cluster.stepped_clock import SteppedClock, View
 

@@ -24,7 +24,7 @@ from host.cluster.fold import Applied, Shard
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node, Settings
 from host.cluster.problems import Kind
-from host.database import Store
+from host.database.store import Store
 from host.queue.interface import Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from tests.cluster.faulty_log import Faults, FaultyLog, StoppableView
 from tests.cluster.log_in_memory import Servers

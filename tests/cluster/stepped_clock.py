@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from host.cluster.clock import Clock
-from host.database import Store
+from host.database.store import Store
 
 
 class _Call:

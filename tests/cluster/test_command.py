@@ -21,7 +21,7 @@ from host.cluster.node import Node, Settings
 from host.cluster.standing import standing
 from host.control.cluster_types import ClusterHost, ClusterLog, ClusterPlugin, ClusterStanding
 from host.control.verbs import result_keys
-from host.database import Store
+from host.database.store import Store
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.policy.cluster import Cluster as Settled
 from tests.cluster.hosts import Cluster, Following
@@ -140,7 +140,8 @@ async def test_verbs_refuse_where_there_is_no_cluster_and_load_nothing_of_it(dae
 
 
 @pytest.mark.parametrize(
-    ("module", "names"), [("host.host", ("nats", "host.cluster")), ("host.cluster.command", ("nats", "host.cluster.n"))]
+    ("module", "names"),
+    [("host.composition.host", ("nats", "host.cluster")), ("host.cluster.command", ("nats", "host.cluster.n"))],
 )
 def test_without_a_cluster_nothing_of_it_is_loaded(module: str, names: tuple[str, ...]) -> None:
     code = f"import {module}, sys; print([one for one in sys.modules if one.startswith({names})])"

@@ -20,7 +20,7 @@ from host.cluster.entries import Event
 from host.cluster.log import EVENTS, Entered, LogFullError, LogRefusedError, LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses, make_stream
 from host.cluster.node import Node, Settings
-from host.database import Store
+from host.database.store import Store
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers
 from tests.support.timeouts import seconds

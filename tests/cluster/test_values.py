@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from host.cluster.entries import Plugin
-from host.host_api import ApiError, Context
+from host.host_api.methods import ApiError, Context
 from host.membership.values import ClusterKeyValue
 from host.plugins.registry import Plugin as Registered
 from tests.cluster.queues import Hosts, Make, SimHost

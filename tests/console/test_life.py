@@ -86,7 +86,7 @@ def test_port_that_is_taken_costs_the_console_alone(console: Console) -> None:
 
 def test_nothing_of_it_is_loaded_without_the_table() -> None:
     program = (
-        "import sys, isolator.supervisor.supervisor, isolator.cli.serve, host.service, host.cli.root\n"
+        "import sys, isolator.supervisor.supervisor, isolator.cli.daemon, host.service, host.cli.root\n"
         "wrong = [m for m in sys.modules if m.split('.')[0] in ('starlette', 'uvicorn', 'jinja2', 'h11', 'anyio')"
         " or m.startswith('host.console') or m == 'isolator.supervisor.console_link']\n"
         "sys.exit(', '.join(wrong) or 0)"

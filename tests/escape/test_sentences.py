@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from isolator.base.structs import replace
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.explain import ORDER, sentences
 from isolator.layers.filesystem import AttachMount, FilesystemSection, ResizeTmpfs
@@ -50,7 +51,6 @@ from isolator.policy.units import parse_cpu, parse_size
 from isolator.probe.run import Finding
 from isolator.recovery.journal import Journal
 from isolator.standalone.broker import Records
-from isolator.structs import replace
 from isolator.volume.volume import Volume
 from tests.escape import cages, inspection
 from tests.escape.cages import Range, WeakenedCage, Weakness, in_pretend_host

@@ -11,7 +11,7 @@ from host.channel.reply import LostError
 from host.wire.mcp import read as read_mcp
 from host.wire.strict_json import WireError, parse_object
 from isolator.broker import wire
-from isolator.broker.gate import Gate
+from isolator.broker.gate.gate import Gate
 from isolator.broker.guard import Denied
 from isolator.errors import IsolatorError
 from isolator.policy.parse.load import parse_plugin_policy

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from host.database import Store
+from host.database.store import Store
 from host.delivery.attempts import Attempt, Attempts
 from host.queue.interface import Delivery, NewEvent, Subscriber
 from host.queue.sqlite import SqliteQueue

@@ -19,8 +19,8 @@ import pytest
 from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS, ControlServer
 from host.control.verbs import listing
 from isolator import __version__
+from isolator.base.pacing import TokenBucket
 from isolator.errors import UnavailableError
-from isolator.pacing import TokenBucket
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from host.database import Store
+from host.database.store import Store
 from host.plugins.registry import load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.interface import NewEvent, Result, Subscriber

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from host.database import Store
+from host.database.store import Store
 from host.queue.interface import NewEvent, Subscriber
 from host.queue.missing import missing
 from host.queue.sqlite import SqliteQueue, newest_number
@@ -21,7 +21,7 @@ from isolator.audit.record import GENESIS, Incoming, spell
 HOST = """\
 import asyncio, sys
 from pathlib import Path
-from host.database import Store
+from host.database.store import Store
 from host.queue.interface import NewEvent
 from host.queue.sqlite import SqliteQueue
 

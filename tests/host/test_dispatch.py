@@ -134,16 +134,14 @@ connection.close()
 
 
 NEW_MAJOR = """
-from pydantic import BaseModel
 import host.events as events
+from host.schemas.shape import Property, Record, Scalar
 from isolator.policy import request
 from isolator.reader import manifest
-class Built(BaseModel):
-    project_id: str
-    seconds: int
+fields = {"project_id": Property(Scalar("string"), True), "seconds": Property(Scalar("integer"), True)}
 request.API_MAJORS = manifest.API_MAJORS = (1, 2)
 down = {2: lambda payload: {"project_id": payload["project_id"], "took_ms": payload["seconds"] * 1000}}
-events.BUILT_IN += (events.EventType("test.built", Built, "project_id", version=2, down=down),)
+events.BUILT_IN += (events.EventType("test.built", Record("test.built", fields), "project_id", version=2, down=down),)
 """
 
 

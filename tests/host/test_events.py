@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
 from host.channel.reply import ONESHOT_REQUEST, build_params, oneshot_request
-from host.events import BUILT_IN, Catalogue, EventType, Payload, from_schema
+from host.events import BUILT_IN, Catalogue, EventType, from_schema
 from host.queue.interface import Event
+from host.schemas.shape import Property, Record, Scalar
 from isolator.errors import NotFoundError, UsageError
 
 DEPLOY: dict[str, Any] = {"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}
@@ -82,10 +85,16 @@ def test_a_schema_made_by_pydantic_is_understood() -> None:
         tags: list[str] = []
 
     event_type = from_schema("backup.done", Backup.model_json_schema(), "volume")
-    event_type.model.model_validate({"volume": "v", "size": 1, "tags": ["a"]})
+    event_type.check.validate_python({"volume": "v", "size": 1, "tags": ["a"]})
     for wrong in ({"volume": 1, "size": 1}, {"volume": "v"}, {"volume": "v", "size": 1, "more": 1}):
         with pytest.raises(ValueError, match=r"volume|size|more"):
-            event_type.model.model_validate(wrong)
+            event_type.check.validate_python(wrong)
+
+
+def test_host_starts_without_pydantic_but_for_its_core() -> None:
+    code = "import sys, host.service; print({'pydantic', 'pydantic_core.core_schema', 'argparse'} & {*sys.modules})"
+    paths = "import sys; sys.path[:0] = " + repr(sys.path) + "; "
+    assert subprocess.check_output([sys.executable, "-I", "-c", paths + code], text=True) == "set()\n"
 
 
 def test_a_schema_that_would_be_checked_only_in_part_is_refused() -> None:
@@ -94,12 +103,11 @@ def test_a_schema_that_would_be_checked_only_in_part_is_refused() -> None:
         from_schema("backup.done", schema)
 
 
-class Third(Payload):
-    """A payload whose second and third major changed it."""
-
-    job: str
-    state: str
-    seconds: int
+THIRD = {
+    name: Property(Scalar(kind), True)
+    for name, kind in (("job", "string"), ("state", "string"), ("seconds", "integer"))
+}
+"""Fields of a payload whose second and third major changed it."""
 
 
 def _down3(payload: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def _down2(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_older_plugin_gets_the_major_it_knows() -> None:
-    event_type = EventType("job.ended", Third, "job", version=3, down={3: _down3, 2: _down2})
+    event_type = EventType("job.ended", Record("job.ended", THIRD), "job", version=3, down={3: _down3, 2: _down2})
     event = _event({"job": "j", "state": "done", "seconds": 2}, "job.ended")
     assert build_params(event, event_type, 3) == {"job": "j", "state": "done", "seconds": 2}
     assert build_params(event, event_type, 2) == {"job": "j", "state": "done", "took_ms": 2000}

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from host import operational
-from host.database import Store
+from host.intake import operational
+from host.database.store import Store
 from host.events import Catalogue
-from host.intake import EventIntake
-from host.operational import OperationalEvents
+from host.intake.intake import EventIntake
+from host.intake.operational import OperationalEvents
 from host.plugins.registry import Registry
 from host.queue.interface import NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue

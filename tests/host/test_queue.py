@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from host.database import WAL_HIGH, Store
 from host.database.schema import SCHEMA_VERSION
+from host.database.store import WAL_HIGH, Store
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError

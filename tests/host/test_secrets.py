@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from host.database import Store
+from host.database.store import Store
 from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest, environment_names
 from host.plugins.secrets import FILES_AT, REDACTED, ConfigStore, KeyFile, Redactor

@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from host.lifecycle import EAGER_STARTS
+from host.lifecycle.lifecycle import EAGER_STARTS
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -174,7 +174,7 @@ async def test_plugins_for_which_events_wait_start_before_all_eager_ones(daemon:
     waiting.state, daemon.fresh = "stopped", True
     for number in range(3 * EAGER_STARTS):
         daemon.add(f"eager{number}", sidecars.OK, activation={"start": "eager"})
-    daemon.first = "import host.lifecycle\nhost.lifecycle.EAGER_PATIENCE = 600.0\n"
+    daemon.first = "import host.lifecycle.lifecycle as it\nit.EAGER_PATIENCE = 600.0\n"
     daemon.starts_may_go_on.clear()
     await daemon.start_host()
     await daemon.until(lambda: len(daemon.ensured) == 1 + EAGER_STARTS)

@@ -11,7 +11,7 @@ import pytest
 from host.wire import lines
 from host.wire.lines import LONG_LINE, LineProtocol
 from host.wire.strict_json import MAX_VALUES, WireError, parse
-from isolator.pacing import TokenBucket
+from isolator.base.pacing import TokenBucket
 from tests.support.timeouts import seconds
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from isolator.base.pacing import TokenBucket
 from isolator.ipc.accept_loop import HOLD, PAUSE, AcceptLoop
-from isolator.pacing import TokenBucket
 from tests.support.timeouts import seconds
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from host.mcp.servers import CALLS
+from host.mcp.calls import CALLS
 from tests.mcp.client import META, Client, text
 from tests.support.mcp_servers import server
 from tests.support.timeouts import seconds

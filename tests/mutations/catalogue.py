@@ -71,7 +71,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/host.py",
+        "host/composition/host.py",
         (
             "a new host serves callers before it knows what was held for it",
             "        self._lifecycle.take_over(state.starts)\n",
@@ -137,12 +137,18 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/control/server.py",
+        "host/control/endpoints.py",
         (
             "any role may call tools",
             "return caller.may_call",
             "return True",
             f"{_SERVERS}test_user_who_is_not_named_is_refused",
+        ),
+        (
+            "any role may call any verb",
+            "return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)",
+            "return caller.role is not None",
+            "host/test_control.py::test_each_role_may_call_its_own_verbs_and_no_others",
         ),
     ),
     *_mutations(
@@ -570,7 +576,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/host_api.py",
+        "host/host_api/api.py",
         (
             "a call past the deadline of its plugin is answered",
             "        await fence.opened()\n        answer",
@@ -621,13 +627,16 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/broker/gate.py",
+        "isolator/broker/gate/tls.py",
         (
             "the second hello is not held to the name",
             "        self._judge(hello)\n        self.done = True  # a server asks once",
             "        self.done = True  # a server asks once",
             "broker/test_gate.py",
         ),
+    ),
+    *_mutations(
+        "isolator/broker/gate/http.py",
         (
             "a chunk may be longer than it says",
             'if line != b"\\r\\n":',
@@ -776,12 +785,6 @@ MUTATIONS = (
     *_mutations(
         "host/control/server.py",
         (
-            "any role may call any verb",
-            "return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)",
-            "return caller.role is not None",
-            "host/test_control.py::test_each_role_may_call_its_own_verbs_and_no_others",
-        ),
-        (
             "strangers take every place",
             "share = STRANGER_SHARE if caller.role is None else",
             "share = CONNECTIONS if caller.role is None else",
@@ -789,7 +792,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "host/host_api.py",
+        "host/host_api/api.py",
         (
             "another user calls the host API as a plugin",
             "if plugin is None or plugin.uid != uid:",

@@ -15,7 +15,9 @@ from typing import Any
 import click
 import pytest
 
+from host.cli.main import read_serve
 from isolator.cli.run import run as command
+from isolator.cli.serve import serve
 from isolator.standalone.options import OPTIONS, read_plainly
 from tests.support.cage_fixture import isolator
 from tests.support.timeouts import seconds
@@ -107,6 +109,21 @@ def test_line_in_order_is_read_as_click_reads_it(words: list[str]) -> None:
 @pytest.mark.parametrize("words", WITH_MISTAKES, ids=" ".join)
 def test_line_with_a_mistake_is_left_to_click(words: list[str]) -> None:
     assert read_plainly(["run", *words]) is None
+
+
+@pytest.mark.parametrize("words", [[], ["--config", "f", "--certifying"], ["--check-handover", "7", "--config", "-"]])
+def test_line_of_serve_is_read_as_click_reads_it(words: list[str]) -> None:
+    plain = read_serve(["--root", "/r", "serve", *words])
+    assert plain is not None and plain.pop("root") == "/r"
+    found: dict[str, Any] = serve.make_context("serve", list(words)).params
+    assert {name: value for name, value in found.items() if value not in (None, False)} == plain
+
+
+@pytest.mark.parametrize(
+    "line", ["serve --help", "serve --config", "serve --adopt x", "serve --config=f", "--root=/r serve", "run", ""]
+)
+def test_other_lines_of_the_daemon_are_left_to_click(line: str) -> None:
+    assert read_serve(line.split()) is None
 
 
 def test_only_lines_of_run_are_read_plainly() -> None:

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from host.composition.handover import FORMATS, HostState
 from host.console import service as console
 from host.delivery.exec import ExecState
 from host.delivery.http import HttpDeliveryState
 from host.delivery.mcp import McpState
 from host.delivery.modes import _CLASSES, mode_class
 from host.delivery.worker import WorkerState
-from host.handover import FORMATS, HostState
 from host.mcp.servers import ServersState
 from isolator.audit import handover as audit
 from isolator.broker import broker

@@ -23,7 +23,7 @@ from isolator.layers.cgroup.layer import Cgroup
 from isolator.recovery.journal import Journal
 from isolator.supervisor import service
 from isolator.supervisor.broker_link import BrokerLink
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.life import Life
 from isolator.supervisor.run import Run
 from tests.system.daemon import Daemon
 
@@ -121,8 +121,8 @@ def main() -> None:
 
     remember(Launcher, lambda _: "launcher")
     remember(service.ChildProcess, lambda process: process.spec.name)
-    wrap(Plugin, "_started", after="told")
-    wrap(Plugin, "_record_end", before="ended", after="recorded")
+    wrap(Life, "_started", after="told")
+    wrap(Life, "_record_end", before="ended", after="recorded")
     wrap(cage.Cage, "release", before="release")
     wrap(Cgroup, "release", after="groups gone")
     wrap(Journal, "forget", after="journal gone", when=lambda _, name: name.startswith(f"{PLUGIN}."))

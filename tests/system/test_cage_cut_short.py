@@ -38,7 +38,7 @@ from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.registration.staging import Source
 from isolator.supervisor.fences import Fences
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.socket_watch import SocketWatch

@@ -44,6 +44,11 @@ def test_whole_life(tmp_path: Path) -> None:
         assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
         assert "CapBnd:\t0000000000000000" in status and "NoNewPrivs:\t1" in status and "Seccomp:\t2" in status
 
+        for pid in (d.process.pid, *map(d.service_pid, SERVICES)):
+            assert "/libssl" not in Path(f"/proc/{pid}/maps").read_text(), (
+                "nothing here speaks TLS: 1.3 MiB for nothing"
+            )
+
         story = d.cli("audit", "story", emitted.get("event_id") or emitted["id"])
         assert "echo" in story.stdout
         d.cli("audit", "verify")

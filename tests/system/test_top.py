@@ -189,7 +189,7 @@ def test_drawing_makes_every_text_safe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_but_top_loads_rich_and_psutil() -> None:
     program = (
-        "import sys, host.cli.root, host.cli.top.command, host.cli.status, isolator.cli.serve, host.service\n"
+        "import sys, host.cli.root, host.cli.top.command, host.cli.status, isolator.cli.daemon, host.service\n"
         "sys.exit(', '.join({'rich', 'psutil'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)

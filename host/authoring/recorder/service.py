@@ -11,20 +11,18 @@ The authority that its certificates come from is made here, and its key never le
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import socket
 import ssl
 import threading
-from collections.abc import Mapping
-from typing import Any
 
 from host.authoring.recorder.authority import Authority
 from host.authoring.recorder.exchange import Exchanges, Report
 from host.authoring.recorder.tape import RecordingError, Redactor, Tape
 from isolator.broker.hardening import harden
+from isolator.linux.unprivileged import inherited
 from isolator.policy.destinations import normal_name
 
 _MOST_CONNECTIONS = 32
@@ -153,26 +151,18 @@ def _tape(fd: int | None) -> Tape | None:
         return Tape(recording.read())
 
 
-def _arguments() -> Mapping[str, Any]:
-    parser = argparse.ArgumentParser(prog="host.authoring.recorder.service")
-    for name in ("listener", "control", "filter", "peers"):
-        parser.add_argument(f"--{name}-fd", type=int, required=True)
-    parser.add_argument("--recording-fd", type=int)
-    return vars(parser.parse_args())
-
-
 def main() -> None:
     """Entry point of the process."""
-    fds = _arguments()
-    with os.fdopen(fds["filter_fd"], "rb") as program:
+    fds = inherited()
+    with os.fdopen(fds["filter"], "rb") as program:
         harden(program.read())
-    control = socket.socket(fileno=fds["control_fd"])
+    control = socket.socket(fileno=fds["control"])
     try:
-        tape = _tape(fds["recording_fd"])
+        tape = _tape(fds.get("recording"))
     except RecordingError as error:
         control.sendall(json.dumps({"fault": str(error)}).encode() + b"\n")
         return
-    Recorder(socket.socket(fileno=fds["listener_fd"]), control, fds["peers_fd"], tape).serve()
+    Recorder(socket.socket(fileno=fds["listener"]), control, fds["peers"], tape).serve()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Figures of one moment: each plugin's from its control groups and the daemon, the daemon's and the host's by psutil.
 
-What a plugin uses is read here, at the moment itself, from files that every user may read; rates are differences to
+The usage of a plugin is read here, at the moment itself, from files that every user may read; rates are differences to
 the moment before. A figure that this host or this user does not get is None, never guessed.
 """
 
@@ -162,7 +162,7 @@ class Figures:
         )  # fmt: skip
 
     def _usage(self, run: str, pid: int) -> Usage:
-        """What the run uses; nothing once it has ended. Its groups stay its own, whoever gets its pid next."""
+        """Usage of the run; nothing once it has ended. Its groups stay its own, whoever gets its pid next."""
         try:
             folders = self._groups.get(run)
             if folders is None:

@@ -42,7 +42,7 @@ def run(console: Console, figures: Figures, sort: str, interval: float) -> None:
 
 
 class _View:
-    """What is shown, and how."""
+    """The view: what is shown, and in which order."""
 
     def __init__(self, sort: str) -> None:
         self.moment: Moment | None = None

@@ -16,7 +16,7 @@ from host.cluster.entries import MAX_NUMBER, NOTHING, Claim, Ended, EventRef, Re
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Member, Shard, State
 from host.cluster.placement import shard_of
-from host.database import Store
+from host.database.store import Store
 from host.queue import rows
 from host.queue.interface import Event, Subscriber
 from host.queue.sqlite import REPLAY_TTL

@@ -19,7 +19,7 @@ from host.cluster.delivery.fates import Fates
 from host.cluster.delivery.places import Local, Places, Subscriptions
 from host.cluster.entries import Event as LogEvent
 from host.cluster.entries import EventRef, Replay
-from host.database import Store
+from host.database.store import Store
 from host.queue import rows
 from host.queue.accepting import Accepting, Answer
 from host.queue.consumer import SqliteConsumer

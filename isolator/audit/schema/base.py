@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, dataclass_transform
@@ -72,7 +71,7 @@ class RecordData:
     __slots__ = ("data",)
 
     def __init_subclass__(cls) -> None:
-        for name in inspect.get_annotations(cls):
+        for name in vars(cls).get("__annotations__", {}):
             setattr(cls, name, Field(_name_in_data(name), required=name not in cls.__dict__))
 
     def __init__(self, /, **data: Any) -> None:

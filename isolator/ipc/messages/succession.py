@@ -1,4 +1,4 @@
-"""What every service is asked when another process takes its place (S ↔ old and new)."""
+"""Requests to every service when another process takes its place (S ↔ old and new)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from isolator.ipc.body import Body, Request
 
 
 class Left(Body):
-    """What a process has done before another takes its place."""
+    """Answer of a process before another takes its place."""
 
     parts: int = 0
     """how many `state.part` it has sent"""

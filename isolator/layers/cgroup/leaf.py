@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError
 from isolator.layers.base import mismatch
 from isolator.policy.units import NO_CAP
-from isolator.structs import field, struct_class
 
 if TYPE_CHECKING:
     from isolator.layers.cgroup.subtree import Subtree

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from isolator.base.structs import struct_class
 from isolator.errors import ConfinementError
-from isolator.structs import struct_class
 
 LIMITING = ("memory", "cpu", "pids")
 """The controllers without which nothing starts."""

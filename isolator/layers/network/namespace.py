@@ -20,6 +20,7 @@ import os
 import socket
 from pathlib import Path
 
+from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.layers.base import Control, Kept
 from isolator.layers.network.ruleset import PORT, TABLE, render
@@ -27,7 +28,6 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
-from isolator.structs import field, struct_class
 
 RESOLVER = "127.0.0.53"
 """The name server of a cage's ``/etc/resolv.conf``."""
@@ -176,7 +176,7 @@ def watch(network: CageNetwork) -> socket.socket:
 
 
 def hand_over(network: CageNetwork) -> Kept:
-    """What ``adopt`` needs after this process's exec; the broker has the sockets."""
+    """State for ``adopt`` after this process's exec; the broker has the sockets."""
     values = {"inode": network.inode, "ruleset": network.ruleset, "generation": network.generation}
     return Kept(values, {"netns": network.netns_fd, "generations": network.generations.fileno()})
 

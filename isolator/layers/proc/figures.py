@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isolator.structs import struct_class
+from isolator.base.structs import struct_class
 
 if TYPE_CHECKING:
     from isolator.policy.model import ResourcePolicy
@@ -65,7 +65,7 @@ class Figures:
         return cls(folder, processors, memory, limits.swap, int(booted))
 
     def hand_over(self) -> dict[str, Any]:
-        """What ``adopt`` needs, as JSON."""
+        """State for ``adopt``, as JSON."""
         return {"memory": self.memory, "swap": self.swap, "booted": self.booted, "load": self._load, "seen": self._seen}
 
     @classmethod

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from isolator.structs import field, struct_class
+from isolator.base.structs import field, struct_class
 
 AUDIT_ARCH_X86_64 = 0xC000003E
 RET_KILL_PROCESS = 0x80000000

@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from isolator.base.pacing import TokenBucket
+from isolator.base.structs import struct_class
 from isolator.ipc.tasks import keep_in_thread, report
 from isolator.linux import netns, seccomp
-from isolator.pacing import TokenBucket
-from isolator.structs import struct_class
 
 AF_NETLINK, NETLINK_ROUTE = 16, 0
 _WORD = 0xFFFFFFFF

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from isolator.base.structs import replace
 from isolator.errors import UsageError
 from isolator.policy import names
 from isolator.policy.grant import PluginPolicy
@@ -16,7 +17,6 @@ from isolator.policy.meet.compose import compose
 from isolator.policy.meet.sides import ceiling_bounds, grant_bounds
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.parse.load import check_ceiling, load_plugin_policy
-from isolator.structs import replace
 
 Net = Literal["none", "names", "public"]
 

@@ -7,12 +7,11 @@ that nobody read, with "did you mean". Every error is a ``UsageError`` that name
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
-from isolator.errors import UsageError
+from isolator.errors import UsageError, nearest
 from isolator.policy.keys import Key
 from isolator.policy.units import parse_boolean, shown
 
@@ -226,9 +225,8 @@ class Table:
 
 def did_you_mean(key: str, known: set[str] | frozenset[str] | tuple[str, ...]) -> str:
     """``did you mean "egress"?``, or the known keys when none is near."""
-    near = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.6)
-    if near:
-        return f'did you mean "{near[0]}"?'
+    if near := nearest(key.lower(), sorted(known)):
+        return f'did you mean "{near}"?'
     return "known here: " + ", ".join(sorted(known)) if known else "nothing is expected here"
 
 

@@ -35,14 +35,14 @@ async def exchange(service: ChildProcess) -> None:
     After the error the old process goes on, or it has ended and is started again as after a crash.
     """
     name, began = service.spec.name, time.monotonic()
-    if service.succeed is None:
+    if service.ways.succeed is None:
         raise UnavailableError(name, "hands nothing on", "restart the daemon")
     async with service.changing:
         old = service.current
         if old is None or old.channel.closed.is_set() or not service.up.is_set():
             raise UnavailableError(name, "is not up", "try again when it is")
         async with service.zygotes.ready() as zygote:
-            new = service.spawn(zygote, service.succession())
+            new = service.spawn(zygote, service.ways.succession())
         try:
             readable = await service.first_answer(new.channel.ask(ReadFormats()), new)
         except BaseException:
@@ -70,8 +70,8 @@ async def exchange(service: ChildProcess) -> None:
 
 
 async def _hand_over(service: ChildProcess, old: Generation, new: Generation, readable: ReadableFormats) -> None:
-    assert service.succeed is not None
-    introduce = service.succeed()
+    assert service.ways.succeed is not None
+    introduce = service.ways.succeed()
     passage = Passage(new.channel)
 
     async def break_off(_: BreakOff) -> None:

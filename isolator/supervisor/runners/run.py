@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from isolator.audit.schema import NetDenied, Resources, RunEnded, RunStarted, SyscallDenied
 from isolator.audit.snapshots import snapshot
+from isolator.base.pacing import TokenBucket
+from isolator.base.structs import replace
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.processes import CageExit
 from isolator.cage.terminal import new_terminal
@@ -24,11 +26,9 @@ from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import UidLease
 from isolator.linux.descriptors import FdSet
 from isolator.linux.readable import readable
-from isolator.pacing import TokenBucket
 from isolator.policy.denial import INSTEAD, DenialRule
 from isolator.policy.meet.single_run import Net, policy_for_run
 from isolator.registration.reading import read_policy
-from isolator.structs import replace
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.supervisor.runners.paths import find_paths
 from isolator.supervisor.tickets import by_uid
@@ -354,16 +354,7 @@ class RunnerRun:
 
     def _record_end(self, cage: Cage, end: CageExit) -> None:
         self._record(Resources(**snapshot(cage.leaf.folders(), [])))
-        ended = RunEnded(
-            cause=self._cause or end.cause,
-            origin=self._origin,
-            exit_code=end.exit_code,
-            signal=end.signal,
-            oom_kills=end.events.oom_kills,
-            task_denials=end.events.task_denials,
-            uptime=round(end.uptime, 3),
-            by=self._by,
-        )
+        ended = RunEnded(cause=self._cause or end.cause, origin=self._origin, by=self._by, **end.figures)
         # Urgent: on its way before the journal forgets the run.
         self._record(ended, urgent=True)
 

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from isolator.base.pacing import TokenBucket
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.messages import Origin
@@ -21,7 +22,6 @@ from isolator.ipc.packet import receive_anything
 from isolator.ipc.run_request import MAX_BYTES, error_fields, read_request
 from isolator.linux.peer import allow_only, peer_groups, peer_ids
 from isolator.linux.readable import readable
-from isolator.pacing import TokenBucket
 from isolator.registration.collecting import MOST_GROUPS
 from isolator.supervisor.listener import listen
 from isolator.supervisor.runners.apart import Closers
@@ -117,7 +117,7 @@ class Runners:
 
     @property
     def under_way(self) -> list[str]:
-        """What happens that is not to be broken off, in words."""
+        """Changes under way that are not to be broken off, in words."""
         others = len(self._tasks - self._silent.keys() - self._answered) - len(self._runs)
         begun = [f"the start or end of run {run.id} of {run.name}" for run in self._runs if not run.settled]
         return [*begun, *["the end of a run"] * (others > 0)]

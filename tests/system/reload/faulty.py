@@ -22,7 +22,7 @@ from isolator.ipc.handover import CageState
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
 from isolator.supervisor import supervisor
-from isolator.supervisor.lifecycle import Plugin
+from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.reload import adopt, reloader, trial
 from tests.system.daemon import Daemon
 

@@ -25,8 +25,8 @@ TIMES = 20
 
 STATES = {
     "isolator/supervisor/reload/formats.py": ("isolator/ipc/handover.py", "A whole daemon at rest."),
-    "host/handover.py": (
-        "host/handover.py",
+    "host/composition/handover.py": (
+        "host/composition/handover.py",
         "Everything that a host knows and neither its database nor the supervisor does.",
     ),
 }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from host.events import Catalogue
 from host.plugins.manifest import from_data
 from isolator.cli import policy as command
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, nearest
 
 policy = command.policy
 
@@ -24,9 +23,9 @@ def _note_hooks(data: dict[str, Any], errors: list[IsolatorError], notes: list[s
     for hook in data.get("hooks", ()):
         if catalogue.get(catalogue.canonical(hook)) is not None:
             continue
-        near = difflib.get_close_matches(hook, known, 1, cutoff=0.85)
+        near = nearest(hook, known, cutoff=0.85)
         if near:
-            errors.append(UsageError(f"hook {hook!r}", f"no such event; did you mean {near[0]!r}?"))
+            errors.append(UsageError(f"hook {hook!r}", f"no such event; did you mean {near!r}?"))
         else:
             notes.append(f"{hook} is an event that the platform has to register first")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from host.control.server import ControlState
 from host.delivery.worker import WorkerState
-from host.host_api import ApiListenerState
-from host.lifecycle import StartState
+from host.host_api.api import ApiListenerState
+from host.lifecycle.lifecycle import StartState
 from host.plugins.logs import LogState
 from isolator.audit.client import SenderState
 from isolator.ipc.body import Body, Json

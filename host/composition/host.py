@@ -11,21 +11,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from host.composition.handover import HostState
+from host.composition.introduction import HostParts, Introduction
 from host.control.alarms import Alarms
 from host.control.api_verbs import ApiVerbs
 from host.control.catalogue_verbs import CatalogueVerbs
 from host.control.cluster_verbs import ClusterVerbs
 from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
+from host.control.endpoints import AnyEndpoint
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
 from host.control.mcp_verbs import McpVerbs
@@ -35,31 +35,28 @@ from host.control.plugin_types import PluginStage
 from host.control.plugin_verbs import PluginVerbs
 from host.control.registration_verbs import RegistrationVerbs
 from host.control.searches import Searches
-from host.control.server import AnyEndpoint, ControlServer
-from host.database import Store, exit_after_failed_sync
+from host.control.server import ControlServer
+from host.database.store import Store, exit_after_failed_sync
 from host.delivery.attempts import Attempts
-from host.delivery.dispatch import Dispatcher, SidecarLinks
+from host.delivery.dispatch import Dispatcher
 from host.delivery.gate import DispatchGate
 from host.delivery.gauges import Gauges
 from host.delivery.health import Watches
 from host.delivery.pauses import Pauses
-from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.fence.fences import Fences
-from host.handover import HostState
-from host.host_api import HostApi, KeyValue
-from host.intake import EventIntake, EventRecords
-from host.jobs import Jobs
-from host.lifecycle import PluginLifecycle
-from host.operational import OperationalEvents
+from host.host_api.methods import KeyValue
+from host.intake.intake import EventIntake, EventRecords
+from host.intake.jobs import Jobs
+from host.intake.operational import OperationalEvents
+from host.lifecycle.lifecycle import PluginLifecycle
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.environments import Environments
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
-from host.queue.missing import missing
 from host.queue.owed import Debts
-from host.queue.sqlite import SqliteQueue, newest_number
-from host.supervisor_link import SupervisorLink
+from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError
@@ -72,7 +69,6 @@ from isolator.ipc.messages import (
     DrainRun,
     GetEnvironment,
     GetStderrTail,
-    HostHello,
     InvocationBegun,
     InvocationEnded,
     Leave,
@@ -80,7 +76,6 @@ from isolator.ipc.messages import (
     NewAuditSocket,
     Origin,
     PluginChanged,
-    PluginEntry,
     RaiseAlarm,
     RunEnded,
     RunStarted,
@@ -101,50 +96,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Introduction:
-    """The supervisor's ``hello``, read."""
-
-    paths: Paths
-    settings: HostConfig
-    plugins: tuple[PluginEntry, ...]
-    fresh: bool
-    """The daemon has just started: eager plugins are to be started."""
-    alarms: tuple[str, ...]
-    """The supervisor's."""
-    listener: socket.socket | None
-    """The control socket."""
-    fences: Mapping[str, float]
-    """Deadlines by plugin, as the supervisor keeps them."""
-
-    @classmethod
-    def read(cls, hello: HostHello, fds: list[int]) -> Introduction:
-        """Take over a ``hello`` and its descriptors: the listener, and a file with the entries if there are many."""
-        listener = socket.socket(fileno=fds.pop(0)) if fds and not hello.parts else None
-        plugins = hello.plugins
-        if plugins is None:
-            with os.fdopen(fds.pop(0), "rb") as file:
-                file.seek(0)
-                plugins = tuple(PluginEntry.from_json(entry, hello.op) for entry in json.load(file))
-        return cls(
-            paths=Paths.of(hello.root),
-            settings=HostConfig.model_validate(hello.config),
-            plugins=plugins,
-            fresh=hello.fresh,
-            alarms=hello.alarms,
-            listener=listener,
-            fences=hello.fences,
-        )
-
-
-@dataclass(frozen=True)
-class HostParts:
-    """Parts of a host that another program may put in its own place: ``isolator certify`` does."""
-
-    sidecars: SidecarLinks = SidecarLink
-    api: Callable[..., HostApi] = HostApi
-
-
 class Host:
     """The running host. ``before``: the state of another, which has left and whose place this one takes.
 
@@ -158,8 +109,8 @@ class Host:
         channel: Channel,
         audit: AuditClient,
         succession: Succession[HostState],
-        before: HostState | None = None,
-        parts: HostParts = HostParts(),
+        before: HostState | None,
+        parts: HostParts,
     ) -> None:
         for folder in (paths.host_lib, paths.plugin_log):
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
@@ -198,7 +149,7 @@ class Host:
         records = EventRecords(audit.record)
         queue = self._queue = self._queue_class(settings)(
             store,
-            after=self._hold_against_the_trail(paths.audit_log),
+            after=alarms.hold_against_the_trail(paths.audit_log),
             in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
             on_accepted=records.accepted,
             on_ready=self._begin_attempts,
@@ -398,11 +349,7 @@ class Host:
         while any(one.replied for one in self._senders):  # noqa: ASYNC110 # a turn or two
             await asyncio.sleep(0)
         workers = self._dispatcher.pass_on(departure)
-        self._lifecycle.close()
-        self._gauges.close()
-        self._operational.close()
-        self._jobs.close()
-        self._debts.close()
+        self._close_own_work()
         await self._watches.close()
         if self._member is not None:
             await self._member.close()
@@ -446,13 +393,14 @@ class Host:
             while any(one.connecting for one in self._senders):  # noqa: ASYNC110 # each is answered: a turn or two
                 await asyncio.sleep(0)
 
+    def _close_own_work(self) -> None:
+        """Stop whatever nobody else has asked for."""
+        for part in (self._lifecycle, self._gauges, self._operational, self._jobs, self._debts):
+            part.close()
+
     async def close(self) -> None:
         """Stop serving; accepted events stay in the queue."""
-        self._gauges.close()
-        self._operational.close()
-        self._jobs.close()
-        self._debts.close()
-        self._lifecycle.close()
+        self._close_own_work()
         await self._control.close()
         self._trail.close()
         self._searches.close()
@@ -516,19 +464,6 @@ class Host:
 
     async def _alarms_changed(self, request: AlarmsChanged) -> None:
         self._alarms.supervisor = request.alarms
-
-    def _hold_against_the_trail(self, trail: Path) -> int:
-        """Return the number of the newest accepted event, by the trail; an alarm if the database does not have it."""
-        held = newest_number(self._store)
-        lost = missing(trail, held)
-        if not lost.count:
-            return held
-        why = f"{lost.count} accepted events are on the trail and not in {self._store.path}, up to {lost.last}"
-        remedy = "it was damaged or restored from before; have the platform emit them again"
-        _logger.critical("ALARM: %s; %s", why, remedy)
-        self._audit.record(DatabaseDamaged(why=remedy.partition(";")[0], missing=lost.count, last=lost.last))
-        self._alarms.note(f"{why}; {remedy}")
-        return lost.number
 
     def _end(self, why: str) -> None:
         """End this process, which cannot rely on its database; what the trail and the supervisor know of it stays."""

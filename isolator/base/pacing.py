@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import os
 import time
 from collections.abc import Callable
 
@@ -31,7 +31,10 @@ class Backoff:
     def after(self, failures: int) -> float:
         """Seconds to wait after ``failures`` earlier pauses; for those who count failures elsewhere (on disk)."""
         pause = min(self.longest, self.first * 2.0 ** min(failures, 64))
-        return pause * random.uniform(1 - self._spread, 1 + self._spread) if self._spread else pause
+        if not self._spread:
+            return pause
+        chance = int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
+        return pause * (1 + self._spread * (2 * chance - 1))
 
 
 class TokenBucket:

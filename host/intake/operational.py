@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from host.database import Store
+from host.database.store import Store
 from host.events import OPERATIONAL
-from host.intake import EventIntake
+from host.intake.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
 from isolator.audit import files, reader

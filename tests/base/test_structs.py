@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from isolator.structs import field, replace, struct_class
+from isolator.base.structs import field, replace, struct_class
 
 
 @struct_class(frozen=True)

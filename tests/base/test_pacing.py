@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isolator.pacing import Backoff, TokenBucket
+from isolator.base.pacing import Backoff, TokenBucket
 
 
 def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_reset() -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from host.database import Store
+from host.database.store import Store
 from host.events import Catalogue
 from host.plugins.registry import Plugin, Registry
 from host.queue import rows

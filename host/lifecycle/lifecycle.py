@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from host.database import Store
+from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Watches
-from host.host_api import HostApi
-from host.intake import AUDIT_AHEAD, EventRecords
+from host.host_api.api import HostApi
+from host.intake.intake import AUDIT_AHEAD, EventRecords
+from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
-from host.supervisor_link import SupervisorLink
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body

@@ -1,0 +1,257 @@
+"""A connection to the control socket: its requests, each of which takes a task or is quick."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from host.control.endpoints import Belonging, Caller, QuickEndpoint, may
+from host.wire.lines import LineProtocol, LineState
+from host.wire.strict_json import WireError, line, parse_object
+from isolator.audit.schema import MAX_ID, ControlCalled
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+from isolator.ipc.body import Body, Json
+from isolator.ipc.succession import Departure
+from isolator.linux.peer import peer_ids
+
+if TYPE_CHECKING:
+    from host.control.server import ControlServer
+
+IN_FLIGHT = 256
+
+
+class ConnectionState(Body):
+    """A connection on its way to another host."""
+
+    line: LineState
+    belongings: tuple[Belonging, ...]
+
+
+class _NoVerbError(UsageError):
+    """There is no such verb."""
+
+
+_NO_METHOD, _FAILED = -32601, -32000
+"""Codes of JSON-RPC: of a verb that does not exist, and of every other error (``data`` tells them apart)."""
+
+
+class Connection(LineProtocol):
+    """Connection of one caller."""
+
+    per_turn = 256
+    """Messages in one turn, which one transaction writes."""
+
+    def __init__(self, server: ControlServer) -> None:
+        super().__init__()
+        self._server = server
+        self._caller: Caller | None = None
+        self._tasks: dict[asyncio.Task[None], bytes | None] = {}
+        """Requests that take a task; each with its line as long as it may be made again."""
+        self._numbers: dict[asyncio.Task[None], Any] = {}
+        self._open = 0
+        self._no_more = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        pid, uid, _ = peer_ids(transport.get_extra_info("socket"))
+        self._caller = Caller(
+            uid, pid, self._server.role_of(uid), self._server.may_call(uid), self._notify, self._narrow, self._cut
+        )
+        self._caller.drained.set()
+        self._caller.is_console = uid == self._server.console
+        if self._caller.role is None:
+            self.per_turn, self.budget = 1, self._server.stranger_bytes
+        why = self._server.opened(self, self._caller)
+        if why is not None:
+            self._answer(None, error=UnavailableError("control socket", why, "try again, or close some"))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._caller is not None:
+            self._server.closed(self, self._caller)
+        for task in self._tasks:
+            task.cancel()
+        if self._caller is not None:
+            for callback in list(self._caller.on_close):
+                callback()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._caller is not None:
+            self._caller.drained.clear()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._caller is not None:
+            self._caller.drained.set()
+
+    def line_received(self, data: bytes) -> None:
+        try:
+            message = parse_object(data)
+        except WireError as error:
+            self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": error.code, "message": str(error)}}))
+            return
+        self._open += 1
+        if self._open >= IN_FLIGHT:
+            self.hold("in flight")
+        if self._try_quick(message):
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(message))
+        endpoint = self._server.endpoint(message.get("method"))
+        self._numbers[task] = message.get("id")
+        self._tasks[task] = data if endpoint is not None and endpoint.request.spec.repeatable else None
+        task.add_done_callback(self._finished)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a request is open that could not be made again."""
+        return any(data is None for data in self._tasks.values())
+
+    def pass_on_all(self, departure: Departure) -> ConnectionState | None:
+        """Hand the connection on, with the requests that are not answered; None when it is closed instead."""
+        caller = self._caller
+        if not self.is_open or caller is None:
+            return None
+        if caller.follows:
+            self.close()
+            return None
+        again = []
+        for task, data in self._tasks.items():
+            if task.done():
+                continue
+            task.cancel()
+            if data is None:
+                self._answer(self._numbers[task], error=_BROKEN_OFF)
+            else:
+                again.append(data)
+        belongings = [belonging() for belonging in caller.belongings]
+        line = self.pass_on(departure, again=again)
+        return ConnectionState(line=line, belongings=tuple(one for one in belongings if one is not None))
+
+    def restore(self, belongings: Iterable[Belonging], by_verb: Mapping[str, Callable[[Caller, Json], None]]) -> None:
+        """Take over what belongs to the connection, before its first request is read."""
+        assert self._caller is not None
+        for one in belongings:
+            by_verb[one.verb](self._caller, one.data)
+
+    def too_long(self) -> None:
+        self._answer(None, error=UsageError("request", f"is longer than {self.limit} bytes"))
+
+    def eof_received(self) -> bool:
+        # Half-closed (``printf … | nc -N``): earlier requests are still answered.
+        self._no_more = True
+        return self._open > 0 or self.unread
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task], self._numbers[task]
+        self._closed_one()
+
+    def _closed_one(self) -> None:
+        self._open -= 1
+        if self._no_more and not self._open and not self.unread:
+            self.close()
+        if self._open < IN_FLIGHT:
+            self.unhold("in flight")
+
+    def _try_quick(self, message: dict[str, Any]) -> bool:
+        """Serve a quick verb at once; False when it has to go the long way (waiting, refusing)."""
+        caller, params = self._caller, message.get("params", {})
+        endpoint = self._server.endpoint(message.get("method"))
+        if not isinstance(endpoint, QuickEndpoint) or caller is None or not isinstance(params, dict):
+            return False
+        if not may(caller, endpoint.request.spec) or endpoint.full():
+            return False
+        number = message.get("id")
+        try:
+            request = endpoint.request.parse(params)
+            endpoint.start(request, caller, lambda result, error: self._quick_answer(number, result, error))
+        except IsolatorError as error:
+            self._quick_answer(number, None, error)
+        return True
+
+    def _quick_answer(self, number: Any, result: Any, error: Exception | None) -> None:
+        if error is not None and not isinstance(error, IsolatorError):
+            error = IsolatorError("event", f"{type(error).__name__}: {error}", "please report it")
+        self._answer(number, result=result, error=error)
+        self._closed_one()
+
+    def _cut(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _narrow(self, size: int) -> None:
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(high=size)
+
+    def _notify(self, method: str, params: Mapping[str, Any]) -> None:
+        self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
+
+    def _answer(self, number: Any, *, result: Any = None, error: IsolatorError | None = None) -> None:
+        if error is not None:
+            code = _NO_METHOD if isinstance(error, _NoVerbError) else _FAILED
+            body = {"code": code, "message": str(error), "data": error.to_json()}
+            self.send(line({"jsonrpc": "2.0", "id": number, "error": body}))
+        else:
+            self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
+
+    async def _serve(self, message: dict[str, Any]) -> None:
+        caller, number, verb = self._caller, message.get("id"), message.get("method")
+        assert caller is not None
+        verdict = "ok"
+        endpoint = self._server.endpoint(verb)
+        spec = endpoint.request.spec if endpoint is not None else None
+        try:
+            params = message.get("params", {})
+            if endpoint is None or spec is None:
+                raise _NoVerbError(
+                    f"method {str(verb)[:80]}", "does not exist", "the verb help lists those of this daemon"
+                )
+            if not isinstance(params, dict):
+                raise UsageError(f"method {verb}", "params must be an object")
+            if not may(caller, spec):
+                raise DeniedError(
+                    f"method {verb}",
+                    f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {spec.role}",
+                    f"add it to [roles] {spec.role} in host.toml, or use sudo",
+                )
+            request = endpoint.request.parse(params)
+            if isinstance(endpoint, QuickEndpoint):
+                await endpoint.there_is_room()
+                if self._server.leaving:
+                    await asyncio.Event().wait()  # pass_on_all ends it, and the successor begins it
+                self._tasks[cast(asyncio.Task[None], asyncio.current_task())] = None
+            self._answer(number, result=await endpoint.answer(request, caller))
+        except IsolatorError as error:
+            verdict = error.code
+            self._answer(number, error=error)
+        except Exception as error:  # the caller must get an answer whatever happened; the loop logs the rest
+            verdict = "failed"
+            context = {"message": f"control: {verb} failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            self._answer(number, error=IsolatorError(str(verb), f"{type(error).__name__}: {error}", "please report it"))
+        if verdict == "denied" or (spec is not None and spec.recorded):
+            self._record(caller, str(verb), message.get("params"), verdict)
+
+    def _record(self, caller: Caller, verb: str, params: Any, verdict: str) -> None:
+        params = params if isinstance(params, dict) else {}
+        target, person = params.get("name") or params.get("update"), params.get("on_behalf_of")
+        more = {"on_behalf_of": person[:MAX_ID]} if isinstance(person, str) and person else {}
+        self._server.record(
+            ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict, **more),
+            plugin=target[:MAX_ID] if isinstance(target, str) else None,
+        )
+
+
+def refusal(why: str, remedy: str) -> bytes:
+    """The line for a caller that is not served."""
+    error = UnavailableError("control socket", why, remedy)
+    return line(
+        {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": str(error), "data": error.to_json()}}
+    )
+
+
+_BROKEN_OFF = UnavailableError(
+    "the daemon", "was renewed while this was under way", "see whether it was done, and try again if it was not"
+)

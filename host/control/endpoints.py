@@ -1,0 +1,109 @@
+"""Endpoints of the control socket, and the caller that they answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from host.control.parameters import Request, Spec
+from isolator.ipc.body import Body, Json
+
+R = TypeVar("R", bound=Request)
+ROLES = ("caller", "viewer", "emitter", "operator")
+
+
+class Belonging(Body):
+    """Something that a verb keeps for a connection as long as it is open."""
+
+    verb: str
+    data: Json
+
+
+@dataclass(eq=False)
+class Caller:
+    """The process at the other end of a connection; ``notify`` sends it a notification.
+
+    A handler that sends much of it calls ``narrow`` once and then waits for ``drained`` each time: so no more than that
+    many bytes, and the last notification, ever wait in this process for a caller that does not read.
+    """
+
+    uid: int
+    pid: int
+    role: str | None
+    may_call: bool
+    """The role ``caller``, which one may have besides the one that it has here."""
+    notify: Callable[[str, Mapping[str, Any]], None]
+    narrow: Callable[[int], None]
+    cut: Callable[[], None]
+    """Ends the connection at once; messages that wait for the caller to read them are dropped."""
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+    belongings: list[Callable[[], Belonging | None]] = field(default_factory=list)
+    """Things that verbs keep for this connection, for a host that takes the place of this one; None: no longer."""
+    follows: bool = False
+    """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
+
+    is_console: bool = False
+    """Of its word for whom it asks the trail makes a name."""
+
+    @property
+    def by(self) -> str:
+        """The caller's name in the trail."""
+        return f"uid:{self.uid}"
+
+
+Result = Mapping[str, Any]
+Reply = Callable[[Result | None, Exception | None], None]
+
+
+@dataclass(frozen=True)
+class Endpoint(Generic[R]):
+    """A verb and its handler."""
+
+    request: type[R]
+    answer: Callable[[R, Caller], Awaitable[Result]]
+
+
+@dataclass(frozen=True)
+class QuickEndpoint(Generic[R]):
+    """A verb that is called thousands of times a second: without a task, ``start`` answers through its third argument.
+
+    While ``full()`` a request takes a task and waits for ``room()`` first.
+    """
+
+    request: type[R]
+    start: Callable[[R, Caller, Reply], None]
+    full: Callable[[], bool]
+    room: Callable[[], Awaitable[None]]
+
+    async def there_is_room(self) -> None:
+        """Wait until ``start`` may be called."""
+        while self.full():
+            await self.room()
+
+    async def answer(self, request: R, caller: Caller) -> Result:
+        """Start the request, and wait for the answer."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def reply(result: Result | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result or {})
+
+        self.start(request, caller, reply)
+        return await future
+
+
+AnyEndpoint = Endpoint[Any] | QuickEndpoint[Any]
+
+
+def may(caller: Caller, spec: Spec) -> bool:
+    """Decide whether a caller has the role that a verb needs."""
+    if spec.role == "caller":
+        return caller.may_call
+    return caller.role is not None and ROLES.index(caller.role) >= ROLES.index(spec.role)

@@ -1,0 +1,497 @@
+"""Database of the host: transactions on the event loop, durability in a thread.
+
+SQLite in WAL mode. All operations of one turn of the event loop are written in one transaction, which costs some twenty
+microseconds because nothing is synced there; one helper thread then calls ``fdatasync`` on the write-ahead log and
+reports to the loop up to which transaction the log is on disk. While a sync runs the next transactions gather behind
+it, so many of them share the next sync: group commit. An operation that must be safe before its caller goes on (an
+accepted event, a config value) waits for that mark; one that may be repeated (the outcome of a delivery: at-least-once)
+only rides along.
+
+``synchronous=FULL`` does the same, except that SQLite would sync inside COMMIT and hold up the loop, and that
+a writer thread that holds the connection would fight the loop for the interpreter lock once per row.
+``synchronous=NORMAL`` stays on, for the order of writes when the log is restarted and when it is checkpointed.
+
+After a failed sync the kernel may have dropped the pages it could not write, so nothing written since can be
+called safe: the process logs that and exits; its supervisor starts a new one, which recovers, moves the log into
+the database with a full checkpoint, and goes on. Checkpoints are made by the helper thread on a connection of its
+own, so that they never hold up the loop: after so many commits, whether anything of them has to be durable or not, and
+when the log takes too large a part of the disk.
+
+Before a sync counts, the files have to be those that the next start will find: when somebody removed, replaced, cut or
+overwrote one, all that the connection knows is written to a new file in the database's place, and the process ends as
+after a failed sync.
+
+When the disk is full the log is moved into the database all the same, which gives its space back: some space is
+reserved for that in a file beside the database, and writes are tried again until they succeed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from host.database import files
+from host.database.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.tasks import end_process
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_COMMITS = 250
+CHECKPOINT_ROWS = 4000
+CHECKPOINT_LEAST = 8
+"""Commits between two checkpoints at least, however large the log is: a reader may keep it from shrinking."""
+WAL_HIGH = 32 << 20
+"""Bytes of log beyond which commits wait for one checkpoint: a log that is appended to all the time never restarts."""
+WAL_SHARE = 4
+"""On a small disk the log is large already when it takes this part of what is free for it."""
+WAL_LOW = 256 << 10
+RESCUE_EVERY = 1.0
+"""Seconds between two checkpoints of a full disk."""
+LAZY = 0.002
+"""Seconds that the outcome of a delivery may wait for company. Lost in a crash, it means one more delivery."""
+RETRY = 0.1
+"""Seconds between attempts while the database cannot be written (disk full, locked by somebody)."""
+GIVE_UP = 5.0
+"""Seconds after which an awaited write fails; writes that are not awaited are kept and retried."""
+
+_NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; nothing is lost"
+
+
+@dataclass
+class _Op:
+    """An operation that waits for a transaction, or for the sync of its own."""
+
+    apply: Callable[[sqlite3.Connection], Any]
+    done: Callable[[Any, Exception | None], None] | None
+    durable: bool
+    deadline: float
+    result: Any = None
+
+
+@dataclass
+class _Sync:
+    """Job for the thread: sync the log, report these operations, and perhaps make a checkpoint."""
+
+    ops: list[_Op]
+    checkpoint: bool = False
+    hold: bool = False
+    """Commits wait for the checkpoint, which can then cover the whole log."""
+    rescue: bool = False
+    """The disk is full: the reserve is given up for the checkpoint."""
+
+
+class Store:
+    """Database of one host process; all methods belong to the event loop's thread."""
+
+    def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None) -> None:
+        self.path = path
+        self.blocked: str | None = None
+        """Why the database cannot be written at the moment, else None."""
+        self.unblocked = asyncio.Event()
+        self.unblocked.set()
+        self.commits = self.syncs = 0
+        self._loop = asyncio.get_running_loop()
+        self._fatal = fatal or exit_after_failed_sync
+        self._ops: list[_Op] = []
+        self._scheduled = False
+        self._lazy: asyncio.TimerHandle | None = None
+        self._gathering: list[_Op] = []
+        self._syncing = False
+        self._held = False
+        self._checkpointed = (0, 0)
+        self._rescued = 0.0
+        """Loop time of the newest checkpoint of a full disk."""
+        self._closed = False
+        self._reserve = files.Reserve(f"{path}-reserve")
+        self._reserve.release()
+        self._connection = self._open()
+        self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._wal_size = 0
+        """Bytes of the log at the newest sync: it shrinks by a checkpoint of ours alone."""
+        self._files = {name: files.identity(name) for name in (str(path), f"{path}-wal", f"{path}-shm")}
+        self._reserve.hold()
+        self._wal_high = self._high()
+        self._work: queue.SimpleQueue[_Sync | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._sync_loop, name="store-sync", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        files.check_file(self.path)
+        try:
+            connection = files.connect(self.path)
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise IsolatorError(
+                    str(self.path),
+                    f"was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})",
+                    "install that version again; nothing was changed",
+                )
+            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]  # some 30 ms for 50 000 events
+            if damage != "ok":
+                raise IsolatorError(str(self.path), f"is damaged: {damage.splitlines()[-1]}", files.RESTORE)
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":
+                raise IsolatorError(str(self.path), f"journal mode {mode} instead of wal", "use a local file system")
+            if version < SCHEMA_VERSION:
+                steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
+                # One transaction: interrupted at any instant, it is the old version or the new one.
+                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            # Writes that an earlier process never synced are made safe before anything is added behind them.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            # One harmless write, so that the log file exists for the thread to open.
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            remedy = files.RESTORE if files.is_damage(error) else _NOTHING_LOST
+            if "locked" in str(error):
+                remedy = "end what holds it (see 'fuser')"
+            raise IsolatorError(str(self.path), f"cannot be used as the host's database: {error}", remedy) from None
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        return connection
+
+    def submit(
+        self,
+        apply: Callable[[sqlite3.Connection], Any],
+        done: Callable[[Any, Exception | None], None] | None = None,
+        *,
+        durable: bool = False,
+        lazy: bool = False,
+    ) -> None:
+        """Run ``apply`` in the next transaction; ``lazy`` waits a moment (``LAZY``) for others to share it with.
+
+        ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk.
+        An operation without ``done`` never fails: it is retried until the database can be written.
+        """
+        self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
+        if not lazy:
+            self.flush_soon()
+        elif not self._scheduled and self._lazy is None:
+            self._lazy = self._loop.call_later(LAZY, self._commit)
+
+    def flush_soon(self) -> None:
+        """Commit all that is submitted in the loop's next turn, the lazy operations with the others."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._commit)
+
+    async def committed(self) -> None:
+        """Return once all that is submitted so far is in the log: at once, unless the database cannot be written now.
+
+        In the log it survives the end of this process, though not yet that of the machine.
+        """
+        self._commit()
+        written = not self._ops
+        while not written:
+            future: asyncio.Future[bool] = self._loop.create_future()
+
+            def done(_: Any, error: Exception | None, future: asyncio.Future[bool] = future) -> None:
+                if not future.done():
+                    future.set_result(error is None)
+
+            self.submit(lambda _: None, done)
+            written = await future
+
+    async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``apply`` in a transaction and wait until it is on disk."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def done(result: Any, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self.submit(apply, done, durable=True)
+        return await future
+
+    def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a short query on the loop's own connection, which sees every commit, synced or not."""
+        try:
+            return query(self._connection)
+        except sqlite3.DatabaseError as error:
+            self._end_if_damaged(error)
+            raise
+
+    async def scan(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a query of any length, in another thread on a connection of its own, so that the loop goes on."""
+
+        def work() -> T:
+            with contextlib.closing(files.connect(self.path)) as connection:
+                connection.execute("PRAGMA query_only=1")
+                return query(connection)
+
+        return await asyncio.to_thread(work)
+
+    async def copy(self, target: Path, at: Callable[[], None]) -> None:
+        """Write a copy as of one turn of the loop, in which ``at`` is called: all that was submitted before is in it.
+
+        Raises sqlite3.Error and OSError.
+        """
+        self._commit()
+        while self._ops:
+            await self.committed()
+        source = files.connect(self.path)
+        try:
+            source.execute("BEGIN")
+            source.execute("SELECT count(*) FROM sqlite_master").fetchall()  # from here on it sees no later commit
+            at()
+        except BaseException:
+            source.close()
+            raise
+        await asyncio.to_thread(files.copy, source, target)
+
+    def _commit(self) -> None:
+        self._scheduled = False
+        if self._lazy is not None:
+            self._lazy.cancel()
+            self._lazy = None
+        if not self._ops or self._closed or self._held:
+            return None
+        ops, self._ops = self._ops, []
+        # When one operation fails by itself the others must not suffer: then each gets its own savepoint.
+        for isolated in (False, True):
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                failed = self._apply(ops, isolated)
+                self._connection.execute("COMMIT")
+                break
+            except sqlite3.OperationalError as error:
+                self._rollback()
+                if files.is_full(error):
+                    self._rescue()
+                return self._postpone(ops, str(error))
+            except sqlite3.DatabaseError as error:
+                self._rollback()
+                self._end_if_damaged(error)
+                if isolated:
+                    raise
+            except Exception:  # an operation's own error is reported to its caller on the isolated round
+                self._rollback()
+                if isolated:
+                    raise
+        self.commits += 1
+        if self.blocked is not None:
+            self.blocked = None
+            self.unblocked.set()
+        waiting = []
+        for op in ops:
+            if op in failed:
+                continue
+            if op.durable:
+                waiting.append(op)
+            elif op.done is not None:
+                op.done(op.result, None)
+        for op in failed:
+            if op.done is not None:
+                op.done(None, op.result)
+        if waiting:
+            self._gathering += waiting
+        if waiting or self._checkpoint_due:
+            self._start_sync()
+        return None
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        commits, rows = self._checkpointed
+        return (
+            self.commits - commits >= CHECKPOINT_COMMITS
+            or self._connection.total_changes - rows >= CHECKPOINT_ROWS
+            or (self.commits - commits >= CHECKPOINT_LEAST and os.fstat(self._wal).st_size > self._wal_high)
+        )
+
+    def _high(self) -> int:
+        """Bytes of log beyond which commits wait for a checkpoint, as the disk is now."""
+        disk = os.fstatvfs(self._wal)
+        room = disk.f_bavail * disk.f_frsize + os.fstat(self._wal).st_size
+        return min(WAL_HIGH, max(WAL_LOW, room // WAL_SHARE))
+
+    def _rescue(self) -> None:
+        """Give the space of the log back to a full disk, if that was not done just now."""
+        if not self._syncing and self._loop.time() - self._rescued > RESCUE_EVERY:
+            self._rescued = self._loop.time()
+            self._syncing = self._held = True
+            self._work.put(_Sync([], checkpoint=True, hold=True, rescue=True))
+
+    def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:
+        failed = []
+        for op in ops:
+            if not isolated:
+                op.result = op.apply(self._connection)
+                continue
+            self._connection.execute("SAVEPOINT one")
+            try:
+                op.result = op.apply(self._connection)
+            except sqlite3.OperationalError:
+                raise
+            except Exception as error:  # the operation's own error, which its caller gets by done()
+                self._connection.execute("ROLLBACK TO one")
+                op.result = error
+                failed.append(op)
+            self._connection.execute("RELEASE one")
+        return failed
+
+    def _end_if_damaged(self, error: sqlite3.DatabaseError) -> None:
+        # Whatever is written into a damaged file may be lost. The next start reports the damage.
+        if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            self._fatal(f"{self.path}: is damaged: {error}")
+
+    def _rollback(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("ROLLBACK")
+
+    def _postpone(self, ops: list[_Op], why: str) -> None:
+        if self.blocked is None:
+            self.blocked = why
+            self.unblocked.clear()
+        now = self._loop.time()
+        keep = []
+        for op in ops:
+            if op.done is not None and now > op.deadline:
+                op.done(
+                    None, UnavailableError(str(self.path), f"cannot be written: {why}", "free the disk or the lock")
+                )
+            else:
+                keep.append(op)
+        self._ops = keep + self._ops
+        if self._ops and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_later(RETRY, self._commit)
+
+    def _start_sync(self) -> None:
+        if self._syncing or not (self._gathering or self._checkpoint_due):
+            return
+        self._syncing = True
+        job, self._gathering = _Sync(self._gathering), []
+        if self._checkpoint_due:
+            self._checkpointed = (self.commits, self._connection.total_changes)
+            job.checkpoint = True
+            self._wal_high = self._high()
+            self._held = job.hold = os.fstat(self._wal).st_size > self._wal_high
+        self._work.put(job)
+
+    def _sync_loop(self) -> None:
+        try:
+            self._sync()
+        except Exception as error:  # whatever it was: nobody would ever be answered again
+            end_process("sync of the database", error)
+
+    def _sync(self) -> None:
+        connection = files.connect(self.path)
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        while (job := self._work.get()) is not None:
+            error: OSError | None = None
+            harm = None
+            try:
+                os.fdatasync(self._wal)
+                harm = self._harm()
+            except OSError as problem:
+                error = problem
+            if harm is not None:
+                self._report(self._move, job.ops, harm)
+                break
+            self._report(self._synced, job.ops, error)
+            if job.rescue:
+                self._reserve.release()
+            if job.checkpoint and error is None:
+                with contextlib.suppress(sqlite3.Error):  # busy or full: the next round tries again
+                    connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if job.hold else 'PASSIVE'})").fetchone()
+            if job.checkpoint and not self._reserve.held:
+                self._reserve.hold()
+            if job.hold:
+                self._wal_size = os.fstat(self._wal).st_size
+                self._report(self._release)
+        connection.close()
+
+    def _report(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _release(self) -> None:
+        self._held = False
+        self._commit()
+
+    def _synced(self, ops: list[_Op], error: OSError | None) -> None:
+        self._syncing = False
+        self.syncs += 1
+        if error is not None:
+            self._fail(ops, f"cannot be synced: {error.strerror}")
+            self._fatal(f"{self.path}: sync failed: {error.strerror}")
+            return
+        self._start_sync()
+        for op in ops:
+            if op.done is not None:
+                op.done(op.result, None)
+
+    def _fail(self, ops: list[_Op], why: str) -> None:
+        for op in ops:
+            if op.done is not None:
+                op.done(None, UnavailableError(str(self.path), why, "see the disk"))
+
+    def _harm(self) -> str | None:
+        """Name the file that somebody removed, replaced, cut or overwrote while it was in use; None: all is well.
+
+        The log's size alone would not do: a commit after a cut writes at its old place and leaves a hole before it.
+        """
+        for name, opened in self._files.items():
+            now = files.identity(name)
+            if now != opened:
+                return f"{name} was {'removed' if now is None else 'replaced'} while in use"
+        before, self._wal_size = self._wal_size, os.fstat(self._wal).st_size
+        if self._wal_size < before:
+            return f"{self.path}-wal was cut while in use"
+        if self._wal_size and not files.has_wal_header(self._wal):
+            return f"{self.path}-wal was overwritten while in use"
+        return None
+
+    def _move(self, ops: list[_Op], harm: str) -> None:
+        """Save all that the connection knows in a new file in the database's place, and end: see the module."""
+        self._closed = True
+        try:
+            became = files.save_elsewhere(self._connection, self.path, self._wal, self._files[str(self.path)])
+        except (OSError, sqlite3.Error) as error:
+            became = f"its content could not be saved ({error}), and accepted events may be lost"
+        self._fail(ops, harm)
+        self._fatal(f"{harm}; {became}")
+
+    async def close(self) -> bool:
+        """Write and sync all that is submitted, and close; the log is moved into the database.
+
+        Returns whether all of it was written; if not, ``blocked`` names the reason. Operations that are submitted once
+        it closes are never run.
+        """
+        if self._closed:
+            return not self._ops
+        # Neither a sync nor a checkpoint that commits wait for may be under way, or this commit would not be let in.
+        while self.blocked is None and (self._ops or self._gathering or self._syncing or self._held):
+            with contextlib.suppress(UnavailableError):
+                await self.run(lambda _: None)
+        self._held = False
+        self._commit()
+        self._closed = True
+        written = not self._ops
+        self._work.put(_Sync([]))
+        self._work.put(None)
+        await asyncio.to_thread(self._thread.join, 10)
+        os.close(self._wal)
+        self._connection.close()
+        return written
+
+
+def exit_after_failed_sync(why: str) -> None:
+    """End this process at once."""
+    _log.critical("%s; stopping, because nothing written since can be called safe", why)
+    os._exit(1)

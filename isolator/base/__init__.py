@@ -1,0 +1,1 @@
+"""Foundations that know nothing of Isolator: pauses and rates, classes of named fields."""

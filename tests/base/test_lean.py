@@ -1,0 +1,63 @@
+"""Imports without OpenSSL, and asyncio that takes it up later."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HANDSHAKE = """
+import sys
+sys.path[:0] = {paths!r}
+from isolator.base.lean import give_asyncio_tls, import_asyncio
+import_asyncio()
+import asyncio
+assert "ssl" not in sys.modules and "_ssl" not in sys.modules
+{take_up}
+import ssl
+
+async def main():
+    ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ours.load_cert_chain({pair!r})
+    async def serve(reader, writer):
+        writer.write(await reader.readline())
+        writer.close()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=ours)
+    theirs = ssl.create_default_context(cafile={pair!r})
+    port = server.sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await writer.start_tls(theirs, server_hostname="localhost")
+    writer.write(b"over TLS\\n")
+    print((await reader.readline()).decode(), end="")
+    writer.close()
+    server.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and a certificate for ``localhost`` in one file."""
+    path = tmp_path_factory.mktemp("tls") / "pair.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", path, "-out", "-"],
+        check=True, stdout=(certificate := path.with_suffix(".crt")).open("wb"), stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    path.write_bytes(path.read_bytes() + certificate.read_bytes())
+    return path
+
+
+def over_tls(pair: Path, take_up: str) -> subprocess.CompletedProcess[str]:
+    """Send a line over TLS with an asyncio that was imported without."""
+    code = HANDSHAKE.format(paths=sys.path, pair=str(pair), take_up=take_up)
+    return subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_asyncio_that_was_imported_without_tls_speaks_it_once_it_is_given_it(pair: Path) -> None:
+    assert over_tls(pair, "give_asyncio_tls()").stdout == "over TLS\n"
+    refused = over_tls(pair, "")
+    assert refused.stdout == "" and refused.returncode != 0
