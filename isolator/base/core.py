@@ -34,8 +34,11 @@ def _load() -> types.ModuleType:
     around.__path__ = spec.submodule_search_locations
     try:
         return import_module(f"{_PACKAGE}._pydantic_core")
+    except ImportError:  # a version that has it elsewhere
+        pass
     finally:
         del sys.modules[_PACKAGE]
+    return import_module(_PACKAGE)
 
 
 _core = _load()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from host.intake import operational
 from host.database.store import Store
 from host.events import Catalogue
+from host.intake import operational
 from host.intake.intake import EventIntake
 from host.intake.operational import OperationalEvents
 from host.plugins.registry import Registry
