@@ -143,8 +143,7 @@ class Calm:
     def wait(self) -> dict[str, tuple[int, int]]:
         """Wait for the outcomes, and for a daemon that is well; returns what its processes take."""
         new = self._sender.acknowledged[self._settled :]
-        told = f"no daemon without an alarm: {self._d.log.read_text()[-3000:]}"
-        with wait_for(lambda: _connected(self._d), seconds(120), told) as client:
+        with self._connection() as client:
             ledger.settle(client, new)
             # Who kills a plugin twice on one event has it set aside.
             dead = {one["event_id"] for one in client.call("event.dead", limit=100_000)["deliveries"]
@@ -155,6 +154,15 @@ class Calm:
         self._settled += len(new)
         self._d.cli("audit", "verify")
         return _resources(self._d)
+
+
+    def _connection(self) -> Client:
+        try:
+            return cast(Client, wait_for(lambda: _connected(self._d), seconds(120)))
+        except AssertionError:
+            status = self._d.cli("status", code=None)
+            found = f"{status.stdout}{status.stderr}{self._d.log.read_text()[-6000:]}"
+            raise AssertionError(f"no daemon without an alarm: {found}") from None
 
 
 @pytest.mark.timeout(0)
