@@ -60,28 +60,9 @@ from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError
+from isolator.ipc import messages
 from isolator.ipc.body import Handler, by_op
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import (
-    OUT_OF_MEMORY,
-    AlarmsChanged,
-    BreakOff,
-    DrainRun,
-    GetEnvironment,
-    GetStderrTail,
-    InvocationBegun,
-    InvocationEnded,
-    Leave,
-    Left,
-    NewAuditSocket,
-    Origin,
-    PluginChanged,
-    RaiseAlarm,
-    RunEnded,
-    RunStarted,
-    ServeCallers,
-    StderrTail,
-)
 from isolator.ipc.succession import Departure, Descriptors, Succession
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
@@ -266,18 +247,18 @@ class Host:
     def handlers(self) -> dict[str, Handler]:
         """The supervisor's requests and notifications, by op."""
         return by_op(
-            PluginChanged.on(self._plugin_changed),
-            GetEnvironment.on(self._environments.answer),
-            RunStarted.on_fds(self._run_started),
-            DrainRun.on(self._drain_run),
-            RunEnded.on(self._run_ended),
-            InvocationBegun.on_fds(self._invocation_begun),
-            InvocationEnded.on(self._invocation_ended),
-            GetStderrTail.on(self._stderr_tail),
-            NewAuditSocket.on_fds(self._audit_source),
-            AlarmsChanged.on(self._alarms_changed),
-            ServeCallers.on(self._serve_callers),
-            Leave.on(self._leave),
+            messages.PluginChanged.on(self._plugin_changed),
+            messages.GetEnvironment.on(self._environments.answer),
+            messages.RunStarted.on_fds(self._run_started),
+            messages.DrainRun.on(self._drain_run),
+            messages.RunEnded.on(self._run_ended),
+            messages.InvocationBegun.on_fds(self._invocation_begun),
+            messages.InvocationEnded.on(self._invocation_ended),
+            messages.GetStderrTail.on(self._stderr_tail),
+            messages.NewAuditSocket.on_fds(self._audit_source),
+            messages.AlarmsChanged.on(self._alarms_changed),
+            messages.ServeCallers.on(self._serve_callers),
+            messages.Leave.on(self._leave),
         )
 
     async def start(self, introduction: Introduction) -> None:
@@ -321,10 +302,10 @@ class Host:
         await self._control.take_over(state.control, descriptors)
         self._lifecycle.take_over(state.starts)
 
-    async def _serve_callers(self, _: ServeCallers) -> None:
+    async def _serve_callers(self, _: messages.ServeCallers) -> None:
         await self._control.begin()
 
-    async def _leave(self, _: Leave) -> Left:
+    async def _leave(self, _: messages.Leave) -> messages.Left:
         """Hand everything on to another process; nothing is accepted, sent or read any more once that has begun.
 
         What cannot be handed on and is likely to end soon is waited for: first, with everything going on, what changes
@@ -332,7 +313,7 @@ class Host:
         state is sent, so that it never has two owners.
         """
         if self._store.blocked is not None:
-            return Left(refused=f"the database cannot be written: {self._store.blocked}")
+            return messages.Left(refused=f"the database cannot be written: {self._store.blocked}")
         await self._settle(lambda: self._control.changes)
         listener, listeners = await self._control.hold(), await self._api.hold()
         if listener is None:
@@ -367,7 +348,7 @@ class Host:
             starts=starts, mcp=mcp,
         )  # fmt: skip
         self.left = True
-        return Left(parts=await self._succession.send(state, departure, self._channel))
+        return messages.Left(parts=await self._succession.send(state, departure, self._channel))
 
     @property
     def _unsettled(self) -> bool:
@@ -389,7 +370,7 @@ class Host:
     async def _break_connects_off(self) -> None:
         """Have no connection made for this process any more: simple plugins die of one without a request."""
         with contextlib.suppress(IsolatorError):  # a supervisor of the version before does not know this
-            await self._channel.ask(BreakOff())
+            await self._channel.ask(messages.BreakOff())
             while any(one.connecting for one in self._senders):  # noqa: ASYNC110 # each is answered: a turn or two
                 await asyncio.sleep(0)
 
@@ -415,7 +396,7 @@ class Host:
         self._logs.close()
         await self._store.close()
 
-    async def _plugin_changed(self, request: PluginChanged) -> None:
+    async def _plugin_changed(self, request: messages.PluginChanged) -> None:
         if request.removed is not None:
             if self._servers is not None:
                 self._servers.forget(request.removed)
@@ -423,7 +404,7 @@ class Host:
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
 
-    async def _run_started(self, request: RunStarted, fds: list[int]) -> None:
+    async def _run_started(self, request: messages.RunStarted, fds: list[int]) -> None:
         name, run = request.name, request.run
         stdout, stderr, listener = fds
         fds.clear()
@@ -435,7 +416,7 @@ class Host:
         if plugin is not None and plugin.mode == "mcp":
             self._load_servers().run_started(name, run)
 
-    async def _drain_run(self, request: DrainRun) -> None:
+    async def _drain_run(self, request: messages.DrainRun) -> None:
         if self._servers is not None:
             await asyncio.gather(
                 self._dispatcher.drain(request.name, request.run, request.reason),
@@ -444,7 +425,7 @@ class Host:
             return
         await self._dispatcher.drain(request.name, request.run, request.reason)
 
-    async def _run_ended(self, request: RunEnded) -> None:
+    async def _run_ended(self, request: messages.RunEnded) -> None:
         name, run = request.name, request.run
         plugin = self._registry.get(name)
         if plugin is not None and plugin.run in (run, None):
@@ -453,33 +434,33 @@ class Host:
             self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
 
-    async def _invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
+    async def _invocation_begun(self, begun: messages.InvocationBegun, fds: list[int]) -> None:
         self._dispatcher.invocation_begun(begun, fds)
 
-    async def _invocation_ended(self, ended: InvocationEnded) -> None:
+    async def _invocation_ended(self, ended: messages.InvocationEnded) -> None:
         self._dispatcher.invocation_ended(ended)
 
-    async def _stderr_tail(self, request: GetStderrTail) -> StderrTail:
-        return StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
+    async def _stderr_tail(self, request: messages.GetStderrTail) -> messages.StderrTail:
+        return messages.StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
 
-    async def _alarms_changed(self, request: AlarmsChanged) -> None:
+    async def _alarms_changed(self, request: messages.AlarmsChanged) -> None:
         self._alarms.supervisor = request.alarms
 
     def _end(self, why: str) -> None:
         """End this process, which cannot rely on its database; what the trail and the supervisor know of it stays."""
         self._audit.record(DatabaseDamaged(why=why), urgent=True)
-        self._channel.tell(RaiseAlarm(line=why))
+        self._channel.tell(messages.RaiseAlarm(line=why))
         exit_after_failed_sync(why)
 
     def _begin_attempts(self) -> None:
         self._attempts.schedule()
 
-    async def _audit_source(self, _: NewAuditSocket, fds: list[int]) -> None:
+    async def _audit_source(self, _: messages.NewAuditSocket, fds: list[int]) -> None:
         self._audit.reconnect(socket.socket(fileno=fds.pop()))
         self._gauges.repeat()
 
 
-def _is_crash(ended: RunEnded) -> bool:
+def _is_crash(ended: messages.RunEnded) -> bool:
     """Whether the run was killed by its own doing: by a signal or for its memory. An exit code is no crash."""
-    own = ended.origin == Origin.PLUGIN and not ended.expected
-    return own and (ended.signal is not None or ended.cause == OUT_OF_MEMORY)
+    own = ended.origin == messages.Origin.PLUGIN and not ended.expected
+    return own and (ended.signal is not None or ended.cause == messages.OUT_OF_MEMORY)

@@ -11,24 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
+from host.control import daemon_types
 from host.control.alarms import Alarms
-from host.control.daemon_types import (
-    Controls,
-    DaemonGeneration,
-    DaemonSnapshot,
-    DaemonStatus,
-    Help,
-    Ledger,
-    Reload,
-    ReloadBegun,
-    Reloaded,
-    ServiceEntry,
-    ShowHelp,
-    ShowVersion,
-    SnapshotTaken,
-    Status,
-    Version,
-)
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.verbs import NOTIFICATIONS, listing, result_keys
 from host.database.store import Store
@@ -69,16 +53,16 @@ class DaemonVerbs:
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
-            Endpoint(Status, self.status),
-            Endpoint(Ledger, self.ledger),
-            Endpoint(ShowVersion, self.version),
-            Endpoint(ShowHelp, self.help),
-            Endpoint(Reload, self.reload),
-            Endpoint(DaemonGeneration, self.generation),
-            Endpoint(DaemonSnapshot, self.snapshot),
+            Endpoint(daemon_types.Status, self.status),
+            Endpoint(daemon_types.Ledger, self.ledger),
+            Endpoint(daemon_types.ShowVersion, self.version),
+            Endpoint(daemon_types.ShowHelp, self.help),
+            Endpoint(daemon_types.Reload, self.reload),
+            Endpoint(daemon_types.DaemonGeneration, self.generation),
+            Endpoint(daemon_types.DaemonSnapshot, self.snapshot),
         ]
 
-    async def status(self, _: Status, __: Caller) -> DaemonStatus:
+    async def status(self, _: daemon_types.Status, __: Caller) -> daemon_types.DaemonStatus:
         plugins = list(self._registry)
         paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
         failing = [p.name for p in plugins if self._dispatcher.status(p.name)["failing_since"] is not None]
@@ -104,20 +88,22 @@ class DaemonVerbs:
             "records_pending": self._audit.sent - self._audit.acked,
         }
 
-    async def _services(self) -> list[ServiceEntry]:
+    async def _services(self) -> list[daemon_types.ServiceEntry]:
         try:
-            return [cast(ServiceEntry, entry.to_json()) for entry in (await self._link.services()).services]
+            return [
+                cast(daemon_types.ServiceEntry, entry.to_json()) for entry in (await self._link.services()).services
+            ]
         except IsolatorError:
             return []
 
-    async def reload(self, _: Reload, __: Caller) -> ReloadBegun:
+    async def reload(self, _: daemon_types.Reload, __: Caller) -> daemon_types.ReloadBegun:
         return {"generation": (await self._link.reload()).generation}
 
-    async def generation(self, _: DaemonGeneration, __: Caller) -> Reloaded:
+    async def generation(self, _: daemon_types.DaemonGeneration, __: Caller) -> daemon_types.Reloaded:
         found = await self._link.generation()
         return {"generation": found.generation, "version": found.version, "refused": found.refused}
 
-    async def snapshot(self, request: DaemonSnapshot, caller: Caller) -> SnapshotTaken:
+    async def snapshot(self, request: daemon_types.DaemonSnapshot, caller: Caller) -> daemon_types.SnapshotTaken:
         if caller.uid != 0:
             raise DeniedError("daemon.snapshot", f"uid {caller.uid} could not read the copy", "run it as root")
         if not _SNAPSHOT_ID.fullmatch(request.id):
@@ -137,18 +123,18 @@ class DaemonVerbs:
             ) from None
         return {"file": place.name}
 
-    async def version(self, _: ShowVersion, __: Caller) -> Version:
+    async def version(self, _: daemon_types.ShowVersion, __: Caller) -> daemon_types.Version:
         return {"isolator": __version__, "protocols": list(API_MAJORS)}
 
-    async def help(self, request: ShowHelp, _: Caller) -> Help:
+    async def help(self, request: daemon_types.ShowHelp, _: Caller) -> daemon_types.Help:
         verbs = {verb: entry for verb, entry in listing().items() if request.verb in (None, verb)}
         if not verbs:
             near = nearest(str(request.verb), listing())
             raise NotFoundError(f"verb {request.verb}", "does not exist", f"did you mean {near}?" if near else "")
         return {"verbs": verbs, "notifications": {name: result_keys(keys) for name, keys in NOTIFICATIONS.items()}}
 
-    async def ledger(self, _: Ledger, __: Caller) -> Controls:
-        return cast(Controls, (await self._link.ledger()).to_json())
+    async def ledger(self, _: daemon_types.Ledger, __: Caller) -> daemon_types.Controls:
+        return cast(daemon_types.Controls, (await self._link.ledger()).to_json())
 
 
 def remove_snapshots(folder: Path) -> None:

@@ -5,19 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+from host.control import event_types
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
-from host.control.event_types import (
-    Deliveries,
-    Event,
-    EventDead,
-    EventEmit,
-    EventList,
-    EventReplay,
-    Events,
-    EventShow,
-    EventWait,
-    Replayed,
-)
 from host.delivery.dispatch import Dispatcher
 from host.events import OPERATIONAL, Catalogue
 from host.intake.intake import EventIntake
@@ -47,15 +36,15 @@ class EventVerbs:
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
-            QuickEndpoint(EventEmit, self.emit, full=self._intake.full, room=self._intake.room),
-            Endpoint(EventWait, self.wait),
-            Endpoint(EventList, self.list_newest),
-            Endpoint(EventShow, self.show),
-            Endpoint(EventDead, self.dead),
-            Endpoint(EventReplay, self.replay),
+            QuickEndpoint(event_types.EventEmit, self.emit, full=self._intake.full, room=self._intake.room),
+            Endpoint(event_types.EventWait, self.wait),
+            Endpoint(event_types.EventList, self.list_newest),
+            Endpoint(event_types.EventShow, self.show),
+            Endpoint(event_types.EventDead, self.dead),
+            Endpoint(event_types.EventReplay, self.replay),
         ]
 
-    def emit(self, request: EventEmit, caller: Caller, reply: Reply) -> None:
+    def emit(self, request: event_types.EventEmit, caller: Caller, reply: Reply) -> None:
         def done(accepted: Accepted | None, error: Exception | None) -> None:
             if accepted is None:
                 reply(None, error)
@@ -82,11 +71,11 @@ class EventVerbs:
             trace=request.trace,
         )
 
-    async def wait(self, request: EventWait, _: Caller) -> Event:
+    async def wait(self, request: event_types.EventWait, _: Caller) -> event_types.Event:
         event_id = self._queue.resolve(request.id)
         return self._with_reasons(await self._queue.wait(event_id, timeout=request.timeout))
 
-    async def list_newest(self, request: EventList, _: Caller) -> Events:
+    async def list_newest(self, request: event_types.EventList, _: Caller) -> event_types.Events:
         name = self._catalogue.need(request.event).name if request.event is not None else None
         if request.plugin is not None:
             self._registry.need(request.plugin)
@@ -95,10 +84,10 @@ class EventVerbs:
         )
         return {"events": [_event(row) for row in rows]}
 
-    async def show(self, request: EventShow, _: Caller) -> Event:
+    async def show(self, request: event_types.EventShow, _: Caller) -> event_types.Event:
         return self._with_reasons(self._queue.show(self._queue.resolve(request.id)))
 
-    def _with_reasons(self, row: EventRow) -> Event:
+    def _with_reasons(self, row: EventRow) -> event_types.Event:
         """The event, each delivery that waits with the reason."""
         event = _event(row)
         for delivery in event["deliveries"]:
@@ -106,13 +95,13 @@ class EventVerbs:
                 delivery["holding"] = self._dispatcher.status(delivery["plugin"])["holding"]
         return event
 
-    async def dead(self, request: EventDead, _: Caller) -> Deliveries:
+    async def dead(self, request: event_types.EventDead, _: Caller) -> event_types.Deliveries:
         if request.plugin is not None:
             self._registry.need(request.plugin)
         rows = await self._queue.list_dead(plugin=request.plugin, limit=request.limit)
-        return cast(Deliveries, {"deliveries": [_fields(row) for row in rows]})
+        return cast(event_types.Deliveries, {"deliveries": [_fields(row) for row in rows]})
 
-    async def replay(self, request: EventReplay, caller: Caller) -> Replayed:
+    async def replay(self, request: event_types.EventReplay, caller: Caller) -> event_types.Replayed:
         if request.plugin is not None:
             self._registry.need(request.plugin)
         event_id = self._queue.resolve(request.id)
@@ -126,8 +115,8 @@ class EventVerbs:
         return {"id": event_id, "plugins": plugins}
 
 
-def _event(row: EventRow) -> Event:
-    return cast(Event, {**_fields(row), "deliveries": [_fields(delivery) for delivery in row.deliveries]})
+def _event(row: EventRow) -> event_types.Event:
+    return cast(event_types.Event, {**_fields(row), "deliveries": [_fields(delivery) for delivery in row.deliveries]})
 
 
 def _fields(row: EventRow | DeliveryRow) -> dict[str, Any]:

@@ -8,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from host.control import mcp_types
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
-from host.control.mcp_types import (
-    ApprovedTools,
-    CalledTool,
-    ComparedTools,
-    McpApprove,
-    McpCall,
-    McpCancel,
-    McpOpen,
-    McpTools,
-    Tools,
-)
 from host.control.terms import Nothing
 from host.plugins.registry import Registry
 
@@ -36,20 +26,20 @@ class McpVerbs:
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
-            Endpoint(McpOpen, self.open),
-            Endpoint(McpCall, self.call),
-            Endpoint(McpCancel, self.cancel),
-            Endpoint(McpTools, self.tools),
-            Endpoint(McpApprove, self.approve),
+            Endpoint(mcp_types.McpOpen, self.open),
+            Endpoint(mcp_types.McpCall, self.call),
+            Endpoint(mcp_types.McpCancel, self.cancel),
+            Endpoint(mcp_types.McpTools, self.tools),
+            Endpoint(mcp_types.McpApprove, self.approve),
         ]
 
-    async def open(self, request: McpOpen, caller: Caller) -> Tools:
+    async def open(self, request: mcp_types.McpOpen, caller: Caller) -> mcp_types.Tools:
         instructions, tools, server = await self._servers().shown_to(request.name, caller.uid)
         return {
             "name": request.name, "server": server, "instructions": instructions, "tools": [dict(t) for t in tools],
         }  # fmt: skip
 
-    async def call(self, request: McpCall, caller: Caller) -> CalledTool:
+    async def call(self, request: mcp_types.McpCall, caller: Caller) -> mcp_types.CalledTool:
         def report(progress: Mapping[str, Any]) -> None:
             if caller.drained.is_set():  # whoever does not read misses some
                 caller.notify("mcp.progress", {"call": request.call, **progress})
@@ -58,13 +48,13 @@ class McpVerbs:
             request.name, request.tool, request.arguments, caller.uid, request.call,
             report if request.progress else None,
         )  # fmt: skip
-        return cast(CalledTool, answer)
+        return cast(mcp_types.CalledTool, answer)
 
-    async def cancel(self, request: McpCancel, caller: Caller) -> Nothing:
+    async def cancel(self, request: mcp_types.McpCancel, caller: Caller) -> Nothing:
         self._servers().cancel(caller.uid, request.call)
         return {}
 
-    async def tools(self, request: McpTools, _: Caller) -> ComparedTools:
+    async def tools(self, request: mcp_types.McpTools, _: Caller) -> mcp_types.ComparedTools:
         found, digest = await self._servers().inspect(request.name)
         granted = self._servers().granted(request.name)
         return {
@@ -78,5 +68,5 @@ class McpVerbs:
             ],
         }  # fmt: skip
 
-    async def approve(self, request: McpApprove, caller: Caller) -> ApprovedTools:
+    async def approve(self, request: mcp_types.McpApprove, caller: Caller) -> mcp_types.ApprovedTools:
         return {"approved": len(await self._servers().approve(request.name, request.digest, caller.by))}

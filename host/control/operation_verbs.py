@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
+from host.control import event_types
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
-from host.control.event_types import (
-    ChangedEvent,
-    EventCancel,
-    EventJobs,
-    EventRecover,
-    EventRetry,
-    EventSkip,
-    Recovery,
-    RecoveryJobs,
-)
 from host.control.plugin_types import PauseChange, PluginPause, PluginResume
 from host.delivery.dispatch import Dispatcher
 from host.intake.jobs import JOB, Jobs
@@ -38,11 +29,11 @@ class OperationVerbs:
         return [
             Endpoint(PluginPause, self.pause),
             Endpoint(PluginResume, self.resume),
-            Endpoint(EventRetry, self.retry),
-            Endpoint(EventSkip, self.skip),
-            Endpoint(EventCancel, self.cancel),
-            Endpoint(EventRecover, self.recover),
-            Endpoint(EventJobs, self.jobs),
+            Endpoint(event_types.EventRetry, self.retry),
+            Endpoint(event_types.EventSkip, self.skip),
+            Endpoint(event_types.EventCancel, self.cancel),
+            Endpoint(event_types.EventRecover, self.recover),
+            Endpoint(event_types.EventJobs, self.jobs),
         ]
 
     async def pause(self, request: PluginPause, caller: Caller) -> PauseChange:
@@ -53,7 +44,7 @@ class OperationVerbs:
         name = self._registry.need(request.name).name
         return {"paused": False, "changed": await self._dispatcher.resume(name, caller.by) is not None}
 
-    async def retry(self, request: EventRetry, caller: Caller) -> ChangedEvent:
+    async def retry(self, request: event_types.EventRetry, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         change = self._recorded(EventRetried, event_id, caller)
         changed = await self._queue.retry(event_id, request.plugin, change.note)
@@ -62,12 +53,12 @@ class OperationVerbs:
             self._dispatcher.wake(one.plugin)
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
-    async def skip(self, request: EventSkip, caller: Caller) -> ChangedEvent:
+    async def skip(self, request: event_types.EventSkip, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         result = Result("skipped", "operator", f"skipped by {caller.by}")
         return await self._end(EventSkipped, event_id, request.plugin, result, caller)
 
-    async def cancel(self, request: EventCancel, caller: Caller) -> ChangedEvent:
+    async def cancel(self, request: event_types.EventCancel, caller: Caller) -> event_types.ChangedEvent:
         if request.id.startswith(JOB):
             job = await self._jobs.cancel(request.id)
             return {"id": job.id, "plugins": [job.plugin]}
@@ -78,13 +69,13 @@ class OperationVerbs:
     async def _end(
         self, kind: type[EventSkipped | EventCancelled], event_id: str, plugin: str | None, result: Result,
         caller: Caller,
-    ) -> ChangedEvent:  # fmt: skip
+    ) -> event_types.ChangedEvent:  # fmt: skip
         change = self._recorded(kind, event_id, caller)
         changed = await self._queue.end(event_id, plugin, result, change.note)
         change.pay()
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
-    async def recover(self, request: EventRecover, caller: Caller) -> Recovery:
+    async def recover(self, request: event_types.EventRecover, caller: Caller) -> event_types.Recovery:
         plugin = self._registry.need(request.plugin)
         both = not request.dead and not request.missed
         dead, missed = request.dead or both, request.missed or both
@@ -96,7 +87,7 @@ class OperationVerbs:
         begun = await self._jobs.begin(job, request.rate, caller.by)
         return {"job": begun.id, "plugin": plugin.name, "count": begun.total}
 
-    async def jobs(self, _: EventJobs, __: Caller) -> RecoveryJobs:
+    async def jobs(self, _: event_types.EventJobs, __: Caller) -> event_types.RecoveryJobs:
         return {
             "jobs": [
                 {

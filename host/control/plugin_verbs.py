@@ -6,25 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from host.control import plugin_types
 from host.control.alarms import Alarms
 from host.control.config_verbs import config_items
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
-from host.control.plugin_types import (
-    Explanation,
-    ListedPlugin,
-    ListedPlugins,
-    LogLines,
-    PluginExplain,
-    PluginList,
-    PluginLogs,
-    PluginRestart,
-    PluginShow,
-    PluginStart,
-    PluginStop,
-    ShownPlugin,
-    StartedRun,
-)
 from host.control.terms import Nothing
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Pinged, Watches
@@ -59,20 +45,20 @@ class PluginVerbs:
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
-            Endpoint(PluginList, self.list_all),
-            Endpoint(PluginShow, self.show),
+            Endpoint(plugin_types.PluginList, self.list_all),
+            Endpoint(plugin_types.PluginShow, self.show),
             Endpoint(PluginHealth, self.health),
-            Endpoint(PluginExplain, self.explain),
-            Endpoint(PluginLogs, self.logs),
-            Endpoint(PluginStart, self.start),
-            Endpoint(PluginStop, self.stop),
-            Endpoint(PluginRestart, self.restart),
+            Endpoint(plugin_types.PluginExplain, self.explain),
+            Endpoint(plugin_types.PluginLogs, self.logs),
+            Endpoint(plugin_types.PluginStart, self.start),
+            Endpoint(plugin_types.PluginStop, self.stop),
+            Endpoint(plugin_types.PluginRestart, self.restart),
         ]
 
-    async def list_all(self, _: PluginList, __: Caller) -> ListedPlugins:
+    async def list_all(self, _: plugin_types.PluginList, __: Caller) -> plugin_types.ListedPlugins:
         return {"plugins": [self._listed(entry) for entry in await self._entries()], "alarms": self._alarms.lines()}
 
-    async def show(self, request: PluginShow, _: Caller) -> ShownPlugin:
+    async def show(self, request: plugin_types.PluginShow, _: Caller) -> plugin_types.ShownPlugin:
         plugin = self._registry.need(request.name)
         entry = next((e for e in await self._entries() if e.get("name") == plugin.name), plugin.raw)
         manifest, log = plugin.manifest, self._logs.of(plugin.name)
@@ -94,7 +80,7 @@ class PluginVerbs:
         entries = [entry for entry in await self._entries() if name is None or entry.get("name") == name]
         return {"plugins": [self._health(self._listed(entry)) for entry in entries]}
 
-    def _health(self, listed: ListedPlugin) -> PluginHealthEntry:
+    def _health(self, listed: plugin_types.ListedPlugin) -> PluginHealthEntry:
         name = listed["name"]
         pinged = self._watches.last(name)
         if pinged is not None and pinged.run != listed["run"]:
@@ -105,10 +91,12 @@ class PluginVerbs:
         held_by = self._queue.consumer(name).held_by if self._registry.get(name) is not None else None
         return cast(PluginHealthEntry, {**shown, "healthy": why is None, "why": why, "held_by": held_by, "ping": ping})
 
-    async def explain(self, request: PluginExplain, _: Caller) -> Explanation:
-        return cast(Explanation, (await self._link.explain(self._registry.need(request.name).name)).to_json())
+    async def explain(self, request: plugin_types.PluginExplain, _: Caller) -> plugin_types.Explanation:
+        return cast(
+            plugin_types.Explanation, (await self._link.explain(self._registry.need(request.name).name)).to_json()
+        )
 
-    async def logs(self, request: PluginLogs, caller: Caller) -> LogLines:
+    async def logs(self, request: plugin_types.PluginLogs, caller: Caller) -> plugin_types.LogLines:
         log = self._logs.of(self._registry.need(request.name).name)
         lines = log.read(request.lines)
         if request.follow:
@@ -117,15 +105,15 @@ class PluginVerbs:
             caller.on_close.append(log.follow(bounded(caller.drained, caller.notify)))
         return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
 
-    async def start(self, request: PluginStart, _: Caller) -> StartedRun:
+    async def start(self, request: plugin_types.PluginStart, _: Caller) -> plugin_types.StartedRun:
         run = await self._link.ensure_run(self._registry.need(request.name).name, "operator")
         return {"run": run.run, "pid": run.pid}
 
-    async def stop(self, request: PluginStop, _: Caller) -> Nothing:
+    async def stop(self, request: plugin_types.PluginStop, _: Caller) -> Nothing:
         await self._link.stop_run(self._registry.need(request.name).name, "operator")
         return {}
 
-    async def restart(self, request: PluginRestart, _: Caller) -> StartedRun:
+    async def restart(self, request: plugin_types.PluginRestart, _: Caller) -> plugin_types.StartedRun:
         run = await self._link.restart_run(self._registry.need(request.name).name, "restart")
         return {"run": run.run, "pid": run.pid}
 
@@ -136,7 +124,7 @@ class PluginVerbs:
         except IsolatorError:
             return [plugin.raw for plugin in self._registry]
 
-    def _listed(self, entry: Mapping[str, Any]) -> ListedPlugin:
+    def _listed(self, entry: Mapping[str, Any]) -> plugin_types.ListedPlugin:
         name = str(entry.get("name"))
         plugin = self._registry.get(name)
         shown = {key: value for key, value in entry.items() if key not in ("manifest", "effective")}
@@ -147,10 +135,10 @@ class PluginVerbs:
         effective = plugin.effective.resources if plugin is not None and plugin.effective is not None else None
         shown["caps"] = effective and {"memory": effective.memory, "cpu": effective.cpu, "tasks": effective.tasks}
         shown["queue"] = self._queue.consumer(name).depth if plugin is not None else 0
-        return cast(ListedPlugin, shown | self._dispatcher.status(name))
+        return cast(plugin_types.ListedPlugin, shown | self._dispatcher.status(name))
 
 
-def _trouble(listed: ListedPlugin, pinged: Pinged | None) -> str | None:
+def _trouble(listed: plugin_types.ListedPlugin, pinged: Pinged | None) -> str | None:
     """The first thing that keeps a plugin from doing its work, in one line; None if nothing is known."""
     state, last = listed["state"], listed["last"]
     if state not in _SERVING:

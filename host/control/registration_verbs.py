@@ -10,25 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from host.control import plugin_types
 from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
-from host.control.plugin_types import (
-    ApprovedPlugin,
-    ChangedPlugin,
-    PluginApprove,
-    PluginCommit,
-    PluginDisable,
-    PluginDiscard,
-    PluginEnable,
-    PluginEntry,
-    PluginReject,
-    PluginRemove,
-    PluginRollback,
-    PluginStage,
-    PluginUpdate,
-    RegisteredPlugin,
-    StagedPlugin,
-    UpdatedPlugin,
-)
 from host.control.terms import Nothing
 from host.delivery.modes import check_mode
 from host.events import Catalogue
@@ -81,19 +64,19 @@ class RegistrationVerbs:
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
-            Endpoint(PluginStage, self.stage),
-            Endpoint(PluginCommit, self.commit),
-            Endpoint(PluginUpdate, self.update),
-            Endpoint(PluginDiscard, self.discard),
-            Endpoint(PluginApprove, self.approve),
-            Endpoint(PluginReject, self.reject),
-            Endpoint(PluginRollback, self.roll_back),
-            Endpoint(PluginEnable, self.enable),
-            Endpoint(PluginDisable, self.disable),
-            Endpoint(PluginRemove, self.remove),
+            Endpoint(plugin_types.PluginStage, self.stage),
+            Endpoint(plugin_types.PluginCommit, self.commit),
+            Endpoint(plugin_types.PluginUpdate, self.update),
+            Endpoint(plugin_types.PluginDiscard, self.discard),
+            Endpoint(plugin_types.PluginApprove, self.approve),
+            Endpoint(plugin_types.PluginReject, self.reject),
+            Endpoint(plugin_types.PluginRollback, self.roll_back),
+            Endpoint(plugin_types.PluginEnable, self.enable),
+            Endpoint(plugin_types.PluginDisable, self.disable),
+            Endpoint(plugin_types.PluginRemove, self.remove),
         ]
 
-    async def stage(self, request: PluginStage, caller: Caller) -> StagedPlugin:
+    async def stage(self, request: plugin_types.PluginStage, caller: Caller) -> plugin_types.StagedPlugin:
         wanted = ("path", "name", "binary", "hooks", "files", "update", "ticket")
         given = {k: v for k in wanted if (v := getattr(request, k)) is not None}
         resolved = _resolved(request.resolved) if request.resolved is not None else None
@@ -128,7 +111,7 @@ class RegistrationVerbs:
             "secrets_given": sorted(spec.key for spec, _ in checked.values() if spec.secret),
             "mode": manifest.transport.mode,
         }
-        return cast(StagedPlugin, shown)
+        return cast(plugin_types.StagedPlugin, shown)
 
     def _keep(self, caller: Caller, token: str, staged: _Staged) -> None:
         """Keep what was staged as long as the caller's connection."""
@@ -138,7 +121,7 @@ class RegistrationVerbs:
             if token not in self._staged:
                 return None
             data = {"token": token, "digest": staged.digest, "text": to_text(staged.text), "name": staged.name}
-            return Belonging(verb=PluginStage.spec.verb, data=data)
+            return Belonging(verb=plugin_types.PluginStage.spec.verb, data=data)
 
         caller.on_close.append(lambda: self._abandon(token))
         caller.belongings.append(belonging)
@@ -180,7 +163,7 @@ class RegistrationVerbs:
                 why = f"{hook} has no field {name!r}" + (f"; did you mean {near!r}?" if near else "")
                 raise UsageError(where, why, f"known: {', '.join(known)}")
 
-    async def commit(self, request: PluginCommit, caller: Caller) -> RegisteredPlugin:
+    async def commit(self, request: plugin_types.PluginCommit, caller: Caller) -> plugin_types.RegisteredPlugin:
         staged = self._staged.get(request.token)
         if staged is None:
             raise UsageError("plugin add", "nothing is staged under that token", "add it again")
@@ -202,7 +185,7 @@ class RegistrationVerbs:
                 raise
             return await self._registered(request, staged.manifest, answer, caller)
 
-    async def update(self, request: PluginUpdate, caller: Caller) -> UpdatedPlugin:
+    async def update(self, request: plugin_types.PluginUpdate, caller: Caller) -> plugin_types.UpdatedPlugin:
         staged = self._staged.get(request.token)
         if staged is None:
             raise UsageError("plugin update", "nothing is staged under that token", "run it again")
@@ -220,60 +203,65 @@ class RegistrationVerbs:
             updated = answer.to_json() | await self._registered(request, manifest, answer, caller)
             if request.config and updated.get("unchanged"):
                 await self._lifecycle.restart_for_config(self._registry.need(name), sorted(request.config))
-            return cast(UpdatedPlugin, updated)
+            return cast(plugin_types.UpdatedPlugin, updated)
 
     async def _registered(
-        self, request: PluginCommit | PluginUpdate, manifest: Manifest, answer: messages.OnePlugin, caller: Caller
-    ) -> RegisteredPlugin:
+        self,
+        request: plugin_types.PluginCommit | plugin_types.PluginUpdate,
+        manifest: Manifest,
+        answer: messages.OnePlugin,
+        caller: Caller,
+    ) -> plugin_types.RegisteredPlugin:
         name = manifest.core.name
         self._staged.pop(request.token, None)
         if request.config:
             keys, waits = sorted(request.config), isinstance(answer, messages.UpdatedPlugin) and answer.pending
             self._audit.record(ConfigChanged(names=keys, by=caller.by, waits=waits), plugin=name)
         plugin = await self._lifecycle.adopt(answer.plugin)
-        await self._lifecycle.registered(plugin, new=isinstance(request, PluginCommit))
+        await self._lifecycle.registered(plugin, new=isinstance(request, plugin_types.PluginCommit))
         missing = self._config.missing(name, plugin.manifest or manifest)
         self._lifecycle.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
 
-    async def discard(self, request: PluginDiscard, _: Caller) -> Nothing:
+    async def discard(self, request: plugin_types.PluginDiscard, _: Caller) -> Nothing:
         self._abandon(request.token)
         return {}
 
-    async def approve(self, request: PluginApprove, caller: Caller) -> ApprovedPlugin:
+    async def approve(self, request: plugin_types.PluginApprove, caller: Caller) -> plugin_types.ApprovedPlugin:
         found = self._registry.need(request.name).raw.get("found")
         if found:
-            staged = await self.stage(PluginStage(path=found), caller)
+            staged = await self.stage(plugin_types.PluginStage(path=found), caller)
             if request.digest and request.digest != staged["digest"]:
                 self._abandon(staged["token"])
                 raise UsageError(f"plugin {request.name}", "something else is in its folder now", "look at it again")
             return cast(
-                ApprovedPlugin, await self.commit(PluginCommit(token=staged["token"], ticket=request.ticket), caller)
+                plugin_types.ApprovedPlugin,
+                await self.commit(plugin_types.PluginCommit(token=staged["token"], ticket=request.ticket), caller),
             )
         changed = await self._change(
             request.name, lambda name: self._link.approve(name, request.ticket, request.digest)
         )
-        return cast(ApprovedPlugin, changed)
+        return cast(plugin_types.ApprovedPlugin, changed)
 
-    async def reject(self, request: PluginReject, _: Caller) -> ChangedPlugin:
+    async def reject(self, request: plugin_types.PluginReject, _: Caller) -> plugin_types.ChangedPlugin:
         waiting = self._registry.need(request.name).raw.get("pending")
         answer = await self._change(request.name, lambda name: self._link.reject(name, request.ticket))
         if waiting:
             self._config.drop_next(request.name, str(waiting["digest"]))
         return answer
 
-    async def roll_back(self, request: PluginRollback, _: Caller) -> ChangedPlugin:
+    async def roll_back(self, request: plugin_types.PluginRollback, _: Caller) -> plugin_types.ChangedPlugin:
         return await self._change(request.name, lambda name: self._link.roll_back(name, request.ticket, request.to))
 
-    async def enable(self, request: PluginEnable, _: Caller) -> ChangedPlugin:
+    async def enable(self, request: plugin_types.PluginEnable, _: Caller) -> plugin_types.ChangedPlugin:
         answer = await self._change(request.name, lambda name: self._link.enable(name, request.ticket))
         self._lifecycle.start_if_eager(self._registry.need(request.name))
         return answer
 
-    async def disable(self, request: PluginDisable, _: Caller) -> ChangedPlugin:
+    async def disable(self, request: plugin_types.PluginDisable, _: Caller) -> plugin_types.ChangedPlugin:
         return await self._change(request.name, self._link.disable)
 
-    async def remove(self, request: PluginRemove, _: Caller) -> Nothing:
+    async def remove(self, request: plugin_types.PluginRemove, _: Caller) -> Nothing:
         name = self._registry.need(request.name).name
         async with self._locks[name]:
             self._registry.need(name)
@@ -283,7 +271,9 @@ class RegistrationVerbs:
                 await self._lifecycle.removed(name)
             return {}
 
-    async def _change(self, name: str, change: Callable[[str], Awaitable[messages.OnePlugin]]) -> ChangedPlugin:
+    async def _change(
+        self, name: str, change: Callable[[str], Awaitable[messages.OnePlugin]]
+    ) -> plugin_types.ChangedPlugin:
         """Have the supervisor change a registered plugin, and take over its entry."""
         self._registry.need(name)
         async with self._locks[name]:
@@ -317,8 +307,11 @@ def _deaf(proposal: Mapping[str, Any]) -> list[str]:
     return [f"it will never receive an event: {why}"]
 
 
-def _shown(plugin: Plugin) -> PluginEntry:
-    return cast(PluginEntry, {key: value for key, value in plugin.raw.items() if key not in ("manifest", "effective")})
+def _shown(plugin: Plugin) -> plugin_types.PluginEntry:
+    return cast(
+        plugin_types.PluginEntry,
+        {key: value for key, value in plugin.raw.items() if key not in ("manifest", "effective")},
+    )
 
 
 def _read_all(fds: list[int]) -> bytes:

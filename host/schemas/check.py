@@ -11,7 +11,10 @@ from host.schemas.shape import Choice, Many, Record, Scalar, Shape, Table
 from isolator.base.core import SchemaError, SchemaValidator
 from isolator.errors import UsageError
 
-_KINDS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "object": "dict"}
+_KINDS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
+_STRICT = {"strict": True}
+"""No value is made of one of another type. The setting of the whole does not reach what is named."""
+_OBJECT = {"type": "dict", "keys_schema": {"type": "str", **_STRICT}, **_STRICT}
 _SIZES = {"maxLength": "max_length", "minLength": "min_length"}
 _RANGE = {"minimum": "ge", "maximum": "le"}
 _LIMITS = {"string": {**_SIZES, "pattern": "pattern"}, "integer": _RANGE, "number": _RANGE, "object": _SIZES}
@@ -27,7 +30,7 @@ def check_of(event: str, shape: Record) -> SchemaValidator:
     try:
         top = maker.schema(shape)
         whole: Any = {"type": "definitions", "schema": top, "definitions": list(maker.records.values())}
-        return SchemaValidator(whole, {"strict": True})
+        return SchemaValidator(whole)
     except (SchemaError, ValueError) as error:
         lines = str(error).strip().splitlines()
         why = lines[-1 if isinstance(error, SchemaError) else 0].strip()
@@ -46,19 +49,19 @@ class _Maker:
                 ref = f"{shape.name}:{id(shape)}"
                 if id(shape) not in self.records:
                     fields = {key: self._field(one.shape, one.required) for key, one in shape.fields.items()}
-                    record = {"type": "typed-dict", "fields": fields, "extra_behavior": "forbid"}
+                    record = {"type": "typed-dict", "fields": fields, "extra_behavior": "forbid", **_STRICT}
                     self.records[id(shape)] = {**_after(_present, record), "ref": ref}
                 return {"type": "definition-ref", "schema_ref": ref}
             case Table():
-                return {"type": "dict", "keys_schema": {"type": "str"}, "values_schema": self.schema(shape.value)}
+                return {**_OBJECT, "values_schema": self.schema(shape.value)}
             case Choice():
                 return {"type": "literal", "expected": list(shape.values)}
             case Many():
-                return {"type": "list", "items_schema": self.schema(shape.item), **_limits(shape.limits, _LENGTHS)}
+                limits = _limits(shape.limits, _LENGTHS)
+                return {"type": "list", "items_schema": self.schema(shape.item), **limits, **_STRICT}
             case Scalar():
-                plain = {"type": _KINDS[shape.kind], **_limits(shape.limits, _LIMITS.get(shape.kind, {}))}
-                if shape.kind == "object":
-                    plain["keys_schema"] = {"type": "str"}
+                kind = _OBJECT if shape.kind == "object" else {"type": _KINDS[shape.kind], **_STRICT}
+                plain = {**kind, **_limits(shape.limits, _LIMITS.get(shape.kind, {}))}
                 return _after(shape.then, plain) if shape.then is not None else plain
 
     def _field(self, shape: Shape, required: bool) -> dict[str, Any]:

@@ -20,21 +20,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from isolator.audit import schema
 from isolator.audit.record import Incoming
-from isolator.audit.schema import (
-    RECORDS,
-    EventDispatched,
-    EventResponse,
-    NetClosed,
-    NetConnect,
-    ToolCalled,
-    ToolStarted,
-)
 from isolator.ipc.body import Body
 
-TAGGED = frozenset(type for type, kind in RECORDS.items() if kind.CAUSED)
-_BEGINS = (EventDispatched.TYPE, ToolStarted.TYPE)
-_ENDS = (EventResponse.TYPE, ToolCalled.TYPE)
+TAGGED = frozenset(type for type, kind in schema.RECORDS.items() if kind.CAUSED)
+_BEGINS = (schema.EventDispatched.TYPE, schema.ToolStarted.TYPE)
+_ENDS = (schema.EventResponse.TYPE, schema.ToolCalled.TYPE)
 _LINGER_NS = 30 * 10**9
 _MAX_OPEN_NS = 3600 * 10**9
 _MAX_WINDOWS = 4096
@@ -180,13 +172,13 @@ class Causes:
             return
         flow = record.data.get("flow")
         key = (record.run, str(flow))
-        if record.type == NetClosed.TYPE and flow is not None and key in self._flows:
+        if record.type == schema.NetClosed.TYPE and flow is not None and key in self._flows:
             causes = self._flows.pop(key)
         else:
             at = now if record.happened is None else record.happened
             began = at if record.began is None else min(record.began, at)
             causes = self._open_between(record.plugin, record.run, began, at)
-            if record.type == NetConnect.TYPE and flow is not None:
+            if record.type == schema.NetConnect.TYPE and flow is not None:
                 self._flows[key] = causes
                 if len(self._flows) > _MAX_FLOWS:
                     self._flows.popitem(last=False)

@@ -11,22 +11,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from isolator.audit import schema
 from isolator.audit.failures import failure
 from isolator.audit.record import Incoming
-from isolator.audit.schema import (
-    ApiCalled,
-    EventDead,
-    EventQuarantined,
-    FsDenied,
-    NetDenied,
-    NetQuery,
-    PluginCrashed,
-    PluginFailed,
-    PluginPending,
-    PluginQuarantined,
-    PluginRejected,
-    SyscallDenied,
-)
 from isolator.base.pacing import TokenBucket
 
 BURST, RATE = 20.0, 20.0 / 3600
@@ -36,20 +23,20 @@ PLUGINS, KINDS = 4096, 16_384
 
 _Data = dict[str, Any]
 _EVENTS: dict[str, tuple[int, Callable[[_Data], str]]] = {
-    PluginCrashed.TYPE: (logging.WARNING, lambda d: f"ended: {d.get('reason') or d.get('cause')}"),
-    PluginFailed.TYPE: (logging.ERROR, lambda d: f"failed: {d.get('reason')}; isolator plugin start"),
-    PluginQuarantined.TYPE: (logging.ERROR, lambda d: f"is not started again by itself: {d.get('reason')}"),
-    PluginRejected.TYPE: (logging.ERROR, lambda d: f"refused: {d.get('reason')}"),
-    PluginPending.TYPE: (logging.WARNING, lambda d: f"{d.get('version')} waits; isolator plugin approve"),
-    EventQuarantined.TYPE: (logging.ERROR, lambda d: f"event set aside: {d.get('reason')}; isolator event dead"),
-    EventDead.TYPE: (logging.WARNING, lambda d: f"event given up: {d.get('reason')}; isolator event dead"),
+    schema.PluginCrashed.TYPE: (logging.WARNING, lambda d: f"ended: {d.get('reason') or d.get('cause')}"),
+    schema.PluginFailed.TYPE: (logging.ERROR, lambda d: f"failed: {d.get('reason')}; isolator plugin start"),
+    schema.PluginQuarantined.TYPE: (logging.ERROR, lambda d: f"is not started again by itself: {d.get('reason')}"),
+    schema.PluginRejected.TYPE: (logging.ERROR, lambda d: f"refused: {d.get('reason')}"),
+    schema.PluginPending.TYPE: (logging.WARNING, lambda d: f"{d.get('version')} waits; isolator plugin approve"),
+    schema.EventQuarantined.TYPE: (logging.ERROR, lambda d: f"event set aside: {d.get('reason')}; isolator event dead"),
+    schema.EventDead.TYPE: (logging.WARNING, lambda d: f"event given up: {d.get('reason')}; isolator event dead"),
 }
 _DENIALS: dict[str, tuple[str, str]] = {
-    NetDenied.TYPE: ("connection", "rule"),
-    NetQuery.TYPE: ("lookup", "rule"),
-    SyscallDenied.TYPE: ("system call", "call"),
-    FsDenied.TYPE: ("file", "path"),
-    ApiCalled.TYPE: ("host API", "method"),
+    schema.NetDenied.TYPE: ("connection", "rule"),
+    schema.NetQuery.TYPE: ("lookup", "rule"),
+    schema.SyscallDenied.TYPE: ("system call", "call"),
+    schema.FsDenied.TYPE: ("file", "path"),
+    schema.ApiCalled.TYPE: ("host API", "method"),
 }
 _REFUSED = frozenset({"denied", "withheld", "limited", "unknown"})
 

@@ -19,34 +19,19 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from isolator.audit import schema
 from isolator.audit.files import LIVE, begun, first_line, hash_of, last_line, prev_of, rotated, seq_of
 from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
-from isolator.audit.schema import (
-    AUDIT,
-    AuditGap,
-    AuditSeal,
-    EventDispatched,
-    EventResponse,
-    ExecEnded,
-    ExecStarted,
-    HostStopped,
-    PluginCrashed,
-    PluginStarted,
-    PluginStopped,
-    RunEnded,
-    RunStarted,
-    ToolCalled,
-    ToolStarted,
-)
 from isolator.linux.files import read_plain
 
 HEAD_NAME = "head.json"
 _HEAD_MOST = 4096
-_SEAL_MARK = f'"type":"{AuditSeal.TYPE}","origin":"{AUDIT}"'.encode()
+_SEAL_MARK = f'"type":"{schema.AuditSeal.TYPE}","origin":"{schema.AUDIT}"'.encode()
 _SEAL_BEGIN = re.compile(rb'\{"seq":[1-9][0-9]{0,17},"time":"[^"]*",' + re.escape(_SEAL_MARK))
 """Beginning of a seal's line. The mark alone proves nothing: an object in the ``data`` of any record may spell it."""
 _DELIVERY_MARKS = tuple(
-    f'"type":"{kind.TYPE}"'.encode() for kind in (EventDispatched, EventResponse, ToolStarted, ToolCalled)
+    f'"type":"{kind.TYPE}"'.encode()
+    for kind in (schema.EventDispatched, schema.EventResponse, schema.ToolStarted, schema.ToolCalled)
 )
 _WINDOW = 4 << 20
 
@@ -94,7 +79,7 @@ def read_head(path: Path) -> Head | None:
     return Head(seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
 
 
-def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) -> ChainEnd:
+def recover(fd: int, directory: Path, head: Head | None, notes: list[schema.AuditGap]) -> ChainEnd:
     """Read the end of the trail; cuts a torn end off the live file ``fd`` (open for reading and writing).
 
     Faults are added to ``notes``, to be recorded. More than one torn line is kept beside the trail, as
@@ -119,7 +104,7 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
         if known and (seq != end.seq + 1 or prev_of(line) != end.hash):
             break
         if not known and start + scan_from == 0 and before is not None and prev_of(line) != end.hash:
-            notes.append(AuditGap(count=0, why="the live file does not continue the file before it"))
+            notes.append(schema.AuditGap(count=0, why="the live file does not continue the file before it"))
         _advance(end, line)
         known[seq] = end.hash
         good += len(line) + 1
@@ -139,7 +124,7 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[AuditGap]) 
         _cut_off(end, fd, good, rest, directory, notes)
     if head is None and end.seq:
         why = "the writer's note of its last record was missing: only seals vouch for what is before"
-        notes.append(AuditGap(count=0, why=why))
+        notes.append(schema.AuditGap(count=0, why=why))
     return end
 
 
@@ -187,7 +172,7 @@ def _advance(end: ChainEnd, line: bytes) -> None:
     if record is None:
         return
     end.seq, end.hash = record.seq, hash_of(line)
-    if record.type == AuditSeal.TYPE:
+    if record.type == schema.AuditSeal.TYPE:
         end.sealed = record.seq - 1
         origins = record.data.get("origins")
         if isinstance(origins, dict):
@@ -205,9 +190,9 @@ def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | N
     """Update ``runs``, those without an end, with one more record of the trail."""
     if run is None:
         return
-    if kind in (PluginStarted.TYPE, ExecStarted.TYPE, RunStarted.TYPE) and plugin is not None:
+    if kind in (schema.PluginStarted.TYPE, schema.ExecStarted.TYPE, schema.RunStarted.TYPE) and plugin is not None:
         runs[run] = plugin
-    elif kind in (PluginStopped.TYPE, PluginCrashed.TYPE, ExecEnded.TYPE, RunEnded.TYPE):
+    elif kind in (schema.PluginStopped.TYPE, schema.PluginCrashed.TYPE, schema.ExecEnded.TYPE, schema.RunEnded.TYPE):
         runs.pop(run, None)
 
 
@@ -223,7 +208,7 @@ def _ends_with_a_stop(data: bytes) -> bool:
     for line in reversed(data.split(b"\n")):
         record = parse(line)
         if record is not None and not record.type.startswith("audit."):
-            return record.type == HostStopped.TYPE
+            return record.type == schema.HostStopped.TYPE
     return True
 
 
@@ -236,14 +221,14 @@ def _replayed(record: Record) -> Incoming:
         record.run,
         record.event_id,
         record.delivery_id,
-        happened=0 if record.type == EventDispatched.TYPE else None,
+        happened=0 if record.type == schema.EventDispatched.TYPE else None,
     )
 
 
-def _resume_at_head(end: ChainEnd, head: Head, notes: list[AuditGap]) -> None:
+def _resume_at_head(end: ChainEnd, head: Head, notes: list[schema.AuditGap]) -> None:
     missing = max(0, head.seq - end.seq)
     notes.append(
-        AuditGap(
+        schema.AuditGap(
             count=missing,
             why="the trail was cut or changed while nobody wrote it"
             if missing
@@ -256,8 +241,8 @@ def _resume_at_head(end: ChainEnd, head: Head, notes: list[AuditGap]) -> None:
     end.sealed = min(end.sealed, head.seq)
 
 
-def _cut_off(end: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, notes: list[AuditGap]) -> None:
-    gap = AuditGap(
+def _cut_off(end: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, notes: list[schema.AuditGap]) -> None:
+    gap = schema.AuditGap(
         count=1,
         why="torn last record: its writer died in the middle of writing it",
         bytes=len(rest),
@@ -270,7 +255,7 @@ def _cut_off(end: ChainEnd, fd: int, good: int, rest: bytes, directory: Path, no
             file.write(rest)
             os.fsync(file.fileno())
         count, why = rest.count(b"\n") + 1, "the end of the file was no chain of records"
-        gap = AuditGap(**{**gap.data, "count": count, "why": why, "kept": kept.name})
+        gap = schema.AuditGap(**{**gap.data, "count": count, "why": why, "kept": kept.name})
     os.ftruncate(fd, good)
     os.fdatasync(fd)
     end.size = good

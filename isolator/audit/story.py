@@ -18,37 +18,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from isolator.audit import schema
 from isolator.audit.failures import failure
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
-from isolator.audit.schema import (
-    ApiCalled,
-    EventAccepted,
-    EventCancelled,
-    EventDead,
-    EventDispatched,
-    EventQuarantined,
-    EventReplayed,
-    EventResponse,
-    EventRetried,
-    EventSkipped,
-    FsDenied,
-    NetClosed,
-    NetConnect,
-    NetDenied,
-    NetQuery,
-    PluginCrashed,
-    PluginFailed,
-    PluginStarted,
-    PluginStopped,
-    SyscallDenied,
-    ToolCalled,
-    ToolStarted,
-)
 from isolator.audit.text import printable, value_text
 
 WIDTH = 80
-_STARTS = (PluginStarted.TYPE, PluginCrashed.TYPE, PluginFailed.TYPE, PluginStopped.TYPE)
+_STARTS = (schema.PluginStarted.TYPE, schema.PluginCrashed.TYPE, schema.PluginFailed.TYPE, schema.PluginStopped.TYPE)
 _WHAT = 15
 _REPLY = 240
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined")
@@ -155,58 +132,60 @@ def _ended(data: dict[str, Any]) -> str:
 
 
 _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
-    EventAccepted.TYPE: lambda d: _listed(
+    schema.EventAccepted.TYPE: lambda d: _listed(
         _field(d, "event"), _field(d, "subject"), _bytes(d, "bytes"), _field(d, "by", "by {}")
     ),
-    EventDispatched.TYPE: lambda d: _listed(
+    schema.EventDispatched.TYPE: lambda d: _listed(
         _field(d, "attempt", "attempt {}"), _bytes(d, "request_bytes"), _ms(d, "queued_us", "queued {}")
     ),
-    EventResponse.TYPE: lambda d: _listed(
+    schema.EventResponse.TYPE: lambda d: _listed(
         _field(d, "outcome"),
         _field(d, "status", "status {}") if d.get("status") != d.get("outcome") else "",
         _ms(d, "latency_us", "after {}"),
         _field(d, "detail"),
         _reply(d),
     ),
-    ToolStarted.TYPE: lambda d: _listed(_field(d, "tool"), _field(d, "uid", "by uid {}")),
-    ToolCalled.TYPE: lambda d: _listed(
+    schema.ToolStarted.TYPE: lambda d: _listed(_field(d, "tool"), _field(d, "uid", "by uid {}")),
+    schema.ToolCalled.TYPE: lambda d: _listed(
         _field(d, "tool"), _field(d, "outcome"), _ms(d, "latency_us", "after {}"), _field(d, "detail")
     ),
-    EventDead.TYPE: lambda d: _listed("given up", _sentence(d, "reason"), _attempts(d.get("attempts"))),
-    EventQuarantined.TYPE: lambda d: _listed(_sentence(d, "reason"), _attempts(d.get("attempts"))),
-    EventReplayed.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
-    EventRetried.TYPE: lambda d: _listed(_field(d, "by", "at once, by {}"), _attempts(d.get("attempts")) + " before"),
-    EventSkipped.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
-    EventCancelled.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
-    PluginStarted.TYPE: lambda d: _listed(
+    schema.EventDead.TYPE: lambda d: _listed("given up", _sentence(d, "reason"), _attempts(d.get("attempts"))),
+    schema.EventQuarantined.TYPE: lambda d: _listed(_sentence(d, "reason"), _attempts(d.get("attempts"))),
+    schema.EventReplayed.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    schema.EventRetried.TYPE: lambda d: _listed(
+        _field(d, "by", "at once, by {}"), _attempts(d.get("attempts")) + " before"
+    ),
+    schema.EventSkipped.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    schema.EventCancelled.TYPE: lambda d: _listed(_field(d, "by", "by {}"), _attempts(d.get("attempts")) + " before"),
+    schema.PluginStarted.TYPE: lambda d: _listed(
         _sentence(d, "reason"), _field(d, "pid", "pid {}"), _field(d, "uid", "uid {}")
     ),
-    PluginCrashed.TYPE: _ended,
-    PluginStopped.TYPE: _ended,
-    PluginFailed.TYPE: _ended,
-    NetQuery.TYPE: lambda d: (
+    schema.PluginCrashed.TYPE: _ended,
+    schema.PluginStopped.TYPE: _ended,
+    schema.PluginFailed.TYPE: _ended,
+    schema.NetQuery.TYPE: lambda d: (
         f"{_field(d, 'name', limit=260)} ({_field(d, 'type')}) {_field(d, 'verdict')}{_times(d)}"
-        + (f", {why}" if (why := failure(NetQuery.TYPE, d)) else "")
+        + (f", {why}" if (why := failure(schema.NetQuery.TYPE, d)) else "")
     ),
-    NetConnect.TYPE: lambda d: (
+    schema.NetConnect.TYPE: lambda d: (
         _listed(_endpoint(d), f"failed, {why}") + _times(d)
-        if (why := failure(NetConnect.TYPE, d))
+        if (why := failure(schema.NetConnect.TYPE, d))
         else _endpoint(d) + _field(d, "rule", " by {}")
     ),
-    NetDenied.TYPE: lambda d: _endpoint(d) + _field(d, "rule", " by {}") + _times(d),
-    NetClosed.TYPE: lambda d: _listed(
+    schema.NetDenied.TYPE: lambda d: _endpoint(d) + _field(d, "rule", " by {}") + _times(d),
+    schema.NetClosed.TYPE: lambda d: _listed(
         _endpoint(d),
         _bytes(d, "sent", " out"),
         _bytes(d, "received", " in"),
         _field(d, "duration_ms", "{} ms"),
         _field(d, "reason"),
     ),
-    SyscallDenied.TYPE: lambda d: _field(d, "call") + _times(d),
-    FsDenied.TYPE: lambda d: _listed(_field(d, "path"), _sentence(d, "why")) + _times(d),
-    ApiCalled.TYPE: lambda d: f"{_field(d, 'method')} {_field(d, 'verdict')}" + _field(d, "permission", " ({})"),
+    schema.SyscallDenied.TYPE: lambda d: _field(d, "call") + _times(d),
+    schema.FsDenied.TYPE: lambda d: _listed(_field(d, "path"), _sentence(d, "why")) + _times(d),
+    schema.ApiCalled.TYPE: lambda d: f"{_field(d, 'method')} {_field(d, 'verdict')}" + _field(d, "permission", " ({})"),
 }
-_DENIED = {NetDenied.TYPE: "connection", SyscallDenied.TYPE: "call", FsDenied.TYPE: "path"}
-_FAILED = {NetConnect.TYPE: "connection", NetQuery.TYPE: "lookup"}
+_DENIED = {schema.NetDenied.TYPE: "connection", schema.SyscallDenied.TYPE: "call", schema.FsDenied.TYPE: "path"}
+_FAILED = {schema.NetConnect.TYPE: "connection", schema.NetQuery.TYPE: "lookup"}
 
 
 def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
@@ -229,10 +208,12 @@ def story_lines(event_id: str, records: list[Record], width: int = WIDTH) -> Ite
     first = records[0]
     begin = _moment(first)
     listed = first.data.get("plugins")
-    named = [str(name) for name in listed] if isinstance(listed, list) and first.type == EventAccepted.TYPE else []
+    named = (
+        [str(name) for name in listed] if isinstance(listed, list) and first.type == schema.EventAccepted.TYPE else []
+    )
     plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named]))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
-    accepted = first.data if first.type == EventAccepted.TYPE else {}
+    accepted = first.data if first.type == schema.EventAccepted.TYPE else {}
     what = f"  {_field(accepted, 'event')}" + _field(accepted, "subject", " of {}") if accepted else ""
     yield from _wrap("", f"{printable(event_id)}{what}", width)
     when = f"{first.time[:23].replace('T', ' ')} UTC"
@@ -260,25 +241,30 @@ def _moment(record: Record) -> float:
 
 def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, bool]:
     """The outcome for one plugin in a few words, and whether it is bad."""
-    sent = sum(r.type == EventDispatched.TYPE for r in records)
-    given_up = (EventDead.TYPE, EventQuarantined.TYPE, EventSkipped.TYPE, EventCancelled.TYPE)
-    ends = (EventResponse.TYPE, *given_up, EventReplayed.TYPE, EventDispatched.TYPE)
+    sent = sum(r.type == schema.EventDispatched.TYPE for r in records)
+    given_up = (
+        schema.EventDead.TYPE,
+        schema.EventQuarantined.TYPE,
+        schema.EventSkipped.TYPE,
+        schema.EventCancelled.TYPE,
+    )
+    ends = (schema.EventResponse.TYPE, *given_up, schema.EventReplayed.TYPE, schema.EventDispatched.TYPE)
     last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
     bad = False
-    called = next((r for r in reversed(records) if r.type == ToolCalled.TYPE and r.event_id == event_id), None)
+    called = next((r for r in reversed(records) if r.type == schema.ToolCalled.TYPE and r.event_id == event_id), None)
     if called is not None:
         bad = called.data.get("outcome") != "ok"
         text = f"{_field(called.data, 'tool')}: {_field(called.data, 'outcome', limit=20)}"
     elif last is None:
-        begun = any(r.type == ToolStarted.TYPE for r in records)
+        begun = any(r.type == schema.ToolStarted.TYPE for r in records)
         text = "the call is under way or was cut short" if begun else "not sent yet"
-    elif last.type == EventDispatched.TYPE:
+    elif last.type == schema.EventDispatched.TYPE:
         text = f"attempt {sent} is under way or was cut short"
-    elif last.type == EventReplayed.TYPE:
+    elif last.type == schema.EventReplayed.TYPE:
         text = "queued again"
-    elif last.type in (EventSkipped.TYPE, EventCancelled.TYPE):
+    elif last.type in (schema.EventSkipped.TYPE, schema.EventCancelled.TYPE):
         text = f"{last.type.removeprefix('event.')} {_field(last.data, 'by', 'by {}', limit=30)}"
-    elif last.type != EventResponse.TYPE:
+    elif last.type != schema.EventResponse.TYPE:
         bad = True
         reason = _sentence(last.data, "reason")
         text = ("quarantined: " if last.type.endswith("quarantined") else "given up: ") + reason

@@ -31,7 +31,7 @@ def _load() -> types.ModuleType:
     if _PACKAGE in sys.modules or spec is None or spec.submodule_search_locations is None:
         return import_module(_PACKAGE)
     around = sys.modules[_PACKAGE] = types.ModuleType(_PACKAGE)
-    around.__path__ = spec.submodule_search_locations
+    vars(around)["__path__"] = spec.submodule_search_locations
     try:
         return import_module(f"{_PACKAGE}._pydantic_core")
     except ImportError:  # a version that has it elsewhere

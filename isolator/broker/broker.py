@@ -15,20 +15,11 @@ from isolator.broker.outbound import CageState, Outbound, Shared
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.errors import UsageError
+from isolator.ipc import messages
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
 from isolator.ipc.formats import Formats
-from isolator.ipc.messages import (
-    AttachCage,
-    BrokerHello,
-    CageSockets,
-    DetachCage,
-    FencePlugin,
-    Leave,
-    Left,
-    NewAuditSocket,
-)
 from isolator.ipc.succession import Departure, Succession
 from isolator.ipc.tasks import essential
 from isolator.policy.destinations import Rules
@@ -70,7 +61,7 @@ class Broker:
         self._shared = Shared(audit, self._host, resolvers, self._nat64, Scratch())
         self._ticker = essential(self._tick(), "ticks of the broker")
 
-    async def hello(self, request: BrokerHello) -> None:
+    async def hello(self, request: messages.BrokerHello) -> None:
         """The supervisor's first call; answered when the host's addresses are known."""
         audit_first = request.config.get("audit", {}).get("disk_full", "stop") == "stop"
         self._shared = replace(self._shared, audit_first=audit_first)
@@ -85,7 +76,7 @@ class Broker:
                     fence = self._fence(one.plugin)
                     self._cages[one.run] = Outbound.taken_over(one, fence, self._shared, fetch, descriptors)
 
-    async def leave(self, _: Leave) -> Left:
+    async def leave(self, _: messages.Leave) -> messages.Left:
         """Hand every cage on to another broker: its sockets, its connections, and those that are not decided yet."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE):
@@ -96,9 +87,9 @@ class Broker:
         cages, self._cages = list(self._cages.values()), {}
         states = [await cage.pass_on(departure) for cage in cages]
         state = BrokerState(audit=self.audit.pass_on(departure), cages=tuple(states))
-        return Left(parts=await self.succession.send(state, departure, self._supervisor))
+        return messages.Left(parts=await self.succession.send(state, departure, self._supervisor))
 
-    async def attach(self, request: AttachCage, fds: list[int]) -> None:
+    async def attach(self, request: messages.AttachCage, fds: list[int]) -> None:
         """Take over the sockets of a run and serve it; a run that is attached already is replaced.
 
         Five of the cage's own, then a listener of the host's for each of the policy's ``listen`` rules.
@@ -115,7 +106,7 @@ class Broker:
         fetch, fence = partial(self._sockets, run), self._fence(request.plugin)
         self._cages[run] = Outbound(run, request.plugin, rules, fence, self._shared, fetch, sockets)
 
-    async def fence(self, request: FencePlugin) -> None:
+    async def fence(self, request: messages.FencePlugin) -> None:
         """Move the deadline of a plugin."""
         self._fence(request.plugin).move(request.until)
         if request.until is None and all(cage.plugin != request.plugin for cage in self._cages.values()):
@@ -124,14 +115,14 @@ class Broker:
     def _fence(self, plugin: str) -> Fence:
         return self._fences.setdefault(plugin, Fence())
 
-    async def detach(self, request: DetachCage) -> None:
+    async def detach(self, request: messages.DetachCage) -> None:
         """Close a run's listeners and flows; its ``net.closed`` records are sent when this answers."""
         await self._drop(request.run)
         with contextlib.suppress(TimeoutError):  # without an audit process they wait for the next one
             async with asyncio.timeout(FLUSH):
                 await self.audit.flushed()
 
-    async def audit_source(self, _: NewAuditSocket, fds: list[int]) -> None:
+    async def audit_source(self, _: messages.NewAuditSocket, fds: list[int]) -> None:
         """Switch to a new audit process."""
         self.audit.reconnect(socket.socket(fileno=fds.pop()))
 
@@ -145,7 +136,7 @@ class Broker:
 
     async def _sockets(self, run: str, count: int, version: int) -> list[socket.socket]:
         """Request unconnected sockets inside a run's network; raises IsolatorError."""
-        answer = await self._supervisor.ask_fds(CageSockets(run=run, count=count, version=version), timeout=5)
+        answer = await self._supervisor.ask_fds(messages.CageSockets(run=run, count=count, version=version), timeout=5)
         return [socket.socket(fileno=fd) for fd in answer.fds]
 
     async def _drop(self, run: str) -> None:

@@ -12,7 +12,6 @@ import os
 import pwd
 import stat
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError, IsolatorError
@@ -23,7 +22,7 @@ from isolator.linux.lock import lock_file
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
-LOCKS = Path("/run/isolator-uids")
+LOCKS = "/run/isolator-uids"
 """Lock files, one for each uid in use without a passwd entry; the same for every instance on the machine. Not below
 ``/run/lock``, where any user may make a folder of that name first."""
 
@@ -93,7 +92,7 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
     refuse_existing(name)
     taken = {entry.pw_uid for entry in pwd.getpwall()} | avoid
     for uid in range(uid_range[0], uid_range[1] + 1):
-        if uid in taken or (LOCKS / str(uid)).exists():
+        if uid in taken or os.path.exists(f"{LOCKS}/{uid}"):
             continue
         # Another daemon may have taken the same number since the users were read: useradd decides, under its lock.
         if _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name, accepted=_UID_TAKEN) == 0:
@@ -196,7 +195,7 @@ class UidLease:
 
     def _lock(self, uid: int) -> bool:
         try:
-            fd = lock_file(LOCKS / str(uid))
+            fd = lock_file(f"{LOCKS}/{uid}")
         except FileNotFoundError:
             _make_locks()  # another release removed the empty folder
             return self._lock(uid)
@@ -207,20 +206,20 @@ class UidLease:
         """Give the uid back."""
         if self.lock >= 0:
             with contextlib.suppress(FileNotFoundError):
-                (LOCKS / str(self.uid)).unlink()
+                os.unlink(f"{LOCKS}/{self.uid}")
             os.close(self.lock)
             self.lock = -1
             with contextlib.suppress(OSError):
-                LOCKS.rmdir()
+                os.rmdir(LOCKS)
 
 
 def _make_locks() -> None:
     with contextlib.suppress(FileExistsError):
-        LOCKS.mkdir(mode=0o700)
+        os.mkdir(LOCKS, 0o700)
     with contextlib.suppress(FileNotFoundError):
-        status = LOCKS.lstat()
+        status = os.lstat(LOCKS)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
-            raise ConfinementError(str(LOCKS), "is not a folder of root's alone", "remove it")
+            raise ConfinementError(LOCKS, "is not a folder of root's alone", "remove it")
 
 
 def _range_full(uid_range: tuple[int, int]) -> ConfinementError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 from isolator.linux._libc import call, libc, syscall
 
@@ -29,7 +28,8 @@ class _Data(ctypes.Structure):
 @functools.cache
 def last_capability() -> int:
     """The highest capability number of the running kernel."""
-    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    with open("/proc/sys/kernel/cap_last_cap") as file:  # noqa: PTH123  # the launcher avoids importing pathlib
+        return int(file.read())
 
 
 def has_capability(number: int) -> bool:

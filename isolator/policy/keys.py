@@ -15,21 +15,8 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from isolator.base.structs import replace, struct_class
+from isolator.policy import units
 from isolator.policy.frozen import Frozen, field_types
-from isolator.policy.units import (
-    NO_CAP,
-    format_cpu,
-    format_duration,
-    format_rate,
-    format_size,
-    parse_boolean,
-    parse_count,
-    parse_cpu,
-    parse_duration,
-    parse_rate,
-    parse_size,
-    parse_volume,
-)
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -42,12 +29,12 @@ class Unit:
     show: Callable[[Any], str]
 
 
-SIZE = Unit(parse_size, format_size)
-VOLUME = Unit(parse_volume, format_size)
-RATE = Unit(parse_rate, format_rate)
-CPU = Unit(parse_cpu, format_cpu)
-COUNT = Unit(parse_count, str)
-TIME = Unit(parse_duration, format_duration)
+SIZE = Unit(units.parse_size, units.format_size)
+VOLUME = Unit(units.parse_volume, units.format_size)
+RATE = Unit(units.parse_rate, units.format_rate)
+CPU = Unit(units.parse_cpu, units.format_cpu)
+COUNT = Unit(units.parse_count, str)
+TIME = Unit(units.parse_duration, units.format_duration)
 
 
 @struct_class(frozen=True)
@@ -123,7 +110,7 @@ class Switch(Key):
 
     def check(self, value: Any) -> bool:
         """True or false; raises ValueError."""
-        return parse_boolean(value)
+        return units.parse_boolean(value)
 
 
 class ResourceLimits(Frozen):
@@ -186,10 +173,10 @@ class ResourceLimits(Frozen):
             "sandbox.resources.io_read",
             "bytes per second from each disk it reaches: the one its state is on, and those of what it reads",
             unit=RATE,
-            most=NO_CAP,
+            most=units.NO_CAP,
             least=64 * KIB,
         ),
-    ] = NO_CAP
+    ] = units.NO_CAP
     io_write: Annotated[
         int,
         Limit(
@@ -197,10 +184,10 @@ class ResourceLimits(Frozen):
             "sandbox.resources.io_write",
             "bytes per second to each of those disks",
             unit=RATE,
-            most=NO_CAP,
+            most=units.NO_CAP,
             least=64 * KIB,
         ),
-    ] = NO_CAP
+    ] = units.NO_CAP
 
 
 # A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.

@@ -82,7 +82,7 @@ def clear(paths: Paths) -> list[Leftover]:
         for lock in locks:
             lock.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        user.LOCKS.rmdir()
+        os.rmdir(user.LOCKS)
     return found
 
 
@@ -135,7 +135,8 @@ def _free_uids() -> Iterator[list[Path]]:
     held: list[int] = []
     free: list[Path] = []
     try:
-        for path in sorted(user.LOCKS.iterdir()) if user.LOCKS.is_dir() else ():
+        locks = Path(user.LOCKS)
+        for path in sorted(locks.iterdir()) if locks.is_dir() else ():
             fd = _lock(path) if path.name.isdigit() else None
             if fd is not None:
                 held.append(fd)

@@ -15,26 +15,9 @@ from typing import Any
 
 from isolator.cage.processes import CageExit
 from isolator.errors import IsolatorError
+from isolator.ipc import messages
 from isolator.ipc.body import Handler, Request, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel
-from isolator.ipc.messages import (
-    AlarmsChanged,
-    DrainRun,
-    Environment,
-    GetEnvironment,
-    GetStderrTail,
-    HostHello,
-    InvocationBegun,
-    InvocationEnded,
-    Origin,
-    PluginChanged,
-    PluginEntry,
-    PluginState,
-    RaiseAlarm,
-    RunEnded,
-    RunStarted,
-    ServeCallers,
-)
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import read_sealed
 from isolator.paths import Paths
@@ -61,13 +44,13 @@ class HostLink:
         self._paths, self._config, self._alarms = paths, config, alarms
         self.deadlines: Callable[[], dict[str, float]] = dict
         """Returns those of plugins that are bound to one."""
-        alarms.on_change = lambda lines: self._tell(AlarmsChanged(alarms=lines))
+        alarms.on_change = lambda lines: self._tell(messages.AlarmsChanged(alarms=lines))
 
     def handlers(self) -> dict[str, Handler]:
         """Requests of the host that are about itself."""
-        return by_op(RaiseAlarm.on(self._raise_alarm))
+        return by_op(messages.RaiseAlarm.on(self._raise_alarm))
 
-    async def hello(self, channel: Channel, entries: Sequence[PluginEntry]) -> None:
+    async def hello(self, channel: Channel, entries: Sequence[messages.PluginEntry]) -> None:
         """Say hello to a new host: it gets every plugin and a fresh listener on the control socket.
 
         All may connect to it; the caller's uid decides what it may do. The mode holds until the host sets its own.
@@ -76,17 +59,17 @@ class HostLink:
             hello = self._hello(channel, entries, self._alarms.lines, listener=listener.fileno())
             await self.process.first_answer(hello)
 
-    def succeed(self, entries: Sequence[PluginEntry]) -> Callable[[Channel, int], Awaitable[None]]:
+    def succeed(self, entries: Sequence[messages.PluginEntry]) -> Callable[[Channel, int], Awaitable[None]]:
         """Return what says hello to a host that takes the place of one that knows these plugins."""
         alarms = self._alarms.lines
         return lambda channel, parts: self._hello(channel, entries, alarms, parts=parts)
 
     async def _hello(
-        self, channel: Channel, entries: Sequence[PluginEntry], alarms: tuple[str, ...], *, listener: int = -1,
+        self, channel: Channel, entries: Sequence[messages.PluginEntry], alarms: tuple[str, ...], *, listener: int = -1,
         parts: int = 0,
     ) -> None:  # fmt: skip
         check_host(self._paths)
-        plugins: tuple[PluginEntry, ...] | None = tuple(entries)
+        plugins: tuple[messages.PluginEntry, ...] | None = tuple(entries)
         encoded = json.dumps([entry.to_json() for entry in entries]).encode()
         with FdSet() as owned:
             fds = [listener] if listener >= 0 else []
@@ -95,7 +78,7 @@ class HostLink:
                 fds.append(owned.add(os.memfd_create("plugins", os.MFD_CLOEXEC)))
                 with os.fdopen(os.dup(fds[-1]), "wb") as file:
                     file.write(encoded)
-            hello = HostHello(
+            hello = messages.HostHello(
                 root=str(self._paths.root), config=self._settings(), plugins=plugins,
                 fresh=self.process.starts == 1, alarms=alarms, parts=parts, fences=self.deadlines(),
             )  # fmt: skip
@@ -119,20 +102,20 @@ class HostLink:
 
     def serve_callers(self) -> None:
         """Have a host that took another's place serve callers, now that it knows all that the other one knew."""
-        self._tell(ServeCallers())
+        self._tell(messages.ServeCallers())
 
-    def plugin_changed(self, entry: PluginEntry) -> None:
+    def plugin_changed(self, entry: messages.PluginEntry) -> None:
         """Tell the host of a plugin's new state."""
-        self._tell(PluginChanged(plugin=entry))
+        self._tell(messages.PluginChanged(plugin=entry))
 
     def plugin_removed(self, name: str) -> None:
         """Tell the host that a plugin exists no more."""
-        self._tell(PluginChanged(removed=name))
+        self._tell(messages.PluginChanged(removed=name))
 
-    async def environment(self, name: str) -> Environment:
+    async def environment(self, name: str) -> messages.Environment:
         """Return a plugin's config, once the host is up; raises IsolatorError."""
         channel = await self.process.wait_up()
-        answer = await channel.ask_fds(GetEnvironment(name=name), timeout=10)
+        answer = await channel.ask_fds(messages.GetEnvironment(name=name), timeout=10)
         with FdSet(answer.fds):
             if not answer.body.apart:
                 return answer.body
@@ -140,13 +123,15 @@ class HostLink:
                 files = json.loads(read_sealed(answer.fds[0], _MAX_FILES))
             except (IndexError, OSError, ValueError, RecursionError) as error:
                 raise IsolatorError(f"config of {name}", f"the host sent no files: {error}", "see its log") from None
-        return Environment.from_json({**answer.body.to_json(), "files": files, "apart": False}, GetEnvironment.op)
+        return messages.Environment.from_json(
+            {**answer.body.to_json(), "files": files, "apart": False}, messages.GetEnvironment.op
+        )
 
     def run_started(self, name: str, uid: int, run: str, pid: int, pipes: Sequence[int]) -> None:
         """Give the host the log pipes of a run and a fresh listener of the plugin's host API."""
         path = host_api_folder(self._paths, name) / "host.sock"
         with listen(path, mode=0o600, owner=uid, backlog=16) as listener:
-            self._tell(RunStarted(name=name, run=run, pid=pid), fds=[*pipes, listener.fileno()])
+            self._tell(messages.RunStarted(name=name, run=run, pid=pid), fds=[*pipes, listener.fileno()])
 
     async def drain(self, name: str, run: str, reason: str) -> None:
         """Let the host drain a run before a stop: it sends nothing new, waits for replies, sends ``shutdown``.
@@ -157,24 +142,24 @@ class HostLink:
             async with asyncio.timeout(DRAIN_SECONDS):
                 channel = await self.process.present()
                 if channel is not None:
-                    await channel.ask(DrainRun(name=name, run=run, reason=reason))
+                    await channel.ask(messages.DrainRun(name=name, run=run, reason=reason))
 
     def run_ended(
-        self, name: str, run: str, end: CageExit, *, origin: Origin, state: PluginState, expected: bool,
-        retry_in: float | None,
+        self, name: str, run: str, end: CageExit, *, origin: messages.Origin, state: messages.PluginState,
+        expected: bool, retry_in: float | None,
     ) -> None:  # fmt: skip
         """Tell the host how a run ended."""
-        ended = RunEnded(
+        ended = messages.RunEnded(
             name=name, run=run, exit_code=end.exit_code, signal=end.signal, cause=end.cause, origin=origin,
             expected=expected, uptime=end.uptime, state=state, retry_in=retry_in,
         )  # fmt: skip
         self._tell(ended)
 
-    def invocation_begun(self, begun: InvocationBegun, fds: Sequence[int]) -> None:
+    def invocation_begun(self, begun: messages.InvocationBegun, fds: Sequence[int]) -> None:
         """Tell the host of an invocation for which the one before it has asked; the descriptors stay the caller's."""
         self._tell(begun, fds)
 
-    def invocation_ended(self, ended: InvocationEnded) -> None:
+    def invocation_ended(self, ended: messages.InvocationEnded) -> None:
         """Tell the host how an invocation ended."""
         self._tell(ended)
 
@@ -185,11 +170,11 @@ class HostLink:
                 channel = await self.process.present()
                 if channel is None or not self.process.up.is_set():
                     return ()
-                return (await channel.ask(GetStderrTail(name=name, run=run))).stderr
+                return (await channel.ask(messages.GetStderrTail(name=name, run=run))).stderr
         except (IsolatorError, TimeoutError):
             return ()
 
-    async def _raise_alarm(self, request: RaiseAlarm) -> None:
+    async def _raise_alarm(self, request: messages.RaiseAlarm) -> None:
         self._alarms.raise_("host's own", request.line)
         self._alarms.settle("host's own")
 

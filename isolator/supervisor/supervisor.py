@@ -20,16 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import isolator
+from isolator.audit import schema
 from isolator.audit.client import AWAY, AuditClient
-from isolator.audit.schema import (
-    AuditGap,
-    BackupRestored,
-    DaemonReloaded,
-    HostStarted,
-    HostStopped,
-    PluginStopped,
-    RunEnded,
-)
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
 from isolator.ipc.messages import InvocationEnded, Origin
@@ -182,13 +174,13 @@ async def running_daemon(
             await services.start(table, handlers)
             runtime.pool.begin(EVERY_LAYER)
             if restored is not None:
-                audit.record(BackupRestored(**restored))
+                audit.record(schema.BackupRestored(**restored))
             elif cleared or not services.audit.found.ended:
                 why = "the daemon before did not end by itself; what its processes had not handed over is lost"
-                audit.record(AuditGap(count=None, why=why))
+                audit.record(schema.AuditGap(count=None, why=why))
             updates.judge_again(on_trial)
             audit.record(
-                HostStarted(
+                schema.HostStarted(
                     version=isolator.__version__,
                     kernel=os.uname().release,
                     python=".".join(map(str, sys.version_info[:3])),
@@ -214,7 +206,7 @@ async def running_daemon(
             await _change_launchers(table, runners, runtime, kept_by)
             runtime.pool.begin(EVERY_LAYER)
             audit.record(
-                DaemonReloaded(
+                schema.DaemonReloaded(
                     from_=before.version,
                     to=isolator.__version__,
                     adopted=adopted,
@@ -254,7 +246,7 @@ def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState,
         runs = [*([one.run] if one.run is not None else []), *(invocation.run for invocation in one.invocations)]
         for run in runs if plugin is None else ():
             recovery.clear_cage(context.runtime.journal, f"{one.name}.{run.id}", run.cage.pid)
-            ended = PluginStopped(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
+            ended = schema.PluginStopped(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
             context.audit.record(ended, plugin=one.name, run=run.id)
         for invocation in one.invocations if plugin is None else ():
             lost = InvocationEnded(
@@ -275,7 +267,7 @@ def _adopt_runs(runners: Runners | None, context: RunContext, before: DaemonStat
                 name = f"_run.{one.uid}"
                 logger.error("run %s of %s was not taken over: %s", one.id, name, problem)
                 recovery.clear_cage(context.runtime.journal, f"{name}.{one.id}", one.cage.pid)
-                ended = RunEnded(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
+                ended = schema.RunEnded(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
                 context.audit.record(ended, plugin=name, run=one.id)
     return adopted
 
@@ -317,7 +309,7 @@ async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> N
     await services.host.process.stop()
     await services.broker.process.stop()
     if services.audit.process.starts:
-        audit.record(HostStopped(seconds=round(time.monotonic() - started, 3)))
+        audit.record(schema.HostStopped(seconds=round(time.monotonic() - started, 3)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await audit.durable()
@@ -392,7 +384,7 @@ def _record_dead(
             plugin, _, run = left.name.rpartition(".")
             ends[run, plugin] = "found dead: the daemon was killed"
     for (run, plugin), cause in ends.items():
-        ended = RunEnded if plugin.startswith("_") else PluginStopped  # no plugin's name begins so
+        ended = schema.RunEnded if plugin.startswith("_") else schema.PluginStopped  # no plugin's name begins so
         audit.record(ended(cause=cause), plugin=plugin, run=run)
 
 

@@ -18,15 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isolator.audit.schema import (
-    PluginAdded,
-    PluginApproved,
-    PluginDeclined,
-    PluginPending,
-    PluginRemoved,
-    PluginRolledBack,
-    PluginUpdated,
-)
+from isolator.audit import schema
 from isolator.errors import DeniedError, IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
 from isolator.linux.descriptors import FdSet
@@ -49,8 +41,8 @@ _COPIES = 2
 """Copies at a time for one uid: each holds a thread for as long as the caller's files take."""
 RESUME_SECONDS = 10.0
 """Seconds that a version which is in use again has for its cage."""
-_EXCHANGED: dict[str, type[PluginUpdated | PluginRolledBack]] = {
-    kind.TYPE: kind for kind in (PluginUpdated, PluginRolledBack)
+_EXCHANGED: dict[str, type[schema.PluginUpdated | schema.PluginRolledBack]] = {
+    kind.TYPE: kind for kind in (schema.PluginUpdated, schema.PluginRolledBack)
 }
 
 
@@ -139,7 +131,7 @@ class Updates:
             await asyncio.to_thread(self._registrar.finish_removal, name, self._forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
             plugin = self._table.add(await self._read(registration))
-            added = PluginAdded(
+            added = schema.PluginAdded(
                 new=registration.digest,
                 version=registration.version,
                 policy_sha256=plugin.effective.digest() if plugin.effective else None,
@@ -167,7 +159,7 @@ class Updates:
                 return Updated(plugin, differences=candidate.more)
             self._registrar.granted(candidate.core)
             release, source = await asyncio.to_thread(self._registrar.accept, token)
-            change = _Exchange("update", PluginUpdated.TYPE, who)
+            change = _Exchange("update", schema.PluginUpdated.TYPE, who)
             await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
             return Updated(plugin)
 
@@ -181,7 +173,7 @@ class Updates:
                 raise UsageError(f"plugin {name}", "no version waits for approval", "see 'isolator plugin show'")
             plugin.registration = await asyncio.to_thread(self._registrar.decline, plugin.registration)
             await asyncio.to_thread(self._registrar.prune, plugin.registration)
-            self._audit.record(PluginDeclined(new=pending.digest, version=pending.version, who=who), plugin=name)
+            self._audit.record(schema.PluginDeclined(new=pending.digest, version=pending.version, who=who), plugin=name)
             self._table.announce(plugin)
             return plugin
 
@@ -193,7 +185,7 @@ class Updates:
             now = plugin.registration
             release = await asyncio.to_thread(self._registrar.earlier, now, to)
             await self._check(now, release)
-            change = _Exchange("rollback", PluginRolledBack.TYPE, who)
+            change = _Exchange("rollback", schema.PluginRolledBack.TYPE, who)
             await self._exchange(plugin, change, lambda: self._registrar.roll_back(now, release))
             return plugin
 
@@ -214,7 +206,7 @@ class Updates:
                 candidate = await asyncio.to_thread(self._registrar.stage_again, now)
                 self._record_approval(plugin, candidate.release, (), who)
                 release, source = await asyncio.to_thread(self._registrar.accept, candidate.staged.token)
-                change = _Exchange("approve", PluginUpdated.TYPE, who)
+                change = _Exchange("approve", schema.PluginUpdated.TYPE, who)
                 await self._exchange(plugin, change, lambda: self._registrar.use(now, release, source=source))
             elif self._registrar.policy_text(name) is None:
                 running = plugin.wanted
@@ -241,7 +233,7 @@ class Updates:
                 if name not in self._registrar.names():
                     # If not all of it could be deleted, the rest is at the next start; it is no plugin any more.
                     self._table.drop(name)
-                    self._audit.record(PluginRemoved(old=plugin.registration.digest, who=who), plugin=name)
+                    self._audit.record(schema.PluginRemoved(old=plugin.registration.digest, who=who), plugin=name)
             folder = host_api_folder(self._paths, name)
             (folder / "host.sock").unlink(missing_ok=True)
             folder.rmdir()
@@ -310,7 +302,7 @@ class Updates:
         assert registration.pending is not None
         plugin.registration = registration
         self._registrar.prune(registration)
-        pending = PluginPending(
+        pending = schema.PluginPending(
             old=registration.digest, new=registration.pending.digest, version=registration.pending.version,
             differences=list(more), who=who,
         )  # fmt: skip
@@ -325,11 +317,11 @@ class Updates:
         if text is None:
             await self._check(now, release)
         self._record_approval(plugin, release, waiting.differences if waiting is not None else (), who)
-        change = _Exchange("approve", PluginUpdated.TYPE, who)
+        change = _Exchange("approve", schema.PluginUpdated.TYPE, who)
         await self._exchange(plugin, change, lambda: self._registrar.use(now, release, policy_text=text))
 
     def _record_approval(self, plugin: Plugin, release: Release, more: tuple[str, ...], who: str | None) -> None:
-        approved = PluginApproved(
+        approved = schema.PluginApproved(
             old=plugin.registration.digest, new=release.digest, version=release.version,
             binary_sha256=release.binary_sha256 or None, differences=list(more), who=who,
         )  # fmt: skip
@@ -379,7 +371,7 @@ class Updates:
             )  # fmt: skip
         self._registrar.store.end_trial(plugin.name)
         await asyncio.to_thread(self._registrar.prune, after)
-        exchanged = _EXCHANGED.get(trial.record, PluginUpdated)(
+        exchanged = _EXCHANGED.get(trial.record, schema.PluginUpdated)(
             old=before.digest, new=after.digest, version=after.version, reason=trial.reason, who=trial.who,
             old_policy_sha256=trial.old_policy_sha256,
             policy_sha256=plugin.effective.digest() if plugin.effective else None,
@@ -396,7 +388,7 @@ class Updates:
             self._registrar.put_back, trial.before, after, trial.policy if ours and text != trial.policy else None
         )
         self._registrar.store.end_trial(plugin.name)
-        rolled_back = PluginRolledBack(
+        rolled_back = schema.PluginRolledBack(
             old=after.digest, new=restored.digest, version=restored.version, reason=failure, who="the daemon"
         )
         self._audit.record(rolled_back, plugin=plugin.name)

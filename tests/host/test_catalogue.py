@@ -6,10 +6,10 @@ import asyncio
 import enum
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from host.client.plugin_host import PluginHost
 from host.events import Catalogue, from_schema
@@ -78,6 +78,56 @@ def test_fault_in_a_nested_payload_is_named_with_its_place(wrong: dict[str, Any]
     with pytest.raises(UsageError) as raised:
         catalogue.validate("order.placed", ORDER | wrong)
     assert why in str(raised.value)
+
+
+class Strict(BaseModel):
+    """What a payload's model would be, if pydantic made one."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Inner(Strict):
+    """An object in a payload."""
+
+    x: str | None = None
+    k: Literal["a", "b"] | None = None
+
+
+class Every(Strict):
+    """A field of each kind."""
+
+    s: Annotated[str, Field(max_length=3)] | None = None
+    i: int | None = None
+    f: float | None = None
+    b: bool | None = None
+    o: dict[str, Any] | None = None
+    l: Annotated[list[int], Field(max_length=2)] | None = None  # noqa: E741
+    t: dict[str, Inner] | None = None
+    n: Inner | None = None
+    c: Literal["x", 1, True] | None = None
+
+
+VALUES: list[Any] = [
+    None, "a", "abcd", 1, 0, 1.5, 2.0, True, False, [], [1], [1, 2, 3], ["1"], {}, {"x": "y"}, {"x": 1}, {"k": "a"},
+    {"k": "z"}, {"q": {"x": "y"}}, {"q": {"x": 1}}, {"q": None}, {"q": {"z": 1}}, {"x": None}, 10**30, -1e308, "\ud800",
+    {"1": [None, {"a": None}]}, b"a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*Every.model_fields, "more"])
+def test_payload_is_checked_as_pydantics_own_strict_model_checks_it(key: str) -> None:
+    checked = from_schema("every.kind", Every.model_json_schema()).check
+
+    def outcome(check: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return check({key: value})
+        except ValueError as error:
+            assert isinstance(error, ValidationError)
+            return [(one["type"].replace("model_type", "dict_type"), one["loc"]) for one in error.errors()]
+
+    for value in VALUES:
+        wanted = outcome(lambda made: Every.model_validate(made).model_dump(exclude_none=True), value)
+        assert repr(outcome(checked.validate_python, value)) == repr(wanted), value
 
 
 def test_published_schema_says_of_nested_payloads_what_is_checked() -> None:

@@ -16,7 +16,7 @@ RANGE = (60990, 60999)
 
 
 def test_folder_of_the_locks_is_in_one_that_only_root_can_write() -> None:
-    for folder in LOCKS.parents:
+    for folder in Path(LOCKS).parents:
         status = folder.stat()
         assert status.st_uid == 0 and not status.st_mode & 0o022, folder
 
@@ -26,7 +26,7 @@ def test_folder_that_is_not_root_s_alone_lends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     place = tmp_path / "locks"
-    monkeypatch.setattr(user, "LOCKS", place)
+    monkeypatch.setattr(user, "LOCKS", str(place))
     if kind == "a file":
         place.touch()
     elif kind == "a link":
@@ -41,7 +41,7 @@ def test_folder_that_is_not_root_s_alone_lends_nothing(
 
 
 def test_two_never_get_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(user, "LOCKS", str(tmp_path / "locks"))
     one, two = UidLease(RANGE), UidLease(RANGE)
     assert one.uid != two.uid and stat.S_IMODE((tmp_path / "locks").stat().st_mode) == 0o700
     one.release()
