@@ -55,6 +55,11 @@ def test_error_names_file_line_and_key() -> None:
     assert str(caught.value).startswith("/srv/a/plugin.json:2: name: must be 2 to 63")
 
 
+def test_error_of_a_key_that_is_near_another_names_that() -> None:
+    with pytest.raises(UsageError, match='did you mean "memory"'):
+        READER.read(json.dumps(MANIFEST | {"sandbox": {"resources": {"memroy": "1M"}}}).encode(), "plugin.json")
+
+
 def test_errors_of_one_manifest_reach_no_other() -> None:
     good = [json.dumps(MANIFEST | {"name": f"plugin-{number}"}).encode() for number in range(70)]
     texts = [text for number, one in enumerate(good) for text in (one, b"%d" % number)]
