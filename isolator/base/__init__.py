@@ -1,1 +1,1 @@
-"""Foundations that know nothing of Isolator: pauses and rates, classes of named fields."""
+"""Foundations that know nothing of Isolator: pauses and rates, classes of named fields, and lean imports."""

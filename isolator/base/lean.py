@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from importlib import import_module
 from types import FunctionType, MethodType, ModuleType
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -28,8 +27,9 @@ class _Later(ModuleType):
         name: str = self.__dict__["__name__"]
         if sys.modules.get(name) is self:
             del sys.modules[name]
-        module = import_module(name)
-        self.__dict__.update({**module.__dict__})
+        __import__(name)  # unlike import_module, seen by -X importtime
+        module = sys.modules[name]
+        self.__dict__.update(module.__dict__)
         return getattr(module, attribute)
 
 
@@ -44,8 +44,8 @@ def import_asyncio(*, without: Collection[str] = ("ssl",)) -> None:
     missing = {*without} - sys.modules.keys()
     sys.modules |= dict.fromkeys(missing)  # type: ignore[arg-type]  # None: an import of it fails
     try:
-        import_module("asyncio")
-        import_module("hashlib")
+        __import__("asyncio")
+        __import__("hashlib")
     finally:
         for name in missing:
             del sys.modules[name]

@@ -11,11 +11,11 @@ would refuse later.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TypeAlias
 
+from isolator.base.patterns import pattern
 from isolator.base.structs import struct_class
 from isolator.errors import UsageError
 from isolator.policy.addresses import (
@@ -44,7 +44,7 @@ _NEVER_VIRTUAL = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.
 """Networks that a kernel or a cage has a meaning of its own for."""
 
 _LOCAL = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
-_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_LABEL = pattern(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _MAX_NAME = 253
 
 

@@ -7,15 +7,15 @@ terminal and put into a DNS answer or a TOML file as it is. Parsers raise ``Valu
 from __future__ import annotations
 
 import ipaddress
-import re
 
+from isolator.base.patterns import pattern
 from isolator.policy.destinations import parse_host
 from isolator.policy.model import EgressRule, ListenRule
 from isolator.policy.units import shown
 
-PLUGIN_NAME = re.compile(r"[a-z][a-z0-9-]{1,62}")
-HOOK = re.compile(r"[a-z][a-z0-9_]{0,63}(?:\.[a-z][a-z0-9_]{0,63}){0,7}")
-PERMISSION = re.compile(r"[a-z][a-z0-9_.-]{0,63}(?::[a-z0-9][a-z0-9_.-]{0,63}){0,3}")
+PLUGIN_NAME = pattern(r"[a-z][a-z0-9-]{1,62}")
+HOOK = pattern(r"[a-z][a-z0-9_]{0,63}(?:\.[a-z][a-z0-9_]{0,63}){0,7}")
+PERMISSION = pattern(r"[a-z][a-z0-9_.-]{0,63}(?::[a-z0-9][a-z0-9_.-]{0,63}){0,3}")
 
 OLDER_HOOKS: dict[str, str] = {
     "on_deploy_start": "deploy.started",
@@ -33,8 +33,8 @@ OLDER_HOOKS: dict[str, str] = {
 }
 """Older spellings of events. A plugin that subscribes to one receives that one; a grant covers both."""
 
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_THE_CAGES_OWN = re.compile(r"(?:PATH|HOME|TMPDIR|PLUGIN_.*|ISOLATOR_.*)")
+VARIABLE = pattern(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_THE_CAGES_OWN = pattern(r"(?:PATH|HOME|TMPDIR|PLUGIN_.*|ISOLATOR_.*)")
 """Variables in which a cage tells its program where things are; another value would be untrue."""
 MAX_VARIABLE = 4096
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
+from isolator.base.patterns import pattern
 from isolator.policy import names
 from isolator.policy.destinations import parse_host
 from isolator.policy.frozen import Frozen, fresh
@@ -30,7 +31,7 @@ MIN_PORT, MAX_PORT = 1024, 65000
 API_MAJORS = (1,)
 """Majors of the plugin protocol that this version can speak."""
 
-VERSION = re.compile(
+VERSION = pattern(
     r"(?:0|[1-9]\d{0,8})(?:\.(?:0|[1-9]\d{0,8})){2}"
     r"(?:-(?:0|[1-9]\d*|\d*[A-Za-z-][0-9A-Za-z-]*)(?:\.(?:0|[1-9]\d*|\d*[A-Za-z-][0-9A-Za-z-]*))*)?"
     r"(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?",
@@ -38,8 +39,8 @@ VERSION = re.compile(
 )
 UNWRITTEN = "0.0.0+sha256.000000000000"
 """The version of no plugin in particular; counts as synthesised."""
-_SYNTHESISED = re.compile(r"0\.0\.0\+sha256\.[0-9a-f]{12}")
-API = re.compile(r"[1-9][0-9]{0,3}(?:\.[0-9]{1,4})?")
+_SYNTHESISED = pattern(r"0\.0\.0\+sha256\.[0-9a-f]{12}")
+API = pattern(r"[1-9][0-9]{0,3}(?:\.[0-9]{1,4})?")
 
 
 class EgressRequest(Frozen):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d{1,16}(?:\.\d{1,6})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
-_PERCENT = re.compile(r"(\d{1,6}(?:\.\d)?)\s*%", re.ASCII)
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h|d)", re.ASCII)
+from isolator.base.patterns import pattern
+
+_SIZE = pattern(r"(\d{1,16}(?:\.\d{1,6})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
+_PERCENT = pattern(r"(\d{1,6}(?:\.\d)?)\s*%", re.ASCII)
+_DURATION = pattern(r"(\d{1,9}(?:\.\d{1,6})?)\s*(ms|s|m|h|d)", re.ASCII)
 _MULTIPLE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MAX_SIZE = 1 << 50

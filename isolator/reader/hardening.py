@@ -12,6 +12,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from isolator.errors import nearest
 from isolator.layers.seccomp import profiles as syscalls
 from isolator.layers.seccomp.layer import compile_rules
 from isolator.linux import seccomp
@@ -32,6 +33,7 @@ def harden(manifests: int) -> None:
     """Drop every right that parsing so many manifests does not need, for good. Raises OSError."""
     # Compiled first: it needs a library and memory.
     program = compile_rules(rules())
+    nearest("", ())  # imports what it needs, as nothing here can do later
     os.nice(10)
     start_no_handler()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
