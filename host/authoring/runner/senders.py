@@ -34,8 +34,8 @@ from host.channel.reply import (
 from host.events import EventType
 from host.queue.interface import Event
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol
+from isolator.base.pacing import TokenBucket
 from isolator.errors import IsolatorError
-from isolator.pacing import TokenBucket
 
 if TYPE_CHECKING:
     from host.channel.stream import Greeting, StreamConnection
