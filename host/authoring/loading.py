@@ -5,8 +5,10 @@ Every byte of the plugin is read by the daemon's own unprivileged processes, as 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from host.client.client import Client
 from isolator.errors import IsolatorError, UsageError
 
 _POLICY_SECONDS, _PAUSE = 10.0, 0.02
+_LOOK = 0.01
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,53 @@ class Loaded:
     effective_digest: str
     warnings: list[str] = field(default_factory=list)
     unchanged: bool = False
+
+
+class Loading:
+    """A version on its way into use. In another's place it is on trial for a second after it is up."""
+
+    def __init__(self, loaded: Loaded, digest: str, exchange: Callable[[], Loaded] | None = None) -> None:
+        """``exchange`` puts it in the place of the one before, and returns or raises when that is decided."""
+        self.loaded, self._digest = loaded, digest
+        self._decided: Future[Loaded] = Future()
+        if exchange is None:
+            self._decided.set_result(loaded)
+        else:
+            threading.Thread(target=self._exchange, args=(exchange,), name="exchange", daemon=True).start()
+
+    def finish(self) -> Loaded:
+        """Wait until it is decided; raises IsolatorError when the version before is in use again."""
+        return self._decided.result()
+
+    @property
+    def decided(self) -> bool:
+        """Whether ``finish`` returns, or raises, at once."""
+        return self._decided.done()
+
+    def up(self, client: Client) -> Loaded:
+        """Wait until it is up, or decided; raises as ``finish``."""
+        while not self.decided:
+            shown = client.call("plugin.show", name=self.loaded.plugin)
+            if (shown["digest"], shown["state"], shown["ready"]) == (self._digest, "running", True):
+                return self.loaded
+            time.sleep(_LOOK)
+        return self.finish()
+
+    def when_refused(self, call: Callable[[IsolatorError], object]) -> None:
+        """Have that called, from a thread, if it is decided that the version before is in use again."""
+
+        def decided(done: Future[Loaded]) -> None:
+            error = done.exception()
+            if isinstance(error, IsolatorError):
+                call(error)
+
+        self._decided.add_done_callback(decided)
+
+    def _exchange(self, exchange: Callable[[], Loaded]) -> None:
+        try:
+            self._decided.set_result(exchange())
+        except Exception as error:  # for whoever waits
+            self._decided.set_exception(error)
 
 
 class Loader:
@@ -43,6 +93,10 @@ class Loader:
 
         A version that does not come up is such an error, too: the one before is in use again then.
         """
+        return self.begin(client).finish()
+
+    def begin(self, client: Client) -> Loading:
+        """As ``load``; returns once there is a version to wait for."""
         new_policy = self.registered is not None and self._take_policy(self.registered)
         staged = self._stage(client)
         name = staged["name"]
@@ -53,22 +107,27 @@ class Loader:
             key = staged["missing"][0]
             raise UsageError(f"plugin {name}", f"needs the config {key}", f"add --config {key}=VALUE")
         self._daemon.hide({key: self._config[key] for key in staged["secrets_given"]})
+        effective_digest = staged["proposal"]["effective_digest"]
+        loaded = Loaded(
+            name, staged["version"], staged["mode"], effective_digest, [*staged["warnings"], *staged["faults"]],
+            unchanged=bool(self.registered) and staged["unchanged"] and not new_policy,
+        )  # fmt: skip
         if self.registered is None:
-            done = client.call("plugin.commit", token=staged["token"], config=self._config)
+            client.call("plugin.commit", token=staged["token"], config=self._config)
             self.registered = name
-        else:
-            done = client.call("plugin.update", token=staged["token"], config=self._config, approve=True)
-        digest = staged["proposal"]["effective_digest"]
-        if new_policy:
-            self._wait_for_policy(client, name, digest)
-        return Loaded(
-            name,
-            staged["version"],
-            staged["mode"],
-            digest,
-            [*staged["warnings"], *staged["faults"]],
-            bool(done.get("unchanged")) and not new_policy,
-        )
+            return Loading(loaded, staged["digest"])
+
+        def exchange() -> Loaded:
+            with self._daemon.client() as other:
+                other.call("plugin.update", token=staged["token"], config=self._config, approve=True)
+                if new_policy:
+                    self._wait_for_policy(other, name, effective_digest)
+            return loaded
+
+        if staged["unchanged"]:  # there is nothing to wait for
+            exchange()
+            return Loading(loaded, staged["digest"])
+        return Loading(loaded, staged["digest"], exchange)
 
     def _stage(self, client: Client) -> dict[str, Any]:
         update = {"update": self.registered} if self.registered else {}

@@ -16,7 +16,7 @@ from host.cli.output import AS_JSON, SETTINGS, print_json, safe
 from isolator.errors import IsolatorError, UsageError
 
 if TYPE_CHECKING:
-    from host.authoring.through_runner import RunnerTrials
+    from host.authoring.runner.trials import RunnerTrials
     from host.authoring.trial import Plan, Trials
 
 
@@ -52,8 +52,8 @@ def test(
     A daemon of this command's own does it, below a root of its own, which is gone afterwards: none needs to run, and
     the one that runs is left alone. Ceiling, defaults and network are those of this host's host.toml. It has what its
     policy grants: with the network it was granted, it reaches the real other side, unless a --recording answers in
-    its place. Needs root, or the role runner of a running daemon: that builds the cage then, of a plugin in the mode
-    oneshot or exec, within [runner], without host API and without --recording.
+    its place. Needs root, or the role runner of a running daemon: that builds the cage then, within [runner], without
+    host API and without --recording.
     """
     from host.authoring import trial_report
     from host.authoring.private_daemon import ending_cleanly
@@ -81,7 +81,7 @@ def _trials(root: str | None, plan: Plan, recording: str | None, stack: contextl
     from host.authoring.trial import Trials
 
     if os.geteuid() != 0:
-        from host.authoring.through_runner import RunnerTrials, is_served
+        from host.authoring.runner.trials import RunnerTrials, is_served
 
         if is_served(root):
             if recording is not None:

@@ -8,9 +8,9 @@ import socket
 from typing import TYPE_CHECKING, NoReturn
 
 from host.authoring.certify.stage import GOOD
+from host.channel.cloud_events import outcome_of
 from host.channel.http import AnswerReader
 from host.channel.reply import LostError, NotSentError, Outcome, read_reply
-from host.delivery.http import outcome_of
 from isolator.errors import IsolatorError
 
 if TYPE_CHECKING:

@@ -300,6 +300,11 @@ def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:
     return line({"jsonrpc": "2.0", "method": method, "params": params, "id": number})
 
 
+def event_request(hook: str, params: str, number: str) -> bytes:
+    """The line of an event; ``params`` is JSON, as ``params_text`` builds it."""
+    return f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
+
+
 def _expire(future: asyncio.Future[Any]) -> None:
     if not future.done():
         future.set_exception(LostError("no reply in time"))

@@ -1,45 +1,28 @@
-"""Delivery in the mode ``http``: each event is a POST to the sidecar's server, on a connection of its own.
-
-Events go out as CloudEvents 1.0 in binary mode: the payload is the body, the rest is headers (``ce-*``). A plugin whose
-manifest names a secret also gets the headers of Standard Webhooks, by which its libraries know the sender.
-"""
+"""Delivery in the mode ``http``: each event is a POST to the sidecar's server, on a connection of its own."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import email.utils
-import hashlib
-import hmac
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-from host.channel.http import Headers, HttpExchange, HttpState, Response, request, write_request
-from host.channel.reply import SHORTEST_PAUSE, STREAM_MESSAGE, LostError, NotSentError, Outcome, interpret, params_text
+from host.channel.cloud_events import GONE, event_headers, outcome_of, sign
+from host.channel.http import Headers, HttpExchange, HttpState, request, write_request
+from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, params_text
 from host.delivery.modes import Mode, Parts
 from host.plugins.manifest import Transport
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
-from host.wire.strict_json import WireError, parse_object
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.messages import DisablePlugin
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
 
-DUPLICATE, GONE = 409, 410
-RETRY = frozenset({408, 425, 429})
-LONGEST_PAUSE = 600.0
-"""Seconds of a ``Retry-After`` that are granted."""
 HEALTH_PATH = "/healthz"
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-"""As W3C Trace Context has it."""
 
 
 class PostState(Body):
@@ -130,21 +113,9 @@ class HttpDelivery(Mode):
     def _headers(self, plugin: Plugin, hook: str, delivery: Delivery, body: bytes) -> Headers:
         event = delivery.event
         assert event is not None and plugin.manifest is not None
-        attributes = {
-            "specversion": "1.0",
-            "id": event.id,
-            "source": self.parts.source,
-            "type": hook,
-            "time": event.time,
-            "subject": (delivery.key or "").partition("=")[2],
-            "attempt": str(delivery.attempts + 1),
-            "traceparent": event.trace or "",
-            "epoch": str(delivery.epoch) if delivery.epoch else "",
-        }
-        headers = [(f"ce-{name}", _escape(value)) for name, value in attributes.items() if value]
-        headers.append(("content-type", "application/json"))
-        if event.trace and _TRACEPARENT.fullmatch(event.trace):  # an emitter may name any text
-            headers.append(("traceparent", event.trace))
+        headers = event_headers(
+            event, hook, self.parts.source, key=delivery.key or "", attempt=delivery.attempts + 1, epoch=delivery.epoch
+        )
         transport: Transport = plugin.manifest.transport
         if transport.secret is not None:
             secret = self.parts.config_value(plugin, transport.secret)
@@ -221,69 +192,3 @@ class HttpDelivery(Mode):
                 sock = socket.socket(fileno=descriptors.take(one.exchange.socket))
                 self.parts.sidecar.take_request()
                 self._await(_Post(plugin, delivery, one.run, HttpExchange.taken_over(sock, one.exchange)))
-
-
-def outcome_of(response: Response) -> Outcome:
-    """The outcome that an answer means."""
-    text, sha256 = response.body.decode("utf-8", "replace"), hashlib.sha256(response.body).hexdigest()
-    result = _result(response)
-    status, size = response.status, len(response.body)
-    named = result.get("status") if result is not None else None
-    _, word, message, _ = interpret({"result": result})
-    detail = message or f"HTTP {status}"
-    if 200 <= status < 300:
-        return Outcome("ok", word if isinstance(named, str) else "ok", message, text, size, sha256)
-    if status == DUPLICATE:
-        return Outcome("ok", "duplicate", message, text, size, sha256)
-    if status == GONE:
-        return Outcome("busy", "gone", detail, text, size, sha256, SHORTEST_PAUSE)
-    if status in RETRY or status >= 500:
-        return Outcome("retry", str(status), detail, text, size, sha256, _pause(response.retry_after))
-    return Outcome("rejected", str(status), detail, text, size, sha256)
-
-
-def _result(response: Response) -> dict[str, Any] | None:
-    if not response.whole or not response.body.lstrip().startswith(b"{"):
-        return None
-    try:
-        return parse_object(response.body.strip())
-    except WireError:
-        return None
-
-
-def _pause(retry_after: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` (RFC 9110: a number of them, or a date); None where it has neither."""
-    if retry_after is None:
-        return None
-    if retry_after.isascii() and retry_after.isdigit():
-        seconds = float(retry_after[:9])
-    else:
-        try:
-            date = email.utils.parsedate_to_datetime(retry_after)
-        except (ValueError, OverflowError):
-            return None
-        date = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
-        seconds = (date - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, SHORTEST_PAUSE), LONGEST_PAUSE)
-
-
-def _escape(value: str) -> str:
-    """An attribute as a header (CloudEvents, HTTP binding 3.1.3.2): what is not plainly printable, in percents."""
-    plain = (c if 0x21 <= ord(c) <= 0x7E and c not in '"%' else None for c in value)
-    return "".join(
-        c if c is not None else "".join(f"%{byte:02X}" for byte in value[i].encode()) for i, c in enumerate(plain)
-    )
-
-
-def sign(secret: str, message: str, at: int, body: bytes) -> Headers:
-    """The headers of Standard Webhooks; a secret is base64, mostly after ``whsec_``, or any other text as it is."""
-    try:
-        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-    except (binascii.Error, ValueError):
-        key = secret.encode()
-    signature = hmac.new(key, f"{message}.{at}.".encode() + body, hashlib.sha256).digest()
-    return [
-        ("webhook-id", message),
-        ("webhook-timestamp", str(at)),
-        ("webhook-signature", f"v1,{base64.b64encode(signature).decode()}"),
-    ]

@@ -6,14 +6,13 @@ attempt; a question to a person, an unknown tool and arguments that it does not 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from host.channel.reply import NotSentError, Outcome, build_params
+from host.channel.reply import NotSentError, build_params
 from host.delivery.modes import Mode, Parts
 from host.delivery.requests import Requests, RequestState
-from host.mcp import template
+from host.mcp.event_calls import call_of, outcome_of
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire import mcp as protocol
@@ -34,7 +33,9 @@ class McpDelivery(Mode):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self._requests = Requests[tuple[protocol.Answer, bytes]](parts.sidecar, parts.outcomes, _outcome)
+        self._requests = Requests[tuple[protocol.Answer, bytes]](
+            parts.sidecar, parts.outcomes, lambda reply, _: outcome_of(reply)
+        )
 
     @property
     def busy(self) -> bool:
@@ -48,14 +49,12 @@ class McpDelivery(Mode):
             parts.outcomes.give_up(delivery, "its manifest has no call for this event")
             return
         payload = build_params(event, parts.catalogue.get(event.name), plugin.major)
-        call = spec.transport.calls[hook]
         parts.sidecar.status = "starting" if parts.sidecar.run is None else "connecting"
         session = await parts.servers().session(plugin.name)
         await self._requests.slot(plugin)
         await session.slot(plugin.timeout)
         number = session.new_id()
-        params = {"name": call.tool, "arguments": template.fill(call.arguments, payload)}
-        request = protocol.request(session.era, number, "tools/call", params)
+        request = protocol.request(session.era, number, "tools/call", call_of(spec.transport.calls[hook], payload))
         if len(request) > protocol.MAX_LINE:
             parts.outcomes.give_up(delivery, "payload_too_large")
             return
@@ -94,15 +93,3 @@ class McpDelivery(Mode):
         for number, reply in self._requests.take_over(plugin, deliveries, state.requests):
             assert plugin is not None
             self.parts.servers().awaited.setdefault(plugin.name, {})[number] = reply
-
-
-def _outcome(reply: tuple[protocol.Answer, bytes], _number: str) -> Outcome:
-    """The outcome of an attempt."""
-    answer, data = reply
-    judged = protocol.judge(answer)
-    text, size, digest = data.decode("utf-8", "replace"), len(data), hashlib.sha256(data).hexdigest()
-    if judged.verdict == "ok":
-        return Outcome("ok", "ok", None, text, size, digest)
-    if judged.verdict in ("input_required", "refused"):
-        return Outcome("rejected", judged.verdict, judged.detail, text, size, digest)
-    return Outcome("failed", judged.verdict, judged.detail, text, size, digest)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, meta_of, params_text, read_reply
-from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, open_stream
+from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, event_request, open_stream
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
@@ -123,7 +123,7 @@ class StreamDelivery:
         meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout, delivery.epoch)
         params = params_text(delivery.event, event_type, plugin.major, meta)
         number = os.urandom(8).hex()
-        request = f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
+        request = event_request(hook, params, number)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
             return

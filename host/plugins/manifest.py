@@ -25,6 +25,7 @@ CALLED_IDLE = 600.0
 """Seconds after which an MCP server that nobody uses is stopped."""
 ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
 CONFIG_TYPES: tuple[str, ...] = get_args(ConfigType)
+NO_ORDER = "none"
 MAX_KEYS = 64
 """Entries of ``config_schema``."""
 
@@ -96,12 +97,18 @@ class DeliverySpec(Frozen):
     """``delivery``: the author's wishes; the operator's figures are in the effective policy."""
 
     order_by: str | None = None
-    """None: the event type's order; ``none``: no order; else a payload field."""
+    """None: the event type's order; ``NO_ORDER``: no order; else a payload field."""
     concurrency: int = 16
     """Keys in parallel; one at a time in one-shot mode, and in the mode exec unless more are asked for."""
     expires: float | None = None
     filters: tuple[str, ...] = ()
     """The author wants only events that pass all of these (``isolator.policy.filters``)."""
+
+    def order_key(self, by: str | None, payload: Mapping[str, Any]) -> str | None:
+        """The key by which an event is ordered; ``by``: the field that orders its type."""
+        field = by if self.order_by is None else None if self.order_by == NO_ORDER else self.order_by
+        value = payload.get(field) if field is not None else None
+        return None if value is None else f"{field}={value}"
 
 
 class Activation(Frozen):

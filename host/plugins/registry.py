@@ -17,14 +17,12 @@ from typing import Any
 from host.database.store import Store
 from host.events import OPERATIONAL, Catalogue, EventType, from_schema
 from host.plugins import manifest as manifests
-from host.plugins.manifest import Manifest
+from host.plugins.manifest import DeliverySpec, Manifest
 from host.queue.interface import Subscriber
 from isolator.errors import IsolatorError, NotFoundError, nearest
 from isolator.ipc.messages import PluginEntry
 from isolator.policy.filters import passes
 from isolator.policy.model import EffectivePolicy
-
-NO_ORDER = "none"
 
 
 @dataclass(frozen=True)
@@ -157,10 +155,8 @@ class Registry:
             return None  # nobody is notified of itself
         if plugin.filtered and not plugin.sees(payload):
             return None
-        order_by = plugin.manifest.delivery.order_by if plugin.manifest is not None else None
-        by = event_type.order_by if order_by is None else None if order_by == NO_ORDER else order_by
-        value = payload.get(by) if by is not None else None
-        return Subscriber(plugin.name, None if value is None else f"{by}={value}")
+        delivery = plugin.manifest.delivery if plugin.manifest is not None else DeliverySpec()
+        return Subscriber(plugin.name, delivery.order_key(event_type.order_by, payload))
 
     def subscribed(self, event: str) -> list[str]:
         """Names of the plugins that receive an event, filters aside."""

@@ -67,16 +67,15 @@ def _init(self: Any, *values: Any, **named: Any) -> None:
             complete()
         return
     defaults: dict[str, Any] = getattr(cls, _DEFAULTS)
-    ordered = dict(zip(names, values, strict=False))
-    if len(values) > len(names) or not ordered.keys().isdisjoint(named) or not named.keys() <= {*names}:
-        raise TypeError(f"{cls.__name__} has the fields {', '.join(names)}, each once")
     made = self.__dict__
-    for name in names:
-        if name in ordered:
-            made[name] = ordered[name]
-        elif name in named:
-            made[name] = named[name]
-        elif name not in defaults:
+    made.update(zip(names, values, strict=False))
+    made.update(named)
+    if len(made) != len(values) + len(named) or not named.keys() <= {*names}:
+        raise TypeError(f"{cls.__name__} has the fields {', '.join(names)}, each once")
+    for name in names[len(values) :] if len(made) < len(names) else ():
+        if name in made:
+            continue
+        if name not in defaults:
             raise TypeError(f"{cls.__name__} needs {name}")
         elif not isinstance(default := defaults[name], _Field):
             made[name] = default

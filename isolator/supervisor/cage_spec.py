@@ -93,7 +93,11 @@ def plugin_spec(
 def host_api_folder(paths: Paths, name: str) -> Path:
     """Folder on the host with the host-API socket of a plugin, or invocation; bound whole, it survives the host."""
     folder = paths.run / "hostapi" / name
-    if not folder.is_dir():
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
     os.chmod(folder, 0o755)
     return folder

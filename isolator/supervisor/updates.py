@@ -138,6 +138,7 @@ class Updates:
                 who=who,
             )
             self._audit.record(added, plugin=name)
+            self._table.announce(plugin)  # the host that gets the answer may not be the one that serves then
         self._table.discovery.rescan()
         return plugin
 

@@ -71,6 +71,8 @@ class Volume:
 
         ``size`` in bytes. No cage of the plugin may run: if the size is another one than before, it is resized.
         """
+        if self.ready(size):
+            return self._open_state()
         wanted = Size(size, inodes)
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -95,6 +97,9 @@ class Volume:
                     self._image.resize(granted, wanted)
             self._journal.record(Entry(self._name, "mount", (str(self._place),)))
             self._mount(*(held or self._attach()))
+        return self._open_state()
+
+    def _open_state(self) -> int:
         return os.open(self._place / "state", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def close(self) -> None:

@@ -17,6 +17,15 @@ from tests.authoring.test_trial import MODES
 from tests.support.timeouts import seconds
 from tests.system.daemon import write_plugin
 
+SHORT_LIVED = """#!/usr/bin/python3
+import os, socket, time
+server = socket.socket(socket.AF_UNIX)
+server.bind(os.environ["PLUGIN_SOCKET"])
+server.listen(1)
+time.sleep(0.1)
+raise SystemExit(3)
+"""
+"""Ends while it is on trial, though it was up."""
 LOOKUP = """__import__("os").popen("getent hosts api.example.com; echo looked").read()"""
 
 
@@ -41,8 +50,9 @@ def test_each_save_is_in_use_and_its_author_sees_log_denials_and_faults(tmp_path
         answer = dev.next("answer")
         assert "two" in answer["reply"] and answer["payload"]["project_id"] == "p"
 
-        (folder / "main").write_text("#!/bin/sh\necho bad luck >&2\nexit 3\n")
-        assert "in use again" in dev.next("error")["error"]["why"]
+        for ends in ("#!/bin/sh\necho bad luck >&2\nexit 3\n", SHORT_LIVED):
+            (folder / "main").write_text(ends)
+            assert "in use again" in dev.next("error")["error"]["why"]
         dev.say("")  # the version before is there
         assert "two" in dev.next("answer")["reply"]
 

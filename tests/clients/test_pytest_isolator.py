@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,8 @@ import pytest
 from tests.support.timeouts import seconds
 from tests.system.daemon import write_plugin
 
-CLIENTS = Path(__file__).parents[2] / "clients"
+ROOT = Path(__file__).parents[2]
+CLIENTS = ROOT / "clients"
 PLUGIN = """\
     #!/usr/bin/python3
     import json, os, socket, urllib.error, urllib.request
@@ -85,9 +87,10 @@ ALONE = ("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 """In a network namespace of their own."""
 
 
-def run_tests(folder: Path, text: str, enter: tuple[str, ...] = ALONE) -> subprocess.CompletedProcess[str]:
-    """The tests of an author."""
-    (folder / "test_bell.py").write_text(textwrap.dedent(text))
+def run_tests(folder: Path, text: str = "", enter: tuple[str, ...] = ALONE) -> subprocess.CompletedProcess[str]:
+    """The tests of an author; without a text those that are there."""
+    if text:
+        (folder / "test_bell.py").write_text(textwrap.dedent(text))
     paths = [str(CLIENTS / "pytest"), str(CLIENTS / "python")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": ""}
     words = [sys.executable, "-m", "pytest", "-p", "pytest_isolator.plugin", "-p", "no:cacheprovider", "-qx", "."]
@@ -101,6 +104,13 @@ def test_fixtures_test_a_plugin_in_its_cage_with_pretend_answers(tmp_path: Path)
     write_plugin(tmp_path / "bell", PLUGIN, **MANIFEST)
     (tmp_path / "prod.toml").write_text('[grant]\nhooks = ["project.*"]\n')
     ran = run_tests(tmp_path, TESTS)
+    assert ran.returncode == 0 and "2 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_example_passes_the_tests_that_it_comes_with(tmp_path: Path) -> None:
+    folder = tmp_path / "slack-deploy-notifier"
+    shutil.copytree(ROOT / "examples" / folder.name, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    ran = run_tests(folder)
     assert ran.returncode == 0 and "2 passed" in ran.stdout, ran.stdout + ran.stderr
 
 

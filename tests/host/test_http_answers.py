@@ -11,8 +11,8 @@ from email.utils import format_datetime
 
 import pytest
 
+from host.channel.cloud_events import outcome_of, sign
 from host.channel.http import Response
-from host.delivery.http import outcome_of, sign
 from host.delivery.modes import check_mode
 from isolator.errors import IsolatorError
 
@@ -76,8 +76,8 @@ def test_signature_is_that_of_standard_webhooks(secret: str, key: bytes) -> None
 
 
 def test_mode_without_its_package_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("host.delivery.http", "host.channel.http"):
-        monkeypatch.delitem(sys.modules, module)
+    for module in ("host.delivery.http", "host.channel.http", "host.channel.cloud_events"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "h11", None)
     with pytest.raises(IsolatorError, match=r"mode http: needs the Python package h11; .*isolator\[http\]"):
         check_mode("http")

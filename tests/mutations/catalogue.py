@@ -298,6 +298,12 @@ MUTATIONS = (
             "if False:",
             "system/updates/test_approval.py::test_version_is_approved_only_as_it_was_shown",
         ),
+        (
+            "a host that takes another's place does not hear of a plugin that is added meanwhile",
+            "            self._table.announce(plugin)  # the host that gets",
+            "            # the host that gets",
+            f"{_WAITS}test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next",
+        ),
     ),
     *_mutations(
         "isolator/supervisor/cage_spec.py",

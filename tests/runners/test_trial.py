@@ -13,11 +13,33 @@ import pytest
 
 from tests.authoring.dev_process import answering
 from tests.runners.conftest import ALICE, STRANGER
+from tests.support.new_plugins import new_plugin
 from tests.support.timeouts import seconds
 from tests.system.daemon import write_plugin
 from tests.system.taken_over import TakenOver
 
 EXEC = '#!/bin/sh\nread event\necho "got $PLUGIN_EVENT_TYPE" >&2\necho "{\\"message\\": \\"$GREETING\\"}"\nexit CODE\n'
+ON_A_PORT = """\
+    #!/usr/bin/python3
+    import http.server, json, os, time
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            length = int(self.headers["content-length"])
+            project = json.loads(self.rfile.read(length))["project_id"]
+            about = [self.headers[name] for name in ("ce-type", "ce-subject", "webhook-signature")]
+            body = json.dumps({"message": " ".join([*about[:2], project]), "signed": about[2][:3]}).encode()
+            self.send_response(200 if self.path == "/hook" else 404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+    time.sleep(0.2)
+    http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["PLUGIN_PORT"])), Handler).serve_forever()
+"""
+"""A server that begins to listen on a port of its own after a moment."""
+SIGNED = {
+    "transport": {"mode": "http", "path": "/hook", "port": 8080, "secret": "key"},
+    "config_schema": {"key": {"type": "string", "secret": True}},
+}
 WORK = """__import__("json").dumps([
     __import__("os").getuid(), __import__("os").environ["GREETING"],
     __import__("os").path.exists("/etc/shadow"), __import__("os").listdir(__import__("os").environ["PLUGIN_STATE_DIR"]),
@@ -38,6 +60,13 @@ def trial(d: TakenOver, uid: int, *words: str, code: int = 0, scratch: Path | No
     return json.loads(ran.stdout or ran.stderr)
 
 
+def owned(folder: Path) -> Path:
+    """A new folder of Alice's."""
+    folder.mkdir()
+    os.chown(folder, ALICE, ALICE)
+    return folder
+
+
 def write(home: Path, script: str, **manifest: Any) -> str:
     """A plugin of Alice's that only she may read."""
     network = {"network": {"egress": []}, "resources": {"memory": "64M"}}
@@ -51,9 +80,7 @@ def write(home: Path, script: str, **manifest: Any) -> str:
 
 def test_runner_tries_a_plugin_in_a_cage_without_being_root(daemon: TakenOver, home: Path) -> None:
     folder = write(home, answering(" ".join(WORK.split())))
-    scratch = home / "scratch"
-    scratch.mkdir()
-    os.chown(scratch, ALICE, ALICE)
+    scratch = owned(home / "scratch")
     found = trial(daemon, ALICE, folder, "--config", "greeting=hello", scratch=scratch)
     (answer,) = found["events"]
     uid, greeting, shadow, state = json.loads(json.loads(answer["reply"])["result"]["message"])
@@ -74,6 +101,34 @@ def test_runner_tries_a_plugin_that_runs_for_each_event(daemon: TakenOver, home:
     assert "got deploy.completed" in [line["line"] for line in found["log"]]
 
 
+@pytest.mark.parametrize("mode", ["stream", "http", "mcp"])
+def test_runner_tries_a_new_plugin_of_a_mode_with_a_conversation(daemon: TakenOver, home: Path, mode: str) -> None:
+    folder = new_plugin(home / f"new-{mode}", mode, "python")
+    found = trial(daemon, ALICE, str(folder), "--event", "deploy.completed", scratch=owned(home / "scratch"))
+    (answer,) = found["events"]
+    assert (found["mode"], answer["outcome"], answer["latency_us"] > 0) == (mode, "ok", True), found
+    assert any("project-1" in line["line"] for line in found["log"]), found
+    assert not list((home / "scratch").iterdir())
+
+
+def test_runner_tries_a_server_on_a_port_of_its_own(daemon: TakenOver, home: Path) -> None:
+    folder = write(home, ON_A_PORT, hooks=["deploy.completed", "deploy.failed"], **SIGNED)
+    found = trial(daemon, ALICE, folder, "--config", "key=secret")
+    replies = [json.loads(answer["reply"]) for answer in found["events"]]
+    hooks = ["deploy.completed", "deploy.failed"]
+    assert replies == [{"message": f"{hook} project-1 project-1", "signed": "v1,"} for hook in hooks], found
+
+
+@pytest.mark.parametrize("mode", ["stream", "http", "mcp"])
+def test_sidecar_that_ends_is_told_of_as_such(daemon: TakenOver, home: Path, mode: str) -> None:
+    calls = {"calls": {"deploy.completed": {"tool": "notify", "arguments": {}}}} if mode == "mcp" else {}
+    folder = write(home, "#!/bin/sh\necho bad luck >&2\nexit 3\n", transport={"mode": mode, **calls}, config_schema={})
+    found = trial(daemon, ALICE, folder, code=1)
+    (answer,) = found["events"]
+    assert answer["outcome"] == "unknown" and "ended" in answer["detail"], found
+    assert "bad luck" in [line["line"] for line in found["log"]], found
+
+
 def test_plugin_that_asks_for_more_than_a_runner_has_is_refused_with_the_reason(daemon: TakenOver, home: Path) -> None:
     egress = {"network": {"egress": [{"host": "other.example", "ports": [443]}]}}
     folder = write(home, answering(), sandbox=egress, config_schema={})
@@ -89,9 +144,12 @@ def test_user_without_the_role_is_refused(daemon: TakenOver, home: Path) -> None
 
 @pytest.mark.parametrize(
     ("words", "manifest", "expected"),
-    [(["--recording", "x"], {}, "is root's alone"), ([], {"transport": {"mode": "stream"}}, "is tried by root alone"),
-     ([], {}, "needs the config greeting")],
-)  # fmt: skip
+    [
+        (["--recording", "x"], {}, "is root's alone"),
+        ([], {}, "needs the config greeting"),
+        ([], SIGNED, "signs requests, and is not set"),
+    ],
+)
 def test_what_a_runner_cannot_have_is_refused_with_what_to_do(
     daemon: TakenOver, home: Path, words: list[str], manifest: dict[str, Any], expected: str
 ) -> None:

@@ -47,8 +47,12 @@ def running() -> Iterator[Daemon]:
 def test_what_the_readme_says_works_as_written(running: Daemon, tmp_path: Path, language: str) -> None:
     folder = _new(tmp_path, language)
     name, root = folder.name, str(running.root)
-    first, second = re.findall(r"^```\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert "{{" not in first + second
+    trial, first, second = re.findall(r"^```\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert "{{" not in trial + first + second
+    # Run by tests/authoring/test_dev.py and test_trial.py.
+    assert {"sudo isolator dev .", "sudo isolator plugin test ."} <= {
+        line.partition("  ")[0] for line in trial.split("\n")
+    }
     try:
         # Nobody is at a terminal to agree; everything else is as it stands.
         shown = _run(AGREE.sub(r"\1 --yes", first), folder, ISOLATOR_ROOT=root)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from host.authoring.dev.screen import HELP, Screen
-from host.authoring.loading import Loaded, Loader
+from host.authoring.loading import Loaded, Loader, Loading
 from host.authoring.private_daemon import PrivateDaemon
 from host.authoring.sending import hooks_of, payload_for, send
 from host.authoring.trial import Plan, register_schemas
@@ -46,6 +46,8 @@ class Session:
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._saved = threading.Event()
         self._saved_at = 0.0
+        self._loading: Loading | None = None
+        """The newest version, which may be on trial."""
         self._last: tuple[str, Mapping[str, Any]] | None = None
         self._following = False
         self._entry: Mapping[str, Any] = {}
@@ -74,6 +76,10 @@ class Session:
             self._work.put(_SAVED)
 
     def _do(self, client: Client, wish: Any) -> None:
+        if isinstance(wish, IsolatorError):  # the version that was in use has ended within its trial
+            assert self._loader.registered is not None
+            self._know(client, self._loader.registered)
+            raise wish
         if wish is _SAVED:
             self._saved.clear()
             self._load(client)
@@ -91,24 +97,29 @@ class Session:
             self._send(client, *self._wanted(client, wish))
 
     def _load(self, client: Client) -> None:
+        if self._loading is not None:  # what comes of it is shown already
+            with contextlib.suppress(IsolatorError):
+                self._loading.finish()
         began, newest = self._saved_at, trail.newest(self._daemon.root)
-        loaded = self._loader.load(client)
+        loading = self._loading = self._loader.begin(client)
+        loaded = loading.up(client)
         if loaded.unchanged and self._entry.get("state") != "failed":
             return
         self._shown.clear()
-        self._know(client, loaded)
+        self._know(client, loaded.plugin)
         if not self._following:
             self._following = True
             for target, arguments in ((self._follow_log, (loaded.plugin,)), (self._follow_trail, (loaded, newest))):
                 threading.Thread(target=target, args=arguments, daemon=True).start()
-        if loaded.mode != _EXEC:
+        if loading.decided and loaded.mode != _EXEC:
             wait_ready(client, loaded.plugin, client.call("plugin.start", name=loaded.plugin)["run"])
         self._screen.loaded(loaded, time.monotonic() - began)
+        loading.when_refused(self._work.put)
 
-    def _know(self, client: Client, loaded: Loaded) -> None:
-        """Keep what explains this version's denials."""
-        self._lines = client.call("plugin.explain", name=loaded.plugin)["proposal"]["lines"]
-        self._entry = client.call("plugin.show", name=loaded.plugin)
+    def _know(self, client: Client, name: str) -> None:
+        """Keep what explains the denials of the version in use."""
+        self._lines = client.call("plugin.explain", name=name)["proposal"]["lines"]
+        self._entry = client.call("plugin.show", name=name)
 
     def _wanted(self, client: Client, line: str) -> tuple[str, Mapping[str, Any]]:
         """The event that a line means: NAME [JSON], or nothing for the last one."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isolator.ipc.channel import ALIVE
-from isolator.ipc.messages import ConnectRun
+from isolator.ipc.channel import ALIVE, Channel
+from isolator.ipc.messages import ConnectRun, Leave
 from isolator.ipc.succession import Passage
 from isolator.supervisor import services
 from isolator.supervisor.reload import exchange as exchanging
@@ -21,10 +21,11 @@ from isolator.supervisor.rest import Rest
 from isolator.supervisor.service import ChildProcess, Generation
 from tests.system.daemon import Daemon
 
-BEFORE, LOADED, ANSWERED, PARTING = "before", "loaded", "answered", "parting"
+BEFORE, LOADED, NOTED, ANSWERED, PARTING = "before", "loaded", "noted", "answered", "parting"
 """Before an exchange, until a reload waits for it or comes to rest; when the new host has loaded and the old one serves
-still, until ``go`` is there; when the new one has answered its hello, until ``go`` is there and it has had turns of its
-event loop; when the old one hands over, until no connect of it is open."""
+still, until ``go`` is there; when note was taken of all that the old one knows, and it serves still, until ``go`` is
+there; when the new one has answered its hello, until ``go`` is there and it has had turns of its event loop; when the
+old one hands over, until no connect of it is open."""
 _LOOK = 0.005
 _TURNS = 50
 
@@ -85,6 +86,7 @@ def main() -> None:
 
     make_services, come, handed_over = services.Services.__init__, Rest.come, exchanging._hand_over
     exchanged, first_answer, part, tell = services.exchange, ChildProcess.first_answer, Passage.part, ChildProcess.tell
+    ask = Channel.ask
 
     def made(self: services.Services, *arguments: Any) -> None:
         make_services(self, *arguments)
@@ -117,6 +119,12 @@ def main() -> None:
                 await generation.channel.call(ALIVE)
         return result
 
+    async def asks(self: Channel, request: Any, **further: Any) -> Any:
+        if isinstance(request, Leave) and self.name == "host" and waits_at(NOTED):
+            await until(go.exists)
+            go.unlink()
+        return await ask(self, request, **further)
+
     async def passed(self: Passage, *arguments: Any) -> None:
         if present["name"] == "host" and waits_at(PARTING):
             await until(go.exists)
@@ -135,6 +143,7 @@ def main() -> None:
     exchanging._hand_over = hand_over  # type: ignore[assignment]
     Rest.come, Passage.part = comes, passed  # type: ignore[method-assign,assignment]
     ChildProcess.first_answer, ChildProcess.tell = answered, told  # type: ignore[method-assign,assignment]
+    Channel.ask = asks  # type: ignore[method-assign,assignment]
 
     from host.cli.main import main as command_line
 

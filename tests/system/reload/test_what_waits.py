@@ -18,7 +18,7 @@ from tests.support.sidecars import stream
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, daemon, event, wait_for, write_plugin
 from tests.system.reload.exchanges import MODULES, exchanged
-from tests.system.reload.gated import ANSWERED, BEFORE, LOADED, PARTING, GatedDaemon
+from tests.system.reload.gated import ANSWERED, BEFORE, LOADED, NOTED, PARTING, GatedDaemon
 
 LATE = """\
     #!/usr/bin/python3
@@ -114,6 +114,18 @@ def test_new_host_serves_callers_once_it_knows_what_was_held_for_it(d: GatedDaem
         answer = json.loads(caller.makefile("rb").readline())
     assert answer["result"]["name"] == "found", answer
     wait_for(lambda: exchanged(d, "host", before))
+
+
+def test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next(d: GatedDaemon, shared_dir: Path) -> None:
+    before = begin_exchange(d, NOTED)
+    folder = write_plugin(shared_dir / "meanwhile")
+    d.cli("plugin", "add", str(folder), "--yes")
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    write_plugin(folder, version="1.0.1")
+    d.cli("plugin", "update", "meanwhile", str(folder))
+    assert d.json("plugin", "show", "meanwhile")["version"] == "1.0.1"
+    d.cli("plugin", "remove", "meanwhile", "--yes")
 
 
 def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_dir: Path) -> None:
