@@ -62,9 +62,9 @@ def query(
 
     check_types(types)
     wanted = reader.Query(plugin, types, event, moment(since), moment(until))
-    lines = (line for line, _ in trail.search(root, wanted, limit=limit))
+    found = trail.lines(root, wanted, limit=limit)
     shown = 0
-    while batch := list(islice(lines, 1000)):
+    while batch := list(islice(found, 1000)):
         print_lines(batch, as_json)
         shown += len(batch)
     if not shown and not as_json:
@@ -121,7 +121,8 @@ def tail(
         from host.cli import trail
 
         after = trail.newest(root)
-        found = [line for line, record in trail.search(root, wanted, limit=lines or 1) if record.seq <= after]
+        matching = trail.lines(root, wanted, limit=lines or 1)
+        found = [line for line in matching if (seq := files.seq_of(line)) is not None and seq <= after]
         print_lines(found if lines else [], as_json)
         if not follow:
             return

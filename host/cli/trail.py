@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from host.client.client import Client
@@ -18,8 +18,13 @@ Found = tuple[bytes, Record]
 
 def search(root: str | None, wanted: Query, *, limit: int | None = None) -> Iterator[Found]:
     """Every record that matches, oldest first; with ``limit`` only the newest."""
+    return _parsed(lines(root, wanted, limit=limit))
+
+
+def lines(root: str | None, wanted: Query, *, limit: int | None = None) -> Iterator[bytes]:
+    """The lines of ``search``."""
     if not _asks_daemon(root):
-        found = reader.query(Paths.of(root).audit_log, wanted)
+        found = reader.lines(Paths.of(root).audit_log, wanted)
         if limit is None:
             return found
         from collections import deque
@@ -32,14 +37,17 @@ def search(root: str | None, wanted: Query, *, limit: int | None = None) -> Iter
     return _from_daemon(root, asked)
 
 
+def _parsed(lines: Iterable[bytes]) -> Iterator[Found]:
+    return ((line, record) for line in lines if (record := parse(line)) is not None)
+
+
 def story(root: str | None, event_id: str) -> list[Found]:
     """Everything that the event caused whose id begins so; empty when there is none. Raises UsageError for several."""
     if _asks_daemon(root):
-        return list(_from_daemon(root, {"story": event_id}))
+        return list(_parsed(_from_daemon(root, {"story": event_id})))
     from isolator.audit.search import found
 
-    lines = found(Paths.of(root).audit_log, {"story": event_id})
-    return [(line, record) for line in lines if (record := parse(line)) is not None]
+    return list(_parsed(found(Paths.of(root).audit_log, {"story": event_id})))
 
 
 def newest(root: str | None) -> int:
@@ -56,7 +64,7 @@ def _asks_daemon(root: str | None) -> bool:
     return os.geteuid() != 0 and not os.access(paths.audit_file, os.R_OK)
 
 
-def _from_daemon(root: str | None, wanted: dict[str, Any]) -> Iterator[Found]:
+def _from_daemon(root: str | None, wanted: dict[str, Any]) -> Iterator[bytes]:
     try:
         client = Client(root)
     except UnavailableError as error:
@@ -65,10 +73,7 @@ def _from_daemon(root: str | None, wanted: dict[str, Any]) -> Iterator[Found]:
     with client:
         client.call("audit.search", **{key: value for key, value in wanted.items() if value is not None})
         for answer in client.notifications():
-            for line in answer["lines"]:
-                raw = line.encode("ascii", "backslashreplace")
-                if (record := parse(raw)) is not None:
-                    yield raw, record
+            yield from (line.encode("ascii", "backslashreplace") for line in answer["lines"])
             if not answer["more"]:
                 if answer["error"] is not None:
                     raise IsolatorError.from_json(answer["error"])

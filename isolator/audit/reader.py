@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 from collections import deque
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from isolator.audit import files
-from isolator.audit.record import Record, own_hash_fits, parse
+from isolator.audit.record import Record, own_hash_fits, parse, quoted
 from isolator.errors import NotFoundError
 from isolator.linux import inotify
 
 _BLOCK = 1 << 16
+_SEARCHED = 1 << 20
+"""Bytes of the trail that are searched at a time."""
 _MAX_LINE = 4 << 20
 """Far above the longest record: a packet of escapes is not as long."""
 _SLACK = timedelta(hours=1)
@@ -253,18 +256,77 @@ def _type_fits(type: str, wanted: str) -> bool:
 
 
 def query(directory: Path, wanted: Query) -> Iterator[tuple[bytes, Record]]:
-    """Every matching line and its record, oldest first. Lines are parsed only when their bytes can match."""
-    paths = trail_files(directory)
-    needles = [json.dumps(text).encode() for text in (wanted.plugin, wanted.event) if text is not None]
-    types = tuple(f'"type":"{t[:-1] if t.endswith(".*") else t + chr(34)}'.encode() for t in wanted.types)
-    for path in _within(paths, wanted):
-        with path.open("rb", buffering=1 << 20) as file:
-            for line in file:
-                if any(needle not in line for needle in needles) or (types and not any(t in line for t in types)):
-                    continue
-                record = parse(line)
-                if record is not None and wanted.matches(record):
-                    yield line.rstrip(b"\n"), record
+    """Every matching line and its record, oldest first."""
+    for line in lines(directory, wanted):
+        if (record := parse(line)) is not None:
+            yield line, record
+
+
+def lines(directory: Path, wanted: Query) -> Iterator[bytes]:
+    """Every matching line, oldest first, without its newline.
+
+    A record's line begins with nearly all that decides, so only lines that name an event are parsed. A block of the
+    trail is passed over as a whole when it lacks a text that every matching line has.
+    """
+    texts, pattern = _texts(wanted), _pattern(wanted)
+    decided = wanted.event is wanted.since is wanted.until is None
+    for path in _within(trail_files(directory), wanted):
+        for block, end in _blocks(path):
+            if all(any(block.find(text, 0, end) >= 0 for text in either) for either in texts):
+                found: list[bytes] = pattern.findall(block, 0, end)
+                yield from found if decided else (line for line in found if _fits(line, wanted))
+
+
+def _fits(line: bytes, wanted: Query) -> bool:
+    """Whether a line whose type and plugin are wanted is of that time and event."""
+    if wanted.since is not None or wanted.until is not None:
+        begin = line.index(b'"time":"') + 8
+        time = line[begin : line.index(b'"', begin)].decode()
+        if time < (wanted.since or "") or time > (wanted.until or "~"):
+            return False
+    if wanted.event is None:
+        return True
+    record = parse(line) if quoted(wanted.event).encode() in line else None
+    return record is not None and wanted.event in record.events
+
+
+def _texts(wanted: Query) -> list[list[bytes]]:
+    """Texts of which a matching line has one of each list."""
+    types = [f'"type":"{type[:-1]}' if type.endswith(".*") else f'"type":"{type}"' for type in wanted.types]
+    names = [[quoted(name)] for name in (wanted.event, wanted.plugin) if name is not None]
+    return [[text.encode() for text in either] for either in ([*names, types] if types else names)]
+
+
+def _pattern(wanted: Query) -> re.Pattern[bytes]:
+    """Pattern of a line, and the newline before it, whose type and plugin are wanted (its form: ``record``)."""
+    any_text = '[^"]*'
+    types = [re.escape(type[:-1]) + any_text if type.endswith(".*") else re.escape(type) for type in wanted.types]
+    type = f"(?:{'|'.join(types or [any_text])})"
+    plugin = re.escape(quoted(wanted.plugin)) + "," if wanted.plugin is not None else ""
+    begin = f'{{"seq":[1-9][0-9]*,"time":"{any_text}","type":"{type}","origin":"{any_text}","plugin":{plugin}'
+    return re.compile(f'\\n(\\{begin}.*,"hash":"[0-9a-f]{{64}}"}})(?=\\n)'.encode())
+
+
+def _blocks(path: Path) -> Iterator[tuple[bytearray, int]]:
+    """The lines of a file a block at a time, each line between two newlines: a buffer, and the end of its lines in it.
+
+    The next block takes the buffer's place.
+    """
+    buffer, held = bytearray(b"\n") + bytearray(_SEARCHED), 1
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(memoryview(buffer)[held:]):
+            held += read
+            end = buffer.rfind(b"\n", 0, held) + 1
+            if end > 1:
+                yield buffer, end
+                rest = buffer[end - 1 : held]
+                buffer[: len(rest)] = rest
+                held = len(rest)
+            elif held == len(buffer):
+                buffer += bytearray(_SEARCHED)
+    buffer[held : held + 1] = b"\n"
+    if held > 1:
+        yield buffer, held + 1
 
 
 def event_ids(directory: Path, prefix: str, limit: int) -> list[str]:
@@ -272,8 +334,8 @@ def event_ids(directory: Path, prefix: str, limit: int) -> list[str]:
     found: dict[str, None] = {}
     needle = json.dumps(prefix)[:-1].encode()
     for path in trail_files(directory):
-        with path.open("rb", buffering=1 << 20) as file:
-            for line in file:
+        for block, end in _blocks(path):
+            for line in bytes(block[:end]).split(b"\n") if block.find(needle, 0, end) >= 0 else ():
                 record = parse(line) if needle in line else None
                 found.update(dict.fromkeys(i for i in (record.events if record else ()) if i.startswith(prefix)))
                 if len(found) >= limit:

@@ -194,7 +194,8 @@ def _note_cut(raw: bytes, path: str, cuts: dict[str, dict[str, Any]]) -> None:
 
 
 @lru_cache(maxsize=8192)
-def _quoted(text: str | None) -> str:
+def quoted(text: str | None) -> str:
+    """An identifier as it stands in a line."""
     if text is None:
         return "null"
     return f'"{text}"' if _PLAIN.fullmatch(text) else _ascii(text)
@@ -213,9 +214,9 @@ def spell(seq: int, record: Incoming, prev: str) -> tuple[bytes, str]:
         raise RejectedError("data has a value that JSON cannot hold") from None
     cut = f',"cut":{_ascii(record.cut)}' if record.cut else ""
     body = (
-        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{_quoted(record.origin)}'
-        f',"plugin":{_quoted(record.plugin)},"run":{_quoted(record.run)},"event_id":{_quoted(record.event_id)}'
-        f',"delivery_id":{_quoted(record.delivery_id)},"data":{data}{cut},"prev":"{prev}"'
+        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{quoted(record.origin)}'
+        f',"plugin":{quoted(record.plugin)},"run":{quoted(record.run)},"event_id":{quoted(record.event_id)}'
+        f',"delivery_id":{quoted(record.delivery_id)},"data":{data}{cut},"prev":"{prev}"'
     ).encode("ascii")
     digest = hashlib.sha256(body).hexdigest()
     return b'%b,"hash":"%b"}\n' % (body, digest.encode()), digest

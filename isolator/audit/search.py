@@ -21,7 +21,7 @@ from typing import Any
 
 import prctl
 
-from isolator.audit.reader import Query, event_ids, query
+from isolator.audit.reader import Query, event_ids, lines
 from isolator.audit.story import collect
 from isolator.errors import IsolatorError, UsageError
 
@@ -41,9 +41,8 @@ def found(directory: Path, wanted: dict[str, Any]) -> Iterable[bytes]:
         return _story(directory, str(story))
     types = tuple(wanted.get("types") or ())
     search = Query(wanted.get("plugin"), types, wanted.get("event"), wanted.get("since"), wanted.get("until"))
-    lines = (line for line, _ in query(directory, search))
     limit = wanted.get("limit")
-    return deque(lines, min(limit, MOST)) if limit else lines
+    return deque(lines(directory, search), min(limit, MOST)) if limit else lines(directory, search)
 
 
 def _story(directory: Path, event_id: str) -> Iterator[bytes]:

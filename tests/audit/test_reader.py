@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -16,12 +17,13 @@ from click.testing import CliRunner, Result
 from host.cli.root import cli
 from isolator.audit import files, reader
 from isolator.audit.log import Limits
+from isolator.audit.record import Incoming, parse
 from isolator.audit.text import printable
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import check, durable
-from tests.audit.test_verify import Written
+from tests.audit.test_verify import TIME, Written
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another user")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -167,6 +169,33 @@ def test_line_that_breaks_the_chain_is_reported(tmp_path: Path) -> None:
             found
         )
     assert "records 7 to 9" in str(reader.Continuity(6).check(lines[9]))
+
+
+@pytest.mark.parametrize("block", [100, 1000, 1 << 20])
+def test_search_finds_what_a_look_at_each_record_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(reader, "_SEARCHED", block)
+    written = Written(tmp_path, 50, Limits(rotate_size=8000))
+    spelled = {"seq": 1, "time": TIME, "type": "net.denied", "origin": "host", "plugin": "p"}
+    for number, plugin in enumerate(("p", "p.q", None, 'a"b\\', "\u00fc", "p\x7f", "p")):
+        for kind, data in (("net.denied", spelled), ("net.closed", {"event_ids": ["e1", "e2"]}), ("network.x", {})):
+            time = TIME.replace("03:04", f"03:1{number}")
+            written.append(Incoming(time, kind, plugin, event_id="e1" if number == 3 else None, data=data))
+    with written.live.open("ab") as file:
+        file.write(written.lines()[-1].replace(b'"plugin":null', b'"plugin":"p"')[:-80] + b"\n" + b'{"seq":9,"time":')
+    every = [record for path in files.trail(written.log) for line in path.open("rb") if (record := parse(line))]
+    moment = TIME.replace("03:04", "03:13")
+    for plugin, types, event, since, until in itertools.product(
+        ("p", 'a"b\\', "\u00fc", "p\x7f", "other", None),
+        ((), ("net.denied",), ("net.*",), ("net.closed", "audit.*"), ("net.none",)),
+        ("e1", "e7", "none", None),
+        (moment, None),
+        (moment, None),
+    ):
+        wanted = reader.Query(plugin, types, event, since, until)
+        found = [record.seq for _, record in reader.query(written.log, wanted)]
+        assert found == [record.seq for record in every if wanted.matches(record)], wanted
 
 
 async def test_query_finds_by_plugin_type_event_time_and_number(daemon: Daemon) -> None:
