@@ -27,9 +27,9 @@ from host.console.pages import Context, Pages
 from host.console.rendering import environment
 from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
 from host.console.upstream import Listener, Live, Upstream
-from host.control.server import ROLES
+from host.control.endpoints import ROLES
+from isolator.base.pacing import TokenBucket
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
-from isolator.pacing import TokenBucket
 from isolator.policy.host import Console, HostConfig
 
 STATIC = Path(__file__).parent / "static"

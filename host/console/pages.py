@@ -90,8 +90,7 @@ class Pages:
     async def story(self, event_id: str) -> Context:
         """Everything that an event caused, line by line, each with its record."""
         event = await self._upstream.call("event.show", id=event_id)
-        found = await self._read(lambda: collect_story(self._trail, event["id"], since=event["accepted"]))
-        records = [record for _, record in found][:_STORY_RECORDS]
+        records = await self._caused(event["id"], event["accepted"]) or await self._caused(event["id"], 0.0)
         lines = list(story_lines(event["id"], records, 100)) if records else []
         settled = all(one["state"] in FINAL for one in event["deliveries"])
         payload = json.dumps(event["payload"], indent=2)
@@ -99,6 +98,10 @@ class Pages:
             "event": event, "lines": lines, "final": FINAL, "payload": payload[:PAYLOAD], "cut": len(payload) > PAYLOAD,
             "topics": "time" if settled else "event net plugin exec",
         }  # fmt: skip
+
+    async def _caused(self, event_id: str, since: float) -> list[Record]:
+        found = await self._read(lambda: collect_story(self._trail, event_id, since=since))
+        return [record for _, record in found][:_STORY_RECORDS]
 
     async def denials(self, name: str | None) -> Context:
         """Show each refusal once, with the line that grants it."""
