@@ -30,7 +30,7 @@ from isolator.policy.names import OLDER_HOOKS
 OPERATIONAL = "isolator."
 """Begin of the names of operational events, which the daemon alone emits."""
 MAX_PAYLOAD = 64 * 1024
-NAME = re.compile(r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*){1,4}$")
+NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*){1,4}\Z")
 
 
 def _timestamp(value: str) -> str:

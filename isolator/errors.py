@@ -12,11 +12,30 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_RIGHT_TO_LEFT = {"R", "AL", "AN", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI", "PDF", "PDI", "BN"}
+# Letters and symbols that are printed as nothing: Hangul fillers, Mongolian separators, Braille blank.
+_INVISIBLE = {"\u115f", "\u1160", "\u3164", "\uffa0", "\u17b4", "\u17b5", "\u2800", "\u034f"}
+
+
+def visible(c: str) -> bool:
+    """Whether a character is plainly visible: no control, no mark, and nothing that reorders the rest of the line."""
+    if c.isascii():
+        return c.isprintable()
+    import unicodedata
+
+    return (
+        c.isprintable()
+        and c not in _INVISIBLE
+        and not unicodedata.category(c).startswith("M")
+        and unicodedata.bidirectional(c) not in _RIGHT_TO_LEFT
+    )
+
+
 def printable(text: str) -> str:
     """The text on one line of a terminal or a log: a stranger's names end up in errors, with whatever is in them."""
-    if not text or text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if visible(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

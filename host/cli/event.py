@@ -102,7 +102,7 @@ def list_events(
     as_json: bool,
 ) -> None:
     """List the newest events."""
-    request: dict[str, Any] = {"limit": limit, "event": name, "plugin": plugin, "state": state}
+    request: dict[str, Any] = {"limit": limit, "event": name, "plugin": plugin, "state": state, "brief": not as_json}
     if (begin := moment(since)) is not None:
         request["since"] = datetime.fromisoformat(begin).timestamp()
     with Client(root) as client:

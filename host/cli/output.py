@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
+from isolator.errors import printable
+
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 F = TypeVar("F", bound=Callable[..., Any])
 _NARROWEST = 12
@@ -75,12 +77,12 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def safe(value: Any) -> str:
-    """A value as text that cannot steer a terminal: control and direction-changing characters are escaped."""
+    """A value as text that cannot steer a terminal: characters that are not plainly visible are escaped."""
     if value is None or value == "":
         return "-"
     if isinstance(value, (list, tuple)):
         return ", ".join(safe(item) for item in value) or "-"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return printable(str(value))
 
 
 def ago(moment: float | str | None) -> str:

@@ -124,7 +124,7 @@ _ERROR = {
 def _operation(name: str, about: str, answer: dict[str, Any]) -> dict[str, Any]:
     failed = {"description": "refused", "content": {"application/json": {"schema": _reference("Error")}}}
     good = {"description": "done", "content": {"application/json": {"schema": answer}}}
-    refusals = ("400", "401", "403", "404", "405", "411", "413", "502", "503")
+    refusals = ("400", "401", "403", "404", "405", "411", "413", "500", "502", "503")
     summary, _, rest = about.partition("\n")
     return {
         "operationId": name, "summary": summary.replace("``", "`"),

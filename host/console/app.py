@@ -8,9 +8,9 @@ signed event gets in at an ingress. Everything else is refused before it is look
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 
 from host.console import api, events
-from host.console.connections import Message, Peer, Receive, Send, patient
+from host.console.connections import Message, Peer, Receive, Send
 from host.console.pages import Context, Pages
 from host.console.rendering import environment
 from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
 from host.console.upstream import Listener, Live, Upstream
+from host.control.endpoints import ROLES
+from isolator.base.pacing import TokenBucket
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.policy.host import Console, HostConfig
 
@@ -47,6 +49,10 @@ HEADERS = {
 QUIET = 15.0
 """Seconds after which a live stream without news gets a sign of life."""
 INGRESS = "/v1/ingress/"
+ASKING = 4
+"""Answers of the API that are being made at a time; one may have some megabytes."""
+BODIES = 8 << 20
+"""Bytes of bodies that are held at a time: of callers at the socket, and as many again of those at the port."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +73,10 @@ class App:
         self._pages, self._templates = Pages(upstream, live, trail), environment()
         self._ending = asyncio.Event()
         self._document = b""
+        self._bodies: Counter[bool] = Counter()
+        """Bytes of bodies that are held, by whether their callers are known."""
+        self._asking = asyncio.Semaphore(ASKING)
+        self._complaints = TokenBucket(1 / 60, 5)
         pages = self._pages
         routes = [
             Route("/", self._page("overview.html", lambda _: pages.overview())),
@@ -75,7 +85,7 @@ class App:
             Route("/story/{event}", self._page("story.html", lambda r: pages.story(r.path_params["event"]))),
             Route("/denials", self._page("denials.html", lambda r: pages.denials(r.query_params.get("plugin")))),
             Route("/trail", self._page("trail.html", lambda _: pages.trail())),
-            Route("/trail/{seq:int}", self._page("record.html", lambda r: pages.record(r.path_params["seq"]))),
+            Route("/trail/{seq}", self._page("record.html", lambda r: pages.record(r.path_params["seq"]))),
             Route("/live", self._live_stream),
             Route("/enter", self._enter),
             Route("/leave", self._leave),
@@ -94,7 +104,10 @@ class App:
         async def http_refused(request: Request, error: Exception) -> Response:
             return self._http_refused(request, error)
 
-        handlers: Any = {IsolatorError: refused, HTTPException: http_refused}
+        async def failed(request: Request, error: Exception) -> Response:
+            return self._error(request, 500, IsolatorError("console", "has failed at this", "see the daemon's log"))
+
+        handlers: Any = {IsolatorError: refused, HTTPException: http_refused, Exception: failed}
         self._routes = Starlette(routes=routes, exception_handlers=handlers)
         # A redirect to the same path with a slash would be made of what the caller sent.
         self._routes.router.redirect_slashes = False
@@ -107,20 +120,28 @@ class App:
         """Serve one request."""
         if scope["type"] != "http":
             return
-        guarded = _with_headers(patient(send, scope["state"]["abort"]))
+        guarded = _with_headers(send)
         request = Request(scope, receive)
         try:
             self._admit(request)
         except IsolatorError as error:
-            await self._refused(request, error)(scope, receive, guarded)
+            answer = self._refused(request, error)
+            answer.headers["connection"] = "close"  # what follows is not worth a guess where it begins
+            await answer(scope, receive, guarded)
             return
-        with contextlib.suppress(ConnectionAbortedError):
+        try:
             await self._routes(scope, receive, guarded)
+        except Exception:
+            # A fault of this program's, which was answered with 500. Whoever finds one must not fill the log with it.
+            if self._complaints.try_take():
+                logger.exception("a request failed")
 
     # --- who asks ----------------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:
-        """Refuse what does not come from this console's own pages; raises DeniedError."""
+        """Refuse what does not come from this console's own pages; raises DeniedError, UsageError."""
+        if "content-length" in request.headers and "transfer-encoding" in request.headers:
+            raise UsageError("request", "has a Content-Length and a Transfer-Encoding", "send one of them")
         if _peer(request) is not None or _path(request).startswith(INGRESS):
             return
         host = request.headers.get("host", "")
@@ -148,8 +169,7 @@ class App:
         if self._config is None:
             return uid
         found = self._config.role_of(uid)
-        roles = ("viewer", "emitter", "operator")
-        if found is None or roles.index(found) < roles.index(role):
+        if found is None or ROLES.index(found) < ROLES.index(role):
             why = f"uid {uid} has the role {found or 'none'}, it needs {role}"
             raise DeniedError("console", why, f"add it to [roles] {role} in host.toml")
         return uid
@@ -173,8 +193,8 @@ class App:
         return HTMLResponse(text, status)
 
     async def _live_stream(self, request: Request) -> Response:
-        self._need(request)
-        listener = self._live.listen()
+        uid = self._need(request)
+        listener = self._live.listen(request.cookies.get(COOKIE, "") if _peer(request) is None else uid)
 
         async def stream() -> AsyncIterator[str]:
             try:
@@ -248,7 +268,8 @@ class App:
         async def read(request: Request) -> Response:
             self._need(request)
             params = api.parse_query(verb, request.query_params.multi_items())
-            return _json(await self._upstream.call(verb.spec.verb, **params))
+            async with self._asking:
+                return _json(await self._upstream.call(verb.spec.verb, **params))
 
         return read
 
@@ -258,15 +279,31 @@ class App:
         if not self._settings.emit:
             raise DeniedError("events", "are not taken over HTTP on this host", "[console] emit = true in host.toml")
         uid = self._need(request, "emitter")
-        body = await _body(request)
+        body = await self._body(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         return _json(await self._take_event(events.cloud_event(kind, request.headers, body), f"uid:{uid}"))
 
     async def _ingress(self, request: Request) -> Response:
-        name, body = request.path_params["name"], await _body(request)
+        name, body = request.path_params["name"], await self._body(request)
         settings = self._settings.ingress.get(name)
-        found = events.signed_event(name, settings, self._secrets.get(name, ()), request.headers, body)
+        keys = events.as_many(self._secrets.get(name, ()), self._secrets.values())
+        found = events.signed_event(name, settings, keys, request.headers, body)
         return _json(await self._take_event(found, f"ingress:{name}"))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request; raises UsageError for one that is too long, UnavailableError for one too many."""
+        found, known = bytearray(), _peer(request) is not None
+        try:
+            async for part in request.stream():
+                found += part
+                self._bodies[known] += len(part)
+                if len(found) > events.MOST_BYTES:
+                    raise UsageError("body", f"is longer than {events.MOST_BYTES} bytes", "send less")
+                if self._bodies[known] > BODIES:
+                    raise UnavailableError("body", "many others are being received", "try again")
+            return bytes(found)
+        finally:
+            self._bodies[known] -= len(found)
 
     async def _take_event(self, found: dict[str, Any], who: str) -> dict[str, Any]:
         return await self._upstream.call("event.emit", **found, on_behalf_of=who)
@@ -304,16 +341,6 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return sending
-
-
-async def _body(request: Request) -> bytes:
-    """The body of a request; raises UsageError for one that is too long."""
-    found = bytearray()
-    async for part in request.stream():
-        found += part
-        if len(found) > events.MOST_BYTES:
-            raise UsageError("body", f"is longer than {events.MOST_BYTES} bytes", "send less")
-    return bytes(found)
 
 
 def _json(value: Any, status: int = 200) -> Response:

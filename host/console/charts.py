@@ -25,8 +25,14 @@ def seconds_of(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp()
 
 
+def by_invocation(data: Mapping[str, Any], cpu_before: float) -> dict[str, Any]:
+    """An ``exec.ended`` record as a point: what all invocations have used so far, and the most memory of this one."""
+    cpu = data.get("cpu_us")
+    return {"cpu_us": cpu_before + (cpu if isinstance(cpu, int) else 0), "memory": data.get("memory_peak")}
+
+
 def values(points: Points, field: str) -> list[tuple[float, float]]:
-    """Time and value of one field; of ``cpu_us`` its growth, in cores."""
+    """Time and value of one field; of ``cpu_us`` its growth, in cores on average since the point before."""
     found = [(at, float(data[field])) for at, data in points if isinstance(data.get(field), (int, float))]
     if field != "cpu_us":
         return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import os
+import re
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import click
 
 from host.cli.options import here
 from host.cli.output import print_json
+from host.wire.strict_json import parse_object
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.paths import Paths
 
@@ -21,6 +22,8 @@ _HINT = (
     "Open it in a browser on this host; it works once. From another machine: ssh -L {port}:127.0.0.1:{port} HOST, and "
     "the same URL there. A browser that does not know names below localhost takes 127.0.0.1 in its place."
 )
+
+_URL = re.compile(r"http://i[0-9a-f]{16}\.localhost:[0-9]{1,5}/enter\?token=[\w-]{43}", re.ASCII)
 
 
 @click.command(
@@ -66,7 +69,7 @@ def _url_of_the_daemons(path: Path) -> str | None:
         connection.sock.connect(os.fspath(path))
         connection.request("POST", "/v1/token", body=b"")
         answer = connection.getresponse()
-        found = json.loads(answer.read(1 << 16))
+        found = parse_object(answer.read(1 << 16))
     except PermissionError:
         why = f"{path} belongs to root and the group of the console"
         raise IsolatorError("isolator console", why, f"join it: usermod -a -G {path.group()} USER") from None
@@ -74,11 +77,15 @@ def _url_of_the_daemons(path: Path) -> str | None:
         return None
     finally:
         connection.close()
-    if answer.status == 200:
-        return str(found["url"])
     if answer.status == 503:
         return None
-    raise IsolatorError.from_json(found["error"])
+    if answer.status != 200:
+        error = found.get("error")
+        raise IsolatorError.from_json(error if isinstance(error, dict) else {})
+    url = found.get("url")
+    if not isinstance(url, str) or not _URL.fullmatch(url):  # printed on a terminal, and opened
+        raise IsolatorError("isolator console", "the console's answer is no URL of its own", "isolator reload")
+    return url
 
 
 async def _serve(paths: Paths, port: int, *, as_json: bool) -> None:
@@ -92,6 +99,7 @@ async def _serve(paths: Paths, port: int, *, as_json: bool) -> None:
     serving = Serving(paths, [listener], Sessions())
     try:
         await serving.start()
+        await serving.check()
         _print(serving.app.url_for(os.getuid()), as_json=as_json)
         await asyncio.Event().wait()
     finally:

@@ -59,16 +59,35 @@ class Places:
             del self._of[uid]
 
 
+class _Deadline:
+    """A moment at which a connection is cut, unless it is lifted before."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._due: asyncio.TimerHandle | None = None
+
+    def set(self, transport: asyncio.Transport) -> None:
+        """Begin, unless it has begun."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(self._seconds, transport.abort)
+
+    def lift(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+
 def protocol(places: Places) -> type[H11Protocol]:
     """The protocol class for uvicorn: it notes the peer in each request's state, and ends what is too slow."""
 
     class Connection(H11Protocol):
         _peer: Peer | None = None
         _counted = False
-        _deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._request, self._answer = _Deadline(REQUEST_SECONDS), _Deadline(STALLED_SECONDS)
+            transport.set_write_buffer_limits(0)  # paused is: an answer waits for the caller to read it
             found = transport.get_extra_info("socket")
             if found.family == socket.AF_UNIX:
                 pid, uid, _ = peer_ids(found)
@@ -77,43 +96,42 @@ def protocol(places: Places) -> type[H11Protocol]:
             if not self._counted:
                 transport.abort()
                 return
-            self.app_state = {**self.app_state, "peer": self._peer, "abort": transport.abort}
-            self._wait()
+            self.app_state = {**self.app_state, "peer": self._peer}
+            self._request.set(transport)
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            try:
+                super().data_received(data)
+            except h11.ProtocolError:
+                self.transport.abort()  # no HTTP, where it is too late for an answer that says so
+                return
             if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-                self._wait()
+                self._request.set(self.transport)
             else:
-                self._unwait()
+                self._request.lift()
+
+        def on_response_complete(self) -> None:
+            try:
+                super().on_response_complete()
+            except h11.ProtocolError:
+                self.transport.abort()
+                return
+            if self.conn.their_state is h11.SEND_BODY:  # of the next request, which had come with the one before
+                self._request.set(self.transport)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._answer.set(self.transport)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._answer.lift()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._unwait()
+            self._request.lift()
+            self._answer.lift()
             if self._counted:
                 places.leave(self._peer)
             super().connection_lost(exc)
 
-        def _wait(self) -> None:
-            if self._deadline is None and not self.transport.is_closing():
-                self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
-
-        def _unwait(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
     return Connection
-
-
-def patient(send: Send, abort: Callable[[], None]) -> Send:
-    """``send`` for a bounded time; then the connection is cut."""
-
-    async def sending(message: Message) -> None:
-        try:
-            async with asyncio.timeout(STALLED_SECONDS):
-                await send(message)
-        except TimeoutError:
-            abort()
-            raise ConnectionAbortedError("the caller does not read") from None
-
-    return sending

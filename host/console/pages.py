@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ NEWEST = 1000
 """Events among which the page of events looks."""
 SHOWN = 100
 """Rows of a page."""
+PAYLOAD = 32_768
+"""Characters of a payload on the page of its event."""
 LOG_LINES = 50
 SEAL_WITHIN = 5000
 """Records after one among which its seal is looked for: ``seal_records`` of host.toml is 1000."""
@@ -64,7 +67,7 @@ class Pages:
         )
         sentences = (explained["proposal"].get("sentences") or {}).values()
         return {
-            "plugin": shown, "proposal": explained["proposal"], "promises": list(sentences),
+            "plugin": shown, "modes": _MODES, "proposal": explained["proposal"], "promises": list(sentences),
             "charts": _charts(self._live.usage(name), shown.get("effective") or {}), "log": logs["lines"],
             "dropped": logs["dropped"], "denials": _rows(collect(self._live.denials(name), shown))[:20],
         }  # fmt: skip
@@ -73,7 +76,7 @@ class Pages:
         """The newest events that a filter leaves."""
         wanted = {key: query.get(key, "").strip()[:200] for key in ("type", "plugin", "outcome", "since")}
         found, types = await asyncio.gather(
-            self._upstream.call("event.list", limit=NEWEST), self._upstream.call("event.types")
+            self._upstream.call("event.list", limit=NEWEST, brief=True), self._upstream.call("event.types")
         )
         since = _since(wanted["since"])
         fits = [event for event in found["events"] if _fits(event, wanted, since)]
@@ -87,10 +90,18 @@ class Pages:
     async def story(self, event_id: str) -> Context:
         """Everything that an event caused, line by line, each with its record."""
         event = await self._upstream.call("event.show", id=event_id)
-        found = await self._read(lambda: collect_story(self._trail, event["id"]))
-        records = [record for _, record in found][:_STORY_RECORDS]
+        records = await self._caused(event["id"], event["accepted"]) or await self._caused(event["id"], 0.0)
         lines = list(story_lines(event["id"], records, 100)) if records else []
-        return {"event": event, "lines": lines, "final": FINAL, "payload": json.dumps(event["payload"], indent=2)}
+        settled = all(one["state"] in FINAL for one in event["deliveries"])
+        payload = json.dumps(event["payload"], indent=2)
+        return {
+            "event": event, "lines": lines, "final": FINAL, "payload": payload[:PAYLOAD], "cut": len(payload) > PAYLOAD,
+            "topics": "time" if settled else "event net plugin exec",
+        }  # fmt: skip
+
+    async def _caused(self, event_id: str, since: float) -> list[Record]:
+        found = await self._read(lambda: collect_story(self._trail, event_id, since=since))
+        return [record for _, record in found][:_STORY_RECORDS]
 
     async def denials(self, name: str | None) -> Context:
         """Show each refusal once, with the line that grants it."""
@@ -110,8 +121,11 @@ class Pages:
         status = await self._upstream.call("status")
         return {"live": self._live, "records": records, "trail": status["trail"], "seal": self._live.seal}
 
-    async def record(self, seq: int) -> Context:
+    async def record(self, text: str) -> Context:
         """One record, and the seal over it."""
+        if not re.fullmatch(r"[0-9]{1,16}", text, re.ASCII):
+            raise NotFoundError("record", "its number is no number", "see the page of the trail")
+        seq = int(text)
         line, seal = await self._read(lambda: _with_seal(self._trail, seq))
         return {"line": line.decode("ascii", "backslashreplace"), "record": parse(line), "seal": seal, "seq": seq}
 
@@ -151,6 +165,11 @@ _CHARTS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
 )
 """Title, key of the limits, what divides a limit to have the chart's unit, and the form of a value."""
 _FIELDS = {"cpu": "cpu_us"}
+_MODES = {
+    "oneshot": "oneshot: a connection for each event", "stream": "stream: one lasting connection",
+    "http": "http: a request for each event", "exec": "exec: its program runs once for each event",
+    "mcp": "mcp: a server of tools",
+}  # fmt: skip
 
 
 def _charts(points: Points, effective: Mapping[str, Any]) -> list[tuple[str, str, str, Markup]]:

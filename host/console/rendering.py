@@ -37,7 +37,7 @@ def environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True, auto_reload=False,
     )  # fmt: skip
     made.filters |= {
-        "ago": ago, "duration": duration, "latency": latency, "size": format_size,
+        "ago": ago, "count": "{:,}".format, "duration": duration, "latency": latency, "size": format_size,
         "until": lambda moment: duration(moment - time.time()), "when": lambda text: str(text)[:19].replace("T", " "),
     }  # fmt: skip
     return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -17,11 +17,21 @@ from typing import Any
 import click
 
 from host.cli.denials import TYPES, Denial, attempt, collect, refused
-from host.console.charts import USED, line, seconds_of, values
+from host.console.charts import USED, by_invocation, line, seconds_of, values
 from isolator import __version__
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
-from isolator.audit.schema import AuditSeal, ControlCalled, EventDead, EventResponse, NetClosed, NetConnect, Resources
+from isolator.audit.schema import (
+    AuditSeal,
+    ControlCalled,
+    EventDead,
+    EventResponse,
+    ExecEnded,
+    NetClosed,
+    NetConnect,
+    Resources,
+    ToolCalled,
+)
 from isolator.cli.audit import moment, readable
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.paths import Paths
@@ -41,17 +51,27 @@ class _Plugin:
     denied: deque[Record] = field(default_factory=lambda: deque(maxlen=5000))
     denials: int = 0
     egress: dict[str, Counter[str]] = field(default_factory=dict)
+    more_egress: Counter[str] = field(default_factory=Counter)
+    """The same of all destinations beyond ``ROWS``."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """Calls of its tools by outcome."""
     usage: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    _cpu: float = 0.0
+    """Of all invocations so far."""
     _step: int = 1
     _skipped: int = 0
 
     def used(self, record: Record) -> None:
         """Add a point of the charts, or leave it out where there are many."""
+        data: Mapping[str, Any] = record.data
+        if record.type == ExecEnded.TYPE:
+            data = by_invocation(data, self._cpu)
+            self._cpu = data["cpu_us"]
         self._skipped += 1
         if self._skipped < self._step:
             return
         self._skipped = 0
-        self.usage.append((seconds_of(record.time), {key: record.data.get(key) for key in USED}))
+        self.usage.append((seconds_of(record.time), {key: data.get(key) for key in USED}))
         if len(self.usage) > POINTS:
             self.usage, self._step = self.usage[::2], self._step * 2
 
@@ -87,18 +107,24 @@ class Summary:
             plugin.outcomes["dead"] += 1
         elif record.type in (NetConnect.TYPE, NetClosed.TYPE):
             place = str(record.data.get("name") or record.data.get("address"))
-            if place in plugin.egress or len(plugin.egress) < ROWS:
-                of_place = plugin.egress.setdefault(place, Counter())
-                of_place["connections"] += record.type == NetConnect.TYPE
-                for key in ("sent", "received"):
-                    value = record.data.get(key)
-                    of_place[key] += value if isinstance(value, int) else 0
-        elif record.type == Resources.TYPE:
+            fits = place in plugin.egress or len(plugin.egress) < ROWS
+            of_place = plugin.egress.setdefault(place, Counter()) if fits else plugin.more_egress
+            of_place["connections"] += record.type == NetConnect.TYPE
+            for key in ("sent", "received"):
+                value = record.data.get(key)
+                of_place[key] += value if isinstance(value, int) else 0
+        elif record.type == ToolCalled.TYPE:
+            plugin.calls[str(record.data.get("outcome"))] += _count(record)
+        elif record.type in (Resources.TYPE, ExecEnded.TYPE):
             plugin.used(record)
         if record.type in TYPES and refused(record):
             plugin.denied.append(record)
-            count = record.data.get("count", 1)
-            plugin.denials += count if isinstance(count, int) else 1
+            plugin.denials += _count(record)
+
+
+def _count(record: Record) -> int:
+    count = record.data.get("count", 1)
+    return count if isinstance(count, int) else 1
 
 
 def render(summary: Summary, since: str, root: Path) -> str:
@@ -116,9 +142,8 @@ def render(summary: Summary, since: str, root: Path) -> str:
             for title, key in (("processor, cores", "cpu_us"), ("memory, bytes", "memory"), ("tasks", "tasks"))
         ]
         denials = [(row, attempt(row)) for row in reversed(rows[-ROWS:])]
-        plugins.append(
-            {"name": name, "of": one, "denials": denials, "charts": charts, "more": len(rows) - len(denials)}
-        )
+        shown = sum(row.count for row, _ in denials)
+        plugins.append({"name": name, "of": one, "denials": denials, "charts": charts, "shown": shown})
     return environment().get_template("report.html").render(
         summary=summary, plugins=plugins, style=Markup(style), since=since, root=str(root), version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"), machine=os.uname().nodename,
@@ -150,7 +175,9 @@ def report(root: str | None, since: str, output: str) -> None:
         click.echo(text)
         return
     try:
-        Path(output).write_text(text)
+        # What is in the trail is for those who may read it: whoever makes the file decides who else does.
+        with open(output, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(text)
     except OSError as error:
         raise IsolatorError(output, error.strerror or str(error), "choose another file with -o") from None
     click.echo(f"{output}: {summary.records} records, {len(summary.plugins)} plugins", err=True)

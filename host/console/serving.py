@@ -63,6 +63,10 @@ class Serving:
         self._tasks.keep("trail of the console", self._live.run)
         self._task = asyncio.create_task(self._server.serve(self.listeners))
 
+    async def check(self) -> None:
+        """Ask the daemon anything; raises DeniedError where this user may not."""
+        await self._upstream.call("status")
+
     async def end(self) -> None:
         """Accept nothing more, and give open requests ``LEAVE_SECONDS``."""
         self.app.end()

@@ -17,11 +17,9 @@ from isolator.ipc.body import Body
 
 TOKEN_SECONDS = 300.0
 SESSION_SECONDS = 12 * 3600.0
-MOST = 64
-"""Tokens, and sessions; the oldest makes room."""
+MOST = 16
+"""Tokens of one user, and sessions; the oldest of the same user makes room."""
 COOKIE = "isolator"
-
-T = TypeVar("T")
 
 
 class Session(Body):
@@ -41,6 +39,9 @@ class _Token:
 
     uid: int
     until: float
+
+
+T = TypeVar("T", Session, _Token)
 
 
 class Sessions:
@@ -85,8 +86,11 @@ def new_host(port: int) -> str:
 
 
 def _put(kept: dict[str, T], value: T) -> str:
-    while len(kept) >= MOST:
-        del kept[next(iter(kept))]
+    for over in [secret for secret, one in kept.items() if one.until < time.time()]:
+        del kept[over]
+    own = [secret for secret, one in kept.items() if one.uid == value.uid]
+    for oldest in own[: max(0, len(own) - MOST + 1)]:
+        del kept[oldest]
     secret = secrets.token_urlsafe(32)
     kept[_hash(secret)] = value
     return secret

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+from host.cli import invocations
 from host.cli.denials import TYPES, refused
 from host.client.terms import our_errors
-from host.console.charts import USED, seconds_of
+from host.console.charts import USED, by_invocation, seconds_of
 from isolator.audit.record import Record, parse
-from isolator.audit.schema import AuditSeal, Resources
+from isolator.audit.schema import AuditSeal, ExecEnded, Resources
 from isolator.errors import IsolatorError, UnavailableError
 from isolator_client.aio import AsyncClient
 from isolator_client.trail import Recorded
@@ -30,7 +31,10 @@ LONGEST = 8192
 BEAT, URGENT_BEAT = 0.5, 0.1
 """Seconds between two notices to a page, and with one that is urgent."""
 URGENT = frozenset({"denials"})
-LISTENERS = 64
+LISTENERS, LISTENERS_OF_ONE = 64, 8
+"""Pages that follow, and those of one session or uid."""
+ANSWER_SECONDS = 20.0
+"""A daemon that takes longer to answer hangs; nobody's requests pile up before it."""
 _RETRY = 1.0
 _POINT = struct.Struct(f"{1 + len(USED)}d")
 """A point of the charts: of 200 plugins there are 24 000."""
@@ -57,9 +61,13 @@ class Upstream:
         return self._client.connected
 
     async def call(self, verb: str, /, **params: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer; raises the error that the daemon answered."""
-        with our_errors():
-            return await self._client.call(verb, **params)
+        """Ask, and wait for the answer; raises the error that the daemon answered, UnavailableError for none."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                with our_errors():
+                    return await self._client.call(verb, **params)
+        except TimeoutError:
+            raise UnavailableError("daemon", f"does not answer within {ANSWER_SECONDS:g} s", "try again") from None
 
     async def records(self, lines: int) -> AsyncIterator[Recorded]:
         """The records from the last ``lines`` on, for ever."""
@@ -77,10 +85,12 @@ class Live:
         self.problem = ""
         """Why the trail cannot be followed, or does not fit together."""
         self.seal: Recorded | None = None
+        self.invocations = invocations.Invocations()
         self._denials: deque[tuple[str | None, bytes]] = deque(maxlen=DENIALS)
         """Plugin and line of each."""
         self._usage: dict[str, deque[bytes]] = {}
-        self._listeners: set[Listener] = set()
+        self._listeners: dict[Listener, str | int] = {}
+        """By whose they are."""
 
     async def run(self) -> None:
         """Follow the trail until it is cancelled."""
@@ -103,11 +113,13 @@ class Live:
         if kind == AuditSeal.TYPE:
             self.seal = record
             self._notify("trail")
-        elif kind == Resources.TYPE and record.plugin is not None:
+        elif kind in (Resources.TYPE, ExecEnded.TYPE) and record.plugin is not None:
             if record.plugin not in self._usage and len(self._usage) >= PLUGINS:
                 del self._usage[next(iter(self._usage))]
-            points = self._usage.setdefault(record.plugin, deque(maxlen=POINTS))
-            points.append(_POINT.pack(seconds_of(record.time), *(_number(record.data.get(key)) for key in USED)))
+            points, data = self._usage.setdefault(record.plugin, deque(maxlen=POINTS)), record.data
+            if kind == ExecEnded.TYPE:
+                data = by_invocation(data, _POINT.unpack(points[-1])[1] if points else 0.0)
+            points.append(_POINT.pack(seconds_of(record.time), *(_number(data.get(key)) for key in USED)))
             self._notify("usage")
         elif kind in TYPES:
             line = record.line.encode()
@@ -115,6 +127,8 @@ class Live:
             if found is not None and refused(found):
                 self._denials.append((found.plugin, line))
                 self._notify("denials")
+        if kind in invocations.TYPES:
+            self.invocations.take(kind, record.plugin, record.run, record.data)
         self._notify(kind.partition(".")[0])
 
     def denials(self, plugin: str | None = None) -> Iterator[Record]:
@@ -141,17 +155,23 @@ class Live:
             for at, *figures in points
         ]
 
-    def listen(self) -> Listener:
-        """Somebody who learns which topics have changed, until ``forget``; raises UnavailableError for one too many."""
-        if len(self._listeners) >= LISTENERS:
-            raise UnavailableError("live view", f"{LISTENERS} pages follow already", "close one of them")
+    def listen(self, owner: str | int) -> Listener:
+        """A listener of this owner, who learns which topics have changed until ``forget``.
+
+        Raises UnavailableError for one too many.
+        """
+        of_one = sum(one == owner for one in self._listeners.values())
+        if of_one >= LISTENERS_OF_ONE or len(self._listeners) >= LISTENERS:
+            raise UnavailableError(
+                "live view", f"{max(of_one, len(self._listeners))} pages follow", "close one of them"
+            )
         listener = Listener()
-        self._listeners.add(listener)
+        self._listeners[listener] = owner
         return listener
 
     def forget(self, listener: Listener) -> None:
         """Tell a listener no more."""
-        self._listeners.discard(listener)
+        self._listeners.pop(listener, None)
 
     def _notify(self, topic: str) -> None:
         for listener in self._listeners:

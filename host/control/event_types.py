@@ -46,7 +46,7 @@ class Delivery(TypedDict):
 
 
 class Event(TypedDict):
-    """One event with its deliveries."""
+    """One event with its deliveries; ``cut``: its payload and their replies are left out here."""
 
     id: str
     name: str
@@ -56,6 +56,7 @@ class Event(TypedDict):
     payload: dict[str, Any]
     by: str | None
     deliveries: list[Delivery]
+    cut: NotRequired[bool]
 
 
 class Emitted(TypedDict):
@@ -134,13 +135,17 @@ class EventWait(Request, verb="event.wait", role="emitter", result=Event):
 
 
 class EventList(Request, verb="event.list", role="viewer", result=Events):
-    """List the newest events: those of one name, since a Unix time, with a delivery at a plugin and in a state."""
+    """List the newest events: those of one name, since a Unix time, with a delivery at a plugin and in a state.
+
+    ``brief``: without payloads and replies, of which one answer has 4 MiB at most.
+    """
 
     limit: Annotated[int, Whole(10_000)] = 50
     event: OptionalText = None
     plugin: OptionalText = None
     state: Annotated[str | None, OneOf(STORED_STATES)] = None
     since: Annotated[float, Number(LARGEST)] = 0.0
+    brief: Annotated[bool, Flag()] = False
 
 
 class EventShow(Request, verb="event.show", role="viewer", result=Event):

@@ -80,8 +80,9 @@ class EventVerbs:
         if request.plugin is not None:
             self._registry.need(request.plugin)
         rows = await self._queue.list_events(
-            limit=request.limit, name=name, since=request.since, plugin=request.plugin, state=request.state
-        )
+            limit=request.limit, name=name, since=request.since, plugin=request.plugin, state=request.state,
+            brief=request.brief,
+        )  # fmt: skip
         return {"events": [_event(row) for row in rows]}
 
     async def show(self, request: event_types.EventShow, _: Caller) -> event_types.Event:
@@ -116,7 +117,11 @@ class EventVerbs:
 
 
 def _event(row: EventRow) -> event_types.Event:
-    return cast(event_types.Event, {**_fields(row), "deliveries": [_fields(delivery) for delivery in row.deliveries]})
+    fields = {**_fields(row), "deliveries": [_fields(delivery) for delivery in row.deliveries]}
+    del fields["size"]
+    if not row.cut:
+        del fields["cut"]
+    return cast(event_types.Event, fields)
 
 
 def _fields(row: EventRow | DeliveryRow) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class ListedPlugin(PluginEntry):
     newest attempts (256 at most). ``caps``: bytes of ``memory``, thousandths of a core (``cpu``), ``tasks``.
     """
 
+    mode: str
     queue: int
     worker: str | None
     holding: str | None
@@ -89,7 +90,6 @@ class ShownPlugin(ListedPlugin):
 
     effective: dict[str, Any] | None
     manifest: dict[str, Any] | None
-    mode: str
     hooks: list[str]
     config: list[ConfigItem]
     missing: list[str]

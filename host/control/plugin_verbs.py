@@ -66,7 +66,6 @@ class PluginVerbs:
             **self._listed(entry),
             "effective": plugin.raw.get("effective"),
             "manifest": plugin.raw.get("manifest"),
-            "mode": plugin.mode,
             "hooks": sorted(plugin.hooks.values()),
             "config": config_items(self._config, plugin.name, manifest),
             "missing": self._config.missing(plugin.name, manifest) if manifest is not None else [],
@@ -132,6 +131,7 @@ class PluginVerbs:
         if error and shown.get("state") == "pending":
             shown["state"] = "rejected"  # the parts of its manifest that only this process reads are wrong
         shown["error"] = error
+        shown["mode"] = plugin.mode if plugin is not None else "oneshot"
         effective = plugin.effective.resources if plugin is not None and plugin.effective is not None else None
         shown["caps"] = effective and {"memory": effective.memory, "cpu": effective.cpu, "tasks": effective.tasks}
         shown["queue"] = self._queue.consumer(name).depth if plugin is not None else 0

@@ -25,6 +25,7 @@ from host.wire.strict_json import dumps
 from isolator.audit.client import utc_now
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
+from isolator.linux.backwards import reversed_lines
 
 MAX_LINE = 64 * 1024
 RATE = 1 << 20
@@ -154,10 +155,13 @@ class PluginLog:
 
     def read(self, limit: int) -> list[bytes]:
         """Read the last ``limit`` stored lines, as JSON."""
-        lines: deque[bytes] = deque(maxlen=limit)
-        for path in (*reversed([self._old(n) for n in range(1, KEPT)]), self.path):
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                lines.extend(line for line in file if line.endswith(b"\n"))
+        lines: deque[bytes] = deque()
+        for path in (self.path, *(self._old(n) for n in range(1, KEPT))):
+            with contextlib.suppress(FileNotFoundError):
+                for line in reversed_lines(path):
+                    if len(lines) >= limit:
+                        return list(lines)
+                    lines.appendleft(line)
         return list(lines)
 
     def remove(self) -> None:

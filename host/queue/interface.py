@@ -269,3 +269,7 @@ class EventRow:
     payload: dict[str, Any]
     by: str | None = None
     deliveries: tuple[DeliveryRow, ...] = field(default=())
+    size: int = 0
+    """Bytes of its payload and replies here."""
+    cut: bool = False
+    """They are left out."""

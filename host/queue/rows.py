@@ -17,6 +17,8 @@ DELIVERY = (
 GIVEN_UP = "('dead', 'expired', 'quarantined')"
 ENDED = "('ok', 'skipped', 'cancelled', 'moved')"
 PENDING = "('queued', 'retry', 'in_flight')"
+LISTED = 4 << 20
+"""Bytes of payloads and replies in one listing: the newest events have them, and all others are listed without."""
 
 
 def event(db: sqlite3.Connection, where: str, value: object) -> Event | None:
@@ -44,17 +46,19 @@ def read_event(row: tuple[Any, ...]) -> Event | None:
     return event if whole else None
 
 
-def event_row(db: sqlite3.Connection, where: str, value: object) -> EventRow | None:
-    """An event with its deliveries, as listings show it."""
-    columns = "seq, id, name, time, accepted, subject, payload, by"
+def event_row(db: sqlite3.Connection, where: str, value: object, *, whole: bool = True) -> EventRow | None:
+    """An event with its deliveries, as listings show it; without payload and replies unless ``whole``."""
+    columns = f"seq, id, name, time, accepted, subject, {'payload' if whole else 'NULL'}, by"
     found = db.execute(f"SELECT {columns} FROM events WHERE {where}", (value,)).fetchone()
     if found is None:
         return None
     seq, event_id, name, time, accepted, subject, payload, by = found
-    deliveries = db.execute(f"{DELIVERY} WHERE d.seq=? ORDER BY d.plugin", (seq,)).fetchall()
+    of = DELIVERY if whole else DELIVERY.replace("d.reply", "NULL")
+    deliveries = db.execute(f"{of} WHERE d.seq=? ORDER BY d.plugin", (seq,)).fetchall()
     return EventRow(
-        event_id, name, time, accepted, subject, _payload(payload), by, tuple(_delivery(row) for row in deliveries)
-    )
+        event_id, name, time, accepted, subject, _payload(payload), by, tuple(_delivery(row) for row in deliveries),
+        size=len(payload or "") + sum(len(row[7] or "") for row in deliveries), cut=not whole,
+    )  # fmt: skip
 
 
 def events(
@@ -65,8 +69,12 @@ def events(
     since: float,
     plugin: str | None,
     state: str | None,
+    room: int = LISTED,
 ) -> list[EventRow]:
-    """Events with their deliveries, newest first; with ``plugin`` and ``state`` those with such a delivery."""
+    """Events with their deliveries, newest first; with ``plugin`` and ``state`` those with such a delivery.
+
+    Payloads and replies as far as there is ``room`` for them, in bytes.
+    """
     such = (
         " AND EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq"
         " AND (?5 IS NULL OR d.plugin=?5) AND (?6 IS NULL OR d.state=?6))"
@@ -76,16 +84,26 @@ def events(
         f"{such if plugin is not None or state is not None else ''} ORDER BY seq DESC LIMIT ?4",
         (name, before, since, limit, plugin, state)[: 6 if plugin is not None or state is not None else 4],
     ).fetchall()
-    return [row for (seq,) in found if (row := event_row(db, "seq=?", seq)) is not None]
+    listed = []
+    for (seq,) in found:
+        row = event_row(db, "seq=?", seq, whole=room > 0)
+        if row is not None:
+            listed.append(row)
+            room -= row.size
+    return listed
 
 
 def dead(db: sqlite3.Connection, plugin: str | None, limit: int) -> list[DeliveryRow]:
-    """Deliveries that were given up, newest first."""
+    """Deliveries that were given up, newest first; replies of the newest as far as there is room (``LISTED``)."""
     found = db.execute(
         f"{DELIVERY} WHERE d.state IN {GIVEN_UP} AND (? IS NULL OR d.plugin=?) ORDER BY d.seq DESC LIMIT ?",
         (plugin, plugin, limit),
-    ).fetchall()
-    return [_delivery(row) for row in found]
+    )
+    listed, room = [], LISTED
+    for row in found:
+        room -= len(row[7] or "")
+        listed.append(_delivery(row if room >= 0 else (*row[:7], None, *row[8:])))
+    return listed
 
 
 def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:

@@ -20,6 +20,7 @@ from isolator.audit import files
 from isolator.audit.record import Record, own_hash_fits, parse, quoted
 from isolator.errors import NotFoundError
 from isolator.linux import inotify
+from isolator.linux.backwards import reversed_lines
 
 _BLOCK = 1 << 16
 _SEARCHED = 1 << 20
@@ -45,30 +46,11 @@ def tail(directory: Path, count: int) -> list[bytes]:
     """The last ``count`` whole lines of the trail, oldest first."""
     lines: deque[bytes] = deque()
     for path in reversed(trail_files(directory)):
-        for line in _reversed_lines(path):
+        for line in reversed_lines(path):
             if len(lines) >= count:
                 return list(lines)
             lines.appendleft(line)
     return list(lines)
-
-
-def _reversed_lines(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file, last first, without their newlines."""
-    with path.open("rb") as file:
-        position = file.seek(0, os.SEEK_END)
-        rest, first = b"", True
-        while position:
-            step = min(_BLOCK, position)
-            position -= step
-            file.seek(position)
-            parts = (file.read(step) + rest).split(b"\n")
-            rest = parts[0]
-            whole = parts[1:]
-            if first and whole:
-                whole, first = whole[:-1], False  # what follows the last newline is no whole line
-            yield from reversed(whole)
-        if rest and not first:
-            yield rest
 
 
 class Follower:

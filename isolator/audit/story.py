@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from isolator.audit.record import Record
 from isolator.audit.text import printable, value_text
 
 WIDTH = 80
+_SLACK = 3600.0
+"""Seconds: a record of the event may be older than that by the clock, which was set meanwhile."""
 _STARTS = (schema.PluginStarted.TYPE, schema.PluginCrashed.TYPE, schema.PluginFailed.TYPE, schema.PluginStopped.TYPE)
 _WHAT = 15
 _REPLY = 240
@@ -188,9 +190,13 @@ _DENIED = {schema.NetDenied.TYPE: "connection", schema.SyscallDenied.TYPE: "call
 _FAILED = {schema.NetConnect.TYPE: "connection", schema.NetQuery.TYPE: "lookup"}
 
 
-def collect(directory: Path, event_id: str) -> list[tuple[bytes, Record]]:
-    """The records of an event, and the starts and ends of its plugins while it was on its way."""
-    found = list(query(directory, Query(event=event_id)))
+def collect(directory: Path, event_id: str, *, since: float = 0.0) -> list[tuple[bytes, Record]]:
+    """The records of an event, and the starts and ends of its plugins while it was on its way.
+
+    ``since``: Unix time at which it was accepted, for whoever knows it; files from before need not be read.
+    """
+    begin = datetime.fromtimestamp(max(0.0, since - _SLACK), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    found = list(query(directory, Query(event=event_id, since=begin)))
     if not found:
         return []
     plugins = {record.plugin for _, record in found if record.plugin}

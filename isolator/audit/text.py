@@ -8,17 +8,14 @@ the line) are shown as escapes. Values that could be taken for other fields are 
 from __future__ import annotations
 
 import json
-import unicodedata
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import AuditSeal
+from isolator.errors import visible
 
 if TYPE_CHECKING:  # the supervisor shows text, and parses no record
     from isolator.audit.record import Record
 
-_RIGHT_TO_LEFT = {"R", "AL", "AN", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI", "PDF", "PDI", "BN"}
-# Letters and symbols that are printed as nothing: Hangul fillers, Mongolian separators, Braille blank.
-_INVISIBLE = {"\u115f", "\u1160", "\u3164", "\uffa0", "\u17b4", "\u17b5", "\u2800", "\u034f"}
 _MAX_VALUE = 300
 
 
@@ -26,18 +23,7 @@ def printable(text: str) -> str:
     """``text`` with every character that is not plainly visible replaced by its escape."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if _visible(c) else _escape(c) for c in text)
-
-
-def _visible(c: str) -> bool:
-    if c.isascii():
-        return c.isprintable()
-    return (
-        c.isprintable()
-        and c not in _INVISIBLE
-        and not unicodedata.category(c).startswith("M")
-        and unicodedata.bidirectional(c) not in _RIGHT_TO_LEFT
-    )
+    return "".join(c if visible(c) else _escape(c) for c in text)
 
 
 def _escape(c: str) -> str:

@@ -200,12 +200,13 @@ def moment(text: str | None) -> str | None:
     """A time as the trail spells it, from ``2h`` (ago) or an ISO time, UTC unless it says otherwise."""
     if text is None:
         return None
-    if match := _AGO.fullmatch(text):
-        when = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
-    else:
-        try:
+    try:
+        if match := _AGO.fullmatch(text):
+            when = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        else:
             when = datetime.fromisoformat(text)
-        except ValueError:
-            raise UsageError("time", f"{text!r} is neither like 2h nor like 2026-01-31T12:00") from None
-        when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
-    return when.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            when = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    except (ValueError, OverflowError):
+        why = f"{text[:80]!r} is neither like 2h nor like 2026-01-31T12:00, or too long ago"
+        raise UsageError("time", why) from None
+    return f"{when.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

@@ -30,7 +30,7 @@ from isolator.registration.reading import ManifestReader
 from isolator.registration.unpacking import unpack
 
 MANIFEST = "plugin.json"
-NAME = re.compile(r"^[a-z][a-z0-9-]{1,62}$")
+NAME = re.compile(r"[a-z][a-z0-9-]{1,62}\Z")
 PREFIX = ".staging-"
 """Beginning of the names of staging folders; the store removes them when a daemon starts."""
 Kind = Literal["folder", "binary", "package"]

@@ -88,7 +88,8 @@ class ConsoleLink:
         await channel.ask(self._hello(parts))
 
     def _hello(self, parts: int) -> ConsoleHello:
-        config = self._config.model_dump(mode="json")
+        # Its own settings and the roles: nothing else is its business.
+        config = HostConfig(roles=self._config.roles, console=self._settings).model_dump(mode="json")
         return ConsoleHello(root=str(self._paths.root), config=config, secrets=self._secrets(), parts=parts)
 
     def _secrets(self) -> dict[str, tuple[str, ...]]:

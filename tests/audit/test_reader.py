@@ -9,15 +9,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from host.cli.output import safe
 from host.cli.root import cli
 from isolator.audit import files, reader
 from isolator.audit.log import Limits
 from isolator.audit.record import Incoming, parse
+from isolator.audit.story import collect
 from isolator.audit.text import printable
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from tests.audit.any_record import any_record
@@ -299,3 +302,22 @@ async def test_a_terminal_gets_nothing_but_visible_characters(daemon: Daemon) ->
         assert all(c.isascii() for c in result.output)
     assert len(run(daemon, "tail").output.splitlines()) == 2
     assert printable("déjà vu 日本語 ok") == "déjà vu 日本語 ok"
+
+
+@pytest.mark.parametrize("shown", [safe, lambda text: str(IsolatorError(text)), printable])
+@pytest.mark.parametrize(
+    "text", ["\x1b]0;x\x07", "\u202e", "\u05d0", "\u0645", "a\u0301", "\u3164", "\u200b", "\x9b2J", "\n"]
+)
+def test_nobodys_text_reorders_or_steers_a_line(shown: Callable[[str], str], text: str) -> None:
+    assert shown(text).isascii() and shown(text).isprintable()
+    assert shown("Grüße, 日本") == "Grüße, 日本"
+
+
+def test_story_with_a_time_holds_nothing_from_long_before(tmp_path: Path) -> None:
+    written = Written(tmp_path, 100, Limits(rotate_size=20_000))
+    accepted = datetime.now(UTC)
+    moment = accepted.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    written._add([Incoming(moment, "event.accepted", event_id="e0", data={})])
+    assert len(reader.trail_files(written.log)) > 2
+    assert len(collect(written.log, "e0")) == 2
+    assert len(collect(written.log, "e0", since=accepted.timestamp() + 60)) == 1  # the clock was set meanwhile

@@ -155,7 +155,6 @@ class Calm:
         self._d.cli("audit", "verify")
         return _resources(self._d)
 
-
     def _connection(self) -> Client:
         try:
             return cast(Client, wait_for(lambda: _connected(self._d), seconds(120)))

@@ -28,7 +28,7 @@ def console(network: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     secret.write_text("".join(f"whsec_{base64.b64encode(key).decode()}\n" for key in KEYS))
     secret.chmod(0o600)
     toml = (
-        "[roles]\nviewer = [61100]\nemitter = [61101]\n[console]\nport = 8090\nemit = true\n"
+        "[roles]\nviewer = [61100]\nemitter = [61101]\ncaller = [61103]\n[console]\nport = 8090\nemit = true\n"
         f'[ingress.shop]\nsecret_file = "{secret}"\nevents = ["deploy.completed"]\n'
     )
     with daemon(host_toml=toml, network=network) as d:

@@ -21,7 +21,7 @@ from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon
 
 PORT = 8090
-VIEWER, EMITTER, STRANGER = 61100, 61101, 61102
+VIEWER, EMITTER, STRANGER, CALLER = 61100, 61101, 61102, 61103
 KEYS = (hashlib.sha256(b"the key of now").digest(), hashlib.sha256(b"the key before").digest())
 
 
@@ -49,16 +49,16 @@ class Console:
         self.daemon, self.network = daemon, network
         self.path = Paths.of(daemon.root).console_socket
 
-    def connect(self) -> socket.socket:
+    def connect(self, port: int = PORT) -> socket.socket:
         """A connection to the port."""
-        return netns.in_network(self.network, lambda: socket.create_connection(("127.0.0.1", PORT), seconds(20)))
+        return netns.in_network(self.network, lambda: socket.create_connection(("127.0.0.1", port), seconds(20)))
 
     def at_port(
         self, path: str, *, method: str = "GET", host: str = f"127.0.0.1:{PORT}", body: bytes | None = None,
-        **headers: str,
+        port: int = PORT, **headers: str,
     ) -> Answer:  # fmt: skip
         """One request at the port; headers with underscores for hyphens."""
-        return _exchange(self.connect(), method, path, {"Host": host, **_named(headers)}, body)
+        return _exchange(self.connect(port), method, path, {"Host": host, **_named(headers)}, body)
 
     def at_socket(self, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str) -> Answer:
         """One request of root's at the Unix socket."""

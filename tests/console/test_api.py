@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from schemathesis.generation import GenerationMode
 
 from host.console import api
 from host.control.verbs import verbs
+from isolator_client import Client
 from tests.console.support import Console
 from tests.system.daemon import ECHO, event, write_plugin
 
@@ -78,6 +80,28 @@ def _valid(value: object, response: dict[str, object]) -> None:
 def test_bad_parameter_is_named(furnished: Console, query: str, why: str) -> None:
     answer = furnished.at_socket(f"/v1/{query}")
     assert answer.status == 400 and why in answer.text, answer.text
+
+
+def test_events_are_filtered_without_a_script(furnished: Console) -> None:
+    def rows(query: str) -> int:
+        answer = furnished.at_socket(f"/events?{query}", accept="text/html")
+        assert answer.status == 200, answer.text
+        return answer.text.count('href="/story/')
+
+    found = furnished.at_socket("/v1/event/list").json["events"][0]["accepted"]
+    ago = int(time.time() - found) + 60
+    assert rows("") >= 1 == rows(f"type=deploy.completed&plugin=echo&outcome=ok&since={ago}s") == rows("plugin=echo")
+    for none in ("type=deploy.failed", "plugin=nobody", "outcome=dead", "since=0s"):
+        assert rows(none) == 0, none
+
+
+def test_page_of_an_event_has_a_bound(furnished: Console) -> None:
+    all_of = {"type": "array", "items": {"type": "integer"}}
+    with Client(root=furnished.daemon.root) as client:
+        client.call("event.register", name="test.large", schema={"type": "object", "properties": {"all": all_of}})
+        found = client.emit("test.large", {"all": list(range(9000))})
+    answer = furnished.at_socket(f"/story/{found.id}", accept="text/html")
+    assert answer.status == 200 and "Only its beginning" in answer.text and len(answer.body) < 200_000
 
 
 def test_missing_thing_is_not_found(furnished: Console) -> None:

@@ -40,7 +40,7 @@ def test_structured_and_binary_cloud_events_are_one_event_by_source_and_id(conso
     assert first.status == 200 and not first.json["duplicate"], first.text
     assert emitted(console, first.json["id"])["by"] == "console:uid:0"
     assert EVENT.items() <= emitted(console, first.json["id"])["payload"].items()
-    binary = {"ce_specversion": "1.0", "ce_id": "a1", "ce_source": "/ci", "ce_type": "deploy.completed"}
+    binary = {"ce_specversion": "1.0", "ce_id": "%611", "ce_source": "/c%69", "ce_type": "deploy.completed"}
     again = console.at_socket(
         "/v1/events", method="POST", body=json.dumps(EVENT).encode(), content_type="application/json", **binary
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +110,18 @@ def hostile(console: Console, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
+def runs(console: Console, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A plugin that runs once for each event, and has run."""
+    program = "#!/usr/bin/python3\nimport json, sys\njson.load(sys.stdin)\nprint('{}')\n"
+    made = {"binary": "./main", "hooks": ["deploy.failed"], "transport": {"mode": "exec"}}
+    d = console.daemon
+    d.cli("plugin", "add", str(write_plugin(tmp_path_factory.mktemp("exec") / "linter", program, **made)), "--yes")
+    payload = {"project_id": "p1", "deployment_id": "d1", "error_code": "E1", "finished_at": "2026-01-02T03:04:05Z"}
+    for _ in range(3):
+        d.cli("event", "emit", "deploy.failed", json.dumps(payload), "--wait")
+
+
+@pytest.fixture(scope="module")
 def visitor(console: Console, hostile: list[str]) -> Iterator[Visitor]:
     with chromium(console.network) as browser:
         yield Visitor(browser, console)
@@ -126,6 +139,30 @@ def test_nothing_that_a_plugin_wrote_acts(visitor: Visitor, hostile: list[str]) 
     for path in ("/", "/events", "/denials", "/denials?plugin=hostile", "/trail", f"/story/{hostile[0]}"):
         visitor.check(path)
     assert "<script>" in visitor.check(f"/story/{hostile[0]}")
+
+
+def test_mode_exec_is_shown_with_what_its_invocations_used(visitor: Visitor, runs: None) -> None:
+    visitor.go("/")
+    assert "linter" in visitor.text("#plugins") and "exec" in visitor.text("#plugins")
+    wait_for(lambda: visitor.go("/plugin/linter") is None and "0.0" in visitor.text("#charts"), what="no use is shown")
+    assert "its program runs once for each event" in visitor.text()
+
+
+@pytest.mark.wide
+def test_pages_that_nobody_sees_keep_no_connection_from_those_that_somebody_sees(visitor: Visitor) -> None:
+    """A browser has six for all pages of a console."""
+    browser, first = visitor.browser, visitor.do(lambda: visitor.browser.current_window_handle)
+    opened = []
+    for _ in range(8):
+        visitor.do(lambda: browser.switch_to.new_window("tab"))
+        opened.append(visitor.do(lambda: browser.current_window_handle))
+        visitor.go("/")
+        wait_for(lambda: visitor.do(lambda: browser.find_element(By.ID, "live").is_displayed()), what="not live")
+    for one in opened:
+        visitor.do(lambda one=one: browser.switch_to.window(one))
+        visitor.do(browser.close)
+    visitor.do(lambda: browser.switch_to.window(first))
+    wait_for(lambda: visitor.do(lambda: browser.find_element(By.ID, "live").is_displayed()), what="not live again")
 
 
 @pytest.mark.wide
@@ -152,14 +189,15 @@ def test_denial_is_on_the_page_that_is_open(visitor: Visitor) -> None:
 
 def pages(hostile: list[str]) -> dict[str, str]:
     return {
-        "overview": "/", "plugin": "/plugin/hostile", "echo": "/plugin/echo", "events": "/events",
-        "story": f"/story/{hostile[1]}", "denials": "/denials", "trail": "/trail", "record": "/trail/1",
+        "overview": "/", "plugin": "/plugin/hostile", "echo": "/plugin/echo", "exec": "/plugin/linter",
+        "events": "/events", "story": f"/story/{hostile[1]}", "denials": "/denials", "trail": "/trail",
+        "record": "/trail/1",
     }  # fmt: skip
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pages_fit_the_screen(visitor: Visitor, hostile: list[str], width: int, tmp_path: Path) -> None:
+def test_pages_fit_the_screen(visitor: Visitor, runs: None, hostile: list[str], width: int, tmp_path: Path) -> None:
     for name, path in pages(hostile).items():
         visitor.go(path)
         for dark in (False, True):
@@ -179,6 +217,18 @@ def test_pages_keep_nobody_out(visitor: Visitor, hostile: list[str], width: int,
         visitor.do(lambda: visitor.browser.execute_script(AXE.read_text()))
         found = visitor.do(lambda: visitor.browser.execute_async_script(LOOK))
         assert found == [], (path, found)
+
+
+@pytest.mark.wide
+def test_leaving_ends_the_session(console: Console, visitor: Visitor) -> None:
+    other = Visitor(visitor.browser, console)
+    other.go("/")
+    other.do(lambda: other.browser.find_element(By.LINK_TEXT, "Leave").click())
+    wait_for(lambda: "isolator console" in other.text(), what="it did not leave")
+    other.go("/")
+    assert "was not let in" in other.text()
+    visitor.go("/")
+    assert "Plugins" in visitor.text()
 
 
 @pytest.mark.wide

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from isolator.linux import netns
-from tests.console.support import PORT, Console
+from tests.console.support import PORT, STRANGER, VIEWER, Console
 from tests.system.daemon import Daemon, kill_9, wait_for
 
 
@@ -52,6 +52,28 @@ def test_command_prints_a_url_that_lets_one_browser_in(console: Console) -> None
     url = console.daemon.cli("console").stdout.strip()
     host, _, rest = url.removeprefix("http://").partition("/")
     assert console.at_port(f"/{rest}", host=host).status == 303
+
+
+def test_console_in_the_foreground_has_the_rights_of_who_typed_it(console: Console) -> None:
+    words = ["isolator", "--root", str(console.daemon.root), "console", "--port", str(PORT + 2)]
+    for uid, trail in ((0, 200), (VIEWER, 503)):
+        typed = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *words]
+        with netns.in_network(
+            console.network, lambda typed=typed: subprocess.Popen(typed, stdout=subprocess.PIPE, text=True)
+        ) as served:
+            assert served.stdout is not None
+            try:
+                host, _, rest = served.stdout.readline().strip().removeprefix("http://").partition("/")
+                assert host.endswith(f".localhost:{PORT + 2}")
+                cookie = console.at_port(f"/{rest}", host=host, port=PORT + 2).headers["set-cookie"].partition(";")[0]
+                assert console.at_port("/", host=host, cookie=cookie, port=PORT + 2).status == 200
+                assert console.at_port("/trail", host=host, cookie=cookie, port=PORT + 2).status == trail
+                assert console.at_port("/", host=host, port=PORT + 2).status == 401
+            finally:
+                served.terminate()
+    stranger = ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups", *words]
+    done = subprocess.run(stranger, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
 
 
 def test_reload_without_the_table_ends_it_and_with_it_starts_it(console: Console) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from host.console import connections
-from tests.console.support import EMITTER, PORT, STRANGER, VIEWER, Console
+from host.console.app import BODIES
+from host.console.upstream import LISTENERS_OF_ONE
+from tests.console.support import CALLER, EMITTER, PORT, STRANGER, VIEWER, Console
 from tests.support.timeouts import seconds
 from tests.system.daemon import event, wait_for
 
@@ -99,6 +103,7 @@ def test_cookie_reads_and_never_posts(console: Console, method: str, path: str) 
 def test_other_users_reach_the_socket_only_with_a_role(console: Console) -> None:
     assert console.as_user(VIEWER, "/v1/status")[0] == 200
     assert console.as_user(STRANGER, "/v1/status")[0] == 403
+    assert console.as_user(CALLER, "/v1/status")[0] == 403  # of tools, and of nothing else
     assert console.as_user(STRANGER, "/v1/token", "-d", "")[0] == 403
     assert console.as_user(VIEWER, "/v1/status", member=False)[0] == 0  # the group's alone
     cloud = ["-H", "content-type: application/cloudevents+json", "-d"]
@@ -110,13 +115,53 @@ def test_other_users_reach_the_socket_only_with_a_role(console: Console) -> None
 @pytest.mark.parametrize(
     "path", ["/static/../service.py", "/static/%2e%2e/service.py", "/static/..%2fapp.py", "/static//etc/passwd",
              "/static/%00", "/plugin/..%2f..%2fetc", "/story/..%2F..", "/trail/-1", "/trail/99999999999999999999",
-             "/trail/1e3"],
+             "/trail/1e3", "/trail/" + "9" * 5000, "/trail/" + "9" * 16, "/events?since=99999999999w",
+             "/events?since=0001-01-01T00:00%2B14:00"],
 )  # fmt: skip
 def test_path_leads_nowhere_else(console: Console, path: str) -> None:
     host, cookie = console.enter()
     answer = console.at_port(path, host=host, cookie=cookie)
     assert answer.status in (400, 404), (answer.status, answer.text[:300])
     assert "root:" not in answer.text and "import" not in answer.text
+
+
+def test_request_with_two_lengths_is_refused_and_nothing_behind_it_is_read(console: Console) -> None:
+    two = (
+        b"POST /v1/ingress/shop HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    )
+    with console.connect() as sock, sock.makefile("rb") as answers:
+        sock.sendall(two + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        text = answers.read()
+    assert text.startswith(b"HTTP/1.1 400") and text.count(b"HTTP/1.1") == 1, text
+
+
+def test_pages_of_one_session_leave_the_live_view_to_others(console: Console) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def follow(host: str, cookie: str) -> bytes:
+            sock = stack.enter_context(console.connect())
+            sock.sendall(f"GET /live HTTP/1.1\r\nHost: {host}\r\nCookie: {cookie}\r\n\r\n".encode())
+            return sock.recv(12)
+
+        one, other = console.enter(), console.enter()
+        assert [follow(*one) for _ in range(LISTENERS_OF_ONE + 1)][-2:] == [b"HTTP/1.1 200", b"HTTP/1.1 503"]
+        assert follow(*other) == b"HTTP/1.1 200"
+
+
+def test_bodies_from_anywhere_take_no_memory_of_callers_that_are_known(console: Console) -> None:
+    """More than may wait at a time, from nobody with a signature."""
+    head = b"POST /v1/ingress/shop HTTP/1.1\r\nHost: a\r\nContent-Length: 1000001\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        senders = [stack.enter_context(console.connect()) for _ in range(BODIES // 1_000_000 + 2)]
+        for sock in senders:
+            sock.sendall(head)
+        for _ in range(10):  # side by side
+            for sock in senders:
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(b"x" * 100_000)
+        found = console.at_socket("/v1/events", method="POST", body=b" " * 1_000_000 + b"[]")
+        assert found.status == 400, found.text
+        assert b"HTTP/1.1 503" in [sock.recv(12) for sock in senders]
 
 
 def test_request_that_is_no_http_ends_its_connection_alone(console: Console) -> None:
@@ -152,6 +197,19 @@ def _closed(console: Console) -> bool:
         return console.at_port("/healthz").status != 200
     except OSError:
         return True
+
+
+def test_console_that_was_taken_over_changes_nothing(console: Console) -> None:
+    """Its user at the control socket, past its own code."""
+    status = Path(f"/proc/{console.daemon.service_pid('host.console.service')}/status").read_text()
+    uid = int(status.partition("Uid:\t")[2].split()[0])
+    for words in (("event", "cancel", "x"), ("event", "replay", "x"), ("event", "skip", "x")):
+        done = subprocess.run(
+            ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups",
+             "isolator", "--root", str(console.daemon.root), *words],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 4 and "operator" in done.stderr, (words, done.stderr)
 
 
 def test_process_has_no_rights_and_starts_nothing(console: Console) -> None:

@@ -264,6 +264,7 @@ PAYLOAD = {"volume": "v", "state": "done", "files": [{"path": "/a"}]}
 async def test_type_that_a_plugin_relies_on_changes_only_as_it_expects(daemon: Daemon) -> None:
     register, name = "event.register", "backup.done"
     await daemon.ask(register, name=name, schema=BASE)
+    assert "error" in await daemon.answer(register, {"name": f"{name}\n", "schema": BASE})
     narrower = changed(volume={"type": "string", "maxLength": 9})
     await daemon.ask(register, name=name, schema=narrower)
     await daemon.ask(register, name=name, schema=BASE)  # nobody subscribes, nothing waits

@@ -16,6 +16,7 @@ import pytest
 
 from host.database.schema import SCHEMA_VERSION
 from host.database.store import WAL_HIGH, Store
+from host.queue import rows
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
@@ -37,6 +38,20 @@ async def test_many_accepts_share_few_syncs(store: Store) -> None:
     await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", "k")]) for n in range(1000)))
     assert store.read(lambda db: db.execute("SELECT count(*) FROM deliveries").fetchone()[0]) == 1000
     assert store.syncs <= 20
+
+
+async def test_listing_has_a_bound_and_says_what_it_leaves_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = SqliteQueue(store)
+    for name in ("old", "new"):
+        await queue.accept(_event(name), [Subscriber("p", "k")])
+        queue.consumer("p").term(await queue.consumer("p").take(), Result("dead", reply="x" * 100))
+    assert [one.cut for one in await queue.list_events()] == [False, False]
+    assert [(one.payload, one.cut) for one in await queue.list_events(brief=True)] == [({}, True)] * 2
+    monkeypatch.setattr(rows, "LISTED", 100)
+    new, old = await queue.list_events()
+    assert (new.payload, new.deliveries[0].reply, new.cut) == ({"n": "new"}, "x" * 100, False)
+    assert (old.payload, old.deliveries[0].reply, old.cut) == ({}, None, True)
+    assert [one.reply for one in await queue.list_dead()] == ["x" * 100, None]
 
 
 async def test_event_accepted_during_a_removal_is_not_for_the_namesake(store: Store) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from pathlib import Path
 
 from host.authoring.pack import pack_folder
@@ -49,9 +50,12 @@ def test_broken_folder_never_hides_another(tmp_path: Path) -> None:
     (tmp_path / "Not A Name/plugin.json").write_text("{")
     os.close(os.open(os.fsencode(tmp_path) + b"/\xff", os.O_CREAT | os.O_WRONLY))
     (tmp_path / "unreadable").mkdir()
+    (tmp_path / "two\n").mkdir()
+    (tmp_path / "two\n/plugin.json").write_text("{")
     names = found(tmp_path)
     assert names.pop("good") == ""
-    assert len(names) == 5 and all(names.values()), names
+    assert len(names) == 6 and all(names.values()), names
+    assert all(re.fullmatch("[a-z0-9-]+", name) for name in names), names
 
 
 def test_package_is_found_as_its_folder_would_be(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_command_imports_nothing_that_takes_long(shared_dir: Path) -> None:
     words = [sys.executable, "-I", "-X", "importtime", "-c", MAIN, "--root", str(shared_dir), "run", "--", "true"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=seconds(60))
     imported = set(re.findall(r"^import time: .* ([\w.]+)$", done.stderr, re.MULTILINE))
-    assert {"asyncio.base_events", "isolator.cage.cage"} <= imported
+    assert {"asyncio", "isolator.cage.cage"} <= imported
     assert imported & HEAVY == set()
 
 

@@ -42,6 +42,18 @@ HOSTILE = ECHO.replace(
     "        from ctypes import CDLL\n        CDLL(None).ptrace(0, 0, 0, 0)\n        reply = ",
 ).replace('"status": "ok"', '"status": "rejected", "message": "\\x1b]0;owned\\x07[red]\\u202e" + "x" * 3000')
 """Asks for what nobody may, and steers terminals."""
+RUNS = """\
+#!/usr/bin/python3
+import json, os, sys, time
+asked = json.load(sys.stdin)["error_code"]
+if asked == "computes":
+    end = time.process_time() + 0.5
+    while time.process_time() < end:
+        pass
+while asked == "holds" and not os.path.exists(os.environ["PLUGIN_STATE_DIR"] + "/go-on"):
+    time.sleep(0.02)
+"""
+"""Runs once for each event."""
 STATES = {"busy": "ok", "echo": "ok", "hostile": "dead"}
 
 
@@ -51,6 +63,11 @@ def d(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with daemon(host_toml=f"[roles]\nviewer = [{VIEWER}]\n") as one:
         for name, script in (("echo", ECHO), ("busy", BUSY), ("hostile", HOSTILE)):
             one.cli("plugin", "add", str(write_plugin(folder / name, script)), "--yes")
+        words = {"binary": "./main", "transport": {"mode": "exec"}, "delivery": {"timeout": "60s"}}
+        made = write_plugin(
+            folder / "runs", RUNS, hooks=["deploy.failed"], sandbox={"filesystem": {"state": "8M"}}, **words
+        )
+        one.cli("plugin", "add", str(made), "--yes")
         emitted = one.json("event", "emit", "deploy.completed", event(0), "--wait", "--timeout", "80", code=1)
         assert {d["plugin"]: d["state"] for d in emitted["deliveries"]} == STATES, emitted
         wait_for(lambda: any(record["type"] == "syscall.denied" for record in one.records()))
@@ -72,8 +89,11 @@ def top(d: Daemon, *words: str) -> list[str]:
 
 def test_figures_are_those_of_the_plugins_daemon_and_host(d: Daemon) -> None:
     moment = look(d, "--sort", "name")
-    assert [row["name"] for row in moment["plugins"]] == ["busy", "echo", "hostile"]
+    assert [row["name"] for row in moment["plugins"]] == ["busy", "echo", "hostile", "runs"]
     rows = plugins(moment)
+    assert {name: row["mode"] for name, row in rows.items()} == {**dict.fromkeys(STATES, "oneshot"), "runs": "exec"}
+    idle = rows.pop("runs")
+    assert (idle["invocations"], idle["cpu"], idle["memory"], idle["tasks"], idle["egress_per_s"]) == (0, 0, 0, 0, 0)
     for row in rows.values():
         assert row["state"] == "running" and row["queue"] == 0 and not row["paused"]
         assert 0 < row["memory"] <= row["memory_cap"] and 0 < row["tasks"] <= row["tasks_cap"]
@@ -92,6 +112,35 @@ def test_most_comes_first_by_each_key(d: Daemon) -> None:
     assert look(d, "--sort", "denials")["plugins"][0]["name"] == "hostile"
     refused = d.cli("top", "--once", "--sort", "size", code=2).stderr
     assert "'size' is not one of" in refused
+
+
+def failed(does: str) -> str:
+    at = "2026-01-02T03:04:05Z"
+    return json.dumps({"project_id": "p1", "deployment_id": does, "error_code": does, "finished_at": at})
+
+
+def test_invocation_is_seen_while_it_runs(d: Daemon) -> None:
+    emitted = d.json("event", "emit", "deploy.failed", failed("holds"))
+    wait_for(lambda: any(r["type"] == "exec.started" and emitted["id"] == r["event_id"] for r in d.records()))
+    row = plugins(look(d))["runs"]
+    assert row["invocations"] == 1 and row["memory"] > 0 and row["tasks"] >= 1 and row["memory"] < row["memory_cap"]
+    assert re.search(r"runs +exec 1 ", d.cli("top", "--interval", "0.2").stdout)
+    (d.root / "var/lib/isolator/state/runs/mnt/state/go-on").touch()
+    wait_for(lambda: plugins(look(d))["runs"]["invocations"] == 0)
+
+
+def test_invocation_counts_that_began_and_ended_between_two_looks(d: Daemon) -> None:
+    with subprocess.Popen(top(d, "--json", "--interval", "0.2"), stdout=subprocess.PIPE, text=True) as follows:
+        assert follows.stdout is not None
+        try:
+            follows.stdout.readline()
+            d.cli("event", "emit", "deploy.failed", failed("computes"), "--wait")
+            used = 0.0
+            while used < 0.4:  # of half a second
+                moment = json.loads(follows.stdout.readline())
+                used += plugins(moment)["runs"]["cpu"] * moment["seconds"]
+        finally:
+            follows.terminate()
 
 
 def test_viewer_sees_the_same(d: Daemon) -> None:

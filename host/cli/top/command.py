@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     "\b\nKeys: q ends; j, k and the arrows scroll; r turns the order round; sort by\n"
     "n name, s state, c cpu, m memory, t tasks, e events, w queue, l latency,\n"
     "d denials, b egress.\n\n"
-    "\b\nCPU is in hundredths of a core, of the cap; EV/S attempts a second; P99 the\n"
-    "latency that one of a hundred of the newest 256 attempts exceeds; DENIED the\n"
-    "refusals of the last ten minutes; NET/S bytes a second, both ways.\n\n"
+    "\b\nCPU is in hundredths of a core, of the cap; EV/S attempts, and calls of its\n"
+    "tools, a second; P99 the latency that one of a hundred of the newest 256\n"
+    "attempts exceeds; DENIED the refusals of the last ten minutes; NET/S bytes a\n"
+    "second, both ways. STATE of the mode exec: how many invocations there are.\n\n"
     "Without a terminal it is one look, as with --once; with --json it is one\n"
     "document a line, until it is ended."
 )

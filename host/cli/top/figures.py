@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import psutil
 
 from host.cli.notes import all_notes
-from host.cli.top.denials import Denials
+from host.cli.top.trail import Trail
 from host.client.client import Client
 from isolator.audit.snapshots import Usage, snapshot
 from isolator.errors import IsolatorError
 from isolator.layers.cgroup.subtree import find_hierarchies
 
+EXEC = "exec"
+_SUMMED = ("cpu_us", "memory", "tasks", "network_bytes")
 PATIENCE = 10.0
 """Seconds that an answer of the daemon may take."""
 CATCH_UP = 10.0
@@ -32,7 +35,10 @@ CATCH_UP = 10.0
 class Row:
     """One plugin. ``cpu`` in cores, ``memory`` and ``egress_per_s`` in bytes, ``latency_p99_us`` in µs.
 
-    ``egress_per_s`` is what goes through its network, both ways; ``denials`` are those of the last ten minutes.
+    ``egress_per_s`` is what goes through its network, both ways; ``denials`` are those of the last ten minutes;
+    ``events_per_s`` attempts, and calls of its tools. With the mode exec, ``cpu`` and ``egress_per_s`` are those of all
+    its invocations, also of such as began and ended in between; ``memory`` and ``tasks`` of those under way, whose
+    number is ``invocations``.
     """
 
     name: str
@@ -50,6 +56,8 @@ class Row:
     denials: int | None
     egress_per_s: float | None
     notes: tuple[str, ...]
+    mode: str = "oneshot"
+    invocations: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class _Before:
     at: float
     usage: Usage
     attempts: int
+    calls: int
 
 
 class Figures:
@@ -103,8 +112,8 @@ class Figures:
     def __init__(self, root: str | None) -> None:
         self._root = root
         self._client = Client(root, timeout=PATIENCE)
-        self._denials = Denials(root)
-        self._denials.wait(CATCH_UP)
+        self._trail = Trail(root)
+        self._trail.wait(CATCH_UP)
         self._before: dict[str, _Before] = {}
         self._groups: dict[str, list[Path]] = {}
         """Control groups of each run."""
@@ -124,10 +133,11 @@ class Figures:
             self._client.close()
             self._client = Client(self._root, timeout=PATIENCE)
             raise
-        now, denied = time.monotonic(), self._denials.counts()
+        now, denied = time.monotonic(), self._trail.denials()
         seconds, self._at = now - self._at, now
         rows = tuple(self._row(entry, None if denied is None else denied[entry["name"]]) for entry in listed["plugins"])
-        names, runs = {row.name for row in rows}, {entry.get("run") for entry in listed["plugins"]}
+        names = {row.name for row in rows}
+        runs = {run for entry in listed["plugins"] for run in self._runs(entry)}
         self._before = {name: one for name, one in self._before.items() if name in names}
         self._groups = {run: folders for run, folders in self._groups.items() if run in runs}
         return Moment(
@@ -136,10 +146,14 @@ class Figures:
         )  # fmt: skip
 
     def _row(self, entry: Mapping[str, Any], denials: int | None) -> Row:
-        name, run, pid = entry["name"], entry.get("run"), entry.get("pid")
-        usage = self._usage(run, pid) if run and pid else {}
+        name, mode, runs = entry["name"], entry.get("mode", "oneshot"), self._runs(entry)
+        run = entry.get("run") if mode != EXEC else EXEC
+        attempts, calls = entry["attempts_ended"], self._trail.calls[name]
+        usage = _together([self._usage(one, pid) for one, pid in runs.items()])
+        if mode == EXEC:
+            usage = _together([dict.fromkeys(_SUMMED, 0), usage, self._trail.invocations.used(name)])
         before, now = self._before.get(name), time.monotonic()
-        self._before[name] = _Before(run, now, usage, entry["attempts_ended"])
+        self._before[name] = _Before(run, now, usage, attempts, calls)
         passed = now - before.at if before is not None else 0.0
 
         def grown(key: str) -> float | None:
@@ -147,9 +161,10 @@ class Figures:
                 return None
             return max(0.0, float(usage[key] - before.usage[key]) / passed)
 
-        ended = entry["attempts_ended"] - before.attempts if before is not None else 0
+        ended = attempts - before.attempts if before is not None else 0
         if ended < 0:  # another host process counts from 0
-            ended = entry["attempts_ended"]
+            ended = attempts
+        ended += calls - before.calls if before is not None else 0
         cpu, caps = grown("cpu_us"), entry.get("caps") or {}
         return Row(
             name=name, state=entry["state"], paused=entry.get("paused") is not None,
@@ -158,8 +173,14 @@ class Figures:
             tasks=usage.get("tasks"), tasks_cap=caps.get("tasks"),
             events_per_s=ended / passed if passed > 0 else None, queue=entry["queue"],
             latency_p99_us=entry["latency_p99_us"], denials=denials, egress_per_s=grown("network_bytes"),
-            notes=tuple(all_notes(entry)),
+            notes=tuple(all_notes(entry)), mode=mode, invocations=len(runs) if mode == EXEC else 0,
         )  # fmt: skip
+
+    def _runs(self, entry: Mapping[str, Any]) -> dict[str, int]:
+        """The pids of a plugin's runs, or of its invocations, by run."""
+        if entry.get("mode") == EXEC:
+            return self._trail.invocations.of(entry["name"])
+        return {entry["run"]: entry["pid"]} if entry.get("run") and entry.get("pid") else {}
 
     def _usage(self, run: str, pid: int) -> Usage:
         """Usage of the run; nothing once it has ended. Its groups stay its own, whoever gets its pid next."""
@@ -168,7 +189,8 @@ class Figures:
             if folders is None:
                 found = find_hierarchies(pid)
                 named = [found.unified, *found.v1.values()] if found.unified is not None else []
-                folders = self._groups[run] = [path for path in dict.fromkeys(named) if path is not None]
+                # A group's name has the run: a pid alone may be another's by now.
+                folders = self._groups[run] = [path for path in dict.fromkeys(named) if path and run in path.name]
             alive = [pid] if any(_holds(folder, pid) for folder in folders[:1]) else []
             return snapshot(folders, alive) if alive else {}
         except (OSError, ValueError):
@@ -187,6 +209,14 @@ class Figures:
             return Process(name, pid, cpu / 100 if known else None, process.memory_info().rss)
         except psutil.Error:
             return Process(name, pid, None, None)
+
+
+def _together(usages: Iterable[Mapping[str, Any]]) -> Usage:
+    """The sums of what is counted."""
+    found: Counter[str] = Counter()
+    for usage in usages:
+        found.update({key: value for key, value in usage.items() if key in _SUMMED})
+    return dict(found)
 
 
 def _holds(group: Path, pid: int) -> bool:

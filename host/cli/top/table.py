@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from host.cli.output import ago, safe
-from host.cli.top.figures import Moment, Row
+from host.cli.top.figures import EXEC, Moment, Row
 from host.cli.top.order import ASCENDING, BAD, ordered
 
 HOT = 0.9
@@ -71,8 +71,11 @@ def _percent(cores: float | None) -> str:
 
 
 def _state(row: Row) -> Text:
-    state = "paused" if row.paused and row.state == "running" else row.state
-    style = "red" if state in BAD else "green" if state == "running" else "yellow" if row.paused else "dim"
+    state = "paused" if row.paused and row.state in ("running", "stopped") else row.state
+    if state == "stopped" and row.mode == EXEC:
+        state = f"exec {row.invocations}" if row.invocations else EXEC
+    running = state == "running" or row.invocations
+    style = "red" if state in BAD else "yellow" if row.paused else "green" if running else "dim"
     return Text(safe(state), style)
 
 
@@ -112,7 +115,8 @@ def head(moment: Moment) -> list[Text]:
     host, plugins = moment.host, moment.plugins
     bad = sum(row.state in BAD for row in plugins)
     running = sum(row.state == "running" for row in plugins)
-    failed = f", {bad} failed" if bad else ""
+    invocations = sum(row.invocations for row in plugins)
+    failed = (f", invocations {invocations}" if invocations else "") + (f", {bad} failed" if bad else "")
     queue = sum(row.queue for row in plugins)
     cpu = sum(one.cpu or 0.0 for one in moment.processes)
     memory = sum(one.memory or 0 for one in moment.processes)

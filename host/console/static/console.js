@@ -23,7 +23,7 @@ let busy = false;
 
 function wants(element) {
   const topics = element.dataset.live.split(" ");
-  return topics.includes("*") || topics.some((topic) => due.has(topic));
+  return due.has("everything") || topics.includes("*") || topics.some((topic) => due.has(topic));
 }
 
 async function refresh() {
@@ -53,16 +53,46 @@ async function refresh() {
   }
 }
 
-showButtons(page);
-if (page.querySelector("[data-live]")) {
+// A browser has six connections for all pages of a console: those that nobody sees do not keep one.
+let stream = null;
+let missed = false;
+
+function follow() {
   const badge = page.getElementById("live");
-  const stream = new EventSource("/live");
-  stream.onopen = () => { badge.hidden = false; };
-  stream.onerror = () => { badge.hidden = true; };
+  if (page.hidden) {
+    if (stream) stream.close();
+    stream = null;
+    badge.hidden = missed = true;
+    return;
+  }
+  if (stream) return;
+  stream = new EventSource("/live");
+  stream.onopen = () => {
+    badge.textContent = "live";
+    badge.classList.remove("away");
+    badge.hidden = false;
+    if (missed) {
+      missed = false;
+      due.add("everything");
+      refresh();
+    }
+  };
+  stream.onerror = () => {
+    missed = true;
+    badge.textContent = "not live";
+    badge.classList.add("away");
+    badge.hidden = false;
+    if (stream && stream.readyState === EventSource.CLOSED) stream = null;  // refused: tried again when it is seen again
+  };
   stream.addEventListener("changed", (event) => {
     for (const topic of JSON.parse(event.data)) due.add(topic);
     refresh();
   });
-  page.addEventListener("visibilitychange", refresh);
+}
+
+showButtons(page);
+if (page.querySelector("[data-live]")) {
+  follow();
+  page.addEventListener("visibilitychange", follow);
   setInterval(() => { due.add("time"); refresh(); }, 10000);
 }

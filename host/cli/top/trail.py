@@ -1,4 +1,4 @@
-"""Refusals of the last minutes, counted from the trail as the daemon streams it."""
+"""The trail as the daemon streams it: refusals of the last minutes, invocations, calls of tools."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import time
 from collections import Counter, deque
 from datetime import datetime
 
+from host.cli import invocations
 from host.cli.denials import REFUSALS, refused
 from host.client.client import Client
 from isolator.audit import files
 from isolator.audit.record import parse
+from isolator.audit.schema import ToolCalled
 from isolator.errors import IsolatorError, UnavailableError
 
 WINDOW = 600.0
@@ -21,26 +23,29 @@ MOST = 100_000
 """Refusals that are kept; many of one kind within a second are one record."""
 AGAIN = 1.0
 """Seconds until the daemon is asked again."""
-_MARKS = tuple(f'"type":"{kind}"' for kind in REFUSALS)
+_MARKS = tuple(f'"type":"{kind}"' for kind in (*REFUSALS, *invocations.TYPES, ToolCalled.TYPE))
 
 
-class Denials:
-    """Refusals by plugin, followed in a thread that ends with the process."""
+class Trail:
+    """The trail, followed in a thread that ends with the process."""
 
     def __init__(self, root: str | None) -> None:
         self._root = root
         self._seen: deque[tuple[float, str, int]] = deque(maxlen=MOST)
         """Unix time, plugin and number of each."""
+        self.invocations = invocations.Invocations()
+        self.calls: Counter[str] = Counter()
+        """Calls of each plugin's tools that have ended."""
         self._seq: int | None = None
         self._caught_up = threading.Event()
-        threading.Thread(target=self._run, name="denials", daemon=True).start()
+        threading.Thread(target=self._run, name="trail", daemon=True).start()
 
     def wait(self, seconds: float) -> None:
         """Wait until the records of before have been read, or cannot be."""
         self._caught_up.wait(seconds)
 
-    def counts(self) -> Counter[str] | None:
-        """How many there were of each plugin in the last ``WINDOW`` seconds; None when the trail cannot be followed."""
+    def denials(self) -> Counter[str] | None:
+        """How many refusals of each plugin there were in ``WINDOW`` seconds; None when the trail cannot be followed."""
         if self._seq is None:
             return None
         oldest = time.time() - WINDOW
@@ -80,7 +85,15 @@ class Denials:
         if not any(mark in line for mark in _MARKS):
             return
         record = parse(raw)
-        if record is not None and record.plugin is not None and refused(record):
-            count = record.data.get("count", 1)
-            at = datetime.fromisoformat(record.time).timestamp()
-            self._seen.append((at, record.plugin, count if isinstance(count, int) else 1))
+        if record is None:
+            return
+        count = record.data.get("count", 1)
+        number = count if isinstance(count, int) else 1
+        if record.type in invocations.TYPES:
+            self.invocations.take(record.type, record.plugin, record.run, record.data)
+        elif record.plugin is None:
+            return
+        elif record.type == ToolCalled.TYPE:
+            self.calls[record.plugin] += number
+        elif refused(record):
+            self._seen.append((datetime.fromisoformat(record.time).timestamp(), record.plugin, number))
