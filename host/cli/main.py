@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import sys
 
-from isolator.base.lean import import_asyncio
 from isolator.linux.descriptors import open_standard_streams
 from isolator.standalone.options import read_plainly
 
@@ -56,6 +55,8 @@ def main() -> None:
             report(error)
     values = read_serve(sys.argv[1:])
     if values is not None:
+        from isolator.base.lean import import_asyncio
+
         import_asyncio()
         try:
             from isolator.cli.daemon import run_daemon

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 
 _FIRST = 48
 """Field of /proc/PID/stat, by its number in proc(5): the first of four addresses, begin and end of the arguments and of
@@ -17,7 +16,8 @@ def overwrite_arguments(title: str) -> None:
     Copies that somebody made of them stay. Variables that were there are gone for this process too.
     """
     os.environ.clear()
-    third_and_later = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    with open("/proc/self/stat", "rb") as file:  # noqa: PTH123  # the launcher avoids importing pathlib
+        third_and_later = file.read().rpartition(b")")[2].split()
     arguments, arguments_end, environment, environment_end = map(int, third_and_later[_FIRST - 3 :][:4])
     for begin, end in ((arguments, arguments_end), (environment, environment_end)):
         ctypes.memset(begin, 0, end - begin)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 
-from isolator.base.lean import import_asyncio
 from isolator.errors import IsolatorError
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -42,6 +41,8 @@ def run(options: RunOptions) -> int:
 
         launcher = fork_launcher()
         try:
+            from isolator.base.lean import import_asyncio
+
             import_asyncio(without=("ssl", "_hashlib"))
             from isolator.standalone.single import run_once
 
