@@ -47,9 +47,19 @@ def leading(descriptor: int) -> Iterator[int]:
         try:
             yield listener.getsockname()[1]
         finally:
-            loop.call_soon_threadsafe(server.close)
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
+            loop.run_until_complete(_close(server))
+            loop.close()
+
+
+async def _close(server: asyncio.Server) -> None:
+    """Close the listener, and the connections that a browser still has."""
+    server.close()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

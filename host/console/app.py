@@ -126,7 +126,7 @@ class App:
             self._admit(request)
         except IsolatorError as error:
             answer = self._refused(request, error)
-            answer.headers["connection"] = "close"  # what follows is not worth a guess where it begins
+            answer.headers["connection"] = "close"  # nobody guesses where the next one begins
             await answer(scope, receive, guarded)
             return
         try:

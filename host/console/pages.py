@@ -68,7 +68,7 @@ class Pages:
         sentences = (explained["proposal"].get("sentences") or {}).values()
         return {
             "plugin": shown, "modes": _MODES, "proposal": explained["proposal"], "promises": list(sentences),
-            "charts": _charts(self._live.usage(name), shown.get("effective") or {}), "log": logs["lines"],
+            "charts": _charts(self._live.usage(name), shown), "log": logs["lines"],
             "dropped": logs["dropped"], "denials": _rows(collect(self._live.denials(name), shown))[:20],
         }  # fmt: skip
 
@@ -172,10 +172,10 @@ _MODES = {
 }  # fmt: skip
 
 
-def _charts(points: Points, effective: Mapping[str, Any]) -> list[tuple[str, str, str, Markup]]:
+def _charts(points: Points, shown: Mapping[str, Any]) -> list[tuple[str, str, str, Markup]]:
     """Title, present value, cap and chart of each resource."""
-    caps, made = effective.get("resources") or {}, []
-    for title, key, divisor, form in _CHARTS:
+    caps, made = (shown.get("effective") or {}).get("resources") or {}, []
+    for title, key, divisor, form in _CHARTS if shown["mode"] != "exec" else _CHARTS[:2]:  # tasks are not on record
         series, cap = values(points, _FIELDS.get(key, key)), _number(caps.get(key), divisor)
         now, most = form(series[-1][1]) if series else "–", form(cap) if cap else "no cap"
         made.append((title, now, most, line(series, cap, f"{title}: {now} of {most}")))

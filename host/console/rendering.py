@@ -6,13 +6,14 @@ direction-changing characters, escape sequences) stand there as escapes, and a l
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from host.cli.output import ago, duration, latency
+from host.cli.output import ago, duration, latency, result_in
 from isolator.audit.text import printable
 from isolator.policy.units import format_size
 
@@ -30,6 +31,15 @@ def shown(value: Any) -> Any:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"
 
 
+def _plain(value: Any) -> str:
+    """A value as text; one that is no text, as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _result(reply: str | None) -> str | None:
+    return result_in(reply) if reply is not None else None
+
+
 def environment() -> Environment:
     """The environment of every page, and of the report."""
     made = Environment(
@@ -37,7 +47,8 @@ def environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True, auto_reload=False,
     )  # fmt: skip
     made.filters |= {
-        "ago": ago, "count": "{:,}".format, "duration": duration, "latency": latency, "size": format_size,
+        "ago": ago, "count": "{:,}".format, "plain": _plain, "result": _result,
+        "duration": duration, "latency": latency, "size": format_size,
         "until": lambda moment: duration(moment - time.time()), "when": lambda text: str(text)[:19].replace("T", " "),
     }  # fmt: skip
     return made

@@ -175,7 +175,7 @@ def report(root: str | None, since: str, output: str) -> None:
         click.echo(text)
         return
     try:
-        # What is in the trail is for those who may read it: whoever makes the file decides who else does.
+        # As the trail, it is not for everybody: whoever makes the file decides who else reads it.
         with open(output, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(text)
     except OSError as error:

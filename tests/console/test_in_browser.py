@@ -39,7 +39,7 @@ return {
   drawings: document.querySelectorAll('svg:not(.chart)').length,
   foreign: (document.body.innerText.match(new RegExp(arguments[0], 'g')) || []).length,
   elsewhere: performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin)),
-  wide: document.documentElement.scrollWidth > window.innerWidth,
+  width: document.documentElement.scrollWidth,
 };
 """
 LOOK = """
@@ -203,7 +203,7 @@ def test_pages_fit_the_screen(visitor: Visitor, runs: None, hostile: list[str], 
         for dark in (False, True):
             picture = Path(os.environ.get("ISOLATOR_SCREENSHOTS", tmp_path)) / f"{name}-{width}{'-dark' * dark}.png"
             visitor.do(lambda picture=picture, dark=dark: save_picture(visitor.browser, picture, width, dark=dark))
-        assert not visitor.state()["wide"], f"{name} is wider than {width}"
+        assert visitor.state()["width"] == width, name  # a telephone's innerWidth grows with its page
 
 
 @pytest.mark.wide
