@@ -18,6 +18,7 @@ import prctl
 from host.composition.handover import BEFORE_ASKING, FORMATS
 from host.composition.host import Host
 from host.composition.introduction import HostParts, Introduction
+from host.wire.strict_json import encode
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import by_op
@@ -37,7 +38,7 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
     """Serve until the supervisor closes its channel, or until SIGTERM; returns the exit code."""
     loop = asyncio.get_running_loop()
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
-    audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None)
+    audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None, encode)
     running: asyncio.Future[Host] = loop.create_future()
     succession = Succession(FORMATS, BEFORE_ASKING)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from host.authoring.certify.stage import FOUND, Stage
 from host.certifying.lasting import Lasting
 from host.certifying.single import Single
+from host.delivery.runs import Runs
 from host.delivery.sidecar import SidecarLink
 from isolator.audit.client import AuditClient
-from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
 from isolator.ipc.tasks import Tasks
 
@@ -54,8 +54,8 @@ class Peer:
 class TappedLink(SidecarLink):
     """Link to a sidecar whose connections are tapped."""
 
-    def __init__(self, name: str, supervisor: Channel, audit: AuditClient, fence: Fence, *, stage: Stage) -> None:
-        super().__init__(name, supervisor, audit, fence)
+    def __init__(self, name: str, runs: Runs, audit: AuditClient, fence: Fence, *, stage: Stage) -> None:
+        super().__init__(name, runs, audit, fence)
         self.stage = stage
         self.played = 0
         """Number of the last scene that is played once only."""

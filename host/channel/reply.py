@@ -139,17 +139,26 @@ def read_reply(data: bytes, *, expect: object = 1) -> Outcome:
 
     One that ends too early may have been cut off by the plugin's death: its outcome is unknown.
     """
-    size, digest = len(data), hashlib.sha256(data).hexdigest()
-    text = data.decode("utf-8", "replace")
     try:
         message = parse_object(data.strip())
     except WireError as error:
         kind: Kind = "unknown" if "EOF while parsing" in str(error) and data.strip() else "failed"
-        return Outcome(kind, "bad_reply", str(error), text, size, digest)
+        return _outcome(data, kind, "bad_reply", str(error))
     if message.get("id", expect) not in (expect, None):
-        return Outcome("failed", "bad_reply", "the reply has another request's id", text, size, digest)
-    kind, status, detail, retry_after = interpret(message)
-    return Outcome(kind, status, detail, text, size, digest, retry_after)
+        return _outcome(data, "failed", "bad_reply", "the reply has another request's id")
+    return judge_reply(message, data)
+
+
+def judge_reply(message: Mapping[str, Any], data: bytes) -> Outcome:
+    """Judge a JSON-RPC reply to our request, whose bytes are ``data``."""
+    return _outcome(data, *interpret(message))
+
+
+def _outcome(
+    data: bytes, kind: Kind, status: str | None, detail: str | None, retry_after: float | None = None
+) -> Outcome:  # fmt: skip
+    text, digest = data.decode("utf-8", "replace"), hashlib.sha256(data).hexdigest()
+    return Outcome(kind, status, detail, text, len(data), digest, retry_after)
 
 
 def interpret(message: Mapping[str, Any]) -> tuple[Kind, str | None, str | None, float | None]:

@@ -18,6 +18,7 @@ from host.delivery.modes import Parts
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.outcome import Outcomes
 from host.delivery.pauses import Paused, Pauses
+from host.delivery.runs import Runs
 from host.delivery.sidecar import SidecarLink
 from host.delivery.stream import HostApiCall, StreamDelivery
 from host.delivery.worker import Worker, WorkerState
@@ -36,8 +37,8 @@ from isolator.ipc.succession import Departure, Descriptors
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
 
-SidecarLinks = Callable[[str, Channel, AuditClient, Fence], SidecarLink]
-"""Makes the link to the sidecar of a plugin: (plugin, supervisor, audit, fence)."""
+SidecarLinks = Callable[[str, Runs, AuditClient, Fence], SidecarLink]
+"""Makes the link to the sidecar of a plugin: (plugin, runs, audit, fence)."""
 
 
 class Dispatcher:
@@ -71,6 +72,7 @@ class Dispatcher:
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self._supervisor, self._queue, self._attempts, self._gate = supervisor, queue, attempts, gate
+        self._runs = Runs(supervisor)
         self._registry, self._catalogue, self._audit = registry, catalogue, audit
         self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
         self._fences = fences
@@ -83,7 +85,7 @@ class Dispatcher:
 
     def _new_worker(self, name: str) -> Worker:
         consumer, fence = self._queue.consumer(name), self._fences.of(name)
-        sidecar = self._sidecars(name, self._supervisor, self._audit, fence)
+        sidecar = self._sidecars(name, self._runs, self._audit, fence)
         outcomes = Outcomes(name, consumer, self._audit, self._redactor, self._attempts, fence)
         before = self._before.pop(name, None)
         return Worker(

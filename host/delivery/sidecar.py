@@ -11,21 +11,15 @@ import asyncio
 import socket
 
 from host.channel.reply import NotSentError
+from host.delivery.runs import Runs, connection
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Body, WithFds
-from isolator.ipc.channel import Channel
+from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
-from isolator.ipc.messages import ConnectRun, EnsureRun
-from isolator.linux.descriptors import close_all
 from isolator.linux.peer import peer_ids
-
-CONNECT_DEADLINE = 10.0
-"""Seconds for the sidecar's socket to appear and accept."""
-
 
 PAUSED = "it is paused"
 """Why nothing is sent to a plugin that an operator has paused."""
@@ -44,7 +38,7 @@ class SidecarState(Body):
 class SidecarLink:
     """The sidecar of one plugin, as its worker and its deliveries see it."""
 
-    def __init__(self, name: str, supervisor: Channel, audit: AuditClient, fence: Fence) -> None:
+    def __init__(self, name: str, runs: Runs, audit: AuditClient, fence: Fence) -> None:
         self.name, self.fence = name, fence
         self.run: str | None = None
         """The run that is delivered to, if any."""
@@ -56,7 +50,7 @@ class SidecarLink:
         """No event is sent: an operator has paused the plugin."""
         self.connecting = 0
         """Connects that are under way."""
-        self._supervisor, self._audit = supervisor, audit
+        self._runs, self._audit = runs, audit
         self._reached: str | None = None
         self._draining: str | None = None
         self._unanswered = 0
@@ -82,26 +76,24 @@ class SidecarLink:
         self._still_here()
         self.connecting += 1
         try:
-            run, answer = await self._connect()
+            run, fd = await self._connect(family)
         finally:
             self.connecting -= 1
-        if len(answer.fds) != 1:
-            close_all(answer.fds)
-            raise NotSentError("the supervisor sent no connection")
-        sock = socket.socket(family, socket.SOCK_STREAM, 0, answer.fds.pop())
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)
         sock.setblocking(False)
         self._reached = run
         return sock, run
 
-    async def _connect(self) -> tuple[str, WithFds[None]]:
+    async def _connect(self, family: socket.AddressFamily) -> tuple[str, int]:
         self.status = "starting" if self.run is None else "connecting"
         if self.run is None:
-            self.run = (await self._supervisor.ask(EnsureRun(name=self.name))).run
+            self.run = await self._runs.ensure(self.name)
         run = self.run
         self._still_here()
         try:
-            request = ConnectRun(name=self.name, run=run, deadline=CONNECT_DEADLINE)
-            return run, await self._supervisor.ask_fds(request, timeout=CONNECT_DEADLINE + 5)
+            if self.reached and family == socket.AF_UNIX:
+                return run, await connection(self._runs.connect_soon(self.name, run))
+            return run, await self._runs.connect(self.name, run)
         except IsolatorError:
             if not self.leaving:  # else it is still the run of the successor of this process
                 self.run = None  # it may have ended meanwhile: the next connection ensures one again

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import STREAM_MESSAGE, NotSentError, meta_of, params_text, read_reply
+from host.channel.reply import STREAM_MESSAGE, NotSentError, judge_reply, meta_of, params_text
 from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, event_request, open_stream
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
@@ -86,9 +86,7 @@ class StreamDelivery:
         self._sidecar, self._outcomes, self._catalogue, self._api = sidecar, outcomes, catalogue, api
         self._redact = redact
         self._session: _Session | None = None
-        self._requests = Requests[tuple[dict[str, Any], bytes]](
-            sidecar, outcomes, lambda reply, number: read_reply(reply[1], expect=number)
-        )
+        self._requests = Requests[tuple[dict[str, Any], bytes]](sidecar, outcomes, lambda reply, _: judge_reply(*reply))
         self.connecting = False
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()

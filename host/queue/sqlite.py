@@ -46,6 +46,7 @@ from host.queue.interface import (
     nothing,
 )
 from host.queue.listing import Listing
+from host.queue.watching import Watcher
 from isolator.errors import UsageError
 
 _CACHED = 256
@@ -101,7 +102,7 @@ class SqliteQueue(Listing):
         self._consumers: dict[str, SqliteConsumer] = {}
         self._purges: dict[str, int] = {}
         """How often each name was purged."""
-        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._watchers: dict[str, set[Watcher]] = {}
         self._outcomes: _Outcomes | None = None
         self._accepting: list[Accepting] | None = None
         self._seq = max(after, newest_number(store))
@@ -277,7 +278,7 @@ class SqliteQueue(Listing):
         self._write(delivery, result, due)
         if self._watchers and delivery.event_id:
             for watcher in self._watchers.get(delivery.event_id, ()):
-                watcher.set()
+                watcher.note(delivery.plugin, result.state)
 
     def _write(self, delivery: Delivery, result: Result, due: float) -> None:
         # Within one transaction only the last state of a delivery is written.
@@ -432,28 +433,35 @@ class SqliteQueue(Listing):
         consumer = self._consumers.pop(plugin, None)
         waiting = consumer.drop_all() if consumer is not None else 0
         await self.store.run(lambda db: db.execute("DELETE FROM deliveries WHERE plugin=?", (plugin,)).rowcount)
+        self._look_again()
         return waiting
+
+    def _look_again(self) -> None:
+        """Have those look again who wait for the end of an event."""
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.look_again()
 
     async def wait(self, event_id: str, *, timeout: float) -> EventRow:
         """Wait at most ``timeout`` seconds until all deliveries of an event are final; returns it as it then stands."""
-        changed = asyncio.Event()
+        watcher = Watcher()
         watchers = self._watchers.setdefault(event_id, set())
-        watchers.add(changed)
+        watchers.add(watcher)
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    changed.clear()
+                    watcher.begin()
                     # An outcome wakes its watchers at once and is written in the loop's next turn: the row must include
                     # outcomes from before we watched, or nothing would ever wake us.
                     await self._written()
                     row = self.show(event_id)
                     if all(delivery.state in FINAL for delivery in row.deliveries):
                         return row
-                    await changed.wait()
+                    await watcher.ended({one.plugin for one in row.deliveries if one.state not in FINAL})
         except TimeoutError:
             return self.show(event_id)
         finally:
-            watchers.discard(changed)
+            watchers.discard(watcher)
             if not watchers:
                 self._watchers.pop(event_id, None)
 

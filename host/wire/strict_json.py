@@ -69,15 +69,16 @@ def parse_object(data: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 def dumps(value: Any) -> str:
     """Encode as compact JSON."""
-    return _encode(value).decode()
+    return encode(value).decode()
 
 
 def line(value: Any) -> bytes:
     """Encode as a JSON line, newline included."""
-    return _encode(value) + b"\n"
+    return encode(value) + b"\n"
 
 
-def _encode(value: Any) -> bytes:
+def encode(value: Any) -> bytes:
+    """Encode as compact JSON in UTF-8."""
     try:
         return core.to_json(value)
     except core.PydanticSerializationError:

@@ -47,6 +47,7 @@ _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
 _NUMBER = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})")
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_ODD = re.compile(rb"\x7f|NaN|Infinity")
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 
 
@@ -54,7 +55,7 @@ class RejectedError(ValueError):
     """A line that is no record, or not one that this source may send; the text is the reason."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Incoming:
     """A record as a source sent it, checked, before it has a place in the chain."""
 
@@ -85,10 +86,10 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
     if not isinstance(value, dict):
         raise RejectedError("not a JSON object")
     type_, time, data = value.get("type"), value.get("time"), value.get("data")
-    if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
+    if not isinstance(type_, str):
         raise RejectedError("no valid type")
     if not may_write(source, type_):
-        raise RejectedError(f"the {source} may not send {type_}")
+        raise RejectedError(f"the {source} may not send {type_}" if _TYPE.fullmatch(type_) else "no valid type")
     if not isinstance(time, str) or not _TIME.fullmatch(time):
         raise RejectedError("no valid time")
     if data is None:
@@ -147,10 +148,10 @@ def _identifier(value: dict[str, Any], key: str, cuts: dict[str, dict[str, Any]]
         return None
     if not isinstance(text, str):
         raise RejectedError(f"{key} is not a string")
-    if len(text) > MAX_ID:
-        _note_cut(text.encode("utf-8", "replace"), key, cuts)
-        text = text[:MAX_ID]
-    return text
+    if len(text) <= MAX_ID:
+        return text
+    _note_cut(text.encode("utf-8", "replace"), key, cuts)
+    return text[:MAX_ID]
 
 
 def cap(data: dict[str, Any], cuts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -202,6 +203,13 @@ def quoted(text: str | None) -> str:
 
 
 def _ascii(value: Any) -> str:
+    """Spell a value as JSON in ASCII; raises ValueError, TypeError or RecursionError for one that JSON cannot hold."""
+    try:
+        quick = core.to_json(value)
+    except ValueError:
+        quick = b""
+    if quick and quick.isascii() and not _ODD.search(quick):
+        return quick.decode()
     # DEL is the one control character that JSON encoders leave alone.
     return _encode(value).replace("\x7f", "\\u007f")
 

@@ -132,24 +132,48 @@ class Channel:
         self, op: str, /, *, fds: Sequence[int] = (), timeout: float | None = None, **fields: Any
     ) -> Message:
         """``ask`` without types."""
+        answer = self._begin_call({"op": op, **fields}, fds, timeout)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                answer.result().close()  # it came at that very moment
+            raise
+
+    def begin(self, request: Request[Any], *, timeout: float) -> asyncio.Future[Message]:
+        """Send a request now, not when a coroutine runs; its answer, or ``ask``'s error, is for whoever begins it."""
+        return self._begin_call({"op": request.op, **request.to_json()}, (), timeout)
+
+    def _begin_call(
+        self, message: dict[str, Any], fds: Sequence[int], timeout: float | None
+    ) -> asyncio.Future[Message]:  # fmt: skip
         if self.closed.is_set():
             raise UnavailableError(self.name, "not running at the moment", "try again")
         self._next += 1
         number = self._next
-        future: asyncio.Future[Message] = self._loop.create_future()
-        self._pending[number] = future
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        self._pending[number] = answer  # before it is sent: a peer that is gone fails it
         try:
-            self._send({"op": op, "id": number, **fields}, fds)
-            async with asyncio.timeout(timeout):
-                return await future
-        except TimeoutError:
-            raise UnavailableError(self.name, f"no answer to {op} in {timeout:g} s", "see its log") from None
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().close()  # the answer came at that very moment
+            self._send({**message, "id": number}, fds)
+        except BaseException:
+            del self._pending[number]
             raise
-        finally:
+        timer = None
+        if timeout is not None:
+            timer = self._loop.call_later(timeout, self._expire, answer, message["op"], timeout)
+
+        def answered(_: asyncio.Future[Message]) -> None:
             self._pending.pop(number, None)
+            if timer is not None:
+                timer.cancel()
+
+        answer.add_done_callback(answered)
+        return answer
+
+    def _expire(self, answer: asyncio.Future[Message], op: str, timeout: float) -> None:
+        if not answer.done():
+            why = f"no answer to {op} in {timeout:g} s"
+            answer.set_exception(UnavailableError(self.name, why, "see its log"))
 
     def notify(self, op: str, /, *, fds: Sequence[int] = (), **fields: Any) -> None:
         """``tell`` without types."""

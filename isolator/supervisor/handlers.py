@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import isolator
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Handler, WithFds, by_op
+from isolator.ipc.packet import MAX_FDS
 from isolator.layers.ledger import ledger
 from isolator.linux.descriptors import FdSet
 from isolator.registration.staging import Source
@@ -45,6 +47,7 @@ class Handlers:
         return by_op(
             messages.EnsureRun.on(self._ensure),
             messages.ConnectRun.on(self._connect),
+            messages.ConnectRuns.on(self._connect_many),
             messages.StartInvocation.on_fds(self._start_invocation),
             messages.RunReady.on(self._ready),
             messages.StopRun.on(whole(self._stop)),
@@ -86,6 +89,22 @@ class Handlers:
     async def _connect(self, request: messages.ConnectRun) -> WithFds[None]:
         connections = await self._table.find(request.name).connect(request.run, request.deadline)
         return WithFds(None, [connection.detach() for connection in connections])
+
+    async def _connect_many(self, request: messages.ConnectRuns) -> WithFds[messages.Connected]:
+        if len(request.runs) > MAX_FDS:
+            raise UsageError(request.op, f"{len(request.runs)} runs at a time are too many")
+        answers: list[Any] = []
+        with FdSet() as made:
+            for one in request.runs:
+                try:
+                    connection = self._table.find(one.name).connect_at_once(one.run)
+                except IsolatorError as error:
+                    answers.append(error.to_json())
+                    continue
+                answers.append(connection is not None)
+                if connection is not None:
+                    made.add(connection.detach())
+            return WithFds(messages.Connected(answers=tuple(answers)), made.release_all())
 
     async def _ready(self, request: messages.RunReady) -> None:
         self._table.find(request.name).note_ready(request.run)

@@ -300,7 +300,7 @@ class Run:
                 raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "ask again")
             try:
                 if self.port is None:
-                    return self._connect_once(uid)
+                    return self.connect_at_once(uid)
                 connection = await ports.connect(self.cage.network, self.port)
                 self.reached = True
                 return connection
@@ -328,7 +328,8 @@ class Run:
             await ports.until_listening(self.cage.pid, port)
             self.socket_there.set()
 
-    def _connect_once(self, uid: int) -> socket.socket:
+    def connect_at_once(self, uid: int) -> socket.socket:
+        """Connect to the sidecar's Unix socket; raises OSError when that takes longer, and as ``connect``."""
         fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
         try:
             info = os.fstat(fd)

@@ -81,6 +81,8 @@ class Daemon(FakeAudit):
         """Whether the host is told that the daemon has just started."""
         self.ensured: list[str] = []
         """Plugins that the host wanted started, in order."""
+        self.connected = 0
+        """Connections to sidecars that the host has been given."""
         self.starts_may_go_on = asyncio.Event()
         self.starts_may_go_on.set()
         self.channel: Channel | None = None
@@ -127,6 +129,7 @@ class Daemon(FakeAudit):
             by_op(
                 messages.EnsureRun.on(self._ensure),
                 messages.ConnectRun.on(self._connect),
+                messages.ConnectRuns.on(self._connect_many),
                 messages.StopRun.on(self._stop),
                 messages.RestartRun.on(self._restart),
                 messages.ListPlugins.on(self._status),
@@ -364,24 +367,41 @@ class Daemon(FakeAudit):
         sidecar = self.find(request.name)
         end = time.monotonic() + request.deadline
         while True:
-            if sidecar.run != request.run:
-                raise UnavailableError(f"plugin {sidecar.name}", "that run has ended")
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.setblocking(False)
             try:
-                path = sidecar.socket_folder / "plugin.sock"
-                if not stat.S_ISSOCK(path.lstat().st_mode):
-                    raise IsolatorError("its socket was replaced")
-                sock.connect(self.foreign_listener or str(path))
-                return WithFds(None, [sock.detach()])
+                return WithFds(None, [self._connect_at_once(sidecar, request.run)])
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                sock.close()
                 if time.monotonic() > end:
                     raise UnavailableError(f"plugin {sidecar.name}", "does not accept connections") from None
                 await asyncio.sleep(0.002)
-            except BaseException:
-                sock.close()
-                raise
+
+    def _connect_at_once(self, sidecar: Sidecar, run: str) -> int:
+        if sidecar.run != run:
+            raise UnavailableError(f"plugin {sidecar.name}", "that run has ended")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            path = sidecar.socket_folder / "plugin.sock"
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise IsolatorError("its socket was replaced")
+            sock.connect(self.foreign_listener or str(path))
+        except BaseException:
+            sock.close()
+            raise
+        self.connected += 1
+        return sock.detach()
+
+    async def _connect_many(self, request: messages.ConnectRuns) -> WithFds[messages.Connected]:
+        answers: list[Any] = []
+        fds: list[int] = []
+        for one in request.runs:
+            try:
+                fds.append(self._connect_at_once(self.find(one.name), one.run))
+                answers.append(True)
+            except OSError:
+                answers.append(False)
+            except IsolatorError as error:
+                answers.append(error.to_json())
+        return WithFds(messages.Connected(answers=tuple(answers)), fds)
 
     async def _stop(self, request: messages.StopRun) -> None:
         await self.stop_sidecar(self.find(request.name), request.reason)

@@ -52,6 +52,19 @@ async def test_older_spelling_of_an_event_reaches_its_subscriber(daemon: Daemon)
     assert seen == {"old": "on_deploy_complete", "new": "deploy.completed"}
 
 
+async def test_each_connection_carries_one_request(daemon: Daemon) -> None:
+    # A script that reads an empty request fails, so none may be made that is not used.
+    daemon.add("counts", sidecars.oneshot('return {"message": str(params["_meta"]["attempt"])}'))
+    await daemon.deliver()
+    await daemon.ask("plugin.pause", name="counts")
+    emitted = [await daemon.emit(project_id=f"p{number % 3}") for number in range(30)]
+    await daemon.ask("plugin.resume", name="counts")
+    for one in emitted:
+        (delivery,) = (await daemon.outcome(one))["deliveries"]
+        assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
+    assert daemon.connected == 31 and daemon.sidecars["counts"].starts == 1
+
+
 async def test_skipped_counts_as_success(daemon: Daemon) -> None:
     daemon.add("skipper", sidecars.oneshot('return {"status": "skipped"}'))
     assert (await daemon.deliver())["state"] == "skipped"

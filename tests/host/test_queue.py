@@ -17,7 +17,7 @@ import pytest
 from host.database.schema import SCHEMA_VERSION
 from host.database.store import WAL_HIGH, Store
 from host.queue import rows
-from host.queue.interface import RETRY_BACKOFF, Delivery, Event, NewEvent, Result, Subscriber
+from host.queue.interface import RETRY_BACKOFF, Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -89,6 +89,40 @@ async def test_expired_delivery_has_its_event_also_after_a_restart(tmp_path: Pat
     assert delivery.event.id == accepted.event.id
     take.cancel()
     await store.close()
+
+
+async def test_wait_for_many_deliveries_reads_their_rows_when_all_have_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, shown = SqliteQueue(store), 0
+    plugins = [f"p{number}" for number in range(20)]
+    accepted = await queue.accept(_event(), [Subscriber(name, "k") for name in plugins])
+    show = queue.show
+
+    def count(event_id: str) -> EventRow:
+        nonlocal shown
+        shown += 1
+        return show(event_id)
+
+    monkeypatch.setattr(queue, "show", count)
+    waiting = asyncio.create_task(queue.wait(accepted.event.id, timeout=30))
+    for name in plugins:
+        delivery = await queue.consumer(name).take()
+        queue.consumer(name).nak(delivery, Result("retry"), delay=0.0)
+        queue.consumer(name).ack(await queue.consumer(name).take(), Result("ok"))
+        await store.committed()
+    assert {one.state for one in (await waiting).deliveries} == {"ok"}
+    assert shown <= 3
+
+
+async def test_wait_does_not_wait_for_a_plugin_that_is_removed(store: Store) -> None:
+    queue = SqliteQueue(store)
+    accepted = await queue.accept(_event(), [Subscriber("p", "k"), Subscriber("q", "k")])
+    waiting = asyncio.create_task(queue.wait(accepted.event.id, timeout=30))
+    await asyncio.sleep(0)
+    queue.consumer("p").ack(await queue.consumer("p").take(), Result("ok"))
+    await queue.purge("q")
+    assert [(one.plugin, one.state) for one in (await waiting).deliveries] == [("p", "ok")]
 
 
 async def test_acceptance_waits_for_the_sync(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,13 @@ def test_host_cannot_name_what_is_not_its_own(running: TakenOver, op: str, field
     assert names(running) == {"good"}
 
 
+def test_host_cannot_have_many_connections_to_what_is_not_its_own(running: TakenOver) -> None:
+    runs = [{"name": "good", "run": "../../../../run/docker.sock"}, {"name": "../good", "run": "x"}]
+    found, refused = running.ask_as_host("run.connect_many", runs=runs)["answers"]
+    assert found is False and refused["code"] == "not_found"
+    assert code(running.ask_as_host("run.connect_many", runs=runs * 33)) == "usage"
+
+
 def test_host_cannot_hand_an_invocation_a_way_out_of_its_cage(running: TakenOver, place: Path) -> None:
     script = "#!/bin/sh\nls /proc/self/fd/0/ >&2\n"
     manifest = {"transport": {"mode": "exec"}, "sandbox": QUIET, "hooks": ["project.created"]}

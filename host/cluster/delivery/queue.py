@@ -221,9 +221,7 @@ class ClusterQueue(SqliteQueue):
     def look(self) -> None:
         """Have those look again who wait for the end of an event on another host."""
         self._settled.set()
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.set()
+        self._look_again()
 
     def _needed(self, db: sqlite3.Connection) -> int | None:
         return self.places.needed(db, time.time())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from isolator.ipc.body import Body, Json, Request, omitted
 from isolator.ipc.messages.plugins import PluginEntry
 from isolator.ipc.messages.to_host import Environment
@@ -40,6 +42,30 @@ class ConnectRun(Request[None], op="run.connect"):
     run: str
     deadline: float = 10
     """seconds"""
+
+
+class RunOf(Body):
+    """A run of a plugin."""
+
+    name: str
+    run: str
+
+
+class Connected(Body):
+    """The connections that could be made at once."""
+
+    answers: tuple[Any, ...]
+    """of each run in their order: whether there is a connection, or the error with which it is refused"""
+
+
+class ConnectRuns(Request[Connected], op="run.connect_many"):
+    """Connect to the sockets of many sidecars, without waiting for any: `run.connect` is for those that have to be.
+
+    Reply's descriptors: the connected stream sockets
+    """
+
+    runs: tuple[RunOf, ...]
+    """64 at most"""
 
 
 class InvocationStarted(Body):

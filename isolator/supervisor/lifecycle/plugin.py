@@ -14,6 +14,7 @@ plugin's lock (``plugins.py``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -201,6 +202,15 @@ class Plugin:
         if run.streams:
             return run.talk()
         return [await run.connect(self.registration.uid, deadline, lambda: self.run is run)]
+
+    def connect_at_once(self, run_id: str) -> socket.socket | None:
+        """Connect to the Unix socket of a run; None when that takes longer, and for whatever else serves a run."""
+        run = self.run
+        if run is None or run.id != run_id or run.streams or run.port is not None:
+            return None
+        with contextlib.suppress(OSError):
+            return run.connect_at_once(self.registration.uid)
+        return None
 
     def note_ready(self, run_id: str) -> None:
         """Take the host's word that a run whose standard streams it has is up."""
