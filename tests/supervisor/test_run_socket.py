@@ -39,13 +39,13 @@ def test_socket_of_another_user_is_refused_and_on_record(scene: tuple[Run, Path,
         listener.listen()
         os.chown(path, owner, owner)
         with pytest.raises(DeniedError, match="was replaced by something else"):
-            run._connect_once(PLUGIN)
+            run.connect_at_once(PLUGIN)
         assert [type(record) for record in records] == [FsDenied]
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()  # nobody has come
         os.chown(path, PLUGIN, PLUGIN)
-        run._connect_once(PLUGIN).close()
+        run.connect_at_once(PLUGIN).close()
         listener.accept()[0].close()
 
 
@@ -54,5 +54,5 @@ def test_file_of_its_own_in_the_sockets_place_is_refused(scene: tuple[Run, Path,
     path.write_text("")
     os.chown(path, PLUGIN, PLUGIN)
     with pytest.raises(DeniedError, match="was replaced by something else"):
-        run._connect_once(PLUGIN)
+        run.connect_at_once(PLUGIN)
     assert len(records) == 1
