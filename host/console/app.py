@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -302,6 +302,8 @@ class App:
                 if self._bodies[known] > BODIES:
                     raise UnavailableError("body", "many others are being received", "try again")
             return bytes(found)
+        except ClientDisconnect:
+            raise UsageError("body", "did not come whole") from None
         finally:
             self._bodies[known] -= len(found)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from host.console.app import App
+from host.console.app import BODIES, App
 from host.console.connections import Peer
 from host.console.sessions import Sessions
 from host.console.upstream import Live
 from isolator.policy.host import Console, HostConfig, Ingress
+
+ROOT = Peer(0, 1)
 
 
 class Faulty:
@@ -24,11 +28,13 @@ class Faulty:
         raise RuntimeError("\x1b[31mnobody has thought of this")
 
 
-async def ask(app: App, path: str, accept: str = "", method: str = "GET") -> tuple[int, str]:
-    """Status and text of one request of root's."""
+async def ask(
+    app: App, path: str, accept: str = "", *, method: str = "GET", peer: Peer | None = ROOT, receive: Any = None
+) -> tuple[int, str]:
+    """Status and text of one request."""
     sent: list[dict[str, Any]] = []
 
-    async def receive() -> dict[str, Any]:
+    async def whole() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
@@ -36,9 +42,9 @@ async def ask(app: App, path: str, accept: str = "", method: str = "GET") -> tup
 
     scope = {
         "type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"accept", accept.encode())],
-        "state": {"peer": Peer(0, 1)}, "server": None, "client": None, "scheme": "http", "http_version": "1.1",
+        "state": {"peer": peer}, "server": None, "client": None, "scheme": "http", "http_version": "1.1",
     }  # fmt: skip
-    await app.asgi(scope, receive, send)
+    await app.asgi(scope, receive or whole, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
 
 
@@ -57,6 +63,31 @@ async def test_fault_is_answered_as_every_refusal_is_and_does_not_fill_the_log(
     status, text = await ask(app, "/", "text/html")
     assert status == 500 and "has failed" in text and "<html" in text
     assert 0 < len([one for one in caplog.records if one.levelname == "ERROR"]) <= 5
+
+
+async def test_bodies_of_nobody_take_no_memory_of_callers_that_are_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = made(tmp_path, HostConfig(console=Console(emit=True)))
+    ended = asyncio.Event()
+
+    async def half() -> AsyncIterator[dict[str, Any]]:
+        yield {"type": "http.request", "body": b"x" * 1_000_000, "more_body": True}
+        await ended.wait()
+        yield {"type": "http.disconnect"}
+
+    def send_half(peer: Peer | None) -> Awaitable[tuple[int, str]]:
+        path = "/v1/ingress/shop" if peer is None else "/v1/events"
+        return asyncio.ensure_future(ask(app, path, method="POST", peer=peer, receive=half().__anext__))
+
+    slow = [send_half(None) for _ in range(BODIES // 1_000_000 + 1)]
+    (refused,), others = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+    assert refused.result()[0] == 503
+    status, text = await ask(app, "/v1/events", method="POST")
+    assert status == 400 and "CloudEvent" in text
+    ended.set()
+    assert {status for status, _ in await asyncio.gather(*others)} == {400}
+    assert app._bodies.total() == 0 and not caplog.records
 
 
 async def test_health_is_that_of_the_daemon_behind_it(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ async def served(folder: Path) -> AsyncIterator[tuple[Path, Places]]:
     places, path = Places(), folder / "socket"
     config = uvicorn.Config(
         application, http=protocol(places), ws="none", lifespan="off", log_config=None, access_log=False, loop="none",
-        h11_max_incomplete_event_size=LONGEST_HEAD, timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=LONGEST_HEAD, timeout_graceful_shutdown=1, timeout_keep_alive=1,
     )  # fmt: skip
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
@@ -66,7 +66,7 @@ async def until_none(places: Places) -> None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
     monkeypatch.setattr(connections, "STALLED_SECONDS", 0.3)
 
 
@@ -91,7 +91,6 @@ async def test_answer_that_nobody_reads_ends_its_connection(tmp_path: Path) -> N
         reader, writer = await asyncio.open_unix_connection(path, limit=1024)
         writer.write(GET.replace(b"/", b"/large", 1))
         await reader.readexactly(12)
-        assert places._of
         await until_none(places)
         writer.close()
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from host.console import connections
-from host.console.app import BODIES
 from host.console.upstream import LISTENERS_OF_ONE
 from tests.console.support import CALLER, EMITTER, PORT, STRANGER, VIEWER, Console
 from tests.support.timeouts import seconds
@@ -146,22 +145,6 @@ def test_pages_of_one_session_leave_the_live_view_to_others(console: Console) ->
         one, other = console.enter(), console.enter()
         assert [follow(*one) for _ in range(LISTENERS_OF_ONE + 1)][-2:] == [b"HTTP/1.1 200", b"HTTP/1.1 503"]
         assert follow(*other) == b"HTTP/1.1 200"
-
-
-def test_bodies_from_anywhere_take_no_memory_of_callers_that_are_known(console: Console) -> None:
-    """More than may wait at a time, from nobody with a signature."""
-    head = b"POST /v1/ingress/shop HTTP/1.1\r\nHost: a\r\nContent-Length: 1000001\r\n\r\n"
-    with contextlib.ExitStack() as stack:
-        senders = [stack.enter_context(console.connect()) for _ in range(BODIES // 1_000_000 + 2)]
-        for sock in senders:
-            sock.sendall(head)
-        for _ in range(10):  # side by side
-            for sock in senders:
-                with contextlib.suppress(ConnectionError):
-                    sock.sendall(b"x" * 100_000)
-        found = console.at_socket("/v1/events", method="POST", body=b" " * 1_000_000 + b"[]")
-        assert found.status == 400, found.text
-        assert b"HTTP/1.1 503" in [sock.recv(12) for sock in senders]
 
 
 def test_request_that_is_no_http_ends_its_connection_alone(console: Console) -> None:
