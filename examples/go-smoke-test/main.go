@@ -23,7 +23,7 @@ func fetch(url string) map[string]any {
 	began := time.Now()
 	answer, err := client.Get(url)
 	if err != nil {
-		return map[string]any{"status": "retry", "detail": err.Error()}
+		return map[string]any{"status": "retry", "message": err.Error()}
 	}
 	answer.Body.Close()
 	return map[string]any{"status": "ok", "http": answer.StatusCode, "ms": time.Since(began).Milliseconds()}

@@ -20,9 +20,9 @@ function post(request) {
       answer.resume();
       const again = answer.statusCode >= 500 || [408, 425, 429].includes(answer.statusCode);
       const status = answer.statusCode < 300 ? "ok" : again ? "retry" : "rejected";
-      answer.on("end", () => resolve({ status, detail: `webhook answered ${answer.statusCode}` }));
+      answer.on("end", () => resolve({ status, message: `webhook answered ${answer.statusCode}` }));
     });
-    outgoing.on("error", (error) => resolve({ status: "retry", detail: error.message }));
+    outgoing.on("error", (error) => resolve({ status: "retry", message: error.message }));
     outgoing.end(body);
   });
 }
@@ -40,7 +40,7 @@ const server = net.createServer((connection) => {
       const request = JSON.parse(line);
       const result = await post(request).catch((error) => {
         console.error(error); // whatever went wrong, the event comes again later
-        return { status: "retry", detail: error.message };
+        return { status: "retry", message: error.message };
       });
       connection.end(JSON.stringify({ jsonrpc: "2.0", id: request.id, result }) + "\n");
     } catch (error) {

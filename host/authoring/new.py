@@ -93,7 +93,7 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
             path.chmod(0o755)
     place = shlex.quote(folder)
     made = f"make -C {place} && " if compiled else ""
-    click.echo(f"wrote {folder}; next:\n  {made}sudo isolator plugin test {place}\n  isolator plugin add {place}")
+    click.echo(f"wrote {folder}; next:\n  {made}sudo isolator plugin test {place}\n  sudo isolator plugin add {place}")
 
 
 def _sample(event: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _of_daemon(root: str | None, name: str, unknown: NotFoundError) -> schemas.S
         with Client(root) as client:
             types = client.call("event.types")["types"]
     except IsolatorError as error:
-        raise NotFoundError(unknown.what, f"is not built in, and {error.what} {error.why}", unknown.remedy) from None
+        raise NotFoundError(unknown.what, f"is not built in, and {error.what}: {error.why}", unknown.remedy) from None
     for entry in types:
         if entry["name"] == name:
             return {"$schema": schemas.DIALECT, **entry["schema"], "title": name}

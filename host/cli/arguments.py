@@ -38,7 +38,10 @@ def read_file(name: str) -> str:
 
 
 def config_values(arguments: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """Read ``K=V``, ``K=@FILE``, ``K=-``: the values, and the keys whose value stands on the command line itself."""
+    """Read ``K=V``, ``K=@FILE``, ``K=-``: the values, and the keys whose value stands on the command line itself.
+
+    The newline of a file with one line is left out: ``echo SECRET > FILE`` means no other secret than ``SECRET``.
+    """
     values: dict[str, str] = {}
     literal = []
     for text in arguments:
@@ -50,7 +53,8 @@ def config_values(arguments: tuple[str, ...]) -> tuple[dict[str, str], list[str]
         if value == "-":
             values[key] = read_file("-").removesuffix("\n")
         elif value.startswith("@"):
-            values[key] = read_file(value[1:])
+            content = read_file(value[1:])
+            values[key] = content.rstrip("\r\n") if content.count("\n") == 1 else content
         else:
             values[key] = value
             literal.append(key)
@@ -62,11 +66,12 @@ def json_object(argument: str | None) -> dict[str, Any]:
     if argument is None:
         return {}
     from_file = argument == "-" or argument.startswith("@")
-    text = read_file(argument.removeprefix("@")) if from_file else argument
+    text = read_file(argument.removeprefix("@")).removeprefix("\ufeff") if from_file else argument
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise UsageError("payload", f"is not JSON: {error}", 'quote it: \'{"project_id": "p1"}\'') from None
+        remedy = "" if from_file else 'quote it: \'{"project_id": "p1"}\''
+        raise UsageError(argument if from_file else "payload", f"is not JSON: {error}", remedy) from None
     if not isinstance(value, dict):
         raise UsageError("payload", "must be a JSON object")
     return value

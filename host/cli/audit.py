@@ -40,7 +40,7 @@ _TYPES = click.option(
 )
 @_PLUGIN
 @_TYPES
-@click.option("--event", metavar="ID", help="Only what belongs to this event.")
+@click.option("--event", metavar="ID", help="Only what belongs to this event; the beginning of its id will do.")
 @SINCE
 @click.option("--until", metavar="TIME", help="Up to this time.")
 @newest("limit", None, 100_000)
@@ -67,8 +67,10 @@ def query(
     while batch := list(islice(found, 1000)):
         print_lines(batch, as_json)
         shown += len(batch)
-    if not shown and not as_json:
-        click.echo("no record matches", err=True)
+    if not shown:
+        _check_names(root, plugin, event)
+        if not as_json:
+            click.echo("no record matches", err=True)
 
 
 @audit.command(epilog="\b\nExamples:\n  isolator audit story ev_01a2\n  isolator audit story ev_01a2 --json")
@@ -124,6 +126,8 @@ def tail(
         matching = trail.lines(root, wanted, limit=lines or 1)
         found = [line for line in matching if (seq := files.seq_of(line)) is not None and seq <= after]
         print_lines(found if lines else [], as_json)
+        if not found:
+            _check_names(root, plugin)
         if not follow:
             return
     shown = _Shown(after, wanted, as_json=as_json)
@@ -135,6 +139,25 @@ def tail(
             _from_files(directory, shown, lines, after, follow=follow)
     except KeyboardInterrupt:
         return
+
+
+def _check_names(root: str | None, plugin: str | None, event: str | None = None) -> None:
+    """Raise NotFoundError for a plugin or event that no record is about; a plugin may be registered, or a run."""
+    from host.cli import trail
+
+    def is_unknown(wanted: reader.Query) -> bool:
+        return not list(trail.search(root, wanted, limit=1))
+
+    if plugin is not None and plugin[:1] != "_" and is_unknown(reader.Query(plugin)):
+        try:
+            with Client(root) as client:
+                client.call("plugin.show", name=plugin)
+        except NotFoundError as error:
+            raise NotFoundError(f"plugin {plugin}", "the trail has no record of it", error.remedy) from None
+        except (UnavailableError, DeniedError):
+            raise NotFoundError(f"plugin {plugin}", "the trail has no record of it") from None
+    if event is not None and is_unknown(reader.Query(event=event)):
+        raise NotFoundError(f"event {event}", "the trail has no record of it", "see 'isolator event list'")
 
 
 class _Shown:

@@ -17,7 +17,7 @@ from host.client.client import Client
 from host.schemas.flat import fields
 from isolator.cli.audit import moment
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
 
 _FINE = ("ok", "skipped")
 _JOB_LOOK = 0.2
@@ -292,9 +292,11 @@ def types(root: str | None, name: str | None, example: bool, as_json: bool) -> N
     with Client(root) as client:
         found = client.call("event.types")["types"]
     if name is not None:
+        near = nearest(name, [entry["name"] for entry in found])
         found = [entry for entry in found if entry["name"] == name]
         if not found:
-            raise UsageError(f"event {name}", "no such event", "see 'isolator event types'")
+            remedy = f"did you mean {near}?" if near else "see 'isolator event types'"
+            raise NotFoundError(f"event {name}", "no such event", remedy)
     if example:
         print_json(examples.example_of(found[0]["name"], found[0]["schema"], found[0].get("filled")))
         return

@@ -15,16 +15,18 @@ from host.cli.output import ago, duration
 def fails(shown: Mapping[str, Any]) -> bool:
     """Whether a plugin fails, was refused, or holds events back."""
     bad = shown["state"] in ("failed", "rejected", "backoff")
-    return bad or any(shown.get(key) for key in ("error", "holding", "failing_since"))
+    return bad or any(shown.get(key) for key in ("error", "holding", "failing_since", "missing"))
 
 
 def all_notes(shown: Mapping[str, Any]) -> list[str]:
     """Everything an operator should know about a plugin, the most urgent first, each once."""
-    error, lease = shown.get("error") or "", shown.get("lease") or ""
-    holding = None if shown.get("paused") else shown.get("holding")
+    error, lease, holding = shown.get("error") or "", shown.get("lease") or "", shown.get("holding")
+    unset = None if holding else missing(shown)  # events that wait for it say so
+    holding = None if shown.get("paused") else holding
     if holding and error and error in holding:  # with what to do about it
         error, holding = holding.removeprefix(f"plugin {shown['name']}: "), None
-    found = [error, waiting(shown), paused(shown), failing(shown), holding, lease if lease not in error else None]
+    lease = "" if lease in error else lease
+    found = [error, unset, waiting(shown), paused(shown), failing(shown), holding, lease]
     return [note for note in dict.fromkeys(found) if note]
 
 
@@ -37,6 +39,14 @@ def failing(shown: Mapping[str, Any]) -> str | None:
     due = shown.get("next_attempt")
     again = f"; next try in {duration(due - time.time())}" if due else ""
     return f"failing for {ago(shown['failing_since'])}: {why}{again}"
+
+
+def missing(shown: Mapping[str, Any]) -> str | None:
+    """The config without which a plugin does not start, with the command that sets it."""
+    keys = shown.get("missing")
+    if not keys:
+        return None
+    return f"{', '.join(keys)} is required and not set; isolator plugin config {shown['name']} set {keys[0]}=VALUE"
 
 
 def paused(shown: Mapping[str, Any]) -> str | None:

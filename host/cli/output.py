@@ -18,18 +18,21 @@ from isolator.errors import printable
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 F = TypeVar("F", bound=Callable[..., Any])
-_NARROWEST = 12
-"""Columns below which a table's last column is cut instead of wrapped."""
+_NARROWEST, _BELOW = 24, "    "
+"""Columns that a table's last column has to have, and the indentation of what stands below its row instead."""
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
-def newest(name: str, default: int | None, most: int, least: int = 1) -> Callable[[F], F]:
-    """Declare the option ``-n``, which means the same with every command; its long name is ``--name``."""
+def newest(name: str, default: int | None, most: int, least: int = 1, *, shown: str | bool = True) -> Callable[[F], F]:
+    """Declare the option ``-n``, which means the same with every command; its long name is ``--name``.
+
+    ``shown``: the default as the help has it, where it is no number.
+    """
     return click.option(
         "-n",
         f"--{name}",
         default=default,
-        show_default=True,
+        show_default=shown,
         type=click.IntRange(least, most),
         help="Only the newest N.",
     )
@@ -60,20 +63,29 @@ def paragraph(text: str, lead: str = "") -> None:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print columns as wide as their longest cell; on a terminal the last one is wrapped at its edge."""
+    """Print columns as wide as their longest cell; on a terminal the last one is wrapped at its edge.
+
+    Where that leaves too little room, the columns that do not fit stand below their row, with their headings.
+    """
     texts = [[safe(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in (list(headings), *texts)) for i in range(len(headings))]
     columns = terminal_width() or 10_000
-    before = sum(widths[:-1]) + 2 * len(widths[:-1])
+    ends = [sum(widths[: i + 1]) + 2 * i for i in range(len(widths))]
+    beside = len(widths)
+    if ends[-1] > columns and columns - (ends[-1] - widths[-1]) < _NARROWEST:
+        beside = max(1, sum(end <= columns for end in ends[:-1]))
+    before = ends[beside - 1] - widths[beside - 1]
     for line in (list(headings), *texts):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        if len(text) > columns >= before + _NARROWEST:
-            lead = text[:before]
-            parts = textwrap.wrap(line[-1], columns - before, break_on_hyphens=False)
-            text = "\n".join((" " * before if number else lead) + part for number, part in enumerate(parts))
-            click.echo(text)
-        else:
-            click.echo(text if len(text) <= columns else text[: columns - 1] + "…")
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths[:beside], strict=False)).rstrip()
+        if len(text) > columns:
+            parts = textwrap.wrap(line[beside - 1], max(1, columns - before), break_on_hyphens=False)
+            text = "\n".join((" " * before if number else text[:before]) + part for number, part in enumerate(parts))
+        click.echo(text)
+        if line != list(headings):
+            below = [f"{name}: {cell}" for name, cell in zip(headings, line, strict=True)][beside:]
+            shown = "; ".join(one for one in below if not one.endswith(": -"))
+            if shown:
+                click.echo(textwrap.fill(shown, columns, initial_indent=_BELOW, subsequent_indent=_BELOW))
 
 
 def safe(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from host.cli import arguments, notes
 from host.cli.add import add, update
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
-from host.cli.options import NAME, NAMES, SINCE, VERBOSE, here, yes
-from host.cli.output import SETTINGS, ago, newest, print_json, safe, show_alarms, table
+from host.cli.options import NAME, NAMES, VERBOSE, here, yes
+from host.cli.output import SETTINGS, ago, print_json, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
     HISTORY_HINT,
@@ -36,7 +35,11 @@ if TYPE_CHECKING:
 
 @click.group(
     cls=Aliased,
-    lazy={"denials": "host.cli.denials_command:denials", "test": "host.authoring.trial_command:test"},
+    lazy={
+        "denials": "host.cli.denials_command:denials",
+        "logs": "host.cli.logs:logs",
+        "test": "host.authoring.trial_command:test",
+    },
     context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
     "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
@@ -120,7 +123,7 @@ def _show_troubles(root: str | None, found: Mapping[str, Any]) -> None:
 
     wanted = Query(found["name"], summary.TROUBLES, since=moment("1d"))
     try:
-        records = [record for _, record in trail.search(root, wanted, limit=_MOST_LINES)]
+        records = [record for _, record in trail.search(root, wanted, limit=_MOST_RECORDS)]
     except IsolatorError as error:
         click.echo(f"isolator: {error}", err=True)
         return
@@ -151,8 +154,8 @@ _HISTORY = tuple(
 )
 _SHORT = 16
 """Characters of a version that listings show."""
-_MOST_LINES = 10_000
-"""Lines of a log that the daemon gives at once."""
+_MOST_RECORDS = 10_000
+"""Records that are looked at for a plugin's troubles."""
 _LAST_WORDS = 3
 """Lines of stderr that are shown of a plugin that did not come up."""
 
@@ -289,7 +292,7 @@ def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool
         if now.get("found"):
             register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, verbose=verbose, as_json=as_json)
         else:
-            approve_plugin(client, name, yes=yes, verbose=verbose, as_json=as_json)
+            approve_plugin(client, now, yes=yes, verbose=verbose, as_json=as_json)
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
@@ -376,44 +379,3 @@ def _show_config(items: list[dict[str, Any]]) -> None:
         rows.append([item["key"], item["type"], value, state])
     if rows:
         table(["config", "type", "value", "note"], rows)
-
-
-@plugin.command(
-    epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs slack -n 1000 --json\n"
-    "  isolator plugin logs slack --since 10m"
-)
-@NAME
-@click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
-@newest("lines", 100, 10_000, 0)
-@SINCE
-@here
-def logs(root: str | None, name: str, follow: bool, lines: int, since: str | None, as_json: bool) -> None:
-    """Show what a plugin wrote to stdout and stderr, with a line where another run begins."""
-    begin = moment(since)
-    with Client(root) as client:
-        answer = client.call("plugin.logs", name=name, lines=lines if since is None else _MOST_LINES, follow=follow)
-        run = None
-        for entry in answer["lines"]:
-            if begin is not None and entry["time"] < begin:
-                continue
-            if not as_json and run is not None and entry["run"] not in (run, None):
-                click.echo(f"--- run {entry['run']}")
-            run = entry["run"] or run
-            _print_log(entry, as_json=as_json)
-        if not follow:
-            if not answer["lines"] and not as_json:
-                click.echo(f"{name} has written nothing so far", err=True)
-            return
-        try:
-            for entry in client.notifications():
-                _print_log(entry, as_json=as_json)
-        except KeyboardInterrupt:
-            return
-
-
-def _print_log(entry: Mapping[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(entry))
-    else:
-        mark = {"stdout": " ", "stderr": "!"}.get(entry["stream"], "#")
-        click.echo(f"{entry['time'][:23]}Z {mark} {safe(entry['line']) if entry['line'] else ''}")

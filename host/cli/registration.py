@@ -102,9 +102,12 @@ def update_plugin(
         _warn_of_missing(name, done["missing"])
 
 
-def approve_plugin(client: Client, name: str, *, yes: bool, verbose: bool, as_json: bool) -> None:
-    """Approve the pending version of a registered plugin, exactly as it is shown."""
+def approve_plugin(client: Client, entry: Mapping[str, Any], *, yes: bool, verbose: bool, as_json: bool) -> None:
+    """Approve the pending version of a registered plugin, exactly as it is shown; ``entry`` is the plugin as it is."""
+    name = entry["name"]
     proposal = client.call("plugin.explain", name=name)["proposal"]
+    if not (entry.get("pending") or entry.get("error") or proposal["changed_binary"]):
+        raise UsageError(f"plugin {name}", "nothing waits for approval", "see 'isolator plugin list'")
     if not as_json:
         click.echo(f"{name} {safe(proposal['version'])}\n")
         show_proposal(proposal, verbose=verbose)

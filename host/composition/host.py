@@ -160,7 +160,7 @@ class Host:
             api=api.call,
             logs=logs,
             source=settings.event_source,
-            config_value=lambda plugin, key: config.value(plugin.name, plugin.manifest, plugin.digest, key),
+            config=config,
             environment=environments.along,
             serve_invocation=api.serve_invocation,
             end_invocation=api.end_invocation,

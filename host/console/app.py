@@ -171,7 +171,7 @@ class App:
         found = self._config.role_of(uid)
         if found is None or ROLES.index(found) < ROLES.index(role):
             why = f"uid {uid} has the role {found or 'none'}, it needs {role}"
-            raise DeniedError("console", why, f"add it to [roles] {role} in host.toml")
+            raise DeniedError("console", why, f"add it to [roles] {role} in host.toml, then 'isolator reload'")
         return uid
 
     # --- pages -------------------------------------------------------------------------------------------------------

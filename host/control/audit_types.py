@@ -28,8 +28,8 @@ class AuditFollow(Request, verb="audit.follow", role="viewer", recorded=True, re
 class AuditSearch(Request, verb="audit.search", role="viewer", recorded=True, result=Nothing):
     """Search the trail: what is found follows as ``audit.found``, the last of which has ``more`` false.
 
-    Times are as in the trail; a type may end in ``.*``; ``limit`` keeps the newest (0: all). ``story`` is the beginning
-    of an event's id, and finds everything that the event caused; it stands alone.
+    Times are as in the trail; a type may end in ``.*``; ``event`` is the beginning of an id; ``limit`` keeps the newest
+    (0: all). ``story`` is the beginning of an event's id, and finds everything that the event caused; it stands alone.
     """
 
     plugin: OptionalText = None

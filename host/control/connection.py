@@ -214,7 +214,7 @@ class Connection(LineProtocol):
                 raise DeniedError(
                     f"method {verb}",
                     f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {spec.role}",
-                    f"add it to [roles] {spec.role} in host.toml, or use sudo",
+                    f"add it to [roles] {spec.role} in host.toml, then 'isolator reload'; or use sudo",
                 )
             request = endpoint.request.parse(params)
             if isinstance(endpoint, QuickEndpoint):

@@ -65,7 +65,7 @@ class DaemonVerbs:
     async def status(self, _: daemon_types.Status, __: Caller) -> daemon_types.DaemonStatus:
         plugins = list(self._registry)
         paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
-        failing = [p.name for p in plugins if self._dispatcher.status(p.name)["failing_since"] is not None]
+        failing = [p.name for p in plugins if p.state != "disabled" and self._dispatcher.fails(p.name)]
         return {
             "version": __version__,
             "pid": os.getpid(),

@@ -58,6 +58,7 @@ class ListedPlugin(PluginEntry):
     process; ``next_attempt`` is the Unix time at which the earliest delivery that waits for its retry is due.
     ``attempts_ended`` counts since this host process started; ``latency_p99_us`` is exceeded by one of a hundred of the
     newest attempts (256 at most). ``caps``: bytes of ``memory``, thousandths of a core (``cpu``), ``tasks``.
+    ``missing``: keys of its config without which it does not start.
     """
 
     mode: str
@@ -71,6 +72,7 @@ class ListedPlugin(PluginEntry):
     latency_p99_us: int | None
     caps: dict[str, int] | None
     paused: Pause | None
+    missing: list[str]
 
 
 class ConfigItem(TypedDict):
@@ -92,7 +94,6 @@ class ShownPlugin(ListedPlugin):
     manifest: dict[str, Any] | None
     hooks: list[str]
     config: list[ConfigItem]
-    missing: list[str]
     stderr: list[str]
     held_by: str | None
     """The event whose retry is next; later ones of its key wait for it."""
@@ -311,3 +312,4 @@ class LogLine(TypedDict):
     run: str | None
     stream: str
     line: str
+    plugin: str

@@ -68,7 +68,6 @@ class PluginVerbs:
             "manifest": plugin.raw.get("manifest"),
             "hooks": sorted(plugin.hooks.values()),
             "config": config_items(self._config, plugin.name, manifest),
-            "missing": self._config.missing(plugin.name, manifest) if manifest is not None else [],
             "stderr": [text for _, text in log.stderr_tail][-STDERR_TAIL:],
             "held_by": self._queue.consumer(plugin.name).held_by,
             "log_bytes_dropped": log.dropped,
@@ -101,11 +100,11 @@ class PluginVerbs:
         if request.follow:
             caller.follows = True
             caller.narrow(UNREAD_LOG)
-            caller.on_close.append(log.follow(bounded(caller.drained, caller.notify)))
-        return {"lines": [json.loads(entry) for entry in lines], "dropped": log.dropped}
+            caller.on_close.append(log.follow(bounded(log.name, caller.drained, caller.notify)))
+        return {"lines": [{**json.loads(entry), "plugin": log.name} for entry in lines], "dropped": log.dropped}
 
     async def start(self, request: plugin_types.PluginStart, _: Caller) -> plugin_types.StartedRun:
-        run = await self._link.ensure_run(self._registry.need(request.name).name, "operator")
+        run = await self._link.ensure_run(self._startable(request.name), "operator")
         return {"run": run.run, "pid": run.pid}
 
     async def stop(self, request: plugin_types.PluginStop, _: Caller) -> Nothing:
@@ -113,8 +112,14 @@ class PluginVerbs:
         return {}
 
     async def restart(self, request: plugin_types.PluginRestart, _: Caller) -> plugin_types.StartedRun:
-        run = await self._link.restart_run(self._registry.need(request.name).name, "restart")
+        run = await self._link.restart_run(self._startable(request.name), "restart")
         return {"run": run.run, "pid": run.pid}
+
+    def _startable(self, name: str) -> str:
+        """The plugin's name; raises IsolatorError where a start would only show that its config lacks a value."""
+        plugin = self._registry.need(name)
+        self._config.check_whole(plugin.name, plugin.manifest, plugin.digest)
+        return plugin.name
 
     async def _entries(self) -> list[dict[str, Any]]:
         """The supervisor's entries with live figures, or the last known ones while it does not answer."""
@@ -135,6 +140,8 @@ class PluginVerbs:
         effective = plugin.effective.resources if plugin is not None and plugin.effective is not None else None
         shown["caps"] = effective and {"memory": effective.memory, "cpu": effective.cpu, "tasks": effective.tasks}
         shown["queue"] = self._queue.consumer(name).depth if plugin is not None else 0
+        manifest = plugin.manifest if plugin is not None else None
+        shown["missing"] = self._config.missing(name, manifest, plugin.digest) if plugin and manifest else []
         return cast(plugin_types.ListedPlugin, shown | self._dispatcher.status(name))
 
 

@@ -19,14 +19,14 @@ from host.delivery.oneshot import OneshotDelivery
 from host.delivery.outcome import Outcomes
 from host.delivery.pauses import Paused, Pauses
 from host.delivery.runs import Runs
-from host.delivery.sidecar import SidecarLink
+from host.delivery.sidecar import PAUSED, RENEWED, SidecarLink
 from host.delivery.stream import HostApiCall, StreamDelivery
 from host.delivery.worker import Worker, WorkerState
 from host.events import Catalogue
-from host.fence.fences import Fences
+from host.fence.fences import NO_LEASE, Fences
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
-from host.plugins.secrets import Redactor
+from host.plugins.secrets import ConfigStore, Redactor
 from host.queue.interface import Queue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import Channel
@@ -61,7 +61,7 @@ class Dispatcher:
         api: HostApiCall,
         logs: Logs,
         source: str,
-        config_value: Callable[[Plugin, str], str | None],
+        config: ConfigStore,
         environment: Callable[[str], Environment | None],
         serve_invocation: Callable[[str, str, socket.socket], None],
         end_invocation: Callable[[str, str], None],
@@ -77,7 +77,7 @@ class Dispatcher:
         self._redactor, self._api, self._pauses, self._servers = redactor, api, pauses, servers
         self._fences = fences
         self._logs, self._serve_invocation, self._end_invocation = logs, serve_invocation, end_invocation
-        self._source, self._config_value, self._sidecars = source, config_value, sidecars
+        self._source, self._config, self._sidecars = source, config, sidecars
         self._environment = environment
         self._before: dict[str, WorkerState] = {}
         """Workers of the host whose place this one takes, by plugin, until there are workers here."""
@@ -104,7 +104,7 @@ class Dispatcher:
                 self._redacted(name),
                 self._logs,
                 self._source,
-                self._config_value,
+                self._config,
                 self._environment,
                 self._serve_invocation,
                 self._end_invocation,
@@ -218,6 +218,11 @@ class Dispatcher:
             nothing = {"last": None, "failing_since": None, "next_attempt": None, "latency_p99_us": None}
             return {"worker": None, "holding": None, "paused": paused, "attempts_ended": 0, **nothing}
         return {"worker": worker.status, "holding": worker.blocked_on, "paused": paused, **worker.health()}
+
+    def fails(self, name: str) -> bool:
+        """Whether a plugin's attempts fail, or its events are held back, but by a pause or for want of its lease."""
+        shown = self.status(name)
+        return shown["failing_since"] is not None or shown["holding"] not in (None, PAUSED, RENEWED, NO_LEASE)
 
     # One host in the place of another
 

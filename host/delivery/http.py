@@ -118,7 +118,7 @@ class HttpDelivery(Mode):
         )
         transport: Transport = plugin.manifest.transport
         if transport.secret is not None:
-            secret = self.parts.config_value(plugin, transport.secret)
+            secret = self.parts.config.value(plugin.name, plugin.manifest, plugin.digest, transport.secret)
             if secret is None:
                 raise IsolatorError(
                     f"config of {plugin.name}", f"{transport.secret}, which signs requests, is not set",

@@ -20,6 +20,7 @@ from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin
+from host.plugins.secrets import ConfigStore
 from host.queue.interface import Delivery
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
@@ -50,8 +51,7 @@ class Parts:
     logs: Logs
     source: str
     """The platform, as events name it where they have a source."""
-    config_value: Callable[[Plugin, str], str | None]
-    """The value of a key of a plugin's config."""
+    config: ConfigStore
     environment: Callable[[str], Environment | None]
     """The config of a plugin as a run gets it; None: it is too long to go along with another message."""
     serve_invocation: Callable[[str, str, socket.socket], None]

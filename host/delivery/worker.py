@@ -404,6 +404,8 @@ class Worker:
         self.last_used = asyncio.get_running_loop().time()
         if plugin is not None and plugin.state == "rejected":
             raise NotSentError(plugin.error or "its policy or manifest is of no use")
+        if plugin is not None:
+            self._parts.config.check_whole(plugin.name, plugin.manifest, plugin.digest)
         hook = plugin.hooks.get(event.name) if plugin is not None else None
         if plugin is None or hook is None:
             self._outcomes.give_up(delivery, "the plugin no longer receives this event")

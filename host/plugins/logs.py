@@ -52,8 +52,8 @@ _CUT = b"." * (MAX_LINE + 1)
 Follower = Callable[[dict[str, Any]], None]
 
 
-def bounded(drained: asyncio.Event, notify: Callable[[str, Mapping[str, Any]], None]) -> Follower:
-    """Make a follower that sends lines by ``notify``; while ``drained`` is not set it only counts them."""
+def bounded(name: str, drained: asyncio.Event, notify: Callable[[str, Mapping[str, Any]], None]) -> Follower:
+    """Make a follower that sends a plugin's lines by ``notify``; while ``drained`` is not set it only counts them."""
     unread = 0
 
     def follow(entry: dict[str, Any]) -> None:
@@ -62,9 +62,10 @@ def bounded(drained: asyncio.Event, notify: Callable[[str, Mapping[str, Any]], N
             unread += 1
             return
         if unread:
-            notify("log", {**entry, "stream": "isolator", "line": f"[{unread} lines dropped: read too slowly]"})
+            lost = f"[{unread} lines dropped: read too slowly]"
+            notify("log", {**entry, "plugin": name, "stream": "isolator", "line": lost})
             unread = 0
-        notify("log", entry)
+        notify("log", {**entry, "plugin": name})
 
     return follow
 

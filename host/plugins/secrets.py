@@ -46,6 +46,8 @@ FILES_AT = "/run/isolator/config"
 """Folder of values of type ``file`` in the cage: one 0400 file each, named by its key."""
 REDACTED = "[redacted]"
 _SHORTEST = 4
+_A_LINE = 12
+"""Characters from which a line of a longer value is looked for by itself."""
 
 
 class Redactor:
@@ -54,7 +56,8 @@ class Redactor:
     def __init__(self, values: Iterable[str] = ()) -> None:
         forms: set[str] = set()
         for value in values:
-            pieces = {value, *(line for line in value.splitlines() if len(line) >= 12)} if "\n" in value else {value}
+            # A log has lines: a newline at a value's end, as an editor writes it, is never part of one.
+            pieces = {value, value.strip(), *(line for line in value.strip().splitlines() if len(line) >= _A_LINE)}
             for piece in pieces:
                 if len(piece) < _SHORTEST:
                     continue
@@ -327,19 +330,23 @@ class ConfigStore:
         values = self._in_use(plugin, digest)
         return [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in values]
 
-    def environment(self, plugin: str, manifest: Manifest | None, digest: str = "") -> Environment:
-        """Build the environment of the next start of a version; raises IsolatorError when a value is missing."""
+    def check_whole(self, plugin: str, manifest: Manifest | None, digest: str = "") -> None:
+        """Raise IsolatorError if a version cannot start: a required value is missing, or the config cannot be read."""
         if plugin in self.broken:
             raise self.broken[plugin]
+        missing = self.missing(plugin, manifest, digest) if manifest is not None else []
+        if missing:
+            raise UsageError(
+                f"config of {plugin}",
+                f"{', '.join(missing)} is required and not set",
+                f"isolator plugin config {plugin} set {missing[0]}=VALUE",
+            )
+
+    def environment(self, plugin: str, manifest: Manifest | None, digest: str = "") -> Environment:
+        """Build the environment of the next start of a version; raises IsolatorError as ``check_whole`` does."""
+        self.check_whole(plugin, manifest, digest)
         values = self._in_use(plugin, digest)
         if manifest is not None and manifest.config is not None:
-            missing = self.missing(plugin, manifest, digest)
-            if missing:
-                raise UsageError(
-                    f"config of {plugin}",
-                    f"{', '.join(missing)} is required and not set",
-                    f"isolator plugin config {plugin} set {missing[0]}=VALUE",
-                )
             fields = {f.key: f for f in manifest.config}
             values = {key: value for key, value in values.items() if key in fields}
             for key, spec in fields.items():

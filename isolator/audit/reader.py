@@ -214,7 +214,10 @@ class Continuity:
 
 @dataclass(frozen=True)
 class Query:
-    """Conditions that a record must all meet. ``types`` may end in ``.*``; times are in the form of the trail."""
+    """Conditions that a record must all meet.
+
+    ``types`` may end in ``.*``; ``event`` is the beginning of an event's id; times are in the form of the trail.
+    """
 
     plugin: str | None = None
     types: tuple[str, ...] = ()
@@ -227,7 +230,7 @@ class Query:
         return (
             (self.plugin is None or record.plugin == self.plugin)
             and (not self.types or any(_type_fits(record.type, wanted) for wanted in self.types))
-            and (self.event is None or self.event in record.events)
+            and (self.event is None or any(event.startswith(self.event) for event in record.events))
             and (self.since is None or record.time >= self.since)
             and (self.until is None or record.time <= self.until)
         )
@@ -268,14 +271,16 @@ def _fits(line: bytes, wanted: Query) -> bool:
             return False
     if wanted.event is None:
         return True
-    record = parse(line) if quoted(wanted.event).encode() in line else None
-    return record is not None and wanted.event in record.events
+    begun = wanted.event
+    record = parse(line) if quoted(begun)[:-1].encode() in line else None
+    return record is not None and any(event.startswith(begun) for event in record.events)
 
 
 def _texts(wanted: Query) -> list[list[bytes]]:
     """Texts of which a matching line has one of each list."""
     types = [f'"type":"{type[:-1]}' if type.endswith(".*") else f'"type":"{type}"' for type in wanted.types]
-    names = [[quoted(name)] for name in (wanted.event, wanted.plugin) if name is not None]
+    names = [[quoted(wanted.event)[:-1]]] if wanted.event is not None else []
+    names += [[quoted(wanted.plugin)]] if wanted.plugin is not None else []
     return [[text.encode() for text in either] for either in ([*names, types] if types else names)]
 
 

@@ -196,7 +196,8 @@ def collect(directory: Path, event_id: str, *, since: float = 0.0) -> list[tuple
     ``since``: Unix time at which it was accepted, for whoever knows it; files from before need not be read.
     """
     begin = datetime.fromtimestamp(max(0.0, since - _SLACK), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    found = list(query(directory, Query(event=event_id, since=begin)))
+    wanted = Query(event=event_id, since=begin)
+    found = [pair for pair in query(directory, wanted) if event_id in pair[1].events]
     if not found:
         return []
     plugins = {record.plugin for _, record in found if record.plugin}

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import click
 
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, NeedsApprovalError
 from isolator.paths import Paths
 
 PACKAGE = Path("/usr/lib/isolator/dist")
@@ -79,7 +80,7 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
 
 @click.command(epilog="\b\nExamples:\n  sudo isolator uninstall\n  sudo isolator uninstall --purge --yes")
 @click.option("--purge", is_flag=True, help="Also delete plugins, state, config, queue, trail and their users.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask; needed where nobody can be asked.")
 @click.pass_obj
 def uninstall(root: str | None, purge: bool, yes: bool) -> None:
     """Remove the service; with --purge everything that this root holds."""
@@ -89,6 +90,8 @@ def uninstall(root: str | None, purge: bool, yes: bool) -> None:
         remedy = f"apt-get {'purge' if purge else 'remove'} isolator"
         raise IsolatorError("uninstall", "this service is the Debian package isolator's", remedy)
     if purge and not yes:
+        if not sys.stdin.isatty():
+            raise NeedsApprovalError("uninstall --purge", "nobody is there to agree", "add --yes")
         click.confirm(f"Delete every plugin, its state and the audit trail below {paths.root}?", abort=True)
     place = _unit_path(paths)
     if place.exists():
@@ -96,6 +99,8 @@ def uninstall(root: str | None, purge: bool, yes: bool) -> None:
         place.unlink()
         _systemctl("daemon-reload", check=False)
         click.echo(f"removed {place}")
+    elif not purge:
+        click.echo("no service is installed; --purge removes plugins, state and trail", err=True)
     if purge:
         from isolator.cli.purge import purge_root
 

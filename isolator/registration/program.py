@@ -20,6 +20,7 @@ from isolator.policy.names import path_covers
 _ELFCLASS64, _PT_INTERP = 2, 3
 _SEARCHED = ("/usr/local/bin", "/usr/bin", "/bin")
 _MOST_STEPS = 1000
+_CORRECT = 'correct "binary" in plugin.json'
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def check_program(view: CageView, relative: str, *, shown: str) -> None:
                 errno.ELOOP: "it is (or lies behind) a symbolic link",
                 errno.EXDEV: "it is outside the plugin's folder",
             }.get(error.errno or 0, error.strerror or "cannot be opened")
-            raise UsageError(f"binary {shown}", why, 'correct "binary" in plugin.json') from None
+            remedy = f"build it first, or {_CORRECT}" if error.errno == errno.ENOENT else _CORRECT
+            raise UsageError(f"binary {shown}", why, remedy) from None
         check_descriptor(fd, view, shown=shown)
 
 
@@ -83,7 +85,7 @@ def check_descriptor(fd: int, view: CageView, *, shown: str) -> None:
     """Raise UsageError unless an open file is a program that a cage with this view can execute."""
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
-        raise UsageError(f"binary {shown}", "not a regular file", 'correct "binary" in plugin.json')
+        raise UsageError(f"binary {shown}", "not a regular file", _CORRECT)
     if not info.st_mode & 0o111:
         raise UsageError(f"binary {shown}", "not executable", f"chmod +x {shown}")
     head = os.pread(fd, 4096, 0)

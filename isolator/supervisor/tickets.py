@@ -166,7 +166,7 @@ class Tickets:
 
     def _check(self, uid: int) -> None:
         if self._config.role_of(uid) != "operator":
-            remedy = "add it to [roles] operator in host.toml, or use sudo"
+            remedy = "add it to [roles] operator in host.toml, then 'isolator reload'; or use sudo"
             raise DeniedError("ticket", f"uid {uid} is no operator", remedy)
         others = len(self._open) - self._of_uid[0]
         if self._of_uid[uid] >= SHARE or (uid != 0 and others >= MOST):

@@ -206,11 +206,11 @@ async def test_query_finds_by_plugin_type_event_time_and_number(daemon: Daemon) 
     host = await daemon.source("host")
     broker = await daemon.source("broker")
     for number in range(100):
-        host.record(any_record("event.accepted", filler="x" * 200), plugin=f"p{number % 2}", event_id=f"e{number}")
+        host.record(any_record("event.accepted", filler="x" * 200), plugin=f"p{number % 2}", event_id=f"e{number:03}")
     await durable(host)
     middle = daemon.records()[-1]["time"]
-    broker.record(any_record("net.denied", name="net.connect"), plugin="p0", run="r", event_id="e7")
-    broker.record(any_record("net.connect", event_ids=["e7", "e8"]), plugin="p1", run="r")
+    broker.record(any_record("net.denied", name="net.connect"), plugin="p0", run="r", event_id="e007")
+    broker.record(any_record("net.connect", event_ids=["e007", "e008"]), plugin="p1", run="r")
     await durable(broker)
     await daemon.stop()
 
@@ -222,8 +222,9 @@ async def test_query_finds_by_plugin_type_event_time_and_number(daemon: Daemon) 
     assert len(found("--plugin", "p0")) == 51
     assert [r["type"] for r in found("--type", "net.*")] == ["net.denied", "net.connect"]
     assert [r["type"] for r in found("--type", "net.connect")] == ["net.connect"]
-    assert [r["type"] for r in found("--event", "e7")] == ["event.accepted", "net.denied", "net.connect"]
-    assert [r["event_id"] for r in found("--type", "event.accepted", "--limit", "2")] == ["e98", "e99"]
+    assert [r["type"] for r in found("--event", "e007")] == ["event.accepted", "net.denied", "net.connect"]
+    assert len(found("--event", "e00")) == 12
+    assert [r["event_id"] for r in found("--type", "event.accepted", "--limit", "2")] == ["e098", "e099"]
     assert len(found("--until", middle, "--type", "event.*")) == 100
     assert {r["type"] for r in found("--since", middle)} >= {"net.denied", "net.connect", "audit.seal"}
     assert len(found("--since", "1h", "--plugin", "p1")) == 51
@@ -233,6 +234,9 @@ async def test_query_finds_by_plugin_type_event_time_and_number(daemon: Daemon) 
     assert isinstance(run(daemon, "query", "--type", "nets.*").exception, UsageError)
     nothing = run(daemon, "query", "--until", "2020-01-01")
     assert (nothing.stdout, nothing.stderr) == ("", "no record matches\n")
+    for words in (("query", "--plugin", "p3"), ("query", "--event", "e2"), ("tail", "--plugin", "p3")):
+        unknown = run(daemon, *words).exception
+        assert isinstance(unknown, NotFoundError) and "the trail has no record of it" in str(unknown), words
 
 
 async def test_story_takes_the_beginning_of_an_id(daemon: Daemon) -> None:

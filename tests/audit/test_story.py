@@ -67,7 +67,7 @@ async def happen(daemon: Daemon) -> None:
             port=80,
             protocol="tcp",
             verdict="denied",
-            rule="always-blocked",
+            rule="blocked-address",
         ),
         **one,
     )
@@ -121,7 +121,7 @@ async def test_story_of_an_event_in_80_columns(daemon: Daemon) -> None:
     assert " B google-indexer: attempt 1 is under way or was cut short; 1 connection denied" in text
     assert "ok, after 84.2 ms" in text
     assert "B* net.denied" in text and "several events were in flight" in text
-    assert "always-blocked" in text
+    assert "blocked-address" in text
     assert "later.example" not in text and "eager" not in text
 
 

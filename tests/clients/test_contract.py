@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from host.authoring.pack import pack_folder
 from host.control.event_types import Delivery
 from host.control.platform_types import EventTypeEntry, PluginHealthEntry
 from host.control.plugin_types import PluginEntry
@@ -143,6 +144,9 @@ async def test_plugin_is_handed_over_as_a_path_and_as_a_descriptor(either: Eithe
         finally:
             os.close(descriptor)
         assert (await asyncio.to_thread(client.commit, staged))["name"] == "pager"
+        if either.plays_plugins:  # the fake supervisor unpacks nothing; a daemon does in tests/system
+            package = pack_folder(folder, either.root / "any-name").path
+            assert (await asyncio.to_thread(hand_over, package)).name == "pager"
         assert {one["name"] for one in await asyncio.to_thread(client.plugins)} == {"pager", "slack"}
         with pytest.raises(UsageError, match="Bad file descriptor"):
             await asyncio.to_thread(hand_over, descriptor)

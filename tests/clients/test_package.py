@@ -15,7 +15,7 @@ import pytest
 import isolator_client
 from host.control.verbs import listing, result_keys, verbs
 from isolator.cli import environment
-from isolator_client import calls
+from isolator_client import calls, tickets
 from tests.support import wheels
 from tests.support.wheels import REPO, SYSTEM_PYTHON
 
@@ -129,6 +129,16 @@ def test_the_readme_tells_the_role_of_each_call() -> None:
         *("emit", "wait", "register_event", "unregister_event", "serve", "unserve", "audit", "plugins", "health"),
         *("stage", "commit", "update", "discard"),
     }
+
+
+def test_the_guide_tells_the_words_of_each_ticket() -> None:
+    section = (PACKAGE.parents[1] / "docs/embedding.md").read_text().partition("## Tickets")[2].partition("\n## ")[0]
+    told = {}
+    for row in re.findall(r"^   \| (`plugin\..*) \|$", section, re.MULTILINE):
+        named, words = row.split(" | ")
+        for verb in re.findall(r"`(plugin\.\w+)`", named):
+            told[verb] = tuple(word.split()[0].strip("`") for word in words.split(", ")[1:])
+    assert told == tickets._AGREEING
 
 
 def test_the_readme_tells_each_error() -> None:

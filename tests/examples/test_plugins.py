@@ -137,7 +137,7 @@ class TestSlackDeployNotifier:
         plugin = start("slack-deploy-notifier", slack_webhook_url=webhook.url)
         result = plugin.send("deploy.started", event())
         assert result["status"] == "retry"
-        assert "certificate" in result["detail"]
+        assert "certificate" in result["message"]
         assert webhook.bodies == []
 
     def test_binds_again_where_it_was_killed(self, start: Starter, webhook: Webhook) -> None:
@@ -160,7 +160,10 @@ class TestSlackDeployNotifier:
 class TestNodeWebhook:
     def test_forwards_the_event_without_what_is_the_hosts(self, start: Starter, webhook: Webhook) -> None:
         plugin = start("node-webhook", webhook_url=webhook.url, ca_file=webhook.ca)
-        assert plugin.send("deploy.failed", event(error_code="E")) == {"status": "ok", "detail": "webhook answered 200"}
+        assert plugin.send("deploy.failed", event(error_code="E")) == {
+            "status": "ok",
+            "message": "webhook answered 200",
+        }
         assert webhook.bodies == [
             {"event": "deploy.failed", "project_id": "proj_1", "deployment_id": "dep_1", "error_code": "E"}
         ]
@@ -203,7 +206,7 @@ class TestGoSmokeTest:
             port = taken.getsockname()[1]
         result = start(needs(built / "go-smoke-test")).send("deploy.completed", event(url=f"http://127.0.0.1:{port}/"))
         assert result["status"] == "retry"
-        assert "refused" in result["detail"]
+        assert "refused" in result["message"]
 
 
 class TestRustDeployStats:

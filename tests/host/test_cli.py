@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pytest
 
+from host.cli.arguments import config_values
 from host.cli.root import cli
 from tests.host.fake_supervisor import REPO, Daemon
 from tests.support import sidecars
@@ -139,6 +141,30 @@ async def test_a_plugin_from_add_to_remove(daemon: Daemon) -> None:
     assert injected[0]["data"]["names"] == ["webhook_url", "WEBHOOK_URL"]
 
 
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [
+        ("s3cret\n", "s3cret"),
+        ("s3cret\r\n", "s3cret"),
+        ("s3cret", "s3cret"),
+        ("one\ntwo\n", "one\ntwo\n"),
+        ("a\nb", "a\nb"),
+    ],
+)
+def test_value_from_a_file_with_one_line_is_that_line(tmp_path: Path, content: str, value: str) -> None:
+    (tmp_path / "value").write_bytes(content.encode())
+    assert config_values((f"token=@{tmp_path}/value",)) == ({"token": value}, [])
+
+
+async def test_fault_of_a_payload_in_a_file_names_the_file(daemon: Daemon) -> None:
+    (daemon.root / "payload.json").write_bytes(b"\xef\xbb\xbf{no")
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", f"@{daemon.root}/payload.json")
+    assert ran.code == 2 and f"@{daemon.root}/payload.json: is not JSON: " in ran.err and "quote it" not in ran.err
+    (daemon.root / "payload.json").write_bytes(b"\xef\xbb\xbf[]")
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", f"@{daemon.root}/payload.json")
+    assert ran.code == 2 and "must be a JSON object" in ran.err
+
+
 async def test_an_addition_without_consent_needs_approval_and_leaves_nothing(daemon: Daemon) -> None:
     folder = _folder(daemon)
     ran = await isolator(daemon.root, "plugin", "add", str(folder))
@@ -197,11 +223,17 @@ async def test_a_required_value_that_is_missing_is_said_and_holds_the_queue(daem
     ran = await isolator(daemon.root, "plugin", "add", str(_folder(daemon)), "--yes")
     assert ran.code == 0
     assert "cannot start before webhook_url is set" in ran.err
+    unset = "webhook_url is required and not set; isolator plugin config notifier set webhook_url=VALUE"
+    assert unset in (await isolator(daemon.root, "plugin", "list", "--failed")).out
+    assert (await isolator(daemon.root, "status")).code == 0
     emitted = await daemon.emit()
     row = await daemon.outcome(emitted, timeout=0.3)
     assert row["deliveries"][0]["state"] == "queued"
     (shown,) = (await isolator(daemon.root, "plugin", "list", "--json")).json
     assert "webhook_url is required" in shown["holding"]
+    assert (shown["state"], shown["missing"]) == ("stopped", ["webhook_url"])
+    ran = await isolator(daemon.root, "status")
+    assert ran.code == 1 and "failing:   notifier" in ran.out
     await isolator(daemon.root, "plugin", "config", "notifier", "set", "webhook_url=-", stdin="https://x\n")
     (delivery,) = (await daemon.outcome(emitted))["deliveries"]
     assert delivery["state"] == "ok"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
+from pathlib import Path
 
+import pytest
+from click.shell_completion import ShellComplete
+
+from host.cli.output import table
+from host.cli.root import cli
 from tests.host.fake_supervisor import Daemon
 from tests.host.test_cli import isolator
 from tests.support import sidecars
@@ -64,6 +71,8 @@ async def test_unknown_names_in_filters_are_errors_with_the_nearest(daemon: Daem
     daemon.add("notifier", sidecars.OK)
     ran = await isolator(daemon.root, "event", "list", "--name", "deploy.complete")
     assert ran.code == 3 and "did you mean deploy.completed?" in ran.err
+    ran = await isolator(daemon.root, "event", "types", "deploy.complete")
+    assert ran.code == 3 and "did you mean deploy.completed?" in ran.err
     ran = await isolator(daemon.root, "event", "dead", "--plugin", "notifer")
     assert (ran.code, ran.err) == (3, "isolator: plugin notifer: is not registered; did you mean notifier?\n")
 
@@ -119,8 +128,71 @@ async def test_log_marks_where_another_run_begins_and_can_begin_at_a_time(daemon
         pass
     assert lines[0].endswith("hello from " + lines[0].split()[-1]) and lines[1] == f"--- run {sidecar.run}"
     ran = await isolator(daemon.root, "plugin", "logs", "chatty", "--since", "2100-01-01")
-    assert (ran.code, ran.out) == (0, "")
+    assert (ran.code, ran.out, ran.err) == (0, "", "chatty has written nothing since 2100-01-01\n")
     ran = await isolator(daemon.root, "plugin", "logs", "chatty", "--since", "1h", "--json")
     assert len(ran.out.splitlines()) == 2
+    ran = await isolator(daemon.root, "plugin", "logs", "chatty", "--since", "1h", "-n", "1")
+    assert ran.out.splitlines() == [lines[2]]
     ran = await isolator(daemon.root, "plugin", "logs", "chatty", "--since", "soon")
     assert ran.code == 2 and "neither like 2h nor like" in ran.err
+
+
+async def test_logs_of_several_plugins_or_all_are_one_by_time_with_their_names(daemon: Daemon) -> None:
+    for name in ("first", "the-other"):
+        daemon.add(name, sidecars.oneshot('print("handled", flush=True)\nreturn {}'))
+    await daemon.outcome(await daemon.emit())
+
+    async def shown(*words: str) -> list[str]:
+        return (await isolator(daemon.root, "plugin", "logs", *words)).out.splitlines()
+
+    while len(lines := await shown()) < 2:
+        pass
+    assert sorted(line.split("Z ", 1)[1] for line in lines) == ["first       handled", "the-other   handled"]
+    assert sorted(await shown("the-other", "first")) == sorted(lines)
+    assert await shown("-n", "1") == lines[1:]
+    found = [json.loads(line) for line in await shown("--json")]
+    assert {one["plugin"] for one in found} == {"first", "the-other"}
+    assert [one["time"] for one in found] == sorted(one["time"] for one in found)
+    ran = await isolator(daemon.root, "plugin", "logs", "first", "the-othr")
+    assert (ran.code, "did you mean the-other?" in ran.err) == (3, True)
+
+
+async def test_shells_complete_names_of_plugins_and_events(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.add("notifier", sidecars.OK)
+    daemon.add("indexer", sidecars.OK)
+    emitted = (await daemon.emit())["id"]
+    shell = ShellComplete(cli, {}, "isolator", "_ISOLATOR_COMPLETE")
+    root = ["--root", str(daemon.root)]
+
+    async def completed(*words: str) -> list[str]:
+        found = await asyncio.to_thread(shell.get_completions, list(words[:-1]), words[-1])
+        return [one.value for one in found]
+
+    for words in (("plugin", "show"), ("plugin", "logs"), ("plugin", "stop", "indexer"), ("audit", "tail", "--plugin")):
+        assert await completed(*root, *words, "no") == ["notifier"], words
+    assert await completed(*root, "event", "emit", "deploy.c") == ["deploy.completed"]
+    assert await completed(*root, "event", "show", "ev_") == [emitted]
+    assert await completed("--root", str(daemon.root / "none"), "plugin", "show", "no") == []
+    monkeypatch.setenv("ISOLATOR_ROOT", str(daemon.root))
+    assert await completed("plugin", "show", "no") == ["notifier"]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+def test_table_loses_nothing_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = "config of slack-deploy-notifier: slack_webhook_url is required and not set"
+    table(["name", "version", "state", "pid", "note"], [["slack-deploy-notifier", "1.2.0", "stopped", 31337, long]])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= columns for line in lines), lines
+    shown = " ".join(" ".join(lines).split())
+    assert all(word in shown for word in ("slack-deploy-notifier", "1.2.0", "stopped", "31337", *long.split())), lines
+
+
+async def test_end_of_everything_needs_a_yes_where_nobody_can_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "var").mkdir()
+    ran = await isolator(tmp_path, "uninstall", "--purge")
+    assert (ran.code, ran.err) == (5, "isolator: uninstall --purge: nobody is there to agree; add --yes\n")
+    ran = await isolator(tmp_path, "uninstall")
+    assert ran.code == 0 and "no service is installed" in ran.err

@@ -215,6 +215,7 @@ def test_redaction_finds_a_value_however_it_is_written() -> None:
         assert REDACTED in shown
         assert "ord" not in shown.replace("[redacted]", "")
     assert redact("abc is too short to be replaced") == "abc is too short to be replaced"
+    assert Redactor(["hunter22\n"])("it is hunter22, it says") == "it is [redacted], it says"
     assert Redactor()("nothing") == "nothing"
 
 

@@ -209,7 +209,7 @@ def test_text_for_people_cannot_drive_a_terminal() -> None:
         ("{" * 17, "deeper than 16"),
         ('{"a": ' * 10000, "deeper than 16"),
         ('{"a": ' + "[" * 16 + "]" * 16 + "}", "deeper than 16"),
-        ("\ufeff{}", "not JSON"),
+        ("\ufeff{}", "not JSON: it begins with a byte order mark"),
     ],
 )
 def test_json_on_which_readers_differ_is_refused(text: str, why: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from host.authoring.pack import pack_folder
 from tests.support.sidecars import oneshot
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
@@ -55,6 +56,25 @@ def test_bundles_of_certificates_fit_into_the_config(running: Daemon, tmp_path: 
     running.cli("plugin", "remove", "bundles", "--yes")
 
 
+def test_plugin_whose_config_lacks_a_value_waits_for_it_and_is_not_started(running: Daemon, tmp_path: Path) -> None:
+    schema = {"token": {"type": "string", "required": True, "secret": True}}
+    running.cli("plugin", "add", str(write_plugin(tmp_path / "unset", config_schema=schema)), "--yes")
+    emitted = running.json("event", "emit", "deploy.completed", event("unset"))["id"]
+    shown = wait_for(lambda: (one := running.json("plugin", "show", "unset"))["holding"] and one)
+    assert "token is required and not set; isolator plugin config unset set token=VALUE" in shown["holding"]
+    assert (shown["state"], shown["error"] or None, shown["restarts"]) == ("stopped", None, 0)
+    assert "token is required and not set" in running.cli("plugin", "start", "unset", code=2).stderr
+    running.cli("plugin", "config", "unset", "set", "token=s3cr3t-token")
+
+    def states() -> list[str]:
+        rows = running.json("event", "show", emitted)["deliveries"]
+        return [str(one["state"]) for one in rows if one["plugin"] == "unset"]
+
+    wait_for(lambda: states() == ["ok"])
+    assert not [one for one in running.records() if one["type"] == "plugin.crashed" and one["plugin"] == "unset"]
+    running.cli("plugin", "remove", "unset", "--yes")
+
+
 SHOWN = oneshot('return {"status": "ok", "text": open(os.environ["SHOWN"]).read()}')
 
 
@@ -84,27 +104,30 @@ def test_plugin_whose_file_was_replaced_says_so_until_it_is_restarted(running: D
 UPLOAD = """
 import os, sys
 from isolator_client import Client
-root, folder = sys.argv[1:]
-uploaded = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-os.rename(folder, folder + ".away")
+root, place, name = sys.argv[1:]
+uploaded = os.open(place, os.O_RDONLY)
 with Client(root=root) as client:
+    client.discard(client.stage(place))
+    os.rename(place, place + ".away")
     staged = client.stage(uploaded)
-    assert (staged.name, staged.registered) == ("uploaded", False), staged
-    assert client.commit(staged)["name"] == "uploaded"
+    assert (staged.name, staged.registered) == (name, False), staged
+    assert client.commit(staged)["name"] == name
 """
 
 
-def test_operator_hands_an_upload_over_as_a_descriptor_whatever_its_name_is_by_then(running: Daemon) -> None:
+@pytest.mark.parametrize("kind", ["folder", "package"])
+def test_operator_hands_an_upload_over_as_a_descriptor_whatever_its_name_is_by_then(running: Daemon, kind: str) -> None:
     """No path leads to it any more, and nobody but its owner may read it."""
-    uploads = running.root / "uploads"
-    folder = write_plugin(uploads / "uploaded")
-    for path in (uploads, folder, *folder.iterdir()):
+    uploads = running.root / kind
+    folder = write_plugin(uploads / f"a-{kind}")
+    uploaded = folder if kind == "folder" else pack_folder(folder, uploads / "upload").path
+    for path in (uploads, uploaded, *folder.iterdir()):
         os.chown(path, OPERATOR, OPERATOR)
     uploads.chmod(0o700)
-    command = [sys.executable, "-I", "-c", UPLOAD, str(running.root), str(folder)]
+    command = [sys.executable, "-I", "-c", UPLOAD, str(running.root), str(uploaded), f"a-{kind}"]
     done = subprocess.run(
         command, user=OPERATOR, group=OPERATOR, extra_groups=[], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    emitted = running.json("event", "emit", "deploy.completed", event("uploaded"), "--wait", code=None)
-    assert [one["state"] for one in emitted["deliveries"] if one["plugin"] == "uploaded"] == ["ok"]
+    emitted = running.json("event", "emit", "deploy.completed", event(kind), "--wait", code=None)
+    assert [one["state"] for one in emitted["deliveries"] if one["plugin"] == f"a-{kind}"] == ["ok"]

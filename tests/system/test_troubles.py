@@ -174,6 +174,7 @@ def test_viewer_searches_the_trail_without_access_to_its_files(d: Daemon) -> Non
     for words in (
         ("audit", "story", event_id[:-2], "--json"),
         ("audit", "query", "--plugin", "unlucky", "--type", "net.*", "--json"),
+        ("audit", "query", "--event", event_id[:-2], "--json"),
         ("plugin", "denials", "unlucky", "--json"),
         ("plugin", "history", "unlucky", "--json"),
         ("audit", "tail", "-n", "3", "--type", "plugin.*", "--json"),
@@ -183,6 +184,9 @@ def test_viewer_searches_the_trail_without_access_to_its_files(d: Daemon) -> Non
         assert seen.stdout and seen.stdout == d.cli(*words).stdout, words
     missing = as_user(d, VIEWER, "audit", "story", "ev_none")
     assert missing.returncode == 3 and "the trail has no record of it" in missing.stderr
+    for command in ("query", "tail"):
+        misspelt = as_user(d, VIEWER, "audit", command, "--plugin", "unlukcy")
+        assert misspelt.returncode == 3 and "did you mean unlucky?" in misspelt.stderr
     refused = as_user(d, STRANGER, "audit", "query")
     assert refused.returncode == 4 and "needs viewer" in refused.stderr
     called = [r["data"] for r in d.records() if r["type"] == "control.called" and r["data"]["verb"] == "audit.search"]

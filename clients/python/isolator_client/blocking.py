@@ -156,8 +156,9 @@ class Client:
     ) -> Staged:
         """Hand a plugin over, and return what it asks for; nothing is registered yet.
 
-        ``source`` is its folder, or its binary (then with ``name`` and ``hooks``): a path, or a descriptor that this
-        process has opened for reading. The daemon reads what it was handed with this user's rights, and opens no path.
+        ``source`` is its folder, a package, or its binary (then with ``name`` and ``hooks``): a path, or a descriptor
+        that this process has opened for reading. The daemon reads what it was handed with this user's rights, and opens
+        no path.
         ``update`` names the registered plugin that it is a newer version of. Takes the role ``operator``.
         """
         from isolator_client import calls, tickets

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import socket
+import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -207,8 +208,8 @@ class FakeDaemon:
     def _stage(self, params: dict[str, Any]) -> Mapping[str, Any]:
         place = str(params.get("path") or params.get("binary") or params.get("update") or "")
         name = str(params.get("name") or params.get("update") or "")
-        with contextlib.suppress(OSError, ValueError):
-            name = name or str(json.loads(Path(place, "plugin.json").read_bytes())["name"])
+        with contextlib.suppress(OSError, ValueError, KeyError, tarfile.TarError):
+            name = name or str(json.loads(_manifest(Path(place)))["name"])
         if not name:
             raise UsageError(f"{place}/plugin.json", "not there (or not a regular file)")
         with self._lock:
@@ -277,6 +278,15 @@ _ENTRY = ("name", "version", "state", "error", "run", "started_at", "restarts")
 """Keys that a plugin's health has of its entry."""
 _UNKNOWN = ("why", "holding", "held_by", "paused", "last", "failing_since", "next_attempt", "ping")
 """Keys of a plugin's health that are null of one about which nothing is known."""
+
+
+def _manifest(place: Path) -> bytes:
+    """The manifest in a folder or a package."""
+    if place.is_dir():
+        return (place / "plugin.json").read_bytes()
+    with tarfile.open(place) as package:
+        found = package.extractfile("plugin.json")
+        return found.read() if found is not None else b""
 
 
 def _entry(name: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ _AGREEING = {
 }
 """Parameters that make the purpose of a ticket, by verb."""
 _MANIFEST = "plugin.json"
+_PACKAGE = (257, b"ustar")
+"""Place and value of bytes that every package has (a tar archive, POSIX ustar), and no program."""
 _ANSWER = 1 << 16
 
 
@@ -56,18 +58,34 @@ def updated(method: str, params: Mapping[str, Any]) -> str | None:
 
 
 def handed(source: address.StrPath | int) -> tuple[dict[str, str], list[int]]:
-    """Parameters of ``plugin.stage`` for a plugin's folder or its binary, and descriptors to hand over if it is open.
+    """Parameters of ``plugin.stage`` for a plugin's folder, package or binary, and its descriptor if it is open.
 
     A descriptor says what it is by the name that it was opened by, which is all that the daemon makes of a path.
     """
     if not isinstance(source, int):
         path = os.fspath(source)
-        return {"path" if os.path.isdir(path) else "binary": path}, []
+        return {"path" if os.path.isdir(path) or _is_package(path) else "binary": path}, []
     try:
         folder, name = stat.S_ISDIR(os.fstat(source).st_mode), os.readlink(f"/proc/self/fd/{source}")
-        return {"path" if folder else "binary": name}, [os.dup(source)]
+        return {"path" if folder or _is_package(source) else "binary": name}, [os.dup(source)]
     except OSError as error:
         raise UsageError(f"descriptor {source}", error.strerror or "is not open", "open a plugin's folder") from None
+
+
+def _is_package(source: str | int) -> bool:
+    """Whether a file, by its path or an open descriptor, is one that ``isolator pack`` has made."""
+    place, mark = _PACKAGE
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        opened = os.dup(source) if isinstance(source, int) else os.open(source, flags)
+    except (OSError, ValueError):
+        return False  # whoever opens it in earnest says why
+    try:
+        return os.pread(opened, len(mark), place) == mark
+    except OSError:
+        return False  # a pipe, a folder
+    finally:
+        os.close(opened)
 
 
 def with_ticket(

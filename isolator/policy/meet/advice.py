@@ -117,7 +117,7 @@ def _inside(rule: DenialRule, data: Mapping[str, Any], policy: EffectivePolicy) 
     why = f"{rule.explanation}, which {'a policy grants by its address alone' if by_address else 'no policy can grant'}"
     if address is None or not port:
         return Advice(why)
-    why += "; the host's owner can except it, and then start the daemon again"
+    why += "; the host's owner can except it, and then 'isolator reload'"
     host = normal_name(str(data.get("name") or "")) or address.strip("[]")
     granted = Egress(public=policy.network.mode == "public", rules=policy.network.egress)
     if not egress_within(Egress(rules=(EgressRule(host=host, ports=(int(port),)),)), granted):

@@ -195,7 +195,7 @@ class Runners:
         try:
             _, uid, gid = peer_ids(connection)
             if uid not in self._config.roles.runner:
-                remedy = "add it to [roles] runner in host.toml and start the daemon again, or use sudo"
+                remedy = "add it to [roles] runner in host.toml, then 'isolator reload'; or use sudo"
                 raise DeniedError("isolator run", f"uid {uid} is no runner", remedy)
             place = self._shares.enter(uid)
         except (IsolatorError, OSError) as error:

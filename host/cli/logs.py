@@ -1,0 +1,80 @@
+"""``isolator plugin logs``: what plugins write, of one, of several, or of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from host.cli.complete import plugin_names
+from host.cli.options import SINCE, here
+from host.cli.output import SETTINGS, newest, safe
+from host.client.client import Client
+from isolator.cli.audit import moment
+
+_USUAL, _MOST = 100, 10_000
+"""Lines that are shown unless somebody says otherwise, and that the daemon gives of one log at once."""
+
+
+@click.command(
+    context_settings=SETTINGS,
+    epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs --since 10m\n"
+    "  isolator plugin logs slack indexer -n 1000 --json",
+)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=plugin_names)
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines as they are written.")
+@newest("lines", None, _MOST, 0, shown=f"{_USUAL}; with --since all")
+@SINCE
+@here
+def logs(
+    root: str | None, names: tuple[str, ...], follow: bool, lines: int | None, since: str | None, as_json: bool
+) -> None:
+    """Show what plugins wrote to stdout and stderr: those named, or all.
+
+    A line says where another run begins.
+    """
+    begin = moment(since)
+    most = lines if lines is not None else _USUAL if begin is None else _MOST * max(1, len(names))
+    with Client(root) as client:
+        wanted = list(dict.fromkeys(names)) or [entry["name"] for entry in client.call("plugin.list")["plugins"]]
+        shown = _Shown(wanted, as_json=as_json)
+        found: list[dict[str, Any]] = []
+        for name in wanted:
+            answer = client.call("plugin.logs", name=name, lines=_MOST if begin else most, follow=follow)
+            found += [line for line in answer["lines"] if begin is None or line["time"] >= begin]
+        found.sort(key=lambda line: str(line["time"]))
+        for line in found[-most:] if most else []:
+            shown.show(line)
+        if not follow:
+            if not found and not as_json:
+                when = f" since {since}" if begin else " so far"
+                click.echo(f"{', '.join(wanted) or 'no plugin'} has written nothing{when}", err=True)
+            return
+        try:
+            for line in client.notifications():
+                shown.show(line)
+        except KeyboardInterrupt:
+            return
+
+
+class _Shown:
+    """Lines as they are printed, with the plugin's name if there are several."""
+
+    def __init__(self, names: Sequence[str], *, as_json: bool) -> None:
+        self._width = max(map(len, names)) if len(names) > 1 else 0
+        self._as_json = as_json
+        self._runs: dict[str, str] = {}
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        if self._as_json:
+            click.echo(json.dumps(line))
+            return
+        name, run = line["plugin"], line["run"]
+        whose = f"{name:{self._width}} " if self._width else ""
+        if run is not None and self._runs.setdefault(name, run) != run:
+            self._runs[name] = run
+            click.echo(f"--- {whose.rstrip()}{' ' if whose else ''}run {run}")
+        mark = {"stdout": " ", "stderr": "!"}.get(line["stream"], "#")
+        click.echo(f"{line['time'][:23]}Z {whose}{mark} {safe(line['line']) if line['line'] else ''}")
