@@ -69,6 +69,7 @@ def test_official_client_uses_a_server_as_it_is(tmp_path_factory: pytest.TempPat
         assert json.loads(text)["timezone"] == "Asia/Tokyo"
 
 
+@pytest.mark.timeout(seconds(1200))
 def test_nothing_is_left_after_a_thousand_openings(tmp_path: Path) -> None:
     with daemon() as d:
         folder = write_plugin(tmp_path / "cycle", server(), hooks=[], transport={"mode": "mcp"})
