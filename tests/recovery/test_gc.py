@@ -92,7 +92,7 @@ def test_a_running_one_is_not_touched(shared_dir: Path) -> None:
         assert _gc(shared_dir) == []
         assert (_left(shared_dir), caged(shared_dir)) == before
         assert process.poll() is None
-        assert (LOCKS / str(uid)).exists()
+        assert Path(LOCKS, str(uid)).exists()
 
 
 def test_a_dead_one_beside_a_running_one(shared_dir: Path) -> None:
