@@ -306,7 +306,9 @@ class Channel:
             except OSError:
                 payload, fds = b"", []
             if not payload:
-                self.close()
+                # The peer's last words are begun first: what has not begun when this end closes never is.
+                self._loop.remove_reader(self._sock)
+                self._loop.call_soon(self.close)
                 return
             drop_packet(self._sock)
             self._exhausted = False

@@ -62,6 +62,20 @@ async def test_request_is_answered_with_its_reply() -> None:
     serving.close()
 
 
+async def test_last_word_of_a_peer_that_dies_is_heard() -> None:
+    heard = []
+
+    async def note(request: EnsureRun) -> Running:
+        heard.append(request.name)
+        return Running(run="", pid=0)
+
+    mine, theirs = pair()
+    with theirs:
+        theirs.sendall(json.dumps({"op": EnsureRun.op, **EnsureRun(name="last").to_json()}).encode())
+    await Channel(mine, by_op(EnsureRun.on(note))).closed.wait()
+    assert heard == ["last"]
+
+
 async def test_descriptors_come_with_a_reply() -> None:
     async def connect(_: ConnectRun) -> WithFds[None]:
         return WithFds(None, [os.open("/dev/null", os.O_RDONLY)])

@@ -70,7 +70,7 @@ def main() -> int:
     """Put the faults in place and serve."""
     from host.cli.main import main as command_line
     from isolator.cage.warm_pool import WarmPool
-    from isolator.cli import serve
+    from isolator.cli import daemon
     from isolator.layers.seccomp.notifier import SeccompNotifier
     from isolator.registration.discovery import Discovery
     from isolator.supervisor import alive
@@ -79,8 +79,8 @@ def main() -> int:
 
     later = os.environ["FAULTS_AT"]
     _fail_once(alive, "until_silent", once_for=3)
-    _fail_once(serve, "_extend_timeout")
-    _fail_once(serve, "_watchdog")
+    _fail_once(daemon, "_extend_timeout")
+    _fail_once(daemon, "_watchdog")
     _fail_once(WarmPool, "_make")
     _fail_once(Run, "detect_drift", at=later)
     _fail_once(Discovery, "_scan", at=later)
