@@ -59,7 +59,7 @@ def terminal_width() -> int | None:
 def paragraph(text: str, lead: str = "") -> None:
     """Print a wrapped text; lines after the first stand below the end of ``lead``."""
     width = min(terminal_width() or 80, 100)
-    click.echo(textwrap.fill(text, width, initial_indent=lead, subsequent_indent=" " * len(lead)))
+    click.echo(_filled(text, width, lead, " " * len(lead)))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -85,7 +85,12 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
             below = [f"{name}: {cell}" for name, cell in zip(headings, line, strict=True)][beside:]
             shown = "; ".join(one for one in below if not one.endswith(": -"))
             if shown:
-                click.echo(textwrap.fill(shown, columns, initial_indent=_BELOW, subsequent_indent=_BELOW))
+                click.echo(_filled(shown, columns, _BELOW, _BELOW))
+
+
+def _filled(text: str, width: int, first: str, others: str) -> str:
+    """The text in lines of that width; a name with a hyphen stays whole, to be copied."""
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
 
 def safe(value: Any) -> str:

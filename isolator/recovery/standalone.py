@@ -134,10 +134,12 @@ def _free_uids() -> Iterator[list[Path]]:
     """The lock files of borrowed uids that nobody holds; locked meanwhile, so that nobody borrows one of them."""
     held: list[int] = []
     free: list[Path] = []
+    names: list[str] = []
     try:
-        locks = Path(user.LOCKS)
-        for path in sorted(locks.iterdir()) if locks.is_dir() else ():
-            fd = _lock(path) if path.name.isdigit() else None
+        with contextlib.suppress(FileNotFoundError):  # whoever gives the last uid back removes the folder
+            names = os.listdir(user.LOCKS)
+        for path in sorted(Path(user.LOCKS, name) for name in names if name.isdigit()):
+            fd = _lock(path)
             if fd is not None:
                 held.append(fd)
                 free.append(path)

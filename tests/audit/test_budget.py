@@ -86,6 +86,7 @@ async def test_noise_of_a_plugin_is_summed_up(daemon: Daemon, source: str, type:
     sender = await daemon.source(source)
     await send(sender, lambda _: any_record(type, **data), FLOOD // 2, plugin="noisy")
     sender.record(any_record(type, **data), plugin="quiet")
+    await durable(sender)
     await daemon.stop()
     records, summaries = daemon.of_type(type), daemon.of_type("audit.summary")
     assert len(records) < FLOOD // 2

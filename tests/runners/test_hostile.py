@@ -169,13 +169,17 @@ def test_user_who_has_its_share_is_told_so_and_others_are_served(daemon: TakenOv
 
 
 def test_tasks_and_memory_of_all_runs_are_bounded_before_anything_is_made(daemon: TakenOver) -> None:
+    def started() -> int:
+        return len([r for r in daemon.records() if r["type"] == "run.started"])
+
+    known = started()
     taken = begin(daemon, ALICE, "--tasks", "100", "--memory", "300M")
     try:
+        before = wait_for(lambda: (now := started()) > known and now, what="its start is not on record")
         for flags, key in ((["--tasks", "51"], "all_tasks"), (["--tasks", "9", "--memory", "300M"], "all_memory")):
-            before = len([r for r in daemon.records() if r["type"] == "run.started"])
             result = run_as(daemon, ALICE, *flags, "--", "true")
             assert (result.returncode, f"{key} in [runner]" in result.stderr) == (125, True), result.stderr
-            assert len([r for r in daemon.records() if r["type"] == "run.started"]) == before
+            assert started() == before
         assert bob_is_served(daemon)
     finally:
         end(taken)
