@@ -90,7 +90,7 @@ class Live:
         """Plugin and line of each."""
         self._usage: dict[str, deque[bytes]] = {}
         self._listeners: dict[Listener, str | int] = {}
-        """By whose they are."""
+        """Listeners, with the caller of each."""
 
     async def run(self) -> None:
         """Follow the trail until it is cancelled."""

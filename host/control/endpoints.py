@@ -43,10 +43,10 @@ class Caller:
     belongings: list[Callable[[], Belonging | None]] = field(default_factory=list)
     """Things that verbs keep for this connection, for a host that takes the place of this one; None: no longer."""
     follows: bool = False
-    """Whether it is sent what happens. Such a connection is not handed on: its caller connects again."""
+    """The caller follows what happens. Such a connection is not handed on: its caller connects again."""
 
     is_console: bool = False
-    """Of its word for whom it asks the trail makes a name."""
+    """The console's own connection: the name of whom it asks for goes into the trail."""
 
     @property
     def by(self) -> str:

@@ -40,7 +40,7 @@ def check_of(event: str, shape: Record) -> SchemaValidator:
 class _Maker:
     def __init__(self) -> None:
         self.records: dict[int, dict[str, Any]] = {}
-        """By the identity of their shapes: a record that is named twice is one."""
+        """Schemas of records by the identity of their shapes: a record that is named twice is one."""
 
     def schema(self, shape: Shape) -> dict[str, Any]:
         """The schema of pydantic's core for a shape; of a record a reference."""

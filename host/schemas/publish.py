@@ -25,7 +25,7 @@ class _Writer:
     def __init__(self) -> None:
         self.named: dict[str, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
-        """By the identity of their shapes."""
+        """Names by the identity of their shapes."""
 
     def record(self, shape: Record) -> dict[str, Any]:
         """The schema of an object, without a name for it."""

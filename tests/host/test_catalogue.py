@@ -81,7 +81,7 @@ def test_fault_in_a_nested_payload_is_named_with_its_place(wrong: dict[str, Any]
 
 
 class Strict(BaseModel):
-    """What a payload's model would be, if pydantic made one."""
+    """A payload's model, if pydantic made one."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 

@@ -21,7 +21,7 @@ def isolator(*words: str) -> str:
 
 
 def both(*command: str) -> str:
-    """What a command that has to succeed prints, and what it complains of."""
+    """Output and errors of a command that has to succeed."""
     result = subprocess.run(command, capture_output=True, text=True, timeout=seconds(300), check=True)
     return result.stdout + result.stderr
 

@@ -34,7 +34,7 @@ class Reply:
     event: str
     outcome: str
     ok: bool
-    """Whether it was handled, or passed over."""
+    """True when it was handled, or passed over."""
     detail: str | None
     result: Any
     """of the reply, where it has one"""

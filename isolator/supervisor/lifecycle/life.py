@@ -37,7 +37,7 @@ class Life:
         self.waits = Waits()
         """The task waits for something that takes as long as it takes; it can be given up and begun again."""
         self.reason = ""
-        """Of the start that comes next, or was the last."""
+        """The reason of the start that comes next, or was the last."""
         self.backoff_until: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._tasks = Tasks()
