@@ -57,7 +57,7 @@ class _Plugin:
     """Calls of its tools by outcome."""
     usage: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     _cpu: float = 0.0
-    """Processor time of all invocations so far, in seconds."""
+    """Processor time of all invocations so far, in µs."""
     _step: int = 1
     _skipped: int = 0
 
