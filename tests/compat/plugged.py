@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.compat.layer import STORE, Layer
 from tests.compat.other_side import OtherSide
 from tests.compat.program import Plugin
@@ -49,8 +51,12 @@ class Delivery:
 def platform() -> Iterator[Platform]:
     """A daemon without plugins."""
     toml = f'[network]\nresolvers = ["{WEB}"]\n'
-    with pretend_internet() as pretend, daemon(host_toml=toml, network=pretend.host_fd) as made:
-        yield Platform(pretend, OtherSide(pretend), made)
+    # Certificates of this host's own environment come along into a cage, and for requests they go before a plugin's.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            patch.delenv(name, raising=False)
+        with pretend_internet() as pretend, daemon(host_toml=toml, network=pretend.host_fd) as made:
+            yield Platform(pretend, OtherSide(pretend), made)
 
 
 def missing(plugin: Plugin) -> bool:
