@@ -26,6 +26,7 @@ from isolator.ipc.packet import receive_packet
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import kill_first
 from isolator.layers.proc.layer import new_figures
+from isolator.linux.apart import apart
 from isolator.linux.readable import readable
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) ->
         undo.push_async_callback(_release_parked, asking, launcher, parking)
         making: asyncio.Task[CageNetwork] | None = None
         if "network" in parking.layers:
-            making = asyncio.create_task(asyncio.to_thread(network_layer.make))
+            making = asyncio.create_task(apart(network_layer.make))
             undo.push_async_callback(_release_network, making)
         parked = await asyncio.shield(asking)
         spare = _spare(launcher, parking, parked)
