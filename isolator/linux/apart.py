@@ -1,10 +1,12 @@
 """Threads that exist for one piece of work: they may leave the process's namespaces, for they end right after.
 
-Unlike ``asyncio.to_thread`` nothing of a pool is imported or kept.
+Unlike with ``asyncio.to_thread`` nothing of a pool is imported or kept, and unlike with ``threading.Thread`` nobody
+waits until the thread has begun.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import threading
@@ -14,11 +16,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Apart(threading.Thread):
-    """A thread that does nothing after its work, so that it may leave what its process's threads share."""
+_apart: set[int] = set()
+"""The threads that do nothing after what they do now, by their identifiers."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__(target=work, name="apart", daemon=True)
+
+def is_apart() -> bool:
+    """Whether the calling thread is one of these, and may leave what the threads of its process share."""
+    return threading.get_ident() in _apart
 
 
 async def apart(work: Callable[[], T]) -> T:
@@ -38,14 +42,16 @@ async def apart(work: Callable[[], T]) -> T:
             done.set_result(made[0])
 
     def body() -> None:
+        _apart.add(threading.get_ident())
         made: list[T] = []
         errors: list[BaseException] = []
         try:
             made.append(work())
         except BaseException as error:  # handed to who awaits it, whatever it is
             errors.append(error)
+        _apart.discard(threading.get_ident())
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, made, errors)
 
-    Apart(body).start()
+    _thread.start_new_thread(body, ())
     return await done

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from isolator.linux.apart import Apart
+from isolator.linux.apart import is_apart
 
 CLONE_NEWNET = 0x40000000
 
@@ -52,7 +52,7 @@ def in_network(fd: int, work: Callable[[], T]) -> T:
 
 
 def _in_thread(enter: Callable[[], None], work: Callable[[], T]) -> T:
-    if isinstance(threading.current_thread(), Apart):
+    if is_apart():
         enter()
         return work()
     results: list[T] = []

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from isolator.linux import netns
-from isolator.linux.apart import apart
+from isolator.linux.apart import apart, is_apart
 
 
 def _network() -> str:
@@ -17,13 +17,14 @@ def _network() -> str:
 
 
 async def test_work_is_done_in_a_network_of_its_own_and_by_no_further_thread() -> None:
-    def work() -> tuple[str, threading.Thread, threading.Thread]:
-        before = threading.current_thread()
-        return netns.in_new_network(lambda: (_network(), before, threading.current_thread()))
+    def work() -> tuple[str, int, int]:
+        before = threading.get_native_id()
+        return netns.in_new_network(lambda: (_network(), before, threading.get_native_id()))
 
     inside, before, doing = await apart(work)
     assert inside != _network()
-    assert before is doing is not threading.current_thread()
+    assert before == doing != threading.get_native_id()
+    assert not is_apart()
 
 
 async def test_error_of_the_work_is_raised() -> None:
