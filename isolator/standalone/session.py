@@ -11,7 +11,6 @@ The modules that take long to load are imported where they are needed: the launc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -63,7 +62,6 @@ class StandaloneSession:
             self._launcher = Launcher((begun.launcher, begun.launcher.sock))
             self._stack.callback(self._launcher.dismiss)
             self.runtime.pool.adopt(begun.take_parking())
-            await asyncio.sleep(0)
         return self
 
     async def __aexit__(

@@ -75,6 +75,7 @@ def _folders(options: RunOptions) -> tuple[str, ...]:
 async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -> CageExit:
     paths = beginning.paths
     async with StandaloneSession(paths, beginning) as session:
+        await asyncio.sleep(0)
         from isolator.policy.parse.trusted import load_host_config
 
         host = load_host_config(paths.host_toml)
