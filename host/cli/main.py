@@ -53,6 +53,10 @@ def main() -> None:
             from host.cli.root import report
 
             report(error)
+    if sys.flags.no_site:  # as the program is written: what it calls below takes its packages from there
+        import site
+
+        site.main()
     values = read_serve(sys.argv[1:])
     if values is not None:
         from isolator.base.lean import import_asyncio

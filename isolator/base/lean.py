@@ -1,18 +1,20 @@
 """Imports without others that they bring along: memory and start of every process count.
 
 Of what asyncio imports, a third of the time and a fourth of the memory is for encryption, for tracebacks with lines
-of source, and for looking into functions. None of it is used before something fails.
+of source, and for looking into functions. None of it is used before something fails; nor does a command that runs one
+cage use, before that, what else it and ``pathlib`` bring along (``put_off_for_a_command``).
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
     from typing import Any
 
 
@@ -25,12 +27,19 @@ class _Later(ModuleType):
 
     def __getattr__(self, attribute: str) -> Any:
         name: str = self.__dict__["__name__"]
-        if sys.modules.get(name) is self:
-            del sys.modules[name]
-        __import__(name)  # unlike import_module, seen by -X importtime
-        module = sys.modules[name]
+        if attribute == "__path__" and name != "logging":  # asked by "from NAME import"; it is no package
+            raise AttributeError(attribute)
+        module = _load(name)
         self.__dict__.update(module.__dict__)
         return getattr(module, attribute)
+
+
+def _load(name: str) -> ModuleType:
+    """The module itself."""
+    if isinstance(sys.modules.get(name), _Later):
+        del sys.modules[name]
+    __import__(name)  # unlike import_module, seen by -X importtime
+    return sys.modules[name]
 
 
 def import_asyncio(*, without: Collection[str] = ("ssl",)) -> None:
@@ -38,14 +47,37 @@ def import_asyncio(*, without: Collection[str] = ("ssl",)) -> None:
 
     OpenSSL takes a third of the time of asyncio and hashlib, and a fifth of their memory; Python has hashes of its own.
     """
-    for name in ("linecache", "tokenize", "textwrap", "locale", "inspect", "asyncio.sslproto", "asyncio.staggered"):
-        if name not in sys.modules:
-            sys.modules[name] = _Later(name, _OF_INSPECT if name == "inspect" else {})
-    missing = {*without} - sys.modules.keys()
-    sys.modules |= dict.fromkeys(missing)  # type: ignore[arg-type]  # None: an import of it fails
-    try:
+    _put_off(_OF_ASYNCIO)
+    with _absent(without):
         __import__("asyncio")
         __import__("hashlib")
+
+
+def put_off_for_a_command() -> None:
+    """Put off modules that asyncio and ``pathlib`` import and a command that ends soon uses only when something fails.
+
+    A daemon logs, and starts programs.
+    """
+    _put_off(_OF_A_COMMAND)
+
+
+def import_hashlib(*, without: Collection[str]) -> None:
+    """Import hashlib, as ``import_asyncio`` does."""
+    with _absent(without):
+        __import__("hashlib")
+
+
+def _put_off(modules: dict[str, dict[str, Any]]) -> None:
+    for name in modules.keys() - sys.modules.keys():
+        sys.modules[name] = _Later(name, modules[name])
+
+
+@contextmanager
+def _absent(names: Collection[str]) -> Iterator[None]:
+    missing = {*names} - sys.modules.keys()
+    sys.modules |= dict.fromkeys(missing)  # type: ignore[arg-type]  # None: an import of it fails
+    try:
+        yield
     finally:
         for name in missing:
             del sys.modules[name]
@@ -80,3 +112,41 @@ _OF_INSPECT: dict[str, Any] = {
     "unwrap": _unwrap,
 }
 """Functions that asyncio calls for each handler of a signal; ``signal`` shows the one before in an error of its own."""
+
+
+class _LoggerLater:
+    """A logger that is made when something is to be written. What asyncio gives it a handler for is the default."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def addHandler(self, _handler: None) -> None:
+        """Do without the handler: there is none yet."""
+
+    def debug(self, *_message: object) -> None:
+        """Write nothing, as loggers do by default."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(_load("logging").getLogger(self._name), attribute)
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is called."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(_load(module), name)(*arguments, **named)
+
+    return call
+
+
+_OF_ASYNCIO: dict[str, dict[str, Any]] = {
+    "linecache": {}, "tokenize": {}, "textwrap": {}, "locale": {}, "asyncio.sslproto": {}, "asyncio.staggered": {},
+    "inspect": _OF_INSPECT,
+}  # fmt: skip
+_OF_A_COMMAND: dict[str, dict[str, Any]] = {
+    "logging": {"getLogger": _LoggerLater, "StreamHandler": lambda: None, "DEBUG": 10},
+    "subprocess": {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3},
+    "traceback": {"extract_stack": _later("traceback", "extract_stack")},
+    "urllib.parse": {"quote_from_bytes": _later("urllib.parse", "quote_from_bytes")},
+}
+"""Modules by name, each with what is taken of it at once."""

@@ -46,6 +46,7 @@ from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.stopwatch import Stopwatch
 from isolator.layers.user import User
+from isolator.linux.apart import apart
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
@@ -186,7 +187,7 @@ class Cage:
                 runtime.pool.refill(layers)
 
     async def _load_network(self) -> None:
-        await asyncio.to_thread(self._network.load, self.spec)
+        await apart(lambda: self._network.load(self.spec))
         if self._handover is not None:
             await self._handover(self.network)
 

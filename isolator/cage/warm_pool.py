@@ -13,30 +13,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import select
 import socket
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
-from isolator.errors import IsolatorError
-from isolator.ipc.packet import pair
+from isolator.cage.parking import Parking, new_parking
+from isolator.errors import ConfinementError, IsolatorError
+from isolator.ipc.packet import receive_packet
 from isolator.ipc.tasks import Tasks
-from isolator.layers.cgroup.leaf import Leaf
+from isolator.layers.cgroup.leaf import kill_first
 from isolator.layers.proc.layer import new_figures
+from isolator.linux.apart import apart
 from isolator.linux.readable import readable
-from isolator.recovery.journal import Entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from isolator.launcher.client import Launcher
+    from isolator.launcher.client import Clone, Launcher
+    from isolator.layers.cgroup.leaf import Leaf
     from isolator.layers.cgroup.subtree import Subtree
     from isolator.layers.network.namespace import CageNetwork
     from isolator.recovery.journal import Journal
-
-PREFIX = "_spare."
-"""Begins the names of the groups; a plugin's name begins with a letter."""
 
 _REST_SECONDS = 0.1
 _EXPECTED = (IsolatorError, OSError)
@@ -148,6 +148,12 @@ class WarmPool:
                 self._dispose(making)
         return await self._make(layers, hurried=True)
 
+    def adopt(self, parking: Parking) -> None:
+        """Go on with one whose process the launcher was asked for; before anything else."""
+        self._waiting = self._tasks.run(
+            "making of a spare", _make_spare(self._launcher(), parking, hurried=False), expected=_EXPECTED
+        )
+
     def begin(self, layers: frozenset[str], *, hurried: bool = False) -> None:
         """Make one now, in the background, unless one waits already. ``hurried``: it may be taken at once."""
         if self._rest is not None:
@@ -187,7 +193,8 @@ class WarmPool:
         self._closed = False
 
     async def _make(self, layers: frozenset[str], *, hurried: bool) -> Spare:
-        return await _make_spare(self._launcher(), self._journal, self._subtree, layers, hurried=hurried)
+        parking = new_parking(self._journal, self._subtree, layers)
+        return await _make_spare(self._launcher(), parking, hurried=hurried)
 
     def _give_back(self, making: asyncio.Task[Spare]) -> None:
         if self._waiting is None and not self._closed:
@@ -208,50 +215,71 @@ class WarmPool:
         task.add_done_callback(self._disposals.discard)
 
 
-async def _make_spare(
-    launcher: Launcher, journal: Journal, subtree: Subtree, layers: frozenset[str], *, hurried: bool
-) -> Spare:
-    """A new spare; raises as ``WarmPool.take`` does, and nothing is left then."""
+async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) -> Spare:
+    """A new spare; raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither."""
     from isolator.layers.network import namespace as network_layer
 
-    name = PREFIX + os.urandom(6).hex()
-    groups = Leaf.under(subtree, name) if "cgroup" in layers and subtree.v1 else None
     async with contextlib.AsyncExitStack() as undo:
+        asking = asyncio.create_task(_ask(launcher, parking, hurried=hurried))
+        undo.push_async_callback(_release_parked, asking, launcher, parking)
         making: asyncio.Task[CageNetwork] | None = None
-        if "network" in layers:
-            making = asyncio.create_task(asyncio.to_thread(network_layer.make))
+        if "network" in parking.layers:
+            making = asyncio.create_task(apart(network_layer.make))
             undo.push_async_callback(_release_network, making)
-        link, its_link = pair()
-        undo.callback(link.close)
-        link.setblocking(False)
-        status, its_status = os.pipe2(os.O_CLOEXEC)
-        undo.callback(os.close, status)
-        os.set_blocking(status, False)
-        try:
-            parked = await launcher.park(its_link.fileno(), its_status, layers=layers, hurried=hurried)
-        finally:
-            its_link.close()
-            os.close(its_status)
-        spare = Spare(name, layers, launcher, journal, link, status, parked.pid, parked.pidfd)
-        undo.pop_all()
-        undo.push_async_callback(spare.release)
-        if making is not None:
-            undo.push_async_callback(_release_network, making)
-        if "proc" in layers:
+        parked = await asyncio.shield(asking)
+        spare = _spare(launcher, parking, parked)
+        if "proc" in parking.layers:
             spare.figures = new_figures()
-        if groups is not None:
-            journal.record(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))
-            spare.groups = groups
-            groups.create_v1()
-            attaching = asyncio.create_task(asyncio.to_thread(groups.attach_v1, parked.pid))
-            undo.push_async_callback(asyncio.wait, [attaching])  # by its pid, so before the process can be gone
-            await asyncio.shield(attaching)
-        elif "cgroup" in layers:
-            Leaf.under(subtree, name).attach_v1(parked.pid)
+            undo.callback(os.close, spare.figures)
+        if "cgroup" in parking.layers:
+            await _take_in(spare)
         if making is not None:
             spare.network = await asyncio.shield(making)  # a thread cannot be cancelled: what it made would be lost
         undo.pop_all()
         return spare
+
+
+async def _ask(launcher: Launcher, parking: Parking, *, hurried: bool) -> Clone:
+    try:
+        if parking.asked:
+            return await launcher.parked()
+        return await launcher.park(*parking.its, layers=parking.layers, hurried=hurried)
+    finally:
+        parking.its.close()
+
+
+async def _take_in(spare: Spare) -> None:
+    """Wait until the parked process has put itself into its groups, and confirm it."""
+    if spare.groups is not None:
+        while True:
+            try:
+                packet, _ = receive_packet(spare.link)
+                break
+            except BlockingIOError:
+                await readable(spare.link.fileno())
+        answer = json.loads(packet) if packet else {"detail": "it died"}
+        if "detail" in answer:
+            raise ConfinementError("parked process", str(answer["detail"]), "see 'isolator check'")
+        spare.groups.confirm_in(spare.pid)
+    kill_first(spare.pid)
+
+
+def _spare(launcher: Launcher, parking: Parking, parked: Clone) -> Spare:
+    return Spare(
+        parking.name, parking.layers, launcher, parking.journal, parking.link, parking.status, parked.pid,
+        parked.pidfd, groups=parking.groups,
+    )  # fmt: skip
+
+
+async def _release_parked(asking: asyncio.Task[Clone], launcher: Launcher, parking: Parking) -> None:
+    """End the process that was asked for, if it came to be, and remove what was made for it."""
+    parking.link.close()
+    try:
+        parked = await asking
+    except IsolatorError:
+        parking.close()
+    else:
+        await _spare(launcher, parking, parked).release()
 
 
 async def _release_network(making: asyncio.Task[CageNetwork]) -> None:

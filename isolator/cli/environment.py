@@ -131,6 +131,17 @@ def _make_environment() -> None:
     link.rename(CURRENT)
 
 
+_PROGRAM = """#!{place}/bin/python3 -IS
+import sys
+
+sys.path.append("{packages}")
+from host.cli.main import main
+
+sys.exit(main())
+"""
+"""The command: ``isolator run`` needs nothing else of ``site``, which ``host.cli.main`` calls for every other line."""
+
+
 def _packages(environment: Path) -> Path:
     return environment / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -156,10 +167,10 @@ def fill(new: Path, python: str = "python3") -> None:
 
 def write_program(environment: Path, place: Path) -> Path:
     """Write the command of an environment that will be at ``place``; returns the folder of its packages."""
-    script = environment / "bin/isolator"
-    script.write_text(f"#!{place}/bin/python3 -I\nimport sys\n\nfrom host.cli.main import main\n\nsys.exit(main())\n")
+    script, packages = environment / "bin/isolator", _packages(environment)
+    script.write_text(_PROGRAM.format(place=place, packages=place / packages.relative_to(environment)))
     script.chmod(0o755)
-    return _packages(environment)
+    return packages
 
 
 def _requirements() -> list[str]:

@@ -18,6 +18,7 @@ from isolator.base.structs import struct_class
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send_packet
 from isolator.ipc.tasks import Tasks
+from isolator.layers.plan import ParkOrder
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
 
@@ -78,19 +79,20 @@ class Launcher:
         """The launcher's pid (to be put into its group)."""
         return self._process.pid
 
-    async def park(self, link: int, status: int, *, layers: frozenset[str], hurried: bool = False) -> Clone:
+    async def park(self, link: int, status: int, *groups: int, layers: frozenset[str], hurried: bool = False) -> Clone:
         """Park a process that will become a cage with these layers (isolator.launcher.prefork).
 
-        The descriptors, its end of the link and of the status pipe, stay the caller's. Raises ConfinementError, or
-        UnavailableError when the launcher is not running.
+        The descriptors, its end of the link and of the status pipe and the v1 groups for it, stay the caller's. Raises
+        ConfinementError, or UnavailableError when the launcher is not running.
         """
-        if self._problem is not None:
-            raise self._problem
-        if self.closed.is_set():
-            raise UnavailableError("launcher", "not running at the moment", "try again")
+        self._require()
+        await self._send(ParkOrder(layers, last_capability(), hurried).pack(), [link, status, *groups])
+        return await self.parked()
+
+    async def parked(self) -> Clone:
+        """The answer to an order to park that has been sent; raises as ``park`` does."""
+        self._require()
         future: asyncio.Future[Clone] = self._loop.create_future()
-        order = {"layers": sorted(layers), "last_capability": last_capability(), "hurried": hurried}
-        await self._send(json.dumps({"park": order}).encode(), [link, status])
         self._waiting.append(future)
         try:
             return await future
@@ -100,6 +102,12 @@ class Launcher:
             ):  # the answer came at that very moment
                 self._abandon(future.result())
             raise
+
+    def _require(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+        if self.closed.is_set():
+            raise UnavailableError("launcher", "not running at the moment", "try again")
 
     async def alive(self) -> None:
         """Return when the launcher answers; raises UnavailableError when it has died. One call at a time."""
@@ -124,6 +132,10 @@ class Launcher:
     async def forgotten(self, cage: str) -> None:
         """As ``forget``; returns when it is sent. Raises UnavailableError when the launcher has died."""
         await self._send(json.dumps({"forget": cage}).encode(), [])
+
+    def dismiss(self) -> None:
+        """Have the launcher end, without waiting for that; it kills the cages that it still keeps."""
+        self._lost()
 
     def close(self) -> None:
         """End the launcher; it kills the cages that it still keeps. One that hangs is killed after a moment."""

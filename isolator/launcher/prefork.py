@@ -1,9 +1,9 @@
 """Prefork: a parked process waits to become a cage; the work that no plan changes is done before a start asks for it.
 
 The launcher clones the parked process with mount, ipc and uts namespaces of its own, and the sections of its layers
-apply their fixed part (``Section.enter_ahead``). On a hybrid host the supervisor then puts it into the v1 groups of the
-cage to come, whatever their limits will be: moving a process between v1 groups waits for an RCU grace period (6 to
-16 ms), being born in them costs nothing. Then the parked process waits for the plan on its link. When that comes, it
+apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the
+cage to come, whatever their limits will be, and says ``parked``: moving a process between v1 groups waits for an RCU
+grace period (6 to 16 ms), being born in them costs nothing. Then it waits for the plan on its link. When that comes, it
 clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups),
 answers with the pid and the pidfd, and ends: pid 1 keeps the link.
 
@@ -30,10 +30,13 @@ from isolator.linux.files import close_all_but
 from isolator.linux.namespaces import CLONE_PARENT, clone3
 
 
-def park(order: ParkOrder, link: int, status: int) -> NoReturn:
-    """Wait for the plan on ``link`` and become its cage; never returns. ``status``: the pipe for pid 1's report."""
+def park(order: ParkOrder, link: int, status: int, groups: list[int]) -> NoReturn:
+    """Wait for the plan on ``link`` and become its cage; never returns.
+
+    ``status``: the pipe for pid 1's report. ``groups``: ``cgroup.procs`` of each v1 group to be in.
+    """
     init.guard()
-    close_all_but({0, 1, 2, link, status})
+    close_all_but({0, 1, 2, link, status, *groups})
     sock = socket.socket(fileno=link)
     try:
         for section in enter.STEPS:
@@ -41,6 +44,9 @@ def park(order: ParkOrder, link: int, status: int) -> NoReturn:
                 section.enter_ahead(order)
         if not order.hurried:
             _rehearse()
+        if groups:
+            _join(groups)
+            send_packet(sock, b'{"step": "parked"}')
         packet, fds = receive_message(sock)
         if packet:
             _clone(Plan.unpack(packet, fds), sock, status)
@@ -48,6 +54,12 @@ def park(order: ParkOrder, link: int, status: int) -> NoReturn:
         _fail(sock, "parked", error)
     finally:
         os._exit(0)  # whatever happened: nothing may escape into the launcher's loop, which this process is a copy of
+
+
+def _join(groups: list[int]) -> None:
+    for group in groups:
+        os.write(group, b"0")  # the writer
+        os.close(group)
 
 
 def _rehearse() -> None:

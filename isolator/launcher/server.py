@@ -9,8 +9,9 @@ by pidfd.
 The launcher holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the
 socket closes, for whatever reason, it kills those cgroups and ends.
 
-Packets, supervisor → launcher: ``{"park": ORDER}`` with the link and the status pipe, answered by ``{"pid": N}`` with
-the pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
+Packets, supervisor → launcher: ``{"park": ORDER}`` with the link, the status pipe and ``cgroup.procs`` of each v1 group
+that the parked process is to put itself into, answered by ``{"pid": N}`` with the pidfd or by
+``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
 ``{"alive": true}``, which is sent back.
 
 A table that is full of descriptors refuses a park, and ends nothing.
@@ -34,7 +35,7 @@ from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
 from isolator.layers.plan import ParkOrder, learn_parts
 from isolator.linux.coredump import leave_memory_out
-from isolator.linux.descriptors import open_standard_streams
+from isolator.linux.descriptors import close_all, open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 
 
@@ -57,9 +58,7 @@ def serve(sock: socket.socket) -> None:
             answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
             send_packet(sock, json.dumps(answer).encode())
         elif "park" in body:
-            wanted = body["park"]
-            order = ParkOrder(frozenset(wanted["layers"]), wanted["last_capability"], wanted.get("hurried", False))
-            _park(sock, order, fds)
+            _park(sock, ParkOrder.of(body["park"]), fds)
         elif "keep" in body:
             if fds:  # or its pid 1 alone watches for the end of the supervisor
                 _forget(cgroups, body["keep"])
@@ -78,7 +77,7 @@ def _forget(cgroups: dict[str, int], cage: str) -> None:
 
 
 def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
-    link, status = fds
+    link, status, *groups = fds
     flags = 0
     if "namespaces" in order.layers:
         for kind in BEFORE_THE_PLAN:
@@ -90,12 +89,11 @@ def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
         send_packet(sock, json.dumps(answer).encode())
     else:
         if pid == 0:
-            park(order, link, status)
+            park(order, link, status, groups)
         send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
         os.close(pidfd)
     finally:
-        os.close(link)
-        os.close(status)
+        close_all(fds)
 
 
 def _kill(cgroup: int) -> None:

@@ -22,7 +22,6 @@ from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
 from isolator.layers.user import User
-from isolator.policy.host import MAY_DEGRADE
 
 Check = Callable[[], Control]
 
@@ -72,6 +71,8 @@ def optional_controllers(may_degrade: Iterable[str]) -> frozenset[str]:
 
 def _with_key(control: Control) -> Control:
     """Add to the remedy how to do without the control, where that is possible."""
+    from isolator.policy.host import MAY_DEGRADE
+
     if control.key not in MAY_DEGRADE:
         return control
     return replace(control, remedy=f'{control.remedy}; or list "{control.key}" in may_degrade of host.toml')

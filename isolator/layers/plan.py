@@ -90,6 +90,15 @@ class ParkOrder:
     hurried: bool = False
     """Its plan follows at once: what is done ahead to spare the wait for it would be waited for."""
 
+    def pack(self) -> bytes:
+        """The packet to a launcher."""
+        return json.dumps({"park": {**self.__dict__, "layers": sorted(self.layers)}}).encode()
+
+    @classmethod
+    def of(cls, wanted: dict[str, Any]) -> ParkOrder:
+        """The order in a packet's ``park``."""
+        return cls(frozenset(wanted["layers"]), wanted["last_capability"], wanted["hurried"])
+
 
 @struct_class()
 class Plan:

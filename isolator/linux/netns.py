@@ -1,8 +1,8 @@
 """Network namespaces by thread: ``unshare`` and ``setns`` act on the calling thread alone.
 
-A cage's namespace is made, or entered, by a thread that exists for nothing else and ends right after,
-so no other thread of the daemon ever finds itself in the wrong network. A socket keeps the namespace it
-was created in for its whole life, whichever process holds it.
+A cage's namespace is made, or entered, by a thread that exists for nothing else and ends right after (the caller's, if
+it is such a thread: ``isolator.linux.apart``), so no other thread of the daemon ever finds itself in the wrong network.
+A socket keeps the namespace it was created in for its whole life, whichever process holds it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+from isolator.linux.apart import is_apart
 
 CLONE_NEWNET = 0x40000000
 
@@ -50,6 +52,9 @@ def in_network(fd: int, work: Callable[[], T]) -> T:
 
 
 def _in_thread(enter: Callable[[], None], work: Callable[[], T]) -> T:
+    if is_apart():
+        enter()
+        return work()
     results: list[T] = []
     errors: list[BaseException] = []
 

@@ -98,7 +98,7 @@ def _have_low_numbers() -> None:
 
     Always, and not only when numbers are high: other threads may open hundreds between the look and the use.
     """
-    if threading.current_thread() is threading.main_thread():
+    if threading.get_ident() == threading.main_thread().ident:
         return  # of a command or a test, which has few open
     if _libc.unshare(_CLONE_FILES) != 0:
         number = ctypes.get_errno()

@@ -1,8 +1,8 @@
 """The command ``isolator run``, from its options to its exit code. Its start counts: see ``host.cli.main``.
 
 Who is not root has it done by the daemon: ``client.py``. For root this process does it itself, daemon or not.
-A fork of this process becomes the launcher before anything else is loaded, and builds the cages' view of files while
-the policy's modules are imported here.
+A fork of this process becomes the launcher before anything else is loaded, and builds the cages' view of files and the
+first parked process while asyncio and the policy's modules are imported here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from isolator.standalone.options import RunOptions
+
+_OPENSSL = ("ssl", "_hashlib")
 
 
 def run_and_exit(options: RunOptions) -> NoReturn:
@@ -41,12 +43,18 @@ def run(options: RunOptions) -> int:
 
         launcher = fork_launcher()
         try:
-            from isolator.base.lean import import_asyncio
+            from isolator.base.lean import import_asyncio, import_hashlib, put_off_for_a_command
 
-            import_asyncio(without=("ssl", "_hashlib"))
-            from isolator.standalone.single import run_once
+            put_off_for_a_command()
+            import_hashlib(without=_OPENSSL)
+            from isolator.paths import Paths
+            from isolator.standalone.beginning import Beginning
 
-            return run_once(options, launcher)
+            with Beginning(Paths.of(options.root), launcher) as beginning:
+                import_asyncio(without=_OPENSSL)
+                from isolator.standalone.single import run_once
+
+                return run_once(options, beginning)
         finally:
             launcher.close()
     except IsolatorError as error:

@@ -11,7 +11,6 @@ The modules that take long to load are imported where they are needed: the launc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from isolator.paths import Paths
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
-    from isolator.standalone.launcher import ForkedLauncher
+    from isolator.standalone.beginning import Beginning
     from isolator.standalone.records import Records
     from isolator.standalone.terminal import CageTerminal
 
@@ -42,11 +41,11 @@ if TYPE_CHECKING:
 class StandaloneSession:
     """The runtime of a few cages; an async context manager."""
 
-    def __init__(self, paths: Paths, launcher: ForkedLauncher | None = None) -> None:
-        """``launcher``: one that runs; this session ends it. Otherwise it starts one."""
+    def __init__(self, paths: Paths, beginning: Beginning | None = None) -> None:
+        """``beginning``: what is there already, and stays the caller's. Otherwise this session starts a launcher."""
         self.paths = paths
         self._stack = contextlib.AsyncExitStack()
-        self._forked = launcher
+        self._beginning = beginning
         self._launcher: Launcher | None = None
         self._runtime: CageRuntime | None = None
         self._optional: frozenset[str] = frozenset()
@@ -55,8 +54,14 @@ class StandaloneSession:
     async def __aenter__(self) -> StandaloneSession:
         let_children_start_no_handler()
         allow_many_files()
-        self._launcher = Launcher((self._forked, self._forked.sock) if self._forked else None)
-        self._stack.callback(self._launcher.close)
+        begun = self._beginning
+        if begun is None:
+            self._launcher = Launcher()
+            self._stack.callback(self._launcher.close)
+        else:
+            self._launcher = Launcher((begun.launcher, begun.launcher.sock))
+            self._stack.callback(self._launcher.dismiss)
+            self.runtime.pool.adopt(begun.take_parking())
         return self
 
     async def __aexit__(
@@ -69,36 +74,25 @@ class StandaloneSession:
         """Launcher, journal and subtree; made on first use."""
         if self._runtime is None:
             from isolator.cage.runtime import CageRuntime
-            from isolator.layers.cgroup.subtree import open_subtree
-            from isolator.recovery.journal import Entry, Journal
 
             assert self._launcher is not None
-            run = os.urandom(5).hex()
-            journal = Journal(self.paths.run / f"run-{run}.journal", wait=True)
-            self._stack.callback(journal.close)
-            subtree = open_subtree(self.paths.named("isolator") + f"-run-{run}", optional=self._optional)
-            # Found by its name until here; from here on also when this process's group cannot be searched.
-            journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
-            self._stack.callback(journal.forget, "subtree")
-            self._stack.callback(subtree.remove)
+            if self._beginning is None:
+                from isolator.standalone.beginning import open_place
+
+                journal, subtree = open_place(self.paths, self._stack, self._optional)
+            else:
+                journal, subtree = self._beginning.journal, self._beginning.subtree
             self._runtime = CageRuntime(self._launcher, journal, subtree)
             self._stack.push_async_callback(self._runtime.pool.close)
         return self._runtime
 
-    async def begin(self, host: HostConfig) -> None:
-        """Begin with the parts of a cage that no policy changes; meanwhile the caller finds out about the rest."""
-        from isolator.layers.ledger import EVERY_LAYER
-
-        _require(host)
-        self.permit(host)
-        self.runtime.pool.begin(EVERY_LAYER)
-        await asyncio.sleep(0)
-
     def permit(self, host: HostConfig) -> None:
-        """Do without the controllers that host.toml lets be missing; call it before ``runtime`` is used."""
+        """Do without the controllers that host.toml lets be missing; call it before a cage is made."""
         from isolator.layers.ledger import optional_controllers
 
         self._optional = optional_controllers(host.may_degrade)
+        if self._beginning is not None:
+            self._beginning.subtree.optional = self._optional
 
     def lease(self, host: HostConfig) -> UidLease:
         """A free uid of the reserved range, until the workshop closes."""

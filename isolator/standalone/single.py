@@ -1,7 +1,8 @@
 """One cage for one command: what ``isolator run`` does once its launcher runs and asyncio is there.
 
-Whatever takes long and needs no thought of this process, the parked process and the network of the cage, begins first;
-meanwhile the policy is read here. After each group of modules the event loop has a turn, so that those go on.
+Whatever takes long and needs no thought of this process, the network of the cage, begins first (the parked process has
+begun before that: ``beginning``); meanwhile the policy is read here. After each group of modules the event loop has a
+turn, so that it goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.linux.descriptors import close_all
-from isolator.paths import Paths
 from isolator.standalone.session import StandaloneSession
 from isolator.standalone.variables import variables
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from isolator.cage.processes import CageExit
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
-    from isolator.standalone.launcher import ForkedLauncher
+    from isolator.standalone.beginning import Beginning
     from isolator.standalone.options import RunOptions
     from isolator.standalone.terminal import CageTerminal
 
 
-def run_once(options: RunOptions, launcher: ForkedLauncher) -> int:
+def run_once(options: RunOptions, beginning: Beginning) -> int:
     """Run the command; returns the exit code. Raises IsolatorError."""
     env = variables(options.env, map(Path, options.env_file))
-    end = asyncio.run(_run(options, env, launcher))
+    end = asyncio.run(_run(options, env, beginning))
     if options.json:
         print(json.dumps(_summary(end)), file=sys.stderr)
     elif end.cause not in ("exit", "signal"):
@@ -72,13 +72,13 @@ def _folders(options: RunOptions) -> tuple[str, ...]:
     return tuple("/" + os.path.abspath(path).lstrip("/") for path in options.write)
 
 
-async def _run(options: RunOptions, env: dict[str, str], launcher: ForkedLauncher) -> CageExit:
-    paths = Paths.of(options.root)
-    async with StandaloneSession(paths, launcher) as session:
+async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -> CageExit:
+    paths = beginning.paths
+    async with StandaloneSession(paths, beginning) as session:
+        await asyncio.sleep(0)
         from isolator.policy.parse.trusted import load_host_config
 
         host = load_host_config(paths.host_toml)
-        await session.begin(host)
         policy = _policy(options, host)
         await asyncio.sleep(0)
         from isolator.cage.cage import Stdio
@@ -114,6 +114,7 @@ async def _run(options: RunOptions, env: dict[str, str], launcher: ForkedLaunche
                 if terminal is not None:
                     loop.add_signal_handler(signal.SIGWINCH, terminal.resize)
                     terminal.join()
+                gc.freeze()  # what was imported is no garbage
                 gc.enable()
                 for missed in early:
                     _forward(loop, cage, missed)

@@ -1,4 +1,4 @@
-"""Imports without OpenSSL, and asyncio that takes it up later."""
+"""Imports without OpenSSL, asyncio that takes it up later, and modules that are imported when something fails."""
 
 from __future__ import annotations
 
@@ -61,3 +61,42 @@ def test_asyncio_that_was_imported_without_tls_speaks_it_once_it_is_given_it(pai
     assert over_tls(pair, "give_asyncio_tls()").stdout == "over TLS\n"
     refused = over_tls(pair, "")
     assert refused.stdout == "" and refused.returncode != 0
+
+
+PUT_OFF = """
+import sys
+sys.path[:0] = {paths!r}
+from isolator.base.lean import import_asyncio, put_off_for_a_command
+put_off_for_a_command()
+import_asyncio()
+import asyncio
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+
+async def quiet():
+    with ThreadPoolExecutor() as pool:
+        return await asyncio.get_running_loop().run_in_executor(pool, len, "four")
+
+assert asyncio.run(quiet()) == 4
+print(sorted(name for name in {names!r} if "__file__" in vars(sys.modules.get(name, object))))
+
+async def failing():
+    asyncio.get_running_loop().create_future().set_exception(ValueError("that nobody retrieves"))
+    child = await asyncio.create_subprocess_exec("echo", "a program", stdout=asyncio.subprocess.PIPE)
+    print((await child.communicate())[0])
+
+asyncio.run(failing())
+print(pathlib.Path("/a b").as_uri())
+import logging, logging.handlers, traceback
+print(logging.getLogger("asyncio").level, logging.handlers.logging.INFO)
+print(traceback.format_exception_only(ValueError("seen")))
+"""
+
+
+def test_modules_that_are_put_off_come_when_they_are_used() -> None:
+    names = ["inspect", "logging", "subprocess", "traceback", "urllib.parse"]
+    code = PUT_OFF.format(paths=sys.path, names=names)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["[]", "b'a program\\n'", "file:///a%20b", "0 20", "['ValueError: seen\\n']"]
+    assert "Future exception was never retrieved" in done.stderr
+    assert "ValueError: that nobody retrieves" in done.stderr

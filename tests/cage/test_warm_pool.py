@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from isolator.cage.cage import Cage, Stdio
+from isolator.cage.parking import PREFIX
 from isolator.cage.runtime import CageRuntime
-from isolator.cage.warm_pool import PREFIX
 from isolator.errors import ConfinementError
 from isolator.ipc.channel import pair
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.layers.network import namespace as network_layer
+from isolator.linux.descriptors import FdSet
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.recovery import daemon as recovery
@@ -86,6 +87,26 @@ async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: Stan
     assert held == {"pipe", "socket"} and len(fds) <= 6, (
         "its link, its status pipe, its ruleset; nothing of other cages"
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "complaint"), [("/dev/full", "parked process: No space left"), ("/dev/null", "not the group of")]
+)
+async def test_one_that_is_not_in_its_groups_is_refused(
+    session: StandaloneSession, monkeypatch: pytest.MonkeyPatch, file: str, complaint: str
+) -> None:
+    if not session.runtime.subtree.v1:
+        pytest.skip("on cgroup v2 a parked process is in no group of a cage")
+
+    def elsewhere(_groups: Leaf, owner: FdSet) -> list[int]:
+        return [owner.add(os.open(file, os.O_WRONLY | os.O_CLOEXEC))]
+
+    monkeypatch.setattr(Leaf, "open_v1", elsewhere)
+    async with _cage(session, "true") as cage:
+        with pytest.raises(ConfinementError, match=complaint):
+            await cage.start()
+    assert all(name == "subtree" for name in session.runtime.journal.open)
+    assert all(not list(folder.glob(f"{PREFIX}*")) for folder in session.runtime.subtree.folders())
 
 
 async def test_one_whose_process_was_killed_is_not_used(session: StandaloneSession) -> None:

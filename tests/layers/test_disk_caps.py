@@ -15,6 +15,7 @@ from isolator.layers.cgroup import subtree as cgroup_subtree
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.policy.model import ResourcePolicy
 from isolator.recovery.journal import Journal
+from isolator.standalone import beginning
 from isolator.volume.volume import Volume
 from tests.support.cage_fixture import cage, policy
 
@@ -124,7 +125,7 @@ async def test_a_cap_that_cannot_be_kept_stops_the_start(shared_dir: Path, monke
     def permitted(name: str, **_: object) -> cgroup_subtree.Subtree:
         return subtrees(name, optional=frozenset({"io"}))
 
-    monkeypatch.setattr(cgroup_subtree, "open_subtree", permitted)
+    monkeypatch.setattr(beginning, "open_subtree", permitted)
     async with cage(shared_dir, ["true"], limits) as one:
         assert (await one.cage.wait()).returncode == 0
 

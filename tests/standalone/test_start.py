@@ -22,10 +22,12 @@ from isolator.standalone.options import OPTIONS, read_plainly
 from tests.support.cage_fixture import isolator
 from tests.support.timeouts import seconds
 
+PROGRAM = Path(sys.executable).with_name("isolator")
 MAIN = "from host.cli.main import main; main()"
 HEAVY = {
     "click", "pydantic", "pydantic_core", "pyroute2", "cryptography", "psutil", "rich",  # packages
-    "_ssl", "email", "importlib.metadata", "platform", "secrets", "tomllib", "uuid",  # Python's own
+    "_ssl", "email", "importlib.metadata", "logging", "platform", "secrets", "string", "subprocess", "tomllib",
+    "traceback", "urllib.parse", "uuid",  # Python's own
     "pyseccomp", "isolator.layers.seccomp.profiles", "isolator.layers.seccomp.bpf",  # the filter is kept compiled
     "isolator.audit.schema", "isolator.audit.client", "isolator.ipc.channel", "isolator.ipc.messages",
     "isolator.policy.request", "isolator.volume.volume", "isolator.cli.run", "host.cli.root",
@@ -47,6 +49,47 @@ def test_command_starts_no_program_but_its_own(shared_dir: Path) -> None:
     words += [sys.executable, "-I", "-c", MAIN, "--root", str(shared_dir), "run", "--", "/usr/bin/true"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=seconds(60))
     assert re.findall(r'execve\("([^"]+)', done.stderr) == [sys.executable, "/usr/bin/true"]
+
+
+def test_program_leaves_site_to_the_lines_that_need_it(shared_dir: Path) -> None:
+    for line, wanted in ((["run", "--", "true"], False), (["--version"], True)):
+        # Its first line's words, and after them what shows the imports.
+        words = [*PROGRAM.read_text().splitlines()[0].removeprefix("#!").split(), "-X", "importtime", str(PROGRAM)]
+        done = subprocess.run(
+            [*words, "--root", str(shared_dir), *line], capture_output=True, text=True, check=True, timeout=seconds(60)
+        )
+        assert bool(re.search(r"\| *site$", done.stderr, re.MULTILINE)) == wanted
+        assert not wanted or done.stdout.startswith("isolator")
+
+
+FAILED_BEFORE_ASYNCIO = """
+import gc, os, sys
+from pathlib import Path
+from isolator.paths import Paths
+from isolator.standalone.beginning import Beginning
+from isolator.standalone.launcher import fork_launcher
+
+gc.disable()
+paths = Paths.of(sys.argv[1])
+launcher = fork_launcher()
+try:
+    with Beginning(paths, launcher) as beginning:
+        print(len(beginning.subtree.folders()))
+        raise LookupError
+except LookupError:
+    launcher.close()
+print(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), os.listdir(paths.run))
+print(sum(folder.exists() for folder in beginning.subtree.folders()), len(os.listdir("/proc/self/fd")))
+"""
+
+
+def test_command_that_fails_before_its_session_leaves_nothing(shared_dir: Path) -> None:
+    words = [sys.executable, "-I", "-c", FAILED_BEFORE_ASYNCIO, str(shared_dir)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=seconds(60))
+    made, left, folders = done.stdout.splitlines()
+    assert int(made) >= 1
+    assert left == "[] []", "no child, dead or alive, and no journal"
+    assert folders == "0 4", "no control group; the standard streams and the listing's own descriptor"
 
 
 def test_processes_of_a_cage_hold_nothing_of_the_caller(shared_dir: Path) -> None:

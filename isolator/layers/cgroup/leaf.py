@@ -21,6 +21,7 @@ from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
     from isolator.layers.cgroup.subtree import Subtree
+    from isolator.linux.descriptors import FdSet
     from isolator.policy.model import ResourcePolicy
 
 PERIOD_US = 10_000
@@ -146,27 +147,16 @@ class Leaf:
             return {f"{cpu}/cpu.cfs_period_us": str(period), f"{cpu}/cpu.cfs_quota_us": str(quota)}
         return {}
 
-    def attach_v1(self, pid: int) -> None:
-        """Put the process that will clone a cage into the v1 groups; blocks for an RCU grace period or two.
+    def open_v1(self, owner: FdSet) -> list[int]:
+        """Descriptors of the v1 groups, for a process that puts itself into them; ``owner`` has to close them."""
+        folders = dict.fromkeys(self.v1.values())
+        return [owner.add(os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)) for folder in folders]
 
-        The kernel then kills it first when the whole host is out of memory: its child would inherit the daemon's own
-        protection from that (OOMScoreAdjust= of the unit). Without CAP_SYS_RESOURCE a cage cannot set this back.
-        """
-        self._join(pid)
-        _write(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
-
-    def _join(self, pid: int) -> None:
-        folders = list(dict.fromkeys(self.v1.values()))
-        for folder in folders:
-            _write(f"{folder}/cgroup.procs", str(pid))
-        for folder in folders:
+    def confirm_in(self, pid: int) -> None:
+        """Read back that a process is in each of the v1 groups; raises ConfinementError."""
+        for folder in dict.fromkeys(self.v1.values()):
             if str(pid) not in read_file(f"{folder}/cgroup.procs").split():
                 raise mismatch("cgroup", str(folder), f"the group of {pid}", "not")
-
-    def enter(self, pid: int) -> None:
-        """Put a running process into every group of the leaf."""
-        (self.unified / "cgroup.procs").write_text(str(pid))
-        self._join(pid)
 
     def processes(self) -> list[int]:
         """The pids in the leaf, as seen from our pid namespace."""
@@ -281,6 +271,15 @@ def cpu_quota(permille: int) -> tuple[int, int]:
     while permille * period // 1000 < _MIN_QUOTA_US and period < 1_000_000:
         period *= 2
     return max(permille * period // 1000, _MIN_QUOTA_US), min(period, 1_000_000)
+
+
+def kill_first(pid: int) -> None:
+    """Have the kernel kill a process that will clone a cage first when the whole host is out of memory.
+
+    Its child inherits that instead of the daemon's own protection (OOMScoreAdjust= of the unit). Without
+    CAP_SYS_RESOURCE a cage cannot set this back.
+    """
+    _write(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
 
 
 def _counter(path: str, key: str) -> int:

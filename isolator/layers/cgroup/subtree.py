@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +180,8 @@ def _is_delegated(group: Path) -> bool:
 
 def _take_scope() -> Path:
     """Ask systemd for a transient scope with Delegate=yes around this process."""
+    import subprocess
+
     name = f"isolator-{os.getpid()}.scope"
     before = Path("/proc/self/cgroup").read_text()
     command = [

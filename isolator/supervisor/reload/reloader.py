@@ -113,11 +113,17 @@ async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False)
             *(daemon.runners.under_way if daemon.runners is not None else []),
             *(service.unsettled for service in daemon.services.every if service.unsettled),
             *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
-            *(one.name for one in threading.enumerate() if threads and one is not threading.main_thread()),
+            *(_threads() if threads else ()),
         ]
         if not busy:
             return
         await asyncio.sleep(_LOOK)
+
+
+def _threads() -> list[str]:
+    """The names of every thread but the main one, by the kernel's list: some are none of ``threading``'s."""
+    named = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    return [named.get(one, "a thread") for one in os.listdir("/proc/self/task") if one != str(os.getpid())]
 
 
 def _go_on(daemon: Daemon) -> None:

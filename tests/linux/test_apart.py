@@ -1,0 +1,54 @@
+"""Threads of one piece of work: what comes of it, and that they alone leave the process's network."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+
+import pytest
+
+from isolator.linux import netns
+from isolator.linux.apart import apart, is_apart
+
+
+def _network() -> str:
+    return os.readlink("/proc/thread-self/ns/net")
+
+
+async def test_work_is_done_in_a_network_of_its_own_and_by_no_further_thread() -> None:
+    def work() -> tuple[str, int, int]:
+        before = threading.get_native_id()
+        return netns.in_new_network(lambda: (_network(), before, threading.get_native_id()))
+
+    inside, before, doing = await apart(work)
+    assert inside != _network()
+    assert before == doing != threading.get_native_id()
+    assert not is_apart()
+
+
+async def test_error_of_the_work_is_raised() -> None:
+    def work() -> None:
+        raise LookupError("of the work")
+
+    with pytest.raises(LookupError, match="of the work"):
+        await apart(work)
+
+
+async def test_result_that_nobody_waits_for_any_more_is_dropped() -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait()
+        loop.call_soon_threadsafe(ended.set)
+
+    waiting = asyncio.create_task(apart(work))
+    await asyncio.to_thread(begun.wait)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go_on.set()
+    await ended.wait()
+    await asyncio.sleep(0)  # the callback of the result comes after, and sets nothing
