@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bench.run import BENCHMARKS, LONG
 from bench.run import parser as bench
+from tests.docs.blocks import PAGES, blocks
 from vagrant.run import parser as vm
 
 REPO = Path(__file__).resolve().parents[2]
@@ -74,6 +77,39 @@ def test_value_of_an_option_is_none(words: tuple[str, ...]) -> None:
 def test_fuzz_takes_seconds_first() -> None:
     ran = dev("fuzz", "wire")
     assert ran.returncode == 2 and "takes a number of seconds" in ran.stderr
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """Page and words of every command that begins with ``./dev`` in a block of a page."""
+    for page in PAGES:
+        for block in blocks(page):
+            for command, _ in block.steps() if block.is_shell else ():
+                if found := re.match(r"(?:sudo )?\./dev (.*)", command):
+                    yield block.page, found[1]
+
+
+@pytest.mark.parametrize(("page", "line"), [*lines()])
+def test_line_of_a_page_is_a_command_of_dev_and_names_what_there_is(page: str, line: str) -> None:
+    command, *words = shlex.split(line, comments=True)
+    assert command in COMMANDS
+    if command == "bench":
+        names = bench().parse_args([word for word in words if word != "--quick"]).names
+        assert {*names} <= {*BENCHMARKS, *LONG}
+    if command == "vm":
+        vm().parse_args(words)
+    if command in ("demo", "setup", "shell"):
+        assert {*words} <= {"--browser", "--screenshot", "DIR"}
+    if command == "test":
+        places = [word for word in words if word.startswith("tests")]
+        assert all((REPO / place).exists() for place in places)
+        chosen = [*places, *words[words.index("-k") :][:2]] if "-k" in words else []
+        assert not chosen or _collects(chosen)
+
+
+def _collects(chosen: list[str]) -> bool:
+    """Whether pytest finds a test; without conftest.py, which compares the host before and after."""
+    command = [sys.executable, "-I", "-m", "pytest", "--noconftest", "--collect-only", "-q", *chosen]
+    return subprocess.run(command, cwd=REPO, capture_output=True, check=False).returncode == 0
 
 
 def test_folder_of_screenshots_has_to_be_there(tmp_path: Path) -> None:
