@@ -19,6 +19,7 @@ BENCHMARKS = {
     "exec": "running a program once for each event, in a cage of its own: the mode exec",
     "mcp": "calling a tool of an MCP server: over pipes, and in its cage through isolator mcp serve",
     "packages": "verifying a package of 10 MB",
+    "save": "isolator dev: from a save to the answer of the new version",
     "audit": "recording facts until all are durable",
     "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",
