@@ -145,6 +145,10 @@ def _new_key(path: Path) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST_NAME).exists():
+            why = f"is in the folder of a plugin ({folder}), which would be packed with it"
+            raise UsageError(str(path), why, "name a place outside")
     key = Ed25519PrivateKey.generate()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
