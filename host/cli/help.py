@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import click
 
 EXIT_CODES = "0 done, 1 failed, 2 usage, 3 not found, 4 denied, 5 needs approval."
@@ -18,17 +21,23 @@ def exit_codes(path: str) -> str:
 class HelpFormatter(click.HelpFormatter):
     """The formatter of every command's help."""
 
-    _end = ""
+    _path, _has_options = "", False
 
     def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
-        """Write the first line of a help, and keep what comes last."""
+        """Write the first line, which a mistake has as well."""
         super().write_usage(prog, args, prefix)
-        variables = "; ".join(f"{name} {meaning}" for name, meaning in VARIABLES.items())
-        self._end = f"\nExit codes: {exit_codes(prog)}\nEnvironment: {variables}.\n"
+        self._path = prog
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], *args: Any, **kwargs: Any) -> None:
+        """Write a list, as every help has one."""
+        super().write_dl(rows, *args, **kwargs)
+        self._has_options = True
 
     def getvalue(self) -> str:
         """The whole text."""
-        return super().getvalue() + self._end
+        variables = "; ".join(f"{name} {meaning}" for name, meaning in VARIABLES.items())
+        end = f"\nExit codes: {exit_codes(self._path)}\nEnvironment: {variables}.\n"
+        return super().getvalue() + (end if self._has_options else "")
 
 
 def use_formatter() -> None:

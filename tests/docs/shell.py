@@ -39,6 +39,8 @@ class Shell:
         finally:
             if kind is not None:  # jobs that the page would have ended
                 os.killpg(self._process.pid, signal.SIGTERM)
+                while self._more(seconds(30)):
+                    pass
             self._process.stdout.close()
 
     def do(self, command: str, until: str = "") -> str:
@@ -54,11 +56,14 @@ class Shell:
         return before + after
 
     def _read(self, done: Callable[[str], bool]) -> None:
-        assert self._process.stdout is not None
         deadline = time.monotonic() + seconds(60)
         while not done(self._text):
-            left = max(0.0, deadline - time.monotonic())
-            ready = select.select([self._process.stdout], [], [], left)[0]
-            data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
+            data = self._more(deadline - time.monotonic())
             assert data, ("the shell has ended, or says nothing more", self._text)
             self._text += data.decode()
+
+    def _more(self, patience: float) -> bytes:
+        """What is written next; nothing once every process has closed its output, or when nothing comes."""
+        assert self._process.stdout is not None
+        ready = select.select([self._process.stdout], [], [], max(0.0, patience))[0]
+        return os.read(self._process.stdout.fileno(), 65536) if ready else b""

@@ -29,7 +29,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         if match is None:
             continue
         try:
-            words = shlex.split(match[1], comments=True)
+            words = shlex.split(re.sub(r"\$\([^)]*\)", "OUTPUT", match[1]), comments=True)
         except ValueError:
             continue  # goes on in the next line
         ends = [n for n, word in enumerate(words) if word in ("|", ">", ">>", "<", "&&", "--", "…", "...")]

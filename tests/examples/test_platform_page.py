@@ -11,7 +11,7 @@ from tests.system.daemon import wait_for
 
 UNTIL = {"isolator serve &": "isolator: ready", "--data": "connected to the daemon"}
 """What a job has to have written before the page goes on, by words of its command."""
-KINDS = {"project.created", "deploy.started", "deploy.completed", "deploy.failed", "domain.added", "error.reported"}
+KINDS = {"project.created", "deploy.started", "deploy.completed", "deploy.failed", "domain.added", "error.detected"}
 
 
 def test_platform_of_the_example_is_tried_as_its_page_says(shared_dir: Path) -> None:
