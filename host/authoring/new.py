@@ -95,8 +95,8 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
     place = shlex.quote(folder)
     made = f"make -C {place} && " if compiled else ""
     click.echo(f"wrote {folder}; next (its README.md has the rest):")
-    for line in (f"{made}sudo isolator dev {place}", f"sudo isolator plugin test {place}"):
-        click.echo(f"  {line}")
+    for command in (f"{made}sudo isolator dev", "sudo isolator plugin test", "sudo isolator plugin add"):
+        click.echo(f"  {command} {place}")
 
 
 def _sample(event: str) -> dict[str, Any]:
