@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import click
 
 EXIT_CODES = "0 done, 1 failed, 2 usage, 3 not found, 4 denied, 5 needs approval."
@@ -21,23 +18,23 @@ def exit_codes(path: str) -> str:
 class HelpFormatter(click.HelpFormatter):
     """The formatter of every command's help."""
 
-    _path, _has_options = "", False
+    _path, _is_help = "", False
 
     def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
         """Write the first line, which a mistake has as well."""
         super().write_usage(prog, args, prefix)
         self._path = prog
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], *args: Any, **kwargs: Any) -> None:
-        """Write a list, as every help has one."""
-        super().write_dl(rows, *args, **kwargs)
-        self._has_options = True
+    def write_heading(self, heading: str) -> None:
+        """Write a heading; every help has one, ``Options``."""
+        super().write_heading(heading)
+        self._is_help = True
 
     def getvalue(self) -> str:
         """The whole text."""
         variables = "; ".join(f"{name} {meaning}" for name, meaning in VARIABLES.items())
         end = f"\nExit codes: {exit_codes(self._path)}\nEnvironment: {variables}.\n"
-        return super().getvalue() + (end if self._has_options else "")
+        return super().getvalue() + (end if self._is_help else "")
 
 
 def use_formatter() -> None:

@@ -101,7 +101,11 @@ def _faulty(folder: Path, mode: str, fault: str = "", **manifest: Any) -> Path:
 
 def _certified(stage: tuple[PrivateDaemon, DeadEnd], folder: Path, *checks: str, **config: str) -> Report:
     plan = Plan(str(folder), {}, config, None, {}, 900.0)
-    return Certifier(stage[0], plan, stage[1], lambda _: None).certify(checks)
+    try:
+        return Certifier(stage[0], plan, stage[1], lambda _: None).certify(checks)
+    finally:  # the next one's events are for that one alone: what is in flight elsewhere cannot be cancelled
+        name = json.loads((folder / "plugin.json").read_text())["name"]
+        subprocess.run(["isolator", "--root", stage[0].root, "plugin", "remove", name, "--yes"], check=True)
 
 
 def _found(report: Report) -> dict[str, list[str]]:
