@@ -45,7 +45,11 @@ def sign(file: str | None, key: str | None, new_key: str | None, public: bool, a
     """
     if new_key is not None and not (file or key or public):
         made = _new_key(Path(new_key))
-        _say({"key": new_key, "public": made}, f"wrote {new_key}; its public half, for host.toml:\n{made}", as_json)
+        _say(
+            {"key": new_key, "public": made},
+            f"wrote {new_key}; its public half, the key in [trust.publishers.YOU] of a host.toml:\n{made}",
+            as_json,
+        )
     elif key is not None and public and not (file or new_key):
         half = public_half(read_key(Path(key)))
         _say({"public": half}, half, as_json)
