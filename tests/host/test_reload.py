@@ -29,7 +29,7 @@ class Answering:
         ({}, 7, {"host": ""}),
         ({}, 8, {}),
     ],
-    ids=["all are exchanged", "two are to come", "an older host, still the one of before", "an older host, another one"],
+    ids=["all are exchanged", "two are to come", "an older host, that of before", "an older host, another"],
 )
 def test_services_that_are_still_as_before(found: dict[str, Any], pid: int, left: dict[str, str]) -> None:
     assert _outdated(Answering(pid), found, 7) == left  # type: ignore[arg-type]

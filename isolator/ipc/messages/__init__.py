@@ -123,8 +123,8 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
         InvocationBegun, InvocationEnded, GetStderrTail, NewAuditSocket,
     ),
     "H → S": (
-        RaiseAlarm, ShutOut, EnsureRun, ConnectRun, ConnectRuns, BreakOff, RunReady, StartInvocation, StopRun, RestartRun,
-        HoldPlugin, FreePlugin, LosePlugin, StagePlugin,
+        RaiseAlarm, ShutOut, EnsureRun, ConnectRun, ConnectRuns, BreakOff, RunReady, StartInvocation, StopRun,
+        RestartRun, HoldPlugin, FreePlugin, LosePlugin, StagePlugin,
         CommitPlugin, DiscardPlugin, UpdatePlugin, RejectPlugin, RollBackPlugin, ApprovePlugin, RemovePlugin,
         EnablePlugin, DisablePlugin, ListPlugins, ExplainPolicy, ListServices, GetLedger, ReloadDaemon, GetGeneration,
         ListOutdated,
