@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import select
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ import pytest
 from host.authoring.languages import TESTS
 from isolator.cli.private_root import BASE
 from isolator.paths import Paths
-from tests.support.new_plugins import KINDS, build, environment, new_plugin
+from tests.docs.blocks import ROOT
+from tests.support.new_plugins import KINDS, build, environment, need, new_plugin
 from tests.support.timeouts import seconds
 from tests.system.daemon import alive, wait_for, write_plugin
 
@@ -153,6 +155,23 @@ def test_new_plugin_of_every_kind_passes_its_own_tests_and_its_trial(tmp_path: P
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize(
+    "example",
+    ["exec-lint", "python-stream-counter", "sh-deploy-log",
+     *(pytest.param(name, marks=pytest.mark.wide) for name in ("go-smoke-test", "rust-deploy-stats"))],
+)  # fmt: skip
+def test_example_that_needs_no_network_passes_its_trial(tmp_path: Path, example: str) -> None:
+    """The others: tests/clients/test_pytest_isolator.py, and tests/authoring/test_certify.py, where nothing answers."""
+    if (language := {"go-smoke-test": "go", "rust-deploy-stats": "rust"}.get(example)) is not None:
+        need(language)
+    folder = tmp_path / example
+    shutil.copytree(ROOT / "examples" / example, folder)
+    build(folder)
+    found = trial(str(folder), code=0)
+    hooks = json.loads((folder / "plugin.json").read_text())["hooks"]
+    assert found["ok"] and len(found["events"]) == len(hooks)
+
+
 def test_policy_withholds_and_a_payload_of_ones_own_is_sent(tmp_path: Path) -> None:
     """What the manifest asks for and the policy does not grant is not there; an event of a platform has its schema."""
     folder = write_plugin(tmp_path / "plugin", MODES["exec"], transport={"mode": "exec"}, hooks=["backup.failed"])
