@@ -172,9 +172,14 @@ class ChildProcess:
         self._tasks.keep(f"watch over {self.spec.name}", self._keep)
 
     @property
+    def as_before(self) -> bool:
+        """Whether the process is the one of before this process's exec."""
+        return self._adopted is not None and self.current is self._adopted
+
+    @property
     def outdated(self) -> bool:
-        """Whether the process is the one of before this process's exec, or the one after it does not serve yet."""
-        return self._adopted is not None and (self.current is self._adopted or not self.up.is_set())
+        """Whether it is that one, or the one after it does not serve yet."""
+        return self.as_before or (self._adopted is not None and not self.up.is_set())
 
     @property
     def unsettled(self) -> str:

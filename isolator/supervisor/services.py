@@ -199,11 +199,15 @@ class Services:
                     logger.error("%s could not be exchanged: %s", process.spec.name, error)
 
     def outdated(self) -> tuple[Outdated, ...]:
-        """The services that an exec has left as they were, or whose exchange is not over."""
+        """The services that an exec has left as they were, or whose exchange is not over.
+
+        The console is away by itself: that a new one serves is not waited for.
+        """
+        waited_for = (self.audit.process, self.broker.process, self.host.process)
         return tuple(
             Outdated(name=one.spec.name, refused=one.kept if one.up.is_set() else "")
             for one in self.every
-            if one.ways.succeed is not None and one.outdated
+            if one.ways.succeed is not None and (one.outdated if one in waited_for else one.as_before)
         )
 
 
