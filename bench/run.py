@@ -19,6 +19,7 @@ BENCHMARKS = {
     "exec": "running a program once for each event, in a cage of its own: the mode exec",
     "mcp": "calling a tool of an MCP server: over pipes, and in its cage through isolator mcp serve",
     "packages": "verifying a package of 10 MB",
+    "save": "isolator dev: from a save to the answer of the new version",
     "audit": "recording facts until all are durable",
     "bad_neighbours": "a good plugin beside bad ones: delivery, DNS, connect, host API, command",
     "egress": "carrying a plugin's traffic, beside a direct connection",
@@ -36,23 +37,29 @@ class Benchmark(Protocol):
     def measure(self, rounds: int) -> Report: ...
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
+    """Its options stand in ``dev``, too, which refuses others before it installs anything."""
     listing = "\n".join(f"  {name}: {what}" for name, what in (BENCHMARKS | LONG).items())
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="./dev bench",
         description="Run benchmarks side by side with peers.",
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which (all but {', '.join(LONG)})")
-    parser.add_argument("--rounds", type=int, default=100, metavar="N", help="rounds of each (100)")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where results go ({OUT})")
-    parser.add_argument("--quick", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # ./dev says where
-    parser.add_argument("--commit", default="this tree", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    made.add_argument("names", nargs="*", metavar="NAME", help=f"which (all but {', '.join(LONG)})")
+    made.add_argument("--rounds", type=int, default=100, metavar="N", help="rounds of each (100)")
+    made.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where results go ({OUT})")
+    made.add_argument("--quick", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # ./dev says where
+    made.add_argument("--commit", default="this tree", help=argparse.SUPPRESS)
+    return made
+
+
+def main() -> int:
+    reading = parser()
+    options = reading.parse_args()
     unknown = set(options.names) - set(BENCHMARKS | LONG)
     if unknown:
-        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        reading.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     if options.quick is not None:
         from bench.quick import run
 

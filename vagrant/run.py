@@ -30,22 +30,25 @@ PID_OUTSIDE = "ISOLATOR_VM_PID"  # variable: the pid, outside, of a process that
 RESULTS = CACHE / "vm"  # junit.xml and the logs of the last run
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Its options stand in ``dev``, too, which refuses others before it installs anything."""
+    made = argparse.ArgumentParser(
         prog="./dev vm", description="Run the tests in a virtual machine with pure cgroup v2 and systemd."
     )
-    parser.add_argument("--all", action="store_true", help="every test, not only those marked vm")
-    parser.add_argument("--direct", action="store_true", help="start QEMU without Vagrant and libvirt")
-    parser.add_argument("--command", metavar="SHELL", help="run this in the copied tree instead of the tests")
-    parser.add_argument("--reboots", action="store_true", help="only the tests that start the machine anew")
-    parser.add_argument("--release", metavar="NAME", help="of the distribution, such as trixie (the host's own)")
-    parser.add_argument(
-        "--stay", action="store_true", help="keep the machine afterwards, until ^C, and say how to enter"
-    )
-    parser.add_argument("--memory", type=int, default=2048, metavar="MB", help="of the machine (2048)")
-    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="of the machine (2)")
-    parser.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENT", help="passed on to pytest")
-    return parser.parse_args(arguments)
+    made.add_argument("--all", action="store_true", help="every test, not only those marked vm")
+    made.add_argument("--direct", action="store_true", help="start QEMU without Vagrant and libvirt")
+    made.add_argument("--command", metavar="SHELL", help="run this in the copied tree instead of the tests")
+    made.add_argument("--reboots", action="store_true", help="only the tests that start the machine anew")
+    made.add_argument("--release", metavar="NAME", help="of the distribution, such as trixie (the host's own)")
+    made.add_argument("--stay", action="store_true", help="keep the machine afterwards, until ^C, and say how to enter")
+    made.add_argument("--memory", type=int, default=2048, metavar="MB", help="of the machine (2048)")
+    made.add_argument("--cpus", type=int, default=2, metavar="N", help="of the machine (2)")
+    made.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENT", help="passed on to pytest")
+    return made
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    return parser().parse_args(arguments)
 
 
 def main() -> int:

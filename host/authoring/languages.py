@@ -49,11 +49,13 @@ LANGUAGES = tuple(MODES["oneshot"])
 SHARED: Files = (("common/LICENSE.txt", "LICENSE"), ("common/ci.yml.txt", ".github/workflows/test.yml"))
 COMPILED = ("typescript", "go", "rust")
 """Languages with a Makefile, whose first goal is the program."""
+RELEASES = {"typescript": "make && make clean", "go": "make", "rust": "make"}
+"""Commands after which a folder holds what is to be published."""
 TESTS = {
-    "python": "python3 -m unittest", "node": "node --test test.js", "typescript": "make test", "go": "go test",
+    "python": "python3 -B -m unittest", "node": "node --test test.js", "typescript": "make test", "go": "go test",
     "rust": "make test", "sh": "sh test.sh",
 }  # fmt: skip
-"""Command that runs a plugin's own tests."""
+"""Command that runs a plugin's own tests; what it leaves in the folder would be packed (``-B``: no ``__pycache__``)."""
 
 _PY, _JS = '("deploy.completed", {"project_id": "p1"}', '("deploy.completed", { project_id: "p1" }'
 _LINE = '{"jsonrpc":"2.0","method":"deploy.completed","params":{"project_id":"p1"},"id":1}'

@@ -159,7 +159,7 @@ def _without_demands(policy: bytes) -> bytes:
     from tomlkit.exceptions import TOMLKitError
 
     try:
-        document = tomlkit.parse(policy.decode())
+        document = tomlkit.parse(policy.decode("utf-8-sig"))
     except (ValueError, TOMLKitError):
         return policy  # whoever reads it says what is wrong
     document.pop("require", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from host.authoring.languages import CALLS, COMPILED, LANGUAGES, MODES, SHARED, TESTS
+from host.authoring.languages import CALLS, COMPILED, LANGUAGES, MODES, RELEASES, SHARED, TESTS
 from host.cli.output import SETTINGS
 from isolator.errors import UsageError
 
@@ -79,6 +79,7 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
         "source": files[0][1].format(name=plugin),
         "build": "make\n" if compiled else "",
         "test": TESTS[lang],
+        "release": f"{RELEASES[lang]}\n" if lang in RELEASES else "",
         "ci_build": "make && " if compiled else "",
         "event": event,
         "payload": json.dumps(_sample(event)),
@@ -93,7 +94,9 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
             path.chmod(0o755)
     place = shlex.quote(folder)
     made = f"make -C {place} && " if compiled else ""
-    click.echo(f"wrote {folder}; next:\n  {made}sudo isolator plugin test {place}\n  sudo isolator plugin add {place}")
+    click.echo(f"wrote {folder}; next (its README.md has the rest):")
+    for command in (f"{made}sudo isolator dev", "sudo isolator plugin test", "sudo isolator plugin add"):
+        click.echo(f"  {command} {place}")
 
 
 def _sample(event: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from isolator.reader import package
 
 SUFFIX = ".isolator"
 _LEFT_OUT = (b".git",)
+_PRIVATE_KEY = b"-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEI"
+"""Beginning of a private key of Ed25519 in PEM, as ``isolator sign`` makes and takes them (RFC 8410, section 7)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 @click.command(
     context_settings=SETTINGS,
-    epilog="\b\nExamples:\n  isolator pack ./deploy-bell\n  isolator pack . -o deploy-bell.isolator\n"
+    epilog="\b\nExamples:\n  isolator pack ./deploy-bell\n  isolator pack . -o ../deploy-bell.isolator\n"
     "  sudo isolator plugin add deploy-bell-1.0.0.isolator",
 )
 @click.argument("folder", metavar="DIR")
@@ -86,7 +88,7 @@ def pack_folder(folder: Path, output: Path | None = None) -> Packed:
     path = output or Path(f"{manifest.core.name}-{manifest.core.version}{SUFFIX}")
     if path.resolve().is_relative_to(folder.resolve()):
         # It would be packed itself by the next one, whose bytes would be others.
-        raise UsageError(str(path), "is inside the folder that is packed", "name another with -o")
+        raise UsageError(str(path), "is inside the folder that is packed", f"add -o {_outside(folder, path.name)}")
     try:
         with written_whole(path) as out:
             writer = _Writer(out, folder)
@@ -95,6 +97,11 @@ def pack_folder(folder: Path, output: Path | None = None) -> Packed:
         name = error.filename if isinstance(error.filename, str) else str(path)
         raise IsolatorError(name, error.strerror or "cannot be packed") from None
     return Packed(path, manifest.core.name, manifest.core.version, writer.sha256, writer.files, writer.written)
+
+
+def _outside(folder: Path, name: str) -> Path:
+    """A place beside the folder, as its user would write it."""
+    return Path("..") / name if folder.resolve() == Path.cwd() else folder.parent / name
 
 
 class _Writer:
@@ -151,6 +158,9 @@ class _Writer:
             self._write(self._header(path, info.st_size, executable=bool(info.st_mode & 0o111)))
             left = info.st_size
             for chunk in chunks(fd):
+                if left == info.st_size and chunk.startswith(_PRIVATE_KEY):
+                    why = "is a private key, such as 'isolator sign' takes: whoever has the package would have it"
+                    raise UsageError(self._shown(path), why, "keep it outside the folder")
                 left -= len(chunk)
                 self._write(chunk)
             if left:

@@ -11,7 +11,7 @@ from typing import Any
 from host.authoring.private_daemon import wait_until
 from host.cli.examples import example_of
 from host.client.client import Client
-from isolator.errors import UsageError
+from isolator.errors import UsageError, nearest
 from isolator.policy.names import OLDER_HOOKS
 
 _DOWN = ("backoff", "failed", "rejected")
@@ -53,7 +53,9 @@ def payload_for(client: Client, event: str) -> dict[str, Any]:
     types = {entry["name"]: entry for entry in client.call("event.types")["types"]}
     entry = types.get(OLDER_HOOKS.get(event, event))
     if entry is None:
-        raise UsageError(f"event {event}", "no such event", f"an event of your platform: --schema {event}=FILE")
+        near = nearest(event, types)
+        remedy = f"did you mean {near!r}? " if near else ""
+        raise UsageError(f"event {event}", "no such event", f"{remedy}an event of your platform: --schema {event}=FILE")
     return example_of(event, entry["schema"], entry["filled"])
 
 

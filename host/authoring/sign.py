@@ -45,7 +45,11 @@ def sign(file: str | None, key: str | None, new_key: str | None, public: bool, a
     """
     if new_key is not None and not (file or key or public):
         made = _new_key(Path(new_key))
-        _say({"key": new_key, "public": made}, f"wrote {new_key}; its public half, for host.toml:\n{made}", as_json)
+        _say(
+            {"key": new_key, "public": made},
+            f"wrote {new_key}; its public half, the key in [trust.publishers.YOU] of a host.toml:\n{made}",
+            as_json,
+        )
     elif key is not None and public and not (file or new_key):
         half = public_half(read_key(Path(key)))
         _say({"public": half}, half, as_json)
@@ -145,6 +149,10 @@ def _new_key(path: Path) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST_NAME).exists():
+            why = f"is in the folder of a plugin ({folder}), which would be packed with it"
+            raise UsageError(str(path), why, "name a place outside")
     key = Ed25519PrivateKey.generate()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

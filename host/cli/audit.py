@@ -21,6 +21,7 @@ from host.client.client import Client
 from isolator.audit import files, reader
 from isolator.audit.record import parse
 from isolator.cli.audit import audit, check_types, moment, print_lines, readable, width
+from isolator.cli.colour import styled
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError
 from isolator.paths import Paths
 
@@ -90,7 +91,7 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
         click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
         return
     for line in story_lines(event_id, [record for _, record in found], width()):
-        click.echo(click.style(line.text, fg="red") if line.bad else line.text)
+        click.echo(styled(line.text, "red") if line.bad else line.text)
 
 
 @audit.command(
@@ -178,7 +179,7 @@ class _Shown:
             lines = [line for line, record in records if record is None or self._wanted.matches(record)]
         print_lines(lines, self._as_json)
         for why in wrong:
-            click.secho(f"isolator: audit trail: {why}", fg="red", err=True)
+            click.echo(styled(f"isolator: audit trail: {why}", "red"), err=True)
 
 
 def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None) -> bool:

@@ -160,7 +160,7 @@ def _check(root: str | None, path: Path, text: str) -> None:
 def _makes_list(before: str, after: str, kind: str) -> bool:
     import tomllib
 
-    lists = [tomllib.loads(text).get("grant", {}).get(LISTS[kind]) for text in (before, after)]
+    lists = [tomllib.loads(text.removeprefix("\ufeff")).get("grant", {}).get(LISTS[kind]) for text in (before, after)]
     return lists[0] is None and lists[1] is not None
 
 

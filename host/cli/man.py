@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
+from host.cli.help import VARIABLES, exit_codes
 from host.cli.output import SETTINGS
 from isolator import __version__
 from isolator.errors import IsolatorError
 
 NAMES = "isolator*.1"
 """The files that belong to this program."""
-_EXIT_CODES = "0 done, 1 failed, 2 usage, 3 not found, 4 denied, 5 needs an operator's approval."
 
 
 @click.command(
@@ -73,11 +73,9 @@ def _page(command: click.Command, context: click.Context, path: list[str]) -> st
                 lines += [".TP", f".BR {_text(f'{title}-{name}')} (1)", _text(found.get_short_help_str(200))]
     if command.epilog:
         lines += [".SH EXAMPLES AND NOTES", *_paragraphs(command.epilog)]
-    lines += [".SH EXIT STATUS", _text(_EXIT_CODES if path[1:] != ["run"] else "That of the command; see above.")]
-    lines += [
-        ".SH ENVIRONMENT", ".TP", ".B ISOLATOR_ROOT", "Default of \\-\\-root.", ".TP", ".B NO_COLOR",
-        "Turns colours off.",
-    ]  # fmt: skip
+    lines += [".SH EXIT STATUS", _text(exit_codes(context.command_path)), ".SH ENVIRONMENT"]
+    for variable, meaning in VARIABLES.items():
+        lines += [".TP", f".B {variable}", _text(f"{meaning}.")]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from isolator.cli.colour import styled
 from isolator.errors import printable
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
@@ -46,7 +47,7 @@ def print_json(value: Any) -> None:
 def show_alarms(alarms: Sequence[str]) -> None:
     """Print the daemon's alarms in red, on stderr, so that they are seen beside JSON as well."""
     for alarm in alarms:
-        click.secho(f"ALARM: {safe(alarm)}", fg="red", err=True)
+        click.echo(styled(f"ALARM: {safe(alarm)}", "red"), err=True)
 
 
 def terminal_width() -> int | None:

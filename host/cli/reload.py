@@ -10,45 +10,75 @@ import click
 from host.cli.options import here
 from host.cli.output import print_json
 from host.client.client import Client
+from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UnavailableError
 
 _LOOK = 0.1
+_STEPS = 4
+"""Of the progress: the supervisor, then the three services that are exchanged."""
 
 
 @click.command(epilog="\b\nExamples:\n  sudo isolator reload\n  isolator reload --timeout 120")
 @click.option(
     "--timeout", default=90.0, show_default=True, type=click.FloatRange(1, 3600), help="Seconds to wait for it."
 )
+@click.option("--no-wait", is_flag=True, help="Return when the supervisor runs it; audit, broker and host follow.")
 @here
-def reload(root: str | None, timeout: float, as_json: bool) -> None:
+def reload(root: str | None, timeout: float, no_wait: bool, as_json: bool) -> None:
     """Take over an update and host.toml without stopping a plugin.
 
-    Returns when the daemon runs the program that is installed by now. If that cannot take over, the daemon goes on as
-    it is, and the reason is printed.
+    Returns when every process of the daemon runs the program that is installed by now, with the settings of host.toml.
+    If that cannot take over, the daemon goes on as it is, and the reason is printed.
     """
     end = time.monotonic() + timeout
     with Client(root, timeout=timeout) as client:
+        before = client.call("status")["pid"]
         wanted = client.call("daemon.reload")["generation"]
-    found = _wait(root, wanted, end)
+    with Progress("reloading", _STEPS, quiet=as_json) as progress:
+        found = _wait(root, wanted, end, None if no_wait else before, progress)
     if as_json:
         print_json({"generation": found["generation"], "version": found["version"]})
     else:
         click.echo(f"reloaded: version {found['version']}, generation {found['generation']}")
 
 
-def _wait(root: str | None, wanted: int, end: float) -> dict[str, Any]:
-    """The daemon's generation once it is the one that was wanted; each look is a connection of its own."""
+def _wait(root: str | None, wanted: int, end: float, host: int | None, progress: Progress) -> dict[str, Any]:
+    """Look until the reload is through; returns the daemon's generation. Each look is a connection of its own.
+
+    ``host``: the pid of the host process before it, for the services to be waited for, too.
+    """
+    left = "the supervisor"
     while True:
         try:
             with Client(root, timeout=max(1.0, end - time.monotonic())) as client:
                 found = client.call("daemon.generation")
-            if found["generation"] >= wanted:
-                return found
-            if found["refused"]:
+                if found["generation"] >= wanted:
+                    services = _outdated(client, found, host) if host is not None else {}
+                    progress.reach(_STEPS - len(services), _STEPS)
+                    if all(services.values()):
+                        return _complete(found, services)
+                    left = ", ".join(services)
+            if found["generation"] < wanted and found["refused"]:
                 raise IsolatorError("reload", f"refused, and nothing has changed: {found['refused']}")
         except UnavailableError:  # its host process is being exchanged
             if time.monotonic() > end:
                 raise
         if time.monotonic() > end:
-            raise UnavailableError("reload", "it has not come through in time", "see the daemon's log")
+            raise UnavailableError("reload", f"{left} has not come through in time", "see the daemon's log")
         time.sleep(_LOOK)
+
+
+def _outdated(client: Client, found: dict[str, Any], host: int) -> dict[str, str]:
+    """The services that are still as before, with the reason where it will stay so.
+
+    A host process of a version that does not know them is either to be exchanged, or the last to be.
+    """
+    if "outdated" in found:
+        return dict(found["outdated"])
+    return {"host": ""} if client.call("status")["pid"] == host else {}
+
+
+def _complete(found: dict[str, Any], services: dict[str, str]) -> dict[str, Any]:
+    for name, why in services.items():
+        raise IsolatorError("reload", f"{name} goes on as before the reload: {why}", "mend that and repeat it")
+    return found

@@ -7,13 +7,13 @@ Every command lives in a module of its own that is imported only when it is call
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from typing import NoReturn
 
 import click
 
+from host.cli.help import use_formatter
 from host.cli.many import load_command
 from isolator import __version__
 from isolator.errors import IsolatorError, UsageError, nearest
@@ -51,6 +51,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+use_formatter()
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
@@ -81,9 +84,7 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\b\nExamples:\n  isolator check\n  isolator run -- cat /etc/shadow\n"
     "  isolator plugin add ./examples/slack-deploy-notifier\n  isolator audit tail -f\n\n"
-    "\b\nExit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 denied, 5 needs approval;\n"
-    "those of 'run' are in its own help. With --json an error is JSON too, on stderr.\n\n"
-    "Environment: ISOLATOR_ROOT is the default of --root; NO_COLOR turns colours off.",
+    "With --json an error is JSON too, on stderr.",
 )
 @click.option("--root", metavar="DIR", envvar="ISOLATOR_ROOT", help="Put every path below DIR (default: /).")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -92,8 +93,6 @@ class LazyGroup(click.Group):
 def cli(ctx: click.Context, root: str | None, debug: bool) -> None:
     """Run untrusted plugins in cages, deliver events to them, and keep a record of everything they do."""
     ctx.obj = root
-    if os.environ.get("NO_COLOR"):
-        ctx.color = False
 
 
 def call() -> None:

@@ -49,6 +49,9 @@ HEADERS = {
 QUIET = 15.0
 """Seconds after which a live stream without news gets a sign of life."""
 INGRESS = "/v1/ingress/"
+CHALLENGES = ('Isolator realm="console"', 'Standard-Webhooks realm="ingress"')
+"""What a 401 has to come with (RFC 9110, section 15.5.2): of the console, and of an ingress. Browsers ask nobody for
+schemes that they do not know."""
 ASKING = 4
 """Answers of the API that are being made at a time; one may have some megabytes."""
 BODIES = 8 << 20
@@ -315,12 +318,14 @@ class App:
     def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, IsolatorError)
         status = api.STATUS.get(error.code, 502)
-        if error.code == "denied" and self._is_unknown(request):
+        if error.code == "denied" and self._is_unknown(request, error):
             status = 401
         return self._error(request, status, error)
 
-    def _is_unknown(self, request: Request) -> bool:
-        return _path(request).startswith(INGRESS) or self._caller(request) is None
+    def _is_unknown(self, request: Request, error: IsolatorError) -> bool:
+        if _path(request).startswith(INGRESS):
+            return isinstance(error, events.UnknownSenderError)
+        return self._caller(request) is None
 
     def _http_refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -330,9 +335,14 @@ class App:
         return self._error(request, error.status_code, found)
 
     def _error(self, request: Request, status: int, error: IsolatorError) -> Response:
+        answer: Response
         if _path(request).startswith("/v1/") or "text/html" not in request.headers.get("accept", ""):
-            return _json({"error": error.to_json()}, status)
-        return self._html("error.html", request, {"error": error, "status": status}, status)
+            answer = _json({"error": error.to_json()}, status)
+        else:
+            answer = self._html("error.html", request, {"error": error, "status": status}, status)
+        if status == 401:
+            answer.headers["WWW-Authenticate"] = CHALLENGES[_path(request).startswith(INGRESS)]
+        return answer
 
 
 def _with_headers(send: Send) -> Send:

@@ -1,7 +1,8 @@
 """Events that come in over HTTP: as CloudEvents from callers with the role ``emitter``, signed from anywhere else.
 
-Of a signed request (Standard Webhooks) nothing is parsed before its signature fits. Everything that is wrong with one
-gets the same answer: nobody learns which ingresses there are.
+Of a signed request (Standard Webhooks) nothing is parsed before its signature fits. Whatever is wrong until then gets
+the same answer, 401: nobody learns which ingresses there are. A sender whose signature fits learns that a type does not
+come in: 403 (RFC 9110, section 15.5.4).
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _SIGNATURES = 16
 _NOBODYS = base64.b64encode(secrets.token_bytes(32)).decode()
 """A secret that nobody has."""
 _ID = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+class UnknownSenderError(DeniedError):
+    """A request that no key of its ingress has signed."""
 
 
 def cloud_event(kind: str, headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
@@ -74,11 +79,16 @@ def as_many(keys: Sequence[str], of_all: Iterable[Sequence[str]]) -> tuple[str, 
 def signed_event(
     name: str, ingress: Ingress | None, keys: Sequence[str], headers: Mapping[str, str], body: bytes
 ) -> dict[str, Any]:
-    """Parameters of ``event.emit`` from a signed request; raises DeniedError, and UsageError for a bad signed body."""
+    """Parameters of ``event.emit`` from a signed request.
+
+    Raises UnknownSenderError without a good signature, DeniedError for an event that does not come in there, and
+    UsageError for a bad signed body.
+    """
     number = headers.get("webhook-id", "")
     genuine = _genuine(keys, number, headers, body)  # takes as long for a name that does not exist
     if ingress is None or not genuine:
-        raise DeniedError("ingress", "there is none of this name, or the signature does not fit", "see docs/console.md")
+        why = "there is none of this name, or the signature does not fit"
+        raise UnknownSenderError("ingress", why, "see docs/console.md")
     fields = _object(body, "body")
     kind, data = fields.get("type"), fields.get("data", {})
     if not isinstance(kind, str) or not isinstance(data, dict):

@@ -50,11 +50,16 @@ class DaemonStatus(TypedDict):
 
 
 class Reloaded(TypedDict):
-    """The daemon's generation: 1 at its start, one more with each reload; why the last one was refused, if it was."""
+    """The daemon's generation: 1 at its start, one more with each reload; why the last one was refused, if it was.
+
+    ``outdated``: its services that serve as before the reload until they are exchanged, each with the reason why it
+    could not be, or an empty text while that is still to come.
+    """
 
     generation: int
     version: str
     refused: str
+    outdated: dict[str, str]
 
 
 class ReloadBegun(TypedDict):
@@ -66,7 +71,7 @@ class Reload(Request, verb="daemon.reload", role="operator", recorded=True, resu
 
 
 class DaemonGeneration(Request, verb="daemon.generation", role="viewer", result=Reloaded):
-    """Return the daemon's generation, and why the last reload was refused, if it was."""
+    """Return the daemon's generation, why the last reload was refused, and the services that it has not exchanged."""
 
 
 class SnapshotTaken(TypedDict):

@@ -25,6 +25,7 @@ from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import BackupTaken
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError, nearest
+from isolator.ipc.channel import NO_OPERATION
 from isolator.policy.request import API_MAJORS
 
 _SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
@@ -101,7 +102,18 @@ class DaemonVerbs:
 
     async def generation(self, _: daemon_types.DaemonGeneration, __: Caller) -> daemon_types.Reloaded:
         found = await self._link.generation()
-        return {"generation": found.generation, "version": found.version, "refused": found.refused}
+        try:
+            outdated = {one.name: one.refused for one in (await self._link.outdated()).services}
+        except IsolatorError as error:
+            if error.why != NO_OPERATION:
+                raise
+            outdated = {"host": ""}  # the supervisor is of the version before, and will exchange this process, too
+        return {
+            "generation": found.generation,
+            "version": found.version,
+            "refused": found.refused,
+            "outdated": outdated,
+        }
 
     async def snapshot(self, request: daemon_types.DaemonSnapshot, caller: Caller) -> daemon_types.SnapshotTaken:
         if caller.uid != 0:

@@ -103,5 +103,9 @@ class SupervisorLink:
         """The supervisor's version, and how often it was reloaded."""
         return await self._ask(messages.GetGeneration())
 
+    async def outdated(self) -> messages.OutdatedServices:
+        """The services that the last reload has not exchanged, or not yet."""
+        return await self._ask(messages.ListOutdated())
+
     async def _ask(self, request: Request[R], *, timeout: float = SUPERVISOR_TIMEOUT) -> R:
         return await self._channel.ask(request, timeout=timeout)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from isolator.cli.colour import styled
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
 from isolator.paths import Paths
@@ -181,7 +182,7 @@ def print_lines(lines: list[bytes], as_json: bool) -> None:
             texts.append(printable(line.decode("ascii", "backslashreplace")))
         elif (record := parse(line)) is not None:
             colour = "red" if record.type.endswith(_BAD) else None
-            texts.append(click.style(record_text(record), fg=colour) if colour else record_text(record))
+            texts.append(styled(record_text(record), colour) if colour else record_text(record))
         else:
             texts.append(f"(no record) {printable(line.decode('utf-8', 'replace'))}")
     if texts:

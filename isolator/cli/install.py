@@ -26,8 +26,8 @@ COMPLETIONS = {
     "fish": Path("/usr/share/fish/vendor_completions.d/isolator.fish"),
 }
 MAN_PAGES = Path("/usr/local/share/man/man1")
-_REFUSED = "refused, and nothing has changed"
-"""Words of ``isolator reload`` when a daemon that knows reloads does not do this one."""
+_REFUSED, _OUTDATED = "refused, and nothing has changed", "goes on as before the reload"
+"""Words of ``isolator reload`` when a daemon that knows reloads does not do this one, or not the whole of it."""
 
 
 @click.command(
@@ -134,14 +134,14 @@ def _is_active(service: str) -> bool:
 def _reload(program: Path, paths: Paths) -> bool:
     """Have the daemon that runs execute the new version; False when it is of a version that cannot.
 
-    Raises IsolatorError when it can and refuses: then it still runs the version before.
+    Raises IsolatorError when it can and refuses: then it, or the service that is named, still is of the version before.
     """
     root = ["--root", str(paths.root)] if paths.instance else []
     result = subprocess.run(
         [program, *root, "reload"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     why = result.stderr.strip().removeprefix("isolator: ")
-    if result.returncode and _REFUSED in why:
+    if result.returncode and (_REFUSED in why or _OUTDATED in why):
         raise IsolatorError("upgrade", why, f"mend that and repeat it, or 'systemctl restart {_unit_path(paths).name}'")
     return result.returncode == 0
 

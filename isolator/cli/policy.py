@@ -252,7 +252,7 @@ def _kind(path: Path) -> str:
         return "policy"
     try:
         with path.open("rb") as file:
-            keys = set(tomllib.loads(file.read(256 * 1024).decode("utf-8", "replace")))
+            keys = set(tomllib.loads(file.read(256 * 1024).decode("utf-8-sig", "replace")))
     except (OSError, ValueError):
         return "policy"
     return "host" if keys & _HOST_KEYS and not keys & _POLICY_KEYS else "policy"

@@ -54,11 +54,15 @@ REST = 0.2
 """Seconds until a notification is looked at again whose descriptors found no room."""
 MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
 """Requests of a peer that are served at the same time, and their bytes."""
+NO_OPERATION = "no such operation"
+"""Why a request is refused that the peer does not know."""
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
-__all__ = ["MAX_FDS", "MAX_PACKET", "Channel", "Handler", "Message", "pair", "receive_packet", "send_packet"]
+__all__ = [
+    "MAX_FDS", "MAX_PACKET", "NO_OPERATION", "Channel", "Handler", "Message", "pair", "receive_packet", "send_packet",
+]  # fmt: skip
 
 
 class Channel:
@@ -406,9 +410,8 @@ class Channel:
         try:
             handler = self._handlers.get(op)
             if handler is None:
-                raise IsolatorError(
-                    f"{self.name}: {op[:80]}", "no such operation", "versions of the daemon may be mixed"
-                )
+                what = f"{self.name}: {op[:80]}"
+                raise IsolatorError(what, NO_OPERATION, "versions of the daemon may be mixed")
             result = await handler(message)
             if isinstance(result, Message):
                 answer, fds = {"re": number, "ok": result.fields}, result.fds

@@ -1,7 +1,7 @@
 """Edit a policy file for an operator: a list of ``[grant]`` gains or loses values, approved lines come in.
 
-Everything else stays.
-Comments, order and the form of other lines are kept. The result is not checked here: read it with ``parse.load``.
+Everything else stays: comments, order, the form of other lines, a byte order mark. The result is not checked here: read
+it with ``parse.load``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ Value = str | int
 """One value of a list: text, or the uid of a caller."""
 LISTS = {"egress": "egress", "hook": "hooks", "permission": "permissions", "tool": "tools", "caller": "callers"}
 """Keys of ``[grant]`` by what operators call one value of them."""
+_MARK = "\ufeff"
+"""A byte order mark, with which some editors begin a file; it is no TOML (and ``parse`` passes it over)."""
 
 
 def granted(text: str, kind: str, value: Value, *, in_force: Sequence[Value]) -> str:
@@ -34,7 +36,7 @@ def granted(text: str, kind: str, value: Value, *, in_force: Sequence[Value]) ->
         return text
     else:
         _append(found, value)
-    return str(document.as_string())
+    return _written(document, text)
 
 
 def approved(text: str, lines: Sequence[Line]) -> str:
@@ -51,7 +53,7 @@ def approved(text: str, lines: Sequence[Line]) -> str:
                 _append(found, wanted)
         else:
             table[key] = value
-        text = str(document.as_string())
+        text = _written(document, text)
     return text
 
 
@@ -78,7 +80,7 @@ def revoked(text: str, kind: str, value: Value, *, in_force: Sequence[Value]) ->
         raise UsageError(f"{kind} {value}", f"is not in the file's list; {covering}", "name one as it stands there")
     else:
         found.remove(value)
-    return str(document.as_string())
+    return _written(document, text)
 
 
 def _opened(text: str, section: str = "grant") -> tuple[Any, Any]:
@@ -86,7 +88,7 @@ def _opened(text: str, section: str = "grant") -> tuple[Any, Any]:
     from tomlkit.exceptions import TOMLKitError
 
     try:
-        document = tomlkit.parse(text)
+        document = tomlkit.parse(text.removeprefix(_MARK))
     except TOMLKitError as error:
         raise UsageError("policy", str(error), "see 'isolator policy check'") from None
     table = document.get(section)
@@ -96,3 +98,7 @@ def _opened(text: str, section: str = "grant") -> tuple[Any, Any]:
     if not hasattr(table, "add"):
         raise UsageError("policy", f"{section} is no table", "see 'isolator policy check'")
     return document, table
+
+
+def _written(document: Any, before: str) -> str:
+    return (_MARK if before.startswith(_MARK) else "") + str(document.as_string())

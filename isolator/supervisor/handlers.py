@@ -71,6 +71,7 @@ class Handlers:
             messages.GetLedger.on(self._ledger),
             messages.ReloadDaemon.on(self._reload),
             messages.GetGeneration.on(self._generation),
+            messages.ListOutdated.on(self._outdated),
         )
 
     def _to_the_end(self, handler: Callable[[Q], Coroutine[Any, Any, T]]) -> Callable[[Q], Coroutine[Any, Any, T]]:
@@ -240,6 +241,9 @@ class Handlers:
     async def _generation(self, _: messages.GetGeneration) -> messages.Generation:
         version, now = isolator.__version__, self._reloads
         return messages.Generation(version=version, generation=now.generation, refused=now.refused)
+
+    async def _outdated(self, _: messages.ListOutdated) -> messages.OutdatedServices:
+        return messages.OutdatedServices(services=self._services.outdated())
 
     def _one(self, plugin: Plugin) -> messages.OnePlugin:
         return messages.OnePlugin(plugin=self._table.entry(plugin))

@@ -124,6 +124,9 @@ class ChildProcess:
         """Held while one process takes the place of another."""
         self.blame = ""
         """Why an exchange has failed, which ended the process."""
+        self.kept = ""
+        """Why the last exchange has failed, and the process that was to leave goes on."""
+        self._adopted: Generation | None = None
         self.ways = Ways(_no_introduction)
         self._subtree, self._journal = subtree, journal
         self._waiting: list[tuple[Request[Any], list[int]]] | None = None
@@ -164,8 +167,19 @@ class ChildProcess:
         channel = Channel(end, ways.handlers, name=self.spec.name, before=before.channel)
         self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
         self._alive.append(self.current)
+        self._adopted = self.current
         self.up.set()
         self._tasks.keep(f"watch over {self.spec.name}", self._keep)
+
+    @property
+    def as_before(self) -> bool:
+        """Whether the process is the one of before this process's exec."""
+        return self._adopted is not None and self.current is self._adopted
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it is that one, or the one after it does not serve yet."""
+        return self.as_before or (self._adopted is not None and not self.up.is_set())
 
     @property
     def unsettled(self) -> str:

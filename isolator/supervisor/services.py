@@ -23,7 +23,7 @@ from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import ServiceEntry
+from isolator.ipc.messages import Outdated, ServiceEntry
 from isolator.layers.user import add_service_user
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
@@ -188,12 +188,27 @@ class Services:
         async with self.exchanging, contextlib.AsyncExitStack() as stack:
             with contextlib.suppress(IsolatorError, OSError):  # it is begun anew for each, which says what failed
                 await stack.enter_async_context(self._zygotes.ready())
-            for process in self.every:
-                if process.ways.succeed is not None:
-                    try:
-                        await exchange(process)
-                    except (IsolatorError, OSError) as error:
-                        logger.error("%s could not be exchanged: %s", process.spec.name, error)
+            lasting = [process for process in self.every if process.ways.succeed is not None]
+            for process in lasting:
+                process.kept = ""
+            for process in lasting:
+                try:
+                    await exchange(process)
+                except (IsolatorError, OSError) as error:
+                    process.kept = str(error)
+                    logger.error("%s could not be exchanged: %s", process.spec.name, error)
+
+    def outdated(self) -> tuple[Outdated, ...]:
+        """The services that an exec has left as they were, or whose exchange is not over.
+
+        The console is away by itself: that a new one serves is not waited for.
+        """
+        waited_for = (self.audit.process, self.broker.process, self.host.process)
+        return tuple(
+            Outdated(name=one.spec.name, refused=one.kept if one.up.is_set() else "")
+            for one in self.every
+            if one.ways.succeed is not None and (one.outdated if one in waited_for else one.as_before)
+        )
 
 
 def _make_users(paths: Paths) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,8 +27,8 @@ from isolator.registration.certificates import HERE, Certificate, certifier, kee
 from isolator.registration.reading import ManifestReader, read_certificate
 from isolator.registration.staging import Source, discard
 from isolator.registration.staging import stage as staged
-from tests.support.go import go_cache
-from tests.support.new_plugins import KINDS, build, new_plugin
+from tests.support.flask_libraries import bring_flask
+from tests.support.new_plugins import KINDS, build, need, new_plugin
 from tests.support.offers import offered
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, write_plugin
@@ -62,19 +61,21 @@ PLANTED = {
     ("stream", "answers notifications"): "note",
 }
 """The check that has to find each planted fault, by mode and fault."""
-EXAMPLES: dict[str, tuple[list[str], dict[str, str]]] = {
-    "exec-lint": ([], {}),
-    "flask-notifier": (["./build"], {"signing_key": "whsec_c2VjcmV0"}),
-    "go-smoke-test": (["make"], {}),
-    "mcp-github-like": ([], {"api_token": "t", "repository": "o/r"}),
-    "node-webhook": ([], {"webhook_url": "https://hooks.example.com/x"}),
-    "page-report": ([], {}),
-    "python-stream-counter": ([], {}),
-    "rust-deploy-stats": (["make"], {}),
-    "sh-deploy-log": ([], {}),
-    "slack-deploy-notifier": ([], {"slack_webhook_url": "https://hooks.slack.com/x"}),
+EXAMPLES: dict[str, dict[str, str]] = {
+    "exec-lint": {},
+    "flask-notifier": {"signing_key": "whsec_c2VjcmV0"},
+    "go-smoke-test": {},
+    "mcp-github-like": {"api_token": "t", "repository": "o/r"},
+    "node-webhook": {"webhook_url": "https://hooks.example.com/x"},
+    "page-report": {},
+    "python-stream-counter": {},
+    "rust-deploy-stats": {},
+    "sh-deploy-log": {},
+    "slack-deploy-notifier": {"slack_webhook_url": "https://hooks.slack.com/x"},
 }
-"""What builds each example, and the config that it needs; but for ``hostile``, which is not made to hold."""
+"""The config that each example needs; but for ``hostile``, which is not made to hold."""
+COMPILED = {"go-smoke-test": "go", "rust-deploy-stats": "rust"}
+"""The language of those that are left out where its compiler is not there."""
 ALWAYS = {("oneshot", "reads once")}
 
 
@@ -101,7 +102,11 @@ def _faulty(folder: Path, mode: str, fault: str = "", **manifest: Any) -> Path:
 
 def _certified(stage: tuple[PrivateDaemon, DeadEnd], folder: Path, *checks: str, **config: str) -> Report:
     plan = Plan(str(folder), {}, config, None, {}, 900.0)
-    return Certifier(stage[0], plan, stage[1], lambda _: None).certify(checks)
+    try:
+        return Certifier(stage[0], plan, stage[1], lambda _: None).certify(checks)
+    finally:  # the next one's events are for that one alone: what is in flight elsewhere cannot be cancelled
+        name = json.loads((folder / "plugin.json").read_text())["name"]
+        subprocess.run(["isolator", "--root", stage[0].root, "plugin", "remove", name, "--yes"], check=True)
 
 
 def _found(report: Report) -> dict[str, list[str]]:
@@ -268,12 +273,12 @@ def test_damaged_record_of_a_certificate_counts_for_nothing(tmp_path: Path) -> N
 def test_example_is_certified(stage: tuple[PrivateDaemon, DeadEnd], tmp_path: Path, example: str) -> None:
     folder = tmp_path / example
     shutil.copytree(ROOT / "examples" / example, folder)
-    build, config = EXAMPLES[example]
-    if build:
-        if shutil.which(build[0]) is None:
-            pytest.skip(f"{build[0]}, which builds it, is not installed")
-        subprocess.run(build, cwd=folder, check=True, env=os.environ | {"GOCACHE": go_cache(tmp_path)})
-    report = _certified(stage, folder, **config)
+    if example in COMPILED:
+        need(COMPILED[example])
+    if example == "flask-notifier":
+        bring_flask(folder)
+    build(folder)
+    report = _certified(stage, folder, **EXAMPLES[example])
     assert report.ok and report.whole, _found(report)
 
 

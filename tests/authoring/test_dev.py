@@ -63,8 +63,14 @@ def test_each_save_is_in_use_and_its_author_sees_log_denials_and_faults(tmp_path
         dev.next("error")
         (folder / "plugin.json").write_text(manifest)
         dev.next("loaded")
+        (folder / "plugin.json").write_text("{")
+        dev.next("error")
+        (folder / "plugin.json").write_text(manifest)
+        assert "is what is in use already" in str(dev.next("note"))
         dev.say("no.such {}")
         assert "no.such" in str(dev.next("error")["error"])
+        dev.say("deploy.complet")
+        assert "did you mean 'deploy.completed'?" in dev.next("error")["error"]["remedy"]
         dev.say("events")
         assert '"project_id"' in dev.next("events")["events"]["deploy.completed"]
         dev.say("deploy.completed")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_package_is_an_archive_that_tar_reads(parcel: Path, tmp_path: Path) -> N
     assert (tmp_path / "out/lib/ü \n").exists() and os.access(tmp_path / "out/main", os.X_OK)
 
 
-@pytest.mark.parametrize("kind", ["link", "fifo", "reserved", "long"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "reserved", "long", "key"])
 def test_folder_that_no_package_can_hold_is_refused_and_nothing_is_written(tmp_path: Path, kind: str) -> None:
     folder = _example(tmp_path / "plugin")
     if kind == "link":
@@ -171,10 +172,15 @@ def test_folder_that_no_package_can_hold_is_refused_and_nothing_is_written(tmp_p
         os.mkfifo(folder / "b")
     elif kind == "reserved":
         (folder / "isolator.sum").touch()
+    elif kind == "key":
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(folder / "b.key")], check=True)
     else:
         (folder / ("n" * 101)).touch()
-    expected = {"link": "is a link", "fifo": "neither a file", "reserved": "package's own", "long": "too long"}[kind]
-    with pytest.raises(UsageError, match=expected):
+    expected = {
+        "link": "is a link", "fifo": "neither a file", "reserved": "package's own", "long": "too long",
+        "key": "b.key: is a private key",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=expected[kind]):
         pack_folder(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["plugin"]
 
@@ -184,7 +190,10 @@ async def test_pack_command_names_the_file_by_plugin_and_version(tmp_path: Path)
     ran = await isolator(tmp_path, "pack", "plugin", "--json", cwd=tmp_path)
     assert ran.json["file"] == "parcel-1.0.0.isolator" and ran.json["files"] == 10
     ran = await isolator(tmp_path, "pack", "plugin", "-o", "plugin/x", cwd=tmp_path)
-    assert ran.code == 2 and "inside the folder" in ran.err
+    assert ran.code == 2 and "inside the folder" in ran.err and "add -o x" in ran.err
+    ran = await isolator(tmp_path, "pack", ".", cwd=tmp_path / "plugin")
+    assert ran.code == 2 and ran.err.endswith("add -o ../parcel-1.0.0.isolator\n")
+    assert (await isolator(tmp_path, "pack", ".", "-o", "../parcel-1.0.0.isolator", cwd=tmp_path / "plugin")).code == 0
     ran = await isolator(tmp_path, "pack", "nowhere", cwd=tmp_path)
     assert ran.code == 3 and ran.err.count("\n") == 1
 

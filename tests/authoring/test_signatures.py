@@ -205,6 +205,10 @@ async def test_commands_make_a_key_once_and_sign(tmp_path: Path) -> None:
     assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
     again = await isolator(tmp_path, "sign", "--new-key", "k", cwd=tmp_path)
     assert again.code == 2 and "is there already" in again.err
+    (tmp_path / "plugin/inner").mkdir(parents=True)
+    (tmp_path / "plugin/plugin.json").touch()
+    inside = await isolator(tmp_path, "sign", "--new-key", "k", cwd=tmp_path / "plugin/inner")
+    assert inside.code == 2 and "would be packed with it" in inside.err and inside.err.count("\n") == 1
     path = _packed(tmp_path)
     assert (await isolator(tmp_path, "sign", str(path), "--key", "k", "--json", cwd=tmp_path)).json["public"] == made
     for words, code in ((["nowhere", "--key", "k"], 3), ([str(path)], 2), ([str(tmp_path / "k"), "--key", "k"], 2)):

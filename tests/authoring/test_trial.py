@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import select
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ import pytest
 from host.authoring.languages import TESTS
 from isolator.cli.private_root import BASE
 from isolator.paths import Paths
-from tests.support.new_plugins import KINDS, build, environment, new_plugin
+from tests.docs.blocks import ROOT
+from tests.support.new_plugins import KINDS, build, environment, need, new_plugin
 from tests.support.timeouts import seconds
 from tests.system.daemon import alive, wait_for, write_plugin
 
@@ -150,6 +152,22 @@ def test_new_plugin_of_every_kind_passes_its_own_tests_and_its_trial(tmp_path: P
     found = trial(str(folder))
     assert (found["mode"], [answer["outcome"] for answer in found["events"]]) == (mode, ["ok"]), found
     assert any("deploy.completed" in line["line"] or "project-1" in line["line"] for line in found["log"])
+
+
+@pytest.mark.parametrize(
+    "example",
+    ["exec-lint", "python-stream-counter", "sh-deploy-log", pytest.param("rust-deploy-stats", marks=pytest.mark.wide)],
+)
+def test_example_that_needs_no_network_passes_its_trial(tmp_path: Path, example: str) -> None:
+    """The others: tests/clients/test_pytest_isolator.py, and tests/authoring/test_certify.py, where nothing answers."""
+    if example.startswith("rust"):
+        need("rust")
+    folder = tmp_path / example
+    shutil.copytree(ROOT / "examples" / example, folder)
+    build(folder)
+    found = trial(str(folder), code=0)
+    hooks = json.loads((folder / "plugin.json").read_text())["hooks"]
+    assert found["ok"] and len(found["events"]) == len(hooks)
 
 
 @pytest.mark.wide

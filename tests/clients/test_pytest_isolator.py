@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.blocks import blocks
+from tests.docs.scene import write_plugin_of
 from tests.support.timeouts import seconds
 from tests.system.daemon import write_plugin
 
@@ -105,6 +107,14 @@ def test_fixtures_test_a_plugin_in_its_cage_with_pretend_answers(tmp_path: Path)
     (tmp_path / "prod.toml").write_text('[grant]\nhooks = ["project.*"]\n')
     ran = run_tests(tmp_path, TESTS)
     assert ran.returncode == 0 and "2 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/plugins.md", "clients/pytest/README.md"])
+def test_test_that_a_page_shows_passes_with_the_plugin_of_the_guide(tmp_path: Path, page: str) -> None:
+    write_plugin_of("docs/plugins.md", tmp_path / "deploy-bell")
+    (shown,) = [block.body for block in blocks(ROOT / page) if "def test_bell_rings" in block.body]
+    ran = run_tests(tmp_path, shown)
+    assert ran.returncode == 0 and "1 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_example_passes_the_tests_that_it_comes_with(tmp_path: Path) -> None:

@@ -117,10 +117,12 @@ def test_signature_is_the_only_way_in_from_outside(console: Console) -> None:
         ingress(console, body, good, "/v1/ingress/nobody") == answers["no headers"]
     )  # and names are not to be guessed
     assert host
+    refused = console.at_port("/v1/ingress/shop", method="POST", host=OUTSIDE, body=body)
+    assert refused.status == 401 and refused.headers["www-authenticate"] == 'Standard-Webhooks realm="ingress"'
 
 
 def test_signed_event_of_another_type_or_shape_is_refused(console: Console) -> None:
-    for body, status in ((signed_body("deploy.failed"), 401), (b"{}", 400), (b"[]", 400), (b"no", 400)):
+    for body, status in ((signed_body("deploy.failed"), 403), (b"{}", 400), (b"[]", 400), (b"no", 400)):
         assert ingress(console, body, console.signed(body, number=f"o{len(body)}"))[0] == status, body
 
 

@@ -38,7 +38,8 @@ def test_style_and_script_are_served(console: Console, name: str, kind: str) -> 
 
 @pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_shown_without_a_session(console: Console, path: str) -> None:
-    assert console.at_port(path).status == 401
+    refused = console.at_port(path)
+    assert refused.status == 401 and refused.headers["www-authenticate"] == 'Isolator realm="console"'
     assert console.at_port(path, cookie="isolator=" + "A" * 43).status == 401
 
 

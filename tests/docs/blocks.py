@@ -13,7 +13,15 @@ from pathlib import Path
 from tests.support.timeouts import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("docs", "bench", "clients", "examples", "packaging", "policies", "tests", "vagrant")
+_ELSEWHERE = {"node_modules", "templates", "out"}
+"""Folders of pages that are not this repository's, or that become another's (tests/system/test_new.py runs those)."""
+PAGES = [
+    path
+    for pages in (ROOT.glob("*.md"), *((ROOT / name).rglob("*.md") for name in FOLDERS))
+    for path in sorted(pages)
+    if not _ELSEWHERE & {*path.relative_to(ROOT).parts}
+]
 _FENCE = re.compile(
     r"(?:^ *<!-- (?:not run: (?P<why>[^\n]+)|run in: (?P<place>[^\n]+)) -->\n)?"
     r"^ *```(?P<kind>\w*)\n(?P<body>.*?)^ *```$",

@@ -17,7 +17,11 @@ ALL = [block for page in PAGES for block in blocks(page)]
 HERE = ("cat /etc/shadow\ncat:", "hello-deploy --yes", "git clone")
 """Words of the blocks of README that a test of their own runs."""
 NOT_RUN = {
+    "CONTRIBUTING.md": 1,
     "README.md": 1,
+    "bench/README.md": 1,
+    "clients/pytest/README.md": 1,
+    "clients/python/README.md": 1,
     "docs/cluster.md": 3,
     "docs/compatibility.md": 1,
     "docs/console.md": 1,
@@ -25,6 +29,8 @@ NOT_RUN = {
     "docs/install.md": 5,
     "docs/mcp.md": 1,
     "docs/policy.md": 1,
+    "tests/compat/plugins/README.md": 1,
+    "vagrant/README.md": 1,
 }
 """Blocks that cannot be run here; the marker above each says why."""
 
@@ -36,6 +42,19 @@ def test_every_block_of_commands_is_run_or_says_why_it_cannot_be() -> None:
     left = [b for b in shell if not b.why and not b.place and b not in played and not any(w in b.body for w in HERE)]
     assert not left
     assert len(played) == len(set(played))
+
+
+def test_pages_of_the_whole_repository_are_looked_at() -> None:
+    here = {str(page.relative_to(ROOT)) for page in PAGES}
+    assert {
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "examples/platform/README.md",
+        "docs/recipes/layer.md",
+    } <= here
+    left = {path for path in ROOT.rglob("*.md") if not {"node_modules", "templates", "out"} & {*path.parts}} - {*PAGES}
+    assert not [path for path in left if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
 
 
 @pytest.mark.parametrize("place", sorted({block.place for block in ALL} - {""}))

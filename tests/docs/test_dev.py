@@ -3,19 +3,113 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
+import sys
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bench.run import BENCHMARKS, LONG
+from bench.run import parser as bench
+from tests.docs.blocks import PAGES, blocks
+from vagrant.run import parser as vm
+
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("command", ["demo", "setup", "shell"])
-def test_unknown_option_is_refused_at_once(command: str) -> None:
-    ran = subprocess.run(["sh", REPO / "dev", command, "--nonsense"], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert f"{command}: takes no options" in ran.stderr and "and got: --nonsense" in ran.stderr
+COMMANDS = re.findall(
+    r"^([a-z]+)(?: \| [a-z| -]+)?\)$", (REPO / "dev").read_text().partition("\ncase $command in")[2], re.M
+)
+PYTEST = "test"
+"""The command whose options are pytest's."""
+
+
+def dev(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run ``./dev``."""
+    return subprocess.run(["sh", REPO / "dev", *words], capture_output=True, text=True, check=False)
+
+
+def test_every_command_of_the_help_is_looked_at() -> None:
+    assert set(re.findall(r"^  ([a-z]+) ", dev("help").stdout, re.M)) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {PYTEST}))
+@pytest.mark.parametrize("words", [("--nonsense",), ("-x", "word")], ids="-".join)
+def test_unknown_option_is_refused_at_once(command: str, words: tuple[str, ...]) -> None:
+    ran = dev(command, *words)
+    assert (ran.returncode, ran.stdout) == (2, ""), ran
+    assert f"{command}: takes no option" in ran.stderr and words[0] in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_unknown_option_of_the_tests_is_refused_by_pytest() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-I", "-m", "pytest", "--nonsense", "tests/docs"],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 4 and "unrecognized arguments: --nonsense" in ran.stderr
+
+
+@pytest.mark.parametrize(("command", "parser", "more"), [("vm", vm, ()), ("bench", bench, ("--plots",))])
+def test_options_that_are_let_through_are_those_of_the_program(
+    command: str, parser: Callable[[], ArgumentParser], more: tuple[str, ...]
+) -> None:
+    found = re.search(rf'^{command}_options="(.*)"$', (REPO / "dev").read_text(), re.M)
+    own = {
+        option + ("" if action.nargs == 0 or action.help == SUPPRESS else "=")
+        for action in parser()._actions
+        for option in action.option_strings
+        if option.startswith("--") and option not in ("--help", "--commit")
+    }
+    assert found is not None and {*found[1].split()} == {*own, *more}
+
+
+@pytest.mark.parametrize(
+    "words", [("--release", "x", "--nonsense"), ("--release=x", "--nonsense"), ("--memory", "-x", "--nonsense")]
+)
+def test_value_of_an_option_is_none(words: tuple[str, ...]) -> None:
+    ran = dev("vm", *words)
+    assert ran.returncode == 2 and "vm: takes no option --nonsense, only: --all" in ran.stderr
+
+
+def test_fuzz_takes_seconds_first() -> None:
+    ran = dev("fuzz", "wire")
+    assert ran.returncode == 2 and "takes a number of seconds" in ran.stderr
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """Page and words of every command that begins with ``./dev`` in a block of a page."""
+    for page in PAGES:
+        for block in blocks(page):
+            for command, _ in block.steps() if block.is_shell else ():
+                if found := re.match(r"(?:sudo )?\./dev (.*)", command):
+                    yield block.page, found[1]
+
+
+@pytest.mark.parametrize(("page", "line"), [*lines()])
+def test_line_of_a_page_is_a_command_of_dev_and_names_what_there_is(page: str, line: str) -> None:
+    command, *words = shlex.split(line, comments=True)
+    assert command in COMMANDS
+    if command == "bench":
+        names = bench().parse_args([word for word in words if word != "--quick"]).names
+        assert {*names} <= {*BENCHMARKS, *LONG}
+    if command == "vm":
+        vm().parse_args(words)
+    if command in ("demo", "setup", "shell"):
+        assert {*words} <= {"--browser", "--screenshot", "DIR"}
+    if command == "test":
+        places = [word for word in words if word.startswith("tests")]
+        assert all((REPO / place).exists() for place in places)
+        chosen = [*places, *words[words.index("-k") :][:2]] if "-k" in words else []
+        assert not chosen or _collects(chosen)
+
+
+def _collects(chosen: list[str]) -> bool:
+    """Whether pytest finds a test; without conftest.py, which compares the host before and after."""
+    command = [sys.executable, "-I", "-m", "pytest", "--noconftest", "--collect-only", "-q", *chosen]
+    return subprocess.run(command, cwd=REPO, capture_output=True, check=False).returncode == 0
 
 
 def test_screenshots_need_a_folder(tmp_path: Path) -> None:

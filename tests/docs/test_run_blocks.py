@@ -184,6 +184,13 @@ def place() -> Iterator[Scene]:
         yield made
 
 
+def test_program_of_the_clients_page_serves_emits_and_reads_the_trail(place: Scene) -> None:
+    (block,) = [b for b in blocks(ROOT / "clients/python/README.md") if "client.serve(" in b.body]
+    (place.folder / "client.py").write_text(block.body)
+    ran = place.run("python3 client.py")
+    assert ran.returncode == 0 and " event.response slack\n" in ran.stdout, ran
+
+
 @pytest.mark.parametrize(
     "play", [pytest.param(p, id=f"{Path(p.page).stem}: {p.words.strip()}", marks=p.marks) for p in PLAYS]
 )

@@ -67,6 +67,20 @@ def test_policies_are_held_against_the_named_or_installed_host_toml(tmp_path: Pa
     assert f"{installed}:2: ceiling.taks" in isolator(tmp_path, "check", file).stderr
 
 
+def test_byte_order_mark_is_passed_over_in_toml_and_named_in_a_manifest(tmp_path: Path, file: Path) -> None:
+    file.write_text(f"\ufeff{POLICY}")
+    settings, manifest = tmp_path / "marked.toml", tmp_path / "plugin.json"
+    settings.write_text("\ufeff[ceiling]\nmemory = '1G'\n")
+    manifest.write_text("\ufeff" + json.dumps(MANIFEST))
+    done = isolator(tmp_path, "check", file, settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{file}: ok\n" in done.stdout and f"{settings}: ok (as a host.toml, by its content" in done.stdout
+    done = isolator(tmp_path, "check", manifest)
+    assert done.returncode == 1
+    why = "not JSON: it begins with a byte order mark; save the file as UTF-8 without one"
+    assert done.stderr == f"isolator: {manifest}:1: {why}\n"
+
+
 def test_check_prints_a_list_as_json(tmp_path: Path, file: Path) -> None:
     bad = tmp_path / "plugin.json"
     bad.write_text('{"name": "ab"}')

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from isolator.errors import UsageError
-from isolator.policy.edit import granted, revoked
+from isolator.policy.edit import approved, granted, revoked
+from isolator.policy.meet.proposal import Line
 from isolator.policy.parse.load import parse_plugin_policy
 
 FILE = """# mine
@@ -31,6 +32,18 @@ def test_value_joins_a_list_of_several_lines_in_a_line_of_its_own() -> None:
     after = granted(FILE, "egress", "c.example.com:443", in_force=[])
     assert after == FILE.replace('  "b.example.com:443",\n', '  "b.example.com:443",\n  "c.example.com:443",\n')
     assert parse_plugin_policy(after.encode(), source="x").egress is not None
+
+
+def test_byte_order_mark_stays() -> None:
+    marked = f"\ufeff{FILE}"
+    after = granted(marked, "hook", "project.created", in_force=[])
+    assert after == f"\ufeff{granted(FILE, 'hook', 'project.created', in_force=[])}"
+    assert revoked(after, "hook", "project.created", in_force=[]) == marked
+    line = Line(
+        "hooks", "project.created", None, "no", "pending", "x", section="grant", add='hooks = ["project.created"]'
+    )
+    assert approved(marked, [line]) == after
+    assert parse_plugin_policy(after.encode(), source="x").hooks is not None
 
 
 def test_value_that_stands_there_changes_nothing() -> None:

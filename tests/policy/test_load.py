@@ -132,6 +132,10 @@ def test_every_value_knows_its_line() -> None:
         ("[grant]\nhooks = []\nhooks = []", 3, "not TOML"),
         ("[limits]\nmemory = 64M  # small", 2, 'quote it: memory = "64M"'),
         ("[limits]\ncpu = 25%", 2, 'quote it: cpu = "25%"'),
+        ("[filesystem]\nstate = 1.5G", 2, 'quote it: state = "1.5G"'),
+        ("[filesystem]\ntmp = 4 MiB", 2, 'quote it: tmp = "4 MiB"'),
+        ("[restart]\nstop_grace = 5s", 2, 'quote it: stop_grace = "5s"'),
+        ("limits.memory = 64M", 1, 'quote it: limits.memory = "64M"'),
     ],
 )
 def test_errors_name_file_and_line(text: str, line: int, why: str) -> None:
@@ -361,3 +365,14 @@ def test_ceiling_that_names_public_allows_that_and_what_it_lists_beside() -> Non
         assert "over the ceiling" in error_of(f"[grant]\negress = ['{refused}']", settings=settings)
     public = host('[ceiling]\negress = "public"')
     assert "over the ceiling" in error_of("[grant]\negress = ['a.com:22']", settings=public)
+
+
+def test_byte_order_mark_before_a_file_is_no_part_of_it(tmp_path: Path) -> None:
+    marked = tmp_path / "slack-deploy-notifier.toml"
+    marked.write_text(f"\ufeff{POLICY}")
+    assert load_plugin_policy(marked) == parse_plugin_policy(POLICY.encode(), source=str(marked))
+    settings = tmp_path / "host.toml"
+    settings.write_text(f"\ufeff{HOST}")
+    assert load_host_config(settings) == parse_host_config(HOST.encode(), source=str(settings))
+    with pytest.raises(UsageError, match=r'^host\.toml:2: .*quote it: memory = "64M"'):
+        parse_host_config(b"\xef\xbb\xbf[ceiling]\nmemory = 64M\n", source="host.toml")

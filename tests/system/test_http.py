@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 from host.client.client import Client
 from tests.examples.conftest import EXAMPLES
+from tests.support.flask_libraries import bring_flask
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
 
 SERVER = r"""#!/usr/bin/python3
@@ -337,13 +337,7 @@ def test_a_new_plugin_of_the_mode_works_as_written(running: Daemon, tmp_path: Pa
 def test_flask_app_runs_as_it_is(running: Daemon, tmp_path: Path) -> None:
     folder = tmp_path / "flask-notifier"
     shutil.copytree(EXAMPLES / "flask-notifier", folder)
-    for package in ("flask", "werkzeug", "jinja2", "markupsafe", "click", "blinker", "itsdangerous"):
-        found = importlib.metadata.distribution(package)  # what pip's --target would bring along
-        for file in found.files or ():
-            if ".." not in file.parts and "__pycache__" not in file.parts:
-                place = folder / "vendor" / file
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(str(file.locate()), place)
+    bring_flask(folder)
     running.cli("plugin", "add", str(folder), "--yes", "--config", f"signing_key={SECRET}")
     payload = {"project_id": "p1", "deployment_id": "flask", "error_code": "E"}
     event_id = running.json("event", "emit", "deploy.failed", json.dumps(payload), "--wait", code=None)["id"]

@@ -47,7 +47,9 @@ def running() -> Iterator[Daemon]:
 def test_what_the_readme_says_works_as_written(running: Daemon, tmp_path: Path, language: str) -> None:
     folder = _new(tmp_path, language)
     name, root = folder.name, str(running.root)
-    trial, first, second = re.findall(r"^```\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    trial, first, second, publish = re.findall(
+        r"^```\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     assert "{{" not in trial + first + second
     # Run by tests/authoring/test_dev.py and test_trial.py.
     assert {"sudo isolator dev .", "sudo isolator plugin test ."} <= {
@@ -73,6 +75,12 @@ def test_what_the_readme_says_works_as_written(running: Daemon, tmp_path: Path, 
         example = running.cli("event", "types", "deploy.completed", "--example").stdout
         emitted = running.json("event", "emit", "deploy.completed", example, "--wait")
         assert [d["state"] for d in emitted["deliveries"]] == ["ok"]
+
+        *publishing, certifying = publish.splitlines()
+        assert certifying.startswith("sudo isolator certify ")  # tests/authoring/test_certify.py does, of each kind
+        assert f"signed {name} 0.2.0" in _run("\n".join(publishing), folder)
+        package = tmp_path / f"{name}-0.1.0.isolator"
+        assert f"{name} 0.2.0 is in use" in running.cli("plugin", "update", name, str(package)).stdout
     finally:
         running.cli("plugin", "remove", name, "--yes", code=None)
 

@@ -15,6 +15,7 @@ from host.authoring.sending import Answer
 from host.cli import denials
 from host.cli.denials import Denial
 from host.cli.output import latency, result_in, safe
+from isolator.cli.colour import styled
 
 _MARKS = {"stdout": "|", "stderr": "!"}
 HELP = (
@@ -55,7 +56,7 @@ class Screen:
                 for warning in loaded.warnings:
                     click.echo(f"isolator: warning: {safe(warning)}", err=True)
                 version = f"{loaded.plugin} {safe(loaded.version)} ({loaded.mode})"
-                click.secho(f"▸ {version} is in use, after {latency(int(seconds * 1e6))}", bold=True)
+                click.echo(styled(f"▸ {version} is in use, after {latency(int(seconds * 1e6))}", bold=True))
 
     def answered(self, answer: Answer) -> None:
         """An event has an outcome."""
@@ -63,7 +64,7 @@ class Screen:
             if as_text:
                 said = answer.detail or result_in(answer.reply or "")
                 colour = "green" if answer.ok else "red"
-                outcome = click.style(answer.outcome, fg=colour)
+                outcome = styled(answer.outcome, colour)
                 click.echo(f"▸ {answer.event}: {outcome} ({latency(answer.latency_us)})  {safe(said)}")
 
     def wrote(self, line: Mapping[str, Any]) -> None:
@@ -88,7 +89,7 @@ class Screen:
         """The plugin has ended by itself."""
         with self._writing("crashed", why=why) as as_text:
             if as_text:
-                click.secho(f"▸ it has ended: {safe(why)}", fg="red")
+                click.echo(styled(f"▸ it has ended: {safe(why)}", fg="red"))
 
     def events(self, events: Mapping[str, str]) -> None:
         """List the events of a plugin, each with an example of a payload, or the reason why there is none."""
@@ -108,4 +109,4 @@ class Screen:
         shown = getattr(error, "to_json", lambda: {"why": str(error)})()
         with self._writing("error", error=shown) as as_text:
             if as_text:
-                click.secho(f"▸ {safe(error)}", fg="red")
+                click.echo(styled(f"▸ {safe(error)}", fg="red"))

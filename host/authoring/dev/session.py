@@ -54,6 +54,8 @@ class Session:
         self._lines: list[Mapping[str, Any]] = []
         self._shown: set[str] = set()
         """Denials that this version's author has seen."""
+        self._faulty = False
+        """The last save could not be loaded."""
 
     def run(self) -> None:
         """Go on until the author quits; raises KeyboardInterrupt for ^C."""
@@ -82,7 +84,9 @@ class Session:
             raise wish
         if wish is _SAVED:
             self._saved.clear()
-            self._load(client)
+            before, self._faulty = self._faulty, True
+            self._load(client, mended=before)
+            self._faulty = False
             for event, payload in self._plan.events.items():
                 self._send(client, event, payload_for(client, event) if payload is None else payload)
         elif wish == "help":
@@ -96,7 +100,7 @@ class Session:
         else:
             self._send(client, *self._wanted(client, wish))
 
-    def _load(self, client: Client) -> None:
+    def _load(self, client: Client, *, mended: bool) -> None:
         if self._loading is not None:  # what comes of it is shown already
             with contextlib.suppress(IsolatorError):
                 self._loading.finish()
@@ -104,6 +108,8 @@ class Session:
         loading = self._loading = self._loader.begin(client)
         loaded = loading.up(client)
         if loaded.unchanged and self._entry.get("state") != "failed":
+            if mended:
+                self._screen.note(f"{loaded.plugin} {loaded.version} is what is in use already")
             return
         self._shown.clear()
         self._know(client, loaded.plugin)

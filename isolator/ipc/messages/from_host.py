@@ -354,3 +354,21 @@ class Generation(Body):
 
 class GetGeneration(Request[Generation], op="daemon.generation"):
     """Return the daemon's generation."""
+
+
+class Outdated(Body):
+    """A service whose process is one of before the last reload, or does not serve yet."""
+
+    name: str
+    refused: str
+    """why it could not be exchanged, and goes on; empty while that is still to come"""
+
+
+class OutdatedServices(Body):
+    """Services that the last reload has not exchanged."""
+
+    services: tuple[Outdated, ...]
+
+
+class ListOutdated(Request[OutdatedServices], op="daemon.outdated"):
+    """Return the services that the last reload has not exchanged, or not yet."""

@@ -16,7 +16,7 @@ from isolator.policy.parse.strict import Table
 from isolator.policy.parse.toml_lines import parse_toml
 from isolator.policy.units import parse_duration
 
-_BARE = re.compile(rb"\s*([A-Za-z_]+)\s*=\s*([0-9][0-9.]*\s?(?:[A-Za-z]{1,3}|%))\s*(?:#|$)")
+_BARE = re.compile(rb"\s*([A-Za-z_.]+)\s*=\s*([0-9][0-9.]*\s?(?:[A-Za-z]{1,3}|%))\s*(?:#|$)")
 _AT = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from isolator.cage.cage import Cage
+from isolator.errors import UnavailableError
 from isolator.ipc.handover import CageState
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
-from isolator.supervisor import supervisor
+from isolator.supervisor import services, supervisor
 from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.reload import adopt, reloader, trial
+from isolator.supervisor.service import ChildProcess
 from tests.system.daemon import Daemon
 
 BEFORE_EXEC = ("asked", "tried", "at rest", "exec")
@@ -44,6 +46,10 @@ class FaultyDaemon(Daemon):
     def at_exec(self, *words: str) -> None:
         """The next exec does these first."""
         (self.root / "at-exec").write_text("\n".join(words))
+
+    def keep_service(self, name: str) -> None:
+        """The next exchange of this service fails before anything is done."""
+        (self.root / "keep-service").write_text(name)
 
     def hand_over_without(self, layer: str) -> None:
         """The next reload comes from a version whose cages have no such layer."""
@@ -127,6 +133,16 @@ def main() -> None:
         return replace(state, layers=tuple(layer for layer in state.layers if layer.name != missing))
 
     Cage.hand_over = hand_over_as_an_older_version  # type: ignore[method-assign]
+    exchange = services.exchange
+
+    async def exchange_unless_kept(process: ChildProcess) -> None:
+        kept = root / "keep-service"
+        if kept.exists() and kept.read_text() == process.spec.name:
+            kept.unlink()
+            raise UnavailableError(process.spec.name, "is busy", "try again")
+        await exchange(process)
+
+    services.exchange = exchange_unless_kept  # type: ignore[assignment]
     execve = os.execve
 
     def execute(*arguments: Any) -> None:

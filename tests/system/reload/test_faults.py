@@ -68,6 +68,14 @@ def test_refused_reload_changes_nothing_and_says_why(shared_dir: Path) -> None:
         d.cli("event", "emit", "deploy.completed", event(2), "--wait")
         assert [record["type"] for record in d.records()].count("daemon.reloaded") == 1
 
+        d.keep_service("broker")
+        kept = d.service_pid("isolator.broker.service")
+        said = d.cli("reload", code=1).stderr
+        assert "reload: broker goes on as before the reload: broker: is busy" in said and said.count("\n") == 1
+        assert d.service_pid("isolator.broker.service") == kept
+        d.cli("reload")
+        assert d.service_pid("isolator.broker.service") != kept
+
 
 def test_traps_of_an_exec_in_place(shared_dir: Path) -> None:
     with faulty() as made:

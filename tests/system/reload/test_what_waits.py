@@ -12,6 +12,7 @@ from typing import cast
 
 import pytest
 
+from host.client.client import Client
 from tests.standalone.test_terminal import terminal
 from tests.support.mcp_servers import server
 from tests.support.sidecars import stream
@@ -246,8 +247,32 @@ def test_what_would_be_shown_otherwise_after_a_reload_has_expired(d: GatedDaemon
 
 def test_reload_waits_for_the_exchange_of_the_one_before(d: GatedDaemon) -> None:
     begin_exchange(d, BEFORE)
-    d.cli("reload")
+    d.cli("reload", "--no-wait")
     notes = d.notes
     first_rest = notes.index("at rest")
     assert {f"exchanged {name}" for name in MODULES} <= set(notes[:first_rest]), notes
     wait_for(lambda: [note for note in d.notes[first_rest:] if note == "exchanged host"])
+
+
+def test_reload_ends_when_the_new_host_serves(d: GatedDaemon) -> None:
+    before = d.service_pid(MODULES["host"])
+    d.wait_at(LOADED)
+    reloading = d.begin("reload")
+    wait_for(lambda: LOADED in d.notes, what=d.log.read_text())
+    with Client(d.root) as client:
+        assert client.call("daemon.generation")["outdated"] == {"host": ""}
+    assert reloading.poll() is None, "the host of before serves"
+    d.go()
+    out, errors = reloading.communicate(timeout=seconds(60))
+    assert reloading.returncode == 0 and "reloaded: version" in out, (out, errors)
+    assert d.json("status")["pid"] != before
+
+
+def test_reload_that_is_not_to_wait_ends_before_the_host_is_exchanged(d: GatedDaemon) -> None:
+    before = d.service_pid(MODULES["host"])
+    d.wait_at(LOADED)
+    d.cli("reload", "--no-wait")
+    assert d.json("status")["pid"] == before
+    wait_for(lambda: LOADED in d.notes, what=d.log.read_text())
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before))
