@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from host.cluster.entries import Event, EventRef, Plugin, Position
 from host.cluster.fold import Applied, Shard
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
 from tests.cluster.log_in_memory import MemoryLog, Servers

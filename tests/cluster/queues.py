@@ -22,7 +22,8 @@ from host.cluster.entries import Event as LogEvent
 from host.cluster.entries import Plugin, Position
 from host.cluster.fold import Applied, Shard
 from host.cluster.log import LogUnavailableError
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
 from host.queue.interface import Delivery, Event, EventRow, NewEvent, Result, Subscriber

@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from host.cli.root import cli
 from host.cluster import command
 from host.cluster.joining import connect
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.standing import standing
 from host.control.cluster_types import ClusterHost, ClusterLog, ClusterPlugin, ClusterStanding
 from host.control.verbs import result_keys

@@ -19,7 +19,8 @@ from host.cluster.access import inbox_of, permissions
 from host.cluster.entries import Event
 from host.cluster.log import EVENTS, Entered, LogFullError, LogRefusedError, LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses, make_stream
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.database.store import Store
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers
