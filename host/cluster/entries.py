@@ -10,6 +10,7 @@ readers pass over what they cannot read.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -22,6 +23,8 @@ FORMAT: Final = 1
 MAX_MESSAGE: Final = 256 << 10
 """Bytes of a message."""
 MAX_ENTRIES: Final = 4096
+MAX_SCHEMA: Final = 64 << 10
+"""Characters of the schema of an event type."""
 _RANDOM_BITS = 20
 MAX_NUMBER: Final = (1 << 53) - 1
 """The largest whole number that every JSON reader keeps exactly."""
@@ -184,16 +187,33 @@ class Plugin:
     shards: Annotated[int, Field(ge=1, le=64)] = 1
     labels: tuple[Name, ...] = ()
     removed: bool = False
+    hooks: tuple[Name, ...] = ()
+    """The events that this version wants: no host can change their types as if nobody minded."""
     kind: Literal["plugin"] = "plugin"
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
 class EventType:
-    """A registered type of event, by its schema's text."""
+    """A registered type of event, by its schema's text, or the wish to forget it.
+
+    It counts if the type is still the one that it was compared with (``replaces``, its digest; empty: there was none),
+    and, with ``unread``, if no plugin of the cluster wants such events.
+    """
 
     name: Name
-    schema: str
+    schema: Annotated[str, StringConstraints(max_length=MAX_SCHEMA)]
+    order_by: Name | None = None
+    version: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+    by: Name = ""
+    replaces: Name = ""
+    unread: bool = False
+    removed: bool = False
     kind: Literal["type"] = "type"
+
+    @property
+    def digest(self) -> str:
+        """What tells this type from another of its name."""
+        return hashlib.sha256(f"{self.version}\n{self.order_by or ''}\n{self.schema}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)

@@ -37,6 +37,8 @@ from host.cluster.entries import (
     VoidLeases,
 )
 
+MAX_TYPES = 1000
+"""Event types of a cluster."""
 MAX_RETIRED = 16
 """Earlier outboxes of a host that the fold remembers."""
 
@@ -124,7 +126,7 @@ class State:
     leases: ByShard[Lease] = field(default_factory=dict)
     freed: ByShard[Freed] = field(default_factory=dict)
     positions: ByShard[Position] = field(default_factory=dict)
-    types: dict[str, str] = field(default_factory=dict)
+    types: dict[str, EventType] = field(default_factory=dict)
 
     def member(self, host: str) -> Member:
         """The host's part of the state; one that has never written has the first numbers."""
@@ -215,7 +217,7 @@ class _Folding:
             case Plugin():
                 return self._describe(entry)
             case EventType():
-                state.types[entry.name] = entry.schema
+                return self._register(entry)
             case VoidLeases():
                 for shard in [*state.leases]:
                     self._free(shard, drained=False)
@@ -257,6 +259,23 @@ class _Folding:
         if known is not None and (known.plugin.shards, known.plugin.placement) != (plugin.shards, plugin.placement):
             return "shards and placement change only with a removal"
         self._state.plugins[plugin.name] = Incarnation(plugin, known.began if known else self._state.place)
+        return ""
+
+    def _register(self, entry: EventType) -> str:
+        types = self._state.types
+        known = types.get(entry.name)
+        if entry.replaces != (known.digest if known is not None else ""):
+            return "it has changed since" if known is not None else "it is gone"
+        if entry.unread:
+            for one in self._state.plugins.values():
+                if entry.name in one.plugin.hooks:
+                    return f"{one.plugin.name} subscribes to it"
+        if entry.removed:
+            types.pop(entry.name, None)
+        elif known is None and len(types) >= MAX_TYPES:
+            return f"there are {MAX_TYPES} event types"
+        else:
+            types[entry.name] = entry
         return ""
 
     def _free(self, shard: Shard, *, drained: bool) -> None:

@@ -45,6 +45,9 @@ class Follower(Protocol):
         Every shard was lost before.
         """
 
+    def left(self, db: sqlite3.Connection) -> None:
+        """Keep as this host's own what it has from the cluster and needs without it: it leaves, ``again`` follows."""
+
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         """Begin with a shard: the own claim was read back, or, after a start, the lease from before it still stands.
 

@@ -220,6 +220,7 @@ class Node:
     def _forget(self, db: sqlite3.Connection) -> None:
         self._footing.store.reset(db)
         self._outbox.forget(db)
+        self._parts.follower.left(db)
         self._parts.follower.again(db)
         keep_log(db, "")
 

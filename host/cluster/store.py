@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from host.cluster.entries import EventRef, Position
+from host.cluster.entries import EventRef, EventType, Position
 from host.cluster.fold import Freed, Incarnation, Lease, Member, State
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
@@ -49,7 +49,7 @@ _OF_PARTS: dict[str, TypeAdapter[Any]] = {
     "leases": TypeAdapter(Lease),
     "freed": TypeAdapter(Freed),
     "positions": TypeAdapter(Position),
-    "types": TypeAdapter(str),
+    "types": TypeAdapter(EventType),
 }
 _BY_SHARD = ("leases", "freed", "positions")
 

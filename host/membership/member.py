@@ -28,6 +28,7 @@ from host.cluster.problems import Kind
 from host.database.store import Store
 from host.events import Catalogue
 from host.fence.fences import Fences
+from host.membership.types import ClusterTypes
 from host.membership.values import ClusterKeyValue
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Event, Subscriber
@@ -71,12 +72,16 @@ class Member:
         store.read(lambda db: db.execute(_WISHES))
         self._trouble: list[str] = []
         self.node: Node | None = None
-        self.follower = QueueFollower(queue, self._subscriptions, self._ready, self._lost_events, self._described)
+        self.types = ClusterTypes(store, catalogue, lambda: self._state, self._decide)
+        self.follower = QueueFollower(
+            queue, self._subscriptions, self._ready, self._lost_events, self._described, self.types
+        )
         self.values = ClusterKeyValue(store, self.follower, self._decide)
 
     def problems(self) -> Sequence[str]:
         """Problems of this host's part, a line each."""
-        return [*self._trouble, *(self.node.problems.lines.values() if self.node is not None else ())]
+        of_node = self.node.problems.lines.values() if self.node is not None else ()
+        return [*self._trouble, *self.types.problems.values(), *of_node]
 
     async def start(self) -> None:
         """Begin to follow the log: what the registry does not know by now would be passed over.
@@ -93,12 +98,14 @@ class Member:
         self.node = node
         self.follower.attach(node)
         await node.start()
+        self.types.follow()
         for name, known in node.state.plugins.items():
             if known.plugin.placement == "one" and self._fences.of(name).until is None:
                 self._fences.hold(name, 0.0)
         for plugin in self._registry:
             self.follower.serve(plugin.name)
         self._tasks.keep("wishes for the cluster", self._fulfil)
+        self._tasks.run("event types for the cluster", self.types.share())
 
     async def close(self) -> None:
         """End this host's part; its leases run out, or its successor goes on with them."""
@@ -132,9 +139,11 @@ class Member:
         known = self._state.plugins.get(plugin.name)
         if known is not None and known.plugin.digest != plugin.digest:
             one = known.plugin
-            await self._wish(Described(one.name, plugin.digest, one.placement, one.shards, one.labels))
+            await self._wish(
+                Described(one.name, plugin.digest, one.placement, one.shards, one.labels, hooks=plugin.wanted)
+            )
         elif known is None and new:
-            await self._wish(Described(plugin.name, plugin.digest))
+            await self._wish(Described(plugin.name, plugin.digest, hooks=plugin.wanted))
 
     async def removed(self, name: str) -> None:
         """End a plugin in the cluster if no other host has it; a command removed it here. Safe on disk."""

@@ -55,6 +55,9 @@ class Following:
         db.execute("DELETE FROM followed")
         self.events.clear()
 
+    def left(self, db: sqlite3.Connection) -> None:
+        pass
+
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         self.held_now[shard] = (epoch, position)
 

@@ -103,6 +103,7 @@ class _Promises:
         self.epochs: dict[Shard, int] = {}
         self.freed: dict[Shard, int] = {}
         self.plugins: dict[str, Plugin] = {}
+        self.types: dict[str, EventType] = {}
 
     def apply(self, message: Message, applied: list[Applied], place: int) -> None:
         for one in applied:
@@ -142,6 +143,11 @@ class _Promises:
             case VoidLeases():
                 for shard in [*self.holders]:
                     self._end(shard, place)
+            case EventType():
+                before = self.types.pop(entry.name, None)
+                assert entry.replaces == (before.digest if before is not None else ""), "a type was changed unseen"
+                if not entry.removed:
+                    self.types[entry.name] = entry
             case Replay():
                 assert entry.plugin in self.plugins
 
@@ -172,8 +178,9 @@ class _Promises:
             assert lease.epoch == self.epochs.get(shard), f"the epoch of {shard} does not rise"
         assert {shard: (one.holder, one.epoch) for shard, one in state.leases.items()} == self.holders
         assert {name: one.plugin for name, one in state.plugins.items()} == self.plugins
+        assert state.types == self.types
         for shard, position in state.positions.items():
-            assert position.epoch <= self.epochs[shard], "a position of an epoch that never was"
+            assert position.epoch <= self.epochs.get(shard, 0), f"what wrote {position} is not the holder of any epoch"
             assert shard[0] in self.plugins, "a position of what was removed"
 
 
@@ -200,7 +207,9 @@ anything = st.one_of(
               st.sampled_from((None, "v"))),
     st.builds(lambda shard, epoch, ref: Ended(*shard, epoch, ref, "dead", "why"), shards, epochs, refs),
     st.builds(VoidLeases, st.just("lost")),
-    st.builds(EventType, st.sampled_from(("shop.order", "shop.paid")), st.sampled_from(("{}", "[]"))),
+    st.builds(EventType, st.sampled_from(("shop.order", "shop.paid")), st.sampled_from(("{}", "[]")),
+              replaces=st.sampled_from(("", EventType("", "{}").digest, EventType("", "[]").digest)),
+              removed=st.booleans()),
     plugins,
 )  # fmt: skip
 events = st.one_of(
@@ -459,6 +468,8 @@ def _forgotten_keys(is_first: Any) -> Any:
             "session|series", id="an earlier session goes on"),
         pytest.param(_replace(storing.FoldStore, "forget", lambda _: lambda *_: None), None,
                      id="values outlive a plugin"),
+        pytest.param(_replace(folding._Folding, "_register", lambda _: lambda self, entry: self._state.types.update(
+            {entry.name: entry}) or ""), "changed unseen", id="a type is changed behind another's back"),
         pytest.param(_replace(storing.FoldStore, "changes", _late_state), None, id="a lease is not kept"),
         pytest.param(_replace(storing.FoldStore, "is_first", _forgotten_keys), "differs at",
                      id="a dedupe key is forgotten over a restart"),

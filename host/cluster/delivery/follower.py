@@ -11,7 +11,7 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
@@ -33,11 +33,27 @@ _WHY = 1000
 """Characters of the reason why a delivery was given up."""
 
 
+class TypesFollower(Protocol):
+    """Whoever keeps the event types that the log has; see ``Follower`` for the first four."""
+
+    def applied(self, db: sqlite3.Connection, entries: Sequence[Applied]) -> None: ...
+
+    def kept(self, entries: Sequence[Applied]) -> None: ...
+
+    def again(self, db: sqlite3.Connection) -> None: ...
+
+    def left(self, db: sqlite3.Connection) -> None: ...
+
+    def follow(self, *, complete: bool = False) -> None:
+        """Have this host know what the fold has; ``complete``: the log was read, what it does not have is gone."""
+
+
 class QueueFollower:
     """Keeps the cursors and lanes of this host in step with the log.
 
     ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
     gets a plugin and how many of its events nobody has any more, ``described`` what the log says of a plugin anew.
+    ``types`` follows the log beside it.
     """
 
     def __init__(
@@ -47,9 +63,10 @@ class QueueFollower:
         ready: Callable[[], Sequence[str]],
         lost_events: Callable[[str, int], None] = lambda _, __: None,
         described: Callable[[Plugin], None] = lambda _: None,
+        types: TypesFollower | None = None,
     ) -> None:
         self._queue, self._subscriptions, self._ready = queue, subscriptions, ready
-        self._lost_events, self._news = lost_events, described
+        self._lost_events, self._news, self._types = lost_events, described, types
         self._node: Node
         self._held: dict[Shard, Held] = {}
         self._own: dict[str, Own] = {}
@@ -86,6 +103,8 @@ class QueueFollower:
     def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
         """See ``Follower``."""
         self._queue.places.apply(db, place, time, entries)
+        if self._types is not None:
+            self._types.applied(db, entries)
 
     def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
         """See ``Follower``."""
@@ -93,6 +112,8 @@ class QueueFollower:
             for own in self._own.values():
                 own.at, own.behind = BEGIN, True
         self._place = place
+        if self._types is not None:
+            self._types.kept(entries)
         counted = [one for one in entries if not one.void]
         events = sum(isinstance(one.entry, Event | Replay) for one in counted)
         if events:
@@ -158,10 +179,19 @@ class QueueFollower:
     def again(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
         self._queue.places.again(db)
+        if self._types is not None:
+            self._types.again(db)
+
+    def left(self, db: sqlite3.Connection) -> None:
+        """See ``Follower``."""
+        if self._types is not None:
+            self._types.left(db)
 
     def fenced(self, over: bool) -> None:
         """See ``Follower``."""
         self._acting = not over
+        if self._types is not None and not over:
+            self._types.follow(complete=True)
         for plugin in {shard[0] for shard in self._held}:
             self._gate(plugin)
         self._queue.look()
