@@ -33,6 +33,7 @@ from host.cluster.outbox import read_back
 from host.cluster.parts import Parts
 from host.cluster.problems import StoppedError
 from host.cluster.store import kept
+from host.cluster.unheld import Unheld
 
 TICK: Final = 0.25
 """Seconds between two readings, should nobody wake this host."""
@@ -53,6 +54,7 @@ class Life:
         self.watch = Watch(parts.host, parts.clock.now())
         self.beats = Beats(parts, self.watch, fence, leaving)
         self.decisions = Decisions(parts.host, parts.log, fence, parts.clock, self._rest, parts.troubles.writes)
+        self.unheld = Unheld()
         self.came_back = False
         """A decision of this life was read back."""
         self._examined = -EXAMINE
@@ -106,10 +108,23 @@ class Life:
         self.decisions.begin(await parts.footing.write(write))
 
     def _rest(self) -> Sequence[Claim | Beat]:
+        self._look_at_plugins()
         rest, more = self.beats.rest()
         if more:
             self.decisions.changed()
         return rest
+
+    def _look_at_plugins(self) -> None:
+        """Say which plugins nobody can hold, while this host knows what the others do."""
+        now = self._clock.now()
+        if not self._holding.fence.is_steady(now):
+            return
+        self.unheld.look(self._state, self.watch.alive(self._state, now), now)
+        line = self.unheld.line
+        if line is None:
+            self._problems.end("unheld")
+        else:
+            self._problems.begin("unheld", line)
 
     # Reading
 

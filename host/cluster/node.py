@@ -186,6 +186,11 @@ class Node:
         """Whether nothing new has come of a host for so long that others take its shards."""
         return self._life.watch.is_silent(host, self._parts.clock.now())
 
+    @property
+    def unheld(self) -> Mapping[str, str]:
+        """By plugin that no host can hold, the reason and the remedy."""
+        return self._life.unheld.lines
+
     async def leave(self, *, force: bool = False) -> int:
         """End this host's part in this cluster; returns how many events stay in the outbox, as ``force`` allows.
 

@@ -54,12 +54,16 @@ class ClusterShard(TypedDict):
 
 
 class ClusterPlugin(TypedDict):
-    """A plugin of the cluster; no shards where every host has its own copy."""
+    """A plugin of the cluster; no shards where every host has its own copy.
+
+    ``problem``: why nobody can hold it, and what to do.
+    """
 
     name: str
     digest: str
     placement: str
     labels: list[str]
+    problem: str | None
     shards: list[ClusterShard]
 
 

@@ -20,7 +20,7 @@ from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import Body
 from isolator.ipc.messages import PluginEntry
 
@@ -57,6 +57,9 @@ class Membership(Protocol):
 
     async def removed(self, name: str) -> None:
         """Have the cluster end with a plugin that a command has removed here, if no other host has it."""
+
+    async def end(self, name: str) -> None:
+        """Have the cluster end with a plugin; raises UsageError if another living host has it, or it knows none."""
 
 
 @dataclass
@@ -105,6 +108,12 @@ class PluginLifecycle:
         if self.member is not None:
             await self.member.removed(name)
         await self.forget(name)
+
+    async def end_in_cluster(self, name: str) -> None:
+        """Have the cluster end with a plugin, which no living host has but this one; raises UsageError."""
+        if self.member is None:
+            raise UsageError("--cluster", "this host has no [cluster] in host.toml", "leave it out")
+        await self.member.end(name)
 
     async def forget(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat. At once no event is accepted for it any more."""

@@ -12,10 +12,11 @@ import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from pydantic import TypeAdapter
 
+from host.cluster import standing
 from host.cluster.delivery.follower import QueueFollower
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import Entry
@@ -25,6 +26,7 @@ from host.cluster.joining import join
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.cluster.problems import Kind
+from host.control.cluster_types import ClusterPlugin
 from host.database.store import Store
 from host.events import Catalogue
 from host.fence.fences import Fences
@@ -34,7 +36,7 @@ from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Event, Subscriber
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ClusterProblem
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
 from isolator.ipc.tasks import Tasks
 from isolator.policy.cluster import Cluster
@@ -147,14 +149,33 @@ class Member:
 
     async def removed(self, name: str) -> None:
         """End a plugin in the cluster if no other host has it; a command removed it here. Safe on disk."""
-        state, node = self._state, self.node
-        others = [
-            host for host, member in state.members.items()
-            if node is not None and host != node.host and name in member.beat.ready and not node.is_silent(host)
-        ]  # fmt: skip
-        known = state.plugins.get(name)
-        if known is not None and not others:
+        known = self._state.plugins.get(name)
+        if known is not None and not self._others(name):
             await self._wish(Described(name, known.plugin.digest, removed=True))
+
+    async def end(self, name: str) -> None:
+        """End a plugin in the cluster, also one that is not here; raises UsageError. Safe on disk."""
+        known, others = self._state.plugins.get(name), self._others(name)
+        if known is None:
+            raise UsageError(f"plugin {name}", "is none of the cluster", "see 'isolator cluster status'")
+        if others:
+            why = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it, too"
+            raise UsageError(f"plugin {name}", why, "remove it there: the cluster forgets it with its last host")
+        await self._wish(Described(name, known.plugin.digest, removed=True))
+
+    def _others(self, name: str) -> list[str]:
+        """The other living hosts that have a plugin."""
+        node = self.node
+        return sorted(
+            host for host, member in self._state.members.items()
+            if node is not None and host != node.host and name in member.beat.ready and not node.is_silent(host)
+        )  # fmt: skip
+
+    def plugin(self, name: str) -> ClusterPlugin | None:
+        """The plugin as ``cluster.status`` shows it; None if the cluster does not know it."""
+        if self.node is None or name not in self.node.state.plugins:
+            return None
+        return cast(ClusterPlugin, standing.plugin(self.node, name))
 
     async def _wish(self, entry: Described) -> None:
         """Have an entry written, however long the log does not answer; a later one of the plugin replaces it."""
