@@ -14,6 +14,7 @@ import pytest
 
 from host.cluster.entries import Beat, Message, Number, Plugin, encode
 from tests.support.nats_servers import Server, nats_servers
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 
@@ -140,7 +141,7 @@ def test_plugin_whose_hosts_are_gone_is_shown_as_nobodys_and_forgotten_on_comman
         shown = d.cli("plugin", "show", "ghost", code=None)
         assert shown.returncode and "is not on this host, and is one of the cluster" in shown.stderr
 
-        line = wait_for(lambda: _problem(d, "unheld"), what="nobody's", within=60)
+        line = wait_for(lambda: _problem(d, "unheld"), what="nobody's", timeout=seconds(120))
         assert "(h2 had it, and is silent)" in line and any(
             line in one for one in d.json("status", code=None)["alarms"]
         )
