@@ -14,6 +14,8 @@ import logging
 import secrets
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Final
 
 from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN
@@ -34,6 +36,10 @@ from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
+ANSWER: Final = 2.0
+"""Seconds for an answer of another host."""
+QUESTION: Final = 4096
+"""Bytes of a question that is answered."""
 _logger = logging.getLogger(__name__)
 
 
@@ -55,12 +61,15 @@ class Node:
         self.host, self.log = settings.host, log
         self.problems = Problems(notice)
         self.settings = settings
+        self.answers: list[Callable[[bytes], bytes | None]] = []
+        """Those who answer other hosts' questions to this one, each its own kind; None: it is none."""
         clock = clock or Clock()
         copies: Snapshots | None = None
         if settings.snapshots is not None:
             copies = Snapshots(settings.host, database, settings.snapshots)
-            for subject_asked in (EVERYBODY, subject_of(settings.host)):
-                log.answer(subject_asked, copies.answer)
+            self.answers.append(copies.answer)
+            log.answer(EVERYBODY, copies.answer)
+        log.answer(subject_of(settings.host), self._answered)
         troubles = LogTroubles(self.problems, clock)
         self._footing = Footing(log, database, follower, clock, self.problems, troubles)
         self._outbox = Outbox(database, settings.host, settings.outbox, random)
@@ -185,6 +194,27 @@ class Node:
     def is_silent(self, host: str) -> bool:
         """Whether nothing new has come of a host for so long that others take its shards."""
         return self._life.watch.is_silent(host, self._parts.clock.now())
+
+    def alive(self) -> list[str]:
+        """The hosts that are not silent, this one among them."""
+        return self._life.watch.alive(self.state, self._parts.clock.now())
+
+    async def ask(self, host: str, question: bytes) -> bytes:
+        """The answer of a host, which is a stranger's; raises LogUnavailableError if there is none within 2 s."""
+        try:
+            async with self.limit(ANSWER):
+                return await self.log.ask(subject_of(host), question)
+        except TimeoutError:
+            raise LogUnavailableError(f"{host} does not answer") from None
+
+    def limit(self, seconds: float) -> AbstractAsyncContextManager[None]:
+        """Raise TimeoutError if what is done with this takes longer, by this host's clock."""
+        return self._parts.clock.limit(seconds)
+
+    def _answered(self, question: bytes) -> bytes | None:
+        if len(question) > QUESTION:
+            return None
+        return next((found for answer in self.answers if (found := answer(question)) is not None), None)
 
     @property
     def unheld(self) -> Mapping[str, str]:

@@ -94,7 +94,7 @@ class Snapshots:
             with path.open("rb") as file:
                 file.seek(max(0, offset))
                 return file.read(CHUNK)
-        except (ValueError, TypeError, KeyError, StopIteration, OSError, OverflowError):
+        except (ValueError, TypeError, KeyError, StopIteration, OSError, OverflowError, RecursionError):
             return None
 
 

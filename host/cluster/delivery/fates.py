@@ -6,10 +6,23 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from host.cluster.delivery.places import Place, is_later, shard_of_event
+from host.cluster.delivery.places import GIVEN_UP, Place, is_later, shard_of_event
 from host.cluster.entries import EventRef, Position
 from host.cluster.fold import Incarnation, State
 from host.queue.interface import DeliveryRow, Event, Subscriber
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A plugin whose delivery of an event another host has, or had; ``holder`` has the plugin now.
+
+    ``row``: the delivery as it will be listed if the holder says that it has ended, of a plugin that is not here: what
+    it filters only the hosts know that have it.
+    """
+
+    plugin: str
+    holder: str
+    row: DeliveryRow | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,48 @@ class Fates:
             where = f"on {lease.holder}" if lease is not None else "no host holds the plugin"
             state, attempts = _stands(self.state, self.state.positions.get(shard), self.ref, self.at)
             rows[plugin] = self._row(plugin, state, attempts, where)
+        for known in self._absent(here, subscribers):
+            if self.ref is not None and _waits(self.state, known, self.ref, self.at):
+                lease = self.state.leases.get((known.plugin.name, 0))
+                where = f"on {lease.holder}" if lease is not None else "no host holds the plugin"
+                rows[known.plugin.name] = self._row(known.plugin.name, "queued", 0, where)
         return tuple(rows[plugin] for plugin in sorted(rows))
+
+    def _absent(self, here: Sequence[DeliveryRow], subscribers: Mapping[str, Subscriber]) -> list[Incarnation]:
+        """The plugins of one host each that want such events, and that this host does not have."""
+        known = {*subscribers, *(row.plugin for row in here)}
+        return [
+            one
+            for name, one in self.state.plugins.items()
+            if name not in known and one.plugin.placement == "one" and self.event.name in one.plugin.hooks
+        ]
+
+    def elsewhere(self, here: Sequence[DeliveryRow], subscribers: Mapping[str, Subscriber]) -> list[Elsewhere]:
+        """The plugins among the subscribers whose deliveries another host knows more of than this one."""
+        rows, found = {row.plugin: row for row in here}, []
+        for plugin, to in subscribers.items():
+            known, row = self.state.plugins.get(plugin), rows.get(plugin)
+            if known is None or known.plugin.placement != "one" or (row is not None and not _is_from_the_log(row)):
+                continue
+            lease = self.state.leases.get((plugin, shard_of_event(self.event.id, to.key, known.plugin.shards)))
+            if lease is not None and lease.holder != self.host:
+                found.append(Elsewhere(plugin, lease.holder))
+        for absent in self._absent(here, subscribers):
+            name = absent.plugin.name
+            for shard in range(absent.plugin.shards):
+                lease = self.state.leases.get((name, shard))
+                if lease is not None and lease.holder != self.host:
+                    found.append(Elsewhere(name, lease.holder, self._row(name, "ok", 0, f"on {lease.holder}")))
+        return found
 
     def _row(self, plugin: str, state: str, attempts: int, detail: str) -> DeliveryRow:
         event = self.event
         return DeliveryRow(event.id, event.name, plugin, state, attempts, None, detail, None, None, event.accepted)
+
+
+def _is_from_the_log(row: DeliveryRow) -> bool:
+    """Whether this host has never had the delivery itself, or gave it away."""
+    return row.state == "moved" or (row.state in GIVEN_UP and not row.attempts and row.status is None)
 
 
 def _stands(state: State, position: Position | None, ref: EventRef | None, at: Place | None) -> tuple[str, int]:
@@ -70,12 +120,12 @@ def waiting(db: sqlite3.Connection, state: State, name: str, now: float) -> int:
         " WHERE e.name=? AND c.plugin IS NULL AND e.expires > ?",
         (name, now),
     )
-    return sum(any(_waits(state, one, EventRef(*ref), place) for one in wanting) for *ref, place in rows)
+    events = [(EventRef(*ref), (place, ref[2]) if place is not None else None) for *ref, place in rows]
+    return sum(any(_waits(state, one, ref, at) for one in wanting) for ref, at in events)
 
 
-def _waits(state: State, known: Incarnation, ref: EventRef, place: int | None) -> bool:
-    if place is not None and place <= known.began:
+def _waits(state: State, known: Incarnation, ref: EventRef, at: Place | None) -> bool:
+    if at is not None and at[0] <= known.began:
         return False
-    at = (place, ref.number) if place is not None else None
     positions = [state.positions.get((known.plugin.name, shard)) for shard in range(known.plugin.shards)]
     return any(_stands(state, position, ref, at)[0] != "ok" for position in positions)

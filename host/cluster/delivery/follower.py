@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
+from host.cluster.delivery.replies import Replies
 from host.cluster.entries import Beat, Ended, Event, EventRef, Plugin, Position, Release, Replay
 from host.cluster.fold import Applied, Shard
 from host.cluster.log import LogUnavailableError
@@ -79,6 +80,7 @@ class QueueFollower:
         """Follow a node, before it begins to read."""
         self._node, queue = node, self._queue
         queue.emit, queue.places.fold = node.emit, lambda: node.state
+        queue.replies = Replies(queue.store, node)
         queue.on_final, queue.subscribers = self._on_final, self._subscriptions
         queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
 

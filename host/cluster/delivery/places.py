@@ -26,6 +26,8 @@ Place = tuple[int, int]
 BEGIN: Final[Place] = (0, 0)
 END: Final = MAX_NUMBER
 """A number after those of every entry of a message."""
+GIVEN_UP: Final = frozenset({"dead", "expired", "quarantined", "cancelled"})
+"""States that a holder may tell the others of."""
 BATCH: Final = 256
 """Events that a cursor reads from the database at a time."""
 Subscriptions = Callable[[Event], Mapping[str, Subscriber]]
@@ -171,7 +173,7 @@ class Places:
 
     def _end(self, db: sqlite3.Connection, ended: Ended, time: float) -> None:
         seq = self.seq_of(db, ended.event)
-        if seq is not None and ended.state in _GIVEN_UP:
+        if seq is not None and ended.state in GIVEN_UP:
             row = (seq, ended.plugin, ended.state, ended.why, time)
             db.execute(
                 "INSERT INTO deliveries (seq, plugin, state, detail, updated) VALUES (?,?,?,?,?) ON CONFLICT"
@@ -370,7 +372,3 @@ class Places:
             return reads
 
         return self._store.read(query)
-
-
-_GIVEN_UP = frozenset({"dead", "expired", "quarantined", "cancelled"})
-"""States that a holder may tell the others of."""
