@@ -39,6 +39,7 @@ class Beats:
             place=state.place,
             digest=state.digest,
             ready=() if leaving else tuple(parts.follower.ready()),
+            lacking=() if leaving else tuple(parts.follower.lacking()),
             positions=tuple(positions),
         )
         return [*claims, beat], bool(self._positions)

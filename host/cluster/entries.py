@@ -110,7 +110,8 @@ class Position:
 class Beat:
     """A host's sign of life. ``place`` and ``digest`` say how far its fold is, and what it came to there.
 
-    ``ready`` names the plugins that it could hold: it has the cluster's version of them, and they are enabled.
+    ``ready`` names the plugins that it could hold: it has the cluster's version of them, and they are enabled;
+    ``lacking`` those that it does not take, because it does not have the events that wait for them.
     """
 
     labels: tuple[Name, ...] = ()
@@ -119,6 +120,7 @@ class Beat:
     place: Whole = 0
     digest: Name = ""
     ready: tuple[Name, ...] = ()
+    lacking: tuple[Name, ...] = ()
     positions: tuple[Position, ...] = ()
     kind: Literal["beat"] = "beat"
 

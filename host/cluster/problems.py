@@ -14,12 +14,13 @@ LASTS: Final = 3.0
 Kind = Literal[
     "unreachable", "unwritable", "refused", "full", "settings", "another_log", "trimmed", "log_lost", "twin",
     "diverged", "newer_version", "left", "failed", "outbox_full", "unreadable", "unheld",
+    "events_lost",
 ]  # fmt: skip
 FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left", "failed"})
 """Those after which this host takes no part until its daemon is started again."""
 
 
-_EACH: frozenset[Kind] = frozenset({"unheld"})
+_EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})
 
 
 class StoppedError(Exception):

@@ -204,6 +204,12 @@ def restore(db: sqlite3.Connection, found: dict[str, Any]) -> None:
     db.execute("UPDATE cluster_self SET place=?, time=?, digest=?, mark=?", at)
 
 
+def members_of(db: sqlite3.Connection) -> dict[str, Member]:
+    """The hosts, as the database has them."""
+    rows = db.execute("SELECT key, value FROM cluster_fold WHERE part='members'").fetchall()
+    return {key: _OF_PARTS["members"].validate_json(value) for key, value in rows}
+
+
 def value_of(db: sqlite3.Connection, plugin: str, key: str) -> str | None:
     """A value that a plugin keeps in the cluster, as far as this host has read the log."""
     row = db.execute("SELECT value FROM cluster_values WHERE plugin=? AND key=?", (plugin, key)).fetchone()

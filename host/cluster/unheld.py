@@ -52,6 +52,14 @@ def _why(state: State, name: str, alive: Collection[str]) -> str | None:
         labels = ", ".join(plugin.labels)
         why = f"no living host that has it ({_some(having)}) has the labels {labels}"
         return f"{nobody}{why}; isolator cluster place {name} with other labels"
+    lacking = [host for host in alive if host in beats and name in beats[host].lacking]
+    if lacking:
+        have = "has" if len(lacking) == 1 else "have"
+        why = f"{_some(lacking)} {have} it, and not the events, which the log has no more"
+        remedy = (
+            f"isolator plugin add it on a host that has read them, or isolator cluster place {name} --anew without them"
+        )
+        return f"{nobody}{why}; {remedy}"
     gone = [host for host, beat in beats.items() if host not in alive and name in beat.ready]
     silent = f" ({_some(gone)} had it, and {'is' if len(gone) == 1 else 'are'} silent)" if gone else ""
     remedy = f"isolator plugin add it on a living host, or isolator plugin remove --cluster {name}"

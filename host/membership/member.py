@@ -18,8 +18,9 @@ from pydantic import TypeAdapter
 
 from host.cluster import standing
 from host.cluster.delivery.follower import QueueFollower
+from host.cluster.delivery.gaps import Loss
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import Entry
+from host.cluster.entries import MAX_NUMBER, Entry
 from host.cluster.entries import Plugin as Described
 from host.cluster.fold import Applied, State
 from host.cluster.joining import join
@@ -35,7 +36,7 @@ from host.membership.values import ClusterKeyValue
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Event, Subscriber
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import ClusterProblem
+from isolator.audit.schema import ClusterProblem, EventLost
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
 from isolator.ipc.tasks import Tasks
@@ -50,6 +51,7 @@ _DESCRIBED: Final = TypeAdapter(Described)
 _WISHES: Final = (
     "CREATE TABLE IF NOT EXISTS cluster_wishes (plugin TEXT PRIMARY KEY, entry TEXT NOT NULL) WITHOUT ROWID"
 )
+_SHOWN: Final = 5
 AGAIN: Final = 1.0
 """Seconds until the log is asked again for what a command has wished for."""
 
@@ -73,6 +75,8 @@ class Member:
         self._wished, self._tasks = asyncio.Event(), Tasks()
         store.read(lambda db: db.execute(_WISHES))
         self._trouble: list[str] = []
+        self._lost: dict[str, str] = {}
+        """By plugin, what it has lost since this process started."""
         self.node: Node | None = None
         self.types = ClusterTypes(store, catalogue, lambda: self._state, self._decide)
         self.follower = QueueFollower(
@@ -101,6 +105,7 @@ class Member:
         self.follower.attach(node)
         await node.start()
         self.types.follow()
+        self.follower.tell()
         for name, known in node.state.plugins.items():
             if known.plugin.placement == "one" and self._fences.of(name).until is None:
                 self._fences.hold(name, 0.0)
@@ -215,10 +220,22 @@ class Member:
     def _notice(self, kind: Kind, line: str | None) -> None:
         self._audit.record(ClusterProblem(kind=kind, why=line))
 
-    def _lost_events(self, plugin: str, count: int) -> None:
-        line = f"{count} events for {plugin} are lost: this host does not have them, and they were not handled"
-        _log.error("%s", line)
-        self._trouble.append(line)
+    def _lost_events(self, losses: Sequence[Loss]) -> None:
+        """Record what plugins will never get, and say so until the daemon is started again."""
+        for one in losses:
+            sender, series, first, last = one.range
+            end = last if last < MAX_NUMBER else None
+            record = EventLost(sender=sender, series=series, first=first, last=end, why=one.why)
+            self._audit.record(record, plugin=one.plugin)
+        for plugin in dict.fromkeys(one.plugin for one in losses):
+            mine = [one for one in losses if one.plugin == plugin]
+            more = f" and {len(mine) - _SHOWN} more" if len(mine) > _SHOWN else ""
+            line = f"events for plugin {plugin} are lost ({', '.join(str(one.range) for one in mine[:_SHOWN])}{more}): "
+            line += f"{mine[0].why}; the trail has the numbers (event.lost)"
+            _log.error("%s", line)
+            self._lost[plugin] = line
+        if self.node is not None:
+            self.node.problems.begin("events_lost", "; ".join(self._lost.values()))
 
     def _ready(self) -> Sequence[str]:
         plugins = self._state.plugins

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from host.cluster.entries import Event, EventRef, Plugin, Position
-from host.cluster.fold import Applied, Shard
+from host.cluster.fold import Applied, Shard, State
 from host.cluster.node import Node
 from host.cluster.parts import Settings
 from host.cluster.problems import Kind
@@ -54,6 +54,12 @@ class Following:
         db.execute(_FOLLOWED)
         db.execute("DELETE FROM followed")
         self.events.clear()
+
+    def adopted(self, db: sqlite3.Connection, before: State) -> None:
+        self.again(db)
+
+    def lacking(self) -> Sequence[str]:
+        return ()
 
     def left(self, db: sqlite3.Connection) -> None:
         pass

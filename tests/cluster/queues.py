@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from host.cluster.delivery import cursor
 from host.cluster.delivery.follower import QueueFollower
+from host.cluster.delivery.gaps import Loss
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import Entry, Plugin, Position
 from host.cluster.entries import Event as LogEvent
@@ -138,6 +139,7 @@ class SimHost:
         self.fences = SimFences(self)
         self.plugins: dict[str, Plugin] = {}
         self.problems: dict[Kind, str] = {}
+        self.losses: list[Loss] = []
         self.faults = Faults()
         """Those of this host alone."""
         self._cut_until = self.down_until = 0.0
@@ -163,17 +165,21 @@ class SimHost:
         for event_type in load_event_types(self.store)[0]:
             self.catalogue.register(event_type)
         self.types = ClusterTypes(self.store, self.catalogue, lambda: self.node.state, self._decide)
-        self.follower = QueueFollower(self.queue, self._subscribers, lambda: [*self.plugins], types=self.types)
+        self.follower = QueueFollower(
+            self.queue, self._subscribers, lambda: [*self.plugins], self.losses.extend, types=self.types
+        )
         cluster = self.cluster
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
         self._connect()
         self.node = Node(
-            Settings(self.name, outbox=cluster.outbox), log, self.store, _Watched(self), self.fences, clock=self.clock,
+            Settings(self.name, outbox=cluster.outbox, snapshots=self.path.with_suffix(".folds")),
+            log, self.store, _Watched(self), self.fences, clock=self.clock,
             notice=self._notice, random=cluster.random.getrandbits,
         )  # fmt: skip
         self.follower.attach(self.node)
         await self.node.start()
         self.types.follow()
+        self.follower.tell()
         for plugin in self.plugins:
             self.follower.serve(plugin)
             self._work_for(plugin)

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
+from host.cluster.delivery.gaps import GONE, UNREAD, Loss, Range, gaps, lose, losses, ranges, told
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.delivery.replies import Replies
 from host.cluster.entries import Beat, Ended, Event, EventRef, Plugin, Position, Release, Replay
-from host.cluster.fold import Applied, Shard
+from host.cluster.fold import Applied, Shard, State
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.queue.interface import Delivery, Result
@@ -53,7 +54,7 @@ class QueueFollower:
     """Keeps the cursors and lanes of this host in step with the log.
 
     ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
-    gets a plugin and how many of its events nobody has any more, ``described`` what the log says of a plugin anew.
+    gets what its plugins will never get, ``described`` what the log says of a plugin anew.
     ``types`` follows the log beside it.
     """
 
@@ -62,7 +63,7 @@ class QueueFollower:
         queue: ClusterQueue,
         subscriptions: Subscriptions,
         ready: Callable[[], Sequence[str]],
-        lost_events: Callable[[str, int], None] = lambda _, __: None,
+        lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
         described: Callable[[Plugin], None] = lambda _: None,
         types: TypesFollower | None = None,
     ) -> None:
@@ -74,6 +75,9 @@ class QueueFollower:
         self._acting = False
         self._place = 0
         self._draining: set[Shard] = set()
+        self._lacking: dict[str, list[Range]] = {}
+        """By plugin that this host could hold otherwise, the events that it does not have."""
+        self._state: State | None = None
         self._tasks = Tasks()
 
     def attach(self, node: Node) -> None:
@@ -114,6 +118,9 @@ class QueueFollower:
             for own in self._own.values():
                 own.at, own.behind = BEGIN, True
         self._place = place
+        if self._node.state is not self._state:
+            self._state = self._node.state
+            self.tell()
         if self._types is not None:
             self._types.kept(entries)
         counted = [one for one in entries if not one.void]
@@ -142,6 +149,7 @@ class QueueFollower:
 
     def _described(self, plugin: Plugin) -> None:
         if plugin.removed:
+            self._lose(plugin.name, self._lacking.pop(plugin.name, []), UNREAD)
             self.forget(plugin.name)
         elif plugin.placement == "one":
             self._hand_over(plugin.name)
@@ -164,8 +172,12 @@ class QueueFollower:
             places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
         )  # fmt: skip
         places.hold(shard, epoch)
-        if cursor.lost:
-            self._lost_events(shard[0], len(cursor.lost))
+        self._lose(shard[0], ranges(cursor.lost), GONE)
+        found = self._queue.store.read(lambda db: gaps(db, known))
+        if found:
+            unread = places.unread(found, position)
+            cursor.pass_over(unread)
+            self._lose(shard[0], unread, UNREAD)
         cursor.begin()
         self._gate(shard[0])
         self.look()
@@ -181,6 +193,12 @@ class QueueFollower:
     def again(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
         self._queue.places.again(db)
+        if self._types is not None:
+            self._types.again(db)
+
+    def adopted(self, db: sqlite3.Connection, before: State) -> None:
+        """See ``Follower``."""
+        self._queue.places.adopted(db, before)
         if self._types is not None:
             self._types.again(db)
 
@@ -217,7 +235,28 @@ class QueueFollower:
 
     def ready(self) -> Sequence[str]:
         """See ``Follower``."""
-        return [name for name in self._ready() if not self._is_of_one(name) or self._queue.places.is_whole(name)]
+        ready = [*self._ready()]
+        lacking = {name: self._queue.places.lacking(name) for name in ready if self._is_of_one(name)}
+        self._lacking = {name: found for name, found in lacking.items() if found}
+        return [name for name in ready if name not in self._lacking]
+
+    def lacking(self) -> Sequence[str]:
+        """See ``Follower``."""
+        return [*self._lacking]
+
+    # What is lost
+
+    def _lose(self, plugin: str, lost: Sequence[Range], why: str) -> None:
+        """Keep that a plugin never gets events, and tell it once that is on disk."""
+        if lost:
+            self._queue.store.submit(lambda db: lose(db, plugin, lost, why), lambda _, __: self.tell())
+
+    def tell(self) -> None:
+        """Tell of what is lost and was not told yet, be it from before a restart."""
+        found = self._queue.store.read(losses)
+        if found:
+            self._lost_events(found)
+            self._queue.store.submit(lambda db: told(db, found))
 
     # Cursors
 
@@ -272,7 +311,10 @@ class QueueFollower:
         state = self._node.state
         known = state.plugins.get(plugin)
         began = known.began if known is not None else state.place
-        at = self._queue.places.own(plugin) or (began, END)
+        at = self._queue.places.own(plugin)
+        if at is None:
+            at = (began, END)
+            self._queue.places.begin_own(plugin, at)
         self._own[plugin] = Own(plugin, self._queue, self._subscriptions, at)
         self._own[plugin].catch_up()
 
