@@ -296,9 +296,8 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, di
         wait_for(lambda: of(d, "cluster.problem"))
         d.stop()
         # A host that was away until the log was trimmed, and was stopped before it could tell.
-        with contextlib.closing(
-            sqlite3.connect(d.root / "var/lib/isolator/host/host.db", isolation_level=None)
-        ) as store:
+        path = d.root / "var/lib/isolator/host/host.db"
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as store:
             store.execute("INSERT INTO cluster_losses VALUES ('echo', 'two', 7, 3, 9, 'it was trimmed')")
         d.start()
         wait_for(lambda: of(d, "event.lost"))
