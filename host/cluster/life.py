@@ -159,7 +159,7 @@ class Life:
             entered = await self._log.after(self._footing.place)
         except LogUnavailableError as error:
             self._troubles.reads(error)
-            self._examined = -EXAMINE  # servers that come back may have lost what they had
+            self.look_soon()  # servers that come back may have lost what they had
             return False
         self._troubles.reads(None)
         if entered is None:
@@ -241,7 +241,7 @@ class Life:
                 self._parts.clocks[message.host] = beat.clock - self._clock.wall()
                 alive = self.watch.alive(self._state, now)
                 if not self._agreement.compare(message.host, beat, alive, now):
-                    self._examined = -EXAMINE  # the log may have lost what one of both has read
+                    self.look_soon()  # the log may have lost what one of both has read
 
     def _read_own(self, message: Message, taken: Sequence[Applied], now: float) -> None:
         """Act on what stands in the log under this host's name; raises StoppedError if another host wrote it."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from host.control import plugin_types
 from host.control.alarms import Alarms
-from host.control.cluster_types import ClusterPlugin
 from host.control.config_verbs import config_items
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
@@ -39,7 +38,7 @@ class PluginVerbs:
         watches: Watches,
         logs: Logs,
         alarms: Alarms,
-        in_cluster: Callable[[str], ClusterPlugin | None] = lambda _: None,
+        in_cluster: Callable[[str], dict[str, Any] | None] = lambda _: None,
     ) -> None:
         self._link, self._registry, self._config, self._queue = link, registry, config, queue
         self._dispatcher, self._watches, self._logs, self._alarms = dispatcher, watches, logs, alarms
@@ -168,7 +167,7 @@ def _trouble(listed: plugin_types.ListedPlugin, pinged: Pinged | None) -> str | 
     return f"its events wait: {listed['holding']}" if listed["holding"] else listed["error"]
 
 
-def _elsewhere(plugin: ClusterPlugin) -> str:
+def _elsewhere(plugin: Mapping[str, Any]) -> str:
     """Where a plugin of the cluster is that is not on this host."""
     if plugin["problem"]:
         return f"is not on this host: {plugin['problem']}"

@@ -12,7 +12,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final
 
 from pydantic import TypeAdapter
 
@@ -27,7 +27,6 @@ from host.cluster.joining import join
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.cluster.problems import Kind
-from host.control.cluster_types import ClusterPlugin
 from host.database.store import Store
 from host.events import Catalogue
 from host.fence.fences import Fences
@@ -176,11 +175,11 @@ class Member:
             if node is not None and host != node.host and name in member.beat.ready and not node.is_silent(host)
         )  # fmt: skip
 
-    def plugin(self, name: str) -> ClusterPlugin | None:
+    def plugin(self, name: str) -> dict[str, Any] | None:
         """The plugin as ``cluster.status`` shows it; None if the cluster does not know it."""
         if self.node is None or name not in self.node.state.plugins:
             return None
-        return cast(ClusterPlugin, standing.plugin(self.node, name))
+        return standing.plugin(self.node, name)
 
     async def _wish(self, entry: Described) -> None:
         """Have an entry written, however long the log does not answer; a later one of the plugin replaces it."""
