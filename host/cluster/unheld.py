@@ -62,8 +62,10 @@ def _why(state: State, name: str, alive: Collection[str]) -> str | None:
         return f"{nobody}{why}; {remedy}"
     gone = [host for host, beat in beats.items() if host not in alive and name in beat.ready]
     silent = f" ({_some(gone)} had it, and {'is' if len(gone) == 1 else 'are'} silent)" if gone else ""
-    remedy = f"isolator plugin add it on a living host, or isolator plugin remove --cluster {name}"
-    return f"{nobody}no living host has the version {plugin.digest[:19]}{silent}; start one that has it, {remedy}"
+    remedy = f"isolator plugin add or enable it on a living one, or isolator plugin remove --cluster {name}"
+    return (
+        f"{nobody}no living host has the version {plugin.digest[:19]} enabled{silent}; start one that has it, {remedy}"
+    )
 
 
 def _some(hosts: Collection[str]) -> str:

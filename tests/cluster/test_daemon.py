@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from host.cluster.entries import Beat, Message, Number, Plugin, encode
+from host.cluster.entries import Beat, EventType, Message, Number, Plugin, encode
 from tests.support.nats_servers import Server, nats_servers
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
@@ -132,12 +132,22 @@ def test_plugin_whose_hosts_are_gone_is_shown_as_nobodys_and_forgotten_on_comman
         assert refused.returncode and "is none of the cluster" in refused.stderr
 
         # Another host has brought a plugin, and is never heard of again.
-        body = encode(Message("h2", "ctl", Number(1, 1), (Plugin("ghost", "sha256:1"), Beat(ready=("ghost",)))))
+        schema = '{"type":"object","properties":{"order_id":{"type":"string"}},"required":["order_id"]}'
+        entries = (EventType("shop.order", schema), Plugin("ghost", "sha256:1"), Beat(ready=("ghost",)))
+        body = encode(Message("h2", "ctl", Number(1, 1), entries))
         password = (tmp_path / "users/h2.secret").read_text().strip().partition(":")[2]
         subprocess.run([*enter, sys.executable, "-c", _GHOST, password, body.hex()], check=True)
         wait_for(lambda: any(one["name"] == "ghost" for one in _status(d)["plugins"]), what="the plugin")
         refused = d.cli("plugin", "remove", "--yes", "--cluster", "ghost", code=None)
         assert refused.returncode and "h2 has it, too" in refused.stderr
+
+        # Its type is known here, over a reload, and events of it are accepted.
+        for _ in range(2):
+            assert "shop.order" in d.cli("event", "types").stdout
+            d.cli("event", "emit", "shop.order", '{"order_id":"7"}')
+            refused = d.cli("event", "emit", "shop.order", "{}", code=None)
+            assert refused.returncode and "order_id is required" in refused.stderr
+            d.cli("reload")
         shown = d.cli("plugin", "show", "ghost", code=None)
         assert shown.returncode and "is not on this host, and is one of the cluster" in shown.stderr
 

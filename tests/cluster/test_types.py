@@ -14,6 +14,7 @@ from host.cluster.fold import MAX_TYPES
 from host.control.catalogue_verbs import CatalogueVerbs
 from host.control.endpoints import Caller
 from host.control.platform_types import EventRegister, EventUnregister
+from host.events import from_schema
 from host.membership.types import OF_CLUSTER
 from host.plugins.registry import Registry
 from isolator.errors import IsolatorError, NotFoundError, UnavailableError, UsageError
@@ -169,6 +170,8 @@ async def test_host_that_is_cut_off_changes_no_type_and_takes_one_that_is_as_it_
     await _register(hosts, first, _schema("a"))
     first.cut_until(1e9)
     await _register(hosts, first, _schema("a"))  # as a platform does at each of its starts
+    first.catalogue.register(from_schema("shop.own", _schema("b")))  # from before this host had a cluster
+    await _settled(hosts, _verbs(first).register(EventRegister(name="shop.own", schema=_schema("b")), _CALLER))
     with pytest.raises(UnavailableError, match="all hosts have to know it"):
         await _register(hosts, first, _schema("a", more="string"))
 

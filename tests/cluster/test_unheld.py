@@ -43,8 +43,8 @@ async def test_plugin_that_no_living_host_has_is_said_everywhere_with_its_remedi
         line = host.problems["unheld"]
         assert line == host.node.problems.lines["unheld"] == host.node.unheld["p"]
         assert "nobody holds plugin p, and its events wait" in line
-        assert "no living host has the version sha256:0123456789ab (h0 had it, and is silent)" in line
-        assert "isolator plugin add it on a living host" in line
+        assert "no living host has the version sha256:0123456789ab enabled (h0 had it, and is silent)" in line
+        assert "isolator plugin add or enable it on a living one" in line
         assert "isolator plugin remove --cluster p" in line
         shown = standing(host.node, host.clock.now())
         assert {"kind": "unheld", "line": line} in shown["problems"]
@@ -106,13 +106,13 @@ def _state(*ready: str, labels: tuple[str, ...] = (), held: bool = False) -> Sta
 @pytest.mark.parametrize(
     ("state", "alive", "line"),
     [
-        (_state(), "ab", "no living host has the version d;"),
-        (_state("b", "c"), "a", "no living host has the version d (b, c had it, and are silent);"),
+        (_state(), "ab", "no living host has the version d enabled;"),
+        (_state("b", "c"), "a", "no living host has the version d enabled (b, c had it, and are silent);"),
         (_state("b"), "ab", "no living host that has it (b) has the labels eu; isolator cluster place p"),
         (_state("b", labels=("eu",)), "ab", None),
         (_state("b", labels=("eu",)), "a", "(b had it, and is silent)"),
         (_state(held=True), "ab", None),
-        (_state(held=True), "b", "no living host has the version d;"),
+        (_state(held=True), "b", "no living host has the version d enabled;"),
     ],
 )
 def test_reason_is_who_lives_and_what_they_have(state: State, alive: str, line: str | None) -> None:

@@ -236,8 +236,7 @@ class QueueFollower:
     def ready(self) -> Sequence[str]:
         """See ``Follower``."""
         ready = [*self._ready()]
-        lacking = {name: self._queue.places.lacking(name) for name in ready if self._is_of_one(name)}
-        self._lacking = {name: found for name, found in lacking.items() if found}
+        self._lacking = self._queue.places.lacking(filter(self._is_of_one, ready))
         return [name for name in ready if name not in self._lacking]
 
     def lacking(self) -> Sequence[str]:

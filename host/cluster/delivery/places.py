@@ -209,9 +209,15 @@ class Places:
         place = db.execute("SELECT place FROM cluster_self").fetchone()[0]
         gaps.note(db, before, members_of(db), place)
 
-    def lacking(self, name: str) -> list[Range]:
-        """The events with which a holder of a plugin goes on, and which this host does not have."""
-        return self._store.read(lambda db: self._lacking(db, name))
+    def lacking(self, names: Iterable[str]) -> dict[str, list[Range]]:
+        """The events with which a holder of a plugin goes on and which this host does not have, by plugin, if any."""
+
+        def query(db: sqlite3.Connection) -> dict[str, list[Range]]:
+            if db.execute("SELECT 1 FROM cluster_gaps LIMIT 1").fetchone() is None:
+                return {}
+            return {name: found for name in names if (found := self._lacking(db, name))}
+
+        return self._store.read(query)
 
     def _lacking(self, db: sqlite3.Connection, name: str) -> list[Range]:
         known = self.state.plugins[name]
