@@ -23,6 +23,8 @@ FORMAT: Final = 1
 MAX_MESSAGE: Final = 256 << 10
 """Bytes of a message."""
 MAX_ENTRIES: Final = 4096
+MAX_LOST: Final = 256
+"""Ranges of events that one entry calls lost."""
 MAX_SCHEMA: Final = 64 << 10
 """Characters of the schema of an event type."""
 _RANDOM_BITS = 20
@@ -67,6 +69,24 @@ class EventRef(NamedTuple):
     host: Name
     series: Whole
     number: Whole
+
+
+class Range(NamedTuple):
+    """Numbers of a sender's events, both ends included; ``last`` is ``MAX_NUMBER`` where nobody knows it."""
+
+    host: Name
+    series: Whole
+    first: Whole
+    last: Whole
+
+    def has(self, ref: EventRef) -> bool:
+        """Whether an event is among them."""
+        return (ref.host, ref.series) == (self.host, self.series) and self.first <= ref.number <= self.last
+
+    def __str__(self) -> str:
+        if self.first == self.last:
+            return f"{self.host} {self.first}"
+        return f"{self.host} {self.first} to {self.last if self.last < MAX_NUMBER else 'its last'}"
 
 
 class Opened(NamedTuple):
@@ -180,6 +200,17 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
+class Lost:
+    """Events behind which a holder goes on although the plugin never got them: nobody whom it can ask has them."""
+
+    plugin: Name
+    shard: Whole
+    epoch: Whole
+    events: Annotated[tuple[Range, ...], Field(max_length=MAX_LOST)]
+    kind: Literal["lost"] = "lost"
+
+
+@dataclass(frozen=True, slots=True, config=_CHECKED)
 class Plugin:
     """A plugin of the cluster. The first one after a removal begins another incarnation."""
 
@@ -227,7 +258,7 @@ class VoidLeases:
 
 
 OfEvents: TypeAlias = Event | Replay
-OfDecisions: TypeAlias = Beat | Claim | Release | KeyValue | Ended | Plugin | EventType | VoidLeases
+OfDecisions: TypeAlias = Beat | Claim | Release | KeyValue | Ended | Lost | Plugin | EventType | VoidLeases
 Entry: TypeAlias = OfEvents | OfDecisions
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Protocol, TypeVar
 from pydantic import BeforeValidator, PlainSerializer
 
 from host.cluster.entries import (
+    MAX_LOST,
     NO_BEAT,
     NOTHING,
     Beat,
@@ -28,10 +29,12 @@ from host.cluster.entries import (
     EventRef,
     EventType,
     KeyValue,
+    Lost,
     Message,
     Number,
     Plugin,
     Position,
+    Range,
     Release,
     Replay,
     VoidLeases,
@@ -126,6 +129,8 @@ class State:
     leases: ByShard[Lease] = field(default_factory=dict)
     freed: ByShard[Freed] = field(default_factory=dict)
     positions: ByShard[Position] = field(default_factory=dict)
+    lost: ByShard[tuple[Range, ...]] = field(default_factory=dict)
+    """The newest events of a shard, at most ``MAX_LOST`` ranges, that its position is behind and that it never got."""
     types: dict[str, EventType] = field(default_factory=dict)
 
     def member(self, host: str) -> Member:
@@ -207,13 +212,16 @@ class _Folding:
                 self._member.beat = replace(entry, positions=())
             case Claim():
                 return self._claim(entry)
-            case Release() | KeyValue() | Ended():
+            case Release() | KeyValue() | Ended() | Lost():
                 if void := self._not_held(entry):
                     return void
                 if isinstance(entry, Release):
                     self._free((entry.plugin, entry.shard), drained=True)
                 elif isinstance(entry, KeyValue):
                     self._store.put(entry.plugin, entry.key, entry.value)
+                elif isinstance(entry, Lost):
+                    shard = (entry.plugin, entry.shard)
+                    state.lost[shard] = tuple(dict.fromkeys((*state.lost.get(shard, ()), *entry.events)))[-MAX_LOST:]
             case Plugin():
                 return self._describe(entry)
             case EventType():
@@ -223,7 +231,7 @@ class _Folding:
                     self._free(shard, drained=False)
         return ""
 
-    def _not_held(self, entry: Position | Release | KeyValue | Ended) -> str:
+    def _not_held(self, entry: Position | Release | KeyValue | Ended | Lost) -> str:
         lease = self._state.leases.get((entry.plugin, entry.shard))
         if lease is None or lease.holder != self._host:
             return "not its holder"
@@ -253,6 +261,7 @@ class _Folding:
             for number in range(known.plugin.shards):
                 self._free((plugin.name, number), drained=False)
                 self._state.positions.pop((plugin.name, number), None)
+                self._state.lost.pop((plugin.name, number), None)
             del self._state.plugins[plugin.name]
             self._store.forget(plugin.name)
             return ""

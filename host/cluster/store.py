@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from host.cluster.entries import EventRef, EventType, Position
+from host.cluster.entries import EventRef, EventType, Position, Range
 from host.cluster.fold import Freed, Incarnation, Lease, Member, State
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
@@ -49,9 +49,10 @@ _OF_PARTS: dict[str, TypeAdapter[Any]] = {
     "leases": TypeAdapter(Lease),
     "freed": TypeAdapter(Freed),
     "positions": TypeAdapter(Position),
+    "lost": TypeAdapter(tuple[Range, ...]),
     "types": TypeAdapter(EventType),
 }
-_BY_SHARD = ("leases", "freed", "positions")
+_BY_SHARD = ("leases", "freed", "positions", "lost")
 
 _OF_THE_FOLD: dict[str, tuple[TypeAdapter[Any], int]] = {
     "fold": (TypeAdapter(list[tuple[str, str, str]]), 3),

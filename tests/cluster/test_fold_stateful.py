@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from host.cluster import fold as folding
 from host.cluster import store as storing
@@ -32,11 +32,13 @@ from host.cluster.entries import (
     EventRef,
     EventType,
     KeyValue,
+    Lost,
     Message,
     Number,
     Opened,
     Plugin,
     Position,
+    Range,
     Release,
     Replay,
     VoidLeases,
@@ -128,7 +130,7 @@ class _Promises:
         match entry:
             case Claim():
                 self._claim(host, entry, place)
-            case Release() | KeyValue() | Ended():
+            case Release() | KeyValue() | Ended() | Lost():
                 self._of_holder(host, (entry.plugin, entry.shard), entry.epoch)
                 if isinstance(entry, Release):
                     self._end((entry.plugin, entry.shard), place)
@@ -182,6 +184,7 @@ class _Promises:
         for shard, position in state.positions.items():
             assert position.epoch <= self.epochs.get(shard, 0), f"what wrote {position} is not the holder of any epoch"
             assert shard[0] in self.plugins, "a position of what was removed"
+        assert {shard[0] for shard in state.lost} <= {*self.plugins}
 
 
 numbers = st.integers(0, 3)
@@ -206,6 +209,7 @@ anything = st.one_of(
     st.builds(lambda shard, epoch, value: KeyValue(*shard, epoch, "k", value), shards, epochs,
               st.sampled_from((None, "v"))),
     st.builds(lambda shard, epoch, ref: Ended(*shard, epoch, ref, "dead", "why"), shards, epochs, refs),
+    st.builds(lambda shard, epoch, ref: Lost(*shard, epoch, (Range(*ref, 9),)), shards, epochs, refs),
     st.builds(VoidLeases, st.just("lost")),
     st.builds(EventType, st.sampled_from(("shop.order", "shop.paid")), st.sampled_from(("{}", "[]")),
               replaces=st.sampled_from(("", EventType("", "{}").digest, EventType("", "[]").digest)),
@@ -259,6 +263,14 @@ class FoldMachine(RuleBasedStateMachine):
 
     # What hosts should write
 
+    @initialize(host=hosts, held=st.booleans())
+    def begin(self, host: str, held: bool) -> None:
+        """Have plugins, perhaps held, with a value."""
+        self.write(host, Plugin("p", "d1", shards=2), Plugin("q", "d1"))
+        if held:
+            self.write(host, *(self.ahead.state.claim(shard) for shard in SHARDS))
+            self.work(("p", 0), "kv", EventRef("a", 1, 1))
+
     @rule(host=hosts, plugin=st.sampled_from(PLUGINS), parts=st.sampled_from((1, 2)))
     def describe(self, host: str, plugin: str, parts: int) -> None:
         self.write(host, Plugin(plugin, "d1", shards=parts if plugin == "p" else 1))
@@ -267,10 +279,12 @@ class FoldMachine(RuleBasedStateMachine):
     def remove(self, host: str, plugin: str) -> None:
         self.write(host, Plugin(plugin, "d1", removed=True))
 
-    @rule(host=hosts, shard=shards, reader=lagging)
-    def claim(self, host: str, shard: Shard, reader: int) -> None:
-        """Claim by what a reader knows that may lag; what the holder writes later has to void it."""
-        state = self.readers[reader].state
+    @rule(host=hosts, shard=shards, reader=lagging, behind=st.integers(0, 4))
+    def claim(self, host: str, shard: Shard, reader: int, behind: int) -> None:
+        """Claim by what a reader knows that lags behind; what the holder has written since has to void it."""
+        one = self.readers[reader]
+        self._read(one, max(0, len(self.log) - one.at - behind))
+        state = one.state
         if shard[0] in state.plugins:
             self.write(host, state.claim(shard), Beat())
 
@@ -281,7 +295,7 @@ class FoldMachine(RuleBasedStateMachine):
             if take or not claim.holder:
                 self.write(host, claim)
 
-    @rule(shard=shards, what=st.sampled_from(("release", "kv", "kv", "ended", "beat")), ref=refs)
+    @rule(shard=shards, what=st.sampled_from(("release", "kv", "kv", "ended", "lost", "beat")), ref=refs)
     def work(self, shard: Shard, what: str, ref: EventRef) -> None:
         """Write what the holder of a shard writes."""
         lease = self.ahead.state.leases.get(shard)
@@ -289,7 +303,7 @@ class FoldMachine(RuleBasedStateMachine):
             at = (*shard, lease.epoch)
             made: dict[str, Entry] = {
                 "release": Release(*at), "kv": KeyValue(*at, "k", "v"), "ended": Ended(*at, ref, "dead", "why"),
-                "beat": Beat(positions=(Position(*at, (ref,)),)),
+                "beat": Beat(positions=(Position(*at, (ref,)),)), "lost": Lost(*at, (Range(*ref, 9),)),
             }  # fmt: skip
             assert [one.void for one in self.write(lease.holder, made[what])] == [""]
 
@@ -480,4 +494,4 @@ def test_each_planted_fault_is_found(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=seen):
-        _run(400, shrink=False)
+        _run(2000, shrink=False)

@@ -8,12 +8,12 @@ import pytest
 
 from host.cluster import placing, snapshots
 from host.cluster.delivery.follower import QueueFollower
-from host.cluster.delivery.gaps import MOST, UNREAD, Range, _between, _bounded, ranges, unread
+from host.cluster.delivery.gaps import MOST, UNREAD, Range, _between, bounded, ranges, unread
 from host.cluster.entries import MAX_NUMBER, EventRef, Number, Plugin
 from host.cluster.fold import Member, State
 from tests.cluster.queues import Hosts, Make, SimHost
 
-ONE = Plugin("p", "sha256:1")
+ONE = Plugin("p", "sha256:1", hooks=("deploy.completed",))
 ALL = Plugin("p", "sha256:1", placement="all")
 
 
@@ -74,6 +74,12 @@ async def test_holder_that_was_away_too_long_says_which_events_its_plugin_has_lo
     await hosts.passes(3.0)
     assert _numbers(hosts, first) == [("p", "h1", 5, 7), ("p", "h2", 1, 2)]
     assert not {*lost} & {act.event for act in hosts.witness.handled}
+    for event, known in [*((one, "dead") for one in lost), (later[0], "ok")]:
+        for host in (second, third):  # one has the plugin by now, and one has not
+            host.plugins.update({"p": ONE} if host is third else {})
+            row = await hosts.during(host.queue.complete(host.show(event)))
+            assert [one.state for one in row.deliveries] == [known]
+            assert known == "ok" or str(row.deliveries[0].detail).startswith("lost: ")
     assert hosts.witness.repeated("p") == 0
     first.losses.clear()
     await first.end()
@@ -225,4 +231,4 @@ def test_losses_are_ranges_and_not_too_many_of_them() -> None:
     refs = [EventRef("a", 1, number) for number in (3, 1, 2, 7)] + [EventRef("b", 1, 4)]
     assert ranges(refs) == [Range("a", 1, 1, 3), Range("a", 1, 7, 7), Range("b", 1, 4, 4)]
     odd = ranges(EventRef(host, 1, number * 2) for host in "ab" for number in range(1, MOST))
-    assert _bounded(odd) == [Range("a", 1, 2, 2 * MOST - 2), Range("b", 1, 2, 2 * MOST - 2)]
+    assert bounded(odd) == [Range("a", 1, 2, 2 * MOST - 2), Range("b", 1, 2, 2 * MOST - 2)]

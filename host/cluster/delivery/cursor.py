@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from host.cluster.delivery.gaps import Range
 from host.cluster.delivery.places import Local, Place, Read, Subscriptions, is_later, shard_of_event
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import EventRef, Opened, Position, Replay
+from host.cluster.entries import EventRef, Opened, Position, Range, Replay
 from host.cluster.fold import Shard
 from host.queue.interface import FINAL, Delivery, Result, Subscriber
 

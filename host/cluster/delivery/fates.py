@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from host.cluster.delivery.places import GIVEN_UP, Place, is_later, shard_of_event
 from host.cluster.entries import EventRef, Position
-from host.cluster.fold import Incarnation, State
+from host.cluster.fold import Incarnation, Shard, State
 from host.queue.interface import DeliveryRow, Event, Subscriber
 
 
@@ -53,13 +53,22 @@ class Fates:
             lease = self.state.leases.get(shard)
             where = f"on {lease.holder}" if lease is not None else "no host holds the plugin"
             state, attempts = _stands(self.state, self.state.positions.get(shard), self.ref, self.at)
-            rows[plugin] = self._row(plugin, state, attempts, where)
+            rows[plugin] = self._lost(shard) or self._row(plugin, state, attempts, where)
         for known in self._absent(here, subscribers):
             if self.ref is not None and _waits(self.state, known, self.ref, self.at):
                 lease = self.state.leases.get((known.plugin.name, 0))
                 where = f"on {lease.holder}" if lease is not None else "no host holds the plugin"
                 rows[known.plugin.name] = self._row(known.plugin.name, "queued", 0, where)
+            for number in range(known.plugin.shards):
+                if (lost := self._lost((known.plugin.name, number))) is not None:
+                    rows[known.plugin.name] = lost
         return tuple(rows[plugin] for plugin in sorted(rows))
+
+    def _lost(self, shard: Shard) -> DeliveryRow | None:
+        """The delivery, if the shard's holder went on without it."""
+        if self.ref is None or not any(one.has(self.ref) for one in self.state.lost.get(shard, ())):
+            return None
+        return self._row(shard[0], "dead", 0, "lost: its holder has never read it, and the log has it no more")
 
     def _absent(self, here: Sequence[DeliveryRow], subscribers: Mapping[str, Subscriber]) -> list[Incarnation]:
         """The plugins of one host each that want such events, and that this host does not have."""
@@ -77,14 +86,15 @@ class Fates:
             known, row = self.state.plugins.get(plugin), rows.get(plugin)
             if known is None or known.plugin.placement != "one" or (row is not None and not _is_from_the_log(row)):
                 continue
-            lease = self.state.leases.get((plugin, shard_of_event(self.event.id, to.key, known.plugin.shards)))
-            if lease is not None and lease.holder != self.host:
+            of = (plugin, shard_of_event(self.event.id, to.key, known.plugin.shards))
+            lease = self.state.leases.get(of)
+            if lease is not None and lease.holder != self.host and self._lost(of) is None:
                 found.append(Elsewhere(plugin, lease.holder))
         for absent in self._absent(here, subscribers):
             name = absent.plugin.name
             for shard in range(absent.plugin.shards):
                 lease = self.state.leases.get((name, shard))
-                if lease is not None and lease.holder != self.host:
+                if lease is not None and lease.holder != self.host and self._lost((name, shard)) is None:
                     found.append(Elsewhere(name, lease.holder, self._row(name, "ok", 0, f"on {lease.holder}")))
         return found
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
-from host.cluster.delivery.gaps import GONE, UNREAD, Loss, Range, gaps, lose, losses, ranges, told
+from host.cluster.delivery.gaps import GONE, UNREAD, Loss, bounded, gaps, lose, losses, ranges, told
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.delivery.replies import Replies
-from host.cluster.entries import Beat, Ended, Event, EventRef, Plugin, Position, Release, Replay
+from host.cluster.entries import Beat, Ended, Event, EventRef, Lost, Plugin, Position, Range, Release, Replay
 from host.cluster.fold import Applied, Shard, State
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
@@ -149,7 +149,7 @@ class QueueFollower:
 
     def _described(self, plugin: Plugin) -> None:
         if plugin.removed:
-            self._lose(plugin.name, self._lacking.pop(plugin.name, []), UNREAD)
+            self._lose(plugin.name, bounded(self._lacking.pop(plugin.name, [])), UNREAD)
             self.forget(plugin.name)
         elif plugin.placement == "one":
             self._hand_over(plugin.name)
@@ -172,12 +172,14 @@ class QueueFollower:
             places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
         )  # fmt: skip
         places.hold(shard, epoch)
-        self._lose(shard[0], ranges(cursor.lost), GONE)
-        found = self._queue.store.read(lambda db: gaps(db, known))
-        if found:
-            unread = places.unread(found, position)
-            cursor.pass_over(unread)
-            self._lose(shard[0], unread, UNREAD)
+        gone, found = bounded(ranges(cursor.lost)), self._queue.store.read(lambda db: gaps(db, known))
+        unread = bounded(places.unread(found, position))
+        cursor.pass_over(unread)
+        self._lose(shard[0], gone, GONE)
+        self._lose(shard[0], unread, UNREAD)
+        if gone or unread:
+            entry = Lost(*shard, epoch, (*gone, *unread))
+            self._tasks.run(f"what {shard[0]} has lost", self._decide(cursor, entry))
         cursor.begin()
         self._gate(shard[0])
         self.look()
@@ -362,7 +364,7 @@ class QueueFollower:
         await self.drain(held.shard)
         await self._decide(held, Release(*held.shard, held.epoch))
 
-    async def _decide(self, held: Held, entry: Ended | Release) -> bool:
+    async def _decide(self, held: Held, entry: Ended | Lost | Release) -> bool:
         """Have the log decide something about a shard while it is held; whether it counts."""
         while self._held.get(held.shard) is held:
             try:

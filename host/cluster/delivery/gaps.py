@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from host.cluster.entries import MAX_NUMBER, EventRef
+from host.cluster.entries import MAX_NUMBER, EventRef, Range
 from host.cluster.fold import Incarnation, Member, State
 
 TABLES: Final = """
@@ -27,20 +27,6 @@ UNREAD: Final = "the log was trimmed before this host had read them"
 GONE: Final = "they are not on this host any more, and not in the log"
 MOST: Final = 64
 """Ranges of one loss."""
-
-
-class Range(NamedTuple):
-    """Numbers of a sender's events, both ends included; ``last`` is ``MAX_NUMBER`` where nobody knows it."""
-
-    host: str
-    series: int
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        if self.first == self.last:
-            return f"{self.host} {self.first}"
-        return f"{self.host} {self.first} to {self.last if self.last < MAX_NUMBER else 'its last'}"
 
 
 class Loss(NamedTuple):
@@ -60,7 +46,7 @@ def note(db: sqlite3.Connection, before: State, after: Mapping[str, Member], pla
     db.executemany("INSERT OR REPLACE INTO cluster_gaps VALUES (?,?,?,?,?)", [(*one, place) for one in found])
     if before.place:
         for (plugin,) in db.execute("SELECT plugin FROM cluster_read").fetchall():
-            lose(db, plugin, found, UNREAD)
+            lose(db, plugin, bounded(found), UNREAD)
 
 
 def _between(before: State, after: Mapping[str, Member]) -> Iterable[Range]:
@@ -111,11 +97,11 @@ def ranges(refs: Iterable[EventRef]) -> list[Range]:
 
 def lose(db: sqlite3.Connection, plugin: str, lost: Iterable[Range], why: str) -> None:
     """Keep that events are lost to a plugin, until that was told."""
-    rows = [(plugin, *one, why) for one in _bounded(lost)]
+    rows = [(plugin, *one, why) for one in lost]
     db.executemany("INSERT OR REPLACE INTO cluster_losses VALUES (?,?,?,?,?,?)", rows)
 
 
-def _bounded(some: Iterable[Range]) -> list[Range]:
+def bounded(some: Iterable[Range]) -> list[Range]:
     """Ranges, or, if they are too many, one of each sender's numbers: whoever wrote them may be hostile."""
     found = list(some)
     if len(found) <= MOST:

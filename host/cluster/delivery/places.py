@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from host.cluster.delivery import cloudevent, gaps
-from host.cluster.delivery.gaps import Range
-from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Position, Replay
+from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Position, Range, Replay
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Member, Shard, State
 from host.cluster.placement import shard_of
