@@ -247,6 +247,7 @@ class Node:
         line = "this host has left its cluster: remove [cluster] from host.toml, then run isolator reload"
         self.problems.begin("left", line)
         self._life.give_up(line)
+        self.problems.end("unheld")
         await self._parts.database.run(self._forget)
         for plugin in plugins:
             self._parts.fences.free(plugin)

@@ -58,8 +58,11 @@ class Membership(Protocol):
     async def removed(self, name: str) -> None:
         """Have the cluster end with a plugin that a command has removed here, if no other host has it."""
 
+    def check_alone(self, name: str) -> None:
+        """Raise UsageError for a plugin that another living host has, too, or that is none of the cluster."""
+
     async def end(self, name: str) -> None:
-        """Have the cluster end with a plugin; raises UsageError if another living host has it, or it knows none."""
+        """Have the cluster end with a plugin, whoever has it."""
 
 
 @dataclass
@@ -110,10 +113,15 @@ class PluginLifecycle:
         await self.forget(name)
 
     async def end_in_cluster(self, name: str) -> None:
-        """Have the cluster end with a plugin, which no living host has but this one; raises UsageError."""
+        """Have the cluster end with a plugin; of one that this host has, the removal here does it (``removed``).
+
+        Raises UsageError if another living host has it.
+        """
         if self.member is None:
             raise UsageError("--cluster", "this host has no [cluster] in host.toml", "leave it out")
-        await self.member.end(name)
+        self.member.check_alone(name)
+        if self.registry.get(name) is None:
+            await self.member.end(name)
 
     async def forget(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat. At once no event is accepted for it any more."""

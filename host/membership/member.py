@@ -157,15 +157,18 @@ class Member:
         if known is not None and not self._others(name):
             await self._wish(Described(name, known.plugin.digest, removed=True))
 
-    async def end(self, name: str) -> None:
-        """End a plugin in the cluster, also one that is not here; raises UsageError. Safe on disk."""
-        known, others = self._state.plugins.get(name), self._others(name)
-        if known is None:
+    def check_alone(self, name: str) -> None:
+        """Raise UsageError for a plugin that another living host has, too, or that is none of the cluster."""
+        others = self._others(name)
+        if name not in self._state.plugins:
             raise UsageError(f"plugin {name}", "is none of the cluster", "see 'isolator cluster status'")
         if others:
             why = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it, too"
             raise UsageError(f"plugin {name}", why, "remove it there: the cluster forgets it with its last host")
-        await self._wish(Described(name, known.plugin.digest, removed=True))
+
+    async def end(self, name: str) -> None:
+        """End a plugin in the cluster, whoever has it. Safe on disk."""
+        await self._wish(Described(name, self._state.plugins[name].plugin.digest, removed=True))
 
     def _others(self, name: str) -> list[str]:
         """The other living hosts that have a plugin."""
