@@ -86,7 +86,7 @@ class Member:
     def problems(self) -> Sequence[str]:
         """Problems of this host's part, a line each."""
         of_node = self.node.problems.lines.values() if self.node is not None else ()
-        return [*self._trouble, *self.types.problems.values(), *of_node]
+        return [*self._trouble, *self.types.lines(), *of_node]
 
     async def start(self) -> None:
         """Begin to follow the log: what the registry does not know by now would be passed over.

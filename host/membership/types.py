@@ -30,6 +30,7 @@ AGAIN: Final = 1.0
 OF_CLUSTER: Final = "cluster:"
 """Begin of ``by`` in the rows of types that the log has."""
 _BROKEN = (IsolatorError, ValueError, TypeError, AttributeError, RecursionError)
+_SHOWN: Final = 5
 _SHIPPED: Final = Catalogue()
 """The types that no log can change."""
 _log = logging.getLogger(__name__)
@@ -51,6 +52,12 @@ class ClusterTypes:
         self._seen: State | None = None
         self.problems: dict[str, str] = {}
         """By type, what is wrong with it here, a line each."""
+
+    def lines(self) -> list[str]:
+        """The problems with types, the first few of them: a hostile host can make many."""
+        found = [*self.problems.values()]
+        more = [f"{len(found) - _SHOWN} more event types have problems; see the daemon's log"]
+        return found[:_SHOWN] + (more if len(found) > _SHOWN else [])
 
     # As commands ask
 

@@ -235,6 +235,17 @@ async def test_type_that_no_host_would_register_is_said_and_passed_over(make: Ma
     assert second.store.read(lambda db: db.execute("SELECT * FROM event_types").fetchall()) == []
 
 
+async def test_types_that_a_hostile_host_makes_are_few_lines(make: Make) -> None:
+    hosts = make()
+    await hosts.start()
+    first, second, _ = hosts.hosts
+    for number in range(9):
+        await hosts.during(first.node.decide(EventType(f"shop.bad{number}", "no JSON")))
+    await hosts.passes(1.0)
+    lines = second.types.lines()
+    assert len(lines) == 6 and lines[-1].startswith("4 more event types have problems")
+
+
 def test_fold_lets_nobody_fill_it_with_types() -> None:
     log = Log()
     made = [EventType(f"a.b{number}", "{}") for number in range(MAX_TYPES + 1)]
