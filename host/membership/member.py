@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 
 from host.cluster import standing
 from host.cluster.delivery.follower import QueueFollower
-from host.cluster.delivery.gaps import Loss
 from host.cluster.delivery.queue import ClusterQueue
+from host.cluster.delivery.unread import Loss
 from host.cluster.entries import MAX_NUMBER, Entry
 from host.cluster.entries import Plugin as Described
 from host.cluster.fold import Applied, State

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from host.cluster.delivery import cursor
 from host.cluster.delivery.follower import QueueFollower
-from host.cluster.delivery.gaps import Loss
 from host.cluster.delivery.queue import ClusterQueue
+from host.cluster.delivery.unread import Loss
 from host.cluster.entries import Entry, Plugin, Position
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Shard

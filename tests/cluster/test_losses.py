@@ -8,7 +8,7 @@ import pytest
 
 from host.cluster import placing, snapshots
 from host.cluster.delivery.follower import QueueFollower
-from host.cluster.delivery.gaps import MOST, UNREAD, Range, _between, bounded, ranges, unread
+from host.cluster.delivery.unread import MOST, UNREAD, Range, _between, bounded, ranges, rest
 from host.cluster.entries import MAX_NUMBER, EventRef, Number, Plugin
 from host.cluster.fold import Member, State
 from tests.cluster.queues import Hosts, Make, SimHost
@@ -199,20 +199,20 @@ async def test_host_that_is_new_has_lost_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "rest"),
+    ("last", "left"),
     [
         (None, (3, 9)), (EventRef("a", 5, 2), (3, 9)), (EventRef("a", 5, 6), (7, 9)), (EventRef("a", 5, 9), None),
         (EventRef("a", 4, 50), (3, 9)), (EventRef("a", 6, 1), None), (EventRef("a", 77, 1), (3, 9)),
     ],
 )  # fmt: skip
-def test_what_was_read_of_a_sender_bounds_what_is_missed(last: EventRef | None, rest: tuple[int, int] | None) -> None:
+def test_what_was_read_of_a_sender_bounds_what_is_missed(last: EventRef | None, left: tuple[int, int] | None) -> None:
     state = State(members={"a": Member(events=Number(6, 2), retired=(4, 5))})
-    gap = Range("a", 5, 3, 9)
+    one = Range("a", 5, 3, 9)
     read = {"a": last} if last is not None else {}
-    assert unread(state, gap, read) == (gap._replace(first=rest[0], last=rest[1]) if rest is not None else None)
+    assert rest(state, one, read) == (one._replace(first=left[0], last=left[1]) if left is not None else None)
 
 
-def test_gaps_are_what_a_copy_knows_and_this_host_does_not() -> None:
+def test_never_read_is_what_a_copy_knows_and_this_host_does_not() -> None:
     before = State(
         members={"a": Member(Number(5, 7), retired=(4,)), "b": Member(Number(1, 1)), "c": Member(Number(2, 2))}
     )

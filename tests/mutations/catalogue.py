@@ -86,7 +86,7 @@ MUTATIONS = (
         "host/cluster/delivery/places.py",
         (
             "events that were trimmed off the log are passed over in silence",
-            "        gaps.note(db, before, members_of(db), place)\n",
+            "        unread.note(db, before, members_of(db), place)\n",
             "",
             "cluster/test_losses.py::test_holder_that_was_away_too_long_says_which_events_its_plugin_has_lost"
             " cluster/test_losses.py::test_own_copy_of_a_plugin_says_which_events_it_never_got",

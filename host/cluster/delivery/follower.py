@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
-from host.cluster.delivery.gaps import GONE, UNREAD, Loss, bounded, gaps, lose, losses, ranges, told
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.delivery.replies import Replies
+from host.cluster.delivery.unread import GONE, UNREAD, Loss, bounded, lose, losses, ranges, since, told
 from host.cluster.entries import Beat, Ended, Event, EventRef, Lost, Plugin, Position, Range, Release, Replay
 from host.cluster.fold import Applied, Shard, State
 from host.cluster.log import LogUnavailableError
@@ -172,7 +172,7 @@ class QueueFollower:
             places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
         )  # fmt: skip
         places.hold(shard, epoch)
-        gone, found = bounded(ranges(cursor.lost)), self._queue.store.read(lambda db: gaps(db, known))
+        gone, found = bounded(ranges(cursor.lost)), self._queue.store.read(lambda db: since(db, known))
         unread = bounded(places.unread(found, position))
         cursor.pass_over(unread)
         self._lose(shard[0], gone, GONE)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from host.cluster.delivery import cloudevent, gaps
+from host.cluster.delivery import cloudevent, unread
 from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Position, Range, Replay
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Member, Shard, State
@@ -103,7 +103,7 @@ class Places:
 
     def __init__(self, store: Store, host: str, number: Callable[[], int]) -> None:
         self._store, self._host, self._number = store, host, number
-        store.read(lambda db: db.executescript(_TABLES + gaps.TABLES))
+        store.read(lambda db: db.executescript(_TABLES + unread.TABLES))
         self.fold: Callable[[], State] = State
         """The fold's state; what a message means is asked once it is folded."""
 
@@ -200,19 +200,19 @@ class Places:
         db.execute("DELETE FROM cluster_events WHERE plugin IS NOT NULL")
         db.execute("UPDATE cluster_events SET place=NULL")
         db.execute("UPDATE cluster_read SET place=0, number=0")
-        db.execute("DELETE FROM cluster_gaps")
+        db.execute("DELETE FROM cluster_unread")
 
     @staticmethod
     def adopted(db: sqlite3.Connection, before: State) -> None:
         """Keep what this host has not read: the fold is a copy from a later place than ``before``."""
         place = db.execute("SELECT place FROM cluster_self").fetchone()[0]
-        gaps.note(db, before, members_of(db), place)
+        unread.note(db, before, members_of(db), place)
 
     def lacking(self, names: Iterable[str]) -> dict[str, list[Range]]:
         """The events with which a holder of a plugin goes on and which this host does not have, by plugin, if any."""
 
         def query(db: sqlite3.Connection) -> dict[str, list[Range]]:
-            if db.execute("SELECT 1 FROM cluster_gaps LIMIT 1").fetchone() is None:
+            if db.execute("SELECT 1 FROM cluster_unread LIMIT 1").fetchone() is None:
                 return {}
             return {name: found for name in names if (found := self._lacking(db, name))}
 
@@ -220,7 +220,7 @@ class Places:
 
     def _lacking(self, db: sqlite3.Connection, name: str) -> list[Range]:
         known = self.state.plugins[name]
-        found = gaps.gaps(db, known)
+        found = unread.since(db, known)
         if not found:
             return []
         lacking: set[Range] = set()
@@ -228,13 +228,13 @@ class Places:
             position = self.state.positions.get((name, shard))
             lacking.update(self.unread(found, position))
             opened = [one.event for one in position.open] if position is not None else []
-            lacking.update(gaps.ranges(ref for ref in opened if self.seq_of(db, ref) is None))
+            lacking.update(unread.ranges(ref for ref in opened if self.seq_of(db, ref) is None))
         return sorted(lacking)
 
     def unread(self, found: Iterable[Range], position: Position | None) -> list[Range]:
         """Those of the events that this host has never read with which a position goes on."""
         read = {ref.host: ref for ref in position.read} if position is not None else {}
-        rest = (gaps.unread(self.state, one, read) for one in found)
+        rest = (unread.rest(self.state, one, read) for one in found)
         return [one for one in rest if one is not None]
 
     def own(self, plugin: str) -> Place | None:

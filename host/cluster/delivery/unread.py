@@ -14,7 +14,7 @@ from host.cluster.entries import MAX_NUMBER, EventRef, Range
 from host.cluster.fold import Incarnation, Member, State
 
 TABLES: Final = """
-CREATE TABLE IF NOT EXISTS cluster_gaps (
+CREATE TABLE IF NOT EXISTS cluster_unread (
   host TEXT NOT NULL, series INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, until INTEGER NOT NULL,
   PRIMARY KEY (host, series, first)
 ) WITHOUT ROWID;
@@ -43,7 +43,7 @@ def note(db: sqlite3.Connection, before: State, after: Mapping[str, Member], pla
     What plugins of which this host has its own copy had not read of them is lost to these.
     """
     found = list(_between(before, after))
-    db.executemany("INSERT OR REPLACE INTO cluster_gaps VALUES (?,?,?,?,?)", [(*one, place) for one in found])
+    db.executemany("INSERT OR REPLACE INTO cluster_unread VALUES (?,?,?,?,?)", [(*one, place) for one in found])
     if before.place:
         for (plugin,) in db.execute("SELECT plugin FROM cluster_read").fetchall():
             lose(db, plugin, bounded(found), UNREAD)
@@ -64,24 +64,24 @@ def _between(before: State, after: Mapping[str, Member]) -> Iterable[Range]:
                 yield Range(host, series, first, end)
 
 
-def gaps(db: sqlite3.Connection, known: Incarnation) -> list[Range]:
+def since(db: sqlite3.Connection, known: Incarnation) -> list[Range]:
     """The events since a plugin began that this host has never read."""
-    rows = db.execute("SELECT host, series, first, last FROM cluster_gaps WHERE until > ?", (known.began,))
+    rows = db.execute("SELECT host, series, first, last FROM cluster_unread WHERE until > ?", (known.began,))
     return [Range(*row) for row in rows]
 
 
-def unread(state: State, gap: Range, read: Mapping[str, EventRef]) -> Range | None:
-    """The part of a gap that comes after what was ``read`` of each host; None: there is none."""
-    last = read.get(gap.host)
+def rest(state: State, one: Range, read: Mapping[str, EventRef]) -> Range | None:
+    """The part of such events that comes after what was ``read`` of each host; None: there is none."""
+    last = read.get(one.host)
     if last is None:
-        return gap
-    if last.series == gap.series:
-        rest = gap._replace(first=max(gap.first, last.number + 1))
-        return rest if rest.first <= rest.last else None
-    member = state.member(gap.host)
+        return one
+    if last.series == one.series:
+        left = one._replace(first=max(one.first, last.number + 1))
+        return left if left.first <= left.last else None
+    member = state.member(one.host)
     order = (*member.retired, member.events.series)
-    is_earlier = gap.series in order and last.series in order and order.index(gap.series) < order.index(last.series)
-    return None if is_earlier else gap
+    is_earlier = one.series in order and last.series in order and order.index(one.series) < order.index(last.series)
+    return None if is_earlier else one
 
 
 def ranges(refs: Iterable[EventRef]) -> list[Range]:
