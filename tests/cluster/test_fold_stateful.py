@@ -472,7 +472,8 @@ def _forgotten_keys(is_first: Any) -> Any:
         pytest.param(_replace(folding._Folding, "_claim", _stale_claim),
                      id="a claim counts though its holder has written since"),
         pytest.param(_replace(folding._Folding, "_claim", _epoch_that_stays), id="an epoch does not rise"),
-        pytest.param(_replace(folding._Folding, "_not_held", lambda _: lambda *_: ""), id="anybody ends anybody's work"),
+        pytest.param(_replace(folding._Folding, "_not_held", lambda _: lambda *_: ""),
+                     id="anybody ends anybody's work"),
         pytest.param(_replace(folding, "_out_of_turn", lambda _: lambda last, number: (
             "" if number.series != last.series or number.number > last.number else "seen before")),
             id="a gap is not noticed"),
